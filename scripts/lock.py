@@ -30,6 +30,8 @@ TARGETS = {
 # Extras whose libraries have no wheels for 32-bit ARM; pip would build them for hours.
 NOT_FOR_ARM = ("parquet", "plot", "postgres")
 _UV = "uv>=0.9"
+# Later versions exclude Python 3.11 and above, a bound that uv does not read.
+_CONSTRAINTS = ("backports-strenum<1.3",)
 
 # Package and version → its lines; by Python version.
 Resolved = dict[str, str]
@@ -123,6 +125,8 @@ def _resolve(
     )
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     command += ["--universal", "pyproject.toml"]
+    (folder / "constraints.txt").write_text("\n".join(_CONSTRAINTS), encoding="utf-8")
+    command += ["--constraint", "constraints.txt"]
     if constraints is not None:
         command += ["--constraint", str(constraints)]
     text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout

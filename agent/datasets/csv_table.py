@@ -18,7 +18,6 @@ from agent.datasets import tables
 from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
 from agent.errors import RowRejected
 
-_MAX_ROW_BYTES = 64 << 20
 _MAX_CELL_BYTES = 64 << 10
 _MAX_EXACT_INTEGER = 2**53
 _CLOSING_QUOTE = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
@@ -91,8 +90,8 @@ class CsvTable:
                 line_limit *= 2
             elif len(pending) >= size:
                 size *= 2
-                if size > _MAX_ROW_BYTES:
-                    raise RowRejected(f"a row is longer than {_MAX_ROW_BYTES >> 20} MiB; are these lines of text?")
+                if size > self._options.max_line_bytes:
+                    raise RowRejected(tables.describe_long_line(self._options))
             elif error is not None:
                 raise error
 

@@ -25,7 +25,7 @@ def open_table(path: Path | None, file: BufferedReader[Any], options: TableOptio
     """Return the table by the suffix of `path`, or by its first character. Raises RowRejected, OSError, UsageError."""
     suffix = path.suffix.lower() if path else ""
     if path is not None and suffix in PARQUET_SUFFIXES:
-        return ParquetTable(path, options)
+        return ParquetTable(path, file, options)
     if suffix not in (*TABLE_SUFFIXES, ".txt", ""):
         raise UsageError(f"{path}: {suffix} is not read; use one of {', '.join(TABLE_SUFFIXES)}")
     is_json = suffix in (".jsonl", ".ndjson") or (

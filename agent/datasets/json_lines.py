@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
-from itertools import chain, islice
 from typing import Any
 
 import msgspec
 
 from agent.datasets import tables
 from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
+from agent.errors import RowRejected
 from agent.strict_json import DuplicateKey, check_key_count
 
 _BLOCK_ROWS = 4096
@@ -31,15 +31,28 @@ class JsonLinesTable:
 
     def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         last_skipped_line = position.line
+        pending = b""
         if position.offset:
             self._file.seek(position.offset)
-            lines, last_skipped_line = iter(self._file), 0
+            last_skipped_line = 0
         else:
-            lines, position = chain([self._first_line], self._file), FilePosition(self._mark_bytes)
-        while chunk := list(islice(lines, self._options.max_rows or _BLOCK_ROWS)):
+            pending, position = self._first_line, FilePosition(self._mark_bytes)
+        while chunk := self._read_lines(pending):
+            pending = b""
             block = self._parse_lines(chunk, columns, position)
             position = block.next_position
             yield block.after_line(last_skipped_line)
+
+    def _read_lines(self, pending: bytes) -> list[bytes]:
+        """Return the lines of the next block, after `pending`; none at the end. Raises RowRejected for a long line."""
+        lines, size, longest = [pending] if pending else [], len(pending), self._options.max_line_bytes
+        most = self._options.max_rows or _BLOCK_ROWS
+        while len(lines) < most and size < self._options.block_bytes and (line := self._file.readline(longest + 1)):
+            if len(line) > longest:
+                raise RowRejected(tables.describe_long_line(self._options))
+            lines.append(line)
+            size += len(line)
+        return lines
 
     def _parse_lines(self, chunk: list[bytes], types: Mapping[str, ColumnType], position: FilePosition) -> TableBlock:
         objects: list[dict[str, Any]] = []

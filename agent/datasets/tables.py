@@ -81,10 +81,14 @@ class TableOptions(msgspec.Struct, frozen=True):
 
     A row with a value of another type than its column's is rejected; with `keep_invalid` it stays, with the value as
     the file has it, and pyarrow is not used but for Parquet. `check_row` returns the reason to reject a JSON object.
+    A file with a line above `max_line_bytes`, or a Parquet row group that needs more than half of `memory_bytes`, is
+    rejected.
     """
 
     block_bytes: int = BLOCK_BYTES
     max_rows: int | None = None
+    max_line_bytes: int = 64 << 20
+    memory_bytes: int | None = None
     keep_invalid: bool = False
     check_row: Callable[[dict[str, Any]], str | None] = lambda _: None
 
@@ -109,6 +113,10 @@ def read_first_line(file: BufferedReader[Any]) -> bytes:
     if len(line) >= _MAX_FIRST_LINE_BYTES and b"\r" not in line and not line.endswith(b"\n"):
         raise RowRejected(f"the first line has no end within {_MAX_FIRST_LINE_BYTES} bytes")
     return line
+
+
+def describe_long_line(options: TableOptions) -> str:
+    return f"a row is longer than {options.max_line_bytes >> 20} MiB; are these lines of text?"
 
 
 def convert_block(block: TableBlock, types: Mapping[str, ColumnType]) -> TableBlock:

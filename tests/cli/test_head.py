@@ -21,6 +21,8 @@ from agent.wire import jws, log_chain, log_head
 from agent.wire.messages import AcknowledgementRef, encode
 from tests.kit.commands import call_outstation
 
+pytestmark = pytest.mark.attack("history")
+
 
 class Device:
     def __init__(self, folder: Path) -> None:

@@ -14,6 +14,8 @@ from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import run_outstation, wait_until
 from agent.wire import keys
 
+pytestmark = pytest.mark.attack("operators")
+
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:

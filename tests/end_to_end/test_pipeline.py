@@ -393,6 +393,7 @@ def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running
         "schedule exercise",
         "stream watch",
         "bundle exercise",
+        "confinement",
         "storage",
         "store",
         "clock",

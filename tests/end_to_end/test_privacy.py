@@ -19,6 +19,8 @@ from agent.testing.fleet import LocalFleet
 from agent.testing.process import run_outstation, wait_until
 from scripts.kit.bundles import CLASSIFY, KEY, packed
 
+pytestmark = pytest.mark.attack("privacy")
+
 ROWS, LABELS, WINDOW = 240, 160, 20
 # f32 values whose digits nothing else has: the only readings of an optional field in their drift windows.
 PLANTED = {25: 0.7351129, 65: -0.6482917, 130: 1.3579246}

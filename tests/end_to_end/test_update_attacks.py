@@ -21,6 +21,8 @@ from tests.kit.update_repositories import ARCHIVE, Signed, forged
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import Updating
 
+pytestmark = pytest.mark.attack("updates")
+
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
 OTHER = ARCHIVE[::-1]

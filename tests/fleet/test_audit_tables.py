@@ -14,6 +14,8 @@ from agent.fleet.database.projection import TABLES
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import NEW_MODEL, MessageSender, SignedMessage
 
+pytestmark = pytest.mark.attack("audit")
+
 NOW = "2026-11-24T22:20:00.000000Z"
 BOOT_US, WALL_US = 1_000_000, 1_764_022_680_000_000
 DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps")

@@ -31,6 +31,8 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire.keys import load_private
 
+pytestmark = pytest.mark.attack("broker")
+
 NOW = "2026-01-01T00:00:00Z"
 BASE = "outstation/acme"
 NOT_AUTHORIZED = 0x87

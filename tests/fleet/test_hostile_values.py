@@ -29,6 +29,8 @@ from agent.wire.messages import HealthPayload, VerifiedMessage, digest, encode
 from tests.kit.evidences import Story, at, build_story
 from tests.kit.fleet_databases import DATABASES, copy_database
 
+pytestmark = pytest.mark.attack("values")
+
 HOSTILE: list[Any] = [
     "2026-02-30T25:61:61Z",
     "2026-02-29T00:00:00Z",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from agent.fleet.collector.quota import REFILL_S, DeviceQuotas, Quota
+
+pytestmark = pytest.mark.attack("floods")
 
 ENROLLED = frozenset({"pi-07", "pi-08"})
 QUOTA = Quota(messages_per_s=2.0, bytes_per_s=1000, burst_s=50.0)

@@ -14,6 +14,8 @@ from msgspec.structs import replace
 from agent.wire import commitment
 from agent.wire.commitment import Disclosure
 
+pytestmark = pytest.mark.attack("privacy")
+
 SECRET = bytes(range(32))
 LOG = "7e57ab1e-0000-4000-8000-000000000000"
 FIELDS = [("x", "f32"), ("n", "i64"), ("who", "category")]

@@ -21,6 +21,8 @@ from agent.wire import jws
 from agent.wire.enrolment_request import RequestBody, build, parse
 from agent.wire.keys import SigningKey
 
+pytestmark = pytest.mark.attack("enrolment")
+
 KEY, TLS_KEY, THIEF = new_key(1), new_key(2), new_key(3)
 GOOD = build("acme", "pi-07", KEY, TLS_KEY, None)
 TOKEN = "AAECAwQFBgcICQoLDA0ODw"

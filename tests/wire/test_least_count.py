@@ -13,6 +13,8 @@ from agent.fleet.drift.merge import MergedField
 from agent.wire import least_count
 from agent.wire.runs import TimeRun
 
+pytestmark = pytest.mark.attack("privacy")
+
 K = 10
 
 

@@ -22,6 +22,8 @@ MAX_BLOCK_ROWS = 4096
 # A block goes into one transaction.
 _MAX_BLOCK_BYTES = 512 << 10
 _READ_BYTES = 256 << 10
+# 6,144 fields with 100 characters each take less.
+_MAX_LINE_BYTES = 1 << 20
 _COLUMN_TYPES = {"category": ColumnType.TEXT, "i64": ColumnType.INTEGER}
 
 
@@ -34,14 +36,23 @@ class FileBlock(msgspec.Struct, frozen=True):
 
 
 def read_blocks(
-    path: Path | None, file: BufferedReader[Any], name: str, stream: StreamConfig, skip: int = 0
+    path: Path | None,
+    file: BufferedReader[Any],
+    name: str,
+    stream: StreamConfig,
+    skip: int = 0,
+    memory_bytes: int | None = None,
 ) -> Iterator[FileBlock]:
     """Yield the rows of `file` for stream `name` after line `skip`; the format follows from the suffix of `path`.
+
+    `memory_bytes`: what may be taken to decode it.
 
     Raises RowRejected if the file as a whole is not what the stream needs, UsageError for another format, OSError.
     """
     row_check = _make_row_check(name, stream)
-    options = TableOptions(_READ_BYTES, max_block_rows(stream), keep_invalid=True, check_row=row_check)
+    options = TableOptions(
+        *(_READ_BYTES, max_block_rows(stream), _MAX_LINE_BYTES, memory_bytes), keep_invalid=True, check_row=row_check
+    )
     table = formats.open_table(path, file, options)
     types = {field.name: _COLUMN_TYPES.get(field.type, ColumnType.FLOAT) for field in stream.fields}
     types["t"] = ColumnType.TIME

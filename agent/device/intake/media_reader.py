@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from agent.arrays import Float32s, Ints
+from agent.arrays import Float32s, Float64s
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.file_reader import FileBlock, max_block_rows
 from agent.device.store.quota import Quota
@@ -50,38 +51,44 @@ def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> N
         )
 
 
-def read_blocks(path: Path, name: str, stream: StreamConfig, skip: int, last_us: int | None) -> Iterator[FileBlock]:
-    """Yield the rows of file `path`, whose original name was `name`, after the first `skip`.
+def read_blocks(
+    path: Path,
+    file: BinaryIO,
+    stream: StreamConfig,
+    skip: int,
+    last_us: int | None,
+    memory_bytes: int | None = None,
+) -> Iterator[FileBlock]:
+    """Yield the rows of the open `file`, whose original name is that of `path`, after the first `skip`.
 
-    `last_us`: time of the stream's last row, which is in this file if `skip` is not 0; None if unknown. Raises
-    UsageError if the file is not in the stream's format.
+    `last_us`: time of the stream's last row, which is in this file if `skip` is not 0; None if unknown.
+    `memory_bytes`: what may be taken to decode it. Raises UsageError if the file is not in the stream's format.
     """
     media = stream.media_format
+    modified_us = os.fstat(file.fileno()).st_mtime_ns // 1000
     if isinstance(media, ImageFormat):
         if not skip:
-            rows = images.read_rows(path, media)
-            at_us = _parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000
+            rows = images.read_rows(path, media, file, memory_bytes)
+            at_us = _parse_name_time_us(path.name) or modified_us
             near = last_us is not None and last_us - _BURST_US <= at_us <= last_us
             at_us = at_us if last_us is None or not near else last_us + 1
-            yield _build_block(rows, np.full(len(rows), at_us), 0, stream.fields)
+            yield build_block(rows, np.full(len(rows), at_us / 1e6), 0, stream.fields)
         return
     assert media is not None
-    with contextlib.closing(WavReader(path, media.rate)) as wav:
+    with contextlib.closing(WavReader(path, media.rate, file)) as wav:
         if wav.sample_count < media.window:
             raise UsageError(f"{path}: {wav.sample_count:,} samples are too few: one row takes {media.window:,}")
         if skip and last_us is not None:
             begin_us = last_us - round((skip - 1) * media.row_period_s * 1e6)
         else:
-            own_us = _parse_name_time_us(name) or os.stat(path).st_mtime_ns // 1000 - round(
-                wav.sample_count / media.rate * 1e6
-            )
+            own_us = _parse_name_time_us(path.name) or modified_us - round(wav.sample_count / media.rate * 1e6)
             # A sound that would seem to continue the last row begins just before it: a begin behind the last row
             # would add up to a delay over many files.
             goes_on = last_us is not None and last_us <= own_us <= last_us + round(2 * media.row_period_s * 1e6)
             begin_us = own_us if last_us is None or not goes_on else last_us - 1
         for rows in _merge_parts(sound.iter_row_blocks(wav, media, skip), max_block_rows(stream)):
             t = begin_us + np.rint(np.arange(skip, skip + len(rows)) * (media.row_period_s * 1e6)).astype(np.int64)
-            yield _build_block(rows, t, skip, stream.fields)
+            yield build_block(rows, t / 1e6, skip, stream.fields)
             skip += len(rows)
 
 
@@ -110,6 +117,7 @@ def _merge_parts(parts: Iterator[Float32s], max_rows: int) -> Iterator[Float32s]
         yield np.concatenate(waiting)
 
 
-def _build_block(rows: Float32s, t: Ints, skip: int, fields: list[FieldConfig]) -> FileBlock:
+def build_block(rows: Float32s, t: Float64s, skip: int, fields: list[FieldConfig]) -> FileBlock:
+    """Return the block of `rows` (n, F) with times `t` (n,), epoch seconds, after the first `skip` rows of the file."""
     values = {field.name: np.ascontiguousarray(column) for field, column in zip(fields, rows.T, strict=True)}
-    return FileBlock(RawColumns(len(rows), t / 1e6, values), list(range(skip + 1, skip + len(rows) + 1)), {})
+    return FileBlock(RawColumns(len(rows), t, values), range(skip + 1, skip + len(rows) + 1), {})

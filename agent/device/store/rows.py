@@ -119,12 +119,13 @@ def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
 class RawColumns(msgspec.Struct, frozen=True):
     """Columns as a producer gave them, `n` values each, by field name; None is a missing value.
 
-    `t` epoch seconds; None, for all rows or for one, means now.
+    `t` epoch seconds; None, for all rows or for one, means now. `nan_is_missing`: NaN in an array is a missing value.
     """
 
     n: int
     t: Any
     values: Mapping[str, Any]
+    nan_is_missing: bool = False
 
 
 class ValidatedRows(msgspec.Struct, frozen=True):
@@ -166,7 +167,7 @@ def validate_columns(
             categories[index] = _validate_categories(values, field, rejected)
             arrays.append(np.zeros(raw.n, "<u2"))
         else:
-            arrays.append(_validate_numbers(values, field, rejected))
+            arrays.append(_validate_numbers(values, field, rejected, nan_is_missing=raw.nan_is_missing))
     t, latest = _validate_times(raw, now_us, after_us, rejected)
     if not rejected:
         return ValidatedRows(Rows(t, tuple(arrays)), categories, {}, latest)
@@ -192,7 +193,9 @@ class _Rejections:
         self.reasons.setdefault(index, f"{field}{shown} {problem}")
 
 
-def _validate_numbers(values: Any, field: FieldConfig, rejected: _Rejections) -> NDArray[Any]:
+def _validate_numbers(
+    values: Any, field: FieldConfig, rejected: _Rejections, *, nan_is_missing: bool = False
+) -> NDArray[Any]:
     numbers = _convert_exactly(values, field.type)
     if numbers is not None and (valid := _validate_fast(numbers, field)) is not None:
         return valid
@@ -202,6 +205,8 @@ def _validate_numbers(values: Any, field: FieldConfig, rejected: _Rejections) ->
         parsed = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(parsed, np.int64 if whole else np.float64)
+    elif nan_is_missing and field.optional:
+        missing = np.isnan(numbers)
     with np.errstate(invalid="ignore", over="ignore"):
         typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -11,15 +15,25 @@ from agent.arrays import Float32s
 from agent.errors import UsageError
 from agent.media import ImageFormat
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PILLOW_MISSING = "images need Pillow: pip install 'outstation[images]'"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # A small file may decode to any size; a larger file is not a plausible image.
 _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 64 << 20
+# Pillow's bytes of a pixel, and libjpeg's of one of a progressive JPEG, whose coefficients it holds.
+_PIXEL_BYTES, _COEFFICIENT_BYTES = 4, 6
+_EXIF_ORIENTATION = 0x0112
 
 
-def read_rows(path: Path, spec: ImageFormat) -> Float32s:
-    """Read a JPEG or PNG as (height, width · channels): rotated by EXIF, resized, scaled. Raises UsageError."""
+def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memory_bytes: int | None = None) -> Float32s:
+    """Read a JPEG or PNG as (height, width · channels): rotated by EXIF, resized, scaled. Raises UsageError.
+
+    `file` is the open file, if it must not be opened again. An image whose pixels need more than `memory_bytes` is
+    rejected by its header.
+    """
     try:
         from PIL import Image as pillow
         from PIL import ImageOps
@@ -28,20 +42,18 @@ def read_rows(path: Path, spec: ImageFormat) -> Float32s:
     # Pillow's own limit only warns, below ours.
     pillow.MAX_IMAGE_PIXELS = None
     try:
-        if (length := path.stat().st_size) > _MAX_BYTES:
-            raise UsageError(f"{path}: {length:,} bytes, {_MAX_BYTES:,} at most; make it smaller")
-        with pillow.open(path, formats=("JPEG", "PNG")) as source:
-            if source.width * source.height > _MAX_PIXELS:
-                raise UsageError(
-                    f"{path}: {source.width} x {source.height} pixels, {_MAX_PIXELS:,} at most; make it smaller"
+        with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
+            if (length := os.fstat(opened.fileno()).st_size) > _MAX_BYTES:
+                raise UsageError(f"{path}: {length:,} bytes, {_MAX_BYTES:,} at most; make it smaller")
+            with pillow.open(opened, formats=("JPEG", "PNG")) as source:
+                mode, size = "RGB" if spec.channels == 3 else "L", (spec.width, spec.height)
+                _check_size(path, source, mode, memory_bytes)
+                # Skip steps that would only copy.
+                ImageOps.exif_transpose(source, in_place=True)
+                image: pillow.Image = source if source.mode == mode else source.convert(mode)
+                pixels = np.asarray(
+                    image if image.size == size else image.resize(size, pillow.Resampling.BILINEAR), np.float32
                 )
-            mode, size = "RGB" if spec.channels == 3 else "L", (spec.width, spec.height)
-            # Skip steps that would only copy.
-            ImageOps.exif_transpose(source, in_place=True)
-            image: pillow.Image = source if source.mode == mode else source.convert(mode)
-            pixels = np.asarray(
-                image if image.size == size else image.resize(size, pillow.Resampling.BILINEAR), np.float32
-            )
     except pillow.UnidentifiedImageError:
         raise UsageError(f"{path}: not a JPEG or PNG image; remove it, or convert it to one of these") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -49,6 +61,38 @@ def read_rows(path: Path, spec: ImageFormat) -> Float32s:
     pixels *= np.float32(spec.scale)
     pixels += np.float32(spec.offset)
     return pixels.reshape(spec.height, -1)
+
+
+def _check_size(path: Path, source: Image, mode: str, memory_bytes: int | None) -> None:
+    """Raise UsageError if the pixels that the header declares are too many, or need too much memory."""
+    count = source.width * source.height
+    if count > _MAX_PIXELS:
+        raise UsageError(f"{path}: {source.width} x {source.height} pixels, {_MAX_PIXELS:,} at most; make it smaller")
+    # The orientation of a PNG may follow its pixels.
+    rotates = source.format == "PNG" or source.getexif().get(_EXIF_ORIENTATION, 1) != 1
+    copies = 1 + (source.mode != mode) + rotates
+    needed = count * (_PIXEL_BYTES * copies + _COEFFICIENT_BYTES * ("progressive" in source.info))
+    if memory_bytes is not None and needed > memory_bytes:
+        raise UsageError(
+            f"{path}: {source.width} x {source.height} pixels need {needed >> 20:,} MiB of memory, "
+            f"{memory_bytes >> 20:,} MiB are left for them; make it smaller"
+        )
+
+
+def make_samples() -> dict[str, bytes]:
+    """Return name → content of a small image of each format: to read them imports all that Pillow needs."""
+    from PIL import Image as pillow
+    from PIL import MpoImagePlugin, TiffImagePlugin  # noqa: F401
+
+    samples = {}
+    for suffix, kind in ((".jpg", "JPEG"), (".png", "PNG")):
+        out = io.BytesIO()
+        image = pillow.new("RGBA" if kind == "PNG" else "L", (2, 2))
+        exif = pillow.Exif()
+        exif[_EXIF_ORIENTATION] = 6
+        image.save(out, kind, exif=exif)
+        samples[f"a{suffix}"] = out.getvalue()
+    return samples
 
 
 def is_pillow_installed() -> bool:

@@ -13,6 +13,7 @@ import os
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,21 +24,24 @@ from agent.media import SoundFormat
 SUFFIXES = (".wav",)
 # Fits the cache and memory of a small processor. Another block size may change the last bit of sums.
 _BLOCK_FRAMES = 256
+_MAX_CHANNELS = 32
 _LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, np.log(6.4) / 27.0
 
 
 class WavReader:
     """Samples of a PCM WAV file, averaged over its channels. Close it."""
 
-    def __init__(self, path: Path, rate: int) -> None:
-        """Open a file. Raises UsageError if it is not a WAV of this rate, or is truncated."""
+    def __init__(self, path: Path, rate: int, file: BinaryIO | None = None) -> None:
+        """Open a file, unless it is open. Raises UsageError if it is not a WAV of this rate, or is truncated."""
         self._path, self._exit_stack = path, contextlib.ExitStack()
         try:
-            raw = self._exit_stack.enter_context(path.open("rb"))
+            raw = file or self._exit_stack.enter_context(path.open("rb"))
             self._file = self._exit_stack.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
             self.sample_count, file_rate = self._file.getnframes(), self._file.getframerate()
             present = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
+            if self._channels > _MAX_CHANNELS:
+                raise UsageError(f"{path}: has {self._channels} channels, {_MAX_CHANNELS} at most; mix it down first")
             if file_rate != rate:
                 raise UsageError(f"{path}: has {file_rate} Hz, the model needs {rate} Hz; resample it first")
             if present < self.sample_count:

@@ -23,6 +23,8 @@ from agent.errors import UsageError
 from agent.testing.broker import free_port
 from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
 
+pytestmark = pytest.mark.attack("connections")
+
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}
 ONE_ROW = b'{"stream":"watch","ax":1,"ay":2}\n'
 

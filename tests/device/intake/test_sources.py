@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import random
@@ -25,7 +24,6 @@ from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource, HostSource, ReplayFault, ReplaySource
-from agent.datasets.formats import open_file
 from agent.datasets.recordings import load
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import files as files_module
@@ -34,6 +32,7 @@ from agent.device.intake.sources.files import FolderWatcher
 from agent.device.intake.sources.host import HostMetrics
 from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
+from agent.device.intake.sources.watched_folder import WatchedFolder
 from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows, pack_chunk
@@ -56,7 +55,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def watching(folder: Path, **store: Any) -> Iterator[Station]:
     source = FilesSource(folder=str(folder / "in"), poll_interval=config.Duration(0.02))
     made = conf(folder / "data", numbers=NUMBERS)
-    with Station(made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s)], **store) as station:
+    with Station(
+        made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s, folder / "data")], **store
+    ) as station:
         wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
         yield station
         assert station.failures == []
@@ -224,31 +225,22 @@ def test_a_folder_in_taking_goes_to_failed_and_other_files_continue(tmp_path: Pa
         assert station.store.counters()["files failed"] == 2
     assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
     assert (tmp_path / "in" / "failed" / "keep.txt").read_text() == (
-        "keep: cannot be read: Is a directory; fix that, and put it into the folder again\n"
+        "keep: is a folder, not a file; copy the file itself into the folder\n"
     )
 
 
-class _BadSector(io.FileIO):
-    """File that cannot be read beyond its first 24 KiB, which end within a line."""
-
-    def readinto(self, buffer: Any) -> int:
-        room = (24 << 10) - self.tell()
-        if room <= 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().readinto(memoryview(buffer)[:room])
-
-
-def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[str]:
     """Make the first `times` attempts to open `name` fail; the attempts are in the list."""
-    tried: list[Path] = []
+    tried: list[str] = []
+    open_claimed = WatchedFolder.open_claimed
 
-    def unreliable(path: Path) -> io.BufferedReader:
-        if path.name.endswith(name) and len(tried) < times:
-            tried.append(path)
-            raise OSError(error, os.strerror(error), str(path))
-        return open_file(path)
+    def unreliable(folder: WatchedFolder, claimed: str) -> int:
+        if claimed.endswith(name) and len(tried) < times:
+            tried.append(claimed)
+            raise OSError(error, os.strerror(error), claimed)
+        return open_claimed(folder, claimed)
 
-    monkeypatch.setattr(files_module, "open_file", unreliable)
+    monkeypatch.setattr(WatchedFolder, "open_claimed", unreliable)
     return tried
 
 
@@ -269,25 +261,6 @@ def test_an_unreadable_file_goes_to_failed_and_others_continue(
         assert station.store.counters()["files failed"] == 1
     assert there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"]
     assert expected_reason in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_file_with_a_bad_sector_goes_to_failed_with_its_position(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def worn(path: Path) -> io.BufferedReader:
-        return io.BufferedReader(_BadSector(path)) if path.name.endswith("a.csv") else open_file(path)
-
-    monkeypatch.setattr(files_module, "open_file", worn)
-    put(tmp_path, "a.csv", range(10_000))
-    put(tmp_path, "b.csv", [9])
-    with watching(tmp_path) as station:
-        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
-        assert taken(station) == [*range(5136), 9]
-    assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
-        "a.csv: cannot be read: Input/output error; fix that, and put it into the folder again; its lines up to "
-        "5137 are in the stream already\n"
-    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -326,7 +299,7 @@ files._SETTLED_S = 0.0
 folder, stream = Path(sys.argv[1]), StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 source = FilesSource(folder=str(folder / "in"), poll_interval=Duration(0.01))
 made = conf(folder / "data", 0.001, numbers=stream)
-with Station(made, sources=lambda store: [files.FolderWatcher("numbers", stream, source, store)]):
+with Station(made, sources=lambda store: [files.FolderWatcher("numbers", stream, source, store, folder / "data")]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -566,6 +539,7 @@ from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import ReplaySource
 from agent.device.intake.sources.replay import ReplayPlayer
+from agent.device.intake.sources.watched_folder import WatchedFolder
 from tests.kit.stations import Station, conf
 
 stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])

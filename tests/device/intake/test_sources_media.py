@@ -24,8 +24,10 @@ from agent import config
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource
 from agent.device.intake import media_reader
+from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources.files import FolderWatcher
+from agent.device.intake.sources.watched_folder import WatchedFolder
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.errors import ConfigError, UsageError
@@ -52,7 +54,9 @@ def watching(folder: Path, made: MediaFormat = SMALL, **store: Any) -> Iterator[
     assert isinstance(source, FilesSource)
     (folder / "in").mkdir(exist_ok=True)
     made_of = conf(folder / "d", camera=stream)
-    with Station(made_of, sources=lambda s: [FolderWatcher("camera", stream, source, s)], **store) as station:
+    with Station(
+        made_of, sources=lambda s: [FolderWatcher("camera", stream, source, s, folder / "d")], **store
+    ) as station:
         yield station
         assert station.failures == []
 
@@ -189,13 +193,18 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
     assert notes(tmp_path) == [["a.wav", "1", str(n)], ["b 20251124T160000Z.wav", str(n + 1), str(2 * n)]]
 
 
+def read_sound(path: Path, stream: StreamConfig, skip: int, last_us: int | None) -> list[FileBlock]:
+    with path.open("rb") as file:
+        return list(media_reader.read_blocks(path, file, stream, skip, last_us))
+
+
 @pytest.mark.parametrize("late_us", [0, 1, 32_000, 63_999])
 def test_a_sound_never_seems_to_continue_the_one_before(tmp_path: Path, late_us: int) -> None:
     stream, path = stream_of(tmp_path, SOUND), write_wav(tmp_path / "a.wav", tone(440))
     own = round(path.stat().st_mtime_ns / 1000) - 500_000
-    [block] = media_reader.read_blocks(path, "a.wav", stream, 0, own - late_us)
+    [block] = read_sound(path, stream, 0, own - late_us)
     assert round(block.raw.t[0] * 1e6) == own - late_us - 1
-    [later] = media_reader.read_blocks(path, "a.wav", stream, 0, own - 64_002)
+    [later] = read_sound(path, stream, 0, own - 64_002)
     assert abs(round(later.raw.t[0] * 1e6) - own) <= 1
 
 
@@ -203,9 +212,9 @@ def test_a_sound_never_seems_to_continue_the_one_before(tmp_path: Path, late_us:
 def test_a_partly_ingested_sound_continues_with_the_same_bits(tmp_path: Path, skip: int) -> None:
     stream = stream_of(tmp_path, SOUND)
     path = write_wav(tmp_path / "a.wav", np.random.default_rng(1).normal(0, 0.1, 40 * RATE))
-    whole = list(media_reader.read_blocks(path, "a.wav", stream, 0, None))
+    whole = read_sound(path, stream, 0, None)
     t = np.concatenate([block.raw.t for block in whole])
-    rest = list(media_reader.read_blocks(path, "a.wav", stream, skip, round(t[skip - 1] * 1e6)))
+    rest = read_sound(path, stream, skip, round(t[skip - 1] * 1e6))
     assert [line for block in rest for line in block.lines] == list(range(skip + 1, len(t) + 1))
     assert np.concatenate([block.raw.t for block in rest]).tobytes() == t[skip:].tobytes()
     for field in ("mel0", "mel15"):
@@ -220,14 +229,14 @@ def test_a_file_that_cannot_be_moved_is_moved_later_and_not_repeated(
 ) -> None:
     made: MediaFormat = SMALL if kind == "image" else SOUND
     content = picture((6, 8, 3)) if kind == "image" else write_wav(tmp_path / "x.wav", tone(440)).read_bytes()
-    move, failures = os.rename, ["the folder's medium is gone"]
+    move, failures = WatchedFolder.move_to_done, ["the folder's medium is gone"]
 
-    def unreliable(before: Path, after: Path) -> None:
-        if "done" in Path(after).parts and failures:
+    def unreliable(folder: WatchedFolder, claimed: str, name: str) -> None:
+        if failures:
             raise OSError(failures.pop())
-        move(before, after)
+        move(folder, claimed, name)
 
-    monkeypatch.setattr(os, "rename", unreliable)
+    monkeypatch.setattr(WatchedFolder, "move_to_done", unreliable)
     put(tmp_path, "a.png" if kind == "image" else "a.wav", content, 1_764_000_000)
     with watching(tmp_path, made) as station:
         wait_for(partial(are_in, tmp_path, "done", 1), "moved at last")
@@ -257,7 +266,7 @@ files._SETTLED_S = 0.0
 folder, made = Path(sys.argv[1]), {"image": here.SMALL, "sound": here.SOUND}[sys.argv[2]]
 stream = here.stream_of(folder, made, 0.01)
 made = conf(folder / "d", 0.001, camera=stream)
-with Station(made, sources=lambda store: [files.FolderWatcher("camera", stream, stream.source, store)]):
+with Station(made, sources=lambda store: [files.FolderWatcher("camera", stream, stream.source, store, folder / "d")]):
     print("ready", flush=True)
     time.sleep(60)
 """

@@ -34,6 +34,8 @@ from agent.wire.messages import encode
 from agent.wire.trust import TrustedKey
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
+pytestmark = pytest.mark.attack("operators")
+
 HIGHEST = 2**53 - 1
 NOW_MS = NOW.wall_us // 1000
 TRUST_TOPIC = f"outstation/{FLEET}/_all/trust"

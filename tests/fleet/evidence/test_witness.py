@@ -21,6 +21,8 @@ from agent.wire.keys import SigningKey
 from tests.kit.evidences import Story, alert, at
 from tests.kit.received_evidence import OPERATOR, resign
 
+pytestmark = pytest.mark.attack("history")
+
 LOG = "5f0c2f6e-1a54-4d0b-9a53-000000000007"
 MONTH_H = 30 * 24
 

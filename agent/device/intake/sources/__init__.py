@@ -2,4 +2,5 @@
 
 registry  config section → module    files       a watched folder          host    temperature, load, memory, disk
 mqtt      topics of a site's broker  replay      recordings, at any speed  recordings  their file and order
+watched_folder  a folder by descriptor  file_marker  the file in hand at a death
 """

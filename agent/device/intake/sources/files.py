@@ -1,7 +1,8 @@
 """Folder watcher: each file is ingested once, also across a crash, then moved to `done/` or `failed/`.
 
 A file is claimed by moving it to `taking/` under a unique name: nothing that happens to its old name touches it, and
-its stored position belongs to it alone.
+its stored position belongs to it alone. A process of its own decodes it; what was in hand at two deaths in a row goes
+to `failed/`.
 """
 
 from __future__ import annotations
@@ -12,46 +13,57 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from agent import media
 from agent.config import StreamConfig
 from agent.config.sources import FilesSource
-from agent.datasets.formats import TABLE_SUFFIXES, open_file
+from agent.datasets.formats import TABLE_SUFFIXES
 from agent.device.intake import media_reader
-from agent.device.intake.file_reader import FileBlock, read_blocks
+from agent.device.intake.decode_process import DecodeProcess, DecoderDied
+from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
+from agent.device.intake.sources.file_marker import MAX_DEATHS, FileMarker
+from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageFull, UsageError
 from agent.media import ImageFormat
+from agent.text import printable
 
 log = logging.getLogger("outstation.files")
+T = TypeVar("T")
 
 # A file is ingested once it has not changed for this long: its writer may not have finished.
 _SETTLED_S = 1.0
+# A claimed file that its writer still changes is read again this often.
+_MAX_ROUNDS = 600
 _MAX_LOGGED_ROWS = 20
-FAILED_COUNTER = "files failed"
+FAILED_COUNTER, INGESTED_COUNTER = "files failed", "files ingested"
 _MAX_IMAGES_PER_COMMIT = 32
-_INDEX_NAME = "rows.csv"
-# Bytes at the end of the index that a crash between an entry and the move of its file can have written.
-_TAIL_BYTES = 1 << 16
 # Errors of the machine or of a removable medium: every file would fail, so it is tried again later.
 _TRANSIENT_ERRNOS = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
 }
+# Errors of a file that belongs to somebody else; others can still be moved.
+_FOREIGN_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EBUSY}
 
 
 class _FileProgress(msgspec.Struct):
-    """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows."""
+    """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows.
+
+    `deaths`: processes in a row that ended while they read on from this line.
+    """
 
     last_line: int
     last_row: int = 0
     rejected_rows: int = 0
+    deaths: int = 0
 
 
 def check(context: SourceContext, source: FilesSource) -> str:
@@ -63,48 +75,85 @@ def check(context: SourceContext, source: FilesSource) -> str:
 
 def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
     check(context, source)
-    return FolderWatcher(context.name, context.stream, source, store)
+    show_values = context.conf.privacy.values_in_logs
+    return FolderWatcher(context.name, context.stream, source, store, context.conf.data_dir, show_values=show_values)
 
 
 class FolderWatcher:
     """Watcher of a folder. A file that gets its final name by a rename is never read incompletely."""
 
-    def __init__(self, name: str, stream: StreamConfig, source: FilesSource, store: Store) -> None:
+    def __init__(
+        self,
+        name: str,
+        stream: StreamConfig,
+        source: FilesSource,
+        store: Store,
+        data_dir: Path,
+        *,
+        show_values: bool = False,
+    ) -> None:
         self._name, self._stream, self._source, self._store = name, stream, source, store
-        self._folder = Path(source.folder)
-        self._claimed_folder = self._folder / "taking"
-        self._file_states: dict[Path, tuple[tuple[int, int], float]] = {}
+        self._path = Path(source.folder)
+        self._file_states: dict[str, tuple[FileState, float]] = {}
         self._last_error = ""
+        # Files that the agent may not move, each logged once.
+        self._stuck: set[str] = set()
         self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
+        self._decoder = DecodeProcess(name, stream, show_values=show_values)
+        self._marker = FileMarker(data_dir / f"reading.{name}")
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None
 
     async def run(self, submit_rows: SubmitRows) -> None:
-        while True:
-            try:
-                for folder in (self._folder, self._claimed_folder, self._folder / "done", self._folder / "failed"):
-                    folder.mkdir(parents=True, exist_ok=True)
-                for paths in self._group_paths(sorted(self._claimed_folder.iterdir())):
-                    await self._ingest_files(paths, submit_rows, is_retry=True)
-                for paths in self._group_paths(self._list_settled_files()):
-                    claimed = [self._claimed_folder / f"{time.time_ns()}.{path.name}" for path in paths]
-                    for path, target in zip(paths, claimed, strict=True):
-                        os.rename(path, target)
-                    await self._ingest_files(claimed, submit_rows, is_retry=False)
-                self._last_error = ""
-            except OSError as error:
-                # The folder may be on a removable medium; logged once, not at every interval.
-                if self._last_error != str(error):
-                    self._last_error = str(error)
-                    log.error("%s: %s; looking again every %g s", self._folder, error, self._source.poll_interval)
-            await asyncio.sleep(self._source.poll_interval)
+        try:
+            while True:
+                try:
+                    with await asyncio.to_thread(WatchedFolder, self._path) as folder:
+                        await self._ingest_folder(folder, submit_rows)
+                    self._last_error = ""
+                except OSError as error:
+                    # The folder may be on a removable medium; logged once, not at every interval.
+                    if self._last_error != str(error):
+                        self._last_error = str(error)
+                        text = printable(str(error))
+                        log.error("%s: %s; looking again every %g s", self._path, text, self._source.poll_interval)
+                self._decoder.close_if_idle()
+                await asyncio.sleep(self._source.poll_interval)
+        finally:
+            self._decoder.close()
 
-    def _group_paths(self, paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    async def _ingest_folder(self, folder: WatchedFolder, submit_rows: SubmitRows) -> None:
+        for names in self._group_names([name for name in folder.list_claimed() if name not in self._stuck]):
+            await self._ingest_files(folder, names, submit_rows, is_retry=True)
+        states = await asyncio.to_thread(folder.list_files, self._suffixes)
+        for names in self._group_names(self._select_settled(states)):
+            claimed = [claim for name in names if (claim := self._claim(folder, name))]
+            await self._ingest_files(folder, claimed, submit_rows, is_retry=False)
+
+    def _claim(self, folder: WatchedFolder, name: str) -> str:
+        """Return the claimed name; "" if the file cannot be moved."""
+        try:
+            return folder.claim(name)
+        except OSError as error:
+            self._leave(name, error)
+            return ""
+
+    def _leave(self, name: str, error: OSError) -> None:
+        """Leave a file where it is. Raises `error` if it is about more than this file."""
+        if error.errno not in _FOREIGN_ERRNOS:
+            raise error
+        if error.errno != errno.ENOENT and name not in self._stuck:
+            self._stuck.add(name)
+            log.error("%s: cannot be moved: %s; it stays where it is", safe_name(name), error.strerror)
+
+    def _group_names(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
         size = _MAX_IMAGES_PER_COMMIT if isinstance(self._stream.media_format, ImageFormat) else 1
-        return (paths[start : start + size] for start in range(0, len(paths), size))
+        return (names[start : start + size] for start in range(0, len(names), size))
 
-    async def _ingest_files(self, paths: Sequence[Path], submit_rows: SubmitRows, *, is_retry: bool) -> None:
+    async def _ingest_files(
+        self, folder: WatchedFolder, names: Sequence[str], submit_rows: SubmitRows, *, is_retry: bool
+    ) -> None:
         last = self._store.last_row(self._name)
         if self._stream.media_format is None or not last:
             self._last_us = None
@@ -112,138 +161,163 @@ class FolderWatcher:
             batch = self._store.read_rows(self._name, self._stream.fields, last - 1, 1)
             self._last_us = None if batch is None or batch.loss_reason else int(batch.rows.t[-1])
         done = await asyncio.gather(
-            *(self._ingest_file(path, submit_rows, is_retry=is_retry) for path in paths), return_exceptions=True
+            *(self._ingest_file(folder, name, submit_rows, is_retry=is_retry) for name in names),
+            return_exceptions=True,
         )
         for problem in done:
             if problem is not None:
                 raise problem
 
-    def _list_settled_files(self) -> list[Path]:
-        """Return files whose size and modification time have not changed for a while, by the monotonic clock."""
-        now, states = time.monotonic(), {}
-        for path in self._folder.iterdir():
-            if path.suffix.lower() in self._suffixes and not path.name.startswith(".") and path.is_file():
-                state = _read_file_state(path)
-                before, since = self._file_states.get(path, (None, now))
-                states[path] = (state, since if before == state else now)
-        self._file_states = states
-        return sorted(path for path, (_, since) in states.items() if now - since >= _SETTLED_S)
+    def _select_settled(self, states: dict[str, FileState]) -> list[str]:
+        """Return files whose state has not changed for a while, by the monotonic clock."""
+        now, known = time.monotonic(), self._file_states
+        self._file_states = {}
+        for name, state in states.items():
+            before, since = known.get(name, (None, now))
+            self._file_states[name] = (state, since if before == state else now)
+        # What cannot be moved is tried again if it changes.
+        self._stuck &= {name for name in self._stuck if known.get(name) == self._file_states.get(name)}
+        settled = (name for name, (_, since) in self._file_states.items() if now - since >= _SETTLED_S)
+        return sorted(name for name in settled if name not in self._stuck)
 
-    async def _ingest_file(self, path: Path, submit_rows: SubmitRows, *, is_retry: bool) -> None:
-        progress = _FileProgress(self._store.source_position(f"files:{self._name}", path.name))
-        problem: Exception | None = None
-        while True:
-            before = _read_file_state(path)
-            try:
-                await self._submit_file(path, submit_rows, progress)
-                problem = None
-            except (RowRejected, UsageError) as error:
-                problem = error
-            await asyncio.sleep(0)
-            if _read_file_state(path) == before:
-                break
-            # Its writer had not finished, and still writes to the moved file.
-            await asyncio.sleep(_SETTLED_S)
-        if problem is not None:
-            self._move_to_failed(path, str(problem).removeprefix(f"{path}: "))
-            return
-        name = _original_name(path)
-        log.info("%s: ingested%s", name, f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else "")
-        media_format, target = self._stream.media_format, _unused_path(self._folder / "done" / name)
+    async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
+        progress = _FileProgress(self._store.source_position(f"files:{self._name}", name))
+        progress.deaths = self._marker.count_deaths(name, progress.last_line)
+        try:
+            problem = await self._read_file(folder, name, submit_rows, progress)
+        except UsageError as error:
+            problem = error
+        try:
+            if problem is None:
+                self._finish(folder, name, progress, is_retry=is_retry)
+            else:
+                self._fail(folder, name, printable(str(problem)))
+        except OSError as error:
+            self._leave(name, error)
+
+    async def _read_file(
+        self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, progress: _FileProgress
+    ) -> Exception | None:
+        """Submit all rows of a file; return what is wrong with it. Raises UsageError if it is no file, OSError."""
+        try:
+            file = folder.open_claimed(name)
+        except OSError as error:
+            raise self._to_file_error(error, progress) from None
+        try:
+            for _ in range(_MAX_ROUNDS):
+                problem: Exception | None = None
+                before = FileState.from_status(os.fstat(file))
+                os.lseek(file, 0, os.SEEK_SET)
+                try:
+                    await self._submit_file(file, name, submit_rows, progress)
+                except DecoderDied as died:
+                    problem = died
+                    progress.deaths += 1
+                    if progress.deaths < MAX_DEATHS:
+                        continue
+                except (RowRejected, UsageError) as error:
+                    problem = error
+                await asyncio.sleep(0)
+                if FileState.from_status(os.fstat(file)) == before:
+                    return problem
+                # Its writer had not finished, and still writes to the moved file.
+                await asyncio.sleep(_SETTLED_S)
+            return UsageError(f"its writer still changes it{self._describe_stored(progress)}")
+        finally:
+            os.close(file)
+
+    def _finish(self, folder: WatchedFolder, name: str, progress: _FileProgress, *, is_retry: bool) -> None:
+        shown, target = original_name(name), folder.unused_done_name(name)
+        rejected = f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else ""
+        media_format = self._stream.media_format
         if media_format is not None:
             if isinstance(media_format, ImageFormat):
                 last, count = progress.last_row or progress.last_line, media_format.height
             else:
                 last, count = progress.last_row or self._store.last_row(self._name), progress.last_line
-            index = self._folder / "done" / _INDEX_NAME
-            _append_to_index(index, target.name, (last - count + 1, last), is_retry=is_retry)
-        os.rename(path, target)
+            folder.append_to_index(target, (last - count + 1, last), is_retry=is_retry)
+        folder.move_to_done(name, target)
+        log.info("%s: ingested%s", shown, rejected)
+        self._forget(name, INGESTED_COUNTER)
+
+    def _fail(self, folder: WatchedFolder, name: str, reason: str) -> None:
+        shown = original_name(name)
+        folder.move_to_failed(name, f"{shown}: {reason}")
+        log.error("%s: %s; moved to failed/", shown, reason)
+        self._forget(name, FAILED_COUNTER)
+
+    def _forget(self, name: str, counter: str) -> None:
         # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.delete_source_position(f"files:{self._name}", path.name)
+            tx.increment_counter(counter, 1)
+            tx.delete_source_position(f"files:{self._name}", name)
 
-    def _move_to_failed(self, path: Path, reason: str) -> None:
-        name = _original_name(path)
-        target = _unused_path(self._folder / "failed" / name)
-        target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
-        os.rename(path, target)
-        log.error("%s: %s; moved to failed/", name, reason)
-        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.increment_counter(FAILED_COUNTER, 1)
-            tx.delete_source_position(f"files:{self._name}", path.name)
-
-    async def _submit_file(self, path: Path, submit_rows: SubmitRows, progress: _FileProgress) -> None:
+    async def _submit_file(self, file: int, name: str, submit_rows: SubmitRows, progress: _FileProgress) -> None:
         """Submit the rows after `progress`, and advance it."""
-        async with contextlib.aclosing(self._read_blocks(path, progress)) as blocks:
+        if progress.deaths >= MAX_DEATHS:
+            raise UsageError(f"{progress.deaths} processes in a row ended while they read it; look for damage in it")
+        async with contextlib.aclosing(self._read_blocks(file, name, progress)) as blocks:
             async for block in blocks:
                 rejected = dict(block.rejected)
-                if block.lines:
-                    line = None if isinstance(self._stream.media_format, ImageFormat) else block.lines[-1]
-                    position = SourcePosition(f"files:{self._name}", path.name, line)
-                    while (outcome := await submit_rows(self._name, block.raw, position, block.lines)).is_store_full:
-                        await asyncio.sleep(self._source.poll_interval)
-                    progress.last_line, progress.last_row = block.lines[-1], outcome.last_row or progress.last_row
-                    rejected |= dict(outcome.rejected)
+                if rejected and self._stream.media_format:
+                    raise RowRejected(next(iter(rejected.values())))
+                last_line = max([*block.lines[-1:], *rejected])
+                line = None if isinstance(self._stream.media_format, ImageFormat) else last_line
+                position = SourcePosition(f"files:{self._name}", name, line)
+                while (
+                    outcome := await submit_rows(self._name, block.raw, position, block.lines, rejected)
+                ).is_store_full:
+                    await asyncio.sleep(self._source.poll_interval)
+                progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
+                progress.deaths = 0
+                rejected |= dict(outcome.rejected)
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
-                    log.warning("%s: line %d: %s", _original_name(path), line, reason)
+                    log.warning("%s: line %d: %s", original_name(name), line, printable(reason))
                 progress.rejected_rows += len(rejected)
 
-    async def _read_blocks(self, path: Path, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
+    async def _read_blocks(self, file: int, name: str, progress: _FileProgress) -> AsyncGenerator[FileBlock]:
         """Yield the blocks after `progress`. Raises UsageError if this file cannot be read, OSError if none can."""
         try:
-            async with contextlib.aclosing(self._decode_blocks(path, progress.last_line)) as blocks:
+            async with contextlib.aclosing(self._decode_blocks(file, name, progress.last_line)) as blocks:
                 async for block in blocks:
                     yield block
         except OSError as error:
-            if error.errno in _TRANSIENT_ERRNOS:
-                raise
-            stored = f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
-            text = f"cannot be read: {error.strerror or error}; fix that, and put it into the folder again{stored}"
-            raise UsageError(f"{path}: {text}") from None
+            raise self._to_file_error(error, progress) from None
 
-    async def _decode_blocks(self, path: Path, skip: int) -> AsyncGenerator[FileBlock]:
-        if self._stream.media_format is None:
-            with open_file(path) as file:
-                for block in read_blocks(path, file, self._name, self._stream, skip):
-                    yield block
-            return
-        # Decoded in another thread, so that other producers need not wait; in turn, so that rows keep the files' order.
+    def _to_file_error(self, error: OSError, progress: _FileProgress) -> Exception:
+        """Return `error` if it is one of the machine, else an error of the file."""
+        if error.errno in _TRANSIENT_ERRNOS:
+            return error
+        text = f"cannot be read: {error.strerror or error}; fix that, and put it into the folder again"
+        return UsageError(text + self._describe_stored(progress))
+
+    def _describe_stored(self, progress: _FileProgress) -> str:
+        return f"; its lines up to {progress.last_line} are in the stream already" if progress.last_line else ""
+
+    async def _decode_blocks(self, file: int, name: str, skip: int) -> AsyncGenerator[FileBlock]:
+        # In turn, so that rows keep the files' order.
         async with self._decode_lock:
-            blocks = media_reader.read_blocks(path, _original_name(path), self._stream, skip, self._last_us)
-            first = await asyncio.to_thread(next, blocks, None)
-            if first is not None:
-                self._last_us = round(first.raw.t[-1] * 1e6)
-        while first is not None:
-            yield first
-            first = await asyncio.to_thread(next, blocks, None)
+            await self._run_decoder(lambda: self._decoder.start(original_name(name)))
+            with self._marker.guard(name, skip):
+                blocks = self._decoder.decode(file, original_name(name), skip, self._last_us)
+                if isinstance(self._stream.media_format, ImageFormat):
+                    decoded = await self._run_decoder(lambda: list(blocks))
+                else:
+                    decoded = []
+                    while (block := await self._run_decoder(lambda: next(blocks, None))) is not None:
+                        yield block
+                if decoded:
+                    self._last_us = round(decoded[-1].raw.t[-1] * 1e6)
+        for block in decoded:
+            yield block
 
-
-def _read_file_state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _original_name(claimed: Path) -> str:
-    """Return the name before a file was claimed; its own name if somebody else put it into `taking/`."""
-    return claimed.name.partition(".")[2] or claimed.name
-
-
-def _unused_path(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.{time.time_ns()}{target.suffix}") if target.exists() else target
-
-
-def _append_to_index(index: Path, name: str, rows: tuple[int, int], *, is_retry: bool) -> None:
-    ending = f",{rows[0]},{rows[1]}\n"
-    with index.open("a+", encoding="utf-8") as file:
-        size = file.tell()
-        if is_retry:
-            # A crash may have left the entry.
-            file.seek(max(0, size - _TAIL_BYTES))
-            if ending in file.read():
-                return
-        if not size:
-            file.write("file,first,last\n")
-        quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"\r\n') else name
-        file.write(quoted + ending)
+    async def _run_decoder(self, call: Callable[[], T]) -> T:
+        """Wait for the decoder in another thread, so that producers need not wait."""
+        try:
+            return await asyncio.to_thread(call)
+        except asyncio.CancelledError:
+            # The thread then ends, too.
+            self._decoder.close()
+            raise

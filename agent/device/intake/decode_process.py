@@ -1,0 +1,198 @@
+"""Decode process: decodes the files of a stream in a limited child, one file after another.
+
+Hostile bytes can end that process, or take the memory it was given; the daemon goes on. It starts with the first file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from agent.config import StreamConfig
+from agent.datasets.formats import PARQUET_SUFFIXES
+from agent.device.intake import decoded_blocks
+from agent.device.intake.decoded_blocks import Answer, DecodedBlock, DecodeEnd, DecodeRequest, DecoderSetup
+from agent.device.intake.file_reader import FileBlock
+from agent.errors import RowRejected, UsageError
+from agent.media import ImageFormat, SoundFormat
+from agent.model.sandbox import available_memory
+
+_WORKER = "agent.device.intake.decode_worker"
+# Half of the memory that is left, between these: the daemon and what else runs need theirs.
+_MIN_MEMORY_BYTES, _MAX_MEMORY_BYTES = 32 << 20, 512 << 20
+_ANSWER_TIMEOUT_S = 120.0
+_IDLE_S = 30.0
+# One allocator and one thread: address space is limited.
+_ENVIRONMENT = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_INHERITED = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
+
+
+class DecoderDied(UsageError):
+    """The process ended or did not answer while it decoded a file."""
+
+
+class DecodeProcess:
+    """Child process for the files of stream `name`. Used by one thread at a time; close it."""
+
+    def __init__(self, name: str, stream: StreamConfig, *, show_values: bool = False) -> None:
+        self._name, self._stream, self._show_values = name, stream, show_values
+        self._child: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self._used_s, self._with_parquet = 0.0, False
+
+    def decode(self, file: int, name: str, skip: int = 0, last_us: int | None = None) -> Iterator[FileBlock]:
+        """Yield the blocks of the open `file` as `file_reader.read_blocks` or `media_reader.read_blocks` do.
+
+        Raises RowRejected, UsageError, OSError as these do; DecoderDied.
+        """
+        channel = self.start(name)
+        is_finished = False
+        try:
+            try:
+                decoded_blocks.send(channel, DecodeRequest(name, skip, last_us), [file])
+            except OSError:
+                raise self._make_death_error() from None
+            while isinstance(answer := self._receive(channel), DecodedBlock):
+                try:
+                    block = decoded_blocks.unpack(answer, self._stream)
+                except ValueError as problem:
+                    raise DecoderDied(f"the process that decodes it sent an invalid answer ({problem})") from None
+                del answer
+                yield block
+            is_finished = True
+        finally:
+            self._used_s = time.monotonic()
+            if not is_finished:
+                # It is at an unknown place of the file.
+                self.close()
+        _raise_end(answer)
+
+    def close(self) -> None:
+        """End the process. Any thread may call it: who waits for an answer then gets DecoderDied."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+            channel.close()
+
+    def close_if_idle(self) -> None:
+        """End a process that had no file for a while, for its memory."""
+        if self._child is not None and time.monotonic() - self._used_s > _IDLE_S:
+            self.close()
+
+    def start(self, name: str) -> socket.socket:
+        """Start a process that decodes file `name`, unless one runs, and wait for it. Raises OSError.
+
+        A process that reads Parquet takes 80 MB more.
+        """
+        with_parquet = Path(name).suffix.lower() in PARQUET_SUFFIXES
+        is_alive = self._child is not None and self._child.poll() is None
+        if self._channel is not None and is_alive and (self._with_parquet or not with_parquet):
+            return self._channel
+        self.close()
+        self._with_parquet = with_parquet
+        ours, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ENVIRONMENT
+        with theirs:
+            try:
+                # -P: never import an `agent` package from the current folder.
+                command = [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())]
+                with _blocked_signals():
+                    self._child = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        pass_fds=[theirs.fileno()],
+                        env=environment,
+                    )
+            except BaseException:
+                ours.close()
+                raise
+        self._channel = ours
+        ours.settimeout(_ANSWER_TIMEOUT_S)
+        media = self._stream.media_format
+        setup = DecoderSetup(
+            self._name,
+            self._stream.fields,
+            media if isinstance(media, ImageFormat) else None,
+            media if isinstance(media, SoundFormat) else None,
+            with_parquet,
+            self._show_values,
+            max(_MIN_MEMORY_BYTES, min(_MAX_MEMORY_BYTES, available_memory.available_bytes() // 2)),
+            os.getpid(),
+        )
+        try:
+            decoded_blocks.send(ours, setup)
+            self._receive(ours)
+        except (OSError, DecoderDied) as problem:
+            self.close()
+            raise OSError(errno.EAGAIN, f"the process that decodes files does not start: {problem}") from None
+        return ours
+
+    def _receive(self, channel: socket.socket) -> Answer:
+        """Raise DecoderDied if no answer comes."""
+        try:
+            data = decoded_blocks.receive(channel)
+        except TimeoutError:
+            raise DecoderDied(f"could not be decoded within {_ANSWER_TIMEOUT_S:g} s") from None
+        except (OSError, ValueError):
+            data = None
+        if data is None:
+            raise self._make_death_error()
+        try:
+            return _ANSWERS.decode(data)
+        except msgspec.MsgspecError as error:
+            raise DecoderDied(f"the process that decodes it sent an invalid answer ({error})") from None
+
+    def _make_death_error(self) -> DecoderDied:
+        child, code = self._child, None
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(1)
+        how = "ended" if code is None else f"ended with {_describe_exit(code)}"
+        return DecoderDied(f"the process that decodes it {how}; the file is damaged, or needs more memory than is left")
+
+
+def _describe_exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _raise_end(end: DecodeEnd) -> None:
+    match end.kind:
+        case "rows":
+            raise RowRejected(end.text)
+        case "usage":
+            raise UsageError(end.text)
+        case "os":
+            raise OSError(end.errno, end.text)
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Start a child that ignores stop signals: stopping the daemon must not look like a damaged file."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

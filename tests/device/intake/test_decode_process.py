@@ -1,0 +1,141 @@
+"""Decode process: a file that takes too much memory, or ends its reader, costs that process and no other."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.config import FieldConfig, StreamConfig
+from agent.config.sources import FilesSource
+from agent.device.intake import decode_process
+from agent.device.intake.decode_process import DecodeProcess, DecoderDied
+from agent.device.intake.file_reader import FileBlock, read_blocks
+from agent.device.intake.sources.file_marker import FileMarker
+from agent.device.store.rows import validate_columns
+from agent.errors import RowRejected, UsageError
+from agent.media import ImageFormat
+
+STREAM = StreamConfig(
+    fields=[
+        FieldConfig(name="n", type="i64"),
+        FieldConfig(name="x", optional=True),
+        FieldConfig(name="s", type="category", optional=True),
+    ]
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB of memory are left for decoding."""
+    monkeypatch.setattr(decode_process, "_MAX_MEMORY_BYTES", 64 << 20)
+
+
+def decode(path: Path, stream: StreamConfig = STREAM, skip: int = 0) -> list[FileBlock]:
+    process, file = DecodeProcess("s", stream), os.open(path, os.O_RDONLY)
+    try:
+        return list(process.decode(file, path.name, skip))
+    finally:
+        os.close(file)
+        process.close()
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_rows_are_those_that_this_process_would_read(tmp_path: Path, skip: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b't,n,x,s\n1,1,0.5,a\n2,2,,"b\n1,x,1,\n,4,1,c\n5,5,1,\xff\n6,' + b"9" * 40 + b",1,\n7,7,nan,d\n")
+    with path.open("rb") as file:
+        expected = read_both(read_blocks(path, file, "s", STREAM, skip))
+    assert read_both(decode(path, skip=skip)) == expected
+    assert expected[1]
+
+
+def read_both(blocks: Any) -> tuple[list[int], list[int]]:
+    """Return the lines of valid and of rejected rows."""
+    valid: list[int] = []
+    rejected: list[int] = []
+    for block in blocks:
+        checked = validate_columns(block.raw, STREAM, 0, None)
+        valid += [line for i, line in enumerate(block.lines) if i not in checked.rejected]
+        rejected += [*block.rejected, *(block.lines[i] for i in checked.rejected)]
+    return valid, sorted(rejected)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_small_image_of_many_pixels_is_rejected_by_its_header(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    path = tmp_path / "bomb.png"
+    pillow.new("RGB", (7000, 7000)).save(path)
+    assert path.stat().st_size < 400_000
+    media = ImageFormat(width=8, height=6)
+    stream = StreamConfig(
+        fields=[FieldConfig(name=name) for name in media.columns], source=FilesSource(folder="", image=media)
+    )
+    with pytest.raises(UsageError, match=r"^7000 x 7000 pixels need 373 MiB of memory, 64 MiB are left"):
+        decode(path, stream)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_parquet_file_of_long_repeated_texts_takes_bounded_memory(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "bomb.parquet"
+    texts = arrow.DictionaryArray.from_arrays(np.zeros(60_000, np.int32), ["x" * 60_000])
+    parquet.write_table(arrow.table({"n": np.arange(60_000), "s": texts}), path)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    blocks = decode(path)
+    assert sum(len(block.rejected) for block in blocks) == 60_000
+    assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 400_000
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_line_without_end_is_rejected_and_not_held(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(b'{"n":1}\n{"n":' if name.endswith("jsonl") else b"n\n1\n")
+        file.truncate(1 << 30)
+    with pytest.raises(RowRejected, match="a row is longer than 1 MiB"):
+        decode(path)
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_file_is_named_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("n\n" + "".join(f"{i}\n" for i in range(400_000)))
+    process, file = DecodeProcess("s", STREAM), os.open(path, os.O_RDONLY)
+    try:
+        blocks = process.decode(file, path.name)
+        next(blocks)
+        assert process._child is not None
+        os.kill(process._child.pid, signal.SIGKILL)
+        with pytest.raises(DecoderDied, match="ended with SIGKILL"):
+            list(blocks)
+        os.lseek(file, 0, os.SEEK_SET)
+        assert sum(block.raw.n for block in process.decode(file, path.name)) == 400_000
+    finally:
+        os.close(file)
+        process.close()
+
+
+def test_what_was_in_hand_at_two_deaths_in_a_row_is_known(tmp_path: Path) -> None:
+    path, died = tmp_path / "reading.s", []
+    for deaths in range(2):
+        marker = FileMarker(path)
+        assert marker.count_deaths("1.a.csv", 7) == deaths
+        # Left set, as by a death.
+        died.append(marker.guard("1.a.csv", 7))
+        died[-1].__enter__()
+    assert FileMarker(path).count_deaths("1.a.csv", 7) == 2
+    assert FileMarker(path).count_deaths("1.a.csv", 8) == 0
+    with FileMarker(path).guard("1.a.csv", 7):
+        pass
+    assert FileMarker(path).count_deaths("1.a.csv", 7) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 1024, b"{", b"\xff" * 9])
+def test_a_damaged_marker_counts_for_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m").write_bytes(content)
+    assert FileMarker(tmp_path / "m").count_deaths("a", 0) == 0

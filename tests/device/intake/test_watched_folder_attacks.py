@@ -1,0 +1,205 @@
+"""Attacks on a watched folder: a writer to it can neither hold nor redirect the agent, nor read or write its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
+from agent.errors import UsageError
+from tests.device.intake.test_sources import put, taken, there, watching
+from tests.kit.stations import wait_for
+
+SECRET = "the agent's own key\n"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_SETTLED_S", 0.1)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "device.key"
+    path.write_text(SECRET)
+    return path
+
+
+def contents(folder: Path) -> str:
+    """Return all that lies in the working folders, links not followed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return "".join(path.read_text(errors="replace") for path in files)
+
+
+def test_pipes_sockets_and_links_go_to_failed_and_hold_nothing_up(tmp_path: Path, secret: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "a.csv")
+    (folder / "b.csv").symlink_to(secret)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "c.csv"))
+    os.link(secret, folder / "d.csv")
+    put(tmp_path, "z.csv", [7])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        assert taken(station) == [7]
+        assert station.store.counters()["files failed"] == 4
+        assert station.store.counters()["files ingested"] == 1
+    reasons = {name: (folder / "failed" / f"{name}.csv.txt").read_text() for name in "abcd"}
+    assert "a named pipe" in reasons["a"]
+    assert "a symbolic link" in reasons["b"]
+    assert "a socket" in reasons["c"]
+    assert "2 names (hard links)" in reasons["d"]
+    assert not any(SECRET.strip() in reason for reason in reasons.values())
+
+
+@contextlib.contextmanager
+def swapping(folder: Path, secret: Path) -> Iterator[list[int]]:
+    """Exchange the file `a.csv` for a link and a pipe as fast as one thread can; the list counts the turns."""
+    stopped, turns = threading.Event(), [0]
+
+    def swap() -> None:
+        while not stopped.is_set():
+            turns[0] += 1
+            draft = folder / f".draft{turns[0]}"
+            if turns[0] % 3 == 0:
+                draft.write_text("n\n1\n")
+            elif turns[0] % 3 == 1:
+                draft.symlink_to(secret)
+            else:
+                os.mkfifo(draft)
+            draft.replace(folder / "a.csv")
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield turns
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def test_a_link_or_pipe_swapped_in_after_the_look_is_neither_followed_nor_waited_for(
+    tmp_path: Path, secret: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    opened: list[bytes] = []
+    with WatchedFolder(tmp_path / "in") as folder, swapping(tmp_path / "in", secret) as turns:
+        while turns[0] < 3000 or len(opened) < 3:
+            for name in folder.list_files([".csv"]):
+                claimed = folder.claim(name)
+                try:
+                    file = folder.open_claimed(claimed)
+                except UsageError as problem:
+                    folder.move_to_failed(claimed, str(problem))
+                    continue
+                opened.append(os.read(file, 100))
+                os.close(file)
+    assert set(opened) <= {b"n\n1\n", b""}
+    assert SECRET not in contents(tmp_path / "in")
+
+
+def test_a_link_in_the_place_of_a_reason_overwrites_nothing(tmp_path: Path, secret: Path) -> None:
+    failed = tmp_path / "in" / "failed"
+    failed.mkdir(parents=True)
+    (failed / "a.csv.txt").symlink_to(secret)
+    put(tmp_path, "a.csv", [1], header="m")
+    with watching(tmp_path) as station:
+        wait_for(lambda: station.store.counters().get("files failed") == 1, "the file and its reason")
+    assert secret.read_text() == SECRET
+    assert (failed / "a.csv.txt").is_symlink()
+    assert "column 'm'" in contents(failed)
+
+
+@pytest.mark.parametrize("name", ["taking", "done", "failed"])
+def test_a_link_in_the_place_of_a_working_folder_is_moved_aside(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).symlink_to(elsewhere)
+    put(tmp_path, "a.csv", [1])
+    put(tmp_path, "b.csv", [1], header="m")
+    with watching(tmp_path) as station:
+        wait_for(lambda: (tmp_path / "in" / "done" / "a.csv").exists(), "a.csv in done/")
+        wait_for(lambda: station.store.counters().get("files failed") == 1, "b.csv in failed/")
+        assert taken(station) == [1]
+    assert len(there(tmp_path)["failed"]) == 2
+    assert list(elsewhere.iterdir()) == []
+    assert len(list((tmp_path / "in").glob(f"{name}.*"))) == 1
+
+
+@needs_root
+def test_a_working_folder_of_another_user_is_moved_aside(tmp_path: Path) -> None:
+    done = tmp_path / "in" / "done"
+    done.mkdir(parents=True)
+    os.chown(done, 12345, 12345)
+    with WatchedFolder(tmp_path / "in"):
+        assert done.stat().st_uid == os.geteuid()
+    [aside] = (tmp_path / "in").glob("done.*")
+    assert aside.stat().st_uid == 12345
+
+
+def test_a_link_in_the_place_of_the_index_is_moved_aside(tmp_path: Path, secret: Path) -> None:
+    with WatchedFolder(tmp_path / "in") as folder:
+        index = tmp_path / "in" / "done" / "rows.csv"
+        for attack in ("link", "pipe", "hard link"):
+            if attack == "link":
+                index.symlink_to(secret)
+            elif attack == "pipe":
+                os.mkfifo(index)
+            else:
+                os.link(secret, index)
+            folder.append_to_index("a.png", (1, 6), is_retry=False)
+            assert index.read_text() == "file,first,last\na.png,1,6\n"
+            index.unlink()
+    assert secret.read_text() == SECRET
+
+
+def test_names_that_are_long_or_unprintable_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    names = [
+        b"a" * 251 + b".csv",
+        b"\xff\x1b[2J.csv",
+        "\u202egpj.csv".encode(),
+        b"x\ny.csv",
+        "é".encode() * 125 + b".csv",
+    ]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_text("m\n1\n")
+    put(tmp_path, "z.csv", [7])
+    with watching(tmp_path) as station:
+        wait_for(lambda: station.store.counters().get("files failed") == len(names), "all names in failed/")
+        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+    failed = there(tmp_path)["failed"]
+    assert len(failed) == 2 * len(names)
+    assert all(name.isprintable() and len(os.fsencode(name)) <= 255 for name in failed)
+    assert "%FF%1B[2J.csv" in failed
+    assert all(line.isprintable() for line in caplog.text.splitlines())
+
+
+def test_safe_names_keep_their_suffix_and_differ() -> None:
+    long = ["a" * 240 + f"{i}.csv" for i in range(3)]
+    assert len({safe_name(name) for name in long}) == 3
+    assert all(safe_name(name).endswith(".csv") and len(safe_name(name)) == 200 for name in long)
+    assert safe_name("readings 1.csv") == "readings 1.csv"
+    assert all(safe_name(safe_name(name)) == safe_name(name) for name in long)
+
+
+def test_a_cell_with_escape_characters_reaches_the_log_escaped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.csv", ["\x1b]0;owned\x07"])
+    put(tmp_path, "b.csv", [1], header="\x1b[31mn")
+    with watching(tmp_path):
+        wait_for(lambda: len(there(tmp_path)["failed"]) == 2, "b.csv in failed/")
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+    assert "\x1b" not in caplog.text
+    assert "\x1b" not in (tmp_path / "in" / "failed" / "b.csv.txt").read_text()
