@@ -81,11 +81,11 @@ def _render(folder: Path, platform: str, pythons: Sequence[str]) -> str:
         everything = folder / "everything.txt"
         everything.write_text("".join(_resolve(folder, platform, python, extras).values()), encoding="utf-8")
         device = _resolve(folder, platform, python, (), everything)
-        found = {"device": device, BUILD: _resolve(folder, platform, python, None)}
+        resolved = {"device": device, BUILD: _resolve(folder, platform, python, None)}
         for extra in extras:
             more = _resolve(folder, platform, python, (extra,), everything)
-            found[extra] = {name: lines for name, lines in more.items() if name not in device}
-        for section, packages in found.items():
+            resolved[extra] = {name: lines for name, lines in more.items() if name not in device}
+        for section, packages in resolved.items():
             for lines in packages.values():
                 sections[section].setdefault(lines, []).append(python)
     text = "# Made by `python -m scripts.lock`: do not edit.\n"
@@ -95,10 +95,10 @@ def _render(folder: Path, platform: str, pythons: Sequence[str]) -> str:
     return text
 
 
-def _with_marker(lines: str, found_for: Sequence[str], pythons: Sequence[str]) -> str:
-    if len(found_for) == len(pythons):
+def _with_marker(lines: str, versions: Sequence[str], pythons: Sequence[str]) -> str:
+    if len(versions) == len(pythons):
         return lines
-    condition = " or ".join(f"python_version == '{python}'" for python in found_for)
+    condition = " or ".join(f"python_version == '{python}'" for python in versions)
     return lines.replace(" \\\n", f" ; {condition} \\\n", 1)
 
 

@@ -96,5 +96,5 @@ def test_every_command_prints_through_the_escaping_functions() -> None:
     for path in sorted((ROOT / "agent" / "cli").rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         lines = path.read_text(encoding="utf-8").splitlines()
-        found = [f"{name}: {line.strip()}" for line in lines if raw.search(line) and name not in own]
-        assert [line for line in found if "printable" not in line and r'"\r\x1b[K"' not in line] == []
+        matches = [f"{name}: {line.strip()}" for line in lines if raw.search(line) and name not in own]
+        assert [line for line in matches if "printable" not in line and r'"\r\x1b[K"' not in line] == []

@@ -20,7 +20,7 @@ SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11
 RESULTS = SENDER.results(60, rows_at=(1, 60))
 ANEW = MessageSender(key=new_key(7), log="6a0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c12")
 AGAIN = ANEW.results(60, rows_at=(1, 60))
-BEGUN = ANEW.append("audit", event="new log", summary="", evidence={"old": SENDER.log, "through": 2**20})
+NEW_LOG = ANEW.append("audit", event="new log", summary="", evidence={"old": SENDER.log, "through": 2**20})
 METRICS = [
     {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 100},
     {"metric": "accuracy", "slice": "site=a", "value": 0.5, "low": 0.3, "high": 0.7, "n": 20, "state": "worse"},
@@ -97,7 +97,7 @@ def test_labels_from_the_model_are_not_ground_truth(store: FleetStore) -> None:
 
 def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetStore) -> None:
     take(store, Label(1, None, "PEN"))
-    store.ingest([Arrival(ANEW.verify(AGAIN)), Arrival(ANEW.verify(BEGUN))], [], NOW)
+    store.ingest([Arrival(ANEW.verify(AGAIN)), Arrival(ANEW.verify(NEW_LOG))], [], NOW)
     outcome = take(store, Label(2, None, "PEN"))
     assert outcome.sources == {"human": 1}
     assert ask(store, "SELECT log, row FROM labels ORDER BY log") == [(SENDER.log, 1), (ANEW.log, 2)]

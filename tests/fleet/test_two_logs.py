@@ -13,6 +13,8 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender, SignedMessage, new_key
 
+pytestmark = pytest.mark.attack("clones")
+
 NOW = "2026-11-24T22:20:00.000000Z"
 SOON = "2026-11-24T22:20:30.000000Z"
 LATER = "2026-11-24T22:40:00.000000Z"
@@ -83,7 +85,9 @@ def test_a_clone_that_names_a_log_which_went_further_ends_nothing(
     assert ("drift", "critical", genuine.log) in open_alerts(store)
 
 
-def test_a_clone_that_ends_the_log_is_found_once_the_device_goes_on(store: FleetStore, genuine: MessageSender) -> None:
+def test_a_clone_that_ends_the_log_is_detected_once_the_device_goes_on(
+    store: FleetStore, genuine: MessageSender
+) -> None:
     clone = MessageSender(key=genuine.key)
     collect(store, clone, begin(clone, genuine, genuine.seq))
     assert live(store) == [clone.log]
@@ -92,7 +96,7 @@ def test_a_clone_that_ends_the_log_is_found_once_the_device_goes_on(store: Fleet
     assert audit(store).passed
 
 
-def test_a_clone_that_claims_an_end_far_ahead_is_found_once_the_device_goes_on(
+def test_a_clone_that_claims_an_end_far_ahead_is_detected_once_the_device_goes_on(
     store: FleetStore, genuine: MessageSender
 ) -> None:
     clone = MessageSender(key=genuine.key)

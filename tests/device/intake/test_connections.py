@@ -229,7 +229,7 @@ def test_a_tcp_producer_without_the_token_is_refused(tmp_path: Path) -> None:
         assert station.store.last_row("watch") == 1
 
 
-def test_the_token_is_made_for_its_owner_alone_and_kept(tmp_path: Path) -> None:
+def test_the_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "intake.token"
     token = load_token(path)
     assert path.stat().st_mode & 0o777 == 0o600

@@ -21,6 +21,8 @@ from agent.device.store.rows import validate_columns
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat
 
+pytestmark = pytest.mark.attack("files")
+
 STREAM = StreamConfig(
     fields=[
         FieldConfig(name="n", type="i64"),

@@ -17,6 +17,8 @@ from agent.errors import UsageError
 from tests.device.intake.test_sources import put, taken, there, watching
 from tests.kit.stations import wait_for
 
+pytestmark = pytest.mark.attack("files")
+
 SECRET = "the agent's own key\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
 

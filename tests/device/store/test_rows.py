@@ -163,7 +163,7 @@ def test_an_invalid_value_is_rejected_with_a_reason_and_others_stay(
     assert reason(field, value) == expected_reason
 
 
-def test_a_rejected_reading_is_in_no_reason_unless_asked_for() -> None:
+def test_a_rejected_reading_is_in_no_reason_by_default() -> None:
     """Reasons go to journals and to files beside the rejected ones."""
     pulse, who = FieldConfig(name="pulse", max=250), FieldConfig(name="who", type="category")
     fields = [pulse, FieldConfig(name="n", type="i64"), who]
