@@ -122,7 +122,7 @@ def audit(
 
 
 class _AuditParts(msgspec.Struct):
-    """What the audits of all logs share. `broken`: devices with a message that does not verify."""
+    """State that the audits of all logs share. `broken`: devices with a message that does not verify."""
 
     keyring: Keyring
     tables: StoredTables
