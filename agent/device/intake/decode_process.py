@@ -1,4 +1,4 @@
-"""Decode process: decodes the files of a stream in a limited child, one file after another.
+"""Decode process: decodes the files of a stream in a confined child, one file after another.
 
 Hostile bytes can end that process, or take the memory it was given; the daemon goes on. It starts with the first file.
 """
@@ -26,6 +26,7 @@ from agent.device.intake.file_reader import FileBlock
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.sandbox import available_memory
+from agent.model.sandbox.confinement import child_environment
 
 _WORKER = "agent.device.intake.decode_worker"
 # Half of the memory that is left, between these: the daemon and what else runs need theirs.
@@ -40,7 +41,6 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-_INHERITED = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
 
 
 class DecoderDied(UsageError):
@@ -62,10 +62,11 @@ class DecodeProcess:
         Raises RowRejected, UsageError, OSError as these do; DecoderDied.
         """
         channel = self.start(name)
+        request = DecodeRequest(name, os.fstat(file).st_mtime_ns // 1000, skip, last_us)
         is_finished = False
         try:
             try:
-                decoded_blocks.send(channel, DecodeRequest(name, skip, last_us), [file])
+                decoded_blocks.send(channel, request, [file])
             except OSError:
                 raise self._make_death_error() from None
             while isinstance(answer := self._receive(channel), DecodedBlock):
@@ -112,7 +113,6 @@ class DecodeProcess:
         self.close()
         self._with_parquet = with_parquet
         ours, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ENVIRONMENT
         with theirs:
             try:
                 # -P: never import an `agent` package from the current folder.
@@ -124,7 +124,7 @@ class DecodeProcess:
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
                         pass_fds=[theirs.fileno()],
-                        env=environment,
+                        env=child_environment() | _ENVIRONMENT,
                     )
             except BaseException:
                 ours.close()

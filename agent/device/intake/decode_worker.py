@@ -1,6 +1,6 @@
-"""Process that decodes the files of a stream: opens nothing, and takes the memory it is given and no more.
+"""Process that decodes the files of a stream: confined, and with the memory that it is given.
 
-The daemon passes each file as an open descriptor. Everything that decoders import is imported before the limits hold.
+The daemon passes each file as an open descriptor. The process imports all that decoders need before it is confined.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.inference import images
 from agent.model.sandbox import memory
+from agent.model.sandbox.confinement import ConfinementError, confine
 from agent.text import printable
 
 _PR_SET_PDEATHSIG = 1
 _MAX_TEXT_CHARS = 1000
+# Of its socket: requests and descriptors in, answers out.
+_CHANNEL_CALLS = ("recv", "recvfrom", "recvmsg", "send", "sendto")
 _TABLES = {
     "a.csv": b"n,s\n1,a\n",
     "b.csv": b't,n,s\n2026-01-01,1,"a"\nx,2,\xff\n',
@@ -51,6 +54,9 @@ def main() -> None:
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     _import_decoders(setup)
     memory.limit_growth(setup.memory_bytes)
+    # A kernel without seccomp filters leaves it the limits.
+    with contextlib.suppress(ConfinementError):
+        confine(_CHANNEL_CALLS)
     # Ready.
     decoded_blocks.send(channel, DecodeEnd())
     while (received := decoded_blocks.receive_with_file(channel)) is not None:
@@ -83,7 +89,8 @@ def _read_blocks(path: Path | None, file: Any, request: DecodeRequest, setup: De
             yield decoded_blocks.pack_table_block(block, stream, show_values=setup.show_values)
         return
     assert path is not None
-    for block in media_reader.read_blocks(path, file, stream, request.skip, request.last_us, limit):
+    modified_us, skip, last_us = request.modified_us, request.skip, request.last_us
+    for block in media_reader.read_blocks(path, file, modified_us, stream, skip, last_us, limit):
         yield decoded_blocks.pack_media_block(block)
 
 
@@ -108,7 +115,7 @@ def _import_decoders(setup: DecoderSetup) -> None:
         sample = os.memfd_create("sample", os.MFD_CLOEXEC)
         os.pwrite(sample, content, 0)
         with open(sample, "rb") as file:
-            for _ in _read_blocks(Path(name), file, DecodeRequest(name, 0, None), setup):
+            for _ in _read_blocks(Path(name), file, DecodeRequest(name, 0, 0, None), setup):
                 pass
 
 

@@ -47,12 +47,13 @@ class DecoderSetup(msgspec.Struct, frozen=True):
 
 
 class DecodeRequest(msgspec.Struct, frozen=True):
-    """File to decode, whose descriptor comes along; `skip` and `last_us` as in `file_reader` and `media_reader`.
+    """File to decode, whose descriptor comes along; other members as in `file_reader` and `media_reader`.
 
     `name` is its original name, "" for a stream of bytes.
     """
 
     name: str
+    modified_us: int
     skip: int
     last_us: int | None
 

@@ -8,7 +8,6 @@ The first row of a file never seems to continue the file before: see `ImageForma
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -54,6 +53,7 @@ def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> N
 def read_blocks(
     path: Path,
     file: BinaryIO,
+    modified_us: int,
     stream: StreamConfig,
     skip: int,
     last_us: int | None,
@@ -61,11 +61,11 @@ def read_blocks(
 ) -> Iterator[FileBlock]:
     """Yield the rows of the open `file`, whose original name is that of `path`, after the first `skip`.
 
+    `modified_us`: the file's modification time.
     `last_us`: time of the stream's last row, which is in this file if `skip` is not 0; None if unknown.
     `memory_bytes`: what may be taken to decode it. Raises UsageError if the file is not in the stream's format.
     """
     media = stream.media_format
-    modified_us = os.fstat(file.fileno()).st_mtime_ns // 1000
     if isinstance(media, ImageFormat):
         if not skip:
             rows = images.read_rows(path, media, file, memory_bytes)

@@ -43,7 +43,9 @@ def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memor
     pillow.MAX_IMAGE_PIXELS = None
     try:
         with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
-            if (length := os.fstat(opened.fileno()).st_size) > _MAX_BYTES:
+            length = opened.seek(0, os.SEEK_END)
+            opened.seek(0)
+            if length > _MAX_BYTES:
                 raise UsageError(f"{path}: {length:,} bytes, {_MAX_BYTES:,} at most; make it smaller")
             with pillow.open(opened, formats=("JPEG", "PNG")) as source:
                 mode, size = "RGB" if spec.channels == 3 else "L", (spec.width, spec.height)

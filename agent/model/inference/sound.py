@@ -39,7 +39,9 @@ class WavReader:
             self._file = self._exit_stack.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
             self.sample_count, file_rate = self._file.getnframes(), self._file.getframerate()
-            present = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
+            begin = raw.tell()
+            present = (raw.seek(0, os.SEEK_END) - begin) // (self._width * self._channels)
+            raw.seek(begin)
             if self._channels > _MAX_CHANNELS:
                 raise UsageError(f"{path}: has {self._channels} channels, {_MAX_CHANNELS} at most; mix it down first")
             if file_rate != rate:

@@ -1,6 +1,6 @@
-"""Confinement of a process that runs a model: a seccomp filter that leaves it computation, memory and its open pipes.
+"""Confinement of a process that runs a model or decodes files: a seccomp filter.
 
-A confined process opens no file, socket or process, signals and traces no other, and maps no executable memory. A
+It leaves the process computation, memory and what it has open. A confined process opens no file, socket or process, signals and traces no other, and maps no executable memory. A
 system call outside the list fails with EPERM, so that libraries can fall back. libseccomp translates the names of
 system calls for the processor; see seccomp(2) and seccomp_rule_add(3). The filter cannot be removed again.
 """
@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -58,7 +58,7 @@ _ALLOWED = """
     clock_gettime clock_gettime64 clock_getres clock_nanosleep clock_nanosleep_time64 nanosleep gettimeofday
     poll ppoll ppoll_time64 getrandom getrusage exit exit_group
 """
-# Variables that start Python; a password or token in the environment never reaches the model.
+# Variables that start Python; a password or token in the environment never reaches the child.
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
 
 
@@ -73,7 +73,7 @@ class _Comparison(ctypes.Structure):
 
 
 def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment of a process that runs a model."""
+    """Return the environment of a process that is to be confined."""
     return {name: environ[name] for name in _ENVIRONMENT if name in environ}
 
 
@@ -99,8 +99,11 @@ def find_obstacle() -> str:
     return "" if os.path.exists("/proc/sys/kernel/seccomp/actions_avail") else "the kernel has no seccomp filters"
 
 
-def confine() -> None:
-    """Confine this process and its threads for good. Raises ConfinementError; the process is then unchanged."""
+def confine(extra_calls: Sequence[str] = ()) -> None:
+    """Confine this process and its threads for good, and allow it `extra_calls`.
+
+    Raises ConfinementError; the process is then unchanged.
+    """
     library = _load_library()
     context = library.seccomp_init(_FAIL | errno.EPERM)
     if not context:
@@ -117,7 +120,7 @@ def confine() -> None:
             raise ConfinementError(f"libseccomp rejects the rule for {name}")
 
     try:
-        for name in _ALLOWED.split():
+        for name in (*_ALLOWED.split(), *extra_calls):
             add(_ALLOW, name)
         for name in ("mmap", "mmap2", "mprotect"):
             add(_ALLOW, name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import wave
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.sources.file_marker import FileMarker
 from agent.device.store.rows import validate_columns
 from agent.errors import RowRejected, UsageError
-from agent.media import ImageFormat
+from agent.media import ImageFormat, MediaFormat, SoundFormat
 
 pytestmark = pytest.mark.attack("files")
 
@@ -30,6 +32,8 @@ STREAM = StreamConfig(
         FieldConfig(name="s", type="category", optional=True),
     ]
 )
+IMAGE = ImageFormat(width=8, height=6)
+SOUND = SoundFormat(rate=16_000, window=512, hop=256, mels=8)
 
 
 @pytest.fixture
@@ -68,18 +72,80 @@ def read_both(blocks: Any) -> tuple[list[int], list[int]]:
     return valid, sorted(rejected)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "png", "jpg", "wav"])
+def test_the_process_is_confined_and_decodes_each_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setenv("BROKER_PASSWORD", "token")
+    path = tmp_path / f"a.{suffix}"
+    stream, rows = write_sample(path)
+    process = DecodeProcess("s", stream)
+    try:
+        with path.open("rb") as file:
+            blocks = list(process.decode(file.fileno(), path.name))
+        assert [sum(block.raw.n for block in blocks), sum(len(block.rejected) for block in blocks)] == [rows, 0]
+        assert process._child is not None
+        proc = Path(f"/proc/{process._child.pid}")
+        assert "Seccomp:\t2\n" in (proc / "status").read_text(encoding="ascii")
+        assert b"token" not in (proc / "environ").read_bytes()
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b'\xff"')
+        with path.open("rb") as file:
+            problems = read_problems(process.decode(file.fileno(), path.name))
+        # The decoder names the damage: it asked for nothing that is not allowed.
+        assert problems and "not permitted" not in problems
+        assert process._child.poll() is None
+    finally:
+        process.close()
+
+
+def read_problems(blocks: Iterator[FileBlock]) -> str:
+    """Return the reasons of what a file's decoder rejects."""
+    problems: list[str] = []
+    try:
+        for block in blocks:
+            problems += block.rejected.values()
+    except (RowRejected, UsageError) as problem:
+        problems.append(str(problem))
+    return "\n".join(problems)
+
+
+def write_sample(path: Path) -> tuple[StreamConfig, int]:
+    """Write a valid file in the format of its suffix; return its stream and number of rows."""
+    n = 20_000
+    match path.suffix:
+        case ".csv":
+            path.write_text("n,s\n" + "".join(f"{i},a\n" for i in range(n)))
+        case ".jsonl":
+            path.write_text("".join(f'{{"n":{i},"s":"é"}}\n' for i in range(n)))
+        case ".parquet":
+            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(arrow.table({"n": np.arange(n), "s": ["a"] * n}), path, compression="zstd")
+        case ".wav":
+            with wave.open(str(path), "wb") as file:
+                file.setparams((1, 2, SOUND.rate, 0, "NONE", ""))
+                file.writeframes(bytes(2 * (SOUND.window + 9 * SOUND.hop)))
+            return make_media_stream(SOUND), 10
+        case _:
+            pillow = pytest.importorskip("PIL.Image")
+            pillow.effect_noise((300, 200), 50).save(path)
+            return make_media_stream(IMAGE), IMAGE.height
+    return STREAM, n
+
+
+def make_media_stream(media: MediaFormat) -> StreamConfig:
+    kind = {"image": media} if isinstance(media, ImageFormat) else {"sound": media}
+    fields = [FieldConfig(name=name) for name in media.columns]
+    return StreamConfig(fields=fields, source=FilesSource(folder="", **kind))
+
+
 @pytest.mark.usefixtures("small")
 def test_a_small_image_of_many_pixels_is_rejected_by_its_header(tmp_path: Path) -> None:
     pillow = pytest.importorskip("PIL.Image")
     path = tmp_path / "bomb.png"
     pillow.new("RGB", (7000, 7000)).save(path)
     assert path.stat().st_size < 400_000
-    media = ImageFormat(width=8, height=6)
-    stream = StreamConfig(
-        fields=[FieldConfig(name=name) for name in media.columns], source=FilesSource(folder="", image=media)
-    )
     with pytest.raises(UsageError, match=r"^7000 x 7000 pixels need 373 MiB of memory, 64 MiB are left"):
-        decode(path, stream)
+        decode(path, make_media_stream(IMAGE))
 
 
 @pytest.mark.usefixtures("small")

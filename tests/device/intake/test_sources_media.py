@@ -195,7 +195,7 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
 
 def read_sound(path: Path, stream: StreamConfig, skip: int, last_us: int | None) -> list[FileBlock]:
     with path.open("rb") as file:
-        return list(media_reader.read_blocks(path, file, stream, skip, last_us))
+        return list(media_reader.read_blocks(path, file, path.stat().st_mtime_ns // 1000, stream, skip, last_us))
 
 
 @pytest.mark.parametrize("late_us", [0, 1, 32_000, 63_999])
