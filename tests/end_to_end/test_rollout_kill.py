@@ -61,8 +61,8 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
     """Desire it, as a retained message that comes with each connection, and run batches until it is there."""
     delivery = signed(site.operator.key, next(NUMBERS), {"sort": site.wanted(text, strategy)})
     while not until(site):
-        desires = site.daemon._uplink._receivers[1]
-        assert isinstance(desires, DesiredStateStore)
+        receivers = site.daemon._uplink._receivers
+        [desires] = [receiver for receiver in receivers if isinstance(receiver, DesiredStateStore)]
         desires.accept(delivery)
         desires.apply_pending(site.now)
         site.tick()

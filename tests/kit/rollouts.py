@@ -155,8 +155,8 @@ class Site(Device):
         self.desire_tasks({"sort": self.wanted(text, strategy, rollout, **more)})
 
     def desire_tasks(self, tasks: Mapping[str, Any]) -> None:
-        desires = self.daemon._uplink._receivers[1]
-        assert isinstance(desires, DesiredStateStore)
+        receivers = self.daemon._uplink._receivers
+        [desires] = [receiver for receiver in receivers if isinstance(receiver, DesiredStateStore)]
         desires.accept(signed(self.operator.key, next(self._counters), tasks))
         desires.apply_pending(self.now)
         self.tick()
