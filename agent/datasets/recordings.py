@@ -24,6 +24,7 @@ from agent.datasets.blocks import MAX_TIME_S, RowBlock, TextColumn, require_colu
 from agent.datasets.tables import START, FilePosition
 from agent.errors import UsageError
 from agent.model.bundle.manifest import ModelInput
+from agent.model.sandbox import available_memory
 
 # numpy answers damaged archives with all of these.
 _UNREADABLE_ERRORS = (
@@ -74,14 +75,15 @@ def load(path: Path) -> Recordings:
     """Raise UsageError."""
     with _open_arrays(path, "recordings") as arrays:
         scale = np.asarray(arrays["scale"], np.float32) if "scale" in arrays else np.float32(1)
-        rows = arrays["rows"].astype(np.float32) * scale
+        rows = _convert(arrays["rows"], np.float32)
+        rows *= scale
         fields = [str(name) for name in arrays["fields"]]
         if rows.ndim != 2 or rows.shape[1] != len(fields):
             raise ValueError(f"rows has shape {rows.shape}, fields names {len(fields)} columns")
-        starts = arrays["starts"].astype(np.int64) if "starts" in arrays else np.array([0, len(rows)])
+        starts = _convert(arrays["starts"], np.int64) if "starts" in arrays else np.array([0, len(rows)])
         if starts[0] != 0 or starts[-1] != len(rows) or (np.diff(starts) < 0).any():
             raise ValueError(f"starts must ascend from 0 to the number of rows, {len(rows)}")
-        t = arrays["t"].astype(np.float64) if "t" in arrays else None
+        t = _convert(arrays["t"], np.float64) if "t" in arrays else None
         if t is not None and t.shape != (len(rows),):
             raise ValueError(f"t has shape {t.shape}, there are {len(rows)} rows")
         rate = float(arrays["rate"]) if "rate" in arrays else 1.0
@@ -102,7 +104,7 @@ def load_windows(path: Path, spec: ModelInput) -> Float32s | None:
     with _open_arrays(path, "windows") as arrays:
         if "windows" not in arrays:
             return None
-        windows: Float32s = arrays["windows"].astype(np.float32)
+        windows: Float32s = _convert(arrays["windows"], np.float32)
     wanted = (spec.window.rows, len(spec.fields)) if spec.window else (len(spec.fields),)
     if windows.shape[1:] != wanted:
         raise UsageError(f"{path}: windows has shape {windows.shape}, the input needs (any number, {str(wanted)[1:]}")
@@ -156,10 +158,23 @@ def pause_between(spec: ModelInput) -> float:
 def _recording_codes(arrays: Any, name: str, count: int) -> Ints:
     if name not in arrays:
         return np.zeros(count, np.int64)
-    codes: Ints = arrays[name].astype(np.int64)
+    codes: Ints = _convert(arrays[name], np.int64)
     if codes.shape != (count,):
         raise ValueError(f"{name} has shape {codes.shape}, there are {count} recordings")
     return codes
+
+
+def _convert(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    _require_memory(array.size * np.dtype(dtype).itemsize * (array.dtype != dtype))
+    return array.astype(dtype, copy=False)
+
+
+def _require_memory(needed: int) -> None:
+    """Raise ValueError if `needed` bytes are more than are left: the kernel would end the process, or another."""
+    if needed > (left := available_memory.available_bytes()):
+        raise ValueError(
+            f"its arrays take {needed >> 20:,} MiB of memory, {left >> 20:,} MiB are left; write fewer rows to a file"
+        )
 
 
 @contextmanager
@@ -168,6 +183,8 @@ def _open_arrays(path: Path, noun: str) -> Iterator[Any]:
     try:
         # numpy leaves a file open that it was given by name and could not read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            # Sizes of the archive's directory, which its reader does not exceed.
+            _require_memory(sum(member.file_size for member in arrays.zip.infolist()))
             yield arrays
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None

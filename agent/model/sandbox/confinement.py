@@ -1,8 +1,9 @@
 """Confinement of a process that runs a model or decodes files: a seccomp filter.
 
-It leaves the process computation, memory and what it has open. A confined process opens no file, socket or process, signals and traces no other, and maps no executable memory. A
-system call outside the list fails with EPERM, so that libraries can fall back. libseccomp translates the names of
-system calls for the processor; see seccomp(2) and seccomp_rule_add(3). The filter cannot be removed again.
+The filter leaves a process computation, memory and its open pipes. The process opens no file, socket or process,
+signals and traces no other, and maps no executable memory. A system call outside the list fails with EPERM, so that
+libraries can fall back. libseccomp translates the names of system calls for the processor; see seccomp(2) and
+seccomp_rule_add(3). The filter cannot be removed again.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def test_the_process_is_confined_and_decodes_each_format(
         with path.open("rb") as file:
             problems = read_problems(process.decode(file.fileno(), path.name))
         # The decoder names the damage: it asked for nothing that is not allowed.
-        assert problems and "not permitted" not in problems
+        assert problems
+        assert "not permitted" not in problems
         assert process._child.poll() is None
     finally:
         process.close()

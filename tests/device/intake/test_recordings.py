@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.errors import ConfigError, UsageError
+from agent.model.sandbox import available_memory
 from tests.device.intake.test_sources import start
 from tests.kit.stations import Station, conf, wait_for
 
@@ -64,6 +66,28 @@ def test_rows_of_a_file_with_times_keep_them_in_the_store(tmp_path: Path) -> Non
     assert known.t is not None
     assert rows.columns[0].tolist() == list(range(20, 170))
     assert (rows.t / 1e6).tolist() == known.t[20:170].tolist()
+
+
+@pytest.mark.attack("files")
+@pytest.mark.parametrize(
+    ("dtype", "n", "peak_mib"), [(np.float64, 10 << 20, 4), (np.int8, 20 << 20, 64)], ids=["deflated", "widened"]
+)
+def test_a_zip_bomb_of_recordings_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type[np.generic], n: int, peak_mib: int
+) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, rows=np.zeros((n, 1), dtype), fields=np.array(["n"]))
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(available_memory, "available_bytes", lambda: 64 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            UsageError, match=r"bomb\.npz: not readable as recordings: its arrays take 80 MiB .* 64 MiB"
+        ):
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < peak_mib << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_next_pass_is_whole_weeks_later_so_that_the_time_of_day_stays() -> None:
