@@ -11,6 +11,7 @@ asks which lines were committed, and sends the rest: each line is processed exac
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 import socket
@@ -301,6 +302,9 @@ class Client:
 
     def _reconnect(self, cause: OSError) -> None:
         if self._name is None or isinstance(cause, _Refused):
+            # Replies from before the end say which lines are stored.
+            with contextlib.suppress(OSError):
+                self._read_replies()
             self._fail(cause)
         self._connect()
 

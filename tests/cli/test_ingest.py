@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -358,6 +359,25 @@ def test_a_daemon_killed_midway_is_named_with_the_last_stored_line(home: Path) -
     line = int(err.rpartition("all rows before line ")[2].split()[0])
     assert 2 < line <= reader.last_row("watch") + 2
     reader.close()
+
+
+@pytest.mark.attack("files")
+def test_a_file_that_ends_its_confined_decoder_costs_no_row_before_it(home: Path) -> None:
+    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(b"ax,ay\n" + b"1,1\n" * BLOCK_BYTES)
+        process.stdin.flush()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+        [status] = [Path(f"/proc/{child}/status").read_text(encoding="ascii") for child in children]
+        assert "Seccomp:\t2\n" in status
+        os.kill(int(children[0]), signal.SIGKILL)
+        err = process.stderr.read().decode()
+        assert process.wait(60) == 2
+    assert "the process that decodes it ended with SIGKILL" in err
+    accepted = int(err.rpartition("; ")[2].split()[0])
+    assert accepted == len(stored_rows(home, "watch")) > 0
 
 
 def test_a_socket_that_a_crash_left_behind_does_not_matter(

@@ -18,7 +18,8 @@ from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
 from agent.datasets.formats import open_file
-from agent.device.intake.file_reader import FileBlock, read_blocks
+from agent.device.intake.decode_process import DecodeProcess
+from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
@@ -79,10 +80,13 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
+        process = DecodeProcess(name, stream, show_values=conf.privacy.values_in_logs, answer_timeout_s=None)
+        open_files.enter_context(contextlib.closing(process))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            for checked, lines, bad, through in _check_blocks(conf, read_blocks(path, source, name, stream), stream):
+            blocks = _decode_blocks(process, source.fileno(), path.name if path is not None else "")
+            for checked, lines, bad, through in _check_blocks(conf, blocks, stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)
@@ -95,6 +99,16 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
             raise UsageError(f"{file}: {problem}{partial}")
     return accepted, rejected | refused
+
+
+def _decode_blocks(process: DecodeProcess, source: int, name: str) -> Iterator[FileBlock]:
+    """Yield the blocks of a file. Raises RowRejected, whatever its decoder cannot do."""
+    try:
+        yield from process.decode(source, name)
+    except UsageError as problem:
+        raise RowRejected(str(problem)) from None
+    except OSError as error:
+        raise RowRejected(error.strerror or str(error)) from None
 
 
 def _check_blocks(

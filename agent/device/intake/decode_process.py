@@ -48,10 +48,21 @@ class DecoderDied(UsageError):
 
 
 class DecodeProcess:
-    """Child process for the files of stream `name`. Used by one thread at a time; close it."""
+    """Child process for the files of stream `name`. Used by one thread at a time; close it.
 
-    def __init__(self, name: str, stream: StreamConfig, *, show_values: bool = False) -> None:
+    `answer_timeout_s`: longest wait for a block; None where the file may be a pipe.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: StreamConfig,
+        *,
+        show_values: bool = False,
+        answer_timeout_s: float | None = _ANSWER_TIMEOUT_S,
+    ) -> None:
         self._name, self._stream, self._show_values = name, stream, show_values
+        self._answer_timeout_s = answer_timeout_s
         self._child: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._used_s, self._with_parquet = 0.0, False
@@ -130,7 +141,7 @@ class DecodeProcess:
                 ours.close()
                 raise
         self._channel = ours
-        ours.settimeout(_ANSWER_TIMEOUT_S)
+        ours.settimeout(self._answer_timeout_s)
         media = self._stream.media_format
         setup = DecoderSetup(
             self._name,
@@ -155,7 +166,7 @@ class DecodeProcess:
         try:
             data = decoded_blocks.receive(channel)
         except TimeoutError:
-            raise DecoderDied(f"could not be decoded within {_ANSWER_TIMEOUT_S:g} s") from None
+            raise DecoderDied(f"could not be decoded within {self._answer_timeout_s:g} s") from None
         except (OSError, ValueError):
             data = None
         if data is None:
