@@ -51,6 +51,7 @@ class _LazyGroup(click.Group):
             from agent.model.sandbox import launch
 
             launch.prepare_spare()
+            ctx.call_on_close(launch.discard_spare)
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command

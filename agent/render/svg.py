@@ -91,15 +91,16 @@ class Drawing:
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{html_text(printable(self._title))}</title>", *self._elements, "</svg>"])
 
-    def to_svg_document(self, height: float, background: str) -> str:
-        """Return an SVG file."""
+    def to_svg_document(self, height: float, background: str, style: str = "") -> str:
+        """Return an SVG file. `style` is CSS for a drawing whose colours are variables."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
         title = f"<title>{html_text(printable(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
-        return "\n".join([head, title, paper, *self._elements, "</svg>"]) + "\n"
+        colors = [f"<style>{style}</style>"] if style else []
+        return "\n".join([head, title, *colors, paper, *self._elements, "</svg>"]) + "\n"
 
     def _add(self, tag: str, geometry: str, *, css_class: str = "", **attributes: str) -> None:
         kind = f' class="{css_class}"' if css_class else ""

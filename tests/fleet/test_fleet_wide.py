@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.clock import ClockReading
+from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
@@ -237,7 +238,8 @@ def test_a_time_that_no_calendar_has_does_not_stop_the_collector(store: FleetSto
         "alerts", task="exercise", alert="drift", subject="ax", state="raised", severity="warning", summary="x",
         id="exercise/ax/drift/1", time=f"{clock.to_rfc3339(NOW_US)[:8]}00T12:00:00Z",
     )  # fmt: skip
-    add(store, senders[9], sent)
+    with pytest.raises(MessageRefused, match="time"):
+        add(store, senders[9], sent)
     assert len(look(FleetWideAlerts(store))) == 1
 
 

@@ -11,7 +11,6 @@ from agent.cli.output import config_option, emit, json_option, print_table
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
 from agent.device.pipeline import cursor_repair, label_metrics, relearn
-from agent.model.sandbox import launch
 
 
 @click.command(epilog="Example: outstation batch exercise")
@@ -39,7 +38,6 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
             total["alerts"] += label_metrics.tick(loaded, store, message_log, now(), float(conf.buffer.keep_results))
             totals.append({"task": name, **total})
     finally:
-        launch.discard_spare()
         store.close()
     emit(
         totals,

@@ -86,6 +86,8 @@ def _verify_contents(
     report: VerificationReport,
     witnesses: Sequence[tuple[str, bytes]],
 ) -> None:
+    # First: of many problems, this one counts most.
+    _verify_audit(reader, report)
     messages = {file.path for file in head.files if file.path.startswith("messages/")}
     chains = ChainChecker(head, report.add_problem)
     claims = ClaimChecker(head, chains, report.add_problem, messages_complete=messages <= set(reader.verified_files))
@@ -103,7 +105,6 @@ def _verify_contents(
         claims.check_comparison(f"comparisons.json[{i}]", pair)
         report.comparisons += 1
     claims.check_chains()
-    _verify_audit(reader, report)
     report.decisions, report.unsupported = claims.decisions, claims.unsupported + chains.unsupported
     published = _verify_repository(reader, head, report)
     _verify_bundles(reader, head, published, report)
