@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_a_golden_file_with_a_byte_changed_is_refused_or_read_as_something(at: i
     except BadBundle as refused:
         outcome = str(refused).count("golden.npz")
     assert outcome in (1, 32)
+
+
+@pytest.mark.attack("files")
+def test_a_zip_bomb_of_golden_vectors_is_refused_before_it_is_decoded() -> None:
+    out = io.BytesIO()
+    zeros = np.zeros((1 << 20, 8), np.float32)
+    np.savez_compressed(out, inputs=zeros, expected=zeros, runtime=LITERT, tolerance=[0.1, 0.2])
+    data = out.getvalue()
+    assert len(data) < zeros.nbytes // 100
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadBundle, match="its members are compressed"):
+            golden_vectors.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def file_of(**arrays: object) -> bytes:
