@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import wave
 from collections.abc import Iterator
@@ -155,10 +154,14 @@ def test_a_parquet_file_of_long_repeated_texts_takes_bounded_memory(tmp_path: Pa
     path = tmp_path / "bomb.parquet"
     texts = arrow.DictionaryArray.from_arrays(np.zeros(60_000, np.int32), ["x" * 60_000])
     parquet.write_table(arrow.table({"n": np.arange(60_000), "s": texts}), path)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    blocks = decode(path)
-    assert sum(len(block.rejected) for block in blocks) == 60_000
-    assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 400_000
+    process, file = DecodeProcess("s", STREAM), os.open(path, os.O_RDONLY)
+    try:
+        assert sum(len(block.rejected) for block in process.decode(file, path.name)) == 60_000
+        assert process._child is not None
+        assert memory_kb(process._child.pid, "VmHWM") < 400_000
+    finally:
+        process.close()
+        os.close(file)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
