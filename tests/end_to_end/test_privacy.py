@@ -107,7 +107,7 @@ def planted(published: bytes) -> set[str]:
     return {text for text in (*numbers, *PATIENTS) if text.encode() in published}
 
 
-@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("protected", [True, pytest.param(False, marks=pytest.mark.attack("privacy", control=True))])
 def test_planted_readings_and_texts_are_in_no_byte_that_leaves(tmp_path: Path, protected: bool) -> None:
     privacy = "" if protected else "[privacy]\nmin_count = 1\nvalues_in_logs = true\n"
     with LocalFleet(tmp_path) as fleet:

@@ -21,6 +21,7 @@ from agent.device.intake.sources.file_marker import FileMarker
 from agent.device.store.rows import validate_columns
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
+from scripts.kit.process_stats import memory_kb
 
 pytestmark = pytest.mark.attack("files")
 
