@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Buffer, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent.wire.keys import b64url_decode, b64url_encode
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # Python 3.12
 
 SECRET_BYTES = 32
 _FORMATS = {"f32": "f", "f64": "d", "i64": "q", "category": "H"}

@@ -10,6 +10,7 @@ On request the same process then tunes batch size and threads (`autotune`).
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import resource
@@ -306,19 +307,17 @@ def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:
 
     Return the bytes that a batch may take.
     """
-    # Some are needed later, when a confined process can read no more files.
-    # ruff: noqa: F401
-    import encodings.cp437
-    import traceback
-    import zipfile
-
-    import numpy.lib._npyio_impl
-    import numpy.random
+    import numpy as np
     import psutil
 
     import agent.model.bundle.golden_vectors
-    import agent.model.sandbox.autotune
+    import agent.model.sandbox.autotune  # noqa: F401
     from agent.model.inference import runtime, tuning
+
+    # NumPy imports more at its first random number and its first archive, when a confined process can read no files.
+    archive = io.BytesIO()
+    np.savez(archive, values=np.random.default_rng(0).random(1))
+    np.load(io.BytesIO(archive.getvalue()))["values"]
 
     memory.limit_growth(limits.memory_mib << 20)
     cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.cpu_seconds
