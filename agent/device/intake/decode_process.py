@@ -33,6 +33,8 @@ _WORKER = "agent.device.intake.decode_worker"
 _MIN_MEMORY_BYTES, _MAX_MEMORY_BYTES = 32 << 20, 512 << 20
 _ANSWER_TIMEOUT_S = 120.0
 _IDLE_S = 30.0
+# Errors of the machine that may pass, where the process reads a file that is open already.
+_PASSING_ERRNOS = {errno.ENOMEM, errno.EIO}
 # One allocator and one thread: address space is limited.
 _ENVIRONMENT = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -45,6 +47,10 @@ _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 class DecoderDied(UsageError):
     """The process ended or did not answer while it decoded a file."""
+
+
+class DecoderFailed(OSError):
+    """The process reports an error of the machine that may pass; a hostile one may report it for ever."""
 
 
 class DecodeProcess:
@@ -70,13 +76,14 @@ class DecodeProcess:
     def decode(self, file: int, name: str, skip: int = 0, last_us: int | None = None) -> Iterator[FileBlock]:
         """Yield the blocks of the open `file` as `file_reader.read_blocks` or `media_reader.read_blocks` do.
 
-        Raises RowRejected, UsageError, OSError as these do; DecoderDied.
+        Raises RowRejected, UsageError as these do; DecoderDied; DecoderFailed, OSError.
         """
         channel = self.start(name)
         request = DecodeRequest(name, os.fstat(file).st_mtime_ns // 1000, skip, last_us)
         is_finished = False
         try:
             try:
+                channel.settimeout(self._answer_timeout_s)
                 decoded_blocks.send(channel, request, [file])
             except OSError:
                 raise self._make_death_error() from None
@@ -164,7 +171,7 @@ class DecodeProcess:
     def _receive(self, channel: socket.socket) -> Answer:
         """Raise DecoderDied if no answer comes."""
         try:
-            data = decoded_blocks.receive(channel)
+            data = decoded_blocks.receive(channel, self._answer_timeout_s)
         except TimeoutError:
             raise DecoderDied(f"could not be decoded within {self._answer_timeout_s:g} s") from None
         except (OSError, ValueError):
@@ -186,7 +193,13 @@ class DecodeProcess:
 
 
 def _describe_exit(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        # A real-time signal.
+        return f"signal {-code}"
 
 
 def _raise_end(end: DecodeEnd) -> None:
@@ -195,8 +208,10 @@ def _raise_end(end: DecodeEnd) -> None:
             raise RowRejected(end.text)
         case "usage":
             raise UsageError(end.text)
+        case "os" if end.errno in _PASSING_ERRNOS:
+            raise DecoderFailed(end.errno, end.text)
         case "os":
-            raise OSError(end.errno, end.text)
+            raise UsageError(f"cannot be read: {end.text}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import math
 import socket
 import struct
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ from agent.text import printable
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 64 << 20
 _MAX_SHOWN_CHARS = 64
+# Positions are stored as numbers that JSON keeps exactly.
+_MAX_LINE = 2**53
+# Epoch seconds whose microseconds fit into 64 bits.
+_MAX_TIME_S = 9e12
 
 
 class DecoderSetup(msgspec.Struct, frozen=True):
@@ -119,17 +124,29 @@ def pack_media_block(block: FileBlock) -> DecodedBlock:
 
 
 def unpack(block: DecodedBlock, stream: StreamConfig) -> FileBlock:
-    """Return the block. Raises ValueError if it is none."""
+    """Return the block. Raises ValueError if it is none: its sender may be hostile."""
     numbers = block.lines.unpack()
     n = len(numbers)
-    if n != block.n or (n and (numbers[0] < 1 or (np.diff(numbers) < 1).any())):
+    if n != block.n or not (n or block.rejected):
+        raise ValueError("it has no rows, or not as many as it says")
+    if block.lines.dtype != "<i8" or not all(1 <= line <= _MAX_LINE for line in [*numbers[:1], *numbers[-1:]]):
+        raise ValueError("its line numbers are out of range")
+    if (numbers[1:] <= numbers[:-1]).any():
         raise ValueError("its lines do not ascend")
+    if block.rejected and not 1 <= min(block.rejected) <= max(block.rejected) <= _MAX_LINE:
+        raise ValueError("its rejected lines are out of range")
     t = block.t.unpack() if isinstance(block.t, PackedColumn) else block.t
+    if t is not None and len(t) != n:
+        raise ValueError("its rows and times differ in number")
+    if (block.matrix is not None) != (stream.media_format is not None):
+        raise ValueError("it is not in the format of the stream")
     if block.matrix is not None:
+        if not n or block.rejected or block.matrix.dtype != "<f4":
+            raise ValueError("it has no rows of an image or sound")
         rows = block.matrix.unpack().reshape(n, len(stream.fields))
-        if not isinstance(t, np.ndarray) or len(t) != n:
-            raise ValueError("its rows have no times")
-        return media_reader.build_block(rows, t, int(numbers[0]) - 1 if n else 0, stream.fields)
+        if not isinstance(t, np.ndarray) or t.dtype.kind != "f" or not (np.abs(t) <= _MAX_TIME_S).all():
+            raise ValueError("its rows have no times, or not finite ones")
+        return media_reader.build_block(rows, t, int(numbers[0]) - 1, stream.fields)
     is_range = bool(n) and int(numbers[-1]) - int(numbers[0]) == n - 1
     lines: Sequence[int] = range(int(numbers[0]), int(numbers[-1]) + 1) if is_range else numbers.tolist()
     optional = {field.name for field in stream.fields if field.type == "category" and field.optional}
@@ -153,10 +170,14 @@ def send(channel: socket.socket, message: msgspec.Struct, descriptors: Sequence[
     channel.sendall(framed)
 
 
-def receive(channel: socket.socket) -> bytes | None:
-    """Return the next message; None at the end. Raises OSError, ValueError for a message without end."""
-    head = _receive_exactly(channel, _LENGTH.size)
-    return None if head is None else _receive_exactly(channel, _parse_length(head))
+def receive(channel: socket.socket, timeout_s: float | None = None) -> bytes | None:
+    """Return the next message; None at the end. Raises OSError, ValueError for a message without end.
+
+    `timeout_s`: for the whole message, however many parts it comes in.
+    """
+    due_s = None if timeout_s is None else time.monotonic() + timeout_s
+    head = _receive_exactly(channel, _LENGTH.size, due_s)
+    return None if head is None else _receive_exactly(channel, _parse_length(head), due_s)
 
 
 def receive_with_file(channel: socket.socket) -> tuple[bytes, int] | None:
@@ -175,10 +196,13 @@ def _parse_length(head: bytes | bytearray) -> int:
     return int(length)
 
 
-def _receive_exactly(channel: socket.socket, size: int) -> bytes | None:
+def _receive_exactly(channel: socket.socket, size: int, due_s: float | None = None) -> bytes | None:
     data = bytearray(size)
     view, at = memoryview(data), 0
     while at < size:
+        if due_s is not None:
+            # A timeout of 0 would make the socket non-blocking.
+            channel.settimeout(max(0.001, due_s - time.monotonic()))
         count = channel.recv_into(view[at:])
         if not count:
             return None

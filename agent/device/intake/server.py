@@ -47,6 +47,8 @@ _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
 _QUIET_S = 0.005
 _HEARTBEAT_S = 10.0
 _HEARTBEAT_TIMEOUT_S = 120.0
+# Time that a producer which has closed its side has to read its last answers.
+_FLUSH_S = 3.0
 # Time that sources have to handle the last commit.
 _SHUTDOWN_S = 3.0
 # Greetings and ends are answered by a commit of their own this many times, and once more for each usual commit: a
@@ -237,12 +239,15 @@ class Intake:
         except StorageError as error:
             self._fail(error)
         finally:
-            self._table.remove(producer)
             self._answer_callbacks.pop(producer, None)
             if producer.name is not None and self._connections_by_client.get(producer.name) is producer:
                 del self._connections_by_client[producer.name]
-            self._open_connections.discard(writer)
-            writer.close()
+            try:
+                await _flush_and_close(writer)
+            finally:
+                # Its descriptor and unread answers count until they are gone.
+                self._table.remove(producer)
+                self._open_connections.discard(writer)
 
     async def _read_lines(
         self, producer: ProducerConnection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -355,3 +360,13 @@ class Intake:
                 self._answer_callbacks.pop(producer, None)
         self._wake_waiters()
         self._on_committed()
+
+
+async def _flush_and_close(writer: asyncio.StreamWriter) -> None:
+    """Close a connection after its last answers are sent; one that does not read them loses them."""
+    writer.close()
+    try:
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(writer.wait_closed(), _FLUSH_S)
+    finally:
+        writer.transport.abort()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from agent.client import Client
-from agent.device.intake import listener
+from agent.device.intake import listener, server
 from agent.device.intake.listener import ConnectionTable, Refusal, User, load_token
 from agent.errors import UsageError
 from agent.testing.broker import free_port
@@ -195,6 +195,21 @@ def test_white_space_and_a_byte_order_mark_may_come_first(station: Station, befo
         time.sleep(0.02)
         line.send(ROW, ROW)
         assert line.through(2)["accepted"] >= 1
+
+
+def test_a_producer_that_hangs_up_and_never_reads_its_answers_takes_no_descriptor_for_ever(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_FLUSH_S", 1.0)
+    table = station.intake._table
+    with Line(station.socket) as line:
+        # Answers of 40 times as many bytes: more than the kernel holds.
+        line.socket.sendall(b"{\n" * 20_000)
+        line.hang_up()
+        wait_for(lambda: any(c.held_bytes() for c in table._connections), "unread answers in the table")
+        descriptors = len(os.listdir("/proc/self/fd"))
+        wait_for(lambda: not table._connections, "the end of the connection")
+        wait_for(lambda: len(os.listdir("/proc/self/fd")) < descriptors, "its descriptor")
 
 
 # --- the token of TCP

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource
-from agent.device.intake import decode_process
+from agent.device.intake import decode_process, decoded_blocks
 from agent.device.intake.decode_process import DecodeProcess, DecoderDied
+from agent.device.intake.decoded_blocks import DecodedBlock, PackedColumn
 from agent.device.intake.file_reader import FileBlock, read_blocks
 from agent.device.intake.sources.file_marker import FileMarker
 from agent.device.store.rows import validate_columns
@@ -212,3 +215,67 @@ def test_what_was_in_hand_at_two_deaths_in_a_row_is_known(tmp_path: Path) -> Non
 def test_a_damaged_marker_counts_for_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m").write_bytes(content)
     assert FileMarker(tmp_path / "m").count_deaths("a", 0) == 0
+
+
+# --- a process that hostile bytes have taken over
+
+
+def pack(values: list[Any], dtype: Any = "<i8") -> PackedColumn:
+    return PackedColumn(dtype, np.array(values, dtype).tobytes())
+
+
+ROWS = {"n": pack([1]), "x": pack([0.5], "<f4"), "s": ["a"]}
+HOSTILE_TABLES = [
+    DecodedBlock(0, None, pack([]), {}),
+    DecodedBlock(2, None, pack([1]), {}, ROWS),
+    DecodedBlock(1, None, pack([0]), {}, ROWS),
+    DecodedBlock(1, None, pack([2**53 + 1]), {}, ROWS),
+    DecodedBlock(2, None, pack([1, -(2**63)]), {}, ROWS),
+    DecodedBlock(3, None, pack([1, 5, 5]), {}, ROWS),
+    DecodedBlock(1, None, pack([np.nan], "<f8"), {}, ROWS),
+    DecodedBlock(0, None, pack([]), {0: "a"}),
+    DecodedBlock(0, None, pack([]), {2**63: "a"}),
+    DecodedBlock(1, pack([1.0, 2.0], "<f8"), pack([1]), {}, ROWS),
+    DecodedBlock(1, pack([1.0], "<f8"), pack([1]), {}, matrix=pack([1, 2, 3], "<f4")),
+]
+PIXELS = pack([0.5] * len(IMAGE.columns), "<f4")
+HOSTILE_IMAGES = [
+    DecodedBlock(0, pack([], "<f8"), pack([]), {}, matrix=pack([], "<f4")),
+    DecodedBlock(0, pack([], "<f8"), pack([]), {1: "a"}, matrix=pack([], "<f4")),
+    *(DecodedBlock(1, pack([t], "<f8"), pack([1]), {}, matrix=PIXELS) for t in (np.nan, np.inf, -np.inf, 1e300)),
+    DecodedBlock(1, pack([-(2**63)]), pack([1]), {}, matrix=PIXELS),
+    DecodedBlock(1, None, pack([1]), {}, matrix=PIXELS),
+    DecodedBlock(1, pack([1.0], "<f8"), pack([1]), {}, ROWS),
+]
+
+
+@pytest.mark.parametrize(
+    ("stream", "block"),
+    [
+        *((STREAM, block) for block in HOSTILE_TABLES),
+        *((make_media_stream(IMAGE), block) for block in HOSTILE_IMAGES),
+    ],
+)
+def test_a_hostile_decoders_block_is_refused(stream: StreamConfig, block: DecodedBlock) -> None:
+    with pytest.raises(ValueError, match=r"^(it|its) "):
+        decoded_blocks.unpack(block, stream)
+
+
+def test_a_hostile_decoder_that_sends_a_byte_now_and_then_does_not_delay_its_deadline() -> None:
+    process, (ours, theirs) = DecodeProcess("s", STREAM, answer_timeout_s=0.3), socket.socketpair()
+    stopped = threading.Event()
+
+    def trickle() -> None:
+        theirs.sendall((1000).to_bytes(4, "little"))
+        while not stopped.wait(0.05):
+            theirs.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    with ours, theirs:
+        thread.start()
+        try:
+            with pytest.raises(DecoderDied, match=r"could not be decoded within 0\.3 s"):
+                process._receive(ours)
+        finally:
+            stopped.set()
+            thread.join()

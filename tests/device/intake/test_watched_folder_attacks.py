@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from agent.device.intake import decode_process
+from agent.device.intake.decode_process import DecodeProcess
 from agent.device.intake.sources import files as files_module
 from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
 from agent.errors import UsageError
 from tests.device.intake.test_sources import put, taken, there, watching
-from tests.kit.stations import wait_for
+from tests.kit.stations import ROOT, wait_for
 
 pytestmark = pytest.mark.attack("files")
 
@@ -205,3 +208,76 @@ def test_a_cell_with_escape_characters_reaches_the_log_escaped(
         wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
     assert "\x1b" not in caplog.text
     assert "\x1b" not in (tmp_path / "in" / "failed" / "b.csv.txt").read_text()
+
+
+HOSTILE_DECODER = """
+import os, socket, sys
+from agent.device.intake import decoded_blocks
+from agent.device.intake.decoded_blocks import DecodedBlock, DecodeEnd, PackedColumn
+
+channel = socket.socket(fileno=int(sys.argv[1]))
+decoded_blocks.receive(channel)
+decoded_blocks.send(channel, DecodeEnd())
+while received := decoded_blocks.receive_with_file(channel):
+    os.close(received[1])
+    {attack}
+"""
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        ("decoded_blocks.send(channel, DecodedBlock(0, None, PackedColumn('<i8', b''), {}))", "no rows"),
+        ("os.kill(os.getpid(), 40)", "ended with signal 40"),
+        (f"decoded_blocks.send(channel, DecodeEnd('os', 'no memory', {errno.ENOMEM}))", "no memory"),
+        (f"decoded_blocks.send(channel, DecodeEnd('os', 'no file', {errno.ENOENT}))", "no file"),
+    ],
+)
+def test_a_hostile_decoder_costs_its_file_and_neither_ends_nor_stops_the_intake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str, reason: str
+) -> None:
+    (tmp_path / "hostile_decoder.py").write_text(HOSTILE_DECODER.replace("{attack}", attack))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(decode_process, "_WORKER", "hostile_decoder")
+    put(tmp_path, "a.csv", [1])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"], "a.csv in failed/")
+        wait_for(lambda: station.store.counters().get("files failed") == 1, "the count")
+    assert reason in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
+
+
+def test_an_error_that_no_check_foresees_costs_its_file_and_not_the_intake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = DecodeProcess.decode
+
+    def fail(process: DecodeProcess, file: int, name: str, *arguments: int | None) -> object:
+        if name == "a.csv":
+            raise ZeroDivisionError
+        return decode(process, file, name, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DecodeProcess, "decode", fail)
+    put(tmp_path, "a.csv", [1])
+    put(tmp_path, "b.csv", [2])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert station.store.counters()["files failed"] == 1
+    assert "unexpected ZeroDivisionError" in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
+
+
+def test_a_working_folder_whose_owner_cannot_be_looked_up_leaks_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: WatchedFolder) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    WatchedFolder(tmp_path).__exit__()
+    owner = os.geteuid()
+    # Its folders seem to belong to another user.
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    monkeypatch.setattr(WatchedFolder, "_find_foreign_owner", fail)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(OSError, match="Read-only"):
+            WatchedFolder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -24,14 +24,14 @@ from agent.config import StreamConfig
 from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES
 from agent.device.intake import media_reader
-from agent.device.intake.decode_process import DecodeProcess, DecoderDied
+from agent.device.intake.decode_process import DecodeProcess, DecoderDied, DecoderFailed
 from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources.file_marker import MAX_DEATHS, FileMarker
 from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
 from agent.device.store.store import Store
-from agent.errors import RowRejected, StorageFull, UsageError
+from agent.errors import RowRejected, StorageError, StorageFull, UsageError
 from agent.media import ImageFormat
 from agent.text import printable
 
@@ -101,6 +101,8 @@ class FolderWatcher:
         self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
         self._decoder = DecodeProcess(name, stream, show_values=show_values)
         self._marker = FileMarker(data_dir / f"reading.{name}")
+        # Files at whose last look the decoder reported an error of the machine, and the line it had come to.
+        self._decoder_failures: dict[str, int] = {}
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None
 
@@ -187,6 +189,12 @@ class FolderWatcher:
             problem = await self._read_file(folder, name, submit_rows, progress)
         except UsageError as error:
             problem = error
+        except (OSError, StorageError):
+            raise
+        except Exception as error:
+            # Such as an answer of a hostile decoder that no check foresees: it must not end the daemon at each start.
+            log.exception("%s: unexpected error", original_name(name))
+            problem = UsageError(f"unexpected {type(error).__name__}, see the log{self._describe_stored(progress)}")
         try:
             if problem is None:
                 self._finish(folder, name, progress, is_retry=is_retry)
@@ -215,6 +223,12 @@ class FolderWatcher:
                     progress.deaths += 1
                     if progress.deaths < MAX_DEATHS:
                         continue
+                except DecoderFailed as failed:
+                    # It may pass until the next look, once for each line: a hostile decoder reports it for ever.
+                    if self._decoder_failures.get(name) != progress.last_line:
+                        self._decoder_failures[name] = progress.last_line
+                        raise
+                    problem = self._make_file_error(failed, progress)
                 except (RowRejected, UsageError) as error:
                     problem = error
                 await asyncio.sleep(0)
@@ -247,6 +261,7 @@ class FolderWatcher:
         self._forget(name, FAILED_COUNTER)
 
     def _forget(self, name: str, counter: str) -> None:
+        self._decoder_failures.pop(name, None)
         # A position that stays does no harm: its name is unique.
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.increment_counter(counter, 1)
@@ -283,6 +298,8 @@ class FolderWatcher:
             async with contextlib.aclosing(self._decode_blocks(file, name, progress.last_line)) as blocks:
                 async for block in blocks:
                     yield block
+        except DecoderFailed:
+            raise
         except OSError as error:
             raise self._to_file_error(error, progress) from None
 
@@ -290,6 +307,9 @@ class FolderWatcher:
         """Return `error` if it is one of the machine, else an error of the file."""
         if error.errno in _TRANSIENT_ERRNOS:
             return error
+        return self._make_file_error(error, progress)
+
+    def _make_file_error(self, error: OSError, progress: _FileProgress) -> UsageError:
         text = f"cannot be read: {error.strerror or error}; fix that, and put it into the folder again"
         return UsageError(text + self._describe_stored(progress))
 

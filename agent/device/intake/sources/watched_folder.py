@@ -182,8 +182,13 @@ class WatchedFolder:
                     raise
                 problem = "is no folder"
             else:
-                status = os.fstat(folder)
-                if status.st_uid == os.geteuid() or status.st_uid == self._find_foreign_owner():
+                try:
+                    status = os.fstat(folder)
+                    is_own = status.st_uid == os.geteuid() or status.st_uid == self._find_foreign_owner()
+                except BaseException:
+                    os.close(folder)
+                    raise
+                if is_own:
                     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                         # A medium without owners keeps its own mode.
                         with contextlib.suppress(OSError):
