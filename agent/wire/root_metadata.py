@@ -9,6 +9,8 @@ Expiry does not count here: keys that are revoked stay revoked, and an expired r
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -89,6 +91,21 @@ class RootMetadata(msgspec.Struct, frozen=True):
         if count < delegator.threshold:
             text = f"root {self.version} has {count} of {delegator.threshold} signatures of root {delegator.version}"
             raise MessageRefused("too few signatures", text)
+
+
+def hash_anchor(first_root: bytes) -> str:
+    """Return the SHA-256 of the first root of a repository, which identifies it on a device."""
+    return hashlib.sha256(first_root).hexdigest()
+
+
+def repository_folder(metadata_dir: Path, anchor: str) -> Path:
+    """Return the folder in which a device stores the metadata of one repository."""
+    return metadata_dir / anchor[:16]
+
+
+def root_history_file(metadata_dir: Path, anchor: str, version: int) -> Path:
+    """Return the file in which python-tuf stores a verified root."""
+    return repository_folder(metadata_dir, anchor) / "root_history" / f"{version}.root.json"
 
 
 def parse(data: bytes) -> RootMetadata:
