@@ -10,7 +10,6 @@ Expiry does not count here: keys that are revoked stay revoked, and an expired r
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -98,14 +97,14 @@ def hash_anchor(first_root: bytes) -> str:
     return hashlib.sha256(first_root).hexdigest()
 
 
-def repository_folder(metadata_dir: Path, anchor: str) -> Path:
-    """Return the folder in which a device stores the metadata of one repository."""
-    return metadata_dir / anchor[:16]
+def repository_folder(anchor: str) -> str:
+    """Return the name of the folder in which a device stores the metadata of one repository."""
+    return anchor[:16]
 
 
-def root_history_file(metadata_dir: Path, anchor: str, version: int) -> Path:
-    """Return the file in which python-tuf stores a verified root."""
-    return repository_folder(metadata_dir, anchor) / "root_history" / f"{version}.root.json"
+def root_history_file(anchor: str, version: int) -> str:
+    """Return the path in the metadata folder at which python-tuf stores a verified root."""
+    return f"{repository_folder(anchor)}/root_history/{version}.root.json"
 
 
 def parse(data: bytes) -> RootMetadata:

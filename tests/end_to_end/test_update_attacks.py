@@ -147,7 +147,7 @@ def test_rollback_of_a_root_that_revoked_a_key(
     repository.sign()
     device.must_fetch(publish("2.0.0", OTHER))
     anchor = root_metadata.hash_anchor((device.folder / "root.json").read_bytes())
-    stored = root_metadata.root_history_file(device.data / "updates", anchor, 2)
+    stored = device.data / "updates" / root_metadata.root_history_file(anchor, 2)
     assert root_metadata.read_version(stored.read_bytes()) == 2, "the daemon reads trust documents there"
     older.write(web.folder)
     (web.folder / "metadata" / "2.root.json").unlink()

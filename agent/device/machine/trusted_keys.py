@@ -180,7 +180,7 @@ class TrustedKeys:
     def _read_folder(self) -> None:
         """Take the next roots from the metadata folder; the fetch worker may be replacing it at this moment."""
         while self._metadata_dir is not None and (trusted := self._pending or self._root) is not None:
-            path = root_metadata.root_history_file(self._metadata_dir, self._anchor, trusted.version + 1)
+            path = self._metadata_dir / root_metadata.root_history_file(self._anchor, trusted.version + 1)
             try:
                 with path.open("rb") as file:
                     data = file.read(MAX_ROOT_BYTES + 1)

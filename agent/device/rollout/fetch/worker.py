@@ -84,7 +84,7 @@ def _refresh_metadata(
     """
     from agent.device.rollout.fetch import tuf_client
 
-    folder = root_metadata.repository_folder(Path(request.metadata_dir), floors.anchor)
+    folder = Path(request.metadata_dir) / root_metadata.repository_folder(floors.anchor)
     for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
         if not other.name.startswith(folder.name):
             shutil.rmtree(other, ignore_errors=True)
