@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -94,8 +95,13 @@ def _qualified_names(value: object) -> tuple[str, ...]:
 def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a test without the mark `process` that starts one: a table in this file lacks what it uses."""
     if request.node.get_closest_marker("process") is None:
+        start = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
-        def refuse(*arguments: object, **options: object) -> None:
+        def refuse(*arguments: Any, **options: Any) -> None:
+            # NumPy 1 asks it for the processor's features at the first comparison of arrays.
+            if "lscpu" in str(arguments[1]):
+                start(*arguments, **options)
+                return
             pytest.fail(f"a test without the mark `process` starts {arguments[1]}; add what it uses to _MARKS")
 
         monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)

@@ -13,7 +13,7 @@ from agent.config import Config
 from agent.device.bundles import history, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
-from agent.device.machine.trusted_keys import stored_operators
+from agent.device.machine.trusted_keys import load_operators
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift, transitions
@@ -48,7 +48,9 @@ def trusted_publishers(file: Path, conf: Config, store: Store | None) -> list[Pu
     """
     listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
     operators = parse_public_keys(file, "operators.keys", conf.operators.keys)
-    return [*listed, *operators, *(stored_operators(store) if store else [])]
+    if store is None or conf.updates is None:
+        return [*listed, *operators]
+    return [*listed, *operators, *load_operators(store, Path(conf.updates.root))]
 
 
 def model_policy(conf: Config) -> ModelPolicy:

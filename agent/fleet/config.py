@@ -108,6 +108,9 @@ def load(folder: Path) -> FleetConfig:
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
         problem = "needs a PostgreSQL database, but fleet.db names a file; remove it, or set fleet.db to postgresql://…"
         raise ConfigError(str(path), "fleet.partitions", problem)
+    if config.quota.messages_per_s * config.quota.burst_s < 1:
+        problem = f"no message ever passes: less than one in burst_s = {config.quota.burst_s:g}; raise one of both"
+        raise ConfigError(str(path), "quota.messages_per_s", problem)
     base = path.resolve().parent
 
     def with_absolute_paths(section: Section) -> Section:

@@ -61,7 +61,8 @@ class EnrolmentRequest(msgspec.Struct, frozen=True, dict=True):
 
     def has_token(self, token: str) -> bool:
         """Return True if the device that made the request knows `token`."""
-        return hmac.compare_digest(self.body.proof, _proof(self.body, token))
+        # As bytes: `compare_digest` takes no text outside ASCII, and a stranger chose this one.
+        return hmac.compare_digest(self.body.proof.encode(), _proof(self.body, token).encode())
 
 
 def build(fleet: str, device: str, key: SigningKey, tls_key: SigningKey, token: str | None) -> bytes:

@@ -9,6 +9,7 @@ Expiry does not count here: keys that are revoked stay revoked, and an expired r
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -89,6 +90,21 @@ class RootMetadata(msgspec.Struct, frozen=True):
         if count < delegator.threshold:
             text = f"root {self.version} has {count} of {delegator.threshold} signatures of root {delegator.version}"
             raise MessageRefused("too few signatures", text)
+
+
+def hash_anchor(first_root: bytes) -> str:
+    """Return the SHA-256 of the first root of a repository, which identifies it on a device."""
+    return hashlib.sha256(first_root).hexdigest()
+
+
+def repository_folder(anchor: str) -> str:
+    """Return the name of the folder in which a device stores the metadata of one repository."""
+    return anchor[:16]
+
+
+def root_history_file(anchor: str, version: int) -> str:
+    """Return the path in the metadata folder at which python-tuf stores a verified root."""
+    return f"{repository_folder(anchor)}/root_history/{version}.root.json"
 
 
 def parse(data: bytes) -> RootMetadata:

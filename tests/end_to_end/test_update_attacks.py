@@ -15,6 +15,7 @@ import pytest
 from agent.device.rollout.fetch.fetcher import FetchedBundle
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
+from agent.wire import root_metadata
 from agent.wire.desired_state import DesiredBundle
 from scripts.kit.bundles import KEY, packed
 from tests.kit.update_repositories import ARCHIVE, Signed, forged
@@ -145,6 +146,9 @@ def test_rollback_of_a_root_that_revoked_a_key(
     repository.rotate("timestamp")
     repository.sign()
     device.must_fetch(publish("2.0.0", OTHER))
+    anchor = root_metadata.hash_anchor((device.folder / "root.json").read_bytes())
+    stored = device.data / "updates" / root_metadata.root_history_file(anchor, 2)
+    assert root_metadata.read_version(stored.read_bytes()) == 2, "the daemon reads trust documents there"
     older.write(web.folder)
     (web.folder / "metadata" / "2.root.json").unlink()
     for path in sorted((device.data / "updates").rglob("*.json")):

@@ -148,6 +148,26 @@ def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> No
         honest.close()
 
 
+@pytest.mark.attack("broker", control=True)
+def test_with_an_access_list_alone_a_device_takes_messages_of_the_group(site: Site) -> None:
+    """Mosquitto checks no SUBSCRIBE against `acl_file`, and drops what the chosen member may not read."""
+    conf, acl = site.folder / "broker" / "mosquitto.conf", site.folder / "broker" / "acl"
+    acl.write_text(f"pattern write {BASE}/%u/health\nuser collector\ntopic read {BASE}/#\n", encoding="utf-8")
+    acl.chmod(0o600)
+    lines = [line for line in conf.read_text(encoding="utf-8").splitlines() if not line.startswith("plugin")]
+    conf.write_text("\n".join([*lines, f"acl_file {acl}", ""]), encoding="utf-8")
+    group = [f"$share/collect/{BASE}/+/health"]
+    with site.broker:
+        collector = Link(site.as_collector, "c", subscribe=group)
+        thief = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
+        assert insist(thief, group) == [""]
+        honest = Link(site.as_device("pi-08"), "y")
+        assert all(code(honest, f"{BASE}/pi-08/health") < 0x80 for _ in range(20))
+        assert len(receive_messages(collector, 20, 2.0)) < 20
+        for link in (collector, thief, honest):
+            link.close()
+
+
 def test_the_collectors_group_is_not_in_a_file_that_others_read(site: Site) -> None:
     readable = [path for path in site.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
     assert site.folder / "ca.pem" in readable

@@ -26,6 +26,7 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector import collector as collect
 from agent.fleet.collector import refusal_alarm
 from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.quota import Quota
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide_alerts
@@ -262,6 +263,35 @@ def test_a_restarted_collector_does_not_repeat_the_alert_of_this_hour(
     desk.collector = Collector(FLEET, BrokerConfig(), desk.store, desk.key)
     desk.hand(*attack)
     assert [alert["open"] for alert in desk.store.alerts()] == [True, True]
+
+
+@pytest.mark.parametrize("failing", ["ingest", "acknowledgements"])
+def test_a_batch_that_is_stored_at_the_third_try_costs_its_quota_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    sender = enrolled(desk.store)
+    quota = Quota(messages_per_s=0.001, burst_s=10_000.0)
+    desk.collector = Collector(FLEET, BrokerConfig(), desk.store, desk.key, quota=quota)
+    log = [sender.results() for _ in range(10)]
+    forged = replace(log[0].to_incoming(), tokens=())
+
+    def full(*_: object) -> None:
+        raise StorageFull("the disk is full")
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(desk.store, failing, full)
+        desk.hand(*log[:6], forged)
+        for _ in range(2):
+            desk.collector._retry_at = 0.0
+            desk.hand()
+    desk.collector._retry_at = 0.0
+    desk.hand()
+    desk.hand(*log[6:])
+    assert desk.reasons().get("over quota", 0) == 0
+    assert desk.store.count_messages() == 10
+    # The forged message was refunded once, so the bucket is empty now.
+    desk.hand(sender.results())
+    assert desk.reasons()["over quota"] == 1
 
 
 def test_an_alert_that_cannot_be_stored_now_is_stored_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

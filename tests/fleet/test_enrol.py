@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -20,6 +21,7 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector.quota import DeviceQuotas
 from agent.fleet.collector.subscriptions import share_group, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
@@ -342,6 +344,17 @@ def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, l
         fleet_config.load(folder)
 
 
+@pytest.mark.parametrize(("rate", "burst"), [("0.5", "1"), ("0.0001", "1000.0")])
+def test_a_quota_that_lets_no_message_pass_is_refused(folder: Path, config: FleetConfig, rate: str, burst: str) -> None:
+    file = folder / "fleet.toml"
+    written = file.read_text()
+    file.write_text(f"{written}\n[quota]\nmessages_per_s = {rate}\nburst_s = {burst}\n")
+    with pytest.raises(UsageError, match=r"fleet\.toml: quota\.messages_per_s: no message ever passes"):
+        fleet_config.load(folder)
+    file.write_text(f"{written}\n[quota]\nmessages_per_s = 0.5\nburst_s = 2\n")
+    assert DeviceQuotas(fleet_config.load(folder).quota).admit("pi-07", 1, {"pi-07"}, 0.0)
+
+
 @pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
 def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
     with pytest.raises(UsageError) as refused:
@@ -535,6 +548,9 @@ def test_a_strangers_request_needs_the_token_or_the_thumbprint(folder: Path, con
     token = join_tokens.create(home, now + 10)
     with pytest.raises(UsageError, match="another join token: it may be a forgery"):
         join_tokens.authenticate(home, guess, None, now)
+    not_ascii = msgspec.structs.replace(guess, body=msgspec.structs.replace(guess.body, proof="é" * 43))
+    with pytest.raises(UsageError, match="another join token: it may be a forgery"):
+        join_tokens.authenticate(home, not_ascii, None, now)
     genuine = join(site(folder, "pi-07"), "pi-07", token=token)
     with pytest.raises(UsageError, match="expired"):
         join_tokens.authenticate(home, genuine, None, now + 11)

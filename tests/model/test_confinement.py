@@ -106,6 +106,39 @@ def test_a_hostile_model_cannot(attack: str, outcomes: dict[str, str | int]) -> 
     assert outcomes[attack] == errno.EPERM
 
 
+@pytest.mark.attack("confinement")
+def test_threads_that_run_already_are_confined_too() -> None:
+    code = "import os, pathlib, threading; from agent.model.sandbox import confinement; stop = threading.Event(); "
+    code += "threading.Thread(target=stop.wait, daemon=True).start(); files = [open(p / 'status') for p in "
+    code += "pathlib.Path('/proc/self/task').iterdir()]; confinement.confine(); "
+    code += "os.write(1, ''.join(f.read() for f in files).encode()); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert [line for line in done.stdout.splitlines() if line.startswith("Seccomp:")] == ["Seccomp:\t2"] * 2
+
+
+_FILLING = """
+import os
+from agent.model.sandbox import confinement
+file = os.memfd_create("shared")
+confinement.confine()
+try:
+    os.write(file, bytes(1 << 20))
+except OSError as error:
+    os.write(1, str(error.errno).encode())
+os._exit(0)
+"""
+
+
+@pytest.mark.attack("confinement")
+def test_a_hostile_model_cannot_fill_memory_through_a_shared_file() -> None:
+    done = subprocess.run([sys.executable, "-c", _FILLING], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == str(errno.EFBIG)
+
+
+def test_a_model_that_dies_by_a_signal_without_a_name_has_a_cause() -> None:
+    assert "signal 40" in probe.describe_death(-40, b"", ResourceLimits())
+
+
 @pytest.mark.attack("confinement", control=True)
 @pytest.mark.parametrize(
     "attack", ["read a file", "read its environment", "list a folder", "open a network connection"]
@@ -122,8 +155,8 @@ def test_a_model_process_is_confined_and_computes_the_bits_of_the_runtime(monkey
     with SubprocessModel(shipped) as there:
         assert np.array_equal(there.invoke(windows), here.invoke(windows))
         assert there.is_confined
-        status = Path(f"/proc/{there.pid}/status").read_text(encoding="ascii")
-        assert "Seccomp:\t2\n" in status
+        threads = list(Path(f"/proc/{there.pid}/task").glob("*/status"))
+        assert all("Seccomp:\t2\n" in status.read_text(encoding="ascii") for status in threads)
         assert b"token" not in Path(f"/proc/{there.pid}/environ").read_bytes()
 
 

@@ -54,6 +54,8 @@ def test_a_request_proves_the_token_only_with_all_of_its_members() -> None:
     assert not parse(GOOD).has_token(TOKEN)
     stolen = altered(THIEF, key=THIEF.public.text, csr=csr_of(new_key(4)), proof=request.body.proof)
     assert not parse(stolen).has_token(TOKEN)
+    for proof in ("é", "\U0001f511" * 43):
+        assert not parse(altered(proof=proof)).has_token(TOKEN)
     assert TOKEN.encode() not in build("acme", "pi-07", KEY, TLS_KEY, TOKEN)
 
 

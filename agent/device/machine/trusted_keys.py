@@ -10,7 +10,6 @@ Roots arrive by the retained MQTT message, and in the metadata folder where the 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -181,11 +180,13 @@ class TrustedKeys:
     def _read_folder(self) -> None:
         """Take the next roots from the metadata folder; the fetch worker may be replacing it at this moment."""
         while self._metadata_dir is not None and (trusted := self._pending or self._root) is not None:
-            path = self._metadata_dir / "root_history" / f"{trusted.version + 1}.root.json"
+            path = self._metadata_dir / root_metadata.root_history_file(self._anchor, trusted.version + 1)
             try:
                 with path.open("rb") as file:
                     data = file.read(MAX_ROOT_BYTES + 1)
                 self._advance([data])
+                if (self._pending or self._root) is trusted:
+                    raise MessageRefused("older root", f"the file holds root {trusted.version} again")
             except FileNotFoundError:
                 return
             except (OSError, MessageRefused) as problem:
@@ -195,25 +196,21 @@ class TrustedKeys:
     # --- the stored root ---
 
     def _restore(self, anchor_file: Path) -> None:
-        """Use the stored root, or the first one if none is stored or it belongs to another first root."""
-        stored = None
-        if text := self._store.get_meta(_META_KEY, ""):
-            try:
-                stored = msgspec.json.decode(text, type=_StoredRoot)
-            except msgspec.MsgspecError as damage:
-                log.error("the stored root cannot be read (%s); it comes again when connected", damage)
-        try:
-            anchor = anchor_file.read_bytes()
-            self._anchor = hashlib.sha256(anchor).hexdigest()
-        except OSError as error:
-            log.error("%s: cannot be read: %s; the device uses the root that it has stored", anchor_file, error)
-            anchor, self._anchor = b"", "" if stored is None else stored.anchor
-        data = stored.root.encode() if stored is not None and stored.anchor == self._anchor else anchor
+        """Use the root in force, and forget a stored one that belongs to another first root. Raises StorageError."""
+        self._anchor, data = _load_root(self._store, anchor_file)
         try:
             root = root_metadata.parse(data)
             self._use(root, trust.read_trust(root))
         except MessageRefused as problem:
             log.error("%s: the keys of operators and collector cannot be changed remotely: %s", anchor_file, problem)
+            return
+        stored = _read_stored(self._store)
+        if stored is not None and stored.anchor != self._anchor:
+            try:
+                with self._store.transaction(vital=True) as tx:
+                    tx.delete_meta(_META_KEY)
+            except StorageFull as full:
+                log.warning("%s; the root of the former repository stays stored, but is not trusted", full)
 
     def _use(self, root: RootMetadata, document: Trust | None) -> None:
         """Use the keys of the document; a root without one leaves those of the config."""
@@ -234,14 +231,33 @@ class TrustedKeys:
         log.info("the trust document of root %d names %d keys", root.version, len(signers))
 
 
-def stored_operators(store: Store) -> list[PublicKey]:
+def load_operators(store: Store, anchor_file: Path) -> list[PublicKey]:
     """Return the operators' keys of the trust document in force, none without one. Raises StorageError."""
     try:
-        stored = msgspec.json.decode(store.get_meta(_META_KEY, "null"), type=_StoredRoot | None)
-        document = None if stored is None else trust.read_trust(root_metadata.parse(stored.root.encode()))
-    except (msgspec.MsgspecError, MessageRefused):
+        document = trust.read_trust(root_metadata.parse(_load_root(store, anchor_file)[1]))
+    except MessageRefused:
         document = None
     return [] if document is None else [entry.parse() for entry in document.keys if entry.role == OPERATOR]
+
+
+def _load_root(store: Store, anchor_file: Path) -> tuple[str, bytes]:
+    """Return the hash of the first root, and the root in force: the stored one if it follows this first root."""
+    stored = _read_stored(store)
+    try:
+        first = anchor_file.read_bytes()
+    except OSError as error:
+        log.error("%s: cannot be read: %s; the device uses the root that it has stored", anchor_file, error)
+        return ("", b"") if stored is None else (stored.anchor, stored.root.encode())
+    anchor = root_metadata.hash_anchor(first)
+    return anchor, first if stored is None or stored.anchor != anchor else stored.root.encode()
+
+
+def _read_stored(store: Store) -> _StoredRoot | None:
+    try:
+        return msgspec.json.decode(store.get_meta(_META_KEY, "null"), type=_StoredRoot | None)
+    except msgspec.MsgspecError as damage:
+        log.error("the stored root cannot be read (%s); it comes again when connected", damage)
+        return None
 
 
 def _audit_body(version: int, document: Trust) -> dict[str, object]:

@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
@@ -37,6 +39,14 @@ SESSION_EXPIRY_S = 7 * 86_400
 CLOSE_TIMEOUT_S = 2.0
 REFUSAL_LOG_INTERVAL_S = 10.0
 UPKEEP_S = 3600.0
+
+
+class _Held(msgspec.Struct, frozen=True):
+    """A delivery that is not stored yet; `admitted` ones are verified, a `refusal` is counted."""
+
+    delivery: IncomingMessage
+    admitted: bool
+    refusal: Refusal | None = None
 
 
 def client_id(fleet: str, share: str | None) -> str:
@@ -84,7 +94,7 @@ class Collector:
         self._quotas = DeviceQuotas(quota) if quota is not None else None
         self.stored_count = 0
         self._open_link = open_link or self._connect
-        self._held: list[IncomingMessage] = []
+        self._held: list[_Held] = []
         self._retry = Backoff()
         self._retry_at = 0.0
         self._unreported_refusals = 0
@@ -136,6 +146,10 @@ class Collector:
 
     def _collect(self, link: CollectorLink, retry: Backoff) -> None:
         try:
+            # The broker sends them again.
+            for held in self._held:
+                if held.admitted:
+                    self._refund(_device_of(held.delivery), held.delivery.payload)
             self._held.clear()
             # Acknowledge each device again: a crash or the broker may have lost the last acknowledgement.
             logs = self.store.newest_logs()
@@ -173,7 +187,7 @@ class Collector:
                 if isinstance(event, PublishReceipt):
                     self.acknowledger.handle_receipt(event)
                 else:
-                    self._held.append(event)
+                    self._held.append(self._admit(event))
             if len(self._held) >= BATCH_SIZE:
                 break
             events = link.receive(0.0)
@@ -183,7 +197,8 @@ class Collector:
     def _store_held(self, link: CollectorLink) -> None:
         batch = self._held[:BATCH_SIZE]
         try:
-            arrivals = self._store(batch)
+            refusals = [held.refusal for held in batch if held.refusal is not None]
+            arrivals, unverified = self._store([held.delivery for held in batch if held.admitted], refusals)
             bodies = [arrival.message.body for arrival in arrivals]
             touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, LoggedPayload)})
             acknowledgements = self._read_acknowledgements(touched)
@@ -194,16 +209,21 @@ class Collector:
             return
         self._retry.reset()
         del self._held[: len(batch)]
-        for delivery in batch:
-            link.acknowledge(delivery)
+        for held in batch:
+            link.acknowledge(held.delivery)
+        if not self._broker.tls:
+            # With TLS the broker's access rules prove who sent them; otherwise it may be somebody else.
+            for refusal in unverified:
+                self._refund(refusal.device, refusal.payload)
         for acknowledgement in acknowledgements:
             self.acknowledger.add(acknowledgement)
 
-    def _store(self, batch: Sequence[IncomingMessage]) -> list[Arrival]:
-        """Verify and commit a batch, and return the stored messages."""
-        batch, refusals = self._admit(batch)
-        arrivals, unverified = self.verify(batch)
-        refusals += unverified
+    def _store(
+        self, admitted: Sequence[IncomingMessage], refused: Sequence[Refusal] = ()
+    ) -> tuple[list[Arrival], list[Refusal]]:
+        """Verify and commit a batch; return the stored messages and those that do not verify. Raises StorageError."""
+        arrivals, unverified = self.verify(admitted)
+        refusals = [*refused, *unverified]
         now = clock.to_rfc3339(clock.read().wall_us)
         try:
             outcomes = self.store.ingest(arrivals, refusals, now)
@@ -223,28 +243,28 @@ class Collector:
         stored = zip(arrivals, outcomes, strict=True)
         for device in sorted({a.message.body.device for a, outcome in stored if outcome == "conflict"}):
             logger.critical("security: %s signed two messages with one seq; see `outstation fleet alerts`", device)
-        return arrivals
+        return arrivals, unverified
 
-    def _admit(self, batch: Sequence[IncomingMessage]) -> tuple[list[IncomingMessage], list[Refusal]]:
-        """Return the deliveries to verify, and refusals of retained ones and of those over quota."""
-        admitted, refusals = [], []
-        now_s = time.monotonic()
-        for delivery in batch:
-            topic = delivery.topic.split("/", 4)
-            kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
-            if delivery.retained and kind is not None and kind.logged:
-                # An empty one deletes a retained message; it is the collector's own.
-                if delivery.payload:
-                    self.acknowledger.clear_retained(delivery.topic)
-                    detail = "a device retains no message of its log; the collector deletes it at the broker"
-                    refusals.append(_build_refusal(MessageRefused("retained", detail), delivery))
-            elif self._quotas is None or self._quotas.admit(
-                _device_of(delivery), len(delivery.payload), self.keyring.devices, now_s
-            ):
-                admitted.append(delivery)
-            else:
-                refusals.append(_build_refusal(MessageRefused(OVER_QUOTA), delivery))
-        return admitted, refusals
+    def _admit(self, delivery: IncomingMessage) -> _Held:
+        """Charge a delivery to its device's quota, once: on receipt. Refuse it over quota, or retained in a log."""
+        topic = delivery.topic.split("/", 4)
+        kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
+        if delivery.retained and kind is not None and kind.logged:
+            # An empty one deletes a retained message; it is the collector's own.
+            if not delivery.payload:
+                return _Held(delivery, False)
+            self.acknowledger.clear_retained(delivery.topic)
+            detail = "a device retains no message of its log; the collector deletes it at the broker"
+            return _Held(delivery, False, _build_refusal(MessageRefused("retained", detail), delivery))
+        if self._quotas is None or self._quotas.admit(
+            _device_of(delivery), len(delivery.payload), self.keyring.devices, time.monotonic()
+        ):
+            return _Held(delivery, True)
+        return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
+
+    def _refund(self, device: str, payload: bytes) -> None:
+        if self._quotas is not None:
+            self._quotas.refund(device, len(payload))
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
         """Log at most one line per interval; the database counts refusals and keeps samples."""
@@ -277,9 +297,6 @@ class Collector:
                 arrivals.append(Arrival(opened, fresh=not delivery.retained))
             except MessageRefused as refused:
                 refusals.append(_build_refusal(refused, delivery))
-                # With TLS the broker's access rules prove who sent it; otherwise it may be somebody else.
-                if self._quotas is not None and not self._broker.tls:
-                    self._quotas.refund(_device_of(delivery), len(delivery.payload))
         return arrivals, refusals
 
     def _open_batch(self, batch: Sequence[IncomingMessage]) -> list[VerifiedMessage | MessageRefused]:

@@ -50,6 +50,7 @@ class ModelPolicy(msgspec.Struct, frozen=True):
 
 _ALLOW, _FAIL = 0x7FFF0000, 0x00050000  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO(0)
 _EQUAL, _MASKED_EQUAL = 4, 7  # of enum scmp_compare
+_TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
 _PROT_EXEC, _CLONE_THREAD = 0x4, 0x10000
 # What Python, NumPy and the runtime call once they are loaded. Names that a processor does not have are skipped.
 _ALLOWED = """
@@ -101,9 +102,9 @@ def find_obstacle() -> str:
 
 
 def confine(extra_calls: Sequence[str] = ()) -> None:
-    """Confine this process and its threads for good, and allow it `extra_calls`.
+    """Confine this process and its threads for good, and allow it `extra_calls`. It can extend no file either.
 
-    Raises ConfinementError; the process is then unchanged.
+    Raises ConfinementError; the process is then not confined.
     """
     library = _load_library()
     context = library.seccomp_init(_FAIL | errno.EPERM)
@@ -121,6 +122,9 @@ def confine(extra_calls: Sequence[str] = ()) -> None:
             raise ConfinementError(f"libseccomp rejects the rule for {name}")
 
     try:
+        # Threads that libraries have started already get the filter, too.
+        if library.seccomp_attr_set(context, _TSYNC, 1) != 0:
+            raise ConfinementError("the kernel cannot confine all threads of a process")
         for name in (*_ALLOWED.split(), *extra_calls):
             add(_ALLOW, name)
         for name in ("mmap", "mmap2", "mprotect"):
@@ -133,6 +137,8 @@ def confine(extra_calls: Sequence[str] = ()) -> None:
         # abort() signals the process itself; the probe raises its CPU limit below the hard one.
         add(_ALLOW, "tgkill", _Comparison(0, _EQUAL, os.getpid(), 0))
         add(_ALLOW, "prlimit64", _Comparison(0, _EQUAL, 0, 0), _Comparison(1, _EQUAL, resource.RLIMIT_CPU, 0))
+        # Memory files are not part of the address space: without this limit, one could grow without bound.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         if (code := library.seccomp_load(context)) != 0:
             raise ConfinementError(f"the kernel rejects the seccomp filter: {os.strerror(-code)}")
     finally:
@@ -147,5 +153,6 @@ def _load_library() -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_uint32
     library.seccomp_init.restype, library.seccomp_init.argtypes = pointer, (number,)
     library.seccomp_load.argtypes = library.seccomp_release.argtypes = (pointer,)
+    library.seccomp_attr_set.argtypes = (pointer, ctypes.c_int, number)
     library.seccomp_rule_add_array.argtypes = (pointer, number, ctypes.c_int, number, pointer)
     return library

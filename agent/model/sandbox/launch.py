@@ -49,7 +49,12 @@ class Worker:
 
     def __init__(self) -> None:
         """Start the child. Raises OSError."""
-        self.shared, self._job_fd = SharedBuffer(), os.memfd_create("outstation-job", os.MFD_CLOEXEC)
+        self.shared = SharedBuffer()
+        try:
+            self._job_fd = os.memfd_create("outstation-job", os.MFD_CLOEXEC)
+        except OSError:
+            self.shared.close()
+            raise
         try:
             with _blocked_signals():
                 self.child = subprocess.Popen(
@@ -101,7 +106,10 @@ def take_worker() -> Worker:
     """Return the spare child, or a new one. Raises OSError."""
     global _spare
     worker, _spare = _spare, None
-    return worker if worker is not None and worker.child.poll() is None else Worker()
+    if worker is not None and worker.child.poll() is not None:
+        worker.discard()
+        worker = None
+    return worker or Worker()
 
 
 def discard_spare() -> None:

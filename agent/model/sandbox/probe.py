@@ -236,7 +236,7 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
     if "MemoryError" in text or "bad_alloc" in text or code == -signal.SIGKILL:
         return _out_of_memory_detail(limits)
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
     return f"the child process failed ({code}): {text[-300:]}"
 

@@ -9,15 +9,16 @@ import contextlib
 import math
 import os
 import selectors
+import struct
 import time
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float32s
 from agent.model.sandbox import launch
-from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
+from agent.model.sandbox.worker import MAX_TEXT_BYTES, REQUEST_HEADER, WorkerJob
 
 # The last bytes of stderr are kept.
 _MAX_STDERR_BYTES = 4096
@@ -65,9 +66,12 @@ class ModelProcess:
         except BrokenPipeError:
             raise WorkerExited from None
 
-    def read(self, size: int, timeout_s: float) -> bytes | None:
-        """Return the next `size` bytes; None after the timeout. Raises WorkerExited at the end of the pipe."""
-        if len(self._stdout) < size:
+    def read_message(self, header: struct.Struct, timeout_s: float) -> tuple[tuple[Any, ...], bytes] | None:
+        """Return the fields of a header and the text behind it, whose size is the last field.
+
+        None while either is incomplete, after the timeout. Raises WorkerExited at the end of the pipe.
+        """
+        if (message := self._take_message(header)) is None:
             for key, _ in self._selector.select(max(0.0, timeout_s)):
                 if key.fileobj is self._child.stderr:
                     self._read_stderr()
@@ -76,10 +80,18 @@ class ModelProcess:
                     if not data:
                         raise WorkerExited
                     self._stdout += data
-        if len(self._stdout) < size:
+            message = self._take_message(header)
+        return message
+
+    def _take_message(self, header: struct.Struct) -> tuple[tuple[Any, ...], bytes] | None:
+        if len(self._stdout) < header.size:
             return None
-        data, self._stdout = self._stdout[:size], self._stdout[size:]
-        return data
+        fields = header.unpack_from(self._stdout)
+        end = header.size + min(fields[-1], MAX_TEXT_BYTES)
+        if len(self._stdout) < end:
+            return None
+        text, self._stdout = self._stdout[header.size : end], self._stdout[end:]
+        return fields, text
 
     def kill(self) -> tuple[int, bytes]:
         """Kill it if it is alive. Return its exit code and the last bytes of its stderr."""

@@ -17,7 +17,7 @@ from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.process import ModelProcess, WorkerExited
-from agent.model.sandbox.worker import MAX_TEXT_BYTES, RESPONSE_HEADER, STARTED_HEADER, STATUS_OK, ModelInfo, WorkerJob
+from agent.model.sandbox.worker import RESPONSE_HEADER, SHARED_BYTES, STARTED_HEADER, STATUS_OK, ModelInfo, WorkerJob
 
 # A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
@@ -99,13 +99,14 @@ class SubprocessModel:
         try:
             self._process = ModelProcess(self._job)
             # A task that is replaced drops its model: the process then ends, too.
-            weakref.finalize(self, self._process.kill)
+            self._finalizer = weakref.finalize(self, self._process.kill)
         except OSError as error:
             raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
+            self._finalizer.detach()
         self._process, self._loaded, self._pending = None, None, None
 
     def invoke(self, windows: Float32s) -> Float32s:
@@ -134,6 +135,9 @@ class SubprocessModel:
             raise BadBundle(f"the model takes {list(loaded.input_shape)} values, got {list(windows.shape[1:])}")
         process = self._process
         assert process is not None
+        if (windows.size + len(windows) * loaded.outputs) * 4 > SHARED_BYTES:
+            # The process alone says how many outputs its model has.
+            raise ModelProcessFailed("error", f"{len(windows)} windows of {loaded.outputs} outputs need too much")
         try:
             process.write_windows(windows, len(windows) * loaded.outputs)
             process.submit(len(windows))
@@ -149,12 +153,11 @@ class SubprocessModel:
         assert loaded is not None
         limit_s = self.call_timeout_s
         try:
-            header = process.read(RESPONSE_HEADER.size, timeout_s)
-            if header is None:
+            message = process.read_message(RESPONSE_HEADER, timeout_s)
+            if message is None:
                 self._check_timeout(pending.deadline_s, limit_s)
                 return None
-            status, seconds, size = RESPONSE_HEADER.unpack(header)
-            error = self._read_all(process, min(size, MAX_TEXT_BYTES), pending.deadline_s, limit_s)
+            (status, seconds, _), error = message
         except WorkerExited:
             raise self._make_crash_error(f"within {pending.count} windows") from None
         self._pending = None
@@ -181,13 +184,11 @@ class SubprocessModel:
         process = self._process
         assert process is not None
         try:
-            header = process.read(STARTED_HEADER.size, timeout_s)
-            deadline_s = process.started_s + _START_TIMEOUT_S
-            if header is None:
-                self._check_timeout(deadline_s, _START_TIMEOUT_S)
+            message = process.read_message(STARTED_HEADER, timeout_s)
+            if message is None:
+                self._check_timeout(process.started_s + _START_TIMEOUT_S, _START_TIMEOUT_S)
                 return
-            status, size = STARTED_HEADER.unpack(header)
-            body = self._read_all(process, min(size, MAX_TEXT_BYTES), deadline_s, _START_TIMEOUT_S)
+            (status, _), body = message
         except WorkerExited:
             raise self._make_crash_error("while it was loaded") from None
         if status != STATUS_OK:
@@ -199,12 +200,6 @@ class SubprocessModel:
             self.close()
             raise ModelProcessFailed("crash", f"its process sent an invalid start message ({error})") from None
 
-    def _read_all(self, process: ModelProcess, size: int, deadline_s: float, timeout_s: float) -> bytes:
-        """Read the body that follows a header at once. Raises ModelProcessFailed, WorkerExited."""
-        while (data := process.read(size, min(_POLL_INTERVAL_S, deadline_s - time.monotonic()))) is None:
-            self._check_timeout(deadline_s, timeout_s)
-        return data
-
     def _check_timeout(self, deadline_s: float, timeout_s: float) -> None:
         """Kill an overdue process and raise ModelProcessFailed."""
         if time.monotonic() >= deadline_s:
@@ -214,6 +209,7 @@ class SubprocessModel:
     def _make_crash_error(self, when: str) -> ModelProcessFailed:
         assert self._process is not None
         code, stderr = self._process.kill()
+        self._finalizer.detach()
         self._process, self._loaded, self._pending = None, None, None
         return ModelProcessFailed("crash", f"{probe.describe_death(code, stderr, self._limits)}, {when}")
 

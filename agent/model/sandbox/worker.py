@@ -31,7 +31,7 @@ STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.S
 STATUS_OK, STATUS_FAILED = 0, 1
 MAX_TEXT_BYTES = 2000
 # Address space for the shared memory: windows and outputs of a batch, mapped twice while it grows.
-_SHARED_BYTES = 128 << 20
+SHARED_BYTES = 128 << 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     with open(job_fd, "rb") as file:
         file.seek(0)
         job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
-    memory.limit_growth((job.memory_mib << 20) + _SHARED_BYTES)
+    memory.limit_growth((job.memory_mib << 20) + SHARED_BYTES)
     # When the machine runs out of memory, the kernel kills this process before the daemon.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from tuf.api.metadata import Metadata, Root
 from agent.clock import ClockReading
 from agent.device.commands.executor import Action, CommandExecutor
 from agent.device.commands.receiver import CommandReceiver
-from agent.device.machine.trusted_keys import MAX_AHEAD_S, MAX_AHEAD_UNSYNCED_S, TrustedKeys
+from agent.device.machine.trusted_keys import MAX_AHEAD_S, MAX_AHEAD_UNSYNCED_S, TrustedKeys, load_operators
 from agent.device.pipeline.tasks import Effect
 from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
@@ -318,14 +319,58 @@ def test_acknowledgements_of_a_revoked_collector_count_no_more(device: Device) -
     assert device.trusted.find_commander(NEW_COLLECTOR.public.kid) is None
 
 
-def test_roots_that_the_fetch_worker_stored_are_verified_and_used(device: Device) -> None:
-    history = device.metadata / "root_history"
+def make_history(device: Device) -> Path:
+    """Make the folder in which the fetch worker stores roots, with the first one."""
+    first = (device.folder / "root.json").read_bytes()
+    history = device.metadata / hashlib.sha256(first).hexdigest()[:16] / "root_history"
     history.mkdir(parents=True)
+    (history / "1.root.json").write_bytes(first)
+    return history
+
+
+def test_roots_that_the_fetch_worker_stored_are_verified_and_used(device: Device) -> None:
+    history = make_history(device)
     (history / "2.root.json").write_text(make_root(2, listed(SECOND)))
     (history / "3.root.json").write_text(make_root(3, listed(THIEF), THIEF))
     device.trusted.tick(None, NOW)
     assert device.obey(operator(SECOND).command("report")).ok
     assert device.refusal(operator(THIEF).command()) == "unknown key"
+
+
+def test_a_stored_root_under_the_name_of_its_successor_changes_nothing(
+    device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    (make_history(device) / "2.root.json").write_bytes((device.folder / "root.json").read_bytes())
+    device.trusted.tick(None, NOW)
+    assert "2.root.json: its trust document cannot be used" in caplog.text
+    assert device.obey(operator(STOLEN).command("report")).ok
+
+
+def test_operators_of_an_abandoned_repository_publish_and_command_no_more(device: Device) -> None:
+    anchor = device.folder / "root.json"
+    device.take_trust(make_root(2, listed(SECOND)))
+    assert [key.kid for key in load_operators(device.store, anchor)] == [SECOND.public.kid]
+    theirs = [new_key(206), new_key(207)]
+    first = anchor.read_text()
+    anchor.write_text(make_root(1, None, root_keys=theirs))
+    assert load_operators(device.store, anchor) == []
+    device.crash()
+    assert device.refusal(operator(SECOND).command()) == "unknown key"
+    # The stored root was deleted: the former first root does not bring it back.
+    anchor.write_text(first)
+    assert load_operators(device.store, anchor) == []
+
+
+def test_a_damaged_first_root_deletes_no_stored_root(device: Device) -> None:
+    anchor = device.folder / "root.json"
+    device.take_trust(make_root(2, listed(SECOND)))
+    first = anchor.read_text()
+    anchor.write_text(first[:100])
+    device.crash()
+    anchor.write_text(first)
+    device.crash()
+    assert device.refusal(operator(STOLEN).command()) == "unknown key"
+    assert [key.kid for key in load_operators(device.store, anchor)] == [SECOND.public.kid]
 
 
 def test_the_change_is_in_the_log(device: Device) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import platform
 import resource
@@ -25,6 +24,7 @@ from agent.device.rollout.fetch.download import Download
 from agent.device.rollout.fetch.protocol import FetchRequest, FetchResponse, SignedTarget
 from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.errors import FetchFailed
+from agent.wire import root_metadata
 
 _MAX_ROOT_BYTES = 512_000
 _MEMORY_BYTES = 192 << 20
@@ -48,7 +48,7 @@ def handle_request(request: FetchRequest) -> FetchResponse:
             raise FetchFailed(
                 "MissingRoot", f"[updates] root {path}: {error.strerror}; copy the repository's first root.json there"
             ) from error
-        floors = floors.for_anchor(hashlib.sha256(anchor).hexdigest())
+        floors = floors.for_anchor(root_metadata.hash_anchor(anchor))
         limiter = transport.TransferLimiter(request.timeout_s, request.max_rate, request.stall_timeout_s)
         with contextlib.closing(transport.open_transport(request.url, request.ca_file, limiter)) as repository:
             floors, target, name = _refresh_metadata(request, anchor, floors, repository)
@@ -84,7 +84,7 @@ def _refresh_metadata(
     """
     from agent.device.rollout.fetch import tuf_client
 
-    folder = Path(request.metadata_dir) / floors.anchor[:16]
+    folder = Path(request.metadata_dir) / root_metadata.repository_folder(floors.anchor)
     for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
         if not other.name.startswith(folder.name):
             shutil.rmtree(other, ignore_errors=True)
