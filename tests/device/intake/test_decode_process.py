@@ -224,7 +224,7 @@ def pack(values: list[Any], dtype: Any = "<i8") -> PackedColumn:
     return PackedColumn(dtype, np.array(values, dtype).tobytes())
 
 
-ROWS = {"n": pack([1]), "x": pack([0.5], "<f4"), "s": ["a"]}
+ROWS: dict[str, PackedColumn | list[str]] = {"n": pack([1]), "x": pack([0.5], "<f4"), "s": ["a"]}
 HOSTILE_TABLES = [
     DecodedBlock(0, None, pack([]), {}),
     DecodedBlock(2, None, pack([1]), {}, ROWS),
