@@ -265,7 +265,7 @@ def test_an_error_that_no_check_foresees_costs_its_file_and_not_the_intake(
     assert "unexpected ZeroDivisionError" in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
 
 
-def test_a_working_folder_whose_owner_cannot_be_looked_up_leaks_no_descriptor(
+def test_a_working_folder_of_an_unknown_owner_leaks_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: WatchedFolder) -> int:
