@@ -27,6 +27,7 @@ from agent.device.store.transaction import Transaction
 from agent.device.uplink.session import Session
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.tuning import model_digest
+from agent.model.sandbox.subprocess_model import SubprocessModel
 
 _Hook = Callable[..., object]
 # Delay into a slow call such as the probe.
@@ -80,7 +81,7 @@ def after_puback(occasion: str) -> None:
 def in_invoke(occasion: str) -> None:
     count = _Countdown(occasion)
     # Short calls end before the timer fires; the process then dies slightly later.
-    _wrap(TfliteModel, "invoke", before=lambda *_: threading.Timer(random.uniform(0.0, 0.001), count).start())
+    _wrap(SubprocessModel, "invoke", before=lambda *_: threading.Timer(random.uniform(0.0, 0.001), count).start())
 
 
 def in_model(model: str) -> None:
