@@ -255,3 +255,20 @@ def test_who_waits_gets_its_own_answers_and_not_those_of_a_question_before() -> 
     with SubprocessModel(tiny()) as there:
         there.submit(CALM[:7])
         assert np.array_equal(there.invoke(CALM), runtime.TfliteModel(model("classify_int8")).invoke(CALM))
+
+
+def test_a_shared_buffer_that_could_not_grow_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError("refused")
+
+    buffer = launch.SharedBuffer()
+    try:
+        with monkeypatch.context() as refused:
+            refused.setattr(launch.mmap, "mmap", refuse)
+            with pytest.raises(OSError, match="refused"):
+                buffer.grow(1 << 20)
+        buffer.map[0] = 7
+        buffer.grow(1 << 20)
+        assert (buffer.map[0], len(buffer.map), buffer.size) == (7, 1 << 20, 1 << 20)
+    finally:
+        buffer.close()

@@ -34,10 +34,12 @@ class SharedBuffer:
 
     def grow(self, size: int) -> None:
         if size > self.size:
-            self.size = -(-size // _PAGE) * _PAGE
-            os.ftruncate(self.fd, self.size)
+            pages = -(-size // _PAGE) * _PAGE
+            os.ftruncate(self.fd, pages)
+            # Without memory this raises, and the former map stays in use.
+            grown = mmap.mmap(self.fd, pages)
             self.map.close()
-            self.map = mmap.mmap(self.fd, self.size)
+            self.map, self.size = grown, pages
 
     def close(self) -> None:
         self.map.close()
