@@ -264,7 +264,7 @@ def test_a_shared_buffer_that_could_not_grow_stays_usable(monkeypatch: pytest.Mo
     buffer = launch.SharedBuffer()
     try:
         with monkeypatch.context() as refused:
-            refused.setattr(launch.mmap, "mmap", refuse)
+            refused.setattr("agent.model.sandbox.launch.mmap.mmap", refuse)
             with pytest.raises(OSError, match="refused"):
                 buffer.grow(1 << 20)
         buffer.map[0] = 7
