@@ -20,7 +20,7 @@ REFILL_S = 10.0
 class Quota(Section, frozen=True):
     """Section [quota] of fleet.toml: what one device may send, a rate and `burst_s` seconds of it at once."""
 
-    messages_per_s: Annotated[float, msgspec.Meta(gt=0)] = 50.0
+    messages_per_s: Annotated[float, msgspec.Meta(gt=0)] = 200.0
     bytes_per_s: Annotated[int, msgspec.Meta(gt=0)] = 262_144
     burst_s: Annotated[float, msgspec.Meta(ge=1)] = 1000.0
 
