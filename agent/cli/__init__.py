@@ -14,24 +14,24 @@ from agent import __version__
 from agent.errors import OutstationError, UsageError
 from agent.text import printable_lines
 
-# Where each command is, and what the list says of it without loading them all.
+# Module and summary of each command: the list of commands loads none of them.
 _COMMANDS = {
-    "demo": ("agent.cli.demo:demo", "The whole system on this machine, and something goes wrong."),
-    "init": ("agent.cli.device.init:init", "Write an outstation.toml and make the device key."),
-    "join": ("agent.cli.device.join:join", "Make the device's keys, and a request that lets it into a fleet."),
-    "check": ("agent.cli.device.check:check", "Config, keys, bundles on this CPU, storage, clock and broker."),
-    "run": ("agent.cli.device.run:run", "The daemon, in the foreground."),
-    "batch": ("agent.cli.device.batch:batch", "Run what waits once, and stop."),
-    "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
-    "label": ("agent.cli.device.label:label", "Tell what was true of results."),
-    "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
-    "disclose": ("agent.cli.device.disclose:disclose", "Rows behind a signed message, with their proof."),
-    "head": ("agent.cli.device.head:head", "Sign where the message log ends, for an auditor."),
-    "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
-    "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),
-    "model": ("agent.cli.model.group:model", "Bundles: make, sign, check, evaluate and run them."),
-    "reference": ("agent.cli.device.reference:reference", "What is normal at this site."),
-    "fleet": ("agent.cli.fleet.group:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
+    "demo": ("agent.cli.demo:demo", "Run the whole system on this machine, with faults."),
+    "init": ("agent.cli.device.init:init", "Write a commented outstation.toml and a device key."),
+    "join": ("agent.cli.device.join:join", "Make the device's keys and a request to join a fleet."),
+    "check": ("agent.cli.device.check:check", "Check config, keys, bundles, storage, clock and broker."),
+    "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
+    "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
+    "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),
+    "label": ("agent.cli.device.label:label", "Add ground-truth labels to results."),
+    "status": ("agent.cli.device.status:status", "Show backlog, tasks, bundles, outbox, clock and alerts."),
+    "disclose": ("agent.cli.device.disclose:disclose", "Show an auditor the rows behind a signed message."),
+    "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
+    "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
+    "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
+    "model": ("agent.cli.model.group:model", "Make, sign, check, evaluate and run bundles."),
+    "reference": ("agent.cli.device.reference:reference", "Show or relearn the site reference of a task."),
+    "fleet": ("agent.cli.fleet.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),
 }
 
 _RUN_MODELS = {"run", "batch"}

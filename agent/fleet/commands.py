@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,15 +71,13 @@ def parse_arguments(name: str, values: Sequence[str]) -> dict[str, str]:
 @contextlib.contextmanager
 def lock_operator(folder: Path) -> Iterator[None]:
     """Allow one process per folder to use the operator's key and connection. Raises UsageError."""
-    try:
-        lock = os.open(folder / (COUNTER_FILE + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot write {COUNTER_FILE}, which each command needs: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(durable_files.lock(folder / f"{COUNTER_FILE}.lock"))
+        except OSError as error:
+            problem = f"cannot write {COUNTER_FILE}, which each command needs: {error.strerror}"
+            raise UsageError(f"{folder}: {problem}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager

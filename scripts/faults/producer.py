@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from random import Random
 
@@ -26,7 +27,7 @@ class Ledger(msgspec.Struct):
     refused: set[int] = msgspec.field(default_factory=set)
 
 
-class SensorThread:
+class SensorThread(ABC):
     """Thread that sends to the intake socket while it is resumed; `failure` holds the error that ended it."""
 
     def __init__(self, socket: Path, stream: str) -> None:
@@ -52,9 +53,9 @@ class SensorThread:
         if self._thread.ident is not None:
             self._thread.join(2.0)
 
+    @abstractmethod
     def send(self, client: Client) -> None:
         """Send once, wait for the answer, and pause until the next rows are due."""
-        raise NotImplementedError
 
     def _main(self) -> None:
         try:

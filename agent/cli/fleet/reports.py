@@ -64,7 +64,7 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
 @fleet_option
 @json_option
 def accept_log(device: str, log: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
-    """Say which message log of DEVICE is genuine, if two live at once; list its logs without LOG.
+    """Accept one message log of DEVICE as the genuine one, if two live at once. Without LOG, list its logs.
 
     Alerts of the other logs are then no longer open. If one of them goes on, the alert of two logs comes again.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from agent.device.intake.decoded_blocks import Answer, DecodedBlock, DecodeEnd, 
 from agent.device.intake.file_reader import FileBlock
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, SoundFormat
-from agent.model.sandbox import available_memory
+from agent.model.sandbox import available_memory, child_process
 from agent.model.sandbox.confinement import child_environment
 
 _WORKER = "agent.device.intake.decode_worker"
@@ -135,7 +134,7 @@ class DecodeProcess:
             try:
                 # -P: never import an `agent` package from the current folder.
                 command = [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())]
-                with _blocked_signals():
+                with child_process.blocked_signals():
                     self._child = subprocess.Popen(
                         command,
                         stdin=subprocess.DEVNULL,
@@ -188,18 +187,8 @@ class DecodeProcess:
         if child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(1)
-        how = "ended" if code is None else f"ended with {_describe_exit(code)}"
+        how = "ended" if code is None else f"ended with {child_process.describe_exit(code)}"
         return DecoderDied(f"the process that decodes it {how}; the file is damaged, or needs more memory than is left")
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        # A real-time signal.
-        return f"signal {-code}"
 
 
 def _raise_end(end: DecodeEnd) -> None:
@@ -212,13 +201,3 @@ def _raise_end(end: DecodeEnd) -> None:
             raise DecoderFailed(end.errno, end.text)
         case "os":
             raise UsageError(f"cannot be read: {end.text}")
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Start a child that ignores stop signals: stopping the daemon must not look like a damaged file."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

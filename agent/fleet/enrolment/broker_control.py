@@ -8,7 +8,6 @@ that reaches it brings them along.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
@@ -61,15 +60,12 @@ def apply(folder: Path, config: FleetConfig, change: AccessChange) -> tuple[str,
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Allow one process per folder to change the rules: they share the file and the administrator's connection."""
-    try:
-        lock = os.open(folder / f"{PENDING_FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror}; see who owns the folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(durable_files.lock(folder / f"{PENDING_FILE}.lock"))
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be written: {error.strerror}; see who owns the folder") from error
         yield
-    finally:
-        os.close(lock)
 
 
 def _apply_pending(

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -125,17 +126,14 @@ def enrol(
     public = _render_public_files(folder, config, device)
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file)) if config.ca else None
     certificate, tls_key = None, request.tls_key if request is not None else None
-    if authority is not None and (keep_certificate or not replace):
-        certificate = _load_valid_certificate(folder, authority, home, tls_key)
-    if authority is not None and certificate is None and tls_key is None:
-        made = keys.create()
-        tls_key, private[TLS_KEY] = made.private.public_key(), made.pem
-    if private and bundle is None:
-        made_here = " and ".join(sorted(private))
-        raise UsageError(
-            f"device {device!r}: {made_here} would be made here, and no private key stays in the fleet's folder; name "
-            "a file for them with --bundle-out, or better let the device make them: `outstation join`, then --request"
-        )
+    if authority is not None:
+        if keep_certificate or not replace:
+            certificate = _load_valid_certificate(folder, authority, home, tls_key)
+        if certificate is None and tls_key is None:
+            made = keys.create()
+            tls_key, private[TLS_KEY] = made.private.public_key(), made.pem
+    if bundle is None:
+        _require_no_private_keys(device, private)
     former = RevocationOutcome([], [])
     made_by: KeyMaker = "operator" if SIGNING_KEY in private else "device"
     # Before the new certificate is issued: it must not be revoked.
@@ -175,6 +173,15 @@ def enrol(
         durable_files.write(home / name, data, 0o600)
     revocation.change_access(folder, config, AccessChange(device, "device"), former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
+
+
+def _require_no_private_keys(device: str, private: Iterable[str]) -> None:
+    """Raise UsageError if private keys would be made without a file for them."""
+    if made_here := " and ".join(sorted(private)):
+        raise UsageError(
+            f"device {device!r}: {made_here} would be made here, and no private key stays in the fleet's folder; name "
+            "a file for them with --bundle-out, or better let the device make them: `outstation join`, then --request"
+        )
 
 
 def device_folder(folder: Path, device: str) -> Path:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from agent import durable_files
 from agent.errors import StorageBusy, UsageError
 
 _ROOT_NAME = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
@@ -66,17 +65,13 @@ class Layout(msgspec.Struct, frozen=True):
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
         """Hold the lock for writers. Raises StorageBusy if it is taken and `wait` is False, else UsageError."""
-        try:
-            lock = os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            raise self.missing_error() from None
-        except OSError as error:
-            raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
-        try:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held.enter_context(durable_files.lock(self.home / ".lock", wait=wait))
+            except FileNotFoundError:
+                raise self.missing_error() from None
             except BlockingIOError:
                 raise StorageBusy(f"{self.home}: another command is writing to the repository; try again") from None
+            except OSError as error:
+                raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
             yield
-        finally:
-            os.close(lock)

@@ -10,12 +10,10 @@ import contextlib
 import fcntl
 import mmap
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 
+from agent.model.sandbox import child_process
 from agent.model.sandbox.confinement import child_environment
 
 WORKER_MODULE = "agent.model.sandbox.worker"
@@ -58,7 +56,7 @@ class Worker:
             self.shared.close()
             raise
         try:
-            with _blocked_signals():
+            with child_process.blocked_signals():
                 self.child = subprocess.Popen(
                     # -P: never import an `agent` package from the current folder.
                     [sys.executable, "-P", "-m", WORKER_MODULE]
@@ -72,7 +70,6 @@ class Worker:
         except OSError:
             self._close_memory()
             raise
-        self.started_s = time.monotonic()
 
     def send_job(self, job: bytes) -> None:
         """Hand over the job; a child that ended meanwhile is noticed at the first answer."""
@@ -120,13 +117,3 @@ def discard_spare() -> None:
     if _spare is not None:
         _spare.discard()
     _spare = None
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Start a child that ignores stop signals: stopping the daemon must not look like a crash of the model."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -29,7 +29,7 @@ from agent.model.bundle.manifest import Manifest, ResourceLimits
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import confinement, memory
+from agent.model.sandbox import child_process, confinement, memory
 from agent.model.sandbox.confinement import ModelPolicy
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
     if "MemoryError" in text or "bad_alloc" in text or code == -signal.SIGKILL:
         return _out_of_memory_detail(limits)
     if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
+        cause = child_process.describe_exit(code)
+        return f"the runtime crashed on it ({cause}); the model is damaged or not for this runtime"
     return f"the child process failed ({code}): {text[-300:]}"
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,7 @@ NUMERIC = [i for i in range(len(COLUMNS)) if i != ANSWER]
 KS_ROWS = 10_000  # rows of the reference: up to here SciPy's p-value is exact by default
 
 
-class Detector:
+class Detector(ABC):
     """Detector that learns from `reference` (n, 18) and flags the drifted columns (18,) of each window (500, 18)."""
 
     remembers = False  # earlier windows that the detector has processed
@@ -48,8 +49,9 @@ class Detector:
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
+    @abstractmethod
     def window(self, rows: Any) -> Any:
-        raise NotImplementedError
+        """Return the flags (18,) of one window of rows."""
 
     def flags(self, rows: Any, until: list[int] | None = None) -> Any:
         """Return the flags (windows, 18) of rows, up to the first window that flags one of the columns `until`."""
