@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,9 +17,8 @@ from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
 from agent.drift.testing import sequence as courses
 from agent.drift.testing.test_suite import Evidence
-from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, comparable, feed, readings, reference
+from tests.kit.machine import ROWS, WINDOW, Readings, comparable, feed, readings
 
-LEARN = 40
 TESTS = 5
 Scores = NDArray[np.float64]
 # As windows say them: mostly little, some beyond what one may say, some nothing.
@@ -72,18 +70,6 @@ def test_a_trend_over_consecutive_windows_equals_that_one_by_one(z: Scores, half
     for at in range(len(z)):
         alone = alone.add(z[at : at + 1], t[at : at + 1])
     assert same(SlowTrend().add(z, t), alone)
-
-
-@pytest.fixture(scope="module")
-def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
-
-
-@pytest.fixture(scope="module")
-def learned(monitor: DriftMonitor) -> DriftState:
-    state, _ = feed(monitor, monitor.start(), readings(3, LEARN + 2))
-    assert state.site_reference is not None
-    return state
 
 
 @given(

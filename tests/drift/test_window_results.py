@@ -15,21 +15,7 @@ from agent.drift.reporting import parsed_message
 from agent.fleet.drift.merge import MergedField
 from agent.wire import least_count
 from agent.wire.messages import Moments
-from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, comparable, feed, readings, reference
-
-LEARN = 40
-
-
-@pytest.fixture(scope="module")
-def monitor() -> DriftMonitor:
-    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
-
-
-@pytest.fixture(scope="module")
-def learned(monitor: DriftMonitor) -> DriftState:
-    state, _ = feed(monitor, monitor.start(), readings(3, LEARN + 2))
-    assert state.site_reference is not None
-    return state
+from tests.kit.machine import LABELS, LEARN, ROWS, WINDOW, Readings, comparable, feed, readings, reference
 
 
 def gaps(r: Readings, share: float, seed: int) -> Readings:

@@ -18,6 +18,8 @@ from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, 
 FIELDS = ("x", "y", "z")
 LABELS = ("idle", "walk", "run")
 ROWS = 20  # per model window
+# Drift windows from which a site learns its reference.
+LEARN = 40
 WINDOW = 10  # model windows per drift window
 LEVEL = np.array([[0.0, 1.0, -0.5], [0.6, 0.9, -0.3], [1.2, 0.2, 0.4]])
 MOVE = np.array([[0.05, 0.1, 0.08], [0.4, 0.5, 0.3], [1.0, 0.8, 0.9]])
