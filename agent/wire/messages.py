@@ -39,7 +39,6 @@ from agent.wire.runs import (
 from agent.wire.times import Rfc3339
 
 MAX_PAYLOAD = 1 << 20
-FIRST_PREV = ""
 # Fewer digits fit into 64 bits. Two passes in C cost less than a look at each number.
 _LONG_NUMBER = b"0" * 19
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")

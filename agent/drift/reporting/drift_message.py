@@ -84,8 +84,8 @@ def build_features(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]
     columns = (
         sums.counts.tolist(),
         sums.missing.tolist(),
-        _to_compact_numbers(moments.mean[:, 0]),
-        _to_compact_numbers(moments.m2[:, 0]),
+        to_compact_numbers(moments.mean[:, 0]),
+        to_compact_numbers(moments.m2[:, 0]),
         sized,
     )
     return [
@@ -144,7 +144,7 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
     layout, faults, fields = status.layout, status.faults, len(status.faults)
     certainty, pair = (_find_nearest_test(status, tester, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
     tests = [*layout.field_tests.ravel().tolist(), *(test for test in (certainty, pair) if test is not None)]
-    rounded = _to_compact_numbers(np.round(status.cusum_sums[:, tests].T, 2))
+    rounded = to_compact_numbers(np.round(status.cusum_sums[:, tests].T, 2))
     limits = tester.limits.limit[tests].round(2).tolist() if tester else [None] * len(tests)
     sums = dict(zip(tests, zip(rounded, limits, strict=True), strict=True))
     score_sums, score_limit = ([0, 0], None) if certainty is None else sums[certainty]
@@ -202,13 +202,8 @@ def round_effect_size(size: Float64s) -> Float64s:
     return np.asarray(out)
 
 
-def to_compact_number(value: float) -> float:
-    """Return the number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
-    return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
-
-
-def _to_compact_numbers(values: Float64s) -> list[Any]:
-    """Return values as lists of compact numbers."""
+def to_compact_numbers(values: Float64s) -> list[Any]:
+    """Return values as lists of numbers in the fewest characters: JSON says 0 where a float would be 0.0."""
     near = (values == np.rint(values)) & (np.abs(values) < 1e6)
     if not near.any():
         return list(values.tolist())

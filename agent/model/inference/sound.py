@@ -73,12 +73,6 @@ class WavReader:
         self._exit_stack.close()
 
 
-def read_samples(path: Path, rate: int) -> Float64s:
-    """Return all samples (n,), from -1 to 1. Raises UsageError."""
-    with contextlib.closing(WavReader(path, rate)) as wav:
-        return wav.read(0, wav.sample_count)
-
-
 def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterator[Float32s]:
     """Yield the rows of a file after the first `skip`, in blocks, with the same bits as `compute_mel_rows`."""
     frames = max(0, (wav.sample_count - spec.window) // spec.hop + 1)
