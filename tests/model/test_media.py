@@ -41,14 +41,18 @@ def write_wav(path: Path, samples: Doubles, *, width: int = 2, rate: int = RATE,
     return path
 
 
+def read_samples(path: Path) -> Doubles:
+    """Return all samples (n,) of a file, from -1 to 1."""
+    with contextlib.closing(sound.WavReader(path, RATE)) as wav:
+        return wav.read(0, wav.sample_count)
+
+
 # --- sound ---
 
 
 @pytest.mark.parametrize(("width", "channels"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)])
 def test_a_wav_of_any_width_gives_the_same_samples(tmp_path: Path, width: int, channels: int) -> None:
-    path = write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels)
-    with contextlib.closing(sound.WavReader(path, RATE)) as wav:
-        result = wav.read(0, wav.sample_count)
+    result = read_samples(write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels))
     np.testing.assert_allclose(result, tone(440), atol=2.0 ** (2 - 8 * width))
 
 

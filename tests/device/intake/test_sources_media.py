@@ -34,7 +34,7 @@ from agent.errors import ConfigError, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
 from tests.kit.stations import ROOT, Station, conf, rows_of, wait_for
-from tests.model.test_media import RATE, picture, tone, write_wav
+from tests.model.test_media import RATE, picture, read_samples, tone, write_wav
 
 SMALL = ImageFormat(width=8, height=6)
 SOUND = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
@@ -185,7 +185,7 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
         wait_for(partial(are_in, tmp_path, "done", 2), "both in done/")
         rows = taken(station)
     path = tmp_path / "in" / "done" / "a.wav"
-    expected = sound.compute_mel_rows(sound.read_samples(path, RATE), SOUND)
+    expected = sound.compute_mel_rows(read_samples(path), SOUND)
     n = len(expected)
     assert n > 2 * sound._BLOCK_FRAMES
     assert np.stack(rows.columns, axis=1).tobytes() == np.concatenate([expected, expected]).tobytes()
@@ -310,7 +310,7 @@ def test_media_files_are_ingested_once_over_repeated_kills(tmp_path: Path, kind:
         expected = (
             images.read_rows(path, made)
             if isinstance(made, ImageFormat)
-            else sound.compute_mel_rows(sound.read_samples(path, RATE), made)
+            else sound.compute_mel_rows(read_samples(path), made)
         )
         assert rows[first - 1 : last].tobytes() == expected.tobytes()
     assert interrupted > 0
