@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def _become_owner(data_dir: Path) -> None:
         ) from error
     if os.geteuid() == 0 or os.getuid() == 0:
         raise UsageError(f"{data_dir}: root's rights could not be given up; run this as user {owner.st_uid}")
+    program = Path(__file__)
+    # Modules are imported later, and model processes start the interpreter: both need rights of this user.
+    if not os.access(program, os.R_OK) or not os.access(sys.executable, os.X_OK):
+        raise UsageError(
+            f"{data_dir}: belongs to user {owner.st_uid}, who may not read the program in {program.parents[1]} or run "
+            f"{sys.executable}; install it where that user may, as deploy/install.sh does"
+        )
 
 
 def open_store(conf: Config) -> Store:

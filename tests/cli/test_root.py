@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,27 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def run(program: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT)
+def run(program: str, *arguments: str, folder: Path = ROOT) -> str:
+    """Run a program with the `agent` of `folder`."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}
+    )
     return done.stdout + done.stderr
 
 
+def nobody_reads(path: Path) -> bool:
+    """Return True if others may pass all folders above `path`."""
+    return all(folder.stat().st_mode & 0o001 for folder in path.resolve().parents)
+
+
+readable = pytest.mark.skipif(
+    not nobody_reads(ROOT / "agent") or not nobody_reads(Path(sys.executable)),
+    reason="this checkout or its Python lies in a folder that other users may not enter",
+)
+
+
+@readable
 def test_a_bundle_that_root_checks_runs_as_the_devices_user(config: Path) -> None:
     program = "import os, sys\nfrom agent.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
     program += "print(os.getresuid(), os.getresgid(), os.getgroups())\n"
@@ -42,6 +59,7 @@ def test_a_bundle_that_root_checks_runs_as_the_devices_user(config: Path) -> Non
     assert run(program, str(config)) == f"{ids} {ids} [{NOBODY}]\nfor good\n"
 
 
+@readable
 def test_what_root_writes_to_a_devices_store_belongs_to_the_devices_user(config: Path) -> None:
     outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
     shown = run(outstation, "check", "--json", "-c", str(config))
@@ -55,3 +73,15 @@ def test_root_stays_root_where_the_data_folder_is_its_own(config: Path) -> None:
     os.chown(config.parent / "data", 0, 0)
     program = "import os, sys\nfrom agent.bootstrap.device import load_config\nload_config(sys.argv[1])\n"
     assert run(program + "print(os.getuid())", str(config)) == "0\n"
+
+
+def test_a_program_that_the_devices_user_may_not_read_is_named_in_one_line(config: Path) -> None:
+    private = config.parent / "private"
+    private.mkdir(mode=0o700)
+    shutil.copytree(ROOT / "agent", private / "agent", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "models", private / "models", ignore=shutil.ignore_patterns("sources", "recordings"))
+    outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
+    shown = run(outstation, "check", "-c", str(config), folder=private)
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) == 1
+    assert f"who may not read the program in {private / 'agent'}" in shown
