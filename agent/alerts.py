@@ -22,7 +22,10 @@ _LOOK_YOURSELF = "Never: a person has to look. It stays in `outstation fleet ale
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence."""
+    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence.
+
+    An alert that became worse while it was open is raised again with the next `revision`.
+    """
 
     alert: str
     subject: str
@@ -31,6 +34,7 @@ class Alert(msgspec.Struct, frozen=True):
     id: str
     summary: str
     evidence: dict[str, Any]
+    revision: int = 1
 
     def to_body(self, task: str | None = None, **evidence: Any) -> dict[str, Any]:
         """Return the members of an `alerts` message; a task's alert has the task's name before its id."""
@@ -42,7 +46,7 @@ class Alert(msgspec.Struct, frozen=True):
             "id": self.id if task is None else f"{task}/{self.id}",
             "summary": self.summary,
             "evidence": {**evidence, **self.evidence},
-        }
+        } | ({"revision": self.revision} if self.revision > 1 else {})
 
 
 class AlertKind(msgspec.Struct, frozen=True):

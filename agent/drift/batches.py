@@ -229,12 +229,16 @@ def advance_tests(
     start_times: Ints,
     *,
     has_fault: bool,
+    most: int,
 ) -> AdvancedTests:
-    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not."""
+    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not.
+
+    At most so many of them miss no more values than usual.
+    """
     suite, watch, evidence = state.suite, state.rate_watch, analysis.evidence
     if tester is None or evidence is None:
         return AdvancedTests(1, suite, watch, has_fault or sampling_rate_watch.blocks_testing(watch), None)
-    plain = _count_plain_windows(state, analysis, first)
+    plain = min(most, _count_plain_windows(state, analysis, first))
     ahead = slice(first, first + max(1, plain))
     rate = sampling_rate_watch.run_windows(watch, analysis.rate_observations[ahead], tester, suite, start_times[ahead])
     free = 0 if has_fault else rate.windows_before_block
@@ -253,7 +257,7 @@ def advance_tests(
 
 def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
-    is_open = state.faulty.any() or state.misread.any() or state.rate_watch.open_fault or state.rate_watch.drifting
+    is_open = state.faults.any_open or state.rate_watch.open_fault or state.rate_watch.drifting
     if is_open or state.suite.open_subjects.any():
         return 0
     signs = zip(analysis.indicators.has_indication[first:].tolist(), analysis.rate_observations[first:], strict=True)
