@@ -77,9 +77,10 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         else:
             spans = np.diff(batch.t[starts], axis=1)
         rows, named = self._gather_rows(part.values, begin - part.begin), part.predicted
-        return summary.summarize_windows(
+        stack, _ = summary.summarize_windows(
             shipped, rows, spans, part.stats, named, part.top_scores, assign_classes(part.stats, named)
         )
+        return stack
 
     def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
         """Return the rows (W, n, F)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -65,7 +66,7 @@ class RateObservation(msgspec.Struct, frozen=True):
     repeated: float = 0.0
 
 
-class RateRun(msgspec.Struct, frozen=True, eq=False):
+class RateRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Run over W windows; of several only if `before` has no open alert and none has a fault."""
 
     before: RateState
@@ -79,11 +80,18 @@ class RateRun(msgspec.Struct, frozen=True, eq=False):
     def windows_before_block(self) -> int:
         """Number of windows before the first that is kept out of all other tests."""
         if len(self.t) == 1 or self.cusum is None:
-            return 0 if self.state_after(1).blocks_window else 1
+            return 0 if self._first_state.blocks_window else 1
         exceeds = self.cusum.exceeds_limit
         return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
 
     def state_after(self, windows: int) -> RateState:
+        return self._first_state if windows == 1 else self._find_state(windows)
+
+    @cached_property
+    def _first_state(self) -> RateState:
+        return self._find_state(1)
+
+    def _find_state(self, windows: int) -> RateState:
         before, fault, on, t = self.before, self.observations[windows - 1].fault, self.open_fault, self.t[windows - 1]
         cusum = self.cusum.state_after(windows) if self.cusum else before.cusum
         drifts, faulty = bool(cusum.alarm.any()) and not before.drifting, bool(on) and on != before.open_fault
