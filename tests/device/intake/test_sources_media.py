@@ -1,8 +1,9 @@
 """Images and sounds in a watched folder: each file is ingested once, invalid ones go to failed/."""
 
-from __future__ import io
+from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import random
