@@ -19,8 +19,7 @@ from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import Task
-from agent.drift.detectors.registry import get_layout
-from agent.drift.sampling_rate_watch import SamplingRateWatch
+from agent.drift.detectors.registry import GateStates, get_layout
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 
@@ -46,7 +45,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     clear_count: Ints  # (F,) windows without a fault since
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
-    rate_watch: SamplingRateWatch = msgspec.field(default_factory=SamplingRateWatch)
+    gates: GateStates
     class_field: str = ""  # field that names modes, if any
     known_modes: tuple[str, ...] = ()  # names that have a class
 
@@ -72,6 +71,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             clear_count=np.zeros(fields, np.int64),
             raised_counts=np.zeros((fields + 3, 2), np.int64),
             raised_window=np.zeros(fields + 3, np.int64),
+            gates=GateStates.start(),
             class_field=class_field,
         )
 
