@@ -63,7 +63,9 @@ def show(folder: str | None, as_json: bool) -> None:
     emit(report, as_json, lambda: _print_report(report))
 
 
-@keys.command("add", cls=_KeyCommand, epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key")
+@keys.command(
+    "add", cls=_KeyCommand, epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key"
+)
 @click.argument("role")
 @click.argument("public", metavar="PUB")
 @_sign_with
