@@ -26,7 +26,8 @@ from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_control, pki, revocation
-from agent.fleet.enrolment.enrol import CERTIFICATE, TLS_KEY, init_fleet
+from agent.fleet.enrolment.device_files import CERTIFICATE, TLS_KEY
+from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
