@@ -86,7 +86,7 @@ class AlertKind(msgspec.Struct, frozen=True):
 
 
 _DRIFT_CLEARS = "Once the drift test has been close to the site's reference for three drift windows in a row."
-_FAULT_CLEARS = "After three drift windows in a row without a fault."
+_FAULT_CLEARS = "After three drift windows in a row without a fault of this kind."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."
 
 FIELD_DRIFT = AlertKind(
@@ -144,12 +144,13 @@ FLEET_DRIFT = AlertKind(
 )
 FIELD_FAULT = AlertKind(
     *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
-    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning.",
+    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning. Each kind of "
+    "fault of a field has its own alert.",
     "See the fault's name in the evidence.",
     "Repair or replace the sensor, its cable, its converter or its configuration.",
     _FAULT_CLEARS,
     {
-        "missing": "values are absent: sensor or cable fault, or its source stopped",
+        "missing": "more values are absent than usual here: sensor or cable fault, or its source stopped",
         "stuck": "one value repeats: sensor or cable fault",
         "saturated": "values are held at one end: range too small, amplifier overloaded, sensor at its end",
         "quantized": "values come in coarser steps: another converter, range or rounding",

@@ -19,7 +19,7 @@ GROWTH = 2.0  # times the size that was published
 CONFIRMING_WINDOWS = 2
 SETTLING_WINDOWS = 5  # before an alert is published again; twice as many after each time
 MAX_REVISIONS = 10
-SMOOTHING, MAX_SCORE = 0.3, 100.0  # weight of the newest window; larger scores are cut off
+SMOOTHING, MAX_SCORE = 0.5, 100.0  # weight of the newest window; larger scores are cut off
 
 
 class Escalation(msgspec.Struct, frozen=True, eq=False):

@@ -225,7 +225,6 @@ def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: Drif
         ("waves", [1]),
         ("hours", [1]),
         ("stretch", 99.0),
-        ("missing", [-1.0] * 3),
         ("baselines", {}),
         ("baselines.psi", {"limits": [1]}),
         ("baselines.psi", {"mean": [1]}),

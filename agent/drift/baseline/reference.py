@@ -216,7 +216,7 @@ def draft_reference(
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
     jump = np.array([_robust_step_sd(column) for column in rows.T])
-    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count).run, rest)
+    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count), rest)
     return Reference(
         version=VERSION,
         made="shipped",
