@@ -210,7 +210,7 @@ def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
     memory = control_limits.fit_autocorrelation(values, np.ones(values.shape[1]))
     independent = np.maximum(len(values) * (1 - memory) / (1 + memory), 4.0)
     limits = (_gamma_limit(values, level, independent), _gamma_limit(second, budget, independent), second.max(0))
-    return np.maximum(MIN_PSI, np.max(limits, axis=0))
+    return np.asarray(np.maximum(MIN_PSI, np.max(limits, axis=0)))
 
 
 def _gamma_limit(values: Float64s, level: float, windows: Float64s) -> Float64s:
@@ -239,4 +239,5 @@ def gamma_quantile(shape: Float64s, p: float) -> Float64s:
 def _outlier_cap(values: Float64s) -> Float64s:
     """Return the value beyond which a window is drawn in, as it was not like the others."""
     middle = median(values)
-    return np.asarray(np.maximum(middle + 10 * median(np.abs(values - middle)) + 1e-9, largest_usual(values)))
+    reach = middle + 10 * median(np.abs(values - middle)) + 1e-9
+    return np.asarray(np.maximum(reach, largest_usual(values)))

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import AnyArray, Float64s, Ints
-from agent.drift.detectors import class_means, cusum, daily_cycle, outliers, variogram
+from agent.drift.detectors import class_means, daily_cycle, outliers, variogram
 from agent.drift.detectors.class_means import leave_one_out_mean, pooled_mean
 from agent.drift.detectors.detector import (
     MIN_CLASS_WINDOWS,
@@ -54,10 +54,10 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     cycle: daily_cycle.Cycle  # of the speed
     limit: float  # of the CUSUM of the speed
 
-    def score_speeds(self, variogram_sums: Ints, t: Ints, learned: int) -> tuple[Float64s, Float64s]:
+    def score_speeds(self, variogram_sums: Ints, t: Ints) -> tuple[Float64s, Float64s]:
         """Return scores (W,) of the speeds of stacked windows at `t` (W,) epoch µs, and their logarithms.
 
-        NaN if unknown. `learned` is the number of windows that the baseline was learned from.
+        NaN if unknown.
         """
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
@@ -66,11 +66,11 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
         sd = self.speed_sd * self.cycle.evaluate_spread(t)[:, 0]
         deviations = class_means.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
         speeds = variogram.estimate_log_speed(deviations, self.slope, self.weight) - expected
-        return cusum.standardize(speeds, np.zeros(1), sd, learned), speeds
+        return np.asarray(speeds / sd), speeds
 
 
 class SamplingRateDetector(Detector):
-    """Detector of the rate of readings and of the speed of signals; `sampling_rate_watch` raises its alerts."""
+    """Detector of the rate of readings and of the speed of signals: what it counts and learns."""
 
     name = "sampling_rate"
     baseline_type = RateBaseline
@@ -141,7 +141,8 @@ class SamplingRateDetector(Detector):
             baseline,
             weight=weight,
             speed_mean=float((fit.mean + mean)[0]),
-            speed_sd=sd,
+            # The mean was learned from so many windows.
+            speed_sd=sd * math.sqrt(1 + 1 / len(left)),
             cycle=fit.cycle,
             limit=float(control_limits.cusum_limits(noise, slack, false_alarm_budget.SPEED_BUDGET)[0]),
         )

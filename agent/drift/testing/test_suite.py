@@ -22,7 +22,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import cusum
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
-from agent.drift.detectors.registry import CHARTS, SAMPLING_RATE, SCORED, ChartStates, ScoreLayout, get_layout
+from agent.drift.detectors.registry import CHARTS, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
@@ -124,11 +124,6 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def limits(self) -> CusumLimits:
         return CusumLimits.from_reference(self.reference)
-
-    @cached_property
-    def speed_cusum_limit(self) -> float:
-        limit: float = self.reference.baselines[SAMPLING_RATE.name].own.limit
-        return limit
 
     @cached_property
     def has_cycle(self) -> bool:
