@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock
+from agent import clock, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
@@ -129,7 +129,7 @@ def _read_witnesses(paths: tuple[Path, ...]) -> list[tuple[str, bytes]]:
     files = []
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with input_files.open_regular(path) as file:
                 files.append((str(path), file.read(log_head.MAX_BYTES + 1)))
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from None

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import clock
+from agent import clock, input_files
 
 log = logging.getLogger("outstation")
 
@@ -49,7 +49,7 @@ class CrashMarker:
         self._boot, self._process = clock.boot_id(), f"{os.getpid()}/{time.monotonic_ns()}"
         self._run_counter, self._has_logged_error = itertools.count(1), False
         try:
-            record = _decode(self._path.read_bytes())
+            record = _decode(input_files.read_bytes(self._path))
         except OSError:
             record = None
         self.previous_run = record if record is not None and record.boot == self._boot else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError
 from agent.fleet.config import ClientCertificate, FleetConfig
@@ -158,7 +158,7 @@ def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reas
 
 
 def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
-    document = json.loads(path.read_bytes())
+    document = json.loads(input_files.read_bytes(path))
     if broker_access.edit_document(document, fleet, changes):
         write_access_file(path, document)
 
@@ -166,7 +166,7 @@ def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
 def _load_pending(folder: Path) -> list[AccessChange]:
     path = folder / PENDING_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[AccessChange])
+        return msgspec.json.decode(input_files.read_bytes(path), type=list[AccessChange])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.DecodeError) as error:

@@ -17,7 +17,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
@@ -205,7 +205,7 @@ def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, 
     request = enrolment_request.parse(enrolment_request.build(config.fleet.name, device, signing_key, tls_key, None))
     done = enrol(folder, config, store, device, request=request)
     for path in done.folder.iterdir():
-        durable_files.write(home / path.name, path.read_bytes(), 0o600)
+        durable_files.write(home / path.name, input_files.read_bytes(path), 0o600)
     return home
 
 
@@ -227,7 +227,7 @@ def pack_device_files(files: dict[str, bytes], out: Path) -> None:
 def read_request(path: Path) -> EnrolmentRequest:
     """Read and verify a request file. Raises UsageError."""
     try:
-        with path.open("rb") as file:
+        with input_files.open_regular(path) as file:
             return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -253,7 +253,7 @@ def _load_valid_certificate(
     path = home / CERTIFICATE
     if not path.exists() or revocation.is_revoked(folder, authority, path):
         return None
-    data = path.read_bytes()
+    data = input_files.read_bytes(path)
     is_other = tls_key is not None and x509.load_pem_x509_certificate(data).public_key() != tls_key
     return None if is_other else data
 
@@ -265,7 +265,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
     files: dict[str, bytes] = {}
     text = _render_device_toml(device, config, collector, operator)
     if root is not None:
-        files[ROOT_METADATA] = root.read_bytes()
+        files[ROOT_METADATA] = input_files.read_bytes(root)
     if root is not None and config.repository is not None:
         url = config.repository.url
         # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
@@ -274,7 +274,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
             url=_toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=_toml_string(ROOT_METADATA)
         )
     if config.ca is not None:
-        files["ca.pem"] = Path(config.ca.cert_file).read_bytes()
+        files["ca.pem"] = input_files.read_bytes(Path(config.ca.cert_file))
     return files | {"outstation.toml": text.encode()}
 
 

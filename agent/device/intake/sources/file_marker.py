@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import clock
+from agent import clock, input_files
 
 log = logging.getLogger("outstation.files")
 
@@ -37,7 +37,7 @@ class FileMarker:
         self._path, self._boot, self._has_logged_error = path, clock.boot_id(), False
         self._previous: _Marked | None = None
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            marked = msgspec.json.decode(path.read_bytes().rstrip(b"\0"), type=_Marked)
+            marked = msgspec.json.decode(input_files.read_bytes(path).rstrip(b"\0"), type=_Marked)
             self._previous = marked if marked.boot == self._boot else None
 
     def count_deaths(self, name: str, line: int) -> int:
