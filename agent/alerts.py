@@ -172,14 +172,16 @@ DECAY = AlertKind(
     "Labels show a higher error than the first 200 labels of this bundle on this device.",
     "Concept drift; a sensor that slowly fails; another use of the machine; another person or rule that labels.",
     "Look for drift alerts of the same time, check some labels, and retrain with the labelled results.",
-    "After six groups of 25 labels in a row that agree with the first labels, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the first labels and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 BELOW_EVALUATION = AlertKind(
     *("Accuracy below the evaluation", "quality", "evaluation", "quality/evaluation/{count}", "warning", "task"),
     "Labels show a lower accuracy than the bundle's own evaluation promises.",
     "Training data unlike this site; an evaluation with target leakage; labels that follow another rule.",
     "Evaluate the bundle on labelled results of this site, and retrain with them.",
-    "After six groups of 25 labels in a row that agree with the evaluation, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the evaluation and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 OVERCONFIDENT = AlertKind(
     *("Certainty no longer holds", "quality", "certainty", "quality/certainty/{count}", "warning", "task"),
@@ -187,7 +189,8 @@ OVERCONFIDENT = AlertKind(
     "something else.",
     "Concept drift; an input unlike the calibration data; labels that follow another rule.",
     "Do not rely on scores or on accuracy that is estimated without labels. Retrain and recalibrate the bundle.",
-    "After six groups of 25 labels in a row that agree with the certainty, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the certainty and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 OWN_LABELS = AlertKind(
     *("Labels are the model's own answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),

@@ -49,15 +49,18 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        if cmd_name in _RUN_MODELS and not {"-h", "--help"} & set(sys.argv):
-            # It imports the runtime while this process imports the rest.
-            from agent.model.sandbox import launch
-
-            launch.prepare_spare()
-            ctx.call_on_close(launch.discard_spare)
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in _RUN_MODELS and not {"-h", "--help"} & set(args):
+            from agent.cli import spare
+
+            spare.prepare(ctx, args[1:])
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float32s, Ints
-from agent.drift import batches, sampling_rate_watch
+from agent.drift import batches
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
@@ -31,6 +31,7 @@ from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
+from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
@@ -128,11 +129,13 @@ class DriftMonitor:
             site_reference=None,
             learning=self._empty_learning,
             suite=SuiteState.start(self.shipped.task),
-            rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
+            gates=GateStates({gate.name: gate.restart(state.gates[gate.name]) for gate in GATES}),
             requested_learn_s=duration_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
-        return fresh, cleared + sampling_rate_watch.clear_alerts(state.rate_watch, reason, evidence)
+        for gate in GATES:
+            cleared += gate.clear_alerts(state.gates[gate.name], reason, evidence)
+        return fresh, cleared
 
     def process_batch(
         self,
@@ -244,7 +247,7 @@ class DriftMonitor:
         tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault)
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
-        after = replace(before, suite=tests.suite, rate_watch=tests.rate_watch)
+        after = replace(before, suite=tests.suite, gates=tests.gates)
         drift_alerts: list[Alert] = []
         learned, refused = None, None
         if tester is not None and analysis.evidence is not None and not tests.blocked:
@@ -254,16 +257,13 @@ class DriftMonitor:
         elif not tests.blocked:
             after, learned, refused = self._gather_window(after)
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
-        location = {"window": before.index, "rows": list(before.rows)}
-        rate_alerts = sampling_rate_watch.build_alerts(
-            state.rate_watch, tests.rate_watch, analysis.rate_observations[first], tester, before.t, location
-        )
+        gate_alerts = analysis.build_gate_alerts(first, state.gates, before, tests.gates, state.site_reference)
         result = full.build_result(
             closing,
             before,
             learned_reference=learned,
             learning_error=refused,
-            alerts=(*fault_alerts, *rate_alerts, *drift_alerts),
+            alerts=(*fault_alerts, *gate_alerts, *drift_alerts),
             nearest=tests.nearest,
         )
         return after, ClosedWindow(
@@ -276,8 +276,7 @@ class DriftMonitor:
                 faults=tuple(fault.name if fault else None for fault in identified),
                 tested=tester is not None and not tests.blocked,
             ),
-            after.rate_watch,
-            after.rate_watch.cusum.value[:, 0],
+            after.gates,
             self._get_tester(after.site_reference) if after.site_reference else None,
         )
 

@@ -27,7 +27,8 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, join_tokens, pki
-from agent.fleet.enrolment.enrol import enrol, init_fleet, pack_device_files
+from agent.fleet.enrolment.device_files import pack_device_files
+from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
 from agent.transport.mqtt import Link

@@ -99,7 +99,8 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         lines.append("The broker ended its session, and takes nothing from it any more.")
     if done.certificates:
         serials = ", ".join(done.certificates)
-        lines.append(f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:")
+        still = "which the broker still has to read:" if done.steps else "which the broker reads."
+        lines.append(f"Its certificate ({serials}) is on the revocation list, {still}")
     if done.problem:
         lines.append(done.problem[0].upper() + done.problem[1:])
     emit(document, as_json, lambda: print_lines(*lines, *done.steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 _sign_with = click.option("--sign-with", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                           help="A root key, as on a USB stick.")  # fmt: skip
+
+
+# A public key or a thumbprint in base64url, of which one in 64 begins with "-".
+_KEY_LIKE_AN_OPTION = re.compile(r"-[A-Za-z0-9_-]{42}")
+
+
+class _KeyCommand(click.Command):
+    """A command that takes a key which begins with "-" as an argument."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        keys = [arg for arg in args if _KEY_LIKE_AN_OPTION.fullmatch(arg)]
+        return super().parse_args(ctx, [*(arg for arg in args if arg not in keys), "--", *keys] if keys else args)
 
 
 @click.group()
@@ -50,7 +63,9 @@ def show(folder: str | None, as_json: bool) -> None:
     emit(report, as_json, lambda: _print_report(report))
 
 
-@keys.command("add", epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key")
+@keys.command(
+    "add", cls=_KeyCommand, epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key"
+)
 @click.argument("role")
 @click.argument("public", metavar="PUB")
 @_sign_with
@@ -63,7 +78,7 @@ def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None,
     _change(folder, add_key(role, public), sign_with, as_json)
 
 
-@keys.command("revoke", epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
+@keys.command("revoke", cls=_KeyCommand, epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
 @click.argument("key")
 @_sign_with
 @fleet_option
@@ -75,7 +90,7 @@ def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: b
     _change(folder, revoke_key(key), sign_with, as_json)
 
 
-@keys.command("reset-counter", epilog="Example: outstation fleet keys reset-counter KEY")
+@keys.command("reset-counter", cls=_KeyCommand, epilog="Example: outstation fleet keys reset-counter KEY")
 @click.argument("key")
 @_sign_with
 @fleet_option

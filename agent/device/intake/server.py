@@ -232,6 +232,7 @@ class Intake:
             await self._read_lines(producer, reader, writer)
             await producer.end(self._now())
             await self._commit_early(lambda: producer.awaits_answer)
+            producer.report_cut_off_line()
         except Refusal as refusal:
             producer.refuse(refusal)
         except ConnectionError:

@@ -25,6 +25,7 @@ from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
+from agent.performance import cbpe
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
@@ -127,6 +128,13 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             )
             for detector in DETECTORS
         }
+
+    @cached_property
+    def bin_accuracy(self) -> Float64s | None:
+        """(32,) share of right predictions in each bin of their score; None if that is unknown."""
+        if self.score_correct is None or not self.score_n.any():
+            return None
+        return cbpe.estimate_bin_accuracy(self.score_n, self.score_correct)
 
     @cached_property
     def digest(self) -> str:

@@ -69,7 +69,7 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
 
 
 class SamplingRateDetector(Detector):
-    """Detector of the rate of readings and of the speed of signals; `sampling_rate_watch` raises its alerts."""
+    """Detector of the rate of readings and of the speed of signals: what it counts and learns."""
 
     name = "sampling_rate"
     baseline_type = RateBaseline

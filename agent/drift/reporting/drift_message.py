@@ -53,7 +53,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def stack(cls, sums: Sequence[MessageSums]) -> MessageSums:
-        return cls(*(np.stack(parts) for parts in zip(*map(astuple, sums), strict=True)))
+        return cls(*(np.array(parts) for parts in zip(*map(astuple, sums), strict=True)))
 
     def __add__(self, other: MessageSums) -> MessageSums:
         return MessageSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -124,8 +124,7 @@ def build_estimates(sums: MessageSums, shipped: Reference) -> list[dict[str, Any
     """Return the expected accuracy per message of a stack; None if the reference has no labelled scores."""
     if shipped.score_correct is None:
         return [None] * len(sums.scores)
-    known = bool(shipped.score_n.any())
-    right = cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct) if known else None
+    right = shipped.bin_accuracy
     return [cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, scores, right) for scores in sums.scores]
 
 

@@ -19,10 +19,10 @@ from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import cusum, sampling_rate
+from agent.drift.detectors import cusum
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
-from agent.drift.detectors.registry import CHARTS, SAMPLING_RATE, SCORED, ChartStates, ScoreLayout, get_layout
+from agent.drift.detectors.registry import CHARTS, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
@@ -125,10 +125,6 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def limits(self) -> CusumLimits:
         return CusumLimits.from_reference(self.reference)
-
-    @cached_property
-    def speed_cusum_limit(self) -> float:
-        return sampling_rate.speed_cusum_limit(self.reference.baselines[SAMPLING_RATE.name])
 
     @cached_property
     def has_cycle(self) -> bool:

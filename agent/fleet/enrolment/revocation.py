@@ -1,6 +1,8 @@
 """Revocation of devices: their signing keys in the database, their TLS certificates in the CRL `crl.pem`, their access.
 
-The broker withdraws a device's access and ends its session at once; it refuses the certificate once it reads the CRL.
+The broker withdraws a device's access and ends its session at once. It refuses the certificate once it reads the CRL:
+at once if it runs on this machine, otherwise once the operator has copied the list. Until then the certificate connects
+without any right.
 
 - `issued/<device>/<serial>.crt` is written before a device's certificate, and never removed: a certificate can be
   revoked after its other files are gone, and so can one that an operator put there
@@ -85,7 +87,7 @@ def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: P
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
-    """Add `serials` to the CRL, copy it to the broker's folder, and return the steps left to the operator.
+    """Add `serials` to the CRL, let the broker read it, and return the steps left to the operator.
 
     Call it in a transaction of the fleet's store, so that one process at a time does it. Raises UsageError and
     StorageError; the CRL is unchanged then.
@@ -106,6 +108,8 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
             steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:
         steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
+    if not steps and broker_control.reload(folder):
+        return ()
     return (*steps, _COPY_STEP.format(listed), _RELOAD_STEP)
 
 
