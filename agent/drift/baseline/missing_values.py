@@ -88,5 +88,16 @@ class MissingBaseline(msgspec.Struct, frozen=True, eq=False):
 
 def _with_rise(share: Float64s, dispersion: Float64s, rows: float, least: float) -> MissingBaseline:
     rise = np.minimum(np.maximum(2 * share, share + least), (1 + share) / 2)
-    limit = false_alarm_budget.bernoulli_limit(share, rows, len(share))
+    limit = _bernoulli_limit(share, rows, len(share))
     return MissingBaseline(share, rise, dispersion, limit)
+
+
+def _bernoulli_limit(share: Float64s, rows: float, fields: int) -> Float64s:
+    """Return the limits (F,) of Bernoulli CUSUMs, in log likelihood, in windows of so many `rows`.
+
+    A sum leaves zero with a value that counts, which is a `share` (F,) of rows, and reaches h by chance in fewer than
+    exp(-h) of such starts.
+    """
+    return np.maximum(
+        np.log(share * rows * fields / false_alarm_budget.MISSING_BUDGET), false_alarm_budget.MIN_BERNOULLI_LIMIT
+    )
