@@ -21,6 +21,7 @@ from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, round_significant
+from agent.drift.escalation import MIN_SCORE
 from agent.drift.faults.faults import KINDS, Fault
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
@@ -72,7 +73,7 @@ class AlertLifecycle:
             return after, []
         tests = after.suite.layout.tests
         sizes = before.drift_sizes.add(z, effects, is_first=not was.any()).with_leads(tests, is_now & ~was)
-        escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests))
+        escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests), least=MIN_SCORE)
         raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)
         raised[:, _DRIFT] += is_now & ~was
         out = []

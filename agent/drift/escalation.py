@@ -19,7 +19,8 @@ GROWTH = 2.0  # times the size that was published
 CONFIRMING_WINDOWS = 2
 SETTLING_WINDOWS = 5  # before an alert is published again; twice as many after each time
 MAX_REVISIONS = 10
-SMOOTHING, MAX_SCORE = 0.5, 100.0  # weight of the newest window; larger scores are cut off
+SMOOTHING = 0.5  # weight of the newest window
+MIN_SCORE, MAX_SCORE = 3.0, 100.0  # smaller ones are chance, larger ones are cut off
 
 
 class Escalation(msgspec.Struct, frozen=True, eq=False):
@@ -35,10 +36,12 @@ class Escalation(msgspec.Struct, frozen=True, eq=False):
         whole = np.zeros(shape, np.int64)
         return cls(whole, np.zeros(shape), whole, whole)
 
-    def update(self, was_open: Bools, is_open: Bools, size: Float64s) -> tuple[Escalation, Bools]:
+    def update(
+        self, was_open: Bools, is_open: Bools, size: Float64s, *, least: float = 0.0
+    ) -> tuple[Escalation, Bools]:
         """Add a window before and after which alerts are open or not, of this `size`; 0 where the window shows none.
 
-        Also returns which alerts are now published again.
+        Also returns which alerts are now published again. An alert of less than the size `least` counts as that.
         """
         if not (is_open.any() or self.revision.any()):
             return self, np.zeros_like(is_open)
@@ -46,7 +49,12 @@ class Escalation(msgspec.Struct, frozen=True, eq=False):
         windows = np.where(goes_on, self.windows + 1, 0)
         settling = goes_on & (windows < SETTLING_WINDOWS)
         turned = (np.sign(size) == -np.sign(self.size)) & (np.abs(size) >= np.abs(self.size) / GROWTH)
-        worse = goes_on & ~settling & (size != 0) & ((np.abs(size) >= GROWTH * np.abs(self.size)) | turned)
+        worse = (
+            goes_on
+            & ~settling
+            & (size != 0)
+            & ((np.abs(size) >= GROWTH * np.maximum(np.abs(self.size), least)) | turned)
+        )
         confirmed = np.where(worse, self.confirmed + 1, 0)
         due = windows >= SETTLING_WINDOWS * 2 ** np.maximum(self.revision - 1, 0)
         again = worse & due & (confirmed >= CONFIRMING_WINDOWS) & (self.revision < MAX_REVISIONS)
@@ -76,12 +84,15 @@ class DriftSizes(msgspec.Struct, frozen=True, eq=False):
         )
 
     def sizes(self, tests: Sequence[Ints]) -> Float64s:
-        """Return the size (S,) of each subject's drift: its largest score, with the sign of its leading test."""
+        """Return the size (S,) of each subject's drift: its largest score, with the sign of its leading test.
+
+        It is 0 below MIN_SCORE: quiet windows have such scores, and an alert may rest on another test.
+        """
         out = np.zeros(len(tests))
         for subject, own in enumerate(tests):
-            if len(own):
-                lead, most = self.z[self.lead[subject]], float(np.abs(self.z[own]).max())
-                out[subject] = -most if lead < -most / GROWTH else most
+            most = float(np.abs(self.z[own]).max()) if len(own) else 0.0
+            if most >= MIN_SCORE:
+                out[subject] = -most if self.z[self.lead[subject]] < -most / GROWTH else most
         return out
 
     def with_leads(self, tests: Sequence[Ints], subjects: Bools) -> DriftSizes:
