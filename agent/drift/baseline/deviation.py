@@ -1,8 +1,9 @@
 """Reference deviation: how far a learned reference lies from the shipped, the former and the accepted one.
 
 A site that is wrong from its first row would otherwise be learned as normal, and learning again and again could walk
-the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or MIN_RATIO, and must lie beyond what the
-drift windows of the other reference vary by. A field that moved steadily while it was learned deviates, too.
+the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or MIN_RATIO, and must lie beyond what
+single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or LARGE_RATIO,
+must only be certain. A field that moved steadily while it was learned deviates, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from agent.drift.numeric import false_alarm_budget
 
 # Smaller differences do not matter: of a mean in sd of the other reference's rows, and of spreads as a ratio.
 MIN_SHIFT_SDS, MIN_RATIO = 0.5, 1.5
+# People who train with the shipped exercise model differ by up to 0.28 sd and a ratio of 1.8.
+LARGE_SHIFT_SDS, LARGE_RATIO = 1.0, 2.0
 MAX_NAMED_FIELDS = 5
 # Chance that a reference of an unchanged site deviates, over all fields.
 DEVIATION_BUDGET = 1e-2
@@ -142,7 +145,7 @@ class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
         unit = dict(zip(learned.fields, units, strict=True))
         deviations = tuple(
             msgspec.structs.replace(deviation, unit=unit[deviation.field])
-            for deviation in find_trends(residuals, learned, find_deviations(learned, others))
+            for deviation in find_trends(residuals, learned, find_deviations(learned, others, residuals))
         )
         accepted = self.accepted
         if accepted is None and not deviations:
@@ -171,14 +174,20 @@ def build_alert(guard: ReferenceGuard, before: ReferenceGuard) -> Alert | None:
     return REFERENCE_DEVIATES.cleared(summary, count=guard.raised_count)
 
 
-def find_deviations(learned: Reference, others: Mapping[str, ReferenceProfile | None]) -> list[Deviation]:
-    """Return the deviations from `others`, largest first and one for each field. Other fields are not compared."""
+def find_deviations(
+    learned: Reference, others: Mapping[str, ReferenceProfile | None], residuals: Float64s
+) -> list[Deviation]:
+    """Return the deviations from `others`, largest first and one for each field. Other fields are not compared.
+
+    `residuals` (K, 2F) of learned windows tell how alike neighbours are.
+    """
     profile = ReferenceProfile.from_reference(learned)
+    correlation = false_alarm_budget.autocorrelation(residuals)
     every = [
         deviation
         for against, other in others.items()
         if other is not None
-        for deviation in _compare_profiles(profile, other, against)
+        for deviation in _compare_profiles(profile, other, against, correlation)
     ]
     return _one_per_field(every)
 
@@ -213,7 +222,9 @@ def _one_per_field(deviations: Sequence[Deviation]) -> list[Deviation]:
     return list(largest.values())
 
 
-def _compare_profiles(learned: ReferenceProfile, other: ReferenceProfile, against: str) -> Iterator[Deviation]:
+def _compare_profiles(
+    learned: ReferenceProfile, other: ReferenceProfile, against: str, correlation: float
+) -> Iterator[Deviation]:
     if learned.fields != other.fields or (learned.window_rows > 1) != (other.window_rows > 1):
         return
     if not learned.labels or learned.labels != other.labels:
@@ -234,11 +245,17 @@ def _compare_profiles(learned: ReferenceProfile, other: ReferenceProfile, agains
     else:
         log_ratio = (share * np.log(learned.class_sd / other.class_sd)).sum(0)
         value = np.concatenate([value, 2 * log_ratio])
-    z = value / (other.test_sd * math.sqrt(1 + 1 / other.drift_windows))
+    effective = [
+        false_alarm_budget.effective_sample_size(profile.drift_windows, correlation) for profile in (learned, other)
+    ]
+    z = np.abs(value) / other.test_sd
     limit = _z_limit(2 * fields, other.drift_windows)
+    unlike = z > limit * math.sqrt(1 + 1 / other.drift_windows)
+    certain = z > _z_limit(2 * fields, min(effective)) * math.sqrt(sum(1 / n for n in effective))
     shift_sd, ratio = shift[:fields] / np.maximum(other.sd, 1e-12), np.exp(np.clip(log_ratio, -20, 20))
-    mean_moved = (np.abs(shift_sd) > MIN_SHIFT_SDS) & (np.abs(z[:fields]) > limit)
-    spread_moved = (np.abs(log_ratio) > math.log(MIN_RATIO)) & (np.abs(z[fields:]) > limit)
+    size = np.concatenate([np.abs(shift_sd) / MIN_SHIFT_SDS, np.abs(log_ratio) / math.log(MIN_RATIO)])
+    large = np.repeat([LARGE_SHIFT_SDS / MIN_SHIFT_SDS, math.log(LARGE_RATIO) / math.log(MIN_RATIO)], fields)
+    mean_moved, spread_moved = np.split(((size > 1) & unlike) | ((size > large) & certain), 2)
     for i in np.flatnonzero(mean_moved | spread_moved).tolist():
         by_mean = bool(mean_moved[i])
         yield Deviation(learned.fields[i], against, float(shift[i]), float(shift_sd[i]), float(ratio[i]), by_mean)
