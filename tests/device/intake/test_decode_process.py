@@ -102,6 +102,38 @@ def test_the_process_is_confined_and_decodes_each_format(
         process.close()
 
 
+@pytest.fixture
+def without_seccomp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes find no libseccomp, as on a machine without the package."""
+    hook = tmp_path / "hook" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(
+        "import ctypes\nopen_library = ctypes.CDLL.__init__\n"
+        "def refuse(self, name, *rest, **options):\n"
+        "    if name and 'seccomp' in str(name): raise OSError('no such library')\n"
+        "    open_library(self, name, *rest, **options)\n"
+        "ctypes.CDLL.__init__ = refuse\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{hook.parent}:{os.environ['PYTHONPATH']}")
+
+
+@pytest.mark.usefixtures("without_seccomp")
+@pytest.mark.parametrize("required", [True, False])
+def test_where_nothing_can_confine_it_a_required_confinement_decodes_no_file(tmp_path: Path, required: bool) -> None:
+    path = tmp_path / "a.csv"
+    stream, rows = write_sample(path)
+    process, file = DecodeProcess("s", stream, must_be_confined=required), os.open(path, os.O_RDONLY)
+    try:
+        if required:
+            with pytest.raises(OSError, match=r"libseccomp.so.2 is missing.*confinement is \"required\""):
+                list(process.decode(file, path.name))
+        else:
+            assert sum(block.raw.n for block in process.decode(file, path.name)) == rows
+    finally:
+        os.close(file)
+        process.close()
+
+
 def read_problems(blocks: Iterator[FileBlock]) -> str:
     """Return the reasons of what a file's decoder rejects."""
     problems: list[str] = []
