@@ -2,8 +2,8 @@
 
 A site that is wrong from its first row would otherwise be learned as normal, and learning again and again could walk
 the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or MIN_RATIO, and must lie beyond what
-single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or LARGE_RATIO,
-must only be certain. A field that moved steadily while it was learned deviates, too.
+single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or
+LARGE_RATIO, must only be certain. A field that moved steadily while it was learned deviates, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
 from agent.drift.detectors.registry import MOMENTS
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric import control_limits
 
 # Smaller differences do not matter: of a mean in sd of the other reference's rows, and of spreads as a ratio.
 MIN_SHIFT_SDS, MIN_RATIO = 0.5, 1.5
@@ -182,7 +182,7 @@ def find_deviations(
     `residuals` (K, 2F) of learned windows tell how alike neighbours are.
     """
     profile = ReferenceProfile.from_reference(learned)
-    correlation = false_alarm_budget.autocorrelation(residuals)
+    correlation = _autocorrelation(_fill_gaps(residuals), 1)
     every = [
         deviation
         for against, other in others.items()
@@ -198,11 +198,11 @@ def find_trends(values: Float64s, learned: Reference, known: Sequence[Deviation]
     `values` (K, 2F) are residuals in class sd, in order of time and without a daily cycle.
     """
     windows, fields = len(values), len(learned.fields)
-    means = np.where(np.isnan(values[:, :fields]), np.nanmean(values[:, :fields], axis=0), values[:, :fields])
+    means = _fill_gaps(values[:, :fields])
     at = np.linspace(-0.5, 0.5, windows)
     slope = (at[:, None] * means).sum(0) / (at**2).sum()
     residuals = means - means.mean(0) - at[:, None] * slope
-    independent = false_alarm_budget.effective_sample_size(windows, false_alarm_budget.autocorrelation(residuals))
+    independent = _independent_windows(windows, _autocorrelation(residuals, 2))
     error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent / (at**2).mean())
     weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
     class_sd = (weight * learned.class_sd).sum(0)[:fields]
@@ -245,9 +245,7 @@ def _compare_profiles(
     else:
         log_ratio = (share * np.log(learned.class_sd / other.class_sd)).sum(0)
         value = np.concatenate([value, 2 * log_ratio])
-    effective = [
-        false_alarm_budget.effective_sample_size(profile.drift_windows, correlation) for profile in (learned, other)
-    ]
+    effective = [_independent_windows(profile.drift_windows, correlation) for profile in (learned, other)]
     z = np.abs(value) / other.test_sd
     limit = _z_limit(2 * fields, other.drift_windows)
     unlike = z > limit * math.sqrt(1 + 1 / other.drift_windows)
@@ -259,6 +257,24 @@ def _compare_profiles(
     for i in np.flatnonzero(mean_moved | spread_moved).tolist():
         by_mean = bool(mean_moved[i])
         yield Deviation(learned.fields[i], against, float(shift[i]), float(shift_sd[i]), float(ratio[i]), by_mean)
+
+
+def _fill_gaps(values: Float64s) -> Float64s:
+    """Replace missing values of windows (K, T) by the means of the others."""
+    known = ~np.isnan(values)
+    mean = np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known, values, mean)
+
+
+def _autocorrelation(values: Float64s, coefficients: int) -> float:
+    """Return the mean lag-1 autocorrelation of values (K, T) that so many coefficients were fitted to."""
+    every = control_limits.fit_autocorrelation(values, np.full(values.shape[1], float(coefficients)))
+    return float(every.mean()) if len(every) else 0.0
+
+
+def _independent_windows(windows: int, correlation: float) -> int:
+    """Return how many independent windows give as good a mean."""
+    return max(2, int(windows * (1 - correlation) / (1 + correlation)))
 
 
 def _z_limit(tests: int, windows: int) -> float:
