@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
+from agent import input_files
 from agent.errors import BadBundle, UsageError
 from agent.evaluation import metrics, predictions
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
@@ -25,7 +26,7 @@ from agent.performance.metrics import LabelledPredictions
 def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
     """Return the bundle with the model in `file`. Raises UsageError, BadBundle."""
     try:
-        content = file.read_bytes()
+        content = input_files.read_bytes(file)
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
     try:

@@ -120,7 +120,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         site = self.site
         if site is None:
             return {}
-        every = self.class_n, self.class_mean, self.class_sd, self.distributions, self.drift_windows, site.stretch
+        every = self.class_n, self.class_mean, self.class_sd, self.distributions
         none = slice(0, 0)
         return {
             detector.name: Baseline(
