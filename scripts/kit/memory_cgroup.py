@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.testing.process import MissingProgram, wait_until
+from agent.testing.process import wait_until
 
 _ROOT = Path("/sys/fs/cgroup")
 # Where the memory controller is, with the files of its limit and of its largest use.
@@ -34,23 +34,27 @@ class MemoryCgroup:
 
 @contextlib.contextmanager
 def memory_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup]:
-    """Make a group with a limit, and remove it once it is empty. Raises MissingProgram where none can be made."""
+    """Make a group with a limit, and remove it once it is empty. Raises OSError where none can be made."""
+    group = _make_group(limit_bytes)
+    try:
+        yield group
+    finally:
+        wait_until(f"{group.folder} is empty", lambda: _remove(group.folder))
+
+
+def _make_group(limit_bytes: int) -> MemoryCgroup:
     for root, limit_file, peak_file in _VERSIONS:
         folder = root / f"outstation-{os.getpid()}-{time.monotonic_ns()}"
         with contextlib.suppress(OSError):
             folder.mkdir()
             try:
-                (folder / limit_file).write_text(str(limit_bytes), encoding="ascii")
+                # Only a kernel's folder has the file.
+                with (folder / limit_file).open("r+", encoding="ascii") as file:
+                    file.write(str(limit_bytes))
+                return MemoryCgroup(folder, peak_file)
             except OSError:
                 folder.rmdir()
-                raise
-            break
-    else:
-        raise MissingProgram("no memory cgroup can be made here; run the test as root on a machine with cgroups")
-    try:
-        yield MemoryCgroup(folder, peak_file)
-    finally:
-        wait_until(f"{folder} is empty", lambda: _remove(folder))
+    raise OSError("no memory cgroup can be made: this needs root, and cgroups of version 1 or 2 with `memory`")
 
 
 def _remove(folder: Path) -> bool:

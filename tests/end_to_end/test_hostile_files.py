@@ -5,14 +5,18 @@ A file that takes more than there is costs its decoder, and no other file waits 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agent.device.intake.sources.file_marker import FileMarker
 from agent.testing.process import OutstationProcess, run_outstation, wait_until
 from agent.wire import keys
-from scripts.kit.memory_cgroup import memory_cgroup
+from scripts.kit.memory_cgroup import MemoryCgroup, memory_cgroup
 
 pytestmark = pytest.mark.attack("files")
 
@@ -65,8 +69,10 @@ class SmallDevice:
         return (self.folder / kind / place / file).exists()
 
 
-def read_or_nothing(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+def counts_deaths(marker: Path, n: int) -> bool:
+    """Return True if the marker says that `n` processes will have ended over the file in hand."""
+    previous = FileMarker(marker).previous
+    return previous is not None and previous.deaths == n
 
 
 def write_image(path: Path, width: int, height: int) -> Path:
@@ -90,29 +96,40 @@ def write_long_line(path: Path, size: int) -> Path:
     return path
 
 
-def test_hostile_files_do_not_end_a_daemon_of_384_mib_and_hold_no_other_file_up(tmp_path: Path) -> None:
-    device, draft = SmallDevice(tmp_path), tmp_path / "draft"
-    with memory_cgroup(LIMIT_BYTES) as group:
-        device.daemon.set_launcher(device.daemon.launcher, group.prefix)
+@pytest.fixture
+def small_memory() -> Iterator[MemoryCgroup]:
+    with contextlib.ExitStack() as stack:
         try:
-            device.start()
-            pid = device.daemon.pid
-            assert pid in group.pids()
-            device.put("photos/a.png", write_image(draft, 7000, 7000))
-            device.put("tables/a.parquet", write_parquet(draft, 20_000, 60_000))
-            device.put("tables/b.csv", write_long_line(draft, 300 << 20))
-            draft.write_text("n\n7\n", encoding="ascii")
-            device.put("tables/z.csv", draft)
-            device.put("photos/z.png", write_image(draft, 16, 12))
-            for name in ("tables/z.csv", "photos/z.png"):
-                wait_until(f"{name} is ingested", lambda name=name: device.has("done", name))
-            assert device.has("failed", "photos/a.png")
-            assert device.has("failed", "tables/b.csv")
-            assert device.daemon.is_running
-            assert device.daemon.pid == pid
-            assert group.peak_bytes() <= LIMIT_BYTES
-        finally:
-            device.daemon.kill()
+            group = stack.enter_context(memory_cgroup(LIMIT_BYTES))
+        except OSError as error:
+            pytest.skip(str(error))
+        yield group
+
+
+def test_hostile_files_do_not_end_a_daemon_of_384_mib_and_hold_no_other_file_up(
+    tmp_path: Path, small_memory: MemoryCgroup
+) -> None:
+    device, draft = SmallDevice(tmp_path), tmp_path / "draft"
+    device.daemon.set_launcher(device.daemon.launcher, small_memory.prefix)
+    try:
+        device.start()
+        pid = device.daemon.pid
+        assert pid in small_memory.pids()
+        device.put("photos/a.png", write_image(draft, 7000, 7000))
+        device.put("tables/a.parquet", write_parquet(draft, 20_000, 60_000))
+        device.put("tables/b.csv", write_long_line(draft, 300 << 20))
+        draft.write_text("n\n7\n", encoding="ascii")
+        device.put("tables/z.csv", draft)
+        device.put("photos/z.png", write_image(draft, 16, 12))
+        wait_until("the table is ingested", lambda: device.has("done", "tables/z.csv"))
+        wait_until("the photograph is ingested", lambda: device.has("done", "photos/z.png"))
+        assert device.has("failed", "photos/a.png")
+        assert device.has("failed", "tables/b.csv")
+        assert device.daemon.is_running
+        assert device.daemon.pid == pid
+        assert small_memory.peak_bytes() <= LIMIT_BYTES
+    finally:
+        device.daemon.kill()
 
 
 def test_a_file_in_hand_at_two_deaths_of_the_daemon_goes_to_failed(tmp_path: Path) -> None:
@@ -120,11 +137,9 @@ def test_a_file_in_hand_at_two_deaths_of_the_daemon_goes_to_failed(tmp_path: Pat
     try:
         device.start()
         device.put("tables/a.parquet", write_parquet(tmp_path / "draft", 20_000, 60_000))
-        content = b""
-        for _ in range(2):
+        for deaths in (1, 2):
             # The marker of the death before is there until the daemon reads the file again.
-            wait_until("the file is in hand", lambda last=content: read_or_nothing(marker) not in (b"", last))
-            content = read_or_nothing(marker)
+            wait_until("the file is in hand", partial(counts_deaths, marker, deaths))
             device.daemon.kill()
             assert not device.has("failed", "tables/a.parquet")
             device.start()
