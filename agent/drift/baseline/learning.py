@@ -12,6 +12,7 @@ from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
+from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.detectors import daily_cycle, moments, outliers
@@ -230,7 +231,7 @@ def calibrate_reference(
     learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
     values = np.nan_to_num(MOMENTS.learn_values(shipped.task, learned))
     cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
-    residuals = daily_cycle.fit(values, learning.midpoints, seasonality).residuals if cycle else values
+    residuals = _remove_cycle(values, learned)
     mean, sd = outliers.calibrate(residuals, shipped.fields)
     total = learning.total
     rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
@@ -277,6 +278,23 @@ def calibrate_reference(
     return _add_site_calibration(reference, learning, learned, number, accuracy)
 
 
+def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:
+    """Return what the means and spreads (K, 2F) of the windows behind a `learned` reference leave without its cycle.
+
+    In class sd, each window against the mean of the others.
+    """
+    if not learning.has_steady_clock:
+        seasonality = "none"
+    windows = learning.learned_windows(shipped, learning.moments(shipped), learned.class_sd, seasonality)
+    return _remove_cycle(MOMENTS.learn_values(shipped.task, windows), windows)
+
+
+def _remove_cycle(values: Float64s, learned: LearnedWindows) -> Float64s:
+    if not daily_cycle.can_fit_daily(learned.t, learned.seasonality):
+        return values
+    return daily_cycle.fit(values, learned.t, learned.seasonality).residuals
+
+
 def _add_site_calibration(
     reference: Reference,
     learning: LearningState,
@@ -292,6 +310,10 @@ def _add_site_calibration(
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
     scores = LearnedScores(residuals, sd, coefficients, learning.thinning, layout.slices)
+    limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
+    weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
+    class_sd = (weight * reference.class_sd).sum(0)
+    sensitivity = measure_sensitivity(task, scores, mean, sd, limits, cycle, class_sd)
     site = SiteCalibration(
         baselines=LearnedBaselines(
             {
@@ -300,7 +322,8 @@ def _add_site_calibration(
                 if detector.baseline_type is not None
             }
         ),
-        limits=np.concatenate([detector.fit_limits(task, scores) for detector in SCORED]),
+        limits=limits,
+        sensitivity=sensitivity,
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -312,7 +335,15 @@ def _add_site_calibration(
         rest_lasts=cycle.rest_lasts,
         spread=cycle.spread if cycle.spread.any() else None,
     )
-    return replace(reference, test_mean=mean, test_sd=np.where(tested, sd, UNTESTED_SD), site=site)
+    warnings = [reference.warning] if reference.warning else []
+    warnings += sensitivity.find_warning(reference.fields, reference.sd)
+    return replace(
+        reference,
+        test_mean=mean,
+        test_sd=np.where(tested, sd, UNTESTED_SD),
+        site=site,
+        warning="; ".join(warnings) or None,
+    )
 
 
 def _calibrate_scores(
