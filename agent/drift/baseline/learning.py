@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
+from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.detectors import daily_cycle, moments, outliers
@@ -281,6 +282,10 @@ def _add_site_calibration(
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
     scores = LearnedScores(residuals, sd, coefficients, learning.thinning, layout.slices)
+    limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
+    weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
+    class_sd = (weight * reference.class_sd).sum(0)
+    sensitivity = measure_sensitivity(task, scores, mean, sd, limits, cycle, class_sd)
     site = SiteCalibration(
         baselines=LearnedBaselines(
             {
@@ -289,7 +294,8 @@ def _add_site_calibration(
                 if detector.baseline_type is not None
             }
         ),
-        limits=np.concatenate([detector.fit_limits(task, scores) for detector in SCORED]),
+        limits=limits,
+        sensitivity=sensitivity,
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -302,7 +308,15 @@ def _add_site_calibration(
         rest_lasts=cycle.rest_lasts,
         spread=cycle.spread if cycle.spread.any() else None,
     )
-    return replace(reference, test_mean=mean, test_sd=np.where(tested, sd, UNTESTED_SD), site=site)
+    warnings = [reference.warning] if reference.warning else []
+    warnings += sensitivity.find_warning(reference.fields, reference.sd)
+    return replace(
+        reference,
+        test_mean=mean,
+        test_sd=np.where(tested, sd, UNTESTED_SD),
+        site=site,
+        warning="; ".join(warnings) or None,
+    )
 
 
 def _calibrate_scores(

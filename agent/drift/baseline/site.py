@@ -10,6 +10,7 @@ import numpy as np
 
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.resolution import SIZE_BINS, Resolution
+from agent.drift.baseline.sensitivity import Sensitivity
 from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import Task
@@ -24,6 +25,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     baselines: LearnedBaselines
     limits: Float64s  # (T,) of CUSUMs
+    sensitivity: Sensitivity
     waves: Float64s  # (6, T) harmonics of a day, added to test_mean; zeros without a cycle
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
@@ -61,6 +63,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
             "waves": self.waves.shape == (2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(self.waves).all()),
             "limits": self.limits.shape == (tests,) and bool((self.limits > 0).all()),
             "missing": self.missing.shape == (task.fields,) and bool((self.missing >= 0).all()),
+            "sensitivity": self.sensitivity.is_valid(task.fields),
             "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
             "spread": self.spread is None
