@@ -366,6 +366,15 @@ class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unkno
     counter: Positive
     issued: Rfc3339
     expires: Rfc3339
+    # Encryption key of the sender, to which a device with [privacy] encrypt seals the reply.
+    reply_key: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reply_key is not None:
+            # Most devices never need it.
+            from agent.wire.sealing import parse_encryption_key
+
+            parse_encryption_key(self.reply_key)
 
 
 class DesiredPayload(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
