@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from agent.config import Config
 from agent.errors import ConfigError
+from agent.wire.keys import EncryptionKey, parse_encryption_key
 
 if TYPE_CHECKING:
     from agent.device.uplink.sink import OpenSink, Sink
     from agent.transport.packets import OutgoingMessage
-    from agent.wire.sealing import EncryptionKey
 
 
 # Sinks are imported when they are opened: most commands need none.
@@ -42,8 +42,6 @@ def seal_to_collector(
 
 def load_encryption_key(file: Path, conf: Config) -> EncryptionKey:
     """Return the encryption key of the config. Raises ConfigError."""
-    from agent.wire.sealing import parse_encryption_key
-
     key = "collector.encryption_key"
     if not conf.collector.encryption_key:
         problem = "empty: [privacy] encrypt seals messages to it; copy it from the fleet's folder, encryption/*.pub"

@@ -15,14 +15,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from agent import clock, durable_files
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.database.keyring import DeviceKey, Keyring
-from agent.transport import sealed
+from agent.transport import sealing
 from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import jws, sealing, topics
+from agent.transport.sealing import Opener
+from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
-from agent.wire.keys import SigningKey
+from agent.wire.keys import SigningKey, encryption_key_of
 from agent.wire.messages import ReplyPayload, cloudevent_properties, encode, verify_message
-from agent.wire.sealing import Opener
 
 VALID_S = 600
 PUBLISH_TIMEOUT_S = 10.0
@@ -130,7 +130,7 @@ def send(
     times = {"issued": clock.to_rfc3339(now), "expires": clock.to_rfc3339(now + VALID_S * 1_000_000)}
     head = {"v": 1, "kind": "cmd", "device": device, "id": identity, "name": name, "args": args, "counter": counter}
     reply_key = X25519PrivateKey.generate()
-    payload = encode({**head, **times, "reply_key": sealing.public_of(reply_key).text})
+    payload = encode({**head, **times, "reply_key": encryption_key_of(reply_key).text})
     signed = ("jws", jws.sign(key, str(topic), payload))
     event = cloudevent_properties(topic, f"{device}/cmd/{identity}", times["issued"])
     # The broker must not keep the command longer than the device would obey it.
@@ -195,7 +195,8 @@ class _ReplyMatcher:
         if delivery.retained or delivery.topic != self._topic or delivery.correlation != self._identity.encode():
             return None
         try:
-            delivery = sealed.unseal(delivery, self._opener)
+            if delivery.sealed:
+                delivery = sealing.open_message(delivery, self._opener)
             body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._find).body
         except MessageRefused as refused:
             self.refusal = str(refused)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.wire.messages import MAX_PAYLOAD
 
-# Content types of a PUBLISH (gzip: RFC 6713; sealed: see `agent.wire.sealing`).
+# Content types of a PUBLISH (gzip: RFC 6713; sealed: see `agent.transport.sealing`).
 JSON, GZIP, SEALED = "application/json", "application/gzip", "application/vnd.outstation.sealed"
 # MQTT 5 reason codes of a receipt.
 NO_SUBSCRIBERS = 0x10
@@ -45,7 +45,7 @@ class IncomingMessage(msgspec.Struct, frozen=True):
     """A received message with its payload decompressed; `tokens` are its `jws` user properties.
 
     `duplicate`: the broker sent it before without a confirmation (MQTT DUP flag). `sealed`: payload and signature are
-    as in `agent.transport.sealed`.
+    as in `agent.transport.sealing`.
     """
 
     topic: str

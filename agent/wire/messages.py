@@ -24,7 +24,7 @@ from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
-from agent.wire.keys import b64url_encode
+from agent.wire.keys import b64url_encode, parse_encryption_key
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import (
     MAX_RESULTS,
@@ -371,9 +371,6 @@ class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unkno
 
     def __post_init__(self) -> None:
         if self.reply_key is not None:
-            # Most devices never need it.
-            from agent.wire.sealing import parse_encryption_key
-
             parse_encryption_key(self.reply_key)
 
 

@@ -7,18 +7,15 @@ root that follows replaces it. Devices get roots from the repository, and from t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
 from agent.wire import topics
-from agent.wire.keys import PublicKey, parse_public_key
+from agent.wire.keys import EncryptionKey, PublicKey, parse_encryption_key, parse_public_key
 from agent.wire.root_metadata import MAX_ROOT_BYTES, RootMetadata
-
-if TYPE_CHECKING:
-    from agent.wire.sealing import EncryptionKey
 
 KIND = "trust"
 # Devices reject a larger message unread.
@@ -29,7 +26,7 @@ MAX_KEYS = 64
 OPERATOR, DEPLOYER, REPORTER, COLLECTOR = "operator", "deployer", "reporter", "collector"
 COMMANDING_ROLES = (OPERATOR, DEPLOYER, REPORTER)
 ROLES = (*COMMANDING_ROLES, COLLECTOR)
-# The collector's X25519 key that messages are sealed to, see `agent.wire.sealing`. The last one listed counts.
+# The collector's X25519 key that messages are sealed to, see `agent.transport.sealing`. The last one listed counts.
 ENCRYPTION = "encryption"
 
 
@@ -49,9 +46,6 @@ class TrustedKey(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def parse_encryption(self) -> EncryptionKey:
         """Return the public key of role `ENCRYPTION`. Raises ValueError."""
-        # Most devices never need it.
-        from agent.wire.sealing import parse_encryption_key
-
         return parse_encryption_key(self.key)
 
     @property

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec.structs import replace
@@ -17,23 +18,29 @@ from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.sealing_sink import open_sealing_sink
 from agent.device.uplink.uplink import Uplink
 from agent.errors import ConfigError, LinkDown, MessageRefused
-from agent.fleet import encryption_keys
 from agent.fleet.audit.audit import audit
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.store import FleetStore
-from agent.fleet.encryption_keys import EncryptionKeys
+from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.lossy_link import LossyBroker, LossyLink
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
-from agent.transport import sealed
+from agent.transport import sealing
 from agent.transport.packets import SEALED, IncomingMessage, OutgoingMessage, compress
-from agent.wire import sealing
-from agent.wire.sealing import EncryptionKey, Opener
+from agent.transport.sealing import Opener
+from agent.wire.keys import EncryptionKey, encryption_key_of
+from agent.wire.trust import TrustedKey
 from tests.device.commands.test_commands import ConfirmingSession
+from tests.device.machine.test_trusted_keys import STOLEN, listed, make_root
+from tests.device.machine.test_trusted_keys import Device as TrustingDevice
 from tests.device.uplink.test_uplink import CALM, DEVICE, STORM, TIME, World
 from tests.fleet.test_collector import Desk, Wire, enrolled
+from tests.kit.commands import call_outstation
 from tests.kit.operators import NOW, Operator
 from tests.kit.operators import Desk as DeviceDesk
+from tests.kit.repositories import Depot
 
 pytestmark = pytest.mark.attack("privacy")
 
@@ -153,7 +160,7 @@ def test_a_rotated_key_loses_no_message(make: Callable[..., SealedWorld], home: 
 
 def test_what_the_collector_cannot_open_is_refused_and_stays_on_the_device(make: Callable[..., SealedWorld]) -> None:
     world = make()
-    world.seal_to = sealing.public_of(X25519PrivateKey.generate())
+    world.seal_to = encryption_key_of(X25519PrivateKey.generate())
     world.plant(5)
     world.run(lambda: False, 60)
     assert world.waiting() == {1, 2, 3, 4, 5}
@@ -179,14 +186,14 @@ def desk(home: Path) -> Iterator[Desk]:
 
 
 def sealed_for(key: EncryptionKey, message: SignedMessage, **changes: Any) -> IncomingMessage:
-    outgoing = sealed.seal(message.to_outgoing(), key)
+    outgoing = sealing.seal_message(message.to_outgoing(), key)
     return replace(message.to_incoming(), payload=outgoing.payload, tokens=(), sealed=True, **changes)
 
 
 def test_hostile_sealed_messages_are_refused_counted_and_never_acknowledged(desk: Desk, home: Path) -> None:
     sender = enrolled(desk.store)
     good = sealed_for(public(home), sender.results())
-    other = sealing.public_of(X25519PrivateKey.generate())
+    other = encryption_key_of(X25519PrivateKey.generate())
     unsigned = replace(good, payload=sealing.seal(public(home), good.topic, "", b"{}"))
     desk.hand(
         replace(good, payload=good.payload[:-1]),
@@ -216,12 +223,14 @@ def test_a_sealed_gzip_bomb_fails_its_signature_within_the_limits(desk: Desk, ho
     sender = enrolled(desk.store)
     message = sender.results()
     bomb = compress(OutgoingMessage(message.topic, b"{" + b" " * (8 << 20), (("jws", message.jws),)))
-    opened = sealed.unseal(
-        replace(message.to_incoming(), payload=sealed.seal(bomb, public(home)).payload, sealed=True),
+    opened = sealing.open_message(
+        replace(message.to_incoming(), payload=sealing.seal_message(bomb, public(home)).payload, sealed=True),
         EncryptionKeys(home).opener,
     )
     assert len(opened.payload) < 20_000
-    desk.hand(replace(message.to_incoming(), payload=sealed.seal(bomb, public(home)).payload, tokens=(), sealed=True))
+    desk.hand(
+        replace(message.to_incoming(), payload=sealing.seal_message(bomb, public(home)).payload, tokens=(), sealed=True)
+    )
     assert desk.reasons() == {"bad signature": 1}
 
 
@@ -238,7 +247,7 @@ def test_without_a_key_sealed_messages_are_refused_and_others_are_not(home: Path
 def test_a_key_file_that_cannot_be_read_hides_no_other(home: Path) -> None:
     (home / encryption_keys.FOLDER / "20990101T000000.000000Z.key").write_text("not a key")
     message = MessageSender().results()
-    opened = sealed.unseal(sealed_for(public(home), message), EncryptionKeys(home).opener)
+    opened = sealing.open_message(sealed_for(public(home), message), EncryptionKeys(home).opener)
     assert (opened.payload, opened.tokens) == (message.payload, (message.jws,))
     [path] = (home / encryption_keys.FOLDER).glob("202*.key")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -272,7 +281,7 @@ class RecordingSink(MqttSink):
 def test_a_reply_is_sealed_to_its_operator_also_after_a_crash(tmp_path: Path, home: Path) -> None:
     private, operator = X25519PrivateKey.generate(), Operator()
     desk = DeviceDesk(tmp_path / "device", operator=operator)
-    reply_key = sealing.public_of(private).text
+    reply_key = encryption_key_of(private).text
     desk.commands.accept(operator.command("report", reply_key=reply_key))
     desk.control.tick(NOW)
     desk.crash()
@@ -287,9 +296,9 @@ def test_a_reply_is_sealed_to_its_operator_also_after_a_crash(tmp_path: Path, ho
     assert opened.measure(reply) > max(len(message.payload) for message in sink.sent)
     for message in sink.sent:
         delivery = IncomingMessage(message.topic, message.payload, (), False, 1, 1, sealed=True)
-        assert sealed.unseal(delivery, Opener([private])).payload == reply.payload
+        assert sealing.open_message(delivery, Opener([private])).payload == reply.payload
         with pytest.raises(MessageRefused):
-            sealed.unseal(delivery, EncryptionKeys(home).opener)
+            sealing.open_message(delivery, EncryptionKeys(home).opener)
     desk.store.close()
 
 
@@ -301,3 +310,41 @@ def test_encryption_without_a_key_is_an_error_of_the_config(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=words) as error:
             sinks.load_encryption_key(tmp_path / "outstation.toml", conf)
         assert error.value.key == "collector.encryption_key"
+
+
+def test_a_trust_document_replaces_the_key_that_a_device_seals_to(tmp_path: Path) -> None:
+    device, key = TrustingDevice(tmp_path), encryption_key_of(X25519PrivateKey.generate())
+    assert device.trusted.encryption_key is None
+    entries = [*listed(STOLEN), TrustedKey("A" * 43, "encryption")]
+    with pytest.raises(MessageRefused, match="small order"):
+        device.take_trust(make_root(2, entries))
+    assert device.trusted.encryption_key is None
+    former = encryption_key_of(X25519PrivateKey.generate()).text
+    device.take_trust(make_root(2, [*listed(STOLEN), *(TrustedKey(k, "encryption") for k in (former, key.text))]))
+    device.crash()
+    assert device.trusted.encryption_key is not None
+    assert device.trusted.encryption_key.kid == key.kid
+    # It gives no right to command or acknowledge.
+    assert device.trusted.find_collector(key.kid) is device.trusted.find_commander(key.kid) is None
+    device.take_trust(make_root(2, None), make_root(3, listed(STOLEN)))
+    assert device.trusted.encryption_key is None
+    device.store.close()
+
+
+def test_the_command_makes_a_key_and_lists_it_in_place_of_the_former_one(tmp_path: Path) -> None:
+    home = tmp_path / "fleet"
+    init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
+    before = public(home)
+    rotate = ("fleet", "keys", "rotate-encryption", "--dir", str(home), "--json")
+    done = call_outstation(*rotate)
+    # No repository, so nothing could tell devices.
+    assert (done.returncode, public(home).kid) == (2, before.kid)
+    Depot(home).create(roots=1, threshold=1)
+    keys = [msgspec.json.decode(call_outstation(*rotate).stdout) and public(home) for _ in range(2)]
+    shown = msgspec.json.decode(call_outstation("fleet", "keys", "show", "--dir", str(home), "--json").stdout)
+    assert [entry["key"] for entry in shown["keys"] if entry["role"] == "encryption"] == [keys[1].text]
+    assert len({before.kid, keys[0].kid, keys[1].kid}) == 3
+    # Messages sealed to any of the three are opened.
+    for key in (before, *keys):
+        message = MessageSender().results()
+        assert sealing.open_message(sealed_for(key, message), EncryptionKeys(home).opener).payload == message.payload

@@ -31,7 +31,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     If the online keys of the repository are in the fleet's folder, the collector signs its timestamp each day.
     """
     from agent.fleet.collector.collector import Collector, end_session
-    from agent.fleet.encryption_keys import EncryptionKeys
+    from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.enrolment import collectors
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")

@@ -116,7 +116,7 @@ def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: 
     Collectors here use it within seconds; copy the file to collectors elsewhere before you publish. Messages sealed to
     a former key are opened until you delete its file. Exit 1 if more root keys must sign.
     """
-    from agent.fleet import encryption_keys
+    from agent.fleet.collector import encryption_keys
     from agent.fleet.repository import trust_change
     from agent.fleet.repository.trust import replace_encryption_key
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,12 +24,9 @@ from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import root_metadata, trust
 from agent.wire.jws import Signer
-from agent.wire.keys import PublicKey
+from agent.wire.keys import EncryptionKey, PublicKey
 from agent.wire.root_metadata import MAX_ROOT_BYTES, RootMetadata
 from agent.wire.trust import COLLECTOR, COMMANDING_ROLES, ENCRYPTION, OPERATOR, Trust
-
-if TYPE_CHECKING:
-    from agent.wire.sealing import EncryptionKey
 
 log = logging.getLogger("outstation")
 

@@ -1,13 +1,14 @@
-"""Sink that seals every message before another sink sends it, see `agent.wire.sealing`."""
+"""Sink that seals every message before another sink sends it, see `agent.transport.sealing`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from agent.device.uplink.sink import OpenSink, Receipt, Sink
-from agent.transport import sealed
+from agent.transport import sealing
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire.sealing import OVERHEAD_BYTES, EncryptionKey, parse_encryption_key
+from agent.transport.sealing import OVERHEAD_BYTES
+from agent.wire.keys import EncryptionKey, parse_encryption_key
 
 
 class SealingSink:
@@ -44,4 +45,4 @@ def open_sealing_sink(
 
 
 def _seal(message: OutgoingMessage, collector: EncryptionKey) -> OutgoingMessage:
-    return sealed.seal(message, parse_encryption_key(message.reader) if message.reader else collector)
+    return sealing.seal_message(message, parse_encryption_key(message.reader) if message.reader else collector)

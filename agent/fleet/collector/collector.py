@@ -15,7 +15,9 @@ import msgspec
 from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
+from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
 from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
@@ -23,8 +25,6 @@ from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
-from agent.fleet.encryption_keys import EncryptionKeys
-from agent.transport import sealed
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import key_rotation, topics
@@ -265,8 +265,7 @@ class Collector:
             return _Held(delivery, False, _build_refusal(MessageRefused("retained", detail), delivery))
         refusal = None
         try:
-            opener = self._encryption_keys.opener if delivery.sealed and self._encryption_keys is not None else None
-            delivery = sealed.unseal(delivery, opener)
+            delivery = encryption_keys.unseal(delivery, self._encryption_keys)
         except MessageRefused as refused:
             refusal = _build_refusal(refused, delivery)
             if not self._broker.tls:

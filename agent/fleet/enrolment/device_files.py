@@ -13,14 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent import durable_files
 from agent.errors import UsageError
-from agent.fleet import encryption_keys
+from agent.fleet.collector import encryption_keys
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment import pki, revocation
 from agent.fleet.enrolment.pki import CertificateAuthority
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
-from agent.wire.keys import PublicKey
-from agent.wire.sealing import EncryptionKey
+from agent.wire.keys import EncryptionKey, PublicKey
 
 SIGNING_KEY, TLS_KEY, CERTIFICATE = "device.key", "device-tls.key", "device.crt"
 # Initial root of trust for the fleet's repository.

@@ -14,7 +14,7 @@ from agent import clock, durable_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet import encryption_keys
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.subscriptions import share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker

@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from agent import durable_files
 from agent.errors import UsageError
-from agent.wire import sealing
-from agent.wire.keys import public_key_path
-from agent.wire.sealing import EncryptionKey, Opener
+from agent.transport import sealing
+from agent.transport.packets import IncomingMessage
+from agent.transport.sealing import Opener
+from agent.wire.keys import EncryptionKey, encryption_key_of, parse_encryption_key, public_key_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def create(home: Path) -> Path:
     key = X25519PrivateKey.generate()
     # The private half first: a public half without it would seal messages that nobody opens.
     durable_files.write(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    durable_files.write(public_key_path(path), f"{sealing.public_of(key).text}\n".encode())
+    durable_files.write(public_key_path(path), f"{encryption_key_of(key).text}\n".encode())
     return path
 
 
@@ -50,7 +51,7 @@ def load_public(home: Path) -> EncryptionKey | None:
     if not files:
         return None
     try:
-        return sealing.parse_encryption_key(files[-1].read_text(encoding="ascii"))
+        return parse_encryption_key(files[-1].read_text(encoding="ascii"))
     except (OSError, ValueError) as error:
         problem = f"not a readable public key: {error}; copy it from a collector's folder"
         raise UsageError(f"{files[-1]}: {problem}") from None
@@ -70,6 +71,13 @@ class EncryptionKeys:
             self._reload_at = time.monotonic() + _RELOAD_S
             self._opener = Opener(_load_private_keys(self._home))
         return self._opener
+
+
+def unseal(delivery: IncomingMessage, keys: EncryptionKeys | None) -> IncomingMessage:
+    """Return the message as the device signed it, or as it came if it is not sealed. Raises MessageRefused."""
+    if not delivery.sealed:
+        return delivery
+    return sealing.open_message(delivery, Opener([]) if keys is None else keys.opener)
 
 
 def _load_private_keys(home: Path) -> list[X25519PrivateKey]:

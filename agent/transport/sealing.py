@@ -10,18 +10,17 @@ HPKE's `info` binds the topic. Base mode proves no sender: the signature inside 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from msgspec.structs import replace
 
 from agent.errors import MessageRefused
+from agent.transport.packets import GZIP, JSON, SEALED, IncomingMessage, OutgoingMessage, decompress
 from agent.wire.jws import MAX_TOKEN
-from agent.wire.keys import b64url_decode, b64url_encode
+from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
 
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 _VERSION = b"\x01"
@@ -29,49 +28,8 @@ _HINT_BYTES, _KEY_BYTES, _TAG_BYTES = 8, 32, 16
 _HEADER_BYTES = len(_VERSION) + _HINT_BYTES
 # What sealing adds to token and content.
 OVERHEAD_BYTES = _HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
-
-
-@dataclass(frozen=True, eq=False)
-class EncryptionKey:
-    """A public X25519 key, to which payloads are sealed; `raw` is its 32 bytes."""
-
-    raw: bytes
-    public: X25519PublicKey = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "public", X25519PublicKey.from_public_bytes(self.raw))
-
-    @cached_property
-    def text(self) -> str:
-        """Base64url of the raw key, as in config files."""
-        return b64url_encode(self.raw)
-
-    @cached_property
-    def kid(self) -> str:
-        """RFC 7638 thumbprint of the key's JWK (RFC 8037)."""
-        return b64url_encode(self.thumbprint)
-
-    @cached_property
-    def thumbprint(self) -> bytes:
-        return hashlib.sha256(f'{{"crv":"X25519","kty":"OKP","x":"{self.text}"}}'.encode()).digest()
-
-
-def parse_encryption_key(text: str) -> EncryptionKey:
-    """Parse a base64url public key. Raises ValueError, also for keys whose shared secret anybody knows."""
-    raw = b64url_decode(text.strip())
-    if len(raw) != _KEY_BYTES:
-        raise ValueError(f"an X25519 public key has {_KEY_BYTES} bytes, this one {len(raw)}")
-    key = EncryptionKey(raw)
-    try:
-        # A point of small order gives zero with every private key.
-        X25519PrivateKey.generate().exchange(key.public)
-    except ValueError:
-        raise ValueError("an X25519 public key of small order: anybody can open what is sealed to it") from None
-    return key
-
-
-def public_of(key: X25519PrivateKey) -> EncryptionKey:
-    return EncryptionKey(key.public_key().public_bytes_raw())
+# First byte of gzip (RFC 1952); a JSON object begins with a brace.
+_GZIP_BEGIN = b"\x1f"
 
 
 def seal(key: EncryptionKey, topic: str, token: str, content: bytes) -> bytes:
@@ -86,7 +44,7 @@ class Opener:
     def __init__(self, keys: Iterable[X25519PrivateKey]) -> None:
         self._keys: dict[bytes, Sequence[X25519PrivateKey]] = {}
         for key in keys:
-            hint = public_of(key).thumbprint[:_HINT_BYTES]
+            hint = encryption_key_of(key).thumbprint[:_HINT_BYTES]
             self._keys[hint] = [*self._keys.get(hint, ()), key]
 
     def open(self, topic: str, sealed: bytes) -> tuple[str, bytes]:
@@ -107,6 +65,20 @@ class Opener:
                 raise MessageRefused("malformed seal", "no signature inside")
             return token.decode(), content
         raise MessageRefused("broken seal", "altered, truncated, or sealed for another topic")
+
+
+def seal_message(message: OutgoingMessage, key: EncryptionKey) -> OutgoingMessage:
+    """Return the message with payload and signature sealed. Other properties, which repeat the payload, are dropped."""
+    token = next(value for name, value in message.properties if name == "jws")
+    payload = seal(key, message.topic, token, message.payload)
+    return replace(message, payload=payload, properties=(), content_type=SEALED)
+
+
+def open_message(message: IncomingMessage, opener: Opener) -> IncomingMessage:
+    """Return a sealed message as its sender signed it. Raises MessageRefused."""
+    token, content = opener.open(message.topic, message.payload)
+    payload = decompress(content, GZIP if content.startswith(_GZIP_BEGIN) else JSON)
+    return replace(message, payload=payload, tokens=(token,), sealed=False)
 
 
 def _info(topic: str) -> bytes:

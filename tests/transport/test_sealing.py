@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
-from agent.wire import sealing
-from agent.wire.keys import b64url_encode
-from agent.wire.sealing import Opener
+from agent.transport import sealing
+from agent.transport.sealing import Opener
+from agent.wire.keys import b64url_encode, encryption_key_of, parse_encryption_key
 
 pytestmark = pytest.mark.attack("privacy")
 
 TOPIC = "outstation/acme/pi-07/results/exercise"
 KEY = X25519PrivateKey.from_private_bytes(bytes(range(32)))
 CONTENT = b'{"v":1,"value":21.375}'
-SEALED = sealing.seal(sealing.public_of(KEY), TOPIC, "head..signature", CONTENT)
+SEALED = sealing.seal(encryption_key_of(KEY), TOPIC, "head..signature", CONTENT)
 
 
 # RFC 9180, section 4 and 5: HKDF-SHA256 in KEM and key schedule, ChaCha20-Poly1305, base mode, first message.
@@ -60,14 +60,14 @@ def test_the_tests_own_hpke_opens_the_vector_of_rfc_9180() -> None:
 def test_a_sealed_payload_is_what_rfc_9180_says() -> None:
     info = b"outstation sealed v1\n" + TOPIC.encode()
     assert open_by_rfc(KEY, SEALED[9:], info) == b"head..signature\n" + CONTENT
-    assert SEALED[:9] == b"\x01" + sealing.public_of(KEY).thumbprint[:8]
+    assert SEALED[:9] == b"\x01" + encryption_key_of(KEY).thumbprint[:8]
     assert len(SEALED) == len("head..signature") + len(CONTENT) + sealing.OVERHEAD_BYTES
 
 
 def test_the_holder_of_the_key_reads_token_and_content() -> None:
     former = X25519PrivateKey.generate()
     assert Opener([former, KEY]).open(TOPIC, SEALED) == ("head..signature", CONTENT)
-    assert sealing.seal(sealing.public_of(KEY), TOPIC, "head..signature", CONTENT) != SEALED
+    assert sealing.seal(encryption_key_of(KEY), TOPIC, "head..signature", CONTENT) != SEALED
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_the_holder_of_the_key_reads_token_and_content() -> None:
         (TOPIC.replace("07", "08"), SEALED, "broken seal"),
         (TOPIC, SEALED[:1] + bytes(8) + SEALED[9:], "sealed to another key"),
         (TOPIC, SEALED[:9] + bytes(32) + SEALED[41:], "broken seal"),
-        (TOPIC, sealing.seal(sealing.public_of(KEY), TOPIC, "x" * 3000, CONTENT), "malformed seal"),
-        (TOPIC, sealing.seal(sealing.public_of(KEY), TOPIC, "\u00e9", CONTENT), "malformed seal"),
+        (TOPIC, sealing.seal(encryption_key_of(KEY), TOPIC, "x" * 3000, CONTENT), "malformed seal"),
+        (TOPIC, sealing.seal(encryption_key_of(KEY), TOPIC, "\u00e9", CONTENT), "malformed seal"),
     ],
 )
 def test_what_was_not_sealed_for_here_is_refused(topic: str, sealed: bytes, reason: str) -> None:
@@ -107,7 +107,7 @@ def test_no_bytes_break_the_opener(junk: bytes, addressed: bool) -> None:
 
 @given(st.text("ab.-_", max_size=40), st.binary(max_size=2000))
 def test_what_is_sealed_comes_back(token: str, content: bytes) -> None:
-    sealed = sealing.seal(sealing.public_of(KEY), TOPIC, token, content)
+    sealed = sealing.seal(encryption_key_of(KEY), TOPIC, token, content)
     assert Opener([KEY]).open(TOPIC, sealed) == (token, content)
     assert len(content) < 8 or content not in sealed
 
@@ -115,4 +115,4 @@ def test_what_is_sealed_comes_back(token: str, content: bytes) -> None:
 @pytest.mark.parametrize("raw", [bytes(32), b"\x01" + bytes(31), b"short"])
 def test_a_key_that_anybody_can_open_for_is_refused(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"small order|32 bytes"):
-        sealing.parse_encryption_key(b64url_encode(raw))
+        parse_encryption_key(b64url_encode(raw))
