@@ -96,8 +96,8 @@ class ThrottleConfig(Section, frozen=True):
 class ModelsConfig(Section, frozen=True):
     """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
 
-    `confinement`: "auto" confines where the machine can; "required" runs no model elsewhere; "off" runs models in the
-    daemon's own process.
+    `confinement`: "auto" confines where the machine can; "required" runs no model and decodes no file elsewhere; "off"
+    runs models in the daemon's own process.
     """
 
     confinement: Literal["auto", "required", "off"] = "auto"

@@ -125,7 +125,7 @@ def _summarize_reference(conf: Config, store: Store, task: str) -> dict[str, Any
         return {"site": None, "learning": None, "warning": str(problem)}
     site = document["site"]
     return {
-        "site": {name: site[name] for name in ("number", "windows")} if site else None,
+        "site": {name: site[name] for name in ("number", "windows", "smallest_changes")} if site else None,
         "learning": document["learning"],
         "warning": site["warning"] if site else None,
     }
@@ -151,5 +151,6 @@ def _describe_site(stored: bytes) -> dict[str, Any] | None:
         "to": end,
         "hours": [int(hour) for hour in site.hours.nonzero()[0]],
         "daily": bool(site.waves.any()),
+        "smallest_changes": reference.describe_smallest_changes(),
         "warning": reference.warning,
     }

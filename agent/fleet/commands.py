@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.database.keyring import DeviceKey, Keyring
 from agent.transport import sealing
@@ -93,7 +93,7 @@ def reserve_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     path = folder / COUNTER_FILE
     with lock_operator(folder):
         try:
-            counter = max(int(path.read_text(encoding="ascii")) + 1, now_ms())
+            counter = max(int(input_files.read_text(path, "ascii")) + 1, now_ms())
         except FileNotFoundError:
             counter = now_ms()
         except OSError as error:

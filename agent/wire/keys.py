@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 
 # The curve -x² + y² = 1 + dx²y² over the field of P elements.
@@ -176,7 +176,7 @@ def public_key_path(path: Path) -> Path:
 def load_private(path: Path) -> SigningKey:
     """Load a private key from a PEM file. Raises UsageError that says what is wrong with the file."""
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        key = load_pem_private_key(input_files.read_bytes(path), password=None)
     except FileNotFoundError:
         raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
     except (OSError, ValueError, TypeError) as error:
@@ -193,7 +193,7 @@ def load_public_for(private_path: Path) -> PublicKey:
     """
     file = public_key_path(private_path)
     try:
-        return parse_public_key(file.read_text(encoding="ascii"))
+        return parse_public_key(input_files.read_text(file, "ascii"))
     except FileNotFoundError:
         if private_path.exists():
             return load_private(private_path).public
@@ -214,7 +214,7 @@ def load_public(text_or_path: str) -> PublicKey:
         return parse_public_key(text_or_path)
     except ValueError as not_a_key:
         try:
-            return parse_public_key(Path(text_or_path).read_text(encoding="ascii"))
+            return parse_public_key(input_files.read_text(Path(text_or_path), "ascii"))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({error})"

@@ -224,14 +224,14 @@ def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: Drif
     [
         ("waves", [1]),
         ("hours", [1]),
-        ("stretch", 99.0),
+        ("limits", [1]),
+        ("spread", [1]),
         ("missing", [-1.0] * 3),
         ("baselines", {}),
         ("baselines.psi", {"limits": [1]}),
         ("baselines.psi", {"mean": [1]}),
         ("baselines.correlation", {"mean": [[1.0]]}),
         ("baselines.field_mewma", {"limit": -1.0}),
-        ("baselines.class_share", {"autocorrelation": 1.0}),
         ("baselines.sampling_rate", None),
     ],
 )

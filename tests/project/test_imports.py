@@ -32,6 +32,7 @@ FLOORS = {
     "text": 1,
     "toml_files": 1,
     "durable_files": 1,
+    "input_files": 0,
     "config": 2,
     "wire": 3,
     "render": 3,

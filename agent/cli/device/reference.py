@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device, tasks
+from agent.cli.device.smallest_changes import format_smallest_changes
 from agent.cli.output import config_option, echo, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device import status
@@ -111,10 +112,12 @@ def _format_reference(document: dict[str, Any]) -> str:
     waits = f"; {document['asked']} requested, when the task next runs" if document["asked"] else ""
     if site is not None:
         daily = ", follows the hour of day" if site["daily"] else ""
+        changes = f"\n{format_smallest_changes(site['smallest_changes'])}"
         warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
         return (
             f"{task}: reference {site['number']} of this site, {site['digest']}\n"
-            f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}{warning}"
+            f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}"
+            f"{changes}{warning}"
         )
     if learning is None:
         windows = f"{RECOMMENDED_WINDOWS} drift windows (at least {MIN_WINDOWS})"

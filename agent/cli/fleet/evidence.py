@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError
@@ -149,7 +149,7 @@ def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], l
         if path.suffix == stamp.RESPONSE:
             continue
         try:
-            with path.open("rb") as file:
+            with input_files.open_regular(path) as file:
                 heads.append((str(path), file.read(log_head.MAX_BYTES + 1)))
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from None

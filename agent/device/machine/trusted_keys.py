@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.clock import ClockReading
 from agent.device.machine.timekeeping import trusted_time_us
 from agent.device.store.message_log import MessageLog
@@ -184,7 +185,7 @@ class TrustedKeys:
         while self._metadata_dir is not None and (trusted := self._pending or self._root) is not None:
             path = self._metadata_dir / root_metadata.root_history_file(self._anchor, trusted.version + 1)
             try:
-                with path.open("rb") as file:
+                with input_files.open_regular(path) as file:
                     data = file.read(MAX_ROOT_BYTES + 1)
                 self._advance([data])
                 if (self._pending or self._root) is trusted:
@@ -246,7 +247,7 @@ def _load_root(store: Store, anchor_file: Path) -> tuple[str, bytes]:
     """Return the hash of the first root, and the root in force: the stored one if it follows this first root."""
     stored = _read_stored(store)
     try:
-        first = anchor_file.read_bytes()
+        first = input_files.read_bytes(anchor_file)
     except OSError as error:
         log.error("%s: cannot be read: %s; the device uses the root that it has stored", anchor_file, error)
         return ("", b"") if stored is None else (stored.anchor, stored.root.encode())

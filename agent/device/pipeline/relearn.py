@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from agent import input_files
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -135,7 +136,7 @@ def _request_path(data_dir: Path, task: str) -> Path:
 
 def _read_request(file: Path) -> bytes | None:
     try:
-        with file.open("rb") as stream:
+        with input_files.open_regular(file) as stream:
             content = stream.read(_MAX_BYTES)
     except FileNotFoundError:
         return None

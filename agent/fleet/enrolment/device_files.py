@@ -11,7 +11,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 from agent.fleet.collector import encryption_keys
 from agent.fleet.config import FleetConfig
@@ -55,7 +55,7 @@ class DeviceFiles:
         return made.public
 
     def choose_certificate(self, home: Path, *, reuse: bool) -> None:
-        """Keep the valid certificate in `home` if `reuse` permits it; without one, make the TLS key if there is none."""
+        """Keep the valid certificate in `home` if `reuse` permits it; without one, make a TLS key if none is there."""
         if self._authority is None:
             return
         if reuse:
@@ -113,7 +113,7 @@ def _load_valid_certificate(
     path = home / CERTIFICATE
     if not path.exists() or revocation.is_revoked(folder, authority, path):
         return None
-    data = path.read_bytes()
+    data = input_files.read_bytes(path)
     is_other = tls_key is not None and x509.load_pem_x509_certificate(data).public_key() != tls_key
     return None if is_other else data
 
@@ -125,7 +125,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
     files: dict[str, bytes] = {}
     text = _render_device_toml(device, config, collector, operator, encryption_keys.load_public(folder))
     if root is not None:
-        files[ROOT_METADATA] = root.read_bytes()
+        files[ROOT_METADATA] = input_files.read_bytes(root)
     if root is not None and config.repository is not None:
         url = config.repository.url
         # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
@@ -134,7 +134,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
             url=toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=toml_string(ROOT_METADATA)
         )
     if config.ca is not None:
-        files["ca.pem"] = Path(config.ca.cert_file).read_bytes()
+        files["ca.pem"] = input_files.read_bytes(Path(config.ca.cert_file))
     return files | {"outstation.toml": text.encode()}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 from agent.fleet.evidence.timestamps import log_heads
 
@@ -48,7 +48,7 @@ def with_suffix(stem: Path, suffix: str) -> Path:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with input_files.open_regular(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         problem = "a stamp has three files of one name: .json, .tsq and .tsr"

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.utils import CryptographyDeprecationWarning
 from rfc3161_client import HashAlgorithm, PKIStatus, TimeStampResponse, VerificationError
 
-from agent import clock
+from agent import clock, input_files
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.evidence.timestamps.stamp import MAX_TOKEN_BYTES, Stamp
 
@@ -53,7 +53,7 @@ def load_trust(path: Path, policy: str = "") -> TimestampTrust:
     try:
         if policy:
             x509.ObjectIdentifier(policy)
-        return TimestampTrust(x509.load_pem_x509_certificates(path.read_bytes()), policy)
+        return TimestampTrust(x509.load_pem_x509_certificates(input_files.read_bytes(path)), policy)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
