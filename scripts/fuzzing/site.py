@@ -19,6 +19,7 @@ from agent.fleet.database.store import FleetStore
 from agent.model.bundle import builtin
 from agent.performance.labels import Label
 from agent.testing.messages import NEW_MODEL, MessageSender, new_key
+from agent.wire.messages import CommandPayload
 
 NOW = ClockReading(1_764_022_680_000_000, 1000.0, "synced")
 TIME = "2026-11-24T22:20:00.000000Z"
@@ -86,7 +87,9 @@ def build_device(folder: Path) -> Path:
             tx.outbox.set_acknowledged(AcknowledgedSeqs(ACKNOWLEDGED))
             tx.set_source_position("files", "a.csv", 17)
             tx.commands.replace_counter("operator", 5)
-            tx.commands.claim("operator", "one", "report", {}, 6, None)
+            times = {"issued": "2026-11-24T12:00:00Z", "expires": "2026-11-24T12:10:00Z"}
+            command = CommandPayload(v=1, device="pi-07", id="one", name="report", counter=6, **times)
+            tx.commands.claim("operator", command, None)
     return folder
 
 
