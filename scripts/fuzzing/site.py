@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from agent.bootstrap import device, tasks
@@ -87,8 +88,8 @@ def build_device(folder: Path) -> Path:
             tx.outbox.set_acknowledged(AcknowledgedSeqs(ACKNOWLEDGED))
             tx.set_source_position("files", "a.csv", 17)
             tx.commands.replace_counter("operator", 5)
-            times = {"issued": "2026-11-24T12:00:00Z", "expires": "2026-11-24T12:10:00Z"}
-            command = CommandPayload(v=1, device="pi-07", id="one", name="report", counter=6, **times)
+            head = {"v": 1, "kind": "cmd", "device": "pi-07", "id": "one", "name": "report", "counter": 6}
+            command = msgspec.convert({**head, "issued": TIME, "expires": TIME}, CommandPayload)
             tx.commands.claim("operator", command, None)
     return folder
 
