@@ -31,7 +31,7 @@ _COMMANDS = {
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
     "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
     "model": ("agent.cli.model.group:model", "Make, sign, check, evaluate and run bundles."),
-    "reference": ("agent.cli.device.reference:reference", "Show or relearn the site reference of a task."),
+    "reference": ("agent.cli.device.reference:reference", "Show, relearn or accept the site reference of a task."),
     "fleet": ("agent.cli.fleet.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),
 }
 

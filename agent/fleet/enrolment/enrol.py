@@ -14,6 +14,7 @@ from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.subscriptions import make_share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
@@ -56,6 +57,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
+    encryption_keys.create(folder)
     home = folder.resolve() / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
