@@ -21,8 +21,8 @@ from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, round_significant
-from agent.drift.escalation import MIN_SCORE
 from agent.drift.faults.faults import KINDS, Fault
+from agent.drift.numeric.escalation import MIN_SCORE
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.state import DriftState
@@ -52,7 +52,9 @@ class AlertLifecycle:
                 out.append(self._build_alert(state, "fault", field, number, sentence, kind=KINDS[kind]))
                 continue
             fault = next(fault for fault in faults[field] if fault.name == KINDS[kind])
-            sentence = alert_text.fault_sentence(field, fault, state, self.shipped)
+            sentence = alert_text.fault_sentence(
+                field, fault, state.open_summary, opened.missing, state.t[1], self.shipped
+            )
             evidence: dict[str, Any] = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
             if changes.escalated[field, kind]:
                 published = float(before.escalation.size[field, kind])

@@ -21,8 +21,8 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import GateStates, get_layout
-from agent.drift.escalation import DriftSizes, Escalation
 from agent.drift.faults.open_faults import OpenFaults
+from agent.drift.numeric.escalation import DriftSizes, Escalation
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.alerts import Alert
-from agent.drift.escalation import MAX_REVISIONS, Escalation
+from agent.drift.numeric.escalation import MAX_REVISIONS, Escalation
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
 
 WINDOW, FIELDS = 60, 3

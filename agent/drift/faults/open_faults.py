@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
-from agent.drift.escalation import Escalation
 from agent.drift.faults.faults import KINDS, MISREAD_FAULTS, Fault
 from agent.drift.faults.missing_values import MissingValues
+from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
 _OUT_OF_RANGE = KINDS.index("out_of_range")

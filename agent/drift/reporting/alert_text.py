@@ -9,7 +9,6 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import Fault
 from agent.drift.faults.missing_values import MissingValues
-from agent.drift.state import DriftState
 from agent.text import format_since
 
 CAUSES = {
@@ -25,11 +24,16 @@ CAUSES = {
 }
 
 
-def fault_sentence(field: int, fault: Fault, state: DriftState, shipped: Reference) -> str:
-    """Describe a fault of field number `field` in the open window. It names no value: an extreme is one row's."""
-    subject, summary = shipped.fields[field], state.open_summary
+def fault_sentence(
+    field: int, fault: Fault, summary: Summary, missing: MissingValues, last: int, shipped: Reference
+) -> str:
+    """Describe a fault of field number `field` in a window that ended at `last` (epoch µs).
+
+    The sentence names no value: an extreme is one row's. `missing` is the state of that chart.
+    """
+    subject = shipped.fields[field]
     symptom = {
-        "missing": _describe_missing(field, state.faults.missing, state.t[1]),
+        "missing": _describe_missing(field, missing, last),
         "stuck": f"repeats one value for {summary.longest[field]} rows",
         "saturated": _describe_saturation(field, summary, shipped),
         "out_of_range": f"{summary.outside[field] / max(1, summary.rows):.0%} of values lie far outside "
