@@ -54,7 +54,7 @@ class DeviceFiles:
         return made.public
 
     def choose_certificate(self, home: Path, *, reuse: bool) -> None:
-        """Keep the valid certificate in `home` if `reuse` permits it; without one, make the TLS key if there is none."""
+        """Keep the valid certificate in `home` if `reuse` permits it; without one, make a missing TLS key."""
         if self._authority is None:
             return
         if reuse:
