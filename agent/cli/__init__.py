@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from agent import __version__
-from agent.errors import OutstationError, UsageError
+from agent.errors import OutstationError, StorageMoved, UsageError
 from agent.text import printable_lines
 
 # Module and summary of each command: the list of commands loads none of them.
@@ -77,12 +77,16 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Exit 0 done, 1 done and the answer is bad, 2 wrong use or config."""
+    """Exit 0 done, 1 done and the answer is bad, 2 wrong use or config, 3 the data folder was moved away."""
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except UsageError as error:
         click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(2)
+    except StorageMoved as error:
+        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
+        # A service manager must not try again: see deploy/outstation.service.
+        sys.exit(3)
     except OutstationError as error:
         click.echo(f"outstation: {printable_lines(str(error))}", err=True)
         sys.exit(1)
