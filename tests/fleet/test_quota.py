@@ -24,6 +24,11 @@ def test_a_burst_is_taken_then_the_bucket_refills_before_it_gives_again() -> Non
     assert admitted(quotas, 1000, 1e6) == 100, "never more than the burst"
 
 
+@pytest.mark.attack("floods", control=True)
+def test_without_a_quota_all_of_a_flood_is_taken() -> None:
+    assert admitted(DeviceQuotas(Quota(messages_per_s=1e9)), 10_000, 0.0) == 10_000
+
+
 def test_bytes_count_as_well() -> None:
     quotas = DeviceQuotas(QUOTA)
     assert admitted(quotas, 90, 0.0, size=10_000) == 5

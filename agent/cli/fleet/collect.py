@@ -31,6 +31,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     If the online keys of the repository are in the fleet's folder, the collector signs its timestamp each day.
     """
     from agent.fleet.collector.collector import Collector, end_session
+    from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.enrolment import collectors
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
@@ -59,7 +60,11 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
                 maintain(home, store)
 
         collector = Collector(
-            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+            *(config.fleet.name, broker, store, key),
+            upkeep=maintain_repository,
+            share=share,
+            quota=config.quota,
+            encryption_keys=EncryptionKeys(home),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
@@ -73,8 +78,8 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 def collector(name: str, folder: str | None, as_json: bool) -> None:
     """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
-    Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key and the two new
-    files.
+    Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key, the folder
+    encryption, and the two new files.
     """
     from agent.fleet.enrolment import collectors
 

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 
 log = logging.getLogger("outstation.intake")
@@ -257,7 +257,7 @@ def load_token(path: Path) -> str:
             durable_files.write(path, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", 0o600)
         if path.stat().st_mode & 0o077:
             raise UsageError(f"{path}: others can read this token; delete the file, and the next start makes a new one")
-        token = path.read_text(encoding="utf-8").strip()
+        token = input_files.read_text(path).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: the token of TCP producers cannot be read: {error}; see intake.token_file"

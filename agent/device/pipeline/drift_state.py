@@ -148,7 +148,7 @@ def _learned_message(task: str, reference: Reference, last_row: int) -> PendingM
     summary = f"{task}: learned the site reference from {reference.drift_windows} drift windows."
     evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": last_row}
     if reference.site is not None:
-        evidence |= reference.site.to_dict()
+        evidence |= reference.site.to_dict() | {"smallest_changes": reference.describe_smallest_changes()}
     if reference.warning is not None:
         summary += f" Warning: {reference.warning}."
         evidence["warning"] = reference.warning

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -120,7 +121,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         site = self.site
         if site is None:
             return {}
-        every = self.class_n, self.class_mean, self.class_sd, self.distributions, self.drift_windows, site.stretch
+        every = self.class_n, self.class_mean, self.class_sd, self.distributions
         none = slice(0, 0)
         return {
             detector.name: Baseline(
@@ -135,6 +136,10 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         if self.score_correct is None or not self.score_n.any():
             return None
         return cbpe.estimate_bin_accuracy(self.score_n, self.score_correct)
+
+    def describe_smallest_changes(self) -> dict[str, Any] | None:
+        """Return, for people, the smallest change of each field that is found at this site."""
+        return None if self.site is None else self.site.sensitivity.to_dict(self.fields, self.sd)
 
     @cached_property
     def digest(self) -> str:

@@ -15,7 +15,9 @@ import msgspec
 from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
+from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
 from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
@@ -75,12 +77,13 @@ class Collector:
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
         quota: Quota | None = None,
+        encryption_keys: EncryptionKeys | None = None,
     ) -> None:
         """Call `upkeep` each hour, and log the errors that it raises.
 
         `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
-        None for a single collector. `quota`: limit for each device; None for no limit. Raises UsageError if the
-        database cannot be shared.
+        None for a single collector. `quota`: limit for each device; None for no limit. `encryption_keys` open sealed
+        messages. Raises UsageError if the database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
@@ -92,6 +95,7 @@ class Collector:
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
         self._quotas = DeviceQuotas(quota) if quota is not None else None
+        self._encryption_keys = encryption_keys
         self.stored_count = 0
         self._open_link = open_link or self._connect
         self._held: list[_Held] = []
@@ -246,7 +250,10 @@ class Collector:
         return arrivals, unverified
 
     def _admit(self, delivery: IncomingMessage) -> _Held:
-        """Charge a delivery to its device's quota, once: on receipt. Refuse it over quota, or retained in a log."""
+        """Open a sealed delivery, and charge it to its device's quota, once: on receipt.
+
+        Refuse it over quota, retained in a log, or if no key opens it; then nobody acknowledges it.
+        """
         topic = delivery.topic.split("/", 4)
         kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
         if delivery.retained and kind is not None and kind.logged:
@@ -256,10 +263,17 @@ class Collector:
             self.acknowledger.clear_retained(delivery.topic)
             detail = "a device retains no message of its log; the collector deletes it at the broker"
             return _Held(delivery, False, _build_refusal(MessageRefused("retained", detail), delivery))
+        refusal = None
+        try:
+            delivery = encryption_keys.unseal(delivery, self._encryption_keys)
+        except MessageRefused as refused:
+            refusal = _build_refusal(refused, delivery)
+            if not self._broker.tls:
+                return _Held(delivery, False, refusal)
         if self._quotas is None or self._quotas.admit(
             _device_of(delivery), len(delivery.payload), self.keyring.devices, time.monotonic()
         ):
-            return _Held(delivery, True)
+            return _Held(delivery, refusal is None, refusal)
         return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
 
     def _refund(self, device: str, payload: bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError
 from agent.fleet.config import ClientCertificate, FleetConfig
@@ -92,9 +92,9 @@ def _apply_pending(
 def reload(folder: Path) -> bool:
     """Let the broker of `folder` read its revocation list; False if it does not run here, or as another user."""
     try:
-        pid = int((folder / "broker" / PID_FILE).read_text(encoding="ascii"))
+        pid = int(input_files.read_text((folder / "broker" / PID_FILE), "ascii"))
         # After a crash another process may have the number.
-        if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() != "mosquitto":
+        if input_files.read_text(Path(f"/proc/{pid}/comm")).strip() != "mosquitto":
             return False
         os.kill(pid, signal.SIGHUP)
     except (OSError, ValueError):
@@ -173,7 +173,7 @@ def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reas
 
 
 def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
-    document = json.loads(path.read_bytes())
+    document = json.loads(input_files.read_bytes(path))
     if broker_access.edit_document(document, fleet, changes):
         write_access_file(path, document)
 
@@ -181,7 +181,7 @@ def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
 def _load_pending(folder: Path) -> list[AccessChange]:
     path = folder / PENDING_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[AccessChange])
+        return msgspec.json.decode(input_files.read_bytes(path), type=list[AccessChange])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.DecodeError) as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.subscriptions import share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
@@ -56,6 +57,7 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
+    encryption_keys.create(folder)
     home = folder.resolve() / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
@@ -152,14 +154,14 @@ def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, 
     request = enrolment_request.parse(enrolment_request.build(config.fleet.name, device, signing_key, tls_key, None))
     done = enrol(folder, config, store, device, request=request)
     for path in done.folder.iterdir():
-        durable_files.write(home / path.name, path.read_bytes(), 0o600)
+        durable_files.write(home / path.name, input_files.read_bytes(path), 0o600)
     return home
 
 
 def read_request(path: Path) -> EnrolmentRequest:
     """Read and verify a request file. Raises UsageError."""
     try:
-        with path.open("rb") as file:
+        with input_files.open_regular(path) as file:
             return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
