@@ -171,6 +171,9 @@ class SqliteDatabase:
         """Return True: a SQLite database has one collector."""
         return True
 
+    def join_collectors(self) -> int:
+        return 1
+
     @contextlib.contextmanager
     def lock_exclusively(self) -> Iterator[None]:
         """Exclude writes and checkpoints of other processes: SQLite before 3.51.3 can lose commits when two overlap."""
