@@ -211,7 +211,8 @@ from agent.device.store import schema
 
 def dying(db):
     migration(db)
-    os._exit(9)
+    if db.execute("PRAGMA database_list").fetchone()[2]:
+        os._exit(9)
 
 migration = schema.MIGRATIONS[-1]
 dying.__name__ = migration.__name__
