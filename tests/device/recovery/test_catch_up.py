@@ -14,7 +14,7 @@ from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import retention
 from agent.errors import StorageDamaged
-from tests.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
+from scripts.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
 
 ROWS, MESSAGES = 100, 12
 
