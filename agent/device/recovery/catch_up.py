@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from agent import clock
+from agent import clock, ranges
 from agent.device.recovery import findings
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
-from agent.device.store import meta, ranges, retention, watermark
+from agent.device.store import meta, retention, watermark
 from agent.device.store.watermark import WatermarkState
 from agent.wire.log_chain import digest
 

@@ -88,7 +88,7 @@ class CommandLog:
         """Return answers behind place `after` that no broker has confirmed."""
         rows = self._db.execute(
             "SELECT number, id, name, body, correlation FROM checked_command_answers "
-            "WHERE sent = 0 AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
+            "WHERE NOT sent AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
             (after,),
         )
         return [CommandAnswer(n, id, name, **json.loads(body), correlation=c) for n, id, name, body, c in rows]

@@ -3,6 +3,9 @@
 A flipped bit must not become another cursor, count or state. Temporary triggers of each connection write the column
 `crc`; the view `checked_TABLE` gives the other columns and fails at a row that is not what was written. Tables `meta`,
 `chunks` and `outbox` have checksums of their own.
+
+SQLite puts the constant of `column = constant` into the check, too. So a query may compare for equality only columns
+with an index: it would take every other row for a damaged one.
 """
 
 from __future__ import annotations
