@@ -121,7 +121,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
         if baseline is None:
             return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
         usual: RateBaseline = baseline.own
-        scores = usual.score_speeds(windows.counts[self.name], windows.t, baseline.drift_windows)
+        scores = usual.score_speeds(windows.counts[self.name], windows.t)
         return [
             RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
             for step, share, z, speed in zip(steps, repeated, *(part.tolist() for part in scores), strict=True)
@@ -141,7 +141,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
         clears = not first.fault and state.clear_count + 1 >= WINDOWS_TO_CLEAR
         on = "" if clears else state.open_fault
         on = on or (first.fault if first.fault == state.last_fault else "")
-        cusum, limit = None, rate.speed_cusum_limit(baseline)
+        cusum, limit = None, float(baseline.own.limit)
         if not (first.fault or on or (fields_drift and not state.drifting)):
             z, speeds = np.array([(each.z, each.log_speed) for each in observations]).T[..., None]
             cusum = state.cusum.run_windows(z, speeds, limit=limit, t=t)
@@ -198,7 +198,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
             "usual_us": round_significant(usual.step_us) if usual and usual.step_us else None,
             "repeated": round(repeated, 4),
             "cusum": np.round(state.cusum.value[:, 0], 2).tolist(),
-            "limit": round(rate.speed_cusum_limit(baseline), 2) if baseline else None,
+            "limit": round(baseline.own.limit, 2) if baseline else None,
             "state": name,
             "fault": state.last_fault or state.open_fault or None,
         }

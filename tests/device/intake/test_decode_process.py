@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import wave
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from agent.device.store.rows import validate_columns
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from scripts.kit.process_stats import memory_kb
+from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.attack("files")
 
@@ -174,14 +177,41 @@ def make_media_stream(media: MediaFormat) -> StreamConfig:
     return StreamConfig(fields=fields, source=FilesSource(folder="", **kind))
 
 
+def write_large_image(path: Path) -> Path:
+    """Write an image of few bytes and many pixels."""
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (7000, 7000)).save(path)
+    return path
+
+
 @pytest.mark.usefixtures("small")
 def test_a_small_image_of_many_pixels_is_rejected_by_its_header(tmp_path: Path) -> None:
-    pillow = pytest.importorskip("PIL.Image")
-    path = tmp_path / "bomb.png"
-    pillow.new("RGB", (7000, 7000)).save(path)
+    path = write_large_image(tmp_path / "bomb.png")
     assert path.stat().st_size < 400_000
     with pytest.raises(UsageError, match=r"^7000 x 7000 pixels need 373 MiB of memory, 64 MiB are left"):
         decode(path, make_media_stream(IMAGE))
+
+
+_UNLIMITED = """
+import sys
+from pathlib import Path
+from agent.config import StreamConfig
+from agent.device.intake import media_reader
+from agent.media import ImageFormat
+from agent.model.sandbox import memory
+from tests.device.intake.test_decode_process import IMAGE, make_media_stream
+path, before = Path(sys.argv[1]), memory.peak_bytes()
+with path.open("rb") as file:
+    list(media_reader.read_blocks(path, file, 0, make_media_stream(IMAGE), 0, None, 1 << 40))
+print((memory.peak_bytes() - before) >> 20)
+"""
+
+
+@pytest.mark.attack("files", control=True)
+def test_without_a_limit_a_small_image_takes_hundreds_of_megabytes(tmp_path: Path) -> None:
+    path = write_large_image(tmp_path / "bomb.png")
+    done = subprocess.run([sys.executable, "-c", _UNLIMITED, path], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) > 140, done.stderr
 
 
 @pytest.mark.usefixtures("small")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from agent.errors import StorageDamaged
 from scripts.kit.stores import alarms, filled, opened, outbox_payloads
 
 _BLOBS = {"data", "correlation"}
-_TEXTS = {"name", "fields", "stream", "field", "value", "task", "source", "item", "body", "kid", "id", "args"}
+_TEXTS = {"name", "fields", "stream", "field", "value", "task", "source", "item", "body", "kid", "id", "args", "reply_key"}
 LOADED = [(table, column) for table in row_crc.TABLES for column in schema.columns()[table]]
 
 
@@ -31,7 +30,7 @@ def cell(table: str, column: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A closed store with a row in every table."""
     folder = tmp_path_factory.mktemp("whole")
     store, _ = filled(folder, chunks=3, messages=5, acknowledged=2)
@@ -41,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         store._db.execute(sql, [cell(table, name) for name in names])
     assert row_crc.find_damage(store._db, large=True) is None
     store.close()
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize(("table", "column"), LOADED)

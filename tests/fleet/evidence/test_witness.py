@@ -119,6 +119,15 @@ def test_an_operator_who_rewrites_a_log_under_a_new_log_id_is_detected_by_its_he
     )
 
 
+@pytest.mark.attack("history", control=True)
+def test_without_a_head_a_log_that_was_written_anew_verifies(desk: Desk) -> None:
+    device, forger = sender(), sender(key=9)
+    write_log(device)
+    forged = write_log(forger, since=-MONTH_H, incident=False)
+    report = check(desk.show((forger, forged)))
+    assert (report.problems, report.chained_messages) == ([], len(forged))
+
+
 def test_an_operator_who_cuts_off_the_newest_messages_is_detected_by_the_head(desk: Desk) -> None:
     device = sender()
     messages = write_log(device)
