@@ -18,7 +18,21 @@ from agent.errors import StorageDamaged
 from scripts.kit.stores import alarms, filled, opened, outbox_payloads
 
 _BLOBS = {"data", "correlation"}
-_TEXTS = {"name", "fields", "stream", "field", "value", "task", "source", "item", "body", "kid", "id", "args", "reply_key"}
+_TEXTS = {
+    "name",
+    "fields",
+    "stream",
+    "field",
+    "value",
+    "task",
+    "source",
+    "item",
+    "body",
+    "kid",
+    "id",
+    "args",
+    "reply_key",
+}
 LOADED = [(table, column) for table in row_crc.TABLES for column in schema.columns()[table]]
 
 
