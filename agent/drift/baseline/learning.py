@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
@@ -241,6 +242,15 @@ def calibrate_reference(
     )
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
+    missing = MissingBaseline.from_windows(
+        learning.missing,
+        total.rows / max(learning.total_windows, 1),
+        learning.thinning,
+        total.missing,
+        total.rows,
+    )
+    if shipped.missing_values is not None:
+        missing = missing.merge(shipped.missing_values)
     reference = replace(
         shipped,
         made=source,
@@ -248,6 +258,7 @@ def calibrate_reference(
         warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
+        missing_values=missing,
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
@@ -319,7 +330,6 @@ def _add_site_calibration(
         number=number,
         accuracy=accuracy,
         steps=learning.total.steps,
-        missing=learning.missing.max(0),
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,

@@ -20,7 +20,7 @@ from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorL
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
-from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
@@ -76,14 +76,16 @@ class Collector:
         open_link: Callable[[], CollectorLink] | None = None,
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
+        group: str = "",
         quota: Quota | None = None,
         encryption_keys: EncryptionKeys | None = None,
     ) -> None:
         """Call `upkeep` each hour, and log the errors that it raises.
 
         `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
-        None for a single collector. `quota`: limit for each device; None for no limit. `encryption_keys` open sealed
-        messages. Raises UsageError if the database cannot be shared.
+        None for a single collector. `group`: name of their subscriptions, [fleet] share_group. `quota`: limit for each
+        device, of all collectors together; None for no limit. `encryption_keys` open sealed messages. Raises UsageError
+        if the database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
@@ -91,7 +93,7 @@ class Collector:
                 'fleet.toml: [fleet] db = "postgresql://USER@HOST/DB"'
             )
         self.fleet, self.store, self.key, self.share = fleet, store, key, share
-        self._broker = broker
+        self._broker, self._group = broker, group
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
         self._quotas = DeviceQuotas(quota) if quota is not None else None
@@ -146,6 +148,8 @@ class Collector:
                 logger.error("%s; missing messages are requested later", error)
         self.acknowledger.send(link)
         self._leader_tasks.tick()
+        if self._quotas is not None:
+            self._quotas.collector_count = self._leader_tasks.collector_count
         self._run_upkeep()
 
     def _collect(self, link: CollectorLink, retry: Backoff) -> None:
@@ -352,7 +356,7 @@ class Collector:
                 f"{self.store.name}: a collector {which} is already running, and the broker would hand its session to "
                 "this one; stop it, or choose another --share NAME"
             )
-        group = share_group(self.key, self.fleet) if self.share is not None else None
+        group = self._group if self.share is not None else None
         link = Link(
             self._broker,
             client_id(self.fleet, self.share),
