@@ -18,6 +18,7 @@ from agent.errors import MessageRefused, UsageError
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.evidence.format.contents import ReadLimits
 from agent.fleet.evidence.timestamps import log_heads, token
 from agent.fleet.evidence.timestamps.stamp import Stamp
 from agent.fleet.evidence.verify.stamps import Witnesses
@@ -180,6 +181,17 @@ def test_a_stamp_under_another_policy_or_of_another_fleet_is_refused(desk: Desk,
     assert "under 1.3.6.1.4.1.99999.1, not 1.2.3" in problem
     [problem] = problems(folder, authority, stamped(authority, device, fleet="other"))
     assert "of fleet 'other'" in problem
+
+
+def test_stamps_of_more_logs_than_fit_into_memory_are_named(
+    desk: Desk, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, other = sender(), sender("pi-08", 8, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    folder = show(desk, *((each, write_log(each, since=SINCE_H)) for each in (device, other)))
+    stamps = [stamped(authority, device, other) for _ in range(2)]
+    monkeypatch.setattr("agent.fleet.evidence.verify.stamps.READ_LIMITS", ReadLimits(stamped_logs=3))
+    [problem] = problems(folder, authority, *stamps)
+    assert "cover more than 3 logs" in problem
 
 
 @given(st.integers(0, 2000), st.integers(1, 255))
