@@ -285,12 +285,13 @@ class Client:
         hello = {"client": self._name, "token": self._token}
         self._socket.sendall(_encode({key: text for key, text in hello.items() if text is not None}) + b"\n")
         received = b""
-        while not received.endswith(b"\n"):
+        while b"\n" not in received:
             data = self._socket.recv(4096)
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             received += data
-        through = self._decode_reply(received).through
+        line, _, self._receive_buffer = received.partition(b"\n")
+        through = self._decode_reply(line).through
         if not self._greeted:
             self._greeted = True
             self._sent = self._acknowledged = through

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import sys
 from pathlib import Path
 from typing import Any
 
 from agent import config
 from agent.bootstrap import sinks
+from agent.bootstrap.owner import become_owner
 from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.machine import commitment_secret
@@ -31,40 +29,10 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
     """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
     file = config.find(config_file)
     conf = config.load(file, sinks.SINKS)
-    _become_owner(conf.data_dir)
+    become_owner(conf.data_dir)
     if task is not None and task not in conf.tasks:
         raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
     return file, conf
-
-
-def _become_owner(data_dir: Path) -> None:
-    """Go on as the owner of `data_dir` if this is root, so that no bundle or file of it is handled with root's rights.
-
-    Raises UsageError. A folder that is missing or root's own changes nothing.
-    """
-    if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
-        return
-    try:
-        try:
-            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
-        except KeyError:
-            os.setgroups([])
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
-    except OSError as error:
-        raise UsageError(
-            f"{data_dir}: belongs to user {owner.st_uid}, whom this process cannot become: {error.strerror}; "
-            "run it as that user"
-        ) from error
-    if os.geteuid() == 0 or os.getuid() == 0:
-        raise UsageError(f"{data_dir}: root's rights could not be given up; run this as user {owner.st_uid}")
-    program = Path(__file__)
-    # Modules are imported later, and model processes start the interpreter: both need rights of this user.
-    if not os.access(program, os.R_OK) or not os.access(sys.executable, os.X_OK):
-        raise UsageError(
-            f"{data_dir}: belongs to user {owner.st_uid}, who may not read the program in {program.parents[1]} or run "
-            f"{sys.executable}; install it where that user may, as deploy/install.sh does"
-        )
 
 
 def open_store(conf: Config) -> Store:

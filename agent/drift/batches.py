@@ -4,7 +4,7 @@ not quiet, tested together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import msgspec
@@ -13,14 +13,14 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float64s, Ints
-from agent.drift import sampling_rate_watch
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
+from agent.drift.detectors.detector import GateObservation, GateRun, GateWindows
+from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
-from agent.drift.sampling_rate_watch import RateObservation, SamplingRateWatch
 from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
@@ -77,9 +77,10 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         else:
             spans = np.diff(batch.t[starts], axis=1)
         rows, named = self._gather_rows(part.values, begin - part.begin), part.predicted
-        return summary.summarize_windows(
+        stack, _ = summary.summarize_windows(
             shipped, rows, spans, part.stats, named, part.top_scores, assign_classes(part.stats, named)
         )
+        return stack
 
     def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
         """Return the rows (W, n, F)."""
@@ -195,7 +196,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
 
     summaries: Summary
     indicators: FaultIndicators
-    rate_observations: list[RateObservation]
+    gates: dict[str, Sequence[GateObservation]]  # what each gate observed
     evidence: Evidence | None  # against the site's reference
 
     @classmethod
@@ -203,12 +204,30 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
         cls, summaries: Summary, midpoints: Ints, shipped: Reference, tester: DriftTester | None
     ) -> WindowAnalysis:
         """Analyze stacked summaries in the middle of times (W,), epoch µs; `tester` is that of the site's reference."""
+        windows = GateWindows(
+            summaries.detectors, summaries.sampling.mean_step_us(), summaries.repeated_share, midpoints
+        )
+        baselines = tester.reference.baselines if tester else {}
         return cls(
             summaries,
             faults.compute_indicators(summaries, shipped, tester.reference if tester else None),
-            sampling_rate_watch.observe_rate(summaries, midpoints, tester),
+            {gate.name: gate.observe(windows, baselines.get(gate.name)) for gate in GATES},
             tester.compute_evidence(summaries, midpoints) if tester else None,
         )
+
+    def build_gate_alerts(
+        self, number: int, previous: GateStates, closed: DriftState, current: GateStates, site: Reference | None
+    ) -> list[Alert]:
+        """Build the alerts that gates raise and clear with window `number`, which state `closed` closes."""
+        if site is None:
+            return []
+        evidence = {"window": closed.index, "rows": list(closed.rows), "site": site.digest}
+        alerts: list[Alert] = []
+        for gate in GATES:
+            name = gate.name
+            states = previous[name], current[name], self.gates[name][number]
+            alerts += gate.build_alerts(*states, site.baselines[name], closed.t, evidence)
+        return alerts
 
 
 class AdvancedTests(msgspec.Struct, frozen=True, eq=False):
@@ -216,7 +235,7 @@ class AdvancedTests(msgspec.Struct, frozen=True, eq=False):
 
     windows: int
     suite: SuiteState
-    rate_watch: SamplingRateWatch
+    gates: GateStates
     blocked: bool  # kept out of drift tests and of learning
     nearest: Float64s | None  # (windows,) largest sum of each as a share of its limit; None if not quiet
 
@@ -229,39 +248,72 @@ def advance_tests(
     start_times: Ints,
     *,
     has_fault: bool,
+    most: int,
 ) -> AdvancedTests:
-    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not."""
-    suite, watch, evidence = state.suite, state.rate_watch, analysis.evidence
+    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not.
+
+    At most so many of them miss no more values than usual.
+    """
+    suite, gates, evidence = state.suite, state.gates, analysis.evidence
     if tester is None or evidence is None:
-        return AdvancedTests(1, suite, watch, has_fault or sampling_rate_watch.blocks_testing(watch), None)
-    plain = _count_plain_windows(state, analysis, first)
+        return AdvancedTests(1, suite, gates, has_fault or gates.block_window, None)
+    plain = min(most, _count_plain_windows(state, analysis, first))
     ahead = slice(first, first + max(1, plain))
-    rate = sampling_rate_watch.run_windows(watch, analysis.rate_observations[ahead], tester, suite, start_times[ahead])
-    free = 0 if has_fault else rate.windows_before_block
+    runs = _run_gates(state, tester.reference, analysis, ahead, start_times)
+    free = 0 if has_fault else min(run.windows_before_block for run in runs.values())
     if not free:
-        watch = watch if has_fault else rate.state_after(1)
-        # Sums of fields may come from wrong classes that the model has named since the speed drifts.
-        return AdvancedTests(1, suite.reset_except_open() if watch.drifting else suite, watch, True, None)
+        gates = gates if has_fault else _gates_after(runs, 1)
+        # Sums of fields may come from wrong classes that the model has named since a gate drifts.
+        return AdvancedTests(1, suite.reset_except_open() if gates.drifting else suite, gates, True, None)
     ahead = slice(first, first + free)
     tests = sequence.run_tests(tester, suite, evidence[ahead], start_times[ahead])
     before_alarm = tests.windows_before_alarm
     windows, nearest = max(1, before_alarm), None
-    if plain and before_alarm and rate.cusum is not None:
-        nearest = _nearest_shares(tests.cusum.values[:windows], rate.cusum.values[:windows, :, 0], tester)
-    return AdvancedTests(windows, tests.state_after(windows), rate.state_after(windows), False, nearest)
+    if plain and before_alarm:
+        nearest = _nearest_shares(tests.cusum.values[:windows], tester, runs)
+    return AdvancedTests(windows, tests.state_after(windows), _gates_after(runs, windows), False, nearest)
+
+
+def _run_gates(
+    state: DriftState, site: Reference, analysis: WindowAnalysis, ahead: slice, start_times: Ints
+) -> dict[str, GateRun]:
+    fields_drift = bool(state.suite.open_fields.any())
+    return {
+        gate.name: gate.run(
+            state.gates[gate.name],
+            analysis.gates[gate.name][ahead],
+            site.baselines[gate.name],
+            start_times[ahead],
+            fields_drift=fields_drift,
+        )
+        for gate in GATES
+    }
+
+
+def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
+    return GateStates({name: run.state_after(windows) for name, run in runs.items()})
 
 
 def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
-    is_open = state.faulty.any() or state.misread.any() or state.rate_watch.open_fault or state.rate_watch.drifting
+    is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
     if is_open or state.suite.open_subjects.any():
         return 0
-    signs = zip(analysis.indicators.has_indication[first:].tolist(), analysis.rate_observations[first:], strict=True)
-    faulty = [bool(sign or observation.fault) for sign, observation in signs]
+    observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)
+    signs = zip(analysis.indicators.has_indication[first:].tolist(), observations, strict=True)
+    faulty = [sign or any(observation.fault for observation in seen) for sign, seen in signs]
     return faulty.index(True) if True in faulty else len(faulty)
 
 
-def _nearest_shares(cusum_sums: Float64s, speed_sums: Float64s, tester: DriftTester) -> Float64s:
-    """Return the largest of all sums, (W, 2, T) and of the speed (W, 2), as a share of its limit (W,), 3 decimals."""
-    shares = (cusum_sums / tester.limits.limit).max((1, 2))
-    return np.maximum(shares, speed_sums.max(1) / tester.speed_cusum_limit).round(3)
+def _nearest_shares(sums: Float64s, tester: DriftTester, gates: Mapping[str, GateRun]) -> Float64s | None:
+    """Return the largest of all sums, (W, 2, T) and of `gates`, as a share of its limit (W,), 3 decimals.
+
+    None if a gate waits.
+    """
+    nearest = (sums / tester.limits.limit).max((1, 2))
+    for run in gates.values():
+        shares = run.nearest_shares(len(sums))
+        if shares is None:
+            return None
+        nearest = np.maximum(nearest, shares)
+    return np.asarray(nearest.round(3))

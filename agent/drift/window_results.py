@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from agent.arrays import Float64s
-from agent.drift import sampling_rate_watch
 from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.reporting import drift_message
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
-from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.state import DriftWindowResult
 from agent.drift.testing.test_suite import DriftTester
 from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
@@ -27,8 +26,7 @@ class ClosedWindow(msgspec.Struct, frozen=True, eq=False):
     result: DriftWindowResult
     sums: MessageSums
     status: SuiteStatus
-    rate_watch: SamplingRateWatch
-    speed_sums: Float64s  # (2,)
+    gates: GateStates
     tester: DriftTester | None
 
     def extend(self, later: ClosedWindow, most: int) -> ClosedWindow | None:
@@ -75,13 +73,18 @@ def build_results(windows: Sequence[ClosedWindow], shipped: Reference) -> list[D
     results = []
     for window, features, output, estimate, step_us, repeated in columns:
         numbers = {"features": features, "output": output, "estimate": estimate}
-        members = sampling_rate_watch.add_rate(
-            drift_message.add_states(numbers, window.status, window.tester),
-            window.rate_watch,
-            window.speed_sums,
-            step_us,
-            repeated,
-            window.tester,
-        )
-        results.append(replace(window.result, members=members))
+        members = drift_message.add_states(numbers, window.status, window.tester)
+        results.append(replace(window.result, members=_add_gates(members, window, step_us, repeated)))
     return results
+
+
+def _add_gates(members: dict[str, Any], window: ClosedWindow, step_us: float, repeated: float) -> dict[str, Any]:
+    """Add the member of each gate, and the state that follows."""
+    states = {members["state"]}
+    for gate in GATES:
+        baseline = window.tester.reference.baselines[gate.name] if window.tester else None
+        member = gate.build_member(window.gates[gate.name], step_us, repeated, baseline)
+        members |= {gate.member: member}
+        if baseline is not None:
+            states.add(member["state"])
+    return members | {"state": drift_message.worst_state(states)}

@@ -46,10 +46,14 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Results of one benchmark, and the `text` that replaces them on screen."""
+    """Results of one benchmark, and the `text` that replaces them on screen.
+
+    `section` is a section of BENCHMARKS.md: its title and text.
+    """
 
     results: Sequence[Result]
     text: str
+    section: tuple[str, str] | None = None
 
 
 Measured = Callable[[], Result | Sequence[Result] | Report]

@@ -55,12 +55,14 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             runs += [measured(benchmark_name).results for _ in range(_WRITTEN_RUNS - 1)]
             worst += page.worst(runs)
         results += page.middle(runs)
+        if write and report.section:
+            page.write_section(*report.section)
         if not as_json:
             click.echo(report.text)
     if as_json:
         click.echo(json.dumps([document(result) for result in results], indent=2))
     if write:
-        page.write(results, worst)
+        page.write(results, worst, complete=not names)
     if quick:
         lost = page.find_regressions(results)
         for sentence in lost:

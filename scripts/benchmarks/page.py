@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sqlite3
 import subprocess
 from collections.abc import Sequence
@@ -31,15 +32,34 @@ the same run, and the median of several counts. Absolute figures apply to this m
 | figure | ours | reference | unit | ratio | target | |
 |---|---:|---:|---|---:|---:|---|
 """
+_ROW = re.compile(r"\| ([^|]+?) \| .*(?:met|\*\*missed\*\*) \|$")
+_NOTE = re.compile(r"- \*\*(.+?)\*\*: ")
 
 
-def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
-    """Write the page, and the worst observed ratio of each result as the baseline for later runs."""
+def write(results: Sequence[Result], worst: Sequence[Result], *, complete: bool) -> None:
+    """Write the page, and the worst observed ratio of each result as the baseline for later runs.
+
+    Figures that were not measured this time stay, unless the run was `complete`.
+    """
     head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
-    notes = "\n".join(f"- **{result.name}**: {result.note}." for result in results)
-    PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
-    committed_ratios = {result.name: round(result.ratio, 4) for result in worst if not result.limit}
-    RATIOS.write_text(json.dumps(committed_ratios, indent=2) + "\n", encoding="utf-8")
+    rows = {result.name: _row(result) for result in results}
+    notes = {result.name: f"- **{result.name}**: {result.note}." for result in results}
+    ratios = {result.name: round(result.ratio, 4) for result in worst if not result.limit}
+    if not complete:
+        rows = _figures(_ROW) | rows
+        notes = _figures(_NOTE) | notes
+        ratios = json.loads(RATIOS.read_text(encoding="utf-8")) | ratios
+    figures = "\n".join([*rows.values(), "", *notes.values()])
+    PAGE.write_text(f"{head}{figures}\n{_sections()}", encoding="utf-8")
+    RATIOS.write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
+
+
+def write_section(title: str, text: str) -> None:
+    """Replace the section `title` of the page, or append it."""
+    page, mark = PAGE.read_text(encoding="utf-8"), f"\n## {title}\n"
+    before, _, rest = page.partition(mark)
+    _, following, after = rest.partition("\n## ")
+    PAGE.write_text(f"{before.rstrip()}\n{mark}\n{text}\n{following}{after}", encoding="utf-8")
 
 
 def find_regressions(results: Sequence[Result]) -> list[str]:
@@ -88,10 +108,17 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _limits() -> str:
-    """Return the hand-written notes on missed targets, which each run preserves."""
+def _figures(pattern: re.Pattern[str]) -> dict[str, str]:
+    """Return the lines of the page that match, by the name of their figure."""
+    lines = PAGE.read_text(encoding="utf-8").partition("\n## ")[0].splitlines()
+    matches = [pattern.match(line) for line in lines]
+    return {match[1]: match.string for match in matches if match}
+
+
+def _sections() -> str:
+    """Return the sections behind the figures: notes on missed targets, which are written by hand, and tables."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    _, mark, rest = text.partition("\n## Limits")
+    _, mark, rest = text.partition("\n## ")
     return mark + rest
 
 

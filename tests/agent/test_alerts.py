@@ -10,8 +10,8 @@ import pytest
 
 from agent import alerts
 from agent.alerts import KINDS, AlertKind
+from agent.drift.detectors.sampling_rate_watch import CAUSES
 from agent.drift.reporting import alert_text
-from agent.drift.sampling_rate_watch import CAUSES
 from agent.wire.messages import AlertPayload
 from scripts.alerts_reference import to_markdown
 

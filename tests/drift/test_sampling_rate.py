@@ -146,7 +146,7 @@ def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
     assert state.suite == learned.suite
     back, cleared = timed(monitor, state, readings(10, 4), every(STEP_US, readings(10, 4)))
     assert [(a.subject, a.state, a.id) for a in alerts_of(cleared)] == [("rate", "cleared", "rate/fault/1")]
-    assert back.rate_watch.open_fault == ""
+    assert back.gates["sampling_rate"].open_fault == ""
 
 
 def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(monitor: DriftMonitor, learned: DriftState) -> None:

@@ -118,7 +118,7 @@ def test_a_hanging_bundle_gives_way_after_two_watchdog_kills(
 
 def hangs(device: DeviceProcess) -> bool:
     """Return True if the crash marker stays the same."""
-    first = CrashMarker(device.data_dir).previous_run
+    first = CrashMarker(device.data_dir).previous
     time.sleep(0.5)
-    second = CrashMarker(device.data_dir).previous_run
+    second = CrashMarker(device.data_dir).previous
     return first is not None and second is not None and first.id == second.id

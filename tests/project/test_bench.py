@@ -43,13 +43,13 @@ def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
 ) -> None:
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
-    page.write([MORE, LESS], [MORE, LESS])
+    page.write([MORE, LESS], [MORE, LESS], complete=True)
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## Limits\n\nNothing.\n")
     assert page.find_regressions([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
     assert [sentence.split(":")[0] for sentence in page.find_regressions([slower, dearer])] == ["rate", "cost"]
     assert page.find_regressions([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
-    page.write([MORE], [MORE])
+    page.write([MORE], [MORE], complete=True)
     text = (tmp_path / "page.md").read_text()
     assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in text
     assert text.endswith("\n## Limits\n\nNothing.\n"), "the hand-written section is kept"

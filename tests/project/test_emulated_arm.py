@@ -1,7 +1,7 @@
 """The program on emulated ARM processors: `scripts/test_arm --quick`.
 
-Making the emulated Debian takes minutes. So this runs where `scripts/test_arm` has made one before, or where the variable
-OUTSTATION_TEST_ARM is set.
+Making the emulated Debian takes minutes. So this runs where `scripts/test_arm` has made one before, or where the
+variable OUTSTATION_TEST_ARM is set.
 """
 
 from __future__ import annotations

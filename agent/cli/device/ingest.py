@@ -80,7 +80,12 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
-        process = DecodeProcess(name, stream, show_values=conf.privacy.values_in_logs, answer_timeout_s=None)
+        process = DecodeProcess(
+            *(name, stream),
+            show_values=conf.privacy.values_in_logs,
+            must_be_confined=conf.models.confinement == "required",
+            answer_timeout_s=None,
+        )
         open_files.enter_context(contextlib.closing(process))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None

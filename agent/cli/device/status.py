@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from agent.bootstrap import device
+from agent.cli.device.smallest_changes import format_smallest_changes
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.device import status as documents
 from agent.model.inference.tuning import Tuning
@@ -18,6 +19,7 @@ from agent.text import printable
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
+_MAX_FIELDS = 6  # whose smallest changes are shown
 
 
 @click.command(epilog="Example: outstation status --json")
@@ -140,6 +142,8 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
     if (learning := reference["learning"]) is not None:
         span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
+    if (site := reference["site"]) is not None:
+        lines.append(format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines

@@ -50,7 +50,7 @@ class _CrashCount(msgspec.Struct, frozen=True):
 
 def handle_crash(conf: Config, store: Store, message_log: MessageLog, marker: CrashMarker, now: ClockReading) -> None:
     """Count the crash that ended the previous process, if a model did, and quarantine its bundle after the second."""
-    crash = marker.previous_run
+    crash = marker.previous
     if crash is not None and crash.task in conf.tasks:
         try:
             _count_crash(conf, store, message_log, crash, now)
@@ -63,7 +63,7 @@ def record_crash(
     conf: Config, store: Store, message_log: MessageLog, task: str, digest: str, now: ClockReading
 ) -> bool:
     """Count a crash of the model process of bundle `digest`; return True if that quarantined the bundle."""
-    record = CrashRecord(task, digest, clock.boot_id(), f"{clock.boot_id()}/{now.boot_s}")
+    record = CrashRecord(task, digest, f"{clock.boot_id()}/{now.boot_s}")
     return _count_crash(conf, store, message_log, record, now) >= MAX_CRASHES
 
 

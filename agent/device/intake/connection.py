@@ -55,7 +55,7 @@ class ProducerConnection:
         self._skipped_bytes = 0
         self._line_count = self._answered = 0
         self._started = False
-        self._retired = False
+        self._retired = self._is_cut_off = False
         self.name: str | None = None
 
     @property
@@ -96,13 +96,26 @@ class ProducerConnection:
         return size
 
     async def end(self, now: ClockReading) -> None:
-        """Parse the last line, which may have no newline: the producer has closed its side. Raises Refusal."""
-        if self._retired:
+        """Handle what came after the last newline: the producer has closed its side, or died. Raises Refusal.
+
+        A line without its newline counts only if it is a whole JSON object of a producer without a name. A named one
+        sends it again.
+        """
+        if self._retired or not (self._skipped_bytes or self._partial_line.strip()):
             return
-        if self._skipped_bytes:
-            self._reject_long_line(self._skipped_bytes + len(self._partial_line))
-        elif self._partial_line.strip():
+        if self.name is None and not self._skipped_bytes and _is_json_object(self._partial_line):
             await self._parse_lines([self._partial_line], now)
+        elif self._token is not None and not self._started:
+            raise _NO_TOKEN
+        else:
+            self._is_cut_off = True
+            self._group.count("lines cut off")
+
+    def report_cut_off_line(self) -> None:
+        """Tell a producer without a name, which may still read, that its last line does not count."""
+        if self._is_cut_off and self.name is None and not self._retired:
+            rejected = [(self._line_count + 1, "the connection ended inside this line; end each line with a newline")]
+            self.answer(CommitOutcome(self._line_count, 0, rejected))
 
     def retire(self) -> None:
         """Close the connection after the answers are sent: the client continues in another one."""
@@ -126,6 +139,7 @@ class ProducerConnection:
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
         if outcome.is_store_full and self.name is not None:
             # If this answer is lost, a later accepted line would count the rejected ones as stored.
+            self._group.discard(self)
             self.retire()
 
     async def _parse_lines(self, lines: list[bytes], now: ClockReading) -> None:
@@ -186,6 +200,14 @@ def _check_first_bytes(before: bytes, data: bytes) -> None:
     first = data.lstrip()
     if first and not before.strip() and not first.startswith((b"{", BOM[:1])):
         raise _OTHER_PROTOCOL
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _find_runs(lines: list[bytes], first: int) -> list[tuple[int, list[bytes]]]:

@@ -145,6 +145,10 @@ class GroupCommit:
         batch = self._batch_of(producer)
         batch.through, batch.position = through, position
 
+    def discard(self, producer: Hashable) -> None:
+        """Drop what `producer` sent since the last commit; it is not answered."""
+        self._producer_batches.pop(producer, None)
+
     def _batch_of(self, producer: Hashable) -> _ProducerBatch:
         return self._producer_batches.setdefault(producer, _ProducerBatch())
 

@@ -181,7 +181,7 @@ def roll_back_after_crash(
     A canary runs in a process of its own. It is loaded into the daemon only for its promotion, before that is
     committed. One crash there is enough; other bundles are quarantined after the second.
     """
-    previous = marker.previous_run
+    previous = marker.previous
     if previous is None or previous.task not in conf.tasks:
         return False
     old = rollout_state.load_state(store, previous.task)

@@ -1,7 +1,8 @@
 """Detector interface: what a drift test counts of rows, learns at a site, scores of a window, and says in an alert.
 
 A score detector gives S scores of each drift window; the test suite runs one CUSUM per score. A chart keeps a state of
-its own. Detectors know arrays only, neither summaries nor references. `registry.DETECTORS` lists all of them.
+its own. A gate runs before both and keeps windows out of them. Detectors know arrays only, neither summaries nor
+references. `registry.DETECTORS` lists all of them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import text
+from agent.alerts import Alert
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric import control_limits, false_alarm_budget
+from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
 
@@ -96,6 +99,17 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
 
+    @property
+    def class_coefficients(self) -> float:
+        """Means that were fitted for the windows of one time: 1, or up to C where a class lasts for many windows."""
+        n = self.moments.n.max(-1).astype(np.float64)
+        share = n / np.maximum(n.sum(1, keepdims=True), 1)
+        total = n.sum(0)
+        fitted = float((share**2 * (total.sum() / np.maximum(total, 1))).sum(1).mean())
+        deviations = share - share.mean(0)
+        lagged, square = float((deviations[1:] * deviations[:-1]).sum()), float((deviations**2).sum())
+        return 1 + max(fitted - 1, 0.0) * max(lagged / max(square, 1e-12), 0.0)
+
     def expand(self, entries: AnyArray) -> Float64s:
         """Return entries (m, X) by window and class (K, C, X); zeros where a class did not occur."""
         out = np.zeros((*self.distributions.output.shape, entries.shape[1]))
@@ -106,8 +120,10 @@ class LearnedWindows(msgspec.Struct, frozen=True):
 class LearnedScores(msgspec.Struct, frozen=True, dict=True):
     """Scores (K, T) of the learned windows, from which limits are fitted."""
 
-    residuals: Float64s  # of the values, without mean and cycle
+    residuals: Float64s  # of the values, without mean and cycle, and each with the same spread at any hour
     sd: Float64s  # (T,)
+    coefficients: Float64s  # (T,) numbers that were fitted to each: the mean, and those of a cycle
+    thinning: int  # windows of which one was learned
     slices: Mapping[str, slice]  # place of each detector's scores
 
     @cached_property
@@ -122,8 +138,6 @@ class Baseline(msgspec.Struct, frozen=True):
     class_mean: Float64s
     class_sd: Float64s
     distributions: Distributions
-    drift_windows: int  # K, from which all this was learned
-    stretch: float  # factor on limits, because neighboring windows correlate
     mean: Float64s  # (S,) of the values
     own: Any  # of the detector's `baseline_type`
 
@@ -220,7 +234,10 @@ class Alarm(msgspec.Struct, frozen=True):
 
 
 class Detector(ABC):
-    """Drift test: a `ScoreDetector`, a `ChartDetector` or both; a `Counter`, too, if it counts model windows."""
+    """Drift test: a `ScoreDetector`, a `ChartDetector` or both, or a `GateDetector`.
+
+    One that counts model windows is a `Counter`, too.
+    """
 
     name: str  # key of its counts, entries, baseline and state
     baseline_type: Any = None  # frozen struct of what it learns at a site, a part of the site's reference
@@ -244,6 +261,8 @@ class ScoreDetector(AlarmDetector):
     """Detector with S scores per drift window; the test suite runs a CUSUM for each."""
 
     slack = false_alarm_budget.FIELD_SLACK  # sd of a score that its CUSUM ignores
+    min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
+    by_class = True  # whether windows are compared within classes
     winsorized = True  # whether odd windows are drawn in while learning
 
     @property
@@ -263,9 +282,24 @@ class ScoreDetector(AlarmDetector):
     def min_sd(self, task: Task) -> float:
         """Return the least sd of a value: smaller shifts never matter, however steady a site is."""
 
+    @property
     @abstractmethod
-    def limit(self, task: Task, baseline: Baseline) -> float:
-        """Return the CUSUM limit."""
+    def budget(self) -> float:
+        """False alarms per window, of all S tests together."""
+
+    def kinds(self, task: Task) -> Sequence[slice]:
+        """Return the scores that are of one kind, with about the same memory and tails."""
+        return (slice(0, self.width(task)),)
+
+    def fit_noise(self, task: Task, scores: LearnedScores) -> ScoreNoise:
+        place = scores.slices[self.name]
+        return control_limits.fit_noise(
+            scores.z[:, place], scores.coefficients[place], scores.thinning, self.slack, self.kinds(task)
+        )
+
+    def fit_limits(self, task: Task, scores: LearnedScores) -> Float64s:
+        """Return the CUSUM limits (S,)."""
+        return control_limits.cusum_limits(self.fit_noise(task, scores), self.slack, self.budget, self.min_limit)
 
     @abstractmethod
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
@@ -277,10 +311,6 @@ class ScoreDetector(AlarmDetector):
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         """Return which tests (W, S) wait while fields begin to drift (W, F) or one of them nearly alarms (W,)."""
         return None
-
-    def autocorrelation(self, scores: LearnedScores) -> float:
-        """Return the lag-1 autocorrelation of its values over learned windows."""
-        return false_alarm_budget.autocorrelation(scores.residuals[:, scores.slices[self.name]])
 
 
 class ChartWindows(msgspec.Struct, frozen=True):
@@ -335,6 +365,106 @@ class ChartDetector(AlarmDetector):
     def restart(self, state: Any) -> Any:
         """Forget what was gathered towards an alarm, because another one may have caused it."""
         return state
+
+
+class GateWindows(msgspec.Struct, frozen=True):
+    """W drift windows that a gate observes."""
+
+    counts: Mapping[str, Ints]  # (W, C, …) by detector
+    step_us: Float64s  # (W,) mean step from row to row, NaN if unknown
+    repeated: Float64s  # (W,) share of rows that repeat the row before
+    t: Ints  # (W,) middle of each, epoch µs
+
+
+class GateObservation(Protocol):
+    """Observation of one drift window, whatever was before it."""
+
+    @property
+    def fault(self) -> str:
+        """Name of the window's fault, or ""."""
+
+
+class GateState(Protocol):
+    """State of a gate after a drift window."""
+
+    @property
+    def blocks_window(self) -> bool:
+        """True if that window is kept out of all other tests, and out of learning."""
+
+    @property
+    def is_open(self) -> bool:
+        """True while an alert is open."""
+
+    @property
+    def drifting(self) -> bool:
+        """True while a drift alert is open: what was gathered towards other drift alerts is dropped."""
+
+
+class GateRun(Protocol):
+    """Run of a gate over W windows."""
+
+    @property
+    def windows_before_block(self) -> int: ...
+
+    def state_after(self, windows: int) -> Any:
+        """Return the gate's state after `windows` windows."""
+
+    def nearest_shares(self, windows: int) -> Float64s | None:
+        """Return the largest sum after each of `windows` windows as a share of its limit; None if the gate waits."""
+
+
+class GateDetector(Detector):
+    """Detector that keeps windows out of all other tests and out of learning, and raises alerts of its own.
+
+    A site's `baseline` is None until the site has a reference.
+    """
+
+    state_type: Any  # frozen struct, a `GateState`
+    member: str  # name of its part of a drift message
+
+    @abstractmethod
+    def start(self) -> Any: ...
+
+    @abstractmethod
+    def restart(self, state: Any) -> Any:
+        """Close all alerts but keep their count: the site's reference is learned anew."""
+
+    @abstractmethod
+    def observe(self, windows: GateWindows, baseline: Baseline | None) -> Sequence[GateObservation]: ...
+
+    @abstractmethod
+    def run(
+        self, state: Any, observations: Sequence[Any], baseline: Baseline, t: Ints, *, fields_drift: bool
+    ) -> GateRun:
+        """Run over W windows that began at `t` (W,) epoch µs.
+
+        W is 1 while an alert is open or the window has a fault. `fields_drift` says that a drift alert of a field is
+        open before them.
+        """
+
+    @abstractmethod
+    def build_alerts(
+        self,
+        previous: Any,
+        current: Any,
+        observation: Any,
+        baseline: Baseline,
+        t: tuple[int, int],
+        evidence: dict[str, Any],
+    ) -> list[Alert]:
+        """Build the alerts that a window at `t` raises and clears; `evidence` locates it."""
+
+    @abstractmethod
+    def clear_alerts(self, state: Any, reason: str, evidence: dict[str, Any]) -> list[Alert]:
+        """Clear the open alerts, as the reference they were raised against is gone."""
+
+    @abstractmethod
+    def build_member(self, state: Any, step_us: float, repeated: float, baseline: Baseline | None) -> dict[str, Any]:
+        """Build its part of a drift message, with a `state` as fields have one.
+
+        `state` is the state after the message's last window; `step_us` is the mean interval over all its windows, NaN
+        if unknown, `repeated` a share of their rows.
+        """
 
 
 @runtime_checkable

@@ -13,15 +13,14 @@ from agent.arrays import Ints, TypedMap
 from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
-from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
+from agent.drift.detectors.detector import ChartDetector, Counter, Detector, GateDetector, ScoreDetector, Task
 from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
 from agent.drift.detectors.psi import PsiDetector
-from agent.drift.detectors.sampling_rate import SamplingRateDetector
+from agent.drift.detectors.sampling_rate_watch import SamplingRateWatch
 from agent.drift.numeric import false_alarm_budget
 
 MOMENTS, CLASS_SHARE = MomentsDetector(), ClassShareDetector()
-SAMPLING_RATE = SamplingRateDetector()
 # Scores stand one after another in this order: in a site's `test_mean` and `test_sd`, and in the CUSUMs.
 DETECTORS: tuple[Detector, ...] = (
     MOMENTS,
@@ -38,10 +37,11 @@ DETECTORS: tuple[Detector, ...] = (
     MewmaDetector(
         "class_share_mewma", CLASS_SHARE, CLASS_SHARE.width, lambda _: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET
     ),
-    SAMPLING_RATE,
+    SamplingRateWatch(),
 )
 SCORED = tuple(detector for detector in DETECTORS if isinstance(detector, ScoreDetector))
 CHARTS = tuple(detector for detector in DETECTORS if isinstance(detector, ChartDetector))
+GATES = tuple(detector for detector in DETECTORS if isinstance(detector, GateDetector))
 COUNTERS: tuple[Counter, ...] = tuple(detector for detector in DETECTORS if isinstance(detector, Counter))
 
 
@@ -51,6 +51,27 @@ class ChartStates(TypedMap):
     @classmethod
     def value_types(cls) -> Mapping[str, Any]:
         return {chart.name: chart.state_type for chart in CHARTS}
+
+
+class GateStates(TypedMap):
+    """State of each gate, by detector."""
+
+    @classmethod
+    def value_types(cls) -> Mapping[str, Any]:
+        return {gate.name: gate.state_type for gate in GATES}
+
+    @classmethod
+    def start(cls) -> GateStates:
+        return cls({gate.name: gate.start() for gate in GATES})
+
+    @property
+    def block_window(self) -> bool:
+        """True if the window that led to these states is kept out of all other tests, and out of learning."""
+        return any(state.blocks_window for state in self.values())
+
+    @property
+    def drifting(self) -> bool:
+        return any(state.drifting for state in self.values())
 
 
 class LearnedBaselines(TypedMap):

@@ -19,10 +19,10 @@ from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors import cusum, sampling_rate
+from agent.drift.detectors import cusum
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
-from agent.drift.detectors.registry import CHARTS, SAMPLING_RATE, SCORED, ChartStates, ScoreLayout, get_layout
+from agent.drift.detectors.registry import CHARTS, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
@@ -83,7 +83,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 
 class CusumLimits(msgspec.Struct, frozen=True, eq=False):
-    """Slack and limit of each CUSUM (T,), for this many tests and learned windows."""
+    """Slack and limit of each CUSUM (T,)."""
 
     slack: Float64s
     limit: Float64s
@@ -91,12 +91,11 @@ class CusumLimits(msgspec.Struct, frozen=True, eq=False):
     @classmethod
     def from_reference(cls, reference: Reference) -> CusumLimits:
         layout = reference.layout
-        slack, limit = np.empty(layout.test_count), np.empty(layout.test_count)
+        assert reference.site is not None
+        slack = np.empty(layout.test_count)
         for detector in SCORED:
-            place = layout[detector.name]
-            slack[place] = detector.slack
-            limit[place] = detector.limit(reference.task, reference.baselines[detector.name])
-        return cls(slack, limit)
+            slack[layout[detector.name]] = detector.slack
+        return cls(slack, reference.site.limits)
 
 
 class Evidence(msgspec.Struct, frozen=True, eq=False):
@@ -127,10 +126,6 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         return CusumLimits.from_reference(self.reference)
 
     @cached_property
-    def speed_cusum_limit(self) -> float:
-        return sampling_rate.speed_cusum_limit(self.reference.baselines[SAMPLING_RATE.name])
-
-    @cached_property
     def has_cycle(self) -> bool:
         return self.calibration.cycle.is_nonzero()
 
@@ -141,9 +136,10 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         drift_windows = windows.drift_windows(site.origin)
         parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
         values = np.concatenate([scores.values for scores in parts], axis=1)
-        usual = site.test_mean
+        usual, sd = site.test_mean, site.test_sd
         if self.has_cycle:
-            usual = usual + self.calibration.cycle.evaluate(t)
+            cycle = self.calibration.cycle
+            usual, sd = usual + cycle.evaluate(t), sd * cycle.evaluate_spread(t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
         for detector, scores in zip(SCORED, parts, strict=True):
@@ -153,7 +149,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
                 if self.has_cycle and scores.effect_scale is not None:
                     effects[:, place] -= (usual - site.test_mean)[:, place] * scores.effect_scale
         return Evidence(
-            cusum.standardize(values, usual, site.test_sd, site.drift_windows),
+            cusum.standardize(values, usual, sd, site.drift_windows),
             effects,
             {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
             windows.scores,

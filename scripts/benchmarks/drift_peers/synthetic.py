@@ -97,19 +97,19 @@ def table(kind: Kind, seed: tuple[int, ...], windows: int, change: Change | None
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
-def series(rng: np.random.Generator, rows: int, steady: float) -> Floats:
-    """Return series (rows, COLUMNS) of mean 0 and variance 1."""
-    before = rng.normal(size=COLUMNS)
-    noise = rng.normal(size=(-(-rows // BLOCK), BLOCK, COLUMNS))
+def series(rng: np.random.Generator, rows: int, steady: float, columns: int = COLUMNS) -> Floats:
+    """Return series (rows, columns) of mean 0 and variance 1."""
+    before = rng.normal(size=columns)
+    noise = rng.normal(size=(-(-rows // BLOCK), BLOCK, columns))
     if not steady:
-        return noise.reshape(-1, COLUMNS)[:rows]
+        return noise.reshape(-1, columns)[:rows]
     back = np.subtract.outer(np.arange(BLOCK), np.arange(BLOCK))
     within = np.where(back >= 0, np.sqrt(1 - steady**2) * steady ** np.abs(back), 0.0) @ noise
     fading = steady ** np.arange(1, BLOCK + 1)[:, None]
     for block in within:
         block += fading * before
         before = block[-1]
-    return np.asarray(within.reshape(-1, COLUMNS)[:rows])
+    return np.asarray(within.reshape(-1, columns)[:rows])
 
 
 def _first(count: int, change: Callable[[Floats], Floats]) -> Callable[[Floats], Floats]:

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from agent import clock
 from agent.bootstrap import tasks
 from agent.bootstrap.device import open_message_log, open_store
-from agent.device.bundles import crash_marker, history, overrides
+from agent.device.bundles import history, overrides
 from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.store import task_keys
 from agent.model.inference import runtime
@@ -44,8 +43,7 @@ def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
 def dies(device: Device, digest: str, task: str = "sort") -> None:
     """Leave the crash marker of a daemon that ended while that bundle was loaded or ran."""
     device.store.close()
-    mark = CrashRecord(task, digest, clock.boot_id(), str(next(NUMBERS)))
-    (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
+    CrashMarker(device.conf.data_dir).write(CrashRecord(task, digest, str(next(NUMBERS))))
 
 
 def dies_and_starts(device: Device, digest: str) -> None:
@@ -262,7 +260,7 @@ def test_without_the_copy_of_the_one_before_the_task_stops(device: Device) -> No
 def test_a_mark_of_a_task_that_is_no_longer_configured_is_cleared(device: Device) -> None:
     dies(device, device.digest("1"), task="removed")
     device.start()
-    assert CrashMarker(device.conf.data_dir).previous_run is None
+    assert CrashMarker(device.conf.data_dir).previous is None
     assert device.runs() == "1"
 
 
@@ -271,7 +269,7 @@ def test_the_model_runs_and_is_loaded_within_the_mark(device: Device, monkeypatc
     run = runtime.TfliteModel._run_batch
 
     def looking(self: runtime.TfliteModel, part: Any) -> Any:
-        left = CrashMarker(device.conf.data_dir).previous_run
+        left = CrashMarker(device.conf.data_dir).previous
         seen.append(left.digest if left else "")
         return run(self, part)
 
@@ -281,7 +279,7 @@ def test_the_model_runs_and_is_loaded_within_the_mark(device: Device, monkeypatc
     device.results_by()
     assert 0 < loaded < len(seen)
     assert set(seen) == {device.digest("1")}
-    assert CrashMarker(device.conf.data_dir).previous_run is None
+    assert CrashMarker(device.conf.data_dir).previous is None
 
 
 def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> None:
@@ -342,7 +340,7 @@ def test_the_daemon_that_is_killed_while_a_confined_model_runs_blames_no_bundle(
 
     class Looking:
         def before_commit(self, *_: object) -> None:
-            seen.append(CrashMarker(confined.conf.data_dir).previous_run)
+            seen.append(CrashMarker(confined.conf.data_dir).previous)
 
         def save_progress(self, *_: object) -> None:
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import random
@@ -162,6 +163,20 @@ def test_an_undecodable_file_goes_to_failed_with_a_reason_and_counts(
     assert why in text
     assert text.count("\n") == 1
     assert "taking" not in text
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_cut_at_any_byte_is_refused_unless_all_its_pixels_are_there(tmp_path: Path, kind: str) -> None:
+    data = picture((6, 8, 3), kind)
+    whole = images.read_rows(tmp_path / "a", SMALL, io.BytesIO(data))
+    for cut in range(len(data)):
+        try:
+            rows = images.read_rows(tmp_path / "a", SMALL, io.BytesIO(data[:cut]))
+        except UsageError:
+            continue
+        # Only a PNG's last checksums, and the mark of its end.
+        assert cut >= len(data) - 20
+        assert (rows == whole).all()
 
 
 def test_an_image_that_is_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from agent import clock
 from agent.cli import main
-from agent.device.bundles import crash_marker, history
-from agent.device.bundles.crash_marker import CrashRecord
+from agent.device.bundles import history
+from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.bundles.rollout_state import find_canary_digest as on_probation_now
 from agent.device.rollout.shadow import ShadowState
 from agent.device.store import task_keys
@@ -441,8 +441,7 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
 def marked(site: Site, text: str) -> None:
     """The agent ends while that bundle is loaded into it: its mark stays."""
     site.stop()
-    mark = CrashRecord("sort", site.digest(text), clock.boot_id(), f"{text} {next(NUMBERS)}")
-    (site.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
+    CrashMarker(site.conf.data_dir).write(CrashRecord("sort", site.digest(text), f"{text} {next(NUMBERS)}"))
     site.start()
 
 

@@ -1,0 +1,40 @@
+"""Owner of a data folder: root gives up its rights before it handles anything of a device."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from pathlib import Path
+
+from agent.errors import UsageError
+
+
+def become_owner(data_dir: Path) -> None:
+    """Go on as the owner of `data_dir` if this is root, so that no bundle or file of it is handled with root's rights.
+
+    Raises UsageError. A folder that is missing or root's own changes nothing.
+    """
+    if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
+        return
+    try:
+        try:
+            os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+        except KeyError:
+            os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    except OSError as error:
+        raise UsageError(
+            f"{data_dir}: belongs to user {owner.st_uid}, whom this process cannot become: {error.strerror}; "
+            "run it as that user"
+        ) from error
+    if os.geteuid() == 0 or os.getuid() == 0:
+        raise UsageError(f"{data_dir}: root's rights could not be given up; run this as user {owner.st_uid}")
+    program = Path(__file__)
+    # Modules are imported later, and model processes start the interpreter: both need rights of this user.
+    if not os.access(program, os.R_OK) or not os.access(sys.executable, os.X_OK):
+        raise UsageError(
+            f"{data_dir}: belongs to user {owner.st_uid}, who may not read the program in {program.parents[1]} or run "
+            f"{sys.executable}; install it where that user may, as deploy/install.sh does"
+        )

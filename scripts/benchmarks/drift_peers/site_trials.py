@@ -1,0 +1,189 @@
+"""Trials of our drift monitor at sites of a population: alarms of every kind while nothing changes, and delays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+
+from agent.alerts import Alert
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
+from scripts.benchmarks.drift_peers.populations import WINDOWS_PER_DAY, Clock, Population, Whole
+from scripts.benchmarks.drift_peers.synthetic import Floats
+
+LEARN = 40  # drift windows, at least
+SHIPPED = 60  # drift windows of the bundle's data
+MOST_LEARNED = 4  # times as many windows are offered before a site counts as one that never learns
+WATCHED = 20  # windows within which a change has to be detected
+RAMP = 10  # windows
+
+
+class Change(msgspec.Struct, frozen=True):
+    """Change of the first `fields` fields: `transform` maps their rows (n, `fields`), in sd from the mean.
+
+    `missing` and `rate` are a share of rows and a factor on the sampling rate. A detection must name one of the fields,
+    or one of the `subjects`.
+    """
+
+    name: str
+    fields: int
+    transform: Callable[[Floats, int], Floats] | None = None
+    missing: float = 0.0
+    rate: float = 1.0
+    subjects: tuple[str, ...] = ()
+
+
+def _ramp(z: Floats, rows: int) -> Floats:
+    return z + np.minimum(1, np.arange(len(z)) / (RAMP * rows))[:, None]
+
+
+def _correlated(z: Floats, rows: int) -> Floats:
+    return np.stack([z[:, 0], 0.5 * z[:, 0] + np.sqrt(0.75) * z[:, 1]], axis=1)
+
+
+def _shift(sd: float) -> Callable[[Floats, int], Floats]:
+    return lambda z, rows: z + sd
+
+
+def _stuck(z: Floats, rows: int) -> Floats:
+    return np.repeat(z[:1], len(z), axis=0)
+
+
+SHIFTS = (0.25, 0.5, 1.0)
+CHANGES = (
+    *(Change(f"+{sd:g} sd", 1, _shift(sd)) for sd in SHIFTS),
+    *(Change(f"+{sd:g} sd, four fields", 4, _shift(sd)) for sd in SHIFTS),
+    Change("variance × 1.5", 1, lambda z, rows: z * np.sqrt(1.5)),
+    Change("ramp to 1 sd", 1, _ramp),
+    Change("correlation + 0.5", 2, _correlated, subjects=("joint",)),
+    Change("missing 3 %", 1, missing=0.03),
+    Change("missing 10 %", 1, missing=0.1),
+    Change("stuck", 1, _stuck),
+    Change("rate × 1.25", 1, rate=1.25, subjects=("rate",)),
+)
+
+
+class QuietCount(msgspec.Struct):
+    """Alarms of quiet windows, by kind and test."""
+
+    windows: int = 0
+    alarms: int = 0
+    unlearned: int = 0  # sites
+    kinds: Counter[str] = msgspec.field(default_factory=Counter)
+
+    @property
+    def per_1000(self) -> float:
+        return 1000 * self.alarms / max(1, self.windows)
+
+
+class Site(msgspec.Struct, frozen=True):
+    """A site that has learned: its monitor and state, and where its stream goes on."""
+
+    monitor: DriftMonitor
+    state: DriftState
+    rows: Floats  # of the stream behind the learned ones, the class included
+    t: Whole
+
+
+def shipped_monitor(population: Population, rows: int, seed: int = 0) -> DriftMonitor:
+    """Build the monitor of a bundle whose reference comes from a stream of its own."""
+    windows = max(SHIPPED, int(population.days * WINDOWS_PER_DAY))
+    data, classes = _split(population, _stream(population, (seed, 0), windows, rows)[0])
+    model = population.model_rows
+    starts = np.arange(0, len(data) - model + 1, model)
+    shipped = build_reference(
+        data.astype(np.float32), starts, model, _predicted(classes, starts), None, rows // model,
+        fields=tuple(f"f{i}" for i in range(data.shape[1])), labels=_labels(population),
+    )  # fmt: skip
+    return DriftMonitor(
+        shipped,
+        labels=_labels(population),
+        window=rows // model,
+        learn_windows=LEARN,
+        min_learn_s=population.days * 86_400,
+    )
+
+
+def learn(monitor: DriftMonitor, population: Population, rows: int, site: int, seed: int = 0) -> Site | None:
+    """Let a site learn; None if it never does."""
+    learned = max(LEARN, int(population.days * WINDOWS_PER_DAY) + 1)
+    windows = MOST_LEARNED * learned + population.watched
+    data, t = _stream(population, (seed, 1 + site), windows, rows)
+    state, at = monitor.start(), 0
+    while state.site_reference is None and at + rows * WATCHED <= MOST_LEARNED * learned * rows:
+        state, _ = feed(monitor, population, state, data[at : at + rows], t[at : at + rows])
+        at += rows
+    if state.site_reference is None:
+        return None
+    return Site(monitor, state, data[at:], t[at:])
+
+
+def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount) -> None:
+    end = population.watched * rows
+    _, results = feed(site.monitor, population, site.state, site.rows[:end], site.t[:end])
+    count.windows += sum(result.windows for result in results)
+    for alert in raised_alerts(results):
+        count.alarms += 1
+        count.kinds[describe(alert)] += 1
+
+
+def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> int | None:
+    """Return the windows until an alert names the change, which begins now; None for a miss."""
+    end, learned = WATCHED * rows, site.state.site_reference
+    assert learned is not None
+    changed = site.rows[:end].copy()
+    part, mean, sd = changed[:, : change.fields], learned.mean[: change.fields], learned.sd[: change.fields]
+    if change.transform is not None:
+        part[:] = mean + sd * change.transform((part - mean) / sd, rows)
+    if change.missing:
+        part[np.random.default_rng(seed).random(end) < change.missing] = np.nan
+    t = site.t[0] + np.rint((site.t[:end] - site.t[0]) / change.rate).astype(np.int64)
+    subjects = {*change.subjects, *learned.fields[: change.fields]}
+    state = site.state
+    for window in range(WATCHED):
+        now = slice(window * rows, (window + 1) * rows)
+        state, results = feed(site.monitor, population, state, changed[now], t[now])
+        if any(alert.subject in subjects for alert in raised_alerts(results)):
+            return window + 1
+    return None
+
+
+def feed(
+    monitor: DriftMonitor, population: Population, state: DriftState, rows: Floats, t: Whole
+) -> tuple[DriftState, list[DriftWindowResult]]:
+    """Process whole drift windows of rows."""
+    data, classes = _split(population, rows)
+    first, model = max(0, state.last_counted_row) + 1, population.model_rows
+    starts = np.arange(0, len(data) - model + 1, model)
+    return monitor.process_batch(
+        state, data.astype(np.float32), starts, model, _predicted(classes, starts), None,
+        rows=(first, first + len(data) - 1), t=t,
+    )  # fmt: skip
+
+
+def raised_alerts(results: Sequence[DriftWindowResult]) -> list[Alert]:
+    return [alert for result in results for alert in result.alerts if alert.state == "raised"]
+
+
+def describe(alert: Alert) -> str:
+    test = alert.evidence.get("test") or alert.evidence.get("fault") or alert.evidence.get("kind") or ""
+    return f"{alert.alert} {test}".strip()
+
+
+def _stream(population: Population, seed: tuple[int, int], windows: int, rows: int) -> tuple[Floats, Whole]:
+    clock = Clock.of_windows(windows, rows)
+    return population.make(np.random.default_rng((*seed, rows)), clock), clock.t
+
+
+def _split(population: Population, rows: Floats) -> tuple[Floats, Whole | None]:
+    return (rows[:, :-1], rows[:, -1].astype(np.int64)) if population.labels else (rows, None)
+
+
+def _labels(population: Population) -> tuple[str, ...]:
+    return tuple(f"class{i}" for i in range(population.labels))
+
+
+def _predicted(classes: Whole | None, starts: Whole) -> Whole:
+    return np.zeros(len(starts), np.int64) if classes is None else classes[starts]
