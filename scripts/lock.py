@@ -5,7 +5,8 @@
     python -m scripts.lock --audit   ask pip-audit for known vulnerabilities of the pinned versions
 
 A lock has one section for the device and one for each extra, each with what its extra adds. 64-bit Linux and 32-bit ARM
-have a lock each: their runtimes and numpy differ. The last section builds the package from a checkout.
+have a lock each: their runtimes and numpy differ. The last section builds the package from a checkout, and
+on 32-bit ARM the libraries that have no wheels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ TARGETS = {
     "requirements-armv7.txt": ("armv7l", ("3.11",)),
 }
 # Extras whose libraries have no wheels for 32-bit ARM; pip would build them for hours.
-NOT_FOR_ARM = ("parquet", "plot", "postgres")
+NOT_FOR_ARM = ("images", "parquet", "plot", "postgres")
+# What compiles cffi, msgspec and psutil on 32-bit ARM, where they have no wheels either.
+COMPILE_FOR_ARM = ("setuptools>=80", "setuptools-scm>=8")
 _UV, _PIP_AUDIT = "uv>=0.9", "pip-audit>=2.10"
 _AUDIT_TIMEOUT_S = 300.0
 # Later versions exclude Python 3.11 and above, a bound that uv does not read.
@@ -156,7 +159,7 @@ def _resolve(
     environment = f"sys_platform == 'linux' and platform_machine == '{platform}' and python_version == '{python}'"
     requires = project["build-system"]["requires"]
     if extras is None:
-        project["project"]["dependencies"] = requires
+        project["project"]["dependencies"] = [*requires, *(COMPILE_FOR_ARM if platform == "armv7l" else ())]
     else:
         command += [part for extra in extras for part in ("--extra", extra)]
     copy = {"name": "outstation", "version": "0", "dependencies": project["project"]["dependencies"]}
