@@ -24,6 +24,7 @@ FLOORS = {
     "quantities": 0,
     "alerts": 1,
     "arrays": 2,
+    "indices": 3,
     "clock": 1,
     "jsonpath": 1,
     "media": 1,
