@@ -159,7 +159,10 @@ def identify_faults(
     if site is not None and (known.any() or unfit.any()):
         other, mirrored = swapped_channels.detect_swaps(summary, site, units, known, unfit & ~spoilt)
     exchanged = np.array([bool(name) for name in other])
-    coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
+    coarser = indicators.coarseness[index]
+    # Lone jumps often end far outside.
+    jumps = indicators.spikes[index] & (2 * summary.spikes >= summary.outside)
+    outside = indicators.out_of_range[index] & ~jumps
     kinds = {
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.

@@ -13,7 +13,7 @@ from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
-MISREAD_WINDOWS, MISREAD_ROWS = 2, 20  # in a row that read like another unit or field, at least
+MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
 _OUT_OF_RANGE = KINDS.index("out_of_range")
 
 

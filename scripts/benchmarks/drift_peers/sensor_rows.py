@@ -74,14 +74,14 @@ def quantized(rng: np.random.Generator, rows: int, fields: int) -> Floats:
 
 
 def resting(rng: np.random.Generator, rows: int, fields: int) -> Floats:
-    """Return a light that is off for long."""
-    active = _ar(rng, rows, fields, 0.99) > 0.4
+    """Return a light that is off for long, many times in each window of 60 rows."""
+    active = _ar(rng, rows, fields, 0.7) > 0.4
     return np.where(active, np.abs(rng.normal(50, 15, (rows, fields))), 0.0)
 
 
 def steep(rng: np.random.Generator, rows: int, fields: int) -> Floats:
-    """Switch a machine between far levels: most windows see one of them, some see the change."""
-    level = np.where(np.cumsum(rng.random((rows, fields)) < 1 / 40, axis=0) % 2, 100.0, 1.0)
+    """Switch a machine between far levels in each window."""
+    level = np.where(np.cumsum(rng.random((rows, fields)) < 1 / 4, axis=0) % 2, 100.0, 1.0)
     return np.asarray(level + rng.normal(0, 1, (rows, fields)))
 
 
@@ -109,6 +109,15 @@ QUIET: dict[str, Callable[[np.random.Generator, int, int], Floats]] = {
         steep,
         patchy,
     )
+}
+
+
+# What a faulty sensor makes of values (n,).
+FAULTS: dict[str, Callable[[Floats], Floats]] = {
+    "stuck": lambda values: np.full(len(values), 0.25),
+    "scale": lambda values: 1000 * values,
+    "clip": lambda values: np.minimum(values, np.quantile(values, 0.7)),
+    "spikes": lambda values: values + 60 * (np.arange(len(values)) % 20 == 0),
 }
 
 
