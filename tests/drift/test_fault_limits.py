@@ -69,3 +69,21 @@ def test_a_site_takes_the_shipped_limits_too() -> None:
     merged = FaultLimits.none(2).merge(shipped)
     assert merged.outside.tolist() == [0.2, 0.2]
     assert merged.misfit.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("window", [1, 4, 8, 60])
+def test_a_stuck_sensor_is_reported_in_windows_shorter_than_its_run(window: int) -> None:
+    rows = rows_of("autocorrelated", 400)
+    rows[120:, 2] = 0.25
+    _, alerts = learned_site("autocorrelated", window).feed(rows)
+    stuck = [a for a in alerts if a.evidence.get("fault") == "stuck"]
+    assert [(a.subject, a.state) for a in stuck][:1] == [("f2", "raised")]
+    assert stuck[0].evidence["rows"][1] - stuck[0].evidence["rows"][0] < window
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_a_light_that_is_off_for_long_is_not_stuck_in_short_windows(window: int) -> None:
+    rows = rows_of("resting", 400)
+    rows[100:300] = 0.0
+    _, alerts = learned_site("resting", window).feed(rows)
+    assert "stuck" not in {a.evidence.get("fault") for a in alerts}

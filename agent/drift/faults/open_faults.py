@@ -8,6 +8,7 @@ import numpy as np
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.faults import KINDS, MISREAD_FAULTS, Fault
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
@@ -18,19 +19,22 @@ _OUT_OF_RANGE = KINDS.index("out_of_range")
 
 
 class OpenFaults(msgspec.Struct, frozen=True, eq=False):
-    """State of fault alerts (F, K) of K kinds, and of the chart of missing values."""
+    """State of fault alerts (F, K) of K kinds, and what is gathered of fields over windows."""
 
     number: Ints  # of the open alert, 0 for none
     seen_count: Ints  # windows in a row with the fault, while no alert is open
     clear_count: Ints  # windows without the fault
     escalation: Escalation
     missing: MissingValues
+    runs: ConstantRuns
 
     @classmethod
     def none(cls, shipped: Reference) -> OpenFaults:
         shape = len(shipped.fields), len(KINDS)
         whole = np.zeros(shape, np.int64)
-        return cls(whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
+        return cls(
+            whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]), ConstantRuns.none(shape[0])
+        )
 
     @property
     def any_open(self) -> bool:
@@ -68,7 +72,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
         escalation, again = self.escalation.update(was, is_open, size)
         changes = FaultChanges(raised, again, was & ~is_open, size)
-        after = OpenFaults(number, np.where(is_open, 0, seen_count), clear_count, escalation, self.missing)
+        after = OpenFaults(number, np.where(is_open, 0, seen_count), clear_count, escalation, self.missing, self.runs)
         return after, changes
 
 

@@ -133,7 +133,7 @@ class Site(msgspec.Struct, frozen=True):
     ) -> Site:
         """Learn from `learn` drift windows; the shipped reference comes from other rows of that kind."""
         make, names = QUIET[kind], tuple(f"f{field}" for field in range(fields))
-        count = max(learn * window, 3000)
+        count = max(learn * window, min(3000, 400 * window))
         rows = make(np.random.default_rng([seed, 0]), count, fields)
         shipped = build_reference(
             rows.astype(np.float32), np.arange(count), 1, np.zeros(count, np.int64), None, window, fields=names
