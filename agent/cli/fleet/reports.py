@@ -16,6 +16,7 @@ from agent.cli.fleet.common import (
     open_for_reading,
     open_store,
     print_lines,
+    processes_option,
     progress_bar,
 )
 from agent.cli.output import emit, json_option, print_table
@@ -120,16 +121,17 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @click.command("audit", epilog="Example: outstation fleet audit --json")
 @device_option
 @db_option
+@processes_option
 @fleet_option
 @json_option
-def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+def audit(device: str | None, db: str | None, processes: int, folder: str | None, as_json: bool) -> None:
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
     from agent.fleet.audit.audit import audit as run_audit
 
     config, store = open_for_reading(folder, db, device)
     trusted = fleet_config.load_trusted_keys(config)
     with progress_bar("auditing", store.count_messages(device)) as advance:
-        report = run_audit(store, device, advance, trusted).to_dict()
+        report = run_audit(store, device, advance, trusted, processes).to_dict()
     emit(report, as_json, lambda: print_lines(*_audit_lines(report)))
     if not report["passed"]:
         sys.exit(1)

@@ -30,7 +30,8 @@ from agent.fleet.audit.stored_rows import MessageKey, StoredTables
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import TableRows, project_message
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import Devices, FleetStore
+from agent.fleet.workers import run_over_devices
 from agent.wire.keys import PublicKey
 from agent.wire.log_chain import digest
 from agent.wire.messages import (
@@ -68,6 +69,17 @@ class AuditReport(msgspec.Struct):
         """Return the document of `fleet audit --json`."""
         return {"passed": self.passed, **msgspec.structs.asdict(self)}
 
+    def merge(self, other: AuditReport) -> None:
+        """Add the report of other devices."""
+        self.devices += other.devices
+        self.messages += other.messages
+        self.duplicates += other.duplicates
+        self.invalid_count += other.invalid_count
+        self.gaps += other.gaps
+        self.coverage += other.coverage
+        self.evicted += other.evicted
+        self.invalid = [*self.invalid, *other.invalid][:MAX_INVALID]
+
     def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
         if len(self.invalid) < MAX_INVALID:
@@ -78,33 +90,47 @@ class AuditReport(msgspec.Struct):
 def audit(
     store: FleetStore,
     device: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
     operators: Sequence[PublicKey] = (),
+    processes: int = 1,
 ) -> AuditReport:
     """Verify all messages, or those of one device; call `progress` after each hundred. Raises StorageError.
 
-    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
+    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device. With
+    several `processes` each range of devices is audited in a snapshot of its own.
     """
+    if device is not None:
+        return _audit_devices(store, device, progress)
     report = AuditReport()
-    with store.snapshot() as db, contextlib.closing(Replay()) as replay:
+    for part in run_over_devices(store, _audit_devices, processes, progress):
+        report.merge(part)
+    with store.snapshot() as db:
+        decisions = rollouts.audit_rollouts(db, operators)
+    report.decisions, report.invalid_decisions = decisions.decision_count, decisions.invalid
+    return report
+
+
+def _audit_devices(store: FleetStore, devices: Devices, progress: Callable[[int], None]) -> AuditReport:
+    report = AuditReport()
+    with store.snapshot(), contextlib.closing(Replay()) as replay:
         keyring = Keyring(store)
         # (device, log) → last seq of each log that a signed message of a later log declares ended.
         ends: dict[tuple[Any, str], int] = {}
-        for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
+        for name, topic, payload, jws in store.audit_messages(devices, f'"{NEW_LOG}"'.encode()):
             with contextlib.suppress(MessageRefused, TypeError, AttributeError):
                 body = verify_message(topic, payload, (jws,), keyring.find_stored).body
                 if body.device == name and (end := parse_log_end(body)):
                     ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
-        last_seqs = {(name, log): last for name, log, last in store.logs(device)}
-        tables = StoredTables(store, device, report.add_invalid)
+        last_seqs = {(name, log): last for name, log, last in store.logs(devices)}
+        tables = StoredTables(store, devices, report.add_invalid)
         parts = _AuditParts(keyring, tables, replay, report)
         names = {name for name, _ in last_seqs}
-        for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
+        for (name, log), rows in groupby(store.evidence(devices), key=lambda row: row[:2]):
             auditor = _LogAuditor(name, log, parts)
             for row in rows:
                 auditor.check_message(*row[2:])
                 report.messages += 1
-                if progress is not None and report.messages % 100 == 0:
+                if report.messages % 100 == 0:
                     progress(100)
             auditor.finish(last_seqs.pop((name, log), 0), ends.get((name, log), 0))
             names.add(name)
@@ -112,11 +138,8 @@ def audit(
             _LogAuditor(name, log, parts).finish(last, ends.get((name, log), 0))
         tables.finish()
         broken = {gap["device"] for gap in report.gaps if not gap["declared"]} | parts.broken
-        for key, reason in replay.compare(store, device, broken):
+        for key, reason in replay.compare(store, devices, broken):
             report.add_invalid(key, reason)
-        if device is None:
-            decisions = rollouts.audit_rollouts(db, operators)
-            report.decisions, report.invalid_decisions = decisions.decision_count, decisions.invalid
         report.devices = len(names)
     return report
 

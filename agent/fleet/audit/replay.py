@@ -16,7 +16,7 @@ from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
 from agent.fleet.database.sqlite import open_temporary
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import Devices, FleetStore
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire.messages import LoggedPayload
 
@@ -61,24 +61,24 @@ class Replay:
         if len(self._bodies) >= _MESSAGES_PER_COMMIT:
             self._flush()
 
-    def compare(self, store: FleetStore, device: str | None, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
+    def compare(self, store: FleetStore, devices: Devices, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
         self._flush()
-        self._apply_operators_words(store, device)
+        self._apply_operators_words(store, devices)
         for table, (key_width, columns) in _TABLES.items():
             names = ", ".join(columns)
             order = ", ".join(columns[:key_width])
             sql = f"SELECT {names} FROM {table} ORDER BY {order}"
-            derived, stored = self._db.execute(sql), store.derived_rows(table, names, order, device)
+            derived, stored = self._db.execute(sql), store.derived_rows(table, names, order, devices)
             for row, problem in _compare_tables(table, key_width, stored, derived):
                 if row[0] not in broken:
                     seq = row[2] if columns[2] in ("seq", "first") else None
                     yield (row[0], row[1], seq), problem
 
-    def _apply_operators_words(self, store: FleetStore, device: str | None) -> None:
+    def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """Let the logs end that an operator ended, who signs nothing."""
         columns = "device, log, successor, last_seq, until, source"
-        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", device)
+        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", devices)
         words = [row for row in stored if row[-1] == log_succession.OPERATOR]
         if words:
             self._db.bulk_insert("log_successors", words)

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.fleet.database.interface import Row
 from agent.fleet.database.projection import RESULTS_TABLE, TABLES, TableRows
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import Devices, FleetStore
 
 MessageKey = tuple[Any, Any, Any]
 Report = Callable[[MessageKey, str], None]
@@ -18,8 +18,8 @@ _SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, bool: 1, float: 1,
 class StoredTables:
     """The rows that messages added to their tables: `check` each message in order, then `finish`."""
 
-    def __init__(self, store: FleetStore, device: str | None, report: Report) -> None:
-        self._tables = [_TableReader(table, store.projected_rows(table, device), report) for table in TABLES]
+    def __init__(self, store: FleetStore, devices: Devices, report: Report) -> None:
+        self._tables = [_TableReader(table, store.projected_rows(table, devices), report) for table in TABLES]
         self._report = report
 
     def check(self, key: MessageKey, expected: TableRows | None) -> None:
