@@ -51,20 +51,25 @@ def split_devices(store: FleetStore, processes: int) -> list[DeviceRange]:
     return [DeviceRange(first, before) for first, before in zip([None, *bounds], [*bounds, None], strict=True)]
 
 
-def run_over_devices(store: FleetStore, job: RangeJob[T], processes: int, advance: Advance, *arguments: Any) -> list[T]:
-    """Run `job` over all devices, and return the result of each range in order of devices.
+def run_over_devices(
+    store: FleetStore,
+    job: RangeJob[T],
+    ranges: Sequence[tuple[DeviceRange, tuple[Any, ...]]],
+    processes: int,
+    advance: Advance,
+) -> list[T]:
+    """Run `job` over ranges of devices with further arguments, and return the results in the same order.
 
     Each process reads a snapshot of its own. Raises the errors of the job, OutstationError if a process dies.
     """
-    ranges = split_devices(store, processes)
-    if len(ranges) == 1:
-        return [job(store, ranges[0], advance, *arguments)]
+    if len(ranges) == 1 or processes == 1:
+        return [job(store, devices, advance, *arguments) for devices, arguments in ranges]
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     reported = 0
     pool = ProcessPoolExecutor(min(processes, len(ranges)), context, _open, (store.location, counter))
     try:
-        futures = [pool.submit(_run, job, devices, arguments) for devices in ranges]
+        futures = [pool.submit(_run, job, devices, arguments) for devices, arguments in ranges]
         pending: Sequence[Future[T]] = futures
         while pending:
             done, rest = wait(pending, _PROGRESS_S)

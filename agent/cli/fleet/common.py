@@ -32,7 +32,7 @@ wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=c
                            help="Wait this long for each reply; default 30.")  # fmt: skip
 device_option = click.option("--device", metavar="D", help="Only this device.")
 processes_option = click.option("--processes", metavar="N", default=lambda: len(os.sched_getaffinity(0)),
-                                type=click.IntRange(1, 256), help="Worker processes; default one a processor.")  # fmt: skip
+                                type=click.IntRange(1, 256), help="Processes; default one a processor.")  # fmt: skip
 
 
 def database_url(config: FleetConfig, db: str | None) -> str:

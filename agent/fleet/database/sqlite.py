@@ -117,7 +117,7 @@ class SqliteDatabase:
             uri = f"{path.resolve().as_uri()}?mode={mode}"
             self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=SqliteConnection)
             # Damaged text must not stop the audit, which reports it.
-            self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
+            self.connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         try:
             self._open()
         except BaseException:

@@ -106,7 +106,7 @@ class DeviceRange(msgspec.Struct, frozen=True):
 Devices = str | DeviceRange | None
 
 
-def _filter_devices(devices: Devices) -> tuple[str, tuple[str, ...]]:
+def _filter_devices(devices: Devices) -> tuple[str, tuple[Any, ...]]:
     """Return a condition and its values for one device, a range, or all (None)."""
     if devices is None or isinstance(devices, str):
         return ("device = ?", (devices,)) if devices else ("TRUE", ())
