@@ -22,7 +22,10 @@ _LOOK_YOURSELF = "Never: a person has to look. It stays in `outstation fleet ale
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence."""
+    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence.
+
+    An alert that became worse while it was open is raised again with the next `revision`.
+    """
 
     alert: str
     subject: str
@@ -31,6 +34,7 @@ class Alert(msgspec.Struct, frozen=True):
     id: str
     summary: str
     evidence: dict[str, Any]
+    revision: int = 1
 
     def to_body(self, task: str | None = None, **evidence: Any) -> dict[str, Any]:
         """Return the members of an `alerts` message; a task's alert has the task's name before its id."""
@@ -42,7 +46,7 @@ class Alert(msgspec.Struct, frozen=True):
             "id": self.id if task is None else f"{task}/{self.id}",
             "summary": self.summary,
             "evidence": {**evidence, **self.evidence},
-        }
+        } | ({"revision": self.revision} if self.revision > 1 else {})
 
 
 class AlertKind(msgspec.Struct, frozen=True):
@@ -82,7 +86,7 @@ class AlertKind(msgspec.Struct, frozen=True):
 
 
 _DRIFT_CLEARS = "Once the drift test has been close to the site's reference for three drift windows in a row."
-_FAULT_CLEARS = "After three drift windows in a row without a fault."
+_FAULT_CLEARS = "After three drift windows in a row without a fault of this kind."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."
 
 FIELD_DRIFT = AlertKind(
@@ -140,12 +144,13 @@ FLEET_DRIFT = AlertKind(
 )
 FIELD_FAULT = AlertKind(
     *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
-    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning.",
+    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning. Each kind of "
+    "fault of a field has its own alert.",
     "See the fault's name in the evidence.",
     "Repair or replace the sensor, its cable, its converter or its configuration.",
     _FAULT_CLEARS,
     {
-        "missing": "values are absent: sensor or cable fault, or its source stopped",
+        "missing": "more values are absent than usual here: sensor or cable fault, or its source stopped",
         "stuck": "one value repeats: sensor or cable fault",
         "saturated": "values are held at one end: range too small, amplifier overloaded, sensor at its end",
         "quantized": "values come in coarser steps: another converter, range or rounding",
@@ -172,14 +177,16 @@ DECAY = AlertKind(
     "Labels show a higher error than the first 200 labels of this bundle on this device.",
     "Concept drift; a sensor that slowly fails; another use of the machine; another person or rule that labels.",
     "Look for drift alerts of the same time, check some labels, and retrain with the labelled results.",
-    "After six groups of 25 labels in a row that agree with the first labels, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the first labels and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 BELOW_EVALUATION = AlertKind(
     *("Accuracy below the evaluation", "quality", "evaluation", "quality/evaluation/{count}", "warning", "task"),
     "Labels show a lower accuracy than the bundle's own evaluation promises.",
     "Training data unlike this site; an evaluation with target leakage; labels that follow another rule.",
     "Evaluate the bundle on labelled results of this site, and retrain with them.",
-    "After six groups of 25 labels in a row that agree with the evaluation, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the evaluation and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 OVERCONFIDENT = AlertKind(
     *("Certainty no longer holds", "quality", "certainty", "quality/certainty/{count}", "warning", "task"),
@@ -187,7 +194,8 @@ OVERCONFIDENT = AlertKind(
     "something else.",
     "Concept drift; an input unlike the calibration data; labels that follow another rule.",
     "Do not rely on scores or on accuracy that is estimated without labels. Retrain and recalibrate the bundle.",
-    "After six groups of 25 labels in a row that agree with the certainty, or when labels were corrected.",
+    "After at least 150 labels whose error agrees with the certainty and lies clearly below that of the alert. "
+    "A correction of labels can clear it, too.",
 )
 OWN_LABELS = AlertKind(
     *("Labels are the model's own answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
@@ -233,6 +241,16 @@ DEADLINE_MISSED = AlertKind(
     "A model that is too large for the device; a busy, hot or throttled processor; a slow card.",
     "Give the task a longer deadline, a smaller or quantized model, or give the device less to do.",
     "With the first batch that is on time, or when the task has no deadline any more.",
+)
+REFERENCE_DEVIATES = AlertKind(
+    *("Reference deviates", "drift", "reference", "reference/drift/{count}", "warning", "task"),
+    "The reference that the device learned here differs from the shipped one, from the site's former one or from the "
+    "accepted one; or a field moved steadily while it was learned. Drift is measured from it all the same, unless "
+    "`on_deviation` is `hold`.",
+    "A sensor that was wrong from the first row; a site unlike the training data; a slow change that was learned.",
+    "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
+    "them, then learn again: `outstation reference relearn`.",
+    "Once somebody accepts the reference, or the next one that is learned does not deviate.",
 )
 LEARNING_REFUSED = AlertKind(
     *("Learning refused", "model", "reference", "reference/model/{count}", "info", "task"),

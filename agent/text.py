@@ -22,6 +22,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def is_unicode(text: str) -> bool:
+    """Return False for text with surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable_json(text: str) -> str:
     """Return the same JSON document with such characters as JSON escapes."""
     if text.isprintable():

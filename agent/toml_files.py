@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
+from agent import input_files
 from agent.errors import ConfigError
 
 StructType = type[msgspec.Struct]
@@ -25,7 +26,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(input_files.read_text(path))
     except FileNotFoundError:
         raise ConfigError(str(path), "", "no such file; `outstation init` writes one, `-c` names another") from None
     except OSError as error:

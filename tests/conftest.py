@@ -53,6 +53,7 @@ _MARKS = {
         "scripts.benchmarks.drift_peers.peers",
         "scripts.faults.disk",
         "scripts.fuzzing.explore",
+        "scripts.fuzzing.malformed.run_command",
         "scripts.kit.postgres",
         "tests.device.intake.test_sources",
         "tests.end_to_end.test_daemon",

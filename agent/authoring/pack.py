@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent import input_files
 from agent.arrays import Float32s
 from agent.authoring import calibration
 from agent.authoring import spec as specs
@@ -80,8 +81,8 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
 def reuse_signature(packed: PackedBundle, out: Path) -> None:
     """Reuse the signature of the bundle folder `out`, if it signs the same manifest."""
     try:
-        same = (out / "manifest.json").read_bytes() == packed.files["manifest.json"]
-        signature = (out / "manifest.jws").read_bytes()
+        same = input_files.read_bytes(out / "manifest.json") == packed.files["manifest.json"]
+        signature = input_files.read_bytes(out / "manifest.jws")
     except OSError:
         return
     if same and "manifest.jws" not in packed.files:
@@ -189,7 +190,7 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:
     """Add the accuracy of each score from a table of held-out data: `edges` (33), `count`, `correct` (32)."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(input_files.read_text(path))
         filled = replace(
             reference,
             score_edges=np.array(table["edges"][1:-1], np.float64),
@@ -217,6 +218,6 @@ def _add_cards(spec_file: Path, spec: Spec, files: dict[str, bytes]) -> list[str
 def _read_file(spec_file: Path, key: str, name: str) -> bytes:
     path = spec_file.parent / name
     try:
-        return path.read_bytes()
+        return input_files.read_bytes(path)
     except OSError as error:
         raise ConfigError(str(spec_file), key, f"{path}: {error.strerror}; give a path relative to this file") from None

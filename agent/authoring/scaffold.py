@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from agent import input_files
 from agent.datasets import training_data
 from agent.datasets.training_data import TableSummary
 from agent.drift.baseline.reference import MIN_WINDOWS
@@ -39,7 +40,7 @@ class Scaffold(msgspec.Struct, frozen=True):
 def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffold:
     """Return a SPEC whose paths are relative to the folder of `out`. Raises UsageError, BadBundle."""
     try:
-        content = tflite.read_bytes()
+        content = input_files.read_bytes(tflite)
     except OSError as error:
         raise UsageError(f"{tflite}: cannot be read: {error.strerror}; give the .tflite file") from None
     try:

@@ -110,15 +110,44 @@ def _open_trusted_keys(
     store: Store,
     message_log: MessageLog,
     now: Callable[[], ClockReading],
-    collector: PublicKey | None,
 ) -> TrustedKeys:
     """Open the keys that the config names, or the trust document in force. Raises ConfigError."""
+    collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
+    if collector is None and conf.collector.delivery == "collector":
+        raise ConfigError(
+            str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
+        )
     configured = [] if collector is None else [Signer(COLLECTOR, collector)]
     for role, name in ((REPORTER, "reporters"), (DEPLOYER, "deployers"), (OPERATOR, "keys")):
         texts = getattr(conf.operators, name)
         configured += [Signer(role, key) for key in parse_public_keys(file, f"operators.{name}", texts)]
     anchor_file = None if conf.updates is None else Path(conf.updates.root)
     return TrustedKeys(store, message_log, now, configured, anchor_file, conf.data_dir / METADATA_DIR)
+
+
+def _build_commands(
+    file: Path,
+    conf: Config,
+    store: Store,
+    message_log: MessageLog,
+    trusted: TrustedKeys,
+    receiver: CommandReceiver,
+    load: Callable[..., LoadedTask],
+    runtime: Runtime,
+    updater: BundleUpdater,
+) -> RemoteCommands:
+    key_files, key_path = device.load_key_files(file, conf), device.device_key_path(file, conf)
+    rotation = KeyRotation(store, message_log, key_files, receiver.post, runtime.reconnect)
+    wipe = Wipe(store, message_log, trusted, runtime.halt, conf.operators.wipe_delay)
+    tasks = TaskActions(
+        *(str(file), conf, store, message_log, runtime),
+        load,
+        lambda: status.build_document(conf, store),
+        updater.rollouts,
+    )
+    actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "cancel-wipe": wipe.cancel}
+    executor = CommandExecutor(store, message_log, receiver, actions, {"wipe": wipe.request})
+    return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
 
 def build_daemon(
@@ -133,12 +162,7 @@ def build_daemon(
     """Build the daemon. A simulation gives its own clock, sink and pause. Raises UsageError, ConfigError."""
     message_log = device.open_message_log(file, conf, store)
     now = now or make_clock(store)
-    collector = parse_public_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
-    if collector is None and conf.collector.delivery == "collector":
-        raise ConfigError(
-            str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
-        )
-    trusted = _open_trusted_keys(file, conf, store, message_log, now, collector)
+    trusted = _open_trusted_keys(file, conf, store, message_log, now)
     receiver = CommandReceiver(store, message_log, trusted)
     desired_states = DesiredStateStore(store, message_log, trusted, conf.device.groups)
     trusted.on_change = desired_states.verify_again
@@ -154,8 +178,11 @@ def build_daemon(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
     )
+    open_sink = open_sink or sinks.sink_opener(conf)
+    if conf.privacy.encrypt:
+        open_sink = sinks.seal_to_collector(file, conf, open_sink, lambda: trusted.encryption_key)
     uplink = Uplink(
-        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
+        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink),
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )
@@ -172,20 +199,7 @@ def build_daemon(
             *(file, conf, store, message_log, desired_states, publishers, marker, runtime, signals.wake, on_wait)
         )
 
-    def make_commands(runtime: Runtime, updater: BundleUpdater) -> RemoteCommands:
-        key_files, key_path = device.load_key_files(file, conf), device.device_key_path(file, conf)
-        rotation = KeyRotation(store, message_log, key_files, receiver.post, runtime.reconnect)
-        wipe = Wipe(store, message_log, trusted, runtime.halt, conf.operators.wipe_delay)
-        tasks = TaskActions(
-            *(str(file), conf, store, message_log, runtime),
-            load,
-            lambda: status.build_document(conf, store),
-            updater.rollouts,
-        )
-        actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "cancel-wipe": wipe.cancel}
-        executor = CommandExecutor(store, message_log, receiver, actions, {"wipe": wipe.request})
-        return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
-
+    make_commands = partial(_build_commands, file, conf, store, message_log, trusted, receiver, load)
     return Daemon(
         *(conf, store, message_log, scheduled, failures, intake, uplink),
         *(make_updater, make_commands, load, signals, now),

@@ -6,13 +6,14 @@ import gc
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from agent import __version__
-from agent.errors import OutstationError, UsageError
-from agent.text import printable_lines
+from agent.errors import OutstationError, StorageMoved, UsageError
+from agent.text import is_unicode, printable
 
 # Module and summary of each command: the list of commands loads none of them.
 _COMMANDS = {
@@ -30,11 +31,13 @@ _COMMANDS = {
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
     "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
     "model": ("agent.cli.model.group:model", "Make, sign, check, evaluate and run bundles."),
-    "reference": ("agent.cli.device.reference:reference", "Show or relearn the site reference of a task."),
+    "reference": ("agent.cli.device.reference:reference", "Show, relearn or accept the site reference of a task."),
     "fleet": ("agent.cli.fleet.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),
 }
 
 _RUN_MODELS = {"run", "batch"}
+# Set in the environment, an error that no command handles ends with its traceback.
+_TRACEBACK_VARIABLE = "OUTSTATION_TRACEBACK"
 
 
 class _LazyGroup(click.Group):
@@ -77,18 +80,46 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Exit 0 done, 1 done and the answer is bad, 2 wrong use or config."""
+    """Exit 0 done, 1 done and the answer is bad, or not possible here, 2 wrong use or config, 3 data folder moved away.
+
+    An error is one line on standard error, whatever it is.
+    """
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
-    except UsageError as error:
-        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
-        sys.exit(2)
-    except OutstationError as error:
-        click.echo(f"outstation: {printable_lines(str(error))}", err=True)
-        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK_VARIABLE):
+            raise
+        code, text = _describe_error(error, sys.argv[1:] if args is None else args)
+        click.echo(f"outstation: {printable('; '.join(text.splitlines()))}", err=True)
+        sys.exit(code)
     finally:
         # Python looks for cycles among all objects once more when it ends: 60 ms, and the memory is given back anyway.
         gc.freeze()
+
+
+def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
+    """Return the exit code and one line about an error that no command has handled."""
+    if isinstance(error, StorageMoved):
+        # A service manager must not start again: see deploy/outstation.service.
+        return 3, str(error)
+    if isinstance(error, OutstationError):
+        return (2 if isinstance(error, UsageError) else 1), str(error)
+    if isinstance(error, UnicodeEncodeError) and (bad := [arg for arg in args if not is_unicode(arg)]):
+        return 2, f"{bad[0]}: this argument holds bytes that are not UTF-8, which only the path of a file may"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return 1, f"{place}{error.strerror}; see that it exists, is of the right kind, and is yours to use"
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != __package__:
+        package = error.name.partition(".")[0]
+        return 1, f"this command needs the package {package!r}, which is not installed; `pip install {package}`"
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(os.path.dirname(frame.filename))}/{os.path.basename(frame.filename)}:{frame.lineno}"
+    return 1, (
+        f"internal error: {type(error).__name__}: {error} ({place}); this is a defect of outstation: report it with "
+        f"the traceback, which {_TRACEBACK_VARIABLE}=1 shows"
+    )

@@ -47,6 +47,8 @@ class DeviceConfig(Section, frozen=True):
 
 class CollectorConfig(Section, frozen=True):
     key: str = ""
+    # What messages are sealed to with [privacy] encrypt, until a trust document names another one.
+    encryption_key: str = ""
     delivery: Literal["collector", "broker"] = "collector"
 
 
@@ -78,6 +80,8 @@ class PrivacyConfig(Section, frozen=True):
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
     values_in_logs: bool = False
+    # Seal messages to the collector's encryption key: the broker and its other clients cannot read them.
+    encrypt: bool = False
 
 
 class ThrottleConfig(Section, frozen=True):
@@ -92,8 +96,8 @@ class ThrottleConfig(Section, frozen=True):
 class ModelsConfig(Section, frozen=True):
     """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
 
-    `confinement`: "auto" confines where the machine can; "required" runs no model elsewhere; "off" runs models in the
-    daemon's own process.
+    `confinement`: "auto" confines where the machine can; "required" runs no model and decodes no file elsewhere; "off"
+    runs models in the daemon's own process.
     """
 
     confinement: Literal["auto", "required", "off"] = "auto"
@@ -162,6 +166,7 @@ class TaskConfig(Section, frozen=True):
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
     learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_duration: Duration = Duration(0.0)
+    on_deviation: Literal["continue", "hold"] = "continue"  # with a learned reference that deviates
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
     class_field: str | None = None  # category field with the classes of a model that has none; "" for none
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)

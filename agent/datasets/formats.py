@@ -6,6 +6,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from agent import input_files
 from agent.datasets.csv_table import CsvTable
 from agent.datasets.json_lines import JsonLinesTable
 from agent.datasets.parquet_table import ParquetTable
@@ -18,7 +19,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 
 def open_file(file: Path | int) -> BufferedReader[Any]:
     """Open a path, or a descriptor that stays open, for `open_table`. Raises OSError."""
-    return open(file, "rb", closefd=not isinstance(file, int))
+    return open(file, "rb", closefd=False) if isinstance(file, int) else input_files.open_stream(file)
 
 
 def open_table(path: Path | None, file: BufferedReader[Any], options: TableOptions) -> Table:

@@ -42,6 +42,8 @@ class JsonLinesTable:
             block = self._parse_lines(chunk, columns, position)
             position = block.next_position
             yield block.after_line(last_skipped_line)
+        if not position.row:
+            raise RowRejected("the file is empty")
 
     def _read_lines(self, pending: bytes) -> list[bytes]:
         """Return the lines of the next block, after `pending`; none at the end. Raises RowRejected for a long line."""

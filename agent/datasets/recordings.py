@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
 from agent.datasets.blocks import MAX_TIME_S, RowBlock, TextColumn, require_columns
 from agent.datasets.tables import START, FilePosition
@@ -182,7 +183,7 @@ def _open_arrays(path: Path, noun: str) -> Iterator[Any]:
     """Open an `.npz`; raise what is wrong with it as UsageError."""
     try:
         # numpy leaves a file open that it was given by name and could not read.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with input_files.open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             # Sizes of the archive's directory, which its reader does not exceed.
             _require_memory(sum(member.file_size for member in arrays.zip.infolist()))
             yield arrays

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.alerts import Alert
-from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.drift.baseline import window_statistics
+from agent.arrays import Float32s, Float64s, Ints
+from agent.drift.baseline import sampling, summary, window_statistics
+from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
@@ -20,6 +21,8 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import GateStates, get_layout
+from agent.drift.faults.open_faults import OpenFaults
+from agent.drift.numeric.escalation import DriftSizes, Escalation
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 
@@ -40,12 +43,13 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     learned_count: int  # site references so far
     requested_learn_s: float  # of readings to learn from, as a command asked
     suite: SuiteState
-    faulty: Bools  # (F,) a fault alert is open
-    misread: Bools  # (F,) and it says that the field is read wrongly
-    clear_count: Ints  # (F,) windows without a fault since
+    faults: OpenFaults
+    drift_escalation: Escalation  # (F + 3,)
+    drift_sizes: DriftSizes
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
     gates: GateStates
+    guard: ReferenceGuard
     class_field: str = ""  # field that names modes, if any
     known_modes: tuple[str, ...] = ()  # names that have a class
 
@@ -66,14 +70,20 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             learned_count=0,
             requested_learn_s=0.0,
             suite=SuiteState.start(shipped.task),
-            faulty=np.zeros(fields, np.bool_),
-            misread=np.zeros(fields, np.bool_),
-            clear_count=np.zeros(fields, np.int64),
+            faults=OpenFaults.none(shipped),
+            drift_escalation=Escalation.none((shipped.task.subject_count,)),
+            drift_sizes=DriftSizes.none(get_layout(shipped.task).test_count, shipped.task.subject_count),
             raised_counts=np.zeros((fields + 3, 2), np.int64),
             raised_window=np.zeros(fields + 3, np.int64),
             gates=GateStates.start(),
+            guard=ReferenceGuard(),
             class_field=class_field,
         )
+
+    @property
+    def tested_reference(self) -> Reference | None:
+        """The site's reference, unless it is held."""
+        return None if self.guard.is_held else self.site_reference
 
     def is_compatible(self, task: Task) -> bool:
         """Return True if the state has the tests of this task."""
@@ -187,24 +197,31 @@ class BatchPart(msgspec.Struct, frozen=True):
 def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes: Ints) -> DriftState:
     """Add a part's model windows, compared with `classes`, and those of its rows that were not counted before."""
     rows = window_statistics.covered_rows(part.starts, shipped.window_rows, state.last_counted_row + 1 - part.first_row)
-    values, summary = part.values[rows], state.open_summary.add_times(part.t, part.starts, shipped, state.tail.t)
-    new: dict[str, Any] = {}
-    if len(values):
-        summary, tail = summary.add_rows(shipped, values, state.tail)
-        begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
-        fresh = state.rows[1] < state.rows[0]
-        new = {
-            "tail": replace(tail, t=int(part.t[end])),
-            "rows": (part.first_row + begin if fresh else state.rows[0], part.first_row + end),
-            "t": (int(part.t[begin]) if fresh else state.t[0], int(part.t[end])),
-            "last_counted_row": part.first_row + end,
-        }
+    begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
+    first = part.first_row + begin, int(part.t[begin])
+    is_fresh = state.rows[1] < state.rows[0]
+    stack, tail = summary.summarize_windows(
+        shipped,
+        part.values[rows][None],
+        sampling.compute_spans(part.t, part.starts, shipped.window_rows, state.tail.t)[None],
+        part.stats,
+        part.predicted,
+        part.top_scores,
+        classes,
+        before=None if is_fresh else summary.stack_one(state.open_summary),
+        tail=state.tail,
+    )
     return replace(
-        state, open_summary=summary.add_windows(shipped, part.stats, part.predicted, part.top_scores, classes), **new
+        state,
+        open_summary=summary.select_window(stack, 0),
+        tail=replace(tail, t=int(part.t[end])),
+        rows=(first[0] if is_fresh else state.rows[0], part.first_row + end),
+        t=(first[1] if is_fresh else state.t[0], int(part.t[end])),
+        last_counted_row=part.first_row + end,
     )
 
 
 def start_next_window(state: DriftState, empty: Summary) -> DriftState:
     """Open the next drift window."""
-    tail = Tail.empty(len(state.faulty))
+    tail = Tail.empty(len(state.fields))
     return replace(state, index=state.index + 1, open_summary=empty, tail=tail, rows=(0, -1), t=(0, 0))

@@ -7,35 +7,33 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
+from agent import input_files
 from agent.errors import BadBundle, UsageError
 from agent.evaluation import metrics, predictions
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
 from agent.evaluation.document import FloatComparison, IntervalEstimate
 from agent.evaluation.examples import LabelledWindows, predict
+from agent.model import activation
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import runtime
-from agent.model.inference.inference import Inference, InferenceResult
+from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox import probe
 from agent.performance.estimates import round_or_none
 from agent.performance.metrics import LabelledPredictions
 
 
 def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
-    """Return the bundle with the model in `file`, probed. Raises UsageError, BadBundle."""
+    """Return the bundle with the model in `file`. Raises UsageError, BadBundle."""
     try:
-        content = file.read_bytes()
+        content = input_files.read_bytes(file)
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
     try:
         changed = _manifest_for_float(bundle, content)
-        files = {"manifest.json": manifest.encode(changed), "model.tflite": content}
-        float_bundle = Bundle(changed, "", files, "")
-        probe.probe(float_bundle).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
-    return float_bundle
+    return Bundle(changed, "", {"manifest.json": manifest.encode(changed), "model.tflite": content}, "")
 
 
 def compare(
@@ -49,7 +47,7 @@ def compare(
     """Compare results with those of the float model in `file`. Raises BadBundle."""
     float_manifest = float_bundle.manifest
     try:
-        float_model = Inference(float_manifest, runtime.load_model(float_manifest, float_bundle.model_bytes))
+        float_model = activation.open_for_files(float_bundle)
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
     other = predict(float_model, windows.dataset, windows.starts)
@@ -75,7 +73,7 @@ def _manifest_for_float(bundle: Bundle, content: bytes) -> Manifest:
     wanted = bundle.manifest.output.tensor
     if not isinstance(wanted, str) or wanted in [tensor.name for tensor in probe.inspect_model(content).outputs]:
         return bundle.manifest
-    own = [tensor.name for tensor in runtime.list_tensors(bundle.model_bytes)[1]]
+    own = [tensor.name for tensor in probe.inspect_model(bundle.model_bytes).outputs]
     return replace(bundle.manifest, output=replace(bundle.manifest.output, tensor=own.index(wanted)))
 
 

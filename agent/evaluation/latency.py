@@ -1,4 +1,4 @@
-"""Latency on this machine, measured in a child process: from rows to scores, in batches of several sizes."""
+"""Latency on this machine, measured in a confined child process: from rows to scores, in batches of several sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 from agent.arrays import Float32s, Ints
 from agent.errors import BadBundle
 from agent.evaluation.document import BatchLatency
+from agent.model.bundle import builtin
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.features import WindowCut
-from agent.model.sandbox import memory
+from agent.model.sandbox import confinement, memory
+from agent.model.sandbox.confinement import ModelPolicy
 
 BATCH_SIZES = (1, 8, 32, 128)
 _WARMUP_RUNS, _MIN_RUNS, _MAX_RUNS, _BUDGET_S = 3, 10, 500, 0.4
@@ -24,7 +26,8 @@ _TIMEOUT_S = 120.0
 
 def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
     """Measure on `rows` (n, F), repeated as needed. Raises BadBundle."""
-    work = (bundle.files["manifest.json"], bundle.model_bytes, rows.astype(np.float32).tobytes(), t.tobytes())
+    files = bundle.files["manifest.json"], bundle.model_bytes, builtin.read_smallest_model()
+    work = (*files, rows.astype(np.float32).tobytes(), t.tobytes())
     try:
         child = subprocess.run(
             # -P: an `agent` in the working directory is not ours.
@@ -32,6 +35,7 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
             input=msgspec.msgpack.encode(work),
             capture_output=True,
             timeout=_TIMEOUT_S,
+            env=confinement.child_environment(),
             check=True,
         )
         return msgspec.json.decode(child.stdout, type=list[BatchLatency])
@@ -42,8 +46,14 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
 def main() -> None:
     from agent.model.inference import inference, runtime
 
-    head, model, rows, t = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes, bytes, bytes])
+    work = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes, bytes, bytes, bytes])
+    head, model, trusted, rows, t = work
     manifest = manifests.decode(head)
+    # A confined process can read no file: the runtime, NumPy and `memory` read theirs before.
+    runtime.detect_processor(trusted)
+    np.quantile(np.zeros(2), [0.5])
+    memory.peak_bytes()
+    confinement.confine_by(ModelPolicy())
     values, times = np.frombuffer(rows, np.float32).reshape(-1, len(manifest.input.fields)), np.frombuffer(t, np.int64)
     run = inference.Inference(manifest, runtime.load_model(manifest, model))
     measured = []

@@ -15,13 +15,16 @@ from agent.errors import BadBundle
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.inference import RunnableModel
+from agent.model.inference.inference import Inference, RunnableModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import Tuning, find_known
-from agent.model.sandbox import probe
+from agent.model.sandbox import launch, probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.keys import PublicKey
+
+# Blocks of files are large, and whoever waits for them can end the command.
+_FILE_BLOCK_TIMEOUT_S = 3600.0
 
 
 class ProvenBundle(msgspec.Struct, frozen=True):
@@ -91,6 +94,19 @@ def load_bundle(
     else:
         model = SubprocessModel(bundle, tuning, policy, on_wait)
     return LoadedBundle(bundle, proven.reference, tuning, model)
+
+
+def open_for_files(bundle: Bundle) -> Inference:
+    """Probe a bundle, and start its model in a confined process for the blocks of files. Raises BadBundle."""
+    # It imports the runtime while the probe runs.
+    launch.prepare_spare()
+    try:
+        probe.probe(bundle).raise_for_failure()
+        model = SubprocessModel(bundle, call_timeout_s=_FILE_BLOCK_TIMEOUT_S)
+        model.wait_loaded()
+    finally:
+        launch.discard_spare()
+    return Inference(bundle.manifest, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:

@@ -9,6 +9,8 @@ answer, or the absolute error of a number) is compared with three references, ea
 
 A difference within MARGINS does not matter. An alert also needs the interval of the loss since the CUSUM left zero to
 lie wholly above the reference. Neighbours that are alike count for less (`intervals.estimate_design_effect`).
+An open alert clears by the opposite CUSUM: log-likelihood ratios of the reference against the alert's own loss.
+It needs CLEAR_SIZE labels whose mean is within the margin and whose interval lies wholly below the alert's loss.
 A label that is corrected later counts as if it had been right from the start: `recompute` runs all tests again.
 
 The share of labels that are the model's own answers is watched, too: they say nothing about it, and training on them
@@ -25,9 +27,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import alerts
+from agent import alerts, clock
 from agent.alerts import OWN_LABELS, Alert
-from agent.arrays import Float64s
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200
@@ -37,8 +38,9 @@ MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
 # Margin of numbers, as a share of the reference error.
 _REGRESSION_MARGIN = 0.1
 SLACK, LIMIT = 0.5, 6.0
-# Groups in a row, each below this z, clear an alert.
-GROUPS_TO_CLEAR, _CLEAR_Z = 6, 1.0
+# An alert clears after at least so many labels, with this log-likelihood ratio; one group adds so much at most.
+CLEAR_SIZE, CLEAR_LIMIT, _MAX_RECOVERY_STEP = 150, 11.0, 2.0
+_REFERENCES = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
 # Pseudo-counts of one wrong and one right answer, because a model that was never wrong yet will be.
 _PRIOR = 1.0
 _AUTOCORRELATION_MEMORY = 400
@@ -46,15 +48,68 @@ _AUTOCORRELATION_MEMORY = 400
 MAX_OWN_SHARE = 0.2
 
 
-class CusumTrack(msgspec.Struct):
-    """CUSUM of one comparison; `n` labels with `loss_sum` since it left zero."""
+class Run(msgspec.Struct):
+    """Labels since a CUSUM left zero: `n` with `loss_sum`, and the bounds of their results' rows and times in µs."""
 
-    cusum: float = 0.0
     n: int = 0
     loss_sum: float = 0.0
+    rows: tuple[int, int] | None = None
+    times_us: tuple[int, int] | None = None
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.n
+
+    def add(self, other: Run) -> Run:
+        rows, times_us = _join(self.rows, other.rows), _join(self.times_us, other.times_us)
+        return Run(self.n + other.n, self.loss_sum + other.loss_sum, rows, times_us)
+
+
+def _join(left: tuple[int, int] | None, right: tuple[int, int] | None) -> tuple[int, int] | None:
+    if left is None or right is None:
+        return left or right
+    return min(left[0], right[0]), max(left[1], right[1])
+
+
+class CusumTrack(msgspec.Struct):
+    """CUSUM of one comparison with its run; while its alert is open, `recovery` is the opposite CUSUM."""
+
+    cusum: float = 0.0
+    run: Run = msgspec.field(default_factory=Run)
     is_open: bool = False
-    clear_count: int = 0
+    recovery: float = 0.0
+    recovery_run: Run = msgspec.field(default_factory=Run)
     raised_count: int = 0
+
+
+class LabelledLoss(msgspec.Struct, frozen=True, array_like=True):
+    """Loss of a labelled result, the loss that its score implies (None if unknown), its row and its time in µs."""
+
+    loss: float
+    expected: float | None = None
+    row: int | None = None
+    t_us: int | None = None
+
+
+class ReferenceLoss(msgspec.Struct, frozen=True):
+    """Loss to compare with: the variance of one loss, and that of the reference itself."""
+
+    loss: float
+    variance: float
+    error_variance: float
+    is_binary: bool
+
+    def margin(self, kind: str, design_effect: float) -> float:
+        """Return the difference that does not matter; the error of the reference is the same in every group."""
+        margin = MARGINS[kind] if self.is_binary else _REGRESSION_MARGIN * self.loss
+        return margin + math.sqrt(design_effect * self.error_variance)
+
+    def interval(self, run: Run, design_effect: float) -> tuple[float, float]:
+        """Return the interval of the run's loss."""
+        if self.is_binary:
+            return intervals.wilson(run.loss, run.n / design_effect)
+        half = intervals.Z * math.sqrt(self.variance * design_effect / run.n)
+        return run.loss - half, run.loss + half
 
 
 class DegradationState(msgspec.Struct):
@@ -64,7 +119,7 @@ class DegradationState(msgspec.Struct):
     last_number: int = 0
     first_number: int = 0  # number of the first label when it arrived; 0 before any
     last_message_s: float = 0.0  # uptime of the last message
-    pending: list[tuple[float, float | None]] = []  # losses of an unfinished group, with the expected ones
+    pending: list[LabelledLoss] = []  # of an unfinished group
     recent_losses: list[float] = []  # for the autocorrelation
     baseline_n: int = 0
     baseline_loss_sum: float = 0.0
@@ -93,7 +148,7 @@ class PromisedAccuracy(msgspec.Struct, frozen=True):
 
 
 class DegradationEvent(msgspec.Struct, frozen=True):
-    """Alert that a comparison raised or cleared; `before` is the reference loss."""
+    """Alert that a comparison raised or cleared; `before` is the reference loss, `run` the labels that decided."""
 
     kind: str
     state: str  # raised | cleared | corrected, if corrected labels clear it
@@ -102,21 +157,20 @@ class DegradationEvent(msgspec.Struct, frozen=True):
     low: float
     high: float
     before: float
-    n: int
+    run: Run
 
 
 def add_losses(
     state: DegradationState,
-    losses: Sequence[float],
-    expected: Sequence[float | None],
+    losses: Sequence[LabelledLoss],
     promise: PromisedAccuracy,
     *,
     binary_loss: bool,
 ) -> list[DegradationEvent]:
-    """Add labelled results as their labels arrived; `expected` is the loss by the model's scores. Return events."""
+    """Add labelled results in the order in which their labels arrived. Return events."""
     events: list[DegradationEvent] = []
-    for loss, expected_loss in zip(losses, expected, strict=True):
-        state.pending.append((float(loss), expected_loss))
+    for loss in losses:
+        state.pending.append(loss)
         if len(state.pending) == GROUP_SIZE:
             events += _add_group(state, promise, binary_loss=binary_loss)
             state.pending = []
@@ -125,8 +179,7 @@ def add_losses(
 
 def recompute(
     state: DegradationState,
-    losses: Sequence[float],
-    expected: Sequence[float | None],
+    losses: Sequence[LabelledLoss],
     promise: PromisedAccuracy,
     *,
     binary_loss: bool,
@@ -136,7 +189,7 @@ def recompute(
     fresh = DegradationState(state.bundle)
     if not complete and state.baseline_n >= BASELINE_SIZE:
         _copy_baseline(state, fresh)
-    fresh_events = add_losses(fresh, losses, expected, promise, binary_loss=binary_loss)
+    fresh_events = add_losses(fresh, losses, promise, binary_loss=binary_loss)
     last_events = {(event.kind, event.state): event for event in fresh_events}
     events = []
     for kind, old in state.tracks.items():
@@ -144,8 +197,9 @@ def recompute(
         # Ids go on counting, so that an earlier alert keeps its own.
         track.raised_count = old.raised_count
         if old.is_open and not track.is_open:
-            loss = sum(losses) / max(1, len(losses))
-            events.append(DegradationEvent(kind, "corrected", old.raised_count, loss, loss, loss, loss, len(losses)))
+            run = _to_run(losses)
+            loss = run.loss if run.n else 0.0
+            events.append(DegradationEvent(kind, "corrected", old.raised_count, loss, loss, loss, loss, run))
     for kind, track in fresh.tracks.items():
         old = state.tracks.get(kind, CusumTrack())
         if track.is_open and not old.is_open:
@@ -161,27 +215,41 @@ def _copy_baseline(source: DegradationState, target: DegradationState) -> None:
     target.baseline_square_sum = source.baseline_square_sum
 
 
+def _to_run(losses: Sequence[LabelledLoss]) -> Run:
+    rows = [item.row for item in losses if item.row is not None]
+    times = [item.t_us for item in losses if item.t_us is not None]
+    return Run(
+        len(losses),
+        math.fsum(item.loss for item in losses),
+        (min(rows), max(rows)) if rows else None,
+        (min(times), max(times)) if times else None,
+    )
+
+
 def _add_group(state: DegradationState, promise: PromisedAccuracy, *, binary_loss: bool) -> list[DegradationEvent]:
-    losses = np.array([loss for loss, _ in state.pending])
-    state.recent_losses = [*state.recent_losses, *losses.tolist()][-_AUTOCORRELATION_MEMORY:]
+    group = _to_run(state.pending)
+    losses = [item.loss for item in state.pending]
+    state.recent_losses = [*state.recent_losses, *losses][-_AUTOCORRELATION_MEMORY:]
     design_effect = intervals.estimate_design_effect(np.array(state.recent_losses))
     events = []
     for kind in KINDS:
-        reference = _reference_loss(kind, state, promise, losses, binary_loss=binary_loss)
+        reference = _reference_loss(kind, state, promise, binary_loss=binary_loss)
         if reference is not None:
             track = state.tracks.setdefault(kind, CusumTrack())
-            events += _update_track(track, kind, losses, *reference, design_effect, binary_loss=binary_loss)
+            update = _update_recovery if track.is_open else _update_cusum
+            event = update(track, kind, group, reference, design_effect)
+            events += [] if event is None else [event]
     if state.baseline_n < BASELINE_SIZE:
         state.baseline_n += GROUP_SIZE
-        state.baseline_loss_sum += float(losses.sum())
-        state.baseline_square_sum += float((losses**2).sum())
+        state.baseline_loss_sum += group.loss_sum
+        state.baseline_square_sum += math.fsum(loss**2 for loss in losses)
     return events
 
 
 def _reference_loss(
-    kind: str, state: DegradationState, promise: PromisedAccuracy, losses: Float64s, *, binary_loss: bool
-) -> tuple[float, float, float] | None:
-    """Return (reference loss, variance of one loss, variance of the reference); None if it is unknown."""
+    kind: str, state: DegradationState, promise: PromisedAccuracy, *, binary_loss: bool
+) -> ReferenceLoss | None:
+    """Return None if the reference is unknown."""
     if kind == DECAY:
         if state.baseline_n < BASELINE_SIZE:
             return None
@@ -191,83 +259,95 @@ def _reference_loss(
         else:
             mean = state.baseline_loss_sum / state.baseline_n
             variance = max(state.baseline_square_sum / state.baseline_n - mean**2, 1e-12)
-        return mean, variance, variance / state.baseline_n
+        return ReferenceLoss(mean, variance, variance / state.baseline_n, binary_loss)
     if not binary_loss:
         return None
     if kind == EVALUATION:
         if promise.accuracy is None:
             return None
         mean = 1 - (promise.accuracy * promise.n + _PRIOR) / (promise.n + 2 * _PRIOR)
-        return mean, mean * (1 - mean), mean * (1 - mean) / max(1, promise.n)
-    expected = np.array([loss for _, loss in state.pending if loss is not None])
-    if len(expected) < len(losses):
+        return ReferenceLoss(mean, mean * (1 - mean), mean * (1 - mean) / max(1, promise.n), binary_loss)
+    expected = np.array([item.expected for item in state.pending if item.expected is not None])
+    if len(expected) < len(state.pending):
         return None
-    return float(expected.mean()), float((expected * (1 - expected)).mean()), 0.0
+    return ReferenceLoss(float(expected.mean()), float((expected * (1 - expected)).mean()), 0.0, binary_loss)
 
 
-def _update_track(
-    track: CusumTrack,
-    kind: str,
-    losses: Float64s,
-    reference_loss: float,
-    variance: float,
-    reference_variance: float,
-    design_effect: float,
-    *,
-    binary_loss: bool,
-) -> list[DegradationEvent]:
-    # The error of the reference is the same in every group.
-    margin = (MARGINS[kind] if binary_loss else _REGRESSION_MARGIN * reference_loss) + math.sqrt(
-        design_effect * reference_variance
-    )
-    z = (float(losses.mean()) - reference_loss - margin) / math.sqrt(max(design_effect * variance / len(losses), 1e-12))
+def _update_cusum(
+    track: CusumTrack, kind: str, group: Run, reference: ReferenceLoss, design_effect: float
+) -> DegradationEvent | None:
+    difference = group.loss - reference.loss - reference.margin(kind, design_effect)
+    z = difference / math.sqrt(max(design_effect * reference.variance / group.n, 1e-12))
     track.cusum = max(0.0, track.cusum + z - SLACK)
-    if track.cusum == 0.0 and not track.is_open:
-        track.n, track.loss_sum = 0, 0.0
-        return []
-    track.n += len(losses)
-    track.loss_sum += float(losses.sum())
-    loss = track.loss_sum / track.n
-    half = intervals.Z * math.sqrt(variance * design_effect / track.n)
-    low, high = intervals.wilson(loss, track.n / design_effect) if binary_loss else (loss - half, loss + half)
-    if not track.is_open and track.cusum > LIMIT and low > reference_loss:
-        track.is_open, track.clear_count, track.raised_count = True, 0, track.raised_count + 1
-        return [DegradationEvent(kind, "raised", track.raised_count, loss, low, high, reference_loss, track.n)]
-    if track.is_open:
-        track.clear_count = track.clear_count + 1 if z < _CLEAR_Z else 0
-        if track.clear_count == GROUPS_TO_CLEAR:
-            track.is_open, track.cusum, track.n, track.loss_sum = False, 0.0, 0, 0.0
-            last = float(losses.mean())
-            return [
-                DegradationEvent(kind, "cleared", track.raised_count, last, last, last, reference_loss, len(losses))
-            ]
-    return []
+    if track.cusum == 0.0:
+        track.run = Run()
+        return None
+    track.run = run = track.run.add(group)
+    low, high = reference.interval(run, design_effect)
+    if track.cusum <= LIMIT or low <= reference.loss:
+        return None
+    track.is_open, track.raised_count = True, track.raised_count + 1
+    return DegradationEvent(kind, "raised", track.raised_count, run.loss, low, high, reference.loss, run)
+
+
+def _update_recovery(
+    track: CusumTrack, kind: str, group: Run, reference: ReferenceLoss, design_effect: float
+) -> DegradationEvent | None:
+    accepted = reference.loss + reference.margin(kind, design_effect)
+    # Labels of the recovery so far say nothing about the loss that raised the alert.
+    degraded = max(track.run.loss, 2 * accepted - reference.loss)
+    middle = (reference.loss + degraded) / 2
+    variance = middle * (1 - middle) if reference.is_binary else reference.variance
+    step = (degraded - reference.loss) * (middle - group.loss) * group.n / max(design_effect * variance, 1e-12)
+    # One group alone must not decide.
+    track.recovery = max(0.0, track.recovery + min(step, _MAX_RECOVERY_STEP))
+    track.recovery_run = run = track.recovery_run.add(group)
+    if track.recovery == 0.0:
+        track.run, track.recovery_run = track.run.add(run), Run()
+        return None
+    low, high = reference.interval(run, design_effect)
+    if track.recovery <= CLEAR_LIMIT or run.n < CLEAR_SIZE or run.loss > accepted or high >= degraded:
+        return None
+    track.is_open, track.cusum, track.recovery = False, 0.0, 0.0
+    track.run, track.recovery_run = Run(), Run()
+    return DegradationEvent(kind, "cleared", track.raised_count, run.loss, low, high, reference.loss, run)
 
 
 def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
     raised = event.state == "raised"
-    references = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
     if raised:
         summary = _raised_sentence(event, binary_loss=binary_loss)
     elif event.state == "corrected":
-        summary = f"labels were corrected; all {event.n} now agree with {references[event.kind]}."
+        summary = f"labels were corrected; all {event.run.n} now agree with {_REFERENCES[event.kind]}."
     else:
-        summary = f"{GROUPS_TO_CLEAR * GROUP_SIZE} labels in a row agree with {references[event.kind]} again."
-    evidence: dict[str, Any] = {"n": event.n}
+        summary = _cleared_sentence(event, binary_loss=binary_loss)
+    evidence: dict[str, Any] = {"n": event.run.n}
     members = ("loss",) if event.state == "corrected" else ("loss", "low", "high", "before")
     evidence |= {name: round(getattr(event, name), 4) for name in members}
+    if event.run.rows is not None and event.run.times_us is not None:
+        first_us, last_us = event.run.times_us
+        evidence |= {"rows": list(event.run.rows), "from": clock.to_rfc3339(first_us), "to": clock.to_rfc3339(last_us)}
     kind = ALERT_KINDS[event.kind]
     return (kind.raised if raised else kind.cleared)(summary, evidence, count=event.count)
+
+
+def _cleared_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:
+    observed = (
+        f"their accuracy is {1 - event.loss:.2f} ({1 - event.high:.2f} to {1 - event.low:.2f})"
+        if binary_loss
+        else f"their error is {event.loss:.3g} ({event.low:.3g} to {event.high:.3g})"
+    )
+    return f"the last {event.run.n} labels agree with {_REFERENCES[event.kind]} again: {observed}."
 
 
 def _raised_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:
     if not binary_loss:
         return (
-            f"the error grew: it is {event.loss:.3g} ({event.low:.3g} to {event.high:.3g}) for the last {event.n} "
+            f"the error grew: it is {event.loss:.3g} ({event.low:.3g} to {event.high:.3g}) for the last {event.run.n} "
             f"labelled results, and was {event.before:.3g} for the first {BASELINE_SIZE}."
         )
     accuracy = f"{1 - event.loss:.2f} ({1 - event.high:.2f} to {1 - event.low:.2f})"
-    observed = f"the accuracy of the last {event.n} labelled results is {accuracy}"
+    observed = f"the accuracy of the last {event.run.n} labelled results is {accuracy}"
     if event.kind == CERTAINTY:
         return f"likely concept drift: {observed}, the model's scores promise {1 - event.before:.2f}."
     if event.kind == EVALUATION:

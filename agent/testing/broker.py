@@ -30,6 +30,14 @@ def free_port() -> int:
             return port
 
 
+def keep_user_root(conf: Path) -> Path:
+    """Let a broker that root starts stay root: the user mosquitto cannot read a test's folder."""
+    if os.geteuid() == 0:
+        with conf.open("a", encoding="utf-8") as file:
+            file.write("user root\n")
+    return conf
+
+
 class MosquittoBroker:
     """A broker that can be killed and started again on the same port.
 
@@ -55,14 +63,12 @@ class MosquittoBroker:
         self._conf = conf or self.folder / "mosquitto.conf"
         if conf is None:
             lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
-            if os.geteuid() == 0:
-                # Else it becomes user mosquitto, who cannot write into a test's folder.
-                lines.append("user root")
             if persistence:
                 data = self.folder / "data"
                 data.mkdir(exist_ok=True)
                 lines += ["persistence true", f"persistence_location {data}/"]
             self._conf.write_text("\n".join([*lines, extra_conf, ""]), encoding="utf-8")
+            keep_user_root(self._conf)
 
     def start(self) -> MosquittoBroker:
         """Start the broker and wait until it accepts connections."""

@@ -12,7 +12,7 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model.bundle import builtin
-from agent.testing.broker import MosquittoBroker
+from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.process import OutstationProcess, run_outstation, wait_until
 
 FLEET = "acme"
@@ -91,11 +91,18 @@ def last_result_row(db: Path, device: str, task: str = "exercise") -> int:
 class LocalFleet:
     """Broker, collector and devices in `folder`. Leaving the context ends every process."""
 
-    def __init__(self, folder: Path, *, mosquitto: MosquittoBroker | None = None) -> None:
+    def __init__(self, folder: Path, *, mosquitto: MosquittoBroker | None = None, tls: bool = False) -> None:
+        """`tls`: run the broker with the config, certificates and access rules that `fleet init` writes."""
         self.folder = folder
-        self.broker = mosquitto or MosquittoBroker(folder)
         self.home = folder / "fleet"
-        self.config: FleetConfig = init_fleet(self.home, FLEET, BrokerConfig(url=self.broker.url))
+        port = free_port()
+        if not tls:
+            self.broker = mosquitto or MosquittoBroker(folder, port=port)
+        url = f"mqtts://localhost:{port}" if tls else self.broker.url
+        self.config: FleetConfig = init_fleet(self.home, FLEET, BrokerConfig(url=url))
+        if tls:
+            conf = keep_user_root(self.home / "broker" / "mosquitto.conf")
+            self.broker = MosquittoBroker(folder, conf=conf, port=port)
         self.collector = OutstationProcess(folder / "collector.log", "fleet", "collect", "--dir", str(self.home))
         self.devices: list[DeviceProcess] = []
 

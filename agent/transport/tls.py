@@ -6,6 +6,7 @@ import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agent import input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 
@@ -52,7 +53,7 @@ def describe_expiry(broker: BrokerConfig) -> str:
     from cryptography import x509
 
     try:
-        end = x509.load_pem_x509_certificate(Path(broker.cert_file).read_bytes()).not_valid_after_utc
+        end = x509.load_pem_x509_certificate(input_files.read_bytes(Path(broker.cert_file))).not_valid_after_utc
     except (OSError, ValueError):
         return ""
     if end > datetime.now(UTC):

@@ -12,6 +12,8 @@ from collections import Counter
 import click
 import pytest
 
+from scripts.attacks import transcript
+
 _PREFIX = re.compile(r"^test_")
 
 
@@ -70,8 +72,11 @@ class AttackReport:
 @click.command()
 @click.argument("areas", nargs=-1)
 @click.option("--list", "list_only", is_flag=True, help="List the attacks, and run none.")
-def main(areas: tuple[str, ...], *, list_only: bool) -> None:
+@click.option("--transcript", "with_parties", is_flag=True, help="Let each party of a small fleet try what it can.")
+def main(areas: tuple[str, ...], *, list_only: bool, with_parties: bool) -> None:
     """Run the attacks of AREAS, or of all, against real processes."""
+    if with_parties:
+        sys.exit(transcript.main())
     report = AttackReport(areas, list_only=list_only)
     code = pytest.main(["tests", "-m", "attack", "-q", "--no-header", "-p", "no:cacheprovider"], plugins=[report])
     if list_only:

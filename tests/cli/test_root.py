@@ -14,7 +14,10 @@ from agent.cli.device.init import TEMPLATE
 from tests.kit.stations import ROOT
 
 NOBODY = 65534
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+pytestmark = [
+    pytest.mark.attack("install"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user"),
+]
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def days(
 
 
 def raised(verdicts: list[DriftWindowResult]) -> list[tuple[str, int]]:
-    return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised"]
+    """Return the drifts; that the site has a cycle, which the shipped reference lacks, is a matter of its own."""
+    return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised" and a.subject in FIELDS]
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -69,7 +70,7 @@ def test_drift_is_detected_despite_a_daily_cycle() -> None:
 
 def test_a_reference_of_some_hours_says_so_where_it_alarms_at_another_hour() -> None:
     verdicts, _ = days(2, 2, learn=24, per_day=96)
-    alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised"]
+    alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised" and a.subject in FIELDS]
     assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in alerts[0]
 
 
@@ -141,12 +142,15 @@ def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
     assert alarms <= 4
 
 
-def test_weekends_alarm_where_only_the_hour_is_followed() -> None:
-    verdicts, _ = office(0, 42, learn_days=14, strata="hour")
-    site = next(v.learned_reference for v in verdicts if v.learned_reference)
-    assert site.site is not None
-    assert not site.site.to_dict()["weekly"]
-    assert len(raised(verdicts)) >= 4
+def test_weekends_widen_the_limits_where_only_the_hour_is_followed() -> None:
+    by_hour, by_week = (
+        next(v.learned_reference for v in office(0, 42, learn_days=14, strata=strata)[0] if v.learned_reference)
+        for strata in ("hour", "auto")
+    )
+    assert by_hour.site is not None
+    assert by_week.site is not None
+    assert not by_hour.site.to_dict()["weekly"]
+    assert by_hour.site.limits[0] * by_hour.test_sd[0] > 3 * by_week.site.limits[0] * by_week.test_sd[0]
 
 
 def test_two_weeks_of_chance_have_no_days_of_rest() -> None:
@@ -171,3 +175,16 @@ def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
 )
 def test_days_of_rest_need_two_weeks_or_one_when_configured(days: int, strata: str, expected: bool) -> None:
     assert daily_cycle.can_fit_weekly(np.arange(days * 24, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
+
+
+def test_the_spread_follows_the_hour_where_days_differ_more_than_nights() -> None:
+    t = np.arange(5 * 24, dtype=np.int64) * daily_cycle.HOUR_US
+    light = np.sin(2 * np.pi * t / daily_cycle.DAY_US)
+    values = np.random.default_rng(0).normal(size=(len(t), 6)) * np.exp(light)[:, None]
+    values[:, 5] /= np.exp(light)
+    fit = daily_cycle.fit(values, t)
+    factors = fit.cycle.evaluate_spread(t)
+    assert (factors[:, 5] == 1).all()
+    assert np.abs(np.log(factors[:, :5]) - light[:, None]).mean() < 0.25
+    by_day = fit.residuals[light > 0.5, :5].std(), fit.residuals[light < -0.5, :5].std()
+    assert 0.6 < by_day[0] / by_day[1] < 1.6

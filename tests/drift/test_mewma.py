@@ -12,9 +12,14 @@ from msgspec.structs import replace
 from agent.drift import DriftMonitor
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.mewma import CLIP, UNREACHABLE_LIMIT, Mewma, fit_limit
+from agent.drift.numeric.control_limits import ScoreNoise
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
 LEARN, SCORES, ALLOTTED = 40, 16, 4e-3
+
+
+def noise(windows: int, scores: int, memory: float = 0.0) -> ScoreNoise:
+    return ScoreNoise(windows, np.ones(scores), np.full(scores, memory), np.ones(scores))
 
 
 def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -> list[int]:
@@ -23,7 +28,7 @@ def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -
     mixed = np.linalg.cholesky(np.full((SCORES, SCORES), together) + (1 - together) * np.eye(SCORES)).T
     learned = rng.normal(size=(LEARN, SCORES)) @ mixed
     mean, sd = learned.mean(0), learned.std(0, ddof=1)
-    most = fit_limit((learned - mean) / sd, 0.0, ALLOTTED)
+    most = fit_limit((learned - mean) / sd, noise(LEARN, SCORES), ALLOTTED)
     rows = rng.normal(size=(windows, SCORES)) @ mixed
     rows[:, :4] += shift
     now, collected = Mewma.zeros(SCORES), []
@@ -50,13 +55,13 @@ def test_four_small_shifts_of_sixteen_are_detected_in_few_windows() -> None:
 def test_one_odd_window_alone_is_no_shift() -> None:
     odd = Mewma.zeros(3).update(np.full(3, 1e6), np.zeros(3), 0)
     learned = np.random.default_rng(1).normal(size=(LEARN, 3))
-    assert odd.statistic < fit_limit(learned, 0.0, 1e-3)
+    assert odd.statistic < fit_limit(learned, noise(LEARN, 3), 1e-3)
     assert (odd.mean < CLIP).all()
 
 
 @given(arrays(np.float64, st.tuples(st.integers(0, 12), st.integers(0, 4)), elements=st.floats(-1e3, 1e3)))
 def test_any_learned_scores_give_a_limit_above_all_that_they_reached(scores: np.ndarray) -> None:
-    most = fit_limit(scores, 0.3, 1e-3)
+    most = fit_limit(scores, noise(len(scores), scores.shape[1], 0.3), 1e-3)
     now = Mewma.zeros(scores.shape[1])
     for z in scores:
         now = now.update(z, z, 0)

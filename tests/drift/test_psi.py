@@ -8,7 +8,8 @@ import pytest
 from agent.drift.detectors import psi
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.psi import PsiConfirmation
-from agent.drift.numeric import divergence, false_alarm_budget
+from agent.drift.numeric import control_limits, divergence, false_alarm_budget
+from agent.drift.numeric.control_limits import ScoreNoise, cusum_limits, fit_noise, fit_tail
 
 
 def counts(seed: int, windows: int, fields: int = 6) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -79,7 +80,7 @@ def test_a_window_without_anything_to_compare_changes_nothing() -> None:
 @pytest.mark.parametrize(("tests", "windows"), [(32, 40), (32, 100), (12, 40)])
 def test_the_limit_gives_about_the_false_alarms_it_was_allotted(tests: int, windows: int) -> None:
     rng = np.random.default_rng(tests + windows)
-    limit = false_alarm_budget.cusum_limit(tests, windows, 1.0, 7e-3, min_limit=3.0)
+    limit = cusum_limits(noise(tests, windows), 1.0, 7e-3, min_limit=3.0)
     alarms = judged = 0
     for _ in range(40):
         learned = rng.normal(size=(windows, tests))
@@ -93,23 +94,32 @@ def test_the_limit_gives_about_the_false_alarms_it_was_allotted(tests: int, wind
     assert 2e-3 < alarms / judged < 1.6e-2
 
 
-def test_more_tests_and_fewer_learned_windows_ask_for_higher_limits() -> None:
-    assert (
-        false_alarm_budget.cusum_limit(64, 40, 1.0, 4e-3)
-        > false_alarm_budget.cusum_limit(32, 40, 1.0, 4e-3)
-        > false_alarm_budget.cusum_limit(32, 100, 1.0, 4e-3)
-    )
-    assert false_alarm_budget.cusum_limit(0, 40, 1.0, 4e-3) == false_alarm_budget.MIN_CUSUM_LIMIT
+def noise(tests: int, windows: int, coefficients: float = 1.0) -> ScoreNoise:
+    return ScoreNoise(windows, np.full(tests, coefficients), np.zeros(tests), np.ones(tests))
 
 
-def test_windows_that_are_like_the_one_before_stretch_the_limits() -> None:
+def test_more_tests_and_fewer_windows_for_each_coefficient_ask_for_higher_limits() -> None:
+    limits = [cusum_limits(noise(*case), 1.0, 4e-3)[0] for case in ((32, 100), (32, 40), (64, 40), (64, 40, 7.0))]
+    assert limits == sorted(set(limits))
+    assert cusum_limits(noise(1, 1000), 1.0, 4e-3)[0] == false_alarm_budget.MIN_CUSUM_LIMIT
+    assert not len(cusum_limits(noise(0, 40), 1.0, 4e-3))
+
+
+@pytest.mark.parametrize(("thinning", "steady"), [(1, 0.0), (1, 0.5), (2, 0.5)])
+def test_the_memory_of_scores_is_estimated_without_its_bias(thinning: int, steady: float) -> None:
     rng = np.random.default_rng(0)
-    separate = rng.normal(size=(80, 12))
-    alike = separate.copy()
-    for at in range(1, 80):
-        alike[at] = 0.4 * alike[at - 1] + 0.9 * alike[at]
-    assert 1.0 <= false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(separate)) < 1.15
-    assert 1.7 < false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(alike)) <= 3.0
-    assert false_alarm_budget.stretch_factor(false_alarm_budget.autocorrelation(np.zeros((40, 3)))) == pytest.approx(
-        1.0, abs=0.06
-    )
+    alike = rng.normal(size=(400 * thinning, 40))
+    for at in range(1, len(alike)):
+        alike[at] = steady * alike[at - 1] + np.sqrt(1 - steady**2) * alike[at]
+    for learned in np.split(alike[::thinning], 5):
+        estimated = fit_noise(learned, np.ones(40), thinning, 1.0, (slice(0, 40),)).autocorrelation
+        assert np.abs(estimated - steady).max() < 0.2
+        assert abs(estimated.mean() - steady) < 0.1
+
+
+def test_a_score_with_heavy_tails_asks_for_a_higher_limit_than_others() -> None:
+    rng = np.random.default_rng(1)
+    learned = rng.normal(size=(100, 3))
+    learned[::25, 2] = 5.0
+    plain, other, heavy = fit_tail(learned, 1.0)
+    assert 1.0 <= min(plain, other) <= max(plain, other) < 1.2 < heavy <= control_limits.MAX_TAIL_FACTOR

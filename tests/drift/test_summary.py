@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.drift import build_reference
@@ -17,12 +18,12 @@ from agent.drift.baseline import summary as summaries
 from agent.drift.baseline import window_statistics
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
+from agent.drift.baseline.sampling import compute_spans
 from agent.drift.baseline.summary import Summary, stack_one
-from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.numeric.sums import Groups, GroupSums
 from agent.drift.reporting import drift_message
 from agent.drift.reporting.drift_message import MessageSums
-from tests.kit.machine import FIELDS, LABELS, ROWS, readings, reference
+from tests.kit.machine import FIELDS, LABELS, ROWS, readings, reference, summarize_rows
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,11 @@ def test_rows_added_in_any_batches_give_the_same_bytes(shipped: Reference, seed:
     rows[rng.random(rows.shape) < 0.05] = np.nan
     rows[40:70, 1] = 0.5
     rows[rng.integers(0, 200, 8), 2] += 500.0
-    whole, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
-    pieces, tail = Summary.empty(shipped), Tail.empty(3)
-    for begin, end in pairwise([0, *sorted(cuts), 200]):
-        pieces, tail = pieces.add_rows(shipped, rows[begin:end], tail)
+    whole, _ = summarize_rows(shipped, rows)
+    pieces, tail = None, None
+    for begin, end in pairwise(sorted({0, *cuts, 200})):
+        pieces, tail = summarize_rows(shipped, rows[begin:end], pieces, tail)
+    assert pieces is not None
     assert pieces.to_bytes() == whole.to_bytes()
     assert whole.longest[1] >= 30
     assert whole.spikes[2] > 0
@@ -141,7 +143,7 @@ def test_values_on_edges_and_limits_count_where_the_format_says(shipped: Referen
     low, high, edge = shipped.low[0], shipped.high[0], shipped.edges[0, 10]
     column = np.array([low, high, edge, np.nextafter(low, -9), np.nextafter(high, 99), np.nan])
     rows = np.column_stack([column, np.zeros(6), np.zeros(6)])
-    got, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+    got, _ = summarize_rows(shipped, rows)
     assert got.counts[0, [0, 1, 12, 32, 33]].tolist() == [1, 1, 1, 1, 1]
     assert got.counts[0].sum() == 5
     assert got.missing.tolist() == [1, 0, 0]
@@ -177,6 +179,31 @@ def test_the_message_has_the_documented_members_and_stays_small(shipped: Referen
     assert len(json.dumps([got, output])) < 1500
 
 
+def summarize_in_parts(
+    used: Reference,
+    rows: NDArray[np.float64],
+    t: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    top: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> Summary:
+    """Summarize a drift window in up to three parts of whole model windows."""
+    stack, tail = None, Tail.empty(3)
+    for begin, end in pairwise(sorted({0, *rng.integers(0, len(starts), 2).tolist(), len(starts)})):
+        part = slice(int(starts[begin]), int(starts[end - 1]) + used.window_rows)
+        at = starts[begin:end] - part.start
+        stats = window_statistics.compute_statistics(rows[part], at, used.window_rows, used.floor)
+        named, scores = labels[begin:end], top[begin:end]
+        spans = compute_spans(t[part], at, used.window_rows, tail.t)[None]
+        stack, tail = summaries.summarize_windows(
+            used, rows[part][None], spans, stats, named, scores, named, before=stack, tail=tail
+        )
+        tail = replace(tail, t=int(t[part][-1]))
+    assert stack is not None
+    return summaries.select_window(stack, 0)
+
+
 @given(
     st.integers(0, 1000),
     st.integers(1, 4),
@@ -210,14 +237,9 @@ def test_windows_summarized_at_once_have_the_bytes_of_one_after_another(
         used.floor,
     )
     times = np.diff(t, axis=1) if window_rows == 1 else t[:, starts + window_rows - 1] - t[:, starts]
-    stack = summaries.summarize_windows(used, rows, times, result, labels.ravel(), top.ravel(), labels.ravel())
+    stack, _ = summaries.summarize_windows(used, rows, times, result, labels.ravel(), top.ravel(), labels.ravel())
     for number in range(windows):
-        first, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
-        part = slice(number * len(starts), (number + 1) * len(starts))
-        first = first.add_times(t[number], starts, used, 0)
-        measures = {name: numbers[part] for name, numbers in result.measures.items()}
-        stats = WindowStatistics(result.values[part], measures)
-        first = first.add_windows(used, stats, labels[number], top[number])
+        first = summarize_in_parts(used, rows[number], t[number], starts, labels[number], top[number], rng)
         assert summaries.select_window(stack, number).to_bytes() == first.to_bytes()
         assert drift_message.build_features(shown(stack), used)[number] == described(first, used)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment.enrol import init_fleet
-from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FLEET
 from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
@@ -58,9 +57,7 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     config = init_fleet(folder / "fleet", FLEET, BrokerConfig(url=f"mqtts://localhost:{port}"))
     for name in ("pi-a", "pi-b"):
         let_in(config, folder / "fleet", name)
-    conf = folder / "fleet" / "broker" / "mosquitto.conf"
-    if os.geteuid() == 0:
-        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+    conf = keep_user_root(folder / "fleet" / "broker" / "mosquitto.conf")
     with MosquittoBroker(folder, conf=conf, port=port):
         yield Access(folder / "fleet", config)
 

@@ -30,7 +30,7 @@ from agent.config import BrokerConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
-from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FIELDS, FLEET, DeviceProcess, LocalFleet, field_tables, last_result_row
 from agent.testing.messages import new_key
 from agent.testing.process import NotifySocket, OutstationProcess, run_outstation, wait_until
@@ -419,7 +419,7 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
     device = DeviceProcess(tmp_path / "device", "pi-01").add_replay_stream(4000, 100).add_task("exercise")
     collector = OutstationProcess(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
-    with MosquittoBroker(tmp_path, conf=as_this_user(home), port=port):
+    with MosquittoBroker(tmp_path, conf=keep_user_root(home / "broker" / "mosquitto.conf"), port=port):
         try:
             collector.start()
             checked = run_outstation("check", "-c", str(device.config))
@@ -439,14 +439,6 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
     [listed] = json.loads(run_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
-
-
-def as_this_user(home: Path) -> Path:
-    """Mosquitto's generated config; as root it would become a user who cannot read a test's folder."""
-    conf = home / "broker" / "mosquitto.conf"
-    if os.geteuid() == 0:
-        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
-    return conf
 
 
 def as_the_device(device: DeviceProcess, topic: str) -> int:

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.fleet import config as fleet_config
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_control, collectors, pki, revocation
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from agent.testing.broker import MosquittoBroker, free_port
+from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.messages import MessageSender
 from agent.transport.mqtt import Link
-from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire.keys import load_private
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+from agent.wire.keys import generate, load_private
+from scripts.kit.broker_client import (
+    NOT_AUTHORIZED,
+    publish_all,
+    publish_one,
+    receive_messages,
+    subscribe_anyway,
+)
 
 pytestmark = pytest.mark.attack("broker")
 
 NOW = "2026-01-01T00:00:00Z"
 BASE = "outstation/acme"
-NOT_AUTHORIZED = 0x87
 
 
 class Site:
@@ -46,10 +51,8 @@ class Site:
         self.folder = folder / "acme"
         self.config: FleetConfig = init_fleet(self.folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
         self.key = load_private(self.folder / "collector.key")
-        self.group = share_group(self.key, "acme")
-        conf = self.folder / "broker" / "mosquitto.conf"
-        if os.geteuid() == 0:
-            conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+        self.group = self.config.fleet.share_group
+        conf = keep_user_root(self.folder / "broker" / "mosquitto.conf")
         self.broker = MosquittoBroker(folder, conf=conf, port=port)
         self.store = FleetStore(Path(self.config.fleet.db))
         self.senders = {name: MessageSender(name) for name in ("pi-07", "pi-08")}
@@ -83,9 +86,17 @@ class Site:
     def revoke(self, device: str) -> revocation.RevocationOutcome:
         return revocation.revoke_device(self.folder, self.config, self.store, device, None, NOW)
 
+    def as_if_elsewhere(self) -> None:
+        """Let the broker look like one on another machine: its process is not known here."""
+        (self.folder / "broker" / broker_control.PID_FILE).unlink()
+
     def rules(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((self.folder / "broker" / "dynamic-security.json").read_text())
         return document
+
+
+def code(link: Link, topic: str, payload: bytes = b"{}") -> int:
+    return publish_one(link, OutgoingMessage(topic, payload))
 
 
 @pytest.fixture
@@ -93,36 +104,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path)
     yield made
     made.store.close()
-
-
-def insist(link: Link, filters: Sequence[str]) -> list[str]:
-    """Subscribe whatever the broker answers, and keep the connection; return the refusals."""
-    link._handshake.subscribed.clear()
-    link._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in filters])
-    link._wait_until(lambda: bool(link._handshake.subscribed), 10.0, "no SUBACK")
-    return link._handshake.subscribed
-
-
-def code(link: Link, topic: str, payload: bytes = b"{}", *, retain: bool = False) -> int:
-    """Return the broker's reason code for a message on `topic`."""
-    token = link.send(OutgoingMessage(topic, payload, retain=retain))
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for event in link.receive(1.0):
-            if isinstance(event, PublishReceipt) and event.token == token:
-                return event.code
-    raise AssertionError("no PUBACK")
-
-
-def receive_messages(link: Link, n: int, timeout_s: float = 10.0) -> list[IncomingMessage]:
-    messages: list[IncomingMessage] = []
-    deadline = time.monotonic() + timeout_s
-    while len(messages) < n and time.monotonic() < deadline:
-        for event in link.receive(0.2):
-            if isinstance(event, IncomingMessage):
-                link.acknowledge(event)
-                messages.append(event)
-    return messages
 
 
 def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> None:
@@ -135,7 +116,7 @@ def test_a_device_that_joins_the_collectors_group_gets_nothing(site: Site) -> No
     with site.broker:
         collector = Link(site.as_collector, "c", subscribe=topic_filters("acme", group=site.group))
         thief = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
-        refusals = insist(thief, [*filters, "#", f"{BASE}/#", f"{BASE}/pi-08/health", f"{BASE}/+/ack"])
+        refusals = subscribe_anyway(thief, [*filters, "#", f"{BASE}/#", f"{BASE}/pi-08/health", f"{BASE}/+/ack"])
         assert all(refusals), "each subscription is refused"
         honest = Link(site.as_device("pi-08"), "y")
         for _ in range(40):
@@ -160,7 +141,7 @@ def test_with_an_access_list_alone_a_device_takes_messages_of_the_group(site: Si
     with site.broker:
         collector = Link(site.as_collector, "c", subscribe=group)
         thief = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
-        assert insist(thief, group) == [""]
+        assert subscribe_anyway(thief, group) == [""]
         honest = Link(site.as_device("pi-08"), "y")
         assert all(code(honest, f"{BASE}/pi-08/health") < 0x80 for _ in range(20))
         assert len(receive_messages(collector, 20, 2.0)) < 20
@@ -172,11 +153,33 @@ def test_the_collectors_group_is_not_in_a_file_that_others_read(site: Site) -> N
     readable = [path for path in site.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
     assert site.folder / "ca.pem" in readable
     assert not any(site.group.encode() in path.read_bytes() for path in readable)
-    assert site.group != share_group(load_private(site.folder / "operator.key"), "acme")
+    assert site.group in (site.folder / "fleet.toml").read_text(encoding="utf-8")
 
 
-def test_a_revoked_device_with_an_open_session_is_disconnected_at_once(site: Site) -> None:
+def test_a_collector_with_a_new_key_is_still_in_the_group_that_the_broker_knows(site: Site) -> None:
+    (site.folder / "collector.key").unlink()
+    generate(site.folder / "collector.key")
+    group = fleet_config.load(site.folder).fleet.share_group
+    assert group == site.group
     with site.broker:
+        Link(site.as_collector, "c", subscribe=topic_filters("acme", group=group)).close()
+
+
+def test_a_revoked_device_is_disconnected_at_once_and_its_certificate_is_refused(site: Site) -> None:
+    with site.broker:
+        thief = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
+        assert site.revoke("pi-07").steps == ()
+        with pytest.raises(LinkDown):
+            code(thief, f"{BASE}/pi-07/health")
+        thief.close()
+        for _ in range(2):
+            with pytest.raises(LinkDown):
+                Link(site.as_device("pi-07"), "x")
+
+
+def test_a_revoked_device_can_do_nothing_at_a_broker_elsewhere_that_has_not_read_the_list(site: Site) -> None:
+    with site.broker:
+        site.as_if_elsewhere()
         thief = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"], session_expiry_s=3600)
         honest = Link(site.as_device("pi-08"), "y")
         done = site.revoke("pi-07")
@@ -186,7 +189,8 @@ def test_a_revoked_device_with_an_open_session_is_disconnected_at_once(site: Sit
         thief.close()
         again = Link(site.as_device("pi-07"), "x", session_expiry_s=3600)
         assert code(again, f"{BASE}/pi-07/health") == NOT_AUTHORIZED
-        assert all(insist(again, [f"{BASE}/pi-07/cmd", f"{BASE}/_all/desired", f"$share/{site.group}/{BASE}/#"]))
+        filters = [f"{BASE}/pi-07/cmd", f"{BASE}/_all/desired", f"$share/{site.group}/{BASE}/#"]
+        assert all(subscribe_anyway(again, filters))
         operator = Link(site.as_operator, "o")
         assert code(operator, f"{BASE}/pi-07/cmd") < 0x80
         assert receive_messages(again, 1, 0.5) == []
@@ -207,6 +211,7 @@ def test_a_revoked_device_cannot_resume_its_offline_session(site: Site, monkeypa
     with site.broker:
         thief = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"], session_expiry_s=3600)
         thief.drop()
+        site.as_if_elsewhere()
         operator = Link(site.as_operator, "o")
         assert code(operator, f"{BASE}/pi-07/cmd") == 0, "the session takes messages"
         site.revoke("pi-07")
@@ -284,7 +289,7 @@ def test_a_device_cannot_change_the_access_rules(site: Site) -> None:
         for who in (site.as_device("pi-07"), site.as_collector, site.as_operator):
             link = Link(who, "x")
             assert code(link, broker_access.CONTROL_TOPIC, command) == NOT_AUTHORIZED
-            assert all(insist(link, ["$CONTROL/#", f"{broker_access.CONTROL_TOPIC}/response"]))
+            assert all(subscribe_anyway(link, ["$CONTROL/#", f"{broker_access.CONTROL_TOPIC}/response"]))
             link.close()
 
 
@@ -293,7 +298,7 @@ def test_a_certificate_of_the_fleet_without_an_entry_can_do_nothing(site: Site) 
     with site.broker:
         link = Link(site.as_device("pi-10"), "x")
         assert code(link, f"{BASE}/pi-10/health") == NOT_AUTHORIZED
-        assert all(insist(link, [f"{BASE}/pi-10/cmd"]))
+        assert all(subscribe_anyway(link, [f"{BASE}/pi-10/cmd"]))
         link.close()
 
 
@@ -309,18 +314,6 @@ def collect(site: Site, done: Callable[[Collector], bool], quota: Quota | None =
     return collector
 
 
-def publish(link: Link, messages: Sequence[OutgoingMessage]) -> None:
-    """Publish within the broker's window, and wait for each PUBACK."""
-    waiting: set[int] = set()
-    remaining = iter(messages)
-    while True:
-        for message in itertools.islice(remaining, link.window - len(waiting)):
-            waiting.add(link.send(message))
-        if not waiting:
-            return
-        waiting -= {event.token for event in link.receive(5.0) if isinstance(event, PublishReceipt)}
-
-
 def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
     """Messages over quota are not stored and not acknowledged: they stay on the device."""
     quota = Quota(messages_per_s=1.0, bytes_per_s=1_000_000, burst_s=100.0)
@@ -330,8 +323,8 @@ def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
         collect(site, lambda _: True)
         thief, link = Link(site.as_device("pi-07"), "x"), Link(site.as_device("pi-08"), "y")
         for i in range(60):
-            publish(thief, flood[25 * i : 25 * i + 25])
-            publish(link, honest[i : i + 1])
+            publish_all(thief, flood[25 * i : 25 * i + 25])
+            publish_all(link, honest[i : i + 1])
         ack = Link(site.as_operator, "o", subscribe=[f"{BASE}/+/ack"])
 
         def has_all(_: Collector) -> bool:
@@ -354,7 +347,7 @@ def test_junk_in_a_devices_own_name_uses_up_its_quota(site: Site) -> None:
     with site.broker:
         collect(site, lambda _: True)
         thief = Link(site.as_device("pi-07"), "x")
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/health", b"x" * 1000)] * 200)
+        publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/health", b"x" * 1000)] * 200)
         thief.close()
         collect(site, lambda _: sum(refused(site).values()) == 200, quota)
         assert refused(site)["pi-07", "over quota"] >= 140
@@ -366,15 +359,15 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
         collector = Collector("acme", site.as_collector, site.store, site.key)
         link = collector._connect()
         thief = Link(site.as_device("pi-07"), "x")
-        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics])
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/state", b"{}", retain=True)])
+        publish_all(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics])
+        publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/state", b"{}", retain=True)])
         deadline = time.monotonic() + 60
         while collector.acknowledger.has_pending or refused(site).get(("pi-07", "retained"), 0) < len(topics):
             assert time.monotonic() < deadline
             collector.tick(link, 0.1)
         # What it retained while no collector ran is deleted when one connects.
         link.close()
-        publish(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics[:50]])
+        publish_all(thief, [OutgoingMessage(topic, b"x" * 100, retain=True) for topic in topics[:50]])
 
         def has_deleted(other: Collector) -> bool:
             return refused(site)["pi-07", "retained"] >= len(topics) + 50 and not other.acknowledger.has_pending
@@ -389,13 +382,13 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
 def test_collectors_that_share_messages_see_what_is_retained_too(site: Site) -> None:
     with site.broker:
         thief = Link(site.as_device("pi-07"), "x")
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/before", b"x", retain=True)])
+        publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/results/before", b"x", retain=True)])
         shared = logged_filters("acme", group=site.group)
         link = Link(site.as_collector, "c", subscribe=shared, retain_as_published=shared)
         link.request_retained(logged_filters("acme"))
         assert [(message.topic[-6:], message.retained) for message in receive_messages(link, 1)] == [("before", True)]
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x", retain=True)])
-        publish(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x")])
+        publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x", retain=True)])
+        publish_all(thief, [OutgoingMessage(f"{BASE}/pi-07/results/later", b"x")])
         assert [message.retained for message in receive_messages(link, 3, 1.0)] == [True, False]
         thief.close()
         link.close()

@@ -229,6 +229,14 @@ def test_a_time_that_no_calendar_has_is_refused_in_every_kind(story: Story) -> N
     assert checked > 50
 
 
+@pytest.mark.attack("values", control=True)
+@pytest.mark.parametrize("time", HOSTILE[:3])
+def test_without_the_check_on_receipt_a_reader_of_the_time_ends_in_an_error(time: str) -> None:
+    sent = MessageSender().alert(time=time)
+    with pytest.raises(ValueError, match=r"time|month|year|day"):
+        clock.parse_rfc3339(json.loads(sent.payload)["time"])
+
+
 def test_hostile_health_is_read_without_a_traceback(story: Story) -> None:
     device, read = HostileDevice("pi-66"), 0
     for topic, body in collect_samples(story.store):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import pki, revocation
-from agent.fleet.enrolment.enrol import CERTIFICATE, TLS_KEY, init_fleet
+from agent.fleet.enrolment import broker_control, pki, revocation
+from agent.fleet.enrolment.device_files import CERTIFICATE, TLS_KEY
+from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
 from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.messages import new_key
@@ -113,10 +115,19 @@ def test_a_revoked_device_is_refused_after_the_broker_reads_the_crl(desk: Desk) 
         assert len(document["revoked"]) == 1
         assert document["certificates"] == [f"{desk.serial('pi-07'):x}"]
         assert document["session_ended"]
-        desk.reload()
+        assert document["steps"] == []
         assert not connects(stolen)
         assert connects(other)
         assert connects(desk.config.broker_for(desk.config.collector))
+
+
+def test_a_process_that_has_the_number_of_a_broker_that_ended_is_left_alone(desk: Desk) -> None:
+    with subprocess.Popen(["/bin/sleep", "60"]) as other:
+        (desk.folder / "broker" / broker_control.PID_FILE).write_text(f"{other.pid}\n", encoding="ascii")
+        done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+        assert any("reload the broker" in step for step in done.steps)
+        assert other.poll() is None
+        other.kill()
 
 
 def test_after_a_replacement_only_the_new_certificate_connects(desk: Desk) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
+from agent.fleet.database import log_succession
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender, SignedMessage, new_key
@@ -67,6 +68,16 @@ def test_a_message_in_a_clones_own_log_silences_no_alert_and_raises_one(
     assert (listed["logs"], listed["alerts"], listed["through"]) == (2, 2, 2)
     assert dict(store.newest_logs()) == {"pi-07": genuine.log}
     assert audit(store).passed
+
+
+@pytest.mark.attack("clones", control=True)
+def test_where_the_log_that_arrived_last_counts_alone_a_clone_silences_the_device(
+    store: FleetStore, genuine: MessageSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_succession, "find_live_logs", lambda logs, _: {[log for log, *_ in logs][-1]})
+    clone = MessageSender(key=genuine.key)
+    collect(store, clone, clone.results())
+    assert open_alerts(store) == []
 
 
 def test_a_clone_cannot_clear_alerts_of_the_device_in_its_own_log(store: FleetStore, genuine: MessageSender) -> None:

@@ -14,6 +14,9 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift.baseline import summary, window_statistics
+from agent.drift.baseline.runs import Tail
+from agent.drift.baseline.summary import Summary
 
 FIELDS = ("x", "y", "z")
 LABELS = ("idle", "walk", "run")
@@ -121,3 +124,22 @@ def comparable(verdicts: list[DriftWindowResult]) -> list[object]:
         states = [(name, field["state"], field["cusum"]) for name, field in last["features"].items()]
         out.append((spans[0][0], columns, [n.tolist() for n in counts], states, last["joint"], last["rate"]["cusum"]))
     return out
+
+
+def summarize_rows(
+    reference: Reference, rows: NDArray[np.float64], before: Summary | None = None, tail: Tail | None = None
+) -> tuple[Summary, Tail]:
+    """Summarize rows (n, F) without model windows, which go on from those `before`, and return their tail."""
+    nothing = np.empty(0, np.int64)
+    stack, tail = summary.summarize_windows(
+        reference,
+        rows[None],
+        np.empty((1, 0), np.int64),
+        window_statistics.compute_statistics(rows, nothing, reference.window_rows, reference.floor),
+        nothing,
+        None,
+        nothing,
+        before=None if before is None else summary.stack_one(before),
+        tail=tail,
+    )
+    return summary.select_window(stack, 0), tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -158,6 +159,27 @@ def test_a_model_process_is_confined_and_computes_the_bits_of_the_runtime(monkey
         threads = list(Path(f"/proc/{there.pid}/task").glob("*/status"))
         assert all("Seccomp:\t2\n" in status.read_text(encoding="ascii") for status in threads)
         assert b"token" not in Path(f"/proc/{there.pid}/environ").read_bytes()
+
+
+@pytest.mark.attack("confinement")
+def test_a_model_that_runs_over_files_is_confined_and_loads_no_runtime_here(tmp_path: Path) -> None:
+    with contextlib.closing(open_exercise()) as model:
+        assert model.is_confined
+    recordings = str(builtin.recordings_dir() / "exercise.npz")
+    code = "import sys; from agent.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as end: "
+    code += "print(end.code, sorted({'ai_edge_litert', 'tflite_runtime'} & set(sys.modules)))"
+    for words in (["run", "exercise", recordings, "-o", str(tmp_path / "a.csv")], ["evaluate", "exercise", recordings]):
+        command = [sys.executable, "-c", code, "model", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        # Some rows of the recordings are of no window, which `run` tells by its exit code.
+        assert done.stdout.splitlines()[-1] in ("0 []", "1 []"), done.stderr
+
+
+def open_exercise() -> SubprocessModel:
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    model = activation.open_for_files(shipped).model
+    assert isinstance(model, SubprocessModel)
+    return model
 
 
 def test_a_bundle_that_names_sixty_four_gib_gets_what_the_site_allows() -> None:

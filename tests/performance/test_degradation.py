@@ -16,6 +16,7 @@ from agent.performance.degradation import (
     EVALUATION,
     DegradationEvent,
     DegradationState,
+    LabelledLoss,
     PromisedAccuracy,
 )
 
@@ -26,11 +27,11 @@ def run(
     promise: PromisedAccuracy | None = None,
     expected: float | None = None,
     shares: bool = True,
+    first_row: int = 1,
 ) -> list[DegradationEvent]:
     state = state or DegradationState("sha256:a")
-    return degradation.add_losses(
-        state, list(map(float, losses)), [expected] * len(losses), promise or PromisedAccuracy(), binary_loss=shares
-    )
+    labelled = [LabelledLoss(float(loss), expected, row, row * 1_000_000) for row, loss in enumerate(losses, first_row)]
+    return degradation.add_losses(state, labelled, promise or PromisedAccuracy(), binary_loss=shares)
 
 
 def wrong(n: int, share: float, seed: int = 0) -> Any:
@@ -78,6 +79,54 @@ def test_an_alert_is_raised_once_and_cleared_once() -> None:
     assert [(item.state, item.count) for item in again] == [("raised", 2)]
 
 
+def follow(losses: Any, share_before: float, seed: int) -> list[DegradationEvent]:
+    """Return the decay events of labels after 600 with `share_before` mistakes."""
+    state = DegradationState("sha256:a")
+    run(wrong(600, share_before, seed + 1000), state)
+    return [event for event in run(losses, state) if event.kind == DECAY]
+
+
+def neighbours_alike(n: int, share: float, repeat: float, seed: int) -> Any:
+    """Return 0/1 losses, each equal to the one before with chance `repeat`, else drawn anew."""
+    random = np.random.default_rng(seed)
+    new, drawn = random.random(n) >= repeat, random.random(n) < share
+    return drawn[np.maximum.accumulate(np.where(new, np.arange(n), 0))]
+
+
+@pytest.mark.parametrize("repeat", [0.0, 0.3, 0.6])
+def test_an_alert_stays_open_while_the_model_stays_wrong(repeat: float) -> None:
+    """Quiet stretches inside an event used to clear it: 5 to 75 times in 100 events of 3,000 labels."""
+    events = [follow(neighbours_alike(3000, 0.3, repeat, seed), 0.1, seed) for seed in range(25)]
+    raised = sum(item[0].state == "raised" for item in events if item)
+    cleared = sum(event.state == "cleared" for item in events for event in item)
+    assert raised >= 20
+    assert cleared <= 1
+
+
+def test_the_clearing_says_which_labels_agree() -> None:
+    losses = np.concatenate([wrong(500, 0.35, 5), wrong(400, 0.08, 6)])
+    raised, cleared = follow(losses, 0.08, 5)
+    assert cleared.run.n >= degradation.CLEAR_SIZE
+    assert cleared.high < raised.loss
+    assert cleared.run.rows is not None
+    first, last = cleared.run.rows
+    assert losses[first - 1 : last].mean() == pytest.approx(cleared.loss)
+    alert = degradation.build_alert(cleared, binary_loss=True)
+    assert alert.evidence["rows"] == [first, last]
+    assert alert.evidence["n"] == last - first + 1
+    assert alert.evidence["to"].startswith(f"1970-01-01T00:{last // 60:02}:{last % 60:02}")
+    assert f"the last {cleared.run.n} labels agree with the first labels again" in alert.summary
+
+
+def test_errors_of_numbers_clear_as_well() -> None:
+    random, state = np.random.default_rng(4), DegradationState("sha256:a")
+    run(np.abs(random.normal(0, 1, 600)), state, shares=False)
+    run(np.abs(random.normal(0, 1.8, 600)), state, shares=False)
+    [cleared] = run(np.abs(random.normal(0, 1, 400)), state, shares=False)
+    assert cleared.state == "cleared"
+    assert degradation.build_alert(cleared, binary_loss=False).summary.startswith("the last ")
+
+
 def test_accuracy_below_the_evaluation_is_reported_from_the_first_labels() -> None:
     events = run(wrong(150, 0.3), promise=PromisedAccuracy(0.93, 3000))
     assert [item.kind for item in events] == [EVALUATION]
@@ -94,10 +143,8 @@ def test_labels_below_the_models_scores_are_likely_concept_drift() -> None:
 
 def test_one_answer_without_a_score_skips_the_certainty_test() -> None:
     state = DegradationState("sha256:a")
-    losses = [1.0] * 100
-    expected: list[float | None] = [0.05] * 100
-    expected[::20] = [None] * 5
-    assert degradation.add_losses(state, losses, expected, PromisedAccuracy(), binary_loss=True) == []
+    losses = [LabelledLoss(1.0, None if i % 20 == 0 else 0.05) for i in range(100)]
+    assert degradation.add_losses(state, losses, PromisedAccuracy(), binary_loss=True) == []
 
 
 def test_growing_errors_of_numbers_are_reported() -> None:
@@ -112,7 +159,7 @@ def test_it_does_not_matter_how_labels_are_cut_into_messages() -> None:
     losses = np.concatenate([wrong(300, 0.1), wrong(300, 0.4, 1)])
     whole, parts = DegradationState("sha256:a"), DegradationState("sha256:a")
     events = run(losses, whole)
-    pieces = [item for i in range(0, 600, 7) for item in run(losses[i : i + 7], parts)]
+    pieces = [item for i in range(0, 600, 7) for item in run(losses[i : i + 7], parts, first_row=i + 1)]
     assert events == pieces
     assert whole.to_bytes() == parts.to_bytes()
 
@@ -132,10 +179,8 @@ def test_damaged_state_is_refused() -> None:
 def redone(
     state: DegradationState, losses: Any, whole: bool = True, promise: PromisedAccuracy | None = None
 ) -> list[DegradationEvent]:
-    given = list(map(float, losses))
-    return degradation.recompute(
-        state, given, [None] * len(given), promise or PromisedAccuracy(), binary_loss=True, complete=whole
-    )
+    given = [LabelledLoss(float(loss), None, row, row * 1_000_000) for row, loss in enumerate(losses, 1)]
+    return degradation.recompute(state, given, promise or PromisedAccuracy(), binary_loss=True, complete=whole)
 
 
 @given(

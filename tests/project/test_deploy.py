@@ -76,6 +76,7 @@ def test_the_service_starts_without_network_or_time_and_is_tried_for_ever() -> N
     assert "StartLimitIntervalSec=0" in lines[: lines.index("[Service]")]
 
 
+@pytest.mark.attack("install")
 def test_the_service_and_the_installer_agree() -> None:
     unit, script = UNIT.read_text(), INSTALL.read_text()
     program = re.search(r"^program=(\S+)", script, re.MULTILINE)
@@ -146,10 +147,12 @@ def test_setup_names_the_pythons_that_will_do(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
+@pytest.mark.attack("install")
 def test_what_is_installed_is_pinned_with_hashes_and_in_step_with_the_project() -> None:
     assert lock.check() == []
 
 
+@pytest.mark.attack("install")
 def test_a_changed_dependency_makes_the_locks_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -161,6 +164,22 @@ def test_a_changed_dependency_makes_the_locks_stale(tmp_path: Path, monkeypatch:
     assert lock.check()[1] == "deploy/requirements.txt: no version or hash: evil>=1"
 
 
+@pytest.mark.attack("install", control=True)
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+def test_a_chown_of_names_that_were_listed_before_gives_a_file_of_root_away(tmp_path: Path) -> None:
+    """The former installer listed the files of a folder that the service's user could write to."""
+    secret, folder = tmp_path / "shadow", tmp_path / "config"
+    secret.write_text("root's own\n")
+    folder.mkdir()
+    (folder / "a.key").write_text("")
+    names = run("find", folder, "-type", "f").stdout.split()
+    (folder / "a.key").unlink()
+    (folder / "a.key").symlink_to(secret)
+    assert run("chown", "65534", *names).returncode == 0
+    assert secret.stat().st_uid == 65534
+
+
+@pytest.mark.attack("install")
 def test_root_takes_no_file_by_its_path_where_another_user_may_swap_it() -> None:
     text = INSTALL.read_text(encoding="utf-8") + UNIT.read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if "chown" in line and not line.strip().startswith("#")]

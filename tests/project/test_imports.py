@@ -32,6 +32,7 @@ FLOORS = {
     "text": 1,
     "toml_files": 1,
     "durable_files": 1,
+    "input_files": 0,
     "config": 2,
     "wire": 3,
     "render": 3,
@@ -67,6 +68,7 @@ ONLY = {
     "PIL": {"agent.model.inference.images"},
     "ray": {"agent.evaluation.predict.ray_cluster"},
     "cyclonedx": {"agent.fleet.evidence.gather.sbom"},
+    "rfc3161_client": {"agent.fleet.evidence.timestamps.token"},
     "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from agent import config, durable_files
+from agent import config, durable_files, input_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
@@ -162,7 +162,7 @@ def _read_enrolment(enrolment: Path) -> dict[str, bytes]:
     members = {}
     try:
         # To its end first: only there does gzip check that the file is complete.
-        with gzip.open(enrolment) as file:
+        with input_files.open_regular(enrolment) as packed, gzip.open(packed) as file:
             content = file.read(_MAX_MEMBER_BYTES * len(_MEMBERS))
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from agent.bootstrap import device
+from agent.cli.device.smallest_changes import format_smallest_changes
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.device import status as documents
 from agent.model.inference.tuning import Tuning
@@ -24,6 +25,7 @@ _ROW_COUNTS = {
     "step_rows": "rows rejected by max_step",
     "out_of_order_rows": "rows out of order accepted",
 }
+_MAX_FIELDS = 6  # whose smallest changes are shown
 
 
 @click.command(epilog="Example: outstation status --json")
@@ -150,6 +152,8 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
     if (learning := reference["learning"]) is not None:
         span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
+    if (site := reference["site"]) is not None:
+        lines.append(format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines

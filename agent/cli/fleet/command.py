@@ -44,6 +44,7 @@ def command(
     rollback TASK                activate the bundle that ran before
     relearn TASK [TIME]          learn the site's drift reference again, from at least TIME ("24 h") of readings
     reset-reference TASK         discard it, and learn another as the config says
+    accept-reference TASK        accept a learned reference that deviates
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
@@ -99,7 +100,8 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         lines.append("The broker ended its session, and takes nothing from it any more.")
     if done.certificates:
         serials = ", ".join(done.certificates)
-        lines.append(f"Its certificate ({serials}) is on the revocation list. The broker still has to read the list:")
+        still = "which the broker still has to read:" if done.steps else "which the broker reads."
+        lines.append(f"Its certificate ({serials}) is on the revocation list, {still}")
     if done.problem:
         lines.append(done.problem[0].upper() + done.problem[1:])
     emit(document, as_json, lambda: print_lines(*lines, *done.steps))

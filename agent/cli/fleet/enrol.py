@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from agent.fleet import config as fleet_config
 from agent.names import is_name
 from agent.quantities import parse_duration
 from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.enrolment.enrol import Enrolment
 
 
 @click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -142,18 +146,18 @@ def enrol(
     from agent.fleet.enrolment import enrol as enrolment
     from agent.fleet.enrolment import join_tokens
 
-    home = fleet_config.find_folder(folder)
-    config = fleet_config.load(home)
-    if keep_backlog is not None and not replace:
-        raise UsageError("--keep-backlog applies to the key that --replace replaces; add --replace")
-    if keep_certificate and not replace:
-        raise UsageError("--keep-certificate applies to the certificate that --replace replaces; add --replace")
+    if not replace:
+        for option, given in (("--keep-backlog", keep_backlog is not None), ("--keep-certificate", keep_certificate)):
+            if given:
+                raise UsageError(f"{option} applies to what --replace replaces; add --replace")
     if request_file is not None and key is not None:
         raise UsageError("--request has the device's key already; leave --key out")
     if thumbprint is not None and request_file is None:
         raise UsageError("--thumbprint is that of the key in a request; add --request")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: exists already; name a new file")
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
     request = enrolment.read_request(request_file) if request_file is not None else None
     if request is not None:
         device_home = enrolment.device_folder(home, device)
@@ -169,26 +173,30 @@ def enrol(
             keep_certificate=keep_certificate,
             bundle=bundle_out,
         )
+    _emit_enrolment(done, config.fleet.name, bundle_out, as_json)
+
+
+def _emit_enrolment(done: Enrolment, fleet: str, bundle: Path | None, as_json: bool) -> None:
     document = {
-        "device": device,
-        "fleet": config.fleet.name,
+        "device": done.device,
+        "fleet": fleet,
         "key": done.key.text,
         "thumbprint": done.key.kid,
         "made_by": done.made_by,
         "new": done.is_new,
         "files": str(done.folder),
-        "bundle": str(bundle_out) if bundle_out else None,
+        "bundle": str(bundle) if bundle else None,
         "revoked_certificates": done.revoked.certificates,
         "problem": done.revoked.problem,
         "steps": done.revoked.steps,
     }
     state = "enrolled" if done.is_new else "was enrolled with this key already"
-    unpack = f"On the device: outstation init DIR --from {bundle_out}"
-    where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
-    lines = [f"{device} {state}, key {done.key.text}", where]
+    unpack = f"On the device: outstation init DIR --from {bundle}"
+    where = unpack if bundle else f"Its files: {done.folder}; --bundle-out FILE packs them"
+    lines = [f"{done.device} {state}, key {done.key.text}", where]
     if done.made_by == "operator":
         lines.append(
-            f"{bundle_out} is the only copy of its private keys: delete it once the device has them. Whoever has it "
+            f"{bundle} is the only copy of its private keys: delete it once the device has them. Whoever has it "
             "can sign as the device; `outstation join` on the device avoids that."
         )
     if done.revoked.certificates:

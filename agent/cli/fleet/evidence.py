@@ -5,20 +5,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock
+from agent import clock, durable_files, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
-from agent.errors import UsageError
+from agent.errors import MessageRefused, UsageError
+from agent.quantities import parse_duration
 from agent.wire import keys
 
 if TYPE_CHECKING:
     from agent.fleet.evidence.make import EvidenceFolder
+    from agent.fleet.evidence.timestamps.stamp import Stamp
+    from agent.fleet.evidence.timestamps.token import TimestampTrust
 
 _PATH = click.Path(path_type=Path)
+_timestamp_ca = click.option(
+    "--timestamp-ca", "ca", metavar="FILE", type=_PATH,
+    help="PEM file with the root certificate of the time-stamping authority, obtained independently.",
+)  # fmt: skip
+_timestamp_policy = click.option(
+    "--timestamp-policy", "policy", metavar="OID", default="", help="Accept time stamps under this policy only."
+)
 
 
 @click.group(
@@ -35,7 +46,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
               help="A key that signs bundles, or a file with it; that of built-in bundles is known.")  # fmt: skip
 @click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
-              help="A head that a device signed (`outstation head --json`): include it.")  # fmt: skip
+              help="Include a head that a device signed (`outstation head --json`), or a time stamp (.tsr) "
+                   "of `fleet evidence stamp`.")  # fmt: skip
 @db_option
 @fleet_option
 @json_option
@@ -58,7 +70,7 @@ def evidence(
     """
     if ctx.invoked_subcommand is not None:
         if out is not None:
-            raise UsageError("--out writes a folder, and verify checks one; use one of them")
+            raise UsageError(f"--out before {ctx.invoked_subcommand} would write a folder; leave it out")
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --key PUB")
@@ -107,6 +119,9 @@ def _make_folder(
         raise UsageError(f"--at {at!r}: write a time with its time zone, 2026-11-24T22:18:00Z") from None
     known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
     evaluated = [read_evaluation(path) for path in evaluations]
+    heads, stamps = _read_witnesses(witnesses)
+    for stamp in stamps:
+        _check_stamp(stamp)
     config, store = open_for_reading(folder, db)
     sources = EvidenceSources(
         fleet=config.fleet.name,
@@ -117,23 +132,114 @@ def _make_folder(
         publishers=known,
         bundles=bundles,
         evaluations=evaluated,
-        witnesses=[data for _, data in _read_witnesses(witnesses)],
+        heads=[data for _, data in heads],
+        stamps=stamps,
     )
     with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
 
 
-def _read_witnesses(paths: tuple[Path, ...]) -> list[tuple[str, bytes]]:
+def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], list[Stamp]]:
+    """Return heads (name, content) and time stamps. Raises UsageError."""
+    from agent.fleet.evidence.timestamps import stamp
     from agent.wire import log_head
 
-    files = []
+    heads = []
     for path in paths:
+        if path.suffix == stamp.RESPONSE:
+            continue
         try:
-            with path.open("rb") as file:
-                files.append((str(path), file.read(log_head.MAX_BYTES + 1)))
+            with input_files.open_regular(path) as file:
+                heads.append((str(path), file.read(log_head.MAX_BYTES + 1)))
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return files
+    return heads, [stamp.read(path) for path in paths if path.suffix == stamp.RESPONSE]
+
+
+def _check_stamp(stamp: Stamp, trust: TimestampTrust | None = None) -> str:
+    """Return the time of a stamp that answers its request. Raises UsageError."""
+    token = _import_token()
+    try:
+        content = token.check(stamp) if trust is None else token.verify(stamp, trust)
+    except MessageRefused as refused:
+        raise UsageError(f"{stamp.name}: {refused}") from None
+    return clock.to_rfc3339(content.time_us)
+
+
+def _load_trust(path: Path | None, policy: str) -> TimestampTrust | None:
+    if path is None:
+        if policy:
+            raise UsageError("--timestamp-policy needs --timestamp-ca: without it no time stamp is verified")
+        return None
+    trust: TimestampTrust = _import_token().load_trust(path, policy)
+    return trust
+
+
+def _import_token() -> ModuleType:
+    try:
+        from agent.fleet.evidence.timestamps import token
+    except ImportError as error:
+        raise UsageError(f"{error}; time stamps need: pip install 'outstation[fleet]'") from None
+    return token
+
+
+@evidence.command(
+    "stamp", epilog="Example: outstation fleet evidence stamp --out acme-2026-11 --timestamp-url http://tsa.example.com"
+)
+@click.option("--out", metavar="NAME", type=_PATH, required=True,
+              help="Write NAME.json (the heads), NAME.tsq (the request) and NAME.tsr (the time stamp).")  # fmt: skip
+@click.option("--timestamp-url", "url", metavar="URL", help="Send the request to this authority, and write NAME.tsr.")
+@_timestamp_ca
+@_timestamp_policy
+@click.option("--timeout", "timeout_s", metavar="S", default=30.0, type=click.FloatRange(min=0, min_open=True),
+              help="Wait this long for the authority; default 30.")  # fmt: skip
+@db_option
+@fleet_option
+@json_option
+def stamp(
+    out: Path,
+    url: str | None,
+    ca: Path | None,
+    policy: str,
+    timeout_s: float,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Let a time-stamping authority (RFC 3161) date the newest message of every log, and so all messages before it.
+
+    Without --timestamp-url, send NAME.tsq to an authority yourself and save its response as NAME.tsr. Give the three
+    files to the auditor at once: they show later what the database held at that time.
+    """
+    from agent.fleet.database.evidence import EvidenceQueries
+    from agent.fleet.evidence.timestamps import authority, log_heads
+    from agent.fleet.evidence.timestamps import stamp as files
+
+    trust = _load_trust(ca, policy)
+    config, store = open_for_reading(folder, db)
+    with store.snapshot() as snapshot:
+        heads = log_heads.encode(config.fleet.name, EvidenceQueries(store, snapshot).stream_heads())
+    request = _import_token().create_request(heads)
+    files.write_request(out, heads, request)
+    document: dict[str, Any] = {"out": str(out), "fleet": config.fleet.name, "time": None}
+    document["logs"] = len(log_heads.decode(heads).heads)
+    if url is not None:
+        response = files.with_suffix(out, files.RESPONSE)
+        stamped = files.Stamp(str(response), heads, request, authority.fetch(url, request, timeout_s))
+        document["time"] = _check_stamp(stamped, trust)
+        durable_files.write(response, stamped.response)
+    emit(document, as_json, lambda: print_lines(*_stamp_lines(document)))
+
+
+def _stamp_lines(document: dict[str, Any]) -> Iterable[str]:
+    out, heads = document["out"], f"the heads of {document['logs']} logs of fleet {document['fleet']}"
+    if document["time"] is None:
+        yield f"{out}.json: {heads}; {out}.tsq: the request for a time stamp of it"
+        yield "Send it, and save the response under the same name:"
+        yield f"  curl -H 'Content-Type: application/timestamp-query' --data-binary @{out}.tsq -o {out}.tsr URL"
+    else:
+        yield f"{out}.tsr: a time stamp of {document['time']} for {heads}"
+    yield f"Give the auditor {out}.json, {out}.tsq and {out}.tsr now: evidence verify --witness {out}.tsr"
 
 
 def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
@@ -155,10 +261,24 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.option("--key", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
 @click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
-              help="A head that you got from a device (`outstation head --json`), not from the operator.")  # fmt: skip
+              help="A head that you got from a device (`outstation head --json`), not from the operator; or a time "
+                   "stamp (.tsr, with .json and .tsq beside it) that you got before the folder.")  # fmt: skip
+@_timestamp_ca
+@_timestamp_policy
+@click.option("--max-delay", "max_delay", metavar="TIME", default="7d",
+              help="With a time stamp: how late a device's message may come; default 7d.")  # fmt: skip
 @json_option
-def verify(folder: Path, key_texts: tuple[str, ...], witnesses: tuple[Path, ...], as_json: bool) -> None:
+def verify(
+    folder: Path,
+    key_texts: tuple[str, ...],
+    witnesses: tuple[Path, ...],
+    ca: Path | None,
+    policy: str,
+    max_delay: str,
+    as_json: bool,
+) -> None:
     """Verify a folder with public keys alone: no database, no config, no network. Exit 1 if it does not verify."""
+    from agent.fleet.evidence.verify.stamps import Witnesses
     from agent.fleet.evidence.verify.verify import verify as run
 
     if not key_texts:
@@ -166,7 +286,15 @@ def verify(folder: Path, key_texts: tuple[str, ...], witnesses: tuple[Path, ...]
             "--key PUB is missing: the public key of the operator who signed the folder, obtained independently of the "
             "folder (operator.key.pub in the fleet's folder)"
         )
-    report = run(folder, [keys.load_public(text) for text in key_texts], _read_witnesses(witnesses)).to_dict()
+    heads, stamps = _read_witnesses(witnesses)
+    if stamps and ca is None:
+        raise UsageError(f"{stamps[0].name}: name the authority's root certificate: --timestamp-ca FILE")
+    try:
+        delay_s = float(parse_duration(max_delay))
+    except ValueError as error:
+        raise UsageError(f"--max-delay: {error}") from None
+    brought = Witnesses(heads, stamps, _load_trust(ca, policy), delay_s)
+    report = run(folder, [keys.load_public(text) for text in key_texts], brought).to_dict()
     emit(report, as_json, lambda: print_lines(*_verification_lines(report)))
     if not report["ok"]:
         sys.exit(1)
@@ -181,11 +309,13 @@ def _verification_lines(report: dict[str, Any]) -> Iterable[str]:
             f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
             f"{report['signatures']} signatures in the repository's metadata"
         )
-        later = f", {report['later_witnesses']} of them from later" if report["later_witnesses"] else ""
+        newest = f", the newest of {report['stamped_at']}" if report["stamps"] else ""
         yield (
             f"hash chains of {report['chained_messages']} messages with {report['gaps']} gaps, "
-            f"{report['witnesses']} heads that devices signed{later}"
+            f"{report['witnesses']} heads that devices signed, {report['stamps']} time stamps{newest}"
         )
+        if report["unchecked_stamps"]:
+            yield f"not checked: {report['unchecked_stamps']} time stamps; name their authority: --timestamp-ca FILE"
     for entry in report["problems"][:50]:
         yield f"  {entry['file']}: {entry['problem']}"
     if report["problem_count"] > 50:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,18 @@ _sign_with = click.option("--sign-with", multiple=True, type=click.Path(path_typ
                           help="A root key, as on a USB stick.")  # fmt: skip
 
 
+# A public key or a thumbprint in base64url, of which one in 64 begins with "-".
+_KEY_LIKE_AN_OPTION = re.compile(r"-[A-Za-z0-9_-]{42}")
+
+
+class _KeyCommand(click.Command):
+    """A command that takes a key which begins with "-" as an argument."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        keys = [arg for arg in args if _KEY_LIKE_AN_OPTION.fullmatch(arg)]
+        return super().parse_args(ctx, [*(arg for arg in args if arg not in keys), "--", *keys] if keys else args)
+
+
 @click.group()
 def keys() -> None:
     """Add and revoke the keys of operators and collector on all devices.
@@ -33,6 +46,7 @@ def keys() -> None:
     deployer    may sign desired states, and send rollback and report
     reporter    may send report
     collector   signs acknowledgements
+    encryption  opens messages that devices seal, see rotate-encryption
 
     A threshold of the repository's root keys signs each change. If too few are here, root.json.draft waits for
     `outstation fleet repository sign-root` on the machines that have them; then run `fleet repository refresh`.
@@ -50,7 +64,9 @@ def show(folder: str | None, as_json: bool) -> None:
     emit(report, as_json, lambda: _print_report(report))
 
 
-@keys.command("add", epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key")
+@keys.command(
+    "add", cls=_KeyCommand, epilog="Example: outstation fleet keys add deployer ci.key.pub --sign-with root-1.key"
+)
 @click.argument("role")
 @click.argument("public", metavar="PUB")
 @_sign_with
@@ -63,7 +79,7 @@ def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None,
     _change(folder, add_key(role, public), sign_with, as_json)
 
 
-@keys.command("revoke", epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
+@keys.command("revoke", cls=_KeyCommand, epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
 @click.argument("key")
 @_sign_with
 @fleet_option
@@ -75,7 +91,7 @@ def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: b
     _change(folder, revoke_key(key), sign_with, as_json)
 
 
-@keys.command("reset-counter", epilog="Example: outstation fleet keys reset-counter KEY")
+@keys.command("reset-counter", cls=_KeyCommand, epilog="Example: outstation fleet keys reset-counter KEY")
 @click.argument("key")
 @_sign_with
 @fleet_option
@@ -88,6 +104,31 @@ def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_
     from agent.fleet.repository.trust import reset_counter as edit
 
     _change(folder, edit(key, time.time_ns() // 1_000_000), sign_with, as_json)
+
+
+@keys.command("rotate-encryption", epilog="Example: outstation fleet keys rotate-encryption --sign-with root-1.key")
+@_sign_with
+@fleet_option
+@json_option
+def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+    """Make a new key that devices with [privacy] encrypt seal their messages to, in the folder encryption.
+
+    Collectors here use it within seconds; copy the file to collectors elsewhere before you publish. Messages sealed to
+    a former key are opened until you delete its file. Exit 1 if more root keys must sign.
+    """
+    from agent.fleet.collector import encryption_keys
+    from agent.fleet.repository import trust_change
+    from agent.fleet.repository.trust import replace_encryption_key
+
+    home = fleet_config.find_folder(folder)
+    # Without a repository nothing could tell devices of the key.
+    trust_change.read(home)
+    path = encryption_keys.create(home)
+    made = encryption_keys.load_public(home)
+    assert made is not None
+    if not as_json:
+        echo(f"{path}: the new key, {made.text}")
+    _change(folder, replace_encryption_key(made.text), sign_with, as_json)
 
 
 @keys.command("publish", epilog="Example: outstation fleet keys publish")
@@ -135,7 +176,7 @@ def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as
 
 
 def _print_report(report: TrustReport) -> None:
-    rows = [[entry.role, entry.key, entry.parse().kid] for entry in report.keys]
+    rows = [[entry.role, entry.key, entry.kid] for entry in report.keys]
     print_table(["role", "key", "thumbprint"], rows, "")
     if report.is_config:
         echo("The root has no trust document yet: devices use the keys of their config.")

@@ -61,9 +61,9 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
 @json_option
 def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
     """Show progress, rules and blockers of the rollout NAME, or of all open rollouts."""
-    from agent.cli.fleet import rollout_table
-
     _, store = open_for_reading(folder)
+    if not as_json:
+        from agent.cli.fleet import rollout_table
     if watch and not as_json and sys.stdout.isatty():
         with contextlib.suppress(KeyboardInterrupt):
             rollout_table.watch(lambda: build_documents(store, name))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent import input_files
 from agent.cli import trust
 from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
@@ -131,7 +132,7 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
     try:
-        return runtime.load_model(draft, file.read_bytes()), draft
+        return runtime.load_model(draft, input_files.read_bytes(file)), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 

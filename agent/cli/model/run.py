@@ -104,20 +104,17 @@ def open_cluster(engine: str, address: str | None) -> AbstractContextManager[Ray
 
 
 def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
-    """Return the bundle, probed in a child process and loaded, and a description of its signature. Raises BadBundle."""
+    """Return the bundle, its model in a confined process, and a description of its signature. Raises BadBundle."""
+    from agent.model import activation
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
-    from agent.model.inference import runtime
-    from agent.model.inference.inference import Inference
-    from agent.model.sandbox import probe
 
     path = builtin.resolve_path(path)
     trusted = [keys.load_public(public)] if public else None
     bundle = bundles.read(path, trusted)
     _, signature = trust.check_signature(path, bundle, trusted)
     try:
-        probe.probe(bundle).raise_for_failure()
-        return bundle, Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes)), signature
+        return bundle, activation.open_for_files(bundle), signature
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.alerts import WIPE_PENDING
 from agent.clock import ClockReading
 from agent.config import Config
@@ -180,7 +180,7 @@ def read_marker(data_dir: Path) -> dict[str, Any] | None:
     """Return the marker's members, or None if nothing was wiped. Raises StorageError if it cannot be read."""
     path = data_dir / MARKER
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(json.loads(input_files.read_bytes(path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

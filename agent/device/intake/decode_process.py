@@ -55,6 +55,7 @@ class DecoderFailed(OSError):
 class DecodeProcess:
     """Child process for the files of stream `name`. Used by one thread at a time; close it.
 
+    `must_be_confined`: decode nothing where the machine cannot confine a process, see [models] confinement.
     `answer_timeout_s`: longest wait for a block; None where the file may be a pipe.
     """
 
@@ -64,9 +65,11 @@ class DecodeProcess:
         stream: StreamConfig,
         *,
         show_values: bool = False,
+        must_be_confined: bool = False,
         answer_timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
         self._name, self._stream, self._show_values = name, stream, show_values
+        self._must_be_confined = must_be_confined
         self._answer_timeout_s = answer_timeout_s
         self._child: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -156,12 +159,15 @@ class DecodeProcess:
             media if isinstance(media, SoundFormat) else None,
             with_parquet,
             self._show_values,
+            self._must_be_confined,
             max(_MIN_MEMORY_BYTES, min(_MAX_MEMORY_BYTES, available_memory.available_bytes() // 2)),
             os.getpid(),
         )
         try:
             decoded_blocks.send(ours, setup)
-            self._receive(ours)
+            ready = self._receive(ours)
+            if isinstance(ready, DecodeEnd) and ready.kind:
+                raise DecoderDied(ready.text)
         except (OSError, DecoderDied) as problem:
             self.close()
             raise OSError(errno.EAGAIN, f"the process that decodes files does not start: {problem}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import signal
@@ -54,9 +55,14 @@ def main() -> None:
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     _import_decoders(setup)
     memory.limit_growth(setup.memory_bytes)
-    # A kernel without seccomp filters leaves it the limits.
-    with contextlib.suppress(ConfinementError):
+    try:
         confine(_CHANNEL_CALLS)
+    except ConfinementError as error:
+        # A kernel without seccomp filters leaves it the limits.
+        if setup.must_be_confined:
+            text = f'this machine cannot confine it ({error}), and [models] confinement is "required"'
+            decoded_blocks.send(channel, DecodeEnd("os", text, errno.EPERM))
+            return
     # Ready.
     decoded_blocks.send(channel, DecodeEnd())
     while (received := decoded_blocks.receive_with_file(channel)) is not None:

@@ -35,7 +35,10 @@ _MAX_TIME_S = 9e12
 
 
 class DecoderSetup(msgspec.Struct, frozen=True):
-    """Stream whose files a process decodes for `parent_pid`, and the bytes of memory that it may take."""
+    """Stream whose files a process decodes for `parent_pid`, and the bytes of memory that it may take.
+
+    `must_be_confined`: it decodes nothing where the machine cannot confine it.
+    """
 
     name: str
     fields: list[FieldConfig]
@@ -43,6 +46,7 @@ class DecoderSetup(msgspec.Struct, frozen=True):
     sound: SoundFormat | None
     with_parquet: bool
     show_values: bool
+    must_be_confined: bool
     memory_bytes: int
     parent_pid: int
 

@@ -9,7 +9,7 @@ import logging
 import secrets
 from pathlib import Path
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 from agent.wire.commitment import SECRET_BYTES
 
@@ -22,7 +22,7 @@ def load(data_dir: Path) -> bytes:
     """Load the secret. Raises UsageError if there is none, or if it is damaged."""
     path = data_dir / FILE
     try:
-        secret = path.read_bytes()
+        secret = input_files.read_bytes(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file, so no rows can be proven; `outstation run` makes one") from None
     except OSError as error:

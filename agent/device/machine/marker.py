@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from agent import clock
+from agent import clock, input_files
 
 log = logging.getLogger("outstation")
 
@@ -35,7 +35,7 @@ class Marker(Generic[Record]):
         self._path, self._boot, self._undetected = path, clock.boot_id(), undetected
         self._has_logged_error = False
         try:
-            self.previous = decode(path.read_bytes(), self._boot, record_type)
+            self.previous = decode(input_files.read_bytes(path), self._boot, record_type)
         except OSError:
             self.previous = None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.clock import ClockReading
 from agent.device.machine.timekeeping import trusted_time_us
 from agent.device.store.message_log import MessageLog
@@ -24,9 +25,9 @@ from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import root_metadata, trust
 from agent.wire.jws import Signer
-from agent.wire.keys import PublicKey
+from agent.wire.keys import EncryptionKey, PublicKey
 from agent.wire.root_metadata import MAX_ROOT_BYTES, RootMetadata
-from agent.wire.trust import COLLECTOR, COMMANDING_ROLES, OPERATOR, Trust
+from agent.wire.trust import COLLECTOR, COMMANDING_ROLES, ENCRYPTION, OPERATOR, Trust
 
 log = logging.getLogger("outstation")
 
@@ -71,6 +72,8 @@ class TrustedKeys:
         self._configured = {(signer.owner == COLLECTOR, signer.key.kid): signer for signer in configured}
         self._signers = self._configured
         self._first_counters: dict[str, int] = {}
+        # The collector's encryption key of the trust document; None leaves that of the config.
+        self.encryption_key: EncryptionKey | None = None
         self._anchor = ""
         if anchor_file is not None:
             self._restore(anchor_file)
@@ -182,7 +185,7 @@ class TrustedKeys:
         while self._metadata_dir is not None and (trusted := self._pending or self._root) is not None:
             path = self._metadata_dir / root_metadata.root_history_file(self._anchor, trusted.version + 1)
             try:
-                with path.open("rb") as file:
+                with input_files.open_regular(path) as file:
                     data = file.read(MAX_ROOT_BYTES + 1)
                 self._advance([data])
                 if (self._pending or self._root) is trusted:
@@ -216,16 +219,16 @@ class TrustedKeys:
         """Use the keys of the document; a root without one leaves those of the config."""
         self._root = root
         if document is None:
-            self._signers, self._first_counters = self._configured, {}
+            self._signers, self._first_counters, self.encryption_key = self._configured, {}, None
             return
         signers: dict[tuple[bool, str], Signer] = {}
         for entry in document.keys:
             if entry.role == COLLECTOR or entry.role in COMMANDING_ROLES:
                 key = entry.parse()
                 signers[entry.role == COLLECTOR, key.kid] = Signer(entry.role, key)
-        self._first_counters = {
-            entry.parse().kid: entry.counter for entry in document.keys if entry.counter is not None
-        }
+        self._first_counters = {entry.kid: entry.counter for entry in document.keys if entry.counter is not None}
+        encryption = [entry for entry in document.keys if entry.role == ENCRYPTION]
+        self.encryption_key = encryption[-1].parse_encryption() if encryption else None
         # One assignment: other threads look keys up meanwhile.
         self._signers = signers
         log.info("the trust document of root %d names %d keys", root.version, len(signers))
@@ -244,7 +247,7 @@ def _load_root(store: Store, anchor_file: Path) -> tuple[str, bytes]:
     """Return the hash of the first root, and the root in force: the stored one if it follows this first root."""
     stored = _read_stored(store)
     try:
-        first = anchor_file.read_bytes()
+        first = input_files.read_bytes(anchor_file)
     except OSError as error:
         log.error("%s: cannot be read: %s; the device uses the root that it has stored", anchor_file, error)
         return ("", b"") if stored is None else (stored.anchor, stored.root.encode())
@@ -261,6 +264,6 @@ def _read_stored(store: Store) -> _StoredRoot | None:
 
 
 def _audit_body(version: int, document: Trust) -> dict[str, object]:
-    keys = [{"kid": entry.parse().kid, "role": entry.role} for entry in document.keys]
+    keys = [{"kid": entry.kid, "role": entry.role} for entry in document.keys]
     summary = f"Root {version} names the keys that may command this device and acknowledge its messages: {len(keys)}."
     return {"event": "trust changed", "summary": summary, "evidence": {"version": version, "keys": keys}}

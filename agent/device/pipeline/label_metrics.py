@@ -22,7 +22,7 @@ from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.performance import cbpe, degradation, slices
-from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, PromisedAccuracy
+from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, LabelledLoss, PromisedAccuracy
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
@@ -206,7 +206,7 @@ def _detect_degradation(
         promise = PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
     if not window.corrected_count:
         losses = _compute_losses(task, window.new_samples)
-        return degradation.add_losses(state, *losses, promise, binary_loss=binary_loss)
+        return degradation.add_losses(state, losses, promise, binary_loss=binary_loss)
     # Not from the window, which may lack the first labels.
     stored = store.query(label_store.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
     samples = sorted(
@@ -215,16 +215,22 @@ def _detect_degradation(
     )
     complete = bool(samples) and samples[0].first_number == state.first_number
     losses = _compute_losses(task, samples)
-    return degradation.recompute(state, *losses, promise, binary_loss=binary_loss, complete=complete)
+    return degradation.recompute(state, losses, promise, binary_loss=binary_loss, complete=complete)
 
 
-def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[list[float], list[float | None]]:
-    """Return the losses of the evaluable samples, and the error chance that the score of each implies."""
+def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[LabelledLoss]:
+    """Return the losses of the evaluable samples."""
     evaluable = filter_evaluable(task, samples)
     if not evaluable:
-        return [], []
+        return []
     losses = to_labelled_predictions(task, evaluable).losses(build_label_schema(task).kind)
-    return ([], []) if losses is None else (losses.tolist(), _estimate_error_chances(task, evaluable))
+    if losses is None:
+        return []
+    chances = _estimate_error_chances(task, evaluable)
+    return [
+        LabelledLoss(loss, chance, sample.prediction.row, sample.prediction.t)
+        for loss, chance, sample in zip(losses.tolist(), chances, evaluable, strict=True)
+    ]
 
 
 def _estimate_error_chances(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[float | None]:

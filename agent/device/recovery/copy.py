@@ -18,6 +18,7 @@ from agent.device.store import meta, retention, watermark
 from agent.device.store.outbox import message_crc
 from agent.device.store.rows import PackedChunk, is_intact, unpack_chunk
 from agent.device.store.watermark import WatermarkState
+from agent.text import is_unicode
 
 _COMMIT_ROWS = 500
 # Copied first and last; every other table is copied between them by the same rules.
@@ -135,7 +136,7 @@ class StoreCopy:
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         self._new.execute("BEGIN")
         for count, row in enumerate(rows, 1):
-            if any(isinstance(value, str) and not _is_valid_text(value) for value in row):
+            if any(isinstance(value, str) and not is_unicode(value) for value in row):
                 self._old.incomplete_tables.add(table)
                 continue
             try:
@@ -308,7 +309,3 @@ def _insert_range(ranges: list[tuple[int, int]], first: int, last: int) -> None:
 def _overlaps(ranges: list[tuple[int, int]], first: int, last: int) -> bool:
     at = bisect.bisect(ranges, (first, last))
     return (at > 0 and ranges[at - 1][1] >= first) or (at < len(ranges) and ranges[at][0] <= last)
-
-
-def _is_valid_text(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)

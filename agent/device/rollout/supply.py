@@ -16,6 +16,7 @@ from typing import Protocol
 
 import msgspec
 
+from agent import input_files
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history
@@ -241,7 +242,7 @@ def _may_have_digest(path: Path, digest: str) -> bool:
     try:
         if not head.is_file() or head.stat().st_size > bundle.MAX_BYTES:
             return False
-        return f"sha256:{hashlib.sha256(head.read_bytes()).hexdigest()}" == digest
+        return f"sha256:{hashlib.sha256(input_files.read_bytes(head)).hexdigest()}" == digest
     except OSError:
         return False
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
+from agent.text import is_unicode
 from agent.toml_files import did_you_mean
 from agent.wire import commitment
 
@@ -284,7 +285,7 @@ def _validate_categories(values: Any, field: FieldConfig, rejected: _Rejections)
     for index, value in enumerate(values):
         if value is None and field.optional:
             texts.append("")
-        elif isinstance(value, str) and 0 < len(value) <= 64 and (value.isascii() or _is_unicode(value)):
+        elif isinstance(value, str) and 0 < len(value) <= 64 and (value.isascii() or is_unicode(value)):
             texts.append(value)
         else:
             if value is None:
@@ -293,11 +294,6 @@ def _validate_categories(values: Any, field: FieldConfig, rejected: _Rejections)
                 rejected.add(index, field.name, "is no category: text of 1-64 characters", repr(str(value)[:40]))
             texts.append("")
     return texts
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for text with surrogates, which stand for bytes that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _validate_times(

@@ -10,13 +10,15 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
+from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.detectors import daily_cycle, moments, outliers
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
-from agent.drift.numeric import divergence, false_alarm_budget
+from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, median, nanmedian
 from agent.errors import BadBundle
@@ -227,9 +229,9 @@ def calibrate_reference(
     if not learning.has_steady_clock:
         seasonality = "none"
     learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
-    values = MOMENTS.learn_values(shipped.task, learned)
+    values = np.nan_to_num(MOMENTS.learn_values(shipped.task, learned))
     cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
-    residuals = daily_cycle.fit(values, learning.midpoints, seasonality).residuals if cycle else values
+    residuals = _remove_cycle(values, learned)
     mean, sd = outliers.calibrate(residuals, shipped.fields)
     total = learning.total
     rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
@@ -240,6 +242,15 @@ def calibrate_reference(
     )
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
+    missing = MissingBaseline.from_windows(
+        learning.missing,
+        total.rows / max(learning.total_windows, 1),
+        learning.thinning,
+        total.missing,
+        total.rows,
+    )
+    if shipped.missing_values is not None:
+        missing = missing.merge(shipped.missing_values)
     reference = replace(
         shipped,
         made=source,
@@ -247,6 +258,7 @@ def calibrate_reference(
         warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
+        missing_values=missing,
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
@@ -266,6 +278,23 @@ def calibrate_reference(
     return _add_site_calibration(reference, learning, learned, number, accuracy)
 
 
+def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:
+    """Return what the means and spreads (K, 2F) of the windows behind a `learned` reference leave without its cycle.
+
+    In class sd, each window against the mean of the others.
+    """
+    if not learning.has_steady_clock:
+        seasonality = "none"
+    windows = learning.learned_windows(shipped, learning.moments(shipped), learned.class_sd, seasonality)
+    return _remove_cycle(MOMENTS.learn_values(shipped.task, windows), windows)
+
+
+def _remove_cycle(values: Float64s, learned: LearnedWindows) -> Float64s:
+    if not daily_cycle.can_fit_daily(learned.t, learned.seasonality):
+        return values
+    return daily_cycle.fit(values, learned.t, learned.seasonality).residuals
+
+
 def _add_site_calibration(
     reference: Reference,
     learning: LearningState,
@@ -277,7 +306,14 @@ def _add_site_calibration(
     values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
     tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
     mean, sd, residuals, cycle = _calibrate_scores(task, layout, values, tested, learned)
-    scores = LearnedScores(residuals, sd, layout.slices)
+    coefficients = cycle.coefficients
+    for detector in SCORED:
+        coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
+    scores = LearnedScores(residuals, sd, coefficients, learning.thinning, layout.slices)
+    limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
+    weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
+    class_sd = (weight * reference.class_sd).sum(0)
+    sensitivity = measure_sensitivity(task, scores, mean, sd, limits, cycle, class_sd)
     site = SiteCalibration(
         baselines=LearnedBaselines(
             {
@@ -286,19 +322,28 @@ def _add_site_calibration(
                 if detector.baseline_type is not None
             }
         ),
-        stretch=false_alarm_budget.stretch_factor(MOMENTS.autocorrelation(scores)),
+        limits=limits,
+        sensitivity=sensitivity,
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
         accuracy=accuracy,
         steps=learning.total.steps,
-        missing=learning.missing.max(0),
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,
+        spread=cycle.spread if cycle.spread.any() else None,
     )
-    return replace(reference, test_mean=mean, test_sd=np.where(tested, sd, UNTESTED_SD), site=site)
+    warnings = [reference.warning] if reference.warning else []
+    warnings += sensitivity.find_warning(reference.fields, reference.sd)
+    return replace(
+        reference,
+        test_mean=mean,
+        test_sd=np.where(tested, sd, UNTESTED_SD),
+        site=site,
+        warning="; ".join(warnings) or None,
+    )
 
 
 def _calibrate_scores(
@@ -317,7 +362,7 @@ def _calibrate_scores(
     known = np.where(tested & ~np.isnan(values), values, middle)
     (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), daily_cycle.Cycle.empty(values.shape[1])
     if daily_cycle.can_fit_daily(learned.t, learned.seasonality):
-        fit = daily_cycle.fit(known, learned.t, learned.seasonality)
+        fit = daily_cycle.fit(known, learned.t, learned.seasonality, min_sd)
         _, residuals = outliers.winsorize(fit.residuals, median(fit.residuals), min_sd)
         mean, cycle = fit.mean, fit.cycle
         for place in unclipped:

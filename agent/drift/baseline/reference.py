@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import runs, window_statistics
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
@@ -25,6 +27,7 @@ from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
+from agent.performance import cbpe
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
@@ -74,6 +77,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     score_correct: Ints | None  # (32,) how many of them were right, if known
     site: SiteCalibration | None = None
     modes: int = 0  # classes of a model without labels, if a field of the stream names them
+    missing_values: MissingBaseline | None = None  # None if only totals are known
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     @property
@@ -119,7 +123,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         site = self.site
         if site is None:
             return {}
-        every = self.class_n, self.class_mean, self.class_sd, self.distributions, self.drift_windows, site.stretch
+        every = self.class_n, self.class_mean, self.class_sd, self.distributions
         none = slice(0, 0)
         return {
             detector.name: Baseline(
@@ -127,6 +131,17 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             )
             for detector in DETECTORS
         }
+
+    @cached_property
+    def bin_accuracy(self) -> Float64s | None:
+        """(32,) share of right predictions in each bin of their score; None if that is unknown."""
+        if self.score_correct is None or not self.score_n.any():
+            return None
+        return cbpe.estimate_bin_accuracy(self.score_n, self.score_correct)
+
+    def describe_smallest_changes(self) -> dict[str, Any] | None:
+        """Return, for people, the smallest change of each field that is found at this site."""
+        return None if self.site is None else self.site.sensitivity.to_dict(self.fields, self.sd)
 
     @cached_property
     def digest(self) -> str:
@@ -171,7 +186,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.asarray(np.clip((top_scores - middle) / width, -SCORE_CLIP, SCORE_CLIP))
 
     def to_json(self) -> bytes:
-        return arrays.to_json(self, omit=() if self.site else ("site", "modes", "known_as"))
+        omitted = () if self.site else ("site", "modes", "known_as")
+        return arrays.to_json(self, omit=omitted if self.missing_values else (*omitted, "missing_values"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -205,7 +221,7 @@ def draft_reference(
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
     jump = np.array([_robust_step_sd(column) for column in rows.T])
-    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count).run, rest)
+    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count), rest)
     return Reference(
         version=VERSION,
         made="shipped",
@@ -283,6 +299,7 @@ def _validate(r: Reference) -> None:
         "window": r.window > 0 and r.window_rows > 0,
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
+        "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),

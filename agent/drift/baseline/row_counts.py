@@ -43,7 +43,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
 def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
     """Count `rows` (W, n, F), n > 0, in physical units, NaN missing; if W is 1, the rows follow on from `tail`."""
     trace = Trace.from_rows(rows, tail.rows)
-    longest, run = runs.longest_runs(trace, tail.run, reference.rest)
+    longest, run = runs.longest_runs(trace, tail, reference.rest)
     ordered, exact = _sort_columns(rows)
     missing = np.isnan(ordered).sum(-1) if np.isnan(ordered[..., -1]).any() else np.zeros(ordered.shape[:2], np.int64)
     extremes = Extremes.from_sorted(ordered, rows.shape[1] - missing)
@@ -57,7 +57,7 @@ def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCou
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
         repeated=runs.count_repeated_rows(trace, reference.rest),
     )
-    return counted, Tail(trace.rows[-1, -2:].copy(), run[-1])
+    return counted, Tail(trace.rows[-1, -2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
 
 
 def count_predictions(

@@ -10,6 +10,7 @@ import numpy as np
 
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.resolution import SIZE_BINS, Resolution
+from agent.drift.baseline.sensitivity import Sensitivity
 from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import Task
@@ -23,17 +24,18 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     """
 
     baselines: LearnedBaselines
-    stretch: float  # factor on limits, because neighboring windows correlate
+    limits: Float64s  # (T,) of CUSUMs
+    sensitivity: Sensitivity
     waves: Float64s  # (6, T) harmonics of a day, added to test_mean; zeros without a cycle
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
     accuracy: tuple[float, float] | None  # expected from the certainty: mean, and sd over three windows
     steps: Ints  # (F, 64) from row to row, by size
-    missing: Float64s  # (F,) largest share of rows without a value in a learned window
     rest: Float64s | None  # (7, T) added to test_mean on days of rest; None where these are as the others
     rest_begins: int  # µs into the epoch week
     rest_lasts: int
+    spread: Float64s | None  # (4, T) harmonics of a day, of the logarithm of test_sd; None where all hours are alike
 
     @cached_property
     def resolution(self) -> Resolution:
@@ -41,9 +43,12 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def cycle(self) -> Cycle:
-        if self.rest is None:
-            return Cycle(self.waves, Cycle.empty(self.waves.shape[1]).rest, 0, 0)
-        return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
+        none = Cycle.empty(self.waves.shape[1])
+        rest, spread = (
+            none.rest if self.rest is None else self.rest,
+            none.spread if self.spread is None else self.spread,
+        )
+        return Cycle(self.waves, rest, self.rest_begins, self.rest_lasts, spread)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its number, period and cycles, for people."""
@@ -55,10 +60,14 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
         rules = {
             "hours": self.hours.shape == (24,),
             "waves": self.waves.shape == (2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(self.waves).all()),
-            "stretch": 1 <= self.stretch <= 3,
-            "missing": self.missing.shape == (task.fields,) and bool((self.missing >= 0).all()),
+            "limits": self.limits.shape == (tests,) and bool((self.limits > 0).all()),
+            "sensitivity": self.sensitivity.is_valid(task.fields),
             "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
+            "spread": self.spread is None
+            or (
+                self.spread.shape == (2 * daily_cycle.SPREAD_HARMONICS, tests) and bool(np.isfinite(self.spread).all())
+            ),
         } | {
             f"baselines.{detector.name}": detector.is_valid(task, self.baselines[detector.name])
             for detector in DETECTORS

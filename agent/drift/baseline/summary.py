@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline import row_counts, window_statistics
-from agent.drift.baseline import sampling as ticks
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.resolution import SIZE_BINS
@@ -22,14 +21,14 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.divergence import Distributions, coarsen_bins
-from agent.drift.numeric.sums import Groups, GroupSums
+from agent.drift.numeric.sums import GroupSums
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False):
     """Counts and sums under one shipped reference, named by its digest; of constant size.
 
-    Runs, steps and spikes that straddle two merged parts are only seen if the second part was added with the first
-    one's `Tail`.
+    Runs, steps and spikes that straddle two merged parts are only seen if the second part was summarized with the first
+    one's `Tail`. A stack has W windows in front of all shapes.
     """
 
     reference: str
@@ -103,58 +102,6 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     def model_windows(self) -> int:
         return int(self.output.sum())
 
-    def add_rows(self, reference: Reference, rows: Float64s, tail: Tail) -> tuple[Summary, Tail]:
-        """Add `rows` (n, F), in physical units, NaN missing, that follow on from `tail`."""
-        if not len(rows):
-            return self, tail
-        more, tail = row_counts.count_rows(reference, rows[None], tail)
-        added = replace(
-            self,
-            counts=self.counts + more.counts[0],
-            missing=self.missing + more.missing[0],
-            outside=self.outside + more.outside[0],
-            spikes=self.spikes + more.spikes[0],
-            longest=np.maximum(self.longest, more.longest[0]),
-            extremes=self.extremes.merge(more.extremes[0]),
-            steps=self.steps + more.steps[0],
-            row_sums=self.row_sums.add(
-                Groups.from_ids(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
-            ),
-            sampling=self.sampling.add_repeated(more.repeated),
-        )
-        return added, tail
-
-    def add_times(self, t: Ints, starts: Ints, reference: Reference, before: int) -> Summary:
-        """Add the intervals of model windows at offsets `starts` into `t` (n,) epoch µs.
-
-        `before` is the time of the row before the first one, 0 for none; single rows need it.
-        """
-        spans = ticks.compute_spans(t, starts, reference.window_rows, before)
-        return replace(self, sampling=self.sampling.add_spans(spans, max(1, reference.window_rows - 1)))
-
-    def add_windows(
-        self,
-        reference: Reference,
-        stats: WindowStatistics,
-        predicted: Ints,
-        top_scores: Float64s | None,
-        classes: Ints | None = None,
-    ) -> Summary:
-        """Add model windows: their statistics, the class that the model named for each (w,) and its score (w,).
-
-        `classes` (w,) are the classes they are compared with, if these are not the named ones.
-        """
-        classes = predicted if classes is None else classes
-        groups = row_counts.group_by_class(reference, 1, classes)
-        more = row_counts.count_predictions(reference, 1, stats, predicted, top_scores, classes, groups)
-        return replace(
-            self,
-            class_sums=self.class_sums.add(groups, stats.values - reference.origin),
-            output=self.output + more.output[0],
-            scores=self.scores + more.scores[0],
-            detectors={name: counts + more.detectors[name][0] for name, counts in self.detectors.items()},
-        )
-
     def merge(self, other: Summary) -> Summary:
         """Merge both; associative and commutative, counts exact. Raises ValueError under different references."""
         if self.reference != other.reference:
@@ -195,19 +142,24 @@ def summarize_windows(
     predicted: Ints,
     top_scores: Float64s | None,
     classes: Ints,
-) -> Summary:
-    """Summarize W drift windows: `rows` (W, n, F), intervals between them `spans` (W, …), and model windows (W · w).
+    *,
+    before: Summary | None = None,
+    tail: Tail | None = None,
+) -> tuple[Summary, Tail]:
+    """Summarize W drift windows as a stack, and return the tail of the last one's rows, too.
 
-    The stack equals W empty summaries to which these were added.
+    `rows` (W, n, F), n > 0, in physical units, NaN missing; intervals between them `spans` (W, …); W · w model windows
+    with their statistics, the class that the model named, its score, and the class they are compared with. A single
+    window may go on: from `before`, a stack of one, and from the `tail` of its rows.
     """
-    windows, count = len(rows), reference.class_count
-    of_rows, _ = row_counts.count_rows(reference, rows, Tail.empty(rows.shape[2]))
+    windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
+    of_rows, tail = row_counts.count_rows(reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail)
     groups = row_counts.group_by_class(reference, windows, classes)
     answers = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
-    values = stats.values - reference.origin
-    summed = GroupSums.zeros(windows * count, values.shape[1]).add(groups, values)
-    shape = windows, count, values.shape[1]
-    return Summary(
+    summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
+    # Sums begin with those so far: the bits are the same however the rows were cut.
+    summed = summed.reshape(windows * count, width).add(groups, stats.values - reference.origin)
+    stack = Summary(
         reference=reference.digest,
         counts=of_rows.counts,
         missing=of_rows.missing,
@@ -216,8 +168,8 @@ def summarize_windows(
         longest=of_rows.longest,
         extremes=of_rows.extremes,
         steps=of_rows.steps,
-        row_sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]]),
-        class_sums=GroupSums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
+        row_sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]], before.row_sums if before else None),
+        class_sums=summed.reshape(windows, count, width),
         output=answers.output,
         scores=answers.scores,
         detectors=answers.detectors,
@@ -225,6 +177,9 @@ def summarize_windows(
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
     )
+    if before is not None:
+        stack = replace(before.merge(stack), row_sums=stack.row_sums, class_sums=stack.class_sums)
+    return stack, tail
 
 
 def concatenate(stacks: Sequence[Summary]) -> Summary:
@@ -260,7 +215,10 @@ def summarize(
     reference: Reference, rows: Float64s, starts: Ints, predicted: Ints, top_scores: Float64s | None
 ) -> Summary:
     """Summarize model windows and the rows (n, F) that they cover, all at once."""
+    if not len(starts):
+        return Summary.empty(reference)
     statistics = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
     covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]
-    summary, _ = Summary.empty(reference).add_rows(reference, covered, Tail.empty(rows.shape[1]))
-    return summary.add_windows(reference, statistics, predicted, top_scores)
+    no_spans = np.empty((1, 0), np.int64)
+    stack, _ = summarize_windows(reference, covered[None], no_spans, statistics, predicted, top_scores, predicted)
+    return select_window(stack, 0)

@@ -24,7 +24,6 @@ from agent.drift.detectors.detector import (
     Scores,
     Task,
 )
-from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import Groups
 
 SCALE = 2.0**20
@@ -101,7 +100,6 @@ class ClassMeanDetector(ScoreDetector):
     subject: str
     baseline_type = ClassMeansBaseline
     budget = 3e-4  # false alarms per window, of all S tests together
-    min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
 
     def measure(self, windows: ModelWindows) -> Float64s | None:
         return None
@@ -111,12 +109,6 @@ class ClassMeanDetector(ScoreDetector):
 
     def subjects(self, task: Task) -> Sequence[int]:
         return [task.subject(self.subject)] * self.width(task)
-
-    def limit(self, task: Task, baseline: Baseline) -> float:
-        limit = false_alarm_budget.cusum_limit(
-            self.width(task), baseline.drift_windows, self.slack, self.budget, self.min_limit
-        )
-        return limit * baseline.stretch
 
     def count_width(self, task: Task) -> int:
         return 2 * self.width(task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
@@ -14,7 +13,6 @@ from agent.drift.detectors.detector import (
     AlertText,
     Baseline,
     DriftWindows,
-    LearnedScores,
     LearnedWindows,
     ScoreDetector,
     Scores,
@@ -24,15 +22,12 @@ from agent.drift.detectors.detector import (
 from agent.drift.numeric import false_alarm_budget
 
 
-class ClassShareBaseline(msgspec.Struct, frozen=True, eq=False):
-    autocorrelation: float  # lag 1, of shares from window to window
-
-
 class ClassShareDetector(ScoreDetector):
     """Detector of shares of predictions, which a summary counts anyway."""
 
     name = "class_share"
-    baseline_type = ClassShareBaseline
+    budget = false_alarm_budget.CLASS_SHARE_BUDGET
+    by_class = False
     # A mode that is seldom on is no odd window.
     winsorized = False
 
@@ -46,26 +41,8 @@ class ClassShareDetector(ScoreDetector):
     def subjects(self, task: Task) -> Sequence[int]:
         return [task.subject(OUTPUT)] * self.width(task)
 
-    def limit(self, task: Task, baseline: Baseline) -> float:
-        """Return the limit for as many independent windows as these are worth: modes last for hours."""
-        autocorrelation: float = baseline.own.autocorrelation
-        independent = false_alarm_budget.effective_sample_size(baseline.drift_windows, autocorrelation)
-        limit = false_alarm_budget.cusum_limit(
-            self.width(task), independent, self.slack, false_alarm_budget.CLASS_SHARE_BUDGET
-        )
-        return limit * false_alarm_budget.stretch_factor(autocorrelation)
-
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
         return self._shares(task, windows.distributions.output)
-
-    def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> ClassShareBaseline:
-        return ClassShareBaseline(self.autocorrelation(scores))
-
-    def is_valid(self, task: Task, own: ClassShareBaseline) -> bool:
-        return 0 <= own.autocorrelation < 1
-
-    def autocorrelation(self, scores: LearnedScores) -> float:
-        return false_alarm_budget.autocorrelation(scores.z[:, scores.slices[self.name]])
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
         return Scores(self._shares(task, windows.distributions.output))

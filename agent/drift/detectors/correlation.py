@@ -23,6 +23,7 @@ from agent.drift.detectors.detector import (
     Alarm,
     AlertText,
     ClassifiedWindows,
+    LearnedWindows,
     ModelWindows,
     Task,
     round_significant,
@@ -34,6 +35,7 @@ MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the 
 MAX_CORRELATION = 0.9999  # larger ones count as this
 RESIDUAL_SCALE, RESIDUAL_CLIP = 2.0**10, 16.0  # residuals in steps of 1/1024 class sd, and the largest one
 MAX_PAIRS_NAMED = 3
+MIN_RARE_ROWS = 5  # of a drift window, in which both fields of a pair are expected to have other values than usual
 _WEIGHT = "correlation.weight"
 
 
@@ -156,6 +158,15 @@ class CorrelationDetector(ClassMeanDetector):
         z = entries[self.name]
         known = ~np.isnan(z)
         return WeightedMeans(entries[_WEIGHT] * known, np.where(known, z, 0.0))
+
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        """Return NaN for pairs whose rare values hardly meet: one row more or less would make another correlation."""
+        bins = windows.distributions.bins
+        rows = bins.sum(-1, keepdims=True).mean(0)
+        rare = 1 - (bins.sum(0) / np.maximum(bins.sum((0, 2)), 1)[:, None]).max(-1)
+        left, right = pair_members(task.fields)
+        meeting = rows[left, 0] * rare[left] * rare[right]
+        return np.where(meeting < MIN_RARE_ROWS, np.nan, super().learn_values(task, windows))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         left, right = pair_members(moving.shape[1])

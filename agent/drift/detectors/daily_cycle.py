@@ -2,13 +2,17 @@
 
 Harmonics of a day are fitted to each test's learned values by least squares, and other ones to days of rest: the one or
 two consecutive days, anywhere in the week and in any time zone, that differ most from the others. A cycle is kept only
-if it explains a good part of the values; days of rest only if each learned week agrees.
+if it explains a good part of the values; days of rest only if each learned week agrees. Days differ more from each
+other than nights do, so the spread around the mean has a cycle, too: a gamma regression of the squared residuals.
+
+Source: McCullagh & Nelder (1989), Generalized Linear Models, chapter 8, for the spread.
 """
 
 from __future__ import annotations
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.sums import median
@@ -22,6 +26,10 @@ MIN_HOURS = 12  # of the day with windows
 MIN_EXPLAINED_SHARE = 0.2  # of the variance, beyond what as many harmonics explain by chance
 OUTLIER_SDS = 6.0  # robust sd from the fit
 REST_DAYS = (2, 1)
+SPREAD_HARMONICS = 2
+MIN_SPREAD_GAIN = 10.0  # of the log likelihood: chance gains more in one of 2000 tests
+MAX_LOG_SPREAD = 2.5  # of an hour's spread to that of the day, at most: a factor of 12
+SPREAD_ROUNDS = 8
 WINDOWS_PER_COEFFICIENT = 8  # windows per fitted number
 MIN_WEEK_AGREEMENT = 0.5  # of the overall deviation, which each week must show
 
@@ -33,13 +41,20 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
     rest: Float64s  # (1 + 2W, T) a constant and waves, on days of rest
     rest_begins: int  # µs after Thursday 00:00 UTC, when an epoch week begins
     rest_lasts: int  # µs; 0: there are none
+    spread: Float64s  # (2 SPREAD_HARMONICS, T) waves of the logarithm of the standard deviation
 
     @classmethod
     def empty(cls, tests: int) -> Cycle:
-        return cls(np.zeros((2 * HARMONICS, tests)), np.zeros((1 + 2 * HARMONICS, tests)), 0, 0)
+        waves, rest, spread = (np.zeros((n, tests)) for n in (2 * HARMONICS, 1 + 2 * HARMONICS, 2 * SPREAD_HARMONICS))
+        return cls(waves, rest, 0, 0, spread)
 
     def is_nonzero(self) -> bool:
-        return bool(self.waves.any() or self.rest.any())
+        return bool(self.waves.any() or self.rest.any() or self.spread.any())
+
+    @property
+    def coefficients(self) -> Float64s:
+        """(T,) numbers fitted to the mean of each test."""
+        return np.asarray(1.0 + (self.waves != 0).sum(0) + (self.rest != 0).sum(0))
 
     @property
     def has_rest_days(self) -> bool:
@@ -53,6 +68,11 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
                 _add_intercept(compute_harmonics(t)) @ self.rest
             )
         return np.asarray(values)
+
+    def evaluate_spread(self, t: Ints) -> Float64s:
+        """Return factors (n, T) on the standard deviations at times (n,) epoch µs."""
+        waves = compute_harmonics(t, SPREAD_HARMONICS) @ self.spread
+        return np.exp(np.clip(waves, -MAX_LOG_SPREAD, MAX_LOG_SPREAD))
 
 
 class CycleFit(msgspec.Struct, frozen=True, eq=False):
@@ -86,16 +106,39 @@ def can_fit_weekly(t: Ints, seasonality: str) -> bool:
     return len(t) >= WINDOWS_PER_COEFFICIENT * 7 and days >= (7 if seasonality == "week" else 7 * MIN_WEEKS) - 0.1
 
 
-def fit(values: Float64s, t: Ints, seasonality: str = "auto") -> CycleFit:
-    """Fit cycles to tests' values (K, T) of windows at `t` (K,) epoch µs."""
+def fit(values: Float64s, t: Ints, seasonality: str = "auto", min_sd: Float64s | float = 0.05) -> CycleFit:
+    """Fit cycles to tests' values (K, T) of windows at `t` (K,) epoch µs; `min_sd` (T,) is the least spread.
+
+    Residuals are divided by the factor of their hour on the spread.
+    """
     mean, none = values.mean(0), Cycle.empty(values.shape[1])
     plain = CycleFit(mean, none, values - mean)
     if not can_fit_daily(t, seasonality):
         return plain
     best_fit, left = _fit_least_squares(_add_intercept(compute_harmonics(t)), values)
-    by_hour = CycleFit(best_fit[0], Cycle(best_fit[1:], none.rest, 0, 0), left)
-    best = _select_better_fit(by_hour, plain, values)
-    return _select_better_fit(_fit_weekly(values, t), best, values) if can_fit_weekly(t, seasonality) else best
+    by_hour = CycleFit(best_fit[0], replace(none, waves=best_fit[1:]), left)
+    best = _select_better_fit(by_hour, plain)
+    if can_fit_weekly(t, seasonality):
+        best = _select_better_fit(_fit_weekly(values, t), best)
+    cycle = replace(best.cycle, spread=_fit_spread(best.residuals, t, min_sd))
+    return CycleFit(best.mean, cycle, best.residuals / cycle.evaluate_spread(t))
+
+
+def _fit_spread(residuals: Float64s, t: Ints, min_sd: Float64s | float) -> Float64s:
+    """Fit waves (2 SPREAD_HARMONICS, T) to the logarithm of the spread; zeros where they gain too little."""
+    middle = median(residuals)
+    square = (residuals - middle) ** 2 + np.square(min_sd)
+    square = np.minimum(square, OUTLIER_SDS**2 * np.maximum(square.mean(0), 1e-12))
+    design = _add_intercept(compute_harmonics(t, SPREAD_HARMONICS))
+    inverse = np.linalg.pinv(design)
+    plain = np.log(square.mean(0))
+    waves = inverse @ np.log(square)
+    for _ in range(SPREAD_ROUNDS):
+        level = np.clip(design @ waves, plain - 2 * MAX_LOG_SPREAD, plain + 2 * MAX_LOG_SPREAD)
+        waves = inverse @ (level + np.clip(square / np.exp(level) - 1, -1, 3))
+    level = design @ waves
+    gain = (plain + 1 - level - square * np.exp(-level)).sum(0) / 2
+    return np.where(gain > MIN_SPREAD_GAIN, waves[1:] / 2, 0.0)
 
 
 def _fit_weekly(values: Float64s, t: Ints) -> CycleFit:
@@ -111,7 +154,9 @@ def _fit_weekly(values: Float64s, t: Ints) -> CycleFit:
     rest[:width] = coefficients[by_hour.shape[1] :]
     agreeing = _weeks_agree(values, t, resting, begins)
     left = np.where(agreeing, left, np.inf)
-    return CycleFit(coefficients[0], Cycle(coefficients[1 : by_hour.shape[1]], rest, begins, lasts), left)
+    none = Cycle.empty(values.shape[1])
+    cycle = replace(none, waves=coefficients[1 : by_hour.shape[1]], rest=rest, rest_begins=begins, rest_lasts=lasts)
+    return CycleFit(coefficients[0], cycle, left)
 
 
 def _find_rest_days(values: Float64s, t: Ints) -> tuple[int, int]:
@@ -145,7 +190,7 @@ def _weeks_agree(values: Float64s, t: Ints, resting: Bools, begins: int) -> Bool
     return agreed
 
 
-def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleFit:
+def _select_better_fit(new: CycleFit, old: CycleFit) -> CycleFit:
     """Choose the new fit test by test, where it explains enough of what the old one leaves."""
     spread = np.maximum((old.residuals**2).mean(0), 1e-24)
     chosen = 1 - (new.residuals**2).mean(0) / spread > MIN_EXPLAINED_SHARE
@@ -153,6 +198,7 @@ def _select_better_fit(new: CycleFit, old: CycleFit, values: Float64s) -> CycleF
         np.where(chosen, new.cycle.waves, old.cycle.waves),
         np.where(chosen, new.cycle.rest, old.cycle.rest),
         *((new if chosen.any() else old).cycle.rest_begins, (new if chosen.any() else old).cycle.rest_lasts),
+        old.cycle.spread,
     )
     return CycleFit(np.where(chosen, new.mean, old.mean), cycle, np.where(chosen, new.residuals, old.residuals))
 
@@ -176,9 +222,9 @@ def _add_intercept(columns: Float64s) -> Float64s:
     return np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
 
 
-def compute_harmonics(t: Ints) -> Float64s:
-    """(n, 2 HARMONICS) at times (n,) epoch µs."""
-    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, HARMONICS + 1)
+def compute_harmonics(t: Ints, harmonics: int = HARMONICS) -> Float64s:
+    """(n, 2 `harmonics`) at times (n,) epoch µs."""
+    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, harmonics + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
 
 

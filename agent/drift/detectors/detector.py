@@ -20,7 +20,8 @@ from agent import text
 from agent.alerts import Alert
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric import control_limits, false_alarm_budget
+from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
 
@@ -98,6 +99,17 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
 
+    @property
+    def class_coefficients(self) -> float:
+        """Means that were fitted for the windows of one time: 1, or up to C where a class lasts for many windows."""
+        n = self.moments.n.max(-1).astype(np.float64)
+        share = n / np.maximum(n.sum(1, keepdims=True), 1)
+        total = n.sum(0)
+        fitted = float((share**2 * (total.sum() / np.maximum(total, 1))).sum(1).mean())
+        deviations = share - share.mean(0)
+        lagged, square = float((deviations[1:] * deviations[:-1]).sum()), float((deviations**2).sum())
+        return 1 + max(fitted - 1, 0.0) * max(lagged / max(square, 1e-12), 0.0)
+
     def expand(self, entries: AnyArray) -> Float64s:
         """Return entries (m, X) by window and class (K, C, X); zeros where a class did not occur."""
         out = np.zeros((*self.distributions.output.shape, entries.shape[1]))
@@ -108,8 +120,10 @@ class LearnedWindows(msgspec.Struct, frozen=True):
 class LearnedScores(msgspec.Struct, frozen=True, dict=True):
     """Scores (K, T) of the learned windows, from which limits are fitted."""
 
-    residuals: Float64s  # of the values, without mean and cycle
+    residuals: Float64s  # of the values, without mean and cycle, and each with the same spread at any hour
     sd: Float64s  # (T,)
+    coefficients: Float64s  # (T,) numbers that were fitted to each: the mean, and those of a cycle
+    thinning: int  # windows of which one was learned
     slices: Mapping[str, slice]  # place of each detector's scores
 
     @cached_property
@@ -124,8 +138,6 @@ class Baseline(msgspec.Struct, frozen=True):
     class_mean: Float64s
     class_sd: Float64s
     distributions: Distributions
-    drift_windows: int  # K, from which all this was learned
-    stretch: float  # factor on limits, because neighboring windows correlate
     mean: Float64s  # (S,) of the values
     own: Any  # of the detector's `baseline_type`
 
@@ -249,6 +261,8 @@ class ScoreDetector(AlarmDetector):
     """Detector with S scores per drift window; the test suite runs a CUSUM for each."""
 
     slack = false_alarm_budget.FIELD_SLACK  # sd of a score that its CUSUM ignores
+    min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
+    by_class = True  # whether windows are compared within classes
     winsorized = True  # whether odd windows are drawn in while learning
 
     @property
@@ -268,9 +282,24 @@ class ScoreDetector(AlarmDetector):
     def min_sd(self, task: Task) -> float:
         """Return the least sd of a value: smaller shifts never matter, however steady a site is."""
 
+    @property
     @abstractmethod
-    def limit(self, task: Task, baseline: Baseline) -> float:
-        """Return the CUSUM limit."""
+    def budget(self) -> float:
+        """False alarms per window, of all S tests together."""
+
+    def kinds(self, task: Task) -> Sequence[slice]:
+        """Return the scores that are of one kind, with about the same memory and tails."""
+        return (slice(0, self.width(task)),)
+
+    def fit_noise(self, task: Task, scores: LearnedScores) -> ScoreNoise:
+        place = scores.slices[self.name]
+        return control_limits.fit_noise(
+            scores.z[:, place], scores.coefficients[place], scores.thinning, self.slack, self.kinds(task)
+        )
+
+    def fit_limits(self, task: Task, scores: LearnedScores) -> Float64s:
+        """Return the CUSUM limits (S,)."""
+        return control_limits.cusum_limits(self.fit_noise(task, scores), self.slack, self.budget, self.min_limit)
 
     @abstractmethod
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
@@ -282,10 +311,6 @@ class ScoreDetector(AlarmDetector):
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         """Return which tests (W, S) wait while fields begin to drift (W, F) or one of them nearly alarms (W,)."""
         return None
-
-    def autocorrelation(self, scores: LearnedScores) -> float:
-        """Return the lag-1 autocorrelation of its values over learned windows."""
-        return false_alarm_budget.autocorrelation(scores.residuals[:, scores.slices[self.name]])
 
 
 class ChartWindows(msgspec.Struct, frozen=True):

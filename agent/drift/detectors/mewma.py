@@ -32,7 +32,7 @@ from agent.drift.detectors.detector import (
     Task,
 )
 from agent.drift.detectors.psi import gamma_quantile
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric.control_limits import ScoreNoise
 
 WEIGHT = 0.3  # of the newest window
 SLACK = 0.2  # sd that a mean may be off for long: K windows give no better estimate
@@ -174,8 +174,8 @@ class MewmaDetector(ChartDetector):
         return Mewma.zeros(self.width(task))
 
     def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> MewmaBaseline:
-        charted = scores.z[:, self._place(task, scores.slices)]
-        return MewmaBaseline(fit_limit(charted, self.source.autocorrelation(scores), self.budget(task)))
+        charted, noise = scores.z[:, self._place(task, scores.slices)], self.source.fit_noise(task, scores)
+        return MewmaBaseline(fit_limit(charted, noise.first(self.width(task)), self.budget(task)))
 
     def is_valid(self, task: Task, own: MewmaBaseline) -> bool:
         return own.limit > 0
@@ -206,24 +206,25 @@ class MewmaDetector(ChartDetector):
         return np.array(self.source.subjects(task)[: self.width(task)], np.int64)
 
 
-def fit_limit(scores: Float64s, autocorrelation: float, budget: float) -> float:
+def fit_limit(scores: Float64s, noise: ScoreNoise, budget: float) -> float:
     """Return the limit of the statistic, from scores (K, S) of learned windows in their order.
 
-    `autocorrelation` is that of neighboring windows; `budget` the false alarms per window.
+    `noise` is that of the scores; `budget` the false alarms per window.
     """
     windows, count = scores.shape
     if not count or windows < 4:
         return UNREACHABLE_LIMIT
-    slow = (1 - WEIGHT) * autocorrelation
+    slow = (1 - WEIGHT) * noise.autocorrelation
     variance = WEIGHT / (2 - WEIGHT) * (1 + slow) / (1 - slow)
     # Mean and sd are estimated from K windows only.
     variance = (
-        (variance + 1 / false_alarm_budget.effective_sample_size(windows, autocorrelation))
+        (variance + 1 / noise.mean_windows)
         / (1 + 1 / windows)
-        * (windows - 1)
-        / (windows - 3)
+        * (noise.spread_windows + 1)
+        / np.maximum(noise.spread_windows - 1, 1)
     )
-    theory = _quadratic_form_quantile(_eigenvalues(scores), float(np.sqrt(variance)), WINDOWS_PER_ALARM * budget)
+    sd = float(np.sqrt(variance.mean()))
+    theory = _quadratic_form_quantile(_eigenvalues(scores), sd, WINDOWS_PER_ALARM * budget)
     return max(theory, _max_statistic(scores))
 
 

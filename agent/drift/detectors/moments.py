@@ -43,6 +43,8 @@ from agent.drift.numeric.sums import GroupMoments
 # would outweigh all others.
 MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
 MIN_VARIANCE = 1e-4  # of residuals, in squared class sd
+# Added to the variance of residuals, in squared class sd: that of a rare value is nearly nothing in many windows.
+VARIANCE_PRIOR = 0.25
 
 
 class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
@@ -71,7 +73,8 @@ def compute_test_values(
 ) -> tuple[Float64s, Float64s]:
     """Return values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
 
-    A value is a mean residual in class sd; for single rows, the spread's is the log variance of residuals. An effect is
+    A value is a mean residual in class sd; for single rows, the spread's is the log variance of residuals
+    with a prior. An effect is
     the mean shift in physical units, and half the shift in log variance: exp() of it is the ratio of spreads.
     """
     count = np.maximum(moments.n.sum(-2), 1)
@@ -81,8 +84,21 @@ def compute_test_values(
         fields = value.shape[-1] // 2
         return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
     square = ((moments.m2 + shift * (moments.mean - mean)) / sd**2).sum(-2) / count
-    spread = np.log(np.maximum(square - value**2, MIN_VARIANCE))
-    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, spread / 2], axis=-1)
+    variance = np.maximum(square - value**2, 0.0)
+    spread, ratio = np.log(variance + VARIANCE_PRIOR), np.log(np.maximum(variance, MIN_VARIANCE))
+    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, ratio / 2], axis=-1)
+
+
+def leave_out_rare(moments: GroupMoments, learned: Ints) -> GroupMoments:
+    """Return moments (..., C, D) without the classes of which too few windows were `learned` (C, D).
+
+    Where these are many, each of them is compared with all classes together.
+    """
+    rare = learned < MIN_CLASS_WINDOWS
+    rare &= 2 * np.where(rare, learned, 0).sum(0) < learned.sum(0)
+    if not rare.any():
+        return moments
+    return GroupMoments(np.where(rare, 0, moments.n), moments.mean, np.where(rare, 0.0, moments.m2))
 
 
 def find_untested(moments: GroupMoments, *, windowed: bool) -> np.ndarray:
@@ -135,6 +151,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
 
     name = "moments"
     field_sums = ("mean", "spread")
+    budget = false_alarm_budget.FIELD_BUDGET
     state_type = FieldHistory
 
     def start(self, task: Task) -> FieldHistory:
@@ -156,24 +173,24 @@ class MomentsDetector(ScoreDetector, ChartDetector):
     def subjects(self, task: Task) -> Sequence[int]:
         return 2 * list(range(task.fields))
 
-    def limit(self, task: Task, baseline: Baseline) -> float:
-        limit = false_alarm_budget.cusum_limit(
-            self.width(task), baseline.drift_windows, self.slack, false_alarm_budget.FIELD_BUDGET
-        )
-        return limit * baseline.stretch
+    def kinds(self, task: Task) -> Sequence[slice]:
+        return slice(0, task.fields), slice(task.fields, 2 * task.fields)
 
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
         mean = leave_one_out_mean(windows.moments, windows.pooled)
-        return compute_test_values(windows.moments, mean, windows.class_sd, windowed=task.windowed)[0]
+        moments = leave_out_rare(windows.moments, windows.pooled.n)
+        values, _ = compute_test_values(moments, mean, windows.class_sd, windowed=task.windowed)
+        values[find_untested(moments, windowed=task.windowed)] = np.nan
+        return values
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        values, effects = compute_test_values(
-            windows.moments, baseline.class_mean, baseline.class_sd, windowed=task.windowed
-        )
+        moments = leave_out_rare(windows.moments, baseline.class_n)
+        values, effects = compute_test_values(moments, baseline.class_mean, baseline.class_sd, windowed=task.windowed)
         fields = task.fields
         if not task.windowed:
-            effects[:, fields:] -= baseline.mean[fields:] / 2
-        values[find_untested(windows.moments, windowed=task.windowed)] = np.nan
+            usual = np.exp(baseline.mean[fields:]) - VARIANCE_PRIOR
+            effects[:, fields:] -= np.log(np.maximum(usual, MIN_VARIANCE)) / 2
+        values[find_untested(moments, windowed=task.windowed)] = np.nan
         weight = baseline.class_n / np.maximum(baseline.class_n.sum(0), 1)
         sd = (weight * baseline.class_sd).sum(0)
         scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])

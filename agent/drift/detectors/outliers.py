@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.arrays import Bools, Float64s
+from agent.arrays import Float64s
 from agent.drift.numeric.sums import median
 from agent.errors import BadBundle
 
-OUTLIER_SDS = 6.0  # robust sd from the middle: left out of the calibration
-MAX_OUTLIER_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
+OUTLIER_SDS = 6.0  # robust sd from the middle: drawn in to there, unless more windows lie far out than
+MAX_ODD_SHARE = 0.05  # of windows
 STEP_SDS = 4.0  # sd between the means of the first and the second half: something changed meanwhile
 MIN_SD = 0.05  # class sd: smaller shifts of a field never matter, however steady a site is
 # Standard errors of a step while learning, and its share of the variance, for a warning.
@@ -18,29 +18,30 @@ STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = 10.0, 0.7
 
 def winsorize(values: Float64s, center: Float64s, min_sd: Float64s | float) -> tuple[Float64s, Float64s]:
     """Return mean and residuals of values (K, T), with odd windows drawn in: a few spoil nothing, many are normal."""
-    reach = OUTLIER_SDS * np.maximum(1.4826 * median(np.abs(values - center)), min_sd)
+    far = np.abs(values - center)
+    reach = np.maximum(OUTLIER_SDS * np.maximum(1.4826 * median(far), min_sd), largest_usual(far))
     within = np.clip(values, center - reach, center + reach)
     mean = within.mean(0)
     return mean, within - mean
 
 
+def largest_usual(values: Float64s) -> Float64s:
+    """Return what all values (K, T) but MAX_ODD_SHARE of them reach at most: odd windows are few."""
+    return np.asarray(np.sort(values, axis=0)[len(values) - 1 - int(MAX_ODD_SHARE * len(values))])
+
+
 def calibrate(values: Float64s, fields: tuple[str, ...]) -> tuple[Float64s, Float64s]:
     """Return mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
-    middle = median(values)
-    scale = np.maximum(1.4826 * median(np.abs(values - middle)), MIN_SD)
-    plain = np.abs(values - middle) <= OUTLIER_SDS * scale
-    _require_agreement(
-        plain.mean(0) >= 1 - MAX_OUTLIER_SHARE, fields, "more than a third of the drift windows lie far from the rest"
-    )
-    inliers = np.where(plain, values, np.nan)
+    mean, residuals = winsorize(values, median(values), MIN_SD)
     half = len(values) // 2
-    first, second = inliers[:half], inliers[half:]
-    within = np.sqrt((np.nanvar(first, axis=0) + np.nanvar(second, axis=0)) / 2)
-    step = np.abs(np.nanmean(first, axis=0) - np.nanmean(second, axis=0))
-    _require_agreement(
-        step <= STEP_SDS * np.maximum(within, MIN_SD), fields, "it changed between the first and the second half"
-    )
-    return np.nanmean(inliers, axis=0), np.maximum(np.nanstd(inliers, axis=0, ddof=1), MIN_SD)
+    first, second = residuals[:half], residuals[half:]
+    within = np.sqrt((first.var(0) + second.var(0)) / 2)
+    step = np.abs(first.mean(0) - second.mean(0))
+    names = [f"{name} {kind}" for kind in ("mean", "spread") for name in fields]
+    stepped = [name for name, off in zip(names, step > STEP_SDS * np.maximum(within, MIN_SD), strict=True) if off]
+    if stepped:
+        raise BadBundle(f"no drift reference: it changed between the first and the second half ({', '.join(stepped)})")
+    return mean, np.maximum(residuals.std(0, ddof=1), MIN_SD)
 
 
 def detect_step_change(values: Float64s, fields: tuple[str, ...]) -> list[str]:
@@ -60,10 +61,3 @@ def detect_step_change(values: Float64s, fields: tuple[str, ...]) -> list[str]:
     name = f"{fields[worst % len(fields)]} {'mean' if worst < len(fields) else 'spread'}"
     at = int(gained[:, worst].argmax()) + 2
     return [f"{name} changed from window {at} of {windows} on while it was learned; learn it again once it is steady"]
-
-
-def _require_agreement(passed: Bools, fields: tuple[str, ...], reason: str) -> None:
-    names = [f"{name} {kind}" for kind in ("mean", "spread") for name in fields]
-    wrong = [name for name, fine in zip(names, passed, strict=True) if not fine]
-    if wrong:
-        raise BadBundle(f"no drift reference: {reason} ({', '.join(wrong)})")

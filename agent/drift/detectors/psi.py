@@ -34,7 +34,8 @@ from agent.drift.detectors.detector import (
     Task,
     round_significant,
 )
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.detectors.outliers import largest_usual
+from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.divergence import smoothed_shares
 from agent.drift.numeric.sums import median
 
@@ -202,22 +203,27 @@ def fit_limits(values: Float64s, level: float, budget: float) -> Float64s:
     """Return PSI limits (S,) from K windows in a row (K, S), with one gamma shape for all S that are not wilder.
 
     One window exceeds the limit in a share `level` of windows. The second largest of three, in their order, exceeds it
-    in a share `budget`.
+    in a share `budget`; of the learned ones none does.
     """
     second = np.sort(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0)[1]
-    return np.maximum(MIN_PSI, np.maximum(_gamma_limit(values, level), _gamma_limit(second, budget)))
+    # Where windows are like their neighbors, they show less of what may come.
+    memory = control_limits.fit_autocorrelation(values, np.ones(values.shape[1]))
+    independent = np.maximum(len(values) * (1 - memory) / (1 + memory), 4.0)
+    limits = (_gamma_limit(values, level, independent), _gamma_limit(second, budget, independent), second.max(0))
+    return np.asarray(np.maximum(MIN_PSI, np.max(limits, axis=0)))
 
 
-def _gamma_limit(values: Float64s, level: float) -> Float64s:
+def _gamma_limit(values: Float64s, level: float, windows: Float64s) -> Float64s:
+    """Return the limit that values (K, S), which are worth so many independent `windows` (S,), exceed as seldom."""
     clipped = np.minimum(values, _outlier_cap(values))
     mean, variance = clipped.mean(0), clipped.var(0, ddof=1)
     positive = mean > 0
     each = np.where(positive, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
     common = float(median(each[positive])) if positive.any() else MAX_GAMMA_SHAPE
     # Mean and shape are estimated from K windows: one standard error to the safe side.
-    margin = 1 - np.sqrt(2 / len(values))
+    margin = 1 - np.sqrt(2 / windows)
     shape = np.clip(margin * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
-    mean_margin = 1 + 1 / np.sqrt(shape * len(values))
+    mean_margin = 1 + 1 / np.sqrt(shape * windows)
     return np.asarray(mean * mean_margin * gamma_quantile(shape, 1 - level))
 
 
@@ -231,6 +237,7 @@ def gamma_quantile(shape: Float64s, p: float) -> Float64s:
 
 
 def _outlier_cap(values: Float64s) -> Float64s:
-    """Return the value beyond which a window is left out, as it was not like the others."""
+    """Return the value beyond which a window is drawn in, as it was not like the others."""
     middle = median(values)
-    return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
+    reach = middle + 10 * median(np.abs(values - middle)) + 1e-9
+    return np.asarray(np.maximum(reach, largest_usual(values)))

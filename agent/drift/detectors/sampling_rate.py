@@ -16,11 +16,10 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import AnyArray, Float64s, Ints
-from agent.drift.detectors import class_means, cusum, daily_cycle, outliers, variogram
+from agent.drift.detectors import class_means, daily_cycle, outliers, variogram
 from agent.drift.detectors.class_means import leave_one_out_mean, pooled_mean
 from agent.drift.detectors.detector import (
     MIN_CLASS_WINDOWS,
-    Baseline,
     ClassifiedWindows,
     Detector,
     LearnedScores,
@@ -29,7 +28,7 @@ from agent.drift.detectors.detector import (
     Task,
 )
 from agent.drift.detectors.variogram import Variograms
-from agent.drift.numeric import false_alarm_budget
+from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.sums import median
 
 # Change of the interval: share; sd of learned windows; times the largest deviation of one.
@@ -53,19 +52,21 @@ class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     speed_mean: float  # logarithm, of windows
     speed_sd: float  # 0: nothing is known of it
     cycle: daily_cycle.Cycle  # of the speed
+    limit: float  # of the CUSUM of the speed
 
-    def score_speeds(self, variogram_sums: Ints, t: Ints, learned: int) -> tuple[Float64s, Float64s]:
+    def score_speeds(self, variogram_sums: Ints, t: Ints) -> tuple[Float64s, Float64s]:
         """Return scores (W,) of the speeds of stacked windows at `t` (W,) epoch µs, and their logarithms.
 
-        NaN if unknown. `learned` is the number of windows that the baseline was learned from.
+        NaN if unknown.
         """
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
         expected = self.speed_mean + self.cycle.evaluate(t)[:, 0]
+        sd = self.speed_sd * self.cycle.evaluate_spread(t)[:, 0]
         deviations = class_means.compute_deviations(variogram.from_sums(variogram_sums).weighted_levels(), self.level)
         speeds = variogram.estimate_log_speed(deviations, self.slope, self.weight) - expected
-        return cusum.standardize(speeds, np.zeros(1), np.full(1, self.speed_sd), learned), speeds
+        return np.asarray(speeds / sd), speeds
 
 
 class SamplingRateDetector(Detector):
@@ -93,10 +94,10 @@ class SamplingRateDetector(Detector):
 
     def is_valid(self, task: Task, own: RateBaseline) -> bool:
         cycle, moving = own.cycle, len(own.slope)
-        arrays = [own.level, own.slope, own.weight, cycle.waves, cycle.rest]
-        harmonics = 2 * daily_cycle.HARMONICS
-        shapes = [(task.classes, moving), (moving,), (moving,), (harmonics, 1), (1 + harmonics, 1)]
-        numbers = np.array([own.step_us, own.step_off, own.repeated, own.speed_sd, own.speed_mean])
+        arrays = [own.level, own.slope, own.weight, cycle.waves, cycle.rest, cycle.spread]
+        harmonics, spread = 2 * daily_cycle.HARMONICS, 2 * daily_cycle.SPREAD_HARMONICS
+        shapes = [(task.classes, moving), (moving,), (moving,), (harmonics, 1), (1 + harmonics, 1), (spread, 1)]
+        numbers = np.array([own.step_us, own.step_off, own.repeated, own.speed_sd, own.limit, own.speed_mean])
         return (
             [part.shape for part in arrays] == shapes
             and moving in (0, task.fields)
@@ -118,6 +119,7 @@ class SamplingRateDetector(Detector):
             speed_mean=0.0,
             speed_sd=0.0,
             cycle=daily_cycle.Cycle.empty(1),
+            limit=false_alarm_budget.MIN_CUSUM_LIMIT,
         )
         deviations = class_means.compute_deviations(levels, leave_one_out_mean(levels, float(MIN_CLASS_WINDOWS)))
         weight = variogram.compute_field_weights(deviations, baseline.slope)
@@ -130,23 +132,20 @@ class SamplingRateDetector(Detector):
         if known.sum() < MIN_WINDOWS:
             return baseline
         filled = np.where(known, speeds, median(speeds[known]))[:, None]
-        fit = daily_cycle.fit(filled, windows.t, windows.seasonality)
+        fit = daily_cycle.fit(filled, windows.t, windows.seasonality, MIN_SPEED_SD)
         mean, left = outliers.winsorize(fit.residuals, median(fit.residuals), MIN_SPEED_SD)
+        sd, slack = max(float(left.std(ddof=1)), MIN_SPEED_SD), false_alarm_budget.FIELD_SLACK
+        coefficients = fit.cycle.coefficients + windows.class_coefficients - 1
+        noise = control_limits.fit_noise(left / sd, coefficients, scores.thinning, slack, (slice(0, 1),))
         return replace(
             baseline,
             weight=weight,
             speed_mean=float((fit.mean + mean)[0]),
-            speed_sd=float(max(left.std(ddof=1), MIN_SPEED_SD)),
+            # The mean was learned from so many windows.
+            speed_sd=sd * math.sqrt(1 + 1 / len(left)),
             cycle=fit.cycle,
+            limit=float(control_limits.cusum_limits(noise, slack, false_alarm_budget.SPEED_BUDGET)[0]),
         )
-
-
-def speed_cusum_limit(baseline: Baseline) -> float:
-    """Return the CUSUM limit of the speed."""
-    limit = false_alarm_budget.cusum_limit(
-        1, baseline.drift_windows, false_alarm_budget.FIELD_SLACK, false_alarm_budget.SPEED_BUDGET
-    )
-    return limit * baseline.stretch
 
 
 def _fit_step(steps: Float64s) -> tuple[float, float]:

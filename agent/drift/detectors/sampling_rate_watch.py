@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -65,7 +66,7 @@ class RateObservation(msgspec.Struct, frozen=True):
     repeated: float = 0.0
 
 
-class RateRun(msgspec.Struct, frozen=True, eq=False):
+class RateRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Run over W windows; of several only if `before` has no open alert and none has a fault."""
 
     before: RateState
@@ -79,11 +80,18 @@ class RateRun(msgspec.Struct, frozen=True, eq=False):
     def windows_before_block(self) -> int:
         """Number of windows before the first that is kept out of all other tests."""
         if len(self.t) == 1 or self.cusum is None:
-            return 0 if self.state_after(1).blocks_window else 1
+            return 0 if self._first_state.blocks_window else 1
         exceeds = self.cusum.exceeds_limit
         return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
 
     def state_after(self, windows: int) -> RateState:
+        return self._first_state if windows == 1 else self._find_state(windows)
+
+    @cached_property
+    def _first_state(self) -> RateState:
+        return self._find_state(1)
+
+    def _find_state(self, windows: int) -> RateState:
         before, fault, on, t = self.before, self.observations[windows - 1].fault, self.open_fault, self.t[windows - 1]
         cusum = self.cusum.state_after(windows) if self.cusum else before.cusum
         drifts, faulty = bool(cusum.alarm.any()) and not before.drifting, bool(on) and on != before.open_fault
@@ -113,7 +121,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
         if baseline is None:
             return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
         usual: RateBaseline = baseline.own
-        scores = usual.score_speeds(windows.counts[self.name], windows.t, baseline.drift_windows)
+        scores = usual.score_speeds(windows.counts[self.name], windows.t)
         return [
             RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
             for step, share, z, speed in zip(steps, repeated, *(part.tolist() for part in scores), strict=True)
@@ -133,7 +141,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
         clears = not first.fault and state.clear_count + 1 >= WINDOWS_TO_CLEAR
         on = "" if clears else state.open_fault
         on = on or (first.fault if first.fault == state.last_fault else "")
-        cusum, limit = None, rate.speed_cusum_limit(baseline)
+        cusum, limit = None, float(baseline.own.limit)
         if not (first.fault or on or (fields_drift and not state.drifting)):
             z, speeds = np.array([(each.z, each.log_speed) for each in observations]).T[..., None]
             cusum = state.cusum.run_windows(z, speeds, limit=limit, t=t)
@@ -190,7 +198,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
             "usual_us": round_significant(usual.step_us) if usual and usual.step_us else None,
             "repeated": round(repeated, 4),
             "cusum": np.round(state.cusum.value[:, 0], 2).tolist(),
-            "limit": round(rate.speed_cusum_limit(baseline), 2) if baseline else None,
+            "limit": round(baseline.own.limit, 2) if baseline else None,
             "state": name,
             "fault": state.last_fault or state.open_fault or None,
         }

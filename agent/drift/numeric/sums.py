@@ -65,9 +65,11 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     squares: Float64s
 
     @classmethod
-    def zeros(cls, groups: int, values: int) -> GroupSums:
-        shape = (groups, values)
+    def zeros(cls, *shape: int) -> GroupSums:
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
+
+    def reshape(self, *shape: int) -> GroupSums:
+        return GroupSums(self.n.reshape(shape), self.total.reshape(shape), self.squares.reshape(shape))
 
     def add(self, groups: Groups, values: Float64s) -> GroupSums:
         """Add `values` (m, D) to their `groups`.
@@ -87,20 +89,30 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         return GroupSums(n, both[:, :width], both[:, width:])
 
     @classmethod
-    def from_rows(cls, rows: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
-        """Sum `rows` (W, n, D) from their `origin` to one group each, (W, 1, D), with the same bits as `add`."""
+    def from_rows(cls, rows: Float64s, origin: Float64s | float = 0.0, before: GroupSums | None = None) -> GroupSums:
+        """Sum `rows` (W, n, D) from their `origin` to one group each, (W, 1, D), with the same bits as `add`.
+
+        Sums begin with those `before`, if there are any.
+        """
         windows, count, width = rows.shape
+        first = 0 if before is None else 1
         # Side by side: the wider the rows that are added, the fewer they are.
-        known = np.empty((count, windows, width))
+        summed = np.empty((first + count, windows, width))
+        known = summed[first:]
         np.subtract(rows.transpose(1, 0, 2), origin, out=known)
         missing = np.isnan(known)
         n = np.full((windows, 1, width), count, np.int64)
         if missing.any():
             n -= missing.sum(0)[:, None]
             known[missing] = 0.0
-        total = sum_sequentially(known)
+        if before is not None:
+            n += before.n
+            summed[0] = before.total[:, 0]
+        total = sum_sequentially(summed)
         np.multiply(known, known, out=known)
-        return cls(n, total[:, None], sum_sequentially(known)[:, None])
+        if before is not None:
+            summed[0] = before.squares[:, 0]
+        return cls(n, total[:, None], sum_sequentially(summed)[:, None])
 
     def __add__(self, other: GroupSums) -> GroupSums:
         return GroupSums(self.n + other.n, self.total + other.total, self.squares + other.squares)

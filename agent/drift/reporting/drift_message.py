@@ -53,7 +53,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
 
     @classmethod
     def stack(cls, sums: Sequence[MessageSums]) -> MessageSums:
-        return cls(*(np.stack(parts) for parts in zip(*map(astuple, sums), strict=True)))
+        return cls(*(np.array(parts) for parts in zip(*map(astuple, sums), strict=True)))
 
     def __add__(self, other: MessageSums) -> MessageSums:
         return MessageSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -124,8 +124,7 @@ def build_estimates(sums: MessageSums, shipped: Reference) -> list[dict[str, Any
     """Return the expected accuracy per message of a stack; None if the reference has no labelled scores."""
     if shipped.score_correct is None:
         return [None] * len(sums.scores)
-    known = bool(shipped.score_n.any())
-    right = cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct) if known else None
+    right = shipped.bin_accuracy
     return [cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, scores, right) for scores in sums.scores]
 
 
@@ -144,7 +143,13 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
     layout, faults, fields = status.layout, status.faults, len(status.faults)
     certainty, pair = (_find_nearest_test(status, tester, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
     tests = [*layout.field_tests.ravel().tolist(), *(test for test in (certainty, pair) if test is not None)]
-    rounded = to_compact_numbers(np.round(status.cusum_sums[:, tests].T, 2))
+    raw = status.cusum_sums
+    if tester:
+        # A field has one limit, that of its mean; its spread's sums are scaled to it.
+        mean, spread = layout.field_tests[:, 0], layout.field_tests[:, 1]
+        raw = raw.copy()
+        raw[:, spread] *= tester.limits.limit[mean] / tester.limits.limit[spread]
+    rounded = to_compact_numbers(np.round(raw[:, tests].T, 2))
     limits = tester.limits.limit[tests].round(2).tolist() if tester else [None] * len(tests)
     sums = dict(zip(tests, zip(rounded, limits, strict=True), strict=True))
     score_sums, score_limit = ([0, 0], None) if certainty is None else sums[certainty]
@@ -179,7 +184,7 @@ def _find_nearest_test(status: SuiteStatus, tester: DriftTester | None, subject:
 
 
 def _field_sums(layout: ScoreLayout, tests: list[int], sums: dict[int, tuple[Any, float | None]]) -> dict[str, Any]:
-    """Return the sums of a field's mean and spread with their limit, then those of other detectors of fields."""
+    """Return the sums of a field's mean and spread with the mean's limit, then those of other detectors of fields."""
     (mean, (sums_of_mean, limit)), (spread, (sums_of_spread, _)), *others = (
         (name, sums[test]) for name, test in zip(layout.field_sums, tests, strict=True)
     )

@@ -83,7 +83,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 
 class CusumLimits(msgspec.Struct, frozen=True, eq=False):
-    """Slack and limit of each CUSUM (T,), for this many tests and learned windows."""
+    """Slack and limit of each CUSUM (T,)."""
 
     slack: Float64s
     limit: Float64s
@@ -91,12 +91,11 @@ class CusumLimits(msgspec.Struct, frozen=True, eq=False):
     @classmethod
     def from_reference(cls, reference: Reference) -> CusumLimits:
         layout = reference.layout
-        slack, limit = np.empty(layout.test_count), np.empty(layout.test_count)
+        assert reference.site is not None
+        slack = np.empty(layout.test_count)
         for detector in SCORED:
-            place = layout[detector.name]
-            slack[place] = detector.slack
-            limit[place] = detector.limit(reference.task, reference.baselines[detector.name])
-        return cls(slack, limit)
+            slack[layout[detector.name]] = detector.slack
+        return cls(slack, reference.site.limits)
 
 
 class Evidence(msgspec.Struct, frozen=True, eq=False):
@@ -137,9 +136,10 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         drift_windows = windows.drift_windows(site.origin)
         parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
         values = np.concatenate([scores.values for scores in parts], axis=1)
-        usual = site.test_mean
+        usual, sd = site.test_mean, site.test_sd
         if self.has_cycle:
-            usual = usual + self.calibration.cycle.evaluate(t)
+            cycle = self.calibration.cycle
+            usual, sd = usual + cycle.evaluate(t), sd * cycle.evaluate_spread(t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
         for detector, scores in zip(SCORED, parts, strict=True):
@@ -149,7 +149,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
                 if self.has_cycle and scores.effect_scale is not None:
                     effects[:, place] -= (usual - site.test_mean)[:, place] * scores.effect_scale
         return Evidence(
-            cusum.standardize(values, usual, site.test_sd, site.drift_windows),
+            cusum.standardize(values, usual, sd, site.drift_windows),
             effects,
             {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
             windows.scores,

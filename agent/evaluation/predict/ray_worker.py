@@ -18,12 +18,11 @@ from agent.arrays import Float32s, Ints
 from agent.errors import BadBundle, FileBusy, OutstationError, UsageError
 from agent.evaluation.predict.ledger import FileJob, RunTotals
 from agent.evaluation.predict.run import BatchPredictor
+from agent.model import activation
 from agent.model.bundle import bundle as bundles
-from agent.model.inference import inference, runtime
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.sandbox import probe
 
 # A worker that the cluster has given up may still write; wait for its end.
 LOCK_TIMEOUT_S, _RETRY_INTERVAL_S = 60.0, 0.5
@@ -127,8 +126,7 @@ class Worker:
             raise UsageError(f"outstation is {have} here and {sent} where the command runs; install the same on all")
         bundle = bundles.from_files(config.bundle_name, config.files, config.digest)
         try:
-            probe.probe(bundle).raise_for_failure()
-            loaded = inference.Inference(bundle.manifest, runtime.load_model(bundle.manifest, bundle.model_bytes))
+            loaded = activation.open_for_files(bundle)
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
         self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)

@@ -32,6 +32,12 @@ class EvidenceQueries:
         """Return (device, log, seq, kind, payload) of every message, in the order of each log."""
         return self._store.stream("SELECT device, log, seq, kind, payload FROM messages ORDER BY device, log, seq")
 
+    def stream_heads(self) -> Iterator[Row]:
+        """Return (device, log, seq, payload) of the newest message of every log."""
+        newest = "SELECT device, log, max(seq) AS seq FROM messages GROUP BY device, log"
+        sql = f"SELECT m.device, m.log, m.seq, m.payload FROM messages m JOIN ({newest}) newest"
+        return self._store.stream(f"{sql} USING (device, log, seq) ORDER BY device, log")
+
     def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
         row: tuple[str, bytes, str] | None = self._db.execute(sql, (device, log, seq)).fetchone()

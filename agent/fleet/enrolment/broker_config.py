@@ -18,6 +18,8 @@ _COMMON = """\
 persistence true
 persistence_location {folder}/data/
 autosave_interval 60
+# For `fleet revoke`, which lets a broker on its own machine read the revocation list.
+pid_file {folder}/mosquitto.pid
 
 # Send small replies at once; without it a publisher that waits for each PUBACK stalls 40 ms.
 set_tcp_nodelay true
@@ -48,7 +50,8 @@ cafile {folder}/ca.pem
 certfile {folder}/server.crt
 keyfile {folder}/server.key
 # Revoked certificates, from `fleet revoke` and `fleet enrol --replace`. Mosquitto reads the list at its start and on
-# SIGHUP, which ends no open connection; if the file is unreadable then, Mosquitto accepts every certificate.
+# SIGHUP, which they send it and which ends no open connection; if the file is unreadable then, Mosquitto accepts every
+# certificate.
 {crl}
 tls_version tlsv1.2
 # Only clients with a certificate of this fleet connect ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError
 from agent.fleet.config import ClientCertificate, FleetConfig
@@ -31,6 +32,7 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 
 ACCESS_FILE = "dynamic-security.json"
 PENDING_FILE = "broker-pending.json"
+PID_FILE = "mosquitto.pid"
 _TIMEOUT_S = 5.0
 # For a file of tens of thousands of devices.
 _REPLY_TIMEOUT_S = 30.0
@@ -85,6 +87,19 @@ def _apply_pending(
     with contextlib.suppress(OSError, StorageError, ValueError):
         _edit_file(path, fleet, pending)
     return ()
+
+
+def reload(folder: Path) -> bool:
+    """Let the broker of `folder` read its revocation list; False if it does not run here, or as another user."""
+    try:
+        pid = int(input_files.read_text((folder / "broker" / PID_FILE), "ascii"))
+        # After a crash another process may have the number.
+        if input_files.read_text(Path(f"/proc/{pid}/comm")).strip() != "mosquitto":
+            return False
+        os.kill(pid, signal.SIGHUP)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def end_session(config: FleetConfig, client: str, authority: CertificateAuthority) -> None:
@@ -158,7 +173,7 @@ def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reas
 
 
 def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
-    document = json.loads(path.read_bytes())
+    document = json.loads(input_files.read_bytes(path))
     if broker_access.edit_document(document, fleet, changes):
         write_access_file(path, document)
 
@@ -166,7 +181,7 @@ def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
 def _load_pending(folder: Path) -> list[AccessChange]:
     path = folder / PENDING_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[AccessChange])
+        return msgspec.json.decode(input_files.read_bytes(path), type=list[AccessChange])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.DecodeError) as error:

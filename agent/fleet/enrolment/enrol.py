@@ -6,30 +6,23 @@ stays with the operator: who has it can write the device's history anew.
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from agent import clock, durable_files
+from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscriptions import share_group
+from agent.fleet.collector import encryption_keys
+from agent.fleet.collector.subscriptions import make_share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
 from agent.fleet.enrolment.broker_access import AccessChange
-from agent.fleet.enrolment.pki import CertificateAuthority
+from agent.fleet.enrolment.device_files import SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
 from agent.fleet.enrolment.revocation import RevocationOutcome
-from agent.fleet.repository.layout import Layout
 from agent.names import is_name
 from agent.wire import enrolment_request, keys
 from agent.wire.enrolment_request import EnrolmentRequest
@@ -37,18 +30,6 @@ from agent.wire.keys import PublicKey
 
 # User names of roles at the broker; `_all` cannot be a device id anyway.
 RESERVED_NAMES = frozenset({"collector", "operator", "commander", broker_access.ADMIN})
-SIGNING_KEY, TLS_KEY, CERTIFICATE = "device.key", "device-tls.key", "device.crt"
-# Initial root of trust for the fleet's repository.
-ROOT_METADATA = "root.json"
-
-_PLAINTEXT_OPTION = "allow_plaintext = true"
-_CA_OPTION = '# ca_file = "ca.pem"                 # if your own authority signed the web server\'s certificate'
-_UPDATES_TOML = """
-[updates]                             # bundles of the fleet; `outstation fleet rollout` selects which ones run
-url = {url}
-{option}
-root = {root}                    # root of trust; the device fetches later versions
-"""
 
 
 class Enrolment(msgspec.Struct, frozen=True):
@@ -76,15 +57,16 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
+    encryption_keys.create(folder)
     home = folder.resolve() / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
+    group = make_share_group()
     if broker.tls:
-        group = share_group(keys.load_private(folder / "collector.key"), name)
         broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
-    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o600)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker, group).encode(), 0o600)
     return fleet_config.load(folder)
 
 
@@ -115,44 +97,22 @@ def enrol(
     if request is not None:
         check_request(config, device, request)
         key = request.key
-    private: dict[str, bytes] = {}
-    if key is None and (replace or enrolled is None):
-        made = keys.create()
-        key, private[SIGNING_KEY] = made.public, made.pem
-    key = key or enrolled
-    assert key is not None
+    files = DeviceFiles(folder, config, device, None if request is None else request.tls_key)
+    if key is None:
+        key = enrolled if enrolled is not None and not replace else files.make_signing_key()
     # A repeated command: its first run revoked the former key and its certificates.
     replace = replace and (enrolled is None or key.kid != enrolled.kid)
-    public = _render_public_files(folder, config, device)
-    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file)) if config.ca else None
-    certificate, tls_key = None, request.tls_key if request is not None else None
-    if authority is not None:
-        if keep_certificate or not replace:
-            certificate = _load_valid_certificate(folder, authority, home, tls_key)
-        if certificate is None and tls_key is None:
-            made = keys.create()
-            tls_key, private[TLS_KEY] = made.private.public_key(), made.pem
+    files.choose_certificate(home, reuse=keep_certificate or not replace)
     if bundle is None:
-        _require_no_private_keys(device, private)
+        files.require_no_private_keys()
     former = RevocationOutcome([], [])
-    made_by: KeyMaker = "operator" if SIGNING_KEY in private else "device"
     # Before the new certificate is issued: it must not be revoked.
     revokes = replace and not keep_certificate
     revoke = revocation.make_certificate_revoker(folder, config, store, device, former) if revokes else lambda: None
-    is_packed = False
+    made_by: KeyMaker = "operator" if SIGNING_KEY in files.private else "device"
 
     def issue_files() -> None:
-        nonlocal is_packed
-        if authority is not None:
-            issued = certificate
-            if issued is None:
-                assert tls_key is not None
-                issued = authority.certify_client(device, config.fleet.name, tls_key)
-                revocation.archive_certificate(folder, device, issued)
-            public[CERTIFICATE] = issued
-        if bundle is not None:
-            pack_device_files(public | private, bundle)
-            is_packed = True
+        files.issue(bundle)
         revoke()
 
     try:
@@ -165,23 +125,12 @@ def enrol(
             before_commit=issue_files,
         )
     except BaseException:
-        if is_packed and bundle is not None:
-            # Its keys are not enrolled.
-            durable_files.remove(bundle)
+        files.withdraw()
         raise
-    for name, data in public.items():
+    for name, data in files.public.items():
         durable_files.write(home / name, data, 0o600)
     revocation.change_access(folder, config, AccessChange(device, "device"), former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
-
-
-def _require_no_private_keys(device: str, private: Iterable[str]) -> None:
-    """Raise UsageError if private keys would be made without a file for them."""
-    if made_here := " and ".join(sorted(private)):
-        raise UsageError(
-            f"device {device!r}: {made_here} would be made here, and no private key stays in the fleet's folder; name "
-            "a file for them with --bundle-out, or better let the device make them: `outstation join`, then --request"
-        )
 
 
 def device_folder(folder: Path, device: str) -> Path:
@@ -205,29 +154,14 @@ def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, 
     request = enrolment_request.parse(enrolment_request.build(config.fleet.name, device, signing_key, tls_key, None))
     done = enrol(folder, config, store, device, request=request)
     for path in done.folder.iterdir():
-        durable_files.write(home / path.name, path.read_bytes(), 0o600)
+        durable_files.write(home / path.name, input_files.read_bytes(path), 0o600)
     return home
-
-
-def pack_device_files(files: dict[str, bytes], out: Path) -> None:
-    """Pack the files of a device into one .tar.gz with mode 0600; the same files give the same bytes."""
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-        for name, data in sorted(files.items()):
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(data), 0o600
-            tar.addfile(entry, io.BytesIO(data))
-    try:
-        durable_files.write_new(out, packed.getvalue(), 0o600)
-        durable_files.fsync(out.resolve().parent)
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
 
 def read_request(path: Path) -> EnrolmentRequest:
     """Read and verify a request file. Raises UsageError."""
     try:
-        with path.open("rb") as file:
+        with input_files.open_regular(path) as file:
             return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -246,38 +180,6 @@ def check_request(config: FleetConfig, device: str, request: EnrolmentRequest) -
         )
 
 
-def _load_valid_certificate(
-    folder: Path, authority: CertificateAuthority, home: Path, tls_key: Ed25519PublicKey | None
-) -> bytes | None:
-    """Return the device's certificate, unless it is revoked or of another key than `tls_key`."""
-    path = home / CERTIFICATE
-    if not path.exists() or revocation.is_revoked(folder, authority, path):
-        return None
-    data = path.read_bytes()
-    is_other = tls_key is not None and x509.load_pem_x509_certificate(data).public_key() != tls_key
-    return None if is_other else data
-
-
-def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict[str, bytes]:
-    root = Layout(folder).newest_root_path()
-    collector = keys.load_public_for(Path(config.collector.key_file))
-    operator = keys.load_public_for(Path(config.operator.key_file))
-    files: dict[str, bytes] = {}
-    text = _render_device_toml(device, config, collector, operator)
-    if root is not None:
-        files[ROOT_METADATA] = root.read_bytes()
-    if root is not None and config.repository is not None:
-        url = config.repository.url
-        # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
-        plain = url.startswith("http:")
-        text += _UPDATES_TOML.format(
-            url=_toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=_toml_string(ROOT_METADATA)
-        )
-    if config.ca is not None:
-        files["ca.pem"] = Path(config.ca.cert_file).read_bytes()
-    return files | {"outstation.toml": text.encode()}
-
-
 def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
     authority = pki.create_authority(name)
     durable_files.write_new(folder / "ca.key", authority.key_pem, 0o600)
@@ -293,15 +195,16 @@ def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
         durable_files.write_new(folder / f"{role}-tls.key", client.key, 0o600)
 
 
-def _render_fleet_toml(name: str, broker: BrokerConfig) -> str:
+def _render_fleet_toml(name: str, broker: BrokerConfig, group: str) -> str:
     text = f"""\
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be created again.
 [fleet]
-name = {_toml_string(name)}
+name = {toml_string(name)}
 db = "fleet.db"                       # collected messages; a path, or postgresql://USER@HOST/DB
+share_group = {toml_string(group)}   # secret name under which several collectors share messages
 
 [broker]
-url = {_toml_string(broker.url)}
+url = {toml_string(broker.url)}
 """
     if broker.allow_plaintext:
         text += "allow_plaintext = true\n"
@@ -319,54 +222,3 @@ url = {_toml_string(broker.url)}
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
     return text
-
-
-def _render_device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
-    broker = config.broker
-    text = f"""\
-[device]
-id = {_toml_string(device)}
-fleet = {_toml_string(config.fleet.name)}
-data_dir = "data"                     # readings, results and the outbox; relative to this file, or an absolute path
-
-[broker]
-url = {_toml_string(broker.url)}
-"""
-    if broker.allow_plaintext:
-        text += "allow_plaintext = true\n"
-    if broker.tls:
-        text += 'ca_file = "ca.pem"\ncert_file = "device.crt"\ntls_key_file = "device-tls.key"\n'
-    return (
-        text
-        + f"""
-[collector]
-key = {_toml_string(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
-
-[operators]
-keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
-
-# A stream of readings, which arrive through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
-# [streams.watch]
-# fields = [
-#   {{ name = "ax", unit = "g", min = -16, max = 16 }},
-#   {{ name = "ay", unit = "g", min = -16, max = 16 }},
-#   {{ name = "az", unit = "g", min = -16, max = 16 }},
-#   {{ name = "wx", unit = "rad/s" }},
-#   {{ name = "wy", unit = "rad/s" }},
-#   {{ name = "wz", unit = "rad/s" }},
-# ]
-# source = {{ kind = "socket" }}
-
-# A task that runs a bundle on the stream.
-# [tasks.exercise]
-# stream = "watch"
-# bundle = "exercise"
-# schedule = "every 60 s"
-# publish = "all"
-"""
-    )
-
-
-def _toml_string(text: str) -> str:
-    """Return a TOML basic string; JSON's escapes are a subset of TOML's."""
-    return json.dumps(text, ensure_ascii=True)

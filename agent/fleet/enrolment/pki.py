@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from agent import input_files
 from agent.errors import UsageError
 
 CA_YEARS = 10
@@ -88,7 +89,7 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
     def load_crl(self, file: Path) -> x509.CertificateRevocationList:
         """Load a CRL (PEM). Raises UsageError if it is unreadable, or signed by another authority."""
         try:
-            crl = x509.load_pem_x509_crl(file.read_bytes())
+            crl = x509.load_pem_x509_crl(input_files.read_bytes(file))
             genuine = crl.is_signature_valid(self.certificate.public_key())  # type: ignore[arg-type]
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{file}: cannot be read as a revocation list: {error}; {_RESTORE_HINT}") from None
@@ -131,11 +132,11 @@ def create_authority(fleet: str) -> CertificateAuthority:
 def load_authority(cert_file: Path, key_file: Path) -> CertificateAuthority:
     """Load an authority from two PEM files. Raises UsageError that names the invalid file."""
     try:
-        certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
+        certificate = x509.load_pem_x509_certificate(input_files.read_bytes(cert_file))
     except (OSError, ValueError) as error:
         raise UsageError(f"{cert_file}: cannot be read as a certificate: {error}; restore it from a backup") from None
     try:
-        key = load_pem_private_key(key_file.read_bytes(), password=None)
+        key = load_pem_private_key(input_files.read_bytes(key_file), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{key_file}: cannot be read as a private key: {error}; restore it from a backup") from None
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():

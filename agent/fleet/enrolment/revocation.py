@@ -1,6 +1,8 @@
 """Revocation of devices: their signing keys in the database, their TLS certificates in the CRL `crl.pem`, their access.
 
-The broker withdraws a device's access and ends its session at once; it refuses the certificate once it reads the CRL.
+The broker withdraws a device's access and ends its session at once. It refuses the certificate once it reads the CRL:
+at once if it runs on this machine, otherwise once the operator has copied the list. Until then the certificate connects
+without any right.
 
 - `issued/<device>/<serial>.crt` is written before a device's certificate, and never removed: a certificate can be
   revoked after its other files are gone, and so can one that an operator put there
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
@@ -51,7 +53,7 @@ class RevocationOutcome(msgspec.Struct):
 def create_crl(folder: Path, authority: pki.CertificateAuthority) -> None:
     """Write an empty CRL, without which a broker that is configured to use one does not start."""
     _write_crl(folder / CRL_FILE, authority.build_crl((), ()))
-    _write_crl(folder / "broker" / CRL_FILE, (folder / CRL_FILE).read_bytes())
+    _write_crl(folder / "broker" / CRL_FILE, input_files.read_bytes(folder / CRL_FILE))
 
 
 def archive_certificate(folder: Path, device: str, certificate: bytes) -> None:
@@ -68,11 +70,11 @@ def list_issued_serials(folder: Path, device: str) -> list[int]:
     try:
         if latest.exists():
             # An operator may have replaced it by hand.
-            archive_certificate(folder, device, latest.read_bytes())
+            archive_certificate(folder, device, input_files.read_bytes(latest))
     except (UsageError, OSError):
         if not list(archive.glob("*.crt")):
             raise
-    return sorted({pki.read_serial(path.read_bytes(), path) for path in archive.glob("*.crt")})
+    return sorted({pki.read_serial(input_files.read_bytes(path), path) for path in archive.glob("*.crt")})
 
 
 def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: Path) -> bool:
@@ -80,12 +82,12 @@ def is_revoked(folder: Path, authority: pki.CertificateAuthority, certificate: P
     file = folder / CRL_FILE
     if not file.exists():
         return False
-    number = pki.read_serial(certificate.read_bytes(), certificate)
+    number = pki.read_serial(input_files.read_bytes(certificate), certificate)
     return authority.load_crl(file).get_revoked_certificate_by_serial_number(number) is not None
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
-    """Add `serials` to the CRL, copy it to the broker's folder, and return the steps left to the operator.
+    """Add `serials` to the CRL, let the broker read it, and return the steps left to the operator.
 
     Call it in a transaction of the fleet's store, so that one process at a time does it. Raises UsageError and
     StorageError; the CRL is unchanged then.
@@ -99,13 +101,15 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
     _write_crl(listed, authority.build_crl(editions, serials))
     steps = []
     try:
-        text = conf.read_text(encoding="utf-8")
-        _write_crl(copy, listed.read_bytes())
+        text = input_files.read_text(conf)
+        _write_crl(copy, input_files.read_bytes(listed))
         if not broker_config.has_crl_setting(text):
             line = broker_config.crl_setting(copy.parent.resolve())
             steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:
         steps.append(f"The CRL could not be copied to the broker's folder ({error}): copy {listed} to its `crlfile`.")
+    if not steps and broker_control.reload(folder):
+        return ()
     return (*steps, _COPY_STEP.format(listed), _RELOAD_STEP)
 
 

@@ -22,13 +22,21 @@ from agent.evaluation.document import Evaluation
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
-from agent.fleet.evidence.format.contents import OMITTED_LINKS, WRITE_LIMITS, Incident, SignedMessage
+from agent.fleet.evidence.format.contents import (
+    HEAD_PREFIX,
+    OMITTED_LINKS,
+    STAMP_PREFIX,
+    WRITE_LIMITS,
+    Incident,
+    SignedMessage,
+)
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.fleet.evidence.gather import bundles, sbom, trusted_keys
 from agent.fleet.evidence.gather.chains import ChainBuilder
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
+from agent.fleet.evidence.timestamps.stamp import SUFFIXES, Stamp
 from agent.text import csv_text
 from agent.wire.keys import PublicKey, SigningKey
 
@@ -51,8 +59,9 @@ class EvidenceSources(msgspec.Struct, frozen=True):
     publishers: Sequence[PublicKey] = ()
     bundles: Sequence[Path] = ()
     evaluations: Sequence[tuple[bytes, Evaluation]] = ()
-    # Files of `outstation head`.
-    witnesses: Sequence[bytes] = ()
+    # Files of `outstation head` and of `outstation fleet evidence stamp`.
+    heads: Sequence[bytes] = ()
+    stamps: Sequence[Stamp] = ()
 
 
 class EvidenceFolder(msgspec.Struct, frozen=True):
@@ -97,8 +106,11 @@ def _write_files(writer: FolderWriter, sources: EvidenceSources, facts: Evidence
     writer.write("sbom.cdx.json", bill_of_materials.document)
     writer.write("decisions.jsonl", (_encode_line(decision) for decision in facts.decisions))
     writer.write("incidents.csv", _encode_csv(facts.incidents))
-    for number, witness in enumerate(sources.witnesses, 1):
-        writer.write(f"witnesses/head-{number:04}.json", witness)
+    for number, head in enumerate(sources.heads, 1):
+        writer.write(f"{HEAD_PREFIX}{number:04}.json", head)
+    for number, stamp in enumerate(sources.stamps, 1):
+        for suffix, content in zip(SUFFIXES, (stamp.heads, stamp.request, stamp.response), strict=True):
+            writer.write(f"{STAMP_PREFIX}{number:04}{suffix}", content)
     documents: dict[str, Any] = {
         "incidents.json": facts.incidents,
         "running.json": facts.running_tasks,

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.repository import edition, expiry
@@ -103,4 +103,4 @@ def write_url(folder: Path, url: str) -> None:
         raise UsageError(f"--url {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")
     added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"
     mode = stat.S_IMODE(path.stat().st_mode)
-    durable_files.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
+    durable_files.write(path, input_files.read_bytes(path).rstrip(b"\n") + b"\n" + added.encode(), mode)

@@ -19,7 +19,7 @@ from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import StorageError, UsageError
 from agent.fleet.repository import expiry
 from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
@@ -62,7 +62,7 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
     if newest is None:
         raise layout.missing_error()
     try:
-        root = Metadata[Root].from_bytes(newest.read_bytes())
+        root = Metadata[Root].from_bytes(input_files.read_bytes(newest))
         roots = [root.signed, *([next_root] if next_root else [])]
         timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
         snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
@@ -83,7 +83,7 @@ def load(layout: Layout, next_root: Root | None = None) -> Edition:
 def _read_role(
     kind: type[T], layout: Layout, role: str, meta_file: MetaFile, parents: list[Root] | list[Targets]
 ) -> Metadata[T]:
-    data = layout.role_path(role, meta_file.version).read_bytes()
+    data = input_files.read_bytes(layout.role_path(role, meta_file.version))
     meta_file.verify_length_and_hashes(data)
     metadata = Metadata[T].from_bytes(data)
     if not isinstance(metadata.signed, kind):

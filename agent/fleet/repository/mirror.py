@@ -9,7 +9,7 @@ import msgspec
 from tuf.api.metadata import Metadata, Timestamp
 from tuf.api.serialization import DeserializationError
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import StorageError, UsageError
 from agent.fleet.repository import edition, root_rotation
 from agent.fleet.repository.edition import Edition
@@ -34,10 +34,10 @@ def copy(folder: Path, destination: Path) -> CopyResult:
         known = _check_destination(target, current)
         try:
             for file in _iter_files(source, current):
-                data = file.read_bytes()
+                data = input_files.read_bytes(file)
                 copied = target.home / file.relative_to(source.home)
                 is_same_size = copied.exists() and copied.stat().st_size == len(data)
-                if not is_same_size or copied.read_bytes() != data:
+                if not is_same_size or input_files.read_bytes(copied) != data:
                     durable_files.write(copied, data)
                     written.append(len(data))
             if known:
@@ -66,7 +66,7 @@ def _check_destination(destination: Layout, current: Edition) -> bool:
         raise UsageError(f"{link}: is a symbolic link; name the folder itself")
     path = destination.role_path(TIMESTAMP, 0)
     try:
-        version = Metadata[Timestamp].from_bytes(path.read_bytes()).signed.version if path.exists() else 0
+        version = Metadata[Timestamp].from_bytes(input_files.read_bytes(path)).signed.version if path.exists() else 0
     except (OSError, DeserializationError):
         return False  # a partial file of an interrupted copy: it is written again
     ours = current.published_versions[TIMESTAMP]

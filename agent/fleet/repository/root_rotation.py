@@ -15,7 +15,7 @@ import msgspec
 from tuf.api.metadata import Metadata, Root
 from tuf.api.serialization import DeserializationError
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import StorageError, UsageError
 from agent.fleet.repository import edition, expiry, trust
 from agent.fleet.repository.edition import Edition
@@ -118,7 +118,7 @@ def load_current_root(layout: Layout) -> Root:
     if newest is None:
         raise layout.missing_error()
     try:
-        return Metadata[Root].from_bytes(newest.read_bytes()).signed
+        return Metadata[Root].from_bytes(input_files.read_bytes(newest)).signed
     except (OSError, DeserializationError) as error:
         raise StorageError(f"{newest}: cannot be read: {error}; restore it from a backup") from None
 
@@ -147,7 +147,7 @@ def _load_signed_draft(layout: Layout) -> Metadata[Root] | None:
 
 def _read_draft(file: Path) -> Metadata[Root]:
     try:
-        with file.open("rb") as opened:
+        with input_files.open_regular(file) as opened:
             data = opened.read(_MAX_ROOT_BYTES + 1)
         draft = Metadata[Root].from_bytes(data[:_MAX_ROOT_BYTES])
     except OSError as error:

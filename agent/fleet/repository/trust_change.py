@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.errors import StorageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -56,7 +57,7 @@ def build_message(folder: Path) -> bytes:
     layout = Layout(folder)
     newest = root_rotation.load_current_root(layout).version
     try:
-        roots = [layout.root_path(version).read_text(encoding="utf-8") for version in range(1, newest + 1)]
+        roots = [input_files.read_text(layout.root_path(version)) for version in range(1, newest + 1)]
     except (OSError, ValueError) as error:
         raise StorageError(f"{layout.metadata}: a root cannot be read: {error}; restore it from a backup") from None
     return encode_message(roots)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.errors import BadBundle
 from agent.fleet.rollout.plan import PlanFile, RolloutPlan
 from agent.wire import target_metadata
@@ -55,7 +56,7 @@ def _list_versions(metadata: Path, bundle: str) -> list[TargetMetadata]:
     try:
         if newest.stat().st_size > MAX_METADATA_BYTES:
             raise BadBundle(f"{newest}: larger than {MAX_METADATA_BYTES} bytes; is it the repository's?")
-        targets = msgspec.json.decode(newest.read_bytes())["signed"]["targets"].values()
+        targets = msgspec.json.decode(input_files.read_bytes(newest))["signed"]["targets"].values()
         return [target_metadata.decode(target["custom"]) for target in targets]
     except (OSError, msgspec.MsgspecError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadBundle(f"{newest}: cannot be read ({error}); see `outstation fleet repository status`") from None

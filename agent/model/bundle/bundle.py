@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.errors import BadBundle, MessageRefused
 from agent.model.bundle import manifest
 from agent.model.bundle.manifest import Manifest
@@ -124,7 +125,7 @@ def _iter_folder(path: Path) -> Iterator[tuple[str, bytes]]:
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
             raise BadBundle(f"{path}: {entry.name!r} is not a regular file; a bundle is flat")
-        with entry.open("rb") as file:
+        with input_files.open_regular(entry) as file:
             data = file.read(room + 1)
         room = _remaining_bytes(path, room, data)
         yield entry.name, data

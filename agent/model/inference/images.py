@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from agent import input_files
 from agent.arrays import Float32s
 from agent.errors import UsageError
 from agent.media import ImageFormat
@@ -42,7 +43,7 @@ def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memor
     # Pillow's own limit only warns, below ours.
     pillow.MAX_IMAGE_PIXELS = None
     try:
-        with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
+        with contextlib.nullcontext(file) if file is not None else input_files.open_regular(path) as opened:
             length = opened.seek(0, os.SEEK_END)
             opened.seek(0)
             if length > _MAX_BYTES:

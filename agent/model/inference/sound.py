@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from agent import input_files
 from agent.arrays import Float32s, Float64s
 from agent.errors import UsageError
 from agent.media import SoundFormat
@@ -35,7 +36,7 @@ class WavReader:
         """Open a file, unless it is open. Raises UsageError if it is not a WAV of this rate, or is truncated."""
         self._path, self._exit_stack = path, contextlib.ExitStack()
         try:
-            raw = file or self._exit_stack.enter_context(path.open("rb"))
+            raw = file or self._exit_stack.enter_context(input_files.open_regular(path))
             self._file = self._exit_stack.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
             self.sample_count, file_rate = self._file.getnframes(), self._file.getframerate()

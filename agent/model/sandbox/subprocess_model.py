@@ -81,15 +81,15 @@ class SubprocessModel:
 
     @property
     def is_confined(self) -> bool:
-        return self._wait_loaded().is_confined
+        return self.wait_loaded().is_confined
 
     @property
     def outputs(self) -> int:
-        return self._wait_loaded().outputs
+        return self.wait_loaded().outputs
 
     @property
     def input_range(self) -> tuple[float, float]:
-        return self._wait_loaded().input_range
+        return self.wait_loaded().input_range
 
     def start(self) -> None:
         """Start the process if none runs, without waiting for it. Raises ModelProcessFailed."""
@@ -128,7 +128,7 @@ class SubprocessModel:
 
     def submit(self, windows: Float32s) -> None:
         """Send `windows`; `poll` then returns the outputs. One request at a time. Raises ModelProcessFailed."""
-        loaded = self._wait_loaded()
+        loaded = self.wait_loaded()
         assert self._pending is None, "a request is pending"
         width = math.prod(loaded.input_shape)
         if windows.size != len(windows) * width:
@@ -173,7 +173,7 @@ class SubprocessModel:
             self._on_wait()
         return outputs
 
-    def _wait_loaded(self) -> ModelInfo:
+    def wait_loaded(self) -> ModelInfo:
         """Wait for the start and return the model's properties. Raises ModelProcessFailed."""
         while not self.poll_ready(_POLL_INTERVAL_S) and self._loaded is None:
             self._on_wait()

@@ -244,6 +244,33 @@ def test_a_tcp_producer_without_the_token_is_refused(tmp_path: Path) -> None:
         assert station.store.last_row("watch") == 1
 
 
+@pytest.mark.attack("connections", control=True)
+def test_without_a_token_any_program_that_reaches_the_port_sends_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "load_token", lambda _: None)
+    port = free_port()
+    with Station(conf(tmp_path, tcp=f"127.0.0.1:{port}")) as station:
+        with Line(("127.0.0.1", port)) as line:
+            line.send(ROW)
+            assert line.answer()["accepted"] == 1
+        assert station.store.last_row("watch") == 1
+
+
+@pytest.mark.attack("connections", control=True)
+def test_without_caps_eleven_hundred_idle_connections_all_stay(
+    tmp_path: Path, many_descriptors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MAX_PER_USER", 10_000)
+    monkeypatch.setattr(server, "raise_descriptor_limit", lambda: 10_000)
+    with Station(conf(tmp_path)) as station, contextlib.ExitStack() as flood:
+        for _ in range(1100):
+            flood.enter_context(Line(station.socket))
+        wait_for(lambda: len(station.intake._table._connections) == 1100, "1,100 open connections")
+        # With 1,024 descriptors, as a service has them, there was none left for the store.
+        assert len(os.listdir("/proc/self/fd")) > 1024
+
+
 def test_the_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "intake.token"
     token = load_token(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import wave
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from agent.device.store.rows import validate_columns
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from scripts.kit.process_stats import memory_kb
+from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.attack("files")
 
@@ -102,6 +105,38 @@ def test_the_process_is_confined_and_decodes_each_format(
         process.close()
 
 
+@pytest.fixture
+def without_seccomp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes find no libseccomp, as on a machine without the package."""
+    hook = tmp_path / "hook" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(
+        "import ctypes\nopen_library = ctypes.CDLL.__init__\n"
+        "def refuse(self, name, *rest, **options):\n"
+        "    if name and 'seccomp' in str(name): raise OSError('no such library')\n"
+        "    open_library(self, name, *rest, **options)\n"
+        "ctypes.CDLL.__init__ = refuse\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{hook.parent}:{os.environ['PYTHONPATH']}")
+
+
+@pytest.mark.usefixtures("without_seccomp")
+@pytest.mark.parametrize("required", [True, False])
+def test_where_nothing_can_confine_it_a_required_confinement_decodes_no_file(tmp_path: Path, required: bool) -> None:
+    path = tmp_path / "a.csv"
+    stream, rows = write_sample(path)
+    process, file = DecodeProcess("s", stream, must_be_confined=required), os.open(path, os.O_RDONLY)
+    try:
+        if required:
+            with pytest.raises(OSError, match=r"libseccomp.so.2 is missing.*confinement is \"required\""):
+                list(process.decode(file, path.name))
+        else:
+            assert sum(block.raw.n for block in process.decode(file, path.name)) == rows
+    finally:
+        os.close(file)
+        process.close()
+
+
 def read_problems(blocks: Iterator[FileBlock]) -> str:
     """Return the reasons of what a file's decoder rejects."""
     problems: list[str] = []
@@ -142,14 +177,41 @@ def make_media_stream(media: MediaFormat) -> StreamConfig:
     return StreamConfig(fields=fields, source=FilesSource(folder="", **kind))
 
 
+def write_large_image(path: Path) -> Path:
+    """Write an image of few bytes and many pixels."""
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (7000, 7000)).save(path)
+    return path
+
+
 @pytest.mark.usefixtures("small")
 def test_a_small_image_of_many_pixels_is_rejected_by_its_header(tmp_path: Path) -> None:
-    pillow = pytest.importorskip("PIL.Image")
-    path = tmp_path / "bomb.png"
-    pillow.new("RGB", (7000, 7000)).save(path)
+    path = write_large_image(tmp_path / "bomb.png")
     assert path.stat().st_size < 400_000
     with pytest.raises(UsageError, match=r"^7000 x 7000 pixels need 373 MiB of memory, 64 MiB are left"):
         decode(path, make_media_stream(IMAGE))
+
+
+_UNLIMITED = """
+import sys
+from pathlib import Path
+from agent.config import StreamConfig
+from agent.device.intake import media_reader
+from agent.media import ImageFormat
+from agent.model.sandbox import memory
+from tests.device.intake.test_decode_process import IMAGE, make_media_stream
+path, before = Path(sys.argv[1]), memory.peak_bytes()
+with path.open("rb") as file:
+    list(media_reader.read_blocks(path, file, 0, make_media_stream(IMAGE), 0, None, 1 << 40))
+print((memory.peak_bytes() - before) >> 20)
+"""
+
+
+@pytest.mark.attack("files", control=True)
+def test_without_a_limit_a_small_image_takes_hundreds_of_megabytes(tmp_path: Path) -> None:
+    path = write_large_image(tmp_path / "bomb.png")
+    done = subprocess.run([sys.executable, "-c", _UNLIMITED, path], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) > 140, done.stderr
 
 
 @pytest.mark.usefixtures("small")

@@ -15,12 +15,13 @@ import pytest
 from agent.device.intake import decode_process
 from agent.device.intake.decode_process import DecodeProcess
 from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources import watched_folder
 from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
 from agent.errors import UsageError
 from tests.device.intake.test_sources import put, taken, there, watching
 from tests.kit.stations import ROOT, wait_for
 
-pytestmark = pytest.mark.attack("files")
+pytestmark = pytest.mark.attack("folders")
 
 SECRET = "the agent's own key\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
@@ -110,6 +111,20 @@ def test_a_link_or_pipe_swapped_in_after_the_look_is_neither_followed_nor_waited
                 os.close(file)
     assert set(opened) <= {b"n\n1\n", b""}
     assert SECRET not in contents(tmp_path / "in")
+
+
+@pytest.mark.attack("folders", control=True)
+def test_without_its_checks_the_agent_follows_a_link_to_its_own_key(
+    tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched_folder, "_check_regular", lambda _: None)
+    monkeypatch.setattr(watched_folder, "_FILE_FLAGS", os.O_CLOEXEC)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").symlink_to(secret)
+    with WatchedFolder(tmp_path / "in") as folder:
+        file = folder.open_claimed(folder.claim("a.csv"))
+        assert os.read(file, 100).decode() == SECRET
+        os.close(file)
 
 
 def test_a_link_in_the_place_of_a_reason_overwrites_nothing(tmp_path: Path, secret: Path) -> None:

@@ -178,6 +178,17 @@ def test_a_stolen_signature_with_the_highest_counter_does_not_lock_the_operator_
     assert device.obey(owner.command("report")).ok
 
 
+@pytest.mark.attack("operators", control=True)
+def test_where_any_counter_is_plausible_one_stolen_signature_locks_the_operator_out(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrustedKeys, "_highest_counter", lambda _: HIGHEST)
+    owner = operator(STOLEN)
+    assert device.obey(owner.command("report", counter=HIGHEST)).ok
+    device.crash()
+    assert device.refusal(owner.command("report")) == "replayed"
+
+
 def test_a_stolen_signature_does_not_lock_the_desired_state_either(device: Device) -> None:
     assert device.refusal(desired(STOLEN, HIGHEST)) == "counter in the future"
     assert device.refusal(desired(STOLEN, NOW_MS)) == ""

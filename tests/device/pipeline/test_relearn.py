@@ -95,6 +95,10 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
     assert result["asked"] is None
     reported = run_outstation("reference", "show", "exercise", "-c", str(site.config))
     assert "of this site, sha256:" in reported.stdout
+    # What is not found is said where one looks, before it happens.
+    [changes] = {line for line in reported.stdout.splitlines() if line.startswith("found within 20 drift windows, 90%")}
+    assert changes.count("spread") == len(result["site"]["smallest_changes"]["fields"])
+    assert "found within 20 drift windows" in run_outstation("status", "-c", str(site.config)).stdout
 
 
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
@@ -110,6 +114,7 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     finally:
         store.close()
     assert reset["evidence"]["asked"] == "relearn"
+    assert {"shift", "shift_sd", "spread"} == set(before[-1]["evidence"]["smallest_changes"]["fields"]["ax"])
     assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
     assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
     assert site.ask("show", "exercise")[1]["site"]["windows"] == 22

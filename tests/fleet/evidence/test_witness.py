@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
 from agent.fleet.evidence.verify.reader import VerificationReport
+from agent.fleet.evidence.verify.stamps import Witnesses
 from agent.fleet.evidence.verify.verify import verify
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import log_chain, log_head
@@ -76,7 +77,7 @@ def desk(tmp_path: Path) -> Desk:
 
 def check(folder: Path, *heads: bytes) -> VerificationReport:
     witnesses = [(f"head-{number}", head) for number, head in enumerate(heads)]
-    return verify(folder, [OPERATOR["key"].public], witnesses)
+    return verify(folder, [OPERATOR["key"].public], Witnesses(witnesses))
 
 
 def problems(folder: Path, *heads: bytes) -> list[str]:
@@ -116,6 +117,15 @@ def test_an_operator_who_rewrites_a_log_under_a_new_log_id_is_detected_by_its_he
     assert_only_the_head_tells(
         desk.show((forger, write_log(forger, incident=False))), head_of(device), "the operator deleted it"
     )
+
+
+@pytest.mark.attack("history", control=True)
+def test_without_a_head_a_log_that_was_written_anew_verifies(desk: Desk) -> None:
+    device, forger = sender(), sender(key=9)
+    write_log(device)
+    forged = write_log(forger, since=-MONTH_H, incident=False)
+    report = check(desk.show((forger, forged)))
+    assert (report.problems, report.chained_messages) == ([], len(forged))
 
 
 def test_an_operator_who_cuts_off_the_newest_messages_is_detected_by_the_head(desk: Desk) -> None:
@@ -197,12 +207,21 @@ def test_a_log_that_differs_from_the_acknowledged_one_is_detected_without_a_head
     assert "that pi-07 quotes is of another message 11" in problem
 
 
-def test_a_head_from_after_the_folder_is_counted_and_no_problem(desk: Desk) -> None:
+def test_a_head_from_after_the_folder_asks_for_a_newer_one(desk: Desk) -> None:
     device = sender()
     folder = desk.show((device, write_log(device)))
+    assert problems(folder, head_of(device, hours=13)) == []
     device.results()
-    report = check(folder, head_of(device, hours=13))
-    assert (report.ok, report.later_witnesses) == (True, 1)
+    [problem] = problems(folder, head_of(device, hours=13))
+    assert "covers seq 12, but the log ends at seq 11 here" in problem
+    assert "ask for a newer one" in problem
+
+
+def test_an_operator_who_cuts_off_the_newest_messages_of_the_whole_fleet_is_detected(desk: Desk) -> None:
+    """The folder then describes a moment before the head, as if it had been made earlier."""
+    device = sender()
+    messages = write_log(device)
+    assert_only_the_head_tells(desk.show((device, messages[:-7]), until=4), head_of(device), "the operator cut off")
 
 
 def test_a_head_at_a_gap_is_compared_with_the_message_behind_it(desk: Desk) -> None:
@@ -278,8 +297,8 @@ def test_heads_are_part_of_a_folder_that_was_made_with_them(desk: Desk) -> None:
     device = sender()
     messages = write_log(device)
     head = head_of(device)
-    assert check(desk.show((device, messages), witnesses=[head])).witnesses == 1
-    [problem] = problems(desk.show((device, messages[:-7]), witnesses=[head]))
+    assert check(desk.show((device, messages), heads=[head])).witnesses == 1
+    [problem] = problems(desk.show((device, messages[:-7]), heads=[head]))
     assert problem.startswith("witnesses/head-0001.json")
 
 

@@ -84,8 +84,12 @@ def check(context: SourceContext, source: FilesSource) -> str:
 
 def build(context: SourceContext, source: FilesSource, store: Store) -> FolderWatcher:
     check(context, source)
-    show_values = context.conf.privacy.values_in_logs
-    return FolderWatcher(context.name, context.stream, source, store, context.conf.data_dir, show_values=show_values)
+    conf = context.conf
+    return FolderWatcher(
+        *(context.name, context.stream, source, store, conf.data_dir),
+        show_values=conf.privacy.values_in_logs,
+        must_be_confined=conf.models.confinement == "required",
+    )
 
 
 class FolderWatcher:
@@ -100,6 +104,7 @@ class FolderWatcher:
         data_dir: Path,
         *,
         show_values: bool = False,
+        must_be_confined: bool = False,
     ) -> None:
         self._name, self._stream, self._source, self._store = name, stream, source, store
         self._path = Path(source.folder)
@@ -108,7 +113,7 @@ class FolderWatcher:
         # Files that the agent may not move, each logged once.
         self._stuck: set[str] = set()
         self._suffixes = media_reader.suffixes(stream.media_format) if stream.media_format else TABLE_SUFFIXES
-        self._decoder = DecodeProcess(name, stream, show_values=show_values)
+        self._decoder = DecodeProcess(name, stream, show_values=show_values, must_be_confined=must_be_confined)
         self._marker = FileMarker(data_dir / f"reading.{name}")
         # Files at whose last look the decoder reported an error of the machine, and the line it had come to.
         self._decoder_failures: dict[str, int] = {}

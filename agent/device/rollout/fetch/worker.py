@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.device.rollout.fetch import compatibility, transport, version_floors
 from agent.device.rollout.fetch.download import Download
 from agent.device.rollout.fetch.protocol import FetchRequest, FetchResponse, SignedTarget
@@ -42,7 +43,7 @@ def handle_request(request: FetchRequest) -> FetchResponse:
     try:
         path = Path(request.root_file)
         try:
-            with path.open("rb") as file:
+            with input_files.open_regular(path) as file:
                 anchor = file.read(_MAX_ROOT_BYTES)
         except OSError as error:
             raise FetchFailed(

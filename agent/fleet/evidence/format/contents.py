@@ -39,6 +39,9 @@ class AuditVerdict(msgspec.Struct, frozen=True):
     invalid_decisions_count: Natural
 
 
+# Files of witnesses: heads that devices signed, and time stamps.
+WITNESS_FOLDER = "witnesses/"
+HEAD_PREFIX, STAMP_PREFIX = f"{WITNESS_FOLDER}head-", f"{WITNESS_FOLDER}stamp-"
 # Names in the manifest's `omitted`.
 OMITTED_LINKS, OMITTED_DECLARATIONS = "links of hash chains", "declarations of missing messages"
 

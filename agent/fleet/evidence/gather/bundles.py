@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import input_files
 from agent.errors import BadBundle, MessageRefused, UsageError
 from agent.evaluation.document import Evaluation
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleCard
@@ -71,7 +72,7 @@ def gather(
 def read_evaluation(path: Path) -> tuple[bytes, Evaluation]:
     """Return the bytes and the content of an evaluation document. Raises UsageError."""
     try:
-        data = path.read_bytes()
+        data = input_files.read_bytes(path)
         return data, msgspec.json.decode(data, type=Evaluation)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from agent import input_files
 from agent.errors import UsageError
 from agent.fleet.evidence.format.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
@@ -70,7 +71,7 @@ def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, 
 
 def _read_metadata_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with input_files.open_regular(path) as file:
             data = file.read(_MAX_METADATA_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Hash chains of an evidence folder, compared with what devices signed: messages, quoted acknowledgements, log heads.
+"""Hash chains of an evidence folder, compared with what others signed: messages, quoted acknowledgements, log heads.
 
 A head comes from a device and not from the operator. An operator who cuts off the newest messages, deletes a device or
 writes its log anew, cannot make the chain end in the digest that the head has.
@@ -19,17 +19,23 @@ from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.wire import log_chain, log_head
 from agent.wire.messages import LoggedPayload
 
+# Clocks of a device, its collector and a time-stamping authority, all set by time services.
+CLOCK_TOLERANCE_US = 60_000_000
 # Source of a commitment that is the signature of an exported message.
 MESSAGE = "the message"
 
 
 class Commitment(msgspec.Struct, frozen=True):
-    """A device's signature over the digest of a message. `source` is a sentence's subject; `where` a file."""
+    """A signature over the digest of a message, or a time stamp. `source` is a sentence's subject; `where` a file.
+
+    `time_us` is when a witness saw the message; 0 for a commitment that is part of the folder.
+    """
 
     ref: MessageRef
     digest: str
     where: str
     source: str
+    time_us: int = 0
 
 
 class ChainChecker:
@@ -37,7 +43,6 @@ class ChainChecker:
 
     `unsupported`: messages whose links the folder omits because there are too many, or that the device itself declares
     as given up or lost.
-    `later`: heads from after the moment of the folder.
     """
 
     def __init__(self, manifest: EvidenceManifest, add_problem: Callable[[str, str], None]) -> None:
@@ -48,7 +53,7 @@ class ChainChecker:
         self._declared: dict[LogId, list[tuple[int, int]]] = {}
         self._as_of_us = parse_rfc3339(manifest.as_of)
         self._device_keys = {(key.owner, key.kid) for key in manifest.keys if key.role == "device"}
-        self.links = self.later = self.witnesses = self.unsupported = 0
+        self.links = self.witnesses = self.unsupported = 0
 
     @property
     def gaps(self) -> int:
@@ -67,17 +72,17 @@ class ChainChecker:
             return
         self.witnesses += 1
         head, kid = verified.head, verified.key.kid
+        time_us = parse_rfc3339(head.time) if head.clock == "synced" else 0
         if head.fleet != self._manifest.fleet:
             self._add_problem(where, f"is a head of fleet {head.fleet!r}, this folder is of {self._manifest.fleet!r}")
-        elif head.clock == "synced" and parse_rfc3339(head.time) > self._as_of_us:
-            # The folder cannot know it.
-            self.later += 1
         elif (head.device, kid) not in self._device_keys:
             problem = f"device {head.device!r} signed it with key {kid}, which the folder does not list: "
-            self._add_problem(where, problem + "the operator deleted the device, or enrolled another key in its name")
+            problem += "the operator deleted the device, or enrolled another key in its name"
+            self._add_problem(where, problem + self._explain_time(time_us))
         elif head.seq:
             ref = MessageRef(head.device, head.log, head.seq)
-            self.add(Commitment(ref, head.digest, where, f"the head that {head.device} signed at {head.time}"))
+            source = f"the head that {head.device} signed at {head.time}"
+            self.add(Commitment(ref, head.digest, where, source, time_us))
 
     def add_declarations(self, body: LoggedPayload) -> None:
         """Add the messages that a device declares, in a message, as given up or as lost with an earlier log."""
@@ -120,15 +125,24 @@ class ChainChecker:
                 self.unsupported += 1
                 continue
             end, _ = self._ends.get((ref.device, ref.log), (0, ""))
-            if not end:
+            if OMITTED_LINKS in self._manifest.omitted:
+                problem = f"the folder omits {self._manifest.omitted[OMITTED_LINKS]} links and cannot show it"
+            elif not end:
                 problem = f"the folder has no message of log {ref.log} of {ref.device}: the operator deleted it"
             elif ref.seq > end:
                 problem = f"the log ends at seq {end} here: the operator cut off the newest messages"
             else:
                 problem = "the folder has no link of this message"
+            problem += self._explain_time(commitment.time_us)
             self._add_problem(commitment.where, f"{commitment.source} covers seq {ref.seq}, but {problem}")
         if not {OMITTED_LINKS, OMITTED_DECLARATIONS} & self._manifest.omitted.keys():
             self._check_gaps()
+
+    def _explain_time(self, time_us: int) -> str:
+        """Return what an auditor does about a witness from after the moment that the folder describes."""
+        if time_us <= self._as_of_us:
+            return ""
+        return f", or made this folder before (as of {self._manifest.as_of}): ask for a newer one"
 
     def _check_gaps(self) -> None:
         """Require that devices declared all missing messages."""

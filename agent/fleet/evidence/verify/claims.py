@@ -19,7 +19,7 @@ from agent.fleet.evidence.format.contents import (
 )
 from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.fleet.evidence.gather import comparisons, decisions
-from agent.fleet.evidence.verify.chains import MESSAGE, ChainChecker, Commitment
+from agent.fleet.evidence.verify.chains import CLOCK_TOLERANCE_US, MESSAGE, ChainChecker, Commitment
 from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire.jws import Signer
 from agent.wire.keys import parse_public_key
@@ -34,9 +34,6 @@ from agent.wire.messages import (
     ShadowPayload,
     VerifiedMessage,
 )
-
-# Clocks of a device and its collector that time services set.
-_CLOCK_TOLERANCE_US = 60_000_000
 
 
 class ClaimChecker:
@@ -89,7 +86,7 @@ class ClaimChecker:
     def _check_time(self, where: str, body: HealthPayload, quoted: AcknowledgementRef) -> None:
         """Check that a message is not older than the acknowledgement in it."""
         written_us, quoted_us = parse_rfc3339(body.time), parse_rfc3339(quoted.time)
-        if body.clock == "synced" and written_us < quoted_us - _CLOCK_TOLERANCE_US:
+        if body.clock == "synced" and written_us < quoted_us - CLOCK_TOLERANCE_US:
             self._add_problem(
                 where, f"is dated {body.time}, before the acknowledgement of {quoted.time} that it quotes"
             )

@@ -24,7 +24,8 @@ class VerificationReport(msgspec.Struct):
     """Result of a verification: what verified, and the problems. All problems are counted, the first are listed.
 
     `signatures` counts valid signatures of the TUF metadata, `chained_messages` links of hash chains, `gaps` ranges
-    without one, `witnesses` valid log heads, and `later_witnesses` those from after the moment of the folder.
+    without one, `witnesses` valid log heads, `stamps` valid time stamps, and `unchecked_stamps` those that nobody
+    trusted an authority for. `stamped_at` is the newest valid stamp's time.
     """
 
     fleet: str = ""
@@ -40,7 +41,9 @@ class VerificationReport(msgspec.Struct):
     chained_messages: int = 0
     gaps: int = 0
     witnesses: int = 0
-    later_witnesses: int = 0
+    stamps: int = 0
+    unchecked_stamps: int = 0
+    stamped_at: str = ""
     problem_count: int = 0
     problems: list[dict[str, str]] = msgspec.field(default_factory=list)
 

@@ -4,7 +4,8 @@ Rules, in order:
 - one of the given keys signed the manifest; only then is the manifest parsed
 - the folder holds exactly the listed files, as regular files with the listed size and SHA-256
 - a listed device key signed every message in messages/, and no message occurs twice
-- every message lies in the hash chain of its log, and so does each head that a device signed for a witness
+- every message lies in the hash chain of its log, and so does each head that a device signed or an authority stamped
+- no message is dated after a time stamp that covers it, or long before one that does not
 - claims of decisions, incidents, accuracy and running tasks about a message match that message
 - a listed operator key signed every roll-out decision, and the decisions of a roll-out form a chain
 - the audit of the database passed, and its verdict agrees with its own counts
@@ -17,18 +18,21 @@ Nothing is unpacked, no link is followed, no file is read beyond its signed size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.evidence.format import contents, manifest
-from agent.fleet.evidence.format.contents import READ_LIMITS
+from agent.fleet.evidence.format.contents import HEAD_PREFIX, READ_LIMITS, WITNESS_FOLDER
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, TrustedKey
+from agent.fleet.evidence.timestamps import stamp
+from agent.fleet.evidence.timestamps.stamp import Stamp
 from agent.fleet.evidence.verify import reader
 from agent.fleet.evidence.verify.bundles import check_bundle
 from agent.fleet.evidence.verify.chains import ChainChecker
 from agent.fleet.evidence.verify.claims import ClaimChecker
 from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
+from agent.fleet.evidence.verify.stamps import StampChecker, Witnesses
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire import jws
@@ -37,11 +41,11 @@ from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.messages import LoggedPayload, verify_message
 
 _METADATA_FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
-_CHAIN_FOLDER, _WITNESS_FOLDER = "chains/", "witnesses/"
+_CHAIN_FOLDER = "chains/"
 
 
-def verify(folder: Path, keys: list[PublicKey], witnesses: Sequence[tuple[str, bytes]] = ()) -> VerificationReport:
-    """Verify a folder against the operators' `keys`, and `witnesses`: (name, content) of heads that devices signed.
+def verify(folder: Path, keys: list[PublicKey], witnesses: Witnesses | None = None) -> VerificationReport:
+    """Verify a folder against the operators' `keys`, and `witnesses` from elsewhere.
 
     Raises UsageError if there is no such folder.
     """
@@ -57,7 +61,7 @@ def verify(folder: Path, keys: list[PublicKey], witnesses: Sequence[tuple[str, b
         file.path: file for file in head.files if file.path in present and reader.is_unaltered(folder, file, report)
     }
     report.files = len(unaltered)
-    _verify_contents(FolderReader(folder, unaltered, report), head, report, witnesses)
+    _verify_contents(FolderReader(folder, unaltered, report), head, report, witnesses or Witnesses())
     return report
 
 
@@ -84,15 +88,18 @@ def _verify_contents(
     reader: FolderReader,
     head: EvidenceManifest,
     report: VerificationReport,
-    witnesses: Sequence[tuple[str, bytes]],
+    witnesses: Witnesses,
 ) -> None:
     # First: of many problems, this one counts most.
     _verify_audit(reader, report)
     messages = {file.path for file in head.files if file.path.startswith("messages/")}
     chains = ChainChecker(head, report.add_problem)
     claims = ClaimChecker(head, chains, report.add_problem, messages_complete=messages <= set(reader.verified_files))
-    _verify_messages(reader, head, claims, report)
-    _verify_chains(reader, head, chains, report, witnesses)
+    stamps = StampChecker(head, chains, witnesses, report)
+    for brought in [*witnesses.stamps, *_read_stamps(reader)]:
+        stamps.add(brought)
+    _verify_messages(reader, head, claims, stamps, report)
+    _verify_chains(reader, head, chains, report, witnesses.heads)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)
     for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
@@ -170,8 +177,25 @@ def _verify_repository(reader: FolderReader, head: EvidenceManifest, report: Ver
     return chain
 
 
+def _read_stamps(reader: FolderReader) -> Iterator[Stamp]:
+    """Yield the time stamps that are part of the folder."""
+    for path in sorted(reader.verified_files):
+        stem = path.removesuffix(stamp.RESPONSE)
+        if not path.startswith(WITNESS_FOLDER) or stem == path:
+            continue
+        heads, request, response = (reader.read_bytes(stem + suffix) for suffix in stamp.SUFFIXES)
+        if heads is None or request is None or response is None:
+            reader.report.add_problem(path, "has no heads or no request beside it; a stamp has three files")
+            continue
+        yield Stamp(path, heads, request, response)
+
+
 def _verify_messages(
-    reader: FolderReader, head: EvidenceManifest, claims: ClaimChecker, report: VerificationReport
+    reader: FolderReader,
+    head: EvidenceManifest,
+    claims: ClaimChecker,
+    stamps: StampChecker,
+    report: VerificationReport,
 ) -> None:
     devices = _DeviceKeys(head.keys)
     for path in sorted(path for path in reader.verified_files if path.startswith("messages/")):
@@ -190,6 +214,8 @@ def _verify_messages(
                 report.add_problem(where, f"does not verify: {refused}")
                 continue
             claims.add_message(where, message)
+            if isinstance(message.body, LoggedPayload):
+                stamps.check_date(where, message.body)
 
 
 def _verify_chains(
@@ -197,11 +223,11 @@ def _verify_chains(
     head: EvidenceManifest,
     chains: ChainChecker,
     report: VerificationReport,
-    witnesses: Sequence[tuple[str, bytes]],
+    heads: Sequence[tuple[str, bytes]],
 ) -> None:
-    for name, data in witnesses:
+    for name, data in heads:
         chains.add_witness(name, data)
-    for path in sorted(path for path in reader.verified_files if path.startswith(_WITNESS_FOLDER)):
+    for path in sorted(path for path in reader.verified_files if path.startswith(HEAD_PREFIX)):
         chains.add_witness(path, reader.read_bytes(path) or b"")
     parts = [file.path for file in head.files if file.path.startswith(_CHAIN_FOLDER)]
     if not set(parts) <= reader.verified_files.keys():
@@ -212,7 +238,7 @@ def _verify_chains(
             chains.add_run(f"{path}:{number}", run)
     chains.finish()
     report.chained_messages, report.gaps = chains.links, chains.gaps
-    report.witnesses, report.later_witnesses = chains.witnesses, chains.later
+    report.witnesses = chains.witnesses
 
 
 class _DeviceKeys:

@@ -1,0 +1,110 @@
+"""Sensitivity of a site's tests: the smallest change of each field that its CUSUM finds within WINDOWS drift windows.
+
+Whoever reads "no alarm" needs to know what would have alarmed. A site whose windows differ much among themselves, by
+night and day or by unnamed modes, finds large changes only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float64s
+from agent.drift.detectors.cusum import Z_CLIP
+from agent.drift.detectors.daily_cycle import Cycle
+from agent.drift.detectors.detector import LearnedScores, Task
+from agent.drift.detectors.moments import VARIANCE_PRIOR
+from agent.drift.detectors.registry import MOMENTS
+from agent.drift.numeric.control_limits import ScoreNoise
+
+WINDOWS, PROBABILITY = 20, 0.9
+_QUANTILE = 1.2816  # of PROBABILITY, standard normal
+LARGEST_SCORE = 6.0  # sd: a larger shift fills the clip of each window
+WARN_SD = 1.0  # of a field's rows: a site that finds larger shifts only says so
+NAMED = 3  # fields in a warning
+
+
+class Sensitivity(msgspec.Struct, frozen=True, eq=False):
+    """Smallest change of F fields that is found within WINDOWS windows in PROBABILITY of cases; 0 for none."""
+
+    shift: Float64s  # (F,) of the mean, physical units
+    ratio: Float64s  # (F,) of the spread to the usual one, above 1
+
+    def is_valid(self, fields: int) -> bool:
+        return all(part.shape == (fields,) and bool((part >= 0).all()) for part in (self.shift, self.ratio))
+
+    def to_dict(self, fields: tuple[str, ...], sd: Float64s) -> dict[str, Any]:
+        """Return the numbers of each field, for people; `sd` (F,) is that of its rows."""
+        numbers = zip(fields, self.shift.tolist(), self.ratio.tolist(), sd.tolist(), strict=True)
+        return {
+            "windows": WINDOWS,
+            "probability": PROBABILITY,
+            "fields": {
+                name: {
+                    "shift": _round(shift),
+                    "shift_sd": _round(shift / each) if each > 0 else None,
+                    "spread": _round(ratio),
+                }
+                for name, shift, ratio, each in numbers
+            },
+        }
+
+    def find_warning(self, fields: tuple[str, ...], sd: Float64s) -> list[str]:
+        """Return a sentence about the fields in which only large shifts are found."""
+        size = np.where(self.shift > 0, self.shift / np.maximum(sd, 1e-12), np.inf)
+        blind = np.flatnonzero(size > WARN_SD)
+        worst = blind[np.argsort(-size[blind], kind="stable")][:NAMED]
+        if not len(worst):
+            return []
+        named = [
+            f"{fields[i]} {f'below {self.shift[i]:.2g} ({size[i]:.2g} sd)' if self.shift[i] else 'of any size'}"
+            for i in worst.tolist()
+        ]
+        more = f" and of {len(blind) - NAMED} more fields" if len(blind) > NAMED else ""
+        return [
+            f"windows differ so much that shifts of {', '.join(named)}{more} are not found within {WINDOWS} of them; "
+            "name the modes (class_field), learn for longer, or use longer windows"
+        ]
+
+
+def measure_sensitivity(
+    task: Task, scores: LearnedScores, mean: Float64s, sd: Float64s, limits: Float64s, cycle: Cycle, class_sd: Float64s
+) -> Sensitivity:
+    """Measure what the CUSUMs of the moments find; `class_sd` (D,) is the usual spread within a class."""
+    place, fields = scores.slices[MOMENTS.name], task.fields
+    score = find_smallest_score(MOMENTS.fit_noise(task, scores), limits[place], MOMENTS.slack)
+    # Over a day the spread around a cycle changes; a change lasts.
+    usual = np.sqrt((cycle.evaluate_spread(_HOURS)[:, place] ** 2).mean(0)) * sd[place]
+    value = score * usual * np.sqrt(1 + 1 / len(scores.residuals))
+    if task.windowed:
+        ratio = np.exp(value[fields:] * class_sd[fields:] / 2)
+    else:
+        level = mean[place][fields:]
+        variances = (np.maximum(np.exp(log) - VARIANCE_PRIOR, 1e-3) for log in (level + value[fields:], level))
+        ratio = np.sqrt(np.divide(*variances))
+    found = np.isfinite(score)
+    return Sensitivity(
+        np.where(found[:fields], value[:fields] * class_sd[:fields], 0.0), np.where(found[fields:], ratio, 0.0)
+    )
+
+
+def find_smallest_score(noise: ScoreNoise, limits: Float64s, slack: float) -> Float64s:
+    """Return by how many sd of a score (S,) windows must be off for a CUSUM to reach its limit in time; inf for never.
+
+    The sum of WINDOWS scores varies by itself, and by the error of the learned mean.
+    """
+    variance = WINDOWS * noise.long_run_variance + WINDOWS**2 / noise.mean_windows
+    score = slack + (limits + _QUANTILE * np.sqrt(variance)) / WINDOWS
+    # The largest score of one window is clipped.
+    reachable = limits < WINDOWS * (Z_CLIP - slack) * PROBABILITY
+    far = score > Z_CLIP - 1
+    return np.where(reachable, np.where(far, np.maximum(score, LARGEST_SCORE), score), np.inf)
+
+
+_HOURS = np.arange(24, dtype=np.int64) * 3_600_000_000
+
+
+def _round(value: float) -> float | None:
+    return float(f"{value:.3g}") if value > 0 else None

@@ -1,0 +1,56 @@
+"""Client of a broker in attacks: reason codes of what it publishes, refusals of what it subscribes to."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+
+NOT_AUTHORIZED = 0x87
+
+
+def subscribe_anyway(link: Link, filters: Sequence[str]) -> list[str]:
+    """Subscribe whatever the broker answers, and keep the connection; return the refusals, "" where there is none."""
+    link._handshake.subscribed.clear()
+    link._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in filters])
+    link._wait_until(lambda: bool(link._handshake.subscribed), 10.0, "no SUBACK")
+    return link._handshake.subscribed
+
+
+def publish_one(link: Link, message: OutgoingMessage) -> int:
+    """Publish a message and return the broker's reason code."""
+    token = link.send(message)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for event in link.receive(1.0):
+            if isinstance(event, PublishReceipt) and event.token == token:
+                return event.code
+    raise AssertionError("no PUBACK")
+
+
+def publish_all(link: Link, messages: Sequence[OutgoingMessage]) -> None:
+    """Publish within the broker's window, and wait for each PUBACK."""
+    waiting: set[int] = set()
+    remaining = iter(messages)
+    while True:
+        for message in itertools.islice(remaining, link.window - len(waiting)):
+            waiting.add(link.send(message))
+        if not waiting:
+            return
+        waiting -= {event.token for event in link.receive(5.0) if isinstance(event, PublishReceipt)}
+
+
+def receive_messages(link: Link, n: int, timeout_s: float = 10.0) -> list[IncomingMessage]:
+    messages: list[IncomingMessage] = []
+    deadline = time.monotonic() + timeout_s
+    while len(messages) < n and time.monotonic() < deadline:
+        for event in link.receive(0.2):
+            if isinstance(event, IncomingMessage):
+                link.acknowledge(event)
+                messages.append(event)
+    return messages

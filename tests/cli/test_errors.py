@@ -1,0 +1,119 @@
+"""Every failure of a command ends in one line; a message that repeats in the log is counted."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from agent.cli.log_format import PrintableFormatter, RepeatHandler
+from agent.errors import StorageError
+from scripts.fuzzing import malformed, site
+from scripts.fuzzing.malformed import run_command
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return site.build(tmp_path_factory.mktemp("site"))
+
+
+@pytest.mark.parametrize("part", ["arguments", "files", "cells"])
+def test_malformed_input_is_answered_in_one_line(made: Path, part: str) -> None:
+    random = Random(3)
+    chosen = random.sample([case for case in malformed.cases_of(part, made) if not case.title.startswith("batch")], 25)
+    results = list(malformed.run_cases(chosen, made, random))
+    assert [(case.title, outcome.problem, outcome.errors) for case, outcome in results if outcome.problem] == []
+    assert sum(outcome.code > 0 for _, outcome in results) >= 3, "these inputs are not wrong"
+
+
+def test_a_command_that_needs_a_missing_package_names_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = builtins.__import__
+
+    def without_rich(name: str, *more: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "rich":
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+        return load(name, *more, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    monkeypatch.delattr("agent.cli.fleet.rollout_table", raising=False)
+    monkeypatch.delitem(sys.modules, "agent.cli.fleet.rollout_table", raising=False)
+    folder = str(made / "fleet")
+    outcome = run_command(["fleet", "rollout", "status", "--dir", folder])
+    assert (outcome.code, outcome.errors.count("\n")) == (1, 1)
+    assert "needs the package 'rich', which is not installed" in outcome.errors
+    assert run_command(["fleet", "rollout", "status", "--json", "--dir", folder]).code == 0
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+@pytest.mark.parametrize("content", ["", "\n", "\n \n\n"])
+@pytest.mark.parametrize("command", ["ingest watch", "label exercise"])
+def test_an_empty_file_is_not_accepted(made: Path, tmp_path: Path, name: str, content: str, command: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    outcome = run_command([*command.split(), str(file), "-c", str(made / "device" / "outstation.toml")])
+    assert (outcome.code, outcome.errors.count("\n")) == (2, 1)
+    assert str(file) in outcome.errors
+
+
+@pytest.fixture
+def written() -> Iterator[tuple[logging.Logger, RepeatHandler, io.StringIO]]:
+    """Yield a log, its handler, and what it writes."""
+    text = io.StringIO()
+    handler = RepeatHandler(text)
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
+    log = logging.getLogger("test.repeats")
+    log.addHandler(handler)
+    log.propagate = False
+    yield log, handler, text
+    log.removeHandler(handler)
+
+
+Written = tuple[logging.Logger, RepeatHandler, io.StringIO]
+
+
+def test_an_error_that_repeats_is_one_line_and_then_a_count(written: Written) -> None:
+    log, handler, text = written
+    for number in range(10_000):
+        try:
+            raise OSError(errno.EMFILE, "Too many open files")
+        except OSError:
+            log.exception("connection %d is refused", number)
+    handler.close()
+    first, last = text.getvalue().splitlines()
+    assert first == "ERROR connection 0 is refused: [Errno 24] Too many open files"
+    assert last.startswith("ERROR 9999 times more in ")
+    assert last.endswith(" s: connection 0 is refused")
+
+
+def test_a_defect_is_logged_with_its_traceback_once(written: Written) -> None:
+    log, _, text = written
+
+    def fail(error: Exception) -> None:
+        try:
+            raise error
+        except (KeyError, StorageError):
+            log.exception("a batch failed")
+
+    for _ in range(2):
+        fail(KeyError("a"))
+    try:
+        raise StorageError("full")
+    except StorageError:
+        log.exception("a batch failed")
+    assert text.getvalue().count("Traceback") == 1
+    assert text.getvalue().endswith("ERROR a batch failed: full\n")
+
+
+def test_different_messages_are_all_written(written: Written) -> None:
+    log, _, text = written
+    for number in range(1000):
+        log.warning("row %d", number)
+    assert len(text.getvalue().splitlines()) == 1000

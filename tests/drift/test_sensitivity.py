@@ -1,0 +1,83 @@
+"""Sensitivity: changes of the stated size are found about as often as stated, and a site that is blind says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agent.drift import DriftMonitor, DriftState, Reference, build_reference
+from agent.drift.baseline import sensitivity
+
+ROWS, LEARN, FIELDS = 60, 40, ("a", "b", "c")
+Rows = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+def steady(seed: int, windows: int) -> Rows:
+    """AR(0.8)."""
+    noise = np.random.default_rng(seed).normal(size=(windows * ROWS, 3)) * 0.6
+    for at in range(1, len(noise)):
+        noise[at] += 0.8 * noise[at - 1]
+    return noise
+
+
+def changing(seed: int, windows: int) -> Rows:
+    """Regimes of four windows each."""
+    regime = np.random.default_rng((1, seed)).integers(0, 3, windows // 4 + 1)
+    return steady(seed, windows) + 3.0 * regime.repeat(4 * ROWS)[: windows * ROWS, None] * [1, -1, 0]
+
+
+def monitor_of(rows: Rows) -> DriftMonitor:
+    none = np.zeros(len(rows), np.int64)
+    shipped = build_reference(rows.astype(np.float32), np.arange(len(rows)), 1, none, None, ROWS, fields=FIELDS)
+    return DriftMonitor(shipped, labels=(), window=ROWS, learn_windows=LEARN)
+
+
+def alarms(monitor: DriftMonitor, state: DriftState, rows: Rows) -> tuple[DriftState, set[str]]:
+    first = max(0, state.last_counted_row) + 1
+    t = np.arange(first, first + len(rows), dtype=np.int64) * 1_000_000
+    state, results = monitor.process_batch(
+        state, rows.astype(np.float32), np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None,
+        rows=(first, first + len(rows) - 1), t=t,
+    )  # fmt: skip
+    return state, {alert.subject for result in results for alert in result.alerts if alert.state == "raised"}
+
+
+def learned(monitor: DriftMonitor, rows: Rows) -> tuple[DriftState, Reference]:
+    state, _ = alarms(monitor, monitor.start(), rows[: LEARN * ROWS])
+    assert state.site_reference is not None
+    return state, state.site_reference
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(1.0, 13, 16), (0.3, 0, 8)])
+def test_a_shift_is_found_from_the_stated_size_on(share: float, least: int, most: int) -> None:
+    monitor, found = monitor_of(steady(99, 60)), 0
+    for seed in range(16):
+        rows = steady(seed, LEARN + sensitivity.WINDOWS)
+        state, reference = learned(monitor, rows)
+        assert reference.site is not None
+        rows[LEARN * ROWS :, 0] += share * reference.site.sensitivity.shift[0]
+        found += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
+    assert least <= found <= most
+
+
+def test_a_spread_is_found_from_the_stated_size_on() -> None:
+    monitor, found = monitor_of(steady(99, 60)), 0
+    for seed in range(16):
+        rows = steady(seed, LEARN + sensitivity.WINDOWS)
+        state, reference = learned(monitor, rows)
+        assert reference.site is not None
+        rows[LEARN * ROWS :, 0] *= reference.site.sensitivity.ratio[0]
+        found += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
+    assert found >= 13
+
+
+def test_a_site_whose_windows_differ_says_which_shifts_it_misses() -> None:
+    _, reference = learned(monitor_of(changing(99, 60)), changing(3, LEARN))
+    assert reference.warning is not None
+    assert "shifts of" in reference.warning
+    changes = reference.describe_smallest_changes()
+    assert changes is not None
+    sizes = {name: numbers["shift_sd"] for name, numbers in changes["fields"].items()}
+    assert all(size is None or size > 1 for name, size in sizes.items() if name != "c")
+    assert sizes["c"] < 1
+    assert learned(monitor_of(steady(99, 60)), steady(3, LEARN))[1].warning is None
