@@ -20,6 +20,7 @@ from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender, SignedMessage, new_key
+from agent.wire.messages import VerifiedMessage, verify_message
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -319,8 +320,12 @@ def test_an_audit_from_a_checkpoint_reports_the_same_as_one_of_everything(
 ) -> None:
     senders = [MessageSender(f"pi-{n:02}") for n in range(4)]
     verified: list[int] = []
-    verify = audits.verify_message
-    monkeypatch.setattr(audits, "verify_message", lambda *a: (verified.append(1), verify(*a))[1])
+
+    def verify(*arguments: Any) -> VerifiedMessage:
+        verified.append(1)
+        return verify_message(*arguments)
+
+    monkeypatch.setattr(audits, "verify_message", verify)
     for turn in range(3):
         for sender in senders[: turn + 2]:
             collected(store, sender, *whole_log(sender), sender.evicted((9, 9)))

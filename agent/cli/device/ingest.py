@@ -85,19 +85,14 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
             source = open_files.enter_context(open_file(path if path is not None else 0))
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
-<<<<<<< HEAD
         key = _file_key(source, name, stream)
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
-        process = DecodeProcess(name, stream, show_values=conf.privacy.values_in_logs, answer_timeout_s=None)
-=======
-        target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
         process = DecodeProcess(
             *(name, stream),
             show_values=conf.privacy.values_in_logs,
             must_be_confined=conf.models.confinement == "required",
             answer_timeout_s=None,
         )
->>>>>>> main
         open_files.enter_context(contextlib.closing(process))
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None

@@ -90,7 +90,8 @@ def test_the_rows_that_are_compared_are_limited_in_count_and_bytes() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=40), st.data())
 def test_each_row_is_accepted_once_however_it_is_split(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
-    history, accepted, at = RowHistory(), [], 0
+    accepted: list[tuple[int, int]] = []
+    history, at = RowHistory(), 0
     pairs = sorted(pairs, key=lambda pair: pair[0])
     while at < len(pairs):
         size = data.draw(st.integers(1, len(pairs) - at))
@@ -161,7 +162,8 @@ def test_a_declared_lateness_is_allowed() -> None:
 def test_a_spike_costs_one_row_and_a_new_level_is_accepted_from_its_second(
     values: list[float], jumps: list[int], split: bool
 ) -> None:
-    history, found = RowHistory(), {}
+    found: dict[int, str] = {}
+    history = RowHistory()
     for first in range(len(values)) if split else [0]:
         part = values[first : first + 1] if split else values
         now, history = rejected(history, rows([first + i for i in range(len(part))], part), STEPPED)
@@ -177,7 +179,8 @@ def test_missing_values_are_no_step() -> None:
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(1, 40))
 def test_steps_are_the_same_however_rows_are_split(values: list[int], size: int) -> None:
     def run(size: int) -> dict[int, str]:
-        history, found = RowHistory(), {}
+        found: dict[int, str] = {}
+        history = RowHistory()
         for first in range(0, len(values), size):
             part = [float(v) for v in values[first : first + size]]
             now, history = rejected(history, rows([first + i for i in range(len(part))], part), STEPPED)
