@@ -22,6 +22,7 @@ from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, median, nanmedian
 from agent.errors import BadBundle
+from agent.indices import bincount
 from agent.performance import cbpe
 
 UNTESTED_SD = 1e9  # of a test without learned values
@@ -408,7 +409,7 @@ def build_reference(
     used = learning.windows * window
     right = (predicted == truth)[:used]
     places = np.searchsorted(base.score_edges, top[:used][right], side="right")
-    return replace(reference, score_correct=np.bincount(places, minlength=BINS))
+    return replace(reference, score_correct=bincount(places, minlength=BINS))
 
 
 def infinities_to_nan(features: Float32s) -> Float64s:

@@ -27,6 +27,7 @@ from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
+from agent.indices import repeat
 from agent.performance import cbpe
 
 VERSION = 1
@@ -95,9 +96,9 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             modes=count,
             known_as=self.digest,
             output=np.zeros(count, np.int64),
-            class_n=np.repeat(self.class_n, count, axis=0),
-            class_mean=np.repeat(self.class_mean, count, axis=0),
-            class_sd=np.repeat(self.class_sd, count, axis=0),
+            class_n=repeat(self.class_n, count, axis=0),
+            class_mean=repeat(self.class_mean, count, axis=0),
+            class_sd=repeat(self.class_sd, count, axis=0),
         )
 
     @property

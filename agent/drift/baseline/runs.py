@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.indices import bincount
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
 
@@ -141,4 +142,4 @@ def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
         return np.zeros(len(trace.rows), np.int64)
     rows = trace.rows[window, at + trace.rows.shape[1] - trace.steps_into.shape[1]]
     resting = np.stack([np.isin(rows[:, i], values) for i, values in enumerate(rest)], axis=1)
-    return np.bincount(window[~resting.all(1)], minlength=len(trace.rows))
+    return bincount(window[~resting.all(1)], minlength=len(trace.rows))
