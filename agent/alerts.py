@@ -237,6 +237,16 @@ DEADLINE_MISSED = AlertKind(
     "Give the task a longer deadline, a smaller or quantized model, or give the device less to do.",
     "With the first batch that is on time, or when the task has no deadline any more.",
 )
+REFERENCE_DEVIATES = AlertKind(
+    *("Reference deviates", "drift", "reference", "reference/drift/{count}", "warning", "task"),
+    "The reference that the device learned here differs from the shipped one, from the site's former one or from the "
+    "accepted one; or a field moved steadily while it was learned. Drift is measured from it all the same, unless "
+    "`on_deviation` is `hold`.",
+    "A sensor that was wrong from the first row; a site unlike the training data; a slow change that was learned.",
+    "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
+    "them, then learn again: `outstation reference relearn`.",
+    "Once somebody accepts the reference, or the next one that is learned does not deviate.",
+)
 LEARNING_REFUSED = AlertKind(
     *("Learning refused", "model", "reference", "reference/model/{count}", "info", "task"),
     "The windows gathered here do not make a reference of this site, so drift is not tested yet. Gathering goes on.",

@@ -181,4 +181,5 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         units=manifest.input.units,
         class_field=declared if task.class_field is None else task.class_field,
+        hold_deviating=task.on_deviation == "hold",
     )

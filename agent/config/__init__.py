@@ -47,6 +47,8 @@ class DeviceConfig(Section, frozen=True):
 
 class CollectorConfig(Section, frozen=True):
     key: str = ""
+    # What messages are sealed to with [privacy] encrypt, until a trust document names another one.
+    encryption_key: str = ""
     delivery: Literal["collector", "broker"] = "collector"
 
 
@@ -78,6 +80,8 @@ class PrivacyConfig(Section, frozen=True):
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
     values_in_logs: bool = False
+    # Seal messages to the collector's encryption key: the broker and its other clients cannot read them.
+    encrypt: bool = False
 
 
 class ThrottleConfig(Section, frozen=True):
@@ -152,6 +156,7 @@ class TaskConfig(Section, frozen=True):
     learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_duration: Duration = Duration(0.0)
     learn_extension: Annotated[float, msgspec.Meta(ge=1, le=100)] = 4.0
+    on_deviation: Literal["continue", "hold"] = "continue"  # with a learned reference that deviates
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
     class_field: str | None = None  # category field with the classes of a model that has none; "" for none
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)

@@ -25,6 +25,8 @@ from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
 
+_SITE_SUMMARY = ("number", "windows", "deviations", "held", "smallest_changes")
+
 
 def build_document(conf: Config, store: Store) -> dict[str, Any]:
     """Return what `outstation status --json` prints."""
@@ -99,9 +101,12 @@ def build_reference_document(conf: Config, store: Store, task: str) -> dict[str,
         "asked": request.action if request else None,
     }
     stored = store.load_state(task, task_keys.SITE_REFERENCE)
+    state = drift_state.load_for_display(store, task)
     if stored is not None:
         document["site"] = _describe_site(stored)
-    state = drift_state.load_for_display(store, task)
+        if document["site"] is not None and state is not None:
+            guard = state.guard
+            document["site"] |= {"deviations": [d.describe() for d in guard.deviations], "held": guard.is_held}
     if document["site"] is None and state is not None:
         document["learning"] = {
             "windows": state.learning.total_windows,
@@ -127,7 +132,7 @@ def _summarize_reference(conf: Config, store: Store, task: str) -> dict[str, Any
         return {"site": None, "learning": None, "warning": str(problem)}
     site = document["site"]
     return {
-        "site": {name: site[name] for name in ("number", "windows", "smallest_changes")} if site else None,
+        "site": {name: site[name] for name in _SITE_SUMMARY} if site else None,
         "learning": document["learning"],
         "warning": site["warning"] if site else None,
     }
@@ -155,4 +160,6 @@ def _describe_site(stored: bytes) -> dict[str, Any] | None:
         "daily": bool(site.waves.any()),
         "smallest_changes": reference.describe_smallest_changes(),
         "warning": reference.warning,
+        "deviations": [],
+        "held": False,
     }

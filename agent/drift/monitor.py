@@ -25,7 +25,8 @@ from agent.alerts import Alert
 from agent.arrays import Float32s, Ints
 from agent.drift import batches
 from agent.drift.alert_lifecycle import AlertLifecycle
-from agent.drift.baseline.learning import LearningState, calibrate_reference
+from agent.drift.baseline import deviation
+from agent.drift.baseline.learning import LearningState, calibrate_reference, compute_residuals
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
@@ -46,7 +47,8 @@ class DriftMonitor:
     The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
     Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
     `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
-    the field whose values are the classes of a model that names none.
+    the field whose values are the classes of a model that names none. With `hold_deviating`, a reference that deviates
+    is not used until somebody accepts it.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class DriftMonitor:
         learn_extension: float = 4.0,
         seasonality: str = "auto",
         class_field: str = "",
+        hold_deviating: bool = False,
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
@@ -79,6 +82,7 @@ class DriftMonitor:
         self.min_learn_s = min_learn_s
         self.learn_extension = learn_extension
         self.seasonality = seasonality
+        self.hold_deviating = hold_deviating
         self._empty_summary = Summary.empty(self.shipped)
         self._empty_learning = LearningState.empty(self.shipped)
         self._tester: DriftTester | None = None
@@ -134,11 +138,20 @@ class DriftMonitor:
             suite=SuiteState.start(self.shipped.task),
             gates=GateStates({gate.name: gate.restart(state.gates[gate.name]) for gate in GATES}),
             requested_learn_s=duration_s,
+            guard=state.guard.begin_learning(state.site_reference),
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
         for gate in GATES:
             cleared += gate.clear_alerts(state.gates[gate.name], reason, evidence)
         return fresh, cleared
+
+    def accept_reference(self, state: DriftState) -> tuple[DriftState, list[Alert]]:
+        """Accept the site's reference as it is; also return the alert that this clears."""
+        if state.site_reference is None:
+            return state, []
+        after = replace(state, guard=state.guard.accept(state.site_reference))
+        cleared = self._build_guard_alert(state, after)
+        return after, [] if cleared is None else [cleared]
 
     def process_batch(
         self,
@@ -203,7 +216,7 @@ class DriftMonitor:
         return self._process_full_windows(state, full)
 
     def _process_full_windows(self, state: DriftState, full: FullWindows) -> tuple[DriftState, list[ClosedWindow], int]:
-        tester = self._get_tester(state.site_reference) if state.site_reference else None
+        tester = self._find_tester(state)
         analysis = WindowAnalysis.from_summaries(full.summaries, full.midpoints, self.shipped, tester)
         closed: list[ClosedWindow] = []
         number = 0
@@ -222,20 +235,19 @@ class DriftMonitor:
 
     def _drifting_fields_key(self, state: DriftState) -> bytes:
         """Return a key of the fields that class assignment leaves out."""
-        if state.site_reference is None or not self.shipped.labels:
+        if state.tested_reference is None or not self.shipped.labels:
             return b""
         return state.suite.open_fields.tobytes()
 
     def _assign_classes(self, state: DriftState, stats: WindowStatistics, predicted: Ints) -> Ints:
-        if state.site_reference is None:
-            return predicted
-        return self._get_tester(state.site_reference).assign_classes(state.suite, stats.values, predicted)
+        tester = self._find_tester(state)
+        return predicted if tester is None else tester.assign_classes(state.suite, stats.values, predicted)
 
     def _close_windows(
         self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
     ) -> tuple[DriftState, ClosedWindow]:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
-        tester = self._get_tester(state.site_reference) if state.site_reference else None
+        tester = self._find_tester(state)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -252,13 +264,15 @@ class DriftMonitor:
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
         after = replace(before, suite=tests.suite, gates=tests.gates)
         drift_alerts: list[Alert] = []
-        learned, refused = None, None
+        learned, refused, guard_alert = None, None, None
         if tester is not None and analysis.evidence is not None and not tests.blocked:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
                 before, after, analysis.evidence.effects[first], tester
             )
-        elif not tests.blocked:
+        elif state.site_reference is None and not (tests.blocked or state.faulty.any()):
+            # Nothing is learned while an alert is open.
             after, learned, refused = self._gather_window(after)
+            guard_alert = self._build_guard_alert(before, after)
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
         gate_alerts = analysis.build_gate_alerts(first, state.gates, before, tests.gates, state.site_reference)
         result = full.build_result(
@@ -266,7 +280,7 @@ class DriftMonitor:
             before,
             learned_reference=learned,
             learning_error=refused,
-            alerts=(*fault_alerts, *gate_alerts, *drift_alerts),
+            alerts=(*fault_alerts, *gate_alerts, *drift_alerts, *([guard_alert] if guard_alert else [])),
             nearest=tests.nearest,
         )
         return after, ClosedWindow(
@@ -280,7 +294,7 @@ class DriftMonitor:
                 tested=tester is not None and not tests.blocked,
             ),
             after.gates,
-            self._get_tester(after.site_reference) if after.site_reference else None,
+            self._find_tester(after),
         )
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
@@ -299,7 +313,19 @@ class DriftMonitor:
         assert site.site is not None
         if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
             return gathered, None, None
-        return replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0), site, None
+        residuals = compute_residuals(shipped, learning, site, self.seasonality)
+        guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
+        after = replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0, guard=guard)
+        return after, site, None
+
+    def _build_guard_alert(self, before: DriftState, after: DriftState) -> Alert | None:
+        if after.guard is before.guard:
+            return None
+        return deviation.build_alert(after.guard, before.guard)
+
+    def _find_tester(self, state: DriftState) -> DriftTester | None:
+        reference = state.tested_reference
+        return None if reference is None else self._get_tester(reference)
 
     def _has_learned(self, state: DriftState, learning: LearningState, times: float = 1.0) -> bool:
         """Return True if so many times the required windows and seconds are gathered."""

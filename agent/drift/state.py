@@ -13,6 +13,7 @@ from agent import arrays
 from agent.alerts import Alert
 from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
+from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
@@ -46,6 +47,7 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
     gates: GateStates
+    guard: ReferenceGuard
     class_field: str = ""  # field that names modes, if any
     known_modes: tuple[str, ...] = ()  # names that have a class
 
@@ -72,8 +74,14 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             raised_counts=np.zeros((fields + 3, 2), np.int64),
             raised_window=np.zeros(fields + 3, np.int64),
             gates=GateStates.start(),
+            guard=ReferenceGuard(),
             class_field=class_field,
         )
+
+    @property
+    def tested_reference(self) -> Reference | None:
+        """The site's reference, unless it is held."""
+        return None if self.guard.is_held else self.site_reference
 
     def is_compatible(self, task: Task) -> bool:
         """Return True if the state has the tests of this task."""

@@ -28,6 +28,7 @@ COMMANDS: dict[str, CommandArguments] = {
     "rollback": CommandArguments(("task",)),
     "relearn": CommandArguments(("task",), ("for",)),
     "reset-reference": CommandArguments(("task",)),
+    "accept-reference": CommandArguments(("task",)),
     # `labels`: JSON columns, as in a label line at the intake.
     "label": CommandArguments(("task", "labels")),
     "rotate-key": CommandArguments(),

@@ -47,7 +47,8 @@ def days(
 
 
 def raised(verdicts: list[DriftWindowResult]) -> list[tuple[str, int]]:
-    return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised"]
+    """Return the drifts; that the site has a cycle, which the shipped reference lacks, is a matter of its own."""
+    return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised" and a.subject in FIELDS]
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -69,7 +70,7 @@ def test_drift_is_detected_despite_a_daily_cycle() -> None:
 
 def test_a_reference_of_some_hours_says_so_where_it_alarms_at_another_hour() -> None:
     verdicts, _ = days(2, 2, learn=24, per_day=96)
-    alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised"]
+    alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised" and a.subject in FIELDS]
     assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in alerts[0]
 
 

@@ -184,7 +184,8 @@ def test_learning_anew_clears_what_is_open_and_counts_references(monitor: DriftM
     assert [(a.id, a.state) for a in cleared] == [("y/drift/1", "cleared")]
     assert cleared[0].summary == "y: this site's reference is learned anew."
     again, verdicts = feed(monitor, fresh, r.windows(8, 60))
-    assert raised(verdicts) == []
+    # What was drift is the reference now, and that is told.
+    assert [(a.subject, a.evidence["deviations"][0]["field"]) for a in raised(verdicts)] == [("reference", "y")]
     assert again.site_reference is not None
     assert again.site_reference.site is not None
     assert again.site_reference.site.number == 2

@@ -27,7 +27,7 @@ _wait_option = click.option(
 
 @click.group()
 def reference() -> None:
-    """Show or relearn the site reference of a task, which drift is tested against."""
+    """Show, relearn or accept the site reference of a task, which drift is tested against."""
 
 
 @reference.command(epilog="Example: outstation reference relearn exercise --for 24h")
@@ -53,6 +53,16 @@ def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as
 def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Discard TASK's reference, and learn another as configured."""
     _submit_request(config_file, task, requests.make_request("reset"), wait_s, as_json)
+
+
+@reference.command(epilog="Example: outstation reference accept exercise")
+@click.argument("task")
+@_wait_option
+@config_option
+@json_option
+def accept(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
+    """Accept TASK's reference although it deviates: the readings that it was learned from are right."""
+    _submit_request(config_file, task, requests.make_request("accept"), wait_s, as_json)
 
 
 @reference.command(epilog="Example: outstation reference show exercise --json")
@@ -83,7 +93,8 @@ def _submit_request(
         ) from None
     is_applied = _apply_or_wait(file, conf, task, request, wait_s)
     document = {"task": task, "asked": request.action, "for_s": request.duration_s, "taken_up": is_applied}
-    when = "is learned again" if is_applied else "will be learned again when the task next runs"
+    verb = "accepted" if request.action == "accept" else "learned again"
+    when = f"is {verb}" if is_applied else f"will be {verb} when the task next runs"
     emit(document, as_json, lambda: echo(f"{task}: the site reference {when}"))
 
 
@@ -114,6 +125,8 @@ def _format_reference(document: dict[str, Any]) -> str:
         daily = ", follows the hour of day" if site["daily"] else ""
         changes = f"\n{format_smallest_changes(site['smallest_changes'])}"
         warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
+        warning += "".join(f"\ndeviates: {sentence}" for sentence in site["deviations"])
+        warning += "\nheld: drift is not tested until it is accepted" if site["held"] else ""
         return (
             f"{task}: reference {site['number']} of this site, {site['digest']}\n"
             f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}"

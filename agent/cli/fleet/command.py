@@ -44,6 +44,7 @@ def command(
     rollback TASK                activate the bundle that ran before
     relearn TASK [TIME]          learn the site's drift reference again, from at least TIME ("24 h") of readings
     reset-reference TASK         discard it, and learn another as the config says
+    accept-reference TASK        accept a learned reference that deviates
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key

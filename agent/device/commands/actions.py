@@ -55,6 +55,7 @@ class TaskActions:
             "rollback": self.rollback,
             "relearn": self.relearn,
             "reset-reference": self.reset_reference,
+            "accept-reference": self.accept_reference,
             "label": self.label,
         }
 
@@ -158,6 +159,9 @@ class TaskActions:
     def reset_reference(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         return self._request_relearn(args["task"], relearn.make_request("reset", 0.0, "from the fleet"))
 
+    def accept_reference(self, args: Mapping[str, str], now: ClockReading) -> Effect:
+        return self._request_relearn(args["task"], relearn.make_request("accept", 0.0, "from the fleet"))
+
     def _request_relearn(self, task: str, request: RelearnRequest) -> Effect:
         monitor = self._require_scheduled(task).task.drift_monitor
         if monitor is None:
@@ -166,6 +170,8 @@ class TaskActions:
         def write(tx: Transaction) -> None:
             tx.save_state(task, task_keys.RELEARN_REQUEST, request.to_json())
 
+        if request.action == "accept":
+            return Effect(f"{task} accepts its site reference when it next runs.", {}, write)
         span = f" and {request.duration_s:.0f} s" if request.duration_s else ""
         summary = (
             f"{task} learns its site reference again, from at least {monitor.learn_windows} drift windows{span}, when "

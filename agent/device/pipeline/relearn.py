@@ -1,4 +1,4 @@
-"""Relearn requests: an operator, on this machine or by remote command, has a task's site reference learned again.
+"""Reference requests: an operator, here or by remote command, has a site reference learned again or accepts it.
 
 The daemon owns the store, so a person on this machine leaves a file in the data folder; a remote command leaves the
 same in the store. The task applies a request when it next runs, in one commit with the audit message. The request's id
@@ -27,14 +27,17 @@ from agent.device.store.transaction import Transaction
 
 log = logging.getLogger("outstation")
 
-Action = Literal["relearn", "reset"]
+Action = Literal["relearn", "reset", "accept"]
 
 _MAX_BYTES = 4096
 _unreadable: set[Path] = set()
 
 
 class RelearnRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Request to learn the site reference again: from at least `duration_s` of readings, or `reset`: as configured."""
+    """Request to learn the site reference again, from at least `duration_s` of readings or (`reset`) as configured.
+
+    `accept` accepts one that deviates.
+    """
 
     id: str
     action: Action
@@ -90,7 +93,7 @@ def pending_request(store: Store, task: str) -> RelearnRequest | None:
 
 
 def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
-    """Apply the pending request; return True if learning began. Raises StorageError."""
+    """Apply the pending request; return True if it had an effect. Raises StorageError."""
     request = pending_request(store, task.name)
     if request is None:
         _delete_request(store, task.name)
@@ -100,13 +103,15 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
             _mark_done(tx, task.name, request)
         _delete_request(store, task.name)
         return False
-    state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
+    if request.action == "accept":
+        state, cleared = task.drift_monitor.accept_reference(task.drift_state)
+        event, effect = "reference accepted", "later ones are compared with it"
+    else:
+        state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
+        event, effect = "reference reset", "it is learned again, and drift is not tested until then"
     messages = [PendingMessage.from_alert(alert, task.name) for alert in cleared]
-    summary = (
-        f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; it is learned "
-        "again, and drift is not tested until then."
-    )
-    old = task.drift_state.site_reference if task.drift_state else None
+    summary = f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; {effect}."
+    old = task.drift_state.site_reference
     evidence = {
         "task": task.name,
         "asked": request.action,
@@ -115,7 +120,7 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         "number": old.site.number if old and old.site else None,
         "by": request.requested_by,
     }
-    messages.append(PendingMessage.audit("reference reset", summary, evidence))
+    messages.append(PendingMessage.audit(event, summary, evidence))
     with store.transaction() as tx:
         drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
         _mark_done(tx, task.name, request)

@@ -19,6 +19,7 @@ from pathlib import Path
 from agent import clock
 from agent.device.machine.systemd import notify
 from agent.device.recovery import catch_up, findings, migrate, salvage
+from agent.device.recovery.open_files import LOCK, OpenFiles
 from agent.device.store import meta, schema
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.store import DATABASE, Store, connect_read_only, is_corruption, translate_errors
@@ -66,6 +67,7 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with contextlib.suppress(OSError):
             writer.watermark.save_first_page(path)
+        writer.files = OpenFiles(folder)
         undo.pop_all()
     return store
 
@@ -75,6 +77,7 @@ class _WriteAccess:
 
     def __init__(self, folder: Path, lock: int) -> None:
         self._folder, self._lock = folder, lock
+        self.files: OpenFiles | None = None
         try:
             self.watermark = Watermark(folder)
         except OSError as error:
@@ -83,8 +86,12 @@ class _WriteAccess:
     def record_damage(self, cause: str) -> None:
         salvage.write_damage_marker(self._folder, cause)
 
+    def require_in_place(self, db: sqlite3.Connection) -> None:
+        if self.files is not None:
+            self.files.require_in_place(db)
+
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
-        if is_intact:
+        if is_intact and (self.files is None or self.files.is_folder_in_place()):
             with contextlib.suppress(sqlite3.Error):
                 meta.put(db, findings.CLEAN_STOP, "1")
                 migrate.drop_backups(self._folder)
@@ -230,7 +237,7 @@ def acquire_lock(folder: Path) -> int:
     require_local(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _folder_error(folder, error) from error
     try:

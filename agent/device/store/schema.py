@@ -46,7 +46,8 @@ _TABLES = (
     # body: JSON, NULL while the command runs; sent: 1 once a broker has confirmed it.
     """CREATE TABLE command_answers (
         number INTEGER PRIMARY KEY AUTOINCREMENT, kid TEXT, id TEXT, name TEXT NOT NULL, args TEXT NOT NULL,
-        counter INT NOT NULL, correlation BLOB, body TEXT, sent INT NOT NULL DEFAULT 0, UNIQUE (kid, id))""",
+        counter INT NOT NULL, correlation BLOB, reply_key TEXT, body TEXT, sent INT NOT NULL DEFAULT 0,
+        UNIQUE (kid, id))""",
     # Predictions of one batch, packed: rows of the first and the last, time of the last, uptime.
     """CREATE TABLE predictions (task TEXT, first_row INT, last_row INT, n INT, last_t INT, uptime_s INT, data BLOB,
         PRIMARY KEY (task, first_row)) WITHOUT ROWID""",

@@ -65,6 +65,10 @@ class WriteAccess(Protocol):
         """Have the database salvaged at the next start."""
         ...
 
+    def require_in_place(self, db: sqlite3.Connection) -> None:
+        """Raise StorageMoved or StorageError if the store's paths lead elsewhere by now."""
+        ...
+
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
         """Close the connection and release the folder. An intact database is not checked at the next start."""
         ...
@@ -102,6 +106,8 @@ class Store:
         """
         with self._lock, self._translate_errors():
             try:
+                if self._writer is not None:
+                    self._writer.require_in_place(self._db)
                 budget = self._quota_enforcer.prepare_transaction(self._db, vital=vital)
                 self._db.execute("BEGIN IMMEDIATE")
                 free_pages = self._quota_enforcer.free_pages(self._db)
@@ -117,6 +123,12 @@ class Store:
                 raise
             if self._writer is not None:
                 self._writer.watermark.update(self._db, tx.progress)
+
+    def require_in_place(self) -> None:
+        """Raise StorageMoved if the data folder is no longer the one opened, StorageError if a file of it is not."""
+        with self._lock, self._translate_errors():
+            if self._writer is not None:
+                self._writer.require_in_place(self._db)
 
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         """Keep other threads from reading and writing; transactions of this thread may run inside."""
@@ -297,6 +309,7 @@ class Store:
 
     def limit_bytes(self) -> int:
         """Return how many bytes the pages can use: the quota, or the room on the disk if that is less."""
+        self.require_in_place()
         return self._quota_enforcer.limit_bytes(int((self._fetch_one("PRAGMA page_count") or (0,))[0]))
 
     def recent_alerts(self, limit: int) -> list[dict[str, Any]]:

@@ -230,7 +230,7 @@ def calibrate_reference(
     learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
     values = np.nan_to_num(MOMENTS.learn_values(shipped.task, learned))
     cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
-    residuals = daily_cycle.fit(values, learning.midpoints, seasonality).residuals if cycle else values
+    residuals = _remove_cycle(values, learned)
     mean, sd = outliers.calibrate(residuals, shipped.fields)
     total = learning.total
     rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
@@ -265,6 +265,23 @@ def calibrate_reference(
         return reference
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
     return _add_site_calibration(reference, learning, learned, number, accuracy)
+
+
+def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:
+    """Return what the means and spreads (K, 2F) of the windows behind a `learned` reference leave without its cycle.
+
+    In class sd, each window against the mean of the others.
+    """
+    if not learning.has_steady_clock:
+        seasonality = "none"
+    windows = learning.learned_windows(shipped, learning.moments(shipped), learned.class_sd, seasonality)
+    return _remove_cycle(MOMENTS.learn_values(shipped.task, windows), windows)
+
+
+def _remove_cycle(values: Float64s, learned: LearnedWindows) -> Float64s:
+    if not daily_cycle.can_fit_daily(learned.t, learned.seasonality):
+        return values
+    return daily_cycle.fit(values, learned.t, learned.seasonality).residuals
 
 
 def _add_site_calibration(

@@ -120,6 +120,7 @@ class SqliteDatabase:
             self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
         try:
             self._open()
+            self._opened = os.stat(path)
         except BaseException:
             self.close()
             raise
@@ -136,6 +137,7 @@ class SqliteDatabase:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[SqliteConnection]:
         with self._translate_errors(), self.lock_exclusively():
+            self._require_in_place()
             try:
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield self.connection
@@ -168,6 +170,9 @@ class SqliteDatabase:
     def acquire_leadership(self, job: str) -> bool:
         """Return True: a SQLite database has one collector."""
         return True
+
+    def join_collectors(self) -> int:
+        return 1
 
     @contextlib.contextmanager
     def lock_exclusively(self) -> Iterator[None]:
@@ -208,6 +213,16 @@ class SqliteDatabase:
                 _migrations().apply(database)
             elif _migrations().pending(database):
                 raise UsageError(f"{self.path}: created by an older version; start `outstation fleet collect` once")
+
+    def _require_in_place(self) -> None:
+        """Raise StorageError if the path leads elsewhere: what is written here would be acknowledged and lost."""
+        try:
+            if os.path.samestat(os.stat(self.path), self._opened):
+                return
+            state = "replaced"
+        except OSError as error:
+            state = f"moved or deleted ({error.strerror})"
+        raise StorageError(f"{self.path}: {state} while it was open; put it back, or start this process again")
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:

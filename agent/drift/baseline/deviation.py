@@ -1,0 +1,286 @@
+"""Reference deviation: how far a learned reference lies from the shipped, the former and the accepted one.
+
+A site that is wrong from its first row would otherwise be learned as normal, and learning again and again could walk
+the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or MIN_RATIO, and must lie beyond what
+single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or
+LARGE_RATIO, must only be certain. A field that moved steadily while it was learned deviates, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.alerts import REFERENCE_DEVIATES, Alert
+from agent.arrays import Float64s, Ints
+from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
+from agent.drift.detectors.registry import MOMENTS
+from agent.drift.numeric import control_limits
+
+# Smaller differences do not matter: of a mean in sd of the other reference's rows, and of spreads as a ratio.
+MIN_SHIFT_SDS, MIN_RATIO = 0.5, 1.5
+# People who train with the shipped exercise model differ by up to 0.28 sd and a ratio of 1.8.
+LARGE_SHIFT_SDS, LARGE_RATIO = 1.0, 2.0
+MAX_NAMED_FIELDS = 5
+# Chance that a reference of an unchanged site deviates, over all fields.
+DEVIATION_BUDGET = 1e-2
+SHIPPED, FORMER, ACCEPTED, TREND = "shipped", "former", "accepted", "trend"
+_AGAINST = {
+    SHIPPED: "the shipped reference",
+    FORMER: "the former reference of this site",
+    ACCEPTED: "the reference that was accepted",
+}
+
+
+class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
+    """Means and spreads of a reference, to compare later ones with: C classes, D statistics, F fields."""
+
+    digest: str
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+    window_rows: int
+    drift_windows: int
+    class_n: Ints  # (C, D)
+    class_mean: Float64s
+    class_sd: Float64s
+    sd: Float64s  # (F,) of rows
+    test_sd: Float64s  # (2F,) of drift windows, in class sd
+
+    @classmethod
+    def from_reference(cls, reference: Reference) -> ReferenceProfile:
+        place = reference.layout[MOMENTS.name] if reference.site else slice(None)
+        return cls(
+            reference.digest,
+            reference.fields,
+            reference.labels,
+            reference.window_rows,
+            reference.drift_windows,
+            reference.class_n,
+            reference.class_mean,
+            reference.class_sd,
+            reference.sd,
+            reference.test_sd[place],
+        )
+
+    def pooled(self) -> ReferenceProfile:
+        """Return the profile without classes."""
+        n = np.maximum(self.class_n, 1e-9)
+        total = n.sum(0)
+        mean = (n * self.class_mean).sum(0) / total
+        variance = (n * (self.class_sd**2 + (self.class_mean - mean) ** 2)).sum(0) / total
+        whole = {"class_n": self.class_n.sum(0)[None], "class_mean": mean[None], "class_sd": np.sqrt(variance)[None]}
+        return msgspec.structs.replace(self, **whole)
+
+
+class Deviation(msgspec.Struct, frozen=True):
+    """Deviation of one field: `shift` of the mean in its unit and in sd of rows, `ratio` of the spreads."""
+
+    field: str
+    against: str
+    shift: float
+    shift_sd: float
+    ratio: float
+    by_mean: bool
+    unit: str = ""
+
+    def describe(self) -> str:
+        """Return a clause for people."""
+        amount = f"{self.shift:+.2g}{f' {self.unit}' if self.unit else ''} ({abs(self.shift_sd):.2g} sd)"
+        if self.against == TREND:
+            return f"{self.field} moved by {amount} while it was learned"
+        if self.by_mean:
+            return f"{self.field} differs by {amount} from {_AGAINST[self.against]}"
+        return f"{self.field} varies {self.ratio:.2g} times as much as in {_AGAINST[self.against]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"shift": self.shift, "shift_sd": self.shift_sd, "ratio": self.ratio}
+        return {"field": self.field, "against": self.against} | {
+            name: round_significant(value, 3) for name, value in numbers.items()
+        }
+
+    @property
+    def size(self) -> float:
+        """Return the larger of both effects, as a multiple of the least that matters."""
+        return max(abs(self.shift_sd) / MIN_SHIFT_SDS, abs(math.log(self.ratio)) / math.log(MIN_RATIO))
+
+
+class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
+    """References to compare a site's next one with, and the deviations of the present one that nobody accepted.
+
+    - `former`: the site's reference before
+    - `accepted`: the first one that did not deviate, or the one that an operator accepted last
+    - `is_held`: the present one is not used until an operator accepts it
+    """
+
+    former: ReferenceProfile | None = None
+    accepted: ReferenceProfile | None = None
+    deviations: tuple[Deviation, ...] = ()
+    raised_count: int = 0
+    is_held: bool = False
+
+    def begin_learning(self, former: Reference | None) -> ReferenceGuard:
+        profile = self.former if former is None else ReferenceProfile.from_reference(former)
+        return msgspec.structs.replace(self, former=profile, is_held=False)
+
+    def accept(self, reference: Reference) -> ReferenceGuard:
+        """Accept the reference as it is, by an operator's word."""
+        accepted = ReferenceProfile.from_reference(reference)
+        return msgspec.structs.replace(self, accepted=accepted, deviations=(), is_held=False)
+
+    def check(
+        self, learned: Reference, shipped: Reference, residuals: Float64s, units: Sequence[str], *, hold: bool
+    ) -> ReferenceGuard:
+        """Compare a newly learned reference of fields in these `units`. `hold` keeps one that deviates from use."""
+        others = {
+            SHIPPED: ReferenceProfile.from_reference(shipped),
+            FORMER: self.former,
+            ACCEPTED: self.accepted,
+        }
+        unit = dict(zip(learned.fields, units, strict=True))
+        deviations = tuple(
+            msgspec.structs.replace(deviation, unit=unit[deviation.field])
+            for deviation in find_trends(residuals, learned, find_deviations(learned, others, residuals))
+        )
+        accepted = self.accepted
+        if accepted is None and not deviations:
+            accepted = ReferenceProfile.from_reference(learned)
+        raised_count = self.raised_count + (bool(deviations) and not self.deviations)
+        return ReferenceGuard(self.former, accepted, deviations, raised_count, hold and bool(deviations))
+
+
+def build_alert(guard: ReferenceGuard, before: ReferenceGuard) -> Alert | None:
+    """Return the alert that a newly learned or accepted reference raises or clears."""
+    if guard.deviations:
+        sentences = [item.describe() for item in guard.deviations[:MAX_NAMED_FIELDS]]
+        more = len(guard.deviations) - len(sentences)
+        rest = f" and {more} more fields" if more else ""
+        then = (
+            "Drift is not tested until somebody accepts the reference or has it learned again."
+            if guard.is_held
+            else "Drift is tested against it all the same."
+        )
+        summary = f"this site's reference deviates: {'; '.join(sentences)}{rest}. {then}"
+        evidence = {"deviations": [item.to_dict() for item in guard.deviations], "held": guard.is_held}
+        return REFERENCE_DEVIATES.raised(summary, evidence, count=guard.raised_count)
+    if not before.deviations:
+        return None
+    summary = "this site's reference was accepted, or the one learned since no longer deviates."
+    return REFERENCE_DEVIATES.cleared(summary, count=guard.raised_count)
+
+
+def find_deviations(
+    learned: Reference, others: Mapping[str, ReferenceProfile | None], residuals: Float64s
+) -> list[Deviation]:
+    """Return the deviations from `others`, largest first and one for each field. Other fields are not compared.
+
+    `residuals` (K, 2F) of learned windows tell how alike neighbours are.
+    """
+    profile = ReferenceProfile.from_reference(learned)
+    correlation = _autocorrelation(_fill_gaps(residuals), 1)
+    every = [
+        deviation
+        for against, other in others.items()
+        if other is not None
+        for deviation in _compare_profiles(profile, other, against, correlation)
+    ]
+    return _one_per_field(every)
+
+
+def find_trends(values: Float64s, learned: Reference, known: Sequence[Deviation] = ()) -> list[Deviation]:
+    """Return the fields whose mean moved steadily over learned windows.
+
+    `values` (K, 2F) are residuals in class sd, in order of time and without a daily cycle.
+    """
+    windows, fields = len(values), len(learned.fields)
+    means = _fill_gaps(values[:, :fields])
+    at = np.linspace(-0.5, 0.5, windows)
+    slope = (at[:, None] * means).sum(0) / (at**2).sum()
+    residuals = means - means.mean(0) - at[:, None] * slope
+    independent = _independent_windows(windows, _autocorrelation(residuals, 2))
+    error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent / (at**2).mean())
+    weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
+    class_sd = (weight * learned.class_sd).sum(0)[:fields]
+    shift, sd = slope * class_sd, np.maximum(learned.sd, 1e-12)
+    moved = (np.abs(shift) > MIN_SHIFT_SDS * sd) & (np.abs(slope) > _z_limit(fields, independent) * error)
+    trends = [
+        Deviation(learned.fields[i], TREND, float(shift[i]), float(shift[i] / sd[i]), 1.0, by_mean=True)
+        for i in np.flatnonzero(moved).tolist()
+    ]
+    return _one_per_field([*known, *trends])
+
+
+def _one_per_field(deviations: Sequence[Deviation]) -> list[Deviation]:
+    largest: dict[str, Deviation] = {}
+    for deviation in sorted(deviations, key=lambda item: -item.size):
+        largest.setdefault(deviation.field, deviation)
+    return list(largest.values())
+
+
+def _compare_profiles(
+    learned: ReferenceProfile, other: ReferenceProfile, against: str, correlation: float
+) -> Iterator[Deviation]:
+    if learned.fields != other.fields or (learned.window_rows > 1) != (other.window_rows > 1):
+        return
+    if not learned.labels or learned.labels != other.labels:
+        learned, other = learned.pooled(), other.pooled()
+    fields, windowed = len(learned.fields), learned.window_rows > 1
+    shared = np.minimum(learned.class_n, other.class_n).astype(np.float64)
+    shared[shared < MIN_CLASS_WINDOWS] = 0.0
+    if not shared.any(0).all():
+        # Some field has no class that both know.
+        learned, other = learned.pooled(), other.pooled()
+        shared = np.ones_like(learned.class_mean)
+    share = shared / shared.sum(0)
+    difference = learned.class_mean - other.class_mean
+    shift, value = (share * difference).sum(0), (share * difference / other.class_sd).sum(0)
+    if windowed:
+        # Spreads are log variances of model windows.
+        log_ratio = shift[fields:] / 2
+    else:
+        log_ratio = (share * np.log(learned.class_sd / other.class_sd)).sum(0)
+        value = np.concatenate([value, 2 * log_ratio])
+    effective = [_independent_windows(profile.drift_windows, correlation) for profile in (learned, other)]
+    z = np.abs(value) / other.test_sd
+    limit = _z_limit(2 * fields, other.drift_windows)
+    unlike = z > limit * math.sqrt(1 + 1 / other.drift_windows)
+    certain = z > _z_limit(2 * fields, min(effective)) * math.sqrt(sum(1 / n for n in effective))
+    shift_sd, ratio = shift[:fields] / np.maximum(other.sd, 1e-12), np.exp(np.clip(log_ratio, -20, 20))
+    size = np.concatenate([np.abs(shift_sd) / MIN_SHIFT_SDS, np.abs(log_ratio) / math.log(MIN_RATIO)])
+    large = np.repeat([LARGE_SHIFT_SDS / MIN_SHIFT_SDS, math.log(LARGE_RATIO) / math.log(MIN_RATIO)], fields)
+    mean_moved, spread_moved = np.split(((size > 1) & unlike) | ((size > large) & certain), 2)
+    for i in np.flatnonzero(mean_moved | spread_moved).tolist():
+        by_mean = bool(mean_moved[i])
+        yield Deviation(learned.fields[i], against, float(shift[i]), float(shift_sd[i]), float(ratio[i]), by_mean)
+
+
+def _fill_gaps(values: Float64s) -> Float64s:
+    """Replace missing values of windows (K, T) by the means of the others."""
+    known = ~np.isnan(values)
+    mean = np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known, values, mean)
+
+
+def _autocorrelation(values: Float64s, coefficients: int) -> float:
+    """Return the mean lag-1 autocorrelation of values (K, T) that so many coefficients were fitted to."""
+    every = control_limits.fit_autocorrelation(values, np.full(values.shape[1], float(coefficients)))
+    return float(every.mean()) if len(every) else 0.0
+
+
+def _independent_windows(windows: int, correlation: float) -> int:
+    """Return how many independent windows give as good a mean."""
+    return max(2, int(windows * (1 - correlation) / (1 + correlation)))
+
+
+def _z_limit(tests: int, windows: int) -> float:
+    """Return the limit of so many two-sided tests whose sd is known from `windows` windows.
+
+    Source: Abramowitz & Stegun (1964), 26.7.5, the first term of Student's t by the normal quantile.
+    """
+    z = NormalDist().inv_cdf(1 - DEVIATION_BUDGET / (2 * tests))
+    return z + (z**3 + z) / (4 * max(1, windows - 1))
