@@ -310,11 +310,13 @@ class DriftMonitor:
             site = calibrate_reference(shipped, learning, source="site", seasonality=self.seasonality, number=number)
         except BadBundle as refused:
             return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
-        assert site.site is not None
-        if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
-            return gathered, None, None
         residuals = compute_residuals(shipped, learning, site, self.seasonality)
         guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
+        assert site.site is not None
+        # A deviation is told at once; more windows would only delay it.
+        wait = site.site.needs_more_windows and not guard.deviations
+        if wait and not self._has_learned(state, learning, self.learn_extension):
+            return gathered, None, None
         after = replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0, guard=guard)
         return after, site, None
 
