@@ -34,6 +34,7 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
+from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -128,7 +129,7 @@ class DriftMonitor:
         reason = "this site's reference is learned anew"
         lifecycle = self._alert_lifecycle
         cleared = [
-            lifecycle.build_cleared_alert(state, "drift", subject, f"{lifecycle.subjects[subject]}: {reason}.")
+            lifecycle.build_cleared_alert(state, subject, f"{lifecycle.subjects[subject]}: {reason}.")
             for subject in np.flatnonzero(state.suite.open_subjects).tolist()
         ]
         fresh = replace(
@@ -248,6 +249,7 @@ class DriftMonitor:
     ) -> tuple[DriftState, ClosedWindow]:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._find_tester(state)
+        missing = self._update_missing(state, analysis, first, full.start_times)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -255,21 +257,28 @@ class DriftMonitor:
             self.shipped,
             self.units,
             state.site_reference,
-            state.misread,
+            state.faults.misread,
+            missing[0],
         )
         # A single window without the fault does not prove a misread field sound.
-        has_fault = faults.excludes_window(identified) or bool(state.misread.any())
-        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault)
+        has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
+        quiet = 0 if missing[0].alarm.any() else len(missing)
+        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault, most=quiet)
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
-        after = replace(before, suite=tests.suite, gates=tests.gates)
+        after = replace(
+            before,
+            suite=tests.suite,
+            gates=tests.gates,
+            faults=replace(before.faults, missing=missing[tests.windows - 1]),
+        )
         drift_alerts: list[Alert] = []
         learned, refused, guard_alert = None, None, None
         if tester is not None and analysis.evidence is not None and not tests.blocked:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
-                before, after, analysis.evidence.effects[first], tester
+                before, after, analysis.evidence.z[first], analysis.evidence.effects[first], tester
             )
-        elif state.site_reference is None and not (tests.blocked or state.faulty.any()):
+        elif state.site_reference is None and not (tests.blocked or state.faults.any_open):
             # Nothing is learned while an alert is open.
             after, learned, refused = self._gather_window(after)
             guard_alert = self._build_guard_alert(before, after)
@@ -290,12 +299,22 @@ class DriftMonitor:
                 cusum_sums=after.suite.cusum.value,
                 layout=after.suite.layout,
                 drifting=after.suite.open_subjects.tolist(),
-                faults=tuple(fault.name if fault else None for fault in identified),
+                faults=tuple(several[-1].name if several else None for several in identified),
                 tested=tester is not None and not tests.blocked,
             ),
             after.gates,
             self._find_tester(after),
         )
+
+    def _update_missing(
+        self, state: DriftState, analysis: WindowAnalysis, first: int, start_times: Ints
+    ) -> list[MissingValues]:
+        """Return the chart of missing values after window `first` and after each quiet one that follows."""
+        chart, missing, rows = state.faults.missing, analysis.summaries.missing, analysis.summaries.row_counts
+        baseline = faults.missing_baseline(self.shipped, state.site_reference)
+        if chart.is_idle and not missing[first:].any():
+            return [chart] * (len(missing) - first)
+        return chart.update_until_alarm(missing[first:], rows[first:], start_times[first:], baseline)
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
         learning, before = state.learning.add(state.open_summary, self.shipped.task, t=state.t), state.learning

@@ -217,6 +217,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
     id: ShortText
     evidence: dict[str, Any] = {}
     task: ShortText | None = None
+    revision: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
 
 
 class Metric(msgspec.Struct, frozen=True):

@@ -301,7 +301,7 @@ def test_a_site_that_changes_while_learning_is_refused_with_the_reason(monitor: 
 
 def test_learning_goes_on_where_windows_are_like_their_neighbors_but_not_for_ever(monitor: DriftMonitor) -> None:
     r = readings(3, 5 * LEARN)
-    slow = np.sin(np.arange(5 * LEARN) / 12).repeat(WINDOW * ROWS)
+    slow = np.sin(np.arange(5 * LEARN) / 2).repeat(WINDOW * ROWS)
     r.features[:, 1] += slow[: len(r.features)]
     _, verdicts = feed(monitor, monitor.start(), r)
     assert [v.index for v in verdicts if v.learned_reference] == [4 * LEARN]

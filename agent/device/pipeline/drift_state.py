@@ -13,7 +13,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import LEARNING_REFUSED, Alert, MonitoredAlert, monitoring_kind
-from agent.arrays import Bools
 from agent.device.store import task_keys
 from agent.device.store.message_log import PendingMessage
 from agent.device.store.store import Store
@@ -105,12 +104,14 @@ def _restart(
 
 def _clear_alerts(old: DriftState, reason: str) -> Iterator[Alert]:
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    opened: dict[MonitoredAlert, Bools] = {"drift": old.suite.open_subjects, "fault": old.faulty}
-    for column, (alert, is_open) in enumerate(opened.items()):
-        for i in np.flatnonzero(is_open).tolist():
+    numbers: dict[MonitoredAlert, list[tuple[int, int]]] = {
+        "drift": [(i, int(old.raised_counts[i, 0])) for i in np.flatnonzero(old.suite.open_subjects).tolist()],
+        "fault": [(i, int(old.faults.number[i, kind])) for i, kind in np.argwhere(old.faults.number > 0).tolist()],
+    }
+    for alert, opened in numbers.items():
+        for i, number in opened:
             summary = f"{subjects[i]}: no longer monitored as before: {reason}."
-            count = old.raised_counts[i, column]
-            yield monitoring_kind(alert, subjects[i]).cleared(summary, field=subjects[i], count=count)
+            yield monitoring_kind(alert, subjects[i]).cleared(summary, field=subjects[i], count=number)
 
 
 # --- learning ---
