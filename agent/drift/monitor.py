@@ -259,6 +259,7 @@ class DriftMonitor:
             state.site_reference,
             state.faults.misread,
             missing[0],
+            state.faults.spoilt,
         )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
