@@ -11,7 +11,7 @@ import pytest
 
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, StorageMoved
-from tests.kit.stores import NUMBERS, append, opened
+from scripts.kit.stores import NUMBERS, append, opened
 
 
 def numbers(store: Store) -> list[int]:
