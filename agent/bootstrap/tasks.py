@@ -180,6 +180,7 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         window=manifest.drift.window,
         learn_windows=task.learn_windows,
         min_learn_s=float(task.learn_duration),
+        learn_extension=task.learn_extension,
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         units=manifest.input.units,
         class_field=declared if task.class_field is None else task.class_field,
