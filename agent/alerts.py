@@ -22,7 +22,10 @@ _LOOK_YOURSELF = "Never: a person has to look. It stays in `outstation fleet ale
 
 
 class Alert(msgspec.Struct, frozen=True):
-    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence."""
+    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence.
+
+    An alert that became worse while it was open is raised again with the next `revision`.
+    """
 
     alert: str
     subject: str
@@ -31,6 +34,7 @@ class Alert(msgspec.Struct, frozen=True):
     id: str
     summary: str
     evidence: dict[str, Any]
+    revision: int = 1
 
     def to_body(self, task: str | None = None, **evidence: Any) -> dict[str, Any]:
         """Return the members of an `alerts` message; a task's alert has the task's name before its id."""
@@ -42,7 +46,7 @@ class Alert(msgspec.Struct, frozen=True):
             "id": self.id if task is None else f"{task}/{self.id}",
             "summary": self.summary,
             "evidence": {**evidence, **self.evidence},
-        }
+        } | ({"revision": self.revision} if self.revision > 1 else {})
 
 
 class AlertKind(msgspec.Struct, frozen=True):
@@ -82,7 +86,7 @@ class AlertKind(msgspec.Struct, frozen=True):
 
 
 _DRIFT_CLEARS = "Once the drift test has been close to the site's reference for three drift windows in a row."
-_FAULT_CLEARS = "After three drift windows in a row without a fault."
+_FAULT_CLEARS = "After three drift windows in a row without a fault of this kind."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."
 
 FIELD_DRIFT = AlertKind(
@@ -140,12 +144,13 @@ FLEET_DRIFT = AlertKind(
 )
 FIELD_FAULT = AlertKind(
     *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
-    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning.",
+    "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning. Each kind of "
+    "fault of a field has its own alert.",
     "See the fault's name in the evidence.",
     "Repair or replace the sensor, its cable, its converter or its configuration.",
     _FAULT_CLEARS,
     {
-        "missing": "values are absent: sensor or cable fault, or its source stopped",
+        "missing": "more values are absent than usual here: sensor or cable fault, or its source stopped",
         "stuck": "one value repeats: sensor or cable fault",
         "saturated": "values are held at one end: range too small, amplifier overloaded, sensor at its end",
         "quantized": "values come in coarser steps: another converter, range or rounding",

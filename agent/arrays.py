@@ -125,7 +125,10 @@ def _from_raw(kind: Any, value: Any) -> Any:
         return _to_typed_map(kind, value, _from_raw)
     shape, raw, name = value
     dtype, stored = _dtype(kind), np.dtype(name)
+    # On 32-bit ARM sums of flags and of indices have 32 bits.
+    is_narrower = dtype == np.int64 and stored == np.int32
     # NDArray[Any] declares objects, which are never stored.
-    if stored.kind not in "bif" or (stored != dtype and dtype != np.dtype(object)):
+    if stored.kind not in "bif" or not (is_narrower or dtype in (stored, np.dtype(object))):
         raise ValueError(f"expected an array of {dtype.name}")
-    return np.frombuffer(raw, dtype=stored).reshape(shape)
+    array = np.frombuffer(raw, dtype=stored).reshape(shape)
+    return array.astype(np.int64) if is_narrower else array

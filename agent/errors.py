@@ -93,6 +93,10 @@ class StorageBusy(StorageError):
     """Another daemon owns this data folder."""
 
 
+class StorageMoved(StorageError):
+    """The data folder is no longer the one that was opened. A start there would begin an empty store."""
+
+
 class StorageDamaged(StorageError):
     """The database file is damaged; opening it again salvages the readable part."""
 

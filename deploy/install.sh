@@ -107,8 +107,11 @@ need_packages() {
     local missing=() package
     command -v apt-get >/dev/null || die "apt-get is not here: this script knows Raspberry Pi OS and Debian only" 2
     local packages=(python3 python3-venv ca-certificates libseccomp2)
-    # No wheels of these for 32-bit ARM on PyPI: Debian's are used.
-    if bits32; then packages+=(python3-numpy python3-cffi python3-cryptography python3-psutil); fi
+    if bits32; then
+        say "32-bit ARM needs an ARMv7 processor, Python 3.11 (Debian 12), Debian's numpy, and a compiler for cffi, msgspec and psutil"
+        [[ $(uname -m) != armv6* ]] || die "this processor is $(uname -m): the TFLite runtime needs ARMv7, as in a Raspberry Pi 2 or later" 2
+        packages+=(python3-numpy gcc libc6-dev libffi-dev python3-dev)
+    fi
     for package in "${packages[@]}"; do
         [[ $(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) == *" installed" ]] || missing+=("$package")
     done
@@ -130,12 +133,9 @@ bits32() { # also where the kernel is a 64-bit one, as on Raspberry Pi OS (32-bi
 }
 
 fill() { # FOLDER SOURCE: every library in the version and with the hash that the lock names, then the program alone
-    local python=$1/bin/python lock=requirements.txt site=()
-    local pip=("$python" -m pip install --disable-pip-version-check --no-cache-dir -q)
-    if bits32; then
-        say "32-bit ARM: numpy, cffi, cryptography and psutil come from Debian, tflite-runtime from PyPI"
-        lock=requirements-armv7.txt site=(--system-site-packages)
-    fi
+    local python=$1/bin/python builder=$1/build/bin/python lock=requirements.txt site=() names=()
+    local quiet=(--disable-pip-version-check --no-cache-dir -q --no-deps)
+    if bits32; then lock=requirements-armv7.txt site=(--system-site-packages); fi
     python3 -m venv "${site[@]}" "$1" || return
     mkdir "$1/lock" || return
     if [[ -d $2 ]]; then
@@ -144,33 +144,39 @@ fill() { # FOLDER SOURCE: every library in the version and with the hash that th
         "$python" -c 'import sys, zipfile; print(zipfile.ZipFile(sys.argv[1]).read(sys.argv[2]).decode(), end="")' \
             "$2" "agent/shipped/deploy/$lock" >"$1/lock/all.txt" || return
     fi
-    local names=()
     IFS=, read -ra names <<<"$extras"
     select_sections "$1/lock/all.txt" device "${names[@]}" >"$1/lock/wanted.txt" || return
-    "${pip[@]}" --no-deps --require-hashes -r "$1/lock/wanted.txt" || return
+    if bits32 || [[ -d $2 ]]; then
+        # What builds a package is not installed with it.
+        python3 -m venv "$1/build" && select_sections "$1/lock/all.txt" build >"$1/lock/build.txt" &&
+            "$builder" -m pip install "${quiet[@]}" --require-hashes -r "$1/lock/build.txt" || return
+    fi
+    if bits32; then
+        # PyPI has only the sources of some: they are compiled with the locked tools, not with the newest.
+        "$builder" -m pip wheel "${quiet[@]}" --require-hashes --no-build-isolation -w "$1/lock" -r "$1/lock/wanted.txt" &&
+            "$python" -m pip install "${quiet[@]}" --no-index "$1"/lock/*.whl && rm "$1"/lock/*.whl || return
+    else
+        "$python" -m pip install "${quiet[@]}" --require-hashes -r "$1/lock/wanted.txt" || return
+    fi
     if [[ -d $2 ]]; then
-        # What builds the package is not installed with it.
-        select_sections "$1/lock/all.txt" build >"$1/lock/build.txt" && python3 -m venv "$1/build" &&
-            "$1/build/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -q \
-                --no-deps --require-hashes -r "$1/lock/build.txt" &&
-            "$1/build/bin/python" -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation \
-                -w "$1/lock" "$2" && rm -r "$1/build" || return
+        "$builder" -m pip wheel "${quiet[@]}" --no-build-isolation -w "$1/lock" "$2" || return
         set -- "$1" "$1"/lock/*.whl
     fi
-    "${pip[@]}" --no-deps --no-index "$2"
+    rm -rf "$1/build"
+    "$python" -m pip install "${quiet[@]}" --no-index "$2"
 }
 
-select_sections() { # LOCK NAME…: those sections, without the libraries that Debian has for 32-bit ARM
-    local lock=$1 name debian=""
+select_sections() { # LOCK NAME…: those sections, without numpy on 32-bit ARM, where Debian's is used
+    local lock=$1 name skipped=""
     shift
     for name; do
         grep -qx "# section $name" "$lock" || { say "there is no extra $name for this machine in $lock" >&2; return 1; }
     done
-    if bits32; then debian="numpy cffi cryptography psutil pycparser"; fi
-    awk -v wanted=" $* " -v debian=" $debian " '
+    if bits32; then skipped=numpy; fi
+    awk -v wanted=" $* " -v skipped="$skipped" '
         /^# section / { on = index(wanted, " " $3 " "); next }
         /^#/ { next }
-        /^[^ ]/ { split($1, name, "=="); skip = index(debian, " " name[1] " ") }
+        /^[^ ]/ { split($1, name, "=="); skip = name[1] == skipped }
         on && !skip' "$lock"
 }
 

@@ -12,7 +12,9 @@ _HEAD = """\
 
 Generated from `agent/alerts.py` by `python -m scripts.alerts_reference > docs/reference/alerts.md`; do not edit.
 
-An alert is raised and, for most kinds, cleared later by a second message with the same `id`. Devices send alerts as
+An alert is raised and, for most kinds, cleared later by another message with the same `id`. An open alert about drift
+or a sensor fault that doubles or turns round is raised again with the same `id` and the next `revision`, at most ten
+times, after at least 5, 10, 20 … drift windows. Its evidence has `before` and `now`. Devices send alerts as
 signed messages of kind `alerts`; the collector adds some of its own. `outstation status` lists a device's open alerts,
 `outstation fleet alerts` those of all devices. Cleared alerts have the severity `info`.
 

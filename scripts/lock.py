@@ -2,9 +2,11 @@
 
     python -m scripts.lock           resolve anew with uv, from the package index
     python -m scripts.lock --check   compare the locks with pyproject.toml, without network
+    python -m scripts.lock --audit   ask pip-audit for known vulnerabilities of the pinned versions
 
 A lock has one section for the device and one for each extra, each with what its extra adds. 64-bit Linux and 32-bit ARM
-have a lock each: their runtimes and numpy differ. The last section builds the package from a checkout.
+have a lock each: their runtimes and numpy differ. The last section builds the package from a checkout, and
+on 32-bit ARM the libraries that have no wheels.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ TARGETS = {
     "requirements-armv7.txt": ("armv7l", ("3.11",)),
 }
 # Extras whose libraries have no wheels for 32-bit ARM; pip would build them for hours.
-NOT_FOR_ARM = ("parquet", "plot", "postgres")
-_UV = "uv>=0.9"
+NOT_FOR_ARM = ("images", "parquet", "plot", "postgres")
+# What compiles cffi, msgspec and psutil on 32-bit ARM, where they have no wheels either.
+COMPILE_FOR_ARM = ("setuptools>=80", "setuptools-scm>=8")
+_UV, _PIP_AUDIT = "uv>=0.9", "pip-audit>=2.10"
+_AUDIT_TIMEOUT_S = 300.0
 # Later versions exclude Python 3.11 and above, a bound that uv does not read.
 _CONSTRAINTS = ("backports-strenum<1.3",)
 
@@ -62,14 +67,55 @@ def check() -> list[str]:
     return problems
 
 
+def audit() -> list[str]:
+    """Return the known vulnerabilities of what the locks pin; print one line if the database cannot be reached."""
+    known: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _install(Path(folder), _PIP_AUDIT)
+            for name in TARGETS:
+                command = [f"{folder}/bin/pip-audit", "-r", str(ROOT / "deploy" / name), "--require-hashes"]
+                command += ["--disable-pip", "--progress-spinner", "off", "--format", "json"]
+                ran = subprocess.run(command, capture_output=True, text=True, timeout=_AUDIT_TIMEOUT_S)
+                known += list_vulnerabilities(name, ran.stdout)
+        except (subprocess.SubprocessError, ValueError) as error:
+            print(f"lock: not audited, the database of vulnerabilities cannot be reached: {str(error)[:120]}")
+    return known
+
+
+def list_vulnerabilities(lock: str, document: str) -> list[str]:
+    """Return one line for each known vulnerability in pip-audit's JSON. Raises ValueError if nothing was audited."""
+    packages = json.loads(document)["dependencies"]
+    audited = [package for package in packages if "vulns" in package]
+    if not audited:
+        raise ValueError(f"none of the {len(packages)} packages of {lock} is known there")
+    return [
+        f"deploy/{lock}: {package['name']} {package['version']}: {entry['id']}, "
+        f"mended in {', '.join(entry['fix_versions']) or 'no version yet'}"
+        for package in audited
+        for entry in package["vulns"]
+    ]
+
+
+def _install(folder: Path, tool: str) -> None:
+    """Install a tool into an environment of its own."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run(
+        [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", tool], check=True, capture_output=True
+    )
+
+
 def main() -> None:
     if sys.argv[1:] == ["--check"]:
         problems = check()
         print("\n".join(problems), end="\n" if problems else "")
         sys.exit(bool(problems))
+    if sys.argv[1:] == ["--audit"]:
+        known = sorted(set(audit()))
+        print("\n".join(known), end="\n" if known else "")
+        sys.exit(bool(known))
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([f"{folder}/bin/python", "-m", "pip", "install", "-q", _UV], check=True)
+        _install(Path(folder), _UV)
         for name, (platform, pythons) in TARGETS.items():
             (ROOT / "deploy" / name).write_text(_render(Path(folder), platform, pythons), encoding="utf-8")
 
@@ -113,7 +159,7 @@ def _resolve(
     environment = f"sys_platform == 'linux' and platform_machine == '{platform}' and python_version == '{python}'"
     requires = project["build-system"]["requires"]
     if extras is None:
-        project["project"]["dependencies"] = requires
+        project["project"]["dependencies"] = [*requires, *(COMPILE_FOR_ARM if platform == "armv7l" else ())]
     else:
         command += [part for extra in extras for part in ("--extra", extra)]
     copy = {"name": "outstation", "version": "0", "dependencies": project["project"]["dependencies"]}

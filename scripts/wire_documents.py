@@ -45,7 +45,8 @@ def build_document() -> dict[str, Any]:
             "title": "Outstation wire format",
             "version": "1",
             "description": "Messages between devices, collectors and operators over MQTT 5. The rules that no schema "
-            "can state (signatures, hash chain, acknowledgement) are in wire-format.md.",
+            "can state (signatures, hash chain, acknowledgement) are in wire-format.md. A payload may also be gzip of "
+            "the JSON (application/gzip), or sealed to the collectors (application/vnd.outstation.sealed).",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": "application/json",

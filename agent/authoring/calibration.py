@@ -118,7 +118,7 @@ def _measure_halves(
 
 
 def _split_halves(count: int) -> list[NDArray[np.bool_]]:
-    second = np.arange(count) * _BLOCKS // max(1, count) % 2 == 1
+    second = np.arange(count, dtype=np.int64) * _BLOCKS // max(1, count) % 2 == 1
     return [~second, second]
 
 

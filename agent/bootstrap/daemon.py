@@ -178,8 +178,11 @@ def build_daemon(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
     )
+    open_sink = open_sink or sinks.sink_opener(conf)
+    if conf.privacy.encrypt:
+        open_sink = sinks.seal_to_collector(file, conf, open_sink, lambda: trusted.encryption_key)
     uplink = Uplink(
-        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink or sinks.sink_opener(conf)),
+        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink),
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.config import Config
+from agent.errors import ConfigError
+from agent.wire.keys import EncryptionKey, parse_encryption_key
 
 if TYPE_CHECKING:
     from agent.device.uplink.sink import OpenSink, Sink
@@ -25,3 +28,25 @@ SINKS: dict[str, Callable[[Config, Sequence[str], OutgoingMessage], Sink]] = {"m
 
 def sink_opener(conf: Config) -> OpenSink:
     return partial(SINKS[conf.broker.scheme], conf)
+
+
+def seal_to_collector(
+    file: Path, conf: Config, open_sink: OpenSink, find_newer: Callable[[], EncryptionKey | None]
+) -> OpenSink:
+    """Seal all messages to the key of the config, or to the one that `find_newer` returns. Raises ConfigError."""
+    from agent.device.uplink.sealing_sink import open_sealing_sink
+
+    configured = load_encryption_key(file, conf)
+    return partial(open_sealing_sink, open_sink, lambda: find_newer() or configured)
+
+
+def load_encryption_key(file: Path, conf: Config) -> EncryptionKey:
+    """Return the encryption key of the config. Raises ConfigError."""
+    key = "collector.encryption_key"
+    if not conf.collector.encryption_key:
+        problem = "empty: [privacy] encrypt seals messages to it; copy it from the fleet's folder, encryption/*.pub"
+        raise ConfigError(str(file), key, problem)
+    try:
+        return parse_encryption_key(conf.collector.encryption_key)
+    except ValueError as error:
+        raise ConfigError(str(file), key, f"not a key: {error}; copy it again from encryption/*.pub") from None

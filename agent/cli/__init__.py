@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from agent import __version__
-from agent.errors import OutstationError, UsageError
+from agent.errors import OutstationError, StorageMoved, UsageError
 from agent.text import is_unicode, printable
 
 # Module and summary of each command: the list of commands loads none of them.
@@ -80,7 +80,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Exit 0 done, 1 done and the answer is bad, or not possible here, 2 wrong use or config.
+    """Exit 0 done, 1 done and the answer is bad, or not possible here, 2 wrong use or config, 3 data folder moved away.
 
     An error is one line on standard error, whatever it is.
     """
@@ -102,6 +102,9 @@ def main(args: list[str] | None = None) -> Any:
 
 def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
     """Return the exit code and one line about an error that no command has handled."""
+    if isinstance(error, StorageMoved):
+        # A service manager must not start again: see deploy/outstation.service.
+        return 3, str(error)
     if isinstance(error, OutstationError):
         return (2 if isinstance(error, UsageError) else 1), str(error)
     if isinstance(error, UnicodeEncodeError) and (bad := [arg for arg in args if not is_unicode(arg)]):

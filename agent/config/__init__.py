@@ -47,6 +47,8 @@ class DeviceConfig(Section, frozen=True):
 
 class CollectorConfig(Section, frozen=True):
     key: str = ""
+    # What messages are sealed to with [privacy] encrypt, until a trust document names another one.
+    encryption_key: str = ""
     delivery: Literal["collector", "broker"] = "collector"
 
 
@@ -78,6 +80,8 @@ class PrivacyConfig(Section, frozen=True):
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
     values_in_logs: bool = False
+    # Seal messages to the collector's encryption key: the broker and its other clients cannot read them.
+    encrypt: bool = False
 
 
 class ThrottleConfig(Section, frozen=True):

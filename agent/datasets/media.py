@@ -14,6 +14,7 @@ from agent.arrays import Float32s
 from agent.datasets.blocks import FILE_COLUMN, LABEL_COLUMN, RowBlock, require_columns
 from agent.datasets.tables import START, FilePosition, RowRejection
 from agent.errors import UsageError
+from agent.indices import repeat
 from agent.media import ImageFormat, MediaFormat
 from agent.model.bundle.manifest import ModelInput
 from agent.model.inference import images, sound
@@ -94,12 +95,12 @@ class MediaReader:
                 # The rows of an image have one time.
                 period_us = 0.0 if isinstance(self._media, ImageFormat) else self._media.row_period_s * 1e6
                 rows.append(content)
-                times.append(t + np.rint(np.arange(len(content)) * period_us).astype(np.int64))
+                times.append(t + np.rint(np.arange(len(content), dtype=np.float64) * period_us).astype(np.int64))
                 t = int(times[-1][-1])
             texts[FILE_COLUMN].append(name)
             texts[LABEL_COLUMN].append(file.parent.name if os.sep in name else "")
         counts = [0 if isinstance(content, UsageError) else len(content) for _, content in decoded]
-        columns = {name: np.repeat(texts[name], counts) for name in dict.fromkeys([*self._text_columns, FILE_COLUMN])}
+        columns = {name: repeat(texts[name], counts) for name in dict.fromkeys([*self._text_columns, FILE_COLUMN])}
         n = sum(counts)
         row_numbers = np.arange(position.row + 1, position.row + n + 1, dtype=np.int64)
         end = FilePosition(0, position.line + len(decoded), position.row + n, t)

@@ -24,6 +24,7 @@ from agent.arrays import Float32s, Float64s, Ints
 from agent.datasets.blocks import MAX_TIME_S, RowBlock, TextColumn, require_columns
 from agent.datasets.tables import START, FilePosition
 from agent.errors import UsageError
+from agent.indices import repeat
 from agent.model.bundle.manifest import ModelInput
 from agent.model.sandbox import available_memory
 
@@ -52,7 +53,7 @@ class Recordings(msgspec.Struct, frozen=True, eq=False):
     @property
     def recording_index(self) -> Ints:
         """(n,) recording of each row."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        return repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
     def select(self, path: Path, fields: Sequence[str]) -> Float32s:
         """Return the rows of these fields (n, F). Raises UsageError that names `path`."""

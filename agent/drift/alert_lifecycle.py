@@ -1,5 +1,8 @@
-"""Alert lifecycle: alerts that a closed drift window raises and clears, one open alert per subject and kind.
+"""Alert lifecycle: alerts that a closed drift window raises, publishes again and clears.
 
+One alert may be open for each field and kind of fault, and one for each subject's drift.
+
+- An open alert that grows or turns round is published again as its next revision (`escalation`).
 - A fault clears after three windows without one.
 - A drift that was raised in the last windows before a field turns out to be read wrongly followed from that. Its alert
   is withdrawn, and what was gathered on it is forgotten.
@@ -14,11 +17,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import Alert, MonitoredAlert, monitoring_kind
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
-from agent.drift.faults.faults import MISREAD_FAULTS, Fault
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, round_significant
+from agent.drift.faults.faults import KINDS, Fault
+from agent.drift.numeric.escalation import MIN_SCORE
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.state import DriftState
@@ -34,58 +38,98 @@ class AlertLifecycle:
         self.shipped, self.units = shipped, units
         self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
 
-    def update_faults(self, state: DriftState, faults: tuple[Fault | None, ...]) -> tuple[DriftState, list[Alert]]:
-        now = np.array([fault is not None for fault in faults])
-        if not (now.any() or state.faulty.any()):
+    def update_faults(self, state: DriftState, faults: tuple[tuple[Fault, ...], ...]) -> tuple[DriftState, list[Alert]]:
+        """Return the state with the alerts of a window's `faults`: one per field and kind of fault."""
+        before, raised = state.faults, state.raised_counts
+        opened, changes = before.update(faults, raised[: len(faults), _FAULT])
+        if opened is before:
             return state, []
-        clear_count = np.where(state.faulty & ~now, state.clear_count + 1, 0)
-        faulty = (state.faulty | now) & (clear_count < WINDOWS_TO_CLEAR)
-        raised = state.raised_counts.copy()
-        raised[: len(faults), _FAULT] += now & ~state.faulty
-        misread = np.array([fault is not None and fault.name in MISREAD_FAULTS for fault in faults])
-        after, out = self._withdraw_misread(state, misread & ~state.misread)
-        for field in np.flatnonzero(faulty != state.faulty).tolist():
-            fault = faults[field]
-            if fault is not None:
-                sentence = alert_text.fault_sentence(
-                    self.shipped.fields[field], fault, field, state.open_summary, self.shipped
-                )
-                evidence = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
-                out.append(self._build_alert(state, "fault", field, raised, sentence, evidence))
-            else:
-                out.append(self.build_cleared_alert(state, "fault", field))
-        misread = (state.misread | misread) & faulty
-        return replace(after, faulty=faulty, misread=misread, clear_count=clear_count, raised_counts=raised), out
+        after, out = self._withdraw_misread(state, opened.misread & ~before.misread)
+        for field, kind in np.argwhere(changes.raised | changes.escalated | changes.cleared).tolist():
+            if changes.cleared[field, kind]:
+                sentence = alert_text.fault_cleared_sentence(self.shipped.fields[field], KINDS[kind])
+                number = int(before.number[field, kind])
+                out.append(self._build_alert(state, "fault", field, number, sentence, kind=KINDS[kind]))
+                continue
+            fault = next(fault for fault in faults[field] if fault.name == KINDS[kind])
+            sentence = alert_text.fault_sentence(
+                field, fault, state.open_summary, opened.missing, state.t[1], self.shipped
+            )
+            evidence: dict[str, Any] = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
+            if changes.escalated[field, kind]:
+                published = float(before.escalation.size[field, kind])
+                sentence += alert_text.fault_growth_note(fault, published)
+                evidence |= {"before": round_significant(published, 3), "now": round_significant(fault.size, 3)}
+            number, revision = int(opened.number[field, kind]), int(opened.escalation.revision[field, kind])
+            out.append(self._build_alert(state, "fault", field, number, sentence, evidence, revision))
+        raised = raised.copy()
+        raised[: len(faults), _FAULT] += changes.raised.sum(1)
+        return replace(after, faults=opened, raised_counts=raised), out
 
     def update_drifts(
-        self, before: DriftState, after: DriftState, effects: Float64s, tester: DriftTester
+        self, before: DriftState, after: DriftState, z: Float64s, effects: Float64s, tester: DriftTester
     ) -> tuple[DriftState, list[Alert]]:
-        """Return the state `after` the window with its drift alerts; `effects` (T,) are those of its tests."""
-        fields = len(self.shipped.fields)
+        """Return the state `after` the window with its drift alerts; `z` and `effects` (T,) are those of its tests."""
         was, is_now = before.suite.open_subjects, after.suite.open_subjects
-        if (was == is_now).all():
+        if not (was.any() or is_now.any()):
             return after, []
+        tests = after.suite.layout.tests
+        sizes = before.drift_sizes.add(z, effects, is_first=not was.any()).with_leads(tests, is_now & ~was)
+        escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests), least=MIN_SCORE)
         raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)
         raised[:, _DRIFT] += is_now & ~was
-        earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.AlarmContext(after.suite, tester, before.open_summary, effects, before.t)
         out = []
-        for subject in np.flatnonzero(was != is_now).tolist():
-            if is_now[subject]:
-                words = drifts.build_text(subject, now, self.units, self.shipped)
-                # While most fields are sound they give the class, so another drift stands by itself.
-                follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
-                sentence = words.sentence + (alert_text.misclassification_note(earlier) if follows else "")
-                evidence = words.evidence | {"site": tester.reference.digest, "after": earlier}
-                out.append(self._build_alert(before, "drift", subject, raised, sentence, evidence))
+        for subject in np.flatnonzero((was != is_now) | again).tolist():
+            number = int(raised[subject, _DRIFT])
+            if again[subject]:
+                suite = replace(after.suite, cusum=_with_effects(after.suite.cusum, sizes.effect))
+                now = drifts.AlarmContext(suite, tester, before.open_summary, effects, before.t)
+                published, size = before.drift_escalation.size[subject], escalation.size[subject]
+                note = alert_text.drift_growth_note(float(published), float(size))
+                evidence = {"before": round_significant(published, 3), "now": round_significant(size, 3)}
+                out.append(
+                    self._build_drift_alert(
+                        before, subject, now, number, note, evidence, int(escalation.revision[subject])
+                    )
+                )
+            elif is_now[subject]:
+                now = drifts.AlarmContext(after.suite, tester, before.open_summary, effects, before.t)
+                out.append(self._build_drift_alert(before, subject, now, number))
             else:
-                out.append(self.build_cleared_alert(before, "drift", subject))
-        return replace(after, raised_counts=raised, raised_window=raised_in), out
+                out.append(self.build_cleared_alert(before, subject))
+        return replace(
+            after,
+            raised_counts=raised,
+            raised_window=raised_in,
+            drift_sizes=sizes.with_leads(tests, again),
+            drift_escalation=escalation,
+        ), out
 
-    def build_cleared_alert(self, state: DriftState, kind: MonitoredAlert, subject: int, sentence: str = "") -> Alert:
-        name = self.subjects[subject]
-        sentence = sentence or alert_text.cleared_sentence(name, kind)
-        return self._build_alert(state, kind, subject, state.raised_counts, sentence)
+    def _build_drift_alert(
+        self,
+        before: DriftState,
+        subject: int,
+        now: drifts.AlarmContext,
+        number: int,
+        note: str = "",
+        more: dict[str, Any] | None = None,
+        revision: int = 1,
+    ) -> Alert:
+        fields = len(self.shipped.fields)
+        earlier = [
+            self.subjects[field] for field in np.flatnonzero(before.suite.open_subjects[:fields]) if field != subject
+        ]
+        words = drifts.build_text(subject, now, self.units, self.shipped)
+        # While most fields are sound they give the class, so another drift stands by itself.
+        follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
+        sentence = words.sentence + note + (alert_text.misclassification_note(earlier) if follows else "")
+        evidence = words.evidence | {"site": now.tester.reference.digest, "after": earlier} | (more or {})
+        return self._build_alert(before, "drift", subject, number, sentence, evidence, revision)
+
+    def build_cleared_alert(self, state: DriftState, subject: int, sentence: str = "") -> Alert:
+        """Return the end of a drift alert."""
+        sentence = sentence or alert_text.drift_cleared_sentence(self.subjects[subject])
+        return self._build_alert(state, "drift", subject, int(state.raised_counts[subject, _DRIFT]), sentence)
 
     def _withdraw_misread(self, state: DriftState, newly_misread: Bools) -> tuple[DriftState, list[Alert]]:
         """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly."""
@@ -94,9 +138,7 @@ class AlertLifecycle:
         late = state.suite.open_subjects & (state.raised_window > state.index - WINDOWS_TO_CLEAR)
         names = [self.shipped.fields[field] for field in np.flatnonzero(newly_misread)]
         out = [
-            self.build_cleared_alert(
-                state, "drift", subject, alert_text.withdrawn_sentence(self.subjects[subject], names)
-            )
+            self.build_cleared_alert(state, subject, alert_text.withdrawn_sentence(self.subjects[subject], names))
             for subject in np.flatnonzero(late).tolist()
         ]
         return replace(state, suite=state.suite.reset_subjects(late)), out
@@ -106,13 +148,22 @@ class AlertLifecycle:
         state: DriftState,
         alert: MonitoredAlert,
         subject: int,
-        raised_counts: Ints,
+        number: int,
         sentence: str,
         evidence: dict[str, Any] | None = None,
+        revision: int = 1,
+        kind: str = "",
     ) -> Alert:
-        """Return the alert: raised if there is `evidence`, else cleared."""
-        name, count = self.subjects[subject], raised_counts[subject, _DRIFT if alert == "drift" else _FAULT]
-        kind, window = monitoring_kind(alert, name), {"window": state.index, "rows": list(state.rows)}
+        """Return the alert: raised if there is `evidence`, else cleared; `kind` is that of a fault."""
+        name = self.subjects[subject]
+        monitored, window = monitoring_kind(alert, name), {"window": state.index, "rows": list(state.rows)}
         if evidence is None:
-            return kind.cleared(sentence, window, field=name, count=count)
-        return kind.raised(sentence, window | evidence, field=name, count=count)
+            window |= {"fault": kind} if kind else {}
+            return monitored.cleared(sentence, window, field=name, count=number)
+        built = monitored.raised(sentence, window | evidence, field=name, count=number)
+        return replace(built, revision=revision)
+
+
+def _with_effects(cusum: Cusum, effect: Float64s) -> Cusum:
+    """Return the CUSUMs with the effect (T,) of the newest windows in place of the mean since the change began."""
+    return Cusum(cusum.value, cusum.windows, cusum.windows * effect, cusum.since, cusum.alarm, cusum.clear_count)

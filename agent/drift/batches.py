@@ -248,12 +248,16 @@ def advance_tests(
     start_times: Ints,
     *,
     has_fault: bool,
+    most: int,
 ) -> AdvancedTests:
-    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not."""
+    """Advance the tests over windows from number `first` on, of which that one `has_fault` or not.
+
+    At most so many of them miss no more values than usual.
+    """
     suite, gates, evidence = state.suite, state.gates, analysis.evidence
     if tester is None or evidence is None:
         return AdvancedTests(1, suite, gates, has_fault or gates.block_window, None)
-    plain = _count_plain_windows(state, analysis, first)
+    plain = min(most, _count_plain_windows(state, analysis, first))
     ahead = slice(first, first + max(1, plain))
     runs = _run_gates(state, tester.reference, analysis, ahead, start_times)
     free = 0 if has_fault else min(run.windows_before_block for run in runs.values())
@@ -292,7 +296,7 @@ def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
 
 def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
-    is_open = state.faulty.any() or state.misread.any() or any(gate.is_open for gate in state.gates.values())
+    is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
     if is_open or state.is_inherited or state.suite.open_subjects.any():
         return 0
     observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)

@@ -36,6 +36,7 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
+from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
@@ -150,7 +151,7 @@ class DriftMonitor:
         reason = "this site's reference is learned anew"
         lifecycle = self._alert_lifecycle
         cleared = [
-            lifecycle.build_cleared_alert(state, "drift", subject, f"{lifecycle.subjects[subject]}: {reason}.")
+            lifecycle.build_cleared_alert(state, subject, f"{lifecycle.subjects[subject]}: {reason}.")
             for subject in np.flatnonzero(state.suite.open_subjects).tolist()
         ]
         fresh = replace(
@@ -274,6 +275,7 @@ class DriftMonitor:
     ) -> tuple[DriftState, ClosedWindow]:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._find_tester(state)
+        missing = self._update_missing(state, analysis, first, full.start_times)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -281,14 +283,21 @@ class DriftMonitor:
             self.shipped,
             self.units,
             state.site_reference,
-            state.misread,
+            state.faults.misread,
+            missing[0],
         )
         # A single window without the fault does not prove a misread field sound.
-        has_fault = faults.excludes_window(identified) or bool(state.misread.any())
-        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault)
+        has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
+        quiet = 0 if missing[0].alarm.any() else len(missing)
+        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault, most=quiet)
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
-        after = replace(before, suite=tests.suite, gates=tests.gates)
+        after = replace(
+            before,
+            suite=tests.suite,
+            gates=tests.gates,
+            faults=replace(before.faults, missing=missing[tests.windows - 1]),
+        )
         drift_alerts: list[Alert] = []
         if state.is_inherited:
             after = replace(after, suite=succession.forget_answers(after.suite))
@@ -296,7 +305,7 @@ class DriftMonitor:
         guard_alerts: list[Alert] = []
         if tester is not None and analysis.evidence is not None and not tests.blocked:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
-                before, after, analysis.evidence.effects[first], tester
+                before, after, analysis.evidence.z[first], analysis.evidence.effects[first], tester
             )
         if self._is_gathering(after) and not tests.blocked:
             after, learned, refused = self._gather_window(after)
@@ -318,7 +327,7 @@ class DriftMonitor:
                 cusum_sums=after.suite.cusum.value,
                 layout=after.suite.layout,
                 drifting=after.suite.open_subjects.tolist(),
-                faults=tuple(fault.name if fault else None for fault in identified),
+                faults=tuple(several[-1].name if several else None for several in identified),
                 tested=tester is not None and not tests.blocked,
             ),
             after.gates,
@@ -327,9 +336,19 @@ class DriftMonitor:
 
     def _is_gathering(self, state: DriftState) -> bool:
         """Return True if windows are gathered to learn from: nothing is learned while an alert is open."""
-        if state.faulty.any() or any(gate.is_open for gate in state.gates.values()):
+        if state.faults.any_open or any(gate.is_open for gate in state.gates.values()):
             return False
         return state.site_reference is None or (state.is_inherited and not state.suite.open_subjects.any())
+
+    def _update_missing(
+        self, state: DriftState, analysis: WindowAnalysis, first: int, start_times: Ints
+    ) -> list[MissingValues]:
+        """Return the chart of missing values after window `first` and after each quiet one that follows."""
+        chart, missing, rows = state.faults.missing, analysis.summaries.missing, analysis.summaries.row_counts
+        baseline = faults.missing_baseline(self.shipped, state.site_reference)
+        if chart.is_idle and not missing[first:].any():
+            return [chart] * (len(missing) - first)
+        return chart.update_until_alarm(missing[first:], rows[first:], start_times[first:], baseline)
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
         learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)

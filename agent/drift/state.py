@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.alerts import Alert, MonitoredAlert
-from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
@@ -21,6 +21,8 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import GateStates, get_layout
+from agent.drift.faults.open_faults import OpenFaults
+from agent.drift.numeric.escalation import DriftSizes, Escalation
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 
@@ -49,9 +51,9 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     learned_count: int  # site references so far
     requested_learn_s: float  # of readings to learn from, as a command asked
     suite: SuiteState
-    faulty: Bools  # (F,) a fault alert is open
-    misread: Bools  # (F,) and it says that the field is read wrongly
-    clear_count: Ints  # (F,) windows without a fault since
+    faults: OpenFaults
+    drift_escalation: Escalation  # (F + 3,)
+    drift_sizes: DriftSizes
     raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
     gates: GateStates
@@ -79,9 +81,9 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             learned_count=0,
             requested_learn_s=0.0,
             suite=SuiteState.start(shipped.task),
-            faulty=np.zeros(fields, np.bool_),
-            misread=np.zeros(fields, np.bool_),
-            clear_count=np.zeros(fields, np.int64),
+            faults=OpenFaults.none(shipped),
+            drift_escalation=Escalation.none((shipped.task.subject_count,)),
+            drift_sizes=DriftSizes.none(get_layout(shipped.task).test_count, shipped.task.subject_count),
             raised_counts=np.zeros((fields + 3, 2), np.int64),
             raised_window=np.zeros(fields + 3, np.int64),
             gates=GateStates.start(),
@@ -234,5 +236,5 @@ def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes:
 
 def start_next_window(state: DriftState, empty: Summary) -> DriftState:
     """Open the next drift window."""
-    tail = Tail.empty(len(state.faulty))
+    tail = Tail.empty(len(state.fields))
     return replace(state, index=state.index + 1, open_summary=empty, tail=tail, rows=(0, -1), t=(0, 0))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert, MonitoredAlert, monitoring_kind
+from agent.alerts import Alert, monitoring_kind
 from agent.arrays import Bools
 from agent.drift.baseline.learning import LearningState
 from agent.drift.baseline.reference import Reference
@@ -22,10 +22,9 @@ from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, Task
 from agent.drift.state import CarriedAlert, DriftState, start_next_window
 from agent.drift.testing.test_suite import SuiteState
 
-_DRIFT, _FAULT = 0, 1
+_DRIFT = 0  # column of the alerts raised so far
 # Subjects after the fields, from the end: output, score, joint.
 _ANSWERS = (-3, -2)
-_CHANGED = "the bundle was changed"
 
 
 def is_heir(reference: Reference, other: Reference) -> bool:
@@ -55,7 +54,7 @@ def inherit(state: DriftState, shipped: Reference) -> DriftState:
     if state.site_reference is None:
         return state
     answers = _select_answers(state.suite.task)
-    carried = tuple(_open_alerts(state, np.flatnonzero(answers & state.suite.open_subjects).tolist(), _DRIFT))
+    carried = _open_drifts(state, answers & state.suite.open_subjects)
     return replace(
         state,
         suite=forget_answers(state.suite),
@@ -81,29 +80,18 @@ def carry_over(fresh: DriftState, old: DriftState) -> tuple[DriftState, list[Ale
     """Return a `fresh` state that carries over the open alerts of `old`, and the alerts that this changes."""
     # Ids of alerts are never used twice.
     raised = np.full_like(fresh.raised_counts, old.raised_counts.max(initial=0))
-    faulty, alerts = fresh.faulty.copy(), list[Alert]()
-    shared = [(fresh.fields.index(name), at) for at, name in enumerate(old.fields) if name in fresh.fields]
-    for here, there in shared:
-        faulty[here] = old.faulty[there]
-        if faulty[here]:
-            raised[here, _FAULT] = old.raised_counts[there, _FAULT]
-    subjects = [*old.fields, OUTPUT, SCORE, JOINT]
-    drifts = np.flatnonzero(old.suite.open_subjects).tolist()
-    gone = [at for at, name in enumerate(old.fields) if name not in fresh.fields]
-    carried = [*old.carried, *_open_alerts(old, [at for at in drifts if at not in gone], _DRIFT)]
-    for at in gone:
-        opened: dict[MonitoredAlert, bool] = {"drift": at in drifts, "fault": bool(old.faulty[at])}
-        for column, (alert, is_open) in enumerate(opened.items()):
-            if is_open:
-                kind = monitoring_kind(alert, subjects[at])
-                summary = f"{subjects[at]}: {_CHANGED}, and the new one does not read this field."
-                alerts.append(kind.cleared(summary, field=subjects[at], count=old.raised_counts[at, column]))
+    shared = {fresh.fields.index(name): at for at, name in enumerate(old.fields) if name in fresh.fields}
+    gone = [name for name in old.fields if name not in fresh.fields]
+    open_drifts = [*old.carried, *_open_drifts(old, old.suite.open_subjects)]
+    carried = [item for item in open_drifts if item.subject not in gone]
+    ended = [item for item in (*open_drifts, *_open_faults(old)) if item.subject in gone]
+    alerts = clear_carried(ended, "the bundle was changed, and the new one does not read this field")
     alerts += [build_carried_alert(item) for item in carried]
     state = replace(
         fresh,
         raised_counts=raised,
         learned_count=old.learned_count,
-        faulty=faulty,
+        faults=fresh.faults.take_over(old.faults, shared),
         guard=old.guard.begin_learning(old.site_reference),
         carried=tuple(carried),
     )
@@ -119,8 +107,7 @@ def build_carried_alert(carried: CarriedAlert) -> Alert:
 
 def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
     """Return the open alerts of fields, answers and correlations, with those that were carried over."""
-    faults, drifts = np.flatnonzero(state.faulty).tolist(), np.flatnonzero(state.suite.open_subjects).tolist()
-    return [*state.carried, *_open_alerts(state, drifts, _DRIFT), *_open_alerts(state, faults, _FAULT)]
+    return [*state.carried, *_open_drifts(state, state.suite.open_subjects), *_open_faults(state)]
 
 
 def build_reopened_alert(item: CarriedAlert, reason: str) -> Alert:
@@ -138,7 +125,15 @@ def clear_carried(carried: Sequence[CarriedAlert], reason: str) -> list[Alert]:
     ]
 
 
-def _open_alerts(state: DriftState, subjects: Sequence[int], column: int) -> list[CarriedAlert]:
-    names = (*state.fields, OUTPUT, SCORE, JOINT)
-    alert: MonitoredAlert = "drift" if column == _DRIFT else "fault"
-    return [CarriedAlert(alert, names[at], int(state.raised_counts[at, column])) for at in subjects]
+def _open_drifts(state: DriftState, subjects: Bools) -> list[CarriedAlert]:
+    """Return the newest drift alerts of these subjects (F + 3,)."""
+    names, numbers = (*state.fields, OUTPUT, SCORE, JOINT), state.raised_counts[:, _DRIFT]
+    return [CarriedAlert("drift", names[at], int(numbers[at])) for at in np.flatnonzero(subjects).tolist()]
+
+
+def _open_faults(state: DriftState) -> list[CarriedAlert]:
+    numbers = state.faults.number
+    return [
+        CarriedAlert("fault", state.fields[field], int(numbers[field, kind]))
+        for field, kind in np.argwhere(numbers > 0).tolist()
+    ]

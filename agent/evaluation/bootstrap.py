@@ -15,6 +15,7 @@ from agent.arrays import Float64s, Ints
 from agent.datasets.blocks import TextColumn
 from agent.errors import UsageError
 from agent.evaluation.document import IntervalEstimate
+from agent.indices import bincount
 from agent.performance import intervals
 from agent.performance.estimates import round_or_none
 
@@ -43,7 +44,7 @@ class BootstrapUnits(msgspec.Struct, frozen=True, eq=False):
         """Return sums (1 + REPLICATES, group_count) of `values` (n,), by default of 1; the first is unweighted."""
         unit_count = self.weights.shape[1]
         index = self.unit_index if group is None else self.unit_index * group_count + group
-        each = np.bincount(index, values, unit_count * group_count).reshape(unit_count, group_count).astype(np.float64)
+        each = bincount(index, values, unit_count * group_count).reshape(unit_count, group_count).astype(np.float64)
         return np.concatenate([each.sum(axis=0)[None], self.weights @ each])
 
     def apply(self, statistic: Callable[[Float64s], float]) -> Float64s:
@@ -77,12 +78,12 @@ def build_units(losses: Float64s, group: TextColumn | None, column: str | None, 
 
 def cluster_design_effect(values: Float64s, group: Ints) -> float:
     """Return how many results (n,) of a group count as one: 1 + (m - 1) ρ (Kish 1965, Donner 1986)."""
-    sizes = np.bincount(group)
+    sizes = bincount(group)
     sizes = sizes[sizes > 0]
     n, count = len(values), len(sizes)
     if count < 2 or n <= count:
         return float(max(1, n / max(1, count)))
-    sums = np.bincount(group, values)[np.bincount(group) > 0]
+    sums = bincount(group, values)[bincount(group) > 0]
     between = float((sizes * (sums / sizes - values.mean()) ** 2).sum()) / (count - 1)
     within = float((values**2).sum() - (sums**2 / sizes).sum()) / (n - count)
     usual = (n - (sizes**2).sum() / n) / (count - 1)

@@ -28,6 +28,7 @@ from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Dataset, LabelledWindows
 from agent.evaluation.sensitivity import WindowSample
+from agent.indices import bincount
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import tuning
 from agent.model.inference.inference import Inference, InferenceResult
@@ -235,7 +236,7 @@ def _class_counts(labels: list[str], windows: LabelledWindows, kind: str) -> dic
         counts = windows.label_sets[windows.truth.astype(np.int64)].sum(axis=0)
         return dict(zip(labels, counts.tolist(), strict=True))
     names = labels if kind == "classify" else ["normal", "anomaly"]
-    counts = np.bincount(windows.truth.astype(np.int64), minlength=len(names))
+    counts = bincount(windows.truth.astype(np.int64), minlength=len(names))
     return dict(zip(names, counts.tolist(), strict=True))
 
 
@@ -262,7 +263,7 @@ def _describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
 
 def _describe_data(context: _Context, counts: dict[str, int]) -> document.EvaluationData:
     dataset, windows, request = context.dataset, context.windows, context.request
-    sizes = np.bincount(dataset.file_index, minlength=len(dataset.files))
+    sizes = bincount(dataset.file_index, minlength=len(dataset.files))
     files = [document.SourceFile(file=f.name, rows=int(n)) for f, n in zip(dataset.files, sizes, strict=True)]
     splits, split_counts = np.unique(windows.columns[request.split] if request.split else [], return_counts=True)
     t = dataset.t[windows.last]

@@ -10,6 +10,7 @@ import numpy as np
 
 from agent.evaluation.document import CheckResult, SuspectLabel, passed, warning
 from agent.evaluation.examples import LabelledWindows
+from agent.indices import bincount
 from agent.performance.metrics import LabelledPredictions
 
 CLASS_IMBALANCE, SMALL_CLASS, MAJORITY_BASELINE = "class imbalance", "small class", "majority baseline"
@@ -51,9 +52,9 @@ def check_label_noise(
         return [], []
     truth, predicted = predictions.classes
     own = probabilities[np.arange(len(truth)), truth]
-    support = np.bincount(truth, minlength=probabilities.shape[1])
+    support = bincount(truth, minlength=probabilities.shape[1])
     with np.errstate(invalid="ignore"):
-        usual = np.bincount(truth, own, probabilities.shape[1]) / support
+        usual = bincount(truth, own, probabilities.shape[1]) / support
     confidence = probabilities[np.arange(len(predicted)), predicted]
     required = np.maximum(np.nan_to_num(usual[predicted], nan=1.0), _MIN_CONFIDENCE)
     contradicted = (predicted != truth) & (confidence >= required)

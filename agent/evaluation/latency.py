@@ -60,7 +60,7 @@ def main() -> None:
     for batch in BATCH_SIZES:
         row_count = run.history_rows + run.rows * batch
         block, block_t = np.resize(values, (row_count, values.shape[1])), np.resize(times, row_count)
-        cut = WindowCut(run.history_rows + run.rows * np.arange(batch), row_count)
+        cut = WindowCut(run.history_rows + run.rows * np.arange(batch, dtype=np.int64), row_count)
         started_s = time.perf_counter()
         durations: list[float] = []
         while len(durations) < _WARMUP_RUNS + _MIN_RUNS or (

@@ -13,6 +13,7 @@ from agent.arrays import Float64s, Ints
 from agent.datasets.blocks import TextColumn
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
 from agent.evaluation.document import ClassMetrics, IntervalEstimate, ReliabilityBin
+from agent.indices import bincount
 from agent.performance import metrics as performance_metrics
 from agent.performance import slices
 from agent.performance.estimates import MetricEstimate, round_or_none
@@ -47,7 +48,7 @@ def compute(kind: str, labels: list[str], predictions: LabelledPredictions, unit
             return MetricReport(metrics)
         truth, predicted = predictions.classes
         count = len(labels) if kind == "classify" else 2
-        confusion = np.bincount(truth * count + predicted, minlength=count**2).reshape(count, -1).tolist()
+        confusion = bincount(truth * count + predicted, minlength=count**2).reshape(count, -1).tolist()
         if kind == "anomaly":
             return MetricReport(metrics, confusion=confusion)
         hits = units.sums(predictions.right, truth, count)

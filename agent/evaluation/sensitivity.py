@@ -71,7 +71,7 @@ def draw_sample(inference: Inference, labelled: LabelledWindows, units: Bootstra
     labelled, units = labelled.subset(picked), units.subset(picked)
     extents = np.maximum(labelled.starts[:, None] + np.arange(-history, rows), 0)
     windows, t = labelled.dataset.values[extents], labelled.dataset.t[extents].reshape(-1)
-    starts = np.arange(len(labelled)) * (history + rows) + history
+    starts = np.arange(len(labelled), dtype=np.int64) * (history + rows) + history
     sample = WindowSample(inference, labelled, units, windows, t, starts, np.empty(0))
     return msgspec.structs.replace(sample, baseline=sample.reevaluate(windows))
 

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from agent import clock, durable_files, input_files
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.database.keyring import DeviceKey, Keyring
+from agent.transport import sealing
 from agent.transport.packets import NO_SUBSCRIBERS, BrokerLink, IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.transport.sealing import Opener
 from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
-from agent.wire.keys import SigningKey
+from agent.wire.keys import SigningKey, encryption_key_of
 from agent.wire.messages import ReplyPayload, cloudevent_properties, encode, verify_message
 
 VALID_S = 600
@@ -126,7 +129,8 @@ def send(
     now = clock.read().wall_us
     times = {"issued": clock.to_rfc3339(now), "expires": clock.to_rfc3339(now + VALID_S * 1_000_000)}
     head = {"v": 1, "kind": "cmd", "device": device, "id": identity, "name": name, "args": args, "counter": counter}
-    payload = encode({**head, **times})
+    reply_key = X25519PrivateKey.generate()
+    payload = encode({**head, **times, "reply_key": encryption_key_of(reply_key).text})
     signed = ("jws", jws.sign(key, str(topic), payload))
     event = cloudevent_properties(topic, f"{device}/cmd/{identity}", times["issued"])
     # The broker must not keep the command longer than the device would obey it.
@@ -134,7 +138,7 @@ def send(
     token = link.send(
         OutgoingMessage(str(topic), payload, (signed, *event), False, VALID_S, correlation, response_topic=reply_topic)
     )
-    reply, reason = _ReplyMatcher(identity, reply_topic, keyring).wait(link, token, wait_s)
+    reply, reason = _ReplyMatcher(identity, reply_topic, keyring, Opener([reply_key])).wait(link, token, wait_s)
     return CommandResult(device, name, identity, counter, reply, reason)
 
 
@@ -161,8 +165,8 @@ def send_retained(link: BrokerLink, messages: Sequence[OutgoingMessage]) -> None
 class _ReplyMatcher:
     """Finds the reply to one command; holds replies whose key the collector may not have stored yet."""
 
-    def __init__(self, identity: str, topic: str, keyring: Keyring) -> None:
-        self._identity, self._topic, self._keyring = identity, topic, keyring
+    def __init__(self, identity: str, topic: str, keyring: Keyring, opener: Opener) -> None:
+        self._identity, self._topic, self._keyring, self._opener = identity, topic, keyring, opener
         # Keys valid when the command was sent: the reply to `rotate-key` is signed with the former key.
         self._trusted_signers: dict[str, Signer] = {}
         self._unverified: list[IncomingMessage] = []
@@ -191,6 +195,8 @@ class _ReplyMatcher:
         if delivery.retained or delivery.topic != self._topic or delivery.correlation != self._identity.encode():
             return None
         try:
+            if delivery.sealed:
+                delivery = sealing.open_message(delivery, self._opener)
             body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._find).body
         except MessageRefused as refused:
             self.refusal = str(refused)

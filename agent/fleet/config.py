@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
+import msgspec
 from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
@@ -21,11 +23,15 @@ SYSTEM_FOLDER = Path("/etc/outstation/fleet")
 
 
 class Fleet(Section, frozen=True):
-    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions` applies when PostgreSQL tables are created."""
+    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions` applies when PostgreSQL tables are created.
+
+    `share_group`: secret name of the shared subscriptions; the broker's access rules name it, too.
+    """
 
     name: str
     db: str = "fleet.db"
     partitions: int = 1
+    share_group: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{0,64}\Z")] = ""
 
 
 class Identity(Section, frozen=True):

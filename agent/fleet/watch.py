@@ -11,7 +11,9 @@ import msgspec
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.acknowledger import Backoff
+from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.keyring import Keyring
 from agent.text import printable
@@ -66,13 +68,14 @@ class VerifiedDelivery(msgspec.Struct, frozen=True):
 class FleetWatcher:
     """The state of the fleet, updated one delivery at a time."""
 
-    def __init__(self, fleet: str, keyring: Keyring) -> None:
-        self.fleet, self._keyring = fleet, keyring
+    def __init__(self, fleet: str, keyring: Keyring, encryption_keys: EncryptionKeys | None = None) -> None:
+        self.fleet, self._keyring, self._encryption_keys = fleet, keyring, encryption_keys
         self.devices: dict[str, DeviceView] = {}
         self.refused = 0
 
     def verify(self, delivery: IncomingMessage) -> VerifiedDelivery:
         try:
+            delivery = encryption_keys.unseal(delivery, self._encryption_keys)
             message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
             self._keyring.require_in_bounds(message)
             # Only the collector signs acknowledgements: the key of another device must not pass for it.

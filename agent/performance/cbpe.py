@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.indices import repeat
 
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
 PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin, for the uncertainty of the table itself
@@ -82,4 +83,4 @@ def isotonic_regression(values: Float64s, weights: Float64s) -> Float64s:
             value = (before * its_weight + value * weight) / (its_weight + weight)
             weight, count = weight + its_weight, count + its_count
         blocks.append((value, weight, count))
-    return np.repeat([value for value, _, _ in blocks], [count for *_, count in blocks])
+    return repeat([value for value, _, _ in blocks], [count for *_, count in blocks])

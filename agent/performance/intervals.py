@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from agent.arrays import Float64s
+from agent.indices import repeat
 
 Uint64s = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
@@ -60,7 +61,7 @@ def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         uniform = ((np.asarray(z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-        drawn = np.repeat(-np.log(uniform), block)[:n]
+        drawn = repeat(-np.log(uniform), block)[:n]
         yield np.asarray(drawn / drawn.mean())
 
 

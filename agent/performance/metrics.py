@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.indices import bincount
 from agent.performance import intervals
 
 ECE_BINS = 10
@@ -98,7 +99,7 @@ class WeightVector:
         weighted = self._weights if values is None else values * self._weights
         if group is None:
             return np.asarray(weighted.sum(keepdims=True))
-        return np.asarray(np.bincount(group, weighted, group_count), np.float64)
+        return np.asarray(bincount(group, weighted, group_count), np.float64)
 
     def apply(self, statistic: Callable[[Float64s], float]) -> float:
         return statistic(self._weights)
@@ -236,7 +237,7 @@ def _f1_of_classes(predictions: LabelledPredictions, labels: Sequence[str]) -> S
     """Return the mean F1 of all classes, and the F1 of those with most labels."""
     truth, predicted = predictions.classes
     count = max(len(labels), int(max(truth.max(), predicted.max())) + 1)
-    support, named = np.bincount(truth, minlength=count), np.bincount(predicted, minlength=count)
+    support, named = bincount(truth, minlength=count), bincount(predicted, minlength=count)
     shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MAX_CLASSES] if support[i] and i < len(labels)]
     fewest = int(support[support > 0].min())
     # One mistake in the smallest class moves the mean as much as one in so many results.
@@ -346,7 +347,7 @@ def equal_mass_bins(score: Float64s) -> Ints:
 
 def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float, float]:
     """Return mean and sd of the ECE of a calibrated model: the gap of each bin is near half-normal."""
-    variance = np.bincount(bins, score * (1 - score)) * design_effect
+    variance = bincount(bins, score * (1 - score)) * design_effect
     expected = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
     return expected, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
@@ -354,7 +355,7 @@ def chance_ece(score: Float64s, bins: Ints, design_effect: float) -> tuple[float
 def auc(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
     """Return P(value of an anomaly > value of none), ties counting half; NaN if there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
-    good, bad = np.bincount(at, w * is_anomaly), np.bincount(at, w * ~is_anomaly)
+    good, bad = bincount(at, w * is_anomaly), bincount(at, w * ~is_anomaly)
     if not good.sum() or not bad.sum():
         return math.nan
     below = np.cumsum(bad) - bad
@@ -364,8 +365,8 @@ def auc(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
 def average_precision(value: Float64s, is_anomaly: Bools, w: Float64s) -> float:
     """Return Σ precision · growth of recall, from the largest value down, ties together; NaN without an anomaly."""
     _, at = np.unique(-value, return_inverse=True)
-    good = np.cumsum(np.bincount(at, w * is_anomaly))
-    every = np.cumsum(np.bincount(at, w))
+    good = np.cumsum(bincount(at, w * is_anomaly))
+    every = np.cumsum(bincount(at, w))
     if not good[-1] > 0:
         return math.nan
     grown = np.diff(good, prepend=0.0) / good[-1]

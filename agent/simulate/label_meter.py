@@ -32,7 +32,7 @@ class LabelMeter:
     def send_due_labels(self, last_row: int) -> None:
         """Send the labels due after the device has results up to `last_row`. Raises ConnectionError."""
         last = min(last_row - self._measured.delay_rows, len(self._values))
-        rows = np.arange(self._sent_through + 1, last + 1)
+        rows = np.arange(self._sent_through + 1, last + 1, dtype=np.int64)
         rows = rows[(rows % self._measured.every_rows == 0) & ~np.isnan(self._values[rows - 1])]
         self._sent_through = max(self._sent_through, last)
         if not len(rows):

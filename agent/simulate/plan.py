@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from agent.config.sources import ReplaySource
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist
+from agent.indices import repeat
 from agent.simulate.scenario import SCENARIOS, Scenario, SiteFaults
 
 _MIN_REPLAY_S = 6.0
@@ -64,7 +65,7 @@ class SimulationPlan(msgspec.Struct, frozen=True):
 
     def row_labels(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.str_]:
         """Return the label of each row of the replay (rows,)."""
-        labels = np.repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
+        labels = repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
         return np.asarray(labels[self._source_rows(recordings, site)])
 
     def measured_values(self, recordings: Recordings, site: SimulatedSite) -> NDArray[np.float64]:

@@ -15,7 +15,14 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.errors import LinkDown
-from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
+from agent.transport.packets import (
+    NO_SUBSCRIBERS,
+    SEALED,
+    IncomingMessage,
+    OutgoingMessage,
+    PublishReceipt,
+    decompress,
+)
 
 T = TypeVar("T")
 _STEP_S = 0.1
@@ -153,7 +160,8 @@ class LossyBroker:
         tokens = tuple(value for name, value in message.properties if name == "jws")
         payload = decompress(message.payload, message.content_type)
         head = (message.topic, payload, tokens, retained, self._message_id, 1)
-        return IncomingMessage(*head, message.correlation, message.response_topic)
+        is_sealed = message.content_type == SEALED
+        return IncomingMessage(*head, message.correlation, message.response_topic, sealed=is_sealed)
 
 
 class LossyLink:

@@ -28,7 +28,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.transport import tls
-from agent.transport.packets import JSON, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
+from agent.transport.packets import JSON, SEALED, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
@@ -293,6 +293,7 @@ class Link:
         tokens = tuple(value for name, value in pairs if name == "jws")
         correlation = getattr(message.properties, "CorrelationData", None)
         response_topic = getattr(message.properties, "ResponseTopic", None)
-        payload = decompress(bytes(message.payload), getattr(message.properties, "ContentType", JSON))
+        content_type = getattr(message.properties, "ContentType", JSON)
+        payload = decompress(bytes(message.payload), content_type)
         head = (message.topic, payload, tokens, message.retain, message.mid, message.qos)
-        self._events.append(IncomingMessage(*head, correlation, response_topic, message.dup))
+        self._events.append(IncomingMessage(*head, correlation, response_topic, message.dup, content_type == SEALED))

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from agent.wire.messages import MAX_PAYLOAD
 
-# Content types of a PUBLISH (gzip: RFC 6713).
-JSON, GZIP = "application/json", "application/gzip"
+# Content types of a PUBLISH (gzip: RFC 6713; sealed: see `agent.transport.sealing`).
+JSON, GZIP, SEALED = "application/json", "application/gzip", "application/vnd.outstation.sealed"
 # MQTT 5 reason codes of a receipt.
 NO_SUBSCRIBERS = 0x10
 PACKET_TOO_LARGE = 0x95
@@ -25,7 +25,10 @@ _GZIP_WBITS = 16 + zlib.MAX_WBITS
 
 
 class OutgoingMessage(msgspec.Struct, frozen=True):
-    """A message to publish at QoS 1; `expiry_s` None keeps it until delivered."""
+    """A message to publish at QoS 1; `expiry_s` None keeps it until delivered.
+
+    `reader`: encryption key of the only one who may read it, where messages are sealed; None for the collector.
+    """
 
     topic: str
     payload: bytes
@@ -35,12 +38,14 @@ class OutgoingMessage(msgspec.Struct, frozen=True):
     correlation: bytes | None = None
     response_topic: str | None = None
     content_type: str = JSON
+    reader: str | None = None
 
 
 class IncomingMessage(msgspec.Struct, frozen=True):
     """A received message with its payload decompressed; `tokens` are its `jws` user properties.
 
-    `duplicate`: the broker sent it before without a confirmation (MQTT DUP flag).
+    `duplicate`: the broker sent it before without a confirmation (MQTT DUP flag). `sealed`: payload and signature are
+    as in `agent.transport.sealing`.
     """
 
     topic: str
@@ -52,6 +57,7 @@ class IncomingMessage(msgspec.Struct, frozen=True):
     correlation: bytes | None = None
     response_topic: str | None = None
     duplicate: bool = False
+    sealed: bool = False
 
 
 class PublishReceipt(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Ed25519 keys: files, base64url public keys, RFC 7638 thumbprints."""
+"""Ed25519 keys, which sign, and X25519 keys, to which messages are sealed: files, base64url, RFC 7638 thumbprints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -73,6 +74,31 @@ class PublicKey:
 
 
 @dataclass(frozen=True, eq=False)
+class EncryptionKey:
+    """A public X25519 key, to which payloads are sealed; `raw` is its 32 bytes."""
+
+    raw: bytes
+    public: X25519PublicKey = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "public", X25519PublicKey.from_public_bytes(self.raw))
+
+    @cached_property
+    def text(self) -> str:
+        """Base64url of the raw key, as in config files."""
+        return b64url_encode(self.raw)
+
+    @cached_property
+    def kid(self) -> str:
+        """RFC 7638 thumbprint of the key's JWK (RFC 8037)."""
+        return b64url_encode(self.thumbprint)
+
+    @cached_property
+    def thumbprint(self) -> bytes:
+        return hashlib.sha256(f'{{"crv":"X25519","kty":"OKP","x":"{self.text}"}}'.encode()).digest()
+
+
+@dataclass(frozen=True, eq=False)
 class SigningKey:
     """A private key with its public half."""
 
@@ -99,6 +125,25 @@ def parse_public_key(text: str) -> PublicKey:
         raise ValueError(f"an Ed25519 public key has 32 bytes, this one {len(raw)}")
     _check_point(raw)
     return PublicKey(raw)
+
+
+def parse_encryption_key(text: str) -> EncryptionKey:
+    """Parse a base64url public key. Raises ValueError, also for keys whose shared secret anybody knows."""
+    raw = b64url_decode(text.strip())
+    if len(raw) != 32:
+        raise ValueError(f"an X25519 public key has 32 bytes, this one {len(raw)}")
+    key = EncryptionKey(raw)
+    try:
+        # A point of small order gives zero with every private key.
+        X25519PrivateKey.generate().exchange(key.public)
+    except ValueError:
+        raise ValueError("an X25519 public key of small order: anybody can open what is sealed to it") from None
+    return key
+
+
+def encryption_key_of(key: X25519PrivateKey) -> EncryptionKey:
+    """Return the public half of a key."""
+    return EncryptionKey(key.public_key().public_bytes_raw())
 
 
 def create() -> SigningKey:

@@ -24,7 +24,7 @@ from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
-from agent.wire.keys import b64url_encode
+from agent.wire.keys import b64url_encode, parse_encryption_key
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import (
     MAX_RESULTS,
@@ -217,6 +217,7 @@ class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
     id: ShortText
     evidence: dict[str, Any] = {}
     task: ShortText | None = None
+    revision: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -366,6 +367,12 @@ class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unkno
     counter: Positive
     issued: Rfc3339
     expires: Rfc3339
+    # Encryption key of the sender, to which a device with [privacy] encrypt seals the reply.
+    reply_key: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reply_key is not None:
+            parse_encryption_key(self.reply_key)
 
 
 class DesiredPayload(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ import msgspec
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
 from agent.wire import topics
-from agent.wire.keys import PublicKey, parse_public_key
+from agent.wire.keys import EncryptionKey, PublicKey, parse_encryption_key, parse_public_key
 from agent.wire.root_metadata import MAX_ROOT_BYTES, RootMetadata
 
 KIND = "trust"
@@ -26,6 +26,8 @@ MAX_KEYS = 64
 OPERATOR, DEPLOYER, REPORTER, COLLECTOR = "operator", "deployer", "reporter", "collector"
 COMMANDING_ROLES = (OPERATOR, DEPLOYER, REPORTER)
 ROLES = (*COMMANDING_ROLES, COLLECTOR)
+# The collector's X25519 key that messages are sealed to, see `agent.transport.sealing`. The last one listed counts.
+ENCRYPTION = "encryption"
 
 
 class TrustedKey(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -39,8 +41,17 @@ class TrustedKey(msgspec.Struct, frozen=True, omit_defaults=True):
     counter: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] | None = None
 
     def parse(self) -> PublicKey:
-        """Return the public key. Raises ValueError."""
+        """Return the public key of any role but `ENCRYPTION`. Raises ValueError."""
         return parse_public_key(self.key)
+
+    def parse_encryption(self) -> EncryptionKey:
+        """Return the public key of role `ENCRYPTION`. Raises ValueError."""
+        return parse_encryption_key(self.key)
+
+    @property
+    def kid(self) -> str:
+        """Thumbprint of the key. Raises ValueError."""
+        return self.parse_encryption().kid if self.role == ENCRYPTION else self.parse().kid
 
 
 class Trust(msgspec.Struct, frozen=True):
@@ -53,7 +64,7 @@ class Trust(msgspec.Struct, frozen=True):
             if not any(key.role == role for key in self.keys):
                 raise ValueError(f"no key has the role {role}")
         for key in self.keys:
-            key.parse()
+            _ = key.kid
 
 
 class TrustMessage(msgspec.Struct, frozen=True):

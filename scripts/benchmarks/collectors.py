@@ -17,14 +17,13 @@ import click
 
 from agent.config import BrokerConfig
 from agent.fleet.collector.collector import SESSION_EXPIRY_S, client_id
-from agent.fleet.collector.subscriptions import share_group, topic_filters
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
-from agent.wire.keys import load_private
 from scripts.benchmarks import Result, benchmark
 from scripts.kit import postgres
 from scripts.kit.postgres import PostgresServer
@@ -84,7 +83,7 @@ def flow(
             store.enrol(sender.device, sender.key.public, replace=False, now=_NOW)
         for name in names or (None,):
             who = client_id(FLEET, name)
-            group = share_group(load_private(home / "collector.key"), FLEET) if name is not None else None
+            group = config.fleet.share_group if name is not None else None
             filters = topic_filters(FLEET, group=group)
             Link(config.broker, who, subscribe=filters, session_expiry_s=SESSION_EXPIRY_S).close()
         _publish(broker.url, [make(senders[i % DEVICES]) for i in range(messages)])

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import paho.mqtt.client as mqtt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from jwt.api_jws import PyJWS
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -32,10 +33,11 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, new_key
+from agent.transport import sealing
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.keys import SigningKey
+from agent.wire.keys import SigningKey, encryption_key_of
 from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
 from scripts.kit.memory_link import MemoryLink
@@ -73,6 +75,29 @@ def signing() -> Result:
 
     note = f"sign and verify {len(payloads[0])} bytes; reference: PyJWT"
     return Result("signing", *rates(ours, reference), "messages/s", 1.0, note)
+
+
+@benchmark("sealing", quick=True)
+def sealing_cost() -> Result:
+    """Sign, seal, open and verify each message once; the reference does the same without sealing."""
+    key, private = SigningKey(Ed25519PrivateKey.generate()), X25519PrivateKey.generate()
+    signer, public, opener = jws.Signer("pi-07", key.public), encryption_key_of(private), sealing.Opener([private])
+    payloads = [_results_payload(seq) for seq in range(1, _SIGNED + 1)]
+
+    def ours() -> int:
+        for payload in payloads:
+            sealed = sealing.seal(public, _TOPIC, jws.sign(key, _TOPIC, payload), payload)
+            token, content = opener.open(_TOPIC, sealed)
+            jws.verify([token], _TOPIC, content, {key.public.kid: signer}.get)
+        return _SIGNED
+
+    def reference() -> int:
+        for payload in payloads:
+            jws.verify([jws.sign(key, _TOPIC, payload)], _TOPIC, payload, {key.public.kid: signer}.get)
+        return _SIGNED
+
+    note = f"{len(payloads[0])} bytes and {sealing.OVERHEAD_BYTES} more when sealed; reference: signed only"
+    return Result("sealing", *rates(ours, reference), "messages/s", 0.25, note)
 
 
 def _results_payload(seq: int) -> bytes:

@@ -8,6 +8,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from agent.clock import parse_rfc3339
 from agent.config import BrokerConfig
 from agent.errors import MessageRefused
@@ -15,6 +17,7 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
+from agent.transport import sealing
 from agent.transport.packets import IncomingMessage
 from agent.wire import enrolment_request, jws, keys, log_head, topics
 from agent.wire.keys import b64url_decode, b64url_encode
@@ -23,6 +26,7 @@ from scripts.fuzzing import target, unique_keys
 from scripts.kit.memory_link import MemoryLink
 
 DEVICE, COLLECTOR = new_key(1), new_key(2)
+_ENCRYPTION = X25519PrivateKey.from_private_bytes(bytes(range(32)))
 NOW = "2026-11-24T22:20:00.000000Z"
 
 
@@ -58,6 +62,24 @@ def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Veri
         )
     except MessageRefused:
         return None
+
+
+def sealed() -> bytes:
+    sent = kinds()[0]
+    return sealing.seal(keys.encryption_key_of(_ENCRYPTION), sent.topic, sent.jws, sent.payload)
+
+
+@target("seal", "only what was sealed opens, and nothing else than a refusal", lambda: [sealed()])
+def seal(data: bytes) -> None:
+    sent = kinds()[0]
+    opener = sealing.Opener([_ENCRYPTION])
+    # As it came, and with a header that names the key.
+    for payload in (data, sealed()[:9] + data):
+        delivery = IncomingMessage(sent.topic, payload, (), False, 1, 1, sealed=True)
+        try:
+            assert sealing.open_message(delivery, opener).payload == sent.payload
+        except MessageRefused:
+            continue
 
 
 @target("topic", "an accepted topic has one spelling only", lambda: [t.encode() for t in TOPICS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from agent.bootstrap import device, tasks
@@ -19,6 +20,7 @@ from agent.fleet.database.store import FleetStore
 from agent.model.bundle import builtin
 from agent.performance.labels import Label
 from agent.testing.messages import NEW_MODEL, MessageSender, new_key
+from agent.wire.messages import CommandPayload
 
 NOW = ClockReading(1_764_022_680_000_000, 1000.0, "synced")
 TIME = "2026-11-24T22:20:00.000000Z"
@@ -86,7 +88,9 @@ def build_device(folder: Path) -> Path:
             tx.outbox.set_acknowledged(AcknowledgedSeqs(ACKNOWLEDGED))
             tx.set_source_position("files", "a.csv", 17)
             tx.commands.replace_counter("operator", 5)
-            tx.commands.claim("operator", "one", "report", {}, 6, None)
+            head = {"v": 1, "kind": "cmd", "device": "pi-07", "id": "one", "name": "report", "counter": 6}
+            command = msgspec.convert({**head, "issued": TIME, "expires": TIME}, CommandPayload)
+            tx.commands.claim("operator", command, None)
     return folder
 
 

@@ -227,7 +227,6 @@ def test_a_site_reference_survives_its_file(monitor: DriftMonitor, learned: Drif
         ("hours", [1]),
         ("limits", [1]),
         ("spread", [1]),
-        ("missing", [-1.0] * 3),
         ("baselines", {}),
         ("baselines.psi", {"limits": [1]}),
         ("baselines.psi", {"mean": [1]}),

@@ -77,20 +77,30 @@ class Hospital:
         rows = self.fleet.query("SELECT payload FROM messages WHERE kind = ? ORDER BY seq", kind)
         return [json.loads(payload) for (payload,) in rows]
 
+    def run(self, *command: str) -> list[bytes]:
+        done = run_outstation(*command)
+        assert done.returncode in (0, 1), done.stderr
+        return [done.stdout.encode(), done.stderr.encode()]
+
     def everything(self) -> bytes:
         """Return every byte that was published, stored by the collector, logged, reported or put into evidence."""
-        out = self.folder / "evidence"
+        out, plot = self.folder / "evidence", self.folder / "drift.svg"
         parts = [self.answer.encode()]
         for command in (
-            ["fleet", "evidence", "--out", str(out)],
-            ["fleet", "audit", "--json"],
-            ["fleet", "drift", "--json"],
-            ["fleet", "alerts", "--json"],
-            ["fleet", "devices", "--json"],
+            ["evidence", "--out", str(out)],
+            ["audit", "--json"],
+            *(["drift", *form] for form in ([], ["--json"], ["--plot", str(plot)])),
+            *([name, *form] for name in ("alerts", "devices", "gaps") for form in ([], ["--json"])),
+            ["alerts", "--all"],
+            ["rollout", "status", "--json"],
+            ["watch", "--raw", "--seconds", "1"],
+            # The device publishes its status in the reply.
+            ["command", "ward-1", "report", "--json"],
         ):
-            done = run_outstation(*command, "--dir", str(self.fleet.home))
-            assert done.returncode in (0, 1), done.stderr
-            parts += [done.stdout.encode(), done.stderr.encode()]
+            parts += self.run("fleet", *command, "--dir", str(self.fleet.home))
+        for form in ([], ["--json"]):
+            parts += self.run("status", *form, "-c", str(self.device.config))
+        parts.append(plot.read_bytes())
         self.fleet.collector.stop()
         parts += [path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()]
         database = Path(self.fleet.config.fleet.db)

@@ -15,9 +15,10 @@ import pytest
 from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.fleet import config as fleet_config
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.quota import Quota
-from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_control, collectors, pki, revocation
@@ -27,7 +28,7 @@ from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.messages import MessageSender
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from agent.wire.keys import load_private
+from agent.wire.keys import generate, load_private
 from scripts.kit.broker_client import (
     NOT_AUTHORIZED,
     publish_all,
@@ -50,7 +51,7 @@ class Site:
         self.folder = folder / "acme"
         self.config: FleetConfig = init_fleet(self.folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
         self.key = load_private(self.folder / "collector.key")
-        self.group = share_group(self.key, "acme")
+        self.group = self.config.fleet.share_group
         conf = keep_user_root(self.folder / "broker" / "mosquitto.conf")
         self.broker = MosquittoBroker(folder, conf=conf, port=port)
         self.store = FleetStore(Path(self.config.fleet.db))
@@ -152,7 +153,16 @@ def test_the_collectors_group_is_not_in_a_file_that_others_read(site: Site) -> N
     readable = [path for path in site.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
     assert site.folder / "ca.pem" in readable
     assert not any(site.group.encode() in path.read_bytes() for path in readable)
-    assert site.group != share_group(load_private(site.folder / "operator.key"), "acme")
+    assert site.group in (site.folder / "fleet.toml").read_text(encoding="utf-8")
+
+
+def test_a_collector_with_a_new_key_is_still_in_the_group_that_the_broker_knows(site: Site) -> None:
+    (site.folder / "collector.key").unlink()
+    generate(site.folder / "collector.key")
+    group = fleet_config.load(site.folder).fleet.share_group
+    assert group == site.group
+    with site.broker:
+        Link(site.as_collector, "c", subscribe=topic_filters("acme", group=group)).close()
 
 
 def test_a_revoked_device_is_disconnected_at_once_and_its_certificate_is_refused(site: Site) -> None:

@@ -22,7 +22,7 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.collector.quota import DeviceQuotas
-from agent.fleet.collector.subscriptions import share_group, topic_filters
+from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
@@ -50,7 +50,8 @@ def config(folder: Path) -> FleetConfig:
 
 def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: Path, config: FleetConfig) -> None:
     private = [path for path in folder.rglob("*.key") if path.is_file()]
-    assert {path.name for path in private} == {
+    [encryption] = (folder / "encryption").glob("*.key")
+    assert {path.name for path in private} - {encryption.name} == {
         *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "commander-tls.key"),
         *("broker-admin-tls.key", "server.key"),
     }
@@ -218,7 +219,7 @@ def test_collectors_have_their_own_sessions_and_share_messages(
     with pytest.raises(UsageError, match="name of a collector"):
         let_in(config, folder, "collector-b")
     with MosquittoBroker(tmp_path, conf=as_this_user(folder), port=config.broker.port):
-        filters = topic_filters("acme", group=share_group(keys.load_private(folder / "collector.key"), "acme"))
+        filters = topic_filters("acme", group=config.fleet.share_group)
         links = [
             Link(config.broker_for(collectors.resolve_identity(config, name)), name, subscribe=filters)
             for name in ("a", "b")

@@ -264,7 +264,7 @@ def test_a_key_revoked_meanwhile_signs_nothing_more(store: FleetStore, postgres_
     sender = enrolled(store)
     arrival = Arrival(sender.verify(sender.results()))
     other = FleetStore(postgres_url)
-    collector = Collector(FLEET, BrokerConfig(), other, new_key(), share="b")
+    collector = Collector(FLEET, BrokerConfig(), other, new_key(), share="b", group="g")
     other.revoke("pi-07", None, NOW)
     with pytest.raises(MessageRefused, match="revoked key"):
         store.ingest([arrival], [], NOW)
@@ -315,7 +315,7 @@ def test_a_lost_connection_is_reopened_and_its_transaction_is_rolled_back(store:
 
 def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: FleetStore) -> None:
     sender = enrolled(store)
-    collector = Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
+    collector = Collector(FLEET, BrokerConfig(), store, new_key(), share="a", group="g")
     wire: Any = Wire(store)
     poison = sender.alert(summary="NUL \0 in it")
     hostile = SignedMessage("outstation/acme/\0/health", b"x", "\0")
@@ -344,7 +344,7 @@ def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store:
 def test_sqlite_cannot_be_shared(tmp_path: Path) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     with pytest.raises(UsageError, match="SQLite has one writer"):
-        Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
+        Collector(FLEET, BrokerConfig(), store, new_key(), share="a", group="g")
     store.close()
 
 
@@ -386,6 +386,7 @@ def test_refusals_of_all_collectors_raise_one_alert_of_the_leader(
             wire: Any = Wire(item)
             wire.incoming = [stranger.results().to_incoming() for _ in range(7)]
             collector.tick(wire, 0.0)
+    assert [item.join_collectors() for item in stores] == [2, 2]
     idle: Any = Wire(store)
     collectors[0].tick(idle, 0.0)
     # Seven refusals precede the first read, which cannot tell when they arrived.

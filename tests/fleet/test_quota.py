@@ -29,6 +29,16 @@ def test_without_a_quota_all_of_a_flood_is_taken() -> None:
     assert admitted(DeviceQuotas(Quota(messages_per_s=1e9)), 10_000, 0.0) == 10_000
 
 
+def test_collectors_that_share_messages_grant_no_more_than_one_alone() -> None:
+    group = [DeviceQuotas(QUOTA) for _ in range(4)]
+    for quotas in group:
+        quotas.collector_count = len(group)
+    assert sum(admitted(quotas, 1000, 0.0) for quotas in group) == 100
+    assert sum(admitted(quotas, 1000, REFILL_S) for quotas in group) == 20
+    group[0].collector_count = 1
+    assert admitted(group[0], 1000, 1e6) == 100, "the others have stopped"
+
+
 def test_bytes_count_as_well() -> None:
     quotas = DeviceQuotas(QUOTA)
     assert admitted(quotas, 90, 0.0, size=10_000) == 5

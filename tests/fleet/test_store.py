@@ -336,3 +336,21 @@ def test_the_document_lists_every_table_and_view(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "collector.md").read_text(encoding="utf-8")
     listed = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert listed == {name for name in made if not name.startswith(("_", "sqlite_"))}
+
+
+# --- the ground moved
+
+
+def test_a_database_file_that_was_moved_or_replaced_takes_no_message(tmp_path: Path, file_store: FleetStore) -> None:
+    sender = MessageSender()
+    enrol(file_store, sender)
+    assert add(file_store, sender, sender.append("audit", event="first")) == ["new"]
+    later = sender.append("audit", event="second")
+    (tmp_path / "fleet.db").rename(tmp_path / "moved.db")
+    with pytest.raises(StorageError, match=r"fleet\.db: moved or deleted .*while it was open"):
+        add(file_store, sender, later)
+    (tmp_path / "fleet.db").touch()
+    with pytest.raises(StorageError, match=r"fleet\.db: replaced while it was open"):
+        add(file_store, sender, later)
+    (tmp_path / "moved.db").replace(tmp_path / "fleet.db")
+    assert add(file_store, sender, later) == ["new"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -188,3 +189,21 @@ def test_root_takes_no_file_by_its_path_where_another_user_may_swap_it() -> None
         """"${files[@]}" -name '*.key' -exec chown outstation:outstation {} + -exec chmod 0600 {} +""",
     ]
     assert 'install -d -o root -g outstation -m 0750 "$config"' in text
+
+
+def test_a_known_vulnerability_of_a_pinned_version_is_named_and_a_missing_database_is_no_pass() -> None:
+    document = {
+        "dependencies": [
+            {"name": "jinja2", "version": "2.4.1", "vulns": [{"id": "PYSEC-2014-8", "fix_versions": ["2.7.2"]}]},
+            {"name": "click", "version": "8.1.0", "vulns": []},
+            {"name": "private", "skip_reason": "not found"},
+        ],
+        "fixes": [],
+    }
+    assert lock.list_vulnerabilities("requirements.txt", json.dumps(document)) == [
+        "deploy/requirements.txt: jinja2 2.4.1: PYSEC-2014-8, mended in 2.7.2"
+    ]
+    unknown = {"dependencies": document["dependencies"][2:], "fixes": []}
+    for text in (json.dumps(unknown), "", "Traceback"):
+        with pytest.raises(ValueError, match=r"none of the 1 packages|Expecting value"):
+            lock.list_vulnerabilities("requirements.txt", text)

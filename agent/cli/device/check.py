@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from agent import clock
-from agent.bootstrap import device, tasks
+from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
 from agent.device.intake.source import SourceContext
@@ -62,6 +62,8 @@ def check(config_file: str | None, as_json: bool) -> None:
 def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
+    if conf.privacy.encrypt:
+        yield _check_encryption(file, conf)
     if not conf.streams:
         yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
@@ -102,6 +104,10 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if not conf.collector.key:
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_encryption(file: Path, conf: Config) -> CheckResult:
+    return _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
 
 
 def _check_confinement(conf: Config) -> CheckResult:

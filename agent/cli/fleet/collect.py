@@ -11,7 +11,7 @@ import click
 from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
 from agent.cli.log_format import configure_logging
 from agent.cli.output import emit, json_option
-from agent.errors import UsageError
+from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import display_name
 from agent.fleet.repository.layout import Layout
@@ -31,6 +31,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     If the online keys of the repository are in the fleet's folder, the collector signs its timestamp each day.
     """
     from agent.fleet.collector.collector import Collector, end_session
+    from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.enrolment import collectors
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
@@ -39,6 +40,9 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     key = keys.load_private(Path(config.collector.key_file))
     if leave and share is None:
         raise UsageError("--leave ends the broker session of a named collector; add --share NAME")
+    if share is not None and not config.fleet.share_group:
+        problem = "is missing, and collectors with --share need it; copy it from the fleet.toml of the first one"
+        raise ConfigError(str(home / fleet_config.FILE), "fleet.share_group", problem)
     broker = config.broker_for(collectors.resolve_identity(config, share) if share is not None else config.collector)
     if leave:
         end_session(broker, config.fleet.name, str(share))
@@ -59,7 +63,12 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
                 maintain(home, store)
 
         collector = Collector(
-            *(config.fleet.name, broker, store, key), upkeep=maintain_repository, share=share, quota=config.quota
+            *(config.fleet.name, broker, store, key),
+            upkeep=maintain_repository,
+            share=share,
+            group=config.fleet.share_group,
+            quota=config.quota,
+            encryption_keys=EncryptionKeys(home),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
@@ -73,8 +82,8 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
 def collector(name: str, folder: str | None, as_json: bool) -> None:
     """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
-    Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key and the two new
-    files.
+    Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key, the folder
+    encryption, and the two new files.
     """
     from agent.fleet.enrolment import collectors
 

@@ -46,6 +46,7 @@ def keys() -> None:
     deployer    may sign desired states, and send rollback and report
     reporter    may send report
     collector   signs acknowledgements
+    encryption  opens messages that devices seal, see rotate-encryption
 
     A threshold of the repository's root keys signs each change. If too few are here, root.json.draft waits for
     `outstation fleet repository sign-root` on the machines that have them; then run `fleet repository refresh`.
@@ -105,6 +106,31 @@ def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_
     _change(folder, edit(key, time.time_ns() // 1_000_000), sign_with, as_json)
 
 
+@keys.command("rotate-encryption", epilog="Example: outstation fleet keys rotate-encryption --sign-with root-1.key")
+@_sign_with
+@fleet_option
+@json_option
+def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+    """Make a new key that devices with [privacy] encrypt seal their messages to, in the folder encryption.
+
+    Collectors here use it within seconds; copy the file to collectors elsewhere before you publish. Messages sealed to
+    a former key are opened until you delete its file. Exit 1 if more root keys must sign.
+    """
+    from agent.fleet.collector import encryption_keys
+    from agent.fleet.repository import trust_change
+    from agent.fleet.repository.trust import replace_encryption_key
+
+    home = fleet_config.find_folder(folder)
+    # Without a repository nothing could tell devices of the key.
+    trust_change.read(home)
+    path = encryption_keys.create(home)
+    made = encryption_keys.load_public(home)
+    assert made is not None
+    if not as_json:
+        echo(f"{path}: the new key, {made.text}")
+    _change(folder, replace_encryption_key(made.text), sign_with, as_json)
+
+
 @keys.command("publish", epilog="Example: outstation fleet keys publish")
 @fleet_option
 @json_option
@@ -150,7 +176,7 @@ def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as
 
 
 def _print_report(report: TrustReport) -> None:
-    rows = [[entry.role, entry.key, entry.parse().kid] for entry in report.keys]
+    rows = [[entry.role, entry.key, entry.kid] for entry in report.keys]
     print_table(["role", "key", "thumbprint"], rows, "")
     if report.is_config:
         echo("The root has no trust document yet: devices use the keys of their config.")

@@ -20,6 +20,8 @@ from agent.wire import keys
 @fleet_option
 def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
     """Show verified messages as a live table; as lines with --raw, or if stdout is no terminal."""
+    from agent.fleet import config as fleet_config
+    from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.database.keyring import Keyring
     from agent.fleet.watch import FleetWatcher, connect, receive_deliveries, show_lines, show_table
 
@@ -30,6 +32,6 @@ def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) 
     show = show_lines if raw or not sys.stdout.isatty() else show_table
     with contextlib.suppress(KeyboardInterrupt):
         show(
-            FleetWatcher(name, keyring),
+            FleetWatcher(name, keyring, EncryptionKeys(fleet_config.find_folder(folder))),
             lambda report: receive_deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, report),
         )

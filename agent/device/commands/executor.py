@@ -84,7 +84,7 @@ class CommandExecutor:
         cmd = received.cmd
         try:
             with self._store.transaction(vital=True) as tx:
-                claimed = tx.commands.claim(received.kid, cmd.id, cmd.name, cmd.args, cmd.counter, received.correlation)
+                claimed = tx.commands.claim(received.kid, cmd, received.correlation)
             if claimed is None:
                 log.warning("command %s %s: its id or counter was used before; not executed again", cmd.name, cmd.id)
                 return
@@ -93,9 +93,8 @@ class CommandExecutor:
         except StorageFull as full:
             log.error("command %s %s: %s", cmd.name, cmd.id, full)
             summary = f"Not executed: {full}. Send it again when there is room."
-            self._commands.post_answer(
-                CommandAnswer(0, cmd.id, cmd.name, False, summary, {}, received.correlation), now
-            )
+            answer = CommandAnswer(0, cmd.id, cmd.name, False, summary, {}, received.correlation, cmd.reply_key)
+            self._commands.post_answer(answer, now)
 
     def _run_action(self, received: ReceivedCommand, now: ClockReading) -> tuple[str, Effect]:
         cmd = received.cmd

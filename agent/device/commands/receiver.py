@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.machine.trusted_keys import TrustedKeys
@@ -135,11 +136,7 @@ class CommandReceiver:
                 self._has_unsent.clear()
                 answers = self._store.query(lambda db: CommandLog(db).unsent(self._sent_through))
                 for answer in answers:
-                    session.enqueue_live(
-                        self._message_log.build_live_message(
-                            "reply", answer.to_body(), now, correlation=answer.correlation
-                        )
-                    )
+                    session.enqueue_live(self._build_reply(answer, now))
                     self._sent_through = answer.number
                     self._has_unsent.set()
         except StorageFull as full:
@@ -163,4 +160,8 @@ class CommandReceiver:
 
     def post_answer(self, answer: CommandAnswer, now: ClockReading) -> None:
         """Send an answer that the store had no room for."""
-        self.post(self._message_log.build_live_message("reply", answer.to_body(), now, correlation=answer.correlation))
+        self.post(self._build_reply(answer, now))
+
+    def _build_reply(self, answer: CommandAnswer, now: ClockReading) -> OutgoingMessage:
+        message = self._message_log.build_live_message("reply", answer.to_body(), now)
+        return replace(message, correlation=answer.correlation, reader=answer.reply_key)

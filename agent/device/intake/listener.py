@@ -7,8 +7,10 @@ connections, idle ones give way when the table is full, and a lack of descriptor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
+import os
 import resource
 import secrets
 import socket
@@ -178,6 +180,35 @@ class Listener:
         self._retry = self._loop.call_later(_RETRY_S, lambda: self._loop.add_reader(self._socket, self._accept))
 
 
+class UnixListener:
+    """Listener at `path`, which binds a new socket if somebody deletes or replaces the file. Raises UsageError."""
+
+    def __init__(self, path: Path, listen: Callable[[socket.socket], Listener]) -> None:
+        self._path, self._listen, self._problem = path, listen, ""
+        self._listener = listen(bind_unix(path))
+        self._file = path.stat()
+
+    def restore(self) -> None:
+        """Bind the socket again if its file is no longer there. A failure is logged once, and tried again."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._file):
+                return
+        try:
+            bound = bind_unix(self._path)
+            self._file = self._path.stat()
+        except (OSError, UsageError) as error:
+            if str(error) != self._problem:
+                log.error("the socket's file is gone, and cannot be made again: %s", error)
+            self._problem = str(error)
+            return
+        log.warning("%s: the socket's file was deleted or replaced; made again, producers can connect", self._path)
+        self._listener.close()
+        self._listener, self._problem = self._listen(bound), ""
+
+    def close(self) -> None:
+        self._listener.close()
+
+
 def peer_user(connected: socket.socket) -> User:
     """Return the user id of the process at the other end of a Unix socket; None for TCP."""
     if connected.family != socket.AF_UNIX:
@@ -188,15 +219,17 @@ def peer_user(connected: socket.socket) -> User:
 
 def bind_unix(path: Path) -> socket.socket:
     """Bind a socket for the owner and group. Raises UsageError."""
-    # The folder's lock excludes another daemon.
-    path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # The folder's lock excludes another daemon.
+        path.unlink(missing_ok=True)
         bound.bind(str(path))
+        path.chmod(0o660)
     except OSError as error:
         bound.close()
-        raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
-    path.chmod(0o660)
+        if error.errno is None:
+            raise UsageError(f"{path}: {error}; a socket path has at most 107 bytes; shorten data_dir") from error
+        raise UsageError(f"{path}: {error.strerror}; remove it: producers connect here") from error
     return bound
 
 

@@ -87,7 +87,9 @@ def read_blocks(
             goes_on = last_us is not None and last_us <= own_us <= last_us + round(2 * media.row_period_s * 1e6)
             begin_us = own_us if last_us is None or not goes_on else last_us - 1
         for rows in _merge_parts(sound.iter_row_blocks(wav, media, skip), max_block_rows(stream)):
-            t = begin_us + np.rint(np.arange(skip, skip + len(rows)) * (media.row_period_s * 1e6)).astype(np.int64)
+            t = begin_us + np.rint(
+                np.arange(skip, skip + len(rows), dtype=np.float64) * (media.row_period_s * 1e6)
+            ).astype(np.int64)
             yield build_block(rows, t / 1e6, skip, stream.fields)
             skip += len(rows)
 

@@ -24,9 +24,9 @@ from agent.device.intake.listener import (
     ConnectionTable,
     Listener,
     Refusal,
+    UnixListener,
     User,
     bind_tcp,
-    bind_unix,
     load_token,
     raise_descriptor_limit,
 )
@@ -46,6 +46,7 @@ _SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
 # A group that is worth a commit waits only while more data keeps arriving.
 _QUIET_S = 0.005
 _HEARTBEAT_S = 10.0
+_WATCH_S = 1.0
 _HEARTBEAT_TIMEOUT_S = 120.0
 # Time that a producer which has closed its side has to read its last answers.
 _FLUSH_S = 3.0
@@ -120,16 +121,16 @@ class Intake:
 
     async def _run(self) -> None:
         self._loop, self._stop_event = asyncio.get_running_loop(), asyncio.Event()
-        listeners: list[Listener] = []
+        listeners: list[Listener | UnixListener] = []
         try:
-            path = self._conf.data_dir / "intake.sock"
-            listeners.append(self._listen(bind_unix(path), None))
+            listeners.append(unix := UnixListener(self._conf.data_dir / "intake.sock", self._listen_unix))
             if (tcp := self._conf.intake.tcp) is not None:
                 host, port = config.parse_loopback(tcp)
                 token = load_token(self._conf.intake_token_file)
                 listeners += [self._listen(bound, token) for bound in bind_tcp(tcp, host, port)]
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
             tasks.append(asyncio.create_task(self._run_heartbeat()))
+            tasks.append(asyncio.create_task(self._watch_paths(unix)))
             self._ready.set()
             await self._stop_event.wait()
         finally:
@@ -144,6 +145,9 @@ class Intake:
         await asyncio.wait(tasks, timeout=_SHUTDOWN_S)
         self._writer.shutdown()
 
+    def _listen_unix(self, bound: socket.socket) -> Listener:
+        return self._listen(bound, None)
+
     def _listen(self, bound: socket.socket, token: str | None) -> Listener:
         return Listener(
             bound,
@@ -156,6 +160,17 @@ class Intake:
             self._alive_until_s = self._now().boot_s + _HEARTBEAT_TIMEOUT_S
             self._table.close_idle(asyncio.get_running_loop().time())
             await asyncio.sleep(_HEARTBEAT_S)
+
+    async def _watch_paths(self, unix: UnixListener) -> None:
+        """Bind the socket again if its file is gone, and fail if the data folder or a file of the store is."""
+        while not self._has_failed:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                self._store.require_in_place()
+            except StorageError as error:
+                self._fail(error)
+            else:
+                unix.restore()
 
     async def _run_source(self, source: Source) -> None:
         try:

@@ -11,7 +11,7 @@ import re
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol
 
-from agent import config
+from agent import clock, config
 from agent.clock import ClockReading
 from agent.errors import ConfigError
 
@@ -144,11 +144,11 @@ class CronSchedule:
         elif self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US:
             self._next = self._find_next(self._search_start(now, catch_up=False))
         self._last_now = now
-        return self._next is not None and _to_datetime(now.wall_us) >= self._next
+        return self._next is not None and clock.to_datetime(now.wall_us) >= self._next
 
     def record_run(self, now: ClockReading) -> None:
         self._last = now.wall_us
-        self._next = self._find_next(_to_datetime(now.wall_us) + _TICK)
+        self._next = self._find_next(clock.to_datetime(now.wall_us) + _TICK)
 
     def _search_start(self, now: ClockReading, *, catch_up: bool) -> datetime:
         """Return where the search for the next time starts: at the last run, to catch up on missed times."""
@@ -156,13 +156,13 @@ class CronSchedule:
             ahead = self._last - now.wall_us
             # A last run far in the future was before a long step back: ignore it.
             if (ahead <= 0 and catch_up) or (self._has_fixed_hour and 0 < ahead < _MAX_REPEATED_US):
-                return _to_datetime(self._last) + _TICK
-        return _to_datetime(now.wall_us)
+                return clock.to_datetime(self._last) + _TICK
+        return clock.to_datetime(now.wall_us)
 
     def wait_s(self, now: ClockReading) -> float:
         if self._next is None:
             return 0.0
-        return min(_MAX_WAIT_S, max(0.0, (self._next - _to_datetime(now.wall_us)).total_seconds()))
+        return min(_MAX_WAIT_S, max(0.0, (self._next - clock.to_datetime(now.wall_us)).total_seconds()))
 
     def _find_next(self, moment: datetime) -> datetime | None:
         """Return the first time at or after `moment`."""
@@ -199,7 +199,3 @@ def _parse_weekdays(text: str) -> str:
 
 def _parse_day(text: str) -> int:
     return _DAYS.index(text) if text in _DAYS else int(text)
-
-
-def _to_datetime(wall_us: int) -> datetime:
-    return datetime.fromtimestamp(wall_us / 1e6, UTC)

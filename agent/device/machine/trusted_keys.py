@@ -25,9 +25,9 @@ from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import root_metadata, trust
 from agent.wire.jws import Signer
-from agent.wire.keys import PublicKey
+from agent.wire.keys import EncryptionKey, PublicKey
 from agent.wire.root_metadata import MAX_ROOT_BYTES, RootMetadata
-from agent.wire.trust import COLLECTOR, COMMANDING_ROLES, OPERATOR, Trust
+from agent.wire.trust import COLLECTOR, COMMANDING_ROLES, ENCRYPTION, OPERATOR, Trust
 
 log = logging.getLogger("outstation")
 
@@ -72,6 +72,8 @@ class TrustedKeys:
         self._configured = {(signer.owner == COLLECTOR, signer.key.kid): signer for signer in configured}
         self._signers = self._configured
         self._first_counters: dict[str, int] = {}
+        # The collector's encryption key of the trust document; None leaves that of the config.
+        self.encryption_key: EncryptionKey | None = None
         self._anchor = ""
         if anchor_file is not None:
             self._restore(anchor_file)
@@ -217,16 +219,16 @@ class TrustedKeys:
         """Use the keys of the document; a root without one leaves those of the config."""
         self._root = root
         if document is None:
-            self._signers, self._first_counters = self._configured, {}
+            self._signers, self._first_counters, self.encryption_key = self._configured, {}, None
             return
         signers: dict[tuple[bool, str], Signer] = {}
         for entry in document.keys:
             if entry.role == COLLECTOR or entry.role in COMMANDING_ROLES:
                 key = entry.parse()
                 signers[entry.role == COLLECTOR, key.kid] = Signer(entry.role, key)
-        self._first_counters = {
-            entry.parse().kid: entry.counter for entry in document.keys if entry.counter is not None
-        }
+        self._first_counters = {entry.kid: entry.counter for entry in document.keys if entry.counter is not None}
+        encryption = [entry for entry in document.keys if entry.role == ENCRYPTION]
+        self.encryption_key = encryption[-1].parse_encryption() if encryption else None
         # One assignment: other threads look keys up meanwhile.
         self._signers = signers
         log.info("the trust document of root %d names %d keys", root.version, len(signers))
@@ -262,6 +264,6 @@ def _read_stored(store: Store) -> _StoredRoot | None:
 
 
 def _audit_body(version: int, document: Trust) -> dict[str, object]:
-    keys = [{"kid": entry.parse().kid, "role": entry.role} for entry in document.keys]
+    keys = [{"kid": entry.kid, "role": entry.role} for entry in document.keys]
     summary = f"Root {version} names the keys that may command this device and acknowledge its messages: {len(keys)}."
     return {"event": "trust changed", "summary": summary, "evidence": {"version": version, "keys": keys}}

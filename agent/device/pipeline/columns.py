@@ -83,7 +83,7 @@ def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTime
         return items
     first = int(times[0])
     step = (int(times[-1]) - first) // (n - 1)
-    jittered = JitteredTimes(first, step, (times - (first + step * np.arange(n))).tolist())
+    jittered = JitteredTimes(first, step, (times - (first + step * np.arange(n, dtype=np.int64))).tolist())
     return jittered if len(msgspec.json.encode(jittered)) < len(msgspec.json.encode(items)) else items
 
 

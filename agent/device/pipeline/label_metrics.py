@@ -21,6 +21,7 @@ from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
+from agent.indices import bincount
 from agent.performance import cbpe, degradation, slices
 from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, LabelledLoss, PromisedAccuracy
 from agent.performance.estimates import MetricEstimate, compute_metrics
@@ -403,7 +404,7 @@ def _estimate_accuracy(task: LoadedTask, samples: Sequence[StoredLabel]) -> Mapp
     if shipped is None or shipped.score_correct is None or not samples or any(score is None for score in scores):
         return None
     bins = np.searchsorted(shipped.score_edges, np.array(scores, np.float64), side="right")
-    counts = np.bincount(bins, minlength=len(shipped.score_n))
+    counts = bincount(bins, minlength=len(shipped.score_n))
     estimate = cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, counts)
     predictions = to_labelled_predictions(task, samples)
     if estimate is None or predictions.predicted is None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from agent.wire.messages import CommandPayload
+
 # Sent answers are kept for inspection, and to recognize an id that comes twice.
 _RETAINED_ANSWERS = 200
 
@@ -35,6 +37,7 @@ class CommandAnswer(msgspec.Struct, frozen=True):
     summary: str
     data: dict[str, Any]
     correlation: bytes | None
+    reply_key: str | None
 
     def to_body(self) -> dict[str, Any]:
         """Return the members of a `reply` message."""
@@ -50,24 +53,24 @@ class CommandLog:
 
     def counters(self) -> dict[str, int]:
         """Return the last counter of each operator key, by kid, whether its command was executed or refused."""
-        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM command_counters")}
+        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM checked_command_counters")}
 
     def replace_counter(self, kid: str, counter: int) -> None:
         """Store the last counter of a key, also a lower one."""
-        self._db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
+        self._db.execute("INSERT OR REPLACE INTO command_counters (kid, counter) VALUES (?, ?)", (kid, counter))
         self.has_new_counter = True
 
-    def claim(
-        self, kid: str, id: str, name: str, args: dict[str, str], counter: int, correlation: bytes | None
-    ) -> ClaimedCommand | None:
+    def claim(self, kid: str, cmd: CommandPayload, correlation: bytes | None) -> ClaimedCommand | None:
         """Claim a command; None if its id or this key's counter was used."""
-        used = self._db.execute("SELECT 1 FROM command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
+        id, name, args, counter = cmd.id, cmd.name, cmd.args, cmd.counter
+        used = self._db.execute("SELECT 1 FROM checked_command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
         if used or counter <= self.counters().get(kid, 0):
             return None
         self.replace_counter(kid, counter)
         number = self._db.execute(
-            "INSERT INTO command_answers (kid, id, name, args, counter, correlation) VALUES (?, ?, ?, ?, ?, ?)",
-            (kid, id, name, json.dumps(args), counter, correlation),
+            "INSERT INTO command_answers (kid, id, name, args, counter, correlation, reply_key) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (kid, id, name, json.dumps(args), counter, correlation, cmd.reply_key),
         ).lastrowid
         oldest = (number or 0) - _RETAINED_ANSWERS
         self._db.execute("DELETE FROM command_answers WHERE number <= ? AND sent = 1", (oldest,))
@@ -75,7 +78,8 @@ class CommandLog:
 
     def unanswered(self) -> list[ClaimedCommand]:
         rows = self._db.execute(
-            "SELECT number, kid, id, name, args, counter FROM command_answers WHERE body IS NULL ORDER BY number"
+            "SELECT number, kid, id, name, args, counter FROM checked_command_answers "
+            "WHERE body IS NULL ORDER BY number"
         )
         return [ClaimedCommand(n, kid, id, name, json.loads(args), counter) for n, kid, id, name, args, counter in rows]
 
@@ -86,11 +90,14 @@ class CommandLog:
     def unsent(self, after: int) -> list[CommandAnswer]:
         """Return answers behind place `after` that no broker has confirmed."""
         rows = self._db.execute(
-            "SELECT number, id, name, body, correlation FROM command_answers "
-            "WHERE sent = 0 AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
+            "SELECT number, id, name, body, correlation, reply_key FROM checked_command_answers "
+            "WHERE NOT sent AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
             (after,),
         )
-        return [CommandAnswer(n, id, name, **json.loads(body), correlation=c) for n, id, name, body, c in rows]
+        return [
+            CommandAnswer(n, id, name, **json.loads(body), correlation=correlation, reply_key=reply_key)
+            for n, id, name, body, correlation, reply_key in rows
+        ]
 
     def mark_sent(self, through: int) -> None:
         sql = "UPDATE command_answers SET sent = 1 WHERE number <= ? AND body IS NOT NULL"

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from agent import clock
 from agent.alerts import Alert
@@ -119,9 +118,7 @@ class MessageLog(msgspec.Struct):
         tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), log_chain.digest(payload))
         return seq + 1
 
-    def build_live_message(
-        self, kind: str, body: Mapping[str, Any], now: ClockReading, correlation: bytes | None = None
-    ) -> OutgoingMessage:
+    def build_live_message(self, kind: str, body: Mapping[str, Any], now: ClockReading) -> OutgoingMessage:
         """Build a message outside the log: state, keys or reply."""
         topic = Topic(self.fleet, self.device, kind)
         time = clock.to_rfc3339(now.wall_us)
@@ -129,7 +126,7 @@ class MessageLog(msgspec.Struct):
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
         message_id = f"{kind}/{log_chain.digest(payload)[:16]}"
-        return replace(self._build_outgoing(topic, payload, token, message_id, time), correlation=correlation)
+        return self._build_outgoing(topic, payload, token, message_id, time)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
         parts = message.topic.split("/")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.errors import StorageFull
+from agent.errors import StorageError, StorageFull
 
 PAGE_SIZE = 4096
 _WAL_FRAME = PAGE_SIZE + 24
@@ -98,7 +98,7 @@ class QuotaEnforcer:
         self._check_disk_space(vital=True)
 
     def prepare_transaction(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
-        """Make room for a transaction. Raises StorageFull, sqlite3.Error."""
+        """Make room for a transaction. Raises StorageFull, StorageError, sqlite3.Error."""
         self._check_disk_space(vital=vital)
         used = self._wal_frames() * _WAL_FRAME
         if used > self.quota.wal_bytes // 4 and self._restart_wal(db):
@@ -142,11 +142,14 @@ class QuotaEnforcer:
     def _check_disk_space(self, *, vital: bool) -> None:
         whole, free = self._disk_space()
         size = self._reserve_size(whole)
-        if vital:
-            if free < size:
-                self._reserve.release()
-        elif self._reserve.size < size and not (free >= 2 * size and self._reserve.allocate(size)):
-            raise StorageFull(f"{self._path.parent}: the disk is full; make room on it")
+        try:
+            if vital:
+                if free < size:
+                    self._reserve.release()
+            elif self._reserve.size < size and not (free >= 2 * size and self._reserve.allocate(size)):
+                raise StorageFull(f"{self._path.parent}: the disk is full; make room on it")
+        except OSError as error:
+            raise StorageError(f"{error.filename}: {error.strerror}; the store needs a file there") from error
 
     def _restart_wal(self, db: sqlite3.Connection) -> bool:
         """Checkpoint the write-ahead log. Return True if it restarts from its beginning: nobody reads it."""
@@ -174,7 +177,10 @@ class QuotaEnforcer:
 
     def _disk_space(self) -> tuple[int, int]:
         """Return the bytes of the file system, and those that are available to us."""
-        disk = os.statvfs(self._path.parent)
+        try:
+            disk = os.statvfs(self._path.parent)
+        except OSError as error:
+            raise StorageError(f"{self._path.parent}: {error.strerror}; check [device] data_dir") from error
         return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 

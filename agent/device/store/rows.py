@@ -22,7 +22,6 @@ from agent.wire import commitment
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _MAX_SHORT_OFFSET = 2**32 - 1
-_HEADER = struct.Struct("<qqq")
 _MAX_EXACT_INT = 2**53
 _MAX_FLOAT = sys.float_info.max
 _MIN_TIME_US = np.int64(-(2**62))
@@ -70,34 +69,39 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 class PackedChunk(msgspec.Struct, frozen=True):
-    """Chunk as stored: times are offsets from `first_t`, of 4 bytes if the span allows, else 8."""
+    """Chunk as stored: times are offsets from `first_t`, of 4 bytes if the span allows, else 8.
+
+    `place`: stream, first row and clock, which the CRC covers too.
+    """
 
     n: int
     first_t: int
     time_bytes: int
     data: bytes
     crc: int
+    place: tuple[int, ...] = ()
 
 
-def pack_chunk(rows: Rows) -> PackedChunk:
+def pack_chunk(rows: Rows, place: tuple[int, ...] = ()) -> PackedChunk:
     """Pack rows, at least one, into one blob with its CRC-32."""
     first = int(rows.t[0])
     offsets = rows.t - first
     short = int(np.min(offsets)) >= 0 and int(np.max(offsets)) <= _MAX_SHORT_OFFSET
     head = offsets.astype("<u4" if short else "<i8")
     data = b"".join([memoryview(head), *(_little_endian(c) for c in rows.columns)])
-    return PackedChunk(len(rows), first, head.itemsize, data, _chunk_crc(len(rows), first, head.itemsize, data))
+    crc = _chunk_crc(len(rows), first, head.itemsize, data, place)
+    return PackedChunk(len(rows), first, head.itemsize, data, crc, place)
 
 
-def _chunk_crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
-    """Return the CRC-32 of the blob and its description: a wrong first time would move every row of the chunk."""
-    return zlib.crc32(data, zlib.crc32(_HEADER.pack(n, first_t, time_bytes)))
+def _chunk_crc(n: int, first_t: int, time_bytes: int, data: bytes, place: tuple[int, ...]) -> int:
+    """Return the CRC-32 of the blob, its place and its description: a wrong time would move every row of the chunk."""
+    return zlib.crc32(data, zlib.crc32(struct.pack(f"<3q{len(place)}q", n, first_t, time_bytes, *place)))
 
 
 def is_intact(chunk: PackedChunk) -> bool:
     """Return True if the bytes are those that were packed."""
     try:
-        return _chunk_crc(chunk.n, chunk.first_t, chunk.time_bytes, chunk.data) == chunk.crc
+        return _chunk_crc(chunk.n, chunk.first_t, chunk.time_bytes, chunk.data, chunk.place) == chunk.crc
     except (struct.error, TypeError):
         return False
 

@@ -8,11 +8,12 @@ One that passes but covers messages that this store never wrote shows that the s
 `agent.device.recovery.new_log`).
 
 The messages that it covers are added to the acknowledged ones. One that covers fewer is an old one that comes again, or
-the collector was restored from a backup:
-- The last message written by then is noted; acknowledged messages stay acknowledged.
-- An acknowledgement that covers a message written after that cannot be old. If it, too, asks for acknowledged messages,
-  these wait again and are sent. Those that are no longer stored are declared as evicted, with the earlier
+the collector was restored from a backup. No clock decides which: collectors have several.
+- One that covers a message written since the last undoubted one added any cannot be old. If it asks for acknowledged
+  messages, these wait again and are sent. Those that are no longer stored are declared as evicted, with the earlier
   acknowledgement as evidence.
+- Any other is doubted; acknowledged messages stay acknowledged. If no message settles that within seconds, one is
+  written for it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import json
 import logging
 from collections.abc import Callable
 
+from agent import ranges
 from agent.clock import ClockReading, parse_rfc3339
 from agent.device.machine.timekeeping import is_plausible_time
 from agent.device.recovery.catch_up import PREVIOUS_LOG
 from agent.device.recovery.new_log import record_proof, require_same_history
-from agent.device.store import ranges, retention
+from agent.device.store import retention
 from agent.device.store.eviction import ACKNOWLEDGED_EARLIER, declare_messages
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
@@ -42,6 +44,9 @@ log = logging.getLogger("outstation.uplink")
 # Each commit writes about 28 KB to flash.
 _APPLY_INTERVAL_S = 1.0
 _FULL_RETRY_S = 5.0
+# Under load the next messages settle a doubt. Whoever repeats old acknowledgements causes one message a minute.
+_SETTLE_AFTER_S, _SETTLE_INTERVAL_S = 3.0, 60.0
+EVENT = "acknowledgement"
 
 
 class Acknowledgements:
@@ -60,7 +65,10 @@ class Acknowledgements:
         self._find_collector = find_collector
         self._acknowledged = self._saved = store.acknowledged()
         self._evidence = store.get_meta(retention.ACKNOWLEDGEMENT, "")
-        self._suspect_after_seq: int | None = None
+        # The last message that was written when an undoubted acknowledgement added messages.
+        self._written_seq = self._last_written_seq()
+        self._doubted: tuple[float, AckPayload] | None = None
+        self._next_settle_s = float("-inf")
         self._confirmed_seqs: list[int] = []
         self._time_floor_us = self._proven_seq = 0
         self._next_apply_s = float("-inf")
@@ -74,7 +82,7 @@ class Acknowledgements:
             return None
         if ack is None:
             return None
-        self._merge(ack, delivery)
+        self._merge(ack, delivery, now)
         if is_plausible_time(signed_us := parse_rfc3339(ack.time), now):
             self._time_floor_us = max(self._time_floor_us, signed_us)
         return ack
@@ -117,24 +125,46 @@ class Acknowledgements:
             return
         self._next_apply_s = now.boot_s + _APPLY_INTERVAL_S
 
-    def _merge(self, ack: AckPayload, delivery: IncomingMessage) -> None:
+    def settle_doubt(self, now: ClockReading) -> None:
+        """Write a message whose acknowledgement shows what the collector has, if one was doubted for seconds.
+
+        A full disk delays it. Raises StorageError.
+        """
+        if self._doubted is None or now.boot_s < max(self._doubted[0] + _SETTLE_AFTER_S, self._next_settle_s):
+            return
+        self._next_settle_s = now.boot_s + _SETTLE_INTERVAL_S
+        ack, known = self._doubted[1], self._acknowledged.through
+        summary = (
+            f"The collector acknowledged messages up to {ack.through}, where it had {known}: an old acknowledgement "
+            "came again, or the collector was restored from a backup. Its answer to this message tells."
+        )
+        body = {"event": EVENT, "summary": summary, "evidence": {"through": ack.through, "acknowledged": known}}
+        try:
+            with self._store.transaction() as tx:
+                self._message_log.append(tx, "audit", None, body, now)
+        except StorageFull as full:
+            log.warning("%s; the next message shows what the collector has", full)
+
+    def _last_written_seq(self) -> int:
+        return int(self._store.get_meta("seq", "0"))
+
+    def _merge(self, ack: AckPayload, delivery: IncomingMessage, now: ClockReading) -> None:
         covered = AcknowledgedSeqs(ack.through, tuple(ack.missing))
         requested = ranges.intersect(self._acknowledged.ranges, covered.missing)
-        is_new = self._suspect_after_seq is not None and bool(
-            ranges.intersect(covered.ranges, [(self._suspect_after_seq + 1, ack.through)])
-        )
-        if is_new:
-            self._suspect_after_seq = None
+        is_new = bool(ranges.intersect(covered.ranges, [(self._written_seq + 1, ack.through)]))
+        if not is_new and (requested or ack.through < self._acknowledged.through):
+            self._doubted = self._doubted or (now.boot_s, ack)
+        else:
+            self._doubted = None
             if requested:
                 log.warning("the collector has lost messages it had acknowledged, %s; it gets what is kept", requested)
                 self._acknowledged = self._acknowledged.difference(requested)
                 self._next_apply_s = float("-inf")
-        elif requested or ack.through < self._acknowledged.through:
-            if self._suspect_after_seq is None:
-                self._suspect_after_seq = int(self._store.get_meta("seq", "0"))
-        else:
-            self._evidence = json.dumps({"payload": delivery.payload.decode(), "jws": delivery.tokens[0]})
-        self._acknowledged = self._acknowledged.union(covered.ranges)
+            else:
+                self._evidence = json.dumps({"payload": delivery.payload.decode(), "jws": delivery.tokens[0]})
+        known, self._acknowledged = self._acknowledged, self._acknowledged.union(covered.ranges)
+        if self._acknowledged != known and self._doubted is None:
+            self._written_seq = self._last_written_seq()
 
     def _verify(self, delivery: IncomingMessage) -> AckPayload | None:
         if delivery.topic != self.topic:

@@ -115,6 +115,7 @@ class Session:
             quarantine_damaged(self._store, self._message_log, self._damaged, now)
             self._damaged = []
         self._acks.apply(now, force=is_stopping)
+        self._acks.settle_doubt(now)
         # Receipts come in order (MQTT 5, 4.6), so the oldest one never comes if it is overdue.
         oldest = next(iter(self._in_flight), None)
         if oldest is None or oldest != self._oldest_in_flight:

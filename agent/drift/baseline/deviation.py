@@ -22,6 +22,7 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
 from agent.drift.detectors.registry import MOMENTS
 from agent.drift.numeric import control_limits
+from agent.indices import repeat
 
 # Smaller differences do not matter: of a mean in sd of the other reference's rows, and of spreads as a ratio.
 MIN_SHIFT_SDS, MIN_RATIO = 0.5, 1.5
@@ -252,7 +253,7 @@ def _compare_profiles(
     certain = z > _z_limit(2 * fields, min(effective)) * math.sqrt(sum(1 / n for n in effective))
     shift_sd, ratio = shift[:fields] / np.maximum(other.sd, 1e-12), np.exp(np.clip(log_ratio, -20, 20))
     size = np.concatenate([np.abs(shift_sd) / MIN_SHIFT_SDS, np.abs(log_ratio) / math.log(MIN_RATIO)])
-    large = np.repeat([LARGE_SHIFT_SDS / MIN_SHIFT_SDS, math.log(LARGE_RATIO) / math.log(MIN_RATIO)], fields)
+    large = repeat([LARGE_SHIFT_SDS / MIN_SHIFT_SDS, math.log(LARGE_RATIO) / math.log(MIN_RATIO)], fields)
     mean_moved, spread_moved = np.split(((size > 1) & unlike) | ((size > large) & certain), 2)
     for i in np.flatnonzero(mean_moved | spread_moved).tolist():
         by_mean = bool(mean_moved[i])

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
@@ -21,6 +22,7 @@ from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, median, nanmedian
 from agent.errors import BadBundle
+from agent.indices import bincount
 from agent.performance import cbpe
 
 UNTESTED_SD = 1e9  # of a test without learned values
@@ -241,6 +243,15 @@ def calibrate_reference(
     )
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
+    missing = MissingBaseline.from_windows(
+        learning.missing,
+        total.rows / max(learning.total_windows, 1),
+        learning.thinning,
+        total.missing,
+        total.rows,
+    )
+    if shipped.missing_values is not None:
+        missing = missing.merge(shipped.missing_values)
     reference = replace(
         shipped,
         made=source,
@@ -248,6 +259,7 @@ def calibrate_reference(
         warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
+        missing_values=missing,
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
@@ -319,7 +331,6 @@ def _add_site_calibration(
         number=number,
         accuracy=accuracy,
         steps=learning.total.steps,
-        missing=learning.missing.max(0),
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,
@@ -398,7 +409,7 @@ def build_reference(
     used = learning.windows * window
     right = (predicted == truth)[:used]
     places = np.searchsorted(base.score_edges, top[:used][right], side="right")
-    return replace(reference, score_correct=np.bincount(places, minlength=BINS))
+    return replace(reference, score_correct=bincount(places, minlength=BINS))
 
 
 def infinities_to_nan(features: Float32s) -> Float64s:

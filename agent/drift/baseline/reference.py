@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import runs, window_statistics
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
@@ -26,6 +27,7 @@ from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
+from agent.indices import repeat
 from agent.performance import cbpe
 
 VERSION = 1
@@ -76,6 +78,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     score_correct: Ints | None  # (32,) how many of them were right, if known
     site: SiteCalibration | None = None
     modes: int = 0  # classes of a model without labels, if a field of the stream names them
+    missing_values: MissingBaseline | None = None  # None if only totals are known
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     @property
@@ -93,9 +96,9 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             modes=count,
             known_as=self.digest,
             output=np.zeros(count, np.int64),
-            class_n=np.repeat(self.class_n, count, axis=0),
-            class_mean=np.repeat(self.class_mean, count, axis=0),
-            class_sd=np.repeat(self.class_sd, count, axis=0),
+            class_n=repeat(self.class_n, count, axis=0),
+            class_mean=repeat(self.class_mean, count, axis=0),
+            class_sd=repeat(self.class_sd, count, axis=0),
         )
 
     @property
@@ -184,7 +187,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.asarray(np.clip((top_scores - middle) / width, -SCORE_CLIP, SCORE_CLIP))
 
     def to_json(self) -> bytes:
-        return arrays.to_json(self, omit=() if self.site else ("site", "modes", "known_as"))
+        omitted = () if self.site else ("site", "modes", "known_as")
+        return arrays.to_json(self, omit=omitted if self.missing_values else (*omitted, "missing_values"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -218,7 +222,7 @@ def draft_reference(
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
     jump = np.array([_robust_step_sd(column) for column in rows.T])
-    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count).run, rest)
+    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count), rest)
     return Reference(
         version=VERSION,
         made="shipped",
@@ -296,6 +300,7 @@ def _validate(r: Reference) -> None:
         "window": r.window > 0 and r.window_rows > 0,
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
+        "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.indices import bincount
 
 SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on count to the outermost
 FINEST_SHARE = 0.05  # of steps: the finest size that so many reach
@@ -30,7 +31,7 @@ def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
     size += SIZE_BINS * np.arange(windows * fields).reshape(windows, 1, fields)
     known = ~np.isnan(step)
     cells = size.ravel() if known.all() else size[known]
-    return np.bincount(cells, minlength=windows * fields * SIZE_BINS).reshape(windows, fields, SIZE_BINS)
+    return bincount(cells, minlength=windows * fields * SIZE_BINS).reshape(windows, fields, SIZE_BINS)
 
 
 class Resolution(msgspec.Struct, frozen=True, eq=False):

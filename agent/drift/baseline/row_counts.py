@@ -15,6 +15,7 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import Groups
+from agent.indices import bincount, repeat
 
 OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 
@@ -43,7 +44,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
 def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
     """Count `rows` (W, n, F), n > 0, in physical units, NaN missing; if W is 1, the rows follow on from `tail`."""
     trace = Trace.from_rows(rows, tail.rows)
-    longest, run = runs.longest_runs(trace, tail.run, reference.rest)
+    longest, run = runs.longest_runs(trace, tail, reference.rest)
     ordered, exact = _sort_columns(rows)
     missing = np.isnan(ordered).sum(-1) if np.isnan(ordered[..., -1]).any() else np.zeros(ordered.shape[:2], np.int64)
     extremes = Extremes.from_sorted(ordered, rows.shape[1] - missing)
@@ -57,7 +58,7 @@ def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCou
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
         repeated=runs.count_repeated_rows(trace, reference.rest),
     )
-    return counted, Tail(trace.rows[-1, -2:].copy(), run[-1])
+    return counted, Tail(trace.rows[-1, -2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
 
 
 def count_predictions(
@@ -72,19 +73,19 @@ def count_predictions(
     """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`."""
     task, shape = reference.task, (windows, reference.class_count)
     scores, scaled = np.zeros((windows, BINS), np.int64), None
-    drift_window = np.repeat(np.arange(windows), len(predicted) // windows)
+    drift_window = repeat(np.arange(windows, dtype=np.int64), len(predicted) // windows)
     if top_scores is not None:
         if len(reference.score_edges):
             # An unknown score is neither certain nor in doubt.
             known = ~np.isnan(top_scores)
             bins = np.searchsorted(reference.score_edges, top_scores[known], side="right") + BINS * drift_window[known]
-            scores = np.bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
+            scores = bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
     )
     return PredictionCounts(
-        output=np.bincount(drift_window * shape[1] + predicted, minlength=windows * shape[1]).reshape(shape),
+        output=bincount(drift_window * shape[1] + predicted, minlength=windows * shape[1]).reshape(shape),
         scores=scores,
         detectors={counter.name: counter.count(task, classified).reshape(*shape, -1) for counter in COUNTERS},
     )
@@ -93,7 +94,7 @@ def count_predictions(
 def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     """Group model windows by drift window and class."""
     count = reference.class_count
-    first = np.repeat(np.arange(windows) * count, len(classes) // windows)
+    first = repeat(np.arange(windows, dtype=np.int64) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
 
 

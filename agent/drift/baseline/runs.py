@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.indices import bincount
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
 
@@ -15,15 +16,16 @@ RestValues = tuple[tuple[float, ...], ...]  # values that each field may hold fo
 
 
 class Tail(msgspec.Struct, frozen=True, eq=False):
-    """End of the rows so far: the last two rows (up to 2, F), and how long each last value has run."""
+    """End of the rows so far: the last two rows (up to 2, F), the last value of each field and how long it has run."""
 
     rows: Float64s
+    last: Float64s  # (F,) NaN if there was none
     run: Ints
     t: int = 0  # epoch µs of the last one
 
     @classmethod
     def empty(cls, fields: int) -> Tail:
-        return cls(np.empty((0, fields)), np.zeros(fields, np.int64))
+        return cls(np.empty((0, fields)), np.full(fields, np.nan), np.zeros(fields, np.int64))
 
 
 class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -50,28 +52,51 @@ class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.asarray(self.steps_into == 0)
 
 
-def longest_runs(trace: Trace, run_before: Ints, rest: RestValues) -> tuple[Ints, Ints]:
+def longest_runs(trace: Trace, tail: Tail, rest: RestValues) -> tuple[Ints, Ints]:
     """Return the longest run of one value and the run of the last value, (W, F) each.
 
-    `run_before` (F,) is how long the value before has run. A rest value has no runs.
+    `tail` ends the rows before. A rest value has no runs; a missing value neither ends a run nor counts.
     """
     windows, rows, fields = trace.rows.shape
-    longest, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
+    known = np.full((windows, fields), rows)
+    follows = np.full(fields, trace.n < rows)
+    if np.isnan(trace.rows).any():
+        new = trace.rows[:, -trace.n :] if trace.n else trace.rows[:, :0]
+        follows = ~np.isnan(tail.last)
+        before = np.broadcast_to(tail.last, (windows, 1, fields))
+        trace, known = _without_missing(np.concatenate([before, new], axis=1))
+        rows = trace.rows.shape[1]
+    longest = np.ones((windows, fields), np.int64)
+    last = np.where(follows & (known == 1), np.maximum(tail.run, 1), 1)
     place = _find_repeats(trace, rest)
     if not len(place):
         return longest, last
-    count = trace.steps_into.shape[1]
     begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
     ends = np.append(begins[1:], len(place)) - 1
     column, at = np.divmod(place[begins], rows)
     owner = np.divmod(column, fields)
     # The first row of a run is not counted yet, unless the run goes on from the rows before.
-    earlier = np.where((at == 0) & (trace.n < rows), run_before[owner[1]], 1)
+    earlier = np.where((at == 0) & follows[owner[1]], tail.run[owner[1]], 1)
     length = ends - begins + 1 + earlier
     np.maximum.at(longest, owner, length)
-    open_end = place[ends] % rows == count - 1
+    open_end = place[ends] % rows == known[owner] - 2 - (rows - 1 - trace.steps_into.shape[1])
     last[owner[0][open_end], owner[1][open_end]] = length[open_end]
     return longest, last
+
+
+def last_values(rows: Float64s, before: Float64s) -> Float64s:
+    """Return the last value of each column of `rows` (n, F), or that of the rows `before` (F,)."""
+    joined = np.concatenate([before[None], rows])
+    place = len(rows) - (~np.isnan(joined[::-1])).argmax(0)
+    return np.asarray(joined[place, np.arange(rows.shape[1])])
+
+
+def _without_missing(rows: Float64s) -> tuple[Trace, Ints]:
+    """Move missing values behind all others, and return how many others there are (W, F)."""
+    missing = np.isnan(rows)
+    order = np.argsort(missing, axis=1, kind="stable")
+    compact = np.take_along_axis(rows, order, axis=1)
+    return Trace(compact, compact[:, 1:] - compact[:, :-1], rows.shape[1] - 1), (~missing).sum(1)
 
 
 def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
@@ -117,4 +142,4 @@ def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
         return np.zeros(len(trace.rows), np.int64)
     rows = trace.rows[window, at + trace.rows.shape[1] - trace.steps_into.shape[1]]
     resting = np.stack([np.isin(rows[:, i], values) for i, values in enumerate(rest)], axis=1)
-    return np.bincount(window[~resting.all(1)], minlength=len(trace.rows))
+    return bincount(window[~resting.all(1)], minlength=len(trace.rows))

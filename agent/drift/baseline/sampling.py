@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.indices import bincount
 
 OCTAVES = 48  # of µs: up to nine years
 MIN_STEPS = 10  # for a mean
@@ -41,8 +42,8 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
         octave = _octave(spans_us, steps_per_span)
         counted = (octave >= 0) & (octave < OCTAVES)
         windows = int(np.prod(spans_us.shape[:-1]))
-        place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[counted]
-        steps = np.bincount(place, minlength=windows * OCTAVES) * steps_per_span
+        place = (octave + OCTAVES * np.arange(windows, dtype=np.int64).reshape(*spans_us.shape[:-1], 1))[counted]
+        steps = bincount(place, minlength=windows * OCTAVES) * steps_per_span
         # Not by bincount: its sums are floats, too small for a year in µs.
         total = np.zeros(windows * OCTAVES, np.int64)
         np.add.at(total, place, spans_us[counted])

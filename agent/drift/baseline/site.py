@@ -32,7 +32,6 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     number: int  # 1 for the first reference that this device learned for the task
     accuracy: tuple[float, float] | None  # expected from the certainty: mean, and sd over three windows
     steps: Ints  # (F, 64) from row to row, by size
-    missing: Float64s  # (F,) largest share of rows without a value in a learned window
     rest: Float64s | None  # (7, T) added to test_mean on days of rest; None where these are as the others
     rest_begins: int  # µs into the epoch week
     rest_lasts: int
@@ -62,7 +61,6 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
             "hours": self.hours.shape == (24,),
             "waves": self.waves.shape == (2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(self.waves).all()),
             "limits": self.limits.shape == (tests,) and bool((self.limits > 0).all()),
-            "missing": self.missing.shape == (task.fields,) and bool((self.missing >= 0).all()),
             "sensitivity": self.sensitivity.is_valid(task.fields),
             "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),

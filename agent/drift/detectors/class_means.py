@@ -25,6 +25,7 @@ from agent.drift.detectors.detector import (
     Task,
 )
 from agent.drift.numeric.sums import Groups
+from agent.indices import repeat, sum_runs, take
 
 SCALE = 2.0**20
 
@@ -45,7 +46,7 @@ def sum_by_group(values: Float64s, groups: Groups) -> Ints:
     steps = np.concatenate([known, np.rint(np.where(known, values, 0.0) * SCALE)], axis=1)
     present = np.flatnonzero(groups.n)
     first = np.cumsum(groups.n)[present] - groups.n[present]
-    out[present] = np.add.reduceat(steps.take(groups.order, axis=0), first, axis=0)
+    out[present] = sum_runs(take(steps, groups.order, axis=0), first)
     return out
 
 
@@ -145,4 +146,4 @@ class ClassMeanDetector(ScoreDetector):
         return Scores(compute_deviations(self.means(task, windows.counts[self.name]), baseline.own.mean))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
-        return np.repeat(near_alarm[:, None], self.width(task), axis=1)
+        return repeat(near_alarm[:, None], self.width(task), axis=1)

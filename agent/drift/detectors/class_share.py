@@ -20,6 +20,7 @@ from agent.drift.detectors.detector import (
     round_significant,
 )
 from agent.drift.numeric import false_alarm_budget
+from agent.indices import repeat
 
 
 class ClassShareDetector(ScoreDetector):
@@ -48,7 +49,7 @@ class ClassShareDetector(ScoreDetector):
         return Scores(self._shares(task, windows.distributions.output))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
-        return np.repeat(near_alarm[:, None], self.width(task), axis=1)
+        return repeat(near_alarm[:, None], self.width(task), axis=1)
 
     def describe(self, alarm: Alarm) -> AlertText:
         side, label = (int(place) for place in np.argwhere(alarm.alarm)[0])

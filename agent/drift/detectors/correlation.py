@@ -30,6 +30,7 @@ from agent.drift.detectors.detector import (
 )
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import Groups
+from agent.indices import take
 
 MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
 MAX_CORRELATION = 0.9999  # larger ones count as this
@@ -90,10 +91,10 @@ def sum_products(residuals: Float64s, groups: Groups) -> Ints:
     for group, members in groups.iter_groups():
         # Products with a field that is always 1 are numbers and sums.
         part = np.ones((len(members), 1 + fields))
-        part[:, 1:] = residuals.take(members, axis=0)
+        part[:, 1:] = take(residuals, members, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
-    return products.reshape(len(groups.n), -1).take(_product_cells(fields), axis=1).astype(np.int64)
+    return take(products.reshape(len(groups.n), -1), _product_cells(fields), axis=1).astype(np.int64)
 
 
 @lru_cache(maxsize=16)
@@ -127,9 +128,9 @@ class CorrelationDetector(ClassMeanDetector):
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         if task.windowed:
             return super().count(task, windows)
-        residuals = windows.class_mean.take(windows.classes, axis=0)
+        residuals = take(windows.class_mean, windows.classes, axis=0)
         np.subtract(windows.values, residuals, out=residuals)
-        residuals /= windows.class_sd.take(windows.classes, axis=0)
+        residuals /= take(windows.class_sd, windows.classes, axis=0)
         return sum_products(quantize_residuals(residuals), windows.groups)
 
     def means(self, task: Task, counts: Ints) -> WeightedMeans:
@@ -141,9 +142,9 @@ class CorrelationDetector(ClassMeanDetector):
         each = counts[..., 1:] / np.maximum(n, 1)
         mean, square, product = each[..., :fields], each[..., fields : 2 * fields], each[..., 2 * fields :]
         variance = square - mean**2
-        scale = np.sqrt(np.maximum(variance.take(left, -1) * variance.take(right, -1), 0.0))
+        scale = np.sqrt(np.maximum(take(variance, left, -1) * take(variance, right, -1), 0.0))
         moving = scale > 1.0
-        correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(moving, scale, 1.0)
+        correlation = (product - take(mean, left, -1) * take(mean, right, -1)) / np.where(moving, scale, 1.0)
         weight = np.where(moving & (n >= MIN_CLASS_ROWS), n - 3, 0.0)
         z = np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION))
         return WeightedMeans(weight, np.where(weight > 0, z, 0.0))

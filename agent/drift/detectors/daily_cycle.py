@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric.sums import median
+from agent.indices import bincount
 
 DAY_US = 86_400_000_000
 HOUR_US = DAY_US // 24
@@ -224,10 +225,10 @@ def _add_intercept(columns: Float64s) -> Float64s:
 
 def compute_harmonics(t: Ints, harmonics: int = HARMONICS) -> Float64s:
     """(n, 2 `harmonics`) at times (n,) epoch µs."""
-    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, harmonics + 1)
+    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1.0, harmonics + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
 
 
 def count_hours(t: Ints) -> Ints:
     """(24,) windows in each hour of the day, UTC."""
-    return np.bincount(np.asarray(t) // HOUR_US % 24, minlength=24)
+    return bincount(np.asarray(t) // HOUR_US % 24, minlength=24)

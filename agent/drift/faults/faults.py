@@ -1,7 +1,6 @@
 """Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
 
-missing        more than 5 % of values absent, and more than twice the reference's share; at a site that has learned,
-               more than 1 % and more than twice the share of any learned window. Up to 5 % the window counts, too
+missing        the chart of `missing_values` has an alarm. Up to 5 % of a window's values the window counts, too
 saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
 quantized      hardly any of the finest steps from row to row that a site had, up to four times their size
 stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
@@ -23,14 +22,17 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.extremes import Extremes
+from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.resolution import find_finest
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
+from agent.drift.faults.missing_values import MissingValues
 
-MISSING_SHARE, MISSING_FACTOR = 0.05, 2
-SITE_MISSING_SHARE, MIN_MISSING_ROWS = 0.01, 10  # share and rows, at a site with a reference
+# In the order in which they explain a window: of all but `missing`, a field has the first one.
+KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "unit", "out_of_range", "spikes")
+MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
 MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
 OUTSIDE_SHARE = 0.01
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
@@ -46,19 +48,19 @@ MISREAD_FAULTS = frozenset({"swapped", "reversed", "unit"})
 class Fault(msgspec.Struct, frozen=True):
     """Fault of one field in one drift window. `detail` says what it was recognized as, if there is more to say.
 
-    A minor fault spoils no statistics: the window is tested like others.
+    `size` says how bad it is, in the kind's own unit. A minor fault spoils no statistics: the window is tested like
+    others.
     """
 
     name: str
     detail: str = ""
     is_minor: bool = False
+    size: float = 1.0
 
 
 class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Indications of faults in W drift windows, (W, F)."""
 
-    missing: Bools
-    minor_missing: Bools
     saturated: Bools
     coarseness: Ints  # how many times coarser than usual values are; 0 if not
     stuck: Bools
@@ -71,15 +73,7 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def has_indication(self) -> Bools:
         """(W,) True if a field needs a closer look."""
-        flags = (
-            self.missing
-            | self.saturated
-            | self.stuck
-            | self.low_spread
-            | self.out_of_range
-            | self.high_spread
-            | self.spikes
-        )
+        flags = self.saturated | self.stuck | self.low_spread | self.out_of_range | self.high_spread | self.spikes
         return np.asarray((flags | (self.coarseness > 0) | (self.misfit > swapped_channels.MISFIT_THRESHOLD)).any(-1))
 
 
@@ -90,8 +84,6 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
     loud, calm = other_units.detect_unusual_spread(windows, reference, outside)
     none = np.zeros(outside.shape, np.int64)
     return FaultIndicators(
-        missing=_has_too_many_missing(windows, reference, site, rows[:, None]),
-        minor_missing=windows.missing <= MISSING_SHARE * rows[:, None],
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
         stuck=windows.longest > max_normal_run(reference, rows),
@@ -103,6 +95,16 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
     )
 
 
+def missing_baseline(reference: Reference, site: Reference | None) -> MissingBaseline:
+    """Return what is usual of missing values: at the site, or before it has learned in the shipped `reference`."""
+    if site is not None and site.missing_values is not None:
+        return site.missing_values
+    shipped = reference.missing_values
+    if shipped is None:
+        shipped = MissingBaseline.from_totals(reference.missing, reference.n + reference.missing)
+    return shipped.before_learning()
+
+
 def identify_faults(
     indicators: FaultIndicators,
     index: int,
@@ -111,15 +113,20 @@ def identify_faults(
     units: Sequence[str] = (),
     site: Reference | None = None,
     misread: Bools | None = None,
-) -> tuple[Fault | None, ...]:
-    """Return the fault of each field (in these `units`) in window `index`, if any; the first in the list above wins.
+    missing: MissingValues | None = None,
+) -> tuple[tuple[Fault, ...], ...]:
+    """Return the faults of each field (in these `units`) in window `index`.
 
-    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now.
+    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now; `missing` is the state
+    of the chart after the window.
     """
     fields = len(reference.fields)
+    absent: list[tuple[Fault, ...]] = [()] * fields
+    if missing is not None and missing.alarm.any():
+        absent = _describe_missing(missing, windows, index, missing_baseline(reference, site))
     known = np.zeros(fields, np.bool_) if misread is None else misread
     if not (indicators.has_indication[index] or known.any()):
-        return (None,) * fields
+        return tuple(absent)
     summary = select_window(windows, index)
     unit = other_units.recognise_units(
         summary,
@@ -135,7 +142,6 @@ def identify_faults(
     exchanged = np.array([bool(name) for name in other])
     coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
     kinds = {
-        "missing": indicators.missing[index],
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.
         "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
@@ -146,32 +152,40 @@ def identify_faults(
         "out_of_range": outside,
         "spikes": indicators.spikes[index],
     }
+    rows = max(summary.rows, 1)
+    sizes = {
+        "saturated": summary.extremes.rows[:, :, 0].max(1) / rows,
+        "quantized": coarser,
+        "stuck": summary.longest,
+        "out_of_range": summary.outside / rows,
+        "spikes": summary.spikes / rows,
+    }
     names = np.select(list(kinds.values()), list(kinds), "").tolist()
-    details = [
-        {
+    out = []
+    for field, name in enumerate(names):
+        conversion = unit[field]
+        detail = {
             "unit": conversion.description if conversion else "",
-            "swapped": with_field,
-            "quantized": f"{times} times",
+            "swapped": other[field],
+            "quantized": f"{coarser[field]} times",
         }.get(name, "")
-        for conversion, with_field, times, name in zip(unit, other, coarser, names, strict=True)
-    ]
-    return tuple(
-        Fault(name, detail, name == "missing" and few) if name else None
-        for name, detail, few in zip(names, details, indicators.minor_missing[index].tolist(), strict=True)
-    )
+        size = float(sizes[name][field]) if name in sizes else 1.0
+        out.append((*absent[field], Fault(name, detail, size=size)) if name else absent[field])
+    return tuple(out)
 
 
-def _has_too_many_missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
-    if site is None or site.site is None:
-        usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
-        return np.asarray(windows.missing > np.maximum(MISSING_SHARE, MISSING_FACTOR * usual) * rows)
-    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * site.site.missing) * rows
-    return np.asarray(more & (windows.missing >= MIN_MISSING_ROWS))
+def _describe_missing(
+    missing: MissingValues, windows: Summary, index: int, baseline: MissingBaseline
+) -> list[tuple[Fault, ...]]:
+    share = windows.missing[index] / max(int(windows.row_counts[index]), 1)
+    minor = share <= np.maximum(MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR * baseline.share)
+    columns = zip(missing.alarm.tolist(), minor.tolist(), missing.recent_share.tolist(), strict=True)
+    return [(Fault("missing", is_minor=few, size=recent),) if on else () for on, few, recent in columns]
 
 
-def excludes_window(faults: Sequence[Fault | None]) -> bool:
+def excludes_window(faults: Sequence[tuple[Fault, ...]]) -> bool:
     """Return True if a fault keeps the window out of all tests."""
-    return any(fault is not None and not fault.is_minor for fault in faults)
+    return any(not fault.is_minor for several in faults for fault in several)
 
 
 def max_normal_run(reference: Reference, rows: Ints) -> Ints:

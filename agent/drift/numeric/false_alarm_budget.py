@@ -10,11 +10,13 @@ CLASS_SHARE_MEWMA_BUDGET = 3e-4
 # For each field up to so many: the more of them, the more their sums gain on each by itself.
 FIELD_MEWMA_BUDGET, MAX_MEWMA_FIELDS = 4e-4, 15
 PSI_BUDGET, SPEED_BUDGET = 3e-4, 3e-4
+MISSING_BUDGET = 3e-4
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.
 FIELD_SLACK, PAIR_SLACK = 1.0, 2.0
 # Limits never go below these: real windows are a little more alike than a reference can tell.
 MIN_CUSUM_LIMIT, MIN_PAIR_LIMIT = 5.0, 3.5
+MIN_BERNOULLI_LIMIT = 11.0  # four values in a row where hardly any was missing: fewer are a hiccup
 
 
 def mewma_budget(fields: int) -> float:

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.indices import bincount, repeat, take
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
@@ -25,7 +26,7 @@ class Groups(msgspec.Struct, frozen=True, eq=False):
         """Group items by the group of each, one of `count`."""
         # Few groups are few bits, which are sorted many times faster.
         order = np.argsort(group_ids.astype(np.min_scalar_type(count)), kind="stable")
-        return cls(group_ids, order, np.bincount(group_ids, minlength=count))
+        return cls(group_ids, order, bincount(group_ids, minlength=count))
 
     def iter_groups(self) -> Iterator[tuple[int, Ints]]:
         """Yield each group that is not empty, and the places of its items."""
@@ -134,7 +135,7 @@ def sum_sequentially(values: Float64s) -> Float64s:
     rows = values.reshape(len(values), -1)
     if rows.shape[1] == 1:
         # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
-        rows = np.repeat(rows, 2, axis=1)
+        rows = repeat(rows, 2, axis=1)
     return np.asarray(np.add.reduce(rows, axis=0)[: values[0].size]).reshape(values.shape[1:])
 
 
@@ -143,7 +144,7 @@ def _sum_by_group(before: Float64s, groups: Groups, values: Float64s) -> Float64
     out, width = before.copy(), values.shape[1]
     for group, members in groups.iter_groups():
         rows = np.empty((1 + len(members), 2 * width))
-        rows[0], rows[1:, :width] = before[group], values.take(members, axis=0)
+        rows[0], rows[1:, :width] = before[group], take(values, members, axis=0)
         np.multiply(rows[1:, :width], rows[1:, :width], out=rows[1:, width:])
         out[group] = sum_sequentially(rows)
     return out
@@ -154,7 +155,7 @@ def _sum_by_cell(before: Float64s, groups: Groups, values: Float64s) -> Float64s
     count, width = before.shape
     rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])
     cells = (np.concatenate([np.arange(count), groups.group_ids]) * width)[:, None] + np.arange(width)
-    return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
+    return np.asarray(bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
 
 
 def median(values: Float64s | Ints) -> Float64s:

@@ -8,6 +8,8 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import Fault
+from agent.drift.faults.missing_values import MissingValues
+from agent.text import format_since
 
 CAUSES = {
     "missing": "sensor or cable fault, or its source stopped",
@@ -22,14 +24,20 @@ CAUSES = {
 }
 
 
-def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shipped: Reference) -> str:
-    """Describe a fault of field number `field`. It names no value of the data: an extreme is one row's."""
-    share = {"out_of_range": summary.outside}.get(fault.name, summary.missing)[field]
+def fault_sentence(
+    field: int, fault: Fault, summary: Summary, missing: MissingValues, last: int, shipped: Reference
+) -> str:
+    """Describe a fault of field number `field` in a window that ended at `last` (epoch µs).
+
+    The sentence names no value: an extreme is one row's. `missing` is the state of that chart.
+    """
+    subject = shipped.fields[field]
     symptom = {
-        "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
+        "missing": _describe_missing(field, missing, last),
         "stuck": f"repeats one value for {summary.longest[field]} rows",
         "saturated": _describe_saturation(field, summary, shipped),
-        "out_of_range": f"{share / max(1, summary.rows):.0%} of values lie far outside the reference's range",
+        "out_of_range": f"{summary.outside[field] / max(1, summary.rows):.0%} of values lie far outside "
+        "the reference's range",
         "quantized": f"values come in steps about {fault.detail} as coarse as they were here",
         "spikes": f"{summary.spikes[field]} lone jumps in {summary.rows} rows",
         "swapped": f"reads like {fault.detail} did, and {fault.detail} like {subject}",
@@ -37,6 +45,31 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shi
         "unit": f"reads like {fault.detail}",
     }[fault.name]
     return f"{subject}: {symptom}: {CAUSES[fault.name]}."
+
+
+def fault_growth_note(fault: Fault, published: float) -> str:
+    """Say how much a fault grew since its alert was last published."""
+    unit = {
+        "missing": "{:.1%} of values are missing",
+        "saturated": "{:.0%} of values are held",
+        "out_of_range": "{:.0%} of values lie outside",
+        "spikes": "{:.1%} of rows jump",
+        "stuck": "runs last {:.0f} rows",
+        "quantized": "steps are {:.0f} times as coarse",
+    }[fault.name]
+    return f" It grew: {unit.format(fault.size)} now, {unit.format(published)} before."
+
+
+def drift_growth_note(published: float, size: float) -> str:
+    """Say how a drift changed since its alert was last published; sizes are in sd of a window's statistic."""
+    change = "grew" if published * size > 0 else "turned round"
+    return f" It {change} since the last alert: from {published:.2g} to {size:.2g} sd of a drift window."
+
+
+def _describe_missing(field: int, missing: MissingValues, last: int) -> str:
+    share, rows = float(missing.share[field]), int(missing.rows[field])
+    since = f" since {format_since(int(missing.since[field]), last)} UTC" if missing.since[field] else ""
+    return f"{share:.{0 if share > 0.05 else 1}%} of values are missing ({missing.missing[field]} of {rows}{since})"
 
 
 def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> str:
@@ -52,9 +85,12 @@ def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> st
     return f"{piles[side] / max(1, summary.rows):.0%} of values are held at {at}"
 
 
-def cleared_sentence(subject: str, alert: str) -> str:
-    condition = "no sensor fault" if alert == "fault" else "close to this site's reference"
-    return f"{subject}: {condition} for {WINDOWS_TO_CLEAR} windows in a row."
+def fault_cleared_sentence(subject: str, fault: str) -> str:
+    return f"{subject}: no fault of the kind {fault} for {WINDOWS_TO_CLEAR} windows in a row."
+
+
+def drift_cleared_sentence(subject: str) -> str:
+    return f"{subject}: close to this site's reference for {WINDOWS_TO_CLEAR} windows in a row."
 
 
 def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:

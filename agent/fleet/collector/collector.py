@@ -15,10 +15,12 @@ import msgspec
 from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
+from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorLink, PendingGaps
+from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
-from agent.fleet.collector.subscriptions import logged_filters, share_group, topic_filters
+from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
@@ -74,13 +76,16 @@ class Collector:
         open_link: Callable[[], CollectorLink] | None = None,
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
+        group: str = "",
         quota: Quota | None = None,
+        encryption_keys: EncryptionKeys | None = None,
     ) -> None:
         """Call `upkeep` each hour, and log the errors that it raises.
 
         `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
-        None for a single collector. `quota`: limit for each device; None for no limit. Raises UsageError if the
-        database cannot be shared.
+        None for a single collector. `group`: name of their subscriptions, [fleet] share_group. `quota`: limit for each
+        device, of all collectors together; None for no limit. `encryption_keys` open sealed messages. Raises UsageError
+        if the database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
@@ -88,10 +93,11 @@ class Collector:
                 'fleet.toml: [fleet] db = "postgresql://USER@HOST/DB"'
             )
         self.fleet, self.store, self.key, self.share = fleet, store, key, share
-        self._broker = broker
+        self._broker, self._group = broker, group
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
         self._quotas = DeviceQuotas(quota) if quota is not None else None
+        self._encryption_keys = encryption_keys
         self.stored_count = 0
         self._open_link = open_link or self._connect
         self._held: list[_Held] = []
@@ -142,6 +148,8 @@ class Collector:
                 logger.error("%s; missing messages are requested later", error)
         self.acknowledger.send(link)
         self._leader_tasks.tick()
+        if self._quotas is not None:
+            self._quotas.collector_count = self._leader_tasks.collector_count
         self._run_upkeep()
 
     def _collect(self, link: CollectorLink, retry: Backoff) -> None:
@@ -246,7 +254,10 @@ class Collector:
         return arrivals, unverified
 
     def _admit(self, delivery: IncomingMessage) -> _Held:
-        """Charge a delivery to its device's quota, once: on receipt. Refuse it over quota, or retained in a log."""
+        """Open a sealed delivery, and charge it to its device's quota, once: on receipt.
+
+        Refuse it over quota, retained in a log, or if no key opens it; then nobody acknowledges it.
+        """
         topic = delivery.topic.split("/", 4)
         kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
         if delivery.retained and kind is not None and kind.logged:
@@ -256,10 +267,17 @@ class Collector:
             self.acknowledger.clear_retained(delivery.topic)
             detail = "a device retains no message of its log; the collector deletes it at the broker"
             return _Held(delivery, False, _build_refusal(MessageRefused("retained", detail), delivery))
+        refusal = None
+        try:
+            delivery = encryption_keys.unseal(delivery, self._encryption_keys)
+        except MessageRefused as refused:
+            refusal = _build_refusal(refused, delivery)
+            if not self._broker.tls:
+                return _Held(delivery, False, refusal)
         if self._quotas is None or self._quotas.admit(
             _device_of(delivery), len(delivery.payload), self.keyring.devices, time.monotonic()
         ):
-            return _Held(delivery, True)
+            return _Held(delivery, refusal is None, refusal)
         return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
 
     def _refund(self, device: str, payload: bytes) -> None:
@@ -338,7 +356,7 @@ class Collector:
                 f"{self.store.name}: a collector {which} is already running, and the broker would hand its session to "
                 "this one; stop it, or choose another --share NAME"
             )
-        group = share_group(self.key, self.fleet) if self.share is not None else None
+        group = self._group if self.share is not None else None
         link = Link(
             self._broker,
             client_id(self.fleet, self.share),

@@ -36,6 +36,7 @@ class LeaderTasks:
         self._quota_alarm = RefusalAlarm()
         self._fleet_wide_alerts = FleetWideAlerts(store)
         self.is_leader, self._next_check_s = not store.shared, 0.0
+        self.collector_count = 1
 
     def record_batch(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal]) -> None:
         self._fleet_wide_alerts.record_batch(arrivals)
@@ -51,6 +52,7 @@ class LeaderTasks:
         try:
             if self._store.shared and time.monotonic() >= self._next_check_s:
                 self._next_check_s = time.monotonic() + LEADER_CHECK_S
+                self.collector_count = self._store.join_collectors()
                 was_leader, self.is_leader = self.is_leader, self._store.acquire_leadership(LEADER_JOB)
                 if self.is_leader != was_leader:
                     self._refusal_tally = RefusalTally()

@@ -35,10 +35,14 @@ class _Bucket(msgspec.Struct):
 
 
 class DeviceQuotas:
-    """Buckets of the enrolled devices that sent something: invented names cost no memory."""
+    """Buckets of the enrolled devices that sent something: invented names cost no memory.
+
+    Collectors that share the messages each grant their part: the broker hands them a device's messages in turn.
+    """
 
     def __init__(self, quota: Quota) -> None:
         self._quota = quota
+        self.collector_count = 1
         self._buckets: dict[str, _Bucket] = {}
 
     def admit(self, device: str, size: int, enrolled: Collection[str], now_s: float) -> bool:
@@ -50,9 +54,9 @@ class DeviceQuotas:
             return True
         bucket = self._buckets.get(device)
         if bucket is None:
-            quota = self._quota
-            burst = quota.messages_per_s * quota.burst_s, quota.bytes_per_s * quota.burst_s
-            bucket = self._buckets[device] = _Bucket(*burst, now_s)
+            messages_per_s, bytes_per_s = self._rates
+            burst_s = self._quota.burst_s
+            bucket = self._buckets[device] = _Bucket(messages_per_s * burst_s, bytes_per_s * burst_s, now_s)
         self._refill(bucket, now_s)
         if bucket.is_open:
             bucket.messages -= 1
@@ -65,15 +69,19 @@ class DeviceQuotas:
             bucket.messages += 1
             bucket.size += size
 
+    @property
+    def _rates(self) -> tuple[float, float]:
+        """Messages and bytes a second that this collector grants a device."""
+        return self._quota.messages_per_s / self.collector_count, self._quota.bytes_per_s / self.collector_count
+
     def _refill(self, bucket: _Bucket, now_s: float) -> None:
-        quota, passed_s = self._quota, now_s - bucket.updated_s
-        bucket.messages = min(bucket.messages + quota.messages_per_s * passed_s, quota.messages_per_s * quota.burst_s)
-        bucket.size = min(bucket.size + quota.bytes_per_s * passed_s, quota.bytes_per_s * quota.burst_s)
+        (messages_per_s, bytes_per_s), burst_s = self._rates, self._quota.burst_s
+        passed_s = now_s - bucket.updated_s
+        bucket.messages = min(bucket.messages + messages_per_s * passed_s, messages_per_s * burst_s)
+        bucket.size = min(bucket.size + bytes_per_s * passed_s, bytes_per_s * burst_s)
         bucket.updated_s = now_s
         if bucket.messages < 1 or bucket.size <= 0:
             bucket.is_open = False
         elif not bucket.is_open:
-            refill_s = min(REFILL_S, quota.burst_s)
-            bucket.is_open = (
-                bucket.messages >= quota.messages_per_s * refill_s and bucket.size >= quota.bytes_per_s * refill_s
-            )
+            refill_s = min(REFILL_S, burst_s)
+            bucket.is_open = bucket.messages >= messages_per_s * refill_s and bucket.size >= bytes_per_s * refill_s

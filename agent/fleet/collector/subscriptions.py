@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 
 from agent.wire import topics
-from agent.wire.keys import SigningKey
 
 
-def share_group(key: SigningKey, fleet: str) -> str:
-    """Return the group name of the shared subscriptions, which only holders of the collector's key know."""
-    # Ed25519 signatures are deterministic (RFC 8032), and nothing publishes this one.
-    return hashlib.sha256(key.sign(f"outstation shared subscriptions of {fleet}".encode())).hexdigest()[:32]
+def make_share_group() -> str:
+    """Make the name of the shared subscriptions' group, which nobody can guess."""
+    return secrets.token_hex(16)
 
 
 def logged_filters(fleet: str, *, group: str | None = None) -> list[str]:

@@ -6,7 +6,7 @@ from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, 
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
 
-INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
 # An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
 # that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector clears its own
@@ -17,7 +17,7 @@ ALERTS = """
                   JOIN logs l ON l.device = a.device AND l.log = a.log
                   WHERE a.source = 'device' AND l.live GROUP BY a.device, a.log, a.id)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
-           a.state = 'raised' AND CASE a.source
+           a.revision, a.state = 'raised' AND CASE a.source
                WHEN 'collector' THEN NOT EXISTS (
                    SELECT 1 FROM alerts c WHERE c.device = a.device AND c.log = a.log AND c.seq > a.seq
                    AND c.source = 'collector' AND c.id = a.id AND c.state = 'cleared')
@@ -27,11 +27,12 @@ ALERTS = """
 """
 
 # The last drift alert of each device and field before a time, whether it is open, and how many were raised since
-# another time.
+# another time; a revision of an open alert counts as the alert, from its first message on.
 DRIFT_ALERTS = f"""
-    SELECT task, device, subject, time, open, n FROM (
-        SELECT task, device, subject, time, open,
-               sum(CASE WHEN time >= ? THEN 1 ELSE 0 END) OVER (PARTITION BY task, device, subject) AS n,
+    SELECT task, device, subject, first AS time, open, n FROM (
+        SELECT task, device, subject, time, open, min(time) OVER (PARTITION BY device, log, id) AS first,
+               sum(CASE WHEN time >= ? AND revision = 1 THEN 1 ELSE 0 END)
+                   OVER (PARTITION BY task, device, subject) AS n,
                row_number() OVER (PARTITION BY task, device, subject ORDER BY time DESC, seq DESC) AS nth
         FROM ({ALERTS}) raised
         WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) counted
@@ -82,4 +83,4 @@ def two_logs_alert_row(device: str, log: str, summary: str, now: str, second: in
 
 def _collector_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
     head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
-    return (*head, alert.id, "collector", log, seq)
+    return (*head, alert.id, "collector", log, seq, alert.revision)

@@ -110,6 +110,9 @@ class Database(Protocol):
     def acquire_leadership(self, job: str) -> bool:
         """Return True if this process holds `job` among all that have the database open, until it disconnects."""
 
+    def join_collectors(self) -> int:
+        """Count this process among the collectors that have the database open; return how many there are."""
+
     def close(self) -> None: ...
 
 

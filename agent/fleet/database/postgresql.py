@@ -17,6 +17,13 @@ from agent.fleet.database import postgresql_schema
 from agent.fleet.database.interface import Cursor, Row, TransactionConflict, Values, display_name
 from agent.fleet.database.postgresql_rows import PostgresqlConnection, to_psycopg
 
+# Sessions with the shared lock: pg_locks shows its two halves as unsigned numbers.
+_COUNT_COLLECTORS = """
+    SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND classid::bigint = hashtext(current_schema())::bigint & 4294967295
+        AND objid::bigint = hashtext('collectors')::bigint & 4294967295"""
+
 try:
     import psycopg
     from psycopg import errors
@@ -110,6 +117,10 @@ class PostgresqlDatabase:
         # Per schema: several fleets may share a database. The lock counts repeated requests, which does no harm.
         sql = "SELECT pg_try_advisory_lock(hashtext(current_schema()), hashtext(?))"
         return bool(self.execute(sql, (job,)).fetchone()[0])
+
+    def join_collectors(self) -> int:
+        self.execute("SELECT pg_try_advisory_lock_shared(hashtext(current_schema()), hashtext('collectors'))")
+        return int(self.execute(_COUNT_COLLECTORS).fetchone()[0])
 
     @contextlib.contextmanager
     def _begin(self, begin: str) -> Iterator[PostgresqlConnection]:

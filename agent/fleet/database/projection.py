@@ -84,7 +84,7 @@ def _drift_rows(body: DriftPayload, _payload: bytes) -> list[Row]:
 
 def _alert_rows(body: AlertPayload, _payload: bytes) -> list[Row]:
     head = (body.device, body.task, body.alert, body.subject, body.state, body.severity, body.summary, body.time)
-    return [(*head, body.id, "device", body.log, body.seq)]
+    return [(*head, body.id, "device", body.log, body.seq, body.revision)]
 
 
 def _quality_rows(body: QualityPayload, payload: bytes) -> list[Row]:

@@ -77,7 +77,8 @@ _PROJECTIONS = (
     """CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
-        log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq, source))""",
+        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
+        PRIMARY KEY (device, log, seq, source))""",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,

@@ -149,6 +149,10 @@ class FleetStore:
         """Return True if this process holds `job` among all collectors of this database."""
         return self._database.acquire_leadership(job)
 
+    def join_collectors(self) -> int:
+        """Count this process among the collectors of this database; return how many there are."""
+        return self._database.join_collectors()
+
     def keys_version(self) -> int:
         """Return a number that grows with every change of the keys."""
         return int(self._fetch_all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])

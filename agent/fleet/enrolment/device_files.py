@@ -13,12 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent import durable_files, input_files
 from agent.errors import UsageError
+from agent.fleet.collector import encryption_keys
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment import pki, revocation
 from agent.fleet.enrolment.pki import CertificateAuthority
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
-from agent.wire.keys import PublicKey
+from agent.wire.keys import EncryptionKey, PublicKey
 
 SIGNING_KEY, TLS_KEY, CERTIFICATE = "device.key", "device-tls.key", "device.crt"
 # Initial root of trust for the fleet's repository.
@@ -122,7 +123,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
     collector = keys.load_public_for(Path(config.collector.key_file))
     operator = keys.load_public_for(Path(config.operator.key_file))
     files: dict[str, bytes] = {}
-    text = _render_device_toml(device, config, collector, operator)
+    text = _render_device_toml(device, config, collector, operator, encryption_keys.load_public(folder))
     if root is not None:
         files[ROOT_METADATA] = input_files.read_bytes(root)
     if root is not None and config.repository is not None:
@@ -137,7 +138,9 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
     return files | {"outstation.toml": text.encode()}
 
 
-def _render_device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
+def _render_device_toml(
+    device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey, encryption: EncryptionKey | None
+) -> str:
     broker = config.broker
     text = f"""\
 [device]
@@ -152,12 +155,20 @@ url = {toml_string(broker.url)}
         text += "allow_plaintext = true\n"
     if broker.tls:
         text += 'ca_file = "ca.pem"\ncert_file = "device.crt"\ntls_key_file = "device-tls.key"\n'
+    text += f"""
+[collector]
+key = {toml_string(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
+"""
+    if encryption is not None:
+        text += f"""\
+encryption_key = {toml_string(encryption.text)}
+
+# [privacy]
+# encrypt = true                      # seal messages to encryption_key: the broker cannot read them
+"""
     return (
         text
         + f"""
-[collector]
-key = {toml_string(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
-
 [operators]
 keys = [{toml_string(operator.text)}]     # may sign commands and desired state
 

@@ -14,7 +14,8 @@ from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscriptions import share_group
+from agent.fleet.collector import encryption_keys
+from agent.fleet.collector.subscriptions import make_share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.store import FleetStore
@@ -56,15 +57,16 @@ def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     folder.mkdir(parents=True, exist_ok=True)
     keys.generate(folder / "collector.key")
     keys.generate(folder / "operator.key")
+    encryption_keys.create(folder)
     home = folder.resolve() / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
     durable_files.write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
+    group = make_share_group()
     if broker.tls:
-        group = share_group(keys.load_private(folder / "collector.key"), name)
         broker_control.write_access_file(home / broker_control.ACCESS_FILE, broker_access.build_document(name, group))
         _write_certificates(folder, name, broker)
     # Last: a folder with this file is a complete fleet.
-    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o600)
+    durable_files.write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker, group).encode(), 0o600)
     return fleet_config.load(folder)
 
 
@@ -193,12 +195,13 @@ def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
         durable_files.write_new(folder / f"{role}-tls.key", client.key, 0o600)
 
 
-def _render_fleet_toml(name: str, broker: BrokerConfig) -> str:
+def _render_fleet_toml(name: str, broker: BrokerConfig, group: str) -> str:
     text = f"""\
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be created again.
 [fleet]
 name = {toml_string(name)}
 db = "fleet.db"                       # collected messages; a path, or postgresql://USER@HOST/DB
+share_group = {toml_string(group)}   # secret name under which several collectors share messages
 
 [broker]
 url = {toml_string(broker.url)}

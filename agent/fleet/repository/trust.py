@@ -14,7 +14,7 @@ from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
 from agent.wire.target_metadata import MEMBER
-from agent.wire.trust import COLLECTOR, MAX_KEYS, ROLES, Trust, TrustedKey
+from agent.wire.trust import COLLECTOR, ENCRYPTION, MAX_KEYS, ROLES, Trust, TrustedKey
 
 TrustEdit = Callable[[list[TrustedKey]], list[TrustedKey]]
 
@@ -63,6 +63,15 @@ def add_key(role: str, text: str) -> TrustEdit:
     return edit
 
 
+def replace_encryption_key(text: str) -> TrustEdit:
+    """Return the edit after which devices seal their messages to this key."""
+
+    def edit(listed: list[TrustedKey]) -> list[TrustedKey]:
+        return [*(entry for entry in listed if entry.role != ENCRYPTION), TrustedKey(text, ENCRYPTION)]
+
+    return edit
+
+
 def revoke_key(text: str) -> TrustEdit:
     """Return the edit that removes a public key or thumbprint from all its roles."""
 
@@ -84,7 +93,7 @@ def reset_counter(text: str, counter: int) -> TrustEdit:
 
 
 def _is_named(entry: TrustedKey, text: str) -> bool:
-    return text in (entry.key, entry.parse().kid)
+    return text in (entry.key, entry.kid)
 
 
 def _require_listed(listed: list[TrustedKey], text: str) -> None:

@@ -104,7 +104,7 @@ def _band(history: _History, feature: DerivedFeature) -> Float64s:
     out = np.full(len(mean), np.nan)
     if not len(mean):
         return out
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(rows) / rows)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(rows, dtype=np.float64) / rows)
     frequency = np.fft.rfftfreq(rows, 1 / feature.rate)
     inside = (frequency >= low) & ((frequency < high) | ((frequency == high) & (high >= feature.rate / 2)))
     weight = np.where((frequency == 0) | (frequency >= feature.rate / 2), 1.0, 2.0)[inside]

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
+from agent.indices import repeat
 from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
 
 
@@ -40,8 +41,8 @@ def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:
     begins = np.concatenate([[0], np.flatnonzero(broken) + 1]).astype(np.int64)
     lengths = np.diff(np.append(begins, n))
     counts = np.maximum(0, (lengths - window.rows) // window.step + 1)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(begins, counts) + within * window.step
+    within = np.arange(counts.sum(), dtype=np.int64) - repeat(np.cumsum(counts) - counts, counts)
+    starts = repeat(begins, counts) + within * window.step
     return WindowCut(starts, int(begins[-1] + counts[-1] * window.step))
 
 

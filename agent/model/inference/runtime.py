@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle
+from agent.indices import repeat
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
@@ -136,7 +137,7 @@ class TfliteModel:
                 # A shorter last batch is resized for 5 to 20 µs; padding would cost the time of its rows.
                 self._resize(count)
             elif count < self._allocated_batch:
-                part = np.concatenate([part, np.repeat(part[-1:], self._allocated_batch - count, axis=0)])
+                part = np.concatenate([part, repeat(part[-1:], self._allocated_batch - count, axis=0)])
             out[start : start + count] = self._run_batch(part)[:count]
 
     def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:

@@ -99,7 +99,7 @@ def compute_mel_rows(sound: Float64s, spec: SoundFormat) -> Float32s:
     """Compute (frames, bands) from samples (n,); no frame if there are fewer samples than a window."""
     if len(sound) < spec.window:
         return np.zeros((0, len(spec.columns)), np.float32)
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window, dtype=np.float64) / spec.window)
     frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
     bands = make_mel_filterbank(spec)
     # TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels).
@@ -120,7 +120,7 @@ def make_mel_filterbank(spec: SoundFormat) -> Float64s:
     scale, back, area = (
         (hz_to_mel_slaney, mel_to_hz_slaney, True) if spec.scale == "slaney" else (hz_to_mel_htk, mel_to_hz_htk, False)
     )
-    frequency = np.arange(spec.fft_size // 2 + 1) * spec.rate / spec.fft_size
+    frequency = np.arange(spec.fft_size // 2 + 1, dtype=np.int64) * spec.rate / spec.fft_size
     ends = np.array([spec.low, spec.rate / 2 if spec.high is None else spec.high])
     first, last = (float(end) for end in scale(ends))
     corners = np.linspace(first, last, spec.mels + 2)

@@ -95,10 +95,11 @@ def confine_by(policy: ModelPolicy) -> bool:
 def find_obstacle() -> str:
     """Return why this machine cannot confine a process, or "" if it can."""
     try:
-        _load_library()
+        library = _load_library()
     except ConfinementError as error:
         return str(error)
-    return "" if os.path.exists("/proc/sys/kernel/seccomp/actions_avail") else "the kernel has no seccomp filters"
+    # From level 2 on the kernel filters all threads of a process: seccomp_api_get(3). Emulated kernels do not.
+    return "" if library.seccomp_api_get() >= 2 else "the kernel has no seccomp filters"
 
 
 def confine(extra_calls: Sequence[str] = ()) -> None:

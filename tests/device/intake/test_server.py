@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
-from agent.errors import StorageError, UsageError
+from agent.errors import StorageError, StorageMoved, UsageError
 from agent.testing.broker import free_port
 from tests.kit.stations import T0, Killable, Line, Station, conf, wait_for
 
@@ -641,3 +641,63 @@ def test_made_up_categories_are_stored_as_other_and_counted(tmp_path: Path) -> N
         assert (len(texts), texts[1], texts[100]) == (101, "on", "(other)")
         assert station.rows("machine").columns[1][[0, -2, -1]].tolist() == [1, 1, 100]
         assert station.store.counters()["categories over limit"] == 66_001 - 98
+
+
+# --- the ground moved
+
+
+def make_file(path: Path) -> None:
+    path.write_text("no socket")
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+
+
+@pytest.mark.parametrize("put", [None, make_file, make_socket])
+def test_a_deleted_socket_file_is_made_again_while_connections_go_on(
+    station: Station, put: Callable[[Path], None] | None
+) -> None:
+    with station.line() as line:
+        line.send(*numbers(range(3)))
+        assert line.through(3)["accepted"] == 3
+        station.socket.unlink()
+        if put is not None:
+            put(station.socket)
+        wait_for(lambda: connects(station.socket), "a producer connects", within_s=10)
+        line.send(*numbers(range(3, 5)))
+        assert line.through(5)["accepted"] == 2
+    with station.line() as line:
+        line.send(*numbers(range(5, 8)))
+        assert line.through(3)["accepted"] == 3
+    assert stat.S_IMODE(station.socket.stat().st_mode) == 0o660
+
+
+def connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as attempt:
+        return attempt.connect_ex(str(path)) == 0
+
+
+def test_a_folder_in_the_place_of_the_socket_is_named_until_it_is_removed(
+    station: Station, caplog: pytest.LogCaptureFixture
+) -> None:
+    station.socket.unlink()
+    station.socket.mkdir()
+    wait_for(lambda: "intake.sock: Is a directory" in caplog.text, "the folder is named", within_s=10)
+    station.socket.rmdir()
+    wait_for(lambda: connects(station.socket), "a producer connects", within_s=10)
+
+
+def test_intake_fails_within_seconds_after_its_data_folder_was_moved_away(tmp_path: Path) -> None:
+    with Station(conf(tmp_path / "data")) as station, station.line() as line:
+        line.send(*numbers(range(3)))
+        line.through(3)
+        (tmp_path / "data").rename(tmp_path / "former")
+        # Without a row or a commit.
+        wait_for(lambda: bool(station.failures), "the intake fails", within_s=10)
+        assert isinstance(station.failures[0], StorageMoved)
+        line.send(*numbers(range(3, 4)))
+        line.hang_up()
+        assert line.rest() == []
+    assert not (tmp_path / "data").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from agent.device.store.retention import Growth, append_history, expired_through
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
 from agent.wire.messages import AuditPayload, verify_message
-from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, signed
+from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, once, signed
 
 
 @pytest.fixture
@@ -68,10 +69,18 @@ def restore(world: World, through: int) -> None:
 
 
 def evictions(world: World) -> list[AuditPayload]:
+    return [body for body in audits(world) if body.event == "evicted"]
+
+
+def events(world: World) -> list[str]:
+    return [body.event for body in audits(world)]
+
+
+def audits(world: World) -> list[AuditPayload]:
     result = world.store._fetch_all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
     signer = jws.Signer(DEVICE, world.key.public)
     bodies = [verify_message(t, p, [j], lambda _: signer).body for t, p, j in result]
-    return [body for body in bodies if isinstance(body, AuditPayload) and body.event == "evicted"]
+    return [body for body in bodies if isinstance(body, AuditPayload)]
 
 
 def test_acknowledged_messages_stay_and_are_not_part_of_the_backlog(world: World) -> None:
@@ -138,6 +147,7 @@ def test_a_replayed_old_acknowledgement_has_no_effect(world: World, missing: lis
     world.collector.arrivals.clear()
     world.run(lambda: False, 600)
     assert next(struck, None) is None
+    assert events(world).count("acknowledgement") <= 11
     assert not any(seq <= 60 for seq in world.collector.arrivals)
     assert evictions(world) == []
     assert world.store.acknowledged().missing == ()
@@ -147,8 +157,8 @@ def test_a_replayed_old_acknowledgement_has_no_effect(world: World, missing: lis
 def test_a_doubt_raised_before_a_restart_is_raised_again_and_settled(world: World) -> None:
     delivered(world)
     restore(world, 20)
-    world.write(1)
-    world.run(lambda: False, 5)
+    acknowledge_again(world, 20)
+    world.run(lambda: False, 2)
     assert not any(21 <= seq <= 60 for seq in world.collector.arrivals)
     world.uplink = world.new_uplink()
     writing(world)
@@ -172,8 +182,40 @@ def test_a_retained_acknowledgement_alone_changes_nothing(world: World) -> None:
     payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 20, [(5, 6)]))
     world.air.publish(OutgoingMessage(ACK_TOPIC, payload, (("jws", token),), retain=True))
     world.run(lambda: False, 60)
-    assert world.waiting() == set()
     assert world.store.acknowledged().through == 60
+    assert world.store.acknowledged().missing == ()
+    assert world.waiting() == {61}
+    assert events(world) == ["acknowledgement"]
+
+
+def acknowledge_again(world: World, through: int) -> None:
+    """Acknowledge messages up to `through`, as a collector does that connects."""
+    ack = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, through, []))
+    world.air.tick_callbacks.append(partial(once, world, world.air.clock_s + 0.5, partial(world.deliver, *ack)))
+
+
+@pytest.mark.parametrize("through", [0, 20, 59])
+def test_an_idle_device_sends_what_a_restored_collector_lost_within_seconds(world: World, through: int) -> None:
+    delivered(world)
+    restore(world, through)
+    acknowledge_again(world, through)
+    began = world.air.clock_s
+    # Nothing is written but by the uplink itself.
+    world.run(lambda: world.collector.seqs() >= set(range(1, 62)), 60)
+    assert world.collector.seqs() == set(range(1, 62))
+    assert world.air.clock_s - began < 10
+    assert events(world) == ["acknowledgement"]
+    assert evictions(world) == []
+
+
+def test_a_collector_that_lost_all_gets_it_with_the_next_message(world: World) -> None:
+    delivered(world)
+    restore(world, 0)
+    world.write(1)
+    began = world.air.clock_s
+    world.run(lambda: world.collector.seqs() >= set(range(1, 62)), 60)
+    assert world.collector.seqs() == set(range(1, 62))
+    assert world.air.clock_s - began < 5
 
 
 def test_one_acknowledgement_costs_one_small_write_and_deletes_nothing(world: World) -> None:

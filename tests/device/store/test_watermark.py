@@ -15,7 +15,8 @@ from agent.device.store import watermark
 from agent.device.store.store import Store
 from agent.device.store.watermark import Watermark, WatermarkState
 from agent.wire.log_chain import digest
-from tests.kit.stores import (
+from agent.wire.messages import CommandPayload
+from scripts.kit.stores import (
     alarms,
     append,
     append_message,
@@ -35,11 +36,16 @@ def chain_holds(store: Store) -> bool:
     return all(body["prev"] == digest(payloads[seq - 1]) for seq, body in bodies.items() if seq - 1 in payloads)
 
 
+def command(identity: str) -> CommandPayload:
+    times = {"issued": "2026-11-24T12:00:00Z", "expires": "2026-11-24T12:10:00Z"}
+    return CommandPayload(v=1, device="pi-07", id=identity, name="pause", args={"task": "judge"}, counter=41, **times)
+
+
 def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Path) -> None:
     store, author = filled(tmp_path / "live", chunks=10, messages=10, acknowledged=3)
     old = pulled(tmp_path / "live", tmp_path / "old", store, emptied=True)
     with store.transaction() as tx:
-        assert tx.commands.claim("operator", "one", "pause", {}, 41, None)
+        assert tx.commands.claim("operator", command("one"), None)
     append(store, "numbers", 30)
     for number in range(5):
         append_message(store, author, f"after the copy {number}", (51 + number, 51 + number))
@@ -50,7 +56,7 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
     assert store.last_row("numbers") == 130
     assert store.cursor("judge") == 55
     with store.transaction() as tx:
-        assert tx.commands.claim("operator", "again", "pause", {}, 41, None) is None
+        assert tx.commands.claim("operator", command("again"), None) is None
     new = {seq: body for seq, body in outbox_payloads(store).items() if seq > 15}
     assert min(new) == 16
     assert new[16]["prev"] == last

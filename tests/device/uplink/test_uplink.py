@@ -244,7 +244,10 @@ def test_messages_leave_the_outbox_only_when_the_collector_has_them(make: Callab
     world.air.tick_callbacks.append(write_and_look)
     world.run(lambda: written == 240 and not world.waiting(), 3000)
     assert world.waiting() == set()
-    assert sorted(world.collector.stored) == [(world.store.log_id, seq) for seq in range(1, 241)]
+    # Acknowledgements that come again may have been doubted.
+    last = int(world.store.get_meta("seq", "0"))
+    assert sorted(world.collector.stored) == [(world.store.log_id, seq) for seq in range(1, last + 1)]
+    assert last - 240 <= world.air.clock_s / 60
     assert world.air.max_in_flight[DEVICE] <= world.air.window
 
 
@@ -545,7 +548,8 @@ def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -
     for clock_s, ack in zip((1001, 1003, 1005), acks, strict=True):
         world.air.tick_callbacks.append(partial(once, world, clock_s, partial(world.deliver, *ack)))
     world.run(lambda: False, 8)
-    assert world.waiting() == {3, 5}
+    # The last one is the message that settles the doubt.
+    assert world.waiting() == {3, 5, 6}
     assert REFUSED not in world.store.counters()
 
 

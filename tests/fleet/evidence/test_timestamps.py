@@ -14,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import clock
-from agent.errors import MessageRefused
+from agent.errors import MessageRefused, UsageError
+from agent.fleet.database.evidence import EvidenceQueries
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.evidence.format.contents import ReadLimits
 from agent.fleet.evidence.timestamps import log_heads, token
 from agent.fleet.evidence.timestamps.stamp import Stamp
 from agent.fleet.evidence.verify.stamps import Witnesses
@@ -23,6 +27,7 @@ from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from tests.fleet.evidence.test_witness import Desk, sender, write_log
 from tests.kit.commands import call_outstation
 from tests.kit.evidences import T0_US, alert, at
+from tests.kit.fleet_databases import DATABASES, fresh_in
 from tests.kit.received_evidence import OPERATOR
 from tests.kit.timestamp_authorities import POLICY, Authority, send
 
@@ -178,6 +183,17 @@ def test_a_stamp_under_another_policy_or_of_another_fleet_is_refused(desk: Desk,
     assert "of fleet 'other'" in problem
 
 
+def test_stamps_of_more_logs_than_fit_into_memory_are_named(
+    desk: Desk, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, other = sender(), sender("pi-08", 8, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    folder = show(desk, *((each, write_log(each, since=SINCE_H)) for each in (device, other)))
+    stamps = [stamped(authority, device, other) for _ in range(2)]
+    monkeypatch.setattr("agent.fleet.evidence.verify.stamps.READ_LIMITS", ReadLimits(stamped_logs=3))
+    [problem] = problems(folder, authority, *stamps)
+    assert "cover more than 3 logs" in problem
+
+
 @given(st.integers(0, 2000), st.integers(1, 255))
 def test_no_damaged_byte_of_a_response_changes_its_time(place: int, flip: int) -> None:
     good = _good_stamp()
@@ -214,7 +230,8 @@ def _good_stamp() -> Stamp:
 
 def test_the_commands_stamp_include_and_verify(desk: Desk, authority: Authority, tmp_path: Path) -> None:
     device = sender()
-    folder = show(desk, (device, write_log(device, since=SINCE_H)))
+    messages = write_log(device, since=SINCE_H)
+    folder = show(desk, (device, messages))
     home, out = tmp_path / "1" / "acme", tmp_path / "2026.11"
     arguments = ["fleet", "evidence", "stamp", "--dir", str(home), "--out", str(out), "--json"]
     with authority.serve() as url:
@@ -228,10 +245,12 @@ def test_the_commands_stamp_include_and_verify(desk: Desk, authority: Authority,
     assert b"Verification: OK" in subprocess.run(command, capture_output=True, check=True).stdout
     made = call_outstation(*arguments[:2], *arguments[3:5], "--out", str(tmp_path / "e"), "--witness", f"{out}.tsr")
     assert made.returncode == 0, made.stderr
-    check = ["fleet", "evidence", "verify", "--key", str(home / "operator.key.pub")]
-    for path in (folder, tmp_path / "e"):
-        run = call_outstation(*check, str(path), "--witness", f"{out}.tsr", "--timestamp-ca", str(authority.root))
-        assert run.returncode == (0 if path.name == "e" else 1), run.stdout
+    cut = show(desk, (device, messages[:-3]))
+    keys = ("--key", str(home / "operator.key.pub"), "--key", OPERATOR["key"].public.text)
+    for path, words, code in ((tmp_path / "e", "VERIFIED", 0), (folder, "VERIFIED", 0), (cut, "cut off", 1)):
+        trusted = ("--witness", f"{out}.tsr", "--timestamp-ca", str(authority.root), "--timestamp-policy", POLICY)
+        run = call_outstation("fleet", "evidence", "verify", str(path), *keys, *trusted)
+        assert (run.returncode, words in run.stdout) == (code, True), run.stdout
 
 
 def _hang(handler: BaseHTTPRequestHandler, _request: bytes) -> None:
@@ -291,3 +310,24 @@ def test_a_faulty_authority_gives_no_time_stamp(
     assert run.returncode == 2
     assert words in run.stderr
     assert not Path(f"{out}.tsr").exists()
+
+
+@pytest.fixture(scope="module", params=DATABASES)
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
+    return fresh_in(request, tmp_path_factory)
+
+
+def test_the_heads_are_the_newest_messages_of_all_logs(fresh: Callable[[], FleetStore]) -> None:
+    store, devices = fresh(), [sender(), sender("pi-08", 8, "5f0c2f6e-1a54-4d0b-9a53-000000000009")]
+    for device in devices:
+        store.enrol(device.device, device.key.public, replace=False, now=at(0))
+        store.ingest([Arrival(device.verify(device.results())) for _ in range(3)], [], at(1))
+    # A gap before the newest one.
+    devices[1].results()
+    store.ingest([Arrival(devices[1].verify(devices[1].results()))], [], at(2))
+    with store.snapshot() as db:
+        heads = log_heads.decode(log_heads.encode(FLEET, EvidenceQueries(store, db).stream_heads())).heads
+    assert heads == [log_heads.LogEnd(device.device, device.log, device.seq, device.prev) for device in devices]
+    store.close()
+    with pytest.raises(UsageError, match="no message"):
+        log_heads.encode(FLEET, [])

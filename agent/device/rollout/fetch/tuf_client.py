@@ -12,7 +12,6 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
-from agent import durable_files
+from agent import clock, durable_files
 from agent.device.rollout.fetch.protocol import SignedTarget
 from agent.device.rollout.fetch.transport import RemoteFileMissing, Transport
 from agent.device.rollout.fetch.version_floors import ROOT_ROLE, VersionFloor
@@ -35,8 +34,6 @@ _TOP_LEVEL_ROLES = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # One delegation names a bundle; nested ones are followed up to this limit.
 _UPDATER_CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
 _MAX_CUSTOM_BYTES = 65_536
-# The end of the year 9999: a broken clock may show a later time.
-_MAX_TIME_S = 253_402_300_799.0
 _MAX_VERSION = 2**63 - 1
 # python-tuf raises these for metadata that are signed but malformed.
 _MALFORMED_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -56,7 +53,7 @@ class TufClient:
                 bootstrap=anchor,
             )
         self._trusted = self._updater._trusted_set
-        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _MAX_TIME_S), UTC)
+        self._trusted.reference_time = clock.to_datetime(round(time_s * 1e6))
 
     def refresh(self) -> None:
         """Update the top-level roles. Raises FetchFailed."""

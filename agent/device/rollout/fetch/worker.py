@@ -33,7 +33,15 @@ _CPU_S = 300
 # Room for metadata files; python-tuf's largest are 2 MB.
 _MIN_FILE_BYTES = 8 << 20
 _PR_SET_PDEATHSIG = 1
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "armv7l": 314, "armv6l": 314, "i686": 289, "riscv64": 30}
+# By processor and by the bits of this program: a 64-bit kernel names itself to 32-bit programs too.
+_IOPRIO_SET = {
+    ("x86_64", 64): 251,
+    ("aarch64", 64): 30,
+    ("aarch64", 32): 314,
+    ("armv8l", 32): 314,
+    ("armv7l", 32): 314,
+    ("riscv64", 64): 30,
+}
 _IOPRIO_IDLE = 3 << 13
 
 
@@ -128,7 +136,8 @@ def _apply_limits(request: FetchRequest) -> None:
         raise SystemExit(1)
     with contextlib.suppress(OSError):
         os.nice(19)
-    if (call := _IOPRIO_SET.get(platform.machine())) is not None:
+    bits = 64 if sys.maxsize > 2**32 else 32
+    if (call := _IOPRIO_SET.get((platform.machine(), bits))) is not None:
         libc.syscall(call, 1, 0, _IOPRIO_IDLE)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limits = {

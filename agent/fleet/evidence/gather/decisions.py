@@ -21,7 +21,7 @@ from agent.wire.jws import Signer
 from agent.wire.messages import MAX_PAYLOAD, AuditPayload, digest
 
 # Events that nobody decided. They are only counted.
-OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log"})
+OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log", "acknowledgement"})
 _DEVICE_ACTOR = "the device"
 _ACTOR_BY_EVENT = {
     "quarantined": "the device, because the model kept crashing it",

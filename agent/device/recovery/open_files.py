@@ -1,0 +1,109 @@
+"""Open files of the store: whether their paths still lead to what the writing process has open.
+
+A folder can be moved or mounted over, and a file deleted or replaced, while the daemon writes on through its
+descriptors. The next start would not find what it wrote there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from pathlib import Path
+
+from agent import durable_files
+from agent.device.store.store import DATABASE
+from agent.device.store.watermark import FILE_NAME
+from agent.errors import StorageError, StorageMoved
+
+log = logging.getLogger("outstation")
+
+LOCK = "lock"
+_WAL, _SHM = f"{DATABASE}-wal", f"{DATABASE}-shm"
+
+
+class OpenFiles:
+    """Device and inode of the data folder, and of the files in it that stay open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder_id = _identify(folder)
+        self._file_ids = {
+            str(folder / name): _identify(folder / name) for name in (DATABASE, _WAL, _SHM, LOCK, FILE_NAME)
+        }
+
+    def require_in_place(self, db: sqlite3.Connection) -> None:
+        """Raise StorageMoved if the folder is another one, StorageError if a file is; called before each transaction.
+
+        Before that, what is only in a deleted file is written to where the next start finds it.
+        """
+        if _identify(self._folder) != self._folder_id:
+            raise StorageMoved(
+                f"{self._folder}: no longer the data folder that was opened: {self._describe_move()}. The daemon "
+                "stops, as it would begin an empty store here; put the former folder back and start it again"
+            )
+        for path, opened in self._file_ids.items():
+            present = _identify(path)
+            if present == opened:
+                continue
+            state = "deleted" if present is None else "replaced"
+            saved = self._save(db, Path(path).name, is_deleted=present is None)
+            raise StorageError(
+                f"{path}: {state} while the daemon had it open; {saved}. The daemon stops, and the next start opens "
+                "what is there"
+            )
+
+    def is_folder_in_place(self) -> bool:
+        return _identify(self._folder) == self._folder_id
+
+    def _describe_move(self) -> str:
+        """Say what became of the former folder, as far as the kernel tells of the open database."""
+        with contextlib.suppress(OSError):
+            for descriptor in Path("/proc/self/fd").iterdir():
+                if _identify(descriptor) == self._file_ids[str(self._folder / DATABASE)]:
+                    database = os.readlink(descriptor)
+                    if database.endswith(" (deleted)"):
+                        return "it was deleted with all acknowledged data"
+                    if (place := Path(database).parent) != self._folder.absolute():
+                        return f"it was moved to {place}, with all acknowledged data"
+        return "it was replaced or mounted over; all acknowledged data is in the former one"
+
+    def _save(self, db: sqlite3.Connection, name: str, *, is_deleted: bool) -> str:
+        """Save what a deleted or replaced file alone holds, and describe the outcome."""
+        if name in (LOCK, FILE_NAME):
+            return "another process could open the store" if name == LOCK else "lost commits would not be noticed"
+        if name != DATABASE:
+            try:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                return f"commits in it could not be saved: {error}"
+            return "all commits in it were saved in the database"
+        if not is_deleted:
+            return "commits since that copy are not in it"
+        try:
+            self._restore_database(db)
+        except (sqlite3.Error, OSError) as error:
+            return f"it could not be restored: {error}"
+        return "it was restored with all its contents"
+
+    def _restore_database(self, db: sqlite3.Connection) -> None:
+        """Write the deleted database anew under its path. A kill before the rename leaves it deleted."""
+        copy = self._folder / f"{DATABASE}.restored"
+        copy.unlink(missing_ok=True)
+        os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        db.execute("VACUUM INTO ?", (str(copy),))
+        durable_files.fsync(copy)
+        # The log of the deleted file would be replayed into the new one.
+        for name in (_WAL, _SHM):
+            (self._folder / name).unlink(missing_ok=True)
+        copy.rename(self._folder / DATABASE)
+        durable_files.fsync(self._folder)
+
+
+def _identify(path: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,48 @@
+"""Sink that seals every message before another sink sends it, see `agent.transport.sealing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from agent.device.uplink.sink import OpenSink, Receipt, Sink
+from agent.transport import sealing
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+from agent.transport.sealing import OVERHEAD_BYTES
+from agent.wire.keys import EncryptionKey, parse_encryption_key
+
+
+class SealingSink:
+    """`find_key` returns the collector's key in force, which a trust document may replace at any time."""
+
+    def __init__(self, sink: Sink, find_key: Callable[[], EncryptionKey]) -> None:
+        self._sink, self._find_key = sink, find_key
+        self.acknowledge, self.wake = sink.acknowledge, sink.wake
+        self.close, self.drop = sink.close, sink.drop
+
+    @property
+    def window(self) -> int:
+        return self._sink.window
+
+    @property
+    def max_bytes(self) -> int:
+        return self._sink.max_bytes
+
+    def measure(self, message: OutgoingMessage) -> int:
+        return self._sink.measure(message) + OVERHEAD_BYTES
+
+    def send(self, message: OutgoingMessage) -> int:
+        return self._sink.send(_seal(message, self._find_key()))
+
+    def receive(self, timeout_s: float) -> list[IncomingMessage | Receipt]:
+        return self._sink.receive(timeout_s)
+
+
+def open_sealing_sink(
+    open_sink: OpenSink, find_key: Callable[[], EncryptionKey], topics: Sequence[str], will: OutgoingMessage
+) -> SealingSink:
+    """Open the sink underneath with a sealed last will. Raises LinkDown."""
+    return SealingSink(open_sink(topics, _seal(will, find_key())), find_key)
+
+
+def _seal(message: OutgoingMessage, collector: EncryptionKey) -> OutgoingMessage:
+    return sealing.seal_message(message, parse_encryption_key(message.reader) if message.reader else collector)

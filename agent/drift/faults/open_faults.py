@@ -1,0 +1,87 @@
+"""Open fault alerts of all fields, one for each field and kind of fault."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+from msgspec.structs import astuple, replace
+
+from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.faults.faults import KINDS, MISREAD_FAULTS, Fault
+from agent.drift.faults.missing_values import MissingValues
+from agent.drift.numeric.escalation import Escalation
+
+_MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
+_OUT_OF_RANGE = KINDS.index("out_of_range")
+
+
+class OpenFaults(msgspec.Struct, frozen=True, eq=False):
+    """State of fault alerts (F, K) of K kinds, and of the chart of missing values."""
+
+    number: Ints  # of the open alert, 0 for none
+    clear_count: Ints  # windows without the fault
+    escalation: Escalation
+    missing: MissingValues
+
+    @classmethod
+    def none(cls, shipped: Reference) -> OpenFaults:
+        shape = len(shipped.fields), len(KINDS)
+        whole = np.zeros(shape, np.int64)
+        return cls(whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
+
+    def take_over(self, other: OpenFaults, fields: Mapping[int, int]) -> OpenFaults:
+        """Return these faults with those of `other` in some `fields`: own number to that in `other`."""
+        here, there = list(fields), list(fields.values())
+
+        def copy_rows(own: AnyArray, others: AnyArray) -> AnyArray:
+            own = own.copy()
+            own[here] = others[there]
+            return own
+
+        return OpenFaults(
+            copy_rows(self.number, other.number),
+            copy_rows(self.clear_count, other.clear_count),
+            Escalation(*map(copy_rows, astuple(self.escalation), astuple(other.escalation))),
+            MissingValues(*map(copy_rows, astuple(self.missing), astuple(other.missing))),
+        )
+
+    @property
+    def any_open(self) -> bool:
+        return bool(self.number.any())
+
+    @property
+    def misread(self) -> Bools:
+        """(F,) an open alert says that the field is read wrongly."""
+        return np.asarray((self.number[:, _MISREAD] > 0).any(1))
+
+    def update(self, faults: tuple[tuple[Fault, ...], ...], raised_count: Ints) -> tuple[OpenFaults, FaultChanges]:
+        """Add the faults of a window; each field raised so many fault alerts before (F,)."""
+        now, size = np.zeros(self.number.shape, np.bool_), np.zeros(self.number.shape)
+        for field, several in enumerate(faults):
+            for fault in several:
+                now[field, KINDS.index(fault.name)], size[field, KINDS.index(fault.name)] = True, fault.size
+        was = self.number > 0
+        if not (now.any() or was.any()):
+            return self, FaultChanges(now, now, now, size)
+        # Readings in another unit lie far outside, too, in some windows more clearly than in others.
+        now[:, _OUT_OF_RANGE] &= ~self.misread | was[:, _OUT_OF_RANGE]
+        clear_count = np.where(was & ~now, self.clear_count + 1, 0)
+        is_open = (was | now) & (clear_count < WINDOWS_TO_CLEAR)
+        raised = is_open & ~was
+        number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
+        escalation, again = self.escalation.update(was, is_open, size)
+        changes = FaultChanges(raised, again, was & ~is_open, size)
+        return replace(self, number=number, clear_count=clear_count, escalation=escalation), changes
+
+
+class FaultChanges(msgspec.Struct, frozen=True, eq=False):
+    """Alerts (F, K) that a window raised, published again and cleared, and the sizes of its faults."""
+
+    raised: Bools
+    escalated: Bools
+    cleared: Bools
+    size: Float64s

@@ -1,0 +1,111 @@
+"""The ground moved: the data folder, or a file in it, is moved, replaced or deleted while the store has it open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.device.store.store import DATABASE, Store
+from agent.errors import StorageError, StorageMoved
+from scripts.kit.stores import NUMBERS, append, opened
+
+
+def numbers(store: Store) -> list[int]:
+    batch = store.read_rows("numbers", NUMBERS.fields, 0, 1000)
+    assert batch is not None
+    assert batch.loss_reason is None
+    return [int(value) for value in batch.rows.columns[0]]
+
+
+def move_away(folder: Path) -> None:
+    folder.rename(folder.with_name("former"))
+
+
+def replace_by_empty(folder: Path) -> None:
+    move_away(folder)
+    folder.mkdir()
+
+
+def replace_by_copy(folder: Path) -> None:
+    move_away(folder)
+    shutil.copytree(folder.with_name("former"), folder)
+
+
+@pytest.mark.parametrize("change", [move_away, replace_by_empty, replace_by_copy])
+def test_a_data_folder_that_is_no_longer_the_one_opened_takes_no_commit(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "data"
+    store, _ = opened(folder)
+    append(store, "numbers", 20)
+    change(folder)
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    with pytest.raises(StorageMoved, match=f"moved to {tmp_path / 'former'}, with all acknowledged data"):
+        append(store, "numbers", 1)
+    with pytest.raises(StorageMoved):
+        store.limit_bytes()
+    store.close()
+    # Nothing was made, and no file of another store deleted.
+    assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else []) == present
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name("former").rename(folder)
+    store, _ = opened(folder)
+    assert numbers(store) == list(range(1, 21))
+    store.close()
+
+
+def test_a_deleted_data_folder_is_named_as_deleted(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(StorageMoved, match="deleted with all acknowledged data"):
+        append(store, "numbers", 1)
+    store.close()
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "lock", "watermark"])
+def test_a_file_of_the_open_store_that_is_deleted_costs_no_row(tmp_path: Path, name: str) -> None:
+    store, _ = opened(tmp_path)
+    for _ in range(3):
+        append(store, "numbers", 20)
+    log = store.log_id
+    (tmp_path / name).unlink()
+    with pytest.raises(StorageError, match=f"{name}: deleted while the daemon had it open") as raised:
+        append(store, "numbers", 1)
+    assert not isinstance(raised.value, StorageMoved)
+    store.close()
+    store, _ = opened(tmp_path)
+    assert (numbers(store), store.log_id) == (list(range(1, 61)), log)
+    append(store, "numbers", 1)
+    assert (tmp_path / DATABASE).stat().st_mode & 0o007 == 0
+    store.close()
+
+
+def test_a_database_that_is_replaced_takes_no_commit_and_opens_as_what_it_is(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path)
+    append(store, "numbers", 20)
+    store.close()
+    shutil.copy(tmp_path / DATABASE, tmp_path / "backup")
+    store, _ = opened(tmp_path)
+    append(store, "numbers", 20)
+    os.replace(tmp_path / "backup", tmp_path / DATABASE)
+    with pytest.raises(StorageError, match="replaced while the daemon had it open"):
+        append(store, "numbers", 1)
+    store.close()
+    store, _ = opened(tmp_path)
+    # The number of the next row is kept in the watermark: no number is given twice.
+    assert store.last_row("numbers") == 40
+    store.close()
+
+
+def test_the_reserve_is_made_again(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path)
+    append(store, "numbers", 1)
+    (tmp_path / "reserve").unlink()
+    append(store, "numbers", 1)
+    assert (tmp_path / "reserve").exists()
+    store.close()

@@ -1,0 +1,98 @@
+"""Alert lifecycle: faults of one field beside each other, and open alerts that are published again."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent.alerts import Alert
+from agent.drift.numeric.escalation import MAX_REVISIONS, Escalation
+from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
+
+WINDOW, FIELDS = 60, 3
+
+
+@cache
+def site() -> Site:
+    learned = Site.learn("autocorrelated", WINDOW, FIELDS, 5)
+    assert learned.state.site_reference is not None
+    return learned
+
+
+def quiet(rows: int, seed: int = 1) -> NDArray[np.float64]:
+    return QUIET["autocorrelated"](np.random.default_rng([seed, 9]), rows, FIELDS)
+
+
+def summarize(alerts: list[Alert]) -> list[tuple[str, str, str, int]]:
+    return [(a.subject, a.evidence.get("fault", a.alert), a.state, a.revision) for a in alerts]
+
+
+def test_stuck_runs_between_missing_values_are_each_reported() -> None:
+    rows = quiet(40 * WINDOW)
+    rows[::7, 1] = np.nan
+    runs = [(at, at + 2 * WINDOW) for at in (600, 1200, 1800)]
+    for begin, end in runs:
+        rows[begin:end, 1] = np.where(np.isnan(rows[begin:end, 1]), np.nan, 0.25)
+    _, alerts = site().feed(rows)
+    told = [a for a in alerts if a.evidence.get("fault") == "stuck" and a.state == "raised"]
+    assert [a.subject for a in told] == ["f1"] * 3
+    assert len({a.id for a in alerts if a.state == "raised"}) == 4
+
+
+def test_faults_of_one_field_have_alerts_of_their_own_that_clear_by_themselves() -> None:
+    rows = quiet(30 * WINDOW)
+    rows[300:, 1][np.random.default_rng(2).random(len(rows) - 300) < 0.1] = np.nan
+    rows[900:1020, 1] = 0.25
+    _, alerts = site().feed(rows)
+    assert summarize(alerts) == [
+        ("f1", "missing", "raised", 1),
+        ("f1", "stuck", "raised", 1),
+        ("f1", "stuck", "cleared", 1),
+    ]
+    assert [a.id for a in alerts] == ["f1/fault/1", "f1/fault/2", "f1/fault/2"]
+
+
+def test_a_share_of_missing_values_that_grows_is_published_again() -> None:
+    rows = quiet(60 * WINDOW)
+    rng = np.random.default_rng(3)
+    rows[600:, 1][rng.random(len(rows) - 600) < 0.05] = np.nan
+    rows[1800:, 1][rng.random(len(rows) - 1800) < 0.5] = np.nan
+    _, alerts = site().feed(rows)
+    assert summarize(alerts) == [("f1", "missing", "raised", 1), ("f1", "missing", "raised", 2)]
+    first, second = alerts
+    assert first.id == second.id
+    assert second.evidence["now"] > 2 * second.evidence["before"]
+    assert "It grew" in second.summary
+    assert second.to_body("task")["revision"] == 2
+    assert "revision" not in first.to_body("task")
+
+
+@pytest.mark.parametrize(("then", "word"), [(4.5, "grew"), (-3.0, "turned round")])
+def test_a_drift_that_grows_or_turns_round_is_published_again(then: float, word: str) -> None:
+    rows = quiet(60 * WINDOW)
+    rows[600:, 1] += 2.0
+    rows[1800:, 1] += then - 2.0
+    _, alerts = site().feed(rows)
+    drifts = [a for a in alerts if a.alert == "drift" and a.subject == "f1" and a.state == "raised"]
+    assert [a.revision for a in drifts][:2] == [1, 2]
+    assert word in drifts[1].summary
+    assert drifts[1].evidence["shift"] == pytest.approx(then, abs=1.0)
+
+
+def test_a_drift_that_stays_as_it_is_is_published_once() -> None:
+    rows = quiet(200 * WINDOW)
+    rows[600:, 1] += 1.5
+    _, alerts = site().feed(rows)
+    assert summarize([a for a in alerts if a.subject == "f1"]) == [("f1", "drift", "raised", 1)]
+
+
+def test_an_alert_that_wavers_is_published_a_bounded_number_of_times() -> None:
+    is_open, state, published = np.array([True]), Escalation.none((1,)), 0
+    for window in range(20_000):
+        size = 4.0 ** (window / 100) if window < 3000 else (-1.0) ** (window // 10) * 1e20
+        state, again = state.update(np.array([window > 0]), is_open, np.array([size]))
+        published += int(again[0])
+    assert 5 <= published <= MAX_REVISIONS

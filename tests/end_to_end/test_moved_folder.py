@@ -1,0 +1,59 @@
+"""The ground moved under a running daemon: it stops with the reason, and what it acknowledged is still there."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from tests.kit.stations import Line
+
+STREAM = '\n[streams.numbers]\nfields = [{ name = "n", type = "i64" }]\nsource = { kind = "socket" }\n'
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[OutstationProcess]:
+    home = tmp_path / "home"
+    assert run_outstation("init", str(home), "--id", "pi-07").returncode == 0
+    config = home / "outstation.toml"
+    text = config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
+    config.write_text(text + STREAM)
+    process = OutstationProcess(tmp_path / "log", "run", "-c", str(config))
+    yield process
+    process.kill()
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as attempt:
+        return attempt.connect_ex(str(path)) == 0
+
+
+def send(path: Path, numbers: range) -> int:
+    """Send numbers as the named client; return how many of its lines were stored before."""
+    with Line(path) as line:
+        line.send({"client": "sensor"})
+        stored = int(line.answer()["through"])
+        line.send(*({"stream": "numbers", "n": n} for n in numbers))
+        line.through(stored + len(numbers))
+        return stored
+
+
+def test_a_data_folder_moved_away_stops_the_daemon_with_the_reason(tmp_path: Path, daemon: OutstationProcess) -> None:
+    data, former = tmp_path / "home" / "data", tmp_path / "former"
+    daemon.start()
+    wait_until("it listens", lambda: listens(data / "intake.sock"))
+    assert send(data / "intake.sock", range(200)) == 0
+    data.rename(former)
+    assert daemon.wait(20) == 3
+    assert not data.exists()
+    [reason] = [line for line in daemon.log.read_text().splitlines() if line.startswith("outstation:")]
+    assert f"{data}: no longer the data folder that was opened: it was moved to {former}" in reason
+    assert "Traceback" not in daemon.log.read_text()
+    former.rename(data)
+    daemon.start()
+    wait_until("it listens", lambda: listens(data / "intake.sock"))
+    assert send(data / "intake.sock", range(1)) == 200
+    assert daemon.stop() == 0
