@@ -155,6 +155,7 @@ class TaskConfig(Section, frozen=True):
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
     learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_duration: Duration = Duration(0.0)
+    learn_extension: Annotated[float, msgspec.Meta(ge=1, le=100)] = 4.0
     on_deviation: Literal["continue", "hold"] = "continue"  # with a learned reference that deviates
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
     class_field: str | None = None  # category field with the classes of a model that has none; "" for none

@@ -112,6 +112,8 @@ def build_reference_document(conf: Config, store: Store, task: str) -> dict[str,
             "windows": state.learning.total_windows,
             "of": conf.tasks[task].learn_windows,
             "for_s": max(state.requested_learn_s, float(conf.tasks[task].learn_duration)),
+            "seconds": round(state.learning.observed_s, 3),
+            "times": conf.tasks[task].learn_extension,
         }
     return document
 

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from agent.bootstrap import device
-from agent.cli.device.smallest_changes import format_smallest_changes
+from agent.cli.device.learned import format_extension, format_smallest_changes
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.device import status as documents
 from agent.model.inference.tuning import Tuning
@@ -141,6 +141,7 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
     lines = []
     if (learning := reference["learning"]) is not None:
         span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
+        span += format_extension(learning)
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
     if (site := reference["site"]) is not None:
         lines.append(format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))

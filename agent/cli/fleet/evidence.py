@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock, durable_files, input_files
+from agent import clock, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError
@@ -215,19 +215,19 @@ def stamp(
     from agent.fleet.evidence.timestamps import authority, log_heads
     from agent.fleet.evidence.timestamps import stamp as files
 
+    files.require_new(out)
     trust = _load_trust(ca, policy)
     config, store = open_for_reading(folder, db)
     with store.snapshot() as snapshot:
         heads = log_heads.encode(config.fleet.name, EvidenceQueries(store, snapshot).stream_heads())
     request = _import_token().create_request(heads)
-    files.write_request(out, heads, request)
     document: dict[str, Any] = {"out": str(out), "fleet": config.fleet.name, "time": None}
     document["logs"] = len(log_heads.decode(heads).heads)
+    responses = []
     if url is not None:
-        response = files.with_suffix(out, files.RESPONSE)
-        stamped = files.Stamp(str(response), heads, request, authority.fetch(url, request, timeout_s))
-        document["time"] = _check_stamp(stamped, trust)
-        durable_files.write(response, stamped.response)
+        responses.append(authority.fetch(url, request, timeout_s))
+        document["time"] = _check_stamp(files.Stamp(f"--timestamp-url {url}", heads, request, *responses), trust)
+    files.write(out, heads, request, *responses)
     emit(document, as_json, lambda: print_lines(*_stamp_lines(document)))
 
 
