@@ -45,7 +45,9 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
             return own
 
         return OpenFaults(
-            *(copy_rows(getattr(self, name), getattr(other, name)) for name in ("number", "seen_count", "clear_count")),
+            copy_rows(self.number, other.number),
+            copy_rows(self.seen_count, other.seen_count),
+            copy_rows(self.clear_count, other.clear_count),
             Escalation(*map(copy_rows, astuple(self.escalation), astuple(other.escalation))),
             MissingValues(*map(copy_rows, astuple(self.missing), astuple(other.missing))),
         )
