@@ -29,8 +29,8 @@ try:
 except ImportError:
     # NumPy measures its types at first use, and warns where numbers near 0 are flushed to 0. On 32-bit ARM this package
     # sets the processor to do so as soon as it is loaded.
-    for _kind in (np.float32, np.float64):
-        np.finfo(_kind)
+    np.finfo(np.float32)
+    np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
 # The runtime never frees the memory of a large batch.
