@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,17 @@ def echo_styled(text: str) -> None:
 def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
     """Print the document as JSON, or call `print_human`."""
     if as_json:
-        click.echo(printable_json(msgspec.json.format(msgspec.json.encode(document), indent=2).decode()))
+        click.echo(printable_json(_encode(document)))
     else:
         print_human()
+
+
+def _encode(document: object) -> str:
+    try:
+        return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    except UnicodeEncodeError:
+        # Text that was damaged on the disk: its bytes become escapes.
+        return json.dumps(msgspec.to_builtins(document), indent=2)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 import msgspec
 
-from agent.device.store import ranges
-from agent.device.store.ranges import Ranges
+from agent import ranges
+from agent.ranges import Ranges
 from agent.wire.messages import ResultColumns
 
 NEW_LOG = "new log"

@@ -219,6 +219,24 @@ def test_hostile_sealed_messages_are_refused_counted_and_never_acknowledged(desk
     assert (desk.store.count_messages(), desk.wire.acks()[-1]) == (1, ("pi-07", 1, []))
 
 
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_flood_of_broken_seals_costs_its_senders_quota_where_tls_proves_the_sender(home: Path, tls: bool) -> None:
+    """Without TLS anybody can send in a device's name, and must not use its quota up."""
+    store, quota = FleetStore(home / "fleet.db"), Quota(messages_per_s=1.0, bytes_per_s=100_000, burst_s=20.0)
+    broker = BrokerConfig(url="mqtts://broker" if tls else "mqtt://127.0.0.1:1")
+    wire = Wire(store)
+    collector = Collector(FLEET, broker, store, new_key(), quota=quota, encryption_keys=EncryptionKeys(home))
+    desk, sender = Desk(collector, store, wire, new_key()), enrolled(store)
+    first, good = (sealed_for(public(home), sender.results()) for _ in range(2))
+    desk.hand(first)
+    desk.hand(*[replace(good, payload=good.payload[:-1])] * 30)
+    desk.hand(good)
+    reasons, stored = desk.reasons(), store.count_messages()
+    store.close()
+    assert sum(reasons.values()) + stored == 32
+    assert ((reasons["broken seal"] < 30), stored) == ((True, 1) if tls else (False, 2))
+
+
 def test_a_sealed_gzip_bomb_fails_its_signature_within_the_limits(desk: Desk, home: Path) -> None:
     sender = enrolled(desk.store)
     message = sender.results()

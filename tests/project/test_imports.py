@@ -34,6 +34,7 @@ FLOORS = {
     "toml_files": 1,
     "durable_files": 1,
     "input_files": 0,
+    "ranges": 0,
     "config": 2,
     "wire": 3,
     "render": 3,

@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from agent import clock
+from agent import clock, ranges
 from agent.device.recovery import findings
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
-from agent.device.store import meta, ranges, retention, watermark
+from agent.device.store import meta, retention, watermark
 from agent.device.store.watermark import WatermarkState
 from agent.wire.log_chain import digest
 
@@ -155,13 +155,16 @@ def _advance_numbers(
         before = current.cursors.get(task, 0)
         if row > before:
             # These rows were consumed: never consuming a row twice is worth more than results that may have arrived.
-            sql = "INSERT INTO cursors VALUES (?, ?, ?) ON CONFLICT (task) DO UPDATE SET row = excluded.row"
+            sql = (
+                "INSERT INTO cursors (task, row, first_row) VALUES (?, ?, ?) "
+                "ON CONFLICT (task) DO UPDATE SET row = excluded.row"
+            )
             db.execute(sql, (task, row, row))
             cursors[task] = [(before + 1, row)]
     for kid, counter in saved.commands.items():
         # A command that ran must not run again when somebody repeats it.
         if counter > current.commands.get(kid, 0):
-            db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
+            db.execute("INSERT OR REPLACE INTO command_counters (kid, counter) VALUES (?, ?)", (kid, counter))
     return rows, cursors
 
 
@@ -175,7 +178,7 @@ def raise_cursors(db: sqlite3.Connection) -> None:
                 first, last = consumed.get(message.task, message.rows)
                 consumed[message.task] = min(first, message.rows[0]), max(last, message.rows[1])
     sql = (
-        "INSERT INTO cursors VALUES (?, ?, ?) "
+        "INSERT INTO cursors (task, row, first_row) VALUES (?, ?, ?) "
         "ON CONFLICT (task) DO UPDATE SET row = excluded.row WHERE excluded.row > row"
     )
     db.executemany(sql, ((task, last, first) for task, (first, last) in consumed.items()))

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from agent.config import FieldConfig
 from agent.device.recovery import catch_up, findings
 from agent.device.recovery.findings import RecoveryFinding, missing_ranges
 from agent.device.recovery.raw_pages import DamagedDatabase
-from agent.device.store import meta, retention, watermark
+from agent.device.store import meta, retention, row_crc, watermark
 from agent.device.store.outbox import message_crc
 from agent.device.store.rows import PackedChunk, is_intact, unpack_chunk
 from agent.device.store.watermark import WatermarkState
@@ -24,13 +25,16 @@ _COMMIT_ROWS = 500
 # Copied first and last; every other table is copied between them by the same rules.
 _FIRST_TABLES = ("meta", "streams")
 _LAST_TABLES = ("chunks", "outbox")
-_CHUNK_COLUMNS = ("id", "stream", "first_row", "n", "first_t", "time_bytes", "data", "crc")
+_CHUNK_COLUMNS = (
+    *("id", "stream", "first_row", "n", "first_t", "time_bytes", "data", "crc", "boot", "clock", "segment", "boot_us"),
+)
 _MESSAGE_COLUMNS = ("seq", "topic", "payload", "jws", "time", "crc")
 _INSERT_MESSAGE = f"INSERT INTO outbox ({', '.join(_MESSAGE_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?)"
 _COUNT_INDEXED = "SELECT count(*) FROM chunks INDEXED BY chunk_rows WHERE stream = ? AND first_row = ? AND id = ?"
 _FIRST_INDEXED = "SELECT stream, min(first_row) FROM chunks INDEXED BY chunk_rows GROUP BY stream"
 _SELECT_PACKED = """
-    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?
+    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, first_row, boot, clock, segment, boot_us
+    FROM chunks WHERE stream = (SELECT id FROM streams WHERE name = ?)
 """
 
 
@@ -45,6 +49,7 @@ class StoreCopy:
         self._seqs: list[tuple[int, int]] = []
         self._seq_gaps: list[tuple[int, int]] = []
         self._damaged_keys: set[str] = set()
+        self._damaged_rows: Counter[str] = Counter()
 
     def copy_tables(self) -> None:
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
@@ -102,6 +107,9 @@ class StoreCopy:
             summary += " Some source positions are lost: these sources may be read again."
         if incomplete & {"task_state", "cursors"}:
             summary += " Some state of tasks is lost."
+        if self._damaged_rows:
+            counts = ", ".join(f"{table} {n}" for table, n in sorted(self._damaged_rows.items()))
+            summary += f" Rows that are not what was written, by table: {counts}."
         finding = RecoveryFinding(
             summary=summary,
             time=clock.to_rfc3339(clock.read().wall_us),
@@ -122,7 +130,7 @@ class StoreCopy:
     def _copy_table(self, table: str) -> None:
         columns = self._columns(table)
         key = [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[5]]
-        if not columns or not set(key) <= set(columns):
+        if not columns or not {*key, *({"crc"} if table in row_crc.TABLES else ())} <= set(columns):
             self._old.incomplete_tables.add(table)
             return
         definition = self._new.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
@@ -136,6 +144,10 @@ class StoreCopy:
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         self._new.execute("BEGIN")
         for count, row in enumerate(rows, 1):
+            if table in row_crc.TABLES and not row_crc.is_row_intact(table, dict(zip(columns, row, strict=True))):
+                self._old.incomplete_tables.add(table)
+                self._damaged_rows[table] += 1
+                continue
             if any(isinstance(value, str) and not is_unicode(value) for value in row):
                 self._old.incomplete_tables.add(table)
                 continue
@@ -182,19 +194,20 @@ class StoreCopy:
         if not set(_CHUNK_COLUMNS) <= set(columns):
             self._old.incomplete_tables.add("chunks")
             return
-        rest = [name for name in columns if name not in _CHUNK_COLUMNS]
-        selected = [*_CHUNK_COLUMNS[:6], "CAST(data AS BLOB)", "crc", *rest]
+        selected = [*_CHUNK_COLUMNS[:6], "CAST(data AS BLOB)", *_CHUNK_COLUMNS[7:]]
         rows = self._old.read_by_rowid("chunks", selected, [])
-        self._insert("chunks", [*_CHUNK_COLUMNS, *rest], (row[1:] for row in rows if self._accept_chunk(row[1:])))
+        self._insert("chunks", [*_CHUNK_COLUMNS], (row[1:] for row in rows if self._accept_chunk(row[1:])))
 
     def _accept_chunk(self, row: tuple[Any, ...]) -> bool:
-        number, stream, first, n, first_t, time_bytes, data, crc = row[:8]
-        if not all(type(value) is int for value in (stream, first, n, first_t, time_bytes, crc)):
+        number, stream, first, n, first_t, time_bytes, data, crc, *clock = row
+        if not all(type(value) is int for value in (stream, first, n, first_t, time_bytes, crc, *clock)):
             return False
         copied, last = self._rows.setdefault(stream, []), first + n - 1
         if stream not in self._next_rows or n < 1 or first < 1 or last >= self._next_rows[stream]:
             return False
-        if _overlaps(copied, first, last) or not is_intact(PackedChunk(n, first_t, time_bytes, data, crc)):
+        if _overlaps(copied, first, last) or not is_intact(
+            PackedChunk(n, first_t, time_bytes, data, crc, (stream, first, *clock))
+        ):
             return False
         # The CRC does not cover the row numbers; the index, in another part of the file, has them too.
         indexed = self._old.try_query(_COUNT_INDEXED, stream, first, number)
@@ -287,12 +300,14 @@ def _repair_category_field(db: sqlite3.Connection, stream: str, fields: list[Fie
     key = (stream, fields[index].name)
     codes = {row[0] for row in db.execute("SELECT code FROM categories WHERE stream = ? AND field = ?", key)}
     largest = max(codes, default=0)
-    for row in db.execute(_SELECT_PACKED, (stream,)):
+    for n, first_t, time_bytes, data, crc, *place in db.execute(_SELECT_PACKED, (stream,)):
+        packed = PackedChunk(n, first_t, time_bytes, data, crc, tuple(place))
         with contextlib.suppress(ValueError):
-            largest = max(largest, int(unpack_chunk(PackedChunk(*row), fields).columns[index].max()))
+            largest = max(largest, int(unpack_chunk(packed, fields).columns[index].max()))
     lost = sorted(set(range(1, largest + 1)) - codes)
     db.executemany(
-        "INSERT INTO categories VALUES (?, ?, ?, ?, (SELECT next_row FROM streams WHERE name = ?))",
+        "INSERT INTO categories (stream, field, code, value, last_row) "
+        "VALUES (?, ?, ?, ?, (SELECT next_row FROM streams WHERE name = ?))",
         [(*key, code, f"lost category {code}", stream) for code in lost],
     )
 

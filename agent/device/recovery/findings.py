@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.device.store import meta, ranges
+from agent import ranges
+from agent.device.store import meta
 
 # Names in table meta: unreported findings, the last finding, how the store was closed, and the `NewLogPlan`.
 FINDINGS, LAST_FINDING, CLEAN_STOP, LAST_STOP = "findings", "last finding", "clean stop", "last stop"

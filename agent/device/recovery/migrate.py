@@ -19,8 +19,8 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises UsageError for the store of a newer version, StorageError if a migration fails: the file is then as it was,
     and `db` is closed.
     """
-    applied = _applied_steps(db)
-    known = [step.__name__ for step in schema.MIGRATIONS]
+    applied = applied_steps(db)
+    known = schema.STEPS
     unknown = [name for name in applied if name not in known]
     if unknown:
         raise UsageError(
@@ -77,7 +77,7 @@ def drop_backups(folder: Path) -> None:
             path.unlink()
 
 
-def _applied_steps(db: sqlite3.Connection) -> list[str]:
+def applied_steps(db: sqlite3.Connection) -> list[str]:
     """Return the names of the applied steps, in order, from the table of sqlite-utils."""
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
         return []

@@ -19,8 +19,8 @@ from pathlib import Path
 from agent import clock
 from agent.device.machine.systemd import notify
 from agent.device.recovery import catch_up, findings, migrate, salvage
-from agent.device.recovery.open_files import LOCK, OpenFiles
-from agent.device.store import meta, schema
+from agent.device.recovery.open_files import LOCK, OpenFiles, require_not_moved
+from agent.device.store import meta, row_crc, schema
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.store import DATABASE, Store, connect_read_only, is_corruption, translate_errors
 from agent.device.store.watermark import Watermark
@@ -51,6 +51,7 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
     quota = Quota.from_max_size(max_size)
     pragmas = schema.pragmas(quota.database_bytes // PAGE_SIZE, quota.wal_bytes, synchronous)
     with contextlib.ExitStack() as undo:
+        require_not_moved(folder)
         lock = acquire_lock(folder)
         undo.callback(os.close, lock)
         enforcer = QuotaEnforcer(path, quota)
@@ -146,6 +147,7 @@ def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
                             f"{path}: PRAGMA {pragma} gives {value!r}; acknowledged rows would not be safe"
                         )
             migrate.migrate(connection, path)
+            row_crc.install(connection, writes=True)
         except BaseException:
             connection.close()
             raise
@@ -183,13 +185,31 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
                     raise UsageError(f"{path}: a database of another program; give this device a data_dir of its own")
                 if not tables >= _REQUIRED_TABLES:
                     return f"its tables {', '.join(sorted(_REQUIRED_TABLES - tables))} are gone"
-                if problem := meta.find_damage(db):
-                    return problem
-                return None if meta.get(db, findings.CLEAN_STOP, "") else _check_after_crash(db)
+                return _find_damaged_row(db)
+        except UnicodeDecodeError:
+            # SQLite's message quotes bytes of the damaged database.
+            return "a text in it is not what was written"
         except sqlite3.Error as error:
             if not is_corruption(error):
                 raise
             return str(error)
+
+
+def _find_damaged_row(db: sqlite3.Connection) -> str | None:
+    steps = migrate.applied_steps(db)
+    if set(steps) > set(schema.STEPS):
+        # A newer version's.
+        return None
+    if not steps or steps != list(schema.STEPS[: len(steps)]):
+        return "its list of migrations is not what was written"
+    if problem := schema.find_damage(db, steps) or meta.find_damage(db):
+        return problem
+    is_clean = bool(meta.get(db, findings.CLEAN_STOP, ""))
+    if len(steps) == len(schema.STEPS):
+        row_crc.install(db, writes=False)
+        if problem := row_crc.find_damage(db, large=not is_clean):
+            return problem
+    return None if is_clean else _check_after_crash(db)
 
 
 def _is_writable_format(path: Path) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
+from agent import ranges
 from agent.alerts import STORE_DAMAGED
 from agent.clock import ClockReading
 from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
-from agent.device.store import ranges
 from agent.device.store.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent import durable_files
 from agent.device.recovery import migrate
+from agent.device.store import row_crc
 from agent.device.store.store import DATABASE
 from agent.device.store.watermark import WatermarkState
 from agent.errors import StorageError
@@ -87,6 +88,7 @@ def _build(folder: Path, place: Path, cause: str, saved: WatermarkState | None, 
         # Nobody relies on it before it is renamed.
         new.execute("PRAGMA synchronous=OFF")
         migrate.apply(new)
+        row_crc.install(new, writes=True)
         with _open_damaged(place, first_page) as old:
             copy = StoreCopy(DamagedDatabase(old), new, saved)
             copy.copy_tables()

@@ -29,9 +29,11 @@ _TOLERANCE_US = 5_000_000
 # The end of a segment is written this often at most; a step and an anchor write it at once.
 _SAVE_INTERVAL_US = 60_000_000
 _COLUMNS = "boot, segment, offset_us, first_us, last_us, quality, error_us"
-_INSERT = "INSERT INTO clock_segments VALUES (?, ?, ?, ?, ?, ?, ?, 0)"
+_INSERT = f"INSERT INTO clock_segments ({_COLUMNS}, announced) VALUES (?, ?, ?, ?, ?, ?, ?, 0)"
 _LAST_CHUNK = "SELECT boot, boot_us FROM chunks WHERE boot < ? ORDER BY id DESC LIMIT 1"
-_LAST_SEEN = "SELECT boot, max(last_us) FROM clock_segments WHERE boot < ? GROUP BY boot ORDER BY boot DESC LIMIT 1"
+_LAST_SEEN = (
+    "SELECT boot, max(last_us) FROM checked_clock_segments WHERE boot < ? GROUP BY boot ORDER BY boot DESC LIMIT 1"
+)
 
 
 class ClockStamp(msgspec.Struct, frozen=True):
@@ -99,7 +101,9 @@ class ClockSegments:
 
     def unannounced(self) -> list[ClockSegment]:
         """Return segments, of earlier boots too, without an anchor in the log."""
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM clock_segments WHERE NOT announced ORDER BY boot, segment")
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM checked_clock_segments WHERE NOT announced ORDER BY boot, segment"
+        )
         return [ClockSegment(*row) for row in rows]
 
     def mark_announced(self, segment: ClockSegment, *, current: bool) -> None:
@@ -170,7 +174,7 @@ class ClockSegments:
     def _load_all(self) -> dict[int, ClockSegment]:
         if self._cache is None:
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM clock_segments WHERE boot = ? ORDER BY segment", (self._boot,)
+                f"SELECT {_COLUMNS} FROM checked_clock_segments WHERE boot = ? ORDER BY segment", (self._boot,)
             )
             self._cache = {row[1]: ClockSegment(*row) for row in rows}
         return self._cache

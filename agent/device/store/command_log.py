@@ -53,17 +53,17 @@ class CommandLog:
 
     def counters(self) -> dict[str, int]:
         """Return the last counter of each operator key, by kid, whether its command was executed or refused."""
-        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM command_counters")}
+        return {str(kid): int(n) for kid, n in self._db.execute("SELECT kid, counter FROM checked_command_counters")}
 
     def replace_counter(self, kid: str, counter: int) -> None:
         """Store the last counter of a key, also a lower one."""
-        self._db.execute("INSERT OR REPLACE INTO command_counters VALUES (?, ?)", (kid, counter))
+        self._db.execute("INSERT OR REPLACE INTO command_counters (kid, counter) VALUES (?, ?)", (kid, counter))
         self.has_new_counter = True
 
     def claim(self, kid: str, cmd: CommandPayload, correlation: bytes | None) -> ClaimedCommand | None:
         """Claim a command; None if its id or this key's counter was used."""
         id, name, args, counter = cmd.id, cmd.name, cmd.args, cmd.counter
-        used = self._db.execute("SELECT 1 FROM command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
+        used = self._db.execute("SELECT 1 FROM checked_command_answers WHERE kid = ? AND id = ?", (kid, id)).fetchone()
         if used or counter <= self.counters().get(kid, 0):
             return None
         self.replace_counter(kid, counter)
@@ -78,7 +78,8 @@ class CommandLog:
 
     def unanswered(self) -> list[ClaimedCommand]:
         rows = self._db.execute(
-            "SELECT number, kid, id, name, args, counter FROM command_answers WHERE body IS NULL ORDER BY number"
+            "SELECT number, kid, id, name, args, counter FROM checked_command_answers "
+            "WHERE body IS NULL ORDER BY number"
         )
         return [ClaimedCommand(n, kid, id, name, json.loads(args), counter) for n, kid, id, name, args, counter in rows]
 
@@ -89,8 +90,8 @@ class CommandLog:
     def unsent(self, after: int) -> list[CommandAnswer]:
         """Return answers behind place `after` that no broker has confirmed."""
         rows = self._db.execute(
-            "SELECT number, id, name, body, correlation, reply_key FROM command_answers "
-            "WHERE sent = 0 AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
+            "SELECT number, id, name, body, correlation, reply_key FROM checked_command_answers "
+            "WHERE NOT sent AND body IS NOT NULL AND number > ? ORDER BY number LIMIT 50",
             (after,),
         )
         return [

@@ -12,13 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent import ranges
 from agent.alerts import DAMAGED_MESSAGES
 from agent.clock import ClockReading
-from agent.device.store import ranges
 from agent.device.store.message_log import MessageLog
-from agent.device.store.ranges import Ranges
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
+from agent.ranges import Ranges
 from agent.wire.messages import encode
 
 EVENT = "evicted"

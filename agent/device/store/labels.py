@@ -124,7 +124,7 @@ class LabelStore:
             round(uptime_s),
             data,
         )
-        self._db.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        self._db.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values)
 
     def load_span(self, task: str) -> PredictionSpan | None:
         return load_span(self._db, task)
@@ -173,7 +173,10 @@ class LabelStore:
         span = load_span(self._db, task)
         if span is None:
             return []
-        sql = "SELECT first_row, last_t FROM predictions WHERE task = ? AND first_row >= ? ORDER BY first_row LIMIT 1"
+        sql = (
+            "SELECT first_row, last_t FROM checked_predictions "
+            "WHERE task = ? AND first_row >= ? ORDER BY first_row LIMIT 1"
+        )
         low, high = span.first, span.last
         while low < high:
             middle = (low + high) // 2
@@ -203,7 +206,10 @@ class LabelStore:
 
     def trim_predictions(self, task: str, before_uptime_s: float, limit: int) -> int:
         """Delete up to `limit` of the oldest batches from before this uptime, and return how many."""
-        sql = "SELECT first_row, length(data), uptime_s FROM predictions WHERE task = ? ORDER BY first_row LIMIT ?"
+        sql = (
+            "SELECT first_row, length(data), uptime_s FROM checked_predictions "
+            "WHERE task = ? ORDER BY first_row LIMIT ?"
+        )
         rows = self._db.execute(sql, (task, limit)).fetchall()
         old = [(first, size) for first, size, uptime_s in rows if uptime_s < before_uptime_s]
         count = self._budget.spend_affordable(min(size, PAGE_SIZE) + 128 for _, size in old)
@@ -216,7 +222,7 @@ class LabelStore:
 
     def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
         """Store a label of a prediction: "new", "replaced" if there was another one, or "same"."""
-        sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND row = ?"
+        sql = "SELECT number, data FROM checked_labels WHERE task = ? AND row = ?"
         before = self._db.execute(sql, (task, prediction.row)).fetchone()
         old = _decode_record(before[1]) if before else None
         if old is not None and (old.label, old.source) == (label.text, label.source):
@@ -227,7 +233,9 @@ class LabelStore:
         number = self.newest_number(task) + 1
         if before:
             self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
-        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, prediction.row, data))
+        self._db.execute(
+            "INSERT INTO labels (task, number, row, data) VALUES (?, ?, ?, ?)", (task, number, prediction.row, data)
+        )
         return "replaced" if before else "new"
 
     def newest_number(self, task: str) -> int:
@@ -242,7 +250,7 @@ class LabelStore:
         record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, round(uptime_s))
         data = msgspec.msgpack.encode(record)
         self._budget.spend(len(data) + _LABEL_BYTES)
-        self._db.execute("INSERT INTO labels VALUES (?, ?, NULL, ?)", (task, (lowest or 0) - 1, data))
+        self._db.execute("INSERT INTO labels (task, number, data) VALUES (?, ?, ?)", (task, (lowest or 0) - 1, data))
         return True
 
     def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
@@ -288,7 +296,7 @@ def newest_number(db: sqlite3.Connection, task: str) -> int:
 def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
     sql = """
         SELECT (SELECT first_row FROM predictions WHERE task = :task ORDER BY first_row LIMIT 1), last_row, last_t
-        FROM predictions WHERE task = :task ORDER BY first_row DESC LIMIT 1"""
+        FROM checked_predictions WHERE task = :task ORDER BY first_row DESC LIMIT 1"""
     row = db.execute(sql, {"task": task}).fetchone()
     return PredictionSpan(*map(int, row)) if row else None
 
@@ -297,7 +305,7 @@ def load_early(
     db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
 ) -> list[tuple[int, Label, int]]:
     """Return (number, label, received) of early labels within the span, or from before this uptime."""
-    sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number < 0 ORDER BY number DESC"
+    sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number < 0 ORDER BY number DESC"
     early: list[tuple[int, Label, int]] = []
     for number, data in db.execute(sql, (task,)):
         record = _decode_record(data) or _LabelRecord("", "", 0, None)
@@ -312,7 +320,7 @@ def load_early(
 def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[StoredLabel]:
     """Return the labels of this bundle's predictions among the newest `limit` up to number `through`, oldest first."""
     sql = """
-        SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number BETWEEN 1 AND ?
+        SELECT number, data FROM checked_labels WHERE task = ? AND number BETWEEN 1 AND ?
         ORDER BY number DESC LIMIT ?"""
     labels = []
     for number, data in db.execute(sql, (task, through, limit)).fetchall():
@@ -338,7 +346,7 @@ def outcome_counter(task: str, outcome: str) -> str:
 
 def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
     """Count the stored predictions of batches that overlap rows `first` … `last`."""
-    sql = "SELECT coalesce(sum(n), 0) FROM predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
+    sql = "SELECT coalesce(sum(n), 0) FROM checked_predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
 
 

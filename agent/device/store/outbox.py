@@ -13,10 +13,11 @@ from typing import Any
 
 import msgspec
 
-from agent.device.store import meta, ranges, retention
+from agent import ranges
+from agent.device.store import meta, retention
 from agent.device.store.quota import PAGE_SIZE, Budget
-from agent.device.store.ranges import Ranges
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.ranges import Ranges
 
 # CAST: one flipped bit on the disk makes a text that cannot be read as text.
 MESSAGE_COLUMNS = "seq, CAST(topic AS BLOB), CAST(payload AS BLOB), CAST(jws AS BLOB), CAST(time AS BLOB), crc"

@@ -12,9 +12,9 @@ from statistics import median
 
 import msgspec
 
+from agent import ranges
 from agent.clock import ClockReading
-from agent.device.store import ranges
-from agent.device.store.ranges import Ranges
+from agent.ranges import Ranges
 
 # Names in table meta: acknowledged seqs, the last acknowledgement, unacknowledged messages and bytes, (uptime, seq) of
 # past acknowledgements, uptime at a moment, samples of `Growth`.

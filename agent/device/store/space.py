@@ -19,10 +19,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from agent import ranges
 from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.store import ranges, retention, task_keys
+from agent.device.store import retention, task_keys
 from agent.device.store.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog

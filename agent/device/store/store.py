@@ -19,7 +19,7 @@ import msgspec
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
-from agent.device.store import meta, retention, schema, task_keys, watermark
+from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
@@ -33,6 +33,8 @@ from agent.wire.log_chain import digest
 T = TypeVar("T")
 
 DATABASE = "outstation.db"
+
+SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"
 
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
@@ -90,6 +92,12 @@ class Store:
         path = folder / DATABASE
         db = connect_read_only(path)
         try:
+            with translate_errors(path):
+                if damage := schema.find_damage(db, schema.STEPS):
+                    raise StorageDamaged(f"{path}: {damage}; {SALVAGED_LATER}")
+                row_crc.install(db, writes=False)
+                if damage := row_crc.find_damage(db, large=False):
+                    raise StorageDamaged(f"{path}: {damage}; {SALVAGED_LATER}")
             return cls(path, db, QuotaEnforcer(path, Quota.from_max_size(max_size)), None)
         except BaseException:
             db.close()
@@ -155,40 +163,42 @@ class Store:
 
     def last_row(self, stream: str) -> int:
         """Return the number of the newest row of `stream`; 0 if there is none."""
-        row = self._fetch_one("SELECT next_row - 1 FROM streams WHERE name = ?", stream)
+        row = self._fetch_one("SELECT next_row - 1 FROM checked_streams WHERE name = ?", stream)
         return int(row[0]) if row else 0
 
     def first_row(self, stream: str) -> int:
         """Return the number of the oldest stored row, or of the next row to come."""
         row = self._fetch_one(
-            "SELECT min(first_row) FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?", stream
+            "SELECT min(first_row) FROM chunks JOIN checked_streams s ON s.id = stream WHERE s.name = ?", stream
         )
         return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
 
     def cursor(self, task: str) -> int | None:
         """Return the last row that `task` consumed; None before its first batch."""
-        row = self._fetch_one("SELECT row FROM cursors WHERE task = ?", task)
+        row = self._fetch_one("SELECT row FROM checked_cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
     def first_consumed(self, task: str) -> int | None:
-        row = self._fetch_one("SELECT first_row FROM cursors WHERE task = ?", task)
+        row = self._fetch_one("SELECT first_row FROM checked_cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
     def load_state(self, task: str, name: str) -> bytes | None:
-        row = self._fetch_one("SELECT value FROM task_state WHERE task = ? AND name = ?", task, name)
+        row = self._fetch_one("SELECT value FROM checked_task_state WHERE task = ? AND name = ?", task, name)
         return bytes(row[0]) if row else None
 
     def counters(self) -> dict[str, int]:
-        return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM counters")}
+        return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM checked_counters")}
 
     def source_position(self, source: str, item: str) -> int:
         """Return how far `source` has read `item` (a file, a client), as committed with its rows; 0 at first."""
-        row = self._fetch_one("SELECT position FROM source_positions WHERE source = ? AND item = ?", source, item)
+        row = self._fetch_one(
+            "SELECT position FROM checked_source_positions WHERE source = ? AND item = ?", source, item
+        )
         return int(row[0]) if row else 0
 
     def categories(self, stream: str, field: str) -> list[str]:
         """Return category texts by code; code 0 is a missing value."""
-        sql = "SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code"
+        sql = "SELECT value FROM checked_categories WHERE stream = ? AND field = ? ORDER BY code"
         return ["", *(str(row[0]) for row in self._fetch_all(sql, stream, field))]
 
     def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
@@ -202,9 +212,11 @@ class Store:
         query = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
         # Closed with the lock held: an open query would keep another thread's transaction from restarting the log.
         with self._lock, self._translate_errors(), contextlib.closing(self._db.execute(*query)) as chunks:
-            for first_row, *packed, boot, segment, quality in chunks:
+            for first_row, n, first_t, time_bytes, data, crc, *place in chunks:
+                stream_id, boot, quality, segment, _ = place
                 try:
-                    rows = unpack_chunk(PackedChunk(*packed), fields)
+                    packed = PackedChunk(n, first_t, time_bytes, data, crc, (stream_id, first_row, *place[1:]))
+                    rows = unpack_chunk(packed, fields)
                 except ValueError as damage:
                     if parts:
                         break
@@ -242,7 +254,8 @@ class Store:
     def _chunk_end(self, stream: str, first_row: int) -> int:
         """Return the last row of the chunk at `first_row`, from the chunk after it: its own count may be damaged."""
         row = self._fetch_one(
-            "SELECT min(first_row) - 1 FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ? AND first_row > ?",
+            "SELECT min(first_row) - 1 FROM chunks JOIN checked_streams s ON s.id = stream "
+            "WHERE s.name = ? AND first_row > ?",
             stream,
             first_row,
         )
@@ -314,7 +327,7 @@ class Store:
 
     def recent_alerts(self, limit: int) -> list[dict[str, Any]]:
         """Return the newest alerts, newest first."""
-        rows = self._fetch_all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
+        rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in rows]
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
@@ -333,7 +346,7 @@ class Store:
         """Declare the streams of the config. Raises UsageError if stored rows have other fields."""
         for name, stream in streams.items():
             fields = [[f.name, f.type] for f in stream.fields]
-            row = self._fetch_one("SELECT fields, next_row FROM streams WHERE name = ?", name)
+            row = self._fetch_one("SELECT fields, next_row FROM checked_streams WHERE name = ?", name)
             if row is not None and watermark.matches_fields(row[0], fields):
                 if watermark.is_placeholder(row[0]):
                     self._declare_stream(name, fields)
@@ -412,12 +425,18 @@ def translate_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _storage_error(path, error) from error
+    except UnicodeDecodeError as error:
+        # SQLite's message quotes bytes of the damaged database.
+        raise StorageDamaged(f"{path}: a text in it is not what was written; {SALVAGED_LATER}") from error
+
+
+_CORRUPTION_WORDS = ("Could not decode to UTF-8", "unsupported file format", row_crc.FUNCTION_FAILED)
 
 
 def is_corruption(error: sqlite3.Error) -> bool:
     name = str(getattr(error, "sqlite_errorname", ""))
     # A header with an unknown schema format or text encoding has no error code of its own.
-    unreadable = any(words in str(error) for words in ("Could not decode to UTF-8", "unsupported file format"))
+    unreadable = any(words in str(error) for words in _CORRUPTION_WORDS)
     return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or unreadable
 
 
@@ -428,5 +447,6 @@ def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StorageBusy(f"{path}: locked by another process")
     if is_corruption(error):
-        return StorageDamaged(f"{path}: {error}; the agent sets it aside and salvages it when it starts next")
+        problem = "a row is not what was written" if row_crc.FUNCTION_FAILED in str(error) else str(error)
+        return StorageDamaged(f"{path}: {problem}; {SALVAGED_LATER}")
     return StorageError(f"{path}: {name}: {error}")

@@ -79,23 +79,34 @@ class Transaction:
 
         `segment`: the clock segment of the rows' times; `boot_us`: boot time of the commit.
         """
-        stream_id, first = self._db.execute("SELECT id, next_row FROM streams WHERE name = ?", (stream,)).fetchone()
-        packed = pack_chunk(rows)
+        stream_id, first = self._db.execute(
+            "SELECT id, next_row FROM checked_streams WHERE name = ?", (stream,)
+        ).fetchone()
+        clock = QUALITIES.index(quality)
+        packed = pack_chunk(rows, (stream_id, first, self._boot, clock, segment, boot_us))
         self._budget.spend(len(packed.data) + 100)
         self._db.execute(
             schema.INSERT_CHUNK,
             (
                 *(stream_id, first, packed.n, packed.first_t, packed.time_bytes, packed.data, packed.crc),
-                *(self._boot, QUALITIES.index(quality), segment, boot_us),
+                *(self._boot, clock, segment, boot_us),
             ),
         )
         self._db.execute("UPDATE streams SET next_row = ? WHERE id = ?", (first + packed.n, stream_id))
         self.progress.rows[stream] = int(first) + packed.n
         return int(first) + packed.n - 1
 
+    def latest_time(self, stream: str) -> int | None:
+        """Return the latest time of rows that came with one, epoch µs; None if there are none."""
+        row = self._db.execute("SELECT latest_t FROM checked_streams WHERE name = ?", (stream,)).fetchone()
+        return int(row[0]) if row and row[0] is not None else None
+
+    def set_latest_time(self, stream: str, latest_us: int) -> None:
+        self._db.execute("UPDATE streams SET latest_t = ? WHERE name = ?", (latest_us, stream))
+
     def next_row(self, stream: str) -> int:
         """Return the number that the next row of `stream` will get."""
-        row = self._db.execute("SELECT next_row FROM streams WHERE name = ?", (stream,)).fetchone()
+        row = self._db.execute("SELECT next_row FROM checked_streams WHERE name = ?", (stream,)).fetchone()
         return int(row[0]) if row else 1
 
     def assign_category_codes(
@@ -128,7 +139,8 @@ class Transaction:
             self._budget.spend(len(stream) + len(field) + len(text.encode()) + 16)
             through = last_row + _CATEGORY_LEASE_ROWS
             self._db.execute(
-                "INSERT OR REPLACE INTO categories VALUES (?, ?, ?, ?, ?)", (stream, field, code, text, through)
+                "INSERT OR REPLACE INTO categories (stream, field, code, value, last_row) VALUES (?, ?, ?, ?, ?)",
+                (stream, field, code, text, through),
             )
         return [codes.get(text, other) for text in texts], sum(text not in codes for text in texts)
 
@@ -176,7 +188,7 @@ class Transaction:
 
     def cursor(self, task: str) -> int:
         """Return the last row that `task` consumed; 0 before its first batch."""
-        row = self._db.execute("SELECT row FROM cursors WHERE task = ?", (task,)).fetchone()
+        row = self._db.execute("SELECT row FROM checked_cursors WHERE task = ?", (task,)).fetchone()
         return int(row[0]) if row else 0
 
     def advance_cursor(self, task: str, first: int, last: int) -> None:
@@ -194,7 +206,7 @@ class Transaction:
         self._db.execute("INSERT OR REPLACE INTO task_state (task, name, value) VALUES (?, ?, ?)", (task, name, value))
 
     def load_state(self, task: str, name: str) -> bytes | None:
-        sql = "SELECT CAST(value AS BLOB) FROM task_state WHERE task = ? AND name = ?"
+        sql = "SELECT value FROM checked_task_state WHERE task = ? AND name = ?"
         row = self._db.execute(sql, (task, name)).fetchone()
         return row[0] if row else None
 
@@ -246,11 +258,12 @@ class Transaction:
     def increment_counter(self, name: str, n: int) -> None:
         if n:
             self._db.execute(
-                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n)
+                "INSERT INTO counters (name, n) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n",
+                (name, n),
             )
 
     def counter(self, name: str) -> int:
-        row = self._db.execute("SELECT n FROM counters WHERE name = ?", (name,)).fetchone()
+        row = self._db.execute("SELECT n FROM checked_counters WHERE name = ?", (name,)).fetchone()
         return int(row[0]) if row else 0
 
     def get_meta(self, key: str, default: str) -> str:

@@ -140,10 +140,10 @@ def from_database(db: sqlite3.Connection) -> WatermarkState:
     values = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
     streams = {
         str(name): (int(number), fields_crc(str(fields)), int(next_row))
-        for number, name, fields, next_row in db.execute("SELECT id, name, fields, next_row FROM streams")
+        for number, name, fields, next_row in db.execute("SELECT id, name, fields, next_row FROM checked_streams")
     }
-    cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM cursors")}
-    commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM command_counters")}
+    cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM checked_cursors")}
+    commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM checked_command_counters")}
     # A value that is no number was damaged.
     seq, boot = (int(values[key]) if values[key].isdecimal() else 0 for key in ("seq", "boot"))
     return WatermarkState(values["log"], seq, values["digest"], boot, values["device"], streams, cursors, commands)

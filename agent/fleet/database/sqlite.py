@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlite_utils
 
-from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
 from agent.fleet.database.schema import MIGRATIONS, Migration
 
@@ -33,6 +33,7 @@ _PRAGMAS: tuple[tuple[str, str | None], ...] = (
 _UNSTORABLE_ERRORS = (
     *(OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError),
 )
+RESTORE = "the file is damaged: restore it from a backup, and devices send what is missing again"
 _INSERT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
 _PAYLOAD = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
 _GAPS = """
@@ -40,6 +41,19 @@ _GAPS = """
       AND first >= coalesce((SELECT max(first) FROM gaps WHERE device = :device AND log = :log AND first <= :a), 0)
 """
 UNDECLARED_GAPS = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
+
+
+def _read_integer(cell: bytes) -> int:
+    """Return a cell of an integer column. SQLite stores any value there: damage must not become another type."""
+    try:
+        return int(cell)
+    except ValueError:
+        raise StorageDamaged(f"a number in the database is {cell[:40]!r}; {RESTORE}") from None
+
+
+# For connections that ask for it by `detect_types`.
+sqlite3.register_converter("INTEGER", _read_integer)
+sqlite3.register_converter("BOOLEAN", _read_integer)
 
 
 class SqliteConnection(sqlite3.Connection):
@@ -115,9 +129,11 @@ class SqliteDatabase:
                 path.touch(mode=0o600)
             mode = "ro" if read_only else "rwc"
             uri = f"{path.resolve().as_uri()}?mode={mode}"
-            self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=SqliteConnection)
+            self.connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, factory=SqliteConnection, detect_types=sqlite3.PARSE_DECLTYPES
+            )
             # Damaged text must not stop the audit, which reports it.
-            self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
+            self.connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         try:
             self._open()
             self._opened = os.stat(path)
@@ -165,7 +181,8 @@ class SqliteDatabase:
             return self.connection.execute(sql, values)
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
-        return self.connection.execute(sql, values)
+        with self._translate_errors():
+            yield from self.connection.execute(sql, values)
 
     def acquire_leadership(self, job: str) -> bool:
         """Return True: a SQLite database has one collector."""
@@ -235,7 +252,12 @@ class SqliteDatabase:
             kind = StorageFull if name == "SQLITE_FULL" else StorageError
             if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 kind = StorageBusy
+            if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+                raise StorageDamaged(f"{self.path}: {error}; {RESTORE}") from error
             raise kind(f"{self.path}: {error}") from error
+        except UnicodeDecodeError as error:
+            # SQLite's message quotes bytes of a damaged database.
+            raise StorageDamaged(f"{self.path}: a text in it is not what was written; {RESTORE}") from error
 
 
 def open_temporary() -> SqliteConnection:

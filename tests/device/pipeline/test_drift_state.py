@@ -13,8 +13,8 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift import DriftMonitor
 from agent.drift.state import DriftState
+from scripts.kit.stores import opened, outbox_payloads
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
-from tests.kit.stores import opened, outbox_payloads
 
 
 @pytest.fixture(scope="module")

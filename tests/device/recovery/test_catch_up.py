@@ -14,7 +14,7 @@ from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import retention
 from agent.errors import StorageDamaged
-from tests.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
+from scripts.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
 
 ROWS, MESSAGES = 100, 12
 
@@ -94,9 +94,12 @@ def test_a_name_or_a_crc_may_be_damaged_too(whole: Path, tmp_path: Path, change:
 
 def test_a_lost_boot_number_is_above_those_of_all_rows(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "d")
+    store, _ = opened(folder)
+    store.boot = 5
+    append(store, "numbers", 10)
+    store.close()
     (folder / "watermark").unlink()
     damage(folder, "UPDATE meta SET value = '9' WHERE key = 'boot'")
-    damage(folder, "UPDATE chunks SET boot = 5 WHERE id = 1")
     store, _ = opened(folder)
     assert store.boot == 6
     store.close()

@@ -29,7 +29,7 @@ from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
-from tests.kit.stores import KEY, TASKS, alarms, append, append_message, opened, outbox_payloads
+from scripts.kit.stores import KEY, TASKS, alarms, append, append_message, opened, outbox_payloads
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COLLECTOR = new_key(9)

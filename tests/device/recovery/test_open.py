@@ -24,8 +24,8 @@ from agent.device.store.labels import StoredPredictions
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 from agent.performance.labels import Label
+from scripts.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
 from tests.kit.stations import ROOT
-from tests.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
 
 MOUNTS = """\
 22 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
@@ -211,7 +211,8 @@ from agent.device.store import schema
 
 def dying(db):
     migration(db)
-    os._exit(9)
+    if db.execute("PRAGMA database_list").fetchone()[2]:
+        os._exit(9)
 
 migration = schema.MIGRATIONS[-1]
 dying.__name__ = migration.__name__

@@ -21,8 +21,7 @@ from agent import clock
 from agent.device.recovery import raw_pages, salvage
 from agent.device.store import watermark
 from agent.errors import StorageDamaged, StorageError
-from tests.kit.stations import ROOT
-from tests.kit.stores import (
+from scripts.kit.stores import (
     alarms,
     append,
     append_message,
@@ -34,6 +33,7 @@ from tests.kit.stores import (
     put_aside,
     served,
 )
+from tests.kit.stations import ROOT
 
 PAGE = 4096
 
@@ -287,7 +287,7 @@ class Killed(BaseException):
 _OPENER = """\
 import sys
 from pathlib import Path
-from tests.kit.stores import opened
+from scripts.kit.stores import opened
 print("begins", flush=True)
 store, _ = opened(Path(sys.argv[1]))
 store.close()

@@ -111,7 +111,8 @@ def test_single_predictions_are_looked_up_by_time(store: Store) -> None:
 def test_a_damaged_batch_of_results_is_as_if_it_were_not_there(store: Store) -> None:
     keep(store, given_rows(5), given_rows(55))
     store._db.execute(
-        "UPDATE predictions SET data = substr(data, 1, 10) || x'00' || substr(data, 12) WHERE first_row = 5"
+        "UPDATE predictions SET data = CAST(substr(data, 1, 10) || x'00' || substr(data, 12) AS BLOB) "
+        "WHERE first_row = 5"
     )
     with store.transaction() as tx:
         assert tx.labels.find_by_row("judge", 15) is None

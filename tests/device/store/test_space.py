@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import config
+from agent import config, ranges
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.recovery.open import open_store
-from agent.device.store import labels, ranges, retention, space
+from agent.device.store import labels, retention, space
 from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog

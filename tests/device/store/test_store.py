@@ -33,8 +33,8 @@ from agent.device.store.rows import RawColumns, Rows, concatenate, pack_chunk, v
 from agent.device.store.store import RowBatch, Store
 from agent.device.store.transaction import TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from scripts.kit.stores import append_message, filled
 from tests.kit.stations import ROOT, rows_of
-from tests.kit.stores import append_message, filled
 
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 STREAMS = {"numbers": NUMBERS}

@@ -16,7 +16,7 @@ from agent.device.store.store import Store
 from agent.device.store.watermark import Watermark, WatermarkState
 from agent.wire.log_chain import digest
 from agent.wire.messages import CommandPayload
-from tests.kit.stores import (
+from scripts.kit.stores import (
     alarms,
     append,
     append_message,

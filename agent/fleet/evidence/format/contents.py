@@ -269,6 +269,8 @@ class ReadLimits(msgspec.Struct, frozen=True):
     total_bytes: int = 4 << 30
     # A file that is read into memory as a whole.
     document_bytes: int = 32 << 20
+    # Logs in all time stamps together: an operator can let an authority stamp any list.
+    stamped_logs: int = 1_000_000
     problems: int = 500
     metadata_bytes: int = 4 << 20
 

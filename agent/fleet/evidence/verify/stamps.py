@@ -14,7 +14,7 @@ import msgspec
 from agent.clock import parse_rfc3339, to_rfc3339
 from agent.errors import MessageRefused
 from agent.fleet.database.interface import LogId
-from agent.fleet.evidence.format.contents import MessageRef
+from agent.fleet.evidence.format.contents import READ_LIMITS, MessageRef
 from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.fleet.evidence.timestamps import log_heads
 from agent.fleet.evidence.timestamps.stamp import Stamp
@@ -64,6 +64,7 @@ class StampChecker:
         self._manifest, self._chains, self._witnesses, self._report = manifest, chains, witnesses, report
         self._devices = {key.owner for key in manifest.keys if key.role == "device"}
         self._stamps: list[_Dated] = []
+        self._logs = 0
 
     def add(self, stamp: Stamp) -> None:
         """Verify a stamp, and commit the chains to each of its heads."""
@@ -81,6 +82,11 @@ class StampChecker:
         time = to_rfc3339(content.time_us)
         if heads.fleet != self._manifest.fleet:
             problem = f"stamps heads of fleet {heads.fleet!r}, this folder is of {self._manifest.fleet!r}"
+            self._report.add_problem(stamp.name, problem)
+            return
+        self._logs += len(heads.heads)
+        if self._logs > READ_LIMITS.stamped_logs:
+            problem = f"all time stamps together cover more than {READ_LIMITS.stamped_logs} logs; it is not compared"
             self._report.add_problem(stamp.name, problem)
             return
         self._report.stamps += 1

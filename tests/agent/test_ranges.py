@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.store import ranges
+from agent import ranges
 from agent.device.store.retention import AcknowledgedSeqs
 
 SETS = st.sets(st.integers(1, 40))
