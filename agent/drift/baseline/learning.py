@@ -336,6 +336,7 @@ def _add_site_calibration(
         ),
         limits=limits,
         sensitivity=sensitivity,
+        independent_windows=float(MOMENTS.fit_noise(task, scores).mean_windows.min()),
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -383,7 +384,10 @@ def _calibrate_scores(
         for place in unclipped:
             mean[place] = known[:, place].mean(0)
             residuals[:, place] = known[:, place] - mean[place]
-    return mean, np.maximum(residuals.std(0, ddof=1), min_sd), residuals, cycle
+    # Windows without a value stand in the middle: they are no proof of a small spread.
+    n = (~np.isnan(values)).sum(0)
+    sd = residuals.std(0, ddof=1) * np.sqrt((len(values) - 1) / np.maximum(n - 1, 1))
+    return mean, np.maximum(sd, min_sd), residuals, cycle
 
 
 def build_reference(
