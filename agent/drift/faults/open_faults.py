@@ -54,6 +54,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
             copy_rows(self.clear_count, other.clear_count),
             Escalation(*map(copy_rows, astuple(self.escalation), astuple(other.escalation))),
             MissingValues(*map(copy_rows, astuple(self.missing), astuple(other.missing))),
+            ConstantRuns(*map(copy_rows, astuple(self.runs), astuple(other.runs))),
         )
 
     @property
