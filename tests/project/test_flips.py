@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from scripts.fuzzing import flips
+from scripts.kit.stores import opened
 
 
 @pytest.mark.parametrize(("run", "count"), [(flips.flip_stores, 36), (flips.flip_databases, 20)])
@@ -23,7 +24,7 @@ def test_a_loss_without_a_word_is_noticed(tmp_path: Path) -> None:
     [clean, *_] = flips.build_stores(tmp_path)
     assert flips.check_store(clean) == ""
     for table, key in (("outbox", "seq = 20"), ("chunks", "stream = 1 AND first_row = 51")):
-        store, _ = flips.opened(clean)
+        store, _ = opened(clean)
         store._db.execute(f"DELETE FROM {table} WHERE {key}")
         store.close()
         assert "lost without a word" in flips.check_store(clean)
