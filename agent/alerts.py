@@ -152,12 +152,12 @@ FIELD_FAULT = AlertKind(
     {
         "missing": "more values are absent than usual here: sensor or cable fault, or its source stopped",
         "stuck": "one value repeats: sensor or cable fault",
-        "saturated": "values are held at one end: range too small, amplifier overloaded, sensor at its end",
+        "saturated": "values are held at one end: range too small, sensor at its end, a level that is held",
         "quantized": "values come in coarser steps: another converter, range or rounding",
         "swapped": "the field reads like another one and that one like it: cables or columns were exchanged",
         "reversed": "the sign is reversed: the sensor was turned round, or its poles exchanged",
         "unit": "values fit another unit: a converter, driver or firmware was changed",
-        "out_of_range": "values lie far outside the reference: wrong unit, wrong sensor or a fault",
+        "out_of_range": "values lie far outside the reference: another unit or sensor, a fault, a state not seen here",
         "spikes": "single values jump: loose contact or interference",
     },
 )

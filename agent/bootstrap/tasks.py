@@ -91,7 +91,10 @@ def load_task(
     def guard_run(loaded_bundle: Bundle) -> AbstractContextManager[object]:
         return nullcontext() if marker is None else marker.guard_run(name, loaded_bundle.digest)
 
-    known_tunings = tuning_cache.load(store, name) if store else known_tunings
+    if store is not None:
+        # Tasks of one bundle are probed and tuned once, and share its process.
+        others = (other for other in conf.tasks if other != name)
+        known_tunings = [tuning for task in (name, *others) for tuning in tuning_cache.load(store, task)]
     active = activation.activate(
         path, trusted_publishers(file, conf, store), known_tunings, guard_run, model_policy(conf), on_wait
     )
@@ -177,6 +180,7 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         window=manifest.drift.window,
         learn_windows=task.learn_windows,
         min_learn_s=float(task.learn_duration),
+        learn_extension=task.learn_extension,
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         units=manifest.input.units,
         class_field=declared if task.class_field is None else task.class_field,

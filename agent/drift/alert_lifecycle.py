@@ -41,7 +41,7 @@ class AlertLifecycle:
     def update_faults(self, state: DriftState, faults: tuple[tuple[Fault, ...], ...]) -> tuple[DriftState, list[Alert]]:
         """Return the state with the alerts of a window's `faults`: one per field and kind of fault."""
         before, raised = state.faults, state.raised_counts
-        opened, changes = before.update(faults, raised[: len(faults), _FAULT])
+        opened, changes = before.update(faults, state.open_summary.rows, raised[: len(faults), _FAULT])
         if opened is before:
             return state, []
         after, out = self._withdraw_misread(state, opened.misread & ~before.misread)

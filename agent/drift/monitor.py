@@ -46,6 +46,7 @@ class DriftMonitor:
     """Monitor of a task's batches against its shipped reference and, once learned, its site's reference.
 
     The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
+    Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
     `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
     the field whose values are the classes of a model that names none. With `hold_deviating`, a reference that deviates
     is not used until somebody accepts it.
@@ -60,6 +61,7 @@ class DriftMonitor:
         learn_windows: int = 40,
         units: Sequence[str] = (),
         min_learn_s: float = 0.0,
+        learn_extension: float = 4.0,
         seasonality: str = "auto",
         class_field: str = "",
         hold_deviating: bool = False,
@@ -79,6 +81,7 @@ class DriftMonitor:
         self.units = tuple(units) or ("",) * len(shipped.fields)
         self._alert_lifecycle = AlertLifecycle(shipped, self.units)
         self.min_learn_s = min_learn_s
+        self.learn_extension = learn_extension
         self.seasonality = seasonality
         self.hold_deviating = hold_deviating
         self._empty_summary = Summary.empty(self.shipped)
@@ -256,6 +259,7 @@ class DriftMonitor:
             state.site_reference,
             state.faults.misread,
             missing[0],
+            state.faults.spoilt,
         )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
@@ -314,11 +318,12 @@ class DriftMonitor:
         return chart.update_until_alarm(missing[first:], rows[first:], start_times[first:], baseline)
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
-        learning = state.learning.add(state.open_summary, self.shipped.task, t=state.t)
-        if learning.total_windows < self.learn_windows or learning.observed_s < max(
-            self.min_learn_s, state.requested_learn_s
-        ):
-            return replace(state, learning=learning), None, None
+        learning, before = state.learning.add(state.open_summary, self.shipped.task, t=state.t), state.learning
+        gathered, first = replace(state, learning=learning), not self._has_learned(state, before)
+        more = learning.total_windows - self.learn_windows
+        # A reference that may need more windows is made anew each quarter of the windows.
+        if not self._has_learned(state, learning) or not (first or more % max(1, self.learn_windows // 4) == 0):
+            return gathered, None, None
         fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
         number = state.learned_count + 1
         try:
@@ -327,6 +332,11 @@ class DriftMonitor:
             return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
         residuals = compute_residuals(shipped, learning, site, self.seasonality)
         guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
+        assert site.site is not None
+        # A deviation is told at once; more windows would only delay it.
+        wait = site.site.needs_more_windows and not guard.deviations
+        if wait and not self._has_learned(state, learning, self.learn_extension):
+            return gathered, None, None
         after = replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0, guard=guard)
         return after, site, None
 
@@ -338,6 +348,11 @@ class DriftMonitor:
     def _find_tester(self, state: DriftState) -> DriftTester | None:
         reference = state.tested_reference
         return None if reference is None else self._get_tester(reference)
+
+    def _has_learned(self, state: DriftState, learning: LearningState, times: float = 1.0) -> bool:
+        """Return True if so many times the required windows and seconds are gathered."""
+        required_s = times * max(self.min_learn_s, state.requested_learn_s)
+        return learning.total_windows >= times * self.learn_windows and learning.observed_s >= required_s
 
     def _get_tester(self, reference: Reference) -> DriftTester:
         if self._tester is None or self._tester.reference is not reference:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec.structs import replace
@@ -25,6 +27,9 @@ from agent.wire.keys import PublicKey
 
 # Blocks of files are large, and whoever waits for them can end the command.
 _FILE_BLOCK_TIMEOUT_S = 3600.0
+
+
+_processes: WeakValueDictionary[tuple[object, ...], SubprocessModel] = WeakValueDictionary()
 
 
 class ProvenBundle(msgspec.Struct, frozen=True):
@@ -92,8 +97,23 @@ def load_bundle(
         with loading(bundle):
             model = runtime.load_model(bundle.manifest, bundle.model_bytes, tuning)
     else:
-        model = SubprocessModel(bundle, tuning, policy, on_wait)
+        model = _share_process(bundle, tuning, policy, on_wait)
     return LoadedBundle(bundle, proven.reference, tuning, model)
+
+
+def _share_process(
+    bundle: Bundle, tuning: Tuning | None, policy: ModelPolicy, on_wait: Callable[[], None]
+) -> SubprocessModel:
+    """Return the model process of this bundle, or start it: tasks of one bundle take 20 MB once.
+
+    A process ends with the thread that started it, and its memory limit is the policy's.
+    """
+    settings = (tuning.batch, tuning.threads) if tuning else None
+    key = bundle.digest, settings, policy, threading.get_ident()
+    model = _processes.get(key)
+    if model is None:
+        model = _processes[key] = SubprocessModel(bundle, tuning, policy, on_wait)
+    return model
 
 
 def open_for_files(bundle: Bundle) -> Inference:

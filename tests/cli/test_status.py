@@ -71,9 +71,11 @@ def test_open_alerts_stay_in_sight_after_many_others(site: Site) -> None:
         ("fault", "wz", "wz: repeats one value."),
     ]
     assert {alert["alert"] for alert in document["alerts"]} <= {"storage", "quality"}
+    seconds = task["reference"]["learning"]["seconds"]
+    assert seconds > 0
     assert task["reference"] == {
         "site": None,
-        "learning": {"windows": 3, "of": 20, "for_s": 0.0},
+        "learning": {"windows": 3, "of": 20, "for_s": 0.0, "seconds": seconds, "times": 4.0},
         "warning": None,
     }
     assert {"accuracy", "ece"} <= {alert["metric"] for alert in task["quality"]["metrics"]}

@@ -177,7 +177,7 @@ def alerted(shipped: Reference, learned: DriftState, r: Readings, units: tuple[s
 def test_two_fields_that_changed_places_are_each_named_with_the_other(
     shipped: Reference, learned: DriftState, seed: int
 ) -> None:
-    r = readings(seed, 2)
+    r = readings(seed, 4)
     r.features[:, [1, 2]] = r.features[:, [2, 1]]
     assert alerted(shipped, learned, r, ("g", "g", "g")) == [
         ("y", "swapped", "y: reads like z did, and z like y: cables or columns were exchanged."),
@@ -193,7 +193,7 @@ def test_fields_of_different_units_are_not_reported_as_swapped(shipped: Referenc
 
 @pytest.mark.parametrize("seed", range(20, 30))
 def test_a_reversed_sign_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
-    r = readings(seed, 2)
+    r = readings(seed, 4)
     r.features[:, 1] *= -1
     assert [(s, f) for s, f, _ in alerted(shipped, learned, r, ("g", "g", "g"))] == [("y", "reversed")]
 

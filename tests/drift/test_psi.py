@@ -95,7 +95,7 @@ def test_the_limit_gives_about_the_false_alarms_it_was_allotted(tests: int, wind
 
 
 def noise(tests: int, windows: int, coefficients: float = 1.0) -> ScoreNoise:
-    return ScoreNoise(windows, np.full(tests, coefficients), np.zeros(tests), np.ones(tests))
+    return ScoreNoise(windows, np.full(tests, coefficients), np.zeros(tests), np.ones(tests), np.full(tests, 3.0))
 
 
 def test_more_tests_and_fewer_windows_for_each_coefficient_ask_for_higher_limits() -> None:

@@ -210,7 +210,7 @@ def test_old_windows_are_stored_as_evenly_as_new_ones(monitor: DriftMonitor) -> 
         learning = learning.add(empty, monitor.shipped.task, t=(i, i))
     assert learning.total_windows == 3 * MAX_WINDOWS
     assert set(np.diff(learning.t[:, 0]).tolist()) == {4}
-    assert {len(part) for part in (learning.t, learning.step_us, learning.repeated, learning.missing)} == {
+    assert {len(part) for part in (learning.t, learning.step_us, learning.repeated, learning.symptoms[..., 0])} == {
         learning.windows
     }
 

@@ -209,6 +209,22 @@ def test_a_model_process_ends_with_the_last_use_of_its_model() -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+def test_tasks_of_one_bundle_and_one_policy_share_a_process_and_its_restart() -> None:
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    proven = activation.ProvenBundle(shipped, None, None)
+    first, second = (activation.load_bundle(proven).model for _ in range(2))
+    other = activation.load_bundle(proven, policy=ModelPolicy(memory_mib=256)).model
+    assert isinstance(first, SubprocessModel)
+    assert isinstance(other, SubprocessModel)
+    assert first is second
+    assert first.pid != other.pid
+    windows = np.zeros((1, *runtime.load_model(shipped.manifest, shipped.model_bytes).input_shape), np.float32)
+    before, pid = first.invoke(windows), first.pid
+    first.close()
+    assert np.array_equal(second.invoke(windows), before), "one task closes it, and it starts again for the other"
+    assert first.pid != pid
+
+
 def test_the_name_of_the_runtime_is_known_without_loading_it() -> None:
     code = "import sys; from agent.model.inference.runtime_name import runtime_name as n; print(n()); "
     code += "print({'ai_edge_litert', 'tflite_runtime'} & set(sys.modules))"

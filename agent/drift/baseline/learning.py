@@ -10,11 +10,14 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
+from agent.drift.baseline import fault_limits
+from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
+from agent.drift.baseline.symptoms import measure_symptoms
 from agent.drift.detectors import daily_cycle, moments, outliers
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
@@ -30,7 +33,7 @@ MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
 
-_PER_WINDOW = ("bins", "output", "scores", "t", "step_us", "repeated", "missing")
+_PER_WINDOW = ("bins", "output", "scores", "t", "step_us", "repeated", "symptoms")
 _PER_ENTRY = ("window", "label", "n", "mean", "m2")
 
 
@@ -55,7 +58,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     detectors: dict[str, AnyArray]  # (m, …) what detectors retain
     step_us: Float64s  # (K,) mean step from row to row, NaN if unknown
     repeated: Float64s  # (K,) share of rows that repeat the row before
-    missing: Float64s  # (K, F) share of rows
+    symptoms: Float32s  # (K, F, …) of sensor faults
     total_windows: int = 0  # drift windows, with those that were dropped
     thinning: int = 1  # one window in this many is kept
 
@@ -79,7 +82,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             detectors=_retain(shipped.task, empty, none),
             step_us=np.empty(0),
             repeated=np.empty(0),
-            missing=np.empty((0, len(shipped.fields))),
+            symptoms=np.empty((0, len(shipped.fields), fault_limits.SYMPTOMS), np.float32),
         )
 
     def add(self, drift_window: Summary, task: Task, *, t: tuple[int, int] = (0, 0)) -> LearningState:
@@ -98,7 +101,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             "t": [t],
             "step_us": [drift_window.sampling.mean_step_us()],
             "repeated": [drift_window.repeated_share],
-            "missing": drift_window.missing_share[None],
+            "symptoms": measure_symptoms(drift_window)[None],
             "window": np.full(len(classes), self.windows),
             "label": classes,
             "n": measured.n[classes],
@@ -244,7 +247,7 @@ def calibrate_reference(
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
     missing = MissingBaseline.from_windows(
-        learning.missing,
+        learning.symptoms[..., fault_limits.MISSING].astype(np.float64),
         total.rows / max(learning.total_windows, 1),
         learning.thinning,
         total.missing,
@@ -252,6 +255,13 @@ def calibrate_reference(
     )
     if shipped.missing_values is not None:
         missing = missing.merge(shipped.missing_values)
+    honest = FaultLimits.learn(
+        learning.symptoms.astype(np.float64),
+        np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd,
+        fault_limits.compute_misfit(class_moments, usual.mean, usual.sd, np.arange(len(shipped.fields))),
+    )
+    if shipped.fault_limits is not None:
+        honest = honest.merge(shipped.fault_limits)
     reference = replace(
         shipped,
         made=source,
@@ -260,6 +270,7 @@ def calibrate_reference(
         counts=total.counts,
         missing=total.missing,
         missing_values=missing,
+        fault_limits=honest,
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
@@ -325,6 +336,7 @@ def _add_site_calibration(
         ),
         limits=limits,
         sensitivity=sensitivity,
+        independent_windows=float(MOMENTS.fit_noise(task, scores).mean_windows.min()),
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -372,7 +384,10 @@ def _calibrate_scores(
         for place in unclipped:
             mean[place] = known[:, place].mean(0)
             residuals[:, place] = known[:, place] - mean[place]
-    return mean, np.maximum(residuals.std(0, ddof=1), min_sd), residuals, cycle
+    # Windows without a value stand in the middle: they are no proof of a small spread.
+    n = (~np.isnan(values)).sum(0)
+    sd = residuals.std(0, ddof=1) * np.sqrt((len(values) - 1) / np.maximum(n - 1, 1))
+    return mean, np.maximum(sd, min_sd), residuals, cycle
 
 
 def build_reference(

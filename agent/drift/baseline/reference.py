@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from agent import arrays
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import runs, window_statistics
+from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
@@ -79,6 +80,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     site: SiteCalibration | None = None
     modes: int = 0  # classes of a model without labels, if a field of the stream names them
     missing_values: MissingBaseline | None = None  # None if only totals are known
+    fault_limits: FaultLimits | None = None  # None if its windows were not measured
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     @property
@@ -188,7 +190,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def to_json(self) -> bytes:
         omitted = () if self.site else ("site", "modes", "known_as")
-        return arrays.to_json(self, omit=omitted if self.missing_values else (*omitted, "missing_values"))
+        optional = tuple(name for name in ("missing_values", "fault_limits") if getattr(self, name) is None)
+        return arrays.to_json(self, omit=(*omitted, *optional))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -300,6 +303,7 @@ def _validate(r: Reference) -> None:
         "window": r.window > 0 and r.window_rows > 0,
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
+        "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None

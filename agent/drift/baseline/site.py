@@ -16,6 +16,8 @@ from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import DETECTORS, LearnedBaselines
 
+MIN_INDEPENDENT_WINDOWS = 10  # fewer tell too little of what is usual
+
 
 class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Calibration of a site: how its windows differ among themselves.
@@ -26,6 +28,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     baselines: LearnedBaselines
     limits: Float64s  # (T,) of CUSUMs
     sensitivity: Sensitivity
+    independent_windows: float  # that would give as good a mean of the field whose mean is known worst
     waves: Float64s  # (6, T) harmonics of a day, added to test_mean; zeros without a cycle
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
@@ -36,6 +39,10 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     rest_begins: int  # µs into the epoch week
     rest_lasts: int
     spread: Float64s | None  # (4, T) harmonics of a day, of the logarithm of test_sd; None where all hours are alike
+
+    @property
+    def needs_more_windows(self) -> bool:
+        return self.independent_windows < MIN_INDEPENDENT_WINDOWS
 
     @cached_property
     def resolution(self) -> Resolution:
@@ -61,6 +68,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
             "hours": self.hours.shape == (24,),
             "waves": self.waves.shape == (2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(self.waves).all()),
             "limits": self.limits.shape == (tests,) and bool((self.limits > 0).all()),
+            "independent_windows": self.independent_windows > 0,
             "sensitivity": self.sensitivity.is_valid(task.fields),
             "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),

@@ -20,8 +20,9 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Ints
 from agent.drift.baseline.extremes import Extremes
+from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.resolution import find_finest
@@ -34,7 +35,7 @@ from agent.drift.faults.missing_values import MissingValues
 KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "unit", "out_of_range", "spikes")
 MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
 MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
-OUTSIDE_SHARE = 0.01
+OUTSIDE_SHARE, MIN_OUTSIDE_ROWS = 0.01, 3
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
 CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
 MIN_LEVELS = 20  # coarser values often pile up on the outermost
@@ -68,30 +69,40 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     out_of_range: Bools
     high_spread: Bools  # far above it
     spikes: Bools
-    misfit: Float64s  # with the site's own statistics
+    unfit: Bools  # for the field's own place, by the site's own statistics
 
     @cached_property
     def has_indication(self) -> Bools:
         """(W,) True if a field needs a closer look."""
         flags = self.saturated | self.stuck | self.low_spread | self.out_of_range | self.high_spread | self.spikes
-        return np.asarray((flags | (self.coarseness > 0) | (self.misfit > swapped_channels.MISFIT_THRESHOLD)).any(-1))
+        return np.asarray((flags | (self.coarseness > 0) | self.unfit).any(-1))
+
+    def find_spoilt(self, index: int) -> Bools:
+        """Return the fields (F,) of a window whose statistics mean nothing, whatever class the model names."""
+        parts = (self.saturated, self.stuck, self.out_of_range, self.coarseness > 0)
+        return np.asarray(np.any([part[index] for part in parts], axis=0))
 
 
 def compute_indicators(windows: Summary, reference: Reference, site: Reference | None = None) -> FaultIndicators:
     """Compute the indications of stacked summaries; without a site's reference, a field's mounting is unknown."""
-    rows = np.maximum(windows.counts[:, 0].sum(-1) + windows.missing[:, 0], 1)
-    outside = windows.outside > OUTSIDE_SHARE * rows[:, None]
-    loud, calm = other_units.detect_unusual_spread(windows, reference, outside)
+    limits = (site or reference).fault_limits or FaultLimits.none(len(reference.fields))
+    rows = np.maximum(windows.row_counts, 1)
+    most = np.maximum(OUTSIDE_SHARE, limits.outside) * rows[:, None]
+    outside = (windows.outside > most) & (windows.outside >= MIN_OUTSIDE_ROWS)
+    loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
     none = np.zeros(outside.shape, np.int64)
     return FaultIndicators(
-        saturated=np.asarray(_detect_clipping(windows.extremes, reference, rows).any(-1)),
+        saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
         stuck=windows.longest > max_normal_run(reference, rows),
         low_spread=calm,
         out_of_range=outside,
         high_spread=loud,
-        spikes=(windows.spikes >= MIN_SPIKES) & (windows.spikes > SPIKE_SHARE * rows[:, None]),
-        misfit=none.astype(np.float64) if site is None else swapped_channels.compute_misfit(windows, site),
+        spikes=(windows.spikes >= MIN_SPIKES)
+        & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None]),
+        unfit=none > 0
+        if site is None
+        else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site), limits),
     )
 
 
@@ -114,11 +125,12 @@ def identify_faults(
     site: Reference | None = None,
     misread: Bools | None = None,
     missing: MissingValues | None = None,
+    explained: Bools | None = None,
 ) -> tuple[tuple[Fault, ...], ...]:
     """Return the faults of each field (in these `units`) in window `index`.
 
-    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now; `missing` is the state
-    of the chart after the window.
+    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `explained` (F,) those
+    with another fault up to now; `missing` is the state of the chart after the window.
     """
     fields = len(reference.fields)
     absent: list[tuple[Fault, ...]] = [()] * fields
@@ -136,9 +148,16 @@ def identify_faults(
         tuple(units),
     )
     other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
-    if site is not None and (known.any() or (indicators.misfit[index] > swapped_channels.MISFIT_THRESHOLD).any()):
-        other, mirrored = swapped_channels.detect_swaps(summary, site, units, known)
     another = np.array([conversion is not None for conversion in unit])
+    unfit = indicators.unfit[index]
+    spoilt = indicators.find_spoilt(index) | another | np.array([excludes_window((part,)) for part in absent])
+    if explained is not None:
+        spoilt |= explained
+    if reference.labels and (spoilt & ~known).any():
+        # The model names wrong classes where a field is faulty, and sound fields fit no class then.
+        unfit = np.zeros(fields, np.bool_)
+    if site is not None and (known.any() or unfit.any()):
+        other, mirrored = swapped_channels.detect_swaps(summary, site, units, known, unfit & ~spoilt)
     exchanged = np.array([bool(name) for name in other])
     coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
     kinds = {
@@ -197,15 +216,14 @@ def max_normal_run(reference: Reference, rows: Ints) -> Ints:
     return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)
 
 
-def _detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
+def _detect_clipping(extremes: Extremes, reference: Reference, limits: FaultLimits, rows: Ints) -> Bools:
     """Return which of the lowest and highest values (..., F, 2) a sensor cannot get past, of so many `rows` (...,).
 
     Not where the reference's readings pile up, too, nor where a sensor has so few levels that the outermost is common.
     """
     values, held = extremes.values, extremes.rows
-    steep = (held[..., 0] > CLIPPING_SHARE * rows[..., None, None]) & (
-        held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1)
-    )
+    most = np.maximum(CLIPPING_SHARE, limits.pile) * rows[..., None, None]
+    steep = (held[..., 0] > most) & (held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1))
     if not steep.any():
         return np.asarray(steep)
     fine = np.isfinite(values[..., 1])

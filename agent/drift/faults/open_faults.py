@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
@@ -14,6 +13,7 @@ from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
+MISREAD_WINDOWS, MISREAD_ROWS = 2, 20  # in a row that read like another unit or field, at least
 _OUT_OF_RANGE = KINDS.index("out_of_range")
 
 
@@ -21,6 +21,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     """State of fault alerts (F, K) of K kinds, and of the chart of missing values."""
 
     number: Ints  # of the open alert, 0 for none
+    seen_count: Ints  # windows in a row with the fault, while no alert is open
     clear_count: Ints  # windows without the fault
     escalation: Escalation
     missing: MissingValues
@@ -29,7 +30,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     def none(cls, shipped: Reference) -> OpenFaults:
         shape = len(shipped.fields), len(KINDS)
         whole = np.zeros(shape, np.int64)
-        return cls(whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
+        return cls(whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
 
     @property
     def any_open(self) -> bool:
@@ -40,24 +41,35 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         """(F,) an open alert says that the field is read wrongly."""
         return np.asarray((self.number[:, _MISREAD] > 0).any(1))
 
-    def update(self, faults: tuple[tuple[Fault, ...], ...], raised_count: Ints) -> tuple[OpenFaults, FaultChanges]:
-        """Add the faults of a window; each field raised so many fault alerts before (F,)."""
+    @property
+    def spoilt(self) -> Bools:
+        """(F,) an open alert says that the sensor fails, whatever the readings mean."""
+        return np.asarray((self.number[:, ~_MISREAD] > 0).any(1))
+
+    def update(
+        self, faults: tuple[tuple[Fault, ...], ...], rows: int, raised_count: Ints
+    ) -> tuple[OpenFaults, FaultChanges]:
+        """Add the faults of a window of so many `rows`; each field raised so many fault alerts before (F,)."""
         now, size = np.zeros(self.number.shape, np.bool_), np.zeros(self.number.shape)
         for field, several in enumerate(faults):
             for fault in several:
                 now[field, KINDS.index(fault.name)], size[field, KINDS.index(fault.name)] = True, fault.size
         was = self.number > 0
-        if not (now.any() or was.any()):
+        if not (now.any() or was.any() or self.seen_count.any()):
             return self, FaultChanges(now, now, now, size)
         # Readings in another unit lie far outside, too, in some windows more clearly than in others.
         now[:, _OUT_OF_RANGE] &= ~self.misread | was[:, _OUT_OF_RANGE]
         clear_count = np.where(was & ~now, self.clear_count + 1, 0)
-        is_open = (was | now) & (clear_count < WINDOWS_TO_CLEAR)
+        seen_count = np.where(now & ~was, self.seen_count + 1, 0)
+        # One odd window may read like anything: another unit, another field.
+        enough = np.where(_MISREAD, max(MISREAD_WINDOWS, -(-MISREAD_ROWS // max(rows, 1))), 1)
+        is_open = (was | (seen_count >= enough)) & (clear_count < WINDOWS_TO_CLEAR)
         raised = is_open & ~was
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
         escalation, again = self.escalation.update(was, is_open, size)
         changes = FaultChanges(raised, again, was & ~is_open, size)
-        return replace(self, number=number, clear_count=clear_count, escalation=escalation), changes
+        after = OpenFaults(number, np.where(is_open, 0, seen_count), clear_count, escalation, self.missing)
+        return after, changes
 
 
 class FaultChanges(msgspec.Struct, frozen=True, eq=False):

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s
+from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import moments
@@ -53,12 +54,8 @@ UNIT_CONVERSIONS = {
 
 
 def candidate_conversions(unit: str) -> tuple[UnitConversion, ...]:
-    """Return the conversions of a unit, or all for a field without one; named ones replace close decimal ones."""
-    named = (
-        UNIT_CONVERSIONS.get(_UNIT_ALIASES.get(unit, unit), ())
-        if unit
-        else tuple(conversion for conversions in UNIT_CONVERSIONS.values() for conversion in conversions)
-    )
+    """Return the conversions of a unit; named ones replace close decimal ones. A field without one has decimal ones."""
+    named = UNIT_CONVERSIONS.get(_UNIT_ALIASES.get(unit, unit), ())
     known = [conversion.factor for conversion in named if not conversion.offset]
     return named + tuple(
         conversion
@@ -67,14 +64,16 @@ def candidate_conversions(unit: str) -> tuple[UnitConversion, ...]:
     )
 
 
-def detect_unusual_spread(windows: Summary, reference: Reference, outside: Bools) -> tuple[Bools, Bools]:
-    """Return which fields (W, F) move far more than the reference, and which far less than it ever did.
+def detect_unusual_spread(
+    windows: Summary, reference: Reference, limits: FaultLimits, outside: Bools
+) -> tuple[Bools, Bools]:
+    """Return which fields (W, F) move far more than the reference and learned windows ever did, and which far less.
 
     Fields `outside` its limits (W, F) are none of the latter.
     """
     _, sd = _row_mean_sd(windows, reference)
-    loud = sd > HIGH_SPREAD_RATIO * reference.sd
-    calm = ~(outside | loud) & (sd < LOW_SPREAD_RATIO * reference.sd)
+    loud = sd > np.maximum(HIGH_SPREAD_RATIO, np.exp(limits.loud)) * reference.sd
+    calm = ~(outside | loud) & (sd < np.minimum(LOW_SPREAD_RATIO, np.exp(-limits.calm)) * reference.sd)
     if calm.any():
         calm &= _spread_z(windows, reference) < LOW_SPREAD_Z
     return loud, calm & (sd > 0)

@@ -37,10 +37,11 @@ class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
     coefficients: Float64s  # (S,) numbers fitted to each mean: itself, and those of a cycle
     autocorrelation: Float64s  # (S,) of neighboring windows
     tail: Float64s  # (S,) factor on the limit, 1 for normal scores
+    kurtosis: Float64s  # (S,) 3 for normal scores; the larger, the less windows tell of the spread
 
     def first(self, count: int) -> ScoreNoise:
         """Return the noise of the first `count` scores."""
-        parts = (part[:count] for part in (self.coefficients, self.autocorrelation, self.tail))
+        parts = (part[:count] for part in (self.coefficients, self.autocorrelation, self.tail, self.kurtosis))
         return ScoreNoise(self.windows, *parts)
 
     @property
@@ -57,7 +58,8 @@ class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
     def spread_windows(self) -> Float64s:
         """(S,) independent windows that would give as good a standard deviation."""
         square = self.autocorrelation**2
-        return np.asarray(np.maximum((self.windows - self.coefficients) * (1 - square) / (1 + square), 2.0))
+        alike = (1 - square) / (1 + square) * 2 / (self.kurtosis - 1)
+        return np.asarray(np.maximum((self.windows - self.coefficients) * alike, 2.0))
 
 
 def fit_noise(
@@ -72,7 +74,9 @@ def fit_noise(
         part = scores[:, kind]
         autocorrelation[kind] = fit_autocorrelation(part, coefficients[kind]) ** (1 / thinning)
         tail[kind] = fit_tail(part, slack)
-    return ScoreNoise(len(scores), coefficients, autocorrelation, tail)
+    fourth = (scores**4).sum(0) / np.maximum((scores**2).mean(0) ** 2, 1e-12)
+    kurtosis = np.maximum((fourth + 3 * PRIOR_SCORES) / (len(scores) + PRIOR_SCORES), 3.0)
+    return ScoreNoise(len(scores), coefficients, autocorrelation, tail, kurtosis)
 
 
 def fit_autocorrelation(scores: Float64s, coefficients: Float64s) -> Float64s:

@@ -14,11 +14,11 @@ from agent.text import format_since
 CAUSES = {
     "missing": "sensor or cable fault, or its source stopped",
     "stuck": "sensor or cable fault",
-    "saturated": "range set too small, amplifier overloaded or sensor at its end",
+    "saturated": "range set too small, sensor at its end, or a level that is held",
     "swapped": "cables or columns were exchanged",
     "reversed": "the sensor was turned round, or its poles exchanged",
     "unit": "a converter, driver or firmware was changed",
-    "out_of_range": "wrong unit, wrong sensor or a fault",
+    "out_of_range": "another unit or sensor, a fault, or a state that was never seen here",
     "quantized": "another converter, range or rounding",
     "spikes": "loose contact or interference",
 }

@@ -57,7 +57,7 @@ class Population(msgspec.Struct, frozen=True):
     labels: int = 0
     model_rows: int = 1
     days: float = 0.0
-    watched: int = 60
+    watched: int = 120
 
 
 def _normal(steady: float, fields: int = FIELDS) -> Make:

@@ -15,7 +15,7 @@ from scripts.benchmarks.drift_peers.synthetic import Floats
 
 LEARN = 40  # drift windows, at least
 SHIPPED = 60  # drift windows of the bundle's data
-MOST_LEARNED = 4  # times as many windows are offered before a site counts as one that never learns
+MOST_LEARNED = 5  # times as many windows are offered before a site counts as one that never learns
 WATCHED = 20  # windows within which a change has to be detected
 RAMP = 10  # windows
 
@@ -111,10 +111,11 @@ def learn(monitor: DriftMonitor, population: Population, rows: int, site: int, s
     learned = max(LEARN, int(population.days * WINDOWS_PER_DAY) + 1)
     windows = MOST_LEARNED * learned + population.watched
     data, t = _stream(population, (seed, 1 + site), windows, rows)
-    state, at = monitor.start(), 0
-    while state.site_reference is None and at + rows * WATCHED <= MOST_LEARNED * learned * rows:
-        state, _ = feed(monitor, population, state, data[at : at + rows], t[at : at + rows])
-        at += rows
+    # All that no site learns without, then window by window.
+    state, at, size = monitor.start(), 0, (learned - 2) * rows
+    while state.site_reference is None and at < MOST_LEARNED * learned * rows:
+        state, _ = feed(monitor, population, state, data[at : at + size], t[at : at + size])
+        at, size = at + size, rows
     if state.site_reference is None:
         return None
     return Site(monitor, state, data[at:], t[at:])

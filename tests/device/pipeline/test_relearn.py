@@ -104,7 +104,8 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     code, answer = site.ask("relearn", "exercise", "--for", "14 min")
     assert (code, answer["taken_up"]) == (0, True)
-    assert site.ask("show", "exercise")[1]["learning"] == {"windows": 0, "of": 20, "for_s": 840.0}
+    learning = {"windows": 0, "of": 20, "for_s": 840.0, "seconds": 0.0, "times": 4.0}
+    assert site.ask("show", "exercise")[1]["learning"] == learning
     store = site.open()
     try:
         [reset] = audits(store, "reference reset")

@@ -1,4 +1,4 @@
-"""Smallest changes that a site's drift tests find, as text."""
+"""What a site has learned, as text: the smallest changes that its drift tests find, and why learning goes on."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def _format_change(numbers: dict[str, Any]) -> str:
     by_sd = f" ({numbers['shift_sd']:.2g} sd)" if numbers["shift_sd"] else ""
     mean = f"±{shift:.3g}{by_sd}" if shift else "no shift"
     return f"{mean}, spread × {spread:.2g}" if spread else f"{mean}, no spread"
+
+
+def format_extension(learning: dict[str, Any]) -> str:
+    """Return why learning goes on beyond its windows and time; empty if it does not."""
+    if learning["windows"] < learning["of"] or learning["seconds"] < learning["for_s"]:
+        return ""
+    return f"; goes on for up to {learning['times']:g} times as long, as windows are too much like their neighbors"
