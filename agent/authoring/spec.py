@@ -29,6 +29,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
+    roles: list[manifest.FieldRole] = msgspec.field(default_factory=list)
     window: manifest.WindowSpec | None = None
     mean: list[float] = msgspec.field(default_factory=list)
     std: list[float] = msgspec.field(default_factory=list)
