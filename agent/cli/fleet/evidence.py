@@ -15,6 +15,7 @@ from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, pr
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError
 from agent.quantities import parse_duration
+from agent.text import mask_password
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -226,7 +227,8 @@ def stamp(
     responses = []
     if url is not None:
         responses.append(authority.fetch(url, request, timeout_s))
-        document["time"] = _check_stamp(files.Stamp(f"--timestamp-url {url}", heads, request, *responses), trust)
+        stamped = files.Stamp(f"--timestamp-url {mask_password(url)}", heads, request, *responses)
+        document["time"] = _check_stamp(stamped, trust)
     files.write(out, heads, request, *responses)
     emit(document, as_json, lambda: print_lines(*_stamp_lines(document)))
 
