@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import KINDS, MISREAD_FAULTS, Fault
@@ -31,6 +34,23 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         shape = len(shipped.fields), len(KINDS)
         whole = np.zeros(shape, np.int64)
         return cls(whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
+
+    def take_over(self, other: OpenFaults, fields: Mapping[int, int]) -> OpenFaults:
+        """Return these faults with those of `other` in some `fields`: own number to that in `other`."""
+        here, there = list(fields), list(fields.values())
+
+        def copy_rows(own: AnyArray, others: AnyArray) -> AnyArray:
+            own = own.copy()
+            own[here] = others[there]
+            return own
+
+        return OpenFaults(
+            copy_rows(self.number, other.number),
+            copy_rows(self.seen_count, other.seen_count),
+            copy_rows(self.clear_count, other.clear_count),
+            Escalation(*map(copy_rows, astuple(self.escalation), astuple(other.escalation))),
+            MissingValues(*map(copy_rows, astuple(self.missing), astuple(other.missing))),
+        )
 
     @property
     def any_open(self) -> bool:
