@@ -20,7 +20,6 @@ from agent.cli.device.drift_plot import NEAREST, FieldScale, plot_device
 from agent.cli.fleet.drift_report import build_document
 from agent.cli.fleet.group import fleet
 from agent.comparison.tally import merge_moments
-from agent.fleet import workers
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
@@ -29,6 +28,7 @@ from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
 from agent.fleet.evidence.gather.drift import build_drift
+from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 from agent.wire.messages import DriftPayload, Moments, decode
 

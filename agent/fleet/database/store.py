@@ -399,7 +399,8 @@ class FleetStore:
     def evidence(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three."""
         where, values = _filter_devices(devices)
-        columns = "device, log, seq, kind, topic, payload, jws, received"
+        # An expression is returned as it is stored: the audit itself names a value that is no number.
+        columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
 
     def audit_messages(self, devices: Devices, substring: bytes) -> Iterator[Row]:

@@ -29,7 +29,7 @@ from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onse
 from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, FieldTotals, MergedField
 from agent.fleet.drift.onset import DriftEpisode, EpisodeTracker, sort_by_onset
 from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outliers
-from agent.fleet.workers import run_over_devices, split_devices
+from agent.fleet.workers.device_ranges import run_over_devices, split_devices
 
 # A device may not fill the memory with a group for each of its windows: two bundles and a few mistakes suffice.
 MAX_DEVICE_GROUPS = 4
