@@ -236,10 +236,12 @@ class SqliteDatabase:
         try:
             if os.path.samestat(os.stat(self.path), self._opened):
                 return
-            state = "replaced"
         except OSError as error:
-            state = f"moved or deleted ({error.strerror})"
-        raise StorageError(f"{self.path}: {state} while it was open; put it back, or start this process again")
+            problem = f"moved or deleted while it was open ({error.strerror}); put it back"
+        else:
+            former = f"{self.path.name}-wal and {self.path.name}-shm, which are the former file's"
+            problem = f"replaced while it was open; stop this process, delete {former}, and start it again"
+        raise StorageError(f"{self.path}: {problem}")
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
