@@ -205,9 +205,7 @@ def pack_days(count: int, *, t: bool) -> Reference:
 
 
 def test_a_reference_of_day_and_night_names_its_fix() -> None:
-    with pytest.raises(
-        BadBundle, match=r"light mean\); give readings of three whole days with times, longer"
-    ):
+    with pytest.raises(BadBundle, match=r"light mean\); give readings of three whole days with times, longer"):
         pack_days(1, t=True)
 
 
