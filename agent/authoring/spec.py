@@ -50,6 +50,7 @@ class SpecOutput(config.Section, frozen=True, kw_only=True):
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     threshold: float | None = None
     score_table: str | None = None
+    held_out: str | None = None
     tensor: str | int | None = None
     multi_label: bool = False
     thresholds: list[float] = msgspec.field(default_factory=list)
