@@ -321,7 +321,7 @@ def _add_site_calibration(
     coefficients = cycle.coefficients
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
-    scores = LearnedScores(residuals, sd, coefficients, learning.thinning, layout.slices)
+    scores = LearnedScores(residuals, sd, coefficients, cycle.hours, learning.thinning, layout.slices)
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
     class_sd = (weight * reference.class_sd).sum(0)

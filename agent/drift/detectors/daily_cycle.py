@@ -58,6 +58,11 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(1.0 + (self.waves != 0).sum(0) + (self.rest != 0).sum(0))
 
     @property
+    def hours(self) -> Float64s:
+        """(T,) numbers fitted to the spread of each test."""
+        return np.asarray(1.0 + (self.spread != 0).sum(0))
+
+    @property
     def has_rest_days(self) -> bool:
         return bool(self.rest_lasts and self.rest.any())
 

@@ -59,7 +59,7 @@ def build_text(subject: int, context: AlarmContext, units: Sequence[str], shippe
     alert_text = detector.describe(context.alarm(detector.name, subject, unit))
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
-    hour = _describe_unseen_hour(context) if alert_text.evidence["test"] == "mean" else ""
+    hour = _describe_unseen_hour(context) if alert_text.evidence["test"] in ("mean", "shape") else ""
     return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
 
 
