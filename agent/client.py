@@ -82,6 +82,8 @@ class Client:
 
     `address` is the daemon's socket file, or `127.0.0.1:PORT` with the `token` of the daemon's `intake.token_file`.
     `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` must exceed the daemon's `commit_every`.
+    With `reconnect` False, a lost connection is an error at once; a new client of the same name continues after
+    `through`.
 
     Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
     of the last lines is then unknown. Raises PermissionError if the daemon refuses the producer, and RuntimeError if
@@ -89,11 +91,18 @@ class Client:
     """
 
     def __init__(
-        self, address: str | Path, *, name: str | None = None, token: str | None = None, patience_s: float = 30.0
+        self,
+        address: str | Path,
+        *,
+        name: str | None = None,
+        token: str | None = None,
+        patience_s: float = 30.0,
+        reconnect: bool = True,
     ) -> None:
         if name is not None and not 1 <= len(name) <= 64:
             raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
         self._address, self._name, self._token, self._patience_s = str(address), name, token, patience_s
+        self._reconnects = reconnect and name is not None
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._sent = 0
@@ -258,7 +267,7 @@ class Client:
             except OSError as error:
                 # The listen queue is full: the one reason to retry without a name, too.
                 crowded = isinstance(error, BlockingIOError)
-                if time.monotonic() >= deadline or (self._name is None and not crowded):
+                if time.monotonic() >= deadline or (not self._reconnects and not crowded):
                     self._fail(error)
                 self._socket.close()
                 time.sleep(_RETRY_S)
@@ -302,7 +311,7 @@ class Client:
         self._acknowledge_through(through + self._line_offset)
 
     def _reconnect(self, cause: OSError) -> None:
-        if self._name is None or isinstance(cause, _Refused):
+        if not self._reconnects or isinstance(cause, _Refused):
             # Replies from before the end say which lines are stored.
             with contextlib.suppress(OSError):
                 self._read_replies()

@@ -18,7 +18,7 @@ from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
-from agent.config.sources import SocketSource, SourceConfig
+from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
 from agent.media import MediaFormat
@@ -115,6 +115,8 @@ class FieldConfig(Section, frozen=True):
     unit: str = ""
     min: float | None = None
     max: float | None = None
+    # Largest change from one row to the next.
+    max_step: float | None = None
     type: Literal["f32", "f64", "i64", "category"] = "f32"
     optional: bool = False
     # Categories of a field of that type; further ones count as `(other)`.
@@ -128,11 +130,20 @@ class StreamConfig(Section, frozen=True):
         default_factory=list
     )
     source: SourceConfig = msgspec.field(default_factory=SocketSource)
+    duplicates: Literal["reject", "accept"] = "reject"
+    # Rows that are older than the stream's latest one by more than this are rejected, unless they come from files.
+    allowed_lateness: Duration = Duration(60.0)
 
     @property
     def media_format(self) -> MediaFormat | None:
         """Format of the images or sounds that become rows; None for other sources."""
         return self.source.media_format
+
+    @property
+    def rejects_duplicates(self) -> bool:
+        """True if a row with the time and values of an earlier one is rejected."""
+        # The rows of an image share a time. A replay repeats no row, but its recordings may hold equal ones.
+        return self.duplicates == "reject" and self.media_format is None and not isinstance(self.source, ReplaySource)
 
 
 class PublishBelow(Section, frozen=True):
@@ -283,6 +294,10 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
         seen.add(column.name)
         if column.min is not None and column.max is not None and column.min > column.max:
             raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
+        if column.max_step is not None and not 0 < column.max_step < math.inf:
+            raise ConfigError(file, key, f"field {column.name!r}: max_step must be above 0; omit it for no limit")
+        if column.type == "category" and column.max_step is not None:
+            raise ConfigError(file, key, f"field {column.name!r}: a category has no max_step; remove it")
         if not all(math.isfinite(limit) for limit in (column.min, column.max) if limit is not None):
             raise ConfigError(file, key, f"field {column.name!r}: min and max must be finite; omit an unused limit")
         if column.type == "category" and (column.min is not None or column.max is not None):

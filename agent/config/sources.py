@@ -28,6 +28,11 @@ class SourceSection(Section, frozen=True):
         """Format of images or sounds that the rows are made of, which then determines the stream's fields."""
         return None
 
+    @property
+    def reads_recordings(self) -> bool:
+        """True if its rows may be older than the stream's latest one: those of one file come after those of another."""
+        return False
+
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         """Raise ConfigError if a value is wrong; `fields` are those of the stream, empty for images and sounds."""
 
@@ -51,6 +56,10 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
     @property
     def media_format(self) -> MediaFormat | None:
         return self.image or self.sound
+
+    @property
+    def reads_recordings(self) -> bool:
+        return True
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         _check_poll_interval(file, key, self.poll_interval)
@@ -103,6 +112,10 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
     faults: list[ReplayFault] = msgspec.field(default_factory=list)
     scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    @property
+    def reads_recordings(self) -> bool:
+        return True
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         begins = [scene.from_row for scene in self.scenes]

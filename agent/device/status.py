@@ -40,7 +40,16 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "log": store.log_id,
         "clock": {"time": clock.to_rfc3339(now.wall_us), "quality": now.quality, **build_report(store, now)},
         "streams": [
-            {"stream": name, "rows": store.last_row(name), "kept_from": store.first_row(name)} for name in conf.streams
+            {
+                "stream": name,
+                "rows": store.last_row(name),
+                "kept_from": store.first_row(name),
+                "duplicate_rows": counters.get(f"rows duplicate.{name}", 0),
+                "late_rows": counters.get(f"rows late.{name}", 0),
+                "step_rows": counters.get(f"rows step.{name}", 0),
+                "out_of_order_rows": counters.get(f"rows out of order.{name}", 0),
+            }
+            for name in conf.streams
         ],
         "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
@@ -58,6 +67,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "cut_off_lines": counters.get("lines cut off", 0),
         "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),
+        "duplicate_files": counters.get("files duplicate", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
 

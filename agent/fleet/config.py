@@ -25,12 +25,14 @@ SYSTEM_FOLDER = Path("/etc/outstation/fleet")
 class Fleet(Section, frozen=True):
     """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions` applies when PostgreSQL tables are created.
 
-    `share_group`: secret name of the shared subscriptions; the broker's access rules name it, too.
+    `tasks`: the only tasks whose messages the broker takes, any without. It bounds what a hostile device can let the
+    broker retain. `share_group`: secret name of the shared subscriptions; the broker's access rules name it, too.
     """
 
     name: str
     db: str = "fleet.db"
     partitions: int = 1
+    tasks: Annotated[list[str], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=list)
     share_group: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{0,64}\Z")] = ""
 
 
@@ -108,6 +110,8 @@ def load(folder: Path) -> FleetConfig:
         raise ConfigError(str(path), "", problem)
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
+    for task in config.fleet.tasks:
+        check_name(str(path), "fleet.tasks", task)
     check_broker(str(path), config.broker)
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")

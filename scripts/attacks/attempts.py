@@ -68,7 +68,8 @@ def _count_acknowledged(parties: Parties) -> int:
 @_attempt(HONEST, "have its messages stored and acknowledged", may=True)
 def _(parties: Parties) -> Outcome:
     wait_until("acknowledged", lambda: _count_acknowledged(parties) > 0)
-    return True, f"{parties.count(HONEST)} messages are stored, {_count_acknowledged(parties)} of them acknowledged"
+    acknowledged = _count_acknowledged(parties)
+    return True, f"{acknowledged} of {parties.count(HONEST)} stored messages are acknowledged"
 
 
 @_attempt(COLLECTOR, "read every message of every device", may=True)

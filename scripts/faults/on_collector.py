@@ -64,7 +64,7 @@ def collector_disk_full(world: World, rng: Random) -> None:
         ballast.unlink()
 
 
-@fault(patience_s=100.0)
+@fault(patience_s=30.0)
 def collector_restored_from_backup(world: World, rng: Random) -> None:
     backup = world.folder / "backup.db"
     _copy(_database(world), backup)

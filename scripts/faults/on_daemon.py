@@ -75,6 +75,27 @@ def stopped_process(world: World, rng: Random) -> None:
 
 
 @fault()
+def deleted_socket(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.1, 0.5))
+    path = world.device.data_dir / "intake.sock"
+    path.unlink()
+    wait_until("the socket is made again", path.exists, 10)
+
+
+@fault()
+def moved_data_folder(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.1, 0.5))
+    data = world.device.data_dir
+    away = data.with_name("away")
+    data.rename(away)
+    before = world.restarts
+    # The supervisor starts it again and again, and no start begins an empty store.
+    wait_until("two starts in vain", lambda: world.restarts >= before + 2, 60)
+    assert not data.exists()
+    away.rename(data)
+
+
+@fault()
 def second_daemon(world: World, rng: Random) -> None:
     for command in ("run", "batch"):
         refused = run_outstation(command, "-c", str(world.device.config))

@@ -72,3 +72,23 @@ def test_a_valid_source_is_reported_and_its_replay_does_not_start(tmp_path: Path
     store = Store.open_read_only(config.load(file).data_dir)
     assert store.source_position("replay:watch", "begin") == 0
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "state", "words"),
+    [
+        ("", "failed", "collector.encryption_key: empty: [privacy] encrypt seals messages to it"),
+        ("A" * 43, "failed", "of small order: anybody can open what is sealed to it"),
+        ("CQ" + "A" * 41, "ok", "messages are sealed to "),
+    ],
+)
+def test_the_key_that_messages_are_sealed_to_is_checked(tmp_path: Path, key: str, state: str, words: str) -> None:
+    file = device(tmp_path, HOST.format(field="memory"))
+    text = file.read_text(encoding="utf-8").replace('"broker"', f'"broker"\nencryption_key = "{key}"')
+    file.write_text(f"{text}[privacy]\nencrypt = true\n", encoding="utf-8")
+    done = run_outstation("check", "-c", str(file), "--json")
+    [check] = [check for check in json.loads(done.stdout) if check["name"] == "encryption"]
+    assert (check["state"], words in check["detail"]) == (state, True)
+    if state == "failed":
+        refused = run_outstation("run", "-c", str(file))
+        assert (refused.returncode, words in refused.stderr) == (2, True)

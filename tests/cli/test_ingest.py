@@ -180,9 +180,9 @@ def test_json_lines_and_parquet_are_taken_too(
     )
     parquet.write_table(pyarrow.table({"ax": [6.0, 99.0], "ay": [7.0, 8.0]}), home / "in.parquet")
     first = json.loads(ingest("watch", home / "in.jsonl", "--json")[1])
-    assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}]}
+    assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}], "stored_before": 0}
     second = json.loads(ingest("watch", home / "in.parquet", "--json")[1])
-    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax is above max 16"}]}
+    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax is above max 16"}], "stored_before": 0}
     assert stored_rows(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
 
 
@@ -207,6 +207,7 @@ def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
     assert json.loads(done.stdout) == {
         "accepted": 2,
         "rejected": [{"line": 5, "reason": "mode is no category: text of 1-64 characters"}],
+        "stored_before": 0,
     }
     store = Store.open_read_only(home / "data")
     assert store.categories("machine", "mode") == ["", "größe", "two\nlines"]
@@ -295,7 +296,9 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
             code, out, _ = ingest("watch", home / "in.csv", "--json")
         document = json.loads(out)
         assert code == 1
-        assert document["accepted"] + len(document["rejected"]) == lines
+        assert document["accepted"] + len(document["rejected"]) + document["stored_before"] == lines
+        # The second run continues where the store became full.
+        assert document["stored_before"] == accepted
         assert document["accepted"] > 0 or turn == "with"
         assert "not stored" in document["rejected"][-1]["reason"]
         named = {rejected["line"] for rejected in document["rejected"]}
@@ -426,3 +429,70 @@ def test_rows_rejected_by_another_config_are_an_error_that_names_it(
         code, _, err = ingest("watch", home / "in.csv")
     assert code == 1
     assert "if the config changed since the daemon was started, restart it. 1 rows were accepted" in err
+
+
+def test_a_file_that_is_added_again_adds_nothing_whatever_its_name(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    for timed in (False, True):
+        text = "t,ax,ay\n" if timed else "ax,ay\n"
+        text += "".join(f"{T0 + n},1,1\n" if timed else "1,1\n" for n in range(3_000))
+        for name in ("in.csv", "in.csv", "copy.csv"):
+            (home / name).write_text(text)
+            code, out, err = ingest("watch", home / name, "--json")
+            assert (code, err) == (0, "")
+            document = json.loads(out)
+            assert document["accepted"] + document["stored_before"] == 3_000
+        assert document["stored_before"] == 3_000
+        assert ingest("watch", home / "in.csv")[1].splitlines() == [
+            "0 rows accepted, 0 rejected",
+            "3000 rows of this file are in the stream already",
+        ]
+    assert len(stored_rows(home, "watch", agent)) == 6_000
+
+
+def test_files_of_a_stream_that_may_repeat_are_added_each_time(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = (home / "outstation.toml").read_text()
+    (home / "outstation.toml").write_text(text.replace("[streams.watch]", '[streams.watch]\nduplicates = "accept"'))
+    (home / "in.csv").write_text(f"t,ax,ay\n{T0},1,1\n")
+    for _ in range(2):
+        assert ingest("watch", home / "in.csv")[:2] == (0, "1 rows accepted, 0 rejected\n")
+
+
+def test_a_run_that_was_killed_is_continued_and_doubles_no_row(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    total = 200_000
+    (home / "in.csv").write_text("ax,ay\n" + "1,2\n" * total)
+    command = [sys.executable, "-m", "agent", "ingest", "watch", str(home / "in.csv")]
+    command += ["-c", str(home / "outstation.toml")]
+    with daemon(home) as station:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            wait_until("rows are stored", lambda: station.store.last_row("watch") > 5_000)
+            process.kill()
+        before = station.store.last_row("watch")
+        assert before < total
+    code, out, _ = ingest("watch", home / "in.csv", "--json")
+    document = json.loads(out)
+    assert (code, document["accepted"] + document["stored_before"]) == (0, total)
+    assert document["stored_before"] >= before
+    assert len(stored_rows(home, "watch")) == total
+
+
+def test_rows_that_another_file_has_are_named_line_by_line(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    def write(name: str, rows: range) -> None:
+        (home / name).write_text("t,ax,ay\n" + "".join(f"{T0 + n},{n % 7},1\n" for n in rows))
+
+    write("first.csv", range(1_000))
+    write("second.csv", range(990, 1_500))
+    assert ingest("watch", home / "first.csv")[0] == 0
+    code, out, _ = ingest("watch", home / "second.csv", "--json")
+    document = json.loads(out)
+    assert (code, document["accepted"]) == (1, 500)
+    assert [item["line"] for item in document["rejected"][:5]] == [2, 3, 4, 5, 6]
+    assert all(item["reason"].startswith("duplicate: ") for item in document["rejected"])
+    assert len(stored_rows(home, "watch", agent)) == 1_500

@@ -139,7 +139,7 @@ def test_a_message_of_a_run_is_parsed_and_merged_like_those_of_its_windows(
 
     def merged(results: list[DriftWindowResult]) -> MergedField:
         reports = [parsed_message.from_message(entry.members, entry.t).fields["x"] for entry in results]
-        first, *rest = [MergedField.from_field(report) for report in reports]
+        first, *rest = [MergedField.sum_of([report]) for report in reports]
         return sum(rest, start=first)
 
     one_by_one, in_runs = merged(each), merged(together)

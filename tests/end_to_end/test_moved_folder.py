@@ -52,8 +52,19 @@ def test_a_data_folder_moved_away_stops_the_daemon_with_the_reason(tmp_path: Pat
     [reason] = [line for line in daemon.log.read_text().splitlines() if line.startswith("outstation:")]
     assert f"{data}: no longer the data folder that was opened: it was moved to {former}" in reason
     assert "Traceback" not in daemon.log.read_text()
+    # A supervisor that starts it again gets no empty store.
+    daemon.start()
+    assert daemon.wait(20) == 3
+    assert not data.exists()
+    assert "put it back, or delete" in daemon.log.read_text()
     former.rename(data)
     daemon.start()
     wait_until("it listens", lambda: listens(data / "intake.sock"))
     assert send(data / "intake.sock", range(1)) == 200
     assert daemon.stop() == 0
+    assert sorted(path.name for path in data.parent.iterdir()) == [
+        "data",
+        "device.key",
+        "device.key.pub",
+        "outstation.toml",
+    ]

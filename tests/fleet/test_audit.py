@@ -12,10 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.fleet.audit.audit import AuditReport, audit, split_by_declaration
+from agent.errors import UsageError
+from agent.fleet import workers
+from agent.fleet.audit import audit as audits
+from agent.fleet.audit.audit import AuditReport, audit, audit_from_checkpoint, split_by_declaration
+from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender, SignedMessage, new_key
+from agent.wire.messages import VerifiedMessage, verify_message
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -291,3 +296,145 @@ def test_missing_ranges_are_cut_as_a_set_of_numbers_would_be(
     parts = split_by_declaration(whole, declared)
     assert [n for first, last, _ in parts for n in range(first, last + 1)] == list(range(1, 41))
     assert all((n in cover) == inside for first, last, inside in parts for n in range(first, last + 1))
+
+
+# --- checkpoints and worker processes
+
+
+AUDITOR = new_key(99)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "audit", "acme", [AUDITOR.public])
+
+
+def audit_on(store: FleetStore, checkpoints: CheckpointFolder, **options: Any) -> tuple[dict[str, Any], bool]:
+    """Return the document of an audit, and whether it went on from a checkpoint."""
+    report, checkpoint = audit_from_checkpoint(store, checkpoints, AUDITOR, **options)
+    return report.to_dict(), checkpoint is not None
+
+
+def test_an_audit_from_a_checkpoint_reports_the_same_as_one_of_everything(
+    store: FleetStore, checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    senders = [MessageSender(f"pi-{n:02}") for n in range(4)]
+    verified: list[int] = []
+
+    def verify(*arguments: Any) -> VerifiedMessage:
+        verified.append(1)
+        return verify_message(*arguments)
+
+    monkeypatch.setattr(audits, "verify_message", verify)
+    for turn in range(3):
+        for sender in senders[: turn + 2]:
+            collected(store, sender, *whole_log(sender), sender.evicted((9, 9)))
+        expected = audit(store).to_dict()
+        verified.clear()
+        assert audit_on(store, checkpoints) == (expected, turn > 0)
+        assert len(verified) == 8 * (turn + 2)
+        assert expected["passed"]
+    verified.clear()
+    assert audit_on(store, checkpoints) == (expected, True)
+    assert not verified
+    assert audit_on(store, checkpoints, full=True) == (expected, False)
+    assert len(verified) == expected["messages"]
+
+
+@pytest.mark.attack("audit")
+@pytest.mark.parametrize(
+    ("sql", "reason"),
+    [
+        ("UPDATE messages SET payload = replace(payload, 'PEN', 'ABD') WHERE seq = 1", "does not verify"),
+        ("UPDATE messages SET jws = substr(jws, 2) WHERE seq = 2", "does not verify"),
+        ("UPDATE messages SET received = 'x' WHERE seq = 3", "is not a time"),
+        ("DELETE FROM results WHERE seq = 1 AND row = (SELECT min(row) FROM results)", "reports 3 results"),
+        ("UPDATE results SET seq = 99 WHERE seq = 1", "is not stored, but table results"),
+        ("UPDATE alerts SET summary = 'nothing' WHERE seq = 4", "differs from its rows in table alerts"),
+        ("DELETE FROM messages WHERE seq = 2", "is missing"),
+        ("UPDATE logs SET last_seq = 2", "table logs has"),
+    ],
+)
+def test_a_change_before_the_checkpoint_is_told_as_without_one(
+    store: FleetStore, checkpoints: CheckpointFolder, sql: str, reason: str
+) -> None:
+    for device in ("pi-07", "pi-08"):
+        sender = MessageSender(device)
+        collected(store, sender, *whole_log(sender))
+    assert audit_on(store, checkpoints)[0]["passed"]
+    tamper(store, f"{sql} {'AND' if 'WHERE' in sql else 'WHERE'} device = 'pi-08'")
+    for _ in range(2):
+        # A device with a problem is in no checkpoint.
+        document, went_on = audit_on(store, checkpoints)
+        assert went_on
+        assert not document["passed"]
+        expected = audit(store).to_dict()
+        for each in (document, expected):
+            each["invalid"].sort(key=str)
+        assert document == expected
+    assert reason in str(document["invalid"]) or document["gaps"]
+
+
+def test_a_late_message_fills_a_gap_of_the_checkpoint(store: FleetStore, checkpoints: CheckpointFolder) -> None:
+    sender = MessageSender()
+    log = whole_log(sender)
+    collected(store, sender, *log[:2], *log[3:])
+    assert not audit_on(store, checkpoints)[0]["passed"]
+    collected(store, sender, log[2])
+    assert audit_on(store, checkpoints)[0]["passed"]
+    assert audit_on(store, checkpoints)[0] == audit(store).to_dict()
+
+
+def test_a_gap_that_a_new_log_declares_stays_declared(store: FleetStore, checkpoints: CheckpointFolder) -> None:
+    old = MessageSender()
+    log = whole_log(old)
+    new = MessageSender(key=old.key)
+    evidence = {"old": old.log, "through": old.seq + 2, "reissued": 0}
+    collected(store, old, *log)
+    assert audit_on(store, checkpoints)[0]["passed"]
+    collected(store, new, new.append("audit", event="new log", summary="", evidence=evidence), new.alert())
+    for _ in range(2):
+        document = audit_on(store, checkpoints)[0]
+        assert document == audit(store).to_dict()
+
+
+@pytest.mark.attack("audit")
+def test_a_checkpoint_that_is_not_genuine_is_refused(store: FleetStore, checkpoints: CheckpointFolder) -> None:
+    sender = MessageSender()
+    collected(store, sender, *whole_log(sender))
+    audit_on(store, checkpoints)
+    [part] = checkpoints.path.glob("part-*.db")
+    genuine, data = (checkpoints.path / "checkpoint.json").read_bytes(), part.read_bytes()
+    others = CheckpointFolder(checkpoints.path, "acme", [new_key(5).public])
+    with pytest.raises(UsageError, match="cannot be believed: unknown key"):
+        audit_from_checkpoint(store, others, AUDITOR)
+    with pytest.raises(UsageError, match="cannot be believed"):
+        CheckpointFolder(checkpoints.path, "other", [AUDITOR.public]).load()
+    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"is not the file that was signed; audit everything with --full"):
+        audit_on(store, checkpoints)
+    part.write_bytes(data)
+    for cut in range(0, len(genuine), 7):
+        (checkpoints.path / "checkpoint.json").write_bytes(genuine[:cut] + b"?" + genuine[cut + 1 :])
+        with pytest.raises(UsageError, match="cannot be believed"):
+            audit_on(store, checkpoints)
+    assert audit_on(store, checkpoints, full=True)[0]["passed"]
+    assert audit_on(store, checkpoints)[1]
+
+
+def test_processes_audit_ranges_of_devices_and_report_in_order(
+    store: FleetStore, checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_MIN_MESSAGES", 10)
+    for n in range(6):
+        sender = MessageSender(f"pi-{n:02}")
+        collected(store, sender, *whole_log(sender))
+    tamper(store, "UPDATE messages SET payload = replace(payload, 'PEN', 'ABD') WHERE device = 'pi-03'")
+    expected = audit(store).to_dict()
+    assert not expected["passed"]
+    assert len(workers.split_devices(store, 2)) == 4
+    advanced: list[int] = []
+    assert audit(store, None, advanced.append, (), 2).to_dict() == expected
+    assert sum(advanced) == expected["messages"]
+    for turn in range(2):
+        assert audit_on(store, checkpoints, processes=2) == (expected, turn > 0)

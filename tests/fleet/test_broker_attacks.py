@@ -379,6 +379,56 @@ def test_a_device_cannot_fill_the_broker_with_retained_topics(site: Site) -> Non
             other.close()
 
 
+def retain(site: Site, *topics: str) -> list[int]:
+    """Retain a message under topics of the thief while no collector runs; return the broker's reason codes."""
+    link = Link(site.as_device("pi-07"), "x")
+    try:
+        return [publish_one(link, OutgoingMessage(f"{BASE}/pi-07/{topic}", b"x", retain=True)) for topic in topics]
+    finally:
+        link.close()
+
+
+def test_where_the_fleet_names_its_tasks_a_device_retains_only_topics_of_these(site: Site) -> None:
+    invented = [f"{kind}/invented-{i}" for kind in ("results", "drift", "alerts") for i in range(20)]
+    own = ("results/exercise", "alerts/exercise", "alerts/_device", "health", "state")
+    with site.broker:
+        for tasks, allowed in (
+            (("exercise",), {*own}),
+            (("exercise", "machine"), {*own, "results/machine"}),
+            (("machine",), {"results/machine", "alerts/_device", "health", "state"}),
+        ):
+            change = AccessChange("pi-07", "device", tasks)
+            assert broker_control.apply(site.folder, site.config, change) == ()
+            topics = (*own, "results/machine", *invented)
+            codes = retain(site, *topics)
+            taken = {topic for topic, code in zip(topics, codes, strict=True) if code < 0x80}
+            assert taken == allowed
+            assert broker_access.is_in_force(change, broker_access.find_client(site.rules(), "pi-07"))
+        done = site.revoke("pi-07")
+        assert done.ended
+        client = broker_access.find_client(site.rules(), "pi-07")
+        assert client is not None
+        assert client["roles"] == []
+
+
+@pytest.mark.attack("broker", control=True)
+def test_where_it_names_none_a_device_retains_any_number_while_no_collector_runs(site: Site) -> None:
+    with site.broker:
+        assert all(code < 0x80 for code in retain(site, *(f"results/invented-{i}" for i in range(200))))
+        watcher = Link(site.as_operator, "o", subscribe=[f"{BASE}/pi-07/results/+"])
+        assert len(receive_messages(watcher, 200)) == 200
+        watcher.close()
+
+
+def test_rules_of_a_broker_that_is_not_reached_get_the_new_tasks_too(site: Site) -> None:
+    for tasks in (("exercise",), ("exercise", "machine"), ()):
+        change = AccessChange("pi-07", "device", tasks)
+        broker_control.apply(site.folder, site.config, change)
+        rules = site.rules()
+        assert broker_access.is_in_force(change, broker_access.find_client(rules, "pi-07"))
+        assert sum(role["rolename"].startswith("device-pi-07") for role in rules["roles"]) == 1
+
+
 def test_collectors_that_share_messages_see_what_is_retained_too(site: Site) -> None:
     with site.broker:
         thief = Link(site.as_device("pi-07"), "x")

@@ -82,7 +82,7 @@ def parts(messages: list[list[dict[str, Any]]]) -> list[dict[str, MergedField]]:
         for m in of_one
     ]
     assert {window.state for window in read} == {"insufficient"}
-    return [{name: MergedField.from_field(field) for name, field in window.fields.items()} for window in read]
+    return [{name: MergedField.sum_of([field]) for name, field in window.fields.items()} for window in read]
 
 
 def check(shipped: Reference, rows: Rows, merged: dict[str, MergedField]) -> None:

@@ -184,7 +184,7 @@ def test_readers_take_a_window_without_numbers() -> None:
     body = least_count.apply("drift", drift(60, t=field([0, 1, 0, 0], missing=59)), K)
     report = parsed_message.from_message(dict(body), (0, 60_000_000))
     assert (report.fields["t"].mean, report.fields["t"].withheld, report.subjects["joint"].mean) == (None, 1, 0.0)
-    merged = MergedField.from_field(report.fields["t"])
+    merged = MergedField.sum_of([report.fields["t"]])
     assert (merged.moments.n, merged.counts.tolist(), merged.missing) == (0, [0, 0, 0, 0], 59)
 
 

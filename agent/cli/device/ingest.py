@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import stat
 import sys
+import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import click
+import msgspec
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option, print_rejected
+from agent.cli.output import config_option, echo, emit, json_option, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
 from agent.datasets.formats import open_file
+from agent.device.intake.connection import FILE_PREFIX, FILE_SOURCE, client_position
 from agent.device.intake.decode_process import DecodeProcess
+from agent.device.intake.file_digest import hash_file
 from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import NOT_STORED, GroupCommit
+from agent.device.intake.row_history import is_row_reason
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
 from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
 
-T = TypeVar("T")
-
 _MAX_ROWS_PER_LINE = 1024
 _MAX_LINE_BYTES = 900_000
-
-
-class RowSink(Protocol):
-    """Destination of checked rows: the daemon or the store."""
-
-    def put(self, checked: ValidatedRows, lines: list[int]) -> None: ...
-
-    def finish(self) -> tuple[int, dict[int, str]]:
-        """Wait until all rows are stored; return the number accepted, and line → reason for the others."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @click.command(epilog="Example: outstation ingest watch readings.csv")
@@ -55,6 +51,8 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
 
     Readings go through the running daemon, or into the store if none runs. The first line of a CSV file names its
     columns: the stream's fields, and optionally t (epoch seconds or RFC 3339). Exit 1 if a row was rejected.
+
+    A file that was added before is not added again, and one that was added in part is continued.
     """
     conf_file, conf = device.load_config(config_file)
     if stream not in conf.streams:
@@ -63,14 +61,22 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         )
     if isinstance(source := conf.streams[stream].source, FilesSource) and source.media_format:
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
-    accepted, rejected = _ingest_file(conf, stream, file)
-    document = {"accepted": accepted, "rejected": [{"line": n, "reason": r} for n, r in sorted(rejected.items())]}
-    emit(document, as_json, lambda: print_rejected(accepted, rejected, "rows"))
+    accepted, rejected, stored_before = _ingest_file(conf, stream, file)
+    lines = [{"line": n, "reason": r} for n, r in sorted(rejected.items())]
+    document = {"accepted": accepted, "rejected": lines, "stored_before": stored_before}
+
+    def print_human() -> None:
+        print_rejected(accepted, rejected, "rows")
+        if stored_before:
+            echo(f"{stored_before} rows of this file are in the stream already")
+
+    emit(document, as_json, print_human)
     if rejected:
         sys.exit(1)
 
 
-def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
+def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str], int]:
+    """Return the accepted rows, line → reason for rejected ones, and the rows that an earlier run has stored."""
     path = None if file == "-" else Path(file)
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
@@ -79,7 +85,8 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
             source = open_files.enter_context(open_file(path if path is not None else 0))
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
-        target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
+        key = _file_key(source, name, stream)
+        target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
         process = DecodeProcess(
             *(name, stream),
             show_values=conf.privacy.values_in_logs,
@@ -103,7 +110,14 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         if problem is not None:
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
             raise UsageError(f"{file}: {problem}{partial}")
-    return accepted, rejected | refused
+    return accepted, rejected | refused, target.stored_before
+
+
+def _file_key(source: BufferedReader[Any], name: str, stream: StreamConfig) -> str:
+    """Return a client name by the content of the file and the fields of the stream, or a new one if it may repeat."""
+    if stream.duplicates == "accept" or not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+        return FILE_PREFIX + uuid.uuid4().hex
+    return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode([name, stream.fields]))
 
 
 def _decode_blocks(process: DecodeProcess, source: int, name: str) -> Iterator[FileBlock]:
@@ -130,36 +144,73 @@ def _check_blocks(
         yield checked, lines, bad, max([*block.lines[-1:], *block.rejected])
 
 
-class _DaemonSink:
-    """Sends rows to the daemon, many in a line; its answers are about these lines."""
+class RowSink(ABC):
+    """Destination of checked rows, which go to it in numbered pieces: the daemon or the store.
 
-    def __init__(self, client: Client, stream: str, definition: StreamConfig) -> None:
-        self._client, self._stream, self._definition = client, stream, definition
-        # Of unanswered lines only: for all lines of a long file they would take more memory than all else.
-        self._pending_lines: deque[list[int]] = deque()
-        self._answered_lines = 0
+    `stored_before`: rows of the first pieces, which an earlier run has stored.
+    """
+
+    def __init__(self, definition: StreamConfig, stored_pieces: int) -> None:
+        self.stored_before = 0
+        self._definition, self._stored_pieces, self._piece = definition, stored_pieces, 0
+        # Depends on nothing but the stream, so that another run makes the same pieces.
+        self._rows_per_piece = max(1, min(_MAX_ROWS_PER_LINE, _MAX_LINE_BYTES // _max_row_bytes(definition)))
         self._accepted = 0
         self._rejected: dict[int, str] = {}
-        self._unexpected_reason = ""
-        self._rows_per_line = max(1, min(_MAX_ROWS_PER_LINE, _MAX_LINE_BYTES // _max_row_bytes(definition)))
+        # After a piece that was not stored none may follow: another run continues at the first one that is missing.
+        self._full_reason = ""
 
     def put(self, checked: ValidatedRows, lines: list[int]) -> None:
-        step = self._rows_per_line
+        step = self._rows_per_piece
         for start in range(0, len(checked.rows), step):
-            part = checked.rows.slice(start, start + step)
-            columns: dict[str, Any] = {"t": (part.t / 1e6).tolist()}
-            for index, field in enumerate(self._definition.fields):
-                if index in checked.categories:
-                    texts = checked.categories[index][start : start + step]
-                    columns[field.name] = [text or None for text in texts]
-                else:
-                    columns[field.name] = [None if v != v else v for v in part.columns[index].tolist()]
-            self._pending_lines.append(lines[start : start + step])
-            self._call_daemon(lambda columns=columns: self._client.send_columns(self._stream, columns))  # type: ignore[misc]
-            self._record_answer(self._client.answered())
+            numbers = lines[start : start + step]
+            self._piece += 1
+            if self._piece <= self._stored_pieces:
+                self.stored_before += len(numbers)
+            elif self._full_reason:
+                self._rejected |= dict.fromkeys(numbers, self._full_reason)
+            else:
+                self._put_piece(checked.slice(start, start + step), numbers)
+
+    @abstractmethod
+    def _put_piece(self, piece: ValidatedRows, lines: list[int]) -> None: ...
+
+    @abstractmethod
+    def finish(self) -> tuple[int, dict[int, str]]:
+        """Wait until all rows are stored; return the number accepted, and line → reason for the others."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class _DaemonSink(RowSink):
+    """Sends rows to the daemon, a piece in a line; its answers are about these lines."""
+
+    def __init__(self, client: Client, stream: str, definition: StreamConfig) -> None:
+        super().__init__(definition, client.through)
+        self._client, self._stream = client, stream
+        # Of unanswered lines only: for all lines of a long file they would take more memory than all else.
+        self._pending_lines: deque[list[int]] = deque()
+        self._answered_lines = client.through
+        self._unexpected_reason = ""
+
+    def _put_piece(self, piece: ValidatedRows, lines: list[int]) -> None:
+        columns: dict[str, Any] = {}
+        if piece.has_time is not False:
+            given = [True] * len(lines) if piece.has_time is True else piece.has_time.tolist()
+            columns["t"] = [t if g else None for t, g in zip((piece.rows.t / 1e6).tolist(), given, strict=True)]
+        for index, field in enumerate(self._definition.fields):
+            if index in piece.categories:
+                columns[field.name] = [text or None for text in piece.categories[index]]
+            else:
+                columns[field.name] = [None if v != v else v for v in piece.rows.columns[index].tolist()]
+        self._pending_lines.append(lines)
+        self._call_daemon(lambda: self._client.send_columns(self._stream, columns))
+        self._record_answer(self._client.answered())
 
     def finish(self) -> tuple[int, dict[int, str]]:
-        self._record_answer(self._call_daemon(self._client.flush))
+        if not self._full_reason:
+            self._call_daemon(lambda: self._record_answer(self._client.flush()))
         if self._unexpected_reason:
             raise OutstationError(
                 f"the daemon rejected rows that are valid by this config: {self._unexpected_reason}; if the config "
@@ -173,35 +224,64 @@ class _DaemonSink:
     def _record_answer(self, answer: FlushResult) -> None:
         self._accepted += answer.accepted
         for number, reason in answer.rejected:
+            lines = self._pending_lines[number - 1 - self._answered_lines]
             if reason.startswith(NOT_STORED):
-                self._rejected |= dict.fromkeys(self._pending_lines[number - 1 - self._answered_lines], reason)
+                self._full_reason = reason
+                self._rejected |= dict.fromkeys(lines, reason)
+            elif is_row_reason(reason):
+                self._rejected |= _split_reason(reason, lines)
             else:
                 self._unexpected_reason = self._unexpected_reason or reason
         while self._answered_lines < self._client.through:
             self._pending_lines.popleft()
             self._answered_lines += 1
+        if self._full_reason:
+            # The daemon has closed the connection, and dropped what was under way.
+            for lines in self._pending_lines:
+                self._rejected |= dict.fromkeys(lines, self._full_reason)
+            self._pending_lines.clear()
 
-    def _call_daemon(self, action: Callable[[], T]) -> T:
+    def _call_daemon(self, action: Callable[[], object]) -> None:
         try:
-            return action()
+            action()
         except ConnectionError as error:
-            first = self._client.through - self._answered_lines
-            sent = self._pending_lines[first][0] if first < len(self._pending_lines) else 0
-            raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are stored") from None
+            self._record_answer(self._client.answered())
+            if self._full_reason:
+                return
+            sent = self._pending_lines[0][0] if self._pending_lines else 0
+            raise OutstationError(
+                f"the daemon went away ({error}); all rows before line {sent} are stored; run the same command again "
+                "to add the rest of a file"
+            ) from None
+        else:
+            self._record_answer(self._client.answered())
 
 
-class _StoreSink:
+def _split_reason(reason: str, lines: list[int]) -> dict[int, str]:
+    """Return line → reason from the daemon's one reason for a piece; `lines`: of the rows in the piece."""
+    reasons: dict[int, str] = {}
+    last = lines[0]
+    for part in re.split(r"; (?=row \d+ of the columns: |and \d+ more rows$)", reason):
+        if row := re.fullmatch(r"row (\d+) of the columns: (.*)", part, re.DOTALL):
+            last = lines[int(row[1]) - 1]
+            reasons[last] = row[2]
+        else:
+            reasons[last] = f"{reasons[last]}; {part} of lines {last} to {lines[-1]}" if last in reasons else part
+    return reasons
+
+
+class _StoreSink(RowSink):
     """Writes rows to the store, while no daemon runs."""
 
-    def __init__(self, conf: Config, stream: str) -> None:
+    def __init__(self, conf: Config, stream: str, key: str) -> None:
         self._store = device.open_store(conf)
-        self._group, self._stream = GroupCommit(self._store, conf.streams), stream
+        super().__init__(conf.streams[stream], self._store.source_position(FILE_SOURCE, key))
+        self._group, self._stream, self._key = GroupCommit(self._store, conf.streams), stream, key
         self._now = make_clock(self._store)
-        self._accepted = 0
-        self._rejected: dict[int, str] = {}
 
-    def put(self, checked: ValidatedRows, lines: list[int]) -> None:
-        self._group.add_rows(self, self._stream, checked, lines, self._now())
+    def _put_piece(self, piece: ValidatedRows, lines: list[int]) -> None:
+        self._group.add_rows(self, self._stream, piece, lines, self._now(), is_recording=True)
+        self._group.advance(self, self._piece, client_position(self._key, self._piece))
         if self._group.is_full:
             self._commit()
 
@@ -216,6 +296,8 @@ class _StoreSink:
         for outcome in self._group.commit(self._now()).values():
             self._accepted += outcome.accepted
             self._rejected |= dict(outcome.rejected)
+            if outcome.is_store_full:
+                self._full_reason = outcome.rejected[-1][1]
 
 
 def _max_row_bytes(stream: StreamConfig) -> int:
@@ -223,14 +305,14 @@ def _max_row_bytes(stream: StreamConfig) -> int:
     return 25 + sum(400 if field.type == "category" else 25 for field in stream.fields)
 
 
-def _open_sink(conf: Config, stream: str) -> RowSink:
+def _open_sink(conf: Config, stream: str, key: str) -> RowSink:
     """Open the daemon's socket, or else the store: a user of the socket may have no right to write the store."""
     address = conf.data_dir / "intake.sock"
     try:
-        return _DaemonSink(Client(address), stream, conf.streams[stream])
+        return _DaemonSink(Client(address, name=key, reconnect=False), stream, conf.streams[stream])
     except ConnectionError as error:
         try:
-            return _StoreSink(conf, stream)
+            return _StoreSink(conf, stream, key)
         except StorageBusy as busy:
             raise OutstationError(f"{busy}; the daemon takes no rows now: {error}") from None
 

@@ -19,6 +19,12 @@ from agent.text import printable
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
+_ROW_COUNTS = {
+    "duplicate_rows": "duplicates rejected",
+    "late_rows": "late rows rejected",
+    "step_rows": "rows rejected by max_step",
+    "out_of_order_rows": "rows out of order accepted",
+}
 _MAX_FIELDS = 6  # whose smallest changes are shown
 
 
@@ -46,10 +52,14 @@ def _print(document: dict[str, Any]) -> None:
     wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
     echo(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
+    files += f", {n} files that came twice" if (n := document["duplicate_files"]) else ""
     others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
     echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
+    for stream in document["streams"]:
+        if parts := [f"{stream[key]} {words}" for key, words in _ROW_COUNTS.items() if stream[key]]:
+            echo(f"stream {stream['stream']}: {', '.join(parts)}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]
     parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ db_option = click.option("--db", metavar="URL", help="Another database than in f
 wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
                            help="Wait this long for each reply; default 30.")  # fmt: skip
 device_option = click.option("--device", metavar="D", help="Only this device.")
+processes_option = click.option("--processes", metavar="N", default=lambda: len(os.sched_getaffinity(0)),
+                                type=click.IntRange(1, 256), help="Processes; default one a processor.")  # fmt: skip
 
 
 def database_url(config: FleetConfig, db: str | None) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock, durable_files, input_files
+from agent import clock, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError
 from agent.quantities import parse_duration
+from agent.text import mask_password
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -215,19 +216,20 @@ def stamp(
     from agent.fleet.evidence.timestamps import authority, log_heads
     from agent.fleet.evidence.timestamps import stamp as files
 
+    files.require_new(out)
     trust = _load_trust(ca, policy)
     config, store = open_for_reading(folder, db)
     with store.snapshot() as snapshot:
         heads = log_heads.encode(config.fleet.name, EvidenceQueries(store, snapshot).stream_heads())
     request = _import_token().create_request(heads)
-    files.write_request(out, heads, request)
     document: dict[str, Any] = {"out": str(out), "fleet": config.fleet.name, "time": None}
     document["logs"] = len(log_heads.decode(heads).heads)
+    responses = []
     if url is not None:
-        response = files.with_suffix(out, files.RESPONSE)
-        stamped = files.Stamp(str(response), heads, request, authority.fetch(url, request, timeout_s))
+        responses.append(authority.fetch(url, request, timeout_s))
+        stamped = files.Stamp(f"--timestamp-url {mask_password(url)}", heads, request, *responses)
         document["time"] = _check_stamp(stamped, trust)
-        durable_files.write(response, stamped.response)
+    files.write(out, heads, request, *responses)
     emit(document, as_json, lambda: print_lines(*_stamp_lines(document)))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent import clock
+from agent import clock, durable_files
 from agent.cli.fleet.common import (
     db_option,
     device_option,
@@ -16,10 +17,17 @@ from agent.cli.fleet.common import (
     open_for_reading,
     open_store,
     print_lines,
+    processes_option,
     progress_bar,
 )
 from agent.cli.output import emit, json_option, print_table
+from agent.errors import UsageError
 from agent.fleet import config as fleet_config
+
+if TYPE_CHECKING:
+    from agent.fleet.audit.checkpoint import CheckpointFolder
+    from agent.fleet.config import FleetConfig
+    from agent.wire.keys import PublicKey, SigningKey
 
 _MAX_LISTED = 50
 
@@ -119,20 +127,47 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 
 @click.command("audit", epilog="Example: outstation fleet audit --json")
 @device_option
+@click.option("--full", is_flag=True, help="Verify all signatures again, whatever the last checkpoint says.")
+@processes_option
 @db_option
 @fleet_option
 @json_option
-def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
-    """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
-    from agent.fleet.audit.audit import audit as run_audit
+def audit(device: str | None, full: bool, processes: int, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Verify every stored message: signatures, chain, gaps, coverage. Exit 1 if anything is wrong.
+
+    An audit of all devices signs a checkpoint with the operator's key. The next one verifies what came since, and
+    compares everything before with the checkpoint; a device where something changed is verified as a whole.
+    """
+    from agent.fleet.audit import audit as audits
 
     config, store = open_for_reading(folder, db, device)
     trusted = fleet_config.load_trusted_keys(config)
+    checkpoint, signing = None, None if device or db else _open_checkpoint(folder, config, trusted)
     with progress_bar("auditing", store.count_messages(device)) as advance:
-        report = run_audit(store, device, advance, trusted).to_dict()
-    emit(report, as_json, lambda: print_lines(*_audit_lines(report)))
-    if not report["passed"]:
+        if signing is None:
+            report = audits.audit(store, device, advance, trusted, processes)
+        else:
+            report, checkpoint = audits.audit_from_checkpoint(store, *signing, advance, trusted, processes, full=full)
+    document = {**report.to_dict(), "checkpoint": checkpoint.time if checkpoint else None}
+    emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
+    if not report.passed:
         sys.exit(1)
+
+
+def _open_checkpoint(
+    folder: str | None, config: FleetConfig, trusted: Sequence[PublicKey]
+) -> tuple[CheckpointFolder, SigningKey] | None:
+    """Return the folder of the checkpoint and the operator's key; None if this user may not sign or write one."""
+    from agent.fleet.audit.checkpoint import CheckpointFolder
+    from agent.wire import keys
+
+    path = fleet_config.find_folder(folder) / "audit"
+    try:
+        key = keys.load_private(Path(config.operator.key_file))
+        durable_files.make_folder(path)
+    except (OSError, UsageError):
+        return None
+    return CheckpointFolder(path, config.fleet.name, trusted), key
 
 
 def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
@@ -142,6 +177,8 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         f"{len(missing)} gaps, {len(report['gaps']) - len(missing)} declared evictions, "
         f"{report['duplicates']} duplicates"
     )
+    if report["checkpoint"] is not None:
+        yield f"from the checkpoint of {report['checkpoint']} on; --full verifies every signature again"
     for entry in report["invalid"][:_MAX_LISTED]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:_MAX_LISTED]:

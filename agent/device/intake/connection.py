@@ -21,10 +21,23 @@ from agent.strict_json import check_key_count
 CLIENT_SOURCE = "client"
 # Client names whose positions are stored; of more, those that sent last.
 MAX_CLIENTS = 1000
+# Names of files that `outstation ingest` sends begin so: they do not push out the names of producers.
+FILE_PREFIX = "file:"
+FILE_SOURCE, MAX_FILES = "ingested file", 4096
 
 
 _OTHER_PROTOCOL = Refusal("this is not the intake protocol: the first line must be a JSON object; see docs/intake.md")
 _NO_TOKEN = Refusal('the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names')
+
+
+def client_source(name: str) -> str:
+    """Return the source of a client's stored position."""
+    return FILE_SOURCE if name.startswith(FILE_PREFIX) else CLIENT_SOURCE
+
+
+def client_position(name: str, line: int) -> SourcePosition:
+    source = client_source(name)
+    return SourcePosition(source, name, line, MAX_FILES if source == FILE_SOURCE else MAX_CLIENTS)
 
 
 class _Hello(msgspec.Struct, forbid_unknown_fields=True):
@@ -137,6 +150,8 @@ class ProducerConnection:
         line = {"through": outcome.through, "accepted": outcome.accepted}
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
+        if outcome.is_store_full:
+            self._reader.forget_times()
         if outcome.is_store_full and self.name is not None:
             # If this answer is lost, a later accepted line would count the rejected ones as stored.
             self._group.discard(self)
@@ -157,16 +172,17 @@ class ProducerConnection:
             for number, reason in parsed.rejected.items():
                 self._group.reject(self, number, reason)
             if parsed.validated is not None:
-                self._group.add_rows(self, parsed.stream, parsed.validated, parsed.lines, now)
+                is_recording = self.name is not None and self.name.startswith(FILE_PREFIX)
+                self._group.add_rows(
+                    self, parsed.stream, parsed.validated, parsed.lines, now, is_recording=is_recording
+                )
             if parsed.label_batch is not None:
                 self._group.add_labels(self, parsed.label_batch, parsed.lines[0], now)
         self._advance(self._line_count + len(lines))
 
     def _advance(self, line: int) -> None:
         self._line_count = line
-        self._group.advance(
-            self, line, SourcePosition(CLIENT_SOURCE, self.name, line, MAX_CLIENTS) if self.name else None
-        )
+        self._group.advance(self, line, client_position(self.name, line) if self.name else None)
 
     async def _read_hello(self, line: bytes) -> bool:
         """Read the name and the token, if the line is a greeting. Raises Refusal."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from agent.clock import ClockQuality, ClockReading
 from agent.config import StreamConfig
-from agent.device.intake import labels
+from agent.device.intake import labels, row_history
 from agent.device.intake.labels import LabelBatch
+from agent.device.intake.row_history import RowHistory
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
@@ -66,6 +67,7 @@ class _RowBlock(msgspec.Struct, frozen=True):
     lines: list[int]
     now: ClockReading
     size_bytes: int
+    is_recording: bool
 
 
 class _ProducerBatch(msgspec.Struct):
@@ -108,6 +110,8 @@ class GroupCommit:
         self._rows = self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._drained_counts: Counter[str] = Counter()
+        # Of streams that got rows since the start.
+        self._histories: dict[str, RowHistory] = {}
 
     def __bool__(self) -> bool:
         return bool(self._producer_batches)
@@ -123,11 +127,21 @@ class GroupCommit:
         return self._bytes >= _MIN_COMMIT_BYTES
 
     def add_rows(
-        self, producer: Hashable, stream: str, validated: ValidatedRows, lines: list[int], now: ClockReading
+        self,
+        producer: Hashable,
+        stream: str,
+        validated: ValidatedRows,
+        lines: list[int],
+        now: ClockReading,
+        *,
+        is_recording: bool = False,
     ) -> None:
-        """Add rows that `producer` sent at `now`; `lines`: their line numbers, one per row or one for all."""
+        """Add rows that `producer` sent at `now`; `lines`: their line numbers, one per row or one for all.
+
+        `is_recording`: they may be older than the stream's latest row.
+        """
         size = validated.rows.t.nbytes + sum(column.nbytes for column in validated.rows.columns)
-        self._batch_of(producer).row_blocks.append(_RowBlock(stream, validated, lines, now, size))
+        self._batch_of(producer).row_blocks.append(_RowBlock(stream, validated, lines, now, size, is_recording))
         self._rows += len(validated.rows)
         self._bytes += size
         self._bytes += sum(2 * len(text) + 64 for texts in validated.categories.values() for text in texts)
@@ -184,13 +198,22 @@ class GroupCommit:
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                outcomes = self._write(tx, batches, now)
+                histories = {name: history.begin_transaction() for name, history in self._histories.items()}
+                begun = dict(histories)
+                outcomes = self._write(tx, batches, now, histories)
+                for stream, history in histories.items():
+                    if history is not begun.get(stream) and history.latest_us is not None:
+                        tx.set_latest_time(stream, history.latest_us)
+            # Only now: rows that were not stored must not count as sent before.
+            self._histories = histories
             self._drained_counts.clear()
             return outcomes
         except StorageFull as full:
             return {producer: _reject_all(batch, full) for producer, batch in batches.items()}
 
-    def _write(self, tx: Transaction, batches: ProducerBatches, now: ClockReading) -> dict[Hashable, CommitOutcome]:
+    def _write(
+        self, tx: Transaction, batches: ProducerBatches, now: ClockReading, histories: dict[str, RowHistory]
+    ) -> dict[Hashable, CommitOutcome]:
         by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
@@ -201,8 +224,10 @@ class GroupCommit:
             accepted = 0
             for block in batch.row_blocks:
                 rows = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
+                parts = by_stream.setdefault(block.stream, [])
                 if len(rows):
-                    parts = by_stream.setdefault(block.stream, [])
+                    rows = self._screen(tx, batch, block, rows, [rows for rows, _ in parts], histories)
+                if len(rows):
                     parts.append((rows, _stamp(tx, rows, block.now)))
                     ends[producer] = block.stream, sum(len(rows) for rows, _ in parts)
                     accepted += len(rows)
@@ -210,7 +235,7 @@ class GroupCommit:
             tx.increment_counter("lines rejected", len(batch.rejected))
         for counter, n in self._drained_counts.items():
             tx.increment_counter(counter, n)
-        before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items()}
+        before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items() if parts}
         outcomes = {}
         for producer, batch in batches.items():
             stream, end = ends.get(producer, ("", 0))
@@ -221,6 +246,51 @@ class GroupCommit:
             outcomes[producer] = batch.to_outcome(counts[producer], last_row=row)
         tx.segments.observe(now)
         return outcomes
+
+    def _screen(
+        self,
+        tx: Transaction,
+        batch: _ProducerBatch,
+        block: _RowBlock,
+        rows: Rows,
+        pending: list[Rows],
+        histories: dict[str, RowHistory],
+    ) -> Rows:
+        """Return the rows that the history of their stream accepts, and update it; `pending`: of this transaction."""
+        name, stream = block.stream, self._streams[block.stream]
+        history = histories.get(name) or RowHistory(tx.latest_time(name)).begin_transaction()
+        screened = row_history.screen(
+            *(history, rows, block.validated.has_time, stream, block.now),
+            lambda limit: self._load_recent(name, limit, pending),
+            is_recording=block.is_recording,
+        )
+        histories[name] = screened.history
+        tx.increment_counter(f"rows {row_history.OUT_OF_ORDER}.{name}", screened.out_of_order)
+        if not screened.rejected:
+            return rows
+        for kind, n in Counter(kind for kind, _ in screened.rejected.values()).items():
+            tx.increment_counter(f"rows {kind}.{name}", n)
+        reasons = {i: row_history.describe(*why, name, stream) for i, why in screened.rejected.items()}
+        if len(block.lines) == len(rows):
+            for index, reason in reasons.items():
+                batch.reject(block.lines[index], reason)
+        else:
+            sent = len(rows) + len(block.validated.rejected)
+            numbers = np.setdiff1d(np.arange(sent), list(block.validated.rejected))
+            by_number = {int(numbers[index]): reason for index, reason in reasons.items()}
+            batch.reject(block.lines[0], row_history.summarize_reasons(by_number, "row"))
+        accepted = np.setdiff1d(np.arange(len(rows)), list(screened.rejected))
+        return Rows(rows.t[accepted], tuple(column[accepted] for column in rows.columns))
+
+    def _load_recent(self, stream: str, limit: int, pending: list[Rows]) -> list[Rows]:
+        """Return the last readable rows of a stream, about `limit`, with the `pending` ones at the end."""
+        loaded, last = [], self._store.last_row(stream)
+        after = max(0, last - limit)
+        while after < last and (part := self._store.read_rows(stream, self._streams[stream].fields, after, limit)):
+            if not part.loss_reason:
+                loaded.append(part.rows)
+            after = part.last
+        return [*loaded, *pending]
 
     def _write_labels(self, tx: Transaction, producer_batch: _ProducerBatch) -> int:
         accepted, targets = 0, self._label_targets() if producer_batch.label_batches else {}

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
+from agent.device.intake.row_history import summarize_reasons
 from agent.device.store.labels import MAX_EARLY_LABELS, outcome_counter
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
@@ -75,8 +76,7 @@ def format_reasons(rejected: Mapping[int, str], n: int) -> str:
     """Return one reason for a line of `n` labels; `rejected`: position → reason."""
     if n == 1:
         return rejected[0]
-    first = "; ".join(f"label {index + 1} of the columns: {reason}" for index, reason in sorted(rejected.items())[:5])
-    return first + (f"; and {len(rejected) - 5} more labels" if len(rejected) > 5 else "")
+    return summarize_reasons(rejected, "label")
 
 
 def store_labels(tx: Transaction, target: LabelTarget | None, batch: LabelBatch, now: ClockReading) -> dict[int, str]:

@@ -69,7 +69,7 @@ def read_blocks(
     if isinstance(media, ImageFormat):
         if not skip:
             rows = images.read_rows(path, media, file, memory_bytes)
-            at_us = _parse_name_time_us(path.name) or modified_us
+            at_us = parse_name_time_us(path.name) or modified_us
             near = last_us is not None and last_us - _BURST_US <= at_us <= last_us
             at_us = at_us if last_us is None or not near else last_us + 1
             yield build_block(rows, np.full(len(rows), at_us / 1e6), 0, stream.fields)
@@ -81,7 +81,7 @@ def read_blocks(
         if skip and last_us is not None:
             begin_us = last_us - round((skip - 1) * media.row_period_s * 1e6)
         else:
-            own_us = _parse_name_time_us(path.name) or modified_us - round(wav.sample_count / media.rate * 1e6)
+            own_us = parse_name_time_us(path.name) or modified_us - round(wav.sample_count / media.rate * 1e6)
             # A sound that would seem to continue the last row begins just before it: a begin behind the last row
             # would add up to a delay over many files.
             goes_on = last_us is not None and last_us <= own_us <= last_us + round(2 * media.row_period_s * 1e6)
@@ -94,7 +94,7 @@ def read_blocks(
             skip += len(rows)
 
 
-def _parse_name_time_us(name: str) -> int | None:
+def parse_name_time_us(name: str) -> int | None:
     """Return the time in a file's name, epoch µs, or None."""
     match = _TIME_IN_NAME.search(name)
     if match is None:

@@ -16,6 +16,7 @@ import numpy as np
 from agent.config import StreamConfig
 from agent.device.intake import labels
 from agent.device.intake.labels import LabelBatch
+from agent.device.intake.row_history import summarize_reasons
 from agent.device.store.rows import RawColumns, ValidatedRows, validate_columns
 from agent.errors import RowRejected
 from agent.strict_json import DuplicateKey, check_key_count
@@ -60,6 +61,10 @@ class LineParser:
         self._latest: dict[str, int] = {}
         self._likely_decoder: _StreamDecoder | None = None
         self._columnar_decoder: _StreamDecoder | None = None
+
+    def forget_times(self) -> None:
+        """Accept any times next: rows that were not stored come again."""
+        self._latest.clear()
 
     def parse(self, lines: list[bytes], first: int, now_us: int) -> Iterator[ParsedLines]:
         """Parse `lines`, numbered from `first`; every line is among the `lines` or the `rejected` of a result."""
@@ -143,9 +148,7 @@ class LineParser:
         rejected = parsed.validated.rejected if parsed.validated else {}
         if not rejected:
             return parsed
-        shown = "; ".join(f"row {index + 1} of the columns: {reason}" for index, reason in sorted(rejected.items())[:5])
-        more = f"; and {len(rejected) - 5} more rows" if len(rejected) > 5 else ""
-        return ParsedLines(parsed.stream, parsed.validated, [number], {number: shown + more})
+        return ParsedLines(parsed.stream, parsed.validated, [number], {number: summarize_reasons(rejected, "row")})
 
     def _validate(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
         latest = self._latest.get(decoder.name)

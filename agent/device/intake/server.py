@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from agent import config
 from agent.clock import ClockReading
-from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
+from agent.device.intake.connection import ProducerConnection, client_source
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.listener import (
     ConnectionTable,
@@ -209,7 +209,8 @@ class Intake:
         self._answer_callbacks[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
         numbers = list(lines) or list(range(1, raw.n + 1))
         self._group_commit.add_rows(
-            producer, stream, validated, [n for i, n in enumerate(numbers) if i not in validated.rejected], now
+            *(producer, stream, validated, [n for i, n in enumerate(numbers) if i not in validated.rejected], now),
+            is_recording=self._conf.streams[stream].source.reads_recordings,
         )
         for index, reason in validated.rejected.items():
             self._group_commit.reject(producer, numbers[index], reason)
@@ -290,11 +291,11 @@ class Intake:
         if older is not None:
             older.retire()
         await self._commit_early(
-            lambda: self._background_write is not None or self._group_commit.holds_position(CLIENT_SOURCE, name)
+            lambda: self._background_write is not None or self._group_commit.holds_position(client_source(name), name)
         )
         if self._has_failed:
             raise StorageError("the store failed; the position of this client is unknown")
-        return self._store.source_position(CLIENT_SOURCE, name)
+        return self._store.source_position(client_source(name), name)
 
     async def _commit_early(self, is_pending: Callable[[], bool]) -> None:
         """Commit what is pending at once if that was not done often of late, else wait for the next commit."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from agent import clock
 from agent.device.machine.systemd import notify
 from agent.device.recovery import catch_up, findings, migrate, salvage
-from agent.device.recovery.open_files import LOCK, OpenFiles
+from agent.device.recovery.open_files import LOCK, OpenFiles, require_not_moved
 from agent.device.store import meta, row_crc, schema
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.store import DATABASE, Store, connect_read_only, is_corruption, translate_errors
@@ -51,6 +51,7 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
     quota = Quota.from_max_size(max_size)
     pragmas = schema.pragmas(quota.database_bytes // PAGE_SIZE, quota.wal_bytes, synchronous)
     with contextlib.ExitStack() as undo:
+        require_not_moved(folder)
         lock = acquire_lock(folder)
         undo.callback(os.close, lock)
         enforcer = QuotaEnforcer(path, quota)

@@ -12,7 +12,10 @@ import os
 import sqlite3
 from pathlib import Path
 
+import msgspec
+
 from agent import durable_files
+from agent.device.store import meta, watermark
 from agent.device.store.store import DATABASE
 from agent.device.store.watermark import FILE_NAME
 from agent.errors import StorageError, StorageMoved
@@ -20,6 +23,7 @@ from agent.errors import StorageError, StorageMoved
 log = logging.getLogger("outstation")
 
 LOCK = "lock"
+_MAX_NOTE = 4096
 _WAL, _SHM = f"{DATABASE}-wal", f"{DATABASE}-shm"
 
 
@@ -39,6 +43,7 @@ class OpenFiles:
         Before that, what is only in a deleted file is written to where the next start finds it.
         """
         if _identify(self._folder) != self._folder_id:
+            self._write_note(db)
             raise StorageMoved(
                 f"{self._folder}: no longer the data folder that was opened: {self._describe_move()}. The daemon "
                 "stops, as it would begin an empty store here; put the former folder back and start it again"
@@ -56,6 +61,13 @@ class OpenFiles:
 
     def is_folder_in_place(self) -> bool:
         return _identify(self._folder) == self._folder_id
+
+    def _write_note(self, db: sqlite3.Connection) -> None:
+        """Leave a note for the next start, beside the folder; not everybody may write there."""
+        with contextlib.suppress(OSError, StorageError, sqlite3.Error):
+            note = _note_path(self._folder)
+            if not note.exists():
+                durable_files.write(note, msgspec.json.encode(_Note(meta.get(db, "log", ""))), 0o600)
 
     def _describe_move(self) -> str:
         """Say what became of the former folder, as far as the kernel tells of the open database."""
@@ -99,6 +111,35 @@ class OpenFiles:
             (self._folder / name).unlink(missing_ok=True)
         copy.rename(self._folder / DATABASE)
         durable_files.fsync(self._folder)
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """Note that a data folder was moved away while the daemon ran: `log` of the store in it."""
+
+    log: str
+
+
+def require_not_moved(folder: Path) -> None:
+    """Raise StorageMoved if the data folder was moved away under a running daemon and is not back."""
+    note, log_id = _note_path(folder), ""
+    if not os.path.lexists(note):
+        return
+    # A damaged note is a note.
+    with contextlib.suppress(OSError, msgspec.MsgspecError), note.open("rb") as file:
+        log_id = msgspec.json.decode(file.read(_MAX_NOTE), type=_Note).log
+    state = watermark.load(folder)
+    if state is not None and state.log == log_id:
+        note.unlink(missing_ok=True)
+        return
+    raise StorageMoved(
+        f"{folder}: this data folder was moved away while the daemon ran, with all acknowledged data; put it back, or "
+        f"delete {note} to begin an empty store here"
+    )
+
+
+def _note_path(folder: Path) -> Path:
+    folder = folder.absolute()
+    return folder.parent / f"{folder.name}.moved"
 
 
 def _identify(path: str | Path) -> tuple[int, int] | None:

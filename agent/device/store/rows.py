@@ -136,13 +136,21 @@ class RawColumns(msgspec.Struct, frozen=True):
 class ValidatedRows(msgspec.Struct, frozen=True):
     """Valid rows of `RawColumns`; `categories`: text of category columns by field index; `rejected`: index → reason.
 
-    `latest_us` is the producer's latest time so far, epoch µs, for the next validation.
+    `latest_us` is the producer's latest time so far, epoch µs, for the next validation. `has_time`: rows that came with
+    a time, all or none if it is a bool.
     """
 
     rows: Rows
     categories: dict[int, list[str]]
     rejected: dict[int, str]
     latest_us: int | None = None
+    has_time: NDArray[np.bool_] | bool = True
+
+    def slice(self, start: int, stop: int) -> ValidatedRows:
+        """Return some of the valid rows."""
+        categories = {index: texts[start:stop] for index, texts in self.categories.items()}
+        has_time = self.has_time if isinstance(self.has_time, bool) else self.has_time[start:stop]
+        return ValidatedRows(self.rows.slice(start, stop), categories, {}, has_time=has_time)
 
 
 def validate_columns(
@@ -173,13 +181,14 @@ def validate_columns(
             arrays.append(np.zeros(raw.n, "<u2"))
         else:
             arrays.append(_validate_numbers(values, field, rejected, nan_is_missing=raw.nan_is_missing))
-    t, latest = _validate_times(raw, now_us, after_us, rejected)
+    t, latest, has_time = _validate_times(raw, now_us, after_us, rejected)
     if not rejected:
-        return ValidatedRows(Rows(t, tuple(arrays)), categories, {}, latest)
+        return ValidatedRows(Rows(t, tuple(arrays)), categories, {}, latest, has_time)
     reasons = rejected.reasons
     valid = np.setdiff1d(np.arange(raw.n), np.fromiter(reasons, np.int64, len(reasons)))
     categories = {index: [texts[i] for i in valid] for index, texts in categories.items()}
-    return ValidatedRows(Rows(t[valid], tuple(a[valid] for a in arrays)), categories, reasons, latest)
+    has_time = has_time if isinstance(has_time, bool) else has_time[valid]
+    return ValidatedRows(Rows(t[valid], tuple(a[valid] for a in arrays)), categories, reasons, latest, has_time)
 
 
 class _Rejections:
@@ -293,14 +302,15 @@ def _validate_categories(values: Any, field: FieldConfig, rejected: _Rejections)
 
 def _validate_times(
     raw: RawColumns, now_us: int, after_us: int | None, rejected: _Rejections
-) -> tuple[NDArray[np.int64], int | None]:
+) -> tuple[NDArray[np.int64], int | None, NDArray[np.bool_] | bool]:
+    """Return the times, the producer's latest time, and which rows came with a time."""
     if raw.t is None:
-        return np.full(raw.n, now_us, np.int64), after_us
+        return np.full(raw.n, now_us, np.int64), after_us, False
     if len(raw.t) != raw.n:
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
     seconds = _validate_numbers(raw.t, _TIME_FIELD, rejected)
     if not rejected and raw.n and (t := _convert_times(seconds, after_us)) is not None:
-        return t, int(t[-1])
+        return t, int(t[-1]), True
     with np.errstate(invalid="ignore"):
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
         _reject_where(
@@ -318,7 +328,7 @@ def _validate_times(
     for index in np.flatnonzero(given & (t < before[:-1])):
         problem = f"runs backwards, {before[index] / 1e6:.6f} came before"
         rejected.add(int(index), _TIME_FIELD.name, problem, f"{t[index] / 1e6:.6f}")
-    return t, (int(before[-1]) if before[-1] != _MIN_TIME_US else None)
+    return t, (int(before[-1]) if before[-1] != _MIN_TIME_US else None), given
 
 
 def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:

@@ -12,9 +12,10 @@ from functools import cache
 _TABLES = (
     # log, boot, boot_id, seq, digest, time floor …
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INT) WITHOUT ROWID",
-    # fields: JSON of names and types, as the chunks are packed.
+    # fields: JSON of names and types, as the chunks are packed. latest_t: of rows that came with a time.
     """CREATE TABLE streams (
-        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row INT NOT NULL, crc INT)""",
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row INT NOT NULL, latest_t INT,
+        crc INT)""",
     # Rows first_row … first_row + n - 1. clock: 0 synced, 1 restored, 2 unsynced. segment: 0 if the producer gave the
     # times. boot_us: boot time of the commit.
     """CREATE TABLE chunks (

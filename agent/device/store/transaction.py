@@ -96,6 +96,14 @@ class Transaction:
         self.progress.rows[stream] = int(first) + packed.n
         return int(first) + packed.n - 1
 
+    def latest_time(self, stream: str) -> int | None:
+        """Return the latest time of rows that came with one, epoch µs; None if there are none."""
+        row = self._db.execute("SELECT latest_t FROM checked_streams WHERE name = ?", (stream,)).fetchone()
+        return int(row[0]) if row and row[0] is not None else None
+
+    def set_latest_time(self, stream: str, latest_us: int) -> None:
+        self._db.execute("UPDATE streams SET latest_t = ? WHERE name = ?", (latest_us, stream))
+
     def next_row(self, stream: str) -> int:
         """Return the number that the next row of `stream` will get."""
         row = self._db.execute("SELECT next_row FROM checked_streams WHERE name = ?", (stream,)).fetchone()

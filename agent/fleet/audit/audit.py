@@ -15,23 +15,37 @@ For each device and log, in one pass and in constant memory:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import marshal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from agent import clock
+from agent import clock, durable_files
 from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
+from agent.fleet.audit.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    LogState,
+    copy_database,
+    load_states,
+    save_states,
+)
 from agent.fleet.audit.coverage import RowCoverage
-from agent.fleet.audit.replay import Replay
-from agent.fleet.audit.stored_rows import MessageKey, StoredTables
+from agent.fleet.audit.replay import Replay, keep_devices
+from agent.fleet.audit.stored_rows import MessageKey, StoredTables, sort_key
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
+from agent.fleet.database.interface import Row
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import TableRows, project_message
-from agent.fleet.database.store import FleetStore
-from agent.wire.keys import PublicKey
+from agent.fleet.database.store import DeviceRange, Devices, FleetStore
+from agent.fleet.workers import run_over_devices, split_devices
+from agent.wire.keys import PublicKey, SigningKey
 from agent.wire.log_chain import digest
 from agent.wire.messages import (
     AuditPayload,
@@ -54,6 +68,7 @@ class AuditReport(msgspec.Struct):
     duplicates: int = 0
     invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
     invalid_count: int = 0
+    invalid_devices: set[Any] = msgspec.field(default_factory=set)
     coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
     evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
@@ -66,10 +81,25 @@ class AuditReport(msgspec.Struct):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `fleet audit --json`."""
-        return {"passed": self.passed, **msgspec.structs.asdict(self)}
+        document = msgspec.structs.asdict(self)
+        del document["invalid_devices"]
+        return {"passed": self.passed, **document}
+
+    def merge(self, other: AuditReport) -> None:
+        """Add the report of other devices."""
+        self.devices += other.devices
+        self.messages += other.messages
+        self.duplicates += other.duplicates
+        self.invalid_count += other.invalid_count
+        self.invalid_devices |= other.invalid_devices
+        self.gaps += other.gaps
+        self.coverage += other.coverage
+        self.evicted += other.evicted
+        self.invalid = [*self.invalid, *other.invalid][:MAX_INVALID]
 
     def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
+        self.invalid_devices.add(key[0])
         if len(self.invalid) < MAX_INVALID:
             device, log, seq = map(rollouts.to_json_value, key)
             self.invalid.append({"device": device, "log": log, "seq": seq, "reason": reason})
@@ -78,98 +108,246 @@ class AuditReport(msgspec.Struct):
 def audit(
     store: FleetStore,
     device: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
     operators: Sequence[PublicKey] = (),
+    processes: int = 1,
 ) -> AuditReport:
     """Verify all messages, or those of one device; call `progress` after each hundred. Raises StorageError.
 
-    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
+    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device. With
+    several `processes` each range of devices is audited in a snapshot of its own.
     """
+    if device is not None:
+        return _audit_devices(store, device, progress)
+    jobs = [(devices, ()) for devices in split_devices(store, processes)]
+    return _merge_parts(store, run_over_devices(store, _audit_devices, jobs, processes, progress), operators)
+
+
+def audit_from_checkpoint(
+    store: FleetStore,
+    folder: CheckpointFolder,
+    key: SigningKey,
+    progress: Callable[[int], None] = lambda _: None,
+    operators: Sequence[PublicKey] = (),
+    processes: int = 1,
+    *,
+    full: bool = False,
+) -> tuple[AuditReport, Checkpoint | None]:
+    """Verify the messages behind the last checkpoint, and sign a new one; return the one it went on from.
+
+    `full`: verify all messages. Raises StorageError, OSError, and UsageError if the checkpoint is not genuine.
+    """
+    checkpoint = None if full else folder.load()
+    durable_files.make_folder(folder.path)
+    if checkpoint is None:
+        parts: list[tuple[DeviceRange, Path | None]] = [(range_, None) for range_ in split_devices(store, processes)]
+    else:
+        parts = [(part.devices, folder.path / part.file) for part in checkpoint.parts]
+    targets = [folder.new_file() for _ in parts]
+    jobs = [(devices, (file, target)) for (devices, file), target in zip(parts, targets, strict=True)]
+    report = _merge_parts(store, run_over_devices(store, _audit_devices, jobs, processes, progress), operators)
+    made = [(devices, target) for (devices, _), target in zip(parts, targets, strict=True)]
+    folder.save(key, clock.to_rfc3339(clock.read().wall_us), report.messages, made)
+    return report, checkpoint
+
+
+def _merge_parts(store: FleetStore, parts: Sequence[AuditReport], operators: Sequence[PublicKey]) -> AuditReport:
     report = AuditReport()
-    with store.snapshot() as db, contextlib.closing(Replay()) as replay:
-        keyring = Keyring(store)
-        # (device, log) → last seq of each log that a signed message of a later log declares ended.
-        ends: dict[tuple[Any, str], int] = {}
-        for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
-            with contextlib.suppress(MessageRefused, TypeError, AttributeError):
-                body = verify_message(topic, payload, (jws,), keyring.find_stored).body
-                if body.device == name and (end := parse_log_end(body)):
-                    ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
-        last_seqs = {(name, log): last for name, log, last in store.logs(device)}
-        tables = StoredTables(store, device, report.add_invalid)
-        parts = _AuditParts(keyring, tables, replay, report)
-        names = {name for name, _ in last_seqs}
-        for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
-            auditor = _LogAuditor(name, log, parts)
-            for row in rows:
-                auditor.check_message(*row[2:])
-                report.messages += 1
-                if progress is not None and report.messages % 100 == 0:
-                    progress(100)
-            auditor.finish(last_seqs.pop((name, log), 0), ends.get((name, log), 0))
-            names.add(name)
-        for (name, log), last in last_seqs.items():
-            _LogAuditor(name, log, parts).finish(last, ends.get((name, log), 0))
-        tables.finish()
-        broken = {gap["device"] for gap in report.gaps if not gap["declared"]} | parts.broken
-        for key, reason in replay.compare(store, device, broken):
-            report.add_invalid(key, reason)
-        if device is None:
-            decisions = rollouts.audit_rollouts(db, operators)
-            report.decisions, report.invalid_decisions = decisions.decision_count, decisions.invalid
-        report.devices = len(names)
+    for part in parts:
+        report.merge(part)
+    with store.snapshot() as db:
+        decisions = rollouts.audit_rollouts(db, operators)
+    report.decisions, report.invalid_decisions = decisions.decision_count, decisions.invalid
     return report
 
 
+def _audit_devices(
+    store: FleetStore,
+    devices: Devices,
+    progress: Callable[[int], None],
+    file: Path | None = None,
+    target: Path | None = None,
+) -> AuditReport:
+    """Audit devices, from the state in `file` on if it is given, and write the new state to `target`."""
+    report = AuditReport()
+    with store.snapshot(), contextlib.closing(Replay(file)) as replay:
+        auditor = _DeviceAuditor(store, replay, report, progress)
+        auditor.audit(devices, {} if file is None else load_states(replay.db))
+        replay.flush()
+        if target is not None:
+            save_states(replay.db, auditor.states)
+            copy_database(replay.db, target)
+        bad = {gap["device"] for gap in report.gaps if not gap["declared"]} | auditor.broken
+        for key, reason in replay.compare(store, devices, bad):
+            report.add_invalid(key, reason)
+        report.devices = len(auditor.names)
+    if target is not None:
+        bad |= report.invalid_devices
+        keep_devices(target, {device for device, _ in auditor.states if device not in bad})
+    return report
+
+
+class _DeviceAuditor:
+    """Audits the logs of devices.
+
+    `states`: of each log; `names`: of the devices; `broken`: devices with a message that does not verify.
+    """
+
+    def __init__(self, store: FleetStore, replay: Replay, report: AuditReport, progress: Callable[[int], None]) -> None:
+        self._store, self._replay, self._report, self._progress = store, replay, report, progress
+        self._keyring = Keyring(store)
+        self.states: dict[tuple[Any, Any], LogState] = {}
+        self.names: set[Any] = set()
+        self.broken: set[Any] = set()
+
+    def audit(
+        self, devices: Devices, states: Mapping[tuple[Any, Any], LogState], *, reports_orphans: bool = True
+    ) -> None:
+        """Audit messages behind `states`; of a device where an earlier one changed, all.
+
+        `reports_orphans`: rows of tables without a message are reported.
+        """
+        ends = self._find_ends(devices)
+        last_seqs = {(name, log): last for name, log, last in self._store.logs(devices)}
+        report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
+        tables = StoredTables(self._store, devices, report_orphan)
+        changed: list[Any] = []
+        own_logs = {name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states}, key=sort_key), itemgetter(0))}
+        for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
+            parts = _AuditParts(self._keyring, self._replay, AuditReport(), self.broken)
+            logs = dict.fromkeys(own_logs.pop(device, ()))
+            is_same = True
+            for name, log_rows in groupby(rows, lambda row: row[:2]):
+                logs.pop(name, None)
+                auditor = _LogAuditor(name, states.get(name, LogState()), tables, parts)
+                self._check_messages(auditor, log_rows)
+                is_same &= auditor.is_unchanged
+                self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
+            is_same &= self._finish_empty_logs(logs, last_seqs, ends, states, tables, parts)
+            if is_same:
+                self._report.merge(parts.report)
+            else:
+                changed.append(device)
+        for device, names in own_logs.items():
+            parts = _AuditParts(self._keyring, self._replay, AuditReport(), self.broken)
+            if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, tables, parts):
+                self._report.merge(parts.report)
+            else:
+                changed.append(device)
+        tables.finish()
+        for device in changed:
+            self._replay.forget(device)
+            self.broken.discard(device)
+            self.audit(device, {}, reports_orphans=False)
+
+    def _finish_empty_logs(
+        self,
+        names: Iterable[Row],
+        last_seqs: Mapping[Any, int],
+        ends: Mapping[Any, int],
+        states: Mapping[Any, LogState],
+        tables: StoredTables,
+        parts: _AuditParts,
+    ) -> bool:
+        """Finish logs without a message; return False if one had some."""
+        is_same = True
+        for name in names:
+            is_same &= name not in states or not states[name].last_seq
+            self._finish(_LogAuditor(name, LogState(), tables, parts), last_seqs.get(name, 0), ends.get(name, 0))
+        return is_same
+
+    def _find_ends(self, devices: Devices) -> dict[tuple[Any, Any], int]:
+        """Return the last seq of each log that a signed message of a later log declares ended."""
+        ends: dict[tuple[Any, Any], int] = {}
+        for name, topic, payload, jws in self._store.audit_messages(devices, f'"{NEW_LOG}"'.encode()):
+            with contextlib.suppress(MessageRefused, TypeError, AttributeError):
+                body = verify_message(topic, payload, (jws,), self._keyring.find_stored).body
+                if body.device == name and (end := parse_log_end(body)):
+                    ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
+        return ends
+
+    def _check_messages(self, auditor: _LogAuditor, rows: Iterable[Row]) -> None:
+        count = 0
+        for row in rows:
+            auditor.check_message(*row[2:])
+            count += 1
+            if count % 100 == 0:
+                self._progress(100)
+        self._progress(count % 100)
+        auditor.report.messages += count
+
+    def _finish(self, auditor: _LogAuditor, last_seq: int, end: int) -> None:
+        device, log = auditor.name
+        self.names.add(device)
+        if isinstance(device, str) and isinstance(log, str) and (device + log).isascii():
+            self.states[device, log] = auditor.to_state()
+        auditor.finish(last_seq, end)
+
+
 class _AuditParts(msgspec.Struct):
-    """State that the audits of all logs share. `broken`: devices with a message that does not verify."""
+    """What the audits of the logs of a device share. `broken`: devices with a message that does not verify."""
 
     keyring: Keyring
-    tables: StoredTables
     replay: Replay
     report: AuditReport
-    broken: set[Any] = msgspec.field(default_factory=set)
+    broken: set[Any]
 
 
 class _LogAuditor:
-    """Audits one log, message by message in order of seq."""
+    """Audits one log, message by message in order of seq, from a state on.
 
-    def __init__(self, device: Any, log: Any, parts: _AuditParts) -> None:
-        self._device, self._log, self._parts = device, log, parts
-        self._report = parts.report
-        self._coverage = RowCoverage()
-        self._last_seq = 0
-        self._last_digest: str | None = ""
-        self._missing: list[tuple[int, int]] = []
-        self._declared: list[tuple[int, int]] = []
+    `is_unchanged`: the rows of the messages up to the state are those of the audit that made it.
+    """
+
+    def __init__(self, name: Row, state: LogState, tables: StoredTables, parts: _AuditParts) -> None:
+        self.name, self._tables, self._parts = name, tables, parts
+        self._device, self._log = name
+        self.report = parts.report
+        self._coverage = RowCoverage(state.coverage)
+        self._state, self.is_unchanged = state, not state.last_seq
+        self._stored_digest = ""
+        self._last_seq, self._last_digest = state.last_seq, state.last_digest
+        self._missing, self._declared = [*state.missing], [*state.declared]
+
+    def to_state(self) -> LogState:
+        return LogState(
+            *(self._last_seq, self._stored_digest, self._last_digest, [*self._missing], [*self._declared]),
+            self._coverage.to_state(),
+        )
 
     def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any, received: Any) -> None:
         key = (self._device, self._log, seq)
+        stored = self._tables.read(key)
+        self._stored_digest = _chain(self._stored_digest, (seq, kind, topic, payload, jws, received, stored))
+        if type(seq) is int and seq <= self._state.last_seq and not self.is_unchanged:
+            # Verified by an earlier audit, if the digest of all of them is the same.
+            self.is_unchanged = seq == self._state.last_seq and self._stored_digest == self._state.stored_digest
+            return
         message = self._check_evidence(key, kind, topic, payload, jws)
         if message is not None and not _is_time(received):
-            self._report.add_invalid(key, f"received {received!r} is not a time")
+            self.report.add_invalid(key, f"received {received!r} is not a time")
             message = None
         body = None if message is None else message.body
         if message is None or not isinstance(body, LoggedPayload):
             self._parts.broken.add(self._device)
-            self._parts.tables.check(key, None)
             return
         expected: TableRows = {}
         project_message(message, expected)
-        self._parts.tables.check(key, expected)
+        for problem in self._tables.compare(stored, expected):
+            self.report.add_invalid(key, problem)
         self._parts.replay.add(body, received)
         for problem in self._check_coverage(body):
-            self._report.add_invalid(key, problem)
+            self.report.add_invalid(key, problem)
 
     def _check_evidence(self, key: MessageKey, kind: Any, topic: Any, payload: Any, jws: Any) -> VerifiedMessage | None:
         """Return the message if it verifies, is stored as signed and follows the one before it."""
         seq = key[2]
         if type(seq) is not int or seq < 1:
-            self._report.add_invalid(key, f"seq {seq!r} is not a sequence number")
+            self.report.add_invalid(key, f"seq {seq!r} is not a sequence number")
             return None
         if seq == self._last_seq:
-            self._report.duplicates += 1
-            self._report.add_invalid(key, "is stored twice")
+            self.report.duplicates += 1
+            self.report.add_invalid(key, "is stored twice")
         elif seq > self._last_seq + 1:
             self._missing.append((self._last_seq + 1, seq - 1))
             self._coverage.mark_unreadable(seq)
@@ -182,7 +360,7 @@ class _LogAuditor:
         if not problem and isinstance(body, LoggedPayload) and self._last_digest not in (None, body.prev):
             problem = "does not follow the message before it: prev is not that message's digest"
         if problem or message is None or not isinstance(body, LoggedPayload):
-            self._report.add_invalid(key, problem or "has a kind that is never stored")
+            self.report.add_invalid(key, problem or "has a kind that is never stored")
             self._coverage.mark_unreadable(seq)
             self._last_digest = None
             return None
@@ -201,13 +379,13 @@ class _LogAuditor:
             self._missing.append((self._last_seq + 1, last_seq))
         for first, last, declared in split_by_declaration(self._missing, self._declared):
             gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
-            self._report.gaps.append(gap)
-        self._report.duplicates += self._coverage.duplicates
-        self._report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
+            self.report.gaps.append(gap)
+        self.report.duplicates += self._coverage.duplicates
+        self.report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
             place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
-            self._report.coverage.append({**place, **rows})
+            self.report.coverage.append({**place, **rows})
 
     def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, VerifiedMessage | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
@@ -235,6 +413,16 @@ class _LogAuditor:
             self._coverage.add_evictions(body)
         if isinstance(body, HealthPayload):
             yield from self._coverage.check_health(body)
+
+
+def _chain(digest: str, rows: Row) -> str:
+    """Return the digest of one message's rows and all before them."""
+    try:
+        # Version 2 depends on the values alone; any text can be written.
+        data = marshal.dumps(rows, 2)
+    except ValueError:
+        data = repr(rows).encode(errors="backslashreplace")
+    return hashlib.blake2b(digest.encode() + data, digest_size=32).hexdigest()
 
 
 def _is_time(text: Any) -> bool:

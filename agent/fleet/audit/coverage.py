@@ -23,15 +23,32 @@ class TaskCoverage(msgspec.Struct):
     results: int = 0
 
 
-class RowCoverage:
-    """Checks the messages of a log in order of seq."""
+class CoverageState(msgspec.Struct):
+    """State of `RowCoverage`; (task, stream, …) of each track and declaration."""
 
-    def __init__(self) -> None:
-        self.tracks: dict[tuple[str, str], TaskCoverage] = {}
-        self.evicted: list[dict[str, Any]] = []
-        self.duplicates = 0
-        self._declared: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        self._unreadable_seq = 0
+    tracks: list[tuple[str, str, TaskCoverage]] = []
+    declared: list[tuple[str, str, list[tuple[int, int]]]] = []
+    evicted: list[dict[str, Any]] = []
+    duplicates: int = 0
+    unreadable_seq: int = 0
+
+
+class RowCoverage:
+    """Checks the messages of a log in order of seq, from a state on."""
+
+    def __init__(self, state: CoverageState) -> None:
+        self.tracks = {(task, stream): track for task, stream, track in state.tracks}
+        self.evicted = [*state.evicted]
+        self.duplicates = state.duplicates
+        self._declared = {(task, stream): ranges for task, stream, ranges in state.declared}
+        self._unreadable_seq = state.unreadable_seq
+
+    def to_state(self) -> CoverageState:
+        return CoverageState(
+            [(*name, track) for name, track in self.tracks.items()],
+            [(*name, ranges) for name, ranges in self._declared.items()],
+            *(self.evicted, self.duplicates, self._unreadable_seq),
+        )
 
     def mark_unreadable(self, seq: int) -> None:
         """Record that messages up to `seq` are missing or unreadable: their rows are not reported again."""

@@ -6,8 +6,10 @@ through the same code into an empty temporary database, a few hundred at a time,
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any
 
 from agent.errors import StorageError
@@ -16,7 +18,7 @@ from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
 from agent.fleet.database.sqlite import open_temporary
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import Devices, FleetStore
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire.messages import LoggedPayload
 
@@ -50,54 +52,68 @@ _ROUNDED = {"boots": 2}
 
 
 class Replay:
-    """Derived tables of the messages so far: `add` each verified message, then `compare`."""
+    """Derived tables of the messages so far: `add` each verified message, then `compare`.
 
-    def __init__(self) -> None:
-        self._db = open_temporary()
+    It begins empty, or with the tables in `file`. `db` is the temporary database.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.db = open_temporary()
+        if file is None:
+            self.db.execute("CREATE TABLE audited (device TEXT, log TEXT, state BLOB, PRIMARY KEY (device, log))")
+        else:
+            with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as source:
+                source.backup(self.db)
         self._bodies: list[tuple[LoggedPayload, str]] = []
 
     def add(self, body: LoggedPayload, received: str) -> None:
         self._bodies.append((body, received))
         if len(self._bodies) >= _MESSAGES_PER_COMMIT:
-            self._flush()
+            self.flush()
 
-    def compare(self, store: FleetStore, device: str | None, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
+    def forget(self, device: str) -> None:
+        """Drop what the messages of a device gave."""
+        self.flush()
+        for table in (*_TABLES, "audited"):
+            self.db.execute(f"DELETE FROM {table} WHERE device = ?", (device,))
+
+    def compare(self, store: FleetStore, devices: Devices, broken: Container[Any]) -> Iterator[tuple[Row, str]]:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
-        self._flush()
-        self._apply_operators_words(store, device)
+        self.flush()
+        self._apply_operators_words(store, devices)
         for table, (key_width, columns) in _TABLES.items():
             names = ", ".join(columns)
             order = ", ".join(columns[:key_width])
             sql = f"SELECT {names} FROM {table} ORDER BY {order}"
-            derived, stored = self._db.execute(sql), store.derived_rows(table, names, order, device)
+            derived, stored = self.db.execute(sql), store.derived_rows(table, names, order, devices)
             for row, problem in _compare_tables(table, key_width, stored, derived):
                 if row[0] not in broken:
                     seq = row[2] if columns[2] in ("seq", "first") else None
                     yield (row[0], row[1], seq), problem
 
-    def _apply_operators_words(self, store: FleetStore, device: str | None) -> None:
+    def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """Let the logs end that an operator ended, who signs nothing."""
         columns = "device, log, successor, last_seq, until, source"
-        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", device)
+        stored = store.derived_rows("log_successors", columns, "device, log, successor, source", devices)
         words = [row for row in stored if row[-1] == log_succession.OPERATOR]
         if words:
-            self._db.bulk_insert("log_successors", words)
-            log_succession.update_live_logs(self._db, {row[0] for row in words}, words[0][4])
+            self.db.bulk_insert("log_successors", words)
+            log_succession.update_live_logs(self.db, {row[0] for row in words}, words[0][4])
 
     def close(self) -> None:
-        self._db.close()
+        self.db.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if not self._bodies:
             return
-        timestamps, changes = TimestampReconstruction(self._db), dict[LogId, LogChanges]()
+        timestamps, changes = TimestampReconstruction(self.db), dict[LogId, LogChanges]()
         for body, received in self._bodies:
             add_changes(changes, body, received)
             timestamps.add(body, received)
         try:
             timestamps.finish()
-            gap_ledger.apply(self._db, changes)
-            log_succession.apply(self._db, changes, received)
+            gap_ledger.apply(self.db, changes)
+            log_succession.apply(self.db, changes, received)
         except sqlite3.Error as error:
             problem = (
                 f"the audit's temporary database: {error}; it needs room in the folder for temporary files ($TMPDIR)"
@@ -142,3 +158,12 @@ def _is_equal(derived: Row, stored: Row, rounded: int) -> bool:
 def _name_row(table: str, row: Row) -> str:
     named = zip(_TABLES[table][1][2:], row[2:], strict=True)
     return ", ".join(f"{name} {value!r}" for name, value in named)
+
+
+def keep_devices(file: Path, names: Container[Any]) -> None:
+    """Delete every device but those in `names` from a file of `Replay`."""
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        devices = [row[0] for row in db.execute("SELECT DISTINCT device FROM audited")]
+        db.executemany("DELETE FROM audited WHERE device = ?", [(name,) for name in devices if name not in names])
+        for table in _TABLES:
+            db.execute(f"DELETE FROM {table} WHERE device NOT IN (SELECT device FROM audited)")

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.fleet.database.interface import Row
 from agent.fleet.database.projection import RESULTS_TABLE, TABLES, TableRows
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import Devices, FleetStore
 
 MessageKey = tuple[Any, Any, Any]
 Report = Callable[[MessageKey, str], None]
@@ -16,20 +16,21 @@ _SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, bool: 1, float: 1,
 
 
 class StoredTables:
-    """The rows that messages added to their tables: `check` each message in order, then `finish`."""
+    """The rows that messages added to their tables: `read` those of each message in order, then `finish`."""
 
-    def __init__(self, store: FleetStore, device: str | None, report: Report) -> None:
-        self._tables = [_TableReader(table, store.projected_rows(table, device), report) for table in TABLES]
+    def __init__(self, store: FleetStore, devices: Devices, report: Report) -> None:
+        self._tables = [_TableReader(table, store.projected_rows(table, devices), report) for table in TABLES]
         self._report = report
 
-    def check(self, key: MessageKey, expected: TableRows | None) -> None:
-        """Report each table that differs from the rows of a message; None: the message does not verify."""
-        for table in self._tables:
-            stored = table.consume(key)
-            if expected is None:
-                continue
-            if problem := _compare(table.name, stored, expected.get(table.name, [])):
-                self._report(key, problem)
+    def read(self, key: MessageKey) -> list[list[Row]]:
+        """Return the rows of a message in each table."""
+        return [table.consume(key) for table in self._tables]
+
+    def compare(self, stored: list[list[Row]], expected: TableRows) -> Iterator[str]:
+        """Yield how the rows that were read differ from those that the message gives."""
+        for table, rows in zip(self._tables, stored, strict=True):
+            if problem := _compare(table.name, rows, expected.get(table.name, [])):
+                yield problem
 
     def finish(self) -> None:
         """Report the rows behind the last message."""

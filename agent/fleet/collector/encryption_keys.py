@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.errors import UsageError
 from agent.transport import sealing
 from agent.transport.packets import IncomingMessage
@@ -51,7 +51,7 @@ def load_public(home: Path) -> EncryptionKey | None:
     if not files:
         return None
     try:
-        return parse_encryption_key(files[-1].read_text(encoding="ascii"))
+        return parse_encryption_key(input_files.read_text(files[-1], "ascii"))
     except (OSError, ValueError) as error:
         problem = f"not a readable public key: {error}; copy it from a collector's folder"
         raise UsageError(f"{files[-1]}: {problem}") from None
@@ -64,13 +64,28 @@ class EncryptionKeys:
         self._home = home
         self._opener = Opener([])
         self._reload_at = float("-inf")
+        self._unreadable: set[Path] = set()
 
     @property
     def opener(self) -> Opener:
         if time.monotonic() >= self._reload_at:
             self._reload_at = time.monotonic() + _RELOAD_S
-            self._opener = Opener(_load_private_keys(self._home))
+            loaded = [self._load(path) for path in _list(self._home, ".key")]
+            self._opener = Opener(key for key in loaded if key is not None)
         return self._opener
+
+    def _load(self, path: Path) -> X25519PrivateKey | None:
+        """Return the key in a file; None, and one line in the journal, if it cannot be read."""
+        try:
+            key = load_pem_private_key(input_files.read_bytes(path), password=None)
+            if isinstance(key, X25519PrivateKey):
+                return key
+            raise ValueError(f"a {type(key).__name__}, where X25519 is needed")
+        except (OSError, ValueError, TypeError) as error:
+            if path not in self._unreadable:
+                logger.error("%s: not a readable private key: %s; messages sealed to it are refused", path, error)
+            self._unreadable.add(path)
+            return None
 
 
 def unseal(delivery: IncomingMessage, keys: EncryptionKeys | None) -> IncomingMessage:
@@ -78,20 +93,6 @@ def unseal(delivery: IncomingMessage, keys: EncryptionKeys | None) -> IncomingMe
     if not delivery.sealed:
         return delivery
     return sealing.open_message(delivery, Opener([]) if keys is None else keys.opener)
-
-
-def _load_private_keys(home: Path) -> list[X25519PrivateKey]:
-    """Return the keys, without those that cannot be read."""
-    loaded = []
-    for path in _list(home, ".key"):
-        try:
-            key = load_pem_private_key(path.read_bytes(), password=None)
-        except (OSError, ValueError, TypeError) as error:
-            logger.error("%s: not a readable private key: %s; messages sealed to it are refused", path, error)
-            continue
-        if isinstance(key, X25519PrivateKey):
-            loaded.append(key)
-    return loaded
 
 
 def _list(home: Path, suffix: str) -> list[Path]:

@@ -133,7 +133,7 @@ class SqliteDatabase:
                 uri, uri=True, isolation_level=None, factory=SqliteConnection, detect_types=sqlite3.PARSE_DECLTYPES
             )
             # Damaged text must not stop the audit, which reports it.
-            self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
+            self.connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         try:
             self._open()
             self._opened = os.stat(path)

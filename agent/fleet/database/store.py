@@ -96,6 +96,25 @@ _PROGRESS = """
 Trim = Callable[[LogId, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
 
 
+class DeviceRange(msgspec.Struct, frozen=True):
+    """Devices from `first` on, up to but not including `before`, in the database's order; None is no bound."""
+
+    first: str | None = None
+    before: str | None = None
+
+
+Devices = str | DeviceRange | None
+
+
+def _filter_devices(devices: Devices) -> tuple[str, tuple[Any, ...]]:
+    """Return a condition and its values for one device, a range, or all (None)."""
+    if devices is None or isinstance(devices, str):
+        return ("device = ?", (devices,)) if devices else ("TRUE", ())
+    bounds = [("device >= ?", devices.first), ("device < ?", devices.before)]
+    parts = [(sql, value) for sql, value in bounds if value is not None]
+    return " AND ".join(sql for sql, _ in parts) or "TRUE", tuple(value for _, value in parts)
+
+
 class Acknowledgement(msgspec.Struct, frozen=True):
     """The collector has stored all messages of `log` up to `through`, except the ranges in `missing`.
 
@@ -351,37 +370,38 @@ class FleetStore:
         """Return device ('' for names that are not enrolled), reason, count, first and last of all refusals."""
         return self._fetch_dicts("SELECT * FROM refusals ORDER BY device, reason")
 
-    def logs(self, device: str | None = None) -> list[tuple[str, str, int]]:
+    def logs(self, devices: Devices = None) -> list[tuple[str, str, int]]:
         """Return (device, log, last seq) of every log, in order."""
-        sql = f"SELECT device, log, last_seq FROM logs WHERE {_DEVICE_FILTER} ORDER BY device, log"
-        return self._fetch_all(sql, device, device)
+        where, values = _filter_devices(devices)
+        return self._fetch_all(f"SELECT device, log, last_seq FROM logs WHERE {where} ORDER BY device, log", *values)
 
     def count_messages(self, device: str | None = None) -> int:
         return int(self._fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
 
-    def evidence(self, device: str | None = None) -> Iterator[Row]:
+    def evidence(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three."""
-        where, values = ("WHERE device = ?", (device,)) if device else ("", ())
+        where, values = _filter_devices(devices)
         columns = "device, log, seq, kind, topic, payload, jws, received"
-        return self.stream(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
+        return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
 
-    def audit_messages(self, device: str | None, substring: bytes) -> Iterator[Row]:
+    def audit_messages(self, devices: Devices, substring: bytes) -> Iterator[Row]:
         """Return (device, topic, payload, jws) of each stored audit message whose payload contains `substring`."""
-        where = f"kind = 'audit' AND instr(payload, ?) > 0 AND {_DEVICE_FILTER}"
-        sql = f"SELECT device, topic, payload, jws FROM messages WHERE {where}"
-        return self.stream(sql, (substring, device, device))
+        where, values = _filter_devices(devices)
+        sql = "SELECT device, topic, payload, jws FROM messages WHERE kind = 'audit' AND instr(payload, ?) > 0"
+        return self.stream(f"{sql} AND {where}", (substring, *values))
 
-    def projected_rows(self, table: str, device: str | None = None) -> Iterator[Row]:
+    def projected_rows(self, table: str, devices: Devices = None) -> Iterator[Row]:
         """Return device, log, seq and all columns of each row that a message gave, in the order of `evidence`."""
         source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
-        where, values = (f"{source} AND device = ?", (device,)) if device else (source, ())
+        condition, values = _filter_devices(devices)
+        where = f"{source} AND {condition}"
         order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
         return self.stream(f"SELECT device, log, seq, t.* FROM {table} t WHERE {where} ORDER BY {order}", values)
 
-    def derived_rows(self, table: str, columns: str, order: str, device: str | None) -> Iterator[Row]:
+    def derived_rows(self, table: str, columns: str, order: str, devices: Devices) -> Iterator[Row]:
         """Return columns of a table that many messages gave, in an order."""
-        where, values = ("WHERE device = ?", (device,)) if device else ("", ())
-        return self.stream(f"SELECT {columns} FROM {table} {where} ORDER BY {order}", values)
+        where, values = _filter_devices(devices)
+        return self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
 
     def _stored_payloads(self, message: VerifiedMessage) -> list[Row]:
         body = message.body

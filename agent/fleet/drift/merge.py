@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -14,6 +14,8 @@ from agent.drift.reporting.parsed_message import FieldReport, WindowReport
 from agent.wire.messages import Moments
 
 MAX_SPANS = 96
+# Reports of a field that wait to be merged; few enough that memory grows with devices only.
+_MAX_PENDING = 32
 _FIRST_WIDTH_US = 60_000_000
 
 
@@ -28,11 +30,6 @@ class MergedField(msgspec.Struct, frozen=True, eq=False):
     moments: Moments
 
     @classmethod
-    def from_field(cls, field: FieldReport) -> MergedField:
-        moments = Moments() if field.mean is None or field.m2 is None else Moments(field.n, field.mean, field.m2)
-        return cls(field.histogram(), field.missing, moments)
-
-    @classmethod
     def empty_like(cls, template: MergedField) -> MergedField:
         return cls(np.zeros_like(template.counts), 0, Moments())
 
@@ -43,6 +40,18 @@ class MergedField(msgspec.Struct, frozen=True, eq=False):
         moments = merge_moments(self.moments, other.moments)
         return MergedField(self.counts + other.counts, self.missing + other.missing, moments)
 
+    @classmethod
+    def sum_of(cls, reports: Sequence[FieldReport], start: MergedField | None = None) -> MergedField:
+        """Merge reports, at least one, in their order, behind `start`. One sum of arrays, however many there are."""
+        counts = np.array([[report.below, *report.counts, report.above] for report in reports], np.int64).sum(axis=0)
+        missing, moments = sum(report.missing for report in reports), Moments()
+        if start is not None:
+            counts, missing, moments = counts + start.counts, missing + start.missing, start.moments
+        for report in reports:
+            if report.mean is not None and report.m2 is not None:
+                moments = merge_moments(moments, Moments(report.n, report.mean, report.m2))
+        return cls(counts, missing, moments)
+
     @property
     def sd(self) -> float:
         return math.sqrt(self.moments.m2 / self.moments.n) if self.moments.n else 0.0
@@ -50,6 +59,30 @@ class MergedField(msgspec.Struct, frozen=True, eq=False):
     def counts_without(self, part: MergedField) -> Ints:
         """Return the counts of everything merged except `part`; exact."""
         return self.counts - part.counts
+
+
+class FieldTotals:
+    """Fields of one device over its drift windows: reports gather and are merged many at once."""
+
+    def __init__(self) -> None:
+        self._merged: dict[str, MergedField] = {}
+        self._pending: dict[str, list[FieldReport]] = {}
+
+    def add(self, fields: Mapping[str, FieldReport]) -> None:
+        for name, report in fields.items():
+            pending = self._pending.setdefault(name, [])
+            pending.append(report)
+            if len(pending) == _MAX_PENDING:
+                self._merged[name] = MergedField.sum_of(pending, self._merged.get(name))
+                pending.clear()
+
+    def merge(self) -> dict[str, MergedField]:
+        """Return each field over all windows so far."""
+        for name, pending in self._pending.items():
+            if pending:
+                self._merged[name] = MergedField.sum_of(pending, self._merged.get(name))
+                pending.clear()
+        return self._merged
 
 
 class AccuracyEstimates(msgspec.Struct):
@@ -96,14 +129,18 @@ class DriftHistory:
 
     def add(self, device: str, window: WindowReport) -> None:
         for end in window.ends:
-            span = HistorySpan(windows=1)
+            span = self._spans.get(end // self._width)
+            if span is None:
+                span = self._spans[end // self._width] = HistorySpan()
+                while max(self._spans) - min(self._spans) >= MAX_SPANS:
+                    self._widen()
+                span = self._spans[end // self._width]
+            span.windows += 1
             if window.state in ("drift", "fault"):
                 (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
             if window.accuracy is not None:
-                span.accuracy = AccuracyEstimates(window.accuracy[0], 1)
-            self._spans.setdefault(end // self._width, HistorySpan()).merge(span)
-            while max(self._spans) - min(self._spans) >= MAX_SPANS:
-                self._widen()
+                span.accuracy.total += window.accuracy[0]
+                span.accuracy.count += 1
 
     def __iter__(self) -> Iterator[tuple[int, int, HistorySpan]]:
         """Yield (from, to, span) of each span with a window; epoch µs."""

@@ -14,18 +14,19 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
 
 from agent import clock
 from agent.drift.reporting import parsed_message
-from agent.drift.reporting.parsed_message import WindowReport
+from agent.drift.reporting.parsed_message import FieldReport, WindowReport
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onset
-from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, MergedField
+from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, FieldTotals, MergedField
 from agent.fleet.drift.onset import DriftEpisode, EpisodeTracker, sort_by_onset
 from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outliers
 
@@ -45,21 +46,29 @@ class DeviceDrift(msgspec.Struct):
     episodes: EpisodeTracker
     windows: int = 0
     faulty: int = 0
-    fields: dict[str, MergedField] = msgspec.field(default_factory=dict)
+    totals: FieldTotals = msgspec.field(default_factory=FieldTotals)
     accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
     last_window: WindowReport | None = None
     observed: ObservationPeriod | None = None
-    recent: deque[tuple[int, dict[str, MergedField]]] = msgspec.field(default_factory=deque)
+    recent: deque[tuple[int, dict[str, FieldReport]]] = msgspec.field(default_factory=deque)
 
-    def add_recent(self, windows: int, parts: dict[str, MergedField]) -> None:
+    @property
+    def fields(self) -> dict[str, MergedField]:
+        """Each field over all windows without a fault."""
+        return self.totals.merge()
+
+    def add_recent(self, windows: int, fields: dict[str, FieldReport]) -> None:
         """Add a report; earlier ones stay while all together are no more than the recent windows."""
-        self.recent.append((windows, parts))
+        self.recent.append((windows, fields))
         while len(self.recent) > 1 and sum(count for count, _ in self.recent) > RECENT_WINDOWS:
             self.recent.popleft()
 
     def merge_recent(self) -> dict[str, MergedField]:
         """Merge each field over the last few windows without a fault."""
-        return _merge_fields(parts for _, parts in self.recent)
+        recent = FieldTotals()
+        for _, fields in self.recent:
+            recent.add(fields)
+        return recent.merge()
 
     def list_onsets(self) -> list[Onset]:
         return [
@@ -218,6 +227,7 @@ def _field_layout(window: WindowReport) -> FieldLayout:
     return frozenset((name, len(field.counts)) for name, field in window.fields.items())
 
 
+@lru_cache(64)
 def _parse_shipped_reference(reference: str) -> str | None:
     try:
         shipped = json.loads(reference).get("shipped")
@@ -250,9 +260,8 @@ def _add_window(group: DriftGroup, name: str, window: WindowReport, now_us: int)
     if window.state == "fault":
         device.faulty += 1
         return
-    parts = {subject: MergedField.from_field(field) for subject, field in window.fields.items()}
-    device.add_recent(window.windows, parts)
-    device.fields = _merge_fields((device.fields, parts))
+    device.add_recent(window.windows, window.fields)
+    device.totals.add(window.fields)
     device.accuracy.merge(AccuracyEstimates.from_window(window))
 
 

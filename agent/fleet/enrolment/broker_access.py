@@ -6,6 +6,7 @@ own, which names its topics. A withdrawn client stays in the document, disabled 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import msgspec
 
 from agent.fleet.collector.subscriptions import logged_filters
 from agent.wire import trust
-from agent.wire.topics import ALL_DEVICES, DEVICE_GROUP, KINDS, ROOT
+from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, ROOT
 
 # Client that may change the rules while the broker runs.
 ADMIN = "broker-admin"
@@ -27,10 +28,11 @@ Document = dict[str, Any]
 
 
 class AccessChange(msgspec.Struct, frozen=True):
-    """Wanted access of a client; `none` withdraws all."""
+    """Wanted access of a client; `none` withdraws all. `tasks`: those of a device, any without."""
 
     client: str
     access: Literal["device", "collector", "none"]
+    tasks: tuple[str, ...] = ()
 
 
 def build_document(fleet: str, group: str) -> Document:
@@ -76,11 +78,11 @@ def edit_document(document: Document, fleet: str, changes: Iterable[AccessChange
     """Make the changes in the document. Return False if all were in it."""
     missing = [change for change in changes if not is_in_force(change, find_client(document, change.client))]
     for change in missing:
-        own = _own_role_name(change.client)
-        document["roles"] = [role for role in document["roles"] if role["rolename"] != own]
+        own = _own_role_name(AccessChange(change.client, "device"))
+        document["roles"] = [role for role in document["roles"] if role["rolename"].partition("/")[0] != own]
         document["clients"] = [client for client in document["clients"] if client["username"] != change.client]
         if change.access == "device":
-            document["roles"].append(_device_role(fleet, change.client))
+            document["roles"].append(_device_role(fleet, change))
         client = _client(change.client, _role_names(change))
         document["clients"].append(client | ({"disabled": True} if change.access == "none" else {}))
     return bool(missing)
@@ -94,16 +96,16 @@ def build_creation(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     roles = [{"rolename": name} for name in _role_names(change)]
     client = {"command": "createClient", "username": change.client, "roles": roles}
     if change.access == "device":
-        return [{"command": "createRole", **_device_role(fleet, change.client)}, client]
+        return [{"command": "createRole", **_device_role(fleet, change)}, client]
     return [client]
 
 
 def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     """Return the plugin's commands for a change, whatever the client had before; some fail if nothing is to be done."""
-    client, own = change.client, _own_role_name(change.client)
+    client, own = change.client, _own_role_name(change)
     roles = [{"rolename": name} for name in _role_names(change)]
     if change.access == "device":
-        role = _device_role(fleet, client)
+        role = _device_role(fleet, change)
         commands = [{"command": "createRole", **role}, {"command": "modifyRole", **role}]
     else:
         commands = [{"command": "deleteRole", "rolename": own}]
@@ -115,24 +117,29 @@ def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     ]
 
 
-def _device_role(fleet: str, device: str) -> dict[str, Any]:
-    base = f"{ROOT}/{fleet}/{device}"
-    topics = {kind: f"{base}/{kind.name}" + ("/+" if kind.per_task else "") for kind in KINDS.values()}
-    return _role(
-        _own_role_name(device),
-        send=[topic for kind, topic in topics.items() if not kind.to_device],
-        receive=[topic for kind, topic in topics.items() if kind.to_device],
-    )
+def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:
+    base = f"{ROOT}/{fleet}/{change.client}"
+    send: list[str] = []
+    for kind in KINDS.values():
+        if kind.to_device:
+            continue
+        # A broker has no limit of the topics that a client retains: each task that it may name is one.
+        tasks = [*change.tasks, *([DEVICE_ALERTS] if kind.name == "alerts" else [])] if change.tasks else ["+"]
+        send += [f"{base}/{kind.name}/{task}" for task in tasks] if kind.per_task else [f"{base}/{kind.name}"]
+    receive = [f"{base}/{kind.name}" for kind in KINDS.values() if kind.to_device]
+    return _role(_own_role_name(change), send=send, receive=receive)
 
 
 def _role_names(change: AccessChange) -> list[str]:
     if change.access == "device":
-        return ["device", _own_role_name(change.client)]
+        return ["device", _own_role_name(change)]
     return [change.access] if change.access == "collector" else []
 
 
-def _own_role_name(device: str) -> str:
-    return f"device-{device}"
+def _own_role_name(change: AccessChange) -> str:
+    """Return a name that changes with the tasks, so that a device whose role names others is found."""
+    name = f"device-{change.client}"
+    return f"{name}/{hashlib.sha256(' '.join(change.tasks).encode()).hexdigest()[:16]}" if change.tasks else name
 
 
 def _client(name: str, roles: list[str]) -> dict[str, Any]:

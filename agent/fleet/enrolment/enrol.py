@@ -129,7 +129,7 @@ def enrol(
         raise
     for name, data in files.public.items():
         durable_files.write(home / name, data, 0o600)
-    revocation.change_access(folder, config, AccessChange(device, "device"), former)
+    revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
 
 
@@ -201,6 +201,7 @@ def _render_fleet_toml(name: str, broker: BrokerConfig, group: str) -> str:
 [fleet]
 name = {toml_string(name)}
 db = "fleet.db"                       # collected messages; a path, or postgresql://USER@HOST/DB
+# tasks = ["exercise"]                # the only tasks whose messages the broker takes; any without
 share_group = {toml_string(group)}   # secret name under which several collectors share messages
 
 [broker]

@@ -136,6 +136,49 @@ def test_a_name_that_comes_again_is_taken_again_and_overwrites_nothing(tmp_path:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_file_that_comes_again_goes_to_failed_with_one_line_whatever_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.csv", range(3))
+    with watching(tmp_path):
+        wait_for(partial(done_are, tmp_path, 1), "a.csv in done/")
+    with watching(tmp_path) as station:
+        put(tmp_path, "b.csv", range(3))
+        wait_for(lambda: there(tmp_path)["failed"] == ["b.csv", "b.csv.txt"], "the copy in failed/")
+        put(tmp_path, "c.csv", range(1, 3))
+        wait_for(partial(done_are, tmp_path, 2), "another file in done/")
+        assert taken(station) == [0, 1, 2, 1, 2]
+        wait_for(lambda: station.store.counters().get("files ingested") == 2, "both files counted")
+        assert station.store.counters()["files duplicate"] == 1
+        assert "files failed" not in station.store.counters()
+    text = (tmp_path / "in" / "failed" / "b.csv.txt").read_text()
+    assert text.startswith("b.csv: duplicate: a file with the same content was ingested at 20")
+    assert text.count("\n") == 1
+    assert [r.levelname for r in caplog.records if "b.csv" in r.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_crash_before_a_finished_file_is_moved_makes_it_no_duplicate_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a.csv", range(3))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the power went away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(WatchedFolder, "move_to_done", fail)
+        with watching(tmp_path) as station:
+            wait_for(lambda: station.store.last_row("numbers") == 3, "the rows")
+            time.sleep(0.2)
+    assert len(there(tmp_path)["taking"]) == 1
+    with watching(tmp_path) as station:
+        wait_for(partial(done_are, tmp_path, 1), "a.csv in done/")
+        assert taken(station) == [0, 1, 2]
+        assert there(tmp_path)["failed"] == []
+
+
+@pytest.mark.usefixtures("quick")
 def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("notes.md", ".a.csv", "a.csv.part"):

@@ -51,10 +51,27 @@ def test_a_data_folder_that_is_no_longer_the_one_opened_takes_no_commit(
     store.close()
     # Nothing was made, and no file of another store deleted.
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else []) == present
+    if change is not replace_by_copy:
+        with pytest.raises(StorageMoved, match="put it back, or delete"):
+            opened(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_name("former").rename(folder)
     store, _ = opened(folder)
     assert numbers(store) == list(range(1, 21))
+    store.close()
+    assert not (tmp_path / "data.moved").exists()
+
+
+def test_without_its_note_an_empty_store_is_begun(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path / "data")
+    append(store, "numbers", 20)
+    move_away(tmp_path / "data")
+    with pytest.raises(StorageMoved):
+        append(store, "numbers", 1)
+    store.close()
+    (tmp_path / "data.moved").unlink()
+    store, _ = opened(tmp_path / "data")
+    assert store.last_row("numbers") == 0
     store.close()
 
 
@@ -65,6 +82,9 @@ def test_a_deleted_data_folder_is_named_as_deleted(tmp_path: Path) -> None:
         append(store, "numbers", 1)
     store.close()
     assert not (tmp_path / "data").exists()
+    (tmp_path / "data.moved").write_bytes(b"\0" * 9)
+    with pytest.raises(StorageMoved, match=r"delete .*moved to begin an empty store"):
+        opened(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "lock", "watermark"])

@@ -19,12 +19,13 @@ from typing import TypeVar
 
 import msgspec
 
-from agent import media
+from agent import clock, media
 from agent.config import StreamConfig
 from agent.config.sources import FilesSource
 from agent.datasets.formats import TABLE_SUFFIXES
 from agent.device.intake import media_reader
 from agent.device.intake.decode_process import DecodeProcess, DecoderDied, DecoderFailed
+from agent.device.intake.file_digest import hash_file
 from agent.device.intake.file_reader import FileBlock
 from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
@@ -43,7 +44,9 @@ _SETTLED_S = 1.0
 # A claimed file that its writer still changes is read again this often.
 _MAX_ROUNDS = 600
 _MAX_LOGGED_ROWS = 20
-FAILED_COUNTER, INGESTED_COUNTER = "files failed", "files ingested"
+FAILED_COUNTER, INGESTED_COUNTER, DUPLICATE_COUNTER = "files failed", "files ingested", "files duplicate"
+# Files whose content is recognized; of more, the last ones.
+MAX_DIGESTS = 4096
 _MAX_IMAGES_PER_COMMIT = 32
 # Errors of the machine or of a removable medium: every file would fail, so it is tried again later.
 _TRANSIENT_ERRNOS = {
@@ -57,13 +60,19 @@ _FOREIGN_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EBUSY}
 class _FileProgress(msgspec.Struct):
     """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows.
 
-    `deaths`: processes in a row that ended while they read on from this line.
+    `deaths`: processes in a row that ended while they read on from this line. `digest`: of its content, "" if the
+    stream's files may repeat.
     """
 
     last_line: int
     last_row: int = 0
     rejected_rows: int = 0
     deaths: int = 0
+    digest: str = ""
+
+
+class _DuplicateFile(UsageError):
+    """A file with the content of an earlier one."""
 
 
 def check(context: SourceContext, source: FilesSource) -> str:
@@ -108,6 +117,8 @@ class FolderWatcher:
         self._marker = FileMarker(data_dir / f"reading.{name}")
         # Files at whose last look the decoder reported an error of the machine, and the line it had come to.
         self._decoder_failures: dict[str, int] = {}
+        # Digests of files that are read now, and their claimed names.
+        self._digests_in_hand: dict[str, str] = {}
         self._decode_lock = asyncio.Lock()
         self._last_us: int | None = None
 
@@ -200,11 +211,14 @@ class FolderWatcher:
             # Such as an answer of a hostile decoder that no check foresees: it must not end the daemon at each start.
             log.exception("%s: unexpected error", original_name(name))
             problem = UsageError(f"unexpected {type(error).__name__}, see the log{self._describe_stored(progress)}")
+        finally:
+            if self._digests_in_hand.get(progress.digest) == name:
+                del self._digests_in_hand[progress.digest]
         try:
             if problem is None:
                 self._finish(folder, name, progress, is_retry=is_retry)
             else:
-                self._fail(folder, name, printable(str(problem)))
+                self._fail(folder, name, problem)
         except OSError as error:
             self._leave(name, error)
 
@@ -220,6 +234,7 @@ class FolderWatcher:
             for _ in range(_MAX_ROUNDS):
                 problem: Exception | None = None
                 before = FileState.from_status(os.fstat(file))
+                await self._check_content(file, name, progress)
                 os.lseek(file, 0, os.SEEK_SET)
                 try:
                     await self._submit_file(file, name, submit_rows, progress)
@@ -245,6 +260,35 @@ class FolderWatcher:
         finally:
             os.close(file)
 
+    async def _check_content(self, file: int, name: str, progress: _FileProgress) -> None:
+        """Take the digest of a file. Raises UsageError if an earlier one has the same, unless rows of it are stored."""
+        stream = self._stream
+        if stream.duplicates == "accept":
+            return
+        # With other fields, or another time in its name, a file has other rows.
+        own_us = media_reader.parse_name_time_us(original_name(name)) if stream.media_format else None
+        context = msgspec.json.encode([stream.fields, stream.media_format, own_us])
+        try:
+            # In turn, as decoding: rows keep the files' order.
+            async with self._decode_lock:
+                progress.digest = await asyncio.to_thread(hash_file, file, context)
+        except OSError as error:
+            raise self._to_file_error(error, progress) from None
+        earlier_ns = self._store.source_position(self._digest_source, progress.digest)
+        if not progress.last_line and (
+            earlier_ns not in (0, _claim_number(name))
+            or self._digests_in_hand.setdefault(progress.digest, name) != name
+        ):
+            when = f" at {clock.to_rfc3339(earlier_ns // 1000)}" if earlier_ns > 1 else ""
+            raise _DuplicateFile(
+                f"duplicate: a file with the same content was ingested{when}; delete it, or set "
+                f'duplicates = "accept" in [streams.{self._name}] if files may repeat'
+            )
+
+    @property
+    def _digest_source(self) -> str:
+        return f"file digest:{self._name}"
+
     def _finish(self, folder: WatchedFolder, name: str, progress: _FileProgress, *, is_retry: bool) -> None:
         shown, target = original_name(name), folder.unused_done_name(name)
         rejected = f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else ""
@@ -255,15 +299,20 @@ class FolderWatcher:
             else:
                 last, count = progress.last_row or self._store.last_row(self._name), progress.last_line
             folder.append_to_index(target, (last - count + 1, last), is_retry=is_retry)
+        if progress.digest:
+            # Before the move: after a crash in between, the file is still here under its own number.
+            position = (self._digest_source, progress.digest, _claim_number(name), MAX_DIGESTS)
+            with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+                tx.set_source_position(*position)
         folder.move_to_done(name, target)
         log.info("%s: ingested%s", shown, rejected)
         self._forget(name, INGESTED_COUNTER)
 
-    def _fail(self, folder: WatchedFolder, name: str, reason: str) -> None:
-        shown = original_name(name)
+    def _fail(self, folder: WatchedFolder, name: str, problem: Exception) -> None:
+        shown, reason, is_duplicate = original_name(name), printable(str(problem)), isinstance(problem, _DuplicateFile)
         folder.move_to_failed(name, f"{shown}: {reason}")
-        log.error("%s: %s; moved to failed/", shown, reason)
-        self._forget(name, FAILED_COUNTER)
+        log.log(logging.WARNING if is_duplicate else logging.ERROR, "%s: %s; moved to failed/", shown, reason)
+        self._forget(name, DUPLICATE_COUNTER if is_duplicate else FAILED_COUNTER)
 
     def _forget(self, name: str, counter: str) -> None:
         self._decoder_failures.pop(name, None)
@@ -346,3 +395,9 @@ class FolderWatcher:
             # The thread then ends, too.
             self._decoder.close()
             raise
+
+
+def _claim_number(claimed: str) -> int:
+    """Return the number in a claimed name, epoch ns; 1 if somebody else put the file into `taking/`."""
+    number = claimed.partition(".")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) == 19 else 1

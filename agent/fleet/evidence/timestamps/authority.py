@@ -34,7 +34,7 @@ def fetch(url: str, request: bytes, timeout_s: float) -> bytes:
     result = outcome[0] if outcome else TimeoutError(f"no response within {timeout_s:g} s")
     if isinstance(result, bytes):
         return result
-    raise UsageError(f"--timestamp-url {mask_password(url)}: {result}")
+    raise UsageError(f"--timestamp-url {mask_password(url)}: {result}; nothing was written")
 
 
 def _exchange(url: str, request: bytes, timeout_s: float, outcome: list[bytes | Exception]) -> None:
@@ -50,5 +50,7 @@ def _exchange(url: str, request: bytes, timeout_s: float, outcome: list[bytes | 
     except urllib.error.HTTPError as error:
         reason = "a redirect, which is not followed; name its target" if 300 <= error.code < 400 else error.reason
         outcome.append(ValueError(f"HTTP {error.code}: {reason}"))
+    except urllib.error.URLError as error:
+        outcome.append(ValueError(str(error.reason)))
     except (OSError, HTTPException, ValueError) as error:
         outcome.append(error)

@@ -24,13 +24,19 @@ class Stamp(msgspec.Struct, frozen=True):
     response: bytes
 
 
-def write_request(out: Path, heads: bytes, request: bytes) -> None:
-    """Write a stamp's heads and request. Raises UsageError if a file of this name exists, or StorageError."""
+def require_new(out: Path) -> None:
+    """Raise UsageError if a file of a stamp of this name exists, or its folder does not."""
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: its folder does not exist; create it first")
     for suffix in SUFFIXES:
         if (path := with_suffix(out, suffix)).exists():
             raise UsageError(f"--out {out}: {path} exists already; a stamp is never overwritten, so use a new name")
-    durable_files.write(with_suffix(out, HEADS), heads)
-    durable_files.write(with_suffix(out, REQUEST), request)
+
+
+def write(out: Path, *contents: bytes) -> None:
+    """Write a stamp's heads, request, and response if there is one. Raises StorageError."""
+    for suffix, content in zip(SUFFIXES, contents, strict=False):
+        durable_files.write(with_suffix(out, suffix), content)
 
 
 def read(path: Path) -> Stamp:

@@ -51,13 +51,17 @@ class Timestamp(msgspec.Struct, frozen=True):
 def load_trust(path: Path, policy: str = "") -> TimestampTrust:
     """Load a PEM file with an authority's root, and intermediates if tokens do not have them. Raises UsageError."""
     try:
-        if policy:
-            x509.ObjectIdentifier(policy)
-        return TimestampTrust(x509.load_pem_x509_certificates(input_files.read_bytes(path)), policy)
+        certificates = x509.load_pem_x509_certificates(input_files.read_bytes(path))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: no PEM certificates, or {policy!r} is no policy: {error}") from None
+    except ValueError:
+        raise UsageError(f"{path}: has no certificate in PEM; get the root certificate of the authority") from None
+    try:
+        return TimestampTrust(certificates, x509.ObjectIdentifier(policy).dotted_string if policy else "")
+    except ValueError:
+        raise UsageError(
+            f"--timestamp-policy {policy}: not an object identifier such as 1.3.6.1.4.1.601.10.3"
+        ) from None
 
 
 def create_request(data: bytes) -> bytes:
