@@ -24,6 +24,7 @@ from agent.drift.numeric.false_alarm_budget import MIN_CUSUM_LIMIT
 
 MAX_LIMIT = 200.0
 MAX_AUTOCORRELATION = 0.95
+CHANCE_ERRORS = 1.5  # standard errors of an autocorrelation that are taken for chance
 LONG_MEMORY = 0.5  # autocorrelation from which on its error is added in full
 MAX_TAIL_FACTOR = 2.0
 # Normal scores, beside the learned ones, that a tail is estimated from; and sd of the largest score of one window.
@@ -105,8 +106,9 @@ def fit_autocorrelation(scores: Float64s, coefficients: Float64s) -> Float64s:
     # A memory that chance explains is none; a longer one is taken for somewhat longer, as few windows tell its length.
     several = own + (1 - own) / math.sqrt(count)
     doubt = np.sqrt(np.maximum(1 - known**2, 0.0) / windows)
-    margin = np.clip(known / LONG_MEMORY, 0.0, 1.0)
-    return np.asarray(np.clip(known + doubt * (margin - (1 - margin) * several), 0.0, MAX_AUTOCORRELATION))
+    margin = np.clip(known / LONG_MEMORY, 0.0, 1.0) ** 2
+    error = doubt * (margin - (1 - margin) * CHANCE_ERRORS * several)
+    return np.asarray(np.clip(known + error, 0.0, MAX_AUTOCORRELATION))
 
 
 def fit_tail(scores: Float64s, slack: float) -> Float64s:
