@@ -36,8 +36,10 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
+from agent.drift.faults.constant_runs import run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
+from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
@@ -63,6 +65,7 @@ class DriftMonitor:
         window: int,
         learn_windows: int = 40,
         units: Sequence[str] = (),
+        roles: Sequence[str] = (),
         min_learn_s: float = 0.0,
         learn_extension: float = 4.0,
         seasonality: str = "auto",
@@ -86,6 +89,7 @@ class DriftMonitor:
             "learn_windows": learn_windows,
             "learn_extension": learn_extension,
             "units": units,
+            "roles": roles,
             "min_learn_s": min_learn_s,
             "seasonality": seasonality,
             "class_field": class_field,
@@ -97,7 +101,7 @@ class DriftMonitor:
         self.window = window
         self.learn_windows = learn_windows
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._alert_lifecycle = AlertLifecycle(shipped, self.units)
+        self._alert_lifecycle = AlertLifecycle(shipped, self.units, complete_roles(roles, shipped))
         self.min_learn_s = min_learn_s
         self.learn_extension = learn_extension
         self.seasonality = seasonality
@@ -280,6 +284,7 @@ class DriftMonitor:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._find_tester(state)
         missing = self._update_missing(state, analysis, first, full.start_times)
+        runs = run_until_stuck(state.faults.runs, analysis.summaries, first, self.shipped)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -290,10 +295,12 @@ class DriftMonitor:
             state.faults.misread,
             missing[0],
             state.faults.spoilt,
+            runs[0],
         )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
-        quiet = 0 if missing[0].alarm.any() else len(missing)
+        is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(self.shipped).any())
+        quiet = min(len(missing), len(runs)) if is_quiet else 0
         tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault, most=quiet)
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
@@ -301,7 +308,7 @@ class DriftMonitor:
             before,
             suite=tests.suite,
             gates=tests.gates,
-            faults=replace(before.faults, missing=missing[tests.windows - 1]),
+            faults=replace(before.faults, missing=missing[tests.windows - 1], runs=runs[tests.windows - 1]),
         )
         drift_alerts: list[Alert] = []
         if state.is_inherited:
