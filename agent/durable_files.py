@@ -31,9 +31,14 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace the file at `path` by `data`. Raises StorageError; the old file is then unchanged."""
+    """Replace the file at `path` by `data`. Raises StorageError; the old file is then unchanged.
+
+    A device such as /dev/null, a pipe or a folder is not replaced.
+    """
     new = path.with_name(path.name + ".new")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         make_folder(path.parent)
         # Removed first: never written through a link that somebody left under this name.
         new.unlink(missing_ok=True)

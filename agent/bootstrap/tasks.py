@@ -15,8 +15,10 @@ from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import load_operators
 from agent.device.pipeline import drift_state, tuning_cache
+from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.rollout import saved_drift, transitions
+from agent.device.rollout import transitions
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
@@ -115,16 +117,20 @@ def build_task(
     task = conf.tasks[name]
     check_fields(file, conf, name, active.bundle)
     monitor = _build_drift_monitor(str(file), conf, name, active)
-    state, closing_messages = (monitor.start() if monitor else None), None
+    restored = None if monitor is None else RestoredDrift(monitor, monitor.start())
     if monitor is not None and store is not None:
         # While another bundle runs as a canary, the drift state of this one is saved elsewhere.
         has_other_canary = rollout_state.find_canary_digest(store, name) not in ("", active.bundle.digest)
-        restore = saved_drift.load if has_other_canary else drift_state.restore
-        state, closing_messages = restore(store, name, monitor)
+        restored = drift_state.restore(store, name, monitor, task_keys.SAVED_SUFFIX if has_other_canary else "")
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     return LoadedTask(
-        *(name, task, conf.streams[task.stream], active.bundle, active.model, monitor, state, digest, keep_results),
-        closing_messages=closing_messages,
+        *(name, task, conf.streams[task.stream], active.bundle, active.model),
+        None if restored is None else restored.monitor,
+        None if restored is None else restored.state,
+        digest,
+        keep_results,
+        closing_messages=None if restored is None else restored.messages,
+        unsaved_basis=None if restored is None else restored.basis,
         tuning=active.tuning,
         # A model in a process of its own cannot end this one.
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
@@ -183,6 +189,7 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         learn_extension=task.learn_extension,
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         units=manifest.input.units,
+        roles=manifest.input.roles,
         class_field=declared if task.class_field is None else task.class_field,
         hold_deviating=task.on_deviation == "hold",
     )

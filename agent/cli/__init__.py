@@ -110,8 +110,10 @@ def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, UnicodeEncodeError) and (bad := [arg for arg in args if not is_unicode(arg)]):
         return 2, f"{bad[0]}: this argument holds bytes that are not UTF-8, which only the path of a file may"
     if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        return 1, f"{place}{error.strerror}; see that it exists, is of the right kind, and is yours to use"
+        if not isinstance(error.filename, str | bytes):
+            return 1, f"the system refuses: {error.strerror}; free what is short, and try again"
+        place = os.fsdecode(error.filename)
+        return 1, f"{place}: {error.strerror}; see that it exists, is of the right kind, and is yours to use"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != __package__:
         package = error.name.partition(".")[0]
         return 1, f"this command needs the package {package!r}, which is not installed; `pip install {package}`"

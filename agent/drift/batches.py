@@ -297,7 +297,7 @@ def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
 def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
     is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
-    if is_open or state.suite.open_subjects.any():
+    if is_open or state.is_inherited or state.suite.open_subjects.any():
         return 0
     observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)
     signs = zip(analysis.indicators.has_indication[first:].tolist(), observations, strict=True)

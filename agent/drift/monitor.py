@@ -17,15 +17,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float32s, Ints
-from agent.drift import batches
+from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
+from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning import LearningState, calibrate_reference, compute_residuals
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
@@ -34,8 +36,10 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
+from agent.drift.faults.constant_runs import run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
+from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
@@ -49,7 +53,8 @@ class DriftMonitor:
     Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
     `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
     the field whose values are the classes of a model that names none. With `hold_deviating`, a reference that deviates
-    is not used until somebody accepts it.
+    is not used until somebody accepts it. `own` is the bundle's reference, where `shipped` is merged with that of the
+    bundle before.
     """
 
     def __init__(
@@ -60,11 +65,13 @@ class DriftMonitor:
         window: int,
         learn_windows: int = 40,
         units: Sequence[str] = (),
+        roles: Sequence[str] = (),
         min_learn_s: float = 0.0,
         learn_extension: float = 4.0,
         seasonality: str = "auto",
         class_field: str = "",
         hold_deviating: bool = False,
+        own: Reference | None = None,
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
@@ -74,12 +81,27 @@ class DriftMonitor:
             )
         if class_field and shipped.labels:
             raise BadBundle(f"the model names classes itself: {class_field!r} cannot name them, too")
+        self.own = own or shipped
+        self._options: dict[str, Any] = {
+            "own": self.own,
+            "labels": labels,
+            "window": window,
+            "learn_windows": learn_windows,
+            "learn_extension": learn_extension,
+            "units": units,
+            "roles": roles,
+            "min_learn_s": min_learn_s,
+            "seasonality": seasonality,
+            "class_field": class_field,
+            "hold_deviating": hold_deviating,
+        }
+        self.basis = shipped
         self.shipped = shipped.with_modes(CLASS_COUNT) if class_field else shipped
         self.class_field = class_field
         self.window = window
         self.learn_windows = learn_windows
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._alert_lifecycle = AlertLifecycle(shipped, self.units)
+        self._alert_lifecycle = AlertLifecycle(shipped, self.units, complete_roles(roles, shipped))
         self.min_learn_s = min_learn_s
         self.learn_extension = learn_extension
         self.seasonality = seasonality
@@ -88,16 +110,22 @@ class DriftMonitor:
         self._empty_learning = LearningState.empty(self.shipped)
         self._tester: DriftTester | None = None
 
+    def rebase(self, basis: Reference) -> DriftMonitor:
+        """Return this monitor with another shipped reference."""
+        return DriftMonitor(basis, **self._options)
+
     def start(self) -> DriftState:
         return DriftState.start(self.shipped, self.window, self.class_field)
 
-    def restore(self, data: bytes, learning: bytes | None = None, site: bytes | None = None) -> DriftState:
+    def restore(
+        self, data: bytes, learning: bytes | None = None, site: bytes | None = None, guard: bytes | None = None
+    ) -> DriftState:
         """Restore the state of `to_bytes` with the parts that are kept apart from it, `site` as JSON.
 
         Raises ValueError if it is damaged or made for another bundle: start anew. Learning begins anew if only
         `learning` is damaged.
         """
-        state = DriftState.from_parts(data, site)
+        state = DriftState.from_parts(data, site, guard)
         if (state.open_summary.reference, state.window, state.class_field) != (
             self.shipped.digest,
             self.window,
@@ -114,8 +142,10 @@ class DriftMonitor:
         return state
 
     def to_bytes(self, state: DriftState) -> bytes:
-        """Encode the state without its large, rarely changing parts: the site's reference, and the learning state."""
-        return replace(state, learning=self._empty_learning, site_reference=None).to_bytes()
+        """Encode the state without its large, rarely changing parts: the site's reference, its guard, and learning."""
+        return replace(
+            state, learning=self._empty_learning, site_reference=None, guard=ReferenceGuard(is_held=state.guard.is_held)
+        ).to_bytes()
 
     def restart_row_numbers(self, state: DriftState) -> DriftState:
         """Drop what was gathered of the open drift window, as rows are numbered from 1 again."""
@@ -140,7 +170,10 @@ class DriftMonitor:
             gates=GateStates({gate.name: gate.restart(state.gates[gate.name]) for gate in GATES}),
             requested_learn_s=duration_s,
             guard=state.guard.begin_learning(state.site_reference),
+            carried=(),
+            is_inherited=False,
         )
+        cleared += succession.clear_carried(state.carried, reason)
         evidence = {"window": state.index, "rows": list(state.rows)}
         for gate in GATES:
             cleared += gate.clear_alerts(state.gates[gate.name], reason, evidence)
@@ -150,9 +183,10 @@ class DriftMonitor:
         """Accept the site's reference as it is; also return the alert that this clears."""
         if state.site_reference is None:
             return state, []
-        after = replace(state, guard=state.guard.accept(state.site_reference))
+        after = replace(state, guard=state.guard.accept(state.site_reference), carried=())
         cleared = self._build_guard_alert(state, after)
-        return after, [] if cleared is None else [cleared]
+        carried = succession.clear_carried(state.carried, "this site's reference was accepted")
+        return after, [*([] if cleared is None else [cleared]), *carried]
 
     def process_batch(
         self,
@@ -250,6 +284,7 @@ class DriftMonitor:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._find_tester(state)
         missing = self._update_missing(state, analysis, first, full.start_times)
+        runs = run_until_stuck(state.faults.runs, analysis.summaries, first, self.shipped)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -260,10 +295,12 @@ class DriftMonitor:
             state.faults.misread,
             missing[0],
             state.faults.spoilt,
+            runs[0],
         )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
-        quiet = 0 if missing[0].alarm.any() else len(missing)
+        is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(self.shipped).any())
+        quiet = min(len(missing), len(runs)) if is_quiet else 0
         tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault, most=quiet)
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
@@ -271,18 +308,20 @@ class DriftMonitor:
             before,
             suite=tests.suite,
             gates=tests.gates,
-            faults=replace(before.faults, missing=missing[tests.windows - 1]),
+            faults=replace(before.faults, missing=missing[tests.windows - 1], runs=runs[tests.windows - 1]),
         )
         drift_alerts: list[Alert] = []
-        learned, refused, guard_alert = None, None, None
+        if state.is_inherited:
+            after = replace(after, suite=succession.forget_answers(after.suite))
+        learned, refused = None, None
+        guard_alerts: list[Alert] = []
         if tester is not None and analysis.evidence is not None and not tests.blocked:
             after, drift_alerts = self._alert_lifecycle.update_drifts(
                 before, after, analysis.evidence.z[first], analysis.evidence.effects[first], tester
             )
-        elif state.site_reference is None and not (tests.blocked or state.faults.any_open):
-            # Nothing is learned while an alert is open.
+        if self._is_gathering(after) and not tests.blocked:
             after, learned, refused = self._gather_window(after)
-            guard_alert = self._build_guard_alert(before, after)
+            after, guard_alerts = self._build_guard_alerts(before, after)
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
         gate_alerts = analysis.build_gate_alerts(first, state.gates, before, tests.gates, state.site_reference)
         result = full.build_result(
@@ -290,7 +329,7 @@ class DriftMonitor:
             before,
             learned_reference=learned,
             learning_error=refused,
-            alerts=(*fault_alerts, *gate_alerts, *drift_alerts, *([guard_alert] if guard_alert else [])),
+            alerts=(*fault_alerts, *gate_alerts, *drift_alerts, *guard_alerts),
             nearest=tests.nearest,
         )
         return after, ClosedWindow(
@@ -306,6 +345,12 @@ class DriftMonitor:
             after.gates,
             self._find_tester(after),
         )
+
+    def _is_gathering(self, state: DriftState) -> bool:
+        """Return True if windows are gathered to learn from: nothing is learned while an alert is open."""
+        if state.faults.any_open or any(gate.is_open for gate in state.gates.values()):
+            return False
+        return state.site_reference is None or (state.is_inherited and not state.suite.open_subjects.any())
 
     def _update_missing(
         self, state: DriftState, analysis: WindowAnalysis, first: int, start_times: Ints
@@ -337,13 +382,28 @@ class DriftMonitor:
         wait = site.site.needs_more_windows and not guard.deviations
         if wait and not self._has_learned(state, learning, self.learn_extension):
             return gathered, None, None
-        after = replace(fresh, site_reference=site, learned_count=number, requested_learn_s=0.0, guard=guard)
-        return after, site, None
+        if state.is_inherited and guard.is_held:
+            # The inherited reference stays in force.
+            return replace(fresh, guard=replace(guard, is_held=False)), None, None
+        if state.is_inherited:
+            # Sums towards alarms were measured from the inherited reference.
+            fresh = replace(fresh, suite=SuiteState.start(self.shipped.task))
+        learned = {"site_reference": site, "learned_count": number, "requested_learn_s": 0.0, "guard": guard}
+        return replace(fresh, **learned, is_inherited=False), site, None
 
     def _build_guard_alert(self, before: DriftState, after: DriftState) -> Alert | None:
         if after.guard is before.guard:
             return None
         return deviation.build_alert(after.guard, before.guard)
+
+    def _build_guard_alerts(self, before: DriftState, after: DriftState) -> tuple[DriftState, list[Alert]]:
+        """Return the alerts of a gathered window: a reference that does not deviate ends what was carried over."""
+        guard_alert = self._build_guard_alert(before, after)
+        alerts = [] if guard_alert is None else [guard_alert]
+        if after.guard is before.guard or after.guard.deviations:
+            return after, alerts
+        reason = "the reference that was learned since does not deviate from the one before"
+        return replace(after, carried=()), [*alerts, *succession.clear_carried(after.carried, reason)]
 
     def _find_tester(self, state: DriftState) -> DriftTester | None:
         reference = state.tested_reference

@@ -10,7 +10,7 @@ from msgspec import structs
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.alerts import Alert
+from agent.alerts import Alert, MonitoredAlert
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard
@@ -25,6 +25,14 @@ from agent.drift.faults.open_faults import OpenFaults
 from agent.drift.numeric.escalation import DriftSizes, Escalation
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
+
+
+class CarriedAlert(msgspec.Struct, frozen=True):
+    """Alert that was open before the bundle was changed, and stays open although nothing tests its subject."""
+
+    alert: MonitoredAlert
+    subject: str
+    count: int
 
 
 class DriftState(msgspec.Struct, frozen=True, eq=False):
@@ -50,6 +58,9 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     raised_window: Ints  # (F + 3,) the drift window of the last drift alert
     gates: GateStates
     guard: ReferenceGuard
+    carried: tuple[CarriedAlert, ...] = ()
+    # The site's reference was learned with another model. Its answers are not tested, and another one is gathered.
+    is_inherited: bool = False
     class_field: str = ""  # field that names modes, if any
     known_modes: tuple[str, ...] = ()  # names that have a class
 
@@ -100,9 +111,11 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
         return arrays.from_compressed_bytes(data, cls)
 
     @classmethod
-    def from_parts(cls, data: bytes, site: bytes | None) -> DriftState:
-        """Decode a state and its site's reference, which is kept apart as JSON. Raises ValueError."""
+    def from_parts(cls, data: bytes, site: bytes | None, guard: bytes | None = None) -> DriftState:
+        """Decode a state, its site's reference, which is kept apart as JSON, and its guard. Raises ValueError."""
         state = cls.from_bytes(data)
+        if guard is not None:
+            state = replace(state, guard=arrays.from_compressed_bytes(guard, ReferenceGuard))
         if site is None or state.site_reference is not None:
             return state
         try:

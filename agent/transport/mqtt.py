@@ -79,7 +79,11 @@ class Link:
         self._lost_reason: str | None = None
         self._handshake = _Handshake()
         self._paho_log = _PahoLog()
-        self._wake_sender, self._wake_receiver = socket.socketpair()
+        try:
+            self._wake_sender, self._wake_receiver = socket.socketpair()
+        except OSError as error:
+            # No descriptor is left: for now, as with a network that is gone.
+            raise LinkDown(f"{broker.shown_url}: {error}") from error
         self._wake_sender.setblocking(False)
         self._wake_receiver.setblocking(False)
         try:

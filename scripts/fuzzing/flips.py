@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -57,6 +57,9 @@ class Flip:
 
     def __str__(self) -> str:
         return f"{self.file} bit {self.bit} (page {self.bit // 8 // _PAGE + 1}, byte {self.bit // 8 % _PAGE})"
+
+
+Run = Callable[[Path, Random, int], Iterator[tuple[Flip, str]]]
 
 
 def choose(folder: Path, random: Random, count: int) -> Iterator[Flip]:

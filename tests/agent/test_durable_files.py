@@ -45,6 +45,16 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """Root that writes a plot to /dev/null must not turn it into a file for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(StorageError, match="it is no regular file"):
+        durable_files.write(pipe, b"x")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 def test_write_new_never_overwrites(tmp_path: Path) -> None:
     durable_files.write_new(tmp_path / "file", b"first", 0o600)
     with pytest.raises(FileExistsError):

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drift.numeric import divergence
+from agent.indices import bincount
 from agent.performance import cbpe, metrics
 from agent.performance.estimates import compute_metrics
 from agent.performance.metrics import LabelledPredictions
@@ -33,7 +34,7 @@ EDGES = data.edges(REFERENCE)
 
 
 def counts(values: Values, edges: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    return np.bincount(data.binned(values, edges), minlength=len(edges) + 1)
+    return bincount(data.binned(values, edges), minlength=len(edges) + 1)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +76,40 @@ def test_a_damaged_store_is_salvaged_and_the_audit_passes(fleet: LocalFleet) -> 
     assert (code, report["passed"]) == (0, True), report
     assert len(logs(fleet)) == 1
     assert fleet.query("SELECT count(*) FROM alerts WHERE alert = 'storage' AND severity = 'critical'")[0][0] >= 1
+
+
+def test_an_idle_device_refills_a_collector_restored_from_a_backup_within_seconds(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    device = fleet.add_device("pi-01").add_replay_stream(40, 40).start_and_wait()
+    wait_until("its first messages arrived", lambda: len(seqs(fleet)) >= 2)
+    with (
+        contextlib.closing(sqlite3.connect(f"{(fleet.home / 'fleet.db').as_uri()}?mode=ro", uri=True)) as source,
+        contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as backup,
+    ):
+        source.backup(backup)
+    count = len(seqs(fleet))
+    # Messages that the backup lacks; then it writes none for a minute.
+    assert device.stop() == 0
+    device.start_and_wait()
+    wait_until("more messages than in the backup", lambda: len(seqs(fleet)) >= count + 3)
+    written = 0
+
+    def all_arrived() -> bool:
+        nonlocal written
+        status = device.status()
+        written = int(status["outbox"]["last"])
+        return status["outbox"]["waiting"] == 0 and seqs(fleet) == list(range(1, written + 1))
+
+    wait_until("all arrived", all_arrived)
+    fleet.collector.stop()
+    for suffix in ("-wal", "-shm"):
+        (fleet.home / f"fleet.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "backup.db").replace(fleet.home / "fleet.db")
+    fleet.collector.start()
+    wait_until("the collector has everything again", lambda: set(seqs(fleet)) >= set(range(1, written + 1)), 25)
+    assert fleet.audit()[0] == 0
+
+
+def seqs(fleet: LocalFleet) -> list[int]:
+    return [row[0] for row in fleet.query("SELECT seq FROM messages ORDER BY seq")]

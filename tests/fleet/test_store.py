@@ -347,7 +347,7 @@ def test_a_database_file_that_was_moved_or_replaced_takes_no_message(tmp_path: P
     assert add(file_store, sender, sender.append("audit", event="first")) == ["new"]
     later = sender.append("audit", event="second")
     (tmp_path / "fleet.db").rename(tmp_path / "moved.db")
-    with pytest.raises(StorageError, match=r"fleet\.db: moved or deleted .*while it was open"):
+    with pytest.raises(StorageError, match=r"fleet\.db: moved or deleted while it was open"):
         add(file_store, sender, later)
     (tmp_path / "fleet.db").touch()
     with pytest.raises(StorageError, match=r"fleet\.db: replaced while it was open"):

@@ -61,16 +61,21 @@ class Device:
         self.store = open_store(self.folder, max_size=self.max_size)
         self.store.declare_streams({"watch": self.stream})
         manifest = self.active.bundle.manifest
-        judge, state, ended = None, None, None
+        restored = None
         if self.active.reference is not None:
             judge = DriftMonitor(
                 self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20
             )
-            state, ended = drift_state.restore(self.store, "tiny", judge)
+            restored = drift_state.restore(self.store, "tiny", judge)
         chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish)
         active = self.active
         self.task = LoadedTask(
-            "tiny", chosen, self.stream, active.bundle, active.model, judge, state, "sha256:c", closing_messages=ended
+            *("tiny", chosen, self.stream, active.bundle, active.model),
+            None if restored is None else restored.monitor,
+            None if restored is None else restored.state,
+            "sha256:c",
+            closing_messages=None if restored is None else restored.messages,
+            unsaved_basis=None if restored is None else restored.basis,
         )
         self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 

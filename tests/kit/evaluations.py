@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from agent.evaluation import evaluate
 from agent.evaluation.document import CheckResult, Evaluation
+from agent.indices import repeat
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.inference import runtime
@@ -30,7 +31,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
     def pick(self, which: NDArray[np.bool_]) -> Recorded:
         each = {name: column[which] for name, column in self.each.items()}
-        return replace(self, rows=self.rows[np.repeat(which, self.sizes)], sizes=self.sizes[which], each=each)
+        return replace(self, rows=self.rows[repeat(which, self.sizes)], sizes=self.sizes[which], each=each)
 
     def also(self, other: Recorded) -> Recorded:
         each = {name: np.concatenate([column, other.each[name]]) for name, column in self.each.items()}
@@ -42,7 +43,7 @@ class Recorded(msgspec.Struct, frozen=True):
         return replace(self, each=self.each | {name: np.asarray(column) for name, column in columns.items()})
 
     def per_row(self, name: str) -> NDArray[Any]:
-        return np.repeat(self.each[name], self.sizes)
+        return repeat(self.each[name], self.sizes)
 
     def npz(self, path: Path) -> Path:
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -52,7 +53,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
     def csv(self, path: Path, *columns: str, begin: float = 1_764_000_000.0) -> Path:
         """Return a CSV file with `t`, the label as text, and other columns; recordings are a minute apart."""
-        pause = np.repeat(np.arange(len(self.sizes)), self.sizes) * 60.0
+        pause = repeat(np.arange(len(self.sizes)), self.sizes) * 60.0
         t = begin + np.arange(len(self.rows)) / 50 + pause
         labels = np.array(self.labels)[self.per_row("label")]
         more = [self.per_row(name).astype(str) for name in columns]

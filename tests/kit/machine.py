@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary, window_statistics
+from agent.drift.baseline.learning import with_score_accuracy
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
+from agent.indices import repeat
 
 FIELDS = ("x", "y", "z")
 LABELS = ("idle", "walk", "run")
@@ -51,17 +53,17 @@ class Readings(msgspec.Struct, frozen=True):
 def readings(seed: int, drift_windows: int, *, wrong: float = 0.05) -> Readings:
     rng = np.random.default_rng(seed)
     count = drift_windows * WINDOW
-    truth = np.repeat(rng.integers(0, 3, count), rng.integers(2, 12, count))[:count]
-    run = np.repeat(rng.normal(1, 0.05, (count, 3)), rng.integers(2, 12, count), axis=0)[:count]
+    truth = repeat(rng.integers(0, 3, count), rng.integers(2, 12, count))[:count]
+    run = repeat(rng.normal(1, 0.05, (count, 3)), rng.integers(2, 12, count), axis=0)[:count]
     noise = rng.normal(size=(count * ROWS, 3))
     for row in range(1, len(noise)):
         noise[row] = 0.7 * noise[row - 1] + 0.7 * noise[row]
-    modes = np.repeat(truth, ROWS)
-    features = (LEVEL[modes] + MOVE[modes] * noise) * np.repeat(run, ROWS, axis=0)
+    modes = repeat(truth, ROWS)
+    features = (LEVEL[modes] + MOVE[modes] * noise) * repeat(run, ROWS, axis=0)
     mistaken = rng.random(count) < wrong
     labels = np.where(mistaken, rng.integers(0, 3, count), truth)
     sure = np.where(labels == truth, rng.uniform(0.5, 1.0, count), rng.uniform(0.4, 0.7, count))
-    scores = np.repeat(((1 - sure) / 2)[:, None], 3, axis=1)
+    scores = repeat(((1 - sure) / 2)[:, None], 3, axis=1)
     scores[np.arange(count), labels] = sure
     return Readings(features.astype(np.float32), labels, truth, scores.astype(np.float32))
 
@@ -69,9 +71,8 @@ def readings(seed: int, drift_windows: int, *, wrong: float = 0.05) -> Readings:
 def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
     r = readings(seed, drift_windows)
     starts = np.arange(len(r.labels)) * ROWS
-    return build_reference(
-        r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS, truth=r.truth
-    )
+    shipped = build_reference(r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS)
+    return with_score_accuracy(shipped, r.scores.max(1).astype(np.float64), r.labels == r.truth)
 
 
 def feed(

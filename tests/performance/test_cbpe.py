@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agent.indices import bincount
 from agent.performance import cbpe
 
 N, CORRECT = np.array([100, 100, 100]), np.array([50, 80, 99])
@@ -48,7 +49,7 @@ def test_the_interval_covers_the_accuracy_of_less_confident_answers() -> None:
     inside = 0
     for _ in range(200):
         bins = rng.integers(0, 12, 50)  # the reference's answers were spread over all 32
-        got = cbpe.estimate_accuracy(n, correct, np.bincount(bins, minlength=32))
+        got = cbpe.estimate_accuracy(n, correct, bincount(bins, minlength=32))
         assert got is not None
         inside += got["low"] <= (rng.random(50) < right[bins]).mean() <= got["high"]
     assert inside >= 180
@@ -61,10 +62,8 @@ def test_it_agrees_with_nannyml_on_calibrated_scores(a: float, b: float) -> None
     known, current = rng.beta(6, 1.5, 40_000), rng.beta(a, b, 20_000)
     edges = np.quantile(known, np.arange(1, 32) / 32)
     places = np.searchsorted(edges, known, side="right")
-    n = np.bincount(places, minlength=32)
-    correct = np.rint(np.bincount(places, known, 32)).astype(np.int64)
-    estimate = cbpe.estimate_accuracy(
-        n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32)
-    )
+    n = bincount(places, minlength=32)
+    correct = np.rint(bincount(places, known, 32)).astype(np.int64)
+    estimate = cbpe.estimate_accuracy(n, correct, bincount(np.searchsorted(edges, current, side="right"), minlength=32))
     assert estimate is not None
     assert estimate["accuracy"] == pytest.approx(current.mean(), abs=0.002)

@@ -347,3 +347,12 @@ def test_a_malformed_packet_only_ends_the_connection(packet: bytes) -> None:
             collect(link, lambda _: False)
         link.close()
         thread.join()
+
+
+def test_a_lack_of_descriptors_is_a_lost_link(broker: MosquittoBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with pytest.raises(LinkDown, match="Too many open files"):
+        Link(BrokerConfig(url=broker.url), "none-left")

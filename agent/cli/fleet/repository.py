@@ -114,6 +114,11 @@ def init(
         f"Move {names} from {done.keys[0].parent} to separate offline media now: {done.threshold} of "
         f"{len(done.keys)} can change all keys. targets-1.key is needed for the first bundle of each name."
     )
+    if done.threshold == 1 and not demo:
+        text += (
+            "\nThreshold 1: whoever has one root key changes operators, collectors and publishers at once, alone. With "
+            "--roots 2 --threshold 2 a second signature is needed."
+        )
     emit(document, as_json, lambda: echo(text))
 
 

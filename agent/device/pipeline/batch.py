@@ -243,10 +243,11 @@ def _commit(
 ) -> None:
     with store.transaction() as tx:
         tx.advance_cursor(task.name, source.batch.first, source.batch.first + source.cut.consumed - 1)
-        if task.closing_messages is not None:
-            drift_state.discard_learned(tx, task.name)
         if task.drift_monitor is not None and output.drift is not None:
-            drift_state.save(tx, task.name, task.drift_monitor, output.drift, task.drift_state)
+            previous = task.drift_state if task.closing_messages is None else None
+            drift_state.save(tx, task.name, task.drift_monitor, output.drift, previous)
+            if task.unsaved_basis is not None:
+                drift_state.save_basis(tx, task.name, task.unsaved_basis)
         if output.refusals != source.refusals:
             drift_state.save_refusals(tx, task.name, output.refusals)
         message_log.append_all(tx, output.messages, now)
@@ -260,6 +261,7 @@ def _commit(
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
     task.drift_state, task.closing_messages, task.is_crash_suspect = output.drift, None, False
+    task.unsaved_basis = None
     task.last_label = output.last_label
 
 

@@ -5,23 +5,23 @@ The state of learning and the site reference are stored apart from the rest: the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import LEARNING_REFUSED, Alert, MonitoredAlert, monitoring_kind
+from agent import arrays
+from agent.alerts import LEARNING_REFUSED, Alert
 from agent.device.store import task_keys
 from agent.device.store.message_log import PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
+from agent.drift import succession
 from agent.drift.baseline.learning import LearningState
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState, DriftWindowResult
+from agent.errors import BadBundle
 
 
 class LearningRefusals(msgspec.Struct, frozen=True):
@@ -31,11 +31,29 @@ class LearningRefusals(msgspec.Struct, frozen=True):
     is_open: bool = False
 
 
+class StoredBasis(msgspec.Struct, frozen=True):
+    """Shipped reference that the drift state is made for, as JSON; `own` is the digest of the bundle's own one."""
+
+    own: str
+    reference: bytes
+
+
+class RestoredDrift(msgspec.Struct, frozen=True):
+    """Drift state as restored. `messages` and `basis` are to be committed with it; None if nothing changed."""
+
+    monitor: DriftMonitor
+    state: DriftState
+    messages: list[PendingMessage] | None = None
+    basis: bytes | None = None
+
+
 def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, previous: DriftState | None) -> None:
     """Save `state`; only the parts that differ from the stored `previous` state, if there is one."""
     tx.save_state(task, task_keys.DRIFT_STATE, monitor.to_bytes(state))
     if previous is None or previous.learning is not state.learning:
         tx.save_state(task, task_keys.LEARNING, state.learning.to_bytes())
+    if previous is None or previous.guard is not state.guard:
+        tx.save_state(task, task_keys.REFERENCE_GUARD, arrays.to_compressed_bytes(state.guard))
     if previous is not None and previous.site_reference is state.site_reference:
         return
     if state.site_reference is None:
@@ -44,74 +62,108 @@ def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, p
         tx.save_state(task, task_keys.SITE_REFERENCE, state.site_reference.to_json())
 
 
-def restore(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
-    """Return the stored state, or a new one if the stored state is of another bundle.
+def save_basis(tx: Transaction, task: str, basis: bytes) -> None:
+    tx.save_state(task, task_keys.SHIPPED_REFERENCE, basis)
 
-    In the second case also return the closing messages, to be committed with the next state; otherwise None.
+
+def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") -> RestoredDrift:
+    """Return the stored state; if it is of another bundle, what this one inherits or carries over.
+
+    `suffix` of the keys is that of a state that was set aside.
     """
-    past = store.load_state(task, task_keys.DRIFT_STATE)
+    basis = _load_basis(store, task, suffix)
+    if basis is not None and basis.own == monitor.own.digest:
+        monitor = monitor.rebase(Reference.from_json(basis.reference))
+    past = store.load_state(task, task_keys.DRIFT_STATE + suffix)
+    unsaved = None if basis is not None and basis.own == monitor.own.digest else encode_basis(monitor)
     if past is None:
-        return monitor.start(), None
-    site = store.load_state(task, task_keys.SITE_REFERENCE)
+        return RestoredDrift(monitor, monitor.start(), None, unsaved)
+    learning, site, guard = (
+        store.load_state(task, key + suffix)
+        for key in (task_keys.LEARNING, task_keys.SITE_REFERENCE, task_keys.REFERENCE_GUARD)
+    )
     try:
-        return monitor.restore(past, store.load_state(task, task_keys.LEARNING), site), None
+        state = monitor.restore(past, learning, site, guard)
+        return RestoredDrift(monitor, state, None, unsaved)
     except ValueError:
-        return _restart(task, monitor.start(), past, site)
+        pass
+    try:
+        old = DriftState.from_parts(past, site, guard)
+    except ValueError:
+        monitor = monitor.rebase(monitor.own)
+        return RestoredDrift(monitor, _continue_numbers(monitor.start(), past), [], encode_basis(monitor))
+    return _succeed(task, monitor, old, None if basis is None else Reference.from_json(basis.reference))
+
+
+def _succeed(task: str, monitor: DriftMonitor, old: DriftState, basis: Reference | None) -> RestoredDrift:
+    """Return what a monitor of another bundle, or of a changed config, takes over from `old`."""
+    evidence: dict[str, Any] = {"task": task, "asked": "bundle changed", "by": "the agent"}
+    if old.site_reference is not None:
+        evidence["site"] = old.site_reference.digest
+    if basis is not None and succession.is_heir(monitor.own, basis) and old.open_summary.reference == basis.digest:
+        heir = monitor.rebase(succession.merge_references(basis, monitor.own))
+        if (old.window, old.class_field) == (heir.window, heir.class_field) and old.is_compatible(heir.shipped.task):
+            state = succession.inherit(old, heir.shipped)
+            messages = [PendingMessage.from_alert(alert, task) for alert in _carried_alerts(state, old)]
+            if state.is_inherited and not old.is_inherited:
+                summary = f"{task}: another bundle inherits the site reference, and learns one of its own meanwhile."
+                messages.append(PendingMessage.audit("reference inherited", summary, evidence))
+            return RestoredDrift(heir, state, messages, encode_basis(heir))
+    monitor = monitor.rebase(monitor.own)
+    state, alerts = succession.carry_over(monitor.start(), old)
+    messages = [PendingMessage.from_alert(alert, task) for alert in alerts]
+    if old.site_reference is not None:
+        summary = f"{task}: the bundle, or the agent, was changed, so the site reference is learned again."
+        messages.append(PendingMessage.audit("reference reset", summary, evidence))
+    return RestoredDrift(monitor, state, messages, encode_basis(monitor))
+
+
+def _carried_alerts(state: DriftState, old: DriftState) -> list[Alert]:
+    return [succession.build_carried_alert(item) for item in state.carried[len(old.carried) :]]
+
+
+def _continue_numbers(start: DriftState, past: bytes) -> DriftState:
+    """Return `start` with alert ids after those of a state whose site reference cannot be read."""
+    try:
+        old = DriftState.from_bytes(past)
+    except ValueError:
+        return start
+    return succession.carry_over(start, old)[0]
+
+
+def _load_basis(store: Store, task: str, suffix: str) -> StoredBasis | None:
+    """Return None for one that cannot be read: then nothing is inherited."""
+    stored = store.load_state(task, task_keys.SHIPPED_REFERENCE + suffix)
+    if stored is None:
+        return None
+    try:
+        basis = msgspec.msgpack.decode(stored, type=StoredBasis)
+        Reference.from_json(basis.reference)
+    except (msgspec.MsgspecError, BadBundle):
+        return None
+    return basis
+
+
+def encode_basis(monitor: DriftMonitor) -> bytes:
+    return msgspec.msgpack.encode(StoredBasis(monitor.own.digest, monitor.basis.to_json()))
 
 
 def load_for_display(store: Store, task: str) -> DriftState | None:
     """Return the stored state, of whatever bundle it is; None if there is none, or if it cannot be read."""
-    past, learning = store.load_state(task, task_keys.DRIFT_STATE), store.load_state(task, task_keys.LEARNING)
+    past, learning, site, guard = (
+        store.load_state(task, key)
+        for key in (
+            task_keys.DRIFT_STATE,
+            task_keys.LEARNING,
+            task_keys.SITE_REFERENCE,
+            task_keys.REFERENCE_GUARD,
+        )
+    )
     try:
-        state = None if past is None else DriftState.from_parts(past, store.load_state(task, task_keys.SITE_REFERENCE))
+        state = None if past is None else DriftState.from_parts(past, site, guard)
         return state and (state if learning is None else replace(state, learning=LearningState.from_bytes(learning)))
     except ValueError:
         return None
-
-
-def discard_learned(tx: Transaction, task: str) -> None:
-    """Delete what was learned with another bundle."""
-    tx.delete_state(task, task_keys.LEARNING)
-    tx.delete_state(task, task_keys.SITE_REFERENCE)
-
-
-def build_closing_messages(task: str, saved_state: bytes, site: bytes | None, reason: str) -> list[PendingMessage]:
-    """Return the messages that end everything this state holds: open alerts are cleared, the reference is dropped."""
-    try:
-        old = DriftState.from_parts(saved_state, site)
-    except ValueError:
-        return []
-    messages = [PendingMessage.from_alert(alert, task) for alert in _clear_alerts(old, reason)]
-    if old.site_reference is not None:
-        summary = f"{task}: {reason}, so the site reference is learned again."
-        evidence = {"task": task, "asked": "bundle changed", "site": old.site_reference.digest, "by": "the agent"}
-        messages.append(PendingMessage.audit("reference reset", summary, evidence))
-    return messages
-
-
-def _restart(
-    task: str, start: DriftState, saved_state: bytes, site: bytes | None
-) -> tuple[DriftState, list[PendingMessage]]:
-    messages = build_closing_messages(task, saved_state, site, "the bundle, or the agent, was changed")
-    try:
-        old = DriftState.from_bytes(saved_state)
-    except ValueError:
-        return start, messages
-    # Ids of alerts are never used twice.
-    raised = np.full_like(start.raised_counts, old.raised_counts.max(initial=0))
-    return replace(start, raised_counts=raised, learned_count=old.learned_count), messages
-
-
-def _clear_alerts(old: DriftState, reason: str) -> Iterator[Alert]:
-    subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    numbers: dict[MonitoredAlert, list[tuple[int, int]]] = {
-        "drift": [(i, int(old.raised_counts[i, 0])) for i in np.flatnonzero(old.suite.open_subjects).tolist()],
-        "fault": [(i, int(old.faults.number[i, kind])) for i, kind in np.argwhere(old.faults.number > 0).tolist()],
-    }
-    for alert, opened in numbers.items():
-        for i, number in opened:
-            summary = f"{subjects[i]}: no longer monitored as before: {reason}."
-            yield monitoring_kind(alert, subjects[i]).cleared(summary, field=subjects[i], count=number)
 
 
 # --- learning ---

@@ -47,7 +47,8 @@ class BatchObserver(Protocol):
 class LoadedTask:
     """A task with its bundle loaded.
 
-    - `drift_state`: as committed; `closing_messages`: to be sent with the next commit, because it is of another bundle
+    - `drift_state`: as committed; `closing_messages`: to be sent with the next commit, because it was of another bundle
+    - `unsaved_basis`: shipped reference to be saved with the next commit
     - `crash_guard` surrounds each run of the model
     - `is_crash_suspect`: the daemon ended during the model's last run
     - `batch_divisor`: batches are this many times smaller, after one that found no room
@@ -63,6 +64,7 @@ class LoadedTask:
     config_digest: str
     keep_results: bool = True
     closing_messages: list[PendingMessage] | None = None
+    unsaved_basis: bytes | None = None
     tuning: Tuning | None = None
     crash_guard: Callable[[], AbstractContextManager[object]] = nullcontext
     is_crash_suspect: bool = False

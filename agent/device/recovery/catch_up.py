@@ -97,13 +97,15 @@ def _compare(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkSt
 
 def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkState) -> bool:
     skipped = adopt_watermark(db, saved)
-    if not skipped:
+    labels = lost_labels(current, saved)
+    if not (skipped or labels):
         return False
     stored = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
     summary = (
         "The store went back in time: it has lost commits (a truncated write-ahead log, an old copy of the database, "
         "or a disk that reports writes it has not done)."
     )
+    summary += describe_lost_labels(labels)
     log.critical("%s", summary)
     finding = RecoveryFinding(
         summary=summary,
@@ -115,6 +117,18 @@ def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: Wa
     )
     findings.add(db, finding)
     return True
+
+
+def lost_labels(current: WatermarkState, saved: WatermarkState) -> dict[str, int]:
+    """Return how many of the newest labels of each task are missing."""
+    lost = {task: newest - current.labels.get(task, 0) for task, newest in saved.labels.items()}
+    return {task: count for task, count in lost.items() if count > 0}
+
+
+def describe_lost_labels(lost: dict[str, int]) -> str:
+    """Return a sentence for the end of a summary, or an empty text."""
+    counts = ", ".join(f"{count} of {task}" for task, count in sorted(lost.items()))
+    return f" Labels are lost, the newest {counts}: send them again." if lost else ""
 
 
 def adopt_watermark(db: sqlite3.Connection, saved: WatermarkState) -> SkippedNumbers:

@@ -22,6 +22,8 @@ from agent.device.store.watermark import WatermarkState
 from agent.text import is_unicode
 
 _COMMIT_ROWS = 500
+# Their losses are listed, or have a sentence of their own.
+_NAMED_TABLES = {"meta", "chunks", "outbox", "source_positions", "task_state", "cursors"}
 # Copied first and last; every other table is copied between them by the same rules.
 _FIRST_TABLES = ("meta", "streams")
 _LAST_TABLES = ("chunks", "outbox")
@@ -107,6 +109,11 @@ class StoreCopy:
             summary += " Some source positions are lost: these sources may be read again."
         if incomplete & {"task_state", "cursors"}:
             summary += " Some state of tasks is lost."
+        if self._watermark_state:
+            lost_labels = catch_up.lost_labels(watermark.from_database(new), self._watermark_state)
+            summary += catch_up.describe_lost_labels(lost_labels)
+        if unread := sorted(incomplete - _NAMED_TABLES - self._damaged_rows.keys()):
+            summary += f" Parts of tables could not be read: {', '.join(unread)}."
         if self._damaged_rows:
             counts = ", ".join(f"{table} {n}" for table, n in sorted(self._damaged_rows.items()))
             summary += f" Rows that are not what was written, by table: {counts}."

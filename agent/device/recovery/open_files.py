@@ -46,7 +46,7 @@ class OpenFiles:
             self._write_note(db)
             raise StorageMoved(
                 f"{self._folder}: no longer the data folder that was opened: {self._describe_move()}. The daemon "
-                "stops, as it would begin an empty store here; put the former folder back and start it again"
+                f"stops; put the former folder back, or delete {_note_path(self._folder)} to begin an empty store here"
             )
         for path, opened in self._file_ids.items():
             present = _identify(path)
@@ -92,6 +92,7 @@ class OpenFiles:
                 return f"commits in it could not be saved: {error}"
             return "all commits in it were saved in the database"
         if not is_deleted:
+            self._delete_former_log()
             return "commits since that copy are not in it"
         try:
             self._restore_database(db)
@@ -106,11 +107,16 @@ class OpenFiles:
         os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         db.execute("VACUUM INTO ?", (str(copy),))
         durable_files.fsync(copy)
-        # The log of the deleted file would be replayed into the new one.
-        for name in (_WAL, _SHM):
-            (self._folder / name).unlink(missing_ok=True)
+        self._delete_former_log()
         copy.rename(self._folder / DATABASE)
         durable_files.fsync(self._folder)
+
+    def _delete_former_log(self) -> None:
+        """Delete the log of the database that is gone: it would be replayed into the one that has taken its place."""
+        for name in (_WAL, _SHM):
+            path = self._folder / name
+            if _identify(path) == self._file_ids[str(path)]:
+                path.unlink()
 
 
 class _Note(msgspec.Struct, frozen=True):

@@ -241,7 +241,8 @@ class RolloutExecutor:
         old_phase, past = _phase(rollout), history.load_history(self._store, name)
         if new.phase == "canary" and old_phase != "canary":
             assert loaded is not None
-            transitions.begin_canary(tx, message_log, name, loaded.bundle, past, now)
+            saved_drift.take_over(loaded, self._store)
+            transitions.begin_canary(tx, message_log, name, loaded, past, now)
         elif new.phase == "active" and old_phase == "canary":
             transitions.promote_canary(tx, message_log, name, new, configured, now)
         elif old_phase == "canary" and new.phase != "canary" and old is not None:

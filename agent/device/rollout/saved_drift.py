@@ -1,7 +1,7 @@
 """Saved drift state: what drift detection learned with the previous bundle, set aside while a canary runs.
 
-The canary's own detection starts empty under the usual names. A rollback therefore costs the site neither its learned
-reference nor the rows counted since. Alerts that were open stay open until it is known which of the two bundles stays.
+The canary's own detection goes on under the usual names, with what it inherits. A rollback therefore costs the site
+neither its learned reference nor the rows counted since.
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
+from agent.device.pipeline.drift_state import RestoredDrift
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.drift.monitor import DriftMonitor
-from agent.drift.state import DriftState
+from agent.drift import succession
+from agent.drift.state import CarriedAlert, DriftState
 
-_STATE_NAMES = (task_keys.DRIFT_STATE, task_keys.LEARNING, task_keys.SITE_REFERENCE)
+_STATE_NAMES = (
+    task_keys.DRIFT_STATE,
+    task_keys.LEARNING,
+    task_keys.SITE_REFERENCE,
+    task_keys.SHIPPED_REFERENCE,
+    task_keys.REFERENCE_GUARD,
+)
 
 
 def save(tx: Transaction, task: str) -> None:
@@ -29,35 +37,38 @@ def save(tx: Transaction, task: str) -> None:
 
 
 def restore(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
-    """Put the saved state back and clear the canary's alerts: the previous bundle runs again."""
-    closing = _build_closing_messages(tx, task, "", "its bundle was rolled back")
+    """Put the saved state back: the previous bundle runs again, with the alerts that were open before the canary."""
+    canary, before = _load_open_alerts(tx, task, ""), _load_open_alerts(tx, task, task_keys.SAVED_SUFFIX)
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
         tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
-    message_log.append_all(tx, [message for message in closing if message.kind == "alerts"], now)
+    reason = "its bundle was rolled back"
+    alerts = succession.clear_carried([item for item in canary if item not in before], reason)
+    alerts += [succession.build_reopened_alert(item, reason) for item in before if item not in canary]
+    message_log.append_all(tx, [PendingMessage.from_alert(alert, task) for alert in alerts], now)
 
 
-def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
-    """Delete the saved state and clear its alerts: the canary stays, and has another reference."""
-    closing = _build_closing_messages(tx, task, task_keys.SAVED_SUFFIX, "the bundle was changed")
+def discard(tx: Transaction, task: str) -> None:
+    """Delete the saved state: the canary stays, with what it inherited or carried over."""
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
-    message_log.append_all(tx, closing, now)
 
 
-def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, list[PendingMessage] | None]:
-    """Load the saved state, for the previous bundle that runs as the canary's shadow."""
-    saved = store.load_state(task, task_keys.DRIFT_STATE + task_keys.SAVED_SUFFIX)
-    if saved is None:
-        return monitor.start(), None
-    try:
-        return monitor.restore(
-            saved,
-            store.load_state(task, task_keys.LEARNING + task_keys.SAVED_SUFFIX),
-            store.load_state(task, task_keys.SITE_REFERENCE + task_keys.SAVED_SUFFIX),
-        ), None
-    except ValueError:
-        return monitor.start(), None
+def take_over(candidate: LoadedTask, store: Store) -> None:
+    """Let the candidate take over the committed drift state of the bundle that runs now."""
+    if candidate.drift_monitor is None:
+        return
+    restored = drift_state.restore(store, candidate.name, candidate.drift_monitor.rebase(candidate.drift_monitor.own))
+    candidate.drift_monitor, candidate.drift_state = restored.monitor, restored.state
+    candidate.closing_messages, candidate.unsaved_basis = restored.messages, restored.basis
+
+
+def begin(tx: Transaction, message_log: MessageLog, task: str, restored: RestoredDrift, now: ClockReading) -> None:
+    """Set the state of the previous bundle aside, and save what the canary takes over of it."""
+    save(tx, task)
+    drift_state.save(tx, task, restored.monitor, restored.state, None)
+    drift_state.save_basis(tx, task, restored.basis or drift_state.encode_basis(restored.monitor))
+    message_log.append_all(tx, restored.messages or [], now)
 
 
 def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> DriftState:
@@ -66,9 +77,11 @@ def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> Dri
     return replace(state, raised_counts=np.maximum(state.raised_counts, highest))
 
 
-def _build_closing_messages(tx: Transaction, task: str, suffix: str, reason: str) -> list[PendingMessage]:
+def _load_open_alerts(tx: Transaction, task: str, suffix: str) -> list[CarriedAlert]:
     state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
     if state is None:
         return []
-    site = tx.load_state(task, task_keys.SITE_REFERENCE + suffix)
-    return drift_state.build_closing_messages(task, state, site, reason)
+    try:
+        return succession.list_open_alerts(DriftState.from_bytes(state))
+    except ValueError:
+        return []

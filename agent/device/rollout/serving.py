@@ -115,11 +115,8 @@ class ServingManager:
             rollout.canary.finish(self._store, self._message_log, now, final=True)
         if incumbent is not None:
             incumbent.batch_observer = None
-        if candidate.drift_monitor is not None:
-            fresh = candidate.drift_monitor.start()
-            before = incumbent.drift_state if incumbent else None
-            candidate.drift_state = saved_drift.continue_alert_numbers(fresh, before)
-            candidate.closing_messages = None
+        # These were committed with the step.
+        candidate.closing_messages = candidate.unsaved_basis = None
         self._serve_candidate(rollout, candidate, state)
 
     def _serve_candidate(self, rollout: TaskRollout, candidate: LoadedTask, state: RolloutState) -> None:
@@ -136,7 +133,8 @@ class ServingManager:
         candidate, incumbent = canary.candidate, canary.incumbent
         candidate.batch_observer = None
         if replacement is not None:
-            replacement.drift_state, replacement.closing_messages = candidate.drift_state, None
+            replacement.drift_monitor, replacement.drift_state = candidate.drift_monitor, candidate.drift_state
+            replacement.closing_messages = replacement.unsaved_basis = None
             replacement.last_label = candidate.last_label
         elif incumbent is not None and incumbent.drift_state is not None:
             incumbent.drift_state = saved_drift.continue_alert_numbers(incumbent.drift_state, candidate.drift_state)

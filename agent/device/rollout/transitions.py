@@ -17,6 +17,8 @@ from agent.device.bundles import overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.bundles.history import BundleHistory, BundleRef
 from agent.device.bundles.rollout_state import HoldOff, Reason, RolloutState
+from agent.device.pipeline.drift_state import RestoredDrift
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import compute_hold_off
 from agent.device.store import retention, task_keys
@@ -120,13 +122,19 @@ def begin_canary(
     tx: Transaction,
     message_log: MessageLog,
     task: str,
-    candidate: Bundle,
+    candidate: LoadedTask,
     history: BundleHistory | None,
     now: ClockReading,
 ) -> None:
-    """Make the candidate active and set the drift state of the previous bundle aside."""
-    saved_drift.save(tx, task)
-    bundle_history.record_activation(tx, message_log, task, candidate, history, "roll-out", now)
+    """Make the candidate active, set the drift state of the previous bundle aside, and let the candidate inherit it."""
+    if candidate.drift_monitor is None or candidate.drift_state is None:
+        saved_drift.save(tx, task)
+    else:
+        drift = RestoredDrift(
+            *(candidate.drift_monitor, candidate.drift_state, candidate.closing_messages, candidate.unsaved_basis)
+        )
+        saved_drift.begin(tx, message_log, task, drift, now)
+    bundle_history.record_activation(tx, message_log, task, candidate.bundle, history, "roll-out", now)
 
 
 def end_canary(
@@ -155,7 +163,7 @@ def promote_canary(
     tx: Transaction, message_log: MessageLog, task: str, state: RolloutState, configured: str, now: ClockReading
 ) -> None:
     """Keep the canary active over restarts, until the config names another bundle."""
-    saved_drift.discard(tx, message_log, task, now)
+    saved_drift.discard(tx, task)
     _write_override(tx, message_log, task, _to_bundle_ref(state), configured, state.desired.rollout, now)
 
 

@@ -103,11 +103,15 @@ class _LabelRecord(msgspec.Struct, array_like=True):
 
 
 class LabelStore:
-    """Predictions and labels inside a `Transaction`."""
+    """Predictions and labels inside a `Transaction`.
+
+    `stored`: task → number of the newest label that the transaction stored.
+    """
 
     def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
         self._db, self._budget = db, budget
         self._batch_cache: dict[tuple[str, int], StoredPredictions | None] = {}
+        self.stored: dict[str, int] = {}
 
     # --- predictions ---
 
@@ -236,6 +240,7 @@ class LabelStore:
         self._db.execute(
             "INSERT INTO labels (task, number, row, data) VALUES (?, ?, ?, ?)", (task, number, prediction.row, data)
         )
+        self.stored[task] = number
         return "replaced" if before else "new"
 
     def newest_number(self, task: str) -> int:

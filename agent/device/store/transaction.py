@@ -291,4 +291,5 @@ class Transaction:
             self.set_meta("seq", str(self._log_head[0]))
             self.set_meta("digest", self._log_head[1])
             self.progress.log_head = self._log_head
+        self.progress.labels = self.labels.stored
         self.progress.needs_refresh |= self.commands.has_new_counter

@@ -38,7 +38,7 @@ _CRC_PREFIX = "crc32:"
 class WatermarkState(msgspec.Struct):
     """Last seq of the log with its digest, next rows of streams, cursors of tasks, counters of operator keys.
 
-    `streams`: name → (id, CRC-32 of its fields, next row).
+    `streams`: name → (id, CRC-32 of its fields, next row); `labels`: task → number of its newest label.
     """
 
     log: str
@@ -49,6 +49,7 @@ class WatermarkState(msgspec.Struct):
     streams: dict[str, tuple[int, int, int]]
     cursors: dict[str, int]
     commands: dict[str, int] = {}
+    labels: dict[str, int] = {}
 
 
 class TransactionProgress(msgspec.Struct):
@@ -56,6 +57,7 @@ class TransactionProgress(msgspec.Struct):
 
     rows: dict[str, int] = msgspec.field(default_factory=dict)
     cursors: dict[str, int] = msgspec.field(default_factory=dict)
+    labels: dict[str, int] = msgspec.field(default_factory=dict)
     log_head: tuple[int, str] | None = None
     needs_refresh: bool = False
 
@@ -82,11 +84,12 @@ class Watermark:
         if self.state is None or progress.needs_refresh:
             self.save(from_database(db))
             return
-        if not (progress.rows or progress.cursors or progress.log_head):
+        if not (progress.rows or progress.cursors or progress.labels or progress.log_head):
             return
         for stream, next_row in progress.rows.items():
             self.state.streams[stream] = (*self.state.streams[stream][:2], next_row)
         self.state.cursors.update(progress.cursors)
+        self.state.labels.update(progress.labels)
         if progress.log_head:
             self.state.seq, self.state.digest = progress.log_head
         self.save(self.state)
@@ -144,9 +147,13 @@ def from_database(db: sqlite3.Connection) -> WatermarkState:
     }
     cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM checked_cursors")}
     commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM checked_command_counters")}
+    newest = db.execute("SELECT task, max(number) FROM labels WHERE number > 0 GROUP BY task")
+    labels = {str(task): int(number) for task, number in newest}
     # A value that is no number was damaged.
     seq, boot = (int(values[key]) if values[key].isdecimal() else 0 for key in ("seq", "boot"))
-    return WatermarkState(values["log"], seq, values["digest"], boot, values["device"], streams, cursors, commands)
+    return WatermarkState(
+        values["log"], seq, values["digest"], boot, values["device"], streams, cursors, commands, labels
+    )
 
 
 def load(folder: Path) -> WatermarkState | None:

@@ -29,12 +29,12 @@ from agent.drift.baseline.resolution import find_finest
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
+from agent.drift.faults.constant_runs import MIN_STUCK_RUN, STUCK_RUN_FACTOR, ConstantRuns
 from agent.drift.faults.missing_values import MissingValues
 
 # In the order in which they explain a window: of all but `missing`, a field has the first one.
 KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "unit", "out_of_range", "spikes")
 MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
-MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
 OUTSIDE_SHARE, MIN_OUTSIDE_ROWS = 0.01, 3
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
 CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
@@ -79,7 +79,7 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def find_spoilt(self, index: int) -> Bools:
         """Return the fields (F,) of a window whose statistics mean nothing, whatever class the model names."""
-        parts = (self.saturated, self.stuck, self.out_of_range, self.coarseness > 0)
+        parts = (self.saturated, self.out_of_range, self.coarseness > 0)
         return np.asarray(np.any([part[index] for part in parts], axis=0))
 
 
@@ -126,18 +126,20 @@ def identify_faults(
     misread: Bools | None = None,
     missing: MissingValues | None = None,
     explained: Bools | None = None,
+    runs: ConstantRuns | None = None,
 ) -> tuple[tuple[Fault, ...], ...]:
     """Return the faults of each field (in these `units`) in window `index`.
 
     `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `explained` (F,) those
-    with another fault up to now; `missing` is the state of the chart after the window.
+    with another fault up to now; `missing` and `runs` are the states of these after the window.
     """
     fields = len(reference.fields)
     absent: list[tuple[Fault, ...]] = [()] * fields
     if missing is not None and missing.alarm.any():
         absent = _describe_missing(missing, windows, index, missing_baseline(reference, site))
     known = np.zeros(fields, np.bool_) if misread is None else misread
-    if not (indicators.has_indication[index] or known.any()):
+    stuck = indicators.stuck[index] if runs is None else indicators.stuck[index] | runs.find_stuck(reference)
+    if not (indicators.has_indication[index] or known.any() or stuck.any()):
         return tuple(absent)
     summary = select_window(windows, index)
     unit = other_units.recognise_units(
@@ -150,7 +152,7 @@ def identify_faults(
     other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     another = np.array([conversion is not None for conversion in unit])
     unfit = indicators.unfit[index]
-    spoilt = indicators.find_spoilt(index) | another | np.array([excludes_window((part,)) for part in absent])
+    spoilt = indicators.find_spoilt(index) | stuck | another | np.array([excludes_window((part,)) for part in absent])
     if explained is not None:
         spoilt |= explained
     if reference.labels and (spoilt & ~known).any():
@@ -159,23 +161,26 @@ def identify_faults(
     if site is not None and (known.any() or unfit.any()):
         other, mirrored = swapped_channels.detect_swaps(summary, site, units, known, unfit & ~spoilt)
     exchanged = np.array([bool(name) for name in other])
-    coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
+    coarser = indicators.coarseness[index]
+    # Lone jumps often end far outside.
+    jumps = indicators.spikes[index] & (2 * summary.spikes >= summary.outside)
+    outside = indicators.out_of_range[index] & ~jumps
     kinds = {
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.
         "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
-        "stuck": indicators.stuck[index],
+        "stuck": stuck,
         "swapped": exchanged,
         "reversed": mirrored,
         "unit": another,
         "out_of_range": outside,
         "spikes": indicators.spikes[index],
     }
+    longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
     rows = max(summary.rows, 1)
     sizes = {
         "saturated": summary.extremes.rows[:, :, 0].max(1) / rows,
         "quantized": coarser,
-        "stuck": summary.longest,
         "out_of_range": summary.outside / rows,
         "spikes": summary.spikes / rows,
     }
@@ -187,6 +192,7 @@ def identify_faults(
             "unit": conversion.description if conversion else "",
             "swapped": other[field],
             "quantized": f"{coarser[field]} times",
+            "stuck": f"{longest[field]} rows",
         }.get(name, "")
         size = float(sizes[name][field]) if name in sizes else 1.0
         out.append((*absent[field], Fault(name, detail, size=size)) if name else absent[field])

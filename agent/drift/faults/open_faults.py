@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.faults import KINDS, MISREAD_FAULTS, Fault
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
-MISREAD_WINDOWS, MISREAD_ROWS = 2, 20  # in a row that read like another unit or field, at least
+MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
 _OUT_OF_RANGE = KINDS.index("out_of_range")
 
 
 class OpenFaults(msgspec.Struct, frozen=True, eq=False):
-    """State of fault alerts (F, K) of K kinds, and of the chart of missing values."""
+    """State of fault alerts (F, K) of K kinds, and what is gathered of fields over windows."""
 
     number: Ints  # of the open alert, 0 for none
     seen_count: Ints  # windows in a row with the fault, while no alert is open
     clear_count: Ints  # windows without the fault
     escalation: Escalation
     missing: MissingValues
+    runs: ConstantRuns
 
     @classmethod
     def none(cls, shipped: Reference) -> OpenFaults:
         shape = len(shipped.fields), len(KINDS)
         whole = np.zeros(shape, np.int64)
-        return cls(whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]))
+        return cls(
+            whole, whole, whole, Escalation.none(shape), MissingValues.empty(shape[0]), ConstantRuns.none(shape[0])
+        )
+
+    def take_over(self, other: OpenFaults, fields: Mapping[int, int]) -> OpenFaults:
+        """Return these faults with those of `other` in some `fields`: own number to that in `other`."""
+        here, there = list(fields), list(fields.values())
+
+        def copy_rows(own: AnyArray, others: AnyArray) -> AnyArray:
+            own = own.copy()
+            own[here] = others[there]
+            return own
+
+        return OpenFaults(
+            copy_rows(self.number, other.number),
+            copy_rows(self.seen_count, other.seen_count),
+            copy_rows(self.clear_count, other.clear_count),
+            Escalation(*map(copy_rows, astuple(self.escalation), astuple(other.escalation))),
+            MissingValues(*map(copy_rows, astuple(self.missing), astuple(other.missing))),
+            ConstantRuns(*map(copy_rows, astuple(self.runs), astuple(other.runs))),
+        )
 
     @property
     def any_open(self) -> bool:
@@ -68,7 +93,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
         escalation, again = self.escalation.update(was, is_open, size)
         changes = FaultChanges(raised, again, was & ~is_open, size)
-        after = OpenFaults(number, np.where(is_open, 0, seen_count), clear_count, escalation, self.missing)
+        after = OpenFaults(number, np.where(is_open, 0, seen_count), clear_count, escalation, self.missing, self.runs)
         return after, changes
 
 

@@ -34,7 +34,7 @@ def fault_sentence(
     subject = shipped.fields[field]
     symptom = {
         "missing": _describe_missing(field, missing, last),
-        "stuck": f"repeats one value for {summary.longest[field]} rows",
+        "stuck": f"repeats one value for {fault.detail}",
         "saturated": _describe_saturation(field, summary, shipped),
         "out_of_range": f"{summary.outside[field] / max(1, summary.rows):.0%} of values lie far outside "
         "the reference's range",
@@ -54,7 +54,6 @@ def fault_growth_note(fault: Fault, published: float) -> str:
         "saturated": "{:.0%} of values are held",
         "out_of_range": "{:.0%} of values lie outside",
         "spikes": "{:.1%} of rows jump",
-        "stuck": "runs last {:.0f} rows",
         "quantized": "steps are {:.0f} times as coarse",
     }[fault.name]
     return f" It grew: {unit.format(fault.size)} now, {unit.format(published)} before."

@@ -27,6 +27,10 @@ from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 try:
     from ai_edge_litert.interpreter import Interpreter
 except ImportError:
+    # NumPy measures its types at first use, and warns where numbers near 0 are flushed to 0. On 32-bit ARM this package
+    # sets the processor to do so as soon as it is loaded.
+    np.finfo(np.float32)
+    np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
 # The runtime never frees the memory of a large batch.

@@ -14,6 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from agent.alerts import Alert
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
@@ -160,6 +161,31 @@ def site(watch: Watch, row: Row, played: tuple[Recordings, Recordings], person: 
         row.add(
             change.name, watch.flags(learned, Stream.from_recording(unseen, after(), WATCHED, change)), change.subjects
         )
+
+
+# What a faulty watch makes of rows (n, FIELDS): a gyroscope channel that sticks, a weak accelerometer.
+FAULTY: dict[str, Callable[[Floats], Floats]] = {
+    "none": lambda rows: rows,
+    "stuck wy": lambda rows: np.where(np.arange(FIELDS) == 4, np.float32(0.25), rows),
+    "weak ax, ay, az": lambda rows: np.where(np.arange(FIELDS) < 3, np.float32(0.6), np.float32(1.0)) * rows,
+}
+
+
+def mixed_alerts(watch: Watch, seed: int, fault: str, windows: int = QUIET) -> list[Alert]:
+    """Return the alerts of a site where many people exercise, from row 130,000 on with a fault of FAULTY."""
+    everyone = load(SCENARIOS["exercise"].file)
+    learning = Stream.from_recording(everyone, Playlist(everyone, None, seed).iter_items(), 65)
+    state, _ = watch.step(watch.judge.start(), learning)
+    assert state.site_reference is not None, "it did not learn"
+    later = Playlist(everyone, None, seed).iter_items(len(learning.rows) + PART)
+    next(later)  # drift windows begun
+    stream = Stream.from_recording(everyone, later, windows)
+    faulty, alerts = FAULTY[fault](stream.rows).astype(np.float32), []
+    for at in range(0, len(faulty), 3 * PART):
+        part = Stream(faulty[at : at + 3 * PART], stream.t[at : at + 3 * PART])
+        state, results = watch.step(state, part)
+        alerts += [alert for result in results for alert in result.alerts]
+    return alerts
 
 
 def half(recordings: Recordings, which: int) -> Recordings:

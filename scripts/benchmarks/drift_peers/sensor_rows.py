@@ -74,14 +74,14 @@ def quantized(rng: np.random.Generator, rows: int, fields: int) -> Floats:
 
 
 def resting(rng: np.random.Generator, rows: int, fields: int) -> Floats:
-    """Return a light that is off for long."""
-    active = _ar(rng, rows, fields, 0.99) > 0.4
+    """Return a light that is off for long, many times in each window of 60 rows."""
+    active = _ar(rng, rows, fields, 0.7) > 0.4
     return np.where(active, np.abs(rng.normal(50, 15, (rows, fields))), 0.0)
 
 
 def steep(rng: np.random.Generator, rows: int, fields: int) -> Floats:
-    """Switch a machine between far levels: most windows see one of them, some see the change."""
-    level = np.where(np.cumsum(rng.random((rows, fields)) < 1 / 40, axis=0) % 2, 100.0, 1.0)
+    """Switch a machine between far levels in each window."""
+    level = np.where(np.cumsum(rng.random((rows, fields)) < 1 / 4, axis=0) % 2, 100.0, 1.0)
     return np.asarray(level + rng.normal(0, 1, (rows, fields)))
 
 
@@ -112,6 +112,15 @@ QUIET: dict[str, Callable[[np.random.Generator, int, int], Floats]] = {
 }
 
 
+# What a faulty sensor makes of values (n,).
+FAULTS: dict[str, Callable[[Floats], Floats]] = {
+    "stuck": lambda values: np.full(len(values), 0.25),
+    "scale": lambda values: 1000 * values,
+    "clip": lambda values: np.minimum(values, np.quantile(values, 0.7)),
+    "spikes": lambda values: values + 60 * (np.arange(len(values)) % 20 == 0),
+}
+
+
 class Site(msgspec.Struct, frozen=True):
     """A site that has learned its reference from rows of one kind, in drift windows of `window` rows."""
 
@@ -124,7 +133,7 @@ class Site(msgspec.Struct, frozen=True):
     ) -> Site:
         """Learn from `learn` drift windows; the shipped reference comes from other rows of that kind."""
         make, names = QUIET[kind], tuple(f"f{field}" for field in range(fields))
-        count = max(learn * window, 3000)
+        count = max(learn * window, min(3000, 400 * window))
         rows = make(np.random.default_rng([seed, 0]), count, fields)
         shipped = build_reference(
             rows.astype(np.float32), np.arange(count), 1, np.zeros(count, np.int64), None, window, fields=names

@@ -8,12 +8,15 @@ import sqlite3
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import retention
+from agent.device.store.labels import StoredPredictions
 from agent.errors import StorageDamaged
+from agent.performance.labels import Label
 from scripts.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served
 
 ROWS, MESSAGES = 100, 12
@@ -102,6 +105,26 @@ def test_a_lost_boot_number_is_above_those_of_all_rows(whole: Path, tmp_path: Pa
     damage(folder, "UPDATE meta SET value = '9' WHERE key = 'boot'")
     store, _ = opened(folder)
     assert store.boot == 6
+    store.close()
+
+
+def test_labels_that_a_commit_took_with_it_are_declared(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "live", chunks=3, messages=5, acknowledged=2)
+    rows = np.arange(1, 4, dtype=np.int64)
+    with store.transaction() as tx:
+        tx.labels.store_predictions("judge", StoredPredictions("sha256:a", rows, rows, rows % 2, None, None, {}), 0.0)
+    before = pulled(tmp_path / "live", tmp_path / "before")
+    for row in (1, 2):
+        with store.transaction() as tx:
+            prediction = tx.labels.find_by_row("judge", row)
+            assert prediction is not None
+            assert tx.labels.store_label("judge", Label(row, None, "high"), prediction, 7) == "new"
+    after = pulled(tmp_path / "live", tmp_path / "after")
+    store.close()
+    shutil.copy(after / "watermark", before / "watermark")
+    store, _ = opened(before)
+    [alarm] = alarms(outbox_payloads(store))
+    assert "Labels are lost, the newest 2 of judge: send them again." in alarm["summary"]
     store.close()
 
 

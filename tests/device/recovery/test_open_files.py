@@ -116,6 +116,8 @@ def test_a_database_that_is_replaced_takes_no_commit_and_opens_as_what_it_is(tmp
     with pytest.raises(StorageError, match="replaced while the daemon had it open"):
         append(store, "numbers", 1)
     store.close()
+    # It would be replayed into the copy.
+    assert not (tmp_path / f"{DATABASE}-wal").exists()
     store, _ = opened(tmp_path)
     # The number of the next row is kept in the watermark: no number is given twice.
     assert store.last_row("numbers") == 40

@@ -525,7 +525,7 @@ def test_a_rollback_keeps_what_the_site_had_learned(site: Site) -> None:
     site.desire("crash", "all")
     site.until_phase("canary")
     site.batch()
-    assert site.store.load_state("sort", task_keys.SITE_REFERENCE) is None
+    assert learned(site) == before
     site.crash()
     assert site.batch(wild=True) == "1"
     task = site.daemon._scheduled_tasks[0].task
@@ -537,16 +537,16 @@ def test_a_rollback_keeps_what_the_site_had_learned(site: Site) -> None:
     assert (learned(site), resets(site)) == (before, 0)
 
 
-def test_a_promoted_bundle_learns_the_site_anew(site: Site) -> None:
-    learned(site)
+def test_a_promoted_bundle_keeps_what_the_site_had_learned(site: Site) -> None:
+    before = learned(site)
     site.desire("2", "all")
     site.until_phase("canary")
-    assert resets(site) == 0
+    assert learned(site) == before
     for _ in range(3):
         site.batch()
     site.until_phase("active")
     site.crash()
-    assert (site.batch(), resets(site)) == ("2", 1)
+    assert (site.batch(), resets(site), learned(site)) == ("2", 0, before)
 
 
 # --- where there is nothing to get it from ---

@@ -1,0 +1,139 @@
+"""Succession of bundles: what drift detection keeps when another bundle takes over a task.
+
+A broken sensor stays broken whichever model reads it. A bundle with the same fields, labels and windows inherits the
+site's reference and every open alert. The fields stay tested. Another reference is gathered meanwhile, because the
+new model's answers and scores have none. Any other bundle begins anew: faults of shared fields stay open, and so do
+drift alerts, as *open before the change*, until a reference is learned that does not deviate from the former one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec.structs import replace
+
+from agent.alerts import Alert, monitoring_kind
+from agent.arrays import Bools
+from agent.drift.baseline.learning import LearningState
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, Task
+from agent.drift.state import CarriedAlert, DriftState, start_next_window
+from agent.drift.testing.test_suite import SuiteState
+
+_DRIFT = 0  # column of the alerts raised so far
+# Subjects after the fields, from the end: output, score, joint.
+_ANSWERS = (-3, -2)
+
+
+def is_heir(reference: Reference, other: Reference) -> bool:
+    """Return True if a bundle with this shipped reference can inherit what was learned with the other one."""
+    return (reference.fields, reference.labels, reference.window_rows, reference.modes) == (
+        *(other.fields, other.labels, other.window_rows, other.modes),
+    )
+
+
+def merge_references(former: Reference, new: Reference) -> Reference:
+    """Return a shipped reference with the fields' bins and limits of the former one, and the new model's answers."""
+    return replace(
+        former,
+        output=new.output,
+        score_edges=new.score_edges,
+        score_n=new.score_n,
+        score_correct=new.score_correct,
+    )
+
+
+def inherit(state: DriftState, shipped: Reference) -> DriftState:
+    """Return the state for a bundle whose merged reference is `shipped`, which inherits site reference and alerts."""
+    if state.open_summary.reference == shipped.digest:
+        return state
+    empty = Summary.empty(shipped)
+    state = replace(start_next_window(state, empty), index=state.index, learning=LearningState.empty(shipped))
+    if state.site_reference is None:
+        return state
+    answers = _select_answers(state.suite.task)
+    carried = _open_drifts(state, answers & state.suite.open_subjects)
+    return replace(
+        state,
+        suite=forget_answers(state.suite),
+        guard=state.guard.begin_learning(state.site_reference),
+        carried=(*state.carried, *carried),
+        is_inherited=True,
+    )
+
+
+def forget_answers(suite: SuiteState) -> SuiteState:
+    """Forget what was gathered on the answers and scores of the model."""
+    return suite.reset_subjects(_select_answers(suite.task))
+
+
+def _select_answers(task: Task) -> Bools:
+    """Return (F + 3,) which subjects are the model's answers."""
+    answers = np.zeros(task.subject_count, np.bool_)
+    answers[list(_ANSWERS)] = True
+    return answers
+
+
+def carry_over(fresh: DriftState, old: DriftState) -> tuple[DriftState, list[Alert]]:
+    """Return a `fresh` state that carries over the open alerts of `old`, and the alerts that this changes."""
+    # Ids of alerts are never used twice.
+    raised = np.full_like(fresh.raised_counts, old.raised_counts.max(initial=0))
+    shared = {fresh.fields.index(name): at for at, name in enumerate(old.fields) if name in fresh.fields}
+    gone = [name for name in old.fields if name not in fresh.fields]
+    open_drifts = [*old.carried, *_open_drifts(old, old.suite.open_subjects)]
+    carried = [item for item in open_drifts if item.subject not in gone]
+    ended = [item for item in (*open_drifts, *_open_faults(old)) if item.subject in gone]
+    alerts = clear_carried(ended, "the bundle was changed, and the new one does not read this field")
+    alerts += [build_carried_alert(item) for item in carried]
+    state = replace(
+        fresh,
+        raised_counts=raised,
+        learned_count=old.learned_count,
+        faults=fresh.faults.take_over(old.faults, shared),
+        guard=old.guard.begin_learning(old.site_reference),
+        carried=tuple(carried),
+    )
+    return state, alerts
+
+
+def build_carried_alert(carried: CarriedAlert) -> Alert:
+    """Return the alert, raised as before."""
+    kind = monitoring_kind(carried.alert, carried.subject)
+    summary = f"{carried.subject}: open before the change of the bundle; no reference tells yet whether it goes on."
+    return kind.raised(summary, {"carried": True}, field=carried.subject, count=carried.count)
+
+
+def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
+    """Return the open alerts of fields, answers and correlations, with those that were carried over."""
+    return [*state.carried, *_open_drifts(state, state.suite.open_subjects), *_open_faults(state)]
+
+
+def build_reopened_alert(item: CarriedAlert, reason: str) -> Alert:
+    """Return the alert, raised again."""
+    kind = monitoring_kind(item.alert, item.subject)
+    return kind.raised(f"{item.subject}: open again: {reason}.", {}, field=item.subject, count=item.count)
+
+
+def clear_carried(carried: Sequence[CarriedAlert], reason: str) -> list[Alert]:
+    return [
+        monitoring_kind(item.alert, item.subject).cleared(
+            f"{item.subject}: {reason}.", field=item.subject, count=item.count
+        )
+        for item in carried
+    ]
+
+
+def _open_drifts(state: DriftState, subjects: Bools) -> list[CarriedAlert]:
+    """Return the newest drift alerts of these subjects (F + 3,)."""
+    names, numbers = (*state.fields, OUTPUT, SCORE, JOINT), state.raised_counts[:, _DRIFT]
+    return [CarriedAlert("drift", names[at], int(numbers[at])) for at in np.flatnonzero(subjects).tolist()]
+
+
+def _open_faults(state: DriftState) -> list[CarriedAlert]:
+    numbers = state.faults.number
+    return [
+        CarriedAlert("fault", state.fields[field], int(numbers[field, kind]))
+        for field, kind in np.argwhere(numbers > 0).tolist()
+    ]
