@@ -14,13 +14,13 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import input_files
-from agent.arrays import Float32s
+from agent.arrays import Float32s, Float64s, Ints
 from agent.authoring import calibration
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.datasets import recordings, training_data
-from agent.datasets.training_data import LabelParser
+from agent.datasets.training_data import LabelParser, TrainingData
 from agent.drift.baseline import learning
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
@@ -35,6 +35,9 @@ from agent.model.sandbox import probe
 from agent.wire.keys import SigningKey
 
 _GOLDEN_COUNT = 32
+_MIN_HELD_OUT = 100
+# More empty values in a field of the reference are warned of.
+_MAX_EMPTY_SHARE = 0.2
 _UNSIGNED_WARNING = "not signed (--key): devices refuse it until `outstation model sign`"
 _BUNDLE_FILES = frozenset(
     {"manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz", "MODEL_CARD.md", "DATA_CARD.md"}
@@ -150,41 +153,99 @@ def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
     return features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
 
 
-def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out: bool = False) -> Reference:
-    """Build the drift reference, with the accuracy of each score if `held_out`. Raises UsageError, BadBundle."""
-    data = training_data.read(path, draft.input, LabelParser.from_manifest(draft) if held_out else None)
-    if held_out and data.label is None:
-        raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; remove --held-out")
-    starts = training_data.find_window_starts(path, data, draft.input)
-    scores = Inference(draft, model).run(data.features, data.t).scores
-    score = scores.value if scores.score is None else scores.score
-    truth = None
-    if held_out:
-        truth = data.window_labels(starts, draft.input.rows).astype(np.int64)
+def build_reference(path: Path, model: TfliteModel, draft: Manifest) -> Reference:
+    """Build the drift reference. Raises UsageError, BadBundle."""
+    run = _run_model(path, model, draft)
+    seasonality = "auto" if draft.drift.seasonality is msgspec.UNSET else draft.drift.seasonality
     return learning.build_reference(
-        data.features,
-        starts,
+        run.data.features,
+        run.starts,
         draft.input.rows,
-        scores.label if scores.label is not None else np.zeros(len(starts), np.int64),
-        None if score is None else score[:, None].astype(np.float32),
+        run.predicted,
+        None if run.score is None else run.score[:, None].astype(np.float32),
         draft.drift.window,
         fields=tuple(draft.input.fields),
         labels=tuple(draft.output.labels),
-        truth=truth,
+        t=run.data.t,
+        seasonality=seasonality,
     )
+
+
+class _ModelRun(msgspec.Struct, frozen=True):
+    """Data with the model's answers: `starts` (w,) of windows, classes `predicted` (w,) and scores or values (w,)."""
+
+    data: TrainingData
+    starts: Ints
+    predicted: Ints
+    score: Float64s | None
+
+
+def _run_model(path: Path, model: TfliteModel, draft: Manifest, labels: LabelParser | None = None) -> _ModelRun:
+    data = training_data.read(path, draft.input, labels)
+    starts = training_data.find_window_starts(path, data, draft.input)
+    scores = Inference(draft, model).run(data.features, data.t).scores
+    predicted = scores.label if scores.label is not None else np.zeros(len(starts), np.int64)
+    return _ModelRun(data, starts, predicted, scores.value if scores.score is None else scores.score)
 
 
 def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if job.spec.reference is None:
         return ["no reference data: devices will not monitor this model for drift"]
+    path, output = job.path(job.spec.reference), job.spec.output
     try:
-        reference = build_reference(job.path(job.spec.reference), job.model, job.draft)
+        reference = build_reference(path, job.model, job.draft)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "reference", str(problem)) from None
-    if job.spec.output.score_table is not None:
-        reference = _with_score_table(job, reference, job.path(job.spec.output.score_table))
+    warnings = [reference.warning] if reference.warning else []
+    if output.score_table is not None and output.held_out is not None:
+        raise ConfigError(str(job.file), "output.held_out", "score_table says the same; give one of them")
+    if output.score_table is not None:
+        reference = _with_score_table(job, reference, job.path(output.score_table))
+    elif output.held_out is not None:
+        reference = _with_held_out(job, reference, job.path(output.held_out))
+    elif job.draft.label_kind == "classify" and (
+        output.calibration_data is not None or training_data.has_labels(path, job.draft.input)
+    ):
+        warnings.append(
+            "labels are not used to estimate accuracy: [output] held_out names labelled data that the model was not "
+            "trained on"
+        )
     files["reference.json"] = reference.to_json()
-    return [reference.warning] if reference.warning else []
+    return [*warnings, *_find_gaps(reference)]
+
+
+def _find_gaps(reference: Reference) -> list[str]:
+    """Return a warning for each field that has few values."""
+    share = reference.missing / np.maximum(reference.missing + reference.n, 1)
+    return [
+        f"{name}: {part:.0%} of the reference's values are empty, so its limits rest on few; give data with values"
+        for name, part in zip(reference.fields, share.tolist(), strict=True)
+        if part > _MAX_EMPTY_SHARE
+    ]
+
+
+def _with_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:
+    """Add the accuracy of each score from held-out data with a column `label`."""
+    key = "output.held_out"
+    if job.draft.label_kind != "classify":
+        raise ConfigError(str(job.file), key, "only a model that names one class has scores that are right or wrong")
+    try:
+        run = _run_model(path, job.model, job.draft, LabelParser.from_manifest(job.draft))
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(job.file), key, str(problem)) from None
+    if run.data.label is None or run.score is None:
+        raise ConfigError(
+            str(job.file), key, f"{path}: has no column label, so nobody can tell which answers are right"
+        )
+    truth = run.data.window_labels(run.starts, job.draft.input.rows)
+    known = truth >= 0
+    if int(known.sum()) < _MIN_HELD_OUT:
+        raise ConfigError(
+            str(job.file), key, f"{path}: {int(known.sum())} labelled windows; an estimate takes {_MIN_HELD_OUT}"
+        )
+    return learning.with_score_accuracy(
+        reference, run.score[known].astype(np.float64), run.predicted[known] == truth[known]
+    )
 
 
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:

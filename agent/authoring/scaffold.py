@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from agent import input_files
 from agent.datasets import training_data
 from agent.datasets.training_data import TableSummary
-from agent.drift.baseline.reference import MIN_WINDOWS
+from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle.manifest import DriftSettings
 from agent.model.inference.tensors import ModelInspection, Tensor
@@ -25,8 +25,8 @@ _TOLERANCE = 0.02
 # A longer list of fields is written as a prefix and a count.
 _MAX_LISTED_FIELDS = 64
 _MIN_IMAGE_SIDE = 16
-# Model windows for a drift reference: the fewest drift windows, of the default length.
-_MIN_REFERENCE_WINDOWS = MIN_WINDOWS * DriftSettings().window
+# Drift windows of models that answer each row: single rows tell little.
+_ROW_DRIFT_WINDOW = 250
 
 
 class Scaffold(msgspec.Struct, frozen=True):
@@ -121,8 +121,9 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         lines.append(f"labels = {_to_toml(labels)}")
     data, prefix = (_to_toml(table.path), "") if table else ('"readings.csv"', "# ")
     windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
-    if table and windows < _MIN_REFERENCE_WINDOWS:
-        comment = f"{windows} windows of readings; drift detection needs {_MIN_REFERENCE_WINDOWS}"
+    drift_window = _suggest_drift_window(tensor, windows)
+    if table and windows < MIN_WINDOWS * drift_window:
+        comment = f"{windows} windows of readings; drift detection needs {MIN_WINDOWS * drift_window}"
         lines.append(f"# reference = {data}  # {comment}")
     else:
         comment = "readings of normal operation, for the drift reference and a threshold"
@@ -134,6 +135,9 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         *_input_lines(tensor, table),
         "",
         *_output_lines(inspection, guess),
+        "",
+        "[drift]",
+        f"window = {drift_window}  # model windows (rows, of a model that answers each row) that are tested together",
     ]
     return "\n".join(lines) + "\n"
 
@@ -158,6 +162,14 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
         lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
     lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
     return lines
+
+
+def _suggest_drift_window(tensor: Tensor, windows: int) -> int:
+    """Return a length of which `windows` of data, if there are any, give enough drift windows to learn from."""
+    if _image_line(tensor) is not None or infer_window_shape(tensor.shape)[0] > 1:
+        return DriftSettings().window
+    enough = windows // RECOMMENDED_WINDOWS if windows else _ROW_DRIFT_WINDOW
+    return max(DriftSettings().window, min(_ROW_DRIFT_WINDOW, enough))
 
 
 def _image_line(tensor: Tensor) -> str | None:
@@ -190,7 +202,8 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
     if guess.multi_label:
         lines.append("multi_label = true  # every label above its threshold (0.5) is predicted")
     if guess.kind == "classify":
-        lines.append('# calibration_data = "heldout.csv"  # with column label, data that the model was not trained on')
+        lines.append('# held_out = "heldout.csv"  # with column label, data that the model was not trained on')
+        lines.append('# calibration_data = "heldout.csv"  # the same, to calibrate the scores')
     if guess.kind == "regress":
         lines.append('# units = ["W"]')
     if guess.kind in ("anomaly", "embedding"):

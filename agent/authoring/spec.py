@@ -29,6 +29,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
+    roles: list[manifest.FieldRole] = msgspec.field(default_factory=list)
     window: manifest.WindowSpec | None = None
     mean: list[float] = msgspec.field(default_factory=list)
     std: list[float] = msgspec.field(default_factory=list)
@@ -49,6 +50,7 @@ class SpecOutput(config.Section, frozen=True, kw_only=True):
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     threshold: float | None = None
     score_table: str | None = None
+    held_out: str | None = None
     tensor: str | int | None = None
     multi_label: bool = False
     thresholds: list[float] = msgspec.field(default_factory=list)

@@ -189,6 +189,7 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         learn_extension=task.learn_extension,
         seasonality=task.seasonality or manifest.drift.seasonality or "auto",
         units=manifest.input.units,
+        roles=manifest.input.roles,
         class_field=declared if task.class_field is None else task.class_field,
         hold_deviating=task.on_deviation == "hold",
     )

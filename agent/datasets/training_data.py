@@ -101,6 +101,13 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
     return TrainingData(np.concatenate(rows), np.concatenate(t), label)
 
 
+def has_labels(path: Path, spec: ModelInput) -> bool:
+    """Return True if the data have a column `label`. Raises UsageError."""
+    if path.suffix == ".npz":
+        return LABEL_COLUMN in recordings.load(path).columns
+    return LABEL_COLUMN in readers.open_reader(path, spec, require_times=True).columns
+
+
 def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:
     """Return the starts of all windows, at least one. Raises UsageError."""
     starts = features.cut_windows(data.t, spec.window).starts

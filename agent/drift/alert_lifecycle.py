@@ -32,10 +32,10 @@ _DRIFT, _FAULT = 0, 1
 
 
 class AlertLifecycle:
-    """Alerts of one task. Subjects are the fields, in these `units`, then output, score and joint."""
+    """Alerts of one task. Subjects are the fields, of these `units` and `roles`, then output, score and joint."""
 
-    def __init__(self, shipped: Reference, units: Sequence[str]) -> None:
-        self.shipped, self.units = shipped, units
+    def __init__(self, shipped: Reference, units: Sequence[str], roles: Sequence[str]) -> None:
+        self.shipped, self.units, self.roles = shipped, units, roles
         self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
 
     def update_faults(self, state: DriftState, faults: tuple[tuple[Fault, ...], ...]) -> tuple[DriftState, list[Alert]]:
@@ -119,7 +119,7 @@ class AlertLifecycle:
         earlier = [
             self.subjects[field] for field in np.flatnonzero(before.suite.open_subjects[:fields]) if field != subject
         ]
-        words = drifts.build_text(subject, now, self.units, self.shipped)
+        words = drifts.build_text(subject, now, self.units, self.roles, self.shipped)
         # While most fields are sound they give the class, so another drift stands by itself.
         follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
         sentence = words.sentence + note + (alert_text.misclassification_note(earlier) if follows else "")

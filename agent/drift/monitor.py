@@ -39,6 +39,7 @@ from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
+from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
@@ -64,6 +65,7 @@ class DriftMonitor:
         window: int,
         learn_windows: int = 40,
         units: Sequence[str] = (),
+        roles: Sequence[str] = (),
         min_learn_s: float = 0.0,
         learn_extension: float = 4.0,
         seasonality: str = "auto",
@@ -87,6 +89,7 @@ class DriftMonitor:
             "learn_windows": learn_windows,
             "learn_extension": learn_extension,
             "units": units,
+            "roles": roles,
             "min_learn_s": min_learn_s,
             "seasonality": seasonality,
             "class_field": class_field,
@@ -98,7 +101,7 @@ class DriftMonitor:
         self.window = window
         self.learn_windows = learn_windows
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._alert_lifecycle = AlertLifecycle(shipped, self.units)
+        self._alert_lifecycle = AlertLifecycle(shipped, self.units, complete_roles(roles, shipped))
         self.min_learn_s = min_learn_s
         self.learn_extension = learn_extension
         self.seasonality = seasonality

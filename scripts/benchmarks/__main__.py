@@ -25,7 +25,11 @@ _WRITTEN_RUNS = 3
     "--quick", is_flag=True, help="Run the short benchmarks; exit 1 only if a ratio is a third worse than committed."
 )
 @click.option("--write", is_flag=True, help="Update BENCHMARKS.md and the committed ratios for --quick.")
-@click.option("--rows", type=click.IntRange(min=100), help="Rows per model in model-run.  [default: 1000]")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=100),
+    help="Rows per model in model-run (default 1000), messages in fleet-database (50000).",
+)
 def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
     """Run all benchmarks, or those called NAME. Example: scripts/bench signing."""
     benchmarks.rows = rows

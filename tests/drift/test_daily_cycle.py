@@ -9,6 +9,7 @@ import pytest
 
 from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
 from agent.drift.detectors import daily_cycle
+from agent.errors import BadBundle
 
 WINDOW, FIELDS = 60, ("a", "b", "c")
 
@@ -188,3 +189,25 @@ def test_the_spread_follows_the_hour_where_days_differ_more_than_nights() -> Non
     assert np.abs(np.log(factors[:, :5]) - light[:, None]).mean() < 0.25
     by_day = fit.residuals[light > 0.5, :5].std(), fit.residuals[light < -0.5, :5].std()
     assert 0.6 < by_day[0] / by_day[1] < 1.6
+
+
+def pack_days(count: int, *, t: bool) -> Reference:
+    """Build a shipped reference of readings that follow day and night, in windows of an hour."""
+    rng = np.random.default_rng(5)
+    at = np.arange(count * 24 * WINDOW, dtype=np.int64) * (daily_cycle.DAY_US // (24 * WINDOW))
+    rows = rng.normal(0, 0.3, (len(at), 1))
+    rows[:, 0] += np.where(at % daily_cycle.DAY_US < daily_cycle.DAY_US // 2, 4.0, 0.0)
+    # The first half of a single day is all daylight.
+    none = np.zeros(len(at), np.int64)
+    return build_reference(
+        rows.astype(np.float32), np.arange(len(at)), 1, none, None, WINDOW, fields=("light",), t=at if t else None
+    )
+
+
+def test_a_reference_of_day_and_night_names_its_fix() -> None:
+    with pytest.raises(BadBundle, match=r"light mean\); give readings of three whole days with times, longer"):
+        pack_days(1, t=True)
+
+
+def test_a_reference_of_whole_days_is_packed_in_short_windows() -> None:
+    assert pack_days(4, t=True).drift_windows == 96

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import UsageError
-from agent.fleet import workers
 from agent.fleet.audit import audit as audits
 from agent.fleet.audit.audit import AuditReport, audit, audit_from_checkpoint, split_by_declaration
 from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.wire.messages import VerifiedMessage, verify_message
 

@@ -118,7 +118,7 @@ def test_an_altered_column_of_any_derived_table_fails_the_audit(store: FleetStor
 def test_an_audit_of_messages_alone_passes_an_altered_table(
     store: FleetStore, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:
-    monkeypatch.setattr(StoredTables, "check", lambda *_: None)
+    monkeypatch.setattr(StoredTables, "compare", lambda *_: [])
     monkeypatch.setattr(StoredTables, "finish", lambda _: None)
     monkeypatch.setattr(Replay, "compare", lambda *_: [])
     assert audit_altered(store, f"DELETE FROM {table} WHERE device = 'pi-07'").invalid == []

@@ -327,8 +327,9 @@ def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
             publish_all(link, honest[i : i + 1])
         ack = Link(site.as_operator, "o", subscribe=[f"{BASE}/+/ack"])
 
-        def has_all(_: Collector) -> bool:
-            return counts(site).get("pi-08") == 60 and refused(site).get(("pi-07", "over quota"), 0) > 1000
+        def has_all(collector: Collector) -> bool:
+            is_stored = counts(site).get("pi-08") == 60 and refused(site).get(("pi-07", "over quota"), 0) > 1000
+            return is_stored and not collector.acknowledger.has_pending
 
         collect(site, has_all, quota)
         assert 100 <= counts(site)["pi-07"] < 300

@@ -17,15 +17,18 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.cli.device.drift_plot import NEAREST, FieldScale, plot_device
+from agent.cli.fleet.drift_report import build_document
 from agent.cli.fleet.group import fleet
 from agent.comparison.tally import merge_moments
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.drift import survey
 from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
 from agent.fleet.evidence.gather.drift import build_drift
+from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 from agent.wire.messages import DriftPayload, Moments, decode
 
@@ -142,6 +145,18 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
         assert merged.n == len(everything)
         assert merged.mean == pytest.approx(expected["mean"], rel=1e-9)
         assert merged.m2 == pytest.approx(expected["m2"], rel=1e-9)
+
+
+def test_processes_summarise_ranges_of_devices_to_the_same(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, sender in enumerate(devices(4)):
+        rows = np.random.default_rng(index).normal(0, 1, (5, 500))
+        add(store, sender, *(window(sender, index + i, {"ax": field(rows[i])}) for i in range(5)))
+    one = seen(store)
+    monkeypatch.setattr(survey, "_MIN_PARALLEL_MESSAGES", 1)
+    monkeypatch.setattr(workers, "_MIN_MESSAGES", 1)
+    two = seen(store, processes=2)
+    assert len(workers.split_devices(store, 2, 2)) == 2
+    assert build_document(two, None, {}) == build_document(one, None, {})
 
 
 def test_a_window_counts_once_in_any_log(store: FleetStore) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -128,6 +129,20 @@ def test_a_process_that_has_the_number_of_a_broker_that_ended_is_left_alone(desk
         assert any("reload the broker" in step for step in done.steps)
         assert other.poll() is None
         other.kill()
+
+
+def test_a_broker_that_starts_and_does_not_catch_the_signal_yet_is_not_ended_by_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_control, "_TIMEOUT_S", 0.3)
+    program = "import time; open('/proc/self/comm', 'w').write('mosquitto'); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program]) as starting:
+        comm = Path(f"/proc/{starting.pid}/comm")
+        wait_for(lambda: comm.read_text(encoding="utf-8") == "mosquitto\n", "the name of the process")
+        (desk.folder / "broker" / broker_control.PID_FILE).write_text(f"{starting.pid}\n", encoding="ascii")
+        assert not broker_control.reload(desk.folder)
+        assert starting.poll() is None
+        starting.kill()
 
 
 def test_after_a_replacement_only_the_new_certificate_connects(desk: Desk) -> None:

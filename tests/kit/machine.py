@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary, window_statistics
+from agent.drift.baseline.learning import with_score_accuracy
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary
 from agent.indices import repeat
@@ -70,9 +71,8 @@ def readings(seed: int, drift_windows: int, *, wrong: float = 0.05) -> Readings:
 def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
     r = readings(seed, drift_windows)
     starts = np.arange(len(r.labels)) * ROWS
-    return build_reference(
-        r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS, truth=r.truth
-    )
+    shipped = build_reference(r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS)
+    return with_score_accuracy(shipped, r.scores.max(1).astype(np.float64), r.labels == r.truth)
 
 
 def feed(

@@ -12,10 +12,84 @@ from agent.authoring import pack
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
+from agent.model.inference.inference import Inference
 from agent.model.inference.runtime_name import runtime_name
-from scripts.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
+from scripts.kit.bundles import (
+    ANOMALY,
+    CLASSIFY,
+    KEY,
+    RECIPES,
+    Recipe,
+    activated,
+    change,
+    model,
+    npz,
+    packed,
+    readings,
+    waves,
+    write_spec,
+)
 
 # --- packing ---
+
+
+def write_labelled(path: Path, rows: int = 400) -> Path:
+    """Write readings with a column `label`: what the model answers, every fifth one wrong."""
+    values = CLASSIFY.rows(rows, seed=2)
+    active = activated()
+    answers = Inference(active.bundle.manifest, active.model).run(values, np.arange(rows) * 10_000).scores.label
+    assert answers is not None
+    wrong = np.arange(rows) % 5 == 0
+    labels = [CLASSIFY.labels[index] for index in np.where(wrong, (answers + 1) % len(CLASSIFY.labels), answers)]
+    lines = [",".join(["t", *CLASSIFY.fields, "label"])]
+    lines += [
+        ",".join([f"{i * 0.01:.3f}", *(f"{v:.6g}" for v in row), labels[i]]) for i, row in enumerate(values.tolist())
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_held_out_data_tell_how_often_scores_are_right(tmp_path: Path) -> None:
+    spec = change(write_spec(tmp_path), "[output]", '[output]\nheld_out = "held-out.csv"')
+    write_labelled(tmp_path / "held-out.csv")
+    made = pack.pack(spec, KEY)
+    assert made.warnings == []
+    reference = Reference.from_json(made.files["reference.json"])
+    assert reference.score_correct is not None
+    assert (int(reference.score_n.sum()), int(reference.score_correct.sum())) == (400, 320)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [(0, "held-out.csv: has no column label"), (60, "60 labelled windows; an estimate takes 100")],
+)
+def test_held_out_data_without_enough_labels_are_refused(tmp_path: Path, rows: int, problem: str) -> None:
+    spec = change(write_spec(tmp_path), "[output]", '[output]\nheld_out = "held-out.csv"')
+    if rows:
+        write_labelled(tmp_path / "held-out.csv", rows)
+    else:
+        (tmp_path / "held-out.csv").write_bytes((tmp_path / "golden.csv").read_bytes())
+    assert problem in mistake(spec)
+    assert mistake(spec).startswith(f"{spec}: output.held_out: ")
+
+
+def test_labels_that_nothing_uses_are_a_warning(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    write_labelled(tmp_path / "reference.csv", 1600)
+    [warning] = pack.pack(spec, KEY).warnings
+    assert warning.startswith("labels are not used to estimate accuracy: [output] held_out names ")
+
+
+def test_a_reference_of_few_values_is_a_warning(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    lines = (tmp_path / "reference.csv").read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    for i, row in enumerate(cells[1:]):
+        row[2] = row[2] if i % 10 == 0 else ""
+    (tmp_path / "reference.csv").write_text("\n".join(",".join(row) for row in cells) + "\n")
+    change(spec, "[input]", "[input]\nmax_missing = 0.5")
+    [warning] = [w for w in pack.pack(spec, KEY).warnings if "empty" in w]
+    assert warning.startswith(f"{CLASSIFY.fields[1]}: 90% of the reference's values are empty")
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,8 @@ def test_a_third_party_model_packs_from_its_scaffold_and_predicts_alike(tmp_path
     np.savez(tmp_path / "data.npz", rows=given, fields=names)
     text = (tmp_path / "spec.toml").read_text()
     text = text.replace('# reference = "readings.csv"', 'reference = "data.npz"' if kind == "anomaly" else "#")
-    (tmp_path / "spec.toml").write_text(
-        text.replace('# golden = "readings.csv"', 'golden = "data.npz"') + "[drift]\nwindow = 2\n"
-    )
+    text = text.replace('# golden = "readings.csv"', 'golden = "data.npz"')
+    (tmp_path / "spec.toml").write_text(re.sub(r"(?m)^window = \d+ .*", "window = 2", text))
     pack.write_bundle(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
     result = activation.activate(tmp_path / "bundle", [KEY.public])
     answers = Inference(result.bundle.manifest, result.model).run(

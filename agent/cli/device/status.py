@@ -144,7 +144,8 @@ def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
 
 
 def _format_reference_state(reference: dict[str, Any]) -> str:
-    return "site's own" if reference["site"] else "learning" if reference["learning"] else "shipped"
+    """Return a word: drift is tested against the site's own reference, or not at all."""
+    return "site's own" if reference["site"] else "learning" if reference["learning"] else "none"
 
 
 def _format_reference(reference: dict[str, Any]) -> list[str]:

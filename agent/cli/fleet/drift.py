@@ -12,7 +12,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet import drift_report as report
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, progress_bar
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, processes_option, progress_bar
 from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
 from agent.config import parse_duration
 from agent.errors import BadBundle, UsageError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
               help="Compare with the reference of this bundle; built-in bundles are known.")  # fmt: skip
+@processes_option
 @db_option
 @fleet_option
 @json_option
@@ -44,6 +45,7 @@ def drift(
     plot: Path | None,
     dark: bool,
     bundles: tuple[Path, ...],
+    processes: int,
     db: str | None,
     folder: str | None,
     as_json: bool,
@@ -56,7 +58,7 @@ def drift(
     begin = None if since is None else _parse_since(since, now_us)
     _, store = open_for_reading(folder, db, device)
     with progress_bar("reading", store.count_drift_messages()) as advance:
-        survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance)
+        survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
     if task is not None and not survey.groups and (tasks := store.drift_tasks()) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:

@@ -93,19 +93,14 @@ def pack(
 @click.option("--bundle", type=_path, help="Bundle whose model the reference is for.")
 @click.option("--spec", type=_path, help="SPEC whose model the reference is for.")
 @click.option("-o", "--out", required=True, type=_path, help="File to write.")
-@click.option(
-    "--held-out", is_flag=True, help="DATA are held out from training: their labels give the accuracy of scores."
-)
 @json_option
-def make_reference(
-    data: Path, bundle: Path | None, spec: Path | None, out: Path, held_out: bool, as_json: bool
-) -> None:
+def make_reference(data: Path, bundle: Path | None, spec: Path | None, out: Path, as_json: bool) -> None:
     """Make a drift reference from DATA without drift, in the order they were recorded."""
     from agent.authoring import pack as packing
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    reference = packing.build_reference(data, *_load_model(bundle, spec), held_out=held_out)
+    reference = packing.build_reference(data, *_load_model(bundle, spec))
     try:
         out.write_bytes(reference.to_json())
     except OSError as error:

@@ -78,7 +78,7 @@ def screen(
     last rows of the stream, up to a number. `is_recording`: rows of a file may be older than those of another file.
     """
     rejected: dict[int, tuple[str, str]] = {}
-    out_of_order = 0
+    out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
     latest, committed, hashes = history.latest_us, history.committed_us, history.hashes
     if given.any():
@@ -86,7 +86,7 @@ def screen(
         if committed is not None and t[0] < committed:
             late = given & (rows.t < _oldest_accepted(committed, now, stream, is_recording=is_recording))
             rejected |= {int(index): (LATE, "") for index in np.flatnonzero(late)}
-            out_of_order = int(np.count_nonzero(given & (rows.t < committed))) - len(rejected)
+            out_of_order = given & (rows.t < committed)
         if stream.rejects_duplicates:
             repeats = (latest is not None and t[0] <= latest) or bool((t[1:] <= t[:-1]).any())
             if repeats and hashes is None:
@@ -101,11 +101,13 @@ def screen(
         if last is None:
             last = _read_last_values(load_recent(1), stream)
         last = _reject_steps(rows, stream, last, rejected)
+    accepted = np.ones(len(rows), bool)
+    accepted[list(rejected)] = False
     if hashes is not None:
-        accepted = np.ones(len(rows), bool)
-        accepted[list(rejected)] = False
         hashes = np.concatenate([hashes, hash_rows(rows)[accepted]])[-recent_rows(stream) :]
-    return ScreenedRows(rejected, out_of_order, RowHistory(latest, committed, hashes, last))
+    return ScreenedRows(
+        rejected, int(np.count_nonzero(out_of_order & accepted)), RowHistory(latest, committed, hashes, last)
+    )
 
 
 def describe(kind: str, field: str, stream_name: str, stream: StreamConfig) -> str:

@@ -46,7 +46,7 @@ class OpenFiles:
             self._write_note(db)
             raise StorageMoved(
                 f"{self._folder}: no longer the data folder that was opened: {self._describe_move()}. The daemon "
-                "stops, as it would begin an empty store here; put the former folder back and start it again"
+                f"stops; put the former folder back, or delete {_note_path(self._folder)} to begin an empty store here"
             )
         for path, opened in self._file_ids.items():
             present = _identify(path)

@@ -400,13 +400,15 @@ def build_reference(
     *,
     fields: tuple[str, ...],
     labels: tuple[str, ...] = (),
-    truth: Ints | None = None,
+    t: Ints | None = None,
+    seasonality: str = "auto",
 ) -> Reference:
     """Build the shipped reference from reference data, in the order it was recorded.
 
     `features` (n, F) physical units, NaN missing; `starts` (w,) row offsets of model windows of `window_rows`;
     `predicted` (w,) the classes that the model names and `scores` (w, K) its scores; `window` model windows per drift
-    window; `truth` (w,) the right classes, for the accuracy estimate. Raises BadBundle.
+    window; `t` (n,) epoch µs, if known. Readings that change with the hour of day agree only once that is taken out,
+    which takes three days. Raises BadBundle.
     """
     rows = infinities_to_nan(features)
     top = None if scores is None else np.asarray(scores, np.float64).max(axis=1)
@@ -417,14 +419,26 @@ def build_reference(
         part = rows[int(starts[i]) : int(starts[i + window - 1]) + window_rows]
         local = starts[inside] - starts[i]
         drift_window = summarize(base, part, local, predicted[inside], None if top is None else top[inside])
-        learning = learning.add(drift_window, base.task)
-    reference = calibrate_reference(base, learning, source="shipped")
-    if truth is None or top is None:
-        return reference
-    used = learning.windows * window
-    right = (predicted == truth)[:used]
-    places = np.searchsorted(base.score_edges, top[:used][right], side="right")
-    return replace(reference, score_correct=bincount(places, minlength=BINS))
+        span = (0, 0) if t is None else (int(t[starts[i]]), int(t[starts[i + window - 1] + window_rows - 1]))
+        learning = learning.add(drift_window, base.task, t=span)
+    try:
+        return calibrate_reference(base, learning, source="shipped", seasonality="none")
+    except BadBundle as problem:
+        if learning.windows < MIN_WINDOWS:
+            raise
+        if t is not None and daily_cycle.can_fit_daily(learning.midpoints, seasonality):
+            return calibrate_reference(base, learning, source="shipped", seasonality=seasonality)
+        raise BadBundle(
+            f"{problem}; give readings of three whole days with times, longer drift windows ([drift] window, now "
+            f"{window}), or readings without the change"
+        ) from None
+
+
+def with_score_accuracy(reference: Reference, top_scores: Float64s, right: Bools) -> Reference:
+    """Return the reference with how often scores (w,) of held-out data were `right` (w,), for the accuracy estimate."""
+    places = np.searchsorted(reference.score_edges, top_scores, side="right")
+    counts = [bincount(part, minlength=BINS) for part in (places, places[right])]
+    return replace(reference, score_n=counts[0], score_correct=counts[1])
 
 
 def infinities_to_nan(features: Float32s) -> Float64s:

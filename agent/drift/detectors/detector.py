@@ -172,6 +172,7 @@ class Alarm(msgspec.Struct, frozen=True):
     labels: tuple[str, ...]
     subject: int
     unit: str
+    role: str  # of a field: sensor, category or computed
     t: tuple[int, int]  # when the window began and ended, epoch µs
     moments: GroupMoments  # (C, D) of the window
     distributions: Distributions

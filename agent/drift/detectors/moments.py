@@ -199,7 +199,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
     def describe(self, alarm: Alarm) -> AlertText:
         change = measure_change(alarm)
         name = alarm.fields[alarm.subject]
-        slow = season.guess_cause(alarm.subject, alarm.state.slow_trend, alarm.fields) if change.test == "mean" else ""
+        slow = season.guess_cause(alarm.subject, alarm.state.slow_trend, alarm.fields)
         cause = slow or guess_cause(change, alarm)
         growing = ", and goes on: a slow ramp" if change.is_ramp else ""
         period = alarm.format_windows(change.windows, change.since)
@@ -258,7 +258,14 @@ def measure_change(alarm: Alarm) -> FieldChange:
 
 
 def guess_cause(change: FieldChange, alarm: Alarm) -> str:
-    """Guess the cause: a gain scales mean and spread alike; an offset moves the mean alone."""
+    """Guess the cause: a gain scales mean and spread alike; an offset moves the mean alone.
+
+    Only a sensor has a gain.
+    """
+    if alarm.role == "category":
+        return "other values are more frequent: another mix, mode or coding"
+    if alarm.role == "computed":
+        return "the readings that it is computed from, or how it is computed"
     if not change.spread_changed:
         return "offset or a new position"
     less = change.ratio < 1

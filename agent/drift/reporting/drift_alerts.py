@@ -10,7 +10,7 @@ import numpy as np
 
 from agent.arrays import Float64s
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.summary import Summary
+from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.detector import Alarm, AlarmDetector, AlertText, round_significant
 from agent.drift.detectors.registry import CHARTS, SCORED
@@ -18,6 +18,8 @@ from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.performance import cbpe
 
 MIN_ACCURACY_CHANGE = 0.01  # smaller changes of the expected accuracy are none
+# A clock an hour wrong: fields it shows in, their least score, and the share of it that is left at the other hour.
+MIN_CLOCK_FIELDS, MIN_CLOCK_SCORE, MAX_CLOCK_SHARE = 2, 2.0, 0.6
 ACCURACY_CHANGE_SDS = 2.0  # sd of it over as many windows
 
 
@@ -30,7 +32,7 @@ class AlarmContext(msgspec.Struct, frozen=True):
     effects: Float64s  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
 
-    def alarm(self, detector: str, subject: int, unit: str) -> Alarm:
+    def alarm(self, detector: str, subject: int, unit: str, role: str) -> Alarm:
         """Return the alarm of one detector, and what its sentence needs."""
         site = self.tester.reference
         return Alarm(
@@ -39,6 +41,7 @@ class AlarmContext(msgspec.Struct, frozen=True):
             labels=site.labels,
             subject=subject,
             unit=unit,
+            role=role,
             t=self.t,
             moments=self.window.class_sums.moments(site.origin),
             distributions=self.window.distributions,
@@ -52,14 +55,16 @@ class AlarmContext(msgspec.Struct, frozen=True):
         )
 
 
-def build_text(subject: int, context: AlarmContext, units: Sequence[str], shipped: Reference) -> AlertText:
+def build_text(
+    subject: int, context: AlarmContext, units: Sequence[str], roles: Sequence[str], shipped: Reference
+) -> AlertText:
     """Return the text of an alert; the shipped reference may know how often a score is right."""
-    unit = units[subject] if subject < len(units) else ""
+    unit, role = (names[subject] if subject < len(names) else "" for names in (units, roles))
     detector = _find_alarming_detector(subject, context.suite)
-    alert_text = detector.describe(context.alarm(detector.name, subject, unit))
+    alert_text = detector.describe(context.alarm(detector.name, subject, unit, role))
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
-    hour = _describe_unseen_hour(context) if alert_text.evidence["test"] == "mean" else ""
+    hour = _describe_hour(context) if alert_text.evidence["test"] == "mean" else ""
     return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
 
 
@@ -92,6 +97,31 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
         return f"; the model's expected accuracy, {expected:.2f}, is within what is usual here ({usual:.2f})", numbers
     moved = "fell" if expected < usual else "rose"
     return f"; the model's expected accuracy {moved} from {usual:.2f} to {expected:.2f}", numbers
+
+
+def _describe_hour(context: AlarmContext) -> str:
+    """Note that the time of day explains a mean: the clock is wrong by an hour, or the hour was never learned."""
+    return _describe_clock(context) or _describe_unseen_hour(context)
+
+
+def _describe_clock(context: AlarmContext) -> str:
+    """Note that several fields follow their daily cycle as of an hour before or after."""
+    fields = len(context.tester.reference.fields)
+    if not context.tester.has_cycle or fields < MIN_CLOCK_FIELDS:
+        return ""
+    means = context.suite.layout["moments"].start + np.arange(fields)
+    window, middle = stack_one(context.window), sum(context.t) // 2
+    now, earlier, later = (
+        np.nan_to_num(context.tester.compute_evidence(window, np.array([middle + shift])).z[0, means])
+        for shift in (0, -daily_cycle.HOUR_US, daily_cycle.HOUR_US)
+    )
+    moved = np.abs(now) > MIN_CLOCK_SCORE
+    if moved.sum() < MIN_CLOCK_FIELDS:
+        return ""
+    for z, which in ((earlier, "earlier"), (later, "later")):
+        if (np.abs(z[moved]) < MAX_CLOCK_SHARE * np.abs(now[moved])).all() and (np.abs(z) < MIN_CLOCK_SCORE).all():
+            return f"; or the clock or time zone: all fields fit the daily cycle of an hour {which}"
+    return ""
 
 
 def _describe_unseen_hour(context: AlarmContext) -> str:

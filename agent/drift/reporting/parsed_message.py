@@ -15,7 +15,9 @@ from msgspec.structs import replace
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
-from agent.wire.quiet_windows import QuietWindows
+from agent.wire import runs
+from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
+from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun
 
 MAX_FIELDS = 256
 UNTESTED = "untested"
@@ -30,13 +32,13 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 CusumSides = Annotated[list[CusumValue], msgspec.Meta(max_length=2)]
 
 
-class FieldCusum(msgspec.Struct, frozen=True):
+class FieldCusum(msgspec.Struct, frozen=True, gc=False):
     mean: CusumSides = []
     spread: CusumSides = []
     limit: CusumValue | None = None
 
 
-class FieldReport(msgspec.Struct, frozen=True):
+class FieldReport(msgspec.Struct, frozen=True, gc=False):
     """One field in one drift window. Too few readings are `withheld`, with their moments."""
 
     counts: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=256)]
@@ -83,7 +85,7 @@ class _Estimate(msgspec.Struct, frozen=True):
     accuracy: Share | None = None
 
 
-class SubjectReport(msgspec.Struct, frozen=True):
+class SubjectReport(msgspec.Struct, frozen=True, gc=False):
     """Report of a field, the predictions ("output"), the certainty ("score") or all fields together ("joint").
 
     `state`: ok, drift, fault, insufficient (nothing to compare with yet), or untested (another field had a fault).
@@ -115,11 +117,23 @@ class WindowReport(msgspec.Struct, frozen=True):
         return len(self.ends)
 
 
+class _QuietEnds(msgspec.Struct, frozen=True, gc=False):
+    """What is read of a run of quiet windows; a device's message was checked in full when it arrived."""
+
+    to: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    nearest: Annotated[list[Share | None], msgspec.Meta(min_length=2, max_length=MAX_QUIET_WINDOWS)]
+
+    def __post_init__(self) -> None:
+        if (length := runs.count_entries(self.to)) != len(self.nearest):
+            raise ValueError(f"column to has {length} entries, nearest has {len(self.nearest)}")
+        runs.check_range(self.to, -(2**63), 2**63 - 1)
+
+
 _FIELDS = msgspec.json.Decoder(dict[str, FieldReport])
 _OUTPUT = msgspec.json.Decoder(_Output)
 _JOINT = msgspec.json.Decoder(_Joint | None)
 _ESTIMATE = msgspec.json.Decoder(_Estimate | None)
-_WINDOWS = msgspec.json.Decoder(QuietWindows | None)
+_WINDOWS = msgspec.json.Decoder(_QuietEnds | None)
 
 
 def parse_members(
@@ -148,7 +162,7 @@ def parse_members(
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:
-        return WindowReport(t, state, fields, subjects, accuracy, [end for _, end in run.expand_times()], run.nearest)
+        return WindowReport(t, state, fields, subjects, accuracy, runs.expand_integers(run.to), run.nearest)
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
     return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)])
 

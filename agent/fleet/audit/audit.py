@@ -44,7 +44,7 @@ from agent.fleet.database.interface import Row
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.store import DeviceRange, Devices, FleetStore
-from agent.fleet.workers import run_over_devices, split_devices
+from agent.fleet.workers.device_ranges import run_over_devices, split_devices
 from agent.wire.keys import PublicKey, SigningKey
 from agent.wire.log_chain import digest
 from agent.wire.messages import (
@@ -135,7 +135,7 @@ def audit_from_checkpoint(
 ) -> tuple[AuditReport, Checkpoint | None]:
     """Verify the messages behind the last checkpoint, and sign a new one; return the one it went on from.
 
-    `full`: verify all messages. Raises StorageError, OSError, and UsageError if the checkpoint is not genuine.
+    `full`: verify all messages. Raises StorageError, and UsageError if the checkpoint is not genuine.
     """
     checkpoint = None if full else folder.load()
     durable_files.make_folder(folder.path)

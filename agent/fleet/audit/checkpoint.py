@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from agent import durable_files
-from agent.errors import MessageRefused, UsageError
+from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.coverage import CoverageState
 from agent.fleet.database.store import DeviceRange
 from agent.wire import jws
@@ -99,11 +99,14 @@ class CheckpointFolder:
         return self.path / f"part-{uuid.uuid4().hex}.db"
 
     def save(self, key: SigningKey, time: str, messages: int, parts: Sequence[tuple[DeviceRange, Path]]) -> None:
-        """Sign the files of all ranges as the new checkpoint, and remove those of earlier ones. Raises OSError."""
-        made = [Part(devices, file.name, _digest(file)) for devices, file in parts]
-        payload = msgspec.json.encode(Checkpoint(self._fleet, time, messages, made))
-        token = jws.sign(key, _TOPIC.format(self._fleet), payload)
-        durable_files.write(self.path / _FILE, msgspec.json.encode(_Signed(payload.decode(), token)), 0o600)
+        """Sign the files of all ranges as the new checkpoint, and remove those of earlier ones. Raises StorageError."""
+        try:
+            made = [Part(devices, file.name, _digest(file)) for devices, file in parts]
+            payload = msgspec.json.encode(Checkpoint(self._fleet, time, messages, made))
+            token = jws.sign(key, _TOPIC.format(self._fleet), payload)
+            durable_files.write(self.path / _FILE, msgspec.json.encode(_Signed(payload.decode(), token)), 0o600)
+        except OSError as error:
+            raise StorageError(f"{self.path / _FILE}: cannot be written: {error}; run one audit at a time") from error
         named = {part.file for part in made}
         for file in self.path.glob("part-*.db*"):
             if file.name not in named:
@@ -131,8 +134,11 @@ def _digest(file: Path) -> str:
 
 
 def copy_database(source: sqlite3.Connection, file: Path) -> None:
-    """Write a database to a new file, readable by its owner only. Raises OSError."""
-    file.touch(mode=0o600)
-    with contextlib.closing(sqlite3.connect(file)) as target:
-        source.backup(target)
-    durable_files.fsync(file)
+    """Write a database to a new file, readable by its owner only. Raises StorageError."""
+    try:
+        file.touch(mode=0o600)
+        with contextlib.closing(sqlite3.connect(file)) as target:
+            source.backup(target)
+        durable_files.fsync(file)
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"{file}: the checkpoint cannot be written: {error}") from error

@@ -54,16 +54,13 @@ _OBSERVED_PERIODS = """
 
 # In order of time. Reports of the same window are adjacent, in whatever log they arrived and against whatever site
 # reference they were tested.
-_DRIFT_WINDOW_COLUMNS = (
-    *("device", "task", "window_count", "first", "last", "from", "to", "state", "reference", "features", "output"),
-    *("joint", "estimate", "windows"),
-)
 _DRIFT_WINDOWS = """
     SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
            windows
     FROM drift_windows
     WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
       AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
+      AND (CAST(:begin AS TEXT) IS NULL OR device >= :begin) AND (CAST(:end AS TEXT) IS NULL OR device < :end)
     ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
@@ -94,6 +91,25 @@ _PROGRESS = """
 
 # Limits an acknowledgement: (log, through, missing) → (through, missing)
 Trim = Callable[[LogId, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
+
+
+class DriftRow(msgspec.Struct, frozen=True, gc=False):
+    """A drift message: a window, or a run of quiet ones. `reference` and what follows it are JSON text."""
+
+    device: str
+    task: str
+    window_count: int
+    first: int
+    last: int
+    begin: str
+    end: str
+    state: str
+    reference: str
+    features: str | None
+    output: str | None
+    joint: str | None
+    estimate: str | None
+    windows: str | None
 
 
 class DeviceRange(msgspec.Struct, frozen=True):
@@ -336,11 +352,13 @@ class FleetStore:
         return rows[0][0] if rows else None
 
     def drift_windows(
-        self, *, task: str | None = None, device: str | None = None, since: str | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Return drift messages that ended at `since` or later, by task, device and time; members are JSON text."""
-        rows = self._database.stream(_DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
-        return (dict(zip(_DRIFT_WINDOW_COLUMNS, row, strict=True)) for row in rows)
+        self, *, task: str | None = None, devices: Devices = None, since: str | None = None
+    ) -> Iterator[DriftRow]:
+        """Return drift messages that ended at `since` or later, by task, device and time."""
+        bounds = devices if isinstance(devices, DeviceRange) else DeviceRange()
+        values = {"task": task, "device": None if isinstance(devices, DeviceRange) else devices, "since": since}
+        rows = self._database.stream(_DRIFT_WINDOWS, {**values, "begin": bounds.first, "end": bounds.before})
+        return (DriftRow(*row) for row in rows)
 
     def count_drift_messages(self) -> int:
         return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])
@@ -381,7 +399,8 @@ class FleetStore:
     def evidence(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three."""
         where, values = _filter_devices(devices)
-        columns = "device, log, seq, kind, topic, payload, jws, received"
+        # An expression is returned as it is stored: the audit itself names a value that is no number.
+        columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
 
     def audit_messages(self, devices: Devices, substring: bytes) -> Iterator[Row]:

@@ -142,6 +142,15 @@ class DriftHistory:
                 span.accuracy.total += window.accuracy[0]
                 span.accuracy.count += 1
 
+    def merge(self, other: DriftHistory) -> None:
+        """Add the windows of another history."""
+        while self._width < other._width:
+            self._widen()
+        for index, span in other._spans.items():
+            self._spans.setdefault(index * other._width // self._width, HistorySpan()).merge(span)
+        while self._spans and max(self._spans) - min(self._spans) >= MAX_SPANS:
+            self._widen()
+
     def __iter__(self) -> Iterator[tuple[int, int, HistorySpan]]:
         """Yield (from, to, span) of each span with a window; epoch µs."""
         for index in sorted(self._spans):

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -23,18 +23,21 @@ from agent import clock
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.parsed_message import FieldReport, WindowReport
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
-from agent.fleet.database.store import FleetStore
+from agent.fleet.database.store import DeviceRange, DriftRow, FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onset
 from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, FieldTotals, MergedField
 from agent.fleet.drift.onset import DriftEpisode, EpisodeTracker, sort_by_onset
 from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outliers
+from agent.fleet.workers.device_ranges import run_over_devices, split_devices
 
 # A device may not fill the memory with a group for each of its windows: two bundles and a few mistakes suffice.
 MAX_DEVICE_GROUPS = 4
 RECENT_WINDOWS = 6  # Windows of each device that describe its current state; more if the last report is a longer run.
 # A clock more than a day ahead of ours is wrong.
 _MAX_AHEAD_US = 86_400_000_000
+# Of fewer, a process would cost more time than it saves.
+_MIN_PARALLEL_MESSAGES = 40_000
 
 FieldLayout = frozenset[tuple[str, int]]  # (field, number of bins)
 GroupKey = tuple[str, str, FieldLayout]  # (task, shipped reference, layout)
@@ -107,6 +110,12 @@ class DriftGroup(msgspec.Struct):
         """Merge each field over the last few windows of all devices."""
         return _merge_fields(device.merge_recent() for device in self.devices.values())
 
+    def add_devices(self, other: DriftGroup) -> None:
+        """Add the windows of other devices."""
+        self.devices |= other.devices
+        self.history.merge(other.history)
+        self.undated += other.undated
+
     def detect_fleet_wide(self) -> list[FleetWideDrift]:
         """Detect fields that drift on much of the fleet at once."""
         observed = {name: device.observed for name, device in self.devices.items() if device.observed is not None}
@@ -143,24 +152,49 @@ def summarize_drift(
     since: str | None = None,
     now_us: int,
     progress: Callable[[int], None] = lambda _: None,
+    processes: int = 1,
 ) -> FleetDriftSummary:
     """Summarise every window that ended at `since` (RFC 3339) or later."""
+    if processes > 1 and store.count_drift_messages() < _MIN_PARALLEL_MESSAGES:
+        processes = 1
+    jobs = [(devices, (task, since, now_us)) for devices in split_devices(store, processes, processes)]
+    first, *others = run_over_devices(store, _summarize_devices, jobs, processes, progress)
+    groups = {(group.task, group.shipped_reference, group.layout): group for group in first.groups}
+    for other in others:
+        first.duplicates += other.duplicates
+        first.unreadable += other.unreadable
+        for group in other.groups:
+            key = (group.task, group.shipped_reference, group.layout)
+            groups.setdefault(key, DriftGroup(*key)).add_devices(group)
+    first.groups = _sort_groups(list(groups.values()))
+    return first
+
+
+def _summarize_devices(
+    store: FleetStore,
+    devices: DeviceRange,
+    progress: Callable[[int], None],
+    task: str | None,
+    since: str | None,
+    now_us: int,
+) -> FleetDriftSummary:
     summary = FleetDriftSummary()
     groups: dict[GroupKey, DriftGroup] = {}
     groups_of_device: dict[tuple[str, str], set[GroupKey]] = {}
-    for row, shipped in _deduplicate(store.drift_windows(task=task, since=since), summary, progress):
+    windows = store.drift_windows(task=task, devices=devices, since=since)
+    for row, shipped in _deduplicate(windows, summary, progress):
         window = _parse_window(row)
         if window is None:
-            summary.unreadable += row["window_count"]
+            summary.unreadable += row.window_count
             continue
-        key = (row["task"], shipped, _field_layout(window))
-        known = groups_of_device.setdefault((row["task"], row["device"]), set())
+        key = (row.task, shipped, _field_layout(window))
+        known = groups_of_device.setdefault((row.task, row.device), set())
         if key not in known and len(known) == MAX_DEVICE_GROUPS:
-            summary.unreadable += row["window_count"]
+            summary.unreadable += row.window_count
             continue
         known.add(key)
-        _add_window(groups.setdefault(key, DriftGroup(*key)), row["device"], window, now_us)
-    summary.groups = _sort_groups(list(groups.values()))
+        _add_window(groups.setdefault(key, DriftGroup(*key)), row.device, window, now_us)
+    summary.groups = list(groups.values())
     return summary
 
 
@@ -169,7 +203,7 @@ def build_timeline(
 ) -> Timeline:
     """Build the timeline of one device; windows with a wrong clock are left out, unless there are no others."""
     dated, undated = Timeline(), Timeline()
-    windows = store.drift_windows(task=group.task, device=device, since=since)
+    windows = store.drift_windows(task=group.task, devices=device, since=since)
     for row, shipped in _deduplicate(windows, FleetDriftSummary(), lambda _: None):
         window = _parse_window(row) if shipped == group.shipped_reference else None
         if window is not None and _field_layout(window) == group.layout:
@@ -182,8 +216,8 @@ def _has_plausible_time(window: WindowReport, now_us: int) -> bool:
 
 
 def _deduplicate(
-    rows: Iterator[dict[str, Any]], summary: FleetDriftSummary, progress: Callable[[int], None]
-) -> Iterator[tuple[dict[str, Any], str]]:
+    rows: Iterator[DriftRow], summary: FleetDriftSummary, progress: Callable[[int], None]
+) -> Iterator[tuple[DriftRow, str]]:
     """Yield each window once, with the digest of its shipped reference.
 
     Reports of the same window are adjacent, with reports against other references among them.
@@ -192,15 +226,15 @@ def _deduplicate(
     device: tuple[str, str] = ("", "")
     for row in rows:
         progress(1)
-        if (row["task"], row["device"]) != device:
-            device, counted = (row["task"], row["device"]), {}
-        shipped = _parse_shipped_reference(row["reference"])
+        if (row.task, row.device) != device:
+            device, counted = (row.task, row.device), {}
+        shipped = _parse_shipped_reference(row.reference)
         if shipped is None:
-            summary.unreadable += row["window_count"]
+            summary.unreadable += row.window_count
             continue
-        place = _Place(row["from"], row["to"], row["first"], row["last"], row["window_count"] > 1)
+        place = _Place(row.begin, row.end, row.first, row.last, row.window_count > 1)
         if shipped in counted and place.repeats(counted[shipped]):
-            summary.duplicates += row["window_count"]
+            summary.duplicates += row.window_count
             continue
         if len(counted) < MAX_DEVICE_GROUPS or shipped in counted:
             counted[shipped] = place
@@ -224,7 +258,7 @@ class _Place(msgspec.Struct, frozen=True):
 
 
 def _field_layout(window: WindowReport) -> FieldLayout:
-    return frozenset((name, len(field.counts)) for name, field in window.fields.items())
+    return frozenset([(name, len(field.counts)) for name, field in window.fields.items()])
 
 
 @lru_cache(64)
@@ -236,11 +270,11 @@ def _parse_shipped_reference(reference: str) -> str | None:
     return shipped if isinstance(shipped, str) else None
 
 
-def _parse_window(row: dict[str, Any]) -> WindowReport | None:
+def _parse_window(row: DriftRow) -> WindowReport | None:
     try:
-        t = (clock.parse_rfc3339(row["from"]), clock.parse_rfc3339(row["to"]))
-        members = (row[name] or "null" for name in parsed_message.MEMBERS)
-        return parsed_message.parse_members(t, row["state"], *members)
+        t = (clock.parse_rfc3339(row.begin), clock.parse_rfc3339(row.end))
+        members = (getattr(row, name) or "null" for name in parsed_message.MEMBERS)
+        return parsed_message.parse_members(t, row.state, *members)
     except ValueError:
         return None
 

@@ -96,10 +96,23 @@ def reload(folder: Path) -> bool:
         # After a crash another process may have the number.
         if input_files.read_text(Path(f"/proc/{pid}/comm")).strip() != "mosquitto":
             return False
+        # The signal ends a broker that starts and does not catch it yet.
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not _catches(pid, signal.SIGHUP):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
         os.kill(pid, signal.SIGHUP)
     except (OSError, ValueError):
         return False
     return True
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Return True if a process has a handler for a signal; see SigCgt in proc_pid_status(5). Raises OSError."""
+    lines = input_files.read_text(Path(f"/proc/{pid}/status")).splitlines()
+    masks = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(next(masks, 0) >> (number - 1) & 1)
 
 
 def end_session(config: FleetConfig, client: str, authority: CertificateAuthority) -> None:

@@ -98,17 +98,22 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} above rows {self.rows} would leave rows out; use step <= rows")
 
 
+FieldRole = Literal["sensor", "category", "computed"]
+
+
 class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Model input: `fields` and `derived` features, or those in `feature_order`, each scaled to (x - mean) / std.
 
     Without a `window` an inference reads one row. `scaling` "window" subtracts from each column its mean in the window
     and divides by its standard deviation there. `image` or `sound` says what rows are made of. `max_gap_s` bounds the
     history of derived features without a window. `definition` is the version of how features are computed. A result
-    whose share of missing values exceeds `max_missing` reports that share.
+    whose share of missing values exceeds `max_missing` reports that share. `roles` say what fields are, so that an
+    alert names no cause that they cannot have.
     """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
     units: list[str] = []
+    roles: list[FieldRole] = []
     window: WindowSpec | None = None
     mean: Numbers = []
     std: Numbers = []
@@ -130,6 +135,8 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         self._check_features()
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
+        if len(self.roles) not in (0, len(self.fields)):
+            raise ValueError(f"roles has {len(self.roles)} entries for {len(self.fields)} fields")
         self._check_scaling()
         self._check_media()
 

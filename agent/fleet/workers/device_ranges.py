@@ -31,15 +31,18 @@ class RangeJob(Protocol[T_co]):
     def __call__(self, store: FleetStore, devices: DeviceRange, advance: Advance, /, *arguments: Any) -> T_co: ...
 
 
-def split_devices(store: FleetStore, processes: int) -> list[DeviceRange]:
-    """Return ranges of about as many messages, which together hold every device; one if more would not pay."""
+def split_devices(store: FleetStore, processes: int, most: int | None = None) -> list[DeviceRange]:
+    """Return ranges of about as many messages, which together hold every device; one if more would not pay.
+
+    `most`: ranges, if it matters little that one has more work than another.
+    """
     weights: dict[str, int] = {}
     for device, _, last_seq in store.logs():
         # A row of an altered database may hold anything; it belongs to the range of its neighbours.
         if isinstance(device, str) and device.isascii() and isinstance(last_seq, int):
             weights[device] = weights.get(device, 0) + last_seq
     total = sum(weights.values())
-    count = min(processes * _RANGES_PER_PROCESS, total // _MIN_MESSAGES, len(weights))
+    count = min(most or processes * _RANGES_PER_PROCESS, total // _MIN_MESSAGES, len(weights))
     if processes < 2 or count < 2:
         return [DeviceRange()]
     bounds: list[str] = []

@@ -1,0 +1,1 @@
+"""Worker processes of the commands that read much of a fleet database."""
