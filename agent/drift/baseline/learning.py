@@ -190,6 +190,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             self.repeated,
             self.midpoints,
             seasonality,
+            np.empty(0)
+            if shipped.score_correct is None or not shipped.score_n.any()
+            else cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct),
         )
 
     def to_bytes(self) -> bytes:

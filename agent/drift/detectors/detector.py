@@ -98,6 +98,7 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     repeated: Float64s  # (K,) share of rows that repeat the row before
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
+    bin_accuracy: Float64s  # (32,) of predictions with a top score in each bin; empty if unknown
 
     @property
     def class_coefficients(self) -> float:
