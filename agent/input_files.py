@@ -16,17 +16,39 @@ from typing import Any
 
 MAX_BYTES = 256 << 20
 _PIPE_WAIT_MS = 10_000
-_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def open_regular(path: Path) -> BufferedReader[Any]:
     """Open a regular file. Raises OSError for everything else."""
     file = _open(path)
-    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
-    if kind != stat.S_IFREG:
+    try:
+        _require_regular(path, os.fstat(file.fileno()))
+    except OSError:
         file.close()
-        raise OSError(errno.EINVAL, f"is {_KINDS.get(kind, 'of another kind')}, where a file is needed", str(path))
+        raise
     return file
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError if something else than a regular file is at `path`, before a library waits for it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return
+    _require_regular(path, status)
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"is {_KINDS.get(kind, 'of another kind')}, where a file is needed", str(path))
 
 
 def open_stream(path: Path) -> BufferedReader[Any]:

@@ -31,7 +31,7 @@ from scripts.fuzzing import site
 from scripts.fuzzing.mutate import mutated
 
 PARTS = ("arguments", "files", "cells")
-TIMEOUT_S = 30
+TIMEOUT_S = 20
 _NAME_MAX = 255
 # Words in braces are files of the site; `-c` and `--dir` follow.
 _ON_DEVICE = """
@@ -103,7 +103,8 @@ def run_command(words: list[str], stdin: bytes = b"") -> Outcome:
 
     before = signal.signal(signal.SIGALRM, stop)
     logging.getLogger().handlers.clear()
-    signal.alarm(TIMEOUT_S)
+    # Again and again: what tidies up may hang, too.
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S, 5)
     code, problem = 0, ""
     argv, sys.argv = sys.argv, ["outstation", *words]
     try:
@@ -116,7 +117,7 @@ def run_command(words: list[str], stdin: bytes = b"") -> Outcome:
     except BaseException:
         problem = traceback.format_exc()
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         sys.argv = argv
     err.flush()

@@ -22,7 +22,14 @@ from agent.device.recovery import catch_up, findings, migrate, salvage
 from agent.device.recovery.open_files import LOCK, OpenFiles, require_not_moved
 from agent.device.store import meta, row_crc, schema
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
-from agent.device.store.store import DATABASE, Store, connect_read_only, is_corruption, translate_errors
+from agent.device.store.store import (
+    DATABASE,
+    Store,
+    connect_read_only,
+    is_corruption,
+    require_regular,
+    translate_errors,
+)
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, UsageError
 
@@ -106,6 +113,7 @@ class _WriteAccess:
 def _open_database(folder: Path, pragmas: schema.Pragmas, watermark: Watermark) -> sqlite3.Connection:
     """Return the one writing connection. Raises StorageError, UsageError."""
     path = folder / DATABASE
+    require_regular(path)
     if path.exists():
         _make_private(path)
     cause = salvage.read_cause(folder) or _find_damage(folder, existed_before=watermark.state is not None)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
-from agent import clock
+from agent import clock, input_files
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
@@ -414,8 +414,17 @@ class Store:
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
     """Connect to a database beside the process that writes. Raises StorageError."""
+    require_regular(path)
     with translate_errors(path):
         return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
+
+
+def require_regular(path: Path) -> None:
+    """Raise StorageError if something else than a file has the database's name: SQLite would wait for a pipe."""
+    try:
+        input_files.require_regular(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}; move it away, and restore the data folder") from error
 
 
 @contextlib.contextmanager

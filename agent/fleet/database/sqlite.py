@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlite_utils
 
+from agent import input_files
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
 from agent.fleet.database.schema import MIGRATIONS, Migration
@@ -123,6 +124,10 @@ class SqliteDatabase:
         self._lock: int | None = None
         if read_only and not path.exists():
             raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` creates it")
+        try:
+            input_files.require_regular(path)
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}; see `db` in fleet.toml") from error
         with self._translate_errors():
             if not read_only and path.parent.is_dir():
                 # Measurements are private to the owner of the file.
