@@ -118,7 +118,11 @@ SCORE_DRIFT = AlertKind(
     "Readings unlike the training data: a new product, a new environment, a sensor that slowly fails.",
     "Look at open alerts of fields first: they usually explain it. Otherwise label results and compare the accuracy.",
     _DRIFT_CLEARS,
-    {"mean": "the mean moved (CUSUM)", "shape": "the distribution has another shape (PSI)"},
+    {
+        "mean": "the mean moved (CUSUM)",
+        "accuracy": "the accuracy to expect from the certainty moved (CUSUM)",
+        "shape": "the distribution has another shape (PSI)",
+    },
 )
 JOINT_DRIFT = AlertKind(
     *("Drift of correlations", "drift", "joint", "joint/drift/{count}", "warning", "task"),

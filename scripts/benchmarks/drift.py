@@ -8,9 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
+import numpy as np
 
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.drift_peers import cost, ours, peers, recordings, shuttle, synthetic, tables, targets
+from scripts.benchmarks.drift_peers import (
+    cost,
+    ours,
+    peers,
+    recordings,
+    sensor_rows,
+    shuttle,
+    synthetic,
+    tables,
+    targets,
+)
 from scripts.benchmarks.drift_peers.counting import Row
 from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
@@ -19,6 +30,9 @@ from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 FOUR_FIELDS, ONE_FIELD = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
+
+FAULT_SITES, FAULT_QUIET, FAULT_WINDOWS = 5, 200, (8, 60, 250, 500)
+MISSING_ROWS = {1.0: 16, 0.5: 40, 0.1: 120, 0.03: 480}  # rows within which a share of missing values is reported
 
 
 @benchmark("drift")
@@ -87,3 +101,41 @@ def peer_rows(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
         except click.ClickException as problem:
             click.echo(f"skipped: {problem.message}", err=True)
     return {name: [peer.row(file, FOUR_FIELDS) for peer in others] for name, file in files.items()}
+
+
+@benchmark("drift-faults")
+def drift_faults() -> list[Result]:
+    """Measure false fault alerts of honest sensors of many kinds, and after how many rows faults are reported."""
+    results = []
+    for kind, make in sensor_rows.QUIET.items():
+        for window in FAULT_WINDOWS:
+            false = count = 0
+            for seed in range(FAULT_SITES):
+                site = sensor_rows.Site.learn(kind, window, 4, seed)
+                _, alerts = site.feed(make(np.random.default_rng([seed, 2]), FAULT_QUIET * window, 4))
+                false += sum(alert.alert == "fault" and alert.state == "raised" for alert in alerts)
+                count += FAULT_QUIET
+            name, note = f"drift-faults, {kind}, windows of {window} rows", f"{false} alerts in {count} windows"
+            results.append(Result(name, 1000 * false / count, 1.0, "per 1000 windows", 1.0, note, less=True))
+    for share, most in MISSING_ROWS.items():
+        for window in FAULT_WINDOWS:
+            delays = [_missing_delay(window, share, seed) for seed in range(FAULT_SITES)]
+            name = f"drift-faults, {share:.0%} missing, windows of {window} rows"
+            note = f"{len(delays)} trials, 16 fields"
+            median = float(np.median(delays))
+            results.append(Result(name, median, float(max(most, window)), "rows", 1.0, note, less=True))
+    watch = recordings.Watch()
+    alerts = [a for seed in range(recordings.SEEDS) for a in recordings.mixed_alerts(watch, seed, "stuck wy")]
+    false = sum(a.alert == "fault" and a.subject != "wy" and a.state == "raised" for a in alerts)
+    note = f"{recordings.SEEDS} sites where many people exercise, and channel wy sticks"
+    results.append(Result("drift-faults, other fields named", float(false), 0.0, "alerts", 1.0, note, less=True))
+    return results
+
+
+def _missing_delay(window: int, share: float, seed: int) -> float:
+    """Return after how many rows a field that misses values is reported."""
+    rng, site = np.random.default_rng([seed, 3]), sensor_rows.Site.learn("integers", window, 16, seed)
+    rows = sensor_rows.QUIET["integers"](rng, 3000, 16)
+    rows[rng.random(len(rows)) < share, 15] = np.nan
+    delay = site.rows_until(rows, lambda alert: alert.evidence.get("fault") == "missing", window)
+    return float("inf") if delay is None else float(delay)

@@ -19,7 +19,9 @@ LEARN, SCORES, ALLOTTED = 40, 16, 4e-3
 
 
 def noise(windows: int, scores: int, memory: float = 0.0) -> ScoreNoise:
-    return ScoreNoise(windows, np.ones(scores), np.full(scores, memory), np.ones(scores), np.full(scores, 3.0))
+    return ScoreNoise(
+        windows, np.ones(scores), np.ones(scores), np.full(scores, memory), np.ones(scores), np.full(scores, 3.0)
+    )
 
 
 def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -> list[int]:

@@ -304,7 +304,8 @@ def test_learning_goes_on_where_windows_are_like_their_neighbors_but_not_for_eve
     slow = np.sin(np.arange(5 * LEARN) / 2).repeat(WINDOW * ROWS)
     r.features[:, 1] += slow[: len(r.features)]
     _, verdicts = feed(monitor, monitor.start(), r)
-    assert [v.index for v in verdicts if v.learned_reference] == [4 * LEARN]
+    [learned] = [v.index for v in verdicts if v.learned_reference]
+    assert LEARN < learned <= 4 * LEARN
 
 
 def test_a_late_change_while_learning_gives_a_warning_with_its_time(monitor: DriftMonitor) -> None:

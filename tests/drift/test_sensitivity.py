@@ -29,7 +29,7 @@ def changing(seed: int, windows: int) -> Rows:
 def monitor_of(rows: Rows) -> DriftMonitor:
     none = np.zeros(len(rows), np.int64)
     shipped = build_reference(rows.astype(np.float32), np.arange(len(rows)), 1, none, None, ROWS, fields=FIELDS)
-    return DriftMonitor(shipped, labels=(), window=ROWS, learn_windows=LEARN)
+    return DriftMonitor(shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0)
 
 
 def alarms(monitor: DriftMonitor, state: DriftState, rows: Rows) -> tuple[DriftState, set[str]]:

@@ -190,6 +190,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             self.repeated,
             self.midpoints,
             seasonality,
+            np.empty(0)
+            if shipped.score_correct is None or not shipped.score_n.any()
+            else cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct),
         )
 
     def to_bytes(self) -> bytes:
@@ -321,7 +324,7 @@ def _add_site_calibration(
     coefficients = cycle.coefficients
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
-    scores = LearnedScores(residuals, sd, coefficients, learning.thinning, layout.slices)
+    scores = LearnedScores(residuals, sd, coefficients, cycle.hours, learning.thinning, layout.slices)
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
     class_sd = (weight * reference.class_sd).sum(0)

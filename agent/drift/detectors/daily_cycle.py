@@ -27,6 +27,7 @@ MIN_HOURS = 12  # of the day with windows
 MIN_EXPLAINED_SHARE = 0.2  # of the variance, beyond what as many harmonics explain by chance
 OUTLIER_SDS = 6.0  # robust sd from the fit
 REST_DAYS = (2, 1)
+WAVE_WEIGHT = 0.75  # of a wave's error among those of the mean
 SPREAD_HARMONICS = 2
 MIN_SPREAD_GAIN = 10.0  # of the log likelihood: chance gains more in one of 2000 tests
 MAX_LOG_SPREAD = 2.5  # of an hour's spread to that of the day, at most: a factor of 12
@@ -54,8 +55,13 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def coefficients(self) -> Float64s:
-        """(T,) numbers fitted to the mean of each test."""
-        return np.asarray(1.0 + (self.waves != 0).sum(0) + (self.rest != 0).sum(0))
+        """(T,) numbers fitted to the mean of each test. Errors of waves change their sign within a day."""
+        return np.asarray(1.0 + WAVE_WEIGHT * ((self.waves != 0).sum(0) + (self.rest != 0).sum(0)))
+
+    @property
+    def hours(self) -> Float64s:
+        """(T,) numbers fitted to the spread of each test."""
+        return np.asarray(1.0 + (self.spread != 0).sum(0))
 
     @property
     def has_rest_days(self) -> bool:

@@ -98,6 +98,7 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     repeated: Float64s  # (K,) share of rows that repeat the row before
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
+    bin_accuracy: Float64s  # (32,) of predictions with a top score in each bin; empty if unknown
 
     @property
     def class_coefficients(self) -> float:
@@ -123,6 +124,7 @@ class LearnedScores(msgspec.Struct, frozen=True, dict=True):
     residuals: Float64s  # of the values, without mean and cycle, and each with the same spread at any hour
     sd: Float64s  # (T,)
     coefficients: Float64s  # (T,) numbers that were fitted to each: the mean, and those of a cycle
+    hours: Float64s  # (T,) numbers that were fitted to each spread
     thinning: int  # windows of which one was learned
     slices: Mapping[str, slice]  # place of each detector's scores
 
@@ -295,7 +297,12 @@ class ScoreDetector(AlarmDetector):
     def fit_noise(self, task: Task, scores: LearnedScores) -> ScoreNoise:
         place = scores.slices[self.name]
         return control_limits.fit_noise(
-            scores.z[:, place], scores.coefficients[place], scores.thinning, self.slack, self.kinds(task)
+            scores.z[:, place],
+            scores.coefficients[place],
+            scores.hours[place],
+            scores.thinning,
+            self.slack,
+            self.kinds(task),
         )
 
     def fit_limits(self, task: Task, scores: LearnedScores) -> Float64s:

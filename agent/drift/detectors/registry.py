@@ -14,6 +14,7 @@ from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
 from agent.drift.detectors.detector import ChartDetector, Counter, Detector, GateDetector, ScoreDetector, Task
+from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
 from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
 from agent.drift.detectors.psi import PsiDetector
@@ -26,6 +27,7 @@ DETECTORS: tuple[Detector, ...] = (
     MOMENTS,
     CorrelationDetector(),
     CertaintyDetector(),
+    ExpectedAccuracyDetector(),
     CLASS_SHARE,
     PsiDetector(),
     MewmaDetector(

@@ -136,7 +136,9 @@ class SamplingRateDetector(Detector):
         mean, left = outliers.winsorize(fit.residuals, median(fit.residuals), MIN_SPEED_SD)
         sd, slack = max(float(left.std(ddof=1)), MIN_SPEED_SD), false_alarm_budget.FIELD_SLACK
         coefficients = fit.cycle.coefficients + windows.class_coefficients - 1
-        noise = control_limits.fit_noise(left / sd, coefficients, scores.thinning, slack, (slice(0, 1),))
+        noise = control_limits.fit_noise(
+            left / sd, coefficients, fit.cycle.hours, scores.thinning, slack, (slice(0, 1),)
+        )
         return replace(
             baseline,
             weight=weight,

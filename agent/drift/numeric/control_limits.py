@@ -24,6 +24,8 @@ from agent.drift.numeric.false_alarm_budget import MIN_CUSUM_LIMIT
 
 MAX_LIMIT = 200.0
 MAX_AUTOCORRELATION = 0.95
+CHANCE_ERRORS = 1.5  # standard errors of an autocorrelation that are taken for chance
+LONG_MEMORY = 0.5  # autocorrelation from which on its error is added in full
 MAX_TAIL_FACTOR = 2.0
 # Normal scores, beside the learned ones, that a tail is estimated from; and sd of the largest score of one window.
 PRIOR_SCORES, SCORE_CLIP = 80, 4.0
@@ -35,13 +37,16 @@ class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
 
     windows: int
     coefficients: Float64s  # (S,) numbers fitted to each mean: itself, and those of a cycle
+    hours: Float64s  # (S,) numbers fitted to each spread
     autocorrelation: Float64s  # (S,) of neighboring windows
     tail: Float64s  # (S,) factor on the limit, 1 for normal scores
     kurtosis: Float64s  # (S,) 3 for normal scores; the larger, the less windows tell of the spread
 
     def first(self, count: int) -> ScoreNoise:
         """Return the noise of the first `count` scores."""
-        parts = (part[:count] for part in (self.coefficients, self.autocorrelation, self.tail, self.kurtosis))
+        parts = (
+            part[:count] for part in (self.coefficients, self.hours, self.autocorrelation, self.tail, self.kurtosis)
+        )
         return ScoreNoise(self.windows, *parts)
 
     @property
@@ -59,15 +64,16 @@ class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
         """(S,) independent windows that would give as good a standard deviation."""
         square = self.autocorrelation**2
         alike = (1 - square) / (1 + square) * 2 / (self.kurtosis - 1)
-        return np.asarray(np.maximum((self.windows - self.coefficients) * alike, 2.0))
+        return np.asarray(np.maximum((self.windows - self.coefficients) / self.hours * alike, 2.0))
 
 
 def fit_noise(
-    scores: Float64s, coefficients: Float64s, thinning: int, slack: float, kinds: Sequence[slice]
+    scores: Float64s, coefficients: Float64s, hours: Float64s, thinning: int, slack: float, kinds: Sequence[slice]
 ) -> ScoreNoise:
     """Fit the noise to standardized scores (K, S) of learned windows in their order, one of `thinning` windows each.
 
-    Scores of one of the `kinds` have about the same memory and tails.
+    `coefficients` and `hours` (S,) numbers were fitted to each mean and spread. Scores of one of the `kinds` have about
+    the same memory and tails.
     """
     autocorrelation, tail = np.zeros(scores.shape[1]), np.ones(scores.shape[1])
     for kind in kinds:
@@ -76,11 +82,14 @@ def fit_noise(
         tail[kind] = fit_tail(part, slack)
     fourth = (scores**4).sum(0) / np.maximum((scores**2).mean(0) ** 2, 1e-12)
     kurtosis = np.maximum((fourth + 3 * PRIOR_SCORES) / (len(scores) + PRIOR_SCORES), 3.0)
-    return ScoreNoise(len(scores), coefficients, autocorrelation, tail, kurtosis)
+    return ScoreNoise(len(scores), coefficients, hours, autocorrelation, tail, kurtosis)
 
 
 def fit_autocorrelation(scores: Float64s, coefficients: Float64s) -> Float64s:
-    """Return the lag-1 autocorrelation (S,) of scores (K, S), drawn together as far as chance explains their spread."""
+    """Return the lag-1 autocorrelation (S,) of scores (K, S), drawn together as far as chance explains their spread.
+
+    Errs to the long side where there is a memory.
+    """
     windows, count = scores.shape
     if not count or windows < 4:
         return np.zeros(count)
@@ -94,8 +103,12 @@ def fit_autocorrelation(scores: Float64s, coefficients: Float64s) -> Float64s:
     chance = (1 + 2 * math.sqrt(2 / max(count - 1, 1))) / windows
     own = max(0.0, 1 - chance / max(spread, 1e-12)) if count > 1 else 0.0
     known = together + own * (each - together)
-    doubt = (own + (1 - own) / math.sqrt(count)) / math.sqrt(windows)
-    return np.asarray(np.clip(known - doubt, 0.0, MAX_AUTOCORRELATION))
+    # A memory that chance explains is none; a longer one is taken for somewhat longer, as few windows tell its length.
+    several = own + (1 - own) / math.sqrt(count)
+    doubt = np.sqrt(np.maximum(1 - known**2, 0.0) / windows)
+    margin = np.clip(known / LONG_MEMORY, 0.0, 1.0) ** 2
+    error = doubt * (margin - (1 - margin) * CHANCE_ERRORS * several)
+    return np.asarray(np.clip(known + error, 0.0, MAX_AUTOCORRELATION))
 
 
 def fit_tail(scores: Float64s, slack: float) -> Float64s:

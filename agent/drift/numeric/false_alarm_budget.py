@@ -10,7 +10,7 @@ CLASS_SHARE_MEWMA_BUDGET = 3e-4
 # For each field up to so many: the more of them, the more their sums gain on each by itself.
 FIELD_MEWMA_BUDGET, MAX_MEWMA_FIELDS = 4e-4, 15
 PSI_BUDGET, SPEED_BUDGET = 3e-4, 3e-4
-MISSING_BUDGET = 3e-4
+MISSING_BUDGET, ACCURACY_BUDGET = 3e-4, 3e-4
 FAULT_BUDGET = 5e-4  # of all symptoms of other sensor faults
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.

@@ -64,7 +64,7 @@ def build_text(
     alert_text = detector.describe(context.alarm(detector.name, subject, unit, role))
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
-    hour = _describe_hour(context) if alert_text.evidence["test"] == "mean" else ""
+    hour = _describe_hour(context) if alert_text.evidence["test"] in ("mean", "shape") else ""
     return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
 
 
