@@ -50,7 +50,7 @@ def test_faults_are_reported_where_limits_were_learned(kind: str, fault: str, na
     assert {name for _, name in raised} & names
 
 
-def test_a_field_without_a_unit_is_not_said_to_read_like_another_unit() -> None:
+def test_a_field_without_a_unit_is_not_accused_of_another_unit() -> None:
     rows = rows_of("autocorrelated", 20 * 60)
     rows[600:, 2] *= 9.80665
     _, alerts = learned_site("autocorrelated", 60).feed(rows)
