@@ -10,9 +10,10 @@ import errno
 import os
 import select
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 256 << 20
 _PIPE_WAIT_MS = 10_000
@@ -82,6 +83,21 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the text of a regular file. Raises OSError, and UnicodeDecodeError."""
     return read_bytes(path).decode(encoding)
+
+
+def data_ranges(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each part of a file that is no hole, on file systems that know holes (lseek(2))."""
+    end = os.fstat(file.fileno()).st_size
+    at = 0
+    while at < end:
+        try:
+            begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                yield at, end
+            return
+        at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+        yield begin, at
 
 
 def _open(path: Path) -> BufferedReader[Any]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import click
 
 from scripts.soaks import Result
+from scripts.soaks.alert_truth import alert_truth
 from scripts.soaks.day import day
 from scripts.soaks.offline import offline
 
 # Each soak and its default duration in simulated hours.
-SOAKS = {"day": (day, 24.0), "offline": (offline, 72.0)}
+SOAKS = {"alert-truth": (alert_truth, 2.0), "day": (day, 24.0), "offline": (offline, 72.0)}
 
 
 @click.command()

@@ -35,6 +35,21 @@ def test_two_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None
     assert report["largest"] <= report["max_size"]
 
 
+def test_two_hours_of_a_fleet_with_faults_and_a_rollout_raise_no_false_alert_and_miss_none() -> None:
+    command = [sys.executable, "-m", "scripts.soaks", "alert-truth", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [report] = json.loads(done.stdout)
+    assert report["problems"] == []
+    # The roll-out cleared nothing.
+    assert {name: report[name]["open"] for name in ("fine", "stuck", "weak", "wrong")} == {
+        "fine": [],
+        "stuck": ["fault wy"],
+        "weak": ["drift ax"],
+        "wrong": ["drift reference"],
+    }
+
+
 def sample(hour: float, **changes: int) -> Sample:
     return Sample(hour, **{"own": 50_000, "rss": 80_000, "handles": 16, "threads": 2, **changes})
 

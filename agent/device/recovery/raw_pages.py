@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from agent import input_files
+
 PAGE_SIZE = 4096
 _TABLE_LEAF = 0x0D
 _MAX_RECORD_BYTES = 64 << 20
@@ -26,9 +28,14 @@ class DatabasePages:
 
     def __init__(self, database: BinaryIO, log: BinaryIO | None) -> None:
         self._database, self._log = database, log
-        self.count = (database.seek(0, 2) + PAGE_SIZE - 1) // PAGE_SIZE
         self._wal_offsets = _committed_frames(log) if log else {}
-        self.count = max([self.count, *self._wal_offsets])
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the pages that hold something, but the first, in order."""
+        numbers = {number for number in self._wal_offsets if number > 1}
+        for begin, end in input_files.data_ranges(self._database):
+            numbers |= {*range(max(2, begin // PAGE_SIZE + 1), -(-end // PAGE_SIZE) + 1)}
+        return sorted(numbers)
 
     def __getitem__(self, number: int) -> bytes:
         """Return page `number`, counted from 1; empty if there is none."""
@@ -46,7 +53,7 @@ def read_leaf_rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
         log = log_path.open("rb") if log_path.exists() else None
         try:
             pages = DatabasePages(database, log)
-            for number in range(2, pages.count + 1):
+            for number in pages.numbers():
                 page = pages[number]
                 if len(page) == PAGE_SIZE and page[0] == _TABLE_LEAF:
                     yield from _read_cells(page, pages)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent import durable_files
+from agent import durable_files, input_files
 from agent.device.recovery import migrate
 from agent.device.store import row_crc
 from agent.device.store.store import DATABASE
@@ -104,7 +105,7 @@ def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Con
     try:
         if first_page is not None and _first_page_differs(path, first_page):
             if path.exists():
-                shutil.copyfile(path, patched)
+                _copy_sparse(path, patched)
             page = bytearray(first_page)
             patched.touch()
             pages = max(1, -(-patched.stat().st_size // len(page)))
@@ -126,6 +127,15 @@ def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Con
     finally:
         for rest in (*place.glob(f"{_PATCHED}*"), place / f"{DATABASE}-shm"):
             rest.unlink(missing_ok=True)
+
+
+def _copy_sparse(source: Path, target: Path) -> None:
+    """Copy a file without filling its holes: a file that claims a terabyte must not fill the disk."""
+    with source.open("rb") as old, target.open("wb") as new:
+        new.truncate(os.fstat(old.fileno()).st_size)
+        for begin, end in input_files.data_ranges(old):
+            while begin < end:
+                begin += os.copy_file_range(old.fileno(), new.fileno(), end - begin, begin, begin)
 
 
 def _first_page_differs(path: Path, first_page: bytes) -> bool:

@@ -46,7 +46,9 @@ def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCou
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail, reference.rest)
     ordered, exact = _sort_columns(rows)
-    missing = np.isnan(ordered).sum(-1) if np.isnan(ordered[..., -1]).any() else np.zeros(ordered.shape[:2], np.int64)
+    missing = np.zeros(ordered.shape[:2], np.int64)
+    if np.isnan(ordered[..., -1]).any():
+        missing += np.isnan(ordered).sum(-1)
     extremes = Extremes.from_sorted(ordered, rows.shape[1] - missing)
     counted = RowCounts(
         counts=_count_bins(ordered, reference.bin_cuts_float32 if exact else reference.bin_cuts, missing),

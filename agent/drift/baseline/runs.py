@@ -58,7 +58,7 @@ def longest_runs(trace: Trace, tail: Tail, rest: RestValues) -> tuple[Ints, Ints
     `tail` ends the rows before. A rest value has no runs; a missing value neither ends a run nor counts.
     """
     windows, rows, fields = trace.rows.shape
-    known = np.full((windows, fields), rows)
+    known = np.full((windows, fields), rows, np.int64)
     follows = np.full(fields, trace.n < rows)
     if np.isnan(trace.rows).any():
         new = trace.rows[:, -trace.n :] if trace.n else trace.rows[:, :0]
@@ -96,7 +96,7 @@ def _without_missing(rows: Float64s) -> tuple[Trace, Ints]:
     missing = np.isnan(rows)
     order = np.argsort(missing, axis=1, kind="stable")
     compact = np.take_along_axis(rows, order, axis=1)
-    return Trace(compact, compact[:, 1:] - compact[:, :-1], rows.shape[1] - 1), (~missing).sum(1)
+    return Trace(compact, compact[:, 1:] - compact[:, :-1], rows.shape[1] - 1), (~missing).sum(1, dtype=np.int64)
 
 
 def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
