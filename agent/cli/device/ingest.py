@@ -88,7 +88,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         key = _file_key(source, name, stream)
-        may_repeat = not _is_regular(source) or not stream.rejects_duplicates
+        may_repeat = not _is_regular(source) or stream.duplicates == "accept"
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
         process = DecodeProcess(
             *(name, stream),
