@@ -256,9 +256,9 @@ def test_callers_that_share_a_process_get_their_own_answers() -> None:
         first = there.submit(CALM[:7])
         assert np.array_equal(there.invoke(CALM), here.invoke(CALM))
         second = there.submit(CALM[7:14])
-        assert np.array_equal(there.poll(first), here.invoke(CALM[:7]))
-        wait_for(lambda: there.poll(second) is not None, "it has answered")
-        assert np.array_equal(there.poll(second), here.invoke(CALM[7:14]))
+        there.poll(second, 30.0)
+        assert np.array_equal(first.take_outputs(), here.invoke(CALM[:7]))
+        assert np.array_equal(second.take_outputs(), here.invoke(CALM[7:14]))
 
 
 def test_a_crash_on_one_callers_request_does_not_fail_the_next_callers() -> None:
