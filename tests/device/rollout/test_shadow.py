@@ -286,7 +286,7 @@ def test_another_tasks_batch_in_the_shared_process_costs_no_comparison(make: Mak
     pair.model.invoke(np.flip(CALM[:30], 0))
     # A second canary's request is pending when the first one's runner polls.
     other = pair.model.submit(CALM[100:107])
-    del pair.runner._poll  # type: ignore[method-assign]
+    del pair.runner._poll
     assert pair.runner.poll()
     pair.turn()
     (message,) = pair.shadows()
