@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 import msgspec
@@ -65,8 +66,8 @@ class OpenFiles:
 
     def _write_note(self, db: sqlite3.Connection) -> str:
         """Leave a note for the next start, and describe what to do."""
-        note = _note_path(self._folder)
         try:
+            note = _note_path(self._folder)
             if _identify(note) is None:
                 durable_files.write(note, msgspec.json.encode(_Note(meta.get(db, "log", ""))), 0o600)
         except (StorageError, sqlite3.Error) as error:
@@ -159,19 +160,25 @@ def require_not_moved(folder: Path) -> None:
 
 def _note_path(folder: Path) -> Path:
     """Return the path of the note beside the folder; a service that may not write there has a folder for it."""
-    path = folder.absolute().with_name(f"{folder.absolute().name}.moved")
-    return path / "note" if path.is_dir() else path
+    folder = folder.absolute()
+    path = folder.parent / f"{folder.name}.moved"
+    status = _find(path)
+    return path / "note" if status is not None and stat.S_ISDIR(status.st_mode) else path
 
 
 def _identify(path: str | Path) -> tuple[int, int] | None:
     """Return device and inode, None if nothing has this path. Raises StorageError if that cannot be found out."""
+    status = _find(path)
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
+def _find(path: str | Path) -> os.stat_result | None:
     try:
-        status = os.stat(path)
+        return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise _unreadable(path, error) from error
-    return status.st_dev, status.st_ino
 
 
 def _unreadable(path: str | Path, error: OSError) -> StorageError:

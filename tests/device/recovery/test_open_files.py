@@ -94,12 +94,12 @@ def test_a_service_that_may_not_write_beside_the_folder_leaves_its_note_in_a_fol
     (tmp_path / "data.moved").mkdir()
     store, _ = opened(tmp_path / "data")
     move_away(tmp_path / "data")
-    with pytest.raises(StorageMoved, match="delete .*/data.moved/note to begin an empty store"):
+    with pytest.raises(StorageMoved, match=r"delete .*/data\.moved/note to begin an empty store"):
         append(store, "numbers", 1)
     store.close()
     # As the service manager makes it anew.
     (tmp_path / "data").mkdir()
-    with pytest.raises(StorageMoved, match="put it back, or delete .*/data.moved/note"):
+    with pytest.raises(StorageMoved, match=r"put it back, or delete .*/data\.moved/note"):
         opened(tmp_path / "data")
     (tmp_path / "data").rmdir()
     (tmp_path / "former").rename(tmp_path / "data")
@@ -126,12 +126,12 @@ def test_a_disk_that_fails_for_a_moment_is_not_a_moved_folder(
     folder = tmp_path / "data"
     store, _ = opened(folder)
     append(store, "numbers", 20)
-    stat = os.stat
+    intact = os.stat
 
     def fail(path: Any, **options: Any) -> os.stat_result:
         if str(path).startswith(str(folder)):
             raise OSError(code, os.strerror(code), str(path))
-        return stat(path, **options)
+        return intact(path, **options)
 
     with monkeypatch.context() as failing:
         failing.setattr(os, "stat", fail)
@@ -141,7 +141,7 @@ def test_a_disk_that_fails_for_a_moment_is_not_a_moved_folder(
         assert not isinstance(raised.value, StorageMoved)
         store.close()
         # Whether there is a note is not known either: nothing is opened.
-        with pytest.raises(StorageError, match="data.moved: cannot be read"):
+        with pytest.raises(StorageError, match=r"data\.moved: cannot be read"):
             require_not_moved(folder)
     assert not (tmp_path / "data.moved").exists()
     store, _ = opened(folder)
