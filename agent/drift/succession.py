@@ -81,10 +81,10 @@ def carry_over(fresh: DriftState, old: DriftState) -> tuple[DriftState, list[Ale
     # Ids of alerts are never used twice.
     raised = np.full_like(fresh.raised_counts, old.raised_counts.max(initial=0))
     shared = {fresh.fields.index(name): at for at, name in enumerate(old.fields) if name in fresh.fields}
-    gone = [name for name in old.fields if name not in fresh.fields]
+    dropped = [name for name in old.fields if name not in fresh.fields]
     open_drifts = [*old.carried, *_open_drifts(old, old.suite.open_subjects)]
-    carried = [item for item in open_drifts if item.subject not in gone]
-    ended = [item for item in (*open_drifts, *_open_faults(old)) if item.subject in gone]
+    carried = [item for item in open_drifts if item.subject not in dropped]
+    ended = [item for item in (*open_drifts, *_open_faults(old)) if item.subject in dropped]
     alerts = clear_carried(ended, "the bundle was changed, and the new one does not read this field")
     alerts += [build_carried_alert(item) for item in carried]
     state = replace(

@@ -139,6 +139,8 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
     columns: ResultColumns
     # Results whose missing share exceeds the bundle's limit.
     incomplete: Natural = 0
+    # Fields with a sensor fault while these results were computed.
+    faults: Annotated[list[ShortText], msgspec.Meta(max_length=64)] = []
     # Runs of rows stamped by one clock: first row, boot, clock segment (0: the producer's clock), and quality
     # (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None

@@ -19,6 +19,11 @@ WINDOW_ROWS = (60, 250, 500)
 QUIET, TRIALS = 3000, 30  # windows of each population and length; sites of each change
 MOST_REFUSALS = 5  # sites that may refuse to learn before a population counts as one that cannot be learned
 PER_1000 = 10.0
+HEAD = f"""\
+`scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
+A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for more.
+Below: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
+rows."""
 SECTION = "Alarms in quiet windows, and delays"
 # Populations whose changes are timed: others repeat one of these.
 TIMED = (
@@ -73,7 +78,8 @@ def measure(population: Population, length: int, windows: int, trials: int = TRI
 
 def table(measured: list[Measured]) -> str:
     """Render both tables in Markdown."""
-    return "\n\n".join([_render_quiet(measured), *(_render_delays(measured, length) for length in WINDOW_ROWS)])
+    parts = [HEAD, _render_quiet(measured), *(_render_delays(measured, length) for length in WINDOW_ROWS)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _measure_case(case: tuple[str, int, int]) -> Measured:
@@ -91,13 +97,19 @@ def _render_quiet(measured: list[Measured]) -> str:
         kinds = sum((case.quiet.kinds for case in cases.values()), start=type(next(iter(cases.values())).quiet.kinds)())
         windows = max(1, sum(case.quiet.windows for case in cases.values()))
         most = ", ".join(f"{kind} {1000 * count / windows:.1f}" for kind, count in kinds.most_common(3))
-        cells = ["not learned" if not case.quiet.windows else f"{case.quiet.per_1000:.1f}" for case in cases.values()]
+        cells = [_cell(cases[length]) if length in cases else "" for length in WINDOW_ROWS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {most} |")
     return "\n".join(lines)
 
 
+def _cell(case: Measured) -> str:
+    return f"{case.quiet.per_1000:.1f} of {case.quiet.windows:,}" if case.quiet.windows else "not learned"
+
+
 def _render_delays(measured: list[Measured], length: int) -> str:
     names = [change.name for change in CHANGES]
+    if not any(case.rows == length and case.delays for case in measured):
+        return ""
     lines = [f"| {length} rows | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for case in measured:
         if case.rows == length and case.delays:

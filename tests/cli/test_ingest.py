@@ -431,7 +431,7 @@ def test_rows_rejected_by_another_config_are_an_error_that_names_it(
     assert "if the config changed since the daemon was started, restart it. 1 rows were accepted" in err
 
 
-def test_a_file_that_is_added_again_adds_nothing_whatever_its_name(
+def test_a_file_that_is_added_again_under_any_name_adds_nothing(
     home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
     for timed in (False, True):

@@ -37,8 +37,8 @@ def test_stuck_runs_between_missing_values_are_each_reported() -> None:
     for begin, end in runs:
         rows[begin:end, 1] = np.where(np.isnan(rows[begin:end, 1]), np.nan, 0.25)
     _, alerts = site().feed(rows)
-    told = [a for a in alerts if a.evidence.get("fault") == "stuck" and a.state == "raised"]
-    assert [a.subject for a in told] == ["f1"] * 3
+    raised = [a for a in alerts if a.evidence.get("fault") == "stuck" and a.state == "raised"]
+    assert [a.subject for a in raised] == ["f1"] * 3
     assert len({a.id for a in alerts if a.state == "raised"}) == 4
 
 

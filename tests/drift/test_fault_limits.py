@@ -50,7 +50,7 @@ def test_faults_are_reported_where_limits_were_learned(kind: str, fault: str, na
     assert {name for _, name in raised} & names
 
 
-def test_a_field_without_a_unit_is_not_said_to_read_like_another_unit() -> None:
+def test_a_field_without_a_unit_is_not_accused_of_another_unit() -> None:
     rows = rows_of("autocorrelated", 20 * 60)
     rows[600:, 2] *= 9.80665
     _, alerts = learned_site("autocorrelated", 60).feed(rows)
@@ -87,3 +87,11 @@ def test_a_light_that_is_off_for_long_is_not_stuck_in_short_windows(window: int)
     rows[100:300] = 0.0
     _, alerts = learned_site("resting", window).feed(rows)
     assert "stuck" not in {a.evidence.get("fault") for a in alerts}
+
+
+@pytest.mark.parametrize("window", [1, 2, 8, 60])
+def test_readings_far_outside_are_reported_in_windows_of_any_length(window: int) -> None:
+    rows = rows_of("autocorrelated", 360)
+    rows[120:, 2] += 100.0
+    _, alerts = learned_site("autocorrelated", window).feed(rows)
+    assert [(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"] == [("f2", "out_of_range")]

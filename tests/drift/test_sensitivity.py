@@ -1,4 +1,4 @@
-"""Sensitivity: changes of the stated size are found about as often as stated, and a site that is blind says so."""
+"""Sensitivity: changes of the stated size are detected about as often as stated, and a site that is blind says so."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ def learned(monitor: DriftMonitor, rows: Rows) -> tuple[DriftState, Reference]:
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(1.0, 13, 16), (0.3, 0, 8)])
-def test_a_shift_is_found_from_the_stated_size_on(share: float, least: int, most: int) -> None:
-    monitor, found = monitor_of(steady(99, 60)), 0
+def test_a_shift_is_detected_from_the_stated_size_on(share: float, least: int, most: int) -> None:
+    monitor, detected = monitor_of(steady(99, 60)), 0
     for seed in range(16):
         rows = steady(seed, LEARN + sensitivity.WINDOWS)
         state, reference = learned(monitor, rows)
         assert reference.site is not None
         rows[LEARN * ROWS :, 0] += share * reference.site.sensitivity.shift[0]
-        found += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
-    assert least <= found <= most
+        detected += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
+    assert least <= detected <= most
 
 
-def test_a_spread_is_found_from_the_stated_size_on() -> None:
-    monitor, found = monitor_of(steady(99, 60)), 0
+def test_a_spread_is_detected_from_the_stated_size_on() -> None:
+    monitor, detected = monitor_of(steady(99, 60)), 0
     for seed in range(16):
         rows = steady(seed, LEARN + sensitivity.WINDOWS)
         state, reference = learned(monitor, rows)
         assert reference.site is not None
         rows[LEARN * ROWS :, 0] *= reference.site.sensitivity.ratio[0]
-        found += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
-    assert found >= 13
+        detected += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
+    assert detected >= 13
 
 
-def test_a_site_whose_windows_differ_says_which_shifts_it_misses() -> None:
+def test_a_site_with_different_windows_says_which_shifts_it_misses() -> None:
     _, reference = learned(monitor_of(changing(99, 60)), changing(3, LEARN))
     assert reference.warning is not None
     assert "shifts of" in reference.warning

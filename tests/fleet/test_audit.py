@@ -355,7 +355,7 @@ def test_an_audit_from_a_checkpoint_reports_the_same_as_one_of_everything(
         ("UPDATE logs SET last_seq = 2", "table logs has"),
     ],
 )
-def test_a_change_before_the_checkpoint_is_told_as_without_one(
+def test_a_change_before_the_checkpoint_is_reported_as_without_one(
     store: FleetStore, checkpoints: CheckpointFolder, sql: str, reason: str
 ) -> None:
     for device in ("pi-07", "pi-08"):

@@ -22,7 +22,7 @@ NUMBERS = [value for value in CELLS if isinstance(value, int)]
 
 @pytest.fixture(params=DATABASES)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a database with some messages of each kind is."""
+    """Return the location of a database with some messages of each kind."""
     if request.param == "sqlite":
         where: Any = tmp_path / "fleet.db"
     else:

@@ -151,12 +151,12 @@ def test_processes_summarise_ranges_of_devices_to_the_same(store: FleetStore, mo
     for index, sender in enumerate(devices(4)):
         rows = np.random.default_rng(index).normal(0, 1, (5, 500))
         add(store, sender, *(window(sender, index + i, {"ax": field(rows[i])}) for i in range(5)))
-    one = seen(store)
+    whole = seen(store)
     monkeypatch.setattr(survey, "_MIN_PARALLEL_MESSAGES", 1)
     monkeypatch.setattr(workers, "_MIN_MESSAGES", 1)
     two = seen(store, processes=2)
     assert len(workers.split_devices(store, 2, 2)) == 2
-    assert build_document(two, None, {}) == build_document(one, None, {})
+    assert build_document(two, None, {}) == build_document(whole, None, {})
 
 
 def test_a_window_counts_once_in_any_log(store: FleetStore) -> None:

@@ -24,7 +24,7 @@ def test_an_unknown_processor_is_refused(arguments: list[str], problem: str) -> 
 
 
 @pytest.mark.parametrize("processor", ["aarch64", "armv7l"])
-def test_what_is_missing_is_said_in_one_line(processor: str, tmp_path: Path) -> None:
+def test_one_line_names_all_that_is_missing(processor: str, tmp_path: Path) -> None:
     for name in ("bash", "dirname", "uname", "sha256sum", "cut", "grep", "cat"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""What a site has learned, as text: the smallest changes that its drift tests find, and why learning goes on."""
+"""Learned reference as text: the smallest changes that its drift tests find, and why learning goes on."""
 
 from __future__ import annotations
 

@@ -199,10 +199,10 @@ class GroupCommit:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
                 histories = {name: history.begin_transaction() for name, history in self._histories.items()}
-                begun = dict(histories)
+                before = dict(histories)
                 outcomes = self._write(tx, batches, now, histories)
                 for stream, history in histories.items():
-                    if history is not begun.get(stream) and history.latest_us is not None:
+                    if history is not before.get(stream) and history.latest_us is not None:
                         tx.set_latest_time(stream, history.latest_us)
             # Only now: rows that were not stored must not count as sent before.
             self._histories = histories

@@ -38,7 +38,7 @@ class LastValues(msgspec.Struct, frozen=True):
 
 
 class RowHistory(msgspec.Struct, frozen=True):
-    """What a stream's next rows are compared with.
+    """Newest rows of a stream, to compare the next ones with.
 
     `latest_us`: its latest time, epoch µs; None before the first row that came with a time. `committed_us`: the same
     before this transaction, in which rows of several producers are ordered by producer. `hashes`: of its recent rows;
@@ -232,7 +232,7 @@ def _find_jumps(
     return jumps, float(level)
 
 
-def summarize_reasons(reasons: Mapping[int, str], what: str) -> str:
+def summarize_reasons(reasons: Mapping[int, str], item: str) -> str:
     """Return one reason for a line of columns; `reasons`: position → reason."""
-    shown = "; ".join(f"{what} {index + 1} of the columns: {reason}" for index, reason in sorted(reasons.items())[:5])
-    return shown + (f"; and {len(reasons) - 5} more {what}s" if len(reasons) > 5 else "")
+    shown = "; ".join(f"{item} {index + 1} of the columns: {reason}" for index, reason in sorted(reasons.items())[:5])
+    return shown + (f"; and {len(reasons) - 5} more {item}s" if len(reasons) > 5 else "")

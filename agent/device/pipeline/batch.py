@@ -189,7 +189,14 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
     labels = scores.to_texts(results.scores, task.bundle.manifest)
     messages = list(task.closing_messages or ())
     messages += batch_messages.build_result_messages(
-        task, source.batch, results, labels, source.texts, message_log, source.current_segment
+        task,
+        source.batch,
+        results,
+        labels,
+        source.texts,
+        message_log,
+        source.current_segment,
+        batch_messages.find_faulty_fields((task.drift_state, drift), windows),
     )
     drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
     model_scores, batch, predictions = results.scores, source.batch, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,14 +18,15 @@ from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows
 from agent.device.store.store import RowBatch
-from agent.drift.state import DriftWindowResult, QuietRun
+from agent.drift.state import DriftState, DriftWindowResult, QuietRun
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
 from agent.wire import commitment
 
 # The message's header, then its other members beside the columns.
-_HEAD_BYTES, _MEMBER_BYTES = 2_000, 1_200
+_HEAD_BYTES, _MEMBER_BYTES, _FAULTS_BYTES = 2_000, 1_200, 500
+_MAX_FAULTS = 64
 
 
 def build_result_messages(
@@ -34,17 +37,20 @@ def build_result_messages(
     texts: Mapping[str, Sequence[str]],
     message_log: MessageLog,
     current_segment: tuple[int, int] | None,
+    faulty: Sequence[str] = (),
 ) -> Iterator[PendingMessage]:
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
-    `texts` holds the texts of category codes by field. `current_segment` is (boot, segment) of the log's last clock
-    anchor, or None if that is of another boot.
+    `faulty` are the fields with a sensor fault meanwhile. `texts` holds the texts of category codes by field.
+    `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
     ends = cut.starts + task.window_rows - 1
     is_published = _select_published(task, model_scores, labels)
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
-    max_results = columns.max_results(message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES, model_scores, labels)
+    max_results = columns.max_results(
+        message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES, model_scores, labels
+    )
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + max_results)
@@ -57,6 +63,8 @@ def build_result_messages(
         body = _result_body(task, rows, stop - done, proof, listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
+        if faulty:
+            body["faults"] = list(faulty)
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
@@ -64,6 +72,19 @@ def build_result_messages(
         first_row, done = through, stop
         if done == count:
             return
+
+
+def find_faulty_fields(states: Sequence[DriftState | None], windows: Sequence[DriftWindowResult]) -> list[str]:
+    """Return the fields with an open fault alert in one of the states, or with a fault in a drift window.
+
+    Of very many, or with long names, only the first are listed.
+    """
+    known = [state for state in states if state is not None]
+    faulty = {name for state in known for name in itertools.compress(state.fields, state.faults.open_fields)}
+    features = (window.members["features"] for window in windows)
+    faulty |= {name for field in features for name, numbers in field.items() if numbers["fault"]}
+    sizes = itertools.accumulate(len(json.dumps(name)) + 1 for name in sorted(faulty))
+    return [name for name, size in zip(sorted(faulty), sizes, strict=True) if size < _FAULTS_BYTES][:_MAX_FAULTS]
 
 
 def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:

@@ -84,9 +84,9 @@ def measure_sensitivity(
         level = mean[place][fields:]
         variances = (np.maximum(np.exp(log) - VARIANCE_PRIOR, 1e-3) for log in (level + value[fields:], level))
         ratio = np.sqrt(np.divide(*variances))
-    found = np.isfinite(score)
+    finite = np.isfinite(score)
     return Sensitivity(
-        np.where(found[:fields], value[:fields] * class_sd[:fields], 0.0), np.where(found[fields:], ratio, 0.0)
+        np.where(finite[:fields], value[:fields] * class_sd[:fields], 0.0), np.where(finite[fields:], ratio, 0.0)
     )
 
 

@@ -88,7 +88,7 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
     limits = (site or reference).fault_limits or FaultLimits.none(len(reference.fields))
     rows = np.maximum(windows.row_counts, 1)
     most = np.maximum(OUTSIDE_SHARE, limits.outside) * rows[:, None]
-    outside = (windows.outside > most) & (windows.outside >= MIN_OUTSIDE_ROWS)
+    outside = (windows.outside > most) & (windows.outside >= np.minimum(MIN_OUTSIDE_ROWS, rows)[:, None])
     loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
     none = np.zeros(outside.shape, np.int64)
     return FaultIndicators(

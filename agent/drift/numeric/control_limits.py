@@ -33,7 +33,7 @@ _STEPS = 40  # of each search by halves
 
 
 class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
-    """How S scores vary by chance, as `windows` learned windows show it."""
+    """Chance variation of S scores, as `windows` learned windows show it."""
 
     windows: int
     coefficients: Float64s  # (S,) numbers fitted to each mean: itself, and those of a cycle

@@ -118,7 +118,7 @@ class WindowReport(msgspec.Struct, frozen=True):
 
 
 class _QuietEnds(msgspec.Struct, frozen=True, gc=False):
-    """What is read of a run of quiet windows; a device's message was checked in full when it arrived."""
+    """Ends of a run of quiet windows; a device's message was checked in full when it arrived."""
 
     to: list[EpochMicroseconds | TimeRun] | JitteredTimes
     nearest: Annotated[list[Share | None], msgspec.Meta(min_length=2, max_length=MAX_QUIET_WINDOWS)]

@@ -285,7 +285,7 @@ class _DeviceAuditor:
 
 
 class _AuditParts(msgspec.Struct):
-    """What the audits of the logs of a device share. `broken`: devices with a message that does not verify."""
+    """Parts that the audits of one device's logs share. `broken`: devices with a message that does not verify."""
 
     keyring: Keyring
     replay: Replay

@@ -87,7 +87,7 @@ def test_a_named_producer_that_dies_at_any_byte_sends_the_rest_and_nothing_is_lo
     assert station.store.counters()["lines rejected"] == length + 1
 
 
-def test_a_line_that_is_cut_off_is_counted_and_told_to_a_producer_that_still_reads(station: Station) -> None:
+def test_a_line_that_is_cut_off_is_counted_and_reported_to_a_producer_that_still_reads(station: Station) -> None:
     row = b'{"stream":"machine","power":1,"count":7,"mode":"on"}'
     for cut in range(1, len(row)):
         with station.line() as line:

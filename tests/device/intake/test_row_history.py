@@ -53,10 +53,10 @@ def rejected(history: RowHistory, new: Rows, *arguments: Any, **options: Any) ->
 
 
 def test_a_row_with_the_time_and_values_of_an_earlier_one_is_a_duplicate() -> None:
-    found, history = rejected(RowHistory(), rows([0, 1, 1, 1, 2], [1, 2, 2, 3, 4]))
-    assert found == {2: "duplicate"}
-    found, history = rejected(history, rows([1, 1, 2, 3], [3, 5, 4, 4]))
-    assert found == {0: "duplicate", 2: "duplicate"}
+    results, history = rejected(RowHistory(), rows([0, 1, 1, 1, 2], [1, 2, 2, 3, 4]))
+    assert results == {2: "duplicate"}
+    results, history = rejected(history, rows([1, 1, 2, 3], [3, 5, 4, 4]))
+    assert results == {0: "duplicate", 2: "duplicate"}
     assert rejected(history, rows([1, 3], [5, 4]))[0] == {0: "duplicate", 1: "duplicate"}
 
 
@@ -77,9 +77,9 @@ def test_rejected_rows_are_not_compared_with() -> None:
 
 
 def test_the_rows_that_are_compared_are_limited_in_count_and_bytes() -> None:
-    wide = StreamConfig(fields=[FieldConfig(name=f"f{i}", type="f64") for i in range(6_000)])
+    many_fields = StreamConfig(fields=[FieldConfig(name=f"f{i}", type="f64") for i in range(6_000)])
     assert recent_rows(PAIR) == row_history.MAX_RECENT_ROWS
-    assert recent_rows(wide) < 400
+    assert recent_rows(many_fields) < 400
     history = RowHistory()
     for block in range(3):
         t = [block + i / 1e5 for i in range(40_000)]
@@ -97,8 +97,8 @@ def test_each_row_is_accepted_once_however_it_is_split(pairs: list[tuple[int, in
         size = data.draw(st.integers(1, len(pairs) - at))
         part = pairs[at : at + size]
         stored = [rows([t for t, _ in accepted], [a for _, a in accepted])] if accepted else []
-        found, history = rejected(history, rows([t for t, _ in part], [a for _, a in part]), stored=stored)
-        accepted += [pair for index, pair in enumerate(part) if index not in found]
+        results, history = rejected(history, rows([t for t, _ in part], [a for _, a in part]), stored=stored)
+        accepted += [pair for index, pair in enumerate(part) if index not in results]
         at += size
     assert sorted(accepted) == sorted(set(pairs))
     assert len(set(hash_rows(rows([t for t, _ in accepted], [a for _, a in accepted])).tolist())) == len(accepted)
@@ -128,8 +128,8 @@ def test_recordings_may_be_older_and_are_counted() -> None:
 def test_a_clock_that_was_in_the_future_keeps_out_nothing_once_it_is_right() -> None:
     now = ClockReading(round(T0 * 1e6), 1.0, "synced")
     _, history = rejected(RowHistory(), rows([86_400 * 365], [1]), now=now)
-    found, history = rejected(history, rows([0, 1], [1, 2]), now=now)
-    assert found == {}
+    results, history = rejected(history, rows([0, 1], [1, 2]), now=now)
+    assert results == {}
     assert history.latest_us == round((T0 + 1) * 1e6)
     assert rejected(history, rows([-61], [1]), now=now)[0] == {0: "late"}
     # An unsynced clock is no witness.
@@ -162,30 +162,30 @@ def test_a_declared_lateness_is_allowed() -> None:
 def test_a_spike_costs_one_row_and_a_new_level_is_accepted_from_its_second(
     values: list[float], jumps: list[int], split: bool
 ) -> None:
-    found: dict[int, str] = {}
+    results: dict[int, str] = {}
     history = RowHistory()
     for first in range(len(values)) if split else [0]:
         part = values[first : first + 1] if split else values
         now, history = rejected(history, rows([first + i for i in range(len(part))], part), STEPPED)
-        found |= {first + index: kind for index, kind in now.items()}
-    assert found == dict.fromkeys(jumps, "step")
+        results |= {first + index: kind for index, kind in now.items()}
+    assert results == dict.fromkeys(jumps, "step")
 
 
 def test_missing_values_are_no_step() -> None:
-    found, _ = rejected(RowHistory(), rows([0, 1, 2, 3], [1, 1, 1, 1], [1, None, 3, 30]), STEPPED)
-    assert found == {3: "step"}
+    results, _ = rejected(RowHistory(), rows([0, 1, 2, 3], [1, 1, 1, 1], [1, None, 3, 30]), STEPPED)
+    assert results == {3: "step"}
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(1, 40))
 def test_steps_are_the_same_however_rows_are_split(values: list[int], size: int) -> None:
     def run(size: int) -> dict[int, str]:
-        found: dict[int, str] = {}
+        results: dict[int, str] = {}
         history = RowHistory()
         for first in range(0, len(values), size):
             part = [float(v) for v in values[first : first + size]]
             now, history = rejected(history, rows([first + i for i in range(len(part))], part), STEPPED)
-            found |= {first + index: kind for index, kind in now.items()}
-        return found
+            results |= {first + index: kind for index, kind in now.items()}
+        return results
 
     assert run(size) == run(len(values))
     level, before = float(values[0]), float(values[0])
@@ -247,7 +247,7 @@ def test_rejections_have_reasons_and_counts_and_last_across_connections_and_rest
         assert counters["rows late.pair"] == 1
 
 
-def test_a_stream_whose_rows_may_repeat_keeps_them(declared: Callable[..., Station]) -> None:
+def test_a_stream_with_duplicates_accepted_stores_equal_rows(declared: Callable[..., Station]) -> None:
     with declared(duplicates="accept") as station:
         for _ in range(2):
             with station.line() as line:
@@ -271,7 +271,7 @@ def test_rows_that_a_full_store_refused_are_no_duplicates_when_they_come_again(t
         assert not any(name.startswith("rows ") for name in station.store.counters())
 
 
-def test_two_producers_of_one_stream_whose_rows_interleave_lose_nothing(declared: Callable[..., Station]) -> None:
+def test_two_producers_with_interleaved_rows_of_one_stream_lose_nothing(declared: Callable[..., Station]) -> None:
     with declared() as station, station.line() as first, station.line() as second:
         for n in range(0, 40, 4):
             first.send(*(row(n + i / 10, 1) for i in range(20)))

@@ -136,7 +136,7 @@ def test_a_name_that_comes_again_is_taken_again_and_overwrites_nothing(tmp_path:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_file_that_comes_again_goes_to_failed_with_one_line_whatever_its_name(
+def test_a_file_that_comes_again_under_any_name_goes_to_failed_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "a.csv", range(3))

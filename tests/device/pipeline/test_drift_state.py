@@ -203,7 +203,9 @@ def test_a_bundle_with_other_fields_carries_open_alerts_over(
     store.close()
 
 
-def test_alerts_of_a_field_that_is_gone_are_cleared(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
+def test_alerts_of_a_field_that_no_longer_exists_are_cleared(
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
+) -> None:
     store, author = opened(tmp_path)
     keep(store, judge, drifted)
     take_over(store, author, monitor_of(replace(reference(2), fields=("x", "v", "w"))))

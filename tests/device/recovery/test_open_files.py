@@ -62,7 +62,7 @@ def test_a_data_folder_that_is_no_longer_the_one_opened_takes_no_commit(
     assert not (tmp_path / "data.moved").exists()
 
 
-def test_without_its_note_an_empty_store_is_begun(tmp_path: Path) -> None:
+def test_without_its_note_an_empty_store_is_created(tmp_path: Path) -> None:
     store, _ = opened(tmp_path / "data")
     append(store, "numbers", 20)
     move_away(tmp_path / "data")

@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("table", "column"), LOADED)
-def test_a_changed_cell_of_any_table_is_found(whole: Path, tmp_path: Path, table: str, column: str) -> None:
+def test_a_changed_cell_of_any_table_is_detected(whole: Path, tmp_path: Path, table: str, column: str) -> None:
     folder = shutil.copytree(whole, tmp_path / "d")
     with contextlib.closing(sqlite3.connect(folder / "outstation.db", isolation_level=None)) as db:
         # Without a clean stop the large tables are looked through, too.
