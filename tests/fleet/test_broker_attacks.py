@@ -424,7 +424,7 @@ def test_where_the_fleet_names_its_tasks_a_device_retains_only_topics_of_these(s
             (("machine",), {"results/machine", "alerts/_device", "health", "state"}),
         ):
             change = AccessChange("pi-07", "device", tasks)
-            assert broker_control.apply(site.folder, site.config, change) == ()
+            assert broker_control.apply(site.folder, site.config, change) == (True, ())
             topics = (*own, "results/machine", *invented)
             codes = retain(site, *topics)
             taken = {topic for topic, code in zip(topics, codes, strict=True) if code < 0x80}
