@@ -139,9 +139,13 @@ class Site(msgspec.Struct, frozen=True):
             rows.astype(np.float32), np.arange(count), 1, np.zeros(count, np.int64), None, window, fields=names
         )
         monitor = DriftMonitor(shipped, labels=(), window=window, learn_windows=learn, units=units, seasonality="none")
-        site = cls(monitor, monitor.start())
-        learned, _ = site.feed(make(np.random.default_rng([seed, 1]), (learn + 4) * window, fields))
-        return learned
+        site, rng = cls(monitor, monitor.start()), np.random.default_rng([seed, 1])
+        # Windows that are like their neighbors are learned for longer.
+        for windows in (learn + 4, 4 * learn):
+            site, _ = site.feed(make(rng, windows * window, fields))
+            if site.state.site_reference is not None:
+                break
+        return site
 
     def feed(self, rows: Floats, *, batch: int = 5000) -> tuple[Site, list[Alert]]:
         """Return the site after these rows, and the alerts that they raised and cleared."""
