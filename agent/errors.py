@@ -19,11 +19,16 @@ OutstationError
 
 from __future__ import annotations
 
-from typing import Literal
+import copyreg
+from typing import Any, Literal
 
 
 class OutstationError(Exception):
     """Base of all errors that are reported in one line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without a call of `__init__`, whose arguments differ: worker processes hand errors over."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class UsageError(OutstationError):
