@@ -18,7 +18,7 @@ from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
 MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
-_OUT_OF_RANGE = KINDS.index("out_of_range")
+_OUT_OF_RANGE, _SPIKES = KINDS.index("out_of_range"), KINDS.index("spikes")
 
 
 class OpenFaults(msgspec.Struct, frozen=True, eq=False):
@@ -88,12 +88,13 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         if not (now.any() or was.any() or self.seen_count.any()):
             return self, FaultChanges(now, now, now, size)
         # Readings in another unit lie far outside, too, in some windows more clearly than in others.
-        now[:, _OUT_OF_RANGE] &= ~self.misread | was[:, _OUT_OF_RANGE]
+        for kind in (_OUT_OF_RANGE, _SPIKES):
+            now[:, kind] &= ~self.misread | was[:, kind]
         clear_count = np.where(was & ~now, self.clear_count + 1, 0)
         seen_count = np.where(now & ~was, self.seen_count + 1, 0)
         # One odd window may read like anything: another unit, another field.
         enough = np.where(_MISREAD, max(MISREAD_WINDOWS, -(-MISREAD_ROWS // max(rows, 1))), 1)
-        enough[_OUT_OF_RANGE] = -(-MIN_OUTSIDE_ROWS // max(rows, 1))
+        enough[_OUT_OF_RANGE] = max(MISREAD_WINDOWS, -(-MIN_OUTSIDE_ROWS // max(rows, 1)))
         is_open = (was | (seen_count >= enough)) & (clear_count < WINDOWS_TO_CLEAR)
         raised = is_open & ~was
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
