@@ -181,9 +181,7 @@ def test_an_older_store_is_read_before_the_agent_migrates_it(older: Path) -> Non
     assert indexes(older) == []
 
 
-def test_an_older_store_with_other_columns_is_not_called_damaged(
-    older: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_store_with_other_columns_is_not_called_damaged(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def add_note(db: sqlite3.Connection) -> None:
         db.execute("ALTER TABLE labels ADD COLUMN note TEXT")
 
