@@ -19,7 +19,6 @@ OutstationError
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any, Literal
 
 
@@ -28,7 +27,11 @@ class OutstationError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without a call of `__init__`, whose arguments differ: worker processes hand errors over."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return _make, (type(self), self.args), self.__dict__
+
+
+def _make(kind: type[OutstationError], args: tuple[Any, ...]) -> OutstationError:
+    return kind.__new__(kind, *args)
 
 
 class UsageError(OutstationError):
