@@ -351,6 +351,7 @@ class DriftMonitor:
                 drifting=after.suite.open_subjects.tolist(),
                 faults=tuple(several[-1].name if several else None for several in identified),
                 tested=tester is not None and not tests.blocked,
+                answers_tested=not state.is_inherited,
             ),
             after.gates,
             self._find_tester(after),
@@ -392,9 +393,6 @@ class DriftMonitor:
         wait = site.site.needs_more_windows and not guard.deviations
         if wait and not self._has_learned(state, learning, self.learn_extension):
             return gathered, None, None
-        if state.is_inherited and guard.is_held:
-            # The inherited reference stays in force.
-            return replace(fresh, guard=replace(guard, is_held=False)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.
             fresh = replace(fresh, suite=SuiteState.start(self.shipped.task))

@@ -64,7 +64,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def open_fields(self) -> list[bool]:
-        """Whether each field has an open alert."""
+        """(F,) fields with an open alert."""
         return [bool(is_open) for is_open in (self.number > 0).any(1)]
 
     @property
