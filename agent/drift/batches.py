@@ -301,7 +301,9 @@ def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int)
     observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)
     signs = zip(analysis.indicators.has_indication[first:].tolist(), observations, strict=True)
     faulty = (sign or any(observation.fault for observation in seen) for sign, seen in signs)
-    return next((number for number, is_faulty in enumerate(faulty) if is_faulty), len(analysis.indicators.stuck) - first)
+    return next(
+        (number for number, is_faulty in enumerate(faulty) if is_faulty), len(analysis.indicators.stuck) - first
+    )
 
 
 def _nearest_shares(sums: Float64s, tester: DriftTester, gates: Mapping[str, GateRun]) -> Float64s | None:

@@ -328,7 +328,9 @@ def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
     if raised:
         summary = _raised_sentence(event, binary_loss=binary_loss)
     elif event.state == "corrected":
-        summary = f"labels were corrected; a new test of all {event.run.n} raises no alert against {_REFERENCES[event.kind]}."
+        summary = (
+            f"labels were corrected; a new test of all {event.run.n} raises no alert against {_REFERENCES[event.kind]}."
+        )
     else:
         summary = _cleared_sentence(event, binary_loss=binary_loss)
     evidence: dict[str, Any] = {"n": event.run.n}

@@ -84,9 +84,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
 
     def drop(self, which: Bools) -> OpenFaults:
         """Return the state without these open alerts (F, K)."""
-        return replace(
-            self, number=np.where(which, 0, self.number), clear_count=np.where(which, 0, self.clear_count)
-        )
+        return replace(self, number=np.where(which, 0, self.number), clear_count=np.where(which, 0, self.clear_count))
 
     def update(
         self, faults: tuple[tuple[Fault, ...], ...], rows: int, raised_count: Ints, *, has_site: bool = True
