@@ -15,8 +15,8 @@ import pytest
 from agent.errors import StorageDamaged
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
 from agent.fleet.database.projection import TABLES
+from agent.fleet.database.store import FleetStore
 from agent.testing.messages import NEW_MODEL, MessageSender, new_key
 from scripts.fuzzing.malformed import CELLS, run_command
 from tests.kit.fleet_databases import DATABASES
@@ -46,13 +46,8 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def fill(store: FleetStore) -> None:
     sender = MessageSender("pi-07", new_key(3))
     sent = [sender.results(), sender.drift(), sender.quiet_run(), sender.alert(), sender.shadow(), sender.quality()]
-    sent += [
-        sender.rollout("shadow", numbers={"n": 3}),
-        sender.alert(),
-        sender.evicted((8, 8)),
-        sender.health_with_cursor(),
-    ]
-    sent += [sender.results(model=NEW_MODEL), sender.results()]
+    sent += [sender.rollout("shadow", numbers={"n": 3}), sender.alert(), sender.evicted((8, 8))]
+    sent += [sender.health_with_cursor(), sender.results(model=NEW_MODEL), sender.results()]
     store.enrol("pi-07", sender.key.public, replace=False, now=TIME)
     store.ingest([Arrival(sender.verify(item)) for item in sent if item.seq != 8], [], TIME)
 
@@ -103,14 +98,14 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
         db.execute("INSERT INTO decisions VALUES ('r', 1, ?, 'started', '', '{}', x'7b7d', 'a.b.c')", (TIME,))
         db.execute("INSERT INTO desired VALUES ('o/f/d/t', 1, x'7b7d', 'a.b.c')")
     store.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db, db:
-        db.execute("PRAGMA writable_schema = ON")
-        db.execute("UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', '') WHERE type = 'table'")
+    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as raw, raw:
+        raw.execute("PRAGMA writable_schema = ON")
+        raw.execute("UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', '') WHERE type = 'table'")
         names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'"
-        tables = [row[0] for row in db.execute(names)]
+        tables = [row[0] for row in raw.execute(names)]
     store = FleetStore(tmp_path / "fleet.db")
     others = itertools.cycle(["x", b"\xff", 2.5])
-    named = 0
+    named, refused = 0, list[tuple[str, str]]()
     for table in tables:
         for name, declared in store.stream(f"SELECT name, type FROM pragma_table_info('{table}')"):
             for value in (None, "x" if declared == "INTEGER" else next(others)):
@@ -120,8 +115,7 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
                     try:
                         report = audit(store)
                     except StorageDamaged as error:
-                        assert table == "meta", (table, name, value)
-                        assert "restore the database" in str(error)
+                        refused.append((table, str(error)))
                         raise RolledBack from None
                     json.dumps(report.to_dict())
                     if is_changed and table in DERIVED and (table, name) not in UNSIGNED:
@@ -132,6 +126,9 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
                     raise RolledBack
     store.close()
     assert named > 100
+    # The version of the keys belongs to no message.
+    assert {table for table, _ in refused} == {"meta"}
+    assert all("restore the database" in problem for _, problem in refused)
 
 
 class RolledBack(Exception):

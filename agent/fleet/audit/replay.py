@@ -123,7 +123,7 @@ class Replay:
 
 
 def _is_intact(successor_row: Row) -> bool:
-    device, log, successor, last_seq, until, source = successor_row
+    device, log, successor, last_seq, until, _ = successor_row
     return type(last_seq) is int and all(isinstance(name, str) for name in (device, log, successor)) and is_time(until)
 
 
