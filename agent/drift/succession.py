@@ -115,12 +115,6 @@ def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
     return [*state.carried, *_open_drifts(state, state.suite.open_subjects), *_open_faults(state)]
 
 
-def build_reopened_alert(item: CarriedAlert, reason: str) -> Alert:
-    """Return the alert, raised again."""
-    kind = monitoring_kind(item.alert, item.subject)
-    return kind.raised(f"{item.subject}: open again: {reason}.", {}, field=item.subject, count=item.count)
-
-
 def clear_carried(carried: Sequence[CarriedAlert], reason: str) -> list[Alert]:
     return [
         monitoring_kind(item.alert, item.subject).cleared(
