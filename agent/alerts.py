@@ -85,6 +85,14 @@ class AlertKind(msgspec.Struct, frozen=True):
         return Alert(self.alert, subject, state, severity, identity, summary, dict(evidence or {}))
 
 
+def continue_number(number: int, used: int, *, is_open: bool) -> int:
+    """Return the number of alerts so far, above all that were `used` meanwhile. An alert is open under its number.
+
+    An open alert whose successors are in use gets a number of its own.
+    """
+    return number if used <= number else used + is_open
+
+
 _DRIFT_CLEARS = "Once the drift test has been close to the site's reference for three drift windows in a row."
 _FAULT_CLEARS = "After three drift windows in a row without a fault of this kind."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."

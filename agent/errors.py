@@ -19,11 +19,19 @@ OutstationError
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 
 class OutstationError(Exception):
     """Base of all errors that are reported in one line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without a call of `__init__`, whose arguments differ: worker processes hand errors over."""
+        return _make, (type(self), self.args), self.__dict__
+
+
+def _make(kind: type[OutstationError], args: tuple[Any, ...]) -> OutstationError:
+    return kind.__new__(kind, *args)
 
 
 class UsageError(OutstationError):

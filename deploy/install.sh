@@ -264,7 +264,7 @@ uninstall() {
     if systemd_runs; then systemctl daemon-reload; fi
     say "the program and its service are gone"
     say "kept: $config (config and keys), $data (readings, results, outbox), the user outstation"
-    say "to delete them too: rm -r $config $data && userdel outstation"
+    say "to delete them too: rm -r $config $data $data.moved && userdel outstation"
 }
 
 main "$@"

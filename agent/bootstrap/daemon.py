@@ -180,7 +180,7 @@ def build_daemon(
     )
     open_sink = open_sink or sinks.sink_opener(conf)
     if conf.privacy.encrypt:
-        open_sink = sinks.seal_to_collector(file, conf, open_sink, lambda: trusted.encryption_key)
+        open_sink = sinks.seal_to_collector(file, conf, open_sink, trusted.find_encryption_key)
     uplink = Uplink(
         *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink),
         receivers=[trusted, receiver, desired_states],

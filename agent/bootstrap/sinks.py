@@ -31,13 +31,13 @@ def sink_opener(conf: Config) -> OpenSink:
 
 
 def seal_to_collector(
-    file: Path, conf: Config, open_sink: OpenSink, find_newer: Callable[[], EncryptionKey | None]
+    file: Path, conf: Config, open_sink: OpenSink, find_key: Callable[[EncryptionKey], EncryptionKey | None]
 ) -> OpenSink:
-    """Seal all messages to the key of the config, or to the one that `find_newer` returns. Raises ConfigError."""
+    """Seal all messages to the key that `find_key` returns for the key of the config. Raises ConfigError."""
     from agent.device.uplink.sealing_sink import open_sealing_sink
 
     configured = load_encryption_key(file, conf)
-    return partial(open_sealing_sink, open_sink, lambda: find_newer() or configured)
+    return partial(open_sealing_sink, open_sink, lambda: find_key(configured))
 
 
 def load_encryption_key(file: Path, conf: Config) -> EncryptionKey:

@@ -3,7 +3,8 @@
 One alert may be open for each field and kind of fault, and one for each subject's drift.
 
 - An open alert that grows or turns round is published again as its next revision (`escalation`).
-- A fault clears after three windows without one.
+- A fault clears after three windows without one. What only a site's reference shows (swapped, reversed, quantized)
+  waits for one, or for an operator who has it learned or accepts the readings.
 - A drift that was raised in the last windows before a field turns out to be read wrongly followed from that. Its alert
   is withdrawn, and what was gathered on it is forgotten.
 """
@@ -41,7 +42,10 @@ class AlertLifecycle:
     def update_faults(self, state: DriftState, faults: tuple[tuple[Fault, ...], ...]) -> tuple[DriftState, list[Alert]]:
         """Return the state with the alerts of a window's `faults`: one per field and kind of fault."""
         before, raised = state.faults, state.raised_counts
-        opened, changes = before.update(faults, state.open_summary.rows, raised[: len(faults), _FAULT])
+        has_site = state.tested_reference is not None
+        opened, changes = before.update(
+            faults, state.open_summary.rows, raised[: len(faults), _FAULT], has_site=has_site
+        )
         if opened is before:
             return state, []
         after, out = self._withdraw_misread(state, opened.misread & ~before.misread)
@@ -65,6 +69,16 @@ class AlertLifecycle:
         raised = raised.copy()
         raised[: len(faults), _FAULT] += changes.raised.sum(1)
         return replace(after, faults=opened, raised_counts=raised), out
+
+    def clear_site_faults(self, state: DriftState, reason: str) -> tuple[DriftState, list[Alert]]:
+        """Clear faults that no window shows without a site's reference: an operator takes the readings as they are."""
+        which = state.faults.open_site_faults
+        cleared = []
+        for field, kind in np.argwhere(which).tolist():
+            sentence = f"{self.subjects[field]}: no longer taken for {KINDS[kind]}: {reason}."
+            number = int(state.faults.number[field, kind])
+            cleared.append(self._build_alert(state, "fault", field, number, sentence, kind=KINDS[kind]))
+        return replace(state, faults=state.faults.drop(which)), cleared
 
     def update_drifts(
         self, before: DriftState, after: DriftState, z: Float64s, effects: Float64s, tester: DriftTester

@@ -248,16 +248,15 @@ def advance_tests(
     start_times: Ints,
     *,
     has_fault: bool,
-    most: int,
+    plain: int,
 ) -> AdvancedTests:
     """Advance the tests over windows from number `first` on, of which that one `has_fault` or not.
 
-    At most so many of them miss no more values than usual.
+    So many of them are `plain`: without any sign of a fault.
     """
     suite, gates, evidence = state.suite, state.gates, analysis.evidence
     if tester is None or evidence is None:
         return AdvancedTests(1, suite, gates, has_fault or gates.block_window, None)
-    plain = min(most, _count_plain_windows(state, analysis, first))
     ahead = slice(first, first + max(1, plain))
     runs = _run_gates(state, tester.reference, analysis, ahead, start_times)
     free = 0 if has_fault else min(run.windows_before_block for run in runs.values())
@@ -294,15 +293,17 @@ def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
     return GateStates({name: run.state_after(windows) for name, run in runs.items()})
 
 
-def _count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
+def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
     is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
     if is_open or state.is_inherited or state.suite.open_subjects.any():
         return 0
     observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)
     signs = zip(analysis.indicators.has_indication[first:].tolist(), observations, strict=True)
-    faulty = [sign or any(observation.fault for observation in seen) for sign, seen in signs]
-    return faulty.index(True) if True in faulty else len(faulty)
+    faulty = (sign or any(observation.fault for observation in seen) for sign, seen in signs)
+    return next(
+        (number for number, is_faulty in enumerate(faulty) if is_faulty), len(analysis.indicators.stuck) - first
+    )
 
 
 def _nearest_shares(sums: Float64s, tester: DriftTester, gates: Mapping[str, GateRun]) -> Float64s | None:

@@ -162,6 +162,8 @@ class DriftMonitor:
             lifecycle.build_cleared_alert(state, subject, f"{lifecycle.subjects[subject]}: {reason}.")
             for subject in np.flatnonzero(state.suite.open_subjects).tolist()
         ]
+        state, faults_cleared = lifecycle.clear_site_faults(state, reason)
+        cleared += faults_cleared
         fresh = replace(
             state,
             site_reference=None,
@@ -180,9 +182,12 @@ class DriftMonitor:
         return fresh, cleared
 
     def accept_reference(self, state: DriftState) -> tuple[DriftState, list[Alert]]:
-        """Accept the site's reference as it is; also return the alert that this clears."""
+        """Accept the site's reference as it is, or the sensors as they are until it is learned.
+
+        Also returns the alerts that this clears.
+        """
         if state.site_reference is None:
-            return state, []
+            return self._alert_lifecycle.clear_site_faults(state, "the sensors were accepted as they are")
         after = replace(state, guard=state.guard.accept(state.site_reference), carried=())
         cleared = self._build_guard_alert(state, after)
         carried = succession.clear_carried(state.carried, "this site's reference was accepted")
@@ -283,8 +288,11 @@ class DriftMonitor:
     ) -> tuple[DriftState, ClosedWindow]:
         """Close windows from number `first` on: all before one in which something happens, or that one alone."""
         tester = self._find_tester(state)
-        missing = self._update_missing(state, analysis, first, full.start_times)
-        runs = run_until_stuck(state.faults.runs, analysis.summaries, first, self.shipped)
+        plain = 0 if tester is None else batches.count_plain_windows(state, analysis, first)
+        ahead = slice(first, first + max(1, plain))
+        missing = self._update_missing(state, analysis, ahead, full.start_times)
+        known = state.site_reference or self.shipped
+        runs = run_until_stuck(state.faults.runs, analysis.summaries, ahead, known)
         identified = faults.identify_faults(
             analysis.indicators,
             first,
@@ -299,9 +307,11 @@ class DriftMonitor:
         )
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
-        is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(self.shipped).any())
-        quiet = min(len(missing), len(runs)) if is_quiet else 0
-        tests = batches.advance_tests(state, tester, analysis, first, full.start_times, has_fault=has_fault, most=quiet)
+        is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(known).any())
+        plain = min(plain, len(missing), len(runs)) if is_quiet else 0
+        tests = batches.advance_tests(
+            state, tester, analysis, first, full.start_times, has_fault=has_fault, plain=plain
+        )
         closing = slice(first, first + tests.windows)
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
         after = replace(
@@ -341,6 +351,7 @@ class DriftMonitor:
                 drifting=after.suite.open_subjects.tolist(),
                 faults=tuple(several[-1].name if several else None for several in identified),
                 tested=tester is not None and not tests.blocked,
+                answers_tested=not state.is_inherited,
             ),
             after.gates,
             self._find_tester(after),
@@ -353,14 +364,14 @@ class DriftMonitor:
         return state.site_reference is None or (state.is_inherited and not state.suite.open_subjects.any())
 
     def _update_missing(
-        self, state: DriftState, analysis: WindowAnalysis, first: int, start_times: Ints
+        self, state: DriftState, analysis: WindowAnalysis, ahead: slice, start_times: Ints
     ) -> list[MissingValues]:
-        """Return the chart of missing values after window `first` and after each quiet one that follows."""
-        chart, missing, rows = state.faults.missing, analysis.summaries.missing, analysis.summaries.row_counts
+        """Return the chart of missing values after each of the windows `ahead`, up to the first alarm."""
+        chart, missing, rows = state.faults.missing, analysis.summaries.missing[ahead], analysis.summaries.row_counts
         baseline = faults.missing_baseline(self.shipped, state.site_reference)
-        if chart.is_idle and not missing[first:].any():
-            return [chart] * (len(missing) - first)
-        return chart.update_until_alarm(missing[first:], rows[first:], start_times[first:], baseline)
+        if chart.is_idle and not missing.any():
+            return [chart] * len(missing)
+        return chart.update_until_alarm(missing, rows[ahead], start_times[ahead], baseline)
 
     def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
         learning, before = state.learning.add(state.open_summary, self.shipped.task, t=state.t), state.learning
@@ -382,9 +393,6 @@ class DriftMonitor:
         wait = site.site.needs_more_windows and not guard.deviations
         if wait and not self._has_learned(state, learning, self.learn_extension):
             return gathered, None, None
-        if state.is_inherited and guard.is_held:
-            # The inherited reference stays in force.
-            return replace(fresh, guard=replace(guard, is_held=False)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.
             fresh = replace(fresh, suite=SuiteState.start(self.shipped.task))

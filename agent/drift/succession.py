@@ -19,6 +19,7 @@ from agent.drift.baseline.learning import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, Task
+from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import CarriedAlert, DriftState, start_next_window
 from agent.drift.testing.test_suite import SuiteState
 
@@ -58,7 +59,8 @@ def inherit(state: DriftState, shipped: Reference) -> DriftState:
     return replace(
         state,
         suite=forget_answers(state.suite),
-        guard=state.guard.begin_learning(state.site_reference),
+        # A reference that nobody accepted stays held.
+        guard=replace(state.guard.begin_learning(state.site_reference), is_held=state.guard.is_held),
         carried=(*state.carried, *carried),
         is_inherited=True,
     )
@@ -86,12 +88,15 @@ def carry_over(fresh: DriftState, old: DriftState) -> tuple[DriftState, list[Ale
     carried = [item for item in open_drifts if item.subject not in dropped]
     ended = [item for item in (*open_drifts, *_open_faults(old)) if item.subject in dropped]
     alerts = clear_carried(ended, "the bundle was changed, and the new one does not read this field")
+    for gate in GATES:
+        alerts += gate.clear_alerts(old.gates[gate.name], "the bundle was changed", {})
     alerts += [build_carried_alert(item) for item in carried]
     state = replace(
         fresh,
         raised_counts=raised,
         learned_count=old.learned_count,
         faults=fresh.faults.take_over(old.faults, shared),
+        gates=GateStates({gate.name: gate.restart(old.gates[gate.name]) for gate in GATES}),
         guard=old.guard.begin_learning(old.site_reference),
         carried=tuple(carried),
     )
@@ -108,12 +113,6 @@ def build_carried_alert(carried: CarriedAlert) -> Alert:
 def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
     """Return the open alerts of fields, answers and correlations, with those that were carried over."""
     return [*state.carried, *_open_drifts(state, state.suite.open_subjects), *_open_faults(state)]
-
-
-def build_reopened_alert(item: CarriedAlert, reason: str) -> Alert:
-    """Return the alert, raised again."""
-    kind = monitoring_kind(item.alert, item.subject)
-    return kind.raised(f"{item.subject}: open again: {reason}.", {}, field=item.subject, count=item.count)
 
 
 def clear_carried(carried: Sequence[CarriedAlert], reason: str) -> list[Alert]:

@@ -12,6 +12,7 @@ lie wholly above the reference. Neighbours that are alike count for less (`inter
 An open alert clears by the opposite CUSUM: log-likelihood ratios of the reference against the alert's own loss.
 It needs CLEAR_SIZE labels whose mean is within the margin and whose interval lies wholly below the alert's loss.
 A label that is corrected later counts as if it had been right from the start: `recompute` runs all tests again.
+Where earlier labels are deleted by then, an open alert stays open until those that are left meet its recovery test.
 
 The share of labels that are the model's own answers is watched, too: they say nothing about it, and training on them
 would repeat its mistakes.
@@ -185,10 +186,17 @@ def recompute(
     binary_loss: bool,
     complete: bool,
 ) -> list[DegradationEvent]:
-    """Run the tests again over all stored labels; unless they are `complete` the baseline stays."""
+    """Run the tests again over all stored labels.
+
+    Unless they are `complete`, the baseline stays, and an open alert clears only if they pass its recovery test.
+    """
     fresh = DegradationState(state.bundle)
-    if not complete and state.baseline_n >= BASELINE_SIZE:
-        _copy_baseline(state, fresh)
+    if not complete:
+        fresh.tracks = {
+            kind: CusumTrack(run=track.run, is_open=True) for kind, track in state.tracks.items() if track.is_open
+        }
+        if state.baseline_n >= BASELINE_SIZE:
+            _copy_baseline(state, fresh)
     fresh_events = add_losses(fresh, losses, promise, binary_loss=binary_loss)
     last_events = {(event.kind, event.state): event for event in fresh_events}
     events = []
@@ -196,7 +204,9 @@ def recompute(
         track = fresh.tracks.setdefault(kind, CusumTrack())
         # Ids go on counting, so that an earlier alert keeps its own.
         track.raised_count = old.raised_count
-        if old.is_open and not track.is_open:
+        if old.is_open and not track.is_open and not complete:
+            events.append(replace(last_events[kind, "cleared"], count=old.raised_count))
+        elif old.is_open and not track.is_open:
             run = _to_run(losses)
             loss = run.loss if run.n else 0.0
             events.append(DegradationEvent(kind, "corrected", old.raised_count, loss, loss, loss, loss, run))
@@ -318,7 +328,9 @@ def build_alert(event: DegradationEvent, *, binary_loss: bool) -> Alert:
     if raised:
         summary = _raised_sentence(event, binary_loss=binary_loss)
     elif event.state == "corrected":
-        summary = f"labels were corrected; all {event.run.n} now agree with {_REFERENCES[event.kind]}."
+        summary = (
+            f"labels were corrected; a new test of all {event.run.n} raises no alert against {_REFERENCES[event.kind]}."
+        )
     else:
         summary = _cleared_sentence(event, binary_loss=binary_loss)
     evidence: dict[str, Any] = {"n": event.run.n}

@@ -128,7 +128,7 @@ def test_a_store_that_is_damaged_or_cannot_be_opened_is_not_called_missing(new: 
     database.unlink()
     database.mkdir()
     assert isinstance(error(), StorageError)
-    assert str(error()).startswith(f"{database}: SQLITE_IOERR")
+    assert str(error()).startswith(f"{database}: is a folder, where a file is needed; ")
     database.rmdir()
 
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import DriftMonitor, DriftState, build_reference
+from agent.drift import DriftMonitor, DriftState, build_reference, succession
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.faults import faults
+from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.faults import Fault
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference, summarize_rows
 
@@ -196,6 +197,73 @@ def test_a_reversed_sign_is_named(shipped: Reference, learned: DriftState, seed:
     r = readings(seed, 4)
     r.features[:, 1] *= -1
     assert [(s, f) for s, f, _ in alerted(shipped, learned, r, ("g", "g", "g"))] == [("y", "reversed")]
+
+
+def reversed_sensor(monitor: DriftMonitor, learned: DriftState, windows: int, seed: int = 20) -> DriftState:
+    r = readings(seed, windows)
+    r.features[:, 1] *= -1
+    return feed(monitor, learned, r)[0]
+
+
+def test_a_sensor_reversed_before_the_bundle_changed_stays_so_until_an_operator_decides(
+    shipped: Reference, learned: DriftState
+) -> None:
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    carried, _ = succession.carry_over(monitor.start(), reversed_sensor(monitor, learned, 4))
+    state = reversed_sensor(monitor, carried, 45)
+    assert (state.site_reference, state.learning.total_windows) == (None, 0)
+    assert state.faults.open_fields == [False, True, False]
+    for accepted, alerts in (monitor.accept_reference(state), monitor.relearn(state)):
+        assert [(alert.state, alert.subject, alert.evidence["fault"]) for alert in alerts] == [
+            ("cleared", "y", "reversed")
+        ]
+        assert reversed_sensor(monitor, accepted, 41, 21).site_reference is not None
+
+
+def test_a_fault_that_a_window_shows_without_a_site_clears_before_one_is_learned(
+    shipped: Reference, learned: DriftState
+) -> None:
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    r = readings(22, 4)
+    r.features[:, 1] += 50
+    state, _ = succession.carry_over(monitor.start(), feed(monitor, learned, r)[0])
+    assert state.faults.open_fields == [False, True, False]
+    state = feed(monitor, state, readings(23, 45))[0]
+    assert not state.faults.any_open
+    assert state.site_reference is not None
+
+
+def test_honest_plateaus_of_a_site_are_learned(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    """A run longer than any normal one of the shipped reference is none where the site had such plateaus."""
+    limit = int(faults.max_normal_run(shipped, np.array([len(rows)]))[0, 1])
+    rows[50 : 50 + limit + 2, 1] = rows[50, 1]
+    windows = stack_one(summarize_rows(shipped, rows)[0])
+    site = replace(shipped, longest=np.maximum(shipped.longest, limit - 1))
+    for known, stuck in ((None, True), (site, False)):
+        indicators = faults.compute_indicators(windows, shipped, known)
+        assert indicators.stuck[0].tolist() == [False, stuck, False]
+    runs = ConstantRuns(np.full(3, 1.0), np.array([1, limit + 2, 1]))
+    assert [runs.find_stuck(each)[1] for each in (shipped, site)] == [True, False]
+
+
+def test_a_sensor_that_held_values_while_its_site_learned_is_not_stuck_if_it_holds_them_longer(
+    shipped: Reference, learned: DriftState
+) -> None:
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    limit = int(faults.max_normal_run(shipped, np.array([WINDOW * ROWS]))[0, 1])
+
+    def hold(seed: int, windows: int, rows: int) -> Readings:
+        r = readings(seed, windows)
+        for begin in range(50, len(r.features), WINDOW * ROWS):
+            r.features[begin : begin + rows, 1] = r.features[begin, 1]
+        return r
+
+    site, _ = feed(monitor, monitor.start(), hold(3, 42, limit))
+    assert site.site_reference is not None
+    longer = hold(24, 4, limit + 3)
+    assert {fault for _, fault, _ in alerted(shipped, learned, longer, ())} == {"stuck"}
+    assert alerted(shipped, site, longer, ()) == []
+    assert {fault for _, fault, _ in alerted(shipped, site, hold(24, 4, 5 * limit + 1), ())} == {"stuck"}
 
 
 @pytest.mark.parametrize("seed", range(20, 25))

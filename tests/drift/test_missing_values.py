@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.alerts import Alert
+from agent.arrays import Ints
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.faults.missing_values import MissingValues
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
@@ -82,6 +83,22 @@ def test_a_share_that_stays_high_is_not_cleared_by_a_few_windows_without_gaps() 
     site = learned_site("integers", 8, 4)
     _, alerts = site.feed(with_gaps("integers", 4000, 4, 0.1))
     assert [(a.state, a.revision) for a in alerts if is_missing(a)] == [("raised", 1)]
+
+
+def test_each_window_is_charted_once_while_a_site_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, charted = learned_site("integers", 8, 4), 0
+    update = MissingValues.update
+
+    def count(chart: MissingValues, missing: Ints, rows: int, t: int, baseline: MissingBaseline) -> MissingValues:
+        nonlocal charted
+        charted += 1
+        return update(chart, missing, rows, t, baseline)
+
+    monkeypatch.setattr(MissingValues, "update", count)
+    rows = with_gaps("integers", 8 * 30, 4, 0.01)
+    Site(site.monitor, site.monitor.start()).feed(rows)
+    assert charted <= 30
+    assert charted > 0
 
 
 def test_windows_without_missing_values_change_nothing() -> None:

@@ -353,6 +353,10 @@ def test_an_audit_from_a_checkpoint_reports_the_same_as_one_of_everything(
         ("UPDATE alerts SET summary = 'nothing' WHERE seq = 4", "differs from its rows in table alerts"),
         ("DELETE FROM messages WHERE seq = 2", "is missing"),
         ("UPDATE logs SET last_seq = 2", "table logs has"),
+        ("UPDATE keys SET last_seq = 4", "retired key"),
+        ("UPDATE keys SET last_seq = 'x'", "unknown key"),
+        ("UPDATE keys SET key = (SELECT key FROM keys WHERE device = 'pi-07')", "does not verify"),
+        ("DELETE FROM keys", "unknown key"),
     ],
 )
 def test_a_change_before_the_checkpoint_is_reported_as_without_one(

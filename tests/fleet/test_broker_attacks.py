@@ -246,17 +246,42 @@ def test_a_revocation_that_reaches_no_broker_is_written_and_reaches_it_with_the_
     # A broker that runs elsewhere still has the rules of before.
     broker_control.write_access_file(site.folder / "broker" / "dynamic-security.json", before)
     with site.broker:
-        assert broker_control.apply(site.folder, site.config, AccessChange("pi-09", "device")) == ()
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-09", "device")) == (True, ())
         clients = site.rules()
         for change in (AccessChange("pi-07", "none"), AccessChange("pi-09", "device")):
             assert broker_access.is_in_force(change, broker_access.find_client(clients, change.client))
     assert not (site.folder / broker_control.PENDING_FILE).exists()
 
 
+def test_a_change_that_the_broker_refuses_holds_up_no_revocation(site: Site) -> None:
+    rules = site.rules()
+    rules["roles"] = [role for role in rules["roles"] if role["rolename"] != "collector"]
+    for client in rules["clients"]:
+        client["roles"] = [role for role in client["roles"] if role["rolename"] != "collector"]
+    broker_control.write_access_file(site.folder / "broker" / "dynamic-security.json", rules)
+    stuck = AccessChange("collector-b", "collector")
+    with site.broker:
+        access = broker_control.apply(site.folder, site.config, stuck)
+        assert not access.is_in_force
+        assert "The broker refused to change the access of collector-b: Role not found" in access.steps[0]
+        link = Link(site.as_device("pi-07"), "pi-07")
+        done = site.revoke("pi-07")
+        assert done.ended
+        assert ["refused to change the access of collector-b" in step for step in done.steps] == [True]
+        with pytest.raises(LinkDown):
+            code(link, f"{BASE}/pi-07/health")
+        link.close()
+        waiting = msgspec.json.decode((site.folder / broker_control.PENDING_FILE).read_bytes(), type=list[AccessChange])
+        assert waiting == [stuck]
+    # With the broker stopped, the command writes its file.
+    assert not broker_control.apply(site.folder, site.config, stuck).is_in_force
+    assert broker_access.is_in_force(stuck, broker_access.find_client(site.rules(), "collector-b"))
+
+
 def test_a_device_that_is_let_in_again_has_its_access_back(site: Site) -> None:
     with site.broker:
         site.revoke("pi-07")
-        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == ()
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == (True, ())
         site.issue("pi-07")
         link = Link(site.as_device("pi-07"), "x", subscribe=[f"{BASE}/pi-07/cmd"])
         assert code(link, f"{BASE}/pi-07/health") < 0x80
@@ -278,7 +303,7 @@ def test_what_is_let_in_while_the_broker_runs_needs_no_restart(site: Site, tmp_p
 def test_a_change_that_is_in_force_disconnects_nobody(site: Site) -> None:
     with site.broker:
         link = Link(site.as_device("pi-07"), "x")
-        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == ()
+        assert broker_control.apply(site.folder, site.config, AccessChange("pi-07", "device")) == (True, ())
         assert code(link, f"{BASE}/pi-07/health") < 0x80
         link.close()
 
@@ -312,6 +337,35 @@ def collect(site: Site, done: Callable[[Collector], bool], quota: Quota | None =
         collector.tick(link, 0.1)
     link.close()
     return collector
+
+
+def test_a_collector_made_anew_tells_a_silent_device_that_it_has_nothing(site: Site, tmp_path: Path) -> None:
+    with site.broker:
+        collect(site, lambda collector: True)
+        device = Link(site.as_device("pi-07"), "pi-07", subscribe=[f"{BASE}/pi-07/ack"])
+        message = site.senders["pi-07"].results()
+        publish_one(device, message.to_outgoing())
+        collect(site, lambda collector: collector.stored_count == 1 and not collector.acknowledger.has_pending)
+        assert [json.loads(ack.payload)["through"] for ack in receive_messages(device, 1, 10)] == [1]
+        device.close()
+        site.store.close()
+        Path(site.config.fleet.db).unlink()
+        site.store = FleetStore(Path(site.config.fleet.db))
+        for name, sender in site.senders.items():
+            site.store.enrol(name, sender.key.public, replace=False, now=NOW)
+        device = Link(site.as_device("pi-07"), "pi-07", subscribe=[f"{BASE}/pi-07/ack"])
+        began = time.monotonic()
+        collector = Collector("acme", site.as_collector, site.store, site.key)
+        connection = collector._connect()
+        while collector._missing_devices != {"pi-08"} or collector.acknowledger.has_pending:
+            assert time.monotonic() < began + 10
+            collector.tick(connection, 0.1)
+        acks = [json.loads(ack.payload) for ack in receive_messages(device, 2, 10)]
+        # The first one is that of the lost database.
+        log = json.loads(message.payload)["log"]
+        assert [(ack["through"], ack["missing"], ack["log"]) for ack in acks] == [(1, [], log), (0, [], log)]
+        for open_link in (device, connection):
+            open_link.close()
 
 
 def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
@@ -399,7 +453,7 @@ def test_where_the_fleet_names_its_tasks_a_device_retains_only_topics_of_these(s
             (("machine",), {"results/machine", "alerts/_device", "health", "state"}),
         ):
             change = AccessChange("pi-07", "device", tasks)
-            assert broker_control.apply(site.folder, site.config, change) == ()
+            assert broker_control.apply(site.folder, site.config, change) == (True, ())
             topics = (*own, "results/machine", *invented)
             codes = retain(site, *topics)
             taken = {topic for topic, code in zip(topics, codes, strict=True) if code < 0x80}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import sqlite3
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from agent.errors import StorageDamaged
+from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.projection import TABLES
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import NEW_MODEL, MessageSender, new_key
 from scripts.fuzzing.malformed import CELLS, run_command
@@ -17,6 +24,9 @@ from tests.kit.fleet_databases import DATABASES
 TIME = "2026-11-24T22:20:00.000000Z"
 COMMANDS = ("devices", "alerts --all", "audit", "gaps", "drift", "rollout status", "accept-log pi-07", "drift --json")
 TEXTS = [value for value in CELLS if isinstance(value, str) and "\0" not in value]
+# What one moment, the order of arrival or an operator decides, and no message states.
+UNSIGNED = {("logs", "since"), ("logs", "latest")}
+DERIVED = ("messages", "logs", "gaps", "anchors", "segments", "boots", "stamps", *TABLES)
 NUMBERS = [value for value in CELLS if isinstance(value, int)]
 
 
@@ -27,15 +37,19 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         where: Any = tmp_path / "fleet.db"
     else:
         where = request.getfixturevalue("postgres_server").create_database()
-    sender = MessageSender("pi-07", new_key(3))
-    sent = [sender.results(), sender.drift(), sender.quiet_run(), sender.alert(), sender.shadow(), sender.quality()]
-    sent += [sender.rollout("shadow", numbers={"n": 3}), sender.evicted((9, 9)), sender.health_with_cursor()]
-    sent += [sender.results(model=NEW_MODEL), sender.results()]
     store = FleetStore(where)
-    store.enrol("pi-07", sender.key.public, replace=False, now=TIME)
-    store.ingest([Arrival(sender.verify(item)) for item in sent if item.seq != 9], [], TIME)
+    fill(store)
     store.close()
     return str(where)
+
+
+def fill(store: FleetStore) -> None:
+    sender = MessageSender("pi-07", new_key(3))
+    sent = [sender.results(), sender.drift(), sender.quiet_run(), sender.alert(), sender.shadow(), sender.quality()]
+    sent += [sender.rollout("shadow", numbers={"n": 3}), sender.alert(), sender.evicted((8, 8))]
+    sent += [sender.health_with_cursor(), sender.results(model=NEW_MODEL), sender.results()]
+    store.enrol("pi-07", sender.key.public, replace=False, now=TIME)
+    store.ingest([Arrival(sender.verify(item)) for item in sent if item.seq != 8], [], TIME)
 
 
 def test_junk_in_any_column_is_answered_in_one_line(location: str, tmp_path: Path) -> None:
@@ -71,3 +85,51 @@ def test_junk_in_any_column_is_answered_in_one_line(location: str, tmp_path: Pat
         assert outcome.problem == "", (table, name, junk, words, outcome)
         answered += outcome.code != 2 or "enrolled" in outcome.errors
     assert answered >= 20, "most commands do not reach the database"
+
+
+def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
+    """A damaged record may hold NULL where the table forbids it, and any type in a column of integers."""
+    store = FleetStore(tmp_path / "fleet.db")
+    fill(store)
+    # An operator ends the log.
+    store.enrol("pi-07", new_key(4).public, replace=True, now=TIME)
+    with store.transaction() as db:
+        db.execute("INSERT INTO rollouts VALUES ('r', 't', 'b', '1', 'd', 'o/f/d/t', ?, 'running', 1, '{}')", (TIME,))
+        db.execute("INSERT INTO decisions VALUES ('r', 1, ?, 'started', '', '{}', x'7b7d', 'a.b.c')", (TIME,))
+        db.execute("INSERT INTO desired VALUES ('o/f/d/t', 1, x'7b7d', 'a.b.c')")
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as raw, raw:
+        raw.execute("PRAGMA writable_schema = ON")
+        raw.execute("UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', '') WHERE type = 'table'")
+        names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'"
+        tables = [row[0] for row in raw.execute(names)]
+    store = FleetStore(tmp_path / "fleet.db")
+    others = itertools.cycle(["x", b"\xff", 2.5])
+    named, refused = 0, list[tuple[str, str]]()
+    for table in tables:
+        for name, declared in store.stream(f"SELECT name, type FROM pragma_table_info('{table}')"):
+            for value in (None, "x" if declared == "INTEGER" else next(others)):
+                with contextlib.suppress(RolledBack), store.transaction() as changed:
+                    sql = f'UPDATE OR IGNORE {table} SET "{name}" = ? WHERE +"{name}" IS NOT ?'
+                    is_changed = changed.execute(sql, (value, value)).rowcount > 0
+                    try:
+                        report = audit(store)
+                    except StorageDamaged as error:
+                        refused.append((table, str(error)))
+                        raise RolledBack from None
+                    json.dumps(report.to_dict())
+                    if is_changed and table in DERIVED and (table, name) not in UNSIGNED:
+                        is_undeclared = any(not gap["declared"] for gap in report.gaps)
+                        # A log of another name has no message at all, which is a gap.
+                        assert report.invalid_count or (table == "logs" and is_undeclared), (table, name, value)
+                        named += 1
+                    raise RolledBack
+    store.close()
+    assert named > 100
+    # The version of the keys belongs to no message.
+    assert {table for table, _ in refused} == {"meta"}
+    assert all("restore the database" in problem for _, problem in refused)
+
+
+class RolledBack(Exception):
+    """Ends a transaction without a commit."""

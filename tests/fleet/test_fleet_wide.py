@@ -192,6 +192,17 @@ def test_a_fleet_wide_alert_is_raised_once_and_cleared_when_most_recover(store: 
     assert look(FleetWideAlerts(store)) == []
 
 
+def test_an_alert_that_is_raised_again_counts_once(store: FleetStore) -> None:
+    [sender] = devices(1)
+    raised = [alert(sender, NOW_US + minute * MINUTE_US) for minute in (0, 1)]
+    ended = [alert(sender, NOW_US + 2 * MINUTE_US, "cleared"), alert(sender, NOW_US + 3 * MINUTE_US)]
+    add(store, sender, *raised, *ended, alert(sender, NOW_US + 4 * MINUTE_US, number=2))
+    span = clock.to_rfc3339(NOW_US), clock.to_rfc3339(NOW_US + HOUR_US)
+    [(task, device, subject, time, is_open, number)] = store.drift_alerts(*span)
+    assert (task, device, subject, is_open, number) == (sender.task, "pi-00", "ax", 1, 2)
+    assert time == clock.to_rfc3339(NOW_US + 4 * MINUTE_US)
+
+
 def test_alerts_are_polled_after_a_drift_alert_and_once_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from agent.config import BrokerConfig, CollectorConfig, Config, DeviceConfig
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.sealing_sink import open_sealing_sink
 from agent.device.uplink.uplink import Uplink
-from agent.errors import ConfigError, LinkDown, MessageRefused
+from agent.errors import ConfigError, LinkDown, MessageRefused, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.collector import Collector
@@ -25,6 +25,7 @@ from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.fleet.repository import trust as repository_trust
 from agent.testing.lossy_link import LossyBroker, LossyLink
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.transport import sealing
@@ -332,21 +333,51 @@ def test_encryption_without_a_key_is_an_error_of_the_config(tmp_path: Path) -> N
 
 def test_a_trust_document_replaces_the_key_that_a_device_seals_to(tmp_path: Path) -> None:
     device, key = TrustingDevice(tmp_path), encryption_key_of(X25519PrivateKey.generate())
-    assert device.trusted.encryption_key is None
+    configured = encryption_key_of(X25519PrivateKey.generate())
+    assert device.trusted.find_encryption_key(configured) is configured
     entries = [*listed(STOLEN), TrustedKey("A" * 43, "encryption")]
     with pytest.raises(MessageRefused, match="small order"):
         device.take_trust(make_root(2, entries))
-    assert device.trusted.encryption_key is None
+    assert device.trusted.find_encryption_key(configured) is configured
     former = encryption_key_of(X25519PrivateKey.generate()).text
     device.take_trust(make_root(2, [*listed(STOLEN), *(TrustedKey(k, "encryption") for k in (former, key.text))]))
     device.crash()
-    assert device.trusted.encryption_key is not None
-    assert device.trusted.encryption_key.kid == key.kid
+    in_force = device.trusted.find_encryption_key(configured)
+    assert in_force is not None
+    assert in_force.kid == key.kid
     # It gives no right to command or acknowledge.
     assert device.trusted.find_collector(key.kid) is device.trusted.find_commander(key.kid) is None
-    device.take_trust(make_root(2, None), make_root(3, listed(STOLEN)))
-    assert device.trusted.encryption_key is None
     device.store.close()
+
+
+def test_a_device_whose_encryption_key_was_revoked_never_seals_to_that_of_its_config(tmp_path: Path) -> None:
+    device = TrustingDevice(tmp_path)
+    leaked, key, next_key = (encryption_key_of(X25519PrivateKey.generate()) for _ in range(3))
+    # It was away, and gets both roots in one message.
+    device.take_trust(make_root(2, [*listed(STOLEN), TrustedKey(key.text, "encryption")]), make_root(3, listed(STOLEN)))
+    sink, message = RecordingSink(), MessageSender().results()
+    will = OutgoingMessage(message.topic, message.payload, (("jws", message.jws),))
+    for _ in range(2):
+        assert device.trusted.find_encryption_key(leaked) is None
+        opened = open_sealing_sink(sink.open, partial(device.trusted.find_encryption_key, leaked), [], will)
+        assert opened.window == 0
+        assert will.payload not in sink.sent[-1].payload
+        device.crash()
+    device.take_trust(make_root(4, [*listed(STOLEN), TrustedKey(next_key.text, "encryption")]))
+    opened = open_sealing_sink(sink.open, partial(device.trusted.find_encryption_key, leaked), [], will)
+    assert opened.window > 0
+    device.take_trust(make_root(5, None))
+    assert opened.window == 0
+    device.store.close()
+
+
+def test_revoking_the_only_encryption_key_points_to_its_rotation(tmp_path: Path) -> None:
+    entries = [*listed(STOLEN), TrustedKey(encryption_key_of(X25519PrivateKey.generate()).text, "encryption")]
+    for text in (entries[-1].key, entries[-1].kid):
+        with pytest.raises(UsageError, match="fleet keys rotate-encryption"):
+            repository_trust.revoke_key(text)(entries)
+    second = TrustedKey(encryption_key_of(X25519PrivateKey.generate()).text, "encryption")
+    assert repository_trust.revoke_key(entries[-1].key)([*entries, second]) == [*entries[:-1], second]
 
 
 def test_the_command_makes_a_key_and_lists_it_in_place_of_the_former_one(tmp_path: Path) -> None:

@@ -227,12 +227,11 @@ def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch,
 def test_a_caller_that_does_not_wait_polls_later() -> None:
     with SubprocessModel(tiny()) as there:
         wait_for(there.poll_ready, "it has started")
-        there.submit(CALM)
-        assert not there.poll_ready()
+        request = there.submit(CALM)
         answers: list[np.ndarray | None] = []
 
         def answered() -> bool:
-            answers.append(there.poll())
+            answers.append(there.poll(request))
             return answers[-1] is not None
 
         wait_for(answered, "it has answered")
@@ -244,17 +243,30 @@ def test_a_caller_that_does_not_wait_polls_later() -> None:
 def test_an_unanswered_request_fails_at_its_timeout() -> None:
     with SubprocessModel(tiny("rigged_hang"), call_timeout_s=0.5) as there:
         wait_for(there.poll_ready, "it has started")
-        there.submit(WILD)
-        assert there.poll() is None
+        request = there.submit(WILD)
+        assert there.poll(request) is None
         with pytest.raises(ModelProcessFailed, match=r"did not answer within 0\.5 s"):
-            wait_for(lambda: there.poll(0.05) is not None, "it is ended")
+            wait_for(lambda: there.poll(request, 0.05) is not None, "it is ended")
         assert not there.is_running
 
 
-def test_who_waits_gets_its_own_answers_and_not_those_of_a_question_before() -> None:
+def test_callers_that_share_a_process_get_their_own_answers() -> None:
+    here = runtime.TfliteModel(model("classify_int8"))
     with SubprocessModel(tiny()) as there:
-        there.submit(CALM[:7])
-        assert np.array_equal(there.invoke(CALM), runtime.TfliteModel(model("classify_int8")).invoke(CALM))
+        first = there.submit(CALM[:7])
+        assert np.array_equal(there.invoke(CALM), here.invoke(CALM))
+        second = there.submit(CALM[7:14])
+        there.poll(second, 30.0)
+        assert np.array_equal(first.take_outputs(), here.invoke(CALM[:7]))
+        assert np.array_equal(second.take_outputs(), here.invoke(CALM[7:14]))
+
+
+def test_a_crash_on_one_callers_request_does_not_fail_the_next_callers() -> None:
+    with SubprocessModel(tiny("rigged_crash")) as there:
+        request = there.submit(WILD)
+        assert there.invoke(CALM).shape == (40, 3)
+        with pytest.raises(ModelProcessFailed, match="the model crashed"):
+            there.poll(request)
 
 
 def test_a_shared_buffer_that_could_not_grow_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_correcting_labels_clears_the_alert_and_the_next_has_a_new_id() -> None:
     expected = [degradation.build_alert(item, binary_loss=True) for item in (raised, cleared)]
     assert [item.state for item in expected] == ["raised", "cleared"]
     assert expected[0].id == expected[1].id
-    assert expected[1].summary.startswith("labels were corrected; all 150 now agree with ")
+    assert expected[1].summary.startswith("labels were corrected; a new test of all 150 raises no alert against ")
     [again] = redone(state, wrong(150, 0.6), promise=PromisedAccuracy(0.9, 500))
     assert (again.state, again.count) == ("raised", 2)
 
@@ -249,3 +249,19 @@ def test_labels_by_the_model_itself_raise_one_alert_above_a_fifth_and_clear_it_a
     again = degradation.check_feedback(state, 21, 100)
     assert again is not None
     assert again.id != raised.id
+
+
+def test_a_corrected_label_clears_no_alert_where_only_few_labels_are_left() -> None:
+    state = DegradationState("sha256:a")
+    assert DECAY in {event.kind for event in run(np.concatenate([wrong(300, 0.05), wrong(300, 0.5, 1)]), state)}
+    baseline, number = state.baseline_loss_sum, state.tracks[DECAY].raised_count
+    half = [row % 2 for row in range(20)]
+    assert redone(state, half, whole=False) == []
+    assert redone(state, [], whole=False) == []
+    assert redone(state, [0] * 20, whole=False) == [], "too few to tell"
+    assert state.tracks[DECAY].is_open
+    [cleared] = redone(state, [0] * 300, whole=False)
+    assert (cleared.kind, cleared.state, cleared.count) == (DECAY, "cleared", number)
+    assert (state.tracks[DECAY].is_open, state.baseline_loss_sum) == (False, baseline)
+    [again] = redone(state, wrong(300, 0.6), whole=False)
+    assert (again.state, again.count) == ("raised", number + 1)

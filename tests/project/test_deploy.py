@@ -87,7 +87,7 @@ def test_the_service_and_the_installer_agree() -> None:
     assert config
     assert data
     assert f"ExecStart={program[1]}/bin/outstation run -c {config[1]}/outstation.toml\n" in unit
-    assert f"StateDirectory={data[1]}\n" in unit
+    assert f"StateDirectory={data[1]} {data[1]}.moved\n" in unit
     user = re.search(r"^User=(\S+)", unit, re.MULTILINE)
     assert user
     assert re.search(rf"useradd --system .* {user[1]}\n", script)

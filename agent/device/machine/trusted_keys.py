@@ -5,6 +5,7 @@ replaces all of them. Rules of an update; roots that break one change nothing an
 - each root follows the trusted one without a gap, signed by a threshold of both roots' keys
 - the first trusted root is the file [updates] root; the newest one is stored and verified again at each start
 - older roots are refused, so no revoked key returns
+- once a document has named an encryption key, that of the config is never used again
 Roots arrive by the retained MQTT message, and in the metadata folder where the fetch worker stores them.
 """
 
@@ -41,8 +42,11 @@ _FOLDER_INTERVAL_S = 60.0
 
 
 class _StoredRoot(msgspec.Struct, frozen=True):
+    """`replaces_encryption`: this root or one before it named an encryption key."""
+
     anchor: str
     root: str
+    replaces_encryption: bool
 
 
 class TrustedKeys:
@@ -72,8 +76,9 @@ class TrustedKeys:
         self._configured = {(signer.owner == COLLECTOR, signer.key.kid): signer for signer in configured}
         self._signers = self._configured
         self._first_counters: dict[str, int] = {}
-        # The collector's encryption key of the trust document; None leaves that of the config.
-        self.encryption_key: EncryptionKey | None = None
+        # The collector's encryption key of the trust document.
+        self._encryption_key: EncryptionKey | None = None
+        self._replaces_encryption = False
         self._anchor = ""
         if anchor_file is not None:
             self._restore(anchor_file)
@@ -86,6 +91,10 @@ class TrustedKeys:
 
     def find_collector(self, kid: str) -> Signer | None:
         return self._signers.get((True, kid))
+
+    def find_encryption_key(self, configured: EncryptionKey) -> EncryptionKey | None:
+        """Return the trust document's key that messages are sealed to; `configured` until a document has named one."""
+        return self._encryption_key or (None if self._replaces_encryption else configured)
 
     @property
     def commanders(self) -> list[Signer]:
@@ -146,7 +155,7 @@ class TrustedKeys:
         if root is None or now.boot_s < self._next_try_s:
             return
         document = trust.read_trust(root)
-        stored = _StoredRoot(self._anchor, root.data.decode())
+        stored = _StoredRoot(self._anchor, root.data.decode(), self._replaces_encryption)
         try:
             with self._store.transaction(vital=True) as tx:
                 tx.set_meta(_META_KEY, msgspec.json.encode(stored).decode())
@@ -171,7 +180,9 @@ class TrustedKeys:
                 newest = root_metadata.read_version(data)
                 if newest > trusted.version:
                     successor = root_metadata.parse_successor(trusted, data)
-                    trust.read_trust(successor)
+                    # Also of a root that a later one in this message replaces.
+                    if _find_encryption(trust.read_trust(successor)) is not None:
+                        self._replaces_encryption = True
                     trusted = successor
         finally:
             # Roots before a bad one count: the next one follows them.
@@ -201,13 +212,14 @@ class TrustedKeys:
     def _restore(self, anchor_file: Path) -> None:
         """Use the root in force, and forget a stored one that belongs to another first root. Raises StorageError."""
         self._anchor, data = _load_root(self._store, anchor_file)
+        stored = _read_stored(self._store)
+        self._replaces_encryption = stored is not None and stored.anchor == self._anchor and stored.replaces_encryption
         try:
             root = root_metadata.parse(data)
             self._use(root, trust.read_trust(root))
         except MessageRefused as problem:
             log.error("%s: the keys of operators and collector cannot be changed remotely: %s", anchor_file, problem)
             return
-        stored = _read_stored(self._store)
         if stored is not None and stored.anchor != self._anchor:
             try:
                 with self._store.transaction(vital=True) as tx:
@@ -217,9 +229,16 @@ class TrustedKeys:
 
     def _use(self, root: RootMetadata, document: Trust | None) -> None:
         """Use the keys of the document; a root without one leaves those of the config."""
-        self._root = root
+        self._root, self._encryption_key = root, _find_encryption(document)
+        self._replaces_encryption |= self._encryption_key is not None
+        if self._replaces_encryption and self._encryption_key is None:
+            log.error(
+                "root %d names no encryption key any more: a device with [privacy] encrypt sends nothing until a root "
+                "does; run `outstation fleet keys rotate-encryption` and publish it",
+                root.version,
+            )
         if document is None:
-            self._signers, self._first_counters, self.encryption_key = self._configured, {}, None
+            self._signers, self._first_counters = self._configured, {}
             return
         signers: dict[tuple[bool, str], Signer] = {}
         for entry in document.keys:
@@ -227,11 +246,14 @@ class TrustedKeys:
                 key = entry.parse()
                 signers[entry.role == COLLECTOR, key.kid] = Signer(entry.role, key)
         self._first_counters = {entry.kid: entry.counter for entry in document.keys if entry.counter is not None}
-        encryption = [entry for entry in document.keys if entry.role == ENCRYPTION]
-        self.encryption_key = encryption[-1].parse_encryption() if encryption else None
         # One assignment: other threads look keys up meanwhile.
         self._signers = signers
         log.info("the trust document of root %d names %d keys", root.version, len(signers))
+
+
+def _find_encryption(document: Trust | None) -> EncryptionKey | None:
+    listed = [] if document is None else [entry for entry in document.keys if entry.role == ENCRYPTION]
+    return listed[-1].parse_encryption() if listed else None
 
 
 def load_operators(store: Store, anchor_file: Path) -> list[PublicKey]:

@@ -131,7 +131,8 @@ def _run_once(
 
 def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut) -> _BatchInput:
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
-    is_learning = task.drift_state is not None and task.drift_state.site_reference is None
+    state = task.drift_state
+    is_learning = state is not None and (state.site_reference is None or state.is_inherited)
     return _BatchInput(
         batch,
         cut,
@@ -251,10 +252,7 @@ def _commit(
     with store.transaction() as tx:
         tx.advance_cursor(task.name, source.batch.first, source.batch.first + source.cut.consumed - 1)
         if task.drift_monitor is not None and output.drift is not None:
-            previous = task.drift_state if task.closing_messages is None else None
-            drift_state.save(tx, task.name, task.drift_monitor, output.drift, previous)
-            if task.unsaved_basis is not None:
-                drift_state.save_basis(tx, task.name, task.unsaved_basis)
+            drift_state.save_task(tx, task, output.drift)
         if output.refusals != source.refusals:
             drift_state.save_refusals(tx, task.name, output.refusals)
         message_log.append_all(tx, output.messages, now)

@@ -42,8 +42,10 @@ def repair_cursor(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         if state is task.drift_state:
             tx.advance_cursor(task.name, through, through)
         else:
-            drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
+            drift_state.save_task(tx, task, state)
+            message_log.append_all(tx, task.closing_messages or [], now)
         message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
-    task.drift_state = state
+    if state is not task.drift_state:
+        task.drift_state, task.closing_messages, task.unsaved_basis = state, None, None
     log.critical("%s", summary)
     return True

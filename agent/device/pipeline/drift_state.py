@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.alerts import LEARNING_REFUSED, Alert
+from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import PendingMessage
 from agent.device.store.store import Store
@@ -62,6 +63,14 @@ def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, p
         tx.save_state(task, task_keys.SITE_REFERENCE, state.site_reference.to_json())
 
 
+def save_task(tx: Transaction, task: LoadedTask, state: DriftState) -> None:
+    """Save the task's next state, with all that its bundle took over; the task's closing messages belong to it."""
+    assert task.drift_monitor is not None
+    save(tx, task.name, task.drift_monitor, state, task.drift_state if task.closing_messages is None else None)
+    if task.unsaved_basis is not None:
+        save_basis(tx, task.name, task.unsaved_basis)
+
+
 def save_basis(tx: Transaction, task: str, basis: bytes) -> None:
     tx.save_state(task, task_keys.SHIPPED_REFERENCE, basis)
 
@@ -87,16 +96,28 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
         return RestoredDrift(monitor, state, None, unsaved)
     except ValueError:
         pass
-    try:
-        old = DriftState.from_parts(past, site, guard)
-    except ValueError:
+    old, is_whole = _decode_old(past, site, guard)
+    if old is None:
         monitor = monitor.rebase(monitor.own)
-        return RestoredDrift(monitor, _continue_numbers(monitor.start(), past), [], encode_basis(monitor))
-    return _succeed(task, monitor, old, None if basis is None else Reference.from_json(basis.reference))
+        return RestoredDrift(monitor, monitor.start(), [], encode_basis(monitor))
+    inherited = Reference.from_json(basis.reference) if basis is not None and is_whole else None
+    return _succeed(task, monitor, old, inherited, is_whole=is_whole)
 
 
-def _succeed(task: str, monitor: DriftMonitor, old: DriftState, basis: Reference | None) -> RestoredDrift:
-    """Return what a monitor of another bundle, or of a changed config, takes over from `old`."""
+def _decode_old(past: bytes, site: bytes | None, guard: bytes | None) -> tuple[DriftState | None, bool]:
+    """Return as much of the state as can be read, and whether that is all."""
+    for parts in ((site, guard), (None, guard), (None, None)):
+        try:
+            return DriftState.from_parts(past, *parts), parts == (site, guard)
+        except ValueError:
+            continue
+    return None, False
+
+
+def _succeed(
+    task: str, monitor: DriftMonitor, old: DriftState, basis: Reference | None, *, is_whole: bool
+) -> RestoredDrift:
+    """Return what a monitor of another bundle, or of a changed config, takes over from `old`, as far as it is whole."""
     evidence: dict[str, Any] = {"task": task, "asked": "bundle changed", "by": "the agent"}
     if old.site_reference is not None:
         evidence["site"] = old.site_reference.digest
@@ -112,23 +133,15 @@ def _succeed(task: str, monitor: DriftMonitor, old: DriftState, basis: Reference
     monitor = monitor.rebase(monitor.own)
     state, alerts = succession.carry_over(monitor.start(), old)
     messages = [PendingMessage.from_alert(alert, task) for alert in alerts]
-    if old.site_reference is not None:
-        summary = f"{task}: the bundle, or the agent, was changed, so the site reference is learned again."
+    if old.site_reference is not None or not is_whole:
+        cause = "the bundle, or the agent, was changed" if is_whole else "the stored reference cannot be read"
+        summary = f"{task}: {cause}, so the site reference is learned again."
         messages.append(PendingMessage.audit("reference reset", summary, evidence))
     return RestoredDrift(monitor, state, messages, encode_basis(monitor))
 
 
 def _carried_alerts(state: DriftState, old: DriftState) -> list[Alert]:
     return [succession.build_carried_alert(item) for item in state.carried[len(old.carried) :]]
-
-
-def _continue_numbers(start: DriftState, past: bytes) -> DriftState:
-    """Return `start` with alert ids after those of a state whose site reference cannot be read."""
-    try:
-        old = DriftState.from_bytes(past)
-    except ValueError:
-        return start
-    return succession.carry_over(start, old)[0]
 
 
 def _load_basis(store: Store, task: str, suffix: str) -> StoredBasis | None:
@@ -192,7 +205,12 @@ def build_learning_messages(
     if result.learning_error is not None:
         messages.append(PendingMessage.audit("not learned", f"{task}: {result.learning_error}", {"task": task}))
         refusals = LearningRefusals(refusals.count + (not refusals.is_open), is_open=True)
-        summary = f"{task}: no site reference yet, so drift is not tested: {result.learning_error}."
+        effect = (
+            "no site reference yet, so drift is not tested"
+            if result.site_digest is None
+            else "the reference of the former bundle stays in use, and the model's answers are not tested"
+        )
+        summary = f"{task}: {effect}: {result.learning_error}."
         messages.append(PendingMessage.from_alert(LEARNING_REFUSED.raised(summary, count=refusals.count), task))
     return messages, refusals
 

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from agent import input_files
+from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -103,15 +104,18 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
             _mark_done(tx, task.name, request)
         _delete_request(store, task.name)
         return False
-    if request.action == "accept":
+    old = task.drift_state.site_reference
+    state, cleared = task.drift_state, list[Alert]()
+    if request.action == "accept" and old is None:
+        event, effect = "reference not accepted", "nothing is learned yet"
+    elif request.action == "accept":
         state, cleared = task.drift_monitor.accept_reference(task.drift_state)
         event, effect = "reference accepted", "later ones are compared with it"
     else:
         state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
         event, effect = "reference reset", "it is learned again, and drift is not tested until then"
-    messages = [PendingMessage.from_alert(alert, task.name) for alert in cleared]
+    messages = [*(task.closing_messages or ()), *(PendingMessage.from_alert(alert, task.name) for alert in cleared)]
     summary = f"{task.name}: {request.action} of the site reference was requested {request.requested_by}; {effect}."
-    old = task.drift_state.site_reference
     evidence = {
         "task": task.name,
         "asked": request.action,
@@ -122,10 +126,10 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
     }
     messages.append(PendingMessage.audit(event, summary, evidence))
     with store.transaction() as tx:
-        drift_state.save(tx, task.name, task.drift_monitor, state, task.drift_state)
+        drift_state.save_task(tx, task, state)
         _mark_done(tx, task.name, request)
         message_log.append_all(tx, messages, now)
-    task.drift_state = state
+    task.drift_state, task.closing_messages, task.unsaved_basis = state, None, None
     _delete_request(store, task.name)
     return True
 

@@ -10,8 +10,6 @@ from agent import __version__, durable_files
 from agent.device.store import schema
 from agent.errors import StorageError, UsageError
 
-_MIGRATION_SET = "outstation-device"
-
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Migrate the tables of `db`, the file `path`, to the current schema.
@@ -19,7 +17,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises UsageError for the store of a newer version, StorageError if a migration fails: the file is then as it was,
     and `db` is closed.
     """
-    applied = applied_steps(db)
+    applied = schema.applied_steps(db)
     known = schema.STEPS
     unknown = [name for name in applied if name not in known]
     if unknown:
@@ -65,7 +63,7 @@ def apply(db: sqlite3.Connection) -> None:
     # Imported here, 40 ms and several MB: only a new or older store needs it.
     from sqlite_utils import Database, Migrations
 
-    migrations = Migrations(_MIGRATION_SET)
+    migrations = Migrations(schema.MIGRATION_SET)
     for step in schema.MIGRATIONS:
         migrations()(step)
     migrations.apply(Database(db, execute_plugins=False))
@@ -75,14 +73,6 @@ def drop_backups(folder: Path) -> None:
     for path in folder.glob("*.db.before-*"):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def applied_steps(db: sqlite3.Connection) -> list[str]:
-    """Return the names of the applied steps, in order, from the table of sqlite-utils."""
-    if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
-        return []
-    sql = "SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid"
-    return [str(name) for (name,) in db.execute(sql, (_MIGRATION_SET,)).fetchall()]
 
 
 def _counts(db: sqlite3.Connection) -> dict[str, int]:

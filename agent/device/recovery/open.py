@@ -204,12 +204,10 @@ def _find_damage(folder: Path, *, existed_before: bool) -> str | None:
 
 
 def _find_damaged_row(db: sqlite3.Connection) -> str | None:
-    steps = migrate.applied_steps(db)
-    if set(steps) > set(schema.STEPS):
-        # A newer version's.
+    steps = schema.applied_steps(db)
+    if schema.is_newer(steps):
+        # `migrate` refuses it.
         return None
-    if not steps or steps != list(schema.STEPS[: len(steps)]):
-        return "its list of migrations is not what was written"
     if problem := schema.find_damage(db, steps) or meta.find_damage(db):
         return problem
     is_clean = bool(meta.get(db, findings.CLEAN_STOP, ""))

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 import msgspec
@@ -43,10 +44,9 @@ class OpenFiles:
         Before that, what is only in a deleted file is written to where the next start finds it.
         """
         if _identify(self._folder) != self._folder_id:
-            self._write_note(db)
             raise StorageMoved(
                 f"{self._folder}: no longer the data folder that was opened: {self._describe_move()}. The daemon "
-                f"stops; put the former folder back, or delete {_note_path(self._folder)} to begin an empty store here"
+                f"stops; {self._write_note(db)}"
             )
         for path, opened in self._file_ids.items():
             present = _identify(path)
@@ -60,18 +60,26 @@ class OpenFiles:
             )
 
     def is_folder_in_place(self) -> bool:
-        return _identify(self._folder) == self._folder_id
+        with contextlib.suppress(StorageError):
+            return _identify(self._folder) == self._folder_id
+        return False
 
-    def _write_note(self, db: sqlite3.Connection) -> None:
-        """Leave a note for the next start, beside the folder; not everybody may write there."""
-        with contextlib.suppress(OSError, StorageError, sqlite3.Error):
+    def _write_note(self, db: sqlite3.Connection) -> str:
+        """Leave a note for the next start, and describe what to do."""
+        try:
             note = _note_path(self._folder)
-            if not note.exists():
+            if _identify(note) is None:
                 durable_files.write(note, msgspec.json.encode(_Note(meta.get(db, "log", ""))), 0o600)
+        except (StorageError, sqlite3.Error) as error:
+            return (
+                f"put the former folder back before the next start, which would begin an empty store here: the note "
+                f"that prevents it could not be written ({error})"
+            )
+        return f"put the former folder back, or delete {note} to begin an empty store here"
 
     def _describe_move(self) -> str:
         """Say what became of the former folder, as far as the kernel tells of the open database."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             for descriptor in Path("/proc/self/fd").iterdir():
                 if _identify(descriptor) == self._file_ids[str(self._folder / DATABASE)]:
                     database = os.readlink(descriptor)
@@ -126,17 +134,24 @@ class _Note(msgspec.Struct, frozen=True):
 
 
 def require_not_moved(folder: Path) -> None:
-    """Raise StorageMoved if the data folder was moved away under a running daemon and is not back."""
-    note, log_id = _note_path(folder), ""
-    if not os.path.lexists(note):
+    """Raise StorageMoved if the data folder was moved away under a running daemon and is not back.
+
+    Raises StorageError if that cannot be found out.
+    """
+    note, log_id, state = _note_path(folder), "", None
+    if _identify(note) is None:
         return
-    # A damaged note is a note.
-    with contextlib.suppress(OSError, msgspec.MsgspecError), note.open("rb") as file:
-        log_id = msgspec.json.decode(file.read(_MAX_NOTE), type=_Note).log
-    state = watermark.load(folder)
-    if state is not None and state.log == log_id:
-        note.unlink(missing_ok=True)
-        return
+    try:
+        with contextlib.suppress(msgspec.MsgspecError), note.open("rb") as file:
+            # A damaged note is a note.
+            log_id = msgspec.json.decode(file.read(_MAX_NOTE), type=_Note).log
+        if _identify(folder / FILE_NAME) is not None:
+            state = watermark.load(folder)
+        if state is not None and state.log == log_id:
+            note.unlink(missing_ok=True)
+            return
+    except OSError as error:
+        raise _unreadable(note if error.filename is None else error.filename, error) from error
     raise StorageMoved(
         f"{folder}: this data folder was moved away while the daemon ran, with all acknowledged data; put it back, or "
         f"delete {note} to begin an empty store here"
@@ -144,13 +159,27 @@ def require_not_moved(folder: Path) -> None:
 
 
 def _note_path(folder: Path) -> Path:
+    """Return the path of the note beside the folder; a service that may not write there has a folder for it."""
     folder = folder.absolute()
-    return folder.parent / f"{folder.name}.moved"
+    path = folder.parent / f"{folder.name}.moved"
+    status = _find(path)
+    return path / "note" if status is not None and stat.S_ISDIR(status.st_mode) else path
 
 
 def _identify(path: str | Path) -> tuple[int, int] | None:
+    """Return device and inode, None if nothing has this path. Raises StorageError if that cannot be found out."""
+    status = _find(path)
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
+def _find(path: str | Path) -> os.stat_result | None:
     try:
-        status = os.stat(path)
-    except OSError:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return status.st_dev, status.st_ino
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: cannot be read: {error.strerror}; see the disk and who owns the folders above it")

@@ -18,7 +18,6 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history, rollout_state
 from agent.device.bundles.rollout_state import HoldOff, RolloutState
-from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Effect
 from agent.device.rollout import saved_drift, transitions
@@ -115,9 +114,7 @@ class RolloutExecutor:
     def plan_rollback(self, name: str, now: ClockReading) -> Effect | None:
         """Return the effect of an operator's `rollback` while a canary runs; None if none runs."""
         rollout = self._rollouts[name]
-        canary, old = rollout.canary, rollout.state
-        # After a start, until the canary is loaded, the previous bundle is the one that is loaded.
-        incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
+        old, incumbent = rollout.state, self._serving.find_incumbent(rollout)
         if old is None or old.phase != "canary" or incumbent is None:
             return None
         new, target = self._operator_rollback_state(old, now), history.bundle_ref(incumbent.bundle)
@@ -246,14 +243,9 @@ class RolloutExecutor:
         elif new.phase == "active" and old_phase == "canary":
             transitions.promote_canary(tx, message_log, name, new, configured, now)
         elif old_phase == "canary" and new.phase != "canary" and old is not None:
-            # A canary that did not start again never replaced the loaded task.
-            canary = rollout.canary
-            incumbent = self._serving.find_task(name) if canary is None else canary.incumbent
+            incumbent = self._serving.find_incumbent(rollout)
             bundle = incumbent.bundle if incumbent else None
             transitions.end_canary(tx, message_log, name, old, bundle, new.phase, now)
-            if canary and incumbent and incumbent.drift_monitor and incumbent.drift_state:
-                state = saved_drift.continue_alert_numbers(incumbent.drift_state, canary.candidate.drift_state)
-                drift_state.save(tx, name, incumbent.drift_monitor, state, None)
         elif loaded is not None:
             transitions.revert_to_previous(tx, message_log, name, loaded.bundle, past, configured, now)
         return hold_off

@@ -6,19 +6,28 @@ neither its learned reference nor the rows counted since.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent import arrays
+from agent.alerts import LEARNING_REFUSED, Alert, continue_number, monitoring_kind
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import RestoredDrift
+from agent.device.pipeline.drift_state import LearningRefusals, RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift import succession
-from agent.drift.state import CarriedAlert, DriftState
+from agent.drift.baseline import deviation
+from agent.drift.baseline.deviation import ReferenceGuard
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
+from agent.drift.detectors.registry import GATES, GateStates
+from agent.drift.state import DriftState
 
 _STATE_NAMES = (
     task_keys.DRIFT_STATE,
@@ -27,40 +36,67 @@ _STATE_NAMES = (
     task_keys.SHIPPED_REFERENCE,
     task_keys.REFERENCE_GUARD,
 )
+_REASON = "its bundle was rolled back"
 
 
 def save(tx: Transaction, task: str) -> None:
-    """Set the drift state of `task` aside."""
+    """Set the drift state of `task` aside, and a copy of its refusals to learn."""
     for name in _STATE_NAMES:
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
         tx.rename_state(task, name, name + task_keys.SAVED_SUFFIX)
+    _save_refusals(tx, task, _load_refusals(tx, task, ""), task_keys.SAVED_SUFFIX)
 
 
 def restore(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
-    """Put the saved state back: the previous bundle runs again, with the alerts that were open before the canary."""
-    canary, before = _load_open_alerts(tx, task, ""), _load_open_alerts(tx, task, task_keys.SAVED_SUFFIX)
+    """Put the saved state back: the previous bundle runs again, with the alerts that were open before the canary.
+
+    It continues the canary's alert numbers: no alert id is used twice.
+    """
+    canary, before = _load(tx, task, ""), _load(tx, task, task_keys.SAVED_SUFFIX)
+    refusals, saved_refusals = _load_refusals(tx, task, ""), _load_refusals(tx, task, task_keys.SAVED_SUFFIX)
     for name in _STATE_NAMES:
         tx.delete_state(task, name)
         tx.rename_state(task, name + task_keys.SAVED_SUFFIX, name)
-    reason = "its bundle was rolled back"
-    alerts = succession.clear_carried([item for item in canary if item not in before], reason)
-    alerts += [succession.build_reopened_alert(item, reason) for item in before if item not in canary]
+    tx.delete_state(task, task_keys.LEARNING_REFUSED_ALERT + task_keys.SAVED_SUFFIX)
+    if canary is None:
+        # It had no drift reference, and changed no alert.
+        return
+    count = continue_number(saved_refusals.count, refusals.count, is_open=saved_refusals.is_open)
+    saved_refusals = replace(saved_refusals, count=count)
+    _save_refusals(tx, task, saved_refusals, "")
+    if before is not None:
+        before = continue_alert_numbers(before, canary)
+        _save(tx, task, before)
+    closed, reopened = _list_open(canary, refusals), _list_open(before, saved_refusals)
+    alerts = [_clear(alert, _REASON) for alert_id, alert in closed.items() if alert_id not in reopened]
+    alerts += [alert for alert_id, alert in reopened.items() if alert_id not in closed]
     message_log.append_all(tx, [PendingMessage.from_alert(alert, task) for alert in alerts], now)
 
 
-def discard(tx: Transaction, task: str) -> None:
-    """Delete the saved state: the canary stays, with what it inherited or carried over."""
-    for name in _STATE_NAMES:
+def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
+    """Delete the saved state: the canary stays, with what it inherited or carried over.
+
+    Without a drift reference it took nothing over, so the open alerts of the previous bundle are cleared.
+    """
+    if tx.load_state(task, task_keys.DRIFT_STATE) is None:
+        refusals = _load_refusals(tx, task, "")
+        reason = "its bundle was replaced by one without a drift reference"
+        alerts = [
+            _clear(alert, reason) for alert in _list_open(_load(tx, task, task_keys.SAVED_SUFFIX), refusals).values()
+        ]
+        _save_refusals(tx, task, replace(refusals, is_open=False), "")
+        message_log.append_all(tx, [PendingMessage.from_alert(alert, task) for alert in alerts], now)
+    for name in (*_STATE_NAMES, task_keys.LEARNING_REFUSED_ALERT):
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
 
 
-def take_over(candidate: LoadedTask, store: Store) -> None:
-    """Let the candidate take over the committed drift state of the bundle that runs now."""
-    if candidate.drift_monitor is None:
+def take_over(task: LoadedTask, store: Store) -> None:
+    """Let the task take over the committed drift state: as a canary, or as the previous bundle after a rollback."""
+    if task.drift_monitor is None:
         return
-    restored = drift_state.restore(store, candidate.name, candidate.drift_monitor.rebase(candidate.drift_monitor.own))
-    candidate.drift_monitor, candidate.drift_state = restored.monitor, restored.state
-    candidate.closing_messages, candidate.unsaved_basis = restored.messages, restored.basis
+    restored = drift_state.restore(store, task.name, task.drift_monitor.rebase(task.drift_monitor.own))
+    task.drift_monitor, task.drift_state = restored.monitor, restored.state
+    task.closing_messages, task.unsaved_basis = restored.messages, restored.basis
 
 
 def begin(tx: Transaction, message_log: MessageLog, task: str, restored: RestoredDrift, now: ClockReading) -> None:
@@ -71,17 +107,75 @@ def begin(tx: Transaction, message_log: MessageLog, task: str, restored: Restore
     message_log.append_all(tx, restored.messages or [], now)
 
 
-def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> DriftState:
-    """Return `state` with alert numbers above those of `others`: no alert id is used twice."""
-    highest = max([0, *(int(other.raised_counts.max(initial=0)) for other in others if other is not None)])
-    return replace(state, raised_counts=np.maximum(state.raised_counts, highest))
+def continue_alert_numbers(before: DriftState, canary: DriftState) -> DriftState:
+    """Return the state `before` a canary with alert numbers above the canary's."""
+    numbers, subjects = before.raised_counts[:, 0], _list_subjects(before)
+    canary_numbers = dict(zip(_list_subjects(canary), canary.raised_counts[:, 0].tolist(), strict=True))
+    used = np.array([canary_numbers.get(subject, 0) for subject in subjects])
+    highest = max(int(state.raised_counts.max(initial=0)) for state in (before, canary))
+    is_open = before.suite.open_subjects
+    raised = np.full_like(before.raised_counts, highest)
+    raised[:, 0] = np.where(is_open & (used <= numbers), numbers, highest + is_open)
+    gates = {gate.name: gate.continue_numbers(before.gates[gate.name], canary.gates[gate.name]) for gate in GATES}
+    guard = before.guard.continue_numbers(canary.guard)
+    return replace(before, raised_counts=raised, gates=GateStates(gates), guard=guard)
 
 
-def _load_open_alerts(tx: Transaction, task: str, suffix: str) -> list[CarriedAlert]:
+def _list_subjects(state: DriftState) -> tuple[str, ...]:
+    return (*state.fields, OUTPUT, SCORE, JOINT)
+
+
+def _list_open(state: DriftState | None, refusals: LearningRefusals) -> dict[str, Alert]:
+    """Return every open alert by its id, as raised again after a rollback."""
+    alerts: list[Alert] = []
+    if refusals.is_open:
+        summary = f"no site reference yet, so drift is not tested; open again: {_REASON}."
+        alerts.append(LEARNING_REFUSED.raised(summary, count=refusals.count))
+    if state is not None:
+        subjects = [
+            (monitoring_kind(item.alert, item.subject), item.subject, item.count)
+            for item in succession.list_open_alerts(state)
+        ]
+        subjects += [
+            (kind, kind.subject, number) for gate in GATES for kind, number in gate.list_open(state.gates[gate.name])
+        ]
+        alerts += [
+            kind.raised(f"{subject}: open again: {_REASON}.", {}, field=subject, count=number)
+            for kind, subject, number in subjects
+        ]
+        deviates = deviation.build_alert(state.guard, state.guard)
+        alerts += [] if deviates is None else [deviates]
+    return {alert.id: alert for alert in alerts}
+
+
+def _clear(alert: Alert, reason: str) -> Alert:
+    summary = f"{alert.subject}: {reason}."
+    return replace(alert, state="cleared", severity="info", summary=summary, evidence={})
+
+
+# --- in the store ---
+
+
+def _load(tx: Transaction, task: str, suffix: str) -> DriftState | None:
+    """Return the stored state without its reference; None if there is none, or if it cannot be read."""
     state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
-    if state is None:
-        return []
-    try:
-        return succession.list_open_alerts(DriftState.from_bytes(state))
-    except ValueError:
-        return []
+    for guard in (tx.load_state(task, task_keys.REFERENCE_GUARD + suffix), None):
+        with suppress(ValueError):
+            return None if state is None else DriftState.from_parts(state, None, guard)
+    return None
+
+
+def _save(tx: Transaction, task: str, state: DriftState) -> None:
+    tx.save_state(task, task_keys.REFERENCE_GUARD, arrays.to_compressed_bytes(state.guard))
+    tx.save_state(
+        task, task_keys.DRIFT_STATE, replace(state, guard=ReferenceGuard(is_held=state.guard.is_held)).to_bytes()
+    )
+
+
+def _load_refusals(tx: Transaction, task: str, suffix: str) -> LearningRefusals:
+    stored = tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT + suffix)
+    return msgspec.json.decode(stored, type=LearningRefusals) if stored else LearningRefusals()
+
+
+def _save_refusals(tx: Transaction, task: str, refusals: LearningRefusals, suffix: str) -> None:
+    tx.save_state(task, task_keys.LEARNING_REFUSED_ALERT + suffix, msgspec.json.encode(refusals))

@@ -76,6 +76,10 @@ class ServingManager:
         task = canary.incumbent if canary is not None and canary.is_serving else self.find_task(rollout.name)
         return "" if task is None else task.bundle.digest
 
+    def find_incumbent(self, rollout: TaskRollout) -> LoadedTask | None:
+        """Return the task that a canary's end brings back. A canary not loaded since the start did not replace it."""
+        return self.find_task(rollout.name) if rollout.canary is None else rollout.canary.incumbent
+
     def replace_task(self, name: str, task: LoadedTask | None) -> None:
         if task is None:
             self._runtime.remove(name)
@@ -126,18 +130,19 @@ class ServingManager:
 
     def finish_canary(self, rollout: TaskRollout, replacement: LoadedTask | None, now: ClockReading) -> None:
         """End a canary. `replacement` is the same bundle as the active one; without it the previous one answers."""
+        incumbent = self.find_incumbent(rollout)
+        if replacement is None and incumbent is not None:
+            saved_drift.take_over(incumbent, self._store)
         canary, rollout.canary = rollout.canary, None
         if canary is None:
             return
         canary.finish(self._store, self._message_log, now, final=True)
-        candidate, incumbent = canary.candidate, canary.incumbent
+        candidate = canary.candidate
         candidate.batch_observer = None
         if replacement is not None:
             replacement.drift_monitor, replacement.drift_state = candidate.drift_monitor, candidate.drift_state
             replacement.closing_messages = replacement.unsaved_basis = None
             replacement.last_label = candidate.last_label
-        elif incumbent is not None and incumbent.drift_state is not None:
-            incumbent.drift_state = saved_drift.continue_alert_numbers(incumbent.drift_state, candidate.drift_state)
         if rollout.state is not None and rollout.state.phase == "shadow":
             rollout.canary = CanaryRun(candidate, incumbent, rollout.state, self._store)
         else:

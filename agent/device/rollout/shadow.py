@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.arrays import Float32s
 from agent.clock import ClockReading
@@ -30,7 +31,7 @@ from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 from agent.model import activation
 from agent.model.inference import scores
 from agent.model.inference.inference import InferenceResult
-from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.model.sandbox.subprocess_model import ModelRequest, SubprocessModel
 
 log = logging.getLogger("outstation")
 
@@ -59,11 +60,12 @@ class ShadowState(msgspec.Struct, frozen=True):
 
 
 class _PendingBatch(msgspec.Struct, frozen=True):
-    """A batch that the shadow works on: its rows, the predictions of `task`, and the shadow's windows."""
+    """A batch that the shadow works on: its rows, the predictions of `task`, the shadow's windows and its request."""
 
     rows: tuple[int, int]
     predictions: Predictions
     windows: AlignedWindows
+    request: ModelRequest | None = None  # None if the shadow runs in this process
 
 
 class ShadowRunner:
@@ -133,7 +135,7 @@ class ShadowRunner:
         model, ends = self.other.model, answers.cut.starts + self.task.window_rows - 1
         if isinstance(model, SubprocessModel):
             self._poll(ANSWER_TIMEOUT_S)
-            if not model.poll_ready(ANSWER_TIMEOUT_S):
+            if self._pending is not None or not model.poll_ready(ANSWER_TIMEOUT_S):
                 return
         windows = shadow_windows.align_windows(self.other, store, batch, ends[: self._max_windows()])
         predictions = shadow_windows.build_predictions(
@@ -141,8 +143,7 @@ class ShadowRunner:
         )
         pending = _PendingBatch(rows, predictions, windows)
         if isinstance(model, SubprocessModel):
-            model.submit(windows.values)
-            self._pending = pending
+            self._pending = replace(pending, request=model.submit(windows.values))
             # Usually the answer takes milliseconds.
             self._poll(0.0)
             return
@@ -159,17 +160,12 @@ class ShadowRunner:
         return max(1, int(tuning.rows_per_s * _MAX_INFERENCE_S))
 
     def _poll(self, timeout_s: float) -> None:
-        model = self.other.model
-        if not isinstance(model, SubprocessModel) or not model.is_busy:
-            # The process was ended meanwhile, and the request with it.
-            self._pending = None
+        model, pending = self.other.model, self._pending
+        if not isinstance(model, SubprocessModel) or pending is None or pending.request is None:
             return
-        start_s = model.seconds
-        if (outputs := model.poll(timeout_s)) is not None:
-            # An answer to a request from before this comparison is dropped.
-            pending, self._pending = self._pending, None
-            if pending is not None:
-                self._add_predictions(pending, outputs, model.seconds - start_s)
+        if (outputs := model.poll(pending.request, timeout_s)) is not None:
+            self._pending = None
+            self._add_predictions(pending, outputs, pending.request.seconds)
 
     def _add_predictions(self, pending: _PendingBatch, outputs: Float32s, seconds: float) -> None:
         manifest = self.other.bundle.manifest

@@ -163,7 +163,7 @@ def promote_canary(
     tx: Transaction, message_log: MessageLog, task: str, state: RolloutState, configured: str, now: ClockReading
 ) -> None:
     """Keep the canary active over restarts, until the config names another bundle."""
-    saved_drift.discard(tx, task)
+    saved_drift.discard(tx, message_log, task, now)
     _write_override(tx, message_log, task, _to_bundle_ref(state), configured, state.desired.rollout, now)
 
 

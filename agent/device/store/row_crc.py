@@ -95,7 +95,7 @@ def _triggers() -> list[str]:
     triggers = []
     for table in TABLES:
         names = _names(table)
-        key = [name for name in names if schema.columns()[table][name]] or ["rowid"]
+        key = [name for name in names if schema.columns(schema.STEPS)[table][name]] or ["rowid"]
         same = " AND ".join(f"{name} IS new.{name}" for name in key)
         crc = f"row_crc('{table}', {', '.join(f'new.{name}' for name in names)})"
         for event, suffix in (("INSERT", "insert"), (f"UPDATE OF {', '.join(names)}", "update")):
@@ -107,4 +107,4 @@ def _triggers() -> list[str]:
 
 
 def _names(table: str) -> list[str]:
-    return [name for name in schema.columns()[table] if name != "crc"]
+    return [name for name in schema.columns(schema.STEPS)[table] if name != "crc"]

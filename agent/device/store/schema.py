@@ -73,26 +73,43 @@ def index_label_rows(db: sqlite3.Connection) -> None:
 
 
 # Applied in this order by `recovery.migrate`, which records their names in the store: never rename or reorder them.
+# From the release of 0.1.0 on none of them changes, and each change of the tables is a new step.
 MIGRATIONS = (create_tables, index_label_rows)
 STEPS = tuple(step.__name__ for step in MIGRATIONS)
+MIGRATION_SET = "outstation-device"
+
+
+def applied_steps(db: sqlite3.Connection) -> tuple[str, ...]:
+    """Return the names of the applied steps, in order, from the table of sqlite-utils. Raises sqlite3.Error."""
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
+        return ()
+    sql = "SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid"
+    return tuple(str(name) for (name,) in db.execute(sql, (MIGRATION_SET,)).fetchall())
+
+
+def is_newer(steps: Sequence[str]) -> bool:
+    """Return True if a newer version applied `steps`."""
+    return set(steps) > set(STEPS)
 
 
 @cache
-def columns() -> dict[str, dict[str, int]]:
-    """Return the columns of each table, each with its place in the primary key, or 0."""
-    with contextlib.closing(_make(STEPS)) as db:
+def columns(steps: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """Return the columns of each table after these migrations, each with its place in the primary key, or 0."""
+    with contextlib.closing(_make(steps)) as db:
         tables = [str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {
             table: {str(row[1]): int(row[5]) for row in db.execute(f"PRAGMA table_info({table})")} for table in tables
         }
 
 
-def find_damage(db: sqlite3.Connection, steps: Sequence[str]) -> str | None:
-    """Return a sentence about the first table that is not described as these migrations make it, or None.
+def find_damage(db: sqlite3.Connection, steps: tuple[str, ...]) -> str | None:
+    """Return a sentence about the first table that is not described as the applied steps make it, or None.
 
     Raises sqlite3.Error.
     """
-    stored, made, newest = _descriptions(db), _known_descriptions(tuple(steps)), _known_descriptions(STEPS)
+    if not steps or steps != STEPS[: len(steps)]:
+        return "its list of migrations is not what was written"
+    stored, made, newest = _descriptions(db), _known_descriptions(steps), _known_descriptions(STEPS)
     for name in newest:
         if stored.get(name) != made.get(name):
             return f"the description of {name} is not what was written"

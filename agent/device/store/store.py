@@ -88,13 +88,22 @@ class Store:
 
     @classmethod
     def open_read_only(cls, folder: Path, *, max_size: int = 2**30) -> Store:
-        """Open the store in `folder` beside the process that writes. Raises StorageError if there is none."""
+        """Open the store in `folder` beside the process that writes.
+
+        Raises StorageError if there is none, or if it is a version's with other columns.
+        """
         path = folder / DATABASE
         db = connect_read_only(path)
         try:
             with translate_errors(path):
-                if damage := schema.find_damage(db, schema.STEPS):
+                steps = schema.applied_steps(db)
+                if schema.is_newer(steps):
+                    raise StorageError(f"{path}: made by a newer version of outstation; use that version to read it")
+                if damage := schema.find_damage(db, steps):
                     raise StorageDamaged(f"{path}: {damage}; {SALVAGED_LATER}")
+                if schema.columns(steps) != schema.columns(schema.STEPS):
+                    problem = "made by an older version of outstation; the agent migrates it when it starts next"
+                    raise StorageError(f"{path}: {problem}, so restart the agent")
                 row_crc.install(db, writes=False)
                 if damage := row_crc.find_damage(db, large=False):
                     raise StorageDamaged(f"{path}: {damage}; {SALVAGED_LATER}")

@@ -13,7 +13,7 @@ the collector was restored from a backup. No clock decides which: collectors hav
   messages, these wait again and are sent. Those that are no longer stored are declared as evicted, with the earlier
   acknowledgement as evidence.
 - Any other is doubted; acknowledged messages stay acknowledged. If no message settles that within seconds, one is
-  written for it.
+  written for it, and no second one before the collector has answered.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Acknowledgements:
         # The last message that was written when an undoubted acknowledgement added messages.
         self._written_seq = self._last_written_seq()
         self._doubted: tuple[float, AckPayload] | None = None
+        self._is_settling = False
         self._next_settle_s = float("-inf")
         self._confirmed_seqs: list[int] = []
         self._time_floor_us = self._proven_seq = 0
@@ -130,7 +131,10 @@ class Acknowledgements:
 
         A full disk delays it. Raises StorageError.
         """
-        if self._doubted is None or now.boot_s < max(self._doubted[0] + _SETTLE_AFTER_S, self._next_settle_s):
+        # A message that waits for a collector settles the doubt whenever that one comes: a second one tells no more.
+        if self._doubted is None or self._is_settling:
+            return
+        if now.boot_s < max(self._doubted[0] + _SETTLE_AFTER_S, self._next_settle_s):
             return
         self._next_settle_s = now.boot_s + _SETTLE_INTERVAL_S
         ack, known = self._doubted[1], self._acknowledged.through
@@ -142,6 +146,7 @@ class Acknowledgements:
         try:
             with self._store.transaction() as tx:
                 self._message_log.append(tx, "audit", None, body, now)
+            self._is_settling = True
         except StorageFull as full:
             log.warning("%s; the next message shows what the collector has", full)
 
@@ -155,7 +160,7 @@ class Acknowledgements:
         if not is_new and (requested or ack.through < self._acknowledged.through):
             self._doubted = self._doubted or (now.boot_s, ack)
         else:
-            self._doubted = None
+            self._doubted, self._is_settling = None, False
             if requested:
                 log.warning("the collector has lost messages it had acknowledged, %s; it gets what is kept", requested)
                 self._acknowledged = self._acknowledged.difference(requested)

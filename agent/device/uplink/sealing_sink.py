@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from agent.device.uplink.sink import OpenSink, Receipt, Sink
 from agent.transport import sealing
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.transport.sealing import OVERHEAD_BYTES
-from agent.wire.keys import EncryptionKey, parse_encryption_key
+from agent.wire.keys import EncryptionKey, encryption_key_of, parse_encryption_key
 
 
 class SealingSink:
-    """`find_key` returns the collector's key in force, which a trust document may replace at any time."""
+    """`find_key` returns the collector's key in force, which a trust document may replace at any time.
 
-    def __init__(self, sink: Sink, find_key: Callable[[], EncryptionKey]) -> None:
+    While it returns None the window is closed: messages wait, and the device hears of the next document.
+    """
+
+    def __init__(self, sink: Sink, find_key: Callable[[], EncryptionKey | None]) -> None:
         self._sink, self._find_key = sink, find_key
         self.acknowledge, self.wake = sink.acknowledge, sink.wake
         self.close, self.drop = sink.close, sink.drop
 
     @property
     def window(self) -> int:
-        return self._sink.window
+        return 0 if self._find_key() is None else self._sink.window
 
     @property
     def max_bytes(self) -> int:
@@ -38,11 +43,14 @@ class SealingSink:
 
 
 def open_sealing_sink(
-    open_sink: OpenSink, find_key: Callable[[], EncryptionKey], topics: Sequence[str], will: OutgoingMessage
+    open_sink: OpenSink, find_key: Callable[[], EncryptionKey | None], topics: Sequence[str], will: OutgoingMessage
 ) -> SealingSink:
     """Open the sink underneath with a sealed last will. Raises LinkDown."""
     return SealingSink(open_sink(topics, _seal(will, find_key())), find_key)
 
 
-def _seal(message: OutgoingMessage, collector: EncryptionKey) -> OutgoingMessage:
-    return sealing.seal_message(message, parse_encryption_key(message.reader) if message.reader else collector)
+def _seal(message: OutgoingMessage, collector: EncryptionKey | None) -> OutgoingMessage:
+    if message.reader:
+        return sealing.seal_message(message, parse_encryption_key(message.reader))
+    # Only the last will may come without a key, as a connection has one: nobody can open it.
+    return sealing.seal_message(message, collector or encryption_key_of(X25519PrivateKey.generate()))

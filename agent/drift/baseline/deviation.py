@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.alerts import REFERENCE_DEVIATES, Alert
+from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
@@ -128,6 +128,11 @@ class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
     def begin_learning(self, former: Reference | None) -> ReferenceGuard:
         profile = self.former if former is None else ReferenceProfile.from_reference(former)
         return msgspec.structs.replace(self, former=profile, is_held=False)
+
+    def continue_numbers(self, other: ReferenceGuard) -> ReferenceGuard:
+        """Return this guard with alert numbers above those of `other`."""
+        raised_count = continue_number(self.raised_count, other.raised_count, is_open=bool(self.deviations))
+        return msgspec.structs.replace(self, raised_count=raised_count)
 
     def accept(self, reference: Reference) -> ReferenceGuard:
         """Accept the reference as it is, by an operator's word."""

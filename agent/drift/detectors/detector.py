@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import text
-from agent.alerts import Alert
+from agent.alerts import Alert, AlertKind
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.numeric import control_limits, false_alarm_budget
@@ -463,8 +463,18 @@ class GateDetector(Detector):
         """Build the alerts that a window at `t` raises and clears; `evidence` locates it."""
 
     @abstractmethod
+    def list_open(self, state: Any) -> list[tuple[AlertKind, int]]:
+        """Return kind and number of each open alert."""
+
+    @abstractmethod
+    def continue_numbers(self, state: Any, other: Any) -> Any:
+        """Return `state` with alert numbers above those of `other`."""
+
     def clear_alerts(self, state: Any, reason: str, evidence: dict[str, Any]) -> list[Alert]:
         """Clear the open alerts, as the reference they were raised against is gone."""
+        return [
+            kind.cleared(f"{kind.subject}: {reason}.", evidence, count=number) for kind, number in self.list_open(state)
+        ]
 
     @abstractmethod
     def build_member(self, state: Any, step_us: float, repeated: float, baseline: Baseline | None) -> dict[str, Any]:

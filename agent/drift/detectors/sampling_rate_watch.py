@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
-from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert
+from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert, AlertKind, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
@@ -45,8 +46,13 @@ class RateState(msgspec.Struct, frozen=True, eq=False):
         return bool(self.cusum.alarm.any())
 
     @property
+    def are_open(self) -> tuple[bool, bool]:
+        """Whether an alert of drift and one of a fault are open."""
+        return self.drifting, bool(self.open_fault)
+
+    @property
     def is_open(self) -> bool:
-        return bool(self.open_fault) or self.drifting
+        return any(self.are_open)
 
     @property
     def blocks_window(self) -> bool:
@@ -172,13 +178,14 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
             out.append(RATE_DRIFT.cleared(sentence, evidence, count=previous.raised_counts[0]))
         return out
 
-    def clear_alerts(self, state: RateState, reason: str, evidence: dict[str, Any]) -> list[Alert]:
-        is_open = (state.drifting, bool(state.open_fault))
-        return [
-            kind.cleared(f"{SUBJECT}: {reason}.", evidence, count=state.raised_counts[i])
-            for i, kind in enumerate((RATE_DRIFT, RATE_FAULT))
-            if is_open[i]
-        ]
+    def list_open(self, state: RateState) -> list[tuple[AlertKind, int]]:
+        alerts = zip((RATE_DRIFT, RATE_FAULT), state.raised_counts.tolist(), state.are_open, strict=True)
+        return [(kind, number) for kind, number, is_open in alerts if is_open]
+
+    def continue_numbers(self, state: RateState, other: RateState) -> RateState:
+        numbers = zip(state.raised_counts.tolist(), other.raised_counts.tolist(), state.are_open, strict=True)
+        raised = [continue_number(number, used, is_open=is_open) for number, used, is_open in numbers]
+        return replace(state, raised_counts=np.array(raised, np.int64))
 
     def build_member(
         self, state: RateState, step_us: float, repeated: float, baseline: Baseline | None

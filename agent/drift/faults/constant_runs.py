@@ -37,13 +37,13 @@ class ConstantRuns(msgspec.Struct, frozen=True, eq=False):
         return ConstantRuns(np.where(unknown, self.value, value), np.where(unknown, self.rows, length))
 
 
-def run_until_stuck(before: ConstantRuns, windows: Summary, first: int, reference: Reference) -> list[ConstantRuns]:
-    """Return the runs after each window from number `first` on, up to the first in which a field is stuck.
+def run_until_stuck(before: ConstantRuns, windows: Summary, ahead: slice, reference: Reference) -> list[ConstantRuns]:
+    """Return the runs after each of the windows `ahead`, up to the first in which a field is stuck.
 
     That one is left out unless it is the first.
     """
-    low, high = windows.extremes.low[first:], windows.extremes.high[first:]
-    known = windows.row_counts[first:, None] - windows.missing[first:]
+    low, high = windows.extremes.low[ahead], windows.extremes.high[ahead]
+    known = windows.row_counts[ahead, None] - windows.missing[ahead]
     resting = _find_resting(low, reference.rest)
     constant = (low == high) & ~resting
     if not (before.rows.any() or constant.any()):

@@ -3,7 +3,7 @@
 missing        the chart of `missing_values` has an alarm. Up to 5 % of a window's values the window counts, too
 saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
 quantized      hardly any of the finest steps from row to row that a site had, up to four times their size
-stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
+stuck          one value repeated more than max(10, 5 x the longest run of reference and site) times, no rest value
 swapped        statistics fit a site's reference of another field of the same unit, and that one's this one's
 reversed       they fit it with the sign reversed
 unit           outside those limits, or far calmer than the reference ever was, but like it in another unit
@@ -44,6 +44,8 @@ MIN_FINE_STEPS, MIN_STEPS = 25, 20  # expected fine steps, and steps of any size
 MIN_REPEAT_RATIO = 0.25  # steps of 0 per finest other step: rounded values have about 0.5
 # Such readings are of another quantity: nothing that follows from them is drift.
 MISREAD_FAULTS = frozenset({"swapped", "reversed", "unit"})
+# Only a site's reference tells how its sensors are mounted and how fine their values are.
+SITE_FAULTS = frozenset({"quantized", "swapped", "reversed"})
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -94,7 +96,7 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
     return FaultIndicators(
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
-        stuck=windows.longest > max_normal_run(reference, rows),
+        stuck=windows.longest > max_normal_run(site or reference, rows),
         low_spread=calm,
         out_of_range=outside,
         high_spread=loud,
@@ -138,7 +140,7 @@ def identify_faults(
     if missing is not None and missing.alarm.any():
         absent = _describe_missing(missing, windows, index, missing_baseline(reference, site))
     known = np.zeros(fields, np.bool_) if misread is None else misread
-    stuck = indicators.stuck[index] if runs is None else indicators.stuck[index] | runs.find_stuck(reference)
+    stuck = indicators.stuck[index] if runs is None else indicators.stuck[index] | runs.find_stuck(site or reference)
     if not (indicators.has_indication[index] or known.any() or stuck.any()):
         return tuple(absent)
     summary = select_window(windows, index)

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 
 import msgspec
 import numpy as np
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.constant_runs import ConstantRuns
-from agent.drift.faults.faults import KINDS, MIN_OUTSIDE_ROWS, MISREAD_FAULTS, Fault
+from agent.drift.faults.faults import KINDS, MIN_OUTSIDE_ROWS, MISREAD_FAULTS, SITE_FAULTS, Fault
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
+_NEEDS_SITE = np.array([kind in SITE_FAULTS for kind in KINDS])
 MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
-_OUT_OF_RANGE = KINDS.index("out_of_range")
+_OUT_OF_RANGE, _SPIKES = KINDS.index("out_of_range"), KINDS.index("spikes")
 
 
 class OpenFaults(msgspec.Struct, frozen=True, eq=False):
@@ -63,7 +64,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def open_fields(self) -> list[bool]:
-        """Whether each field has an open alert."""
+        """(F,) fields with an open alert."""
         return [bool(is_open) for is_open in (self.number > 0).any(1)]
 
     @property
@@ -76,10 +77,22 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         """(F,) an open alert says that the sensor fails, whatever the readings mean."""
         return np.asarray((self.number[:, ~_MISREAD] > 0).any(1))
 
+    @property
+    def open_site_faults(self) -> Bools:
+        """(F, K) open alerts that no window clears without a site's reference."""
+        return np.asarray((self.number > 0) & _NEEDS_SITE)
+
+    def drop(self, which: Bools) -> OpenFaults:
+        """Return the state without these open alerts (F, K)."""
+        return replace(self, number=np.where(which, 0, self.number), clear_count=np.where(which, 0, self.clear_count))
+
     def update(
-        self, faults: tuple[tuple[Fault, ...], ...], rows: int, raised_count: Ints
+        self, faults: tuple[tuple[Fault, ...], ...], rows: int, raised_count: Ints, *, has_site: bool = True
     ) -> tuple[OpenFaults, FaultChanges]:
-        """Add the faults of a window of so many `rows`; each field raised so many fault alerts before (F,)."""
+        """Add the faults of a window of so many `rows`; each field raised so many fault alerts before (F,).
+
+        Unless it was compared with a site's reference (`has_site`), the window says nothing about `SITE_FAULTS`.
+        """
         now, size = np.zeros(self.number.shape, np.bool_), np.zeros(self.number.shape)
         for field, several in enumerate(faults):
             for fault in several:
@@ -88,12 +101,13 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         if not (now.any() or was.any() or self.seen_count.any()):
             return self, FaultChanges(now, now, now, size)
         # Readings in another unit lie far outside, too, in some windows more clearly than in others.
-        now[:, _OUT_OF_RANGE] &= ~self.misread | was[:, _OUT_OF_RANGE]
-        clear_count = np.where(was & ~now, self.clear_count + 1, 0)
+        for kind in (_OUT_OF_RANGE, _SPIKES):
+            now[:, kind] &= ~self.misread | was[:, kind]
+        clear_count = np.where(was & ~now, self.clear_count + (has_site | ~_NEEDS_SITE), 0)
         seen_count = np.where(now & ~was, self.seen_count + 1, 0)
         # One odd window may read like anything: another unit, another field.
         enough = np.where(_MISREAD, max(MISREAD_WINDOWS, -(-MISREAD_ROWS // max(rows, 1))), 1)
-        enough[_OUT_OF_RANGE] = -(-MIN_OUTSIDE_ROWS // max(rows, 1))
+        enough[_OUT_OF_RANGE] = max(MISREAD_WINDOWS, -(-MIN_OUTSIDE_ROWS // max(rows, 1)))
         is_open = (was | (seen_count >= enough)) & (clear_count < WINDOWS_TO_CLEAR)
         raised = is_open & ~was
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))

@@ -136,6 +136,7 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
     drifting: list[bool]  # of each subject
     faults: tuple[str | None, ...]  # the fault of each field
     tested: bool
+    answers_tested: bool = True
 
 
 def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester | None) -> dict[str, Any]:
@@ -159,7 +160,10 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
         "fault" if fault else "drift" if on else quiet
         for fault, on in zip(faults, status.drifting[:fields], strict=True)
     ]
-    output, score, joint_state = (("drift" if on else quiet) for on in status.drifting[fields:])
+    unknown = quiet if status.answers_tested else "insufficient"
+    output, score, joint_state = (
+        "drift" if on else usual for on, usual in zip(status.drifting[fields:], (unknown, unknown, quiet), strict=True)
+    )
     return numbers | {
         "features": {
             name: feature | {"cusum": _field_sums(layout, tests, sums), "state": now, "fault": fault}

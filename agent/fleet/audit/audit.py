@@ -38,7 +38,7 @@ from agent.fleet.audit.checkpoint import (
 )
 from agent.fleet.audit.coverage import RowCoverage
 from agent.fleet.audit.replay import Replay, keep_devices
-from agent.fleet.audit.stored_rows import MessageKey, StoredTables, sort_key
+from agent.fleet.audit.stored_rows import MessageKey, StoredTables, is_time, sort_key
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
 from agent.fleet.database.interface import Row
 from agent.fleet.database.keyring import Keyring
@@ -83,6 +83,11 @@ class AuditReport(msgspec.Struct):
         """Return the document of `fleet audit --json`."""
         document = msgspec.structs.asdict(self)
         del document["invalid_devices"]
+        for member in ("gaps", "coverage", "evicted"):
+            document[member] = [
+                {**entry, **{name: rollouts.to_json_value(entry[name]) for name in ("device", "log")}}
+                for entry in document[member]
+            ]
         return {"passed": self.passed, **document}
 
     def merge(self, other: AuditReport) -> None:
@@ -208,13 +213,17 @@ class _DeviceAuditor:
         `reports_orphans`: rows of tables without a message are reported.
         """
         ends = self._find_ends(devices)
-        last_seqs = {(name, log): last for name, log, last in self._store.logs(devices)}
+        # A damaged number differs from the derived table, which names it.
+        last_seqs = {(name, log): last if type(last) is int else 0 for name, log, last in self._store.logs(devices)}
+        key_digests = {
+            device: _chain("", tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
+        }
         report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
         tables = StoredTables(self._store, devices, report_orphan)
         changed: list[Any] = []
         own_logs = {name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states}, key=sort_key), itemgetter(0))}
         for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
-            parts = _AuditParts(self._keyring, self._replay, AuditReport(), self.broken)
+            parts = self._new_parts(key_digests.get(device, ""))
             logs = dict.fromkeys(own_logs.pop(device, ()))
             is_same = True
             for name, log_rows in groupby(rows, lambda row: row[:2]):
@@ -229,7 +238,7 @@ class _DeviceAuditor:
             else:
                 changed.append(device)
         for device, names in own_logs.items():
-            parts = _AuditParts(self._keyring, self._replay, AuditReport(), self.broken)
+            parts = self._new_parts(key_digests.get(device, ""))
             if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, tables, parts):
                 self._report.merge(parts.report)
             else:
@@ -239,6 +248,9 @@ class _DeviceAuditor:
             self._replay.forget(device)
             self.broken.discard(device)
             self.audit(device, {}, reports_orphans=False)
+
+    def _new_parts(self, key_digest: str) -> _AuditParts:
+        return _AuditParts(self._keyring, self._replay, AuditReport(), self.broken, key_digest)
 
     def _finish_empty_logs(
         self,
@@ -285,18 +297,22 @@ class _DeviceAuditor:
 
 
 class _AuditParts(msgspec.Struct):
-    """Parts that the audits of one device's logs share. `broken`: devices with a message that does not verify."""
+    """Parts that the audits of one device's logs share.
+
+    `broken`: devices with a message that does not verify; `key_digest`: of the rows of the device's keys.
+    """
 
     keyring: Keyring
     replay: Replay
     report: AuditReport
     broken: set[Any]
+    key_digest: str
 
 
 class _LogAuditor:
     """Audits one log, message by message in order of seq, from a state on.
 
-    `is_unchanged`: the rows of the messages up to the state are those of the audit that made it.
+    `is_unchanged`: the device's keys and the rows of the messages up to the state are those of the audit that made it.
     """
 
     def __init__(self, name: Row, state: LogState, tables: StoredTables, parts: _AuditParts) -> None:
@@ -305,7 +321,7 @@ class _LogAuditor:
         self.report = parts.report
         self._coverage = RowCoverage(state.coverage)
         self._state, self.is_unchanged = state, not state.last_seq
-        self._stored_digest = ""
+        self._stored_digest = parts.key_digest
         self._last_seq, self._last_digest = state.last_seq, state.last_digest
         self._missing, self._declared = [*state.missing], [*state.declared]
 
@@ -324,7 +340,7 @@ class _LogAuditor:
             self.is_unchanged = seq == self._state.last_seq and self._stored_digest == self._state.stored_digest
             return
         message = self._check_evidence(key, kind, topic, payload, jws)
-        if message is not None and not _is_time(received):
+        if message is not None and not is_time(received):
             self.report.add_invalid(key, f"received {received!r} is not a time")
             message = None
         body = None if message is None else message.body
@@ -423,14 +439,6 @@ def _chain(digest: str, rows: Row) -> str:
     except ValueError:
         data = repr(rows).encode(errors="backslashreplace")
     return hashlib.blake2b(digest.encode() + data, digest_size=32).hexdigest()
-
-
-def _is_time(text: Any) -> bool:
-    try:
-        clock.parse_rfc3339(text)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def split_by_declaration(

@@ -1,7 +1,8 @@
 """Audit checkpoint: a signed state from which the next audit goes on.
 
 It verifies the messages behind the checkpoint, and compares those before it with a digest of their rows: that finds any
-change without signatures or decoding. A device with a change is audited as a whole.
+change without signatures or decoding. The digest begins with the rows of the device's keys, on which the signatures
+depend. A device with a change is audited as a whole.
 
 `checkpoint.json` names a file for each range of devices, with its digest, and is signed with the operator's key. Each
 file is a database: the derived tables of the replay, and the state of each log. A device with a problem is in none, so
@@ -35,7 +36,7 @@ _READ_BYTES = 1 << 20
 class LogState(msgspec.Struct):
     """State of the audit of one log up to `last_seq`: the digest of that message, and the gaps so far.
 
-    `stored_digest`: of all rows that the messages up to there have in the database.
+    `stored_digest`: of the device's keys, and of all rows that the messages up to there have in the database.
     """
 
     last_seq: int = 0

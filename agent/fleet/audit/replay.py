@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import StorageError
-from agent.fleet.audit.stored_rows import sort_key
+from agent.fleet.audit.stored_rows import is_time, sort_key
 from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
@@ -82,10 +82,9 @@ class Replay:
         self.flush()
         self._apply_operators_words(store, devices)
         for table, (key_width, columns) in _TABLES.items():
-            names = ", ".join(columns)
             order = ", ".join(columns[:key_width])
-            sql = f"SELECT {names} FROM {table} ORDER BY {order}"
-            derived, stored = self.db.execute(sql), store.derived_rows(table, names, order, devices)
+            derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+            stored = store.derived_rows(table, columns, order, devices)
             for row, problem in _compare_tables(table, key_width, stored, derived):
                 if row[0] not in broken:
                     seq = row[2] if columns[2] in ("seq", "first") else None
@@ -93,9 +92,10 @@ class Replay:
 
     def _apply_operators_words(self, store: FleetStore, devices: Devices) -> None:
         """Let the logs end that an operator ended, who signs nothing."""
-        columns = "device, log, successor, last_seq, until, source"
+        columns = ("device", "log", "successor", "last_seq", "until", "source")
         stored = store.derived_rows("log_successors", columns, "device, log, successor, source", devices)
-        words = [row for row in stored if row[-1] == log_succession.OPERATOR]
+        # A damaged row ends no log; it differs from what the messages give, which names it.
+        words = [row for row in stored if row[-1] == log_succession.OPERATOR and _is_intact(row)]
         if words:
             self.db.bulk_insert("log_successors", words)
             log_succession.update_live_logs(self.db, {row[0] for row in words}, words[0][4])
@@ -120,6 +120,11 @@ class Replay:
             )
             raise StorageError(problem) from error
         self._bodies = []
+
+
+def _is_intact(successor_row: Row) -> bool:
+    device, log, successor, last_seq, until, _ = successor_row
+    return type(last_seq) is int and all(isinstance(name, str) for name in (device, log, successor)) and is_time(until)
 
 
 def _compare_tables(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
+from agent import clock
 from agent.fleet.database.interface import Row
 from agent.fleet.database.projection import RESULTS_TABLE, TABLES, TableRows
 from agent.fleet.database.store import Devices, FleetStore
@@ -78,6 +79,14 @@ class _TableReader:
             noun = "results" if self.name == RESULTS_TABLE else "rows"
             self._report(self._next[0], f"is not stored, but table {self.name} has {len(self._next[1])} {noun} of it")
             self._next = next(self._groups, None)
+
+
+def is_time(value: Any) -> bool:
+    try:
+        clock.parse_rfc3339(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def sort_key(key: Row) -> list[tuple[int, Any]]:

@@ -27,15 +27,19 @@ ALERTS = """
 """
 
 # The last drift alert of each device and field before a time, whether it is open, and how many were raised since
-# another time; a revision of an open alert counts as the alert, from its first message on.
+# another time. However often an alert is raised again, under the same id, it counts once, from its first message on.
 DRIFT_ALERTS = f"""
     SELECT task, device, subject, first AS time, open, n FROM (
-        SELECT task, device, subject, time, open, min(time) OVER (PARTITION BY device, log, id) AS first,
-               sum(CASE WHEN time >= ? AND revision = 1 THEN 1 ELSE 0 END)
+        SELECT task, device, subject, first, open,
+               sum(CASE WHEN time >= ? AND nth_of_id = 1 THEN 1 ELSE 0 END)
                    OVER (PARTITION BY task, device, subject) AS n,
                row_number() OVER (PARTITION BY task, device, subject ORDER BY time DESC, seq DESC) AS nth
-        FROM ({ALERTS}) raised
-        WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) counted
+        FROM (
+            SELECT task, device, subject, time, seq, open, min(time) OVER (PARTITION BY device, log, id) AS first,
+                   row_number() OVER (PARTITION BY device, log, id ORDER BY seq) AS nth_of_id
+            FROM ({ALERTS}) each_message
+            WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) raised
+    ) counted
     WHERE nth = 1 ORDER BY task, device, subject
 """
 

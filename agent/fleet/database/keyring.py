@@ -47,6 +47,10 @@ class Keyring:
         signers = {}
         for kid, device, text, revoked, log, last_seq in self._store.enrolled_keys():
             try:
+                if not (isinstance(log, str | None) and all(isinstance(cell, str) for cell in (kid, device, text))):
+                    raise ValueError("its row in table keys is damaged")
+                if last_seq is not None and type(last_seq) is not int:
+                    raise ValueError(f"last_seq is {last_seq!r}")
                 key = known.get(kid) or parse_public_key(text)
             except ValueError as error:
                 # It must not stop the collector from using the others.

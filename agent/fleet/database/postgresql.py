@@ -103,6 +103,9 @@ class PostgresqlDatabase:
             self._ensure_connected()
             return self._connection.execute(sql, values)
 
+    def as_stored(self, column: str) -> str:
+        return column
+
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
         """Read rows through a server-side cursor; outside a snapshot the server materialises the result."""
         with self._translate_errors():

@@ -7,6 +7,8 @@ from typing import Any
 
 from agent.fleet.database.interface import Connection, Row
 
+# `+`: numbers as they are stored; their readers check them, and the audit names a damaged one.
+_STORED = "rollout, task, bundle, version, digest, topic, started, state, +step, plan"
 _COLUMNS = "rollout, task, bundle, version, digest, topic, started, state, step, plan"
 _UPSERT_ROLLOUT = f"""
     INSERT INTO rollouts ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rollout) DO UPDATE SET
@@ -41,11 +43,11 @@ _SELECT_SHADOWS = """
 
 def load_rollouts(db: Connection) -> list[Row]:
     """Return the rows of table rollouts, oldest first."""
-    return db.execute(f"SELECT {_COLUMNS} FROM rollouts ORDER BY started, rollout").fetchall()
+    return db.execute(f"SELECT {_STORED} FROM rollouts ORDER BY started, rollout").fetchall()
 
 
 def find_rollout(db: Connection, rollout: str) -> Row | None:
-    row: Row | None = db.execute(f"SELECT {_COLUMNS} FROM rollouts WHERE rollout = ?", (rollout,)).fetchone()
+    row: Row | None = db.execute(f"SELECT {_STORED} FROM rollouts WHERE rollout = ?", (rollout,)).fetchone()
     return row
 
 
@@ -65,7 +67,8 @@ def append_decision(db: Connection, row: Sequence[Any]) -> None:
 
 def load_decisions(db: Connection, rollout: str) -> list[Row]:
     """Return the rows of table decisions of one rollout, in order."""
-    return db.execute("SELECT * FROM decisions WHERE rollout = ? ORDER BY n", (rollout,)).fetchall()
+    columns = "rollout, +n, time, event, summary, evidence, payload, jws"
+    return db.execute(f"SELECT {columns} FROM decisions WHERE rollout = ? ORDER BY n", (rollout,)).fetchall()
 
 
 def load_last_decision(db: Connection, rollout: str) -> tuple[int, bytes] | None:
@@ -91,7 +94,7 @@ def load_aborted(db: Connection, task: str, bundle_digest: str) -> list[tuple[st
 def load_desired(db: Connection, topic: str | None = None) -> list[Row]:
     """Return (topic, counter, payload, jws) of each desired state, or only of `topic`."""
     sql = """
-        SELECT topic, counter, payload, jws FROM desired WHERE CAST(? AS TEXT) IS NULL OR topic = ? ORDER BY topic"""
+        SELECT topic, +counter, payload, jws FROM desired WHERE CAST(? AS TEXT) IS NULL OR topic = ? ORDER BY topic"""
     return db.execute(sql, (topic, topic)).fetchall()
 
 

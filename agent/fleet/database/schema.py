@@ -154,7 +154,7 @@ _OPERATORS = (
 
 
 class Migration(msgspec.Struct, frozen=True):
-    """A step of the schema. A released step never changes; later ones are appended."""
+    """A step of the schema. From the release of 0.1.0 on none changes, and each change of the tables is a new step."""
 
     name: str
     statements: tuple[str, ...]

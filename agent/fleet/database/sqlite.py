@@ -185,6 +185,10 @@ class SqliteDatabase:
         with self._translate_errors():
             return self.connection.execute(sql, values)
 
+    def as_stored(self, column: str) -> str:
+        # An expression has no declared type, by which a converter is chosen.
+        return f"+{column}"
+
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
         with self._translate_errors():
             yield from self.connection.execute(sql, values)

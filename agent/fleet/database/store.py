@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import MessageRefused, UsageError
+from agent.errors import MessageRefused, StorageDamaged, UsageError
 from agent.fleet.database import key_table, log_succession
 from agent.fleet.database.alerts import (
     ALERTS,
@@ -190,11 +190,14 @@ class FleetStore:
 
     def keys_version(self) -> int:
         """Return a number that grows with every change of the keys."""
-        return int(self._fetch_all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])
+        rows = self._fetch_all("SELECT +value FROM meta WHERE name = 'keys_version'")
+        if not rows or type(rows[0][0]) is not int:
+            raise StorageDamaged(f"{self.name}: table meta has no number keys_version; restore the database")
+        return int(rows[0][0])
 
     def enrolled_keys(self) -> list[tuple[str, str, str, bool, str | None, int | None]]:
-        """Return (kid, device, base64url key, revoked, log, last seq) of every key ever enrolled."""
-        rows = self._fetch_all("SELECT kid, device, key, revoked, log, last_seq FROM keys")
+        """Return (kid, device, base64url key, revoked, log, last seq) of every key ever enrolled, as it is stored."""
+        rows = self._fetch_all("SELECT kid, device, key, revoked, log, +last_seq FROM keys")
         return [(kid, device, text, revoked is not None, *bound) for kid, device, text, revoked, *bound in rows]
 
     def active_key(self, device: str) -> PublicKey | None:
@@ -389,19 +392,26 @@ class FleetStore:
         return self._fetch_dicts("SELECT * FROM refusals ORDER BY device, reason")
 
     def logs(self, devices: Devices = None) -> list[tuple[str, str, int]]:
-        """Return (device, log, last seq) of every log, in order."""
+        """Return (device, log, last seq) of every log, in order, as they are stored."""
         where, values = _filter_devices(devices)
-        return self._fetch_all(f"SELECT device, log, last_seq FROM logs WHERE {where} ORDER BY device, log", *values)
+        return self._fetch_all(f"SELECT device, log, +last_seq FROM logs WHERE {where} ORDER BY device, log", *values)
 
     def count_messages(self, device: str | None = None) -> int:
         return int(self._fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
 
     def evidence(self, devices: Devices = None) -> Iterator[Row]:
-        """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three."""
+        """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three.
+
+        This and the other methods for the audit return each value as it is stored: the audit names a damaged one.
+        """
         where, values = _filter_devices(devices)
-        # An expression is returned as it is stored: the audit itself names a value that is no number.
         columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
+
+    def key_rows(self, devices: Devices = None) -> Iterator[Row]:
+        """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""
+        where, values = _filter_devices(devices)
+        return self.stream(f"SELECT device, kid, key, log, +last_seq FROM keys WHERE {where} ORDER BY 1, 2", values)
 
     def audit_messages(self, devices: Devices, substring: bytes) -> Iterator[Row]:
         """Return (device, topic, payload, jws) of each stored audit message whose payload contains `substring`."""
@@ -415,12 +425,18 @@ class FleetStore:
         condition, values = _filter_devices(devices)
         where = f"{source} AND {condition}"
         order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
-        return self.stream(f"SELECT device, log, seq, t.* FROM {table} t WHERE {where} ORDER BY {order}", values)
+        names = [column[0] for column in self._database.execute(f"SELECT * FROM {table} LIMIT 0").description]
+        columns = self._as_stored(["device", "log", "seq", *names])
+        return self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
 
-    def derived_rows(self, table: str, columns: str, order: str, devices: Devices) -> Iterator[Row]:
+    def derived_rows(self, table: str, columns: Sequence[str], order: str, devices: Devices) -> Iterator[Row]:
         """Return columns of a table that many messages gave, in an order."""
         where, values = _filter_devices(devices)
-        return self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
+        stored = self._as_stored(columns)
+        return self.stream(f"SELECT {stored} FROM {table} WHERE {where} ORDER BY {order}", values)
+
+    def _as_stored(self, columns: Sequence[str]) -> str:
+        return ", ".join(self._database.as_stored(f'"{column}"') for column in columns)
 
     def _stored_payloads(self, message: VerifiedMessage) -> list[Row]:
         body = message.body

@@ -2,7 +2,7 @@
 
 The broker owns its file `dynamic-security.json` while it runs, and writes it after each change. A broker that cannot be
 reached gets its changes in the file. `broker-pending.json` lists changes that no broker has confirmed: the next change
-that reaches it brings them along.
+that reaches it brings them along. One that the broker refuses holds up no other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -48,13 +48,20 @@ def write_access_file(path: Path, document: Document) -> None:
         os.chown(path, owner.st_uid, owner.st_gid)
 
 
-def apply(folder: Path, config: FleetConfig, change: AccessChange) -> tuple[str, ...]:
-    """Put a change in force at the broker, and return the steps left to the operator.
+class AccessOutcome(NamedTuple):
+    """Whether a change is in force at the broker, and the steps left to the operator, also for earlier changes."""
+
+    is_in_force: bool
+    steps: tuple[str, ...] = ()
+
+
+def apply(folder: Path, config: FleetConfig, change: AccessChange) -> AccessOutcome:
+    """Put a change in force at the broker, with those that wait.
 
     A broker without TLS has no access rules. Raises StorageError if the change cannot be recorded.
     """
     if config.broker_admin is None:
-        return ()
+        return AccessOutcome(True)
     with _lock(folder):
         return _apply_pending(folder, config, config.broker_admin, change)
 
@@ -70,23 +77,38 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _apply_pending(
-    folder: Path, config: FleetConfig, admin: ClientCertificate, change: AccessChange
-) -> tuple[str, ...]:
+def _apply_pending(folder: Path, config: FleetConfig, admin: ClientCertificate, change: AccessChange) -> AccessOutcome:
     pending = [*(other for other in _load_pending(folder) if other.client != change.client), change]
-    durable_files.write(folder / PENDING_FILE, msgspec.json.encode(pending), 0o600)
+    # A link that fails midway costs no revocation its turn.
+    pending.sort(key=lambda waiting: waiting.access != "none")
+    _save_pending(folder, pending)
     path = folder / "broker" / ACCESS_FILE
     fleet = config.fleet.name
     try:
-        _control(config.broker_for(admin), fleet, pending)
+        refused = _control(config.broker_for(admin), fleet, pending)
     except LinkDown as error:
-        return _write_pending(path, fleet, pending, str(error))
-    durable_files.remove(folder / PENDING_FILE)
+        return AccessOutcome(False, _write_pending(path, fleet, pending, str(error)))
+    _save_pending(folder, list(refused))
     # The file of a broker on this machine has the change by now, and may be readable to the broker's user alone. Of a
     # broker elsewhere it is the copy from which that one can be set up again.
     with contextlib.suppress(OSError, StorageError, ValueError):
-        _edit_file(path, fleet, pending)
-    return ()
+        _edit_file(path, fleet, [waiting for waiting in pending if waiting not in refused])
+    return AccessOutcome(change not in refused, tuple(_describe_refusal(*entry) for entry in refused.items()))
+
+
+def _save_pending(folder: Path, pending: Sequence[AccessChange]) -> None:
+    if pending:
+        durable_files.write(folder / PENDING_FILE, msgspec.json.encode(pending), 0o600)
+    else:
+        durable_files.remove(folder / PENDING_FILE)
+
+
+def _describe_refusal(change: AccessChange, reason: str) -> str:
+    return (
+        f"The broker refused to change the access of {change.client}: {reason}. The next change of any client tries it "
+        "again. If it stays refused, stop the broker, repeat the command, and start the broker: the rules are then "
+        "written to its file."
+    )
 
 
 def reload(folder: Path) -> bool:
@@ -130,9 +152,10 @@ def end_session(config: FleetConfig, client: str, authority: CertificateAuthorit
         Link(msgspec.structs.replace(config.broker, **paths), client, timeout_s=_TIMEOUT_S).close()
 
 
-def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> None:
-    """Put changes in force. Raises LinkDown if the broker does not confirm each of them."""
+def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> dict[AccessChange, str]:
+    """Put changes in force, and return those that the broker refused, with its reasons. Raises LinkDown."""
     response_topic = f"{CONTROL_TOPIC}/response"
+    refused = {}
     link = Link(broker, broker_access.ADMIN, subscribe=[response_topic], timeout_s=_TIMEOUT_S)
     try:
         for change in changes:
@@ -144,9 +167,10 @@ def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) 
                 responses = _request(link, [*broker_access.build_commands(change, fleet), query])
             if not broker_access.is_in_force(change, _find_reply(responses)):
                 errors = "; ".join(response["error"] for response in responses if "error" in response)
-                raise LinkDown(f"{broker.url}: the access of {change.client} was not changed: {errors}")
+                refused[change] = errors or "it confirmed the change, and lists another access"
     finally:
         link.close()
+    return refused
 
 
 def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,7 +184,7 @@ def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, A
                 responses: list[dict[str, Any]] = json.loads(event.payload)["responses"]
                 return responses
             if not event.is_accepted:
-                raise LinkDown(f"the broker refused a change of its access rules: {event.reason}")
+                raise LinkDown(f"the broker refused a message on the control topic: {event.reason}")
     raise LinkDown("the broker did not answer on the control topic; does it load the dynamic-security plugin?")
 
 
@@ -170,8 +194,8 @@ def _find_reply(responses: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _write_pending(path: Path, fleet: str, pending: Sequence[AccessChange], reason: str) -> tuple[str, ...]:
-    """Write the changes to the file of a broker that was not reached, and return the steps."""
-    problem = f"The broker was not reached ({reason}), so its access rules are not changed yet."
+    """Write the changes to the file of a broker that confirmed none, and return the steps."""
+    problem = f"The broker did not confirm the change of its access rules: {reason}."
     try:
         _edit_file(path, fleet, pending)
     except (OSError, StorageError, ValueError) as error:

@@ -53,8 +53,8 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
         issued = authority.issue_client(user, config.fleet.name)
         durable_files.write(key, issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
-    steps = broker_control.apply(folder, config, AccessChange(user, "collector"))
-    return AddedCollector([certificate, key], [*steps, start])
+    access = broker_control.apply(folder, config, AccessChange(user, "collector"))
+    return AddedCollector([certificate, key], [*access.steps, start])
 
 
 def is_collector(folder: Path, name: str) -> bool:

@@ -153,14 +153,18 @@ def revoke_device(
 
 def change_access(folder: Path, config: FleetConfig, change: AccessChange, outcome: RevocationOutcome) -> None:
     """Put a change of a device's access in force, and end the session that a revoked certificate opened."""
+    steps: tuple[str, ...] = ()
     try:
-        steps = broker_control.apply(folder, config, change)
-        if not steps and config.ca is not None and (outcome.certificates or change.access == "none"):
+        is_in_force, steps = broker_control.apply(folder, config, change)
+        if is_in_force and config.ca is not None and (outcome.certificates or change.access == "none"):
             authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
             broker_control.end_session(config, change.client, authority)
             outcome.ended = True
     except (LinkDown, StorageError, UsageError) as error:
-        steps = (f"The broker may still have its session: {error}. Repeat the command, or restart the broker.",)
+        steps = (
+            f"The broker may still have its session: {error}. Repeat the command, or restart the broker.",
+            *steps,
+        )
     outcome.steps = (*steps, *outcome.steps)
 
 

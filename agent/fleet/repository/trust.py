@@ -73,11 +73,17 @@ def replace_encryption_key(text: str) -> TrustEdit:
 
 
 def revoke_key(text: str) -> TrustEdit:
-    """Return the edit that removes a public key or thumbprint from all its roles."""
+    """Return the edit that removes a public key or thumbprint from all its roles; the last encryption key stays."""
 
     def edit(listed: list[TrustedKey]) -> list[TrustedKey]:
         _require_listed(listed, text)
-        return [entry for entry in listed if not _is_named(entry, text)]
+        left = [entry for entry in listed if not _is_named(entry, text)]
+        if _has_encryption(listed) and not _has_encryption(left):
+            raise UsageError(
+                f"{text}: the only encryption key; without one, devices that encrypt would send nothing. Replace it: "
+                "outstation fleet keys rotate-encryption"
+            )
+        return left
 
     return edit
 
@@ -90,6 +96,10 @@ def reset_counter(text: str, counter: int) -> TrustEdit:
         return [msgspec.structs.replace(key, counter=counter) if _is_named(key, text) else key for key in listed]
 
     return edit
+
+
+def _has_encryption(listed: list[TrustedKey]) -> bool:
+    return any(entry.role == ENCRYPTION for entry in listed)
 
 
 def _is_named(entry: TrustedKey, text: str) -> bool:

@@ -25,6 +25,8 @@ class DesiredMessage(msgspec.Struct, frozen=True):
 
 def verify(row: DesiredMessage, find_signer: Callable[[str], Signer | None]) -> DesiredPayload:
     """Return the verified payload of a row. Raises MessageRefused."""
+    if not (isinstance(row.topic, str) and isinstance(row.payload, bytes) and isinstance(row.jws, str)):
+        raise MessageRefused("damaged row", "topic, payload or jws is not stored as text and bytes")
     body = verify_message(row.topic, row.payload, [row.jws], find_signer).body
     if not isinstance(body, DesiredPayload):
         raise MessageRefused("other kind", "this is not a desired state message")

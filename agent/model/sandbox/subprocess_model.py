@@ -27,6 +27,8 @@ _POLL_INTERVAL_S = 1.0
 class SubprocessModel:
     """A model used like `TfliteModel`; or with `poll_ready`, `submit` and `poll`, by callers that must not block.
 
+    Several callers may share it: each request keeps its own answer, whoever waits for the process.
+
     The process starts at once, is awaited at the first use, and is restarted after its death. `on_wait` is called about
     once a second while `invoke` waits. Use and close it on the thread that made it: the process ends with that thread.
     `seconds` is the model's time, without the transfer.
@@ -57,7 +59,7 @@ class SubprocessModel:
         self._on_wait = on_wait
         self._process: ModelProcess | None = None
         self._loaded: ModelInfo | None = None
-        self._pending: _PendingRequest | None = None
+        self._pending: ModelRequest | None = None
         self.start()
 
     def __enter__(self) -> SubprocessModel:
@@ -69,11 +71,6 @@ class SubprocessModel:
     @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.is_alive
-
-    @property
-    def is_busy(self) -> bool:
-        """True while a request has no collected answer."""
-        return self._pending is not None
 
     @property
     def pid(self) -> int | None:
@@ -107,26 +104,31 @@ class SubprocessModel:
         if self._process is not None:
             self._process.kill()
             self._finalizer.detach()
+        if self._pending is not None:
+            self._pending.failure = ModelProcessFailed("error", "its process was ended before it answered")
         self._process, self._loaded, self._pending = None, None, None
 
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
         while self._pending is not None:
-            self._poll_once()
-        self.submit(windows)
-        while (outputs := self._poll_once()) is None:
-            pass
-        return outputs
+            # Another caller's request is answered first.
+            self._collect_or_wait(self._pending)
+        request = self.submit(windows)
+        while not request.is_done:
+            self._collect_or_wait(request)
+        return request.take_outputs()
 
     def poll_ready(self, timeout_s: float = 0.0) -> bool:
         """Return True if it is loaded and idle; start it if needed. Raises ModelProcessFailed."""
+        # Whoever sent the pending request may never ask for its answer.
+        self._collect(timeout_s)
         if not self.is_running:
             self.start()
         if self._loaded is None:
             self._poll_started(timeout_s)
         return self._loaded is not None and self._pending is None
 
-    def submit(self, windows: Float32s) -> None:
+    def submit(self, windows: Float32s) -> ModelRequest:
         """Send `windows`; `poll` then returns the outputs. One request at a time. Raises ModelProcessFailed."""
         loaded = self.wait_loaded()
         assert self._pending is None, "a request is pending"
@@ -143,35 +145,47 @@ class SubprocessModel:
             process.submit(len(windows))
         except WorkerExited:
             raise self._make_crash_error(f"within {len(windows)} windows") from None
-        self._pending = _PendingRequest(len(windows), time.monotonic() + self.call_timeout_s)
+        self._pending = ModelRequest(len(windows), time.monotonic() + self.call_timeout_s)
+        return self._pending
 
-    def poll(self, timeout_s: float = 0.0) -> Float32s | None:
-        """Return the outputs of the request; None if they are not ready. Raises ModelProcessFailed, also if overdue."""
+    def poll(self, request: ModelRequest, timeout_s: float = 0.0) -> Float32s | None:
+        """Return the outputs of `request`; None if they are not ready. Raises ModelProcessFailed, also if overdue."""
+        if request is self._pending:
+            self._collect(timeout_s)
+        return request.take_outputs() if request.is_done else None
+
+    def _collect(self, timeout_s: float) -> None:
+        """Move the answer to the pending request, if it came, or the failure, into the request."""
         process, pending, loaded = self._process, self._pending, self._loaded
+        if pending is None:
+            return
         assert process is not None
-        assert pending is not None
         assert loaded is not None
-        limit_s = self.call_timeout_s
         try:
             message = process.read_message(RESPONSE_HEADER, timeout_s)
             if message is None:
-                self._check_timeout(pending.deadline_s, limit_s)
-                return None
-            (status, seconds, _), error = message
+                self._check_timeout(pending.deadline_s, self.call_timeout_s)
+                return
         except WorkerExited:
-            raise self._make_crash_error(f"within {pending.count} windows") from None
+            pending.failure = self._make_crash_error(f"within {pending.count} windows")
+            return
+        except ModelProcessFailed as overdue:
+            pending.failure = overdue
+            return
         self._pending = None
+        (status, seconds, _), error = message
         if status != STATUS_OK:
-            raise ModelProcessFailed("error", error.decode(errors="replace"))
+            pending.failure = ModelProcessFailed("error", error.decode(errors="replace"))
+            return
         self.seconds += seconds
-        return process.read_outputs(pending.count * math.prod(loaded.input_shape), (pending.count, loaded.outputs))
+        width = math.prod(loaded.input_shape)
+        pending.seconds = seconds
+        pending.outputs = process.read_outputs(pending.count * width, (pending.count, loaded.outputs))
 
-    def _poll_once(self) -> Float32s | None:
-        assert self._pending is not None
-        outputs = self.poll(min(_POLL_INTERVAL_S, self._pending.deadline_s - time.monotonic()))
-        if outputs is None:
+    def _collect_or_wait(self, request: ModelRequest) -> None:
+        self._collect(max(0.0, min(_POLL_INTERVAL_S, request.deadline_s - time.monotonic())))
+        if not request.is_done:
             self._on_wait()
-        return outputs
 
     def wait_loaded(self) -> ModelInfo:
         """Wait for the start and return the model's properties. Raises ModelProcessFailed."""
@@ -214,8 +228,22 @@ class SubprocessModel:
         return ModelProcessFailed("crash", f"{probe.describe_death(code, stderr, self._limits)}, {when}")
 
 
-class _PendingRequest(msgspec.Struct, frozen=True):
-    """A request for the outputs of `count` windows, due at `deadline_s` (monotonic)."""
+class ModelRequest(msgspec.Struct, eq=False):
+    """A request for the outputs of `count` windows, due at `deadline_s` (monotonic), and its answer or failure."""
 
     count: int
     deadline_s: float
+    outputs: Float32s | None = None
+    seconds: float = 0.0  # of the model
+    failure: ModelProcessFailed | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.outputs is not None or self.failure is not None
+
+    def take_outputs(self) -> Float32s:
+        """Return the outputs of a request that is done. Raises its failure."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.outputs is not None
+        return self.outputs

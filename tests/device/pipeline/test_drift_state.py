@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -16,6 +17,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift import DriftMonitor
 from agent.drift.baseline.reference import Reference
+from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import DriftState
 from scripts.kit.stores import opened, outbox_payloads
 from tests.kit.machine import LABELS, LEARN, WINDOW, feed, readings, reference
@@ -158,19 +160,59 @@ def test_an_heir_learns_its_own_reference_once_nothing_is_open(
     store.close()
 
 
-def test_an_heir_that_learned_from_a_changed_site_says_so(tmp_path: Path, judge: DriftMonitor) -> None:
+def test_an_heir_of_a_held_reference_holds_it_too(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
+    """A bundle change used to put a reference into use that nobody had accepted."""
+    store, author = opened(tmp_path)
+    held = replace(drifted, guard=replace(drifted.guard, is_held=True))
+    keep(store, judge, held)
+    restored = take_over(store, author, monitor_of(reference(2), hold_deviating=True))
+    assert restored.state.site_reference is not None
+    assert restored.state.tested_reference is None
+    again = drift_state.restore(store, "exercise", monitor_of(reference(2), hold_deviating=True))
+    assert again.state.tested_reference is None
+    store.close()
+
+
+def test_while_its_answers_are_untested_an_heir_does_not_call_them_ok(tmp_path: Path, judge: DriftMonitor) -> None:
     store, author = opened(tmp_path)
     learned, _ = feed(judge, judge.start(), readings(3, LEARN + 2))
     keep(store, judge, learned)
-    restored = take_over(store, author, monitor_of(reference(2), hold_deviating=True))
-    # It drifts from the first window on, but the inherited reference cannot see it: its tests are off here.
-    blind = replace(restored.state, suite=replace(restored.state.suite))
-    r = readings(34, LEARN)
-    r.features[:, 0] += 0.9
-    state, verdicts = feed(restored.monitor, blind, r)
-    assert {a.subject for v in verdicts for a in v.alerts if a.state == "raised"} & {"x", "reference"}
-    assert state.is_inherited
-    assert state.site_reference is not None
+    restored = take_over(store, author, monitor_of(reference(2)))
+    _, verdicts = feed(restored.monitor, restored.state, readings(33, 3))
+    members = verdicts[-1].members
+    assert members["output"]["state"] == "insufficient"
+    assert members["features"]["x"]["state"] == "ok"
+    store.close()
+
+
+def test_a_sampling_alert_ends_with_the_bundle_and_its_number_is_not_used_again(
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
+) -> None:
+    store, author = opened(tmp_path)
+    [gate] = GATES
+    watch = replace(drifted.gates[gate.name], open_fault="rate", raised_counts=np.array([0, 3]))
+    keep(store, judge, replace(drifted, gates=GateStates({gate.name: watch})))
+    restored = take_over(store, author, monitor_of(replace(reference(2), fields=("x", "y", "w"))))
+    alerts = {body["id"]: body["state"] for body in outbox_payloads(store).values() if body["kind"] == "alerts"}
+    assert alerts["exercise/rate/fault/3"] == "cleared"
+    assert restored.state.gates[gate.name].raised_counts.tolist() == [0, 3]
+    store.close()
+
+
+def test_a_damaged_site_reference_keeps_guard_and_numbers(
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
+) -> None:
+    store, author = opened(tmp_path)
+    keep(store, judge, replace(drifted, guard=replace(drifted.guard, raised_count=4)))
+    with store.transaction() as tx:
+        tx.save_state("exercise", task_keys.SITE_REFERENCE, b"{}")
+    restored = take_over(store, author, judge)
+    assert restored.state.guard.raised_count == 4
+    assert restored.state.guard.accepted is not None
+    bodies = list(outbox_payloads(store).values())
+    [reset] = [body for body in bodies if body.get("event") == "reference reset"]
+    assert "the stored reference cannot be read" in reset["summary"]
+    assert any(body.get("id") == "exercise/y/drift/1" and body["state"] == "raised" for body in bodies)
     store.close()
 
 

@@ -22,7 +22,7 @@ from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store import labels, schema
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.store import Store
-from agent.errors import StorageError, UsageError
+from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
 from scripts.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
 from tests.kit.stations import ROOT
@@ -173,6 +173,39 @@ def test_an_older_store_is_migrated_with_everything_in_it(older: Path) -> None:
     store, author = opened(older)
     assert len(served(store)) == 40
     store.close()
+
+
+def test_an_older_store_is_read_before_the_agent_migrates_it(older: Path) -> None:
+    with Store.open_read_only(older) as store:
+        check_content(store)
+    assert indexes(older) == []
+
+
+def test_an_older_store_with_other_columns_is_not_called_damaged(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_note(db: sqlite3.Connection) -> None:
+        db.execute("ALTER TABLE labels ADD COLUMN note TEXT")
+
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, add_note))
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, "add_note"))
+    with pytest.raises(StorageError, match="made by an older version of outstation; the agent migrates it") as raised:
+        Store.open_read_only(older)
+    assert not isinstance(raised.value, StorageDamaged)
+
+
+def test_an_older_store_with_a_damaged_description_is_called_damaged(older: Path) -> None:
+    with contextlib.closing(sqlite3.connect(older / "outstation.db")) as db, db:
+        db.execute("ALTER TABLE cursors RENAME COLUMN first_row TO first_ro")
+    with pytest.raises(StorageDamaged, match="the description of cursors is not what was written"):
+        Store.open_read_only(older)
+
+
+def test_a_store_of_a_newer_version_is_not_called_damaged(tmp_path: Path) -> None:
+    opened(tmp_path)[0].close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "outstation.db")) as db, db:
+        db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('outstation-device', 'telepathy')")
+    with pytest.raises(StorageError, match="made by a newer version") as raised:
+        Store.open_read_only(tmp_path)
+    assert not isinstance(raised.value, StorageDamaged)
 
 
 def test_a_migration_that_fails_restores_the_old_store(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agent.device.recovery.open_files import require_not_moved
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, StorageMoved
 from scripts.kit.stores import NUMBERS, append, opened
@@ -85,6 +88,65 @@ def test_a_deleted_data_folder_is_named_as_deleted(tmp_path: Path) -> None:
     (tmp_path / "data.moved").write_bytes(b"\0" * 9)
     with pytest.raises(StorageMoved, match=r"delete .*moved to begin an empty store"):
         opened(tmp_path / "data")
+
+
+def test_a_service_that_may_not_write_beside_the_folder_leaves_its_note_in_a_folder_made_for_it(tmp_path: Path) -> None:
+    (tmp_path / "data.moved").mkdir()
+    store, _ = opened(tmp_path / "data")
+    move_away(tmp_path / "data")
+    with pytest.raises(StorageMoved, match=r"delete .*/data\.moved/note to begin an empty store"):
+        append(store, "numbers", 1)
+    store.close()
+    # As the service manager makes it anew.
+    (tmp_path / "data").mkdir()
+    with pytest.raises(StorageMoved, match=r"put it back, or delete .*/data\.moved/note"):
+        opened(tmp_path / "data")
+    (tmp_path / "data").rmdir()
+    (tmp_path / "former").rename(tmp_path / "data")
+    opened(tmp_path / "data")[0].close()
+    assert list((tmp_path / "data.moved").iterdir()) == []
+
+
+def test_a_note_that_cannot_be_written_is_not_promised(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path / "data")
+    move_away(tmp_path / "data")
+    # In its way, as root may write anywhere.
+    (tmp_path / "data.moved.new").mkdir()
+    with pytest.raises(StorageMoved, match=r"could not be written \(.*data.moved") as raised:
+        append(store, "numbers", 1)
+    assert "would begin an empty store here" in str(raised.value)
+    assert "or delete" not in str(raised.value)
+    store.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_disk_that_fails_for_a_moment_is_not_a_moved_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    folder = tmp_path / "data"
+    store, _ = opened(folder)
+    append(store, "numbers", 20)
+    intact = os.stat
+
+    def fail(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(folder)):
+            raise OSError(code, os.strerror(code), str(path))
+        return intact(path, **options)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "stat", fail)
+        with pytest.raises(StorageError, match="cannot be read") as raised:
+            append(store, "numbers", 1)
+        # Exit code 3 would keep the service stopped.
+        assert not isinstance(raised.value, StorageMoved)
+        store.close()
+        # Whether there is a note is not known either: nothing is opened.
+        with pytest.raises(StorageError, match=r"data\.moved: cannot be read"):
+            require_not_moved(folder)
+    assert not (tmp_path / "data.moved").exists()
+    store, _ = opened(folder)
+    assert numbers(store) == list(range(1, 21))
+    store.close()
 
 
 @pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "lock", "watermark"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent import clock
 from agent.cli import main
@@ -21,6 +22,7 @@ from agent.device.rollout.shadow import ShadowState
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.drift.baseline.reference import Reference
+from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.model.sandbox import probe
 from scripts.kit.bundles import Floats
@@ -433,6 +435,41 @@ def test_a_rollback_right_after_a_start_ends_the_canary(site: Site) -> None:
     assert ok, summary
     assert (site.phase, site.reason, site.batch()) == ("rolled_back", "operator", "1")
     assert tiles(site.answered(), 3 * 40)
+
+
+def drift_of(site: Site) -> DriftState:
+    state = site.daemon._scheduled_tasks[0].task.drift_state
+    assert state is not None
+    return state
+
+
+def with_alerts_of_canary(site: Site, count: int) -> None:
+    """The canary has raised so many alerts of one field."""
+    stored = site.store.load_state("sort", task_keys.DRIFT_STATE)
+    assert stored is not None
+    state = DriftState.from_bytes(stored)
+    counts = state.raised_counts.copy()
+    counts[0] = count
+    with site.store.transaction() as tx:
+        tx.save_state("sort", task_keys.DRIFT_STATE, replace(state, raised_counts=counts).to_bytes())
+
+
+@pytest.mark.parametrize("is_crash", [False, True])
+def test_alert_numbers_of_a_canary_that_is_not_loaded_are_never_used_again(site: Site, is_crash: bool) -> None:
+    on_probation(site)
+    site.batch()
+    with_alerts_of_canary(site, 5)
+    if is_crash:
+        marked(site, "2")
+    else:
+        site.crash()
+        ok, summary, _ = site.obey("rollback", task="sort")
+        assert ok, summary
+    assert site.phase == "rolled_back"
+    assert drift_of(site).raised_counts.min() == 5
+    assert site.batch() == "1"
+    site.crash()
+    assert drift_of(site).raised_counts.min() == 5
 
 
 # --- the agent itself ---

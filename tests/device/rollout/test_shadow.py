@@ -279,6 +279,29 @@ def test_an_answer_to_an_earlier_request_is_dropped(make: Make) -> None:
     assert [(message.n, message.other_stats.windows) for message in pair.shadows()] == [(40, 40)]
 
 
+def test_another_tasks_batch_in_the_shared_process_costs_no_comparison(make: Make) -> None:
+    pair = make(good())
+    pair.runner._poll = lambda timeout_s: None  # type: ignore[method-assign]  # its answer comes after the batch
+    pair.batch(CALM[:40], wait=False)
+    pair.model.invoke(np.flip(CALM[:30], 0))
+    # A second canary's request is pending when the first one's runner polls.
+    other = pair.model.submit(CALM[100:107])
+    del pair.runner._poll
+    assert pair.runner.poll()
+    pair.turn()
+    (message,) = pair.shadows()
+    assert (message.n, message.errors, message.other_stats.windows) == (40, 0, 40)
+    assert message.agreeing == _count_agreeing(pair, CALM[:40])
+    wait_for(lambda: pair.model.poll(other) is not None, "it answered the other request")
+
+
+def _count_agreeing(pair: Pair, rows: np.ndarray) -> int:
+    here = runtime.load_model(pair.other.manifest, pair.other.model_bytes).invoke(rows).argmax(axis=1)
+    (result,) = [answers.scores.label for _, answers in pair.observed]
+    assert result is not None
+    return int(np.equal(result, here).sum())
+
+
 def test_another_roll_out_starts_a_new_comparison(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:40])

@@ -33,7 +33,7 @@ _TEXTS = {
     "args",
     "reply_key",
 }
-LOADED = [(table, column) for table in row_crc.TABLES for column in schema.columns()[table]]
+LOADED = [(table, column) for table in row_crc.TABLES for column in schema.columns(schema.STEPS)[table]]
 
 
 def cell(table: str, column: str) -> Any:
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     store, _ = filled(folder, chunks=3, messages=5, acknowledged=2)
     for table in row_crc.TABLES:
-        names = [name for name in schema.columns()[table] if name != "crc"]
+        names = [name for name in schema.columns(schema.STEPS)[table] if name != "crc"]
         sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
         store._db.execute(sql, [cell(table, name) for name in names])
     assert row_crc.find_damage(store._db, large=True) is None

@@ -553,6 +553,43 @@ def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -
     assert REFUSED not in world.store.counters()
 
 
+def test_an_old_acknowledgement_before_an_hour_without_a_collector_costs_one_message(world: World) -> None:
+    world.collector.leave()
+    world.write(5)
+    newest, old = (
+        signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, through, [])) for through in (4, 2)
+    )
+    for clock_s, action in (
+        (1001, partial(world.deliver, *newest)),
+        (1003, partial(world.deliver, *old)),
+        (4600, world.collector.come),
+        # The answer to the first message has settled that doubt: this is another one.
+        (4650, partial(world.deliver, *old)),
+    ):
+        world.air.tick_callbacks.append(partial(once, world, clock_s, action))
+    waiting: list[set[int]] = []
+    world.air.tick_callbacks.append(partial(once, world, 4599, lambda: waiting.append(world.waiting())))
+    world.run(lambda: False, 3700)
+    assert waiting == [{5, 6}]
+    assert (world.waiting(), world.collector.seqs()) == (set(), {1, 2, 3, 4, 5, 6, 7})
+
+
+def test_a_silent_device_sends_within_seconds_what_it_has_to_a_collector_made_anew(world: World) -> None:
+    world.write(5)
+    world.run(lambda: not world.waiting(), 20)
+    # It has nothing, and says so.
+    world.collector.leave()
+    world.collector.stored.clear()
+    world.collector.come()
+    world.uplink = world.new_uplink()
+    start_s = world.air.clock_s
+    nothing = partial(world.deliver, *signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 0, [])))
+    world.air.tick_callbacks.append(partial(once, world, start_s + 2, nothing))
+    world.run(lambda: world.collector.seqs() == {1, 2, 3, 4, 5, 6}, 20)
+    assert world.collector.seqs() == {1, 2, 3, 4, 5, 6}
+    assert world.air.clock_s - start_s < 15
+
+
 def test_forged_acknowledgements_wear_out_neither_card_nor_journal(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
