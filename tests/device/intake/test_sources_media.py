@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import itertools
@@ -124,6 +125,29 @@ def test_equal_images_of_different_times_are_all_ingested_and_a_copy_is_not(tmp_
         put(tmp_path, "copy.png", content, 1_764_003_600)
         wait_for(lambda: "copy.png" in names(tmp_path, "failed"), "the copy in failed/")
         assert len(taken(station)) == 2 * SMALL.height
+
+
+def test_a_file_that_changes_while_it_is_read_gives_its_first_digest_back(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, SMALL)
+    assert isinstance(stream.source, FilesSource)
+    with open_store(tmp_path / "d") as store:
+        watcher = FolderWatcher("camera", stream, stream.source, store, tmp_path / "d")
+
+        async def take(name: str, content: bytes) -> None:
+            path = tmp_path / name
+            path.write_bytes(content)
+            os.utime(path, (1_764_000_000, 1_764_000_000))
+            with path.open("rb") as file:
+                await watcher._take_digest(file.fileno(), name, files_module._FileProgress(0))
+
+        async def run() -> None:
+            await take("1.a.png", b"begun")
+            await take("1.a.png", b"begun and ended")
+            await take("2.b.png", b"begun")
+            with pytest.raises(UsageError, match="duplicate"):
+                await take("3.c.png", b"begun")
+
+        asyncio.run(run())
 
 
 @pytest.mark.usefixtures("quick")
