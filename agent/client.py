@@ -83,7 +83,7 @@ class Client:
     `address` is the daemon's socket file, or `127.0.0.1:PORT` with the `token` of the daemon's `intake.token_file`.
     `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` must exceed the daemon's `commit_every`.
     With `reconnect` False, a lost connection is an error at once; a new client of the same name continues after
-    `through`.
+    `through`. With `forget` True, the daemon forgets the lines of this name before, and counts from 1.
 
     Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
     of the last lines is then unknown. Raises PermissionError if the daemon refuses the producer, and RuntimeError if
@@ -98,11 +98,12 @@ class Client:
         token: str | None = None,
         patience_s: float = 30.0,
         reconnect: bool = True,
+        forget: bool = False,
     ) -> None:
         if name is not None and not 1 <= len(name) <= 64:
             raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
         self._address, self._name, self._token, self._patience_s = str(address), name, token, patience_s
-        self._reconnects = reconnect and name is not None
+        self._reconnects, self._forgets = reconnect and name is not None, forget
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._sent = 0
@@ -291,8 +292,8 @@ class Client:
 
     def _handshake(self) -> None:
         """Send the client's name and token, and receive how many of its lines are committed."""
-        hello = {"client": self._name, "token": self._token}
-        self._socket.sendall(_encode({key: text for key, text in hello.items() if text is not None}) + b"\n")
+        hello = {"client": self._name, "token": self._token, "forget": (self._forgets and not self._greeted) or None}
+        self._socket.sendall(_encode({key: value for key, value in hello.items() if value is not None}) + b"\n")
         received = b""
         while b"\n" not in received:
             data = self._socket.recv(4096)

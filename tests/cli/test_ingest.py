@@ -180,9 +180,9 @@ def test_json_lines_and_parquet_are_taken_too(
     )
     parquet.write_table(pyarrow.table({"ax": [6.0, 99.0], "ay": [7.0, 8.0]}), home / "in.parquet")
     first = json.loads(ingest("watch", home / "in.jsonl", "--json")[1])
-    assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}], "stored_before": 0}
+    assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}], "handled_before": 0}
     second = json.loads(ingest("watch", home / "in.parquet", "--json")[1])
-    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax is above max 16"}], "stored_before": 0}
+    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax is above max 16"}], "handled_before": 0}
     assert stored_rows(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
 
 
@@ -207,7 +207,7 @@ def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
     assert json.loads(done.stdout) == {
         "accepted": 2,
         "rejected": [{"line": 5, "reason": "mode is no category: text of 1-64 characters"}],
-        "stored_before": 0,
+        "handled_before": 0,
     }
     store = Store.open_read_only(home / "data")
     assert store.categories("machine", "mode") == ["", "größe", "two\nlines"]
@@ -296,9 +296,9 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
             code, out, _ = ingest("watch", home / "in.csv", "--json")
         document = json.loads(out)
         assert code == 1
-        assert document["accepted"] + len(document["rejected"]) + document["stored_before"] == lines
+        assert document["accepted"] + len(document["rejected"]) + document["handled_before"] == lines
         # The second run continues where the store became full.
-        assert document["stored_before"] == accepted
+        assert document["handled_before"] == accepted
         assert document["accepted"] > 0 or turn == "with"
         assert "not stored" in document["rejected"][-1]["reason"]
         named = {rejected["line"] for rejected in document["rejected"]}
@@ -325,7 +325,7 @@ class _Line(int):
 def test_of_a_long_file_only_unanswered_lines_are_in_memory(home: Path) -> None:
     stream, rows, blocks = config.load(home / "outstation.toml").streams["watch"], 4096, 150
     with daemon(home) as station:
-        target = _DaemonSink(Client(station.socket), "watch", stream)
+        target = _DaemonSink(station.socket, "file:long", "watch", stream)
         for block in range(blocks):
             t = T0 + np.arange(block * rows, (block + 1) * rows) / 100
             raw = RawColumns(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
@@ -434,21 +434,49 @@ def test_rows_rejected_by_another_config_are_an_error_that_names_it(
 def test_a_file_that_is_added_again_under_any_name_adds_nothing(
     home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
-    for timed in (False, True):
-        text = "t,ax,ay\n" if timed else "ax,ay\n"
-        text += "".join(f"{T0 + n},1,1\n" if timed else "1,1\n" for n in range(3_000))
-        for name in ("in.csv", "in.csv", "copy.csv"):
-            (home / name).write_text(text)
-            code, out, err = ingest("watch", home / name, "--json")
-            assert (code, err) == (0, "")
-            document = json.loads(out)
-            assert document["accepted"] + document["stored_before"] == 3_000
-        assert document["stored_before"] == 3_000
-        assert ingest("watch", home / "in.csv")[1].splitlines() == [
-            "0 rows accepted, 0 rejected",
-            "3000 rows of this file are in the stream already",
-        ]
-    assert len(stored_rows(home, "watch", agent)) == 6_000
+    text = "t,ax,ay\n" + "".join(f"{T0 + n},1,1\n" for n in range(3_000))
+    for name in ("in.csv", "in.csv", "copy.csv"):
+        (home / name).write_text(text)
+        code, out, err = ingest("watch", home / name, "--json")
+        assert (code, err) == (0, "")
+        document = json.loads(out)
+        assert document["accepted"] + document["handled_before"] == 3_000
+    assert document["handled_before"] == 3_000
+    assert ingest("watch", home / "in.csv")[1].splitlines() == [
+        "0 rows accepted, 0 rejected",
+        "3000 rows of this file were handled by an earlier run",
+    ]
+    assert len(stored_rows(home, "watch", agent)) == 3_000
+
+
+def test_equal_readings_without_a_time_are_added_at_every_run(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n1,2\n")
+    # The second row has no time.
+    (home / "in.jsonl").write_text(f'{{"t":{T0},"ax":1,"ay":2}}\n{{"ax":1,"ay":2}}\n')
+    for run in range(3):
+        document = json.loads(ingest("watch", home / "in.csv", "--json")[1])
+        assert (document["accepted"], document["handled_before"]) == (1, 0)
+        document = json.loads(ingest("watch", home / "in.jsonl", "--json")[1])
+        assert (document["accepted"], document["handled_before"]) == (1 if run else 2, 0)
+    assert len(stored_rows(home, "watch", agent)) == 7
+
+
+def test_a_file_with_duplicates_is_not_stored_twice_once_its_stream_accepts_them(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text(f"t,ax,ay\n{T0},1,1\n{T0},1,1\n{T0 + 1},1,1\n")
+    code, out, _ = ingest("watch", home / "in.csv")
+    assert code == 1
+    assert 'set duplicates = "accept" in [streams.watch] for later rows, and send none of these again' in out
+    text = (home / "outstation.toml").read_text()
+    (home / "outstation.toml").write_text(text.replace("[streams.watch]", '[streams.watch]\nduplicates = "accept"'))
+    assert ingest("watch", home / "in.csv")[1].splitlines() == [
+        "0 rows accepted, 0 rejected",
+        "3 rows of this file were handled by an earlier run",
+    ]
+    assert len(stored_rows(home, "watch")) == 2
 
 
 def test_files_of_a_stream_that_may_repeat_are_added_each_time(
@@ -476,8 +504,8 @@ def test_a_run_that_was_killed_is_continued_and_doubles_no_row(
         assert before < total
     code, out, _ = ingest("watch", home / "in.csv", "--json")
     document = json.loads(out)
-    assert (code, document["accepted"] + document["stored_before"]) == (0, total)
-    assert document["stored_before"] >= before
+    assert (code, document["accepted"] + document["handled_before"]) == (0, total)
+    assert document["handled_before"] >= before
     assert len(stored_rows(home, "watch")) == total
 
 

@@ -246,6 +246,26 @@ def test_honest_plateaus_of_a_site_are_learned(shipped: Reference, rows: NDArray
     assert [runs.find_stuck(each)[1] for each in (shipped, site)] == [True, False]
 
 
+def test_a_sensor_that_held_values_while_its_site_learned_is_not_stuck_if_it_holds_them_longer(
+    shipped: Reference, learned: DriftState
+) -> None:
+    monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
+    limit = int(faults.max_normal_run(shipped, np.array([WINDOW * ROWS]))[0, 1])
+
+    def hold(seed: int, windows: int, rows: int) -> Readings:
+        r = readings(seed, windows)
+        for begin in range(50, len(r.features), WINDOW * ROWS):
+            r.features[begin : begin + rows, 1] = r.features[begin, 1]
+        return r
+
+    site, _ = feed(monitor, monitor.start(), hold(3, 42, limit))
+    assert site.site_reference is not None
+    longer = hold(24, 4, limit + 3)
+    assert {fault for _, fault, _ in alerted(shipped, learned, longer, ())} == {"stuck"}
+    assert alerted(shipped, site, longer, ()) == []
+    assert {fault for _, fault, _ in alerted(shipped, site, hold(24, 4, 5 * limit + 1), ())} == {"stuck"}
+
+
 @pytest.mark.parametrize("seed", range(20, 25))
 def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
     r = readings(seed, 2)

@@ -339,6 +339,35 @@ def collect(site: Site, done: Callable[[Collector], bool], quota: Quota | None =
     return collector
 
 
+def test_a_collector_made_anew_tells_a_silent_device_that_it_has_nothing(site: Site, tmp_path: Path) -> None:
+    with site.broker:
+        collect(site, lambda collector: True)
+        device = Link(site.as_device("pi-07"), "pi-07", subscribe=[f"{BASE}/pi-07/ack"])
+        message = site.senders["pi-07"].results()
+        publish_one(device, message.to_outgoing())
+        collect(site, lambda collector: collector.stored_count == 1 and not collector.acknowledger.has_pending)
+        assert [json.loads(ack.payload)["through"] for ack in receive_messages(device, 1, 10)] == [1]
+        device.close()
+        site.store.close()
+        Path(site.config.fleet.db).unlink()
+        site.store = FleetStore(Path(site.config.fleet.db))
+        for name, sender in site.senders.items():
+            site.store.enrol(name, sender.key.public, replace=False, now=NOW)
+        device = Link(site.as_device("pi-07"), "pi-07", subscribe=[f"{BASE}/pi-07/ack"])
+        began = time.monotonic()
+        collector = Collector("acme", site.as_collector, site.store, site.key)
+        connection = collector._connect()
+        while collector._missing_devices != {"pi-08"} or collector.acknowledger.has_pending:
+            assert time.monotonic() < began + 10
+            collector.tick(connection, 0.1)
+        acks = [json.loads(ack.payload) for ack in receive_messages(device, 2, 10)]
+        # The first one is that of the lost database.
+        log = json.loads(message.payload)["log"]
+        assert [(ack["through"], ack["missing"], ack["log"]) for ack in acks] == [(1, [], log), (0, [], log)]
+        for open_link in (device, connection):
+            open_link.close()
+
+
 def test_a_flood_of_one_device_costs_no_other_its_messages(site: Site) -> None:
     """Messages over quota are not stored and not acknowledged: they stay on the device."""
     quota = Quota(messages_per_s=1.0, bytes_per_s=1_000_000, burst_s=100.0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import msgspec
+import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
@@ -33,7 +34,7 @@ from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.intake.row_history import is_row_reason
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
-from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, UsageError
+from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, StorageFull, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
 
@@ -52,7 +53,8 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
     Readings go through the running daemon, or into the store if none runs. The first line of a CSV file names its
     columns: the stream's fields, and optionally t (epoch seconds or RFC 3339). Exit 1 if a row was rejected.
 
-    A file that was added before is not added again, and one that was added in part is continued.
+    A file that was added before is not added again, and one that was added in part is continued. A complete file is
+    added again if it has rows without t, or if the stream has duplicates = "accept".
     """
     conf_file, conf = device.load_config(config_file)
     if stream not in conf.streams:
@@ -61,14 +63,14 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         )
     if isinstance(source := conf.streams[stream].source, FilesSource) and source.media_format:
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
-    accepted, rejected, stored_before = _ingest_file(conf, stream, file)
+    accepted, rejected, handled_before = _ingest_file(conf, stream, file)
     lines = [{"line": n, "reason": r} for n, r in sorted(rejected.items())]
-    document = {"accepted": accepted, "rejected": lines, "stored_before": stored_before}
+    document = {"accepted": accepted, "rejected": lines, "handled_before": handled_before}
 
     def print_human() -> None:
         print_rejected(accepted, rejected, "rows")
-        if stored_before:
-            echo(f"{stored_before} rows of this file are in the stream already")
+        if handled_before:
+            echo(f"{handled_before} rows of this file were handled by an earlier run")
 
     emit(document, as_json, print_human)
     if rejected:
@@ -76,7 +78,7 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
 
 
 def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str], int]:
-    """Return the accepted rows, line → reason for rejected ones, and the rows that an earlier run has stored."""
+    """Return the accepted rows, line → reason for rejected ones, and the rows that an earlier run handled."""
     path = None if file == "-" else Path(file)
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
@@ -86,6 +88,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
         key = _file_key(source, name, stream)
+        may_repeat = not _is_regular(source) or stream.duplicates == "accept"
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
         process = DecodeProcess(
             *(name, stream),
@@ -100,6 +103,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
             blocks = _decode_blocks(process, source.fileno(), path.name if path is not None else "")
             for checked, lines, bad, through in _check_blocks(conf, blocks, stream):
                 rejected |= bad
+                may_repeat = may_repeat or not np.all(checked.has_time)
                 if len(checked.rows):
                     target.put(checked, lines)
                 bar(through)
@@ -110,14 +114,20 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         if problem is not None:
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
             raise UsageError(f"{file}: {problem}{partial}")
-    return accepted, rejected | refused, target.stored_before
+        if may_repeat and target.is_complete:
+            target.forget()
+    return accepted, rejected | refused, target.handled_before
 
 
 def _file_key(source: BufferedReader[Any], name: str, stream: StreamConfig) -> str:
-    """Return a client name by the content of the file and the fields of the stream, or a new one if it may repeat."""
-    if stream.duplicates == "accept" or not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+    """Return a client name by the content of the file and the fields of the stream, or a new one for a pipe."""
+    if not _is_regular(source):
         return FILE_PREFIX + uuid.uuid4().hex
     return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode([name, stream.fields]))
+
+
+def _is_regular(source: BufferedReader[Any]) -> bool:
+    return stat.S_ISREG(os.fstat(source.fileno()).st_mode)
 
 
 def _decode_blocks(process: DecodeProcess, source: int, name: str) -> Iterator[FileBlock]:
@@ -147,11 +157,11 @@ def _check_blocks(
 class RowSink(ABC):
     """Destination of checked rows, which go to it in numbered pieces: the daemon or the store.
 
-    `stored_before`: rows of the first pieces, which an earlier run has stored.
+    `handled_before`: rows of the first pieces, which an earlier run has stored, or which were rejected then.
     """
 
     def __init__(self, definition: StreamConfig, stored_pieces: int) -> None:
-        self.stored_before = 0
+        self.handled_before = 0
         self._definition, self._stored_pieces, self._piece = definition, stored_pieces, 0
         # Depends on nothing but the stream, so that another run makes the same pieces.
         self._rows_per_piece = max(1, min(_MAX_ROWS_PER_LINE, _MAX_LINE_BYTES // _max_row_bytes(definition)))
@@ -166,11 +176,16 @@ class RowSink(ABC):
             numbers = lines[start : start + step]
             self._piece += 1
             if self._piece <= self._stored_pieces:
-                self.stored_before += len(numbers)
+                self.handled_before += len(numbers)
             elif self._full_reason:
                 self._rejected |= dict.fromkeys(numbers, self._full_reason)
             else:
                 self._put_piece(checked.slice(start, start + step), numbers)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if no row has to be sent again."""
+        return not self._full_reason
 
     @abstractmethod
     def _put_piece(self, piece: ValidatedRows, lines: list[int]) -> None: ...
@@ -180,15 +195,20 @@ class RowSink(ABC):
         """Wait until all rows are stored; return the number accepted, and line → reason for the others."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Forget the pieces of a complete file: another one with the same content has other rows."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
 class _DaemonSink(RowSink):
     """Sends rows to the daemon, a piece in a line; its answers are about these lines."""
 
-    def __init__(self, client: Client, stream: str, definition: StreamConfig) -> None:
+    def __init__(self, address: Path, key: str, stream: str, definition: StreamConfig) -> None:
+        self._address, self._key, self._stream = address, key, stream
+        self._client = client = Client(address, name=key, reconnect=False)
         super().__init__(definition, client.through)
-        self._client, self._stream = client, stream
         # Of unanswered lines only: for all lines of a long file they would take more memory than all else.
         self._pending_lines: deque[list[int]] = deque()
         self._answered_lines = client.through
@@ -217,6 +237,16 @@ class _DaemonSink(RowSink):
                 f"changed since the daemon was started, restart it. {self._accepted} rows were accepted"
             )
         return self._accepted, self._rejected
+
+    def forget(self) -> None:
+        try:
+            forgotten = Client(self._address, name=self._key, reconnect=False, forget=True)
+        except ConnectionError as error:
+            raise OutstationError(
+                f"the daemon went away ({error}) when all rows were stored; the next file with this content "
+                "seems to be this one, and is not added"
+            ) from None
+        forgotten.close()
 
     def close(self) -> None:
         self._client.close()
@@ -289,6 +319,10 @@ class _StoreSink(RowSink):
         self._commit()
         return self._accepted, self._rejected
 
+    def forget(self) -> None:
+        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+            tx.delete_source_position(FILE_SOURCE, self._key)
+
     def close(self) -> None:
         self._store.close()
 
@@ -309,7 +343,7 @@ def _open_sink(conf: Config, stream: str, key: str) -> RowSink:
     """Open the daemon's socket, or else the store: a user of the socket may have no right to write the store."""
     address = conf.data_dir / "intake.sock"
     try:
-        return _DaemonSink(Client(address, name=key, reconnect=False), stream, conf.streams[stream])
+        return _DaemonSink(address, key, stream, conf.streams[stream])
     except ConnectionError as error:
         try:
             return _StoreSink(conf, stream, key)

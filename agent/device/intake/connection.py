@@ -42,21 +42,22 @@ def client_position(name: str, line: int) -> SourcePosition:
 
 class _Hello(msgspec.Struct, forbid_unknown_fields=True):
     client: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
+    forget: bool | None = None
     token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
 
 
 class ProducerConnection:
     """Producer on a socket.
 
-    `greet` is called with its name and returns how many of its lines are stored, or raises Refusal. With `token`, the
-    first line must have the same.
+    `greet` is called with its name, and whether its lines are to be forgotten; it returns how many of them are stored,
+    or raises Refusal. With `token`, the first line must have the same.
     """
 
     def __init__(
         self,
         group: GroupCommit,
         reader: LineParser,
-        greet: Callable[[ProducerConnection, str], Awaitable[int]],
+        greet: Callable[[ProducerConnection, str, bool], Awaitable[int]],
         writer: asyncio.StreamWriter,
         user: User = None,
         token: str | None = None,
@@ -174,7 +175,9 @@ class ProducerConnection:
             if parsed.validated is not None:
                 is_recording = self.name is not None and self.name.startswith(FILE_PREFIX)
                 self._group.add_rows(
-                    self, parsed.stream, parsed.validated, parsed.lines, now, is_recording=is_recording
+                    *(self, parsed.stream, parsed.validated, parsed.lines, now),
+                    is_recording=is_recording,
+                    client=None if is_recording else self.name,
                 )
             if parsed.label_batch is not None:
                 self._group.add_labels(self, parsed.label_batch, parsed.lines[0], now)
@@ -189,14 +192,14 @@ class ProducerConnection:
         try:
             hello = msgspec.json.decode(line, type=_Hello)
             members = [text for text in (hello.client, hello.token) if text is not None]
-            check_key_count(line, len(members), members)
+            check_key_count(line, len(members) + (hello.forget is not None), members)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             hello, members = _Hello(), []
         if self._token is not None and not hmac.compare_digest((hello.token or "").encode(), self._token.encode()):
             raise _NO_TOKEN
         if hello.client is not None:
             self.name = hello.client
-            self._line_count = await self._greet(self, hello.client)
+            self._line_count = await self._greet(self, hello.client, hello.forget is True)
             if self._retired:
                 return True
         if members:

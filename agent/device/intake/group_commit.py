@@ -15,7 +15,7 @@ from agent.clock import ClockQuality, ClockReading
 from agent.config import StreamConfig
 from agent.device.intake import labels, row_history
 from agent.device.intake.labels import LabelBatch
-from agent.device.intake.row_history import RowHistory
+from agent.device.intake.row_history import LatestTime, Mask, RowHistory
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
@@ -31,6 +31,8 @@ NOT_STORED = "not stored"
 _MAX_RUNS = 64
 # Bytes of a label in the store, with its index entries.
 _LABEL_BYTES = 1_000
+# Named producers of a stream whose latest time is remembered; of more, those that sent last.
+_MAX_PRODUCER_TIMES = 4096
 # (segment, quality) of the clock that gave the rows' times.
 ClockStamp = tuple[int, ClockQuality]
 
@@ -68,6 +70,7 @@ class _RowBlock(msgspec.Struct, frozen=True):
     now: ClockReading
     size_bytes: int
     is_recording: bool
+    client: str | None
 
 
 class _ProducerBatch(msgspec.Struct):
@@ -92,6 +95,24 @@ class _ProducerBatch(msgspec.Struct):
 ProducerBatches = dict[Hashable, _ProducerBatch]
 
 
+class _Histories(msgspec.Struct):
+    """History of each stream that got rows since the start, and (stream, client) → latest time of named producers."""
+
+    streams: dict[str, RowHistory] = msgspec.field(default_factory=dict)
+    producers: dict[tuple[str, str], LatestTime] = msgspec.field(default_factory=dict)
+
+    def begin_transaction(self) -> _Histories:
+        """Return a copy, so that a failed transaction changes nothing."""
+        streams = {name: history.begin_transaction() for name, history in self.streams.items()}
+        return _Histories(streams, dict(self.producers))
+
+    def set_producer_time(self, stream: str, client: str, latest: LatestTime) -> None:
+        self.producers.pop((stream, client), None)
+        self.producers[stream, client] = latest
+        if len(self.producers) > _MAX_PRODUCER_TIMES:
+            del self.producers[next(iter(self.producers))]
+
+
 class GroupCommit:
     """Rows and labels that wait for the next commit. Used by one thread, except `write`.
 
@@ -110,8 +131,7 @@ class GroupCommit:
         self._rows = self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._drained_counts: Counter[str] = Counter()
-        # Of streams that got rows since the start.
-        self._histories: dict[str, RowHistory] = {}
+        self._histories = _Histories()
 
     def __bool__(self) -> bool:
         return bool(self._producer_batches)
@@ -135,13 +155,15 @@ class GroupCommit:
         now: ClockReading,
         *,
         is_recording: bool = False,
+        client: str | None = None,
     ) -> None:
         """Add rows that `producer` sent at `now`; `lines`: their line numbers, one per row or one for all.
 
-        `is_recording`: they may be older than the stream's latest row.
+        `is_recording`: they may be older than the stream's latest row. `client`: name of the producer, which may send
+        a backlog: its rows are late by its own rows only.
         """
         size = validated.rows.t.nbytes + sum(column.nbytes for column in validated.rows.columns)
-        self._batch_of(producer).row_blocks.append(_RowBlock(stream, validated, lines, now, size, is_recording))
+        self._batch_of(producer).row_blocks.append(_RowBlock(stream, validated, lines, now, size, is_recording, client))
         self._rows += len(validated.rows)
         self._bytes += size
         self._bytes += sum(2 * len(text) + 64 for texts in validated.categories.values() for text in texts)
@@ -198,10 +220,10 @@ class GroupCommit:
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                histories = {name: history.begin_transaction() for name, history in self._histories.items()}
-                before = dict(histories)
+                histories = self._histories.begin_transaction()
+                before = dict(histories.streams)
                 outcomes = self._write(tx, batches, now, histories)
-                for stream, history in histories.items():
+                for stream, history in histories.streams.items():
                     if history is not before.get(stream) and history.latest_us is not None:
                         tx.set_latest_time(stream, history.latest_us)
             # Only now: rows that were not stored must not count as sent before.
@@ -212,7 +234,7 @@ class GroupCommit:
             return {producer: _reject_all(batch, full) for producer, batch in batches.items()}
 
     def _write(
-        self, tx: Transaction, batches: ProducerBatches, now: ClockReading, histories: dict[str, RowHistory]
+        self, tx: Transaction, batches: ProducerBatches, now: ClockReading, histories: _Histories
     ) -> dict[Hashable, CommitOutcome]:
         by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
@@ -223,10 +245,10 @@ class GroupCommit:
         for producer, batch in batches.items():
             accepted = 0
             for block in batch.row_blocks:
-                rows = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
+                rows, unknown = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
                 parts = by_stream.setdefault(block.stream, [])
                 if len(rows):
-                    rows = self._screen(tx, batch, block, rows, [rows for rows, _ in parts], histories)
+                    rows = self._screen(tx, batch, block, rows, unknown, [rows for rows, _ in parts], histories)
                 if len(rows):
                     parts.append((rows, _stamp(tx, rows, block.now)))
                     ends[producer] = block.stream, sum(len(rows) for rows, _ in parts)
@@ -253,18 +275,26 @@ class GroupCommit:
         batch: _ProducerBatch,
         block: _RowBlock,
         rows: Rows,
+        unknown: Mask,
         pending: list[Rows],
-        histories: dict[str, RowHistory],
+        histories: _Histories,
     ) -> Rows:
-        """Return the rows that the history of their stream accepts, and update it; `pending`: of this transaction."""
-        name, stream = block.stream, self._streams[block.stream]
-        history = histories.get(name) or RowHistory(tx.latest_time(name)).begin_transaction()
+        """Return the rows that the history of their stream accepts, and update it.
+
+        `unknown`: rows with a category stored as `(other)`. `pending`: rows of this transaction.
+        """
+        name, client, stream = block.stream, block.client, self._streams[block.stream]
+        history = histories.streams.get(name) or RowHistory(tx.latest_time(name)).begin_transaction()
         screened = row_history.screen(
             *(history, rows, block.validated.has_time, stream, block.now),
             lambda limit: self._load_recent(name, limit, pending),
             is_recording=block.is_recording,
+            producer_latest=None if client is None else histories.producers.get((name, client), LatestTime()),
+            unknown=unknown,
         )
-        histories[name] = screened.history
+        histories.streams[name] = screened.history
+        if client is not None:
+            histories.set_producer_time(name, client, screened.latest)
         tx.increment_counter(f"rows {row_history.OUT_OF_ORDER}.{name}", screened.out_of_order)
         if not screened.rejected:
             return rows
@@ -302,9 +332,14 @@ class GroupCommit:
                 producer_batch.reject(line, labels.format_reasons(rejected, n))
         return accepted
 
-    def _encode_categories(self, tx: Transaction, stream: str, validated: ValidatedRows, row_count: int) -> Rows:
-        """Replace category texts by codes; `row_count`: rows of the stream in this transaction."""
-        columns = list(validated.rows.columns)
+    def _encode_categories(
+        self, tx: Transaction, stream: str, validated: ValidatedRows, row_count: int
+    ) -> tuple[Rows, Mask]:
+        """Replace category texts by codes, and return which rows have the code of `(other)` instead of their own.
+
+        `row_count`: rows of the stream in this transaction.
+        """
+        columns, unknown = list(validated.rows.columns), np.zeros(len(validated.rows), bool)
         for index, texts in validated.categories.items():
             field = self._streams[stream].fields[index]
             last_row = tx.next_row(stream) + row_count - 1
@@ -312,8 +347,9 @@ class GroupCommit:
                 stream, field.name, texts, limit=field.max_categories, last_row=last_row
             )
             columns[index] = np.array(codes, "<u2")
-            tx.increment_counter("categories over limit", others)
-        return Rows(validated.rows.t, tuple(columns))
+            unknown[others] = True
+            tx.increment_counter("categories over limit", len(others))
+        return Rows(validated.rows.t, tuple(columns)), unknown
 
 
 def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:

@@ -21,6 +21,10 @@ from agent.device.store.rows import Rows, row_bytes
 MAX_RECENT_ROWS = 65_536
 _MAX_READ_BYTES = 16 << 20
 DUPLICATE, LATE, STEP, OUT_OF_ORDER = "duplicate", "late", "step", "out of order"
+# On an unsynced clock, so many late rows in a row show that the latest time was wrong: the last of them is accepted.
+MAX_LATE_RUN = 3
+# Of the stored rows so many are read after a start, to learn their latest time.
+_NEWEST_ROWS = 4096
 # Multiplier of the splitmix64 generator; odd, so that no information is lost.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
@@ -37,29 +41,44 @@ class LastValues(msgspec.Struct, frozen=True):
     received: dict[int, float] = {}
 
 
+class LatestTime(msgspec.Struct, frozen=True):
+    """Time from which lateness counts, epoch µs; `late_run`: rows that were late since the last one that was not."""
+
+    us: int | None = None
+    late_run: int = 0
+
+
 class RowHistory(msgspec.Struct, frozen=True):
     """Newest rows of a stream, to compare the next ones with.
 
     `latest_us`: its latest time, epoch µs; None before the first row that came with a time. `committed_us`: the same
     before this transaction, in which rows of several producers are ordered by producer. `hashes`: of its recent rows;
-    None until a row could be a duplicate. `last`: None until it is read from the store.
+    None until a row could be a duplicate. `last`: None until it is read from the store. `newest_us`: latest time among
+    the recent rows, also if it was in the future; `newest_age`: rows since. `late_run`: see LatestTime.
     """
 
     latest_us: int | None = None
     committed_us: int | None = None
     hashes: Hashes | None = None
     last: LastValues | None = None
+    newest_us: int | None = None
+    newest_age: int = 0
+    late_run: int = 0
 
     def begin_transaction(self) -> RowHistory:
         return msgspec.structs.replace(self, committed_us=self.latest_us)
 
 
 class ScreenedRows(msgspec.Struct, frozen=True):
-    """Result of `screen`: index of each rejected row → (kind, field or ""); how many accepted ones are out of order."""
+    """Result of `screen`: index of each rejected row → (kind, field or ""); how many accepted ones are out of order.
+
+    `latest`: the latest time of the producer afterwards.
+    """
 
     rejected: dict[int, tuple[str, str]]
     out_of_order: int
     history: RowHistory
+    latest: LatestTime
 
 
 def screen(
@@ -71,31 +90,46 @@ def screen(
     load_recent: Callable[[int], list[Rows]],
     *,
     is_recording: bool,
+    producer_latest: LatestTime | None = None,
+    unknown: Mask | bool = False,
 ) -> ScreenedRows:
     """Compare rows, at least one, with those before them. Times that were given ascend.
 
     `has_time`: rows that came with a time; the others can be neither late nor duplicates. `load_recent` returns the
     last rows of the stream, up to a number. `is_recording`: rows of a file may be older than those of another file.
+    `producer_latest`: of a named producer, whose rows are late by its own rows only; None: by all rows of the stream.
+    `unknown`: rows with a category that is stored as `(other)`, which cannot be duplicates.
     """
     rejected: dict[int, tuple[str, str]] = {}
     out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
     latest, committed, hashes = history.latest_us, history.committed_us, history.hashes
+    newest, age = history.newest_us, history.newest_age + len(rows)
+    measured = LatestTime(committed, history.late_run) if producer_latest is None else producer_latest
     if given.any():
         t = rows.t[given]
+        last_us = int(t[-1])
         if committed is not None and t[0] < committed:
-            late = given & (rows.t < _oldest_accepted(committed, now, stream, is_recording=is_recording))
-            rejected |= {int(index): (LATE, "") for index in np.flatnonzero(late)}
             out_of_order = given & (rows.t < committed)
+        if not is_recording:
+            before = measured
+            late, measured = _find_late(rows.t, given, before, now, stream)
+            rejected |= {int(index): (LATE, "") for index in late}
+            if producer_latest is None and _is_reset(before, measured, now):
+                latest = committed = measured.us
         if stream.rejects_duplicates:
-            repeats = (latest is not None and t[0] <= latest) or bool((t[1:] <= t[:-1]).any())
+            if newest is None and latest is not None:
+                stored = (int(part.t.max()) for part in load_recent(_NEWEST_ROWS) if len(part))
+                newest = max(latest, *stored, latest)
+            repeats = (newest is not None and t[0] <= newest) or bool((t[1:] <= t[:-1]).any())
             if repeats and hashes is None:
                 hashes = np.concatenate([_NO_HASHES, *map(hash_rows, load_recent(recent_rows(stream)))])
             if repeats and hashes is not None:
-                for index in _find_duplicates(hash_rows(rows), given, hashes):
+                for index in _find_duplicates(hash_rows(rows), given & ~np.asarray(unknown), hashes):
                     rejected.setdefault(index, (DUPLICATE, ""))
-        before = latest if latest is None or now.quality == "unsynced" else min(latest, now.wall_us)
-        latest = max(int(t[-1]), before if before is not None else int(t[-1]))
+        latest = last_us if latest is None else max(last_us, _not_after(latest, now))
+        if newest is None or last_us >= newest or age > recent_rows(stream):
+            newest, age = latest, 0
     last = history.last
     if any(field.max_step is not None for field in stream.fields):
         if last is None:
@@ -105,9 +139,9 @@ def screen(
     accepted[list(rejected)] = False
     if hashes is not None:
         hashes = np.concatenate([hashes, hash_rows(rows)[accepted]])[-recent_rows(stream) :]
-    return ScreenedRows(
-        rejected, int(np.count_nonzero(out_of_order & accepted)), RowHistory(latest, committed, hashes, last)
-    )
+    late_run = measured.late_run if producer_latest is None else history.late_run
+    history = RowHistory(latest, committed, hashes, last, newest, age, late_run)
+    return ScreenedRows(rejected, int(np.count_nonzero(out_of_order & accepted)), history, measured)
 
 
 def describe(kind: str, field: str, stream_name: str, stream: StreamConfig) -> str:
@@ -115,11 +149,11 @@ def describe(kind: str, field: str, stream_name: str, stream: StreamConfig) -> s
     if kind == DUPLICATE:
         return (
             "duplicate: a row with this time and these values is in the stream already; if its rows may repeat, set "
-            f'duplicates = "accept" in [streams.{stream_name}]'
+            f'duplicates = "accept" in [streams.{stream_name}] for later rows, and send none of these again'
         )
     if kind == LATE:
         return (
-            f"late: t is more than {stream.allowed_lateness:g} s before the stream's latest row; correct the "
+            f"late: t is more than {stream.allowed_lateness:g} s before the latest row; correct the "
             f"producer's clock, or raise allowed_lateness in [streams.{stream_name}]"
         )
     limit = next(f.max_step for f in stream.fields if f.name == field)
@@ -146,15 +180,34 @@ def hash_rows(rows: Rows) -> Hashes:
     return hashes
 
 
-def _oldest_accepted(latest_us: int, now: ClockReading, stream: StreamConfig, *, is_recording: bool) -> int:
-    """Return the earliest time that is not late, epoch µs.
+def _not_after(latest_us: int, now: ClockReading) -> int:
+    """Return the latest time, or the present if a synchronized clock shows that it is in the future.
 
-    A producer whose clock was in the future must not keep out all rows until then: the present counts instead.
+    A producer whose clock was in the future must not keep out all rows until then.
     """
-    if is_recording:
-        return -(2**62)
-    from_us = latest_us if now.quality == "unsynced" else min(latest_us, now.wall_us)
-    return from_us - round(stream.allowed_lateness * 1e6)
+    return latest_us if now.quality == "unsynced" else min(latest_us, now.wall_us)
+
+
+def _find_late(
+    t: NDArray[np.int64], given: Mask, before: LatestTime, now: ClockReading, stream: StreamConfig
+) -> tuple[NDArray[np.intp], LatestTime]:
+    """Return the indices of late rows, and the latest time after these rows, some of which came with a time."""
+    last_us = int(t[given][-1])
+    if before.us is None:
+        return np.flatnonzero([]), LatestTime(last_us)
+    latest_us = _not_after(before.us, now)
+    late = np.flatnonzero(given & (t < latest_us - round(stream.allowed_lateness * 1e6)))
+    if len(late) < np.count_nonzero(given):
+        return late, LatestTime(max(latest_us, last_us))
+    run = before.late_run + len(late)
+    if now.quality == "unsynced" and run >= MAX_LATE_RUN:
+        return late[: max(0, MAX_LATE_RUN - 1 - before.late_run)], LatestTime(last_us)
+    return late, LatestTime(latest_us, run)
+
+
+def _is_reset(before: LatestTime, after: LatestTime, now: ClockReading) -> bool:
+    """Return True if late rows replaced the latest time."""
+    return now.quality == "unsynced" and before.us is not None and after.us is not None and after.us < before.us
 
 
 def _find_duplicates(new: Hashes, given: Mask, recent: Hashes) -> list[int]:

@@ -34,7 +34,7 @@ from agent.device.intake.protocol import LineParser
 from agent.device.intake.source import Source
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
-from agent.errors import StorageError
+from agent.errors import StorageError, StorageFull
 from agent.performance.labels import LabelTarget
 
 log = logging.getLogger("outstation.intake")
@@ -282,8 +282,11 @@ class Intake:
                 await asyncio.sleep(_GATHER_S)
                 writer.transport.resume_reading()
 
-    async def _greet(self, producer: ProducerConnection, name: str) -> int:
-        """Retire an older connection of `name`, and return how many of its lines are stored. Raises Refusal."""
+    async def _greet(self, producer: ProducerConnection, name: str, forget: bool) -> int:
+        """Retire an older connection of `name`, and return how many of its lines are stored. Raises Refusal.
+
+        `forget`: its next line is the first one again, unless the store is full.
+        """
         older = self._connections_by_client.get(name)
         if older is not None and older.user != producer.user:
             raise Refusal(f"client name {name!r} is in use by another user; choose another name")
@@ -295,6 +298,9 @@ class Intake:
         )
         if self._has_failed:
             raise StorageError("the store failed; the position of this client is unknown")
+        if forget:
+            with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+                tx.delete_source_position(client_source(name), name)
         return self._store.source_position(client_source(name), name)
 
     async def _commit_early(self, is_pending: Callable[[], bool]) -> None:

@@ -111,8 +111,8 @@ class Transaction:
 
     def assign_category_codes(
         self, stream: str, field: str, texts: Sequence[str], *, limit: int, last_row: int
-    ) -> tuple[list[int], int]:
-        """Return the code of each text, and how many are `(other)` because the field has `limit` categories.
+    ) -> tuple[list[int], list[int]]:
+        """Return the code of each text, and the indices of those that are `(other)`: the field has `limit` categories.
 
         A new text takes a new code, or one that no stored row uses. `last_row`: highest number of a row with the texts.
         """
@@ -142,7 +142,7 @@ class Transaction:
                 "INSERT OR REPLACE INTO categories (stream, field, code, value, last_row) VALUES (?, ?, ?, ?, ?)",
                 (stream, field, code, text, through),
             )
-        return [codes.get(text, other) for text in texts], sum(text not in codes for text in texts)
+        return [codes.get(text, other) for text in texts], [i for i, text in enumerate(texts) if text not in codes]
 
     def quarantine_rows(self, stream: str, first: int, last: int) -> None:
         """Move damaged chunks to table `quarantined_rows`, for inspection."""

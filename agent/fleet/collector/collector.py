@@ -27,9 +27,9 @@ from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
-from agent.wire import key_rotation, topics
+from agent.wire import jws, key_rotation, topics
 from agent.wire.keys import SigningKey
-from agent.wire.messages import LoggedPayload, VerifiedMessage, verify_message
+from agent.wire.messages import AckPayload, LoggedPayload, VerifiedMessage, verify_message
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ class Collector:
         self._next_upkeep = 0.0
         self._stopping = False
         self._link: CollectorLink | None = None
+        # Enrolled devices of which no message is stored.
+        self._missing_devices: set[str] = set()
 
     def run(self) -> None:
         """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
@@ -260,6 +262,9 @@ class Collector:
         """
         topic = delivery.topic.split("/", 4)
         kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
+        if kind is topics.KINDS["ack"]:
+            self._acknowledge_nothing(delivery)
+            return _Held(delivery, False)
         if delivery.retained and kind is not None and kind.logged:
             # An empty one deletes a retained message; it is the collector's own.
             if not delivery.payload:
@@ -279,6 +284,23 @@ class Collector:
         ):
             return _Held(delivery, refusal is None, refusal)
         return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
+
+    def _acknowledge_nothing(self, delivery: IncomingMessage) -> None:
+        """Tell a device that none of its log is stored any more, if a retained acknowledgement names one.
+
+        A device that writes nothing would not learn of it before its next health message.
+        """
+        device = _device_of(delivery)
+        if not delivery.retained or device not in self._missing_devices:
+            return
+        own = {self.key.public.kid: jws.Signer("collector", self.key.public)}
+        try:
+            body = verify_message(delivery.topic, delivery.payload, delivery.tokens, own.get).body
+        except MessageRefused:
+            return
+        if isinstance(body, AckPayload) and body.through:
+            self._missing_devices.discard(device)
+            self.acknowledger.add(Acknowledgement(device, body.log, 0, []))
 
     def _refund(self, device: str, payload: bytes) -> None:
         if self._quotas is not None:
@@ -367,6 +389,10 @@ class Collector:
         if group is not None:
             # A device retains nothing there. What it retains all the same is deleted, see `_admit`.
             link.request_retained(logged_filters(self.fleet))
+        self._missing_devices = {*self.store.enrolled_devices()}.difference(log[0] for log in self.store.newest_logs())
+        if self._missing_devices:
+            # The database may have been made anew.
+            link.request_retained([f"{topics.ROOT}/{self.fleet}/+/ack"])
         return link
 
 

@@ -137,6 +137,38 @@ def test_a_clock_that_was_in_the_future_keeps_out_nothing_once_it_is_right() -> 
     assert rejected(history, rows([-61], [1]), now=unsynced)[0] == {0: "late"}
 
 
+def test_one_row_in_the_future_of_an_unsynced_clock_costs_two_rows() -> None:
+    unsynced = ClockReading(0, 1.0, "unsynced")
+    _, future = rejected(RowHistory(), rows([86_400 * 365], [1]), now=unsynced)
+    assert rejected(future, rows([0, 1, 2, 3], [1] * 4), now=unsynced)[0] == {0: "late", 1: "late"}
+    history = future
+    for n in range(5):
+        results, history = rejected(history, rows([n], [1]), now=unsynced)
+        assert results == ({0: "late"} if n < 2 else {})
+    # After a restart the same: only the latest time lasts.
+    restarted = RowHistory(history.latest_us)
+    assert rejected(restarted, rows([5], [1]), now=unsynced)[0] == {}
+
+
+def test_late_rows_between_others_on_an_unsynced_clock_stay_late() -> None:
+    unsynced = ClockReading(0, 1.0, "unsynced")
+    _, history = rejected(RowHistory(), rows([1000], [1]), now=unsynced)
+    for n in range(4):
+        results, history = rejected(history, rows([n, 1000 + n], [1, 2]), now=unsynced)
+        assert results == {0: "late"}
+
+
+def test_a_row_ahead_of_the_clock_that_is_sent_again_is_a_duplicate() -> None:
+    now = ClockReading(round(T0 * 1e6), 1.0, "synced")
+    ahead, other = rows([1], [1]), rows([0], [2])
+    _, history = rejected(RowHistory(), ahead, now=now)
+    _, history = rejected(history, other, now=now, stored=[ahead])
+    assert rejected(history, ahead, now=now, stored=[ahead, other])[0] == {0: "duplicate"}
+    # After a restart, its time is read from the stored rows.
+    restarted = RowHistory(history.latest_us)
+    assert rejected(restarted, ahead, now=now, stored=[ahead, other])[0] == {0: "duplicate"}
+
+
 def test_a_declared_lateness_is_allowed() -> None:
     patient = StreamConfig(fields=PAIR.fields, allowed_lateness=Duration(3600.0))
     _, history = rejected(RowHistory(), rows([3700], [1]))
@@ -245,6 +277,40 @@ def test_rejections_have_reasons_and_counts_and_last_across_connections_and_rest
         counters = station.store.counters()
         assert counters["rows duplicate.pair"] == 3
         assert counters["rows late.pair"] == 1
+
+
+def test_the_backlogs_of_two_named_producers_lose_nothing(declared: Callable[..., Station]) -> None:
+    for first in (0, 120):
+        # The daemon is down in between.
+        with declared() as station:
+            for name in ("a", "b"):
+                with station.line() as line:
+                    line.send({"client": name})
+                    assert line.answer()["through"] == first
+                    line.send(*(row(first + n, 1, name) for n in range(120)))
+                    answer = line.through(first + 120)
+                    assert (answer["accepted"], answer["rejected"]) == (120, [])
+            assert station.store.last_row("pair") == 2 * (first + 120)
+            assert "rows late.pair" not in station.store.counters()
+
+
+def test_a_named_producer_is_late_by_its_own_rows(declared: Callable[..., Station]) -> None:
+    with declared() as station:
+        for lines, t in enumerate((100, 30)):
+            with station.line() as line:
+                line.send({"client": "a"})
+                line.answer()
+                line.send(row(t, 1))
+                answer = line.through(lines + 1)
+        assert answer["rejected"][0]["reason"].startswith("late: ")
+
+
+def test_sensors_beyond_max_categories_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
+    fields = [FieldConfig(name="a"), FieldConfig(name="kind", type="category", max_categories=3)]
+    with Station(conf(tmp_path, pair=StreamConfig(fields=fields))) as station, station.line() as line:
+        line.send(*(row(0, 1, f"s{n}") for n in range(6)), row(0, 1, "s0"))
+        total = line.through(7)
+        assert (total["accepted"], [item["line"] for item in total["rejected"]]) == (6, [7])
 
 
 def test_a_stream_with_duplicates_accepted_stores_equal_rows(declared: Callable[..., Station]) -> None:

@@ -115,6 +115,18 @@ def test_images_become_rows_in_order_of_name_with_an_index(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("quick")
+def test_equal_images_of_different_times_are_all_ingested_and_a_copy_is_not(tmp_path: Path) -> None:
+    content = picture((6, 8, 3), seed=1)
+    with watching(tmp_path) as station:
+        for index, at_s in enumerate((1_764_000_000, 1_764_003_600)):
+            put(tmp_path, f"{index}.png", content, at_s)
+            wait_for(partial(are_in, tmp_path, "done", index + 1), "the image in done/")
+        put(tmp_path, "copy.png", content, 1_764_003_600)
+        wait_for(lambda: "copy.png" in names(tmp_path, "failed"), "the copy in failed/")
+        assert len(taken(station)) == 2 * SMALL.height
+
+
+@pytest.mark.usefixtures("quick")
 def test_images_of_one_moment_get_different_times(tmp_path: Path) -> None:
     for index in range(3):
         put(tmp_path, f"{index}.png", picture((6, 8, 3), seed=index), 1_764_000_000)

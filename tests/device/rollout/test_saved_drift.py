@@ -136,9 +136,7 @@ def test_a_rollback_raises_again_what_only_the_canary_had_cleared(device: Canary
     assert drift_state.load_refusals(device.store, TASK) == LearningRefusals(4, is_open=True)
 
 
-def test_an_alert_whose_successor_the_canary_raised_is_raised_under_a_new_id(
-    device: Canary, drifted: DriftState
-) -> None:
+def test_an_alert_gets_a_new_id_if_the_canary_used_its_next_one(device: Canary, drifted: DriftState) -> None:
     before = with_deviation(with_rate_fault(drifted, 1), 1)
     counts = drifted.raised_counts.copy()
     counts[1, 0] = 2

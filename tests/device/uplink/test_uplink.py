@@ -574,6 +574,22 @@ def test_an_old_acknowledgement_before_an_hour_without_a_collector_costs_one_mes
     assert (world.waiting(), world.collector.seqs()) == (set(), {1, 2, 3, 4, 5, 6, 7})
 
 
+def test_a_silent_device_sends_within_seconds_what_it_has_to_a_collector_made_anew(world: World) -> None:
+    world.write(5)
+    world.run(lambda: not world.waiting(), 20)
+    # It has nothing, and says so.
+    world.collector.leave()
+    world.collector.stored.clear()
+    world.collector.come()
+    world.uplink = world.new_uplink()
+    start_s = world.air.clock_s
+    nothing = partial(world.deliver, *signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 0, [])))
+    world.air.tick_callbacks.append(partial(once, world, start_s + 2, nothing))
+    world.run(lambda: world.collector.seqs() == {1, 2, 3, 4, 5, 6}, 20)
+    assert world.collector.seqs() == {1, 2, 3, 4, 5, 6}
+    assert world.air.clock_s - start_s < 15
+
+
 def test_forged_acknowledgements_wear_out_neither_card_nor_journal(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

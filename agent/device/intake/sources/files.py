@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 
 from agent import clock, media
 from agent.config import StreamConfig
@@ -31,6 +32,7 @@ from agent.device.intake.group_commit import SourcePosition
 from agent.device.intake.source import SourceContext, SubmitRows
 from agent.device.intake.sources.file_marker import MAX_DEATHS, FileMarker
 from agent.device.intake.sources.watched_folder import FileState, WatchedFolder, original_name, safe_name
+from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import RowRejected, StorageError, StorageFull, UsageError
 from agent.media import ImageFormat
@@ -61,7 +63,8 @@ class _FileProgress(msgspec.Struct):
     """Progress of a file: its last submitted line, that row's number in the stream, and rejected rows.
 
     `deaths`: processes in a row that ended while they read on from this line. `digest`: of its content, "" if the
-    stream's files may repeat.
+    stream's files may repeat. `is_compared`: no earlier file has the digest, or rows of this file are stored.
+    `has_all_times`: each of its rows so far came with a time.
     """
 
     last_line: int
@@ -69,6 +72,8 @@ class _FileProgress(msgspec.Struct):
     rejected_rows: int = 0
     deaths: int = 0
     digest: str = ""
+    is_compared: bool = False
+    has_all_times: bool = True
 
 
 class _DuplicateFile(UsageError):
@@ -200,6 +205,7 @@ class FolderWatcher:
 
     async def _ingest_file(self, folder: WatchedFolder, name: str, submit_rows: SubmitRows, *, is_retry: bool) -> None:
         progress = _FileProgress(self._store.source_position(f"files:{self._name}", name))
+        progress.is_compared = progress.last_line > 0
         progress.deaths = self._marker.count_deaths(name, progress.last_line)
         try:
             problem = await self._read_file(folder, name, submit_rows, progress)
@@ -212,8 +218,7 @@ class FolderWatcher:
             log.exception("%s: unexpected error", original_name(name))
             problem = UsageError(f"unexpected {type(error).__name__}, see the log{self._describe_stored(progress)}")
         finally:
-            if self._digests_in_hand.get(progress.digest) == name:
-                del self._digests_in_hand[progress.digest]
+            self._release_digest(name)
         try:
             if problem is None:
                 self._finish(folder, name, progress, is_retry=is_retry)
@@ -234,9 +239,9 @@ class FolderWatcher:
             for _ in range(_MAX_ROUNDS):
                 problem: Exception | None = None
                 before = FileState.from_status(os.fstat(file))
-                await self._check_content(file, name, progress)
-                os.lseek(file, 0, os.SEEK_SET)
                 try:
+                    await self._take_digest(file, name, progress)
+                    os.lseek(file, 0, os.SEEK_SET)
                     await self._submit_file(file, name, submit_rows, progress)
                 except DecoderDied as died:
                     problem = died
@@ -260,13 +265,16 @@ class FolderWatcher:
         finally:
             os.close(file)
 
-    async def _check_content(self, file: int, name: str, progress: _FileProgress) -> None:
-        """Take the digest of a file. Raises UsageError if an earlier one has the same, unless rows of it are stored."""
+    async def _take_digest(self, file: int, name: str, progress: _FileProgress) -> None:
+        """Take the digest of a file, and compare that of an image or sound. Raises UsageError, see `_compare`."""
         stream = self._stream
         if stream.duplicates == "accept":
             return
-        # With other fields, or another time in its name, a file has other rows.
-        own_us = media_reader.parse_name_time_us(original_name(name)) if stream.media_format else None
+        self._release_digest(name)
+        # With other fields, or another time, a file has other rows.
+        own_us = None
+        if stream.media_format:
+            own_us = media_reader.parse_name_time_us(original_name(name)) or os.fstat(file).st_mtime_ns // 1000
         context = msgspec.json.encode([stream.fields, stream.media_format, own_us])
         try:
             # In turn, as decoding: rows keep the files' order.
@@ -274,8 +282,16 @@ class FolderWatcher:
                 progress.digest = await asyncio.to_thread(hash_file, file, context)
         except OSError as error:
             raise self._to_file_error(error, progress) from None
+        # Only the rows of a table say whether they have a time.
+        if stream.media_format:
+            self._compare(name, progress)
+
+    def _compare(self, name: str, progress: _FileProgress) -> None:
+        """Raise UsageError if an earlier file has the same digest, unless rows of this one are stored."""
+        if not progress.digest or progress.is_compared:
+            return
         earlier_ns = self._store.source_position(self._digest_source, progress.digest)
-        if not progress.last_line and (
+        if (
             earlier_ns not in (0, _claim_number(name))
             or self._digests_in_hand.setdefault(progress.digest, name) != name
         ):
@@ -284,6 +300,9 @@ class FolderWatcher:
                 f"duplicate: a file with the same content was ingested{when}; delete it, or set "
                 f'duplicates = "accept" in [streams.{self._name}] if files may repeat'
             )
+
+    def _release_digest(self, name: str) -> None:
+        self._digests_in_hand = {digest: other for digest, other in self._digests_in_hand.items() if other != name}
 
     @property
     def _digest_source(self) -> str:
@@ -299,7 +318,8 @@ class FolderWatcher:
             else:
                 last, count = progress.last_row or self._store.last_row(self._name), progress.last_line
             folder.append_to_index(target, (last - count + 1, last), is_retry=is_retry)
-        if progress.digest:
+        # Equal rows without a time are readings of another moment.
+        if progress.digest and progress.last_line and progress.has_all_times:
             # Before the move: after a crash in between, the file is still here under its own number.
             position = (self._digest_source, progress.digest, _claim_number(name), MAX_DIGESTS)
             with contextlib.suppress(StorageFull), self._store.transaction() as tx:
@@ -330,6 +350,10 @@ class FolderWatcher:
                 rejected = dict(block.rejected)
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
+                if self._stream.media_format is None and block.raw.n:
+                    progress.has_all_times = progress.has_all_times and _has_all_times(block.raw)
+                    if progress.has_all_times:
+                        self._compare(name, progress)
                 last_line = max([*block.lines[-1:], *rejected])
                 line = None if isinstance(self._stream.media_format, ImageFormat) else last_line
                 position = SourcePosition(f"files:{self._name}", name, line)
@@ -338,7 +362,7 @@ class FolderWatcher:
                 ).is_store_full:
                     await asyncio.sleep(self._source.poll_interval)
                 progress.last_line, progress.last_row = last_line, outcome.last_row or progress.last_row
-                progress.deaths = 0
+                progress.deaths, progress.is_compared = 0, progress.is_compared or block.raw.n > 0
                 rejected |= dict(outcome.rejected)
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
@@ -395,6 +419,12 @@ class FolderWatcher:
             # The thread then ends, too.
             self._decoder.close()
             raise
+
+
+def _has_all_times(raw: RawColumns) -> bool:
+    if raw.t is None or isinstance(raw.t, list):
+        return raw.t is not None and None not in raw.t
+    return not np.isnan(raw.t).any()
 
 
 def _claim_number(claimed: str) -> int:
