@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import sqlite3
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +18,7 @@ from agent.fleet.database.projection import TABLES
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import NEW_MODEL, MessageSender, new_key
 from scripts.fuzzing.malformed import CELLS, run_command
-from tests.kit.fleet_databases import DATABASES
+from tests.kit.fleet_databases import DATABASES, allow_nulls
 
 TIME = "2026-11-24T22:20:00.000000Z"
 COMMANDS = ("devices", "alerts --all", "audit", "gaps", "drift", "rollout status", "accept-log pi-07", "drift --json")
@@ -98,11 +97,7 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
         db.execute("INSERT INTO decisions VALUES ('r', 1, ?, 'started', '', '{}', x'7b7d', 'a.b.c')", (TIME,))
         db.execute("INSERT INTO desired VALUES ('o/f/d/t', 1, x'7b7d', 'a.b.c')")
     store.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as raw, raw:
-        raw.execute("PRAGMA writable_schema = ON")
-        raw.execute("UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', '') WHERE type = 'table'")
-        names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'"
-        tables = [row[0] for row in raw.execute(names)]
+    tables = allow_nulls(tmp_path / "fleet.db")
     store = FleetStore(tmp_path / "fleet.db")
     others = itertools.cycle(["x", b"\xff", 2.5])
     named, refused = 0, list[tuple[str, str]]()
@@ -129,6 +124,19 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
     # The version of the keys belongs to no message.
     assert {table for table, _ in refused} == {"meta"}
     assert all("restore the database" in problem for _, problem in refused)
+
+
+def test_a_device_whose_name_became_bytes_does_not_hide_that_another_is_unknown(tmp_path: Path) -> None:
+    assert run_command(["fleet", "init", str(tmp_path / "fleet"), "--broker", "mqtt://127.0.0.1:1"]).code == 0
+    store = FleetStore(tmp_path / "fleet.db")
+    fill(store)
+    with store.transaction() as db:
+        db.execute("UPDATE devices SET device = x'ff'")
+    store.close()
+    options = ["--dir", str(tmp_path / "fleet"), "--db", str(tmp_path / "fleet.db")]
+    for words in (["accept-log", "pi-07"], ["audit", "--device", "pi-07"]):
+        outcome = run_command(["fleet", *words, *options])
+        assert (outcome.code, outcome.problem) == (2, ""), outcome
 
 
 class RolledBack(Exception):

@@ -31,6 +31,7 @@ from agent.fleet.evidence.gather.drift import build_drift
 from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 from agent.wire.messages import DriftPayload, Moments, decode
+from tests.kit.fleet_databases import allow_nulls
 
 NOW_US = 1_795_000_000_000_000
 NOW = clock.to_rfc3339(NOW_US)
@@ -241,6 +242,25 @@ def test_invalid_drift_windows_are_counted_and_left_out(store: FleetStore) -> No
     result = seen(store)
     assert result.unreadable == len(damaged) + 1
     assert [group.windows for group in result.groups] == [1]
+
+
+def test_a_window_with_a_null_is_counted_and_left_out(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    [sender] = devices(1)
+    add(store, sender, *(window(sender, i, {"ax": field([0.5])}) for i in range(2)))
+    store.close()
+    allow_nulls(tmp_path / "fleet.db")
+    store = FleetStore(tmp_path / "fleet.db")
+    for column in ("window_count", "first", "last", "from", "to", "reference"):
+        with store.transaction() as db:
+            former = db.execute(f'SELECT "{column}" FROM drift_windows WHERE seq = 1').fetchone()[0]
+            db.execute(f'UPDATE drift_windows SET "{column}" = NULL WHERE seq = 1')
+        result = seen(store)
+        assert (result.unreadable, [group.windows for group in result.groups]) == (1, [1]), column
+        with store.transaction() as db:
+            db.execute(f'UPDATE drift_windows SET "{column}" = ? WHERE seq = 1', (former,))
+    assert seen(store).unreadable == 0
+    store.close()
 
 
 def test_a_device_with_another_spread_or_mean_is_an_outlier(store: FleetStore) -> None:

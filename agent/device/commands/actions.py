@@ -160,9 +160,6 @@ class TaskActions:
         return self._request_relearn(args["task"], relearn.make_request("reset", 0.0, "from the fleet"))
 
     def accept_reference(self, args: Mapping[str, str], now: ClockReading) -> Effect:
-        state = self._require_scheduled(args["task"]).task.drift_state
-        if state is not None and state.site_reference is None:
-            raise RowRejected(f"{args['task']} has no site reference yet, so there is nothing to accept")
         return self._request_relearn(args["task"], relearn.make_request("accept", 0.0, "from the fleet"))
 
     def _request_relearn(self, task: str, request: RelearnRequest) -> Effect:

@@ -17,7 +17,6 @@ from typing import Literal
 import msgspec
 
 from agent import input_files
-from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -105,12 +104,12 @@ def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: 
         _delete_request(store, task.name)
         return False
     old = task.drift_state.site_reference
-    state, cleared = task.drift_state, list[Alert]()
-    if request.action == "accept" and old is None:
-        event, effect = "reference not accepted", "nothing is learned yet"
-    elif request.action == "accept":
+    if request.action == "accept":
         state, cleared = task.drift_monitor.accept_reference(task.drift_state)
-        event, effect = "reference accepted", "later ones are compared with it"
+        effect = (
+            "later ones are compared with it" if old else "there is none yet, but the sensors are accepted as they are"
+        )
+        event = "reference accepted"
     else:
         state, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
         event, effect = "reference reset", "it is learned again, and drift is not tested until then"

@@ -317,8 +317,9 @@ class FleetStore:
         return self._fetch_all(f"SELECT device, log FROM logs l WHERE {_NEWEST_LOG} ORDER BY device")
 
     def enrolled_devices(self) -> list[str]:
-        """Return every device ever enrolled, in order."""
-        return [row[0] for row in self._fetch_all("SELECT device FROM devices ORDER BY device")]
+        """Return every device ever enrolled, in order, without damaged names."""
+        rows = self._fetch_all("SELECT device FROM devices ORDER BY device")
+        return [row[0] for row in rows if isinstance(row[0], str)]
 
     def devices(self) -> list[dict[str, Any]]:
         """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock."""

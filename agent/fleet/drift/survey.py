@@ -228,6 +228,13 @@ def _deduplicate(
         progress(1)
         if (row.task, row.device) != device:
             device, counted = (row.task, row.device), {}
+        if not (
+            type(row.first) is type(row.last) is type(row.window_count) is int
+            and type(row.begin) is type(row.end) is str
+        ):
+            # A damaged cell, which the audit names.
+            summary.unreadable += 1
+            continue
         shipped = _parse_shipped_reference(row.reference)
         if shipped is None:
             summary.unreadable += row.window_count
@@ -265,7 +272,7 @@ def _field_layout(window: WindowReport) -> FieldLayout:
 def _parse_shipped_reference(reference: str) -> str | None:
     try:
         shipped = json.loads(reference).get("shipped")
-    except (ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError):
         return None
     return shipped if isinstance(shipped, str) else None
 
