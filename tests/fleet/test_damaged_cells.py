@@ -126,7 +126,7 @@ def test_a_cell_of_another_type_is_named_by_the_audit(tmp_path: Path) -> None:
     assert all("restore the database" in problem for _, problem in refused)
 
 
-def test_a_device_whose_name_became_bytes_does_not_hide_that_another_is_unknown(tmp_path: Path) -> None:
+def test_a_device_name_of_bytes_does_not_hide_an_unknown_device(tmp_path: Path) -> None:
     assert run_command(["fleet", "init", str(tmp_path / "fleet"), "--broker", "mqtt://127.0.0.1:1"]).code == 0
     store = FleetStore(tmp_path / "fleet.db")
     fill(store)

@@ -350,7 +350,7 @@ def test_a_trust_document_replaces_the_key_that_a_device_seals_to(tmp_path: Path
     device.store.close()
 
 
-def test_a_device_whose_encryption_key_was_revoked_never_seals_to_that_of_its_config(tmp_path: Path) -> None:
+def test_after_a_revocation_a_device_never_seals_to_the_key_of_its_config(tmp_path: Path) -> None:
     device = TrustingDevice(tmp_path)
     leaked, key, next_key = (encryption_key_of(X25519PrivateKey.generate()) for _ in range(3))
     # It was away, and gets both roots in one message.

@@ -47,7 +47,7 @@ class RateState(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def are_open(self) -> tuple[bool, bool]:
-        """Whether an alert of drift and one of a fault are open."""
+        """Open alerts: of drift, of a fault."""
         return self.drifting, bool(self.open_fault)
 
     @property

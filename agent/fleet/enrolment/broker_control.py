@@ -49,7 +49,7 @@ def write_access_file(path: Path, document: Document) -> None:
 
 
 class AccessOutcome(NamedTuple):
-    """Whether a change is in force at the broker, and the steps left to the operator, also for earlier changes."""
+    """Effect of a change at the broker, and the steps left to the operator, also for earlier changes."""
 
     is_in_force: bool
     steps: tuple[str, ...] = ()

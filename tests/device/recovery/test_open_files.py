@@ -90,7 +90,7 @@ def test_a_deleted_data_folder_is_named_as_deleted(tmp_path: Path) -> None:
         opened(tmp_path / "data")
 
 
-def test_a_service_that_may_not_write_beside_the_folder_leaves_its_note_in_a_folder_made_for_it(tmp_path: Path) -> None:
+def test_a_service_without_rights_on_the_parent_leaves_its_note_in_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "data.moved").mkdir()
     store, _ = opened(tmp_path / "data")
     move_away(tmp_path / "data")
