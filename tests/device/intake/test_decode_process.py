@@ -117,7 +117,7 @@ def without_seccomp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    open_library(self, name, *rest, **options)\n"
         "ctypes.CDLL.__init__ = refuse\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{hook.parent}:{os.environ['PYTHONPATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{hook.parent}:{os.environ.get('PYTHONPATH', '')}")
 
 
 @pytest.mark.usefixtures("without_seccomp")

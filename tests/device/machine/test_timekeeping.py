@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from agent import clock
 from agent.clock import ClockReading
-from agent.config import Duration
-from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import FLOOR, SYNCED, is_plausible_time, make_clock
 from agent.device.store import clock_segments
@@ -340,9 +337,6 @@ def test_clipped_stamps_agree_with_all_stamps(runs: list[tuple[int, int]], first
 
 
 def test_a_producer_that_mixes_times_at_will_gets_no_chunk_for_each_row(station: Station) -> None:
-    # Such rows are late and equal, too; a stream may declare that its rows are.
-    watch = replace(station.conf.streams["watch"], duplicates="accept", allowed_lateness=Duration(1e9))
-    station.group = GroupCommit(station.store, {"watch": watch})
     station.turn()
     for i in range(1000):
         station.machine.true_us += 1000
