@@ -5,6 +5,7 @@ python -m scripts.wire_documents      # writes docs/reference/asyncapi.json and 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -39,6 +40,10 @@ def build_document() -> dict[str, Any]:
     """Return the document as JSON values."""
     payloads = {body.__struct_config__.tag: body for body in get_args(messages.Body)}
     _, schemas = msgspec.json.schema_components(payloads.values(), ref_template=_REF)
+    for schema in schemas.values():
+        # Before Python 3.13 docstrings keep the indentation of the source.
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
     return {
         "asyncapi": "3.0.0",
         "info": {
