@@ -89,7 +89,8 @@ class AlertLifecycle:
             return after, []
         tests = after.suite.layout.tests
         sizes = before.drift_sizes.add(z, effects, is_first=not was.any()).with_leads(tests, is_now & ~was)
-        escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests), least=MIN_SCORE)
+        published = before.drift_escalation.size
+        escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests, published), least=MIN_SCORE)
         raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)
         raised[:, _DRIFT] += is_now & ~was
         out = []
@@ -98,9 +99,9 @@ class AlertLifecycle:
             if again[subject]:
                 suite = replace(after.suite, cusum=_with_effects(after.suite.cusum, sizes.effect))
                 now = drifts.AlarmContext(suite, tester, before.open_summary, effects, before.t)
-                published, size = before.drift_escalation.size[subject], escalation.size[subject]
-                note = alert_text.drift_growth_note(float(published), float(size))
-                evidence = {"before": round_significant(published, 3), "now": round_significant(size, 3)}
+                size = float(escalation.size[subject])
+                note = alert_text.drift_growth_note(float(published[subject]), size)
+                evidence = {"before": round_significant(published[subject], 3), "now": round_significant(size, 3)}
                 out.append(
                     self._build_drift_alert(
                         before, subject, now, number, note, evidence, int(escalation.revision[subject])

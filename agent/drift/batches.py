@@ -17,7 +17,7 @@ from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.baseline.window_statistics import WindowStatistics
-from agent.drift.detectors.detector import GateObservation, GateRun, GateWindows
+from agent.drift.detectors.gate import GateObservation, GateRun, GateWindows
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators

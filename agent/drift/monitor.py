@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -27,7 +26,6 @@ from agent.arrays import Float32s, Ints
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
-from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning import LearningState, calibrate_reference, compute_residuals
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
@@ -82,19 +80,6 @@ class DriftMonitor:
         if class_field and shipped.labels:
             raise BadBundle(f"the model names classes itself: {class_field!r} cannot name them, too")
         self.own = own or shipped
-        self._options: dict[str, Any] = {
-            "own": self.own,
-            "labels": labels,
-            "window": window,
-            "learn_windows": learn_windows,
-            "learn_extension": learn_extension,
-            "units": units,
-            "roles": roles,
-            "min_learn_s": min_learn_s,
-            "seasonality": seasonality,
-            "class_field": class_field,
-            "hold_deviating": hold_deviating,
-        }
         self.basis = shipped
         self.shipped = shipped.with_modes(CLASS_COUNT) if class_field else shipped
         self.class_field = class_field
@@ -112,7 +97,19 @@ class DriftMonitor:
 
     def rebase(self, basis: Reference) -> DriftMonitor:
         """Return this monitor with another shipped reference."""
-        return DriftMonitor(basis, **self._options)
+        return DriftMonitor(
+            basis,
+            labels=basis.labels,
+            window=self.window,
+            learn_windows=self.learn_windows,
+            units=self.units,
+            min_learn_s=self.min_learn_s,
+            learn_extension=self.learn_extension,
+            seasonality=self.seasonality,
+            class_field=self.class_field,
+            hold_deviating=self.hold_deviating,
+            own=self.own,
+        )
 
     def start(self) -> DriftState:
         return DriftState.start(self.shipped, self.window, self.class_field)
@@ -143,9 +140,7 @@ class DriftMonitor:
 
     def to_bytes(self, state: DriftState) -> bytes:
         """Encode the state without its large, rarely changing parts: the site's reference, its guard, and learning."""
-        return replace(
-            state, learning=self._empty_learning, site_reference=None, guard=ReferenceGuard(is_held=state.guard.is_held)
-        ).to_bytes()
+        return replace(state.without_guard(), learning=self._empty_learning, site_reference=None).to_bytes()
 
     def restart_row_numbers(self, state: DriftState) -> DriftState:
         """Drop what was gathered of the open drift window, as rows are numbered from 1 again."""
@@ -402,7 +397,7 @@ class DriftMonitor:
     def _build_guard_alert(self, before: DriftState, after: DriftState) -> Alert | None:
         if after.guard is before.guard:
             return None
-        return deviation.build_alert(after.guard, before.guard)
+        return deviation.build_alert(after.guard, before.guard, {"window": before.index, "rows": list(before.rows)})
 
     def _build_guard_alerts(self, before: DriftState, after: DriftState) -> tuple[DriftState, list[Alert]]:
         """Return the alerts of a gathered window: a reference that does not deviate ends what was carried over."""

@@ -96,6 +96,10 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
         """The site's reference, unless it is held."""
         return None if self.guard.is_held else self.site_reference
 
+    def without_guard(self) -> DriftState:
+        """Return the state without the references that its guard compares with: they are stored separately."""
+        return replace(self, guard=ReferenceGuard(is_held=self.guard.is_held))
+
     def is_compatible(self, task: Task) -> bool:
         """Return True if the state has the tests of this task."""
         tests = get_layout(task).test_count

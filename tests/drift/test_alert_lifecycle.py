@@ -6,10 +6,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.alerts import Alert
-from agent.drift.numeric.escalation import MAX_REVISIONS, Escalation
+from agent.drift.numeric.escalation import MAX_REVISIONS, DriftSizes, Escalation
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
 
 WINDOW, FIELDS = 60, 3
@@ -96,3 +97,15 @@ def test_an_alert_that_wavers_is_published_a_bounded_number_of_times() -> None:
         state, again = state.update(np.array([window > 0]), is_open, np.array([size]))
         published += int(again[0])
     assert 5 <= published <= MAX_REVISIONS
+
+
+def test_another_test_that_takes_over_is_no_turn() -> None:
+    """A spread that stayed low was once called turned round, because the mean's score had become the larger one."""
+    mean, spread = 0, 1
+    raised = DriftSizes(np.array([0.5, -7.4]), np.zeros(2), np.array([spread]))
+    tests = [np.array([mean, spread])]
+    assert raised.sizes(tests, np.zeros(1)).tolist() == [-7.4]
+    taken_over = replace(raised, z=np.array([5.9, -2.0]))
+    assert taken_over.sizes(tests, np.array([-7.4])).tolist() == [-5.9]
+    turned = replace(raised, z=np.array([1.0, 6.0]))
+    assert turned.sizes(tests, np.array([-7.4])).tolist() == [6.0]

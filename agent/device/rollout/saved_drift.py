@@ -24,7 +24,6 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift import succession
 from agent.drift.baseline import deviation
-from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import DriftState
@@ -143,7 +142,7 @@ def _list_open(state: DriftState | None, refusals: LearningRefusals) -> dict[str
             kind.raised(f"{subject}: open again: {_REASON}.", {}, field=subject, count=number)
             for kind, subject, number in subjects
         ]
-        deviates = deviation.build_alert(state.guard, state.guard)
+        deviates = deviation.build_alert(state.guard, state.guard, {})
         alerts += [] if deviates is None else [deviates]
     return {alert.id: alert for alert in alerts}
 
@@ -167,9 +166,7 @@ def _load(tx: Transaction, task: str, suffix: str) -> DriftState | None:
 
 def _save(tx: Transaction, task: str, state: DriftState) -> None:
     tx.save_state(task, task_keys.REFERENCE_GUARD, arrays.to_compressed_bytes(state.guard))
-    tx.save_state(
-        task, task_keys.DRIFT_STATE, replace(state, guard=ReferenceGuard(is_held=state.guard.is_held)).to_bytes()
-    )
+    tx.save_state(task, task_keys.DRIFT_STATE, state.without_guard().to_bytes())
 
 
 def _load_refusals(tx: Transaction, task: str, suffix: str) -> LearningRefusals:

@@ -42,7 +42,6 @@ _AGAINST = {
 class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
     """Means and spreads of a reference, to compare later ones with: C classes, D statistics, F fields."""
 
-    digest: str
     fields: tuple[str, ...]
     labels: tuple[str, ...]
     window_rows: int
@@ -57,7 +56,6 @@ class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
     def from_reference(cls, reference: Reference) -> ReferenceProfile:
         place = reference.layout[MOMENTS.name] if reference.site else slice(None)
         return cls(
-            reference.digest,
             reference.fields,
             reference.labels,
             reference.window_rows,
@@ -160,8 +158,8 @@ class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
         return ReferenceGuard(self.former, accepted, deviations, raised_count, hold and bool(deviations))
 
 
-def build_alert(guard: ReferenceGuard, before: ReferenceGuard) -> Alert | None:
-    """Return the alert that a newly learned or accepted reference raises or clears."""
+def build_alert(guard: ReferenceGuard, before: ReferenceGuard, window: dict[str, Any]) -> Alert | None:
+    """Return the alert that a newly learned or accepted reference raises or clears; `window` locates it."""
     if guard.deviations:
         sentences = [item.describe() for item in guard.deviations[:MAX_NAMED_FIELDS]]
         more = len(guard.deviations) - len(sentences)
@@ -172,12 +170,12 @@ def build_alert(guard: ReferenceGuard, before: ReferenceGuard) -> Alert | None:
             else "Drift is tested against it all the same."
         )
         summary = f"this site's reference deviates: {'; '.join(sentences)}{rest}. {then}"
-        evidence = {"deviations": [item.to_dict() for item in guard.deviations], "held": guard.is_held}
+        evidence = window | {"deviations": [item.to_dict() for item in guard.deviations], "held": guard.is_held}
         return REFERENCE_DEVIATES.raised(summary, evidence, count=guard.raised_count)
     if not before.deviations:
         return None
     summary = "this site's reference was accepted, or the one learned since no longer deviates."
-    return REFERENCE_DEVIATES.cleared(summary, count=guard.raised_count)
+    return REFERENCE_DEVIATES.cleared(summary, window, count=guard.raised_count)
 
 
 def find_deviations(

@@ -13,8 +13,9 @@ from agent.arrays import Ints, TypedMap
 from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
-from agent.drift.detectors.detector import ChartDetector, Counter, Detector, GateDetector, ScoreDetector, Task
+from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
 from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
+from agent.drift.detectors.gate import GateDetector
 from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
 from agent.drift.detectors.psi import PsiDetector

@@ -20,7 +20,8 @@ from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert, AlertKind, continue_numb
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
-from agent.drift.detectors.detector import Baseline, GateDetector, GateWindows, round_significant
+from agent.drift.detectors.detector import Baseline, round_significant
+from agent.drift.detectors.gate import GateDetector, GateWindows
 from agent.drift.detectors.sampling_rate import RateBaseline, SamplingRateDetector
 from agent.text import format_duration, format_since, format_windows
 

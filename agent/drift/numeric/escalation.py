@@ -83,16 +83,19 @@ class DriftSizes(msgspec.Struct, frozen=True, eq=False):
             self.z + weight * (bounded - self.z), self.effect + weight * (effects - self.effect), self.lead
         )
 
-    def sizes(self, tests: Sequence[Ints]) -> Float64s:
+    def sizes(self, tests: Sequence[Ints], published: Float64s) -> Float64s:
         """Return the size (S,) of each subject's drift: its largest score, with the sign of its leading test.
 
-        It is 0 below MIN_SCORE: quiet windows have such scores, and an alert may rest on another test.
+        It is 0 below MIN_SCORE: quiet windows have such scores, and an alert may rest on another test. While the
+        leading test is quiet, the sign stays as `published` (S,): that another test took over is no turn.
         """
         out = np.zeros(len(tests))
         for subject, own in enumerate(tests):
             most = float(np.abs(self.z[own]).max()) if len(own) else 0.0
             if most >= MIN_SCORE:
-                out[subject] = -most if self.z[self.lead[subject]] < -most / GROWTH else most
+                lead = float(self.z[self.lead[subject]])
+                signed = lead if abs(lead) >= MIN_SCORE or not published[subject] else published[subject]
+                out[subject] = np.copysign(most, signed)
         return out
 
     def with_leads(self, tests: Sequence[Ints], subjects: Bools) -> DriftSizes:

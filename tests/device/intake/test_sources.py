@@ -385,6 +385,10 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
             process.kill()
         kills += 1
         interrupted += bool(there(tmp_path)["taking"])
+        # Two kills in a row set a file aside, as it might have caused them; somebody puts it back.
+        for name in there(tmp_path)["failed"]:
+            if name.endswith(".csv"):
+                (tmp_path / "in" / "failed" / name).rename(tmp_path / "in" / name)
         if len(there(tmp_path)["done"]) == 3:
             break
     store = open_store(tmp_path / "data")
