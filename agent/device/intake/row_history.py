@@ -120,7 +120,7 @@ def screen(
         if stream.rejects_duplicates:
             if newest is None and latest is not None:
                 stored = (int(part.t.max()) for part in load_recent(_NEWEST_ROWS) if len(part))
-                newest = max(latest, *stored, latest)
+                newest = max([latest, *stored])
             repeats = (newest is not None and t[0] <= newest) or bool((t[1:] <= t[:-1]).any())
             if repeats and hashes is None:
                 hashes = np.concatenate([_NO_HASHES, *map(hash_rows, load_recent(recent_rows(stream)))])
