@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("fleet", "images", "parquet", "plot", "postgres")
+EXTRAS = ("fleet", "images", "notify", "parquet", "plot", "postgres", "sql")
 BUILD = "build"
 # Lock → processor, Python versions.
 TARGETS = {
@@ -30,7 +30,7 @@ TARGETS = {
     "requirements-armv7.txt": ("armv7l", ("3.11",)),
 }
 # Extras whose libraries have no wheels for 32-bit ARM; pip would build them for hours.
-NOT_FOR_ARM = ("images", "parquet", "plot", "postgres")
+NOT_FOR_ARM = ("images", "parquet", "plot", "postgres", "sql")
 # What compiles cffi, msgspec and psutil on 32-bit ARM, where they have no wheels either.
 COMPILE_FOR_ARM = ("setuptools>=80", "setuptools-scm>=8")
 _UV, _PIP_AUDIT = "uv>=0.9", "pip-audit>=2.10"
