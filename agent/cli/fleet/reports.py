@@ -1,4 +1,4 @@
-"""`outstation fleet devices`, `alerts`, `gaps` and `audit`: the state of the fleet and of its database."""
+"""`outstation fleet devices`, `gaps` and `audit`: the state of the fleet and of its database."""
 
 from __future__ import annotations
 
@@ -93,22 +93,6 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
         ended = store.accept_log(device, log, clock.to_rfc3339(clock.read().wall_us))
     document = {"device": device, "accepted": log, "ended": ended}
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
-
-
-@click.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
-@click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
-@device_option
-@db_option
-@fleet_option
-@json_option
-def alerts(include_cleared: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
-    """List the open alerts, oldest first."""
-    _, store = open_for_reading(folder, db, device)
-    rows = store.alerts(device, closed=include_cleared)
-    columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
-    cells = [[row[name] or "" for name in columns] for row in rows]
-    empty = "No alert was ever raised." if include_cleared else "No open alert."
-    emit(rows, as_json, lambda: print_table(columns, cells, empty))
 
 
 @click.command("gaps", epilog="Example: outstation fleet gaps")

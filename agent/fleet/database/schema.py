@@ -27,10 +27,12 @@ _COLLECTION = (
         kid TEXT PRIMARY KEY, device TEXT NOT NULL, key TEXT NOT NULL, added TEXT NOT NULL, revoked TEXT, log TEXT,
         last_seq INTEGER, made_by TEXT NOT NULL DEFAULT 'device') WITHOUT ROWID""",
     "CREATE INDEX keys_by_device ON keys (device)",
-    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them.
+    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them. The index finds the newest
+    # health message of each log.
     """CREATE TABLE messages (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
         payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
+    "CREATE INDEX health_messages ON messages (device, log, seq) WHERE kind = 'health'",
     # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it. since, latest: when the first
     # and the last new message arrived. live: no other log took its place. The newest log of a device is its first live
     # one.
@@ -79,6 +81,7 @@ _PROJECTIONS = (
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
         log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq, source))""",
+    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -147,6 +150,12 @@ _OPERATORS = (
     """CREATE TABLE decisions (
         rollout TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, event TEXT NOT NULL, summary TEXT NOT NULL,
         evidence TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, PRIMARY KEY (rollout, n))""",
+    # What operators say about an alert, by the key of its messages in table alerts. acknowledged_seq: of its newest
+    # message at that time; a later one ends the acknowledgement, not the mute.
+    """CREATE TABLE alert_handling (
+        source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
+        acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
+        muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
