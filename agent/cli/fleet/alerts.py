@@ -19,6 +19,7 @@ from agent.cli.fleet.common import (
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.database.incidents import IncidentKey
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
 from agent.quantities import parse_duration
@@ -60,7 +61,7 @@ def _now() -> str:
     return clock.to_rfc3339(clock.read().wall_us)
 
 
-def _add_handling(row: dict[str, Any], handled: dict[incidents.IncidentKey, Incident]) -> dict[str, Any]:
+def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> dict[str, Any]:
     """Add what operators said to a message of table alerts; `status` is that of the incident as a whole."""
     incident = handled.get((row["source"], row["device"], row["log"], row["id"]))
     members: dict[str, Any] = {"incident": None, "status": row["state"], "acknowledged": None, "muted": None}

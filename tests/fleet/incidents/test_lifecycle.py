@@ -118,7 +118,7 @@ def test_a_device_cannot_take_the_acknowledgement_of_a_collectors_alert(
 
 def test_each_kind_of_alert_is_recognized_by_its_names() -> None:
     for kind in KINDS:
-        alert = kind.raised("", **dict.fromkeys(re.findall(r"{(\w+)}", kind.subject + kind.id), "x1"))
+        alert = kind.raised("", None, **dict.fromkeys(re.findall(r"{(\w+)}", kind.subject + kind.id), "x1"))
         task = "t" if kind.source == "task" else None
         identity = f"t/{alert.id}" if task else alert.id
         found = find_kind(alert.alert, alert.subject, identity, task, from_collector=kind.source == "collector")
