@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from agent.cli.fleet.alerts import alerts
 from agent.cli.fleet.collect import collect, collector
 from agent.cli.fleet.command import command, revoke
 from agent.cli.fleet.disclosed import disclosed
@@ -13,7 +12,7 @@ from agent.cli.fleet.enrol import enrol, init, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
-from agent.cli.fleet.reports import accept_log, audit, devices, gaps
+from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate

@@ -15,8 +15,8 @@ import msgspec
 
 from agent.alerts import AlertKind, Severity, find_kind
 from agent.errors import UsageError
-from agent.fleet.database import incidents as table
-from agent.fleet.database.incidents import IncidentKey
+from agent.fleet.database.incidents import incident_rows as table
+from agent.fleet.database.incidents.incident_rows import IncidentKey
 from agent.fleet.database.store import FleetStore
 
 Status = Literal["raised", "acknowledged", "muted", "cleared"]
