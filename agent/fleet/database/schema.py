@@ -1,8 +1,9 @@
 """Tables and migrations of the fleet database, in SQL that SQLite runs and `postgresql_schema` translates.
 
-`messages` is the evidence: every message exactly as it arrived. `results`, `drift_windows`, `quality_messages`,
-`metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are projections of the same messages, and
-could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`messages` is the evidence: every message exactly as it arrived. `results`, `result_messages`, `result_provenance`,
+`drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are
+projections of the same messages, and could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us`
+are microseconds.
 """
 
 from __future__ import annotations
@@ -62,10 +63,23 @@ _COLLECTION = (
 )
 
 _PROJECTIONS = (
+    # missing: share of the input that was missing, NULL where the message lists none. outputs: JSON object of columns
+    # value_NAME and score_LABEL. faults: JSON array of the fields with a sensor fault. Both are NULL where empty.
     """CREATE TABLE results (
         device TEXT NOT NULL, task TEXT NOT NULL, row INTEGER NOT NULL, t INTEGER NOT NULL, label TEXT, score REAL,
-        value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
+        value REAL, missing REAL, outputs TEXT, faults TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
     "CREATE INDEX results_by_row ON results (device, task, row)",
+    # A results message, also one that lists none of its n results. incomplete: how many of them missed too much input.
+    """CREATE TABLE result_messages (
+        device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, rows_first INTEGER NOT NULL,
+        rows_last INTEGER NOT NULL, n INTEGER NOT NULL, incomplete INTEGER NOT NULL, provenance TEXT NOT NULL,
+        PRIMARY KEY (device, log, seq)) WITHOUT ROWID""",
+    # Bundle (model, version, digest) and maker (agent, runtime, config) of results, once for all messages that share
+    # them; provenance: digest of the columns after it.
+    """CREATE TABLE result_provenance (
+        device TEXT NOT NULL, provenance TEXT NOT NULL, task TEXT NOT NULL, stream TEXT NOT NULL, model TEXT NOT NULL,
+        version TEXT NOT NULL, digest TEXT NOT NULL, agent TEXT, runtime TEXT, config TEXT,
+        PRIMARY KEY (device, provenance)) WITHOUT ROWID""",
     # A drift window, or a run of quiet ones. window: index of the first; window_count: how many; first and last: rows
     # of the stream; reference, features, output, joint, estimate, windows: JSON; windows: columns of a run, or NULL.
     """CREATE TABLE drift_windows (
