@@ -227,7 +227,7 @@ class FieldChange(msgspec.Struct, frozen=True):
 
     def describe(self, unit: str) -> str:
         if self.test == "spread":
-            return f"spread {'fell' if self.ratio < 1 else 'rose'} to {self.ratio:.2g} of this site's reference"
+            return f"spread {'fell' if self.ratio < 1 else 'rose'} to {self.ratio:.{3 if abs(self.ratio - 1) < 0.05 else 2}g} of this site's reference"
         amount = f"{self.shift:+.2g}" + (f" {unit}" if unit else "")
         return f"mean moved by {amount} ({abs(self.shift_sd):.2g} reference sd)"
 
