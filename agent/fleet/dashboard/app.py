@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from agent.errors import OutstationError, StorageError, UsageError
 from agent.fleet.dashboard import login
 from agent.fleet.dashboard.login import Endpoint
-from agent.fleet.dashboard.pages import account, device, fleet, message, views
+from agent.fleet.dashboard.pages import account, device, fleet, incidents, message, views
 from agent.fleet.dashboard.pages.visit import Dashboard, Page, Visit
 from agent.fleet.dashboard.security.guard import Guard, HostPolicy
 
@@ -35,6 +35,10 @@ PAGES: tuple[tuple[str, str, Page], ...] = (
     ("GET", "/devices/{device}", device.show),
     ("GET", "/devices/{device}/results.json", device.results),
     ("GET", "/devices/{device}/drift.svg", device.drift),
+    ("POST", "/devices/{device}/label", device.label),
+    ("GET", "/incidents", incidents.show),
+    ("GET", "/incidents/{ref}", incidents.show_one),
+    ("POST", "/incidents/{ref}", incidents.decide),
     ("GET", "/messages/{device}/{log}/{seq}", message.show),
     ("GET", "/messages/{device}/{log}/{seq}/download", message.download),
 )

@@ -190,10 +190,8 @@ _DASHBOARD = (
         time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
         outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
     "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
-    # The newest health message of a device, without a look at the messages after it.
-    "CREATE INDEX messages_health ON messages (device, log, seq) WHERE kind = 'health'",
-    # The state of one alert, without a look at all others.
-    "CREATE INDEX alerts_by_id ON alerts (device, log, id, seq)",
+    # The collector's own alerts, which are few, without a look at those of devices.
+    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 

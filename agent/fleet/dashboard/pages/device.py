@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from agent import clock
+from agent.fleet import labels
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
@@ -18,6 +19,7 @@ from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.dashboard import results as result_statements
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
+from agent.performance.labels import Label
 from agent.text import printable
 
 RANGES = {"1h": 3600, "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400, "all": 0}
@@ -70,6 +72,8 @@ async def show(visit: Visit) -> Response:
         query=query,
         ranges=RANGES,
         now_us=clock.read().wall_us,
+        can_label=visit.visitor.may("operator"),
+        known_labels=sorted({row[2] for row in loaded["results"] if row[2] is not None}),
         streams=_streams(device),
         store=as_object(device.health.get("store")),
         wall_clock=as_object(device.health.get("wall_clock")),
@@ -108,14 +112,14 @@ async def results(visit: Visit) -> Response:
 
     rows, sampled = await visit.dashboard.reader.read(load)
     rows = sorted((row for row in rows if -_MAX_US < row[1] < _MAX_US), key=lambda row: int(row[1]))
-    labels = sorted({row[2] for row in rows if row[2] is not None})[:_MAX_LABELS]
-    index = {label: i for i, label in enumerate(labels)}
+    names = sorted({row[2] for row in rows if row[2] is not None})[:_MAX_LABELS]
+    index = {label: i for i, label in enumerate(names)}
     document = {
         "t": [row[1] / 1e6 for row in rows],
-        "label": [index.get(row[2]) for row in rows] if labels else None,
+        "label": [index.get(row[2]) for row in rows] if names else None,
         "score": _column(rows, 3),
         "value": _column(rows, 4),
-        "labels": [printable(label) for label in labels],
+        "labels": [printable(name) for name in names],
         "paths": [views.message_path(device.device, row[5], row[6]) for row in rows],
         "sampled": sampled,
     }
@@ -140,6 +144,29 @@ async def drift(visit: Visit) -> Response:
     svg = await visit.dashboard.reader.read_store(plot)
     headers = {"content-security-policy": "default-src 'none'", "cache-control": "private, max-age=5"}
     return Response(svg, 200, headers, "image/svg+xml")
+
+
+async def label(visit: Visit) -> Response:
+    """Store what was true of a result, by the visitor, as a label; the metrics of labels follow."""
+    visit.require("operator")
+    device, form = _find(visit), await visit.form()
+    task, row, text = form.get("task", ""), form.get("row", ""), form.get("label", "").strip()
+    if not row.isdecimal() or len(row) > 16 or not 0 < len(text) <= 256:
+        raise HTTPException(400, "a label needs the row of a result and a text of at most 256 characters")
+    entry = Label(int(row), None, text)
+
+    def add(db: Connection) -> str:
+        try:
+            outcome = labels.add(db, device.device, task, [entry], clock.to_rfc3339(clock.read().wall_us))
+        except ValueError as error:
+            return f"refused: {error}"
+        return f"refused: {outcome.rejected[0]}" if outcome.rejected else f"row {row} is {text}"
+
+    outcome = await visit.dashboard.reader.write(add)
+    await visit.record("label", f"{device.device}/{task}", outcome)
+    if outcome.startswith("refused"):
+        raise HTTPException(409, outcome.removeprefix("refused: "))
+    return RedirectResponse(f"/devices/{views.quote_path(device.device)}?task={views.quote_path(task)}#results", 303)
 
 
 def _streams(device: DeviceState) -> list[dict[str, Any]]:

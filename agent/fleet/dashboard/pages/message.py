@@ -56,7 +56,7 @@ async def download(visit: Visit) -> Response:
             return None
         return {
             "topic": message["topic"],
-            "payload": bytes(message["payload"]).decode(errors="replace"),
+            "payload": message["payload"].decode(errors="replace"),
             "jws": message["jws"],
             "key": key and key["key"],
             "received": message["received"],
@@ -80,15 +80,15 @@ def _load(db: Connection, device: str, log: str, seq: int) -> dict[str, Any] | N
     message = statements.load_message(db, device, log, seq)
     if message is None:
         return None
-    payload = bytes(message["payload"])
+    payload = message["payload"]
     key = statements.load_key(db, _claimed_kid(message["jws"]))
     near = statements.load_neighbours(db, device, log, seq - _NEIGHBOURS, seq + _NEIGHBOURS)
-    by_seq = {row[0]: bytes(row[2]) for row in near}
+    by_seq = {row[0]: row[2] for row in near}
     chain = []
     for n, kind, stored, received in near:
-        before, body = by_seq.get(n - 1), decode_object(bytes(stored))
+        before, body = by_seq.get(n - 1), decode_object(stored)
         fits = None if before is None else body.get("prev") == digest(before)
-        chain.append({"seq": n, "kind": kind, "received": received, "digest": digest(bytes(stored)), "fits": fits})
+        chain.append({"seq": n, "kind": kind, "received": received, "digest": digest(stored), "fits": fits})
     checks = [*_verify(message, payload, key), *_check_chain(by_seq, seq)]
     return {
         "message": message,

@@ -22,7 +22,12 @@ _PING_S = 15.0
 _MAX_NAMED = 50
 _REVISIONS = """
     SELECT (SELECT count(*) FROM decisions), (SELECT max(time) FROM decisions),
-           (SELECT max(latest) FROM logs), (SELECT count(*) FROM devices)"""
+           (SELECT count(*) FROM alert_handling), (SELECT max(acknowledged_at) FROM alert_handling),
+           (SELECT max(muted_at) FROM alert_handling)"""
+
+
+# Parts of `_REVISIONS` by the name of the change.
+_PARTS = {"rollouts": slice(0, 2), "incidents": slice(2, 5)}
 
 
 class ChangeFeed:
@@ -51,8 +56,8 @@ class ChangeFeed:
             # What comes back may be another database.
             self.state.forget()
         else:
-            if revisions[:2] != (self._revisions or revisions)[:2]:
-                changed.add("rollouts")
+            last = self._revisions or revisions
+            changed |= {name for name, part in _PARTS.items() if revisions[part] != last[part]}
             self._revisions = revisions
         if changed or problem != self.state.problem:
             self.state.problem = problem

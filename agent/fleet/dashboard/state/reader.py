@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from agent.fleet.database.store import FleetStore
 T = TypeVar("T")
 # A slow drift plot must not hold the other pages.
 _READERS = 2
+_CLOSE_TIMEOUT_S = 10.0
 
 
 class DatabaseReader:
@@ -44,14 +46,26 @@ class DatabaseReader:
         return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, function)
 
     def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        """Close the stores, each in the thread that opened it."""
+        together = threading.Barrier(_READERS)
+        for _ in range(_READERS):
+            self._readers.submit(self._close_own, together)
+        self._readers.shutdown(wait=True)
         self._writer.shutdown(wait=True)
+
+    def _close_own(self, together: threading.Barrier) -> None:
+        # A thread that waits here takes no second turn.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(_CLOSE_TIMEOUT_S)
+        store: FleetStore | None = getattr(self._local, "store", None)
+        if store is not None:
+            store.close()
 
     def _read(self, function: Callable[[FleetStore], T]) -> T:
         store: FleetStore | None = getattr(self._local, "store", None)
         if store is not None and self._local.identity != self._identify():
             store.close()
-            store = None
+            store = self._local.store = None
         if store is None:
             identity = self._identify()
             self._local.store = store = FleetStore(self.location, read_only=True)

@@ -30,7 +30,7 @@ COLLECTOR_ALERTS = """
     FROM alerts a
     WHERE a.source = 'collector' AND a.state = 'raised' AND NOT EXISTS (
         SELECT 1 FROM alerts later WHERE later.device = a.device AND later.log = a.log AND later.id = a.id
-          AND later.seq > a.seq AND later.source = 'collector' AND later.state = 'cleared')
+          AND later.seq > a.seq AND later.source = 'collector')
     ORDER BY a.time DESC LIMIT 1000"""
 HEALTH_HISTORY = """
     SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = 'health' ORDER BY seq DESC LIMIT ?"""

@@ -14,6 +14,12 @@ PHASES = """
 WINDOWS = """
     SELECT "from", "to", state, n, window_count, version, log, seq FROM drift_windows
     WHERE task = ? AND device = ? ORDER BY "to" DESC LIMIT ?"""
+_WINDOW_COLUMNS = '"from", "to", state, n, features, log, seq'
+WINDOWS_BEFORE = f"""
+    SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" <= ?
+    ORDER BY "to" DESC LIMIT ?"""
+WINDOWS_AFTER = f"""
+    SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" > ? ORDER BY "to" LIMIT ?"""
 COLLECTOR_METRICS = """
     SELECT metric, value, low, high, n, time FROM metrics
     WHERE device = ? AND task = ? AND source = 'collector' AND slice = '' ORDER BY metric LIMIT 50"""
@@ -29,6 +35,12 @@ def load_phases(db: Connection, device: str, log: str, limit: int) -> list[dict[
 
 def load_windows(db: Connection, device: str, task: str, limit: int) -> list[dict[str, Any]]:
     return fetch_dicts(db, WINDOWS, task, device, limit)
+
+
+def load_windows_around(db: Connection, device: str, task: str, time: str, limit: int) -> list[dict[str, Any]]:
+    """Return the drift windows that ended last before a time, and the ones after it, oldest first, with `features`."""
+    before = fetch_dicts(db, WINDOWS_BEFORE, task, device, time, limit)
+    return [*reversed(before), *fetch_dicts(db, WINDOWS_AFTER, task, device, time, limit)]
 
 
 def load_collector_metrics(db: Connection, device: str, task: str) -> list[dict[str, Any]]:

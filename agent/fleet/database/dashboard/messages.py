@@ -25,12 +25,20 @@ TOTALS = "SELECT count(*), coalesce(sum(last_seq), 0), max(latest) FROM logs"
 
 def load_message(db: Connection, device: str, log: str, seq: int) -> dict[str, Any] | None:
     rows = fetch_dicts(db, MESSAGE, device, log, seq)
-    return rows[0] if rows else None
+    return {**rows[0], "payload": _to_bytes(rows[0]["payload"])} if rows else None
+
+
+def load_payload(db: Connection, device: str, log: str, seq: int) -> bytes | None:
+    row = db.execute(
+        "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?", (device, log, seq)
+    ).fetchone()
+    return None if row is None else _to_bytes(row[0])
 
 
 def load_neighbours(db: Connection, device: str, log: str, first: int, last: int) -> list[Row]:
     """Return (seq, kind, payload, received) of the stored messages with these sequence numbers."""
-    return db.execute(NEIGHBOURS, (device, log, first, last)).fetchall()
+    rows = db.execute(NEIGHBOURS, (device, log, first, last)).fetchall()
+    return [(seq, kind, _to_bytes(payload), received) for seq, kind, payload, received in rows]
 
 
 def load_newest_messages(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
@@ -62,3 +70,8 @@ def load_totals(db: Connection) -> tuple[int, int, str | None]:
     """Return the number of logs, the highest sequence numbers added up, and when the last message arrived."""
     row = db.execute(TOTALS).fetchone()
     return int(row[0]), int(row[1]), row[2]
+
+
+def _to_bytes(payload: Any) -> bytes:
+    """Return a payload as bytes, also of a cell that was changed to another type."""
+    return payload if isinstance(payload, bytes) else str(payload).encode(errors="replace")
