@@ -111,9 +111,12 @@ class Replay:
             add_changes(changes, body, received)
             timestamps.add(body, received)
         try:
+            # Else each row is a transaction of its own.
+            self.db.execute("BEGIN")
             timestamps.finish()
             gap_ledger.apply(self.db, changes)
             log_succession.apply(self.db, changes, received)
+            self.db.execute("COMMIT")
         except sqlite3.Error as error:
             problem = (
                 f"the audit's temporary database: {error}; it needs room in the folder for temporary files ($TMPDIR)"
