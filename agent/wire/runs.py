@@ -67,7 +67,7 @@ def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
     count = len(column)
     for item in column:
         if type(item) not in _PLAIN:
-            count += item.count - 1  # type: ignore[union-attr]
+            count += item.count - 1  # type: ignore[operator,union-attr]
     return count
 
 

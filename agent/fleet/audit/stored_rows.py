@@ -68,7 +68,8 @@ class _TableReader:
 
     def __init__(self, name: str, columns: list[str], rows: Iterator[Row], report: Report) -> None:
         self.name, self._report = name, report
-        self._groups = groupby(rows, itemgetter(*(columns.index(column) for column in ("device", "log", "seq"))))
+        key: Callable[[Row], Row] = itemgetter(*(columns.index(column) for column in ("device", "log", "seq")))
+        self._groups = groupby(rows, key)
         self.place: Row | None = None
         self._advance()
 
@@ -89,9 +90,9 @@ class _TableReader:
             self._advance()
 
     def _advance(self) -> None:
-        self._key, group = next(self._groups, (None, ()))
-        self._rows = [*group]
-        self.place = None if self._key is None else sort_key(self._key)
+        key, group = next(self._groups, ((), ()))
+        self._key, self._rows = key, [*group]
+        self.place = sort_key(key) if key else None
 
 
 @lru_cache(maxsize=256)
