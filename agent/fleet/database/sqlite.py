@@ -82,6 +82,10 @@ class SqliteConnection(sqlite3.Connection):
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         self.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
+    def insert_missing(self, table: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         arrived = self.execute_each("SELECT last_seq FROM logs WHERE device = ? AND log = ?", logs)
         ended = self.execute_each("SELECT last_seq FROM log_ends WHERE device = ? AND log = ?", logs)
