@@ -57,7 +57,7 @@ def test_a_message_is_verified_anew_and_a_changed_one_is_named(dashboard: Served
     assert "prev of message 3 is the digest of message 2" in page
     with dashboard.store.transaction() as db:
         db.execute(
-            "UPDATE messages SET payload = replace(CAST(payload AS TEXT), 'ok', 'no') WHERE device = 'pi-30' AND seq = 2"
+            "UPDATE messages SET payload = replace(CAST(payload AS TEXT), 'ok', 'no') WHERE device = 'pi-30' AND seq=2"
         )
     page = dashboard.get(f"{path}/2").text
     assert "does not verify" in page
