@@ -63,7 +63,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 class Confirmation(msgspec.Struct, frozen=True):
-    """How often a condition must hold: in `needed` of the newest `window_count` results, or for `duration_s`."""
+    """Confirmation of a condition: it holds in `needed` of the newest `window_count` results, or for `duration_s`."""
 
     needed: int = 1
     window_count: int = 1

@@ -70,7 +70,11 @@ def load(folder: Path, rule: str) -> config.Config:
         ('name = "x"\nlabel = "a"\nsummary = "{label!r}"', "alerts[0].summary", "takes no format"),
         ('name = "x"\nlabel = "a"\nsummary = "{}"', "alerts[0].summary", "unknown placeholder"),
         ('name = "x"\nlabel = "a"\nsummary = "{"', "alerts[0].summary", "for braces of the text"),
-        ('name = "x"\nlabel = "a"\n\n[[tasks.exercise.alerts]]\nname = "x"\nlabel = "b"', "alerts[1].name", "duplicate"),
+        (
+            'name = "x"\nlabel = "a"\n\n[[tasks.exercise.alerts]]\nname = "x"\nlabel = "b"',
+            "alerts[1].name",
+            "duplicate",
+        ),
     ],
 )
 def test_an_error_in_a_rule_names_file_key_and_fix(tmp_path: Path, rule: str, key: str, problem: str) -> None:

@@ -56,7 +56,7 @@ class CheckResult(msgspec.Struct, frozen=True):
 def check(config_file: str | None, as_json: bool) -> None:
     """Check config, keys, bundles on this processor, storage, clock, update repository and broker.
 
-    Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained in a sentence: when its alert is raised and cleared.
+    Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
     """
     file, conf = device.load_config(config_file)
     results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from agent.config import AlertRuleConfig, TaskConfig
 from agent.device.rules import batch_rules, rule_store
-from agent.device.rules.batch_rules import TaskRuleStates
+from agent.device.rules.batch_rules import BatchResults, TaskRuleStates
 from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.quantities import Duration
@@ -238,7 +240,7 @@ def test_a_value_raises_and_clears_between_two_limits(make_device: Callable[...,
     device = make_device(recipe=REGRESS)
     device.feed(REGRESS.rows(60))
     device.run_all()
-    values = [value for message in device.results() for value in message.columns.value or []]
+    values = [value for message in device.results() for value in message.columns.value or [] if value is not None]
     high, low = np.quantile(values, [0.9, 0.1])
     rule = AlertRuleConfig(name="hot", value=f"> {high:.4f}", clear=f"< {low:.4f}", summary="{value} is too much")
     watched = make_device(rule, recipe=REGRESS, name="watched")
@@ -246,7 +248,6 @@ def test_a_value_raises_and_clears_between_two_limits(make_device: Callable[...,
     watched.run_all()
     expected, is_open = [], False
     for row, value in enumerate(values, 1):
-        assert value is not None
         if value > high if not is_open else value < low:
             is_open = not is_open
             expected.append((row, "raised" if is_open else "cleared"))
@@ -319,6 +320,13 @@ def test_results_while_a_fault_alert_is_open_do_not_count(make_device: Callable[
     assert states(device) == []
 
 
+def _record_health(
+    flags: list[bool], evaluate: Callable[..., Any], rules: Any, before: Any, results: BatchResults, **more: Any
+) -> Any:
+    flags.extend(results.is_healthy.tolist())
+    return evaluate(rules, before, results, **more)
+
+
 def test_a_fault_counts_from_the_end_of_the_drift_window_that_shows_it(make_device: Callable[..., Device]) -> None:
     """Learn a site, hold one field at one value, and compare health by rows with that of batches of another size."""
     healthy_by_size = []
@@ -327,17 +335,9 @@ def test_a_fault_counts_from_the_end_of_the_drift_window_that_shows_it(make_devi
         rows = CLASSIFY.rows(800)
         rows[500:, 0] = 1.25
         flags: list[bool] = []
-        evaluate = batch_rules.evaluate
-
-        def record(*args: object, **more: object) -> object:
-            flags.extend(args[2].is_healthy.tolist())  # type: ignore[attr-defined]
-            return evaluate(*args, **more)  # type: ignore[arg-type]
-
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batch_rules, "evaluate", record)
-            for begin in range(0, len(rows), size):
-                device.feed(rows[begin : begin + size])
-                device.run_all()
+            patch.setattr(batch_rules, "evaluate", partial(_record_health, flags, batch_rules.evaluate))
+            run_in_parts(device, rows, [size] * (len(rows) // size))
         healthy_by_size.append(flags)
     assert healthy_by_size[0] == healthy_by_size[1]
     assert all(healthy_by_size[0][:500])
@@ -360,5 +360,3 @@ def test_alerts_of_a_rule_that_fires_all_the_time_stay_within_the_transaction(
     device.feed(rows_of("l-r-" * 100))
     device.run_all()
     assert len(alerts(device)) == 400
-
-

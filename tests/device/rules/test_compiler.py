@@ -37,7 +37,12 @@ def compile_for(bundle: LoadedBundle, **rule: Any) -> compiler.CompiledRule:
         ("classify", {"labels": ["left", "up"]}, "labels", "has no class 'up'"),
         ("classify", {"labels": ["left", "right", "rest"]}, "labels", "every class"),
         ("classify", {"label": "left", "score": "> 1"}, "score", "can never fire: every score"),
-        ("classify", {"label": "left", "score": "< 0.3"}, "score", "can never fire: every score of this bundle is from 0.333"),
+        (
+            "classify",
+            {"label": "left", "score": "< 0.3"},
+            "score",
+            "can never fire: every score of this bundle is from 0.333",
+        ),
         ("classify", {"score": ">= 0.2"}, "score", "always holds"),
         ("classify", {"score": ">= 0.9", "clear": "< 0.2"}, "clear", "never holds"),
         ("classify", {"value": "> 1"}, "value", "is a classifier"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,9 +35,11 @@ def slice_windows(seen: Observations, begin: int, end: int) -> Observations:
 def advance_in_parts(trigger: Trigger, seen: Observations, cuts: Sequence[int]) -> tuple[RuleState, list[Transition]]:
     state, out = RuleState("f"), []
     edges = [0, *sorted(cuts), len(seen.t)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         state, transitions = evaluation.advance(trigger, state, slice_windows(seen, begin, end))
-        out += [Transition(change.index + begin, change.is_raised, change.number, change.hits) for change in transitions]
+        out += [
+            Transition(change.index + begin, change.is_raised, change.number, change.hits) for change in transitions
+        ]
     return state, out
 
 
@@ -58,10 +61,9 @@ def simulate(trigger: Trigger, seen: Observations) -> list[tuple[int, bool]]:
         if not is_raised and hit and sum(hits) >= trigger.needed and since["hit"] >= trigger.duration_us:
             is_raised, age = True, 0
             out.append((index, True))
-        elif is_raised and calm_windows >= trigger.calm_windows and since["calm"] >= trigger.calm_us:
-            if age >= trigger.hold_us and calm:
-                is_raised = False
-                out.append((index, False))
+        elif is_raised and calm and calm_windows >= trigger.calm_windows and since["calm"] >= trigger.calm_us:
+            is_raised = age < trigger.hold_us
+            out += [] if is_raised else [(index, False)]
     return out
 
 
