@@ -96,14 +96,14 @@ def advance(trigger: Trigger, state: RuleState, seen: Observations) -> tuple[Rul
     raising = seen.hit & (counts >= trigger.needed) & (hit_us >= trigger.duration_us)
     clearing = seen.calm & (calm_windows >= trigger.calm_windows) & (calm_us >= trigger.calm_us)
     number, is_raised, age_us, transitions = _alternate(trigger, state, raising, clearing, elapsed, counts)
-    kept = trigger.window_count - 1
+    remembered = min(trigger.window_count - 1, len(recent))
     return (
         RuleState(
             state.fingerprint,
             number,
             is_raised,
             age_us,
-            recent[len(recent) - min(kept, len(recent)) :].tobytes(),
+            recent[len(recent) - remembered :].tobytes(),
             # Longer than needed is as good as needed, and stays a small number.
             min(int(hit_us[-1]), trigger.duration_us) if seen.hit[-1] else None,
             min(int(calm_windows[-1]), trigger.calm_windows),

@@ -9,21 +9,16 @@ from agent.wire.messages import LoggedPayload
 INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
 # An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
-# that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector clears its own
-# alerts of fleet-wide drift, of the repository and of two logs; its other security alerts stay open, because a person
-# has to look at them.
+# that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector's own alerts are
+# in no log of a device; those that it never clears stay open, because a person has to look at them.
 ALERTS = """
-    WITH last AS (SELECT a.device, a.log, a.id, max(a.seq) AS seq FROM alerts a
-                  JOIN logs l ON l.device = a.device AND l.log = a.log
-                  WHERE a.source = 'device' AND l.live GROUP BY a.device, a.log, a.id)
+    WITH last AS (SELECT a.device, a.log, a.id, a.source, max(a.seq) AS seq FROM alerts a
+                  LEFT JOIN logs l ON l.device = a.device AND l.log = a.log
+                  WHERE a.source = 'collector' OR l.live GROUP BY a.device, a.log, a.id, a.source)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
-           a.revision, a.state = 'raised' AND CASE a.source
-               WHEN 'collector' THEN NOT EXISTS (
-                   SELECT 1 FROM alerts c WHERE c.device = a.device AND c.log = a.log AND c.seq > a.seq
-                   AND c.source = 'collector' AND c.id = a.id AND c.state = 'cleared')
-               ELSE l.seq IS NOT NULL END AS open
+           a.revision, a.source, a.state = 'raised' AND l.seq IS NOT NULL AS open
     FROM alerts a
-    LEFT JOIN last l ON l.device = a.device AND l.log = a.log AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
+    LEFT JOIN last l ON l.device = a.device AND l.log = a.log AND l.id = a.id AND l.seq = a.seq AND l.source = a.source
 """
 
 # The last drift alert of each device and field before a time, whether it is open, and how many were raised since
