@@ -85,9 +85,9 @@ def test_an_error_in_a_rule_names_file_key_and_fix(tmp_path: Path, rule: str, ke
 
 
 def test_more_rules_than_the_limit_are_an_error(tmp_path: Path) -> None:
-    one = 'name = "x{}"\nlabel = "a"\n\n[[tasks.exercise.alerts]]\n'
+    template = 'name = "x{}"\nlabel = "a"\n\n[[tasks.exercise.alerts]]\n'
     with pytest.raises(ConfigError, match="33 rules, the limit is 32"):
-        load(tmp_path, "".join(one.format(i) for i in range(32)) + 'name = "last"\nlabel = "a"')
+        load(tmp_path, "".join(template.format(i) for i in range(32)) + 'name = "last"\nlabel = "a"')
 
 
 def test_a_rule_with_every_key_is_read(tmp_path: Path) -> None:

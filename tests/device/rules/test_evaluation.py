@@ -84,7 +84,7 @@ def test_an_outage_does_not_count_as_time_in_which_the_condition_held() -> None:
     assert changes(trigger, seen) == [(3, True)]
 
 
-def test_windows_further_apart_than_the_time_raise_it_all_the_same() -> None:
+def test_windows_at_longer_intervals_than_the_time_raise_it_all_the_same() -> None:
     assert changes(Trigger(duration_us=S, calm_us=S), windows("xxxx", step_s=60)) == [(2, True)]
 
 
