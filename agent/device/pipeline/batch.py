@@ -15,7 +15,7 @@ import numpy as np
 from agent.alerts import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
-from agent.device.pipeline import batch_messages, drift_state
+from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
@@ -56,6 +56,7 @@ class _BatchInput:
     texts: Mapping[str, Sequence[str]]
     current_segment: tuple[int, int] | None
     refusals: LearningRefusals
+    labels_contradict: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
         {f.name: store.categories(task.config.stream, f.name) for f in task.stream.fields if f.type == "category"},
         announced if announced[0] == message_log.boot else None,
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
+        state is not None and label_metrics.contradict_certainty(task, store),
     )
 
 
@@ -199,7 +201,9 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
     )
-    drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
+    drift_messages, refusals = batch_messages.build_drift_messages(
+        task, windows, source.refusals, labels_contradict=source.labels_contradict
+    )
     model_scores, batch, predictions = results.scores, source.batch, None
     if len(model_scores) and task.keep_results:
         ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)

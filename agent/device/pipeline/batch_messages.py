@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
+from agent.alerts import Alert
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -94,18 +96,32 @@ def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
 
 
 def build_drift_messages(
-    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals
+    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, *, labels_contradict: bool
 ) -> tuple[list[PendingMessage], LearningRefusals]:
     """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
 
-    A run of quiet windows is one message. Also return the refusals to learn after them.
+    A run of quiet windows is one message. Also return the refusals to learn after them. Where `labels_contradict` the
+    model's certainty, the accuracy that is expected from it is marked.
     """
     messages: list[PendingMessage] = []
     for window in windows:
-        messages.append(PendingMessage("drift", task.name, _drift_body(task, window), window.alerts))
+        body, window_alerts = _drift_body(task, window), window.alerts
+        if labels_contradict:
+            body["estimate"] = body["estimate"] and {**body["estimate"], "outside": True}
+            window_alerts = tuple(map(_mark_contradicted, window_alerts))
+        messages.append(PendingMessage("drift", task.name, body, window_alerts))
         learning, refusals = drift_state.build_learning_messages(task.name, window, refusals)
         messages += learning
     return messages, refusals
+
+
+def _mark_contradicted(alert: Alert) -> Alert:
+    """Note that the accuracy which the alert expects is known to be wrong."""
+    expected = alert.evidence.get("accuracy")
+    if expected is None:
+        return alert
+    evidence = {**alert.evidence, "accuracy": {**expected, "outside": True}}
+    return replace(alert, summary=f"{alert.summary} Labels contradict this expected accuracy.", evidence=evidence)
 
 
 def _drift_body(task: LoadedTask, window: DriftWindowResult) -> dict[str, Any]:

@@ -434,15 +434,15 @@ class FleetStore:
         sql = "SELECT device, topic, payload, jws FROM messages WHERE kind = 'audit' AND instr(payload, ?) > 0"
         return self.stream(f"{sql} AND {where}", (substring, *values))
 
-    def projected_rows(self, table: str, devices: Devices = None) -> Iterator[Row]:
-        """Return device, log, seq and all columns of each row that a message gave, in the order of `evidence`."""
+    def projected_rows(self, table: str, devices: Devices = None) -> tuple[list[str], Iterator[Row]]:
+        """Return a table's columns, and each row that a message gave, in the order of `evidence`."""
         source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
         condition, values = _filter_devices(devices)
         where = f"{source} AND {condition}"
         order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
         names = [column[0] for column in self._database.execute(f"SELECT * FROM {table} LIMIT 0").description]
-        columns = self._as_stored(["device", "log", "seq", *names])
-        return self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
+        columns = self._as_stored(names)
+        return names, self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
 
     def derived_rows(self, table: str, columns: Sequence[str], order: str, devices: Devices) -> Iterator[Row]:
         """Return columns of a table that many messages gave, in an order."""
