@@ -374,7 +374,7 @@ class FleetStore:
         return (DriftRow(*row) for row in rows)
 
     def recent_drift_windows(self, task: str, device: str, since: str, limit: int) -> list[DriftRow]:
-        """Return the newest drift messages of a task that ended at `since` or later, in the order of `drift_windows`."""
+        """Return the newest drift messages of a task that ended at `since` or later, as `drift_windows` orders them."""
         rows = self._fetch_all(_RECENT_DRIFT_WINDOWS, task, device, since, limit)
         return [DriftRow(*row[:-2]) for row in rows]
 

@@ -7,6 +7,7 @@ open: an alert clears later than it is raised, so that a value at the limit does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import msgspec
@@ -121,13 +122,13 @@ def check_backlog(view: DeviceView, *, is_open: bool) -> Condition | None:
     counts = [report.outbox for report in view.health]
     if not counts or counts[0] < MIN_BACKLOG or len(counts) < BACKLOG_MESSAGES:
         return None
-    grows = all(later >= earlier for later, earlier in zip(counts, counts[1:], strict=False))
+    grows = all(later >= earlier for later, earlier in pairwise(counts))
     if not (grows and counts[0] >= counts[-1] + MIN_BACKLOG) and not (is_open and counts[0] >= counts[-1]):
         return None
     span_us = view.health[0].received - view.health[-1].received
     summary = (
-        f"{counts[0]} messages wait on {view.device}, {counts[-1]} did {format_duration(span_us)} before: it sends more "
-        "than its connection or its quota lets through."
+        f"{counts[0]} messages wait on {view.device}, {counts[-1]} did {format_duration(span_us)} before: it sends "
+        "more than its connection or its quota lets through."
     )
     return Condition(BACKLOG_GROWS, view.device, summary, "warning")
 
@@ -159,8 +160,8 @@ def check_storage(view: DeviceView, *, is_open: bool) -> Condition | None:
     if hours is None or hours >= (STORAGE_CLEAR_H if is_open else STORAGE_WARNING_H):
         return None
     summary = (
-        f"At the present rate the store of {view.device} is full in {hours:.0f} h: then undelivered data is evicted, or "
-        "readings are refused."
+        f"At the present rate the store of {view.device} is full in {hours:.0f} h: then undelivered data is evicted, "
+        "or readings are refused."
     )
     return Condition(STORAGE_ENDS, view.device, summary, "critical" if hours < STORAGE_CRITICAL_H else "warning")
 

@@ -36,6 +36,7 @@ CERTIFICATE_INTERVAL_S = 6 * 3600.0
 MIN_CLOCKS = 3
 
 AlertKey = tuple[str, str]  # (device, id)
+Findings = tuple[AlertKind, Mapping[AlertKey, Condition]]
 
 
 class IncidentMonitor:
@@ -62,7 +63,7 @@ class IncidentMonitor:
 
     def poll(self, now: ClockReading) -> list[str]:
         """Raise and clear alerts that are due; return the summaries of those raised. Raises StorageError."""
-        found: list[tuple[AlertKind, Mapping[AlertKey, Condition]]] = []
+        found: list[Findings] = []
         if self._open is None:
             with self._store.snapshot() as db:
                 self._open = {(alert.device, alert.id): alert for alert in device_status.load_open_alerts(db)}
@@ -77,11 +78,11 @@ class IncidentMonitor:
             found += self._check_devices(now)
         return self._apply(found, now) if found else []
 
-    def _check_devices(self, now: ClockReading) -> list[tuple[AlertKind, Mapping[AlertKey, Condition]]]:
+    def _check_devices(self, now: ClockReading) -> list[Findings]:
         assert self._open is not None
         with self._store.snapshot() as db:
             views = [self._view(db, status, now) for status in device_status.load_status(db)]
-        found = []
+        found: list[Findings] = []
         for kind, check in conditions.CHECKS:
             states = ((view, (view.device, kind.id) in self._open) for view in views)
             held = [condition for view, is_open in states if (condition := check(view, is_open=is_open)) is not None]
@@ -102,7 +103,7 @@ class IncidentMonitor:
         seen_us = clock.parse_rfc3339(status.last_seen) if status.last_seen else now.wall_us
         return DeviceView(status, health, (now.wall_us - seen_us) / 1e6, watched_s)
 
-    def _apply(self, found: list[tuple[AlertKind, Mapping[AlertKey, Condition]]], now: ClockReading) -> list[str]:
+    def _apply(self, found: list[Findings], now: ClockReading) -> list[str]:
         """Raise what is new or worse, and clear the open alerts of each kind whose condition is over."""
         assert self._open is not None
         changes: list[tuple[str, str | None, Alert, str]] = []

@@ -9,7 +9,7 @@ from agent import clock
 from agent.alerts import OUTLIER_DEVICE
 from agent.clock import ClockReading
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.outliers import MIN_DEVICES, DeviceOutlier, find_outliers
+from agent.fleet.drift.outliers import MIN_DEVICES, DeviceOutlier
 from agent.fleet.drift.survey import DriftGroup, summarize_recent
 from agent.fleet.incidents.conditions import Condition
 from agent.text import format_value
