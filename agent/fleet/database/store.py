@@ -60,6 +60,15 @@ _DRIFT_WINDOWS = """
     FROM drift_windows WHERE {where} ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
+# By index drift_windows_by_time; the order is that of _DRIFT_WINDOWS.
+_RECENT_DRIFT_WINDOWS = """
+    SELECT * FROM (
+        SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint,
+               estimate, windows, log, seq
+        FROM drift_windows WHERE task = ? AND device = ? AND "to" >= ? ORDER BY "to" DESC LIMIT ?) newest
+    ORDER BY "from", first, last, "to", log, seq
+"""
+
 _DEVICES = f"""
     SELECT d.device, k.key, d.state, d.last_seen,
            (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
@@ -362,6 +371,11 @@ class FleetStore:
                 where, values = f"{where} AND {condition}", (*values, value)
         rows = self._database.stream(_DRIFT_WINDOWS.format(where=where), values)
         return (DriftRow(*row) for row in rows)
+
+    def recent_drift_windows(self, task: str, device: str, since: str, limit: int) -> list[DriftRow]:
+        """Return the newest drift messages of a task that ended at `since` or later, as `drift_windows` orders them."""
+        rows = self._fetch_all(_RECENT_DRIFT_WINDOWS, task, device, since, limit)
+        return [DriftRow(*row[:-2]) for row in rows]
 
     def count_drift_messages(self) -> int:
         return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])

@@ -187,10 +187,18 @@ def _summarize_devices(
     since: str | None,
     now_us: int,
 ) -> FleetDriftSummary:
+    return _summarize(store.drift_windows(task=task, devices=devices, since=since), progress, now_us)
+
+
+def summarize_recent(rows: Iterable[DriftRow], now_us: int) -> list[DriftGroup]:
+    """Summarise windows of one task and device, in the order of the database."""
+    return _summarize(iter(rows), lambda _: None, now_us).groups
+
+
+def _summarize(windows: Iterator[DriftRow], progress: Callable[[int], None], now_us: int) -> FleetDriftSummary:
     summary = FleetDriftSummary()
     groups: dict[GroupKey, DriftGroup] = {}
     groups_of_device: dict[tuple[str, str], set[GroupKey]] = {}
-    windows = store.drift_windows(task=task, devices=devices, since=since)
     for row, shipped in _deduplicate(windows, summary, progress):
         window = _parse_window(row)
         if window is None:
