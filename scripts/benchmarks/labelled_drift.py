@@ -399,7 +399,8 @@ def judge(outcome: Outcome) -> tuple[Verdicts, list[str]]:
         for body in qualities
         for metric in (_find_accuracy(body),)
     ]
-    losses, clears, drifts, lines = [], [], [], []
+    losses, clears, drifts = list[bool](), list[bool](), list[bool]()
+    lines: list[str] = []
     for body in outcome.of_kind("alerts"):
         evidence, sentence = body["evidence"], f"{body['state']} {body['alert']}/{body['subject']}: {body['summary']}"
         truth = ""

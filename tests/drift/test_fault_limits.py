@@ -98,7 +98,7 @@ def test_readings_far_outside_are_reported_in_windows_of_any_length(window: int)
 
 
 def stations(rng: np.random.Generator, rows: int, fields: int) -> NDArray[np.float64]:
-    """Return rows of three stations in random turn, which measure every 40 rows; their distance changes with the day."""
+    """Return rows of three stations in random turn, held for 40 rows; how far they are apart changes with the day."""
     hours = rows // 40 + 1
     apart = np.repeat(rng.lognormal(0, 0.7, (hours // 24 + 1, 1, fields)), 24, axis=0)[:hours]
     at_station = rng.normal(0, 1, (hours, 1, fields)) + apart * rng.normal(0, 1, (hours, 3, fields))
