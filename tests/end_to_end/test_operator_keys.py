@@ -11,8 +11,9 @@ import pytest
 
 from agent.fleet import config as fleet_config
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.process import wait_until
 from agent.wire import keys
+from tests.kit.commands import call_outstation
 
 pytestmark = pytest.mark.attack("operators")
 
@@ -36,7 +37,7 @@ def device(fleet: LocalFleet) -> DeviceProcess:
 
 def run(fleet: LocalFleet, *words: str) -> tuple[int, str]:
     folder = () if "sign-root" in words else ("--dir", str(fleet.home))
-    done = run_outstation("fleet", *words, *folder)
+    done = call_outstation("fleet", *words, *folder)
     return done.returncode, done.stdout + done.stderr
 
 
