@@ -12,12 +12,12 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
 from agent.testing.messages import new_key
-from agent.testing.process import wait_until
+from agent.testing.process import run_outstation, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
-from tests.kit.commands import audit_fleet, call_outstation
+from tests.kit.commands import audit_fleet
 
 KNOWN = "the collector knows the new signing key"
 
@@ -37,7 +37,7 @@ def device(fleet: LocalFleet) -> DeviceProcess:
 
 def command(fleet: LocalFleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `fleet command`."""
-    done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
+    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -114,7 +114,7 @@ def test_wrong_use_exits_2_and_sends_nothing(
     fleet: LocalFleet, device: DeviceProcess, arguments: tuple[str, ...]
 ) -> None:
     before = (fleet.home / "operator.counter").read_text(encoding="ascii")
-    done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
+    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert (fleet.home / "operator.counter").read_text(encoding="ascii") == before
 
@@ -194,7 +194,7 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
 
 
 def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
-    done = call_outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
+    done = run_outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
     return next(row for row in json.loads(done.stdout) if row["device"] == name)
 
 
@@ -207,7 +207,7 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     assert command(fleet, "pi-02", "rotate-key")[0] == 0
     code, answer = command(fleet, "pi-02", "wipe", "not-the-word")
     assert (code, doomed.is_running) == (1, True)
-    unconfirmed = call_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
+    unconfirmed = run_outstation("fleet", "command", "pi-02", "wipe", "--dir", str(fleet.home))
     assert (unconfirmed.returncode, "--yes" in unconfirmed.stderr) == (2, True)
     code, answer = command(fleet, "pi-02", "wipe", "--yes")
     assert code == 0, answer
@@ -221,13 +221,13 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     doomed.start()
     assert doomed.wait(60) == 0
     assert doomed.log_contains("was wiped by an operator")
-    again = call_outstation("status", "-c", str(doomed.config))
+    again = run_outstation("status", "-c", str(doomed.config))
     assert again.returncode == 2
     assert "wiped" in again.stderr
 
 
 def test_a_revoked_device_stays_out(fleet: LocalFleet, device: DeviceProcess) -> None:
-    done = call_outstation("fleet", "revoke", "pi-01", "--dir", str(fleet.home), "--json")
+    done = run_outstation("fleet", "revoke", "pi-01", "--dir", str(fleet.home), "--json")
     assert done.returncode == 0, done.stderr
     wait_until(
         "what it sends is refused",
