@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agent.bootstrap import tasks
-from agent.bootstrap.device import load_config, open_message_log, open_store
+from agent.bootstrap.device import open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -22,32 +22,14 @@ from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import wait_until
 from tests.kit.commands import call_outstation
+from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
-CONFIG = """
-[streams.watch]
-fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
-[tasks.exercise]
-stream = "watch"
-bundle = "exercise"
-learn_windows = 20
-"""
 
 
-class Site:
-    """Device folder with the config of `outstation init`, used by this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "device"
-        assert call_outstation("init", str(self.home)).returncode == 0
-        self.config = self.home / "outstation.toml"
-        retained = self.config.read_text(encoding="utf-8").split("[streams.")[0]
-        self.config.write_text(retained + CONFIG, encoding="utf-8")
-        self.file, self.conf = load_config(str(self.config))
-
+class Site(LearningSite):
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = call_outstation("reference", *arguments, "-c", str(self.config), "--json")
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+        return self.call("reference", *arguments)
 
     def open(self) -> Store:
         return open_store(self.conf)
