@@ -64,7 +64,11 @@ def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
     """Return how many entries a column has, without expanding it."""
     if isinstance(column, JitteredTimes):
         return len(column.offsets)
-    return len(column) + sum(run.count - 1 for run in _find_runs(column))
+    count = len(column)
+    for item in column:
+        if type(item) not in _PLAIN:
+            count += item.count - 1  # type: ignore[operator,union-attr]
+    return count
 
 
 def check_range(column: Integers, low: int, high: int) -> None:

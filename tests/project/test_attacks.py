@@ -9,7 +9,7 @@ TESTS = Path(__file__).parents[1]
 _MARK = re.compile(r'pytest\.mark\.attack\("(\w+)"(, control=True)?\)')
 AREAS = {
     *("broker", "history", "clones", "files", "folders", "connections", "operators", "privacy", "values", "audit"),
-    *("install", "confinement", "floods"),
+    *("install", "confinement", "floods", "enrolment", "updates"),
 }
 
 

@@ -67,7 +67,7 @@ def drift(
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]
-    known = _load_references(bundles)
+    known = load_references(bundles)
     document = report.build_document(survey, device, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli.device.drift_plot import save
@@ -85,7 +85,7 @@ def drift(
     emit(document, as_json, print_report)
 
 
-def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
+def load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
     """Return bundle and drift reference by the reference's digest, also of built-in bundles. Raises BadBundle."""
     from agent.drift.baseline.reference import Reference
     from agent.model.bundle import builtin, bundle

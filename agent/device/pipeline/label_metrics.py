@@ -81,6 +81,12 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
     return alerts
 
 
+def contradict_certainty(task: LoadedTask, store: Store) -> bool:
+    """Return True while an alert says that results are right less often than their scores promise."""
+    track = _load_state(task, store).tracks.get(degradation.CERTAINTY)
+    return track is not None and track.is_open
+
+
 def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:
     span = store.query(label_store.load_span, task.name)
     if span is None:

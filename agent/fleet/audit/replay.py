@@ -120,10 +120,13 @@ class Replay:
             add_changes(changes, body, received)
             timestamps.add(body, received)
         try:
+            # Else each row is a transaction of its own.
+            self.db.execute("BEGIN")
             self.db.insert_missing(PROVENANCE_TABLE, [*provenance])
             timestamps.finish()
             gap_ledger.apply(self.db, changes)
             log_succession.apply(self.db, changes, received)
+            self.db.execute("COMMIT")
         except sqlite3.Error as error:
             problem = (
                 f"the audit's temporary database: {error}; it needs room in the folder for temporary files ($TMPDIR)"

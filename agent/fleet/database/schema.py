@@ -28,10 +28,12 @@ _COLLECTION = (
         kid TEXT PRIMARY KEY, device TEXT NOT NULL, key TEXT NOT NULL, added TEXT NOT NULL, revoked TEXT, log TEXT,
         last_seq INTEGER, made_by TEXT NOT NULL DEFAULT 'device') WITHOUT ROWID""",
     "CREATE INDEX keys_by_device ON keys (device)",
-    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them.
+    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them. The index finds the newest
+    # health message of each log.
     """CREATE TABLE messages (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
         payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
+    "CREATE INDEX health_messages ON messages (device, log, seq) WHERE kind = 'health'",
     # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it. since, latest: when the first
     # and the last new message arrived. live: no other log took its place. The newest log of a device is its first live
     # one.
@@ -93,6 +95,7 @@ _PROJECTIONS = (
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
         log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq, source))""",
+    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -161,9 +164,34 @@ _OPERATORS = (
     """CREATE TABLE decisions (
         rollout TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, event TEXT NOT NULL, summary TEXT NOT NULL,
         evidence TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, PRIMARY KEY (rollout, n))""",
+    # What operators say about an alert, by the key of its messages in table alerts. acknowledged_seq: of its newest
+    # message at that time; a later one ends the acknowledgement, not the mute.
+    """CREATE TABLE alert_handling (
+        source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
+        acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
+        muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
+)
+
+_DASHBOARD = (
+    # password: parameters, salt and scrypt hash; NULL for an account that only a proxy may sign in.
+    """CREATE TABLE dashboard_users (
+        name TEXT PRIMARY KEY, role TEXT NOT NULL, password TEXT, created TEXT NOT NULL, changed TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    # session: SHA-256 of the secret in the cookie; revoked: when, NULL while it is valid.
+    """CREATE TABLE dashboard_sessions (
+        session TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, expires TEXT NOT NULL,
+        address TEXT NOT NULL, revoked TEXT) WITHOUT ROWID""",
+    "CREATE INDEX dashboard_sessions_by_name ON dashboard_sessions (name)",
+    # Who did what: sign-ins, refused ones too, and every action. object: what it concerned.
+    f"""CREATE TABLE dashboard_actions (
+        time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
+        outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
+    "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
+    # The collector's own alerts, which are few, without a look at those of devices.
+    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 
@@ -175,7 +203,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",

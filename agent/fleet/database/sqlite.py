@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ class SqliteDatabase:
             self.connection = sqlite3.connect(
                 uri, uri=True, isolation_level=None, factory=SqliteConnection, detect_types=sqlite3.PARSE_DECLTYPES
             )
-            # Damaged text must not stop the audit, which reports it.
-            self.connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+            # Damaged text must not stop the audit, which reports it. It is called for each text: the fastest form.
+            self.connection.text_factory = methodcaller("decode", "utf-8", "surrogateescape")
         try:
             self._open()
             self._opened = os.stat(path)

@@ -156,9 +156,11 @@ class TimestampReconstruction:
         """Record a message that is new to its log, by when it arrived; malformed evidence is ignored."""
         if isinstance(body, ResultsPayload):
             key = (body.device, body.log, body.seq)
-            if body.clocks is not None and len(body.columns):
+            if not body.columns.row:
+                return
+            if body.clocks is not None:
                 self._stamps.extend((*key, *clock, False) for clock in body.clocks)
-            elif len(body.columns):
+            else:
                 self._stamps.append((*key, body.rows[0], body.boot, None, 0, True))
         elif isinstance(body, HealthPayload) and _is_time(last_us := body.wall_clock.get("boot_us")):
             self._boot_extents.append((body.device, body.log, body.boot, last_us))
