@@ -90,6 +90,12 @@ class FleetConfig(Section, frozen=True):
         """Return the broker's settings for commands and rollouts: `fleet watch` uses the operator's connection."""
         return self.broker_for(self.commander or self.operator)
 
+    @property
+    def certificate_files(self) -> list[Path]:
+        """Return the certificates of the authority and of the roles, without those of devices."""
+        sections = (self.ca, self.collector, self.operator, self.commander, self.broker_admin)
+        return [Path(section.cert_file) for section in sections if section is not None and section.cert_file]
+
     def broker_for(self, identity: Identity | ClientCertificate) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
         return replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)

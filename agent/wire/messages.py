@@ -220,7 +220,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
@@ -325,6 +325,10 @@ class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
     acknowledged: AcknowledgementRef | None = None
+    # The device promises the next health message after this many seconds.
+    interval_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
+    # [device] groups
+    groups: Annotated[list[ShortText], msgspec.Meta(max_length=8)] = []
 
 
 class AuditPayload(LoggedPayload, frozen=True, kw_only=True, tag="audit"):

@@ -33,6 +33,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.collector.collector import Collector, end_session
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.enrolment import collectors
+    from agent.fleet.incidents.certificates import list_certificates
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
@@ -69,6 +70,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
             group=config.fleet.share_group,
             quota=config.quota,
             encryption_keys=EncryptionKeys(home),
+            certificates=lambda: list_certificates(home, config.certificate_files, store.enrolled_devices()),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())

@@ -45,12 +45,12 @@ OPEN_FLEET_WIDE_ALERTS = f"""
 
 def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> Row:
     alert = kind.raised(summary, log=about.log, seq=about.seq)
-    return _collector_row(about.device, None, alert, about.log, about.seq, now)
+    return collector_alert_row(about.device, None, alert, about.log, about.seq, now)
 
 
 def refusals_alert_row(kind: AlertKind, device: str, summary: str, now: str, hour: int) -> Row:
     """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
-    return _collector_row(device, None, kind.raised(summary, hour=hour), kind.subject, hour, now)
+    return collector_alert_row(device, None, kind.raised(summary, hour=hour), kind.subject, hour, now)
 
 
 def fleet_wide_alert_row(
@@ -60,26 +60,27 @@ def fleet_wide_alert_row(
     build = FLEET_DRIFT.raised if cleared is None else FLEET_DRIFT.cleared
     alert = build(summary, task=task, field=subject, since=since)
     seq = since if cleared is None else cleared
-    return _collector_row("", task, alert, f"fleet-wide/{task}/{subject}", seq, now)
+    return collector_alert_row("", task, alert, f"fleet-wide/{task}/{subject}", seq, now)
 
 
 def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> Row:
     """Return the alert that the repository needs an operator, or its end; `second` since 1970."""
     alert = (REPOSITORY_EXPIRY.raised if raised else REPOSITORY_EXPIRY.cleared)(summary)
-    return _collector_row("", None, alert, "repository", second, now)
+    return collector_alert_row("", None, alert, "repository", second, now)
 
 
 def revoked_alert_row(device: str, kid: str, now: str) -> Row:
     summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
-    return _collector_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
+    return collector_alert_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
 
 
 def two_logs_alert_row(device: str, log: str, summary: str, now: str, second: int, *, raised: bool) -> Row:
     """Return the alert that a log lives beside another one, or its end; `second` since 1970."""
     alert = (TWO_LOGS.raised if raised else TWO_LOGS.cleared)(summary, log=log)
-    return _collector_row(device, None, alert, f"two-logs/{log}", second, now)
+    return collector_alert_row(device, None, alert, f"two-logs/{log}", second, now)
 
 
-def _collector_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
+def collector_alert_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
+    """Return an alert of the collector; `log` stands for a log and `seq` orders the alerts in it."""
     head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
     return (*head, alert.id, "collector", log, seq, alert.revision)
