@@ -114,6 +114,10 @@ _PROJECTIONS = (
         seq INTEGER NOT NULL{ROWID}, PRIMARY KEY (device, log, seq))""",
     # A rollout reads the shadows that are new to it, in order of rowid.
     f"CREATE INDEX shadows_by_rollout ON shadows (rollout{ROWID})",
+    # A reference that a device learned (event `learned`), with rows, mean and sd of each field as JSON, or accepted.
+    """CREATE TABLE learned_references (
+        device TEXT NOT NULL, task TEXT NOT NULL, event TEXT NOT NULL, site TEXT NOT NULL, fields TEXT NOT NULL,
+        time TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     # One phase change that a device reported in an audit message; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
