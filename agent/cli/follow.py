@@ -14,12 +14,20 @@ import msgspec
 from agent.cli.output import echo, echo_styled, emit
 from agent.text import printable, printable_json
 
-_POLL_S = 0.5
-
 last_option = click.option(
     "--last", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000), help="The newest N."
 )
 follow_option = click.option("--follow", is_flag=True, help="Go on with new ones as they come, until Ctrl-C.")
+
+
+def format_time(time: str) -> str:
+    """Return an RFC 3339 time in UTC as people read it, to the millisecond."""
+    return f"{time[:10]} {time[11:23]}Z"
+
+
+def format_reading(value: float | str | None) -> str:
+    """Return a value of a row with six digits; a dash for a missing one."""
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -59,10 +67,11 @@ def emit_or_follow(
     printer: LinePrinter,
     empty: str,
     as_json: bool,
+    poll_s: float = 0.5,
 ) -> None:
-    """Print `rows`; with `read_new` go on until Ctrl-C, or until whoever reads the output ends.
+    """Print `rows`; with `read_new`, go on until Ctrl-C, or until whoever reads the output ends.
 
-    As JSON the rows are one document, or with `read_new` a line each.
+    `read_new` is called each `poll_s` seconds. As JSON the rows are one document, or with `read_new` a line each.
     """
     if read_new is None:
         emit(rows, as_json, lambda: _print_all(rows, printer, empty))
@@ -75,7 +84,7 @@ def emit_or_follow(
                 for row in rows:
                     click.echo(printable_json(msgspec.json.encode(row).decode()))
             sys.stdout.flush()
-            time.sleep(_POLL_S)
+            time.sleep(poll_s)
             rows = read_new()
             if not as_json:
                 printer.print_rows(rows)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, last_option
+from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, format_time, last_option
 from agent.cli.output import config_option, json_option
 from agent.device import newest
 
@@ -59,5 +59,6 @@ def _to_cells(row: dict[str, Any]) -> list[str]:
     notes += [
         f"{name} {cell:.4g}" for name, cell in row.items() if name.startswith(("value_", "score_")) and cell is not None
     ]
-    return [row["time"], row["task"], str(row["row"]), answer, "–" if score is None else f"{score:.4f}", row["clock"],
-            ", ".join(notes)]  # fmt: skip
+    shown_score = "–" if score is None else f"{score:.4f}"
+    time, row_number = format_time(row["time"]), str(row["row"])
+    return [time, row["task"], row_number, answer, shown_score, row["clock"], ", ".join(notes)]

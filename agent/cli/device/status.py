@@ -11,6 +11,7 @@ import msgspec
 
 from agent.bootstrap import device
 from agent.cli.device.learned import format_extension, format_smallest_changes
+from agent.cli.follow import format_reading
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.config import StreamConfig
 from agent.device import newest
@@ -42,7 +43,7 @@ def status(config_file: str | None, as_json: bool) -> None:
         document = documents.build_document(conf, store)
         for stream in document["streams"]:
             _add_values(stream, store, conf.streams[stream["stream"]])
-    emit(document, as_json, lambda: _print(document))
+    emit(document, as_json, lambda: print_document(document))
 
 
 def _add_values(document: dict[str, Any], store: Store, stream: StreamConfig) -> None:
@@ -52,7 +53,8 @@ def _add_values(document: dict[str, Any], store: Store, stream: StreamConfig) ->
             document["last"]["values"] = reading["values"]
 
 
-def _print(document: dict[str, Any]) -> None:
+def print_document(document: dict[str, Any]) -> None:
+    """Print a status document, also one that a device sent."""
     echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     clock = document["clock"]
     error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
@@ -96,7 +98,7 @@ def _print_streams(streams: Sequence[dict[str, Any]]) -> None:
     for stream in streams:
         last = stream["last"]
         values = last.get("values", {}) if last else {}
-        shown = [f"{name} {'–' if value is None else value}" for name, value in list(values.items())[:_MAX_VALUES]]
+        shown = [f"{name} {format_reading(value)}" for name, value in list(values.items())[:_MAX_VALUES]]
         shown += [f"and {len(values) - _MAX_VALUES} more"] if len(values) > _MAX_VALUES else []
         rows.append([stream["stream"], stream["rows"], _format_age(last), ", ".join(shown)])
     print_table(["stream", "rows", "last row", "values"], rows, "No streams: add a [streams.NAME] section.")

@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, last_option
+from agent.cli.follow import (
+    Column,
+    LinePrinter,
+    emit_or_follow,
+    follow_option,
+    format_reading,
+    format_time,
+    last_option,
+)
 from agent.cli.output import config_option, json_option
 from agent.device import newest
 from agent.errors import UsageError
@@ -47,8 +55,14 @@ def tail(stream: str, last: int, follow: bool, config_file: str | None, as_json:
         more = len(settings.fields) - len(names)
 
         def to_cells(row: dict[str, Any]) -> list[str]:
-            values = ["–" if row["values"][name] is None else str(row["values"][name]) for name in names]
-            return [row["time"], str(row["row"]), row["clock"], *values, *([f"and {more} more"] if more else [])]
+            values = [format_reading(row["values"][name]) for name in names]
+            return [
+                format_time(row["time"]),
+                str(row["row"]),
+                row["clock"],
+                *values,
+                *([f"and {more} more"] if more else []),
+            ]
 
         columns += [Column("", 0)] if more else []
         empty = f"No reading of stream {stream} is stored."

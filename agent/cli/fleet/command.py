@@ -16,7 +16,6 @@ from agent.cli.output import echo, emit, json_option
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
-from agent.text import printable
 from agent.wire import keys, topics
 
 if TYPE_CHECKING:
@@ -144,11 +143,12 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     document = sent.to_dict()
 
     def print_human() -> None:
-        echo(printable(document["summary"]))
+        echo(document["summary"])
         if document["data"]:
-            import msgspec
+            from agent.cli.fleet.reply import print_reply
 
-            echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
+            echo("")
+            print_reply(document["name"], document["data"])
 
     emit(document, as_json, print_human)
     sys.exit(0 if sent.ok else 1)

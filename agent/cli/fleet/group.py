@@ -14,6 +14,7 @@ from agent.cli.fleet.enrol import enrol, init, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
+from agent.cli.fleet.remove import remove
 from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
@@ -46,6 +47,6 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)
