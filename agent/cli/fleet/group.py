@@ -7,14 +7,13 @@ import importlib
 import click
 
 from agent.cli.fleet.collect import collect, collector
-from agent.cli.fleet.command import command, revoke
+from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, init, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
-from agent.cli.fleet.remove import remove
 from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
