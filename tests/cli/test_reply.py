@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent.cli import reply
+from agent.cli.device import reply
 from agent.cli.fleet.reports import FollowedAlerts
 
 

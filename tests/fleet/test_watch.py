@@ -137,7 +137,7 @@ def test_an_age_is_shown_in_its_largest_unit(seconds: int, shown: str) -> None:
     assert watch._format_age(view, 10**15 + seconds * 1_000_000) == shown
 
 
-def test_a_revoked_device_is_shown_as_revoked_whatever_its_last_state_was(store: FleetStore) -> None:
+def test_a_revoked_device_is_shown_as_revoked_after_its_last_state(store: FleetStore) -> None:
     sender = enrol(store, "pi-07")
     add(store, sender, sender.state("online"))
     store.revoke("pi-07", None, NOW)

@@ -183,7 +183,7 @@ def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     def print_human() -> None:
         echo(document["summary"])
         if document["data"]:
-            from agent.cli.reply import print_reply
+            from agent.cli.device.reply import print_reply
 
             echo("")
             print_reply(document["name"], document["data"])
