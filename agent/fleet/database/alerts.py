@@ -10,13 +10,15 @@ INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
 
 # An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
 # that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector's own alerts are
-# in no log of a device; those that it never clears stay open, because a person has to look at them.
+# in no log of a device; those that it never clears stay open, because a person has to look at them. Alerts of a retired
+# device concern nobody any more.
 ALERTS = """
     WITH last AS (SELECT a.device, a.log, a.id, a.source, max(a.seq) AS seq FROM alerts a
                   LEFT JOIN logs l ON l.device = a.device AND l.log = a.log
                   WHERE a.source = 'collector' OR l.live GROUP BY a.device, a.log, a.id, a.source)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
-           a.revision, a.source, a.state = 'raised' AND l.seq IS NOT NULL AS open
+           a.revision, a.source, a.state = 'raised' AND l.seq IS NOT NULL
+               AND a.device NOT IN (SELECT device FROM retired_devices) AS open
     FROM alerts a
     LEFT JOIN last l ON l.device = a.device AND l.log = a.log AND l.id = a.id AND l.seq = a.seq AND l.source = a.source
 """

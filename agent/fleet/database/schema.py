@@ -174,6 +174,9 @@ _OPERATORS = (
         source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
         acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
         muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
+    # Devices that an operator removed: they are listed no longer. What is stored of them stays.
+    """CREATE TABLE retired_devices (
+        device TEXT PRIMARY KEY, retired TEXT NOT NULL, retired_by TEXT NOT NULL) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
