@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +19,10 @@ from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import display_name
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.collector.collector import Collector
+    from agent.fleet.config import FleetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +81,28 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        collector.run()
+        with _serving_metrics(config, str(store.location), collector):
+            collector.run()
+
+
+@contextlib.contextmanager
+def _serving_metrics(config: FleetConfig, location: str, collector: Collector) -> Iterator[None]:
+    """Serve the metrics of `collector` meanwhile, if [metrics] listen says where."""
+    if not config.metrics.listen:
+        yield
+        return
+    from agent.fleet.metrics.collector_families import build_families
+    from agent.fleet.metrics.endpoint import MetricsListener
+    from agent.fleet.metrics.exporter import DatabaseExporter
+
+    name, share = config.fleet.name, collector.share or ""
+    exporter = DatabaseExporter(name, location, lambda: build_families(name, share, collector.statistics, config.quota))
+    listener = MetricsListener(config.metrics, exporter)
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
 
 
 @click.command("collector", epilog="Example: outstation fleet collector b")
