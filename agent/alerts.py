@@ -273,6 +273,16 @@ LEARNING_REFUSED = AlertKind(
     "The summary gives the reason. Repair what is faulty, then run `outstation reference relearn` in normal operation.",
     "Once the site's reference is learned.",
 )
+RESULT = AlertKind(
+    *("Alert rule", "result", "{rule}", "{rule}/result/{count}", "warning", "task"),
+    "The model's answers met a rule of the task's config, `[[tasks.NAME.alerts]]`. The summary is the sentence that "
+    "the rule gives; severity is the rule's. The evidence names the result that raised the alert: `row`, `time`, "
+    "`label`, `score`, `value`, and with `seq` the signed results message that covers it.",
+    "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
+    "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
+    "rule.",
+    "As the rule says; `outstation check` explains when. It also clears when the rule is removed or changed.",
+)
 STORE_FULL = AlertKind(
     *("Store full", "storage", "store", "store/space", "critical", "device"),
     "The store has reached its quota or the disk is full, and nothing can be delivered or used. The daemon evicts the "

@@ -66,7 +66,7 @@ def _to_config_error(
         names: set[str] = set()
         for kind in _resolve_types(struct_type, where):
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-                names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
+                names |= {*kind.__struct_encode_fields__, *filter(None, [kind.__struct_config__.tag_field])}
         known = sorted(names)
         return ConfigError(
             file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"

@@ -33,6 +33,7 @@ from agent.device.rollout import saved_drift
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.fetch.request import METADATA_DIR
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.rules import rule_store
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -169,6 +170,7 @@ def build_daemon(
     desired_states = DesiredStateStore(store, message_log, trusted, conf.device.groups)
     trusted.on_change = desired_states.verify_again
     marker = open_crash_marker(conf, store, message_log)
+    rule_store.reconcile(store, message_log, conf.tasks, now())
     signals = Signals()
 
     def on_model_wait() -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -42,7 +43,7 @@ DEAD_AFTER_S = 600.0
 STOP_TIMEOUT_S = 2.0
 _RETRY_S = 10.0
 
-Opened = tuple[QueueDatabase, AlertSource]
+D = TypeVar("D", bound=QueueDatabase)
 
 
 class Notifier:
@@ -285,14 +286,14 @@ class _Writes(msgspec.Struct):
     replaced: set[str] = msgspec.field(default_factory=set)
 
 
-class NotifierThread:
+class NotifierThread(Generic[D]):
     """Runs a notifier beside ingest until `stop`; it raises nothing, and opens its database again after a failure."""
 
     def __init__(
         self,
         config: NotifyConfig,
-        open_database: Callable[[], AbstractContextManager[Opened]],
-        may_run: Callable[[QueueDatabase], bool] = lambda _: True,
+        open_database: Callable[[], AbstractContextManager[tuple[D, AlertSource]]],
+        may_run: Callable[[D], bool] = lambda _: True,
     ) -> None:
         """`may_run`: whether this process is the one that notifies, of several with the same database."""
         self._config, self._open_database, self._may_run = config, open_database, may_run
@@ -321,7 +322,7 @@ class NotifierThread:
                     logger.error("notifications pause: %s; trying again", error, exc_info=not _is_expected(error))
                 self._pause(_RETRY_S)
 
-    def _notify(self, database: QueueDatabase, source: AlertSource) -> None:
+    def _notify(self, database: D, source: AlertSource) -> None:
         while not self._may_run(database):
             if self._pause(_RETRY_S):
                 return

@@ -78,6 +78,15 @@ ONLY = {
         *(f"agent.fleet.repository.{name}" for name in ("key_rotation", "revoke", "root_rotation", "status", "trust")),
         "agent.device.rollout.fetch.tuf_client",
     },
+    "starlette": {
+        *(f"agent.fleet.dashboard.{name}" for name in ("app", "login", "server")),
+        *(f"agent.fleet.dashboard.security.{name}" for name in ("access", "guard")),
+        *(f"agent.fleet.dashboard.pages.{name}" for name in ("account", "device", "fleet", "incidents", "message")),
+        *(f"agent.fleet.dashboard.pages.{name}" for name in ("audit", "models", "rollouts", "tasks", "visit")),
+    },
+    "uvicorn": {"agent.fleet.dashboard.server"},
+    "jinja2": {"agent.fleet.dashboard.pages.views", "agent.fleet.dashboard.pages.visit"},
+    "itsdangerous": {"agent.fleet.dashboard.security.access"},
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},
 }
 # wire/ and drift/ are pure: only these libraries, and no system access except for the key files.

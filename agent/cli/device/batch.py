@@ -12,6 +12,7 @@ from agent.device.bundles import rollout_state
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
 from agent.device.pipeline import cursor_repair, label_metrics, relearn
+from agent.device.rules import rule_store
 from agent.device.rollout import saved_drift
 
 
@@ -28,6 +29,7 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
         message_log, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, message_log).tick(now())
         marker = tasks.open_crash_marker(conf, store, message_log)
+        rule_store.reconcile(store, message_log, conf.tasks, now())
         for name in [task] if task else list(conf.tasks):
             loaded = tasks.load_task(file, conf, store, name, marker=marker)
             total = {"rows": 0, "windows": 0, "alerts": 0}

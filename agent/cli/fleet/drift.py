@@ -63,7 +63,7 @@ def drift(
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]
-    known = _load_references(bundles)
+    known = load_references(bundles)
     document = report.build_document(survey, device, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli.device.drift_plot import save
@@ -95,7 +95,7 @@ def _parse_since(text: str, now_us: int) -> str:
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
 
-def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
+def load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
     """Return bundle and drift reference by the reference's digest, also of built-in bundles. Raises BadBundle."""
     from agent.drift.baseline.reference import Reference
     from agent.model.bundle import builtin, bundle

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import click
 
 from agent.cli.fleet.collect import collect, collector
@@ -18,8 +20,27 @@ from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.fleet.watch import watch
 
+# Commands in folders below this one, which import what commands here share.
+_BELOW = {
+    "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
+    "notify": "agent.cli.fleet.notify.commands:notify",
+    "user": "agent.cli.fleet.dashboard.user:user",
+}
 
-@click.group()
+
+class _FleetGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_BELOW})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _BELOW:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = _BELOW[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(cls=_FleetGroup)
 def fleet() -> None:
     """Run the fleet's side: enrol devices, collect, watch, command, audit."""
 

@@ -16,6 +16,7 @@ from agent.alerts import Alert
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rules.batch_rules import ResultAlert
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows
@@ -40,10 +41,12 @@ def build_result_messages(
     message_log: MessageLog,
     current_segment: tuple[int, int] | None,
     faulty: Sequence[str] = (),
+    alerts: Sequence[ResultAlert] = (),
 ) -> Iterator[PendingMessage]:
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
-    `faulty` are the fields with a sensor fault meanwhile. `texts` holds the texts of category codes by field.
+    Each has the `alerts` that its results raised or cleared behind it. `faulty` are the fields with a sensor fault
+    meanwhile. `texts` holds the texts of category codes by field.
     `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
@@ -70,7 +73,9 @@ def build_result_messages(
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
-        yield PendingMessage("results", task.name, body)
+        is_last = stop == count
+        raised = [change.alert for change in alerts if done <= change.index and (is_last or change.index < stop)]
+        yield PendingMessage("results", task.name, body, raised)
         first_row, done = through, stop
         if done == count:
             return

@@ -195,6 +195,11 @@ class Store:
         row = self._fetch_one("SELECT value FROM checked_task_state WHERE task = ? AND name = ?", task, name)
         return bytes(row[0]) if row else None
 
+    def tasks_with_state(self, name: str) -> list[str]:
+        """Return the tasks, also those of an earlier config, that have a state of this name."""
+        rows = self._fetch_all("SELECT task FROM checked_task_state WHERE name = ? ORDER BY task", name)
+        return [str(row[0]) for row in rows]
+
     def counters(self) -> dict[str, int]:
         return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM checked_counters")}
 

@@ -40,6 +40,9 @@ HOLD_OFFS = "hold-offs"
 CANARY_PROGRESS = "canary progress"
 SHADOW_STATE = "shadow state"
 
+# Alert rules on results: states by rule.
+ALERT_RULES = "alert rules"
+
 # Open alerts of the task: this and the alert's id.
 OPEN_ALERT_PREFIX = "open alert "
 

@@ -178,6 +178,25 @@ _OPERATORS = (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
 )
 
+_DASHBOARD = (
+    # password: parameters, salt and scrypt hash; NULL for an account that only a proxy may sign in.
+    """CREATE TABLE dashboard_users (
+        name TEXT PRIMARY KEY, role TEXT NOT NULL, password TEXT, created TEXT NOT NULL, changed TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    # session: SHA-256 of the secret in the cookie; revoked: when, NULL while it is valid.
+    """CREATE TABLE dashboard_sessions (
+        session TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, expires TEXT NOT NULL,
+        address TEXT NOT NULL, revoked TEXT) WITHOUT ROWID""",
+    "CREATE INDEX dashboard_sessions_by_name ON dashboard_sessions (name)",
+    # Who did what: sign-ins, refused ones too, and every action. object: what it concerned.
+    f"""CREATE TABLE dashboard_actions (
+        time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
+        outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
+    "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
+    # The collector's own alerts, which are few, without a look at those of devices.
+    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
+)
+
 
 class Migration(msgspec.Struct, frozen=True):
     """A step of the schema. From the release of 0.1.0 on none changes, and each change of the tables is a new step."""
@@ -187,7 +206,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *NOTIFY_TABLES)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD, *NOTIFY_TABLES)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",

@@ -57,11 +57,7 @@ _OBSERVED_PERIODS = """
 _DRIFT_WINDOWS = """
     SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
            windows
-    FROM drift_windows
-    WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
-      AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
-      AND (CAST(:begin AS TEXT) IS NULL OR device >= :begin) AND (CAST(:end AS TEXT) IS NULL OR device < :end)
-    ORDER BY task, device, "from", first, last, "to", log, seq
+    FROM drift_windows WHERE {where} ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
 # By index drift_windows_by_time; the order is that of _DRIFT_WINDOWS.
@@ -368,9 +364,12 @@ class FleetStore:
         self, *, task: str | None = None, devices: Devices = None, since: str | None = None
     ) -> Iterator[DriftRow]:
         """Return drift messages that ended at `since` or later, by task, device and time."""
-        bounds = devices if isinstance(devices, DeviceRange) else DeviceRange()
-        values = {"task": task, "device": None if isinstance(devices, DeviceRange) else devices, "since": since}
-        rows = self._database.stream(_DRIFT_WINDOWS, {**values, "begin": bounds.first, "end": bounds.before})
+        where, values = _filter_devices(devices)
+        # Only the conditions that are asked for, so that an index serves them.
+        for condition, value in (("task = ?", task), ('"to" >= ?', since)):
+            if value is not None:
+                where, values = f"{where} AND {condition}", (*values, value)
+        rows = self._database.stream(_DRIFT_WINDOWS.format(where=where), values)
         return (DriftRow(*row) for row in rows)
 
     def recent_drift_windows(self, task: str, device: str, since: str, limit: int) -> list[DriftRow]:

@@ -170,6 +170,15 @@ def summarize_drift(
     return first
 
 
+def summarize_device(store: FleetStore, device: str, *, task: str, since: str | None, now_us: int) -> FleetDriftSummary:
+    """Summarise the windows of one device, its largest group of a task first."""
+    # A space sorts before every character of a name.
+    alone = DeviceRange(device, device + " ")
+    summary = _summarize_devices(store, alone, lambda _: None, task, since, now_us)
+    summary.groups = _sort_groups(summary.groups)
+    return summary
+
+
 def _summarize_devices(
     store: FleetStore,
     devices: DeviceRange,

@@ -16,7 +16,7 @@ from agent.fleet.database.incidents.incident_rows import IncidentKey
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident
-from agent.notify.alert_state import AlertState
+from agent.notify.alert_state import AlertSource, AlertState
 
 # Two transactions of PostgreSQL may commit in another order than they numbered their rows.
 OVERLAP = 500
@@ -114,9 +114,7 @@ _COPIED = (
 
 
 @contextmanager
-def open_source(
-    location: Path | str, fleet: str, *, needs_groups: bool
-) -> Iterator[tuple[FleetStore, FleetAlertSource]]:
+def open_source(location: Path | str, fleet: str, *, needs_groups: bool) -> Iterator[tuple[FleetStore, AlertSource]]:
     """Open the fleet database for the notifier's own thread."""
     store = FleetStore(location)
     try:
