@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from agent import clock
-from agent.cli.output import echo, emit, print_table
+from agent.cli.output import echo_styled, emit, print_table
 from agent.config.notify import NotifyConfig
 from agent.errors import UsageError
 from agent.notify.queue import QueueConnection, TargetState, count_waiting, load_targets
@@ -68,4 +68,4 @@ def _print_results(results: Sequence[dict[str, object]]) -> None:
     for result in results:
         word = click.style("ok", fg="green") if result["ok"] else click.style("failed", fg="red")
         detail = "" if result["ok"] else f": {printable(str(result['error']))}"
-        echo(f"{result['target']}  {word} after {result['seconds']} s{detail}")
+        echo_styled(f"{result['target']}  {word} after {result['seconds']} s{detail}")

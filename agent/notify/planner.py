@@ -20,6 +20,7 @@ from agent.notify.routing import Delivery
 
 # Alerts of one batch arrive together, those of several devices within a moment.
 SETTLE_S = 1.0
+DIGEST_SLACK_S = 3600.0
 # More devices than this share one message.
 MAX_SEPARATE_DEVICES = 3
 
@@ -39,9 +40,11 @@ def update_entry(
         entry.pending = entry.pending_since = None
     # A clock that was set back must not delay reminders.
     entry.told_at = min(entry.told_at, now_s)
-    is_due = delivery.remind_every_s and entry.told_seq and entry.told_at + delivery.remind_every_s <= now_s
+    # A digest goes out a little after its time; the next one, a day later, must not come too early for its reminders.
+    due_s = entry.told_at + delivery.remind_every_s - (DIGEST_SLACK_S if delivery.digest else 0.0)
+    is_due = delivery.remind_every_s and entry.told_seq and due_s <= now_s
     if is_due and entry.pending is None and not is_silenced:
-        entry.pending, entry.pending_since = "reminder", now_s
+        entry.pending, entry.pending_since = "reminder", due_s
     if entry.pending is None and not entry.told_seq:
         return None
     return entry

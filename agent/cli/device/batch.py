@@ -12,8 +12,8 @@ from agent.device.bundles import rollout_state
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
 from agent.device.pipeline import cursor_repair, label_metrics, relearn
-from agent.device.rules import rule_store
 from agent.device.rollout import saved_drift
+from agent.device.rules import rule_store
 
 
 @click.command(epilog="Example: outstation batch exercise")

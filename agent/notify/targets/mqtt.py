@@ -17,7 +17,7 @@ from agent.transport.packets import OutgoingMessage, PublishReceipt
 
 
 def send(target: MqttTarget, message: Notification) -> None:
-    """Publish the document at QoS 1, retained, and wait for the broker's receipt. Raises SendFailed."""
+    """Publish the document at QoS 1, retained but for a test, and wait for the receipt. Raises SendFailed."""
     body = msgspec.json.encode(
         {
             "v": 1,
@@ -33,7 +33,7 @@ def send(target: MqttTarget, message: Notification) -> None:
     try:
         link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", timeout_s=TIMEOUT_S)
         try:
-            token = link.send(OutgoingMessage(target.topic, body, retain=True))
+            token = link.send(OutgoingMessage(target.topic, body, retain=message.kind == "open"))
             end = time.monotonic() + TIMEOUT_S
             while (left := end - time.monotonic()) > 0:
                 for event in link.receive(left):

@@ -49,8 +49,8 @@ def send(target: WebhookTarget, message: Notification) -> None:
     try:
         with limit_total(lambda: connection.sock):
             connection.request("POST", path, body, headers)
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER)
+            with connection.getresponse() as response:
+                answer = response.read(MAX_ANSWER)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise SendFailed(f"{_name(target)}: {_describe(error)}") from None
     finally:

@@ -18,8 +18,8 @@ IncidentKey = tuple[str, str, str, str]
 _INCIDENTS = """
     SELECT n.source, n.device, n.log, n.id, n.seq, n.time AS updated, r.task, r.alert, r.subject, r.severity,
            r.summary, r.revision, r.seq AS raised_seq, s.time AS raised, n.state AS last_state,
-           n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until, h.muted_by, h.muted_at,
-           h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
+           n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until,
+           h.muted_by, h.muted_at, h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
            CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE) THEN 'cleared'
                 WHEN h.muted_until > :now THEN 'muted'
                 WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
