@@ -179,6 +179,7 @@ def hostile(sender: MessageSender, stranger: MessageSender) -> dict[str, tuple[I
     }
 
 
+@pytest.mark.attack("broker")
 def test_every_attack_is_refused_with_its_reason_and_counted(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
@@ -199,6 +200,7 @@ def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: 
     assert desk.store.count_messages() == 1
 
 
+@pytest.mark.attack("broker")
 def test_a_flood_of_hostile_messages_loses_no_valid_one_and_alerts_once(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent import clock
 from agent.cli.fleet import drift_report as report
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, processes_option, progress_bar
+from agent.cli.fleet.common import (
+    db_option,
+    fleet_option,
+    open_for_reading,
+    parse_since,
+    processes_option,
+    progress_bar,
+)
 from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
-from agent.config import parse_duration
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
@@ -55,7 +59,7 @@ def drift(
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
-    begin = None if since is None else _parse_since(since, now_us)
+    begin = None if since is None else parse_since("--since", since, now_us)
     _, store = open_for_reading(folder, db, device)
     with progress_bar("reading", store.count_drift_messages()) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
@@ -79,20 +83,6 @@ def drift(
             echo_styled(click.style(printable(plain), bold=True) if plain != line else printable(line))
 
     emit(document, as_json, print_report)
-
-
-def _parse_since(text: str, now_us: int) -> str:
-    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
-    try:
-        return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f'--since {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
 
 def load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:

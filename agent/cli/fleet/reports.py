@@ -271,11 +271,21 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @click.command("audit", epilog="Example: outstation fleet audit --json")
 @device_option
 @click.option("--full", is_flag=True, help="Verify all signatures again, whatever the last checkpoint says.")
+@click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path),
+              help="Verify this export, too: its files, and their rows by the signed messages.")  # fmt: skip
 @processes_option
 @db_option
 @fleet_option
 @json_option
-def audit(device: str | None, full: bool, processes: int, db: str | None, folder: str | None, as_json: bool) -> None:
+def audit(
+    device: str | None,
+    full: bool,
+    export_folder: Path | None,
+    processes: int,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
     """Verify every stored message: signatures, chain, gaps, coverage. Exit 1 if anything is wrong.
 
     An audit of all devices signs a checkpoint with the operator's key. The next one verifies what came since, and
@@ -292,8 +302,13 @@ def audit(device: str | None, full: bool, processes: int, db: str | None, folder
         else:
             report, checkpoint = audits.audit_from_checkpoint(store, *signing, advance, trusted, processes, full=full)
     document = {**report.to_dict(), "checkpoint": checkpoint.time if checkpoint else None}
+    if export_folder is not None:
+        from agent.fleet.export.check import check_export
+
+        document["export"] = check_export(store, export_folder, config.fleet.name).to_dict()
+        document["passed"] &= document["export"]["passed"]
     emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
-    if not report.passed:
+    if not document["passed"]:
         sys.exit(1)
 
 
@@ -331,6 +346,13 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     for entry in report["invalid_decisions"][:_MAX_LISTED]:
         where = f"{entry['rollout']} decision {entry['n']}" if entry["n"] is not None else entry["rollout"] or "fleet"
         yield f"  {where} {entry['reason']}"
+    if exported := report.get("export"):
+        yield (
+            f"export {exported['folder']}: {exported['rows']} rows of {exported['messages']} messages in "
+            f"{exported['files']} files, {exported['problem_count']} problems, {exported['pending']} messages not "
+            f"exported yet, {exported['leftovers']} files of an interrupted run"
+        )
+        yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:
         yield "Nothing is collected yet: start `outstation fleet collect` and a device."
     yield "PASSED" if report["passed"] else "FAILED"

@@ -147,6 +147,9 @@ def _compare_tables(
     rounded = _ROUNDED.get(table, 0)
     ours, theirs = next(derived, None), next(stored, None)
     while ours is not None or theirs is not None:
+        if ours == theirs:
+            ours, theirs = next(derived, None), next(stored, None)
+            continue
         our_key = None if ours is None else sort_key(ours[:key_width])
         their_key = None if theirs is None else sort_key(theirs[:key_width])
         if ours is not None and (their_key is None or (our_key is not None and our_key < their_key)):

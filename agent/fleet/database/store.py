@@ -44,6 +44,7 @@ MAX_MISSING_RANGES = 100
 _MAX_ATTEMPTS = 5
 # One device, or all if it is None; bind the device twice.
 _DEVICE_FILTER = "(CAST(? AS TEXT) IS NULL OR device = ?)"
+_LOG_RANGE = "device = ? AND log = ? AND seq BETWEEN ? AND ? ORDER BY seq"
 _NEWEST_LOG = "rowid = (SELECT min(rowid) FROM logs WHERE device = l.device AND live)"
 
 # When, until when and in how many windows each device was tested for drift.
@@ -421,6 +422,15 @@ class FleetStore:
         where, values = _filter_devices(devices)
         columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
+
+    def message_keys(self, device: str, log: str, first: int, last: int) -> Iterator[tuple[int, str]]:
+        """Return (seq, received) of each message from `first` to `last` of a log."""
+        return self.stream(f"SELECT seq, received FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
+
+    def log_messages(self, device: str, log: str, first: int, last: int) -> Iterator[Row]:
+        """Return (seq, kind, topic, payload, jws, received) of each message from `first` to `last` of a log."""
+        columns = "seq, kind, topic, payload, jws, received"
+        return self.stream(f"SELECT {columns} FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
 
     def key_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""
