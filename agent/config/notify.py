@@ -19,6 +19,7 @@ from agent.quantities import Duration
 from agent.toml_files import Section, did_you_mean
 
 MAX_TARGETS = 16
+MIN_REMINDER_S = 300.0
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _ADDRESS = re.compile(r"[^\s@<>,;:\"()\[\]\\]{1,64}@[A-Za-z0-9.-]{1,255}")
 _TIME = re.compile(r"\d\d:\d\d")
@@ -208,7 +209,7 @@ def _check_times(file: str, config: NotifyConfig) -> None:
         **{f"notify.routes[{i}].remind_every": route.remind_every for i, route in enumerate(config.routes)},
     }
     for key, value in reminders.items():
-        if value is not None and value != 0 and value < 300:
+        if value is not None and 0 < value < MIN_REMINDER_S:
             raise ConfigError(file, key, 'must be "0 s" for none, or at least 5 min')
 
 

@@ -134,7 +134,9 @@ def delete_entries(db: QueueConnection, keys: Iterable[LedgerKey]) -> None:
 
 def load_targets(db: QueueConnection) -> dict[str, TargetState]:
     rows = db.execute("SELECT * FROM notify_targets ORDER BY target").fetchall()
-    return {row[0]: TargetState(*row[:5], bool(row[5]), *row[6:]) for row in rows}
+    states = [TargetState(*row) for row in rows]
+    # SQLite has no flags of its own.
+    return {state.target: msgspec.structs.replace(state, is_reported=bool(state.is_reported)) for state in states}
 
 
 def save_target(db: QueueConnection, state: TargetState) -> None:
@@ -148,7 +150,7 @@ def add_message(db: QueueConnection, target: str, key: str, body: bytes, now_s: 
 def next_message(db: QueueConnection, target: str) -> QueuedMessage | None:
     """Return the oldest message of a target."""
     row = db.execute(_NEXT, (target,)).fetchone()
-    return None if row is None else QueuedMessage(*row[:3], bytes(row[3]), *row[4:])
+    return None if row is None else QueuedMessage(row[0], row[1], row[2], bytes(row[3]), row[4], row[5])
 
 
 def delete_message(db: QueueConnection, message: QueuedMessage) -> None:
