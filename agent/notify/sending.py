@@ -5,7 +5,6 @@ A target that hangs delays no other one, and never the thread that plans.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import queue
 import threading
@@ -13,15 +12,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent.config.notify import AppriseTarget, EmailTarget, MqttTarget, Target, WebhookTarget
+from agent.config.notify import AppriseTarget, EmailTarget, Target, WebhookTarget
 from agent.errors import OutstationError
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification, decode
 from agent.notify.queue import QueuedMessage
 
 logger = logging.getLogger("outstation.notify")
-
-_MODULES = {WebhookTarget: "webhook", EmailTarget: "email", AppriseTarget: "apprise", MqttTarget: "mqtt"}
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -33,14 +30,32 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def send(target: Target, message: Notification) -> None:
     """Deliver a message. Raises SendFailed."""
-    # By name, so that nothing is imported for the kinds that the config does not use.
-    module = importlib.import_module(f"agent.notify.targets.{_MODULES[type(target)]}")
     try:
-        module.send(target, message)
+        _dispatch(target, message)
     except SendFailed:
         raise
     except OutstationError as error:
         raise SendFailed(str(error)) from None
+
+
+def _dispatch(target: Target, message: Notification) -> None:
+    # Nothing is imported for the kinds that the config does not use.
+    if isinstance(target, WebhookTarget):
+        from agent.notify.targets import webhook
+
+        webhook.send(target, message)
+    elif isinstance(target, EmailTarget):
+        from agent.notify.targets import email
+
+        email.send(target, message)
+    elif isinstance(target, AppriseTarget):
+        from agent.notify.targets import apprise
+
+        apprise.send(target, message)
+    else:
+        from agent.notify.targets import mqtt
+
+        mqtt.send(target, message)
 
 
 class TargetWorker:
