@@ -41,19 +41,19 @@ def send(target: Target, message: Notification) -> None:
 def _dispatch(target: Target, message: Notification) -> None:
     # Nothing is imported for the kinds that the config does not use.
     if isinstance(target, WebhookTarget):
-        from agent.notify.targets import webhook
+        from agent.notify import webhook
 
         webhook.send(target, message)
     elif isinstance(target, EmailTarget):
-        from agent.notify.targets import email
+        from agent.notify import email
 
         email.send(target, message)
     elif isinstance(target, AppriseTarget):
-        from agent.notify.targets import apprise
+        from agent.notify import apprise
 
         apprise.send(target, message)
     else:
-        from agent.notify.targets import mqtt
+        from agent.notify import mqtt
 
         mqtt.send(target, message)
 

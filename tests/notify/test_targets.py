@@ -15,11 +15,11 @@ import pytest
 
 from agent.config.broker import BrokerConfig
 from agent.config.notify import AppriseTarget, EmailTarget, MqttTarget, WebhookTarget
+from agent.notify import deadline
 from agent.notify.alert_state import AlertState
 from agent.notify.failures import SendFailed, backoff_s
 from agent.notify.message import MAX_SUBJECT, Change, Notification, compose, compose_open
 from agent.notify.sending import send
-from agent.notify.targets import deadline
 from agent.testing.broker import MosquittoBroker
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
@@ -98,8 +98,8 @@ def test_a_redirect_is_not_followed(hook: HookServer, tmp_path: Path) -> None:
 def test_a_webhook_that_never_ends_its_answer_is_given_up(
     hook: HookServer, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("agent.notify.targets.webhook.TIMEOUT_S", 1.0)
-    monkeypatch.setattr("agent.notify.targets.webhook.limit_total", lambda find: deadline.limit_total(find, 1.5))
+    monkeypatch.setattr("agent.notify.webhook.TIMEOUT_S", 1.0)
+    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: deadline.limit_total(find, 1.5))
     hook.hang_s, hook.drip = (20.0 if fault == "hangs" else 0.0), fault == "drips"
     began = time.monotonic()
     with pytest.raises(SendFailed):

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from agent import __version__
 from agent.config.notify import WebhookTarget
+from agent.notify.deadline import TIMEOUT_S, limit_total
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification, encode, shorten
-from agent.notify.targets.deadline import TIMEOUT_S, limit_total
-from agent.notify.targets.secrets import read_secret
+from agent.notify.secrets import read_secret
 
 MAX_ANSWER = 500
 # The receiver refuses this very message; any other failure may pass.

@@ -8,7 +8,7 @@ from agent.config.notify import AppriseTarget
 from agent.errors import UsageError
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification
-from agent.notify.targets.secrets import read_secret
+from agent.notify.secrets import read_secret
 
 _TYPES = {"critical": "failure", "warning": "warning", "info": "info"}
 

@@ -10,10 +10,10 @@ from email.utils import format_datetime
 
 from agent import clock
 from agent.config.notify import EmailTarget
+from agent.notify.deadline import TIMEOUT_S, limit_total
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification, shorten
-from agent.notify.targets.deadline import TIMEOUT_S, limit_total
-from agent.notify.targets.secrets import read_secret
+from agent.notify.secrets import read_secret
 
 
 def build(target: EmailTarget, message: Notification) -> EmailMessage:
