@@ -117,6 +117,10 @@ _PROJECTIONS = (
         seq INTEGER NOT NULL{ROWID}, PRIMARY KEY (device, log, seq))""",
     # A rollout reads the shadows that are new to it, in order of rowid.
     f"CREATE INDEX shadows_by_rollout ON shadows (rollout{ROWID})",
+    # A reference that a device learned (event `learned`), with rows, mean and sd of each field as JSON, or accepted.
+    """CREATE TABLE learned_references (
+        device TEXT NOT NULL, task TEXT NOT NULL, event TEXT NOT NULL, site TEXT NOT NULL, fields TEXT NOT NULL,
+        time TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     # One phase change that a device reported in an audit message; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
@@ -173,6 +177,9 @@ _OPERATORS = (
         source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
         acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
         muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
+    # Devices that an operator removed: they are listed no longer. What is stored of them stays.
+    """CREATE TABLE retired_devices (
+        device TEXT PRIMARY KEY, retired TEXT NOT NULL, retired_by TEXT NOT NULL) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
