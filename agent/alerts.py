@@ -6,7 +6,9 @@ This module knows what an alert means; it does not decide when one is raised and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import msgspec
@@ -154,6 +156,16 @@ FLEET_DRIFT = AlertKind(
     "Compare the time in the summary with what was changed for all devices. `outstation fleet drift` shows the order.",
     "Once less than half of the share that raised it still drifts.",
 )
+FLEET_REFERENCE = AlertKind(
+    *("Reference unlike the fleet's", "drift", "reference"),
+    *("collector/fleet-reference/{device}/{task}/{since}", "warning", "collector"),
+    "The reference that a device learned differs from those of the other devices with this task, in the mean or the "
+    "spread of a field, by more than they differ among themselves.",
+    "A sensor that was wrong from the first row; another sensor or unit; a site unlike the others.",
+    "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
+    "them, then learn again: `outstation reference relearn`.",
+    "Once somebody accepts the reference at the device, or the device or the others learn references that agree.",
+)
 FIELD_FAULT = AlertKind(
     *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
     "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning. Each kind of "
@@ -270,6 +282,16 @@ LEARNING_REFUSED = AlertKind(
     "A site that changes while it is learned; faults; readings unlike the shipped reference.",
     "The summary gives the reason. Repair what is faulty, then run `outstation reference relearn` in normal operation.",
     "Once the site's reference is learned.",
+)
+RESULT = AlertKind(
+    *("Alert rule", "result", "{rule}", "{rule}/result/{count}", "warning", "task"),
+    "The model's answers met a rule of the task's config, `[[tasks.NAME.alerts]]`. The summary is the sentence that "
+    "the rule gives; severity is the rule's. The evidence names the result that raised the alert: `row`, `time`, "
+    "`label`, `score`, `value`, and with `seq` the signed results message that covers it.",
+    "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
+    "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
+    "rule.",
+    "As the rule says; `outstation check` explains when. It also clears when the rule is removed or changed.",
 )
 STORE_FULL = AlertKind(
     *("Store full", "storage", "store", "store/space", "critical", "device"),
@@ -391,8 +413,89 @@ REPOSITORY_EXPIRY = AlertKind(
     "Once nothing expires soon and no draft waits.",
 )
 
+DEVICE_SILENT = AlertKind(
+    *("Device silent", "connection", "silent", "collector/silent", "critical", "collector"),
+    "Nothing arrived from a device for more than three times the interval that its health messages promise. It had not "
+    "said that it stops. Time in which no collector ran does not count.",
+    "No power; no network; a broker or certificate that refuses it; a daemon that hangs or was killed.",
+    "Look at the device: power and network first, then `systemctl status outstation` and `outstation check` there.",
+    "Once a message arrives, once the device says that it stopped, or once its key is revoked.",
+)
+BACKLOG_GROWS = AlertKind(
+    *("Backlog grows", "connection", "backlog", "collector/backlog", "warning", "collector"),
+    "The messages that wait on a device became more with each of its last health messages. It sends more than its "
+    "connection or its quota lets through.",
+    "A slow or lossy network; `publish` of a task that sends too much; a quota at the collector that is too small.",
+    'Publish less (`publish = "changes"` or `"summary"`), raise `[quota]` in fleet.toml, or mend the network.',
+    "Once fewer messages wait than ten health messages before, or less than a hundred.",
+)
+CLOCK_AT_COLLECTOR = AlertKind(
+    *("Device clock wrong", "clock", "clock", "collector/clock", "warning", "collector"),
+    "The times in a device's messages contradict the collector's clock: they are ahead of it, or late by the same span "
+    "in one message after the other. Where most devices contradict it, the alert is about the collector's own clock.",
+    "A clock that was set wrongly; a time server that is wrong; a time zone in a hardware clock.",
+    "Compare the time on the device and on the collector (`timedatectl`), and let a time service set both.",
+    "Once the times agree with the collector's clock again.",
+)
+STORAGE_ENDS = AlertKind(
+    *("Store fills up", "storage", "hours", "collector/storage", "warning", "collector"),
+    "At the present rate a device's store is full within a day: it then evicts undelivered data, or refuses readings. "
+    "The alert is critical from six hours on.",
+    "A backlog that cannot be sent; a `[buffer] max_size` that is too small for the rate of readings.",
+    "Mend the connection, raise `[buffer] max_size`, or keep readings for less time.",
+    "Once more than a day and a half is left.",
+)
+CERTIFICATE_ENDS = AlertKind(
+    *("Certificate ends", "security", "certificate", "collector/certificate/{name}", "warning", "collector"),
+    "A TLS certificate is valid for less than 30 days. The broker refuses it afterwards. The alert is critical from "
+    "7 days on.",
+    "Certificates have an end so that a stolen one does not serve for ever.",
+    "Delete the file that the summary names and issue another one: `outstation fleet enrol DEVICE` for a device, whose "
+    "`device.crt` you then copy there, `outstation fleet collector NAME` for a collector.",
+    "Once a certificate that lasts longer is in use.",
+)
+OUTLIER_DEVICE = AlertKind(
+    *("Device unlike its fleet", "outlier", "{field}", "collector/outlier/{task}/{field}", "warning", "collector"),
+    "The mean or the spread of a field on one device is far from that of all other devices with the same bundle: more "
+    "than 3.5 robust standard deviations from the median, in two surveys in a row.",
+    "A sensor that was mounted otherwise from the start, which the device's own reference takes for normal; another "
+    "use of the machine; a wrong unit or calibration.",
+    "`outstation fleet drift --task TASK` compares the devices; look at the sensor of this one.",
+    "Once two surveys in a row find the device among the others again.",
+)
+TARGET_FAILS = AlertKind(
+    *("Notifications fail", "notify", "{target}", "collector/notify/{target}", "warning", "collector"),
+    "A target of notifications did not accept a message for some time. Messages to it wait and are sent later; what "
+    "changes meanwhile is joined.",
+    "A wrong address or password; a server that is down; no network.",
+    "The summary has the target's answer. `outstation fleet notify test TARGET` sends a message at once.",
+    "Once the target accepts a message.",
+)
+
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, AlertKind))
 _MONITORED = {(kind.alert, kind.subject): kind for kind in (OUTPUT_DRIFT, SCORE_DRIFT, JOINT_DRIFT)}
+
+
+def find_kind(alert: str, subject: str, identity: str, task: str | None, *, from_collector: bool) -> AlertKind | None:
+    """Return the kind that an alert's names fit; None for none. A kind with fewer names in braces fits better."""
+    own_id = identity.removeprefix(f"{task}/") if task is not None and not from_collector else identity
+    for kind in _by_precision():
+        if kind.alert != alert or (kind.source == "collector") != from_collector:
+            continue
+        if _pattern(kind.subject).fullmatch(subject) and _pattern(kind.id).fullmatch(own_id):
+            return kind
+    return None
+
+
+@cache
+def _by_precision() -> tuple[AlertKind, ...]:
+    return tuple(sorted(KINDS, key=lambda kind: (kind.subject + kind.id).count("{")))
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    parts = re.split(r"\{\w+\}", text)
+    return re.compile("(.+)".join(map(re.escape, parts)), re.DOTALL)
 
 
 def monitoring_kind(alert: MonitoredAlert, subject: str) -> AlertKind:

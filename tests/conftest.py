@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,8 +76,7 @@ _FIXTURES = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the programs they start, so that `-m "not process"` selects tests without any."""
     for item in items:
-        values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
-        used = {name for value in values for name in _qualified_names(value)}
+        used = _used_names(item.module) if isinstance(item, pytest.Function) else set()
         fixtures = set(getattr(item, "fixturenames", ()))
         if "fresh" in fixtures and "postgresql" in item.name:
             fixtures.add("postgres_url")
@@ -86,10 +87,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
 
 
-def _qualified_names(value: object) -> tuple[str, ...]:
-    """Return the module of an imported object, and its own name there; of an imported module its name."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
-    return (name,) if module is None else (module, f"{module}.{name}")
+@cache
+def _used_names(test_module: ModuleType) -> set[str]:
+    """Return the modules of all objects in a test module, and their own names there."""
+    names = set()
+    for value in vars(test_module).values():
+        module, name = getattr(value, "__module__", None), getattr(value, "__name__", "")
+        names |= {name} if module is None else {module, f"{module}.{name}"}
+    return names
 
 
 @pytest.fixture(autouse=True)

@@ -29,9 +29,11 @@ from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline import label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
+from agent.device.rollout import saved_drift
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.fetch.request import METADATA_DIR
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.rules import rule_store
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -100,6 +102,7 @@ def _record_bundles(
     for loaded in (entry.task for entry in scheduled):
         if not rollout_state.find_canary_digest(store, loaded.name):
             history.record_configured(store, message_log, loaded.name, loaded.bundle, conf.data_dir, now)
+            saved_drift.end_unreferenced(loaded, store, message_log, now)
     quarantine.release_reconfigured(conf, store, message_log, now)
     history.prune(store, conf.tasks, conf.data_dir)
 
@@ -167,6 +170,7 @@ def build_daemon(
     desired_states = DesiredStateStore(store, message_log, trusted, conf.device.groups)
     trusted.on_change = desired_states.verify_again
     marker = open_crash_marker(conf, store, message_log)
+    rule_store.reconcile(store, message_log, conf.tasks, now())
     signals = Signals()
 
     def on_model_wait() -> None:

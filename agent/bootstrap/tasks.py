@@ -18,6 +18,7 @@ from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import transitions
+from agent.device.rules import compiler
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -122,6 +123,7 @@ def build_task(
         # While another bundle runs as a canary, the drift state of this one is saved elsewhere.
         has_other_canary = rollout_state.find_canary_digest(store, name) not in ("", active.bundle.digest)
         restored = drift_state.restore(store, name, monitor, task_keys.SAVED_SUFFIX if has_other_canary else "")
+    rules = compiler.compile_rules(str(file), name, task.alerts, active.bundle.manifest, active.model)
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     return LoadedTask(
         *(name, task, conf.streams[task.stream], active.bundle, active.model),
@@ -134,14 +136,16 @@ def build_task(
         tuning=active.tuning,
         # A model in a process of its own cannot end this one.
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
+        rules=rules,
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 
 
 def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> None:
-    """Check that the task's stream has the fields and media format of its bundle. Raises ConfigError."""
+    """Check that the task's stream and alert rules fit its bundle. Raises ConfigError."""
     stream = conf.tasks[name].stream
     _check_media_format(file, conf, name, loaded_bundle.manifest)
+    compiler.compile_rules(str(file), name, conf.tasks[name].alerts, loaded_bundle.manifest)
     numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
     for field in loaded_bundle.manifest.input.fields:
         if field not in numeric:

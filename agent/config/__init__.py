@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from agent import toml_files
+from agent.config import alert_rules
 from agent.config import updates as config_updates
+from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
 from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
@@ -171,6 +173,7 @@ class TaskConfig(Section, frozen=True):
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
     class_field: str | None = None  # category field with the classes of a model that has none; "" for none
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+    alerts: list[AlertRuleConfig] = msgspec.field(default_factory=list)
 
 
 class Config(Section, frozen=True):
@@ -244,6 +247,7 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
         if task.deadline is not None and task.deadline <= 0:
             raise ConfigError(file, f"tasks.{name}.deadline", "must be positive; omit it for no deadline")
         _check_slices(file, name, task, config.streams[task.stream])
+        alert_rules.check(file, name, task.alerts)
         if task.class_field:
             check_class_field(file, f"tasks.{name}.class_field", task.class_field, config.streams[task.stream])
     return _with_absolute_paths(config, path.resolve().parent)

@@ -28,6 +28,7 @@ from agent.wire.messages import AcknowledgementRef, AckPayload
 
 log = logging.getLogger("outstation")
 
+HEALTH_INTERVAL_S = 60.0
 # A quotation has 222 bytes: 5 kB a day.
 _QUOTE_INTERVAL_S = 3600.0
 
@@ -143,6 +144,8 @@ def build_body(conf: Config, store: Store, models: ModelsByTask) -> dict[str, An
     waiting, _ = store.outbox_size()
     return {
         "agent": __version__,
+        "interval_s": HEALTH_INTERVAL_S,
+        **({"groups": conf.device.groups} if conf.device.groups else {}),
         "streams": {name: {"rows": store.last_row(name), "first": store.first_row(name)} for name in conf.streams},
         "rejected": counters.get("lines rejected", 0),
         "tasks": {

@@ -103,6 +103,24 @@ def carry_over(fresh: DriftState, old: DriftState) -> tuple[DriftState, list[Ale
     return state, alerts
 
 
+def end(state: DriftState) -> DriftState:
+    """Return the state with nothing open, after the change to a bundle without a reference.
+
+    `carry_over` continues its alert numbers, and compares the next reference of the site with the last one.
+    """
+    guard = replace(state.guard.begin_learning(state.site_reference), deviations=())
+    return replace(
+        state,
+        site_reference=None,
+        suite=SuiteState.start(state.suite.task),
+        faults=state.faults.drop(state.faults.number > 0),
+        gates=GateStates({gate.name: gate.restart(state.gates[gate.name]) for gate in GATES}),
+        guard=guard,
+        carried=(),
+        is_inherited=False,
+    )
+
+
 def build_carried_alert(carried: CarriedAlert) -> Alert:
     """Return the alert, raised as before."""
     kind = monitoring_kind(carried.alert, carried.subject)

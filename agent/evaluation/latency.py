@@ -16,7 +16,7 @@ from agent.model.bundle import builtin
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.features import WindowCut
-from agent.model.sandbox import confinement, memory
+from agent.model.sandbox import confinement, launch, memory
 from agent.model.sandbox.confinement import ModelPolicy
 
 BATCH_SIZES = (1, 8, 32, 128)
@@ -29,15 +29,8 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
     files = bundle.files["manifest.json"], bundle.model_bytes, builtin.read_smallest_model()
     work = (*files, rows.astype(np.float32).tobytes(), t.tobytes())
     try:
-        child = subprocess.run(
-            # -P: an `agent` in the working directory is not ours.
-            [sys.executable, "-P", "-m", "agent.evaluation.latency"],
-            input=msgspec.msgpack.encode(work),
-            capture_output=True,
-            timeout=_TIMEOUT_S,
-            env=confinement.child_environment(),
-            check=True,
-        )
+        child = launch.run_module("agent.evaluation.latency", msgspec.msgpack.encode(work), _TIMEOUT_S)
+        child.check_returncode()
         return msgspec.json.decode(child.stdout, type=list[BatchLatency])
     except (subprocess.SubprocessError, msgspec.MsgspecError) as error:
         raise BadBundle(f"latency could not be measured: the child process failed ({error})") from None

@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
+from agent.config.notify import NotifyConfig, check_notify
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
@@ -84,11 +85,18 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
     quota: Quota = Quota()
+    notify: NotifyConfig = NotifyConfig()
 
     @property
     def command_broker(self) -> BrokerConfig:
         """Return the broker's settings for commands and rollouts: `fleet watch` uses the operator's connection."""
         return self.broker_for(self.commander or self.operator)
+
+    @property
+    def certificate_files(self) -> list[Path]:
+        """Return the certificates of the authority and of the roles, without those of devices."""
+        sections = (self.ca, self.collector, self.operator, self.commander, self.broker_admin)
+        return [Path(section.cert_file) for section in sections if section is not None and section.cert_file]
 
     def broker_for(self, identity: Identity | ClientCertificate) -> BrokerConfig:
         """Return the broker's settings with the certificate of `identity`."""
@@ -113,6 +121,7 @@ def load(folder: Path) -> FleetConfig:
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)
     check_broker(str(path), config.broker)
+    check_notify(str(path), config.notify)
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
@@ -132,7 +141,7 @@ def load(folder: Path) -> FleetConfig:
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return replace(config, fleet=fleet, **changed)
+    return replace(config, fleet=fleet, notify=config.notify.with_absolute_paths(base), **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

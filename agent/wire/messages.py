@@ -83,6 +83,14 @@ class ModelRef(msgspec.Struct, frozen=True):
     digest: ShortText
 
 
+class ResultMaker(msgspec.Struct, frozen=True):
+    """What computed results: versions of the agent and the runtime, and the digest of the task's config."""
+
+    agent: ShortText | None = None
+    runtime: ShortText | None = None
+    config: ShortText | None = None
+
+
 class ResultColumns(msgspec.Struct, frozen=True):
     """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
 
@@ -144,6 +152,7 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
     # Runs of rows stamped by one clock: first row, boot, clock segment (0: the producer's clock), and quality
     # (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None
+    made: ResultMaker | None = None
 
     def __post_init__(self) -> None:
         first, last = self.rows
@@ -211,7 +220,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
@@ -316,6 +325,10 @@ class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
     acknowledged: AcknowledgementRef | None = None
+    # The device promises the next health message after this many seconds.
+    interval_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
+    # [device] groups
+    groups: Annotated[list[ShortText], msgspec.Meta(max_length=8)] = []
 
 
 class AuditPayload(LoggedPayload, frozen=True, kw_only=True, tag="audit"):

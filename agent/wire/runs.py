@@ -64,14 +64,19 @@ def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
     """Return how many entries a column has, without expanding it."""
     if isinstance(column, JitteredTimes):
         return len(column.offsets)
-    return len(column) + sum(run.count - 1 for run in _find_runs(column))
+    count = len(column)
+    for item in column:
+        if type(item) not in _PLAIN:
+            count += item.count - 1  # type: ignore[operator,union-attr]
+    return count
 
 
 def check_range(column: Integers, low: int, high: int) -> None:
     """Check the entries that types leave open: the end of a run, and jittered times. Raises ValueError."""
     if isinstance(column, JitteredTimes):
         last = column.first + column.step * (len(column.offsets) - 1)
-        ends = [end + offset for end in (column.first, last) for offset in _extremes(column.offsets)]
+        extremes = (min(column.offsets), max(column.offsets)) if column.offsets else ()
+        ends = [end + offset for end in (column.first, last) for offset in extremes]
     else:
         ends = [run.first + run.step * (run.count - 1) for run in _find_runs(column) if not isinstance(run, LabelRun)]
     for end in ends:
@@ -115,7 +120,3 @@ def expand_labels(column: Sequence[Label | LabelRun]) -> list[str]:
 
 def _find_runs(column: Iterable[int | str | Run]) -> list[Run]:
     return [item for item in column if type(item) not in _PLAIN]  # type: ignore[misc]
-
-
-def _extremes(values: Sequence[int]) -> tuple[int, ...]:
-    return (min(values), max(values)) if values else ()

@@ -6,6 +6,8 @@ same tag; the broker's access list, the collector's subscriptions and the evicti
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 
 from agent.errors import MessageRefused
@@ -71,6 +73,7 @@ class Topic(msgspec.Struct, frozen=True):
         return f"{base}/{self.task}" if self.task else base
 
 
+@lru_cache(maxsize=1024)
 def parse(text: str) -> Topic:
     """Return the parts of a topic. Raises MessageRefused for one outside the tree."""
     parts = text.split("/")

@@ -51,7 +51,7 @@ class Bed(msgspec.Struct):
 
 @contextlib.contextmanager
 def device_with_task(
-    fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = ""
+    fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = "", confinement: str = "auto"
 ) -> Iterator[Bed]:
     """Create a device with one task on a stream of these fields.
 
@@ -62,6 +62,7 @@ def device_with_task(
         file = Path(folder) / "outstation.toml"
         file.write_text(
             f'[device]\nid = "bench"\nfleet = "bench"\ndata_dir = "data"\n[publishers]\nkeys = ["{publisher}"]\n'
+            f'[models]\nconfinement = "{confinement}"\n'
             f'[streams.rows]\nfields = [{listed}]\n[tasks.task]\nstream = "rows"\nbundle = "{bundle}"\n'.replace(
                 'keys = [""]', "keys = []"
             ),

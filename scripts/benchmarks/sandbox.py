@@ -10,13 +10,15 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float32s
+from agent.datasets.recordings import load
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import runtime
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
 from agent.model.sandbox.subprocess_model import SubprocessModel
-from scripts.benchmarks import Result, benchmark
+from agent.simulate.scenario import SCENARIOS
+from scripts.benchmarks import Result, benchmark, device_task, rates
 from scripts.kit.bundles import THIRD_PARTY
 from scripts.kit.process_stats import pss_mb
 
@@ -24,6 +26,8 @@ SECONDS = 6.0
 # Batch sizes of a device that keeps up with its readings, and of one that works off a backlog.
 _FEW, _MANY = 30, 512
 _ROUNDS = 60
+# Windows of a backlog that a whole device works off.
+_BACKLOG, _BATCH_ROUNDS = 4096, 9
 # Memory limit of a subprocess: Python, numpy, the runtime and the model, with a share of shared pages.
 _MAX_MIB = 60.0
 
@@ -97,6 +101,26 @@ def subprocess_overhead() -> list[Result]:
             "subprocess, memory", pss_mb(there.pid or 0), _MAX_MIB, "MiB", "PSS of the child process"
         )
     return [*results, memory]
+
+
+@benchmark("confinement")
+def confined_batches() -> Result:
+    """Measure batches, from stored rows to signed messages, by wall clock."""
+    recorded = load(SCENARIOS["exercise"].file).rows
+    names = [name for name, _ in SCENARIOS["exercise"].fields]
+    with (
+        device_task.device_with_task(names, "exercise") as confined,
+        device_task.device_with_task(names, "exercise", confinement="off") as free,
+    ):
+        rows = np.resize(recorded, (_BACKLOG * free.task.window_rows, len(names)))
+
+        def prepare() -> None:
+            confined.fill(rows)
+            free.fill(rows)
+
+        pace = rates(confined.work_off, free.work_off, rounds=_BATCH_ROUNDS, prepare=prepare)
+    note = f"exercise, {_BACKLOG:,} windows waiting; reference: the model in the daemon itself"
+    return Result("confinement", *pace, "windows/s", 0.9, note)
 
 
 def _median(

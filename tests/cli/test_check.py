@@ -11,6 +11,7 @@ from agent import config
 from agent.device.store.store import Store
 from agent.testing.fleet import RECORDINGS
 from agent.testing.process import run_outstation
+from tests.kit.commands import call_outstation
 
 HOST = """
 [streams.watch]
@@ -26,7 +27,7 @@ source = {{ kind = "replay", file = "{file}"{more} }}
 
 def device(folder: Path, stream: str) -> Path:
     """Its config; a broker is not needed by what is asked here."""
-    assert run_outstation("init", str(folder), "--id", "pi-07").returncode == 0
+    assert call_outstation("init", str(folder), "--id", "pi-07").returncode == 0
     file = folder / "outstation.toml"
     file.write_text(
         f'[device]\nid = "pi-07"\nfleet = "acme"\ndata_dir = "data"\n\n[collector]\ndelivery = "broker"\n{stream}'
@@ -36,7 +37,7 @@ def device(folder: Path, stream: str) -> Path:
 
 def finding(file: Path) -> tuple[int, dict[str, str]]:
     """The exit code of the check, and what it says of the stream."""
-    done = run_outstation("check", "-c", str(file), "--json")
+    done = call_outstation("check", "-c", str(file), "--json")
     [result] = [check for check in json.loads(done.stdout) if check["name"] == "stream watch"]
     return done.returncode, result
 
@@ -86,7 +87,7 @@ def test_the_key_that_messages_are_sealed_to_is_checked(tmp_path: Path, key: str
     file = device(tmp_path, HOST.format(field="memory"))
     text = file.read_text(encoding="utf-8").replace('"broker"', f'"broker"\nencryption_key = "{key}"')
     file.write_text(f"{text}[privacy]\nencrypt = true\n", encoding="utf-8")
-    done = run_outstation("check", "-c", str(file), "--json")
+    done = call_outstation("check", "-c", str(file), "--json")
     [check] = [check for check in json.loads(done.stdout) if check["name"] == "encryption"]
     assert (check["state"], words in check["detail"]) == (state, True)
     if state == "failed":

@@ -14,40 +14,21 @@ import numpy as np
 import pytest
 
 from agent.bootstrap import tasks
-from agent.bootstrap.device import load_config, open_message_log, open_store
+from agent.bootstrap.device import open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from tests.kit.commands import call_outstation
+from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
-CONFIG = """
-[streams.watch]
-fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
-[tasks.exercise]
-stream = "watch"
-bundle = "exercise"
-learn_windows = 20
-"""
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Site:
-    """A device's folder, used by this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "device"
-        assert call_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
-        self.config = self.home / "outstation.toml"
-        head = self.config.read_text(encoding="utf-8").split("[streams.")[0]
-        self.config.write_text(head + CONFIG, encoding="utf-8")
-        self.file, self.conf = load_config(str(self.config))
-        self.data = Path(self.conf.data_dir)
-
+class Site(LearningSite):
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = call_outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+        return self.call("drift", "exercise", *arguments)
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
         """Readings for so many drift windows, noise, of which `ax` is multiplied."""

@@ -18,6 +18,7 @@ from agent.errors import UsageError
 from agent.performance.labels import Label
 from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet
 from agent.testing.process import run_outstation, wait_until
+from tests.kit.commands import audit_fleet, call_outstation
 
 WINDOW = 100
 T0 = 1_764_022_680.0
@@ -138,14 +139,14 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
         rows = fleet.query("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
         (tmp_path / "truth.csv").write_text("row,label\n" + "".join(f"{row},{label}\n" for row, label in rows[:60]))
         config = str(device.config)
-        completed = run_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
+        completed = call_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
         assert json.loads(completed.stdout) == {"accepted": 60, "rejected": []}
         metric = "SELECT value, n, source FROM metrics WHERE metric = 'accuracy' AND slice = ''"
         wait_until("the quality message", lambda: fleet.query(metric))
         assert fleet.query(metric) == [(1.0, 60, "device")]
         (tmp_path / "more.csv").write_text("row,label\n" + "".join(f"{row},PEN\n" for row, _ in rows[:60]))
         home = str(fleet.home)
-        completed = run_outstation(
+        completed = call_outstation(
             "fleet", "label", "pi-01", "exercise", str(tmp_path / "more.csv"), "--dir", home, "--json"
         )
         assert completed.returncode == 0, completed.stderr
@@ -157,9 +158,9 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
         (tmp_path / "sent.csv").write_text("row,label\n" + "\n".join(sent) + "\n")
         for _ in range(2):
             file = str(tmp_path / "sent.csv")
-            completed = run_outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
+            completed = call_outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
             assert completed.returncode == 1, completed.stderr
             document = json.loads(completed.stdout)
             assert (document["accepted"], [entry["line"] for entry in document["rejected"]]) == (5, [7, 8, 9])
         assert device.stop() == 0
-        wait_until("all is collected", lambda: fleet.audit()[0] == 0)
+        wait_until("all is collected", lambda: audit_fleet(fleet.home)[0] == 0)

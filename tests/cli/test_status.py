@@ -19,6 +19,7 @@ from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
 from agent.testing.process import run_outstation
 from tests.device.pipeline.test_relearn import NOW, Site, work
+from tests.kit.commands import call_outstation
 
 
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
@@ -60,7 +61,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def test_open_alerts_stay_in_sight_after_many_others(site: Site) -> None:
-    done = run_outstation("status", "-c", str(site.config), "--json")
+    done = call_outstation("status", "-c", str(site.config), "--json")
     document = json.loads(done.stdout)
     [task] = document["tasks"]
     alerts = [
@@ -82,7 +83,7 @@ def test_open_alerts_stay_in_sight_after_many_others(site: Site) -> None:
 
 
 def test_people_read_the_same(site: Site) -> None:
-    text = run_outstation("status", "-c", str(site.config)).stdout
+    text = call_outstation("status", "-c", str(site.config)).stdout
     for line in (
         "open drift  ax: spread fell to 0.6 of the reference.",
         "open fault  wz: repeats one value.",
@@ -100,7 +101,7 @@ def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
         work(site, store, 19)
     finally:
         store.close()
-    text = run_outstation("status", "-c", str(site.config)).stdout
+    text = call_outstation("status", "-c", str(site.config)).stdout
     assert "reference: warning: only 20 drift windows" in text
     assert "learning its reference" not in text
 

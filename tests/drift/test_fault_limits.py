@@ -95,3 +95,24 @@ def test_readings_far_outside_are_reported_in_windows_of_any_length(window: int)
     rows[120:, 2] += 100.0
     _, alerts = learned_site("autocorrelated", window).feed(rows)
     assert [(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"] == [("f2", "out_of_range")]
+
+
+def stations(rng: np.random.Generator, rows: int, fields: int) -> NDArray[np.float64]:
+    """Return rows of three stations in random turn, held for 40 rows; how far they are apart changes with the day."""
+    hours = rows // 40 + 1
+    apart = np.repeat(rng.lognormal(0, 0.7, (hours // 24 + 1, 1, fields)), 24, axis=0)[:hours]
+    at_station = rng.normal(0, 1, (hours, 1, fields)) + apart * rng.normal(0, 1, (hours, 3, fields))
+    return np.asarray(np.round(at_station, 2)[np.arange(rows) // 40, rng.integers(0, 3, rows)])
+
+
+def test_held_values_that_differ_more_than_usual_are_no_coarser_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Air humidity of three airports, held for an hour, was called coarser on days on which they differed more."""
+    monkeypatch.setitem(QUIET, "stations", stations)
+    seed = 0
+    site, rng = Site.learn("stations", 250, 4, seed), np.random.default_rng([seed, 2])
+    _, alerts = site.feed(stations(rng, 50_000, 4))
+    assert "quantized" not in {alert.evidence.get("fault") for alert in alerts}
+    coarse = stations(rng, 5_000, 4)
+    coarse[:, 1] = np.round(coarse[:, 1])
+    _, alerts = site.feed(coarse)
+    assert {alert.subject for alert in alerts if alert.evidence.get("fault") == "quantized"} == {"f1"}

@@ -15,9 +15,9 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FLEET
-from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from tests.kit.commands import call_outstation
 from tests.kit.enrolments import let_in, site
 
 BASE = f"outstation/{FLEET}"
@@ -176,7 +176,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
     )
     watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
     try:
-        done = run_outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
+        done = call_outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
         assert done.returncode == 0, done.stderr
         device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
         [arrived] = [event for event in device.receive(60.0) if isinstance(event, IncomingMessage)]

@@ -23,6 +23,7 @@ from agent.device.pipeline import batch
 from agent.device.store.store import Store
 from agent.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
 from agent.testing.process import wait_until
+from tests.kit.commands import audit_fleet
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 HOUR_S, DAY_S = 3600, 86_400
@@ -189,7 +190,7 @@ def test_clock_steps_back_and_ahead_lose_and_repeat_no_run(
     # The step of 60 days passes 26 million intervals of 200 ms over.
     assert busy < 0.8
     assert device.stop() == 0
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"], report["duplicates"]) == (0, True, 0)
 
 

@@ -17,6 +17,7 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
+from tests.kit.commands import audit_fleet
 
 KNOWN = "the collector knows the new signing key"
 
@@ -188,7 +189,8 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
     device.start_and_wait()
     wait_until("results after a restart", lambda: listed(fleet, "pi-01")["state"] == "online")
     assert command(fleet, "pi-01", "report")[0] == 0
-    assert fleet.audit()[1]["passed"], fleet.audit()[1]
+    report = audit_fleet(fleet.home)[1]
+    assert report["passed"], report
 
 
 def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
@@ -231,4 +233,4 @@ def test_a_revoked_device_stays_out(fleet: LocalFleet, device: DeviceProcess) ->
         "what it sends is refused",
         lambda: fleet.query("SELECT 1 FROM refusals WHERE device = 'pi-01' AND reason = 'revoked key'"),
     )
-    assert fleet.audit()[1]["passed"]
+    assert audit_fleet(fleet.home)[1]["passed"]

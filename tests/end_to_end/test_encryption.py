@@ -11,10 +11,10 @@ import pytest
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from tests.end_to_end.test_privacy import PATIENTS, Hospital, planted
+from tests.kit.commands import audit_fleet, call_outstation
 
 pytestmark = pytest.mark.attack("privacy")
 
@@ -57,9 +57,9 @@ def test_a_recording_of_all_topics_has_no_planted_value(tmp_path: Path, encrypt:
         hospital = Hospital(tmp_path, fleet, f"{_OPEN}encrypt = {str(encrypt).lower()}\n")
         recorder = Recorder(fleet.broker.url)
         hospital.feed()
-        reply = run_outstation("fleet", "command", "ward-1", "report", "--dir", str(fleet.home), "--json")
+        reply = call_outstation("fleet", "command", "ward-1", "report", "--dir", str(fleet.home), "--json")
         assert reply.returncode == 0, reply.stdout + reply.stderr
-        code, audit = fleet.audit()
+        code, audit = audit_fleet(fleet.home)
         assert (code, audit["gaps"]) == (0, [])
         recorder.stop()
         # Retained messages, as a client that comes later gets them.

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from agent.device.intake.sources.file_marker import FileMarker
-from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from agent.testing.process import OutstationProcess, wait_until
 from agent.wire import keys
 from scripts.kit.memory_cgroup import MemoryCgroup, memory_cgroup
+from tests.kit.commands import call_outstation
 
 pytestmark = pytest.mark.attack("files")
 
@@ -146,7 +147,7 @@ def test_a_file_in_hand_at_two_deaths_of_the_daemon_goes_to_failed(tmp_path: Pat
         wait_until("the file is in failed/", lambda: device.has("failed", "tables/a.parquet"))
         reason = (tmp_path / "tables" / "failed" / "a.parquet.txt").read_text(encoding="utf-8")
         assert "2 processes in a row ended while they read it" in reason
-        done = run_outstation("status", "--json", "-c", str(device.config))
+        done = call_outstation("status", "--json", "-c", str(device.config))
         assert '"failed_files": 1' in done.stdout or '"failed_files":1' in done.stdout
     finally:
         device.daemon.kill()

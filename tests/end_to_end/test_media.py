@@ -27,6 +27,7 @@ from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
 from agent.testing.process import OutstationProcess, run_outstation, wait_until
 from scripts.kit.bundles import KEY, MODELS
+from tests.kit.commands import call_outstation
 from tests.kit.devices import expand_columns
 from tests.kit.stations import rows_of
 from tests.model.test_media import RATE, picture, write_wav
@@ -67,7 +68,7 @@ class Site:
         (folder / "model.tflite").write_bytes((MODELS / f"{model}.tflite").read_bytes())
         (folder / "spec.toml").write_text(spec)
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        assert run_outstation("init", str(folder), "--id", "pi-07").returncode == 0
+        assert call_outstation("init", str(folder), "--id", "pi-07").returncode == 0
         self.config, self.inbox = folder / "outstation.toml", folder / "in"
         text = self.config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
         text = text.replace("mqtt://127.0.0.1:1883", "mqtt://127.0.0.1:9")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from agent.testing.process import OutstationProcess, wait_until
+from tests.kit.commands import call_outstation
 from tests.kit.stations import Line
 
 STREAM = '\n[streams.numbers]\nfields = [{ name = "n", type = "i64" }]\nsource = { kind = "socket" }\n'
@@ -17,7 +18,7 @@ STREAM = '\n[streams.numbers]\nfields = [{ name = "n", type = "i64" }]\nsource =
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[OutstationProcess]:
     home = tmp_path / "home"
-    assert run_outstation("init", str(home), "--id", "pi-07").returncode == 0
+    assert call_outstation("init", str(home), "--id", "pi-07").returncode == 0
     config = home / "outstation.toml"
     text = config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
     config.write_text(text + STREAM)

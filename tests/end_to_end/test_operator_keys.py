@@ -23,8 +23,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
         made.broker.start()
         made.collector.start()
         (made.folder / "stick").mkdir()
-        two_of_two = ("--roots", "2", "--threshold", "2", "--root-keys", str(made.folder / "stick"))
-        assert run(made, "repository", "init", *two_of_two, "--url", str(made.home / "repository"))[0] == 0
+        where = ("--root-keys", str(made.folder / "stick"), "--url", str(made.home / "repository"))
+        assert run(made, "repository", "init", *where)[0] == 0
         made.config = fleet_config.load(made.home)
         yield made
 
@@ -46,7 +46,7 @@ def command(fleet: LocalFleet, *words: str, wait_s: int = 60) -> tuple[int, dict
 
 
 def change_trust(fleet: LocalFleet, *words: str) -> None:
-    """Change the trust document with both root keys, each signing by itself, and send it to devices."""
+    """Change the trust document with two of the three root keys, each signing by itself, and send it to devices."""
     code, text = run(fleet, "keys", *words, "--sign-with", str(fleet.folder / "stick" / "root-1.key"))
     assert (code, "needs 1 more signatures" in text) == (1, True), text
     draft = str(fleet.home / "repository" / "root.json.draft")

@@ -40,6 +40,7 @@ from agent.wire import jws, keys
 from agent.wire.jws import Signer
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import expand_integers
+from tests.kit.commands import audit_fleet, call_outstation
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.
@@ -119,7 +120,7 @@ def drift(fleet: LocalFleet, device: str) -> tuple[list[tuple[Any, ...]], Counte
 
 
 def test_the_head_of_a_running_device_agrees_with_its_operators_evidence(running: Running, tmp_path: Path) -> None:
-    head = run_outstation("head", "--json", "-c", str(running.device.config))
+    head = call_outstation("head", "--json", "-c", str(running.device.config))
     assert head.returncode == 0, head.stderr
     signed = json.loads(head.stdout)["head"]
     (tmp_path / "head.json").write_text(head.stdout, encoding="utf-8")
@@ -129,10 +130,10 @@ def test_the_head_of_a_running_device_agrees_with_its_operators_evidence(running
         lambda: running.fleet.query(newest, "pi-01", signed["log"])[0][0] >= signed["seq"],
     )
     home, out, key = running.fleet.home, tmp_path / "out", running.fleet.home / "operator.key.pub"
-    made = run_outstation("fleet", "evidence", "--out", str(out), "--dir", str(home))
+    made = call_outstation("fleet", "evidence", "--out", str(out), "--dir", str(home))
     assert made.returncode == 0, made.stdout + made.stderr
     verify = ("fleet", "evidence", "verify", str(out), "--key", str(key), "--witness", str(tmp_path / "head.json"))
-    report = json.loads(run_outstation(*verify, "--json").stdout)
+    report = json.loads(call_outstation(*verify, "--json").stdout)
     assert (report["problems"], report["witnesses"], report["unchecked_stamps"]) == ([], 1, 0)
     assert report["chained_messages"] >= signed["seq"] > 0
 
@@ -164,7 +165,7 @@ def test_random_kills_of_all_processes_lose_no_row_and_change_no_result(fleet: L
     wait_until("the same results", lambda: results(fleet, "calm") == results(fleet, "killed") != [])
     assert [device.stop() for device in (calm, killed)] == [0, 0]
     wait_until("both stopped", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)] * 2)
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > rows - OPEN_TAIL) for track in report["coverage"]] == [(1, True)] * 2
     assert drift(fleet, "calm") == drift(fleet, "killed") != ([], {})
@@ -181,7 +182,7 @@ def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet:
     fleet.broker.start()
     wait_until("the rows at the collector", lambda: fleet.last_result_row("pi-01") > 4000 - OPEN_TAIL)
     wait_until("an empty outbox", lambda: waiting(device) == 0)
-    assert fleet.audit()[0] == 0
+    assert audit_fleet(fleet.home)[0] == 0
 
 
 def test_the_audit_names_a_stored_message_with_an_altered_byte(running: Running, tmp_path: Path) -> None:
@@ -201,12 +202,12 @@ def test_the_audit_names_a_stored_message_with_an_altered_byte(running: Running,
     source.close()
     target.close()
     audit = ("fleet", "audit", "--dir", str(fleet.home), "--db", f"sqlite:///{copy}")
-    report = run_outstation(*audit, "--json")
+    report = call_outstation(*audit, "--json")
     assert report.returncode == 1
     [invalid] = json.loads(report.stdout)["invalid"]
     assert (invalid["device"], invalid["log"], invalid["seq"]) == ("pi-01", log, seq)
     assert "bad signature" in invalid["reason"]
-    printed = run_outstation(*audit)
+    printed = call_outstation(*audit)
     assert printed.returncode == 1
     assert f"pi-01 {log} seq {seq} does not verify: bad signature" in printed.stdout
     assert printed.stdout.rstrip().endswith("FAILED")
@@ -242,7 +243,7 @@ def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted(running:
         ("pi-01", "malformed signature"): 1,
     }
     running.progresses()
-    assert fleet.audit()[0] == 0
+    assert audit_fleet(fleet.home)[0] == 0
 
 
 def with_link(url: str, messages: list[OutgoingMessage]) -> list[int]:
@@ -303,7 +304,7 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
     names = [row[0] for row in fleet.query(events)]
     assert [event for event in names if event in ("started", "stopped")] == ["started", "stopped", "started"]
     assert names.count("activated") == 1
-    assert fleet.audit()[0] == 0
+    assert audit_fleet(fleet.home)[0] == 0
 
 
 def retained(fleet: LocalFleet, kind: str) -> bytes:
@@ -361,7 +362,7 @@ def test_compressed_messages_are_gzip_on_topics_and_json_at_the_collector(
     wait_until("results at the collector", lambda: fleet.last_result_row("pi-01") > 0)
     device.stop()
     fleet.collector.stop()
-    assert fleet.audit()[1]["passed"]
+    assert audit_fleet(fleet.home)[1]["passed"]
 
 
 def test_systemd_hears_that_the_daemon_is_ready_and_alive(running: Running) -> None:
@@ -378,11 +379,11 @@ def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running
     assert (task["task"], task["stream"], task["schedule"]) == ("exercise", "watch", "every 500 ms")
     assert 0 < task["row"] <= stream["rows"]
     assert status["outbox"]["last"] > 0
-    printed = run_outstation("status", "-c", file)
+    printed = call_outstation("status", "-c", file)
     assert printed.returncode == 0
     assert "exercise" in printed.stdout
     assert "waiting of" in printed.stdout
-    checked = run_outstation("check", "--json", "-c", file)
+    checked = call_outstation("check", "--json", "-c", file)
     findings = {finding["name"]: finding for finding in json.loads(checked.stdout)}
     assert checked.returncode == 0
     assert {name for name, finding in findings.items() if finding["state"] == "failed"} == set()
@@ -400,7 +401,7 @@ def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running
         "broker",
     } == set(findings)
     assert "in use by the running daemon" in findings["storage"]["detail"]
-    printed = run_outstation("check", "-c", file)
+    printed = call_outstation("check", "-c", file)
     assert printed.returncode == 0
     assert len(printed.stdout.splitlines()) == len(findings)
     running.progresses()
@@ -409,12 +410,12 @@ def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running
 
 def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Path) -> None:
     home, port = tmp_path / "fleet", free_port()
-    done = run_outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
+    done = call_outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
     assert done.returncode == 0, done.stderr
     packed = tmp_path / "pi-01.tar.gz"
-    enrolled = run_outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
+    enrolled = call_outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
     assert enrolled.returncode == 0, enrolled.stderr
-    made = run_outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
+    made = call_outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
     device = DeviceProcess(tmp_path / "device", "pi-01").add_replay_stream(4000, 100).add_task("exercise")
@@ -422,7 +423,7 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     with MosquittoBroker(tmp_path, conf=keep_user_root(home / "broker" / "mosquitto.conf"), port=port):
         try:
             collector.start()
-            checked = run_outstation("check", "-c", str(device.config))
+            checked = call_outstation("check", "-c", str(device.config))
             assert checked.returncode == 0, checked.stdout
             device.start_and_wait()
             wait_until(
@@ -434,10 +435,10 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
             collector.kill()
         assert as_the_device(device, f"outstation/{FLEET}/pi-02/health") == 0x87
         assert as_the_device(device, f"outstation/{FLEET}/pi-01/ack") == 0x87
-    audit = run_outstation("fleet", "audit", "--dir", str(home), "--json")
+    audit = call_outstation("fleet", "audit", "--dir", str(home), "--json")
     report = json.loads(audit.stdout)
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
-    [listed] = json.loads(run_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
+    [listed] = json.loads(call_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
 
 
@@ -466,7 +467,7 @@ def test_a_full_store_rejects_producers_until_readings_were_processed(fleet: Loc
     wait_until("all that was accepted, used", lambda: fleet.last_result_row("pi-01") > accepted + more - OPEN_TAIL)
     assert last_row(device) == accepted + more
     assert device.is_running
-    assert fleet.audit()[0] == 0
+    assert audit_fleet(fleet.home)[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -499,7 +500,7 @@ def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet:
         wait_until("all that was accepted, used", lambda: fleet.last_result_row("pi-01") > accepted - OPEN_TAIL)
         assert device.start_count() == 1
         assert device.stop() == 0
-        assert fleet.audit()[0] == 0
+        assert audit_fleet(fleet.home)[0] == 0
     finally:
         device.kill()
         subprocess.run(["umount", str(device.data_dir)], check=True)
@@ -578,7 +579,7 @@ def test_two_tasks_on_one_stream_process_it_independently(fleet: LocalFleet) -> 
         uplink.start()
         wait_until("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"]) == (0, True)
     assert {track["task"]: (track["first"], track["last"]) for track in report["coverage"]} == {
         "nightly": (1, 5600),

@@ -16,8 +16,9 @@ import pytest
 
 from agent.client import Client
 from agent.testing.fleet import LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.process import wait_until
 from scripts.kit.bundles import CLASSIFY, KEY, packed
+from tests.kit.commands import call_outstation
 
 pytestmark = pytest.mark.attack("privacy")
 
@@ -78,7 +79,7 @@ class Hospital:
         return [json.loads(payload) for (payload,) in rows]
 
     def run(self, *command: str) -> list[bytes]:
-        done = run_outstation(*command)
+        done = call_outstation(*command)
         assert done.returncode in (0, 1), done.stderr
         return [done.stdout.encode(), done.stderr.encode()]
 
@@ -151,7 +152,7 @@ def check_cells(counts: Any) -> None:
 def disclose(hospital: Hospital) -> tuple[int, int]:
     """Return the exit codes of a check of disclosed rows, and of the same rows with one value changed."""
     first, last = hospital.messages("results")[0]["rows"]
-    shown = run_outstation("disclose", "tiny", "--rows", f"{first}-{last}", "-c", str(hospital.device.config))
+    shown = call_outstation("disclose", "tiny", "--rows", f"{first}-{last}", "-c", str(hospital.device.config))
     assert shown.returncode == 0, shown.stderr
     codes = []
     for change in (False, True):
@@ -160,7 +161,7 @@ def disclose(hospital: Hospital) -> tuple[int, int]:
             document["columns"][0][0] = float(np.float32(document["columns"][0][0]) + np.float32(0.5))
         file = hospital.folder / f"rows-{change}.json"
         file.write_text(json.dumps(document))
-        done = run_outstation("fleet", "disclosed", str(file), "--json", "--dir", str(hospital.fleet.home))
+        done = call_outstation("fleet", "disclosed", str(file), "--json", "--dir", str(hospital.fleet.home))
         assert json.loads(done.stdout)["matches"] is not change
         codes.append(done.returncode)
         file.unlink()

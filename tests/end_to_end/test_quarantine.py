@@ -18,6 +18,7 @@ from agent.model.inference import tuning
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import NotifySocket, wait_until
 from scripts.kit.bundles import KEY, change_manifest
+from tests.kit.commands import audit_fleet
 
 ROWS = 6000
 # More rows than the tail of a recording that fills no window.
@@ -80,7 +81,7 @@ def went_on_without_loss(fleet: LocalFleet, device: DeviceProcess) -> None:
     assert "crashed or hung 2 times in a row" in summary
     events = fleet.query("SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit'")
     assert ("quarantined",) in events
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
     assert [(track["first"], track["last"] > ROWS - OPEN_TAIL) for track in report["coverage"]] == [(1, True)]
 

@@ -12,6 +12,7 @@ import pytest
 
 from agent.testing.fleet import LocalFleet
 from agent.testing.process import wait_until
+from tests.kit.commands import audit_fleet
 
 ENDLESS = 10**9
 
@@ -47,7 +48,7 @@ def test_a_data_folder_restored_from_an_image_begins_a_new_log(fleet: LocalFleet
     assert device.is_running
     assert device.stop() == 0
     wait_until("everything arrived", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"]) == (0, True), report
     assert fleet.query("SELECT count(*) FROM refusals WHERE reason = 'conflicting payload'") == [(0,)]
     [(summary,)] = fleet.query("SELECT summary FROM alerts WHERE alert = 'storage' AND severity = 'critical'")
@@ -72,7 +73,7 @@ def test_a_damaged_store_is_salvaged_and_the_audit_passes(fleet: LocalFleet) -> 
     wait_until("more results", lambda: fleet.last_result_row("pi-01") > before + 100)
     assert device.stop() == 0
     wait_until("everything arrived", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
-    code, report = fleet.audit()
+    code, report = audit_fleet(fleet.home)
     assert (code, report["passed"]) == (0, True), report
     assert len(logs(fleet)) == 1
     assert fleet.query("SELECT count(*) FROM alerts WHERE alert = 'storage' AND severity = 'critical'")[0][0] >= 1
@@ -108,7 +109,7 @@ def test_an_idle_device_refills_a_collector_restored_from_a_backup_within_second
     (tmp_path / "backup.db").replace(fleet.home / "fleet.db")
     fleet.collector.start()
     wait_until("the collector has everything again", lambda: set(seqs(fleet)) >= set(range(1, written + 1)), 25)
-    assert fleet.audit()[0] == 0
+    assert audit_fleet(fleet.home)[0] == 0
 
 
 def seqs(fleet: LocalFleet) -> list[int]:

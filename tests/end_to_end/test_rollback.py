@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,9 @@ import pytest
 from agent import durable_files
 from agent.device.bundles import history
 from agent.errors import StorageFull
-from tests.kit.exchanges import Device, versions
+from tests.kit.exchanges import Device
 
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return versions(tmp_path_factory.mktemp("bundles"), "1", "2", "3")
-
-
-@pytest.fixture
-def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
-    made = Device(tmp_path, bundles)
-    yield made
-    made.store.close()
+pytest_plugins = ["tests.kit.exchange_fixtures"]
 
 
 def test_a_first_bundle_has_nothing_to_go_back_to(device: Device) -> None:

@@ -14,12 +14,13 @@ from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle
 from agent.testing.fleet import FLEET, DeviceProcess, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
 from scripts.kit import rigged
+from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import crashing
 
 COUNTERS = itertools.count(1)
@@ -31,7 +32,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
         made.broker.start()
         made.collector.start()
         where = str(made.home / "repository")
-        done = run_outstation("fleet", "repository", "init", "--demo", "--url", where, "--dir", str(made.home))
+        done = call_outstation("fleet", "repository", "init", "--demo", "--url", where, "--dir", str(made.home))
         assert done.returncode == 0, done.stderr
         made.config = fleet_config.load(made.home)
         yield made
@@ -45,7 +46,7 @@ def offered(fleet: LocalFleet) -> dict[str, Path]:
     for number, kind in enumerate(("good", "wrong", "crash"), start=2):
         made[kind] = rigged.write_bundle(rigged.build_rigged_bundle(kind, f"{number}.0.0", key), fleet.folder / kind)
         # One that would not prove itself is published all the same, as by somebody who did not look.
-        done = run_outstation("fleet", "publish", str(made[kind]), "--no-probe", "--dir", str(fleet.home))
+        done = call_outstation("fleet", "publish", str(made[kind]), "--no-probe", "--dir", str(fleet.home))
         assert done.returncode == 0, done.stderr
     return made
 
@@ -121,7 +122,7 @@ def test_a_good_bundle_passes_every_phase_and_becomes_active(
     assert versions(fleet) == [shipped, "2.0.0"]
     task_status = device.status()["tasks"][0]
     assert (task_status["bundle"], task_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
-    shown = run_outstation("status", "-c", str(device.config)).stdout
+    shown = call_outstation("status", "-c", str(device.config)).stdout
     assert "rollout better (all) of exercise 2.0.0: active since" in shown
 
 
@@ -157,4 +158,4 @@ def test_a_crashing_canary_is_rolled_back_and_the_daemon_survives(
     wait_until("results go on", lambda: fleet.last_result_row("pi-01") > before)
     assert versions(fleet)[-1] == "2.0.0"
     assert device.stop() == 0
-    wait_until("all is at the collector", lambda: fleet.audit()[1]["passed"])
+    wait_until("all is at the collector", lambda: audit_fleet(fleet.home)[1]["passed"])

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from agent.cli.device import run
 from agent.errors import StorageForked
-from agent.testing.process import run_outstation
+from tests.kit.commands import call_outstation
 
 
 def test_a_daemon_ends_before_the_next_one_starts_in_a_new_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_outstation("init", str(tmp_path), "--id", "pi-07").returncode == 0
+    assert call_outstation("init", str(tmp_path), "--id", "pi-07").returncode == 0
     made, before = [], [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
 
     class Forking:

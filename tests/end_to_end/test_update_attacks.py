@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.device.rollout.fetch import version_floors as floors
 from agent.device.rollout.fetch.fetcher import FetchedBundle
+from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
 from agent.wire import root_metadata
@@ -67,6 +69,18 @@ def test_arbitrary_install_from_a_repository_of_somebody_else(publish: Publish, 
     foreign.write(web.folder)
     device.must_fail(wanted, "UnsignedMetadataError")
     assert not any("6.6.6" in path for path in requested_archives(web))
+
+
+@pytest.mark.attack("updates", control=True)
+def test_a_device_that_takes_its_first_root_from_the_server_installs_what_a_foreign_repository_offers(
+    web: Web, tmp_path: Path
+) -> None:
+    foreign = Signed()
+    wanted = foreign.add("exercise", "6.6.6", OTHER)
+    foreign.write(web.folder)
+    root = (web.folder / "metadata" / "1.root.json").read_bytes()
+    with Updating(tmp_path / "trusting", web.url, root) as trusting:
+        assert trusting.must_fetch(wanted).path.read_bytes() == OTHER
 
 
 def test_arbitrary_install_of_another_archive_under_a_signed_name(publish: Publish, web: Web, device: Updating) -> None:
@@ -135,6 +149,22 @@ def test_truncated_local_metadata_and_then_an_older_copy_of_the_repository(
     assert device.versions["timestamp"] == 3
     repository.write(web.folder)
     device.must_fetch(first)
+
+
+@pytest.mark.attack("updates", control=True)
+def test_a_device_without_floors_in_its_store_rolls_back_once_its_local_metadata_are_damaged(
+    repository: Signed, publish: Publish, web: Web, device: Updating
+) -> None:
+    first = publish("1.0.0")
+    older = repository.copy()
+    device.must_fetch(publish("2.0.0", OTHER))
+    older.write(web.folder)
+    for path in (device.data / "updates").rglob("*.json"):
+        path.unlink()
+    with device.store.transaction() as tx:
+        floors.save(tx, VersionFloors())
+    assert device.must_fetch(first).path.read_bytes() == ARCHIVE
+    assert device.versions["timestamp"] == 2
 
 
 def test_rollback_of_a_root_that_revoked_a_key(

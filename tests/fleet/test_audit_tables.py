@@ -20,7 +20,7 @@ pytestmark = pytest.mark.attack("audit")
 
 NOW = "2026-11-24T22:20:00.000000Z"
 BOOT_US, WALL_US = 1_000_000, 1_764_022_680_000_000
-DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps")
+DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps", "result_provenance")
 # What one moment or the order of arrival decides, and no message states.
 UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid")}
 
@@ -28,6 +28,13 @@ UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows"
 def anchor(sender: MessageSender, boot: int, at: int) -> SignedMessage:
     evidence = {"boot": boot, "segment": 1, "boot_us": BOOT_US, "wall_us": at, "quality": "synced", "error_us": 50}
     return sender.append("audit", event="clock", summary="", evidence={**evidence, "step_us": 3})
+
+
+def outputs(sender: MessageSender) -> SignedMessage:
+    """Return two results with every column and member that results may have."""
+    columns = {"row": [1301, 1401], "t": [1, 2], "value": [1.5, 2], "missing": [0, 0.25], "value_hum": [0.5, None]}
+    made = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
+    return sender.results(2, columns=columns, made=made, incomplete=1, faults=["ax", "ay"])
 
 
 def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
@@ -49,7 +56,12 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
         log = [anchor(old, 1, WALL_US), old.results(), old.drift(), old.quiet_run(), old.alert(), old.shadow()]
         quality = old.append("quality", task=old.task, metrics=metrics)
         log += [quality, old.rollout("shadow", numbers={"n": 3}), old.quality(), old.evicted((9, 9))]
-        log += [old.health_with_cursor(), anchor(old, 3, WALL_US + 10_000_000), old.results(model=NEW_MODEL)]
+        log += [
+            old.health_with_cursor(),
+            anchor(old, 3, WALL_US + 10_000_000),
+            old.results(model=NEW_MODEL),
+            outputs(old),
+        ]
         extent: dict[str, Any] = {"boot": 2, "wall_clock": {"boot_us": 2_000_000}}
         log.append(old.append("health", streams={}, tasks={}, **extent))
         ingest(store, old, *(item for item in log if item.seq != 9))

@@ -179,6 +179,7 @@ def hostile(sender: MessageSender, stranger: MessageSender) -> dict[str, tuple[I
     }
 
 
+@pytest.mark.attack("broker")
 def test_every_attack_is_refused_with_its_reason_and_counted(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
@@ -199,6 +200,7 @@ def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: 
     assert desk.store.count_messages() == 1
 
 
+@pytest.mark.attack("broker")
 def test_a_flood_of_hostile_messages_loses_no_valid_one_and_alerts_once(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")
@@ -353,13 +355,14 @@ def test_a_device_enrolled_by_another_process_meanwhile_is_known(desk: Desk) -> 
 
 
 def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> None:
+    desk.hand(MessageSender("pi-0").results())
     reads: list[str] = []
     sqlite_of(desk.store).connection.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
     strangers = [MessageSender(f"pi-{i}").results() for i in range(100)]
     for item in strangers:
         desk.hand(item)
     assert reads == []
-    assert desk.reasons() == {"unknown key": 100}
+    assert desk.reasons() == {"unknown key": 101}
 
 
 def test_state_is_stored_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> None:

@@ -25,15 +25,17 @@ from agent.fleet.collector.quota import DeviceQuotas
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.evidence import EvidenceQueries
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, join_tokens, pki
 from agent.fleet.enrolment.device_files import pack_device_files
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
-from agent.testing.messages import new_key
+from agent.testing.messages import MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
+from agent.wire.messages import verify_message
 from scripts.kit.certificates import make_expired
 from tests.kit.enrolments import join, let_in, site
 
@@ -488,6 +490,7 @@ def test_a_command_killed_after_its_commit_leaves_a_complete_file(folder: Path, 
 # --- attacks on keys and requests ---
 
 
+@pytest.mark.attack("enrolment")
 def test_an_operators_folder_holds_no_private_key_of_a_device(folder: Path, config: FleetConfig) -> None:
     before = {path for path in folder.rglob("*.key") if path.is_file()}
     let_in(config, folder, "pi-07")
@@ -528,6 +531,7 @@ def test_a_device_that_joins_gets_a_certificate_for_its_own_key(
         Link(settings_of(folder, "pi-07"), "pi-07").close()
 
 
+@pytest.mark.attack("enrolment")
 def test_a_request_for_another_device_or_fleet_lets_nobody_in(folder: Path, config: FleetConfig) -> None:
     with pytest.raises(UsageError, match="is for device 'pi-08' of fleet 'acme', not 'pi-07'"):
         let_in(config, folder, "pi-07", request=join(site(folder, "a"), "pi-08"))
@@ -536,6 +540,20 @@ def test_a_request_for_another_device_or_fleet_lets_nobody_in(folder: Path, conf
     assert not (folder / "devices").exists()
 
 
+@pytest.mark.attack("enrolment", control=True)
+def test_an_operator_who_compares_neither_token_nor_thumbprint_lets_a_stranger_write_a_devices_log(
+    folder: Path, config: FleetConfig
+) -> None:
+    stranger = site(folder, "stranger")
+    let_in(config, folder, "pi-07", request=join(stranger, "pi-07"))
+    pair(site(folder, "pi-07") / "device.crt", stranger / "device-tls.key")
+    forged = MessageSender("pi-07", keys.load_private(stranger / "device.key")).results()
+    store = FleetStore(Path(config.fleet.db))
+    assert verify_message(forged.topic, forged.payload, (forged.jws,), Keyring(store).find).body.device == "pi-07"
+    store.close()
+
+
+@pytest.mark.attack("enrolment")
 def test_a_strangers_request_needs_the_token_or_the_thumbprint(folder: Path, config: FleetConfig) -> None:
     home, now = folder / "devices" / "pi-07", 1_000_000
     stranger = join(site(folder, "stranger"), "pi-07")

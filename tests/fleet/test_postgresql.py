@@ -484,7 +484,8 @@ def until(members: Callable[[], bool], within_s: float = 60.0) -> None:
 def test_the_queries_of_the_document_run(store: FleetStore) -> None:
     sender = enrolled(store)
     report = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
-    add(store, sender, sender.results(), sender.drift(features=report))
+    columns = {"row": [1], "t": [1], "value": [20], "value_humidity": [0.5]}
+    add(store, sender, sender.results(1, columns=columns, rows_at=(1, 1)), sender.drift(features=report))
     text = (Path(__file__).parents[2] / "docs" / "collector.md").read_text(encoding="utf-8")
     section = text.partition("## PostgreSQL")[2].partition("## Several")[0]
     queries = re.findall(r"^    (SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
@@ -493,4 +494,4 @@ def test_the_queries_of_the_document_run(store: FleetStore) -> None:
     assert result[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]
     assert [row[2:] for row in result[2]] == [(0, 3), (1, 4)]
     assert result[3][0][2] == "ax"
-    assert result[4][0][2] == "sha256:ab"
+    assert result[4] == [("pi-07", 1, 0.5)]

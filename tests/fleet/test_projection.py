@@ -117,3 +117,65 @@ def test_a_tally_with_an_impossible_number_is_refused(number: str) -> None:
             sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', f'"agreeing":{number}'.encode()))
         )
     assert sender.verify(sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', b'"agreeing":7')))
+
+
+MADE = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
+
+
+def two_results(sender: MessageSender, **columns: Any) -> SignedMessage:
+    listed = {"row": [1, 2], "t": [10, 20], "value": [1.5, 2], **columns}
+    return sender.results(2, rows_at=(1, 2), columns=listed, made=MADE, incomplete=1, faults=["ax", "ay"])
+
+
+def test_every_column_of_results_reaches_the_tables_and_the_view(store: FleetStore) -> None:
+    sender = MessageSender()
+    add(store, sender, two_results(sender, missing=[0, 0.25], **{"value_hum": [3, None], 'score_"a"|b': [0.25, 1]}))
+    expected = [
+        (1, 1.5, 0.0, {"value_hum": 3.0, 'score_"a"|b': 0.25}, ["ax", "ay"]),
+        (2, 2.0, 0.25, {"value_hum": None, 'score_"a"|b': 1.0}, ["ax", "ay"]),
+    ]
+    for table in ("results", "results_dated"):
+        rows = ask(store, f"SELECT row, value, missing, outputs, faults FROM {table} ORDER BY row")
+        assert [(*row[:3], json.loads(row[3]), json.loads(row[4])) for row in rows] == expected
+    made = ("exercise", "1.0.0", "sha256:ab", *MADE.values())
+    assert ask(store, "SELECT device, seq, rows_first, rows_last, n, incomplete FROM result_messages") == [
+        ("pi-07", 1, 1, 2, 2, 1)
+    ]
+    members = "model, version, digest, agent, runtime, config"
+    assert ask(store, f"SELECT task, stream, {members} FROM result_provenance") == [("exercise", "watch", *made)]
+    assert ask(store, f"SELECT DISTINCT n, incomplete, {members} FROM results_dated") == [(2, 1, *made)]
+
+
+def test_results_without_further_columns_store_no_text(store: FleetStore) -> None:
+    sender = MessageSender()
+    add(store, sender, sender.results(2))
+    assert ask(store, "SELECT missing, outputs, faults FROM results") == [(None, None, None)] * 2
+    assert ask(store, "SELECT agent, runtime, config FROM result_provenance") == [(None, None, None)]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [[1], [1, 2, 3], ["x", "y"], [[1], [2]], {"first": 1}, "12", [1e300, 1]],
+    ids=["short", "long", "text", "lists", "object", "string", "too large"],
+)
+def test_a_further_column_that_is_no_list_of_numbers_stays_evidence_only(store: FleetStore, column: object) -> None:
+    sender = MessageSender()
+    add(store, sender, two_results(sender, value_bad=column, value_good=[1, 2], other=[1, 2]))
+    assert [json.loads(row[0]) for row in ask(store, "SELECT outputs FROM results ORDER BY row")] == [
+        {"value_good": 1.0},
+        {"value_good": 2.0},
+    ]
+
+
+def test_messages_of_one_maker_share_its_row(store: FleetStore) -> None:
+    sender, other = MessageSender(), MessageSender("pi-08")
+    add(store, sender, *(sender.results(1, made=MADE) for _ in range(3)), sender.results(1, model=NEW_MODEL))
+    add(store, sender, sender.results(1, made=MADE))
+    add(store, other, other.results(1, made=MADE))
+    assert ask(store, "SELECT device, version FROM result_provenance ORDER BY device, version") == [
+        ("pi-07", "1.0.0"),
+        ("pi-07", "1.1.0"),
+        ("pi-08", "1.0.0"),
+    ]
+    joined = "SELECT count(*) FROM result_messages JOIN result_provenance USING (device, provenance)"
+    assert ask(store, joined) == [(6,)]

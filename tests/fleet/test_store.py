@@ -27,7 +27,7 @@ from tests.kit.fleet_databases import sqlite_of
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (
     *("devices", "messages", "logs", "gaps", "log_ends", "results", "drift_windows", "alerts", "quality_messages"),
-    *("shadows", "rollout_devices"),
+    *("shadows", "rollout_devices", "learned_references"),
 )
 
 
@@ -83,6 +83,7 @@ SENDER = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11
 LOG = of_every_kind(SENDER)
 
 
+@pytest.mark.attack("broker")
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(LOG), repeats=st.lists(st.sampled_from(LOG), max_size=6), cuts=st.sets(st.integers(1, 12)))
 def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
@@ -198,6 +199,7 @@ def test_an_acknowledgement_ends_at_the_hundredth_gap(store: FleetStore) -> None
     assert store.acknowledgement(sender.device, sender.log).through == 250
 
 
+@pytest.mark.attack("broker")
 def test_a_conflicting_payload_raises_an_alert_and_replaces_nothing(store: FleetStore) -> None:
     sender = MessageSender()
     enrol(store, sender)

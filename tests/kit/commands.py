@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import subprocess
+from pathlib import Path
+from typing import Any
 
 from agent.cli import main
 
@@ -20,3 +23,9 @@ def call_outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return subprocess.CompletedProcess(arguments, code, out.getvalue().decode(), err.getvalue().decode())
+
+
+def audit_fleet(home: Path) -> tuple[int, Any]:
+    """Run `fleet audit --json` in the fleet's folder; return its exit code and report."""
+    done = call_outstation("fleet", "audit", "--json", "--dir", str(home))
+    return done.returncode, json.loads(done.stdout)

@@ -18,6 +18,7 @@ from agent.device.pipeline import batch, drift_state
 from agent.device.pipeline.batch import BatchResult
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
+from agent.device.rules import compiler
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
@@ -46,6 +47,7 @@ class Device:
     publish: Publish = "all"
     max_bytes: int = 120_000
     max_size: int = 2**30
+    alerts: list[config.AlertRuleConfig] = field(default_factory=list)
     store: Store = field(init=False)
     task: LoadedTask = field(init=False)
     author: MessageLog = field(init=False)
@@ -67,7 +69,7 @@ class Device:
                 self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20
             )
             restored = drift_state.restore(self.store, "tiny", judge)
-        chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish)
+        chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish, alerts=self.alerts)
         active = self.active
         self.task = LoadedTask(
             *("tiny", chosen, self.stream, active.bundle, active.model),
@@ -76,6 +78,7 @@ class Device:
             "sha256:c",
             closing_messages=None if restored is None else restored.messages,
             unsaved_basis=None if restored is None else restored.basis,
+            rules=compiler.compile_rules("outstation.toml", "tiny", self.alerts, manifest, active.model),
         )
         self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 

@@ -12,13 +12,17 @@ import numpy as np
 from agent.bootstrap.daemon import build_daemon
 from agent.bootstrap.device import load_config, open_store
 from agent.device.daemon import Daemon
+from agent.device.pipeline import tuning_cache
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle
+from agent.model.inference.tuning import Tuning
 from agent.wire import keys
 from scripts.kit.bundles import KEY, change_manifest, packed
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 
 T0 = 1_764_022_680_000_000
+# Tunings of bundles that passed their probe in an earlier test: a device knows them, as after a restart.
+_tunings: list[Tuning] = []
 
 
 def version(bundle: Path, text: str) -> Path:
@@ -77,7 +81,10 @@ schedule = "every 60 s"
     def start(self) -> None:
         self.file, self.conf = load_config(str(self.home / "outstation.toml"))
         self.store = open_store(self.conf)
+        for tuning in _tunings:
+            tuning_cache.save(self.store, "sort", tuning)
         self.daemon: Daemon = build_daemon(self.file, self.conf, self.store)
+        _tunings[:] = tuning_cache.load(self.store, "sort")
         self.daemon._remote_commands.start(NOW, lambda: None)
 
     def crash(self, configured: str | None = None) -> None:

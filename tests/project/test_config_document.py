@@ -33,6 +33,7 @@ SECTIONS: dict[str, Any] = {
     "fields": config.FieldConfig,
     **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
     "[tasks.NAME]": config.TaskConfig,
+    "alerts": config.AlertRuleConfig,
 }
 
 
@@ -56,7 +57,7 @@ def test_every_section_of_the_config_is_documented() -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) -> None:
     kind, described = SECTIONS[section], documented()[section]
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     assert described.keys() == fields.keys()
     file = tmp_path / "section.toml"
     required = {name for name, field in fields.items() if field.required}

@@ -24,8 +24,8 @@ def test_half_an_hour_on_a_lossy_link_delivers_all_with_constant_memory() -> Non
     assert report["connections"] > 2
 
 
-def test_two_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None:
-    command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "2", "--seed", "7", "--json"]
+def test_seventy_five_minutes_offline_on_a_small_store_lose_only_what_is_declared() -> None:
+    command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "1.25", "--seed", "7", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     [report] = json.loads(done.stdout)

@@ -14,11 +14,12 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.fleet import FIELDS, RECORDINGS, LocalFleet, field_tables
 from agent.testing.messages import MessageSender
-from agent.testing.process import find_program, run_outstation, wait_until
+from agent.testing.process import find_program, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 from agent.wire.topics import KINDS
 from scripts import wire_documents
+from tests.kit.commands import call_outstation
 from tests.kit.devices import expand_columns
 
 Message = dict[str, Any]
@@ -94,7 +95,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Message]:
         rows = [row for columns in results for row in columns["row"]][:60]
         labels = json.dumps({"row": rows, "label": ["PEN"] * len(rows)})
         for command in (("report",), ("label", "exercise", labels)):
-            done = run_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
+            done = call_outstation("fleet", "command", "pi-01", *command, "--dir", home, "--wait", "60", "--json")
             assert done.returncode == 0, done.stdout + done.stderr
         # The broker publishes the Will of a killed daemon.
         device.kill()

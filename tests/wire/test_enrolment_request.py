@@ -78,6 +78,15 @@ def test_an_altered_request_is_refused(data: bytes, problem: str) -> None:
         parse(data)
 
 
+@pytest.mark.attack("enrolment", control=True)
+def test_a_parser_that_verifies_no_signature_takes_anothers_key_for_a_thiefs_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jws, "verify", lambda *_: None)
+    renamed = parse(GOOD.replace(b"pi-07", b"pi-08", 1))
+    assert (renamed.body.device, renamed.key.kid) == ("pi-08", KEY.public.kid)
+
+
 def test_a_certificate_request_of_another_kind_of_key_is_refused() -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     made = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())

@@ -18,6 +18,8 @@ from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from tests.kit.damage import flips
 
+pytestmark = pytest.mark.attack("broker")
+
 KEY, OTHER = new_key(1), new_key(2)
 TOPIC = "outstation/acme/pi-07/health"
 PAYLOAD = '{"v":1,"kind":"health","text":"Grüße"}'.encode()

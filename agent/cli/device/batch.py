@@ -8,9 +8,12 @@ import click
 
 from agent.bootstrap import device, tasks
 from agent.cli.output import config_option, emit, json_option, print_table
+from agent.device.bundles import rollout_state
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
 from agent.device.pipeline import cursor_repair, label_metrics, relearn
+from agent.device.rollout import saved_drift
+from agent.device.rules import rule_store
 
 
 @click.command(epilog="Example: outstation batch exercise")
@@ -26,9 +29,12 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
         message_log, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, message_log).tick(now())
         marker = tasks.open_crash_marker(conf, store, message_log)
+        rule_store.reconcile(store, message_log, conf.tasks, now())
         for name in [task] if task else list(conf.tasks):
             loaded = tasks.load_task(file, conf, store, name, marker=marker)
             total = {"rows": 0, "windows": 0, "alerts": 0}
+            if not rollout_state.find_canary_digest(store, name):
+                total["alerts"] += saved_drift.end_unreferenced(loaded, store, message_log, now())
             relearn.apply_pending(loaded, store, message_log, now())
             total["alerts"] += cursor_repair.repair_cursor(loaded, store, message_log, now())
             while (result := batches.run(loaded, store, message_log, now())) is not None:

@@ -19,6 +19,7 @@ from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
+from agent.device.bundles import history
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
@@ -29,8 +30,10 @@ from agent.device.recovery.report_findings import inspect_condition
 from agent.device.rollout.fetch import request as fetch_request
 from agent.device.rollout.fetch import version_floors
 from agent.device.rollout.fetch.fetcher import FetchProcess
+from agent.device.rules import compiler, sentences
 from agent.device.store.store import Store
-from agent.errors import FetchFailed, LinkDown, OutstationError, StorageBusy
+from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy
+from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
 from agent.text import printable
@@ -51,7 +54,10 @@ class CheckResult(msgspec.Struct, frozen=True):
 @config_option
 @json_option
 def check(config_file: str | None, as_json: bool) -> None:
-    """Check config, keys, bundles on this processor, storage, clock, update repository and broker."""
+    """Check config, keys, bundles on this processor, storage, clock, update repository and broker.
+
+    Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
+    """
     file, conf = device.load_config(config_file)
     results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
     emit([asdict(result) for result in results], as_json, lambda: _print(results))
@@ -77,6 +83,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
+        for index, rule in enumerate(task.alerts):
+            yield _run_check(f"alert {name}/{rule.name}", lambda n=name, i=index: _check_rule(file, conf, n, i))  # type: ignore[misc]
     # Before the store is opened for writing: that resets how the last process stopped.
     yield from _check_store_condition(conf)
     running = _is_running(conf)
@@ -131,6 +139,15 @@ def _check_bundle(file: Path, conf: Config, name: str) -> str:
     manifest = task.bundle.manifest
     pace = f", {task.tuning}" if task.tuning else ""
     return f"{manifest.name} {manifest.version}, golden vectors right on this CPU{pace}, {drift}"
+
+
+def _check_rule(file: Path, conf: Config, task: str, index: int) -> str:
+    """Return what an alert rule does, checked against the bundle that the config names, if that can be read."""
+    rule = conf.tasks[task].alerts[index]
+    with suppress(BadBundle):
+        manifest = bundle.read(history.locate_bundle(conf, None, task), None).manifest
+        compiler.compile_rule(str(file), task, index, rule, manifest)
+    return sentences.explain(rule)
 
 
 def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:

@@ -116,6 +116,7 @@ class _TaskDrift:
                 self._subject_to_dict(name, report) for name, report in (last.subjects.items() if last else ())
             ],
             "estimate": dict(zip(("accuracy", "low", "high"), last.accuracy, strict=True))
+            | ({"outside": True} if last.is_contradicted else {})
             if last and last.accuracy
             else None,
             "alerts": [
@@ -188,7 +189,8 @@ def _print(document: dict[str, Any]) -> None:
     print_table(["", "state", "mean CUSUM", "spread CUSUM", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
         accuracy, low, high = (document["estimate"][name] for name in ("accuracy", "low", "high"))
-        echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f})")
+        contradicted = "; labels contradict it" if "outside" in document["estimate"] else ""
+        echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f}){contradicted}")
     for alert in document["alerts"]:
         echo(alert["summary"])
     if "plot" in document:

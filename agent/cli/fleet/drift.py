@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent import clock
 from agent.cli.fleet import drift_report as report
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, processes_option, progress_bar
+from agent.cli.fleet.common import (
+    db_option,
+    fleet_option,
+    open_for_reading,
+    parse_since,
+    processes_option,
+    progress_bar,
+)
 from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
-from agent.config import parse_duration
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean
@@ -55,7 +59,7 @@ def drift(
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
-    begin = None if since is None else _parse_since(since, now_us)
+    begin = None if since is None else parse_since("--since", since, now_us)
     _, store = open_for_reading(folder, db, device)
     with progress_bar("reading", store.count_drift_messages()) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
@@ -63,7 +67,7 @@ def drift(
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]
-    known = _load_references(bundles)
+    known = load_references(bundles)
     document = report.build_document(survey, device, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli.device.drift_plot import save
@@ -81,21 +85,7 @@ def drift(
     emit(document, as_json, print_report)
 
 
-def _parse_since(text: str, now_us: int) -> str:
-    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
-    try:
-        return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f'--since {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return clock.to_rfc3339(int(moment.timestamp() * 1e6))
-
-
-def _load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
+def load_references(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
     """Return bundle and drift reference by the reference's digest, also of built-in bundles. Raises BadBundle."""
     from agent.drift.baseline.reference import Reference
     from agent.model.bundle import builtin, bundle

@@ -53,6 +53,7 @@ def _plot_device(store: FleetStore, group: DriftGroup, device: str, since: str |
         name: states["insufficient"].counts for name, states in timeline.histograms.items() if "insufficient" in states
     }
     reference_counts = learned or {name: part.counts for name, part in group.merge_fields().items()}
+    usual = "the whole fleet" if len(group.devices) > 1 else "all windows of this device"
     rows, estimates = drift_plot.plot_device(timeline, scale, reference_counts, {})
     alerts = [(a["alert"], a["summary"]) for a in store.alerts(device) if a["task"] == group.task]
     return DriftPlot(
@@ -61,7 +62,7 @@ def _plot_device(store: FleetStore, group: DriftGroup, device: str, since: str |
         alerts=alerts,
         series_names=["mean"],
         dashed_label="spread",
-        reference_label="learning windows of this site" if learned else "the whole fleet",
+        reference_label="learning windows of this site" if learned else usual,
         rows=rows,
         estimates=estimates,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import click
 
 from agent.cli.fleet.collect import collect, collector
-from agent.cli.fleet.command import command, revoke
+from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, init, token
@@ -18,14 +20,35 @@ from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.fleet.watch import watch
 
+# Commands in folders below this one, which import what commands here share.
+_BELOW = {
+    "export": "agent.cli.fleet.data.export:export",
+    "sql": "agent.cli.fleet.data.export:sql",
+    "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
+    "notify": "agent.cli.fleet.notify.commands:notify",
+    "user": "agent.cli.fleet.dashboard.user:user",
+}
 
-@click.group()
+
+class _FleetGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_BELOW})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _BELOW:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = _BELOW[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(cls=_FleetGroup)
 def fleet() -> None:
     """Run the fleet's side: enrol devices, collect, watch, command, audit."""
 
 
 for _subcommand in (
     *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

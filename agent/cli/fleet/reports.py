@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +21,36 @@ from agent.cli.fleet.common import (
     processes_option,
     progress_bar,
 )
+from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.database.incidents.incident_rows import IncidentKey
+from agent.fleet.incidents import incidents
+from agent.fleet.incidents.incidents import Incident, IncidentFilter
+from agent.quantities import parse_duration
 
 if TYPE_CHECKING:
     from agent.fleet.audit.checkpoint import CheckpointFolder
     from agent.fleet.config import FleetConfig
+    from agent.fleet.database.store import FleetStore
     from agent.wire.keys import PublicKey, SigningKey
 
 _MAX_LISTED = 50
+_FOLLOW_POLL_S = 2.0
+_FOLLOWED_COLUMNS = {"time": 27, "device": 8, "task": 8, "status": 12, "severity": 8, "alert": 7, "summary": 0}
 
 
 @click.command("devices", epilog="Example: outstation fleet devices --dir acme")
+@click.option("--all", "with_retired", is_flag=True, help="Devices that were removed, too.")
 @db_option
 @fleet_option
 @json_option
-def devices(db: str | None, folder: str | None, as_json: bool) -> None:
-    """List the enrolled devices with their state, their clock and their open alerts."""
+def devices(with_retired: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+    """List the enrolled devices with their state, their clock and their open alerts.
+
+    The state is the one that the device sent last, or `revoked` if none of its keys may sign.
+    """
     config, store = open_for_reading(folder, db)
     rows = [
         {
@@ -51,7 +64,7 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
             "logs": known["logs"],
             "clock": known["clock"],
         }
-        for known in store.devices()
+        for known in store.devices(with_retired=with_retired)
     ]
     cells = [
         [
@@ -95,20 +108,197 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
 
-@click.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
+@click.group(
+    "alerts",
+    invoke_without_command=True,
+    epilog="Example: outstation fleet alerts --device pi-07",
+)
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
+@follow_option
 @device_option
 @db_option
 @fleet_option
 @json_option
-def alerts(include_cleared: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
-    """List the open alerts, oldest first."""
+@click.pass_context
+def alerts(
+    ctx: click.Context,
+    include_cleared: bool,
+    follow: bool,
+    device: str | None,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """List the open alerts, oldest first, with their state: raised, acknowledged or muted.
+
+    An acknowledgement ends when the alert becomes worse or comes back; a mute lasts until its time. With --follow, each
+    alert that is raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
+    """
+    if ctx.invoked_subcommand is not None:
+        ctx.obj = (db, folder)
+        return
     _, store = open_for_reading(folder, db, device)
-    rows = store.alerts(device, closed=include_cleared)
-    columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
+    if follow:
+        _follow_alerts(store, device, as_json)
+        return
+    rows = _list_alerts(store, device, include_cleared)
+    columns = ["incident", "time", "device", "task", "status", "severity", "alert", "summary"]
     cells = [[row[name] or "" for name in columns] for row in rows]
     empty = "No alert was ever raised." if include_cleared else "No open alert."
-    emit(rows, as_json, lambda: print_table(columns, cells, empty))
+    headings = ["id", *columns[1:]]
+    emit(rows, as_json, lambda: print_table(headings, cells, empty))
+
+
+def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
+    wanted = IncidentFilter(open=None if include_cleared else True, device=device)
+    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
+    return [_add_handling(row, handled) for row in store.alerts(device, closed=include_cleared)]
+
+
+def _follow_alerts(store: FleetStore, device: str | None, as_json: bool) -> None:
+    """Print open alerts, then each that is raised, changed or cleared, until Ctrl-C."""
+    columns = [Column(name, width) for name, width in _FOLLOWED_COLUMNS.items()]
+    printer = LinePrinter(columns, lambda row: [row[name] or "" for name in _FOLLOWED_COLUMNS])
+    followed = FollowedAlerts(lambda: _list_alerts(store, device, False))
+    empty = "No open alert."
+    emit_or_follow(followed.read_changes(), followed.read_changes, printer, empty, as_json, _FOLLOW_POLL_S)
+
+
+class FollowedAlerts:
+    """Open alerts as they were last read, and what has changed since."""
+
+    def __init__(self, list_open: Callable[[], list[dict[str, Any]]]) -> None:
+        self._list_open, self._open = list_open, dict[tuple[Any, ...], dict[str, Any]]()
+
+    def read_changes(self) -> list[dict[str, Any]]:
+        """Return the open alerts that are new or changed, and with status `cleared` those that are open no longer."""
+        rows = {tuple(row[name] for name in ("source", "device", "log", "id")): row for row in self._list_open()}
+        cleared = [{**row, "status": "cleared", "open": False} for key, row in self._open.items() if key not in rows]
+        changed = [row for key, row in rows.items() if self._open.get(key) != row]
+        self._open = rows
+        return [*cleared, *changed]
+
+
+def _now() -> str:
+    return clock.to_rfc3339(clock.read().wall_us)
+
+
+def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> dict[str, Any]:
+    """Add what operators said to a message of table alerts; `status` is that of the incident as a whole."""
+    incident = handled.get((row["source"], row["device"], row["log"], row["id"]))
+    members: dict[str, Any] = {"incident": None, "status": row["state"], "acknowledged": None, "muted": None}
+    if incident is not None:
+        members = {name: getattr(incident, name) for name in ("status", "acknowledged", "muted")}
+        members["incident"] = incident.ref
+        members["status"] = "cleared" if row["state"] == "cleared" else incident.status
+    return {**row, **members}
+
+
+_by_option = click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
+_note_option = click.option("--note", metavar="TEXT", default="", help="Why, for the next person who looks.")
+
+
+@alerts.command("acknowledge", epilog="Example: outstation fleet alerts acknowledge 3f9a --by eva --note 'on my way'")
+@click.argument("ref", metavar="ID")
+@_by_option
+@_note_option
+@db_option
+@fleet_option
+@json_option
+@click.pass_obj
+def acknowledge(
+    outer: tuple[str | None, str | None],
+    ref: str,
+    by: str,
+    note: str,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Say that you take care of an alert: no more reminders until it becomes worse or comes back."""
+    with open_store(*_opened(outer, db, folder)) as store:
+        incident = incidents.find_incident(store, ref, now=_now())
+        incidents.acknowledge(store, incident, by=by, note=note, now=_now())
+    _report("acknowledged", incident, {"by": by, "note": note}, as_json)
+
+
+@alerts.command("mute", epilog="Example: outstation fleet alerts mute 3f9a --for '8 h'")
+@click.argument("ref", metavar="ID")
+@click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
+@click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
+@_by_option
+@_note_option
+@db_option
+@fleet_option
+@json_option
+@click.pass_obj
+def mute(
+    outer: tuple[str | None, str | None],
+    ref: str,
+    duration: str | None,
+    until: str | None,
+    by: str,
+    note: str,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Let nobody be told of an alert for a time; without one, until `unmute`."""
+    end = _parse_end(duration, until)
+    with open_store(*_opened(outer, db, folder)) as store:
+        incident = incidents.find_incident(store, ref, now=_now())
+        incidents.mute(store, incident, until=end, by=by, note=note, now=_now())
+    _report("muted", incident, {"by": by, "note": note, "until": end}, as_json)
+
+
+@alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
+@click.argument("ref", metavar="ID")
+@_by_option
+@_note_option
+@db_option
+@fleet_option
+@json_option
+@click.pass_obj
+def unmute(
+    outer: tuple[str | None, str | None],
+    ref: str,
+    by: str,
+    note: str,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """End the mute of an alert."""
+    with open_store(*_opened(outer, db, folder)) as store:
+        incident = incidents.find_incident(store, ref, now=_now())
+        incidents.unmute(store, incident, by=by, note=note, now=_now())
+    _report("unmuted", incident, {"by": by, "note": note}, as_json)
+
+
+def _opened(
+    outer: tuple[str | None, str | None], db: str | None, folder: str | None
+) -> tuple[fleet_config.FleetConfig, str | None]:
+    """Return the config and the database; options may stand before the subcommand or after it."""
+    return fleet_config.load(fleet_config.find_folder(folder or outer[1])), db or outer[0]
+
+
+def _parse_end(duration: str | None, until: str | None) -> str | None:
+    """Return the end of a mute as RFC 3339; None for no end. Raises UsageError."""
+    if duration is not None and until is not None:
+        raise UsageError("--for and --until name the same thing; give one of them")
+    try:
+        if duration is not None:
+            return clock.to_rfc3339(clock.read().wall_us + round(parse_duration(duration) * 1e6))
+        return None if until is None else clock.to_rfc3339(clock.parse_rfc3339(until))
+    except ValueError as error:
+        given = f"--until {until}" if duration is None else f"--for {duration}"
+        raise UsageError(f"{given}: {error}; write 2026-12-24T08:00:00Z, or '8 h'") from None
+
+
+def _report(action: str, incident: Incident, members: dict[str, Any], as_json: bool) -> None:
+    until = f" until {members['until'][:19]}Z" if members.get("until") else ""
+    line = f"{incident.ref} {action}{until}: {incident.device or 'the fleet'}: {incident.summary}"
+    emit({"incident": incident.ref, "action": action, **members}, as_json, lambda: print_lines(line))
 
 
 @click.command("gaps", epilog="Example: outstation fleet gaps")
@@ -128,11 +318,21 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @click.command("audit", epilog="Example: outstation fleet audit --json")
 @device_option
 @click.option("--full", is_flag=True, help="Verify all signatures again, whatever the last checkpoint says.")
+@click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path),
+              help="Verify this export, too: its files, and their rows by the signed messages.")  # fmt: skip
 @processes_option
 @db_option
 @fleet_option
 @json_option
-def audit(device: str | None, full: bool, processes: int, db: str | None, folder: str | None, as_json: bool) -> None:
+def audit(
+    device: str | None,
+    full: bool,
+    export_folder: Path | None,
+    processes: int,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
     """Verify every stored message: signatures, chain, gaps, coverage. Exit 1 if anything is wrong.
 
     An audit of all devices signs a checkpoint with the operator's key. The next one verifies what came since, and
@@ -149,8 +349,13 @@ def audit(device: str | None, full: bool, processes: int, db: str | None, folder
         else:
             report, checkpoint = audits.audit_from_checkpoint(store, *signing, advance, trusted, processes, full=full)
     document = {**report.to_dict(), "checkpoint": checkpoint.time if checkpoint else None}
+    if export_folder is not None:
+        from agent.fleet.export.check import check_export
+
+        document["export"] = check_export(store, export_folder, config.fleet.name).to_dict()
+        document["passed"] &= document["export"]["passed"]
     emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
-    if not report.passed:
+    if not document["passed"]:
         sys.exit(1)
 
 
@@ -188,6 +393,13 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     for entry in report["invalid_decisions"][:_MAX_LISTED]:
         where = f"{entry['rollout']} decision {entry['n']}" if entry["n"] is not None else entry["rollout"] or "fleet"
         yield f"  {where} {entry['reason']}"
+    if exported := report.get("export"):
+        yield (
+            f"export {exported['folder']}: {exported['rows']} rows of {exported['messages']} messages in "
+            f"{exported['files']} files, {exported['problem_count']} problems, {exported['pending']} messages not "
+            f"exported yet, {exported['leftovers']} files of an interrupted run"
+        )
+        yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:
         yield "Nothing is collected yet: start `outstation fleet collect` and a device."
     yield "PASSED" if report["passed"] else "FAILED"

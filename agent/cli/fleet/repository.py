@@ -76,24 +76,32 @@ def repository() -> None:
     """Maintain the TUF repository of bundles: keys, expiry, revoked bundles."""
 
 
-@repository.command("init", epilog="Example: outstation fleet repository init --root-keys /media/stick --threshold 1")
+@repository.command("init", epilog="Example: outstation fleet repository init --root-keys /media/stick")
 @click.option("--root-keys", type=_path, metavar="FOLDER",
               help="Folder for the root keys, outside the fleet's folder: a removable medium.")  # fmt: skip
 @click.option("--demo", is_flag=True, help="Keep the root keys in the fleet's folder, for demonstrations only.")
-@click.option("--roots", default=1, metavar="N", help="Number of root keys; default 1.")
-@click.option("--threshold", default=1, metavar="M", help="Root keys that must sign a change of keys; default 1.")
+@click.option("--roots", type=int, metavar="N", help="Number of root keys; default 3, with --demo 1.")
+@click.option("--threshold", type=int, metavar="M",
+              help="Root keys that must sign a change of keys; default 2, with one root key 1.")  # fmt: skip
 @click.option(
     "--url", help="Its address for devices: https://HOST/PATH, or a folder; `enrol` writes it to their config."
 )
 @fleet_option
 @json_option
 def init(
-    root_keys: Path | None, demo: bool, roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool
+    root_keys: Path | None,
+    demo: bool,
+    roots: int | None,
+    threshold: int | None,
+    url: str | None,
+    folder: str | None,
+    as_json: bool,
 ) -> None:
     """Create the fleet's repository, once: its keys, and metadata without bundles.
 
-    The root keys can change every other key, those of operators and collector too. They are written to --root-keys:
-    mount a removable medium there, move each key to a medium of its own afterwards, and store these apart.
+    The root keys can change every other key, those of operators and collector too; two of three must sign a change.
+    They are written to --root-keys: mount a removable medium there, move each key to a medium of its own afterwards,
+    and store these apart.
     """
     from agent.fleet.repository import create
 
@@ -106,6 +114,9 @@ def init(
     fleet_config.load(home)
     if url is not None:
         create.write_url(home, url)
+    roots = roots if roots is not None else 1 if demo else max(3, threshold or 0)
+    # One stolen key must not change the others.
+    threshold = threshold if threshold is not None else min(2, roots)
     done = create.create(home, root_keys, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
     names = " ".join(path.name for path in done.keys)
@@ -116,8 +127,8 @@ def init(
     )
     if done.threshold == 1 and not demo:
         text += (
-            "\nThreshold 1: whoever has one root key changes operators, collectors and publishers at once, alone. With "
-            "--roots 2 --threshold 2 a second signature is needed."
+            "\nThreshold 1: whoever has one root key changes operators, collectors and publishers at once, alone. By "
+            "default two of three must sign."
         )
     emit(document, as_json, lambda: echo(text))
 

@@ -28,7 +28,6 @@ _NEWEST_ROWS = 4096
 # Multiplier of the splitmix64 generator; odd, so that no information is lost.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
-_NO_HASHES = np.zeros(0, np.uint64)
 
 Hashes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
@@ -104,7 +103,7 @@ def screen(
     out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
     latest, committed, hashes = history.latest_us, history.committed_us, history.hashes
-    newest, age = history.newest_us, history.newest_age + len(rows)
+    newest, newest_age = history.newest_us, history.newest_age + len(rows)
     measured = LatestTime(committed, history.late_run) if producer_latest is None else producer_latest
     if given.any():
         t = rows.t[given]
@@ -119,28 +118,21 @@ def screen(
                 latest = committed = measured.us
         if stream.rejects_duplicates:
             if newest is None and latest is not None:
-                stored = (int(part.t.max()) for part in load_recent(_NEWEST_ROWS) if len(part))
-                newest = max([latest, *stored])
-            repeats = (newest is not None and t[0] <= newest) or bool((t[1:] <= t[:-1]).any())
-            if repeats and hashes is None:
-                hashes = np.concatenate([_NO_HASHES, *map(hash_rows, load_recent(recent_rows(stream)))])
-            if repeats and hashes is not None:
-                for index in _find_duplicates(hash_rows(rows), given & ~np.asarray(unknown), hashes):
-                    rejected.setdefault(index, (DUPLICATE, ""))
+                newest = max([latest, *(int(part.t.max()) for part in load_recent(_NEWEST_ROWS) if len(part))])
+            duplicates, hashes = _screen_duplicates(rows, given, unknown, newest, hashes, stream, load_recent)
+            rejected |= {index: (DUPLICATE, "") for index in duplicates if index not in rejected}
         latest = last_us if latest is None else max(last_us, _not_after(latest, now))
-        if newest is None or last_us >= newest or age > recent_rows(stream):
-            newest, age = latest, 0
+        if newest is None or last_us >= newest or newest_age > recent_rows(stream):
+            newest, newest_age = latest, 0
     last = history.last
     if any(field.max_step is not None for field in stream.fields):
-        if last is None:
-            last = _read_last_values(load_recent(1), stream)
-        last = _reject_steps(rows, stream, last, rejected)
+        last = _reject_steps(rows, stream, last or _read_last_values(load_recent(1), stream), rejected)
     accepted = np.ones(len(rows), bool)
     accepted[list(rejected)] = False
     if hashes is not None:
         hashes = np.concatenate([hashes, hash_rows(rows)[accepted]])[-recent_rows(stream) :]
     late_run = measured.late_run if producer_latest is None else history.late_run
-    history = RowHistory(latest, committed, hashes, last, newest, age, late_run)
+    history = RowHistory(latest, committed, hashes, last, newest, newest_age, late_run)
     return ScreenedRows(rejected, int(np.count_nonzero(out_of_order & accepted)), history, measured)
 
 
@@ -210,15 +202,31 @@ def _is_reset(before: LatestTime, after: LatestTime, now: ClockReading) -> bool:
     return now.quality == "unsynced" and before.us is not None and after.us is not None and after.us < before.us
 
 
-def _find_duplicates(new: Hashes, given: Mask, recent: Hashes) -> list[int]:
-    """Return the indices of rows with a time that are among `recent`, or earlier in `new`."""
-    candidates = np.flatnonzero(given)
-    values = new[candidates]
+def _screen_duplicates(
+    rows: Rows,
+    given: Mask,
+    unknown: Mask | bool,
+    newest_us: int | None,
+    recent: Hashes | None,
+    stream: StreamConfig,
+    load_recent: Callable[[int], list[Rows]],
+) -> tuple[list[int], Hashes | None]:
+    """Return the indices of rows that are among the recent ones, or repeat in `rows`, and the recent rows' hashes.
+
+    `recent`: those hashes; None until a row could be a duplicate, because they are read from the store.
+    """
+    t = rows.t[given]
+    if not ((newest_us is not None and t[0] <= newest_us) or (t[1:] <= t[:-1]).any()):
+        return [], recent
+    if recent is None:
+        recent = np.concatenate([np.zeros(0, np.uint64), *map(hash_rows, load_recent(recent_rows(stream)))])
+    candidates = np.flatnonzero(given & ~np.asarray(unknown))
+    values = hash_rows(rows)[candidates]
     # The recent rows are filtered by the few new ones: sorting all of them for each block would be slow.
     repeated = np.isin(values, recent[np.isin(recent, values)])
     first = np.zeros(len(values), bool)
     first[np.unique(values, return_index=True)[1]] = True
-    return [int(index) for index in candidates[repeated | ~first]]
+    return [int(index) for index in candidates[repeated | ~first]], recent
 
 
 def _read_last_values(recent: list[Rows], stream: StreamConfig) -> LastValues:

@@ -15,9 +15,11 @@ import numpy as np
 from agent.alerts import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
-from agent.device.pipeline import batch_messages, drift_state
+from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rules import batch_rules, rule_store
+from agent.device.rules.batch_rules import BatchResults, ResultAlert, TaskRuleStates
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.labels import StoredPredictions
@@ -56,12 +58,15 @@ class _BatchInput:
     texts: Mapping[str, Sequence[str]]
     current_segment: tuple[int, int] | None
     refusals: LearningRefusals
+    rule_states: TaskRuleStates
+    labels_contradict: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _BatchOutput:
     drift: DriftState | None
     refusals: LearningRefusals
+    rule_states: TaskRuleStates
     predictions: StoredPredictions | None
     messages: list[PendingMessage]
     last_label: str
@@ -143,6 +148,8 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
         {f.name: store.categories(task.config.stream, f.name) for f in task.stream.fields if f.type == "category"},
         announced if announced[0] == message_log.boot else None,
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
+        rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
+        state is not None and label_metrics.contradict_certainty(task, store),
     )
 
 
@@ -188,6 +195,7 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, message_log: MessageLog) -> _BatchOutput:
     drift, windows = _update_drift(task, source, results)
     labels = scores.to_texts(results.scores, task.bundle.manifest)
+    rule_states, result_alerts = _evaluate_rules(task, source, results, labels, windows, message_log)
     messages = list(task.closing_messages or ())
     messages += batch_messages.build_result_messages(
         task,
@@ -198,8 +206,11 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         message_log,
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
+        result_alerts,
     )
-    drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals)
+    drift_messages, refusals = batch_messages.build_drift_messages(
+        task, windows, source.refusals, labels_contradict=source.labels_contradict
+    )
     model_scores, batch, predictions = results.scores, source.batch, None
     if len(model_scores) and task.keep_results:
         ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
@@ -210,11 +221,32 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
     return _BatchOutput(
         drift,
         refusals,
+        rule_states,
         predictions,
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
-        sum(len(window.alerts) for window in windows),
+        sum(len(window.alerts) for window in windows) + len(result_alerts),
     )
+
+
+def _evaluate_rules(
+    task: LoadedTask,
+    source: _BatchInput,
+    results: InferenceResult,
+    labels: list[str] | None,
+    windows: list[DriftWindowResult],
+    message_log: MessageLog,
+) -> tuple[TaskRuleStates, list[ResultAlert]]:
+    if not task.rules or not len(results.scores):
+        return source.rule_states, []
+    ends = source.cut.starts + task.window_rows - 1
+    is_complete = results.missing_share <= task.bundle.manifest.input.max_missing
+    healthy, shows_fault = batch_rules.find_healthy(source.rule_states, task.drift_state, windows, is_complete)
+    batch = BatchResults(
+        *(message_log.device, task.name, results.scores, labels),
+        *(ends + source.batch.first, source.batch.rows.t[ends], healthy),
+    )
+    return batch_rules.evaluate(task.rules, source.rule_states, batch, shows_fault=shows_fault)
 
 
 def _update_drift(
@@ -255,6 +287,8 @@ def _commit(
             drift_state.save_task(tx, task, output.drift)
         if output.refusals != source.refusals:
             drift_state.save_refusals(tx, task.name, output.refusals)
+        if output.rule_states is not source.rule_states:
+            rule_store.save(tx, task.name, output.rule_states)
         message_log.append_all(tx, output.messages, now)
         if output.predictions is not None:
             tx.labels.store_predictions(task.name, output.predictions, tx.uptime_s(now))

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
+from agent.alerts import Alert
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rules.batch_rules import ResultAlert
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows
@@ -38,10 +41,12 @@ def build_result_messages(
     message_log: MessageLog,
     current_segment: tuple[int, int] | None,
     faulty: Sequence[str] = (),
+    alerts: Sequence[ResultAlert] = (),
 ) -> Iterator[PendingMessage]:
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
-    `faulty` are the fields with a sensor fault meanwhile. `texts` holds the texts of category codes by field.
+    Each has the `alerts` that its results raised or cleared behind it. `faulty` are the fields with a sensor fault
+    meanwhile. `texts` holds the texts of category codes by field.
     `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
@@ -68,7 +73,9 @@ def build_result_messages(
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
-        yield PendingMessage("results", task.name, body)
+        is_last = stop == count
+        raised = [change.alert for change in alerts if done <= change.index and (is_last or change.index < stop)]
+        yield PendingMessage("results", task.name, body, raised)
         first_row, done = through, stop
         if done == count:
             return
@@ -94,18 +101,32 @@ def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
 
 
 def build_drift_messages(
-    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals
+    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, *, labels_contradict: bool
 ) -> tuple[list[PendingMessage], LearningRefusals]:
     """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
 
-    A run of quiet windows is one message. Also return the refusals to learn after them.
+    A run of quiet windows is one message. Also return the refusals to learn after them. Where `labels_contradict` the
+    model's certainty, the accuracy that is expected from it is marked.
     """
     messages: list[PendingMessage] = []
     for window in windows:
-        messages.append(PendingMessage("drift", task.name, _drift_body(task, window), window.alerts))
+        body, window_alerts = _drift_body(task, window), window.alerts
+        if labels_contradict:
+            body["estimate"] = body["estimate"] and {**body["estimate"], "outside": True}
+            window_alerts = tuple(map(_mark_contradicted, window_alerts))
+        messages.append(PendingMessage("drift", task.name, body, window_alerts))
         learning, refusals = drift_state.build_learning_messages(task.name, window, refusals)
         messages += learning
     return messages, refusals
+
+
+def _mark_contradicted(alert: Alert) -> Alert:
+    """Note that the accuracy which the alert expects is known to be wrong."""
+    expected = alert.evidence.get("accuracy")
+    if expected is None:
+        return alert
+    evidence = {**alert.evidence, "accuracy": {**expected, "outside": True}}
+    return replace(alert, summary=f"{alert.summary} Labels contradict this expected accuracy.", evidence=evidence)
 
 
 def _drift_body(task: LoadedTask, window: DriftWindowResult) -> dict[str, Any]:

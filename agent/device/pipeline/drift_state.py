@@ -86,6 +86,9 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
     past = store.load_state(task, task_keys.DRIFT_STATE + suffix)
     unsaved = None if basis is not None and basis.own == monitor.own.digest else encode_basis(monitor)
     if past is None:
+        ended = _load_ended(store, task)
+        if ended is not None:
+            return RestoredDrift(monitor, succession.carry_over(monitor.start(), ended)[0], [], encode_basis(monitor))
         return RestoredDrift(monitor, monitor.start(), None, unsaved)
     learning, site, guard = (
         store.load_state(task, key + suffix)
@@ -102,6 +105,15 @@ def restore(store: Store, task: str, monitor: DriftMonitor, suffix: str = "") ->
         return RestoredDrift(monitor, monitor.start(), [], encode_basis(monitor))
     inherited = Reference.from_json(basis.reference) if basis is not None and is_whole else None
     return _succeed(task, monitor, old, inherited, is_whole=is_whole)
+
+
+def _load_ended(store: Store, task: str) -> DriftState | None:
+    """Return what the last bundle with a reference left behind; None if there is none, or if it cannot be read."""
+    stored = store.load_state(task, task_keys.ENDED_DRIFT)
+    try:
+        return None if stored is None else DriftState.from_bytes(stored)
+    except ValueError:
+        return None
 
 
 def _decode_old(past: bytes, site: bytes | None, guard: bytes | None) -> tuple[DriftState | None, bool]:
@@ -218,6 +230,7 @@ def build_learning_messages(
 def _learned_message(task: str, reference: Reference, last_row: int) -> PendingMessage:
     summary = f"{task}: learned the site reference from {reference.drift_windows} drift windows."
     evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": last_row}
+    evidence["fields"] = reference.describe_fields()
     if reference.site is not None:
         evidence |= reference.site.to_dict() | {"smallest_changes": reference.describe_smallest_changes()}
     if reference.warning is not None:

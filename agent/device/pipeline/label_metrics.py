@@ -81,6 +81,12 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
     return alerts
 
 
+def contradict_certainty(task: LoadedTask, store: Store) -> bool:
+    """Return True while an alert says that results are right less often than their scores promise."""
+    stored = store.load_state(task.name, task_keys.LABEL_METRICS)
+    return stored is not None and degradation.contradict_certainty(stored, task.bundle.digest)
+
+
 def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:
     span = store.query(label_store.load_span, task.name)
     if span is None:

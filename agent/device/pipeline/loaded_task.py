@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from agent import config
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
+from agent.device.rules.compiler import CompiledRule
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import RowBatch, Store
@@ -26,6 +27,8 @@ _MAX_WINDOWS, _DEFAULT_WINDOWS, _DEFAULT_ROWS = 4096, 512, 25_600
 # Bytes that a transaction counts for a result, in its message and for labels; for each further column there; for a
 # drift window; and for each field of one.
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
+# For an alert of a rule that fires and clears all the time.
+_ALERT_BYTES = 3_000
 # Time of a batch in the model: far below the watchdog's minute, even on a day when everything else is slow.
 _MAX_INFERENCE_S = 5.0
 
@@ -74,6 +77,7 @@ class LoadedTask:
     cost_meter: CostMeter = field(init=False)
     deadline: Deadline = field(init=False)
     last_label: str = ""
+    rules: Sequence[CompiledRule] = ()
     batch_divisor: int = 1
 
     def __post_init__(self) -> None:
@@ -126,4 +130,5 @@ class LoadedTask:
         manifest = self.bundle.manifest
         columns = len(manifest.output.labels) if manifest.output.multi_label else len(manifest.output.names)
         drift = (_DRIFT_BYTES + _FIELD_BYTES * len(manifest.input.fields)) // manifest.drift.window
-        return _RESULT_BYTES + _COLUMN_BYTES * columns + (drift if self.drift_monitor else 0)
+        alerts = int(_ALERT_BYTES * sum(rule.alerts_per_window for rule in self.rules))
+        return _RESULT_BYTES + _COLUMN_BYTES * columns + (drift if self.drift_monitor else 0) + alerts

@@ -36,6 +36,7 @@ _STATE_NAMES = (
     task_keys.REFERENCE_GUARD,
 )
 _REASON = "its bundle was rolled back"
+_REPLACED = "its bundle was replaced by one without a drift reference"
 
 
 def save(tx: Transaction, task: str) -> None:
@@ -75,18 +76,40 @@ def restore(tx: Transaction, message_log: MessageLog, task: str, now: ClockReadi
 def discard(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
     """Delete the saved state: the canary stays, with what it inherited or carried over.
 
-    Without a drift reference it took nothing over, so the open alerts of the previous bundle are cleared.
+    Without a drift reference it took nothing over, and drift detection ends.
     """
     if tx.load_state(task, task_keys.DRIFT_STATE) is None:
-        refusals = _load_refusals(tx, task, "")
-        reason = "its bundle was replaced by one without a drift reference"
-        alerts = [
-            _clear(alert, reason) for alert in _list_open(_load(tx, task, task_keys.SAVED_SUFFIX), refusals).values()
-        ]
-        _save_refusals(tx, task, replace(refusals, is_open=False), "")
-        message_log.append_all(tx, [PendingMessage.from_alert(alert, task) for alert in alerts], now)
+        _end(tx, message_log, task, task_keys.SAVED_SUFFIX, now)
     for name in (*_STATE_NAMES, task_keys.LEARNING_REFUSED_ALERT):
         tx.delete_state(task, name + task_keys.SAVED_SUFFIX)
+
+
+def end_unreferenced(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> int:
+    """End drift detection if a change of the config put a bundle without a drift reference in place of another one.
+
+    Call it where no canary runs. Returns the number of alerts that this clears.
+    """
+    if task.drift_monitor is not None or store.load_state(task.name, task_keys.DRIFT_STATE) is None:
+        return 0
+    with store.transaction() as tx:
+        cleared = _end(tx, message_log, task.name, "", now)
+        for name in _STATE_NAMES:
+            tx.delete_state(task.name, name)
+    return cleared
+
+
+def _end(tx: Transaction, message_log: MessageLog, task: str, suffix: str, now: ClockReading) -> int:
+    """Clear every open alert of the drift state at `suffix`, which nobody tests any more. Return how many.
+
+    What remains of it serves the next bundle with a reference: no alert id is used twice.
+    """
+    state, refusals = _load(tx, task, suffix), _load_refusals(tx, task, "")
+    alerts = [_clear(alert, _REPLACED) for alert in _list_open(state, refusals).values()]
+    _save_refusals(tx, task, replace(refusals, is_open=False), "")
+    message_log.append_all(tx, [PendingMessage.from_alert(alert, task) for alert in alerts], now)
+    if state is not None:
+        tx.save_state(task, task_keys.ENDED_DRIFT, succession.end(state).to_bytes())
+    return len(alerts)
 
 
 def take_over(task: LoadedTask, store: Store) -> None:
@@ -156,17 +179,20 @@ def _clear(alert: Alert, reason: str) -> Alert:
 
 
 def _load(tx: Transaction, task: str, suffix: str) -> DriftState | None:
-    """Return the stored state without its reference; None if there is none, or if it cannot be read."""
-    state = tx.load_state(task, task_keys.DRIFT_STATE + suffix)
-    for guard in (tx.load_state(task, task_keys.REFERENCE_GUARD + suffix), None):
+    """Return as much of the stored state as can be read; None if there is none."""
+    state, site, guard = (
+        tx.load_state(task, name + suffix)
+        for name in (task_keys.DRIFT_STATE, task_keys.SITE_REFERENCE, task_keys.REFERENCE_GUARD)
+    )
+    for parts in ((site, guard), (None, guard), (None, None)):
         with suppress(ValueError):
-            return None if state is None else DriftState.from_parts(state, None, guard)
+            return None if state is None else DriftState.from_parts(state, *parts)
     return None
 
 
 def _save(tx: Transaction, task: str, state: DriftState) -> None:
     tx.save_state(task, task_keys.REFERENCE_GUARD, arrays.to_compressed_bytes(state.guard))
-    tx.save_state(task, task_keys.DRIFT_STATE, state.without_guard().to_bytes())
+    tx.save_state(task, task_keys.DRIFT_STATE, replace(state.without_guard(), site_reference=None).to_bytes())
 
 
 def _load_refusals(tx: Transaction, task: str, suffix: str) -> LearningRefusals:

@@ -224,7 +224,7 @@ PRUNE_SOURCE_POSITIONS = """
 """
 
 # Kinds of alerts that are stored while they are open. The others, such as a row that cannot be read, are never cleared.
-OPEN_ALERT_KINDS = ("drift", "fault", "model", "quality")
+OPEN_ALERT_KINDS = ("drift", "fault", "result", "model", "quality")
 SELECT_OPEN_ALERTS = """
     SELECT value FROM checked_task_state WHERE task = ?1 AND substr(name, 1, length(?2)) = ?2
 """

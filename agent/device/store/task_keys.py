@@ -16,7 +16,8 @@ CRASH_COUNT = "crash count"
 BUNDLE_ALERT = "bundle alert"
 TUNINGS = "tunings"
 
-# Drift detection; `SAVED_SUFFIX` marks what is put away while another bundle runs as a canary.
+# Drift detection; `SAVED_SUFFIX` marks what is put away while another bundle runs as a canary. `ENDED_DRIFT`: what the
+# next bundle with a reference continues, after one without.
 DRIFT_STATE = "drift state"
 LEARNING = "learning"
 SITE_REFERENCE = "site reference"
@@ -25,6 +26,7 @@ REFERENCE_GUARD = "reference guard"
 LEARNING_REFUSED_ALERT = "learning refused alert"
 RELEARN_REQUEST = "relearn request"
 RELEARN_REQUEST_DONE = "relearn request done"
+ENDED_DRIFT = "ended drift"
 SAVED_SUFFIX = " before canary"
 
 # Labels: windows that gather, the last `quality` message, and the labels behind each of its numbers.
@@ -37,6 +39,9 @@ ROLLOUT_STATE = "rollout state"
 HOLD_OFFS = "hold-offs"
 CANARY_PROGRESS = "canary progress"
 SHADOW_STATE = "shadow state"
+
+# Alert rules on results: states by rule.
+ALERT_RULES = "alert rules"
 
 # Open alerts of the task: this and the alert's id.
 OPEN_ALERT_PREFIX = "open alert "

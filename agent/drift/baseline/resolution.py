@@ -36,19 +36,21 @@ def count_sizes(step: Float64s, zero_steps: Bools) -> Ints:
 
 class Resolution(msgspec.Struct, frozen=True, eq=False):
     """Resolution at a site: the `finest` common step size (F,), the `sizes` (F, SIZE_BINS) hardly coarser, and their
-    `share` (F,) of all steps.
+    `share` (F,) of all steps. `held` (F,): share of steps of 0, as of values that are reported more seldom than rows.
     """
 
     finest: Ints
     sizes: Bools
     share: Float64s
+    held: Float64s
 
     @classmethod
     def from_steps(cls, steps: Ints) -> Resolution:
         """Derive the resolution from step counts (F, SIZE_BINS)."""
         finest, size = find_finest(steps), np.arange(SIZE_BINS)
         sizes = (size > 0) & (size < (finest + MIN_COARSER_OCTAVES)[:, None])
-        return cls(finest, sizes, np.where(sizes, steps, 0).sum(1) / np.maximum(steps.sum(1), 1))
+        total = np.maximum(steps.sum(1), 1)
+        return cls(finest, sizes, np.where(sizes, steps, 0).sum(1) / total, steps[:, 0] / total)
 
 
 def find_finest(steps: Ints) -> Ints:

@@ -227,7 +227,9 @@ class FieldChange(msgspec.Struct, frozen=True):
 
     def describe(self, unit: str) -> str:
         if self.test == "spread":
-            return f"spread {'fell' if self.ratio < 1 else 'rose'} to {self.ratio:.2g} of this site's reference"
+            digits = 3 if abs(self.ratio - 1) < 0.05 else 2
+            verb = "fell" if self.ratio < 1 else "rose"
+            return f"spread {verb} to {self.ratio:.{digits}g} of this site's reference"
         amount = f"{self.shift:+.2g}" + (f" {unit}" if unit else "")
         return f"mean moved by {amount} ({abs(self.shift_sd):.2g} reference sd)"
 

@@ -265,6 +265,8 @@ def detect_coarsening(summary: Summary, site: Reference) -> Ints:
         return np.zeros(lost.shape, np.int64)
     finest_now = find_finest(now)
     of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
-    # A faster signal has no fine steps either, but hardly repeats a value. Rows repeated as a whole do not count.
-    repeats = now[..., 0] - summary.sampling.repeated >= MIN_REPEAT_RATIO * of_these
+    # A faster signal has no fine steps either, but repeats no more values than usual. Rows repeated as a whole do not
+    # count.
+    excess = now[..., 0] - summary.sampling.repeated - usual.held * steps
+    repeats = excess >= MIN_REPEAT_RATIO * of_these
     return np.where(lost & repeats, 2 ** np.maximum(finest_now - usual.finest, 0), 0)

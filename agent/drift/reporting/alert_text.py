@@ -9,6 +9,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import Fault
 from agent.drift.faults.missing_values import MissingValues
+from agent.drift.numeric.escalation import MIN_SCORE
 from agent.text import format_since
 
 CAUSES = {
@@ -60,9 +61,13 @@ def fault_growth_note(fault: Fault, published: float) -> str:
 
 
 def drift_growth_note(published: float, size: float) -> str:
-    """Say how a drift changed since its alert was last published; sizes are in sd of a window's statistic."""
-    change = "grew" if published * size > 0 else "turned round"
-    return f" It {change} since the last alert: from {published:.2g} to {size:.2g} sd of a drift window."
+    """Say how a drift changed since its alert was last published; sizes are in sd of a window's statistic.
+
+    A `published` size of 0 stands for one below MIN_SCORE.
+    """
+    change = "turned round" if published * size < 0 else "grew"
+    before = f"{published:.2g}" if published else f"less than {MIN_SCORE:g}"
+    return f" It {change} since the last alert: from {before} to {size:.2g} sd of a drift window."
 
 
 def _describe_missing(field: int, missing: MissingValues, last: int) -> str:

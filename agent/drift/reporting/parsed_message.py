@@ -83,6 +83,7 @@ class _Estimate(msgspec.Struct, frozen=True):
     low: Share = 0.0
     high: Share = 1.0
     accuracy: Share | None = None
+    outside: bool = False
 
 
 class SubjectReport(msgspec.Struct, frozen=True, gc=False):
@@ -102,6 +103,7 @@ class WindowReport(msgspec.Struct, frozen=True):
 
     Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
     when it ended, and the largest sum of a test then as a share of its limit, None while there are no limits.
+    `is_contradicted`: labels show that the model's scores promise too much.
     """
 
     t: tuple[int, int]
@@ -111,6 +113,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     accuracy: tuple[float, float, float] | None
     ends: Sequence[int]
     nearest: Sequence[float | None]
+    is_contradicted: bool = False
 
     @property
     def windows(self) -> int:
@@ -155,16 +158,18 @@ def parse_members(
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
     predictions, all_fields, expected = decoded
-    accuracy = None
+    accuracy, contradicted = None, expected is not None and expected.outside
     if expected is not None and expected.accuracy is not None:
         accuracy = (expected.accuracy, expected.low, expected.high)
     subjects = dict(_subject_reports(fields, predictions, all_fields))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:
-        return WindowReport(t, state, fields, subjects, accuracy, runs.expand_integers(run.to), run.nearest)
+        return WindowReport(
+            t, state, fields, subjects, accuracy, runs.expand_integers(run.to), run.nearest, contradicted
+        )
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
-    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)])
+    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)], contradicted)
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:

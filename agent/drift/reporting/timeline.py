@@ -24,12 +24,13 @@ class Point(msgspec.Struct, frozen=True):
     t: tuple[int, int]
     subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
+    is_contradicted: bool = False
 
     def merge(self, later: Point) -> Point:
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
         lower = [accuracy for accuracy in (self.accuracy, later.accuracy) if accuracy is not None]
-        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
+        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None), later.is_contradicted)
 
 
 class StateHistogram(msgspec.Struct):
@@ -57,7 +58,7 @@ class Timeline(msgspec.Struct):
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: WindowReport) -> None:
-        point = Point(window.t, window.subjects, window.accuracy)
+        point = Point(window.t, window.subjects, window.accuracy, window.is_contradicted)
         if window.state != "fault":
             self._add_histograms(window)
         if self.points and self.reports % self.reports_per_point:

@@ -176,7 +176,7 @@ def _audit_devices(
     """Audit devices, from the state in `file` on if it is given, and write the new state to `target`."""
     report = AuditReport()
     with store.snapshot(), contextlib.closing(Replay(file)) as replay:
-        auditor = _DeviceAuditor(store, replay, report, progress)
+        auditor = _DeviceAuditor(store, replay, report, progress, makes_states=target is not None)
         auditor.audit(devices, {} if file is None else load_states(replay.db))
         replay.flush()
         if target is not None:
@@ -195,11 +195,21 @@ def _audit_devices(
 class _DeviceAuditor:
     """Audits the logs of devices.
 
-    `states`: of each log; `names`: of the devices; `broken`: devices with a message that does not verify.
+    `states`: of each log, for a checkpoint; `names`: of the devices; `broken`: devices with a message that does not
+    verify.
     """
 
-    def __init__(self, store: FleetStore, replay: Replay, report: AuditReport, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        store: FleetStore,
+        replay: Replay,
+        report: AuditReport,
+        progress: Callable[[int], None],
+        *,
+        makes_states: bool,
+    ) -> None:
         self._store, self._replay, self._report, self._progress = store, replay, report, progress
+        self._makes_states = makes_states
         self._keyring = Keyring(store)
         self.states: dict[tuple[Any, Any], LogState] = {}
         self.names: set[Any] = set()
@@ -215,15 +225,17 @@ class _DeviceAuditor:
         ends = self._find_ends(devices)
         # A damaged number differs from the derived table, which names it.
         last_seqs = {(name, log): last if type(last) is int else 0 for name, log, last in self._store.logs(devices)}
-        key_digests = {
-            device: _chain("", tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
-        }
+        key_rows: dict[str, bytes] = {}
+        if self._makes_states:
+            key_rows = {
+                device: _to_bytes(tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
+            }
         report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
         tables = StoredTables(self._store, devices, report_orphan)
         changed: list[Any] = []
         own_logs = {name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states}, key=sort_key), itemgetter(0))}
         for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
-            parts = self._new_parts(key_digests.get(device, ""))
+            parts = self._new_parts(key_rows.get(device, b""))
             logs = dict.fromkeys(own_logs.pop(device, ()))
             is_same = True
             for name, log_rows in groupby(rows, lambda row: row[:2]):
@@ -238,7 +250,7 @@ class _DeviceAuditor:
             else:
                 changed.append(device)
         for device, names in own_logs.items():
-            parts = self._new_parts(key_digests.get(device, ""))
+            parts = self._new_parts(key_rows.get(device, b""))
             if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, tables, parts):
                 self._report.merge(parts.report)
             else:
@@ -249,8 +261,10 @@ class _DeviceAuditor:
             self.broken.discard(device)
             self.audit(device, {}, reports_orphans=False)
 
-    def _new_parts(self, key_digest: str) -> _AuditParts:
-        return _AuditParts(self._keyring, self._replay, AuditReport(), self.broken, key_digest)
+    def _new_parts(self, key_rows: bytes) -> _AuditParts:
+        return _AuditParts(
+            self._keyring, self._replay, AuditReport(), self.broken, key_rows if self._makes_states else None
+        )
 
     def _finish_empty_logs(
         self,
@@ -291,7 +305,7 @@ class _DeviceAuditor:
     def _finish(self, auditor: _LogAuditor, last_seq: int, end: int) -> None:
         device, log = auditor.name
         self.names.add(device)
-        if isinstance(device, str) and isinstance(log, str) and (device + log).isascii():
+        if self._makes_states and isinstance(device, str) and isinstance(log, str) and (device + log).isascii():
             self.states[device, log] = auditor.to_state()
         auditor.finish(last_seq, end)
 
@@ -299,14 +313,14 @@ class _DeviceAuditor:
 class _AuditParts(msgspec.Struct):
     """Parts that the audits of one device's logs share.
 
-    `broken`: devices with a message that does not verify; `key_digest`: of the rows of the device's keys.
+    `broken`: devices with a message that does not verify; `key_rows`: of the device, where states are made.
     """
 
     keyring: Keyring
     replay: Replay
     report: AuditReport
     broken: set[Any]
-    key_digest: str
+    key_rows: bytes | None
 
 
 class _LogAuditor:
@@ -321,23 +335,27 @@ class _LogAuditor:
         self.report = parts.report
         self._coverage = RowCoverage(state.coverage)
         self._state, self.is_unchanged = state, not state.last_seq
-        self._stored_digest = parts.key_digest
+        self._stored = None if parts.key_rows is None else hashlib.blake2b(parts.key_rows, digest_size=32)
         self._last_seq, self._last_digest = state.last_seq, state.last_digest
         self._missing, self._declared = [*state.missing], [*state.declared]
 
     def to_state(self) -> LogState:
         return LogState(
-            *(self._last_seq, self._stored_digest, self._last_digest, [*self._missing], [*self._declared]),
+            *(self._last_seq, self._stored_digest(), self._last_digest, [*self._missing], [*self._declared]),
             self._coverage.to_state(),
         )
+
+    def _stored_digest(self) -> str:
+        return "" if self._stored is None else self._stored.hexdigest()
 
     def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any, received: Any) -> None:
         key = (self._device, self._log, seq)
         stored = self._tables.read(key)
-        self._stored_digest = _chain(self._stored_digest, (seq, kind, topic, payload, jws, received, stored))
+        if self._stored is not None:
+            self._stored.update(_to_bytes((seq, kind, topic, payload, jws, received, stored)))
         if type(seq) is int and seq <= self._state.last_seq and not self.is_unchanged:
             # Verified by an earlier audit, if the digest of all of them is the same.
-            self.is_unchanged = seq == self._state.last_seq and self._stored_digest == self._state.stored_digest
+            self.is_unchanged = seq == self._state.last_seq and self._stored_digest() == self._state.stored_digest
             return
         message = self._check_evidence(key, kind, topic, payload, jws)
         if message is not None and not is_time(received):
@@ -431,14 +449,13 @@ class _LogAuditor:
             yield from self._coverage.check_health(body)
 
 
-def _chain(digest: str, rows: Row) -> str:
-    """Return the digest of one message's rows and all before them."""
+def _to_bytes(rows: Row) -> bytes:
+    """Encode rows of any values for a digest. No encoding is the beginning of another."""
     try:
         # Version 2 depends on the values alone; any text can be written.
-        data = marshal.dumps(rows, 2)
+        return marshal.dumps(rows, 2)
     except ValueError:
-        data = repr(rows).encode(errors="backslashreplace")
-    return hashlib.blake2b(digest.encode() + data, digest_size=32).hexdigest()
+        return marshal.dumps(repr(rows).encode(errors="backslashreplace"), 2)
 
 
 def split_by_declaration(

@@ -17,10 +17,11 @@ from agent.fleet.audit.stored_rows import is_time, sort_key
 from agent.fleet.database import gap_ledger, log_succession
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
+from agent.fleet.database.projection import PROVENANCE_TABLE, provenance_row
 from agent.fleet.database.sqlite import open_temporary
 from agent.fleet.database.store import Devices, FleetStore
 from agent.fleet.database.timestamps import TimestampReconstruction
-from agent.wire.messages import LoggedPayload
+from agent.wire.messages import LoggedPayload, ResultsPayload
 
 _MESSAGES_PER_COMMIT = 500
 # Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
@@ -29,6 +30,13 @@ _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "logs": (2, ("device", "log", "last_seq", "live")),
     "log_successors": (4, ("device", "log", "successor", "source", "last_seq", "until")),
     "log_ends": (2, ("device", "log", "last_seq")),
+    PROVENANCE_TABLE: (
+        2,
+        (
+            *("device", "provenance", "task", "stream", "model", "version", "digest"),
+            *("agent", "runtime", "config"),
+        ),
+    ),
     "gaps": (3, ("device", "log", "first", "last", "declared")),
     "anchors": (
         3,
@@ -106,14 +114,19 @@ class Replay:
     def flush(self) -> None:
         if not self._bodies:
             return
+        provenance = {provenance_row(body) for body, _ in self._bodies if isinstance(body, ResultsPayload)}
         timestamps, changes = TimestampReconstruction(self.db), dict[LogId, LogChanges]()
         for body, received in self._bodies:
             add_changes(changes, body, received)
             timestamps.add(body, received)
         try:
+            # Else each row is a transaction of its own.
+            self.db.execute("BEGIN")
+            self.db.insert_missing(PROVENANCE_TABLE, [*provenance])
             timestamps.finish()
             gap_ledger.apply(self.db, changes)
             log_succession.apply(self.db, changes, received)
+            self.db.execute("COMMIT")
         except sqlite3.Error as error:
             problem = (
                 f"the audit's temporary database: {error}; it needs room in the folder for temporary files ($TMPDIR)"
@@ -134,6 +147,9 @@ def _compare_tables(
     rounded = _ROUNDED.get(table, 0)
     ours, theirs = next(derived, None), next(stored, None)
     while ours is not None or theirs is not None:
+        if ours == theirs:
+            ours, theirs = next(derived, None), next(stored, None)
+            continue
         our_key = None if ours is None else sort_key(ours[:key_width])
         their_key = None if theirs is None else sort_key(theirs[:key_width])
         if ours is not None and (their_key is None or (our_key is not None and our_key < their_key)):

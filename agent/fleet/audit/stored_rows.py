@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from agent import clock
@@ -20,17 +22,23 @@ class StoredTables:
     """The rows that messages added to their tables: `read` those of each message in order, then `finish`."""
 
     def __init__(self, store: FleetStore, devices: Devices, report: Report) -> None:
-        self._tables = [_TableReader(table, store.projected_rows(table, devices), report) for table in TABLES]
-        self._report = report
+        self._tables = [_TableReader(table, *store.projected_rows(table, devices), report) for table in TABLES]
 
-    def read(self, key: MessageKey) -> list[list[Row]]:
-        """Return the rows of a message in each table."""
-        return [table.consume(key) for table in self._tables]
+    def read(self, key: MessageKey) -> TableRows:
+        """Return the rows of a message by table, without the tables that have none."""
+        place, stored = sort_key(key), TableRows()
+        for table in self._tables:
+            # Most messages have rows in one table.
+            if table.place is not None and table.place <= place and (rows := table.consume(place)):
+                stored[table.name] = rows
+        return stored
 
-    def compare(self, stored: list[list[Row]], expected: TableRows) -> Iterator[str]:
+    def compare(self, stored: TableRows, expected: TableRows) -> Iterator[str]:
         """Yield how the rows that were read differ from those that the message gives."""
-        for table, rows in zip(self._tables, stored, strict=True):
-            if problem := _compare(table.name, rows, expected.get(table.name, [])):
+        if stored == expected:
+            return
+        for table in TABLES:
+            if problem := _compare(table, stored.get(table, []), expected.get(table, [])):
                 yield problem
 
     def finish(self) -> None:
@@ -56,31 +64,38 @@ def _compare(table: str, stored: list[Row], expected: list[Row]) -> str | None:
 
 
 class _TableReader:
-    def __init__(self, name: str, rows: Iterator[Row], report: Report) -> None:
-        self.name, self._report = name, report
-        self._groups = ((key, [row[3:] for row in group]) for key, group in groupby(rows, key=lambda row: row[:3]))
-        self._next = next(self._groups, None)
+    """Reads a table message by message. `place`: sort key of the next message that has rows; None at the end."""
 
-    def consume(self, key: MessageKey) -> list[Row]:
-        """Return the rows of one message."""
-        if self._next is None:
+    def __init__(self, name: str, columns: list[str], rows: Iterator[Row], report: Report) -> None:
+        self.name, self._report = name, report
+        key: Callable[[Row], Row] = itemgetter(*(columns.index(column) for column in ("device", "log", "seq")))
+        self._groups = groupby(rows, key)
+        self.place: Row | None = None
+        self._advance()
+
+    def consume(self, place: Row) -> list[Row]:
+        """Return the rows of the message at `place`."""
+        self.skip_to(place)
+        if self.place != place:
             return []
-        if self._next[0] != key:
-            self.skip_to(key)
-        if self._next is None or self._next[0] != key:
-            return []
-        rows = self._next[1]
-        self._next = next(self._groups, None)
+        rows = self._rows
+        self._advance()
         return rows
 
-    def skip_to(self, key: MessageKey | None) -> None:
-        """Report rows before `key`, which belong to no message; None is the end."""
-        while self._next is not None and (key is None or sort_key(self._next[0]) < sort_key(key)):
+    def skip_to(self, place: Row | None) -> None:
+        """Report rows before `place`, which belong to no message; None is the end."""
+        while self.place is not None and (place is None or self.place < place):
             noun = "results" if self.name == RESULTS_TABLE else "rows"
-            self._report(self._next[0], f"is not stored, but table {self.name} has {len(self._next[1])} {noun} of it")
-            self._next = next(self._groups, None)
+            self._report(self._key, f"is not stored, but table {self.name} has {len(self._rows)} {noun} of it")
+            self._advance()
+
+    def _advance(self) -> None:
+        key, group = next(self._groups, ((), ()))
+        self._key, self._rows = key, [*group]
+        self.place = sort_key(key) if key else None
 
 
+@lru_cache(maxsize=256)
 def is_time(value: Any) -> bool:
     try:
         clock.parse_rfc3339(value)
@@ -89,6 +104,6 @@ def is_time(value: Any) -> bool:
     return True
 
 
-def sort_key(key: Row) -> list[tuple[int, Any]]:
+def sort_key(key: Row) -> Row:
     """Return a sort key with SQLite's order of values of any type: NULL, numbers, text, bytes."""
-    return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]
+    return tuple([part for value in key for part in (_SQLITE_TYPE_RANKS[type(value)], value)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -25,6 +25,7 @@ from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
+from agent.fleet.incidents.certificates import Certificate
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws, key_rotation, topics
@@ -79,13 +80,14 @@ class Collector:
         group: str = "",
         quota: Quota | None = None,
         encryption_keys: EncryptionKeys | None = None,
+        certificates: Callable[[], Iterable[Certificate]] = lambda: (),
     ) -> None:
         """Call `upkeep` each hour, and log the errors that it raises.
 
         `share`: name among the collectors that share the fleet's messages, each with its own session at the broker;
         None for a single collector. `group`: name of their subscriptions, [fleet] share_group. `quota`: limit for each
-        device, of all collectors together; None for no limit. `encryption_keys` open sealed messages. Raises UsageError
-        if the database cannot be shared.
+        device, of all collectors together; None for no limit. `encryption_keys` open sealed messages. `certificates`:
+        those of the fleet, watched for their end. Raises UsageError if the database cannot be shared.
         """
         if share is not None and not store.shared:
             raise UsageError(
@@ -105,7 +107,7 @@ class Collector:
         self._retry_at = 0.0
         self._unreported_refusals = 0
         self._pending_gaps = PendingGaps()
-        self._leader_tasks = LeaderTasks(store, self.keyring)
+        self._leader_tasks = LeaderTasks(store, self.keyring, certificates)
         self._next_refusal_log = 0.0
         self._upkeep = upkeep
         self._next_upkeep = 0.0
@@ -149,7 +151,7 @@ class Collector:
             except StorageError as error:
                 logger.error("%s; missing messages are requested later", error)
         self.acknowledger.send(link)
-        self._leader_tasks.tick()
+        self._leader_tasks.tick(is_caught_up=not self._held)
         if self._quotas is not None:
             self._quotas.collector_count = self._leader_tasks.collector_count
         self._run_upkeep()

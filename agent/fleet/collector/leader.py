@@ -1,14 +1,14 @@
 """Leader election: one of the collectors of a database raises alerts that concern all of them.
 
 The leader holds an advisory lock as long as it is connected to the database; then another collector takes over. It
-watches for refused messages and for fleet-wide drift.
+watches for refused messages, for fleet-wide drift, and for incidents of single devices.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from agent import clock
 from agent.alerts import OVER_QUOTA_AT_COLLECTOR, REFUSED_BY_COLLECTOR, AlertKind
@@ -19,6 +19,10 @@ from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
+from agent.fleet.drift.reference_alerts import ReferenceAlerts
+from agent.fleet.incidents.certificates import Certificate
+from agent.fleet.incidents.monitor import IncidentMonitor
+from agent.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +34,21 @@ LEADER_JOB = "leader"
 class LeaderTasks:
     """Tasks of the leader, run by `tick`. It raises nothing: a full disk delays the alerts."""
 
-    def __init__(self, store: FleetStore, keyring: Keyring) -> None:
+    def __init__(
+        self, store: FleetStore, keyring: Keyring, certificates: Callable[[], Iterable[Certificate]] = lambda: ()
+    ) -> None:
+        """`certificates`: those of the fleet, of which the leader says that they end soon."""
         self._store, self._keyring = store, keyring
         self._refusal_alarm, self._refusal_tally = RefusalAlarm(), RefusalTally()
         self._quota_alarm = RefusalAlarm()
-        self._fleet_wide_alerts = FleetWideAlerts(store)
+        self._fleet_wide_alerts, self._reference_alerts = FleetWideAlerts(store), ReferenceAlerts(store)
+        self._incidents = IncidentMonitor(store, certificates)
         self.is_leader, self._next_check_s = not store.shared, 0.0
         self.collector_count = 1
 
     def record_batch(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal]) -> None:
         self._fleet_wide_alerts.record_batch(arrivals)
+        self._reference_alerts.record_batch(arrivals)
         if not self._store.shared:
             boot_s, devices = clock.read().boot_s, self._keyring.devices
             over_quota = [refusal for refusal in refusals if refusal.reason == OVER_QUOTA]
@@ -48,7 +57,9 @@ class LeaderTasks:
             self._refusal_alarm.add_refusals(others, devices, boot_s)
             self._raise_alarms()
 
-    def tick(self) -> None:
+    def tick(self, *, is_caught_up: bool = True) -> None:
+        """Do what is due; `is_caught_up` unless received messages wait for the database."""
+        self._incidents.watch(clock.read())
         try:
             if self._store.shared and time.monotonic() >= self._next_check_s:
                 self._next_check_s = time.monotonic() + LEADER_CHECK_S
@@ -56,6 +67,7 @@ class LeaderTasks:
                 was_leader, self.is_leader = self.is_leader, self._store.acquire_leadership(LEADER_JOB)
                 if self.is_leader != was_leader:
                     self._refusal_tally = RefusalTally()
+                    self._incidents.reset()
                     logger.info("this collector is the leader" if self.is_leader else "another collector is the leader")
                 if self.is_leader:
                     for name, reason, n in self._refusal_tally.new_refusals(self._store.refusals()):
@@ -63,12 +75,16 @@ class LeaderTasks:
                         alarm.add_count(name, reason, n, clock.read().boot_s)
                     self._raise_alarms()
             if self.is_leader:
-                for summary in self._fleet_wide_alerts.poll(clock.read()):
+                now = clock.read()
+                for summary in [*self._fleet_wide_alerts.poll(now), *self._reference_alerts.poll(now)]:
                     logger.warning("drift: %s", summary)
+                if is_caught_up:
+                    for summary in self._incidents.poll(clock.read()):
+                        logger.warning("incident: %s", printable(summary))
         except StorageError as error:
             # A lost connection releases the lock, which another collector may hold by now.
             self.is_leader = not self._store.shared
-            logger.error("%s; the next check for fleet-wide drift is later", error)
+            logger.error("%s; the next check for alerts of the collector is later", error)
 
     def _raise_alarms(self) -> None:
         """Raise alerts of the collector's own, as a refused message proves nothing about its device."""

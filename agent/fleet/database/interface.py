@@ -70,6 +70,9 @@ class Connection(Protocol):
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         """Insert rows whose keys no other process inserts."""
 
+    def insert_missing(self, table: str, rows: Sequence[Row]) -> None:
+        """Insert the rows whose keys are free; they differ in their keys."""
+
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         """Return (`last_seq` of table logs, None if absent; `last_seq` of table log_ends, 0 if absent) of each log."""
 

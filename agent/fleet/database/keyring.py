@@ -67,7 +67,7 @@ class Keyring:
     def find_stored(self, kid: str) -> Signer | None:
         """Return the signer of a stored message: what a key signed before its revocation stays valid."""
         signer = self._signers.get(kid)
-        return msgspec.structs.replace(signer, revoked=False) if signer else None
+        return msgspec.structs.replace(signer, revoked=False) if signer and signer.revoked else signer
 
     def add_rotation(self, message: VerifiedMessage) -> bool:
         """Accept the new key of a verified rotation until the next `refresh`; return False if it is invalid."""

@@ -115,9 +115,7 @@ class PostgresqlConnection:
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         if table == _SERIALIZED_TABLE:
             self.lock_table(table)
-        if table not in self._columns:
-            self._columns[table] = self._raw.execute(_COLUMN_TYPES, (table,)).fetchall()
-        columns = self._columns[table][: len(rows[0])]
+        columns = self._read_columns(table)[: len(rows[0])]
         names = ", ".join(f'"{name}"' for name, _ in columns)
         # Text would cost twice as much per value, on both sides.
         statement = f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)"
@@ -125,6 +123,17 @@ class PostgresqlConnection:
             copy.set_types([kind for _, kind in columns])
             for row in rows:
                 copy.write_row(row)
+
+    def insert_missing(self, table: str, rows: Sequence[Row]) -> None:
+        if rows:
+            arrays = ", ".join(f"%b::{kind}[]" for _, kind in self._read_columns(table))
+            sql = f"INSERT INTO {table} SELECT * FROM unnest({arrays}) ON CONFLICT DO NOTHING"
+            self._raw.execute(sql, _transpose(rows))
+
+    def _read_columns(self, table: str) -> list[tuple[str, str]]:
+        if table not in self._columns:
+            self._columns[table] = self._raw.execute(_COLUMN_TYPES, (table,)).fetchall()
+        return self._columns[table]
 
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         if not logs:

@@ -6,20 +6,26 @@ content for a table adds no row there, and stays evidence.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import repeat
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from agent.fleet.database.interface import Row
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
+from agent.wire.keys import b64url_encode
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
     DriftPayload,
+    Magnitude,
     Payload,
     QualityPayload,
+    ResultMaker,
     ResultsPayload,
     ShadowPayload,
     VerifiedMessage,
@@ -27,8 +33,15 @@ from agent.wire.messages import (
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
+# Events of audit messages about the reference that a device learned or an operator accepted.
+LEARNED_EVENT, ACCEPTED_EVENT = "learned", "reference accepted"
 RESULTS_TABLE = "results"
+PROVENANCE_TABLE = "result_provenance"
 _MAX_REASON = 64
+# A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
+_MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
+_OUTPUT_NAMES = ("value_", "score_")
+_OUTPUT_PREFIXES = tuple(f'"{name}'.encode() for name in _OUTPUT_NAMES)
 
 # Table → rows, with columns in the order of `schema`.
 TableRows = dict[str, list[Row]]
@@ -48,6 +61,32 @@ class PhaseChange(msgspec.Struct, frozen=True):
     numbers: dict[str, Any] = {}
 
 
+class _RawColumns(msgspec.Struct):
+    """The columns of a results message, not decoded."""
+
+    columns: dict[str, msgspec.Raw]
+
+
+_COLUMNS_DECODER = msgspec.json.Decoder(_RawColumns)
+_NUMBERS_DECODER = msgspec.json.Decoder(list[Magnitude | None])
+
+
+class FieldMoments(msgspec.Struct, frozen=True):
+    """Rows of a field in a learned reference, in its unit; 0 where they are too few to be told."""
+
+    n: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    mean: Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)] = 0.0
+    sd: Annotated[float, msgspec.Meta(ge=0, le=1e100)] = 0.0
+
+
+class LearnedReference(msgspec.Struct, frozen=True):
+    """The evidence of a device's audit message about its reference."""
+
+    task: Name
+    site: Digest
+    fields: Annotated[dict[str, FieldMoments], msgspec.Meta(max_length=256)] = {}
+
+
 class Projection(msgspec.Struct, frozen=True):
     """The rows of one table that a message of one kind adds: `build(body, payload)`."""
 
@@ -61,16 +100,55 @@ def project_message(message: VerifiedMessage, rows: TableRows) -> None:
         rows.setdefault(projection.table, []).extend(projection.build(message.body, message.payload))
 
 
-def _result_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
-    """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
+def _result_rows(body: ResultsPayload, payload: bytes) -> list[Row]:
+    """Return the row of each result of a message."""
     columns, none = body.columns, repeat(None)
     rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
+    outputs = _further_outputs(payload, len(rows))
+    faults = _to_json(body.faults) if body.faults else None
+    numbers = (columns.score or none, columns.value or none, columns.missing or none)
     return [
-        (body.device, body.task, row, t, label, score, value, body.log, body.seq)
-        for row, t, label, score, value in zip(
-            rows, times, labels or none, columns.score or none, columns.value or none, strict=False
+        (body.device, body.task, row, t, label, score, value, missing, output, faults, body.log, body.seq)
+        for row, t, label, score, value, missing, output in zip(
+            rows, times, labels or none, *numbers, outputs or none, strict=False
         )
     ]
+
+
+def _further_outputs(payload: bytes, count: int) -> list[str] | None:
+    """Return the JSON of columns value_NAME and score_LABEL for each of `count` results; None without such columns."""
+    if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
+        return None
+    columns = _COLUMNS_DECODER.decode(payload).columns
+    outputs: dict[str, list[float | None]] = {}
+    for name, column in columns.items():
+        if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
+            continue
+        with contextlib.suppress(msgspec.MsgspecError):
+            numbers = _NUMBERS_DECODER.decode(column)
+            if len(numbers) == count:
+                outputs[name] = numbers
+    if not outputs:
+        return None
+    names = [*outputs]
+    return [_to_json(dict(zip(names, row, strict=True))) for row in zip(*outputs.values(), strict=True)]
+
+
+def _result_message_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
+    _, provenance, *_ = provenance_row(body)
+    return [(body.device, body.log, body.seq, *body.rows, body.n, body.incomplete, provenance)]
+
+
+def provenance_row(body: ResultsPayload) -> Row:
+    """Return the row of table result_provenance that the message shares with others."""
+    model, made = body.model, body.made or ResultMaker()
+    members = (body.task, body.stream, model.name, model.version, model.digest, made.agent, made.runtime, made.config)
+    return (body.device, _name_provenance(members), *members)
+
+
+@lru_cache(1024)
+def _name_provenance(members: tuple[str | None, ...]) -> str:
+    return b64url_encode(hashlib.blake2b(msgspec.json.encode(members), digest_size=16).digest())
 
 
 def _drift_rows(body: DriftPayload, _payload: bytes) -> list[Row]:
@@ -114,17 +192,31 @@ def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     return [(*head, change.reason[:_MAX_REASON], body.summary, numbers, body.time, body.log, body.seq)]
 
 
+def _reference_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
+    if body.event not in (LEARNED_EVENT, ACCEPTED_EVENT):
+        return []
+    try:
+        reference = msgspec.convert(body.evidence, LearnedReference)
+    except msgspec.ValidationError:
+        return []
+    head = (body.device, reference.task, body.event, reference.site, _to_json(reference.fields))
+    return [(*head, body.time, body.log, body.seq)]
+
+
 def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
 PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
-    ResultsPayload: (Projection(RESULTS_TABLE, _result_rows),),
+    ResultsPayload: (Projection(RESULTS_TABLE, _result_rows), Projection("result_messages", _result_message_rows)),
     DriftPayload: (Projection("drift_windows", _drift_rows),),
     AlertPayload: (Projection("alerts", _alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
     ShadowPayload: (Projection("shadows", _shadow_rows),),
-    AuditPayload: (Projection("rollout_devices", _phase_rows),),
+    AuditPayload: (
+        Projection("rollout_devices", _phase_rows),
+        Projection("learned_references", _reference_rows),
+    ),
 }
 
 TABLES = tuple(projection.table for projections in PROJECTIONS.values() for projection in projections)

@@ -1,8 +1,9 @@
 """Tables and migrations of the fleet database, in SQL that SQLite runs and `postgresql_schema` translates.
 
-`messages` is the evidence: every message exactly as it arrived. `results`, `drift_windows`, `quality_messages`,
-`metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are projections of the same messages, and
-could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`messages` is the evidence: every message exactly as it arrived. `results`, `result_messages`, `result_provenance`,
+`drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are
+projections of the same messages, and could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us`
+are microseconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.fleet.database.timestamps import RESULTS_DATED_VIEW
+from agent.notify.queue import TABLES as NOTIFY_TABLES
 
 # PostgreSQL numbers the rows of a table only if a column does so; SQLite always has `rowid`.
 ROWID = "/* rowid */"
@@ -27,10 +29,12 @@ _COLLECTION = (
         kid TEXT PRIMARY KEY, device TEXT NOT NULL, key TEXT NOT NULL, added TEXT NOT NULL, revoked TEXT, log TEXT,
         last_seq INTEGER, made_by TEXT NOT NULL DEFAULT 'device') WITHOUT ROWID""",
     "CREATE INDEX keys_by_device ON keys (device)",
-    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them.
+    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them. The index finds the newest
+    # health message of each log.
     """CREATE TABLE messages (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
         payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
+    "CREATE INDEX health_messages ON messages (device, log, seq) WHERE kind = 'health'",
     # last_seq: the highest that arrived; `gaps` has the ranges that are missing below it. since, latest: when the first
     # and the last new message arrived. live: no other log took its place. The newest log of a device is its first live
     # one.
@@ -60,10 +64,23 @@ _COLLECTION = (
 )
 
 _PROJECTIONS = (
+    # missing: share of the input that was missing, NULL where the message lists none. outputs: JSON object of columns
+    # value_NAME and score_LABEL. faults: JSON array of the fields with a sensor fault. Both are NULL where empty.
     """CREATE TABLE results (
         device TEXT NOT NULL, task TEXT NOT NULL, row INTEGER NOT NULL, t INTEGER NOT NULL, label TEXT, score REAL,
-        value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
+        value REAL, missing REAL, outputs TEXT, faults TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
     "CREATE INDEX results_by_row ON results (device, task, row)",
+    # A results message, also one that lists none of its n results. incomplete: how many of them missed too much input.
+    """CREATE TABLE result_messages (
+        device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, rows_first INTEGER NOT NULL,
+        rows_last INTEGER NOT NULL, n INTEGER NOT NULL, incomplete INTEGER NOT NULL, provenance TEXT NOT NULL,
+        PRIMARY KEY (device, log, seq)) WITHOUT ROWID""",
+    # Bundle (model, version, digest) and maker (agent, runtime, config) of results, once for all messages that share
+    # them; provenance: digest of the columns after it.
+    """CREATE TABLE result_provenance (
+        device TEXT NOT NULL, provenance TEXT NOT NULL, task TEXT NOT NULL, stream TEXT NOT NULL, model TEXT NOT NULL,
+        version TEXT NOT NULL, digest TEXT NOT NULL, agent TEXT, runtime TEXT, config TEXT,
+        PRIMARY KEY (device, provenance)) WITHOUT ROWID""",
     # A drift window, or a run of quiet ones. window: index of the first; window_count: how many; first and last: rows
     # of the stream; reference, features, output, joint, estimate, windows: JSON; windows: columns of a run, or NULL.
     """CREATE TABLE drift_windows (
@@ -74,11 +91,14 @@ _PROJECTIONS = (
         output TEXT NOT NULL, joint TEXT, estimate TEXT, windows TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
     # source: `device`, or `collector` for its own alerts; `seq` is then that of the message concerned, or a time.
-    """CREATE TABLE alerts (
+    f"""CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
-        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
+    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
+    # Notifications read the alerts that are new to them, in order of rowid.
+    f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -97,6 +117,10 @@ _PROJECTIONS = (
         seq INTEGER NOT NULL{ROWID}, PRIMARY KEY (device, log, seq))""",
     # A rollout reads the shadows that are new to it, in order of rowid.
     f"CREATE INDEX shadows_by_rollout ON shadows (rollout{ROWID})",
+    # A reference that a device learned (event `learned`), with rows, mean and sd of each field as JSON, or accepted.
+    """CREATE TABLE learned_references (
+        device TEXT NOT NULL, task TEXT NOT NULL, event TEXT NOT NULL, site TEXT NOT NULL, fields TEXT NOT NULL,
+        time TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     # One phase change that a device reported in an audit message; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
@@ -147,9 +171,37 @@ _OPERATORS = (
     """CREATE TABLE decisions (
         rollout TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, event TEXT NOT NULL, summary TEXT NOT NULL,
         evidence TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, PRIMARY KEY (rollout, n))""",
+    # What operators say about an alert, by the key of its messages in table alerts. acknowledged_seq: of its newest
+    # message at that time; a later one ends the acknowledgement, not the mute.
+    """CREATE TABLE alert_handling (
+        source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
+        acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
+        muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
+    # Devices that an operator removed: they are listed no longer. What is stored of them stays.
+    """CREATE TABLE retired_devices (
+        device TEXT PRIMARY KEY, retired TEXT NOT NULL, retired_by TEXT NOT NULL) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
+)
+
+_DASHBOARD = (
+    # password: parameters, salt and scrypt hash; NULL for an account that only a proxy may sign in.
+    """CREATE TABLE dashboard_users (
+        name TEXT PRIMARY KEY, role TEXT NOT NULL, password TEXT, created TEXT NOT NULL, changed TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    # session: SHA-256 of the secret in the cookie; revoked: when, NULL while it is valid.
+    """CREATE TABLE dashboard_sessions (
+        session TEXT PRIMARY KEY, name TEXT NOT NULL, created TEXT NOT NULL, expires TEXT NOT NULL,
+        address TEXT NOT NULL, revoked TEXT) WITHOUT ROWID""",
+    "CREATE INDEX dashboard_sessions_by_name ON dashboard_sessions (name)",
+    # Who did what: sign-ins, refused ones too, and every action. object: what it concerned.
+    f"""CREATE TABLE dashboard_actions (
+        time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
+        outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
+    "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
+    # The collector's own alerts, which are few, without a look at those of devices.
+    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 
@@ -161,7 +213,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD, *NOTIFY_TABLES)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",

@@ -19,7 +19,9 @@ from agent.fleet.database.alerts import (
     ALERTS,
     DRIFT_ALERTS,
     INSERT_ALERT,
+    LEARNED_REFERENCES,
     OPEN_FLEET_WIDE_ALERTS,
+    OPEN_REFERENCE_ALERTS,
     revoked_alert_row,
 )
 from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
@@ -44,6 +46,7 @@ MAX_MISSING_RANGES = 100
 _MAX_ATTEMPTS = 5
 # One device, or all if it is None; bind the device twice.
 _DEVICE_FILTER = "(CAST(? AS TEXT) IS NULL OR device = ?)"
+_LOG_RANGE = "device = ? AND log = ? AND seq BETWEEN ? AND ? ORDER BY seq"
 _NEWEST_LOG = "rowid = (SELECT min(rowid) FROM logs WHERE device = l.device AND live)"
 
 # When, until when and in how many windows each device was tested for drift.
@@ -57,15 +60,21 @@ _OBSERVED_PERIODS = """
 _DRIFT_WINDOWS = """
     SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
            windows
-    FROM drift_windows
-    WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
-      AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
-      AND (CAST(:begin AS TEXT) IS NULL OR device >= :begin) AND (CAST(:end AS TEXT) IS NULL OR device < :end)
-    ORDER BY task, device, "from", first, last, "to", log, seq
+    FROM drift_windows WHERE {where} ORDER BY task, device, "from", first, last, "to", log, seq
+"""
+
+# By index drift_windows_by_time; the order is that of _DRIFT_WINDOWS.
+_RECENT_DRIFT_WINDOWS = """
+    SELECT * FROM (
+        SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint,
+               estimate, windows, log, seq
+        FROM drift_windows WHERE task = ? AND device = ? AND "to" >= ? ORDER BY "to" DESC LIMIT ?) newest
+    ORDER BY "from", first, last, "to", log, seq
 """
 
 _DEVICES = f"""
-    SELECT d.device, k.key, d.state, d.last_seen,
+    SELECT d.device, k.key, d.last_seen,
+           CASE WHEN r.device IS NOT NULL THEN 'retired' WHEN k.key IS NULL THEN 'revoked' ELSE d.state END AS state,
            (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
            (SELECT count(*) FROM logs l WHERE l.device = d.device AND live) AS logs,
            coalesce(o.n, 0) AS alerts,
@@ -74,7 +83,9 @@ _DEVICES = f"""
             ORDER BY a.seq DESC LIMIT 1) AS clock
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.last_seq IS NULL
+    LEFT JOIN retired_devices r ON r.device = d.device
     LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) alerts WHERE open GROUP BY device) o ON o.device = d.device
+    WHERE r.device IS NULL OR ?
     ORDER BY d.device
 """
 
@@ -239,6 +250,11 @@ class FleetStore:
             before_commit()
         return kids
 
+    def retire(self, device: str, by: str, now: str) -> None:
+        """List `device` no longer, until it is enrolled again. Raises UsageError if a key of it may still sign."""
+        with self.transaction() as db:
+            key_table.retire(db, device, by, now)
+
     def accept_log(self, device: str, log: str, now: str) -> list[str]:
         """Make `log` the only live one of `device`, on an operator's word; return the others. Raises UsageError."""
         with self.transaction() as db:
@@ -321,9 +337,12 @@ class FleetStore:
         rows = self._fetch_all("SELECT device FROM devices ORDER BY device")
         return [row[0] for row in rows if isinstance(row[0], str)]
 
-    def devices(self) -> list[dict[str, Any]]:
-        """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock."""
-        return self._fetch_dicts(_DEVICES)
+    def devices(self, *, with_retired: bool = False) -> list[dict[str, Any]]:
+        """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock.
+
+        `state` is the device's own, or `revoked` if no key of it may sign, or `retired`.
+        """
+        return self._fetch_dicts(_DEVICES, with_retired)
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
         """Return open alerts, or with `closed` all that were ever raised or cleared; oldest first."""
@@ -359,10 +378,18 @@ class FleetStore:
         self, *, task: str | None = None, devices: Devices = None, since: str | None = None
     ) -> Iterator[DriftRow]:
         """Return drift messages that ended at `since` or later, by task, device and time."""
-        bounds = devices if isinstance(devices, DeviceRange) else DeviceRange()
-        values = {"task": task, "device": None if isinstance(devices, DeviceRange) else devices, "since": since}
-        rows = self._database.stream(_DRIFT_WINDOWS, {**values, "begin": bounds.first, "end": bounds.before})
+        where, values = _filter_devices(devices)
+        # Only the conditions that are asked for, so that an index serves them.
+        for condition, value in (("task = ?", task), ('"to" >= ?', since)):
+            if value is not None:
+                where, values = f"{where} AND {condition}", (*values, value)
+        rows = self._database.stream(_DRIFT_WINDOWS.format(where=where), values)
         return (DriftRow(*row) for row in rows)
+
+    def recent_drift_windows(self, task: str, device: str, since: str, limit: int) -> list[DriftRow]:
+        """Return the newest drift messages of a task that ended at `since` or later, as `drift_windows` orders them."""
+        rows = self._fetch_all(_RECENT_DRIFT_WINDOWS, task, device, since, limit)
+        return [DriftRow(*row[:-2]) for row in rows]
 
     def count_drift_messages(self) -> int:
         return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])
@@ -381,6 +408,14 @@ class FleetStore:
     def open_fleet_wide_alerts(self) -> list[tuple[str, str, int]]:
         """Return (task, subject, seq) of each open alert of fleet-wide drift."""
         return self._fetch_all(OPEN_FLEET_WIDE_ALERTS)
+
+    def learned_references(self) -> list[tuple[str, str, str, int]]:
+        """Return (device, task, fields as JSON, accepted) of the newest reference that each device learned."""
+        return self._fetch_all(LEARNED_REFERENCES)
+
+    def open_reference_alerts(self) -> list[tuple[str, str, int]]:
+        """Return (device, task, seq) of each open alert of a reference unlike the fleet's."""
+        return self._fetch_all(OPEN_REFERENCE_ALERTS)
 
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """Return device, log, from, to and declared of each missing range of sequence numbers."""
@@ -409,6 +444,15 @@ class FleetStore:
         columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
 
+    def message_keys(self, device: str, log: str, first: int, last: int) -> Iterator[tuple[int, str]]:
+        """Return (seq, received) of each message from `first` to `last` of a log."""
+        return self.stream(f"SELECT seq, received FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
+
+    def log_messages(self, device: str, log: str, first: int, last: int) -> Iterator[Row]:
+        """Return (seq, kind, topic, payload, jws, received) of each message from `first` to `last` of a log."""
+        columns = "seq, kind, topic, payload, jws, received"
+        return self.stream(f"SELECT {columns} FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
+
     def key_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""
         where, values = _filter_devices(devices)
@@ -420,15 +464,15 @@ class FleetStore:
         sql = "SELECT device, topic, payload, jws FROM messages WHERE kind = 'audit' AND instr(payload, ?) > 0"
         return self.stream(f"{sql} AND {where}", (substring, *values))
 
-    def projected_rows(self, table: str, devices: Devices = None) -> Iterator[Row]:
-        """Return device, log, seq and all columns of each row that a message gave, in the order of `evidence`."""
+    def projected_rows(self, table: str, devices: Devices = None) -> tuple[list[str], Iterator[Row]]:
+        """Return a table's columns, and each row that a message gave, in the order of `evidence`."""
         source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
         condition, values = _filter_devices(devices)
         where = f"{source} AND {condition}"
         order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
         names = [column[0] for column in self._database.execute(f"SELECT * FROM {table} LIMIT 0").description]
-        columns = self._as_stored(["device", "log", "seq", *names])
-        return self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
+        columns = self._as_stored(names)
+        return names, self.stream(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {order}", values)
 
     def derived_rows(self, table: str, columns: Sequence[str], order: str, devices: Devices) -> Iterator[Row]:
         """Return columns of a table that many messages gave, in an order."""

@@ -37,7 +37,7 @@ _PPM = "CAST(1e-4 AS DOUBLE PRECISION)"
 # One flat join with one index look-up per row and table: nested, SQLite would repeat it for each use of a column.
 RESULTS_DATED_VIEW = f"""
 CREATE VIEW results_dated AS
-SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
+SELECT device, task, row, t, label, score, value, missing, outputs, faults, log, seq, boot, boot_us,
     CASE time_quality WHEN 'anchored' THEN anchored_us WHEN 'interval' THEN boot_us + start_us ELSE t END AS t_best,
     CAST(CASE time_quality
         WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagreement_us), {MAX_ERROR_US})
@@ -45,7 +45,7 @@ SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
         WHEN 'anchored' THEN anchor_error + disagreement_us + {SLACK_US}
         WHEN 'interval' THEN start_error_us + {_PPM} * boot_us + {SLACK_US}
         END AS BIGINT) AS t_error_us,
-    time_quality
+    time_quality, n, incomplete, model, version, digest, agent, runtime, config
 FROM (
     SELECT *, boot_us + CASE WHEN before_error <= coalesce(after_error, before_error) THEN before_offset
                         ELSE after_offset END AS anchored_us,
@@ -60,8 +60,11 @@ FROM (
                b.wall_us - b.boot_us AS before_offset, a.wall_us - a.boot_us AS after_offset,
                b.error_us + {_PPM} * (r.t - g.offset_us - b.boot_us) AS before_error,
                a.error_us + {_PPM} * (a.boot_us - r.t + g.offset_us) AS after_error,
-               o.disagreement_us, o.start_us, o.start_error_us
+               o.disagreement_us, o.start_us, o.start_error_us,
+               m.n, m.incomplete, p.model, p.version, p.digest, p.agent, p.runtime, p.config
         FROM results r
+        LEFT JOIN result_messages m ON m.device = r.device AND m.log = r.log AND m.seq = r.seq
+        LEFT JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
         LEFT JOIN stamps s ON s.device = r.device AND s.log = r.log AND s.seq = r.seq AND s.first = (
             SELECT max(first) FROM stamps x
             WHERE x.device = r.device AND x.log = r.log AND x.seq = r.seq AND x.first <= r.row)
@@ -153,9 +156,11 @@ class TimestampReconstruction:
         """Record a message that is new to its log, by when it arrived; malformed evidence is ignored."""
         if isinstance(body, ResultsPayload):
             key = (body.device, body.log, body.seq)
-            if body.clocks is not None and len(body.columns):
+            if not body.columns.row:
+                return
+            if body.clocks is not None:
                 self._stamps.extend((*key, *clock, False) for clock in body.clocks)
-            elif len(body.columns):
+            else:
                 self._stamps.append((*key, body.rows[0], body.boot, None, 0, True))
         elif isinstance(body, HealthPayload) and _is_time(last_us := body.wall_clock.get("boot_us")):
             self._boot_extents.append((body.device, body.log, body.boot, last_us))

@@ -170,6 +170,15 @@ def summarize_drift(
     return first
 
 
+def summarize_device(store: FleetStore, device: str, *, task: str, since: str | None, now_us: int) -> FleetDriftSummary:
+    """Summarise the windows of one device, its largest group of a task first."""
+    # A space sorts before every character of a name.
+    alone = DeviceRange(device, device + " ")
+    summary = _summarize_devices(store, alone, lambda _: None, task, since, now_us)
+    summary.groups = _sort_groups(summary.groups)
+    return summary
+
+
 def _summarize_devices(
     store: FleetStore,
     devices: DeviceRange,
@@ -178,10 +187,18 @@ def _summarize_devices(
     since: str | None,
     now_us: int,
 ) -> FleetDriftSummary:
+    return _summarize(store.drift_windows(task=task, devices=devices, since=since), progress, now_us)
+
+
+def summarize_recent(rows: Iterable[DriftRow], now_us: int) -> list[DriftGroup]:
+    """Summarise windows of one task and device, in the order of the database."""
+    return _summarize(iter(rows), lambda _: None, now_us).groups
+
+
+def _summarize(windows: Iterator[DriftRow], progress: Callable[[int], None], now_us: int) -> FleetDriftSummary:
     summary = FleetDriftSummary()
     groups: dict[GroupKey, DriftGroup] = {}
     groups_of_device: dict[tuple[str, str], set[GroupKey]] = {}
-    windows = store.drift_windows(task=task, devices=devices, since=since)
     for row, shipped in _deduplicate(windows, summary, progress):
         window = _parse_window(row)
         if window is None:

@@ -49,7 +49,10 @@ class DeviceFiles:
         self.public = _render_public_files(folder, config, device)
         self.private: dict[str, bytes] = {}
 
-    def make_signing_key(self) -> PublicKey:
+    def choose_signing_key(self, enrolled: PublicKey | None, *, reuse: bool) -> PublicKey:
+        """Return the enrolled key if `reuse` permits it; otherwise make one."""
+        if enrolled is not None and reuse:
+            return enrolled
         made = keys.create()
         self.private[SIGNING_KEY] = made.pem
         return made.public

@@ -6,6 +6,8 @@ stays with the operator: who has it can write the device's history anew.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -99,7 +101,7 @@ def enrol(
         key = request.key
     files = DeviceFiles(folder, config, device, None if request is None else request.tls_key)
     if key is None:
-        key = enrolled if enrolled is not None and not replace else files.make_signing_key()
+        key = files.choose_signing_key(enrolled, reuse=not replace)
     # A repeated command: its first run revoked the former key and its certificates.
     replace = replace and (enrolled is None or key.kid != enrolled.kid)
     files.choose_certificate(home, reuse=keep_certificate or not replace)
@@ -110,27 +112,26 @@ def enrol(
     revokes = replace and not keep_certificate
     revoke = revocation.make_certificate_revoker(folder, config, store, device, former) if revokes else lambda: None
     made_by: KeyMaker = "operator" if SIGNING_KEY in files.private else "device"
+    register = partial(store.enrol, device, key, replace=replace, keep_through=keep_through, made_by=made_by)
+    new = _commit(register, files, bundle, revoke)
+    for name, data in files.public.items():
+        durable_files.write(home / name, data, 0o600)
+    revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
+    return Enrolment(device, key, made_by if new else None, new, home, former)
+
+
+def _commit(register: Callable[..., bool], files: DeviceFiles, bundle: Path | None, revoke: Callable[[], None]) -> bool:
+    """Register a key, with its files issued before the database commits; withdraw them if it does not."""
 
     def issue_files() -> None:
         files.issue(bundle)
         revoke()
 
     try:
-        new = store.enrol(
-            *(device, key),
-            replace=replace,
-            now=clock.to_rfc3339(clock.read().wall_us),
-            keep_through=keep_through,
-            made_by=made_by,
-            before_commit=issue_files,
-        )
+        return register(now=clock.to_rfc3339(clock.read().wall_us), before_commit=issue_files)
     except BaseException:
         files.withdraw()
         raise
-    for name, data in files.public.items():
-        durable_files.write(home / name, data, 0o600)
-    revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
-    return Enrolment(device, key, made_by if new else None, new, home, former)
 
 
 def device_folder(folder: Path, device: str) -> Path:

@@ -38,6 +38,9 @@ class RunnableModel(Protocol):
     @property
     def input_range(self) -> tuple[float, float]: ...
 
+    @property
+    def output_range(self) -> tuple[float, float]: ...
+
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows`. Raises BadBundle."""
         ...

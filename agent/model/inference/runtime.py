@@ -77,6 +77,16 @@ class TfliteModel:
         return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
 
     @property
+    def output_range(self) -> tuple[float, float]:
+        """Lowest and highest value of a quantized output; no limits for a float output."""
+        dtype = np.dtype(self._output_details["dtype"])
+        if dtype.kind == "f":
+            return -math.inf, math.inf
+        scale, zero = self._output_details["quantization"]
+        limits = np.iinfo(dtype)
+        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+
+    @property
     def output_step(self) -> float:
         """Difference between neighbouring outputs of a quantized model; 0 for floats."""
         if np.dtype(self._output_details["dtype"]).kind == "f":

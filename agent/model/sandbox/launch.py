@@ -20,6 +20,17 @@ WORKER_MODULE = "agent.model.sandbox.worker"
 _PAGE = mmap.PAGESIZE
 
 
+def run_module(module: str, request: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+    """Run a module of ours to its end in a child process, with `request` on its standard input.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    # -P: never import an `agent` package from the current folder.
+    command = [sys.executable, "-P", "-m", module]
+    environment = child_environment()
+    return subprocess.run(command, input=request, capture_output=True, timeout=timeout_s, env=environment, check=False)
+
+
 class SharedBuffer:
     """Shared memory that can only grow: a seal keeps the child from truncating it."""
 

@@ -29,7 +29,7 @@ from agent.model.bundle.manifest import Manifest, ResourceLimits
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
-from agent.model.sandbox import child_process, confinement, memory
+from agent.model.sandbox import child_process, confinement, launch, memory
 from agent.model.sandbox.confinement import ModelPolicy
 
 if TYPE_CHECKING:
@@ -123,15 +123,7 @@ def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, s
     """Return the child's output and the cause of its death, or "". Raises BadBundle if it does not finish."""
     timeout_s = limits.cpu_seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
-        child = subprocess.run(
-            # -P: never import an `agent` package from the current folder.
-            [sys.executable, "-P", "-m", "agent.model.sandbox.probe"],
-            input=msgspec.msgpack.encode(request),
-            capture_output=True,
-            timeout=timeout_s,
-            env=confinement.child_environment(),
-            check=False,
-        )
+        child = launch.run_module("agent.model.sandbox.probe", msgspec.msgpack.encode(request), timeout_s)
     except subprocess.TimeoutExpired:
         raise BadBundle(f"did not finish within {timeout_s:g} s and was killed") from None
     return child.stdout, describe_death(child.returncode, child.stderr, limits) if child.returncode else ""

@@ -88,6 +88,10 @@ class SubprocessModel:
     def input_range(self) -> tuple[float, float]:
         return self.wait_loaded().input_range
 
+    @property
+    def output_range(self) -> tuple[float, float]:
+        return self.wait_loaded().output_range
+
     def start(self) -> None:
         """Start the process if none runs, without waiting for it. Raises ModelProcessFailed."""
         if self.is_running:

@@ -54,6 +54,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     input_shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     outputs: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
     input_range: tuple[float, float]
+    output_range: tuple[float, float]
     is_confined: bool
 
 
@@ -86,7 +87,9 @@ def main() -> None:
         text = str(problem).encode()[:MAX_TEXT_BYTES]
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
         return
-    info = msgspec.msgpack.encode(ModelInfo(model.input_shape, model.outputs, model.input_range, is_confined))
+    info = msgspec.msgpack.encode(
+        ModelInfo(model.input_shape, model.outputs, model.input_range, model.output_range, is_confined)
+    )
     _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
     _serve(model, shared_fd, response_fd)
 

@@ -21,23 +21,13 @@ from agent.device.store import task_keys
 from agent.model.inference import runtime
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.testing.process import wait_until
-from tests.kit.exchanges import Device, version, versions
+from tests.kit.exchanges import Device, version
 from tests.kit.operators import NOW
 from tests.kit.rollouts import with_trap
 
+pytest_plugins = ["tests.kit.exchange_fixtures"]
+
 NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return versions(tmp_path_factory.mktemp("bundles"), "1", "2", "3")
-
-
-@pytest.fixture
-def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
-    made = Device(tmp_path, bundles)
-    yield made
-    made.store.close()
 
 
 def dies(device: Device, digest: str, task: str = "sort") -> None:

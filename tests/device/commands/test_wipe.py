@@ -21,6 +21,7 @@ from agent.errors import UsageError
 from agent.testing.messages import new_key
 from agent.testing.process import run_outstation
 from agent.wire import keys
+from tests.kit.commands import call_outstation
 from tests.kit.operators import NOW, Desk, Operator, trusted_keys
 
 
@@ -290,7 +291,7 @@ def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) ->
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    assert run_outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
+    assert call_outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
     (tmp_path / "device" / "data").mkdir(exist_ok=True)
     return tmp_path / "device"
 

@@ -23,9 +23,9 @@ from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.testing.broker import MosquittoBroker
-from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
+from tests.kit.commands import call_outstation
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
 
 FIELDS = [
@@ -334,7 +334,7 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
     [source] = build_sources(file, made, store)
     store.close()
     assert isinstance(source, MqttSubscriber)
-    findings = json.loads(run_outstation("check", "-c", str(file), "--json").stdout)
+    findings = json.loads(call_outstation("check", "-c", str(file), "--json").stdout)
     assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
         item for item in findings if "room" in item["name"]
     ).items()

@@ -34,7 +34,7 @@ from agent.performance import labels as truth
 from agent.performance.labels import LabelSchema
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
+from agent.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload, verify_message
 from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, activated
 
 DEVICE = new_key(1)
@@ -51,6 +51,7 @@ class Device:
     active: LoadedBundle
     max_bytes: int = 120_000
     boot_s: float = 100.0
+    shift: float = 0.0  # of all values
     store: Store = field(init=False)
     task: LoadedTask = field(init=False)
     author: MessageLog = field(init=False)
@@ -80,7 +81,7 @@ class Device:
 
     def feed(self, n: int, *, seed: int = 0, run: bool = True) -> None:
         first = self.store.last_row("watch")
-        values = self.recipe.rows(first + n, seed)[first:]
+        values = self.recipe.rows(first + n, seed)[first:] + np.float32(self.shift)
         t = T0 + (first + np.arange(n, dtype=np.int64)) * 10_000
         with self.store.transaction() as tx:
             codes = tx.assign_category_codes(
@@ -253,6 +254,30 @@ def test_labels_that_contradict_the_certainty_are_likely_concept_drift(make: Mak
     body = device.sent(QualityPayload)[-1]
     assert body.estimate["outside"] is True
     assert 0.9 < body.estimate["accuracy"] < 1
+
+
+def test_an_expected_accuracy_that_labels_contradict_says_so(make: Make) -> None:
+    device = make()
+    device.feed(400)
+    device.label(range(1, 201), other)
+    device.turn()
+    assert all("outside" not in body.estimate for body in device.sent(DriftPayload))
+    device.feed(400)
+    shifted = device.store.last_row("watch") + 1
+    device.shift = 3.0
+    device.feed(200)
+    later = [body for body in device.sent(DriftPayload) if body.window.rows[0] > 400]
+    assert later
+    assert all(body.estimate["outside"] is True for body in later)
+    raised = [entry for entry in device.sent(AlertPayload) if entry.alert == "drift" and "accuracy" in entry.evidence]
+    assert raised, f"the readings moved from row {shifted} on"
+    assert all(entry.summary.endswith(" Labels contradict this expected accuracy.") for entry in raised)
+
+    device.label(range(401, 1001), right)
+    device.turn()
+    assert ("certainty", "cleared") in {(entry.subject, entry.state) for entry in device.alerts()}
+    device.feed(100)
+    assert "outside" not in device.sent(DriftPayload)[-1].estimate
 
 
 def test_accuracy_that_falls_later_is_silent_decay(make: Make) -> None:

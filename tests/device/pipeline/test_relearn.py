@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agent.bootstrap import tasks
-from agent.bootstrap.device import load_config, open_message_log, open_store
+from agent.bootstrap.device import open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -20,33 +20,16 @@ from agent.device.recovery import open as recovery
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
-from agent.testing.process import run_outstation, wait_until
+from agent.testing.process import wait_until
+from tests.kit.commands import call_outstation
+from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
-CONFIG = """
-[streams.watch]
-fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
-[tasks.exercise]
-stream = "watch"
-bundle = "exercise"
-learn_windows = 20
-"""
 
 
-class Site:
-    """Device folder with the config of `outstation init`, used by this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "device"
-        assert run_outstation("init", str(self.home)).returncode == 0
-        self.config = self.home / "outstation.toml"
-        retained = self.config.read_text(encoding="utf-8").split("[streams.")[0]
-        self.config.write_text(retained + CONFIG, encoding="utf-8")
-        self.file, self.conf = load_config(str(self.config))
-
+class Site(LearningSite):
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = run_outstation("reference", *arguments, "-c", str(self.config), "--json")
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+        return self.call("reference", *arguments)
 
     def open(self) -> Store:
         return open_store(self.conf)
@@ -93,12 +76,12 @@ def test_show_says_which_reference_is_in_force(site: Site) -> None:
     assert result["site"]["windows"] == 20
     assert result["site"]["warning"].startswith("only 20 drift windows")
     assert result["asked"] is None
-    reported = run_outstation("reference", "show", "exercise", "-c", str(site.config))
+    reported = call_outstation("reference", "show", "exercise", "-c", str(site.config))
     assert "of this site, sha256:" in reported.stdout
     # What is not found is said where one looks, before it happens.
     [changes] = {line for line in reported.stdout.splitlines() if line.startswith("found within 20 drift windows, 90%")}
     assert changes.count("spread") == len(result["site"]["smallest_changes"]["fields"])
-    assert "found within 20 drift windows" in run_outstation("status", "-c", str(site.config)).stdout
+    assert "found within 20 drift windows" in call_outstation("status", "-c", str(site.config)).stdout
 
 
 def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
@@ -214,9 +197,11 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 
 def test_the_running_daemon_applies_local_and_remote_requests(fleet: LocalFleet) -> None:
     device: DeviceProcess = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
-    done = run_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    done = call_outstation("reference", "relearn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
     assert json.loads(done.stdout)["taken_up"]
-    sent = run_outstation("fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    sent = call_outstation(
+        "fleet", "command", "pi-01", "relearn", "exercise", "2 h", "--dir", str(fleet.home), "--json"
+    )
     assert json.loads(sent.stdout)["ok"], sent.stdout
 
     def requests() -> list[Any]:

@@ -74,6 +74,11 @@ class Canary:
             if refused is not None:
                 drift_state.save_refusals(tx, TASK, refused)
 
+    def begin_unreferenced(self) -> None:
+        """Begin another canary without a drift reference."""
+        with self.store.transaction() as tx:
+            saved_drift.save(tx, TASK)
+
     def roll_back(self) -> DriftState:
         with self.store.transaction() as tx:
             saved_drift.restore(tx, self.author, TASK, clock.read())
@@ -181,6 +186,26 @@ def test_a_promoted_bundle_without_a_drift_reference_clears_the_alerts_before_it
     assert device.alerts() == {(alert_id, "cleared") for alert_id in ids}
     assert drift_state.load_refusals(device.store, TASK) == LearningRefusals(1)
     assert _stored_names(device.store) == set()
+
+
+def test_after_a_bundle_without_a_drift_reference_the_next_one_uses_no_alert_id_twice(
+    device: Canary, drifted: DriftState
+) -> None:
+    device.begin(with_deviation(with_rate_fault(drifted, 2), 3), None)
+    device.promote()
+    device.begin_unreferenced()
+    device.promote()
+    restored = drift_state.restore(device.store, TASK, device.judge)
+    assert restored.messages == []
+    state = restored.state
+    assert state.raised_counts.min() == drifted.raised_counts.max() > 0
+    assert state.gates["sampling_rate"].raised_counts.tolist() == [0, 2]
+    assert state.guard.raised_count == 3
+    assert (succession.list_open_alerts(state), state.guard.deviations) == ([], ())
+    # The next reference of the site is compared with the one that was learned before.
+    assert drifted.site_reference is not None
+    assert state.guard.former is not None
+    assert np.array_equal(state.guard.former.class_mean, drifted.site_reference.class_mean)
 
 
 def test_a_promoted_bundle_with_a_drift_reference_keeps_its_alerts(device: Canary, drifted: DriftState) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from agent.cli.fleet.group import fleet
 from agent.errors import BadBundle, UsageError
@@ -395,6 +393,10 @@ def test_a_bundle_of_an_unknown_publisher_is_not_verified(small: Story, tmp_path
 
 
 def test_the_sbom_is_valid_cyclonedx_with_libraries_and_models(folder: Path) -> None:
+    # Its import takes a second, and each process that runs tests imports this file.
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     text = (folder / "sbom.cdx.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     bill = json.loads(text)

@@ -107,6 +107,29 @@ def test_a_built_in_bundle_is_published_listed_and_revoked(desk: Operator) -> No
     assert (after["bundles"], [bundle["version"] for bundle in after["revoked"]]) == ([], [done["version"]])
 
 
+@pytest.mark.parametrize(
+    ("words", "keys_made", "threshold"),
+    [
+        ((), 3, 2),
+        (("--roots", 1), 1, 1),
+        (("--threshold", 1), 3, 1),
+        (("--threshold", 4), 4, 4),
+        (("--roots", 5), 5, 2),
+    ],
+)
+def test_a_change_of_keys_needs_a_second_root_key_unless_told_otherwise(
+    desk: Operator, tmp_path: Path, words: tuple[object, ...], keys_made: int, threshold: int
+) -> None:
+    (tmp_path / "stick").mkdir()
+    code, out, _ = desk.run("repository", "init", "--root-keys", tmp_path / "stick", *words)
+    assert code == 0
+    assert len([*(tmp_path / "stick").glob("root-*.key")]) == keys_made
+    assert f"{threshold} of {keys_made} can change all keys" in out
+    assert ("Threshold 1: whoever has one root key" in out) == (threshold == 1)
+    [root] = [role for role in desk.document("repository", "status")["roles"] if role["role"] == "root"]
+    assert (root["threshold"], len(root["keys"])) == (threshold, keys_made)
+
+
 def test_a_bundle_of_another_publisher_needs_its_key(desk: Operator, made: Path) -> None:
     desk.run("repository", "init", "--demo")
     code, _, err = desk.run("publish", made)

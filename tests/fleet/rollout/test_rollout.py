@@ -21,7 +21,7 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload, verify_message
-from tests.kit.commands import call_outstation
+from tests.kit.commands import audit_fleet, call_outstation
 
 ALL = "outstation/acme/_all/desired"
 SENDERS = [MessageSender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
@@ -138,13 +138,13 @@ def test_follow_takes_a_good_bundle_to_all_devices(site: Site) -> None:
         follow.kill()
     code, [document] = site.rollout("status", "exercise-1-1")
     assert (code, document["state"], document["phases"]) == (0, "finished", {"active": 4})
-    code, report = site.fleet.audit()
+    code, report = audit_fleet(site.fleet.home)
     assert (code, report["decisions"], report["invalid_decisions"]) == (0, 3, [])
     store = site.fleet.open_store(write=True)
     with store.transaction() as db:
         db.execute("UPDATE decisions SET summary = 'nothing was looked at' WHERE event = 'promoted'")
     store.close()
-    code, report = site.fleet.audit()
+    code, report = audit_fleet(site.fleet.home)
     assert (code, report["invalid_decisions"][0]["n"]) == (1, 2)
 
 
@@ -182,7 +182,7 @@ def test_a_manual_promotion_needs_passed_rules_or_a_reason(site: Site) -> None:
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
     assert (code, document["state"]) == (0, "finished")
     assert "Forced: the others are on holiday." in document["summary"]
-    assert site.fleet.audit()[0] == 0
+    assert audit_fleet(site.fleet.home)[0] == 0
 
 
 def test_the_next_command_publishes_a_decision_made_offline(site: Site) -> None:

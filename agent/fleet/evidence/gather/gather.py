@@ -136,9 +136,17 @@ class MessageVerifier:
 
 
 class _Collectors:
-    """Collectors of facts, which one pass over the verified messages feeds."""
+    """Collectors of facts, which one pass over the verified messages feeds.
+
+    `unverified`: messages and decisions that did not verify. `running`: the running tasks. `silent`: the devices whose
+    newest log has no valid `health` message.
+    """
 
     def __init__(self, as_of_us: int, newest_logs: dict[str, str]) -> None:
+        self.unverified = 0
+        self.running: list[RunningTask] = []
+        self.silent: list[str] = []
+        self._newest_logs = newest_logs
         self.incidents = IncidentCollector(as_of_us, newest_logs)
         self.declarations: list[MessageRef] = []
         self.decisions, self.comparisons = DecisionCollector(), ComparisonCollector()
@@ -159,15 +167,28 @@ class _Collectors:
 
     def read(
         self, queries: EvidenceQueries, verifier: MessageVerifier, find_operator: Callable[[str], Signer | None]
-    ) -> int:
-        """Read messages, alerts of the collector and decisions; return how many decisions did not verify."""
+    ) -> None:
+        """Read messages, alerts of the collector, decisions and running tasks."""
         for row in queries.stream_messages():
             if (message := verifier.verify(row)) is not None:
                 self.add(message.body)
         self.incidents.add_collector_alerts(queries.load_collector_alerts())
-        return self.decisions.add_operator_decisions(queries.load_decisions(), find_operator)
+        unverified_decisions = self.decisions.add_operator_decisions(queries.load_decisions(), find_operator)
+        self._read_running_tasks(queries, verifier)
+        self.unverified = verifier.refused_count + unverified_decisions
 
-    def count_omitted(self, comparisons: Sequence[BundleComparison], running: Sequence[RunningTask]) -> Counter[str]:
+    def _read_running_tasks(self, queries: EvidenceQueries, verifier: MessageVerifier) -> None:
+        for device in (row["device"] for row in queries.load_devices()):
+            log = self._newest_logs.get(device)
+            row = queries.load_newest_message(device, log, "health") if log else None
+            message = verifier.verify(row) if row else None
+            if message is None or not isinstance(message.body, HealthPayload):
+                self.silent.append(device)
+                continue
+            version = parse_agent_version(message.payload)
+            self.running += self.activations.build_running_tasks(message.body, version)
+
+    def count_omitted(self, comparisons: Sequence[BundleComparison]) -> Counter[str]:
         counts = {
             "incidents": self.incidents.omitted,
             "decisions": self.decisions.omitted,
@@ -175,7 +196,7 @@ class _Collectors:
             OMITTED_DECLARATIONS: max(0, len(self.declarations) - WRITE_LIMITS.declarations),
             "comparison messages": self.comparisons.omitted + sum(pair.omitted for pair in comparisons),
             "bundle activations": self.activations.omitted,
-            "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks),
+            "running tasks": max(0, len(self.running) - WRITE_LIMITS.running_tasks),
         }
         return Counter(counts)
 
@@ -197,14 +218,11 @@ def gather(
     as_of = _resolve_as_of(as_of, last, store.name)
     as_of_us = clock.parse_rfc3339(as_of)
     newest_logs = dict(store.newest_logs())
-    verifier = MessageVerifier(store)
     collectors = _Collectors(as_of_us, newest_logs)
     incidents, decisions = collectors.incidents, collectors.decisions
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
     audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
-    unverified_decisions = collectors.read(queries, verifier, signers.get)
-    running, silent = _gather_running_tasks(queries, verifier, collectors.activations, newest_logs)
-    metrics = collectors.accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels())
+    collectors.read(queries, MessageVerifier(store), signers.get)
     rollouts = queries.load_rollouts()
     keys, broken = trusted_keys.build_device_keys(queries.load_keys())
     comparisons = collectors.comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts})
@@ -220,9 +238,9 @@ def gather(
         decisions=decisions.sort_by_time(),
         event_counts=decisions.event_counts,
         operational_events=decisions.operational_events,
-        running_tasks=running[: WRITE_LIMITS.running_tasks],
-        bundle_history=collectors.activations.build_history(count_tasks_by_digest(running)),
-        accuracy=metrics,
+        running_tasks=collectors.running[: WRITE_LIMITS.running_tasks],
+        bundle_history=collectors.activations.build_history(count_tasks_by_digest(collectors.running)),
+        accuracy=collectors.accuracy.build_entries(queries.load_collector_metrics(), queries.count_labels()),
         comparisons=comparisons,
         drift=fleet_drift.build_drift(store, as_of_us),
         audit=audit_report,
@@ -231,16 +249,14 @@ def gather(
         phase_counts=queries.count_phases(),
         keys=[*roles, *keys],
         message_refs=[],
-        unverified=verifier.refused_count + unverified_decisions,
+        unverified=collectors.unverified,
         withheld=decisions.withheld,
-        silent_devices=silent,
+        silent_devices=collectors.silent,
         broken_keys=broken,
-        omitted=collectors.count_omitted(comparisons, running),
+        omitted=collectors.count_omitted(comparisons),
     )
-    refs = _collect_message_refs(facts) | _collect_quotations(queries, newest_logs)
-    message_refs = sorted(refs | {*collectors.declarations[-WRITE_LIMITS.declarations :]})
-    facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
-    facts.message_refs = message_refs[: WRITE_LIMITS.messages]
+    declarations = collectors.declarations[-WRITE_LIMITS.declarations :]
+    _refer_to_messages(facts, {*declarations} | _collect_quotations(queries, newest_logs))
     return facts
 
 
@@ -261,23 +277,6 @@ def _resolve_as_of(as_of: str | None, last_received: str | None, database: str) 
             "messages, so give a later time"
         )
     return as_of
-
-
-def _gather_running_tasks(
-    queries: EvidenceQueries, verifier: MessageVerifier, activations: ActivationCollector, newest_logs: dict[str, str]
-) -> tuple[list[RunningTask], list[str]]:
-    """Return the running tasks, and the devices whose newest log has no valid `health` message."""
-    tasks: list[RunningTask] = []
-    silent: list[str] = []
-    for device in (row["device"] for row in queries.load_devices()):
-        log = newest_logs.get(device)
-        row = queries.load_newest_message(device, log, "health") if log else None
-        message = verifier.verify(row) if row else None
-        if message is None or not isinstance(message.body, HealthPayload):
-            silent.append(device)
-            continue
-        tasks += activations.build_running_tasks(message.body, parse_agent_version(message.payload))
-    return tasks, silent
 
 
 def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
@@ -302,10 +301,13 @@ def _collect_quotations(queries: EvidenceQueries, newest_logs: dict[str, str]) -
     return refs
 
 
-def _collect_message_refs(facts: EvidenceFacts) -> set[MessageRef]:
-    refs: set[MessageRef | None] = {decision.message for decision in facts.decisions}
+def _refer_to_messages(facts: EvidenceFacts, others: set[MessageRef]) -> None:
+    """List the messages of all facts and the `others`, up to the limit."""
+    refs: set[MessageRef | None] = {*others, *(decision.message for decision in facts.decisions)}
     refs |= {ref for incident in facts.incidents for ref in (incident.raised, incident.cleared)}
     refs |= {ref for task in facts.running_tasks for ref in (task.health, task.activated)}
     refs |= {entry.message for entry in facts.accuracy}
     refs |= {ref for pair in facts.comparisons for ref in pair.messages}
-    return {ref for ref in refs if ref is not None}
+    message_refs = sorted(ref for ref in refs if ref is not None)
+    facts.omitted["messages"] += max(0, len(message_refs) - WRITE_LIMITS.messages)
+    facts.message_refs = message_refs[: WRITE_LIMITS.messages]

@@ -1,0 +1,1 @@
+"""Commands of the dashboard: serve it, and manage its accounts."""

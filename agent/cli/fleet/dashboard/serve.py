@@ -1,0 +1,152 @@
+"""`outstation fleet dashboard`: web pages over the fleet database."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent import durable_files
+from agent.cli.fleet.common import database_url, db_option, fleet_option
+from agent.cli.log_format import configure_logging
+from agent.cli.output import echo
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.text import printable
+from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.config import FleetConfig
+    from agent.fleet.dashboard.pages.desk import OperatorDesk
+    from agent.fleet.dashboard.security.access import AccessPolicy
+
+_SECRET_FILE = "dashboard.key"
+_ROLES = click.Choice(["viewer", "operator", "admin"])
+
+
+@click.command("dashboard", epilog="Example: outstation fleet dashboard --dir acme")
+@click.option("--listen", default="127.0.0.1:8480", show_default=True, metavar="HOST:PORT", help="Port 0: a free one.")
+@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Host name that browsers use; repeatable.")
+@click.option("--tls-cert", type=click.Path(path_type=Path, dir_okay=False), help="Certificate chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path, dir_okay=False), help="Private key of --tls-cert, PEM.")
+@click.option("--local-role", type=_ROLES, default="viewer", show_default=True,
+              help="Role of visitors on this machine who did not sign in.")  # fmt: skip
+@click.option("--login", is_flag=True, help="Ask visitors on this machine to sign in, too.")
+@click.option("--proxy-header", metavar="HEADER", default="", help="Header in which a proxy names who signed in there.")
+@click.option("--proxy-address", "proxies", multiple=True, metavar="IP", help="Proxy that may send it; repeatable.")
+@click.option("--proxy-role", type=_ROLES, help="Role of such visitors without an account; default: none.")
+@click.option("--operator-key", type=click.Path(path_type=Path, dir_okay=False),
+              help="Key that signs what operators decide; default that of fleet.toml.")  # fmt: skip
+@click.option("--read-only", is_flag=True, help="Offer no action, whoever signs in.")
+@db_option
+@fleet_option
+def dashboard(
+    listen: str,
+    hosts: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    local_role: str,
+    login: bool,
+    proxy_header: str,
+    proxies: tuple[str, ...],
+    proxy_role: str | None,
+    operator_key: Path | None,
+    read_only: bool,
+    db: str | None,
+    folder: str | None,
+) -> None:
+    """Serve the dashboard: fleet, incidents, devices, tasks, models, roll-outs and audit, in a browser.
+
+    It reads the database only, in a process of its own; runs until SIGTERM or Ctrl-C. Visitors on this machine need no
+    account and are viewers. Everybody else signs in: `outstation fleet user add NAME --role operator`. What an operator
+    decides is signed with the operator's key; without one, no action is offered.
+    """
+    from agent.cli.fleet.dashboard.plot import render_device_drift
+    from agent.fleet.dashboard.app import create_app
+    from agent.fleet.dashboard.pages.visit import Dashboard
+    from agent.fleet.dashboard.security.access import AccessPolicy
+    from agent.fleet.dashboard.security.guard import is_loopback, make_host_policy
+    from agent.fleet.dashboard.server import Listener, create_server, open_socket, parse_listen
+
+    configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    host, port = parse_listen(listen)
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together; name both files")
+    listener = Listener(host, port, str(tls_cert) if tls_cert else None, str(tls_key) if tls_key else None)
+    is_local = is_loopback(host) or host == "localhost"
+    policy = AccessPolicy(
+        _load_secret(home), "" if login else local_role, proxy_header.lower(), _check_proxies(proxy_header, proxies),
+        proxy_role or "", tls_cert is not None,
+    )  # fmt: skip
+    location = database_url(config, db)
+    if not is_local or login:
+        _require_accounts(location, policy)
+    if not is_local and not listener.cert_file:
+        echo("outstation: warning: passwords cross the network unencrypted; add --tls-cert and --tls-key", err=True)
+    desk = None if read_only else _open_desk(config, home, operator_key)
+    listening = open_socket(listener)
+    served = Dashboard(config.fleet.name, home, location, policy, desk, render_device_drift)
+    shown = f"[{host}]" if ":" in host else host
+    actions = "with the operator's key" if desk else "read-only"
+    url = f"{listener.scheme}://{shown}:{listening.getsockname()[1]}/"
+    echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
+    server = create_server(create_app(served, make_host_policy([host, *hosts])), listener)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+def _load_secret(home: Path) -> bytes:
+    """Return the secret that signs session cookies; create it once. Without a writable folder it lasts for this run."""
+    file = home / _SECRET_FILE
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        return file.read_bytes()
+    secret = secrets.token_bytes(32)
+    try:
+        durable_files.write_new(file, secret, 0o600)
+    except FileExistsError:
+        return file.read_bytes()
+    except OSError:
+        return secret
+    return secret
+
+
+def _check_proxies(header: str, proxies: Sequence[str]) -> tuple[str, ...]:
+    if bool(header) != bool(proxies):
+        raise UsageError("--proxy-header and --proxy-address belong together: anybody could send the header otherwise")
+    return tuple(proxies)
+
+
+def _require_accounts(location: str, policy: AccessPolicy) -> None:
+    """Raise UsageError if nobody could ever sign in."""
+    from agent.fleet.database.dashboard import accounts
+    from agent.fleet.database.store import FleetStore
+
+    if policy.proxy_header:
+        return
+    store = FleetStore(location, read_only=True)
+    try:
+        with store.snapshot() as db:
+            known = accounts.load_users(db)
+    finally:
+        store.close()
+    if not any(user["has_password"] for user in known):
+        raise UsageError("nobody could sign in: create an account first: outstation fleet user add NAME --role admin")
+
+
+def _open_desk(config: FleetConfig, home: Path, operator_key: Path | None) -> OperatorDesk | None:
+    """Return the desk of the operator; None if this user may not read the key of fleet.toml."""
+    from agent.fleet.dashboard.pages.desk import OperatorDesk
+
+    if operator_key is not None:
+        return OperatorDesk(config, home, keys.load_private(operator_key))
+    try:
+        return OperatorDesk(config, home, keys.load_private(Path(config.operator.key_file)))
+    except (OSError, UsageError):
+        return None

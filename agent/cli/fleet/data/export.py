@@ -1,0 +1,168 @@
+"""`outstation fleet export` and `sql`: Parquet files of the fleet's messages, and queries over them."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent import clock
+from agent.cli.fleet.common import (
+    db_option,
+    device_option,
+    fleet_option,
+    open_for_reading,
+    parse_since,
+    print_lines,
+    progress_bar,
+)
+from agent.cli.output import echo, emit, json_option, print_table
+from agent.errors import UsageError
+from agent.text import csv_text, format_value
+
+if TYPE_CHECKING:
+    from agent.fleet.export.export import ExportSummary
+
+# Names of `export.tables.KINDS`, which a command that does not export need not import.
+_KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "shadows", "rollout_devices")
+_MAX_ROWS = 1000
+
+
+@click.command("export", epilog="Example: outstation fleet export --out export --kind results --since 2026-11-01")
+@click.option("--out", "out", metavar="DIR", required=True, type=click.Path(path_type=Path),
+              help="Folder of the export; a run adds what is new.")  # fmt: skip
+@click.option("--since", metavar="TIME", help='Only rows of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
+@click.option("--until", metavar="TIME", help="Only rows before this time.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(_KINDS), help="Only this kind; repeatable.")
+@device_option
+@click.option("--task", metavar="T", help="Only this task.")
+@db_option
+@fleet_option
+@json_option
+def export(
+    out: Path,
+    since: str | None,
+    until: str | None,
+    kinds: tuple[str, ...],
+    device: str | None,
+    task: str | None,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Export the fleet's messages as Parquet, partitioned by kind and day.
+
+    Run it again to add what arrived since; it goes on where it was interrupted. The first run decides the options.
+    `outstation fleet audit --export DIR` verifies the files; `outstation fleet sql` queries them.
+    """
+    from agent.fleet.export.export import export as run_export
+    from agent.fleet.export.tables import Filters
+
+    config, store = open_for_reading(folder, db, device)
+    now_us = clock.read().wall_us
+    begin, end = (
+        None if text is None else parse_since(option, text, now_us)
+        for option, text in (("--since", since), ("--until", until))
+    )
+    filters = Filters(kinds=tuple(name for name in _KINDS if not kinds or name in kinds), device=device, task=task,
+                      since=begin, until=end)  # fmt: skip
+    with progress_bar("exporting", store.count_messages(device)) as advance:
+        summary = run_export(store, out, config.fleet.name, filters, advance)
+    emit(summary, as_json, lambda: print_lines(*_summary_lines(out, summary)))
+
+
+def _summary_lines(out: Path, summary: ExportSummary) -> Iterator[str]:
+    yield f"{out}: {summary.messages} new messages in {summary.files} files, {summary.bytes / 1e6:.1f} MB"
+    for kind, rows in sorted(summary.rows.items()):
+        yield f"  {kind}: {rows} rows"
+
+
+@click.command("sql", epilog='Example: outstation fleet sql --export export "SELECT device, count(*) FROM results"')
+@click.argument("query", required=False)
+@click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path), default=Path("export"),
+              help="Folder of `fleet export`; default ./export.")  # fmt: skip
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV; text that a spreadsheet would run is quoted.")
+@fleet_option
+@json_option
+def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None, as_json: bool) -> None:
+    """Query an export with SQL (DuckDB): one view a kind, read-only, without network or other files.
+
+    QUERY `-` reads the query from standard input; without one, the views are listed.
+    """
+    from agent.fleet.export.query import ExportQueries
+
+    if as_csv and as_json:
+        raise UsageError("--csv and --json: choose one of them")
+    if not (export_folder / "manifest.json").exists():
+        raise UsageError(f"{export_folder}: no export here; {_shell_hint(folder)}")
+    text = sys.stdin.read() if query == "-" else query or "SHOW TABLES"
+    queries = ExportQueries(export_folder)
+    click.get_current_context().call_on_close(queries.close)
+    names, rows = queries.query(text)
+    if as_csv:
+        _print_csv(names, rows)
+    elif as_json:
+        _print_json(names, rows)
+    else:
+        listed = [*islice(rows, _MAX_ROWS)]
+        print_table(names, [[_to_cell(value) for value in row] for row in listed], "No row.")
+        if next(rows, None) is not None:
+            echo(f"… more than {_MAX_ROWS} rows; --csv or --json print all", err=True)
+
+
+def _shell_hint(folder: str | None) -> str:
+    """Say how to make an export, and how to open the shell of the fleet's database."""
+    from agent.fleet import config as fleet_config
+    from agent.fleet.database.interface import display_name, is_postgresql
+
+    make = "`outstation fleet export --out DIR` makes one"
+    try:
+        location = fleet_config.load(fleet_config.find_folder(folder)).fleet.db
+    except UsageError:
+        return make
+    program = "psql" if is_postgresql(location) else "sqlite3 -readonly"
+    return f"{make}; or open the database itself: {program} '{display_name(location)}'"
+
+
+def _print_csv(names: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([csv_text(name) for name in names])
+    for row in rows:
+        writer.writerow(["" if v is None else v if isinstance(v, int | float) else csv_text(_to_text(v)) for v in row])
+
+
+def _print_json(names: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+    """Print a JSON array, an object a row, without holding all rows."""
+    import msgspec
+
+    from agent.fleet.export.query import to_json_value
+    from agent.text import printable_json
+
+    separator = "["
+    for row in rows:
+        values = {name: to_json_value(value) for name, value in zip(names, row, strict=True)}
+        click.echo(separator + printable_json(msgspec.json.encode(values).decode()), nl=False)
+        separator = ",\n"
+    click.echo("[]" if separator == "[" else "]")
+
+
+def _to_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return format_value(value)
+    return "" if value is None else value if isinstance(value, int) else _to_text(value)
+
+
+def _to_text(value: Any) -> str:
+    import datetime
+    import json
+
+    from agent.fleet.export.query import to_json_value
+
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    return json.dumps(to_json_value(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)

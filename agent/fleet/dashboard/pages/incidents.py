@@ -1,0 +1,188 @@
+"""Page *incidents*: an inbox of alerts with what to do, and of each the readings around it and what people decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse, Response
+
+from agent import clock
+from agent.errors import UsageError
+from agent.fleet.dashboard.pages import views
+from agent.fleet.dashboard.pages.visit import Visit
+from agent.fleet.dashboard.security.access import now_text
+from agent.fleet.dashboard.state.fleet_state import as_object, decode_object
+from agent.fleet.database.dashboard import history, messages
+from agent.fleet.database.interface import Connection
+from agent.fleet.database.store import FleetStore
+from agent.fleet.incidents import incidents
+from agent.fleet.incidents.incidents import Incident, IncidentFilter
+
+STATUSES = ("open", "raised", "acknowledged", "muted", "cleared", "all")
+SEVERITIES = ("info", "warning", "critical")
+PAGE_ROWS, MAX_ROWS = 50, 1000
+MUTES = {"1 h": 1, "8 h": 8, "1 d": 24, "7 d": 168}
+_DEFAULTS: Mapping[str, object] = {"status": "open", "severity": "info", "device": "", "task": "", "n": PAGE_ROWS}
+_WINDOWS = 4
+_MAX_EVIDENCE = 30
+
+
+class InboxQuery(msgspec.Struct, frozen=True):
+    status: str
+    severity: str
+    device: str
+    task: str
+    n: int
+
+    @classmethod
+    def parse(cls, query: QueryParams) -> InboxQuery:
+        n = query.get("n", "")
+        return cls(
+            views.choose(query.get("status"), STATUSES, "open"),
+            views.choose(query.get("severity"), SEVERITIES, "info"),
+            query.get("device", "")[:64],
+            query.get("task", "")[:64],
+            min(max(int(n), PAGE_ROWS), MAX_ROWS) if n.isdecimal() and len(n) < 6 else PAGE_ROWS,
+        )
+
+    def path(self, **changes: object) -> str:
+        return views.query_path("/incidents", {**msgspec.structs.asdict(self), **changes}, _DEFAULTS)
+
+    def to_filter(self) -> IncidentFilter:
+        is_open = {"open": True, "cleared": False}.get(self.status)
+        status: Any = self.status if self.status in ("raised", "acknowledged", "muted") else None
+        severity: Any = self.severity
+        return IncidentFilter(is_open, status, self.device or None, self.task or None, None, severity)
+
+
+async def show(visit: Visit) -> Response:
+    query, now = InboxQuery.parse(visit.request.query_params), now_text()
+    wanted = query.to_filter()
+    counted = IncidentFilter(None, None, wanted.device, wanted.task)
+
+    def load(store: FleetStore) -> tuple[list[Incident], dict[Any, int]]:
+        with store.snapshot():
+            listed = incidents.list_incidents(store, wanted, now=now, newest_first=True, limit=query.n + 1)
+            return listed, incidents.count_incidents(store, counted, now=now)
+
+    listed, by_status = await visit.dashboard.reader.read_store(load)
+    counts = dict.fromkeys(STATUSES, 0)
+    for (status, _), n in by_status.items():
+        counts[status] += n
+        counts["all"] += n
+        counts["open"] += n if status != "cleared" else 0
+    return visit.render(
+        "incidents.html",
+        title="Incidents",
+        watch="*",
+        query=query,
+        incidents=listed[: query.n],
+        counts=counts,
+        statuses=STATUSES,
+        severities=SEVERITIES,
+        more=min(query.n * 2, MAX_ROWS) if len(listed) > query.n and query.n < MAX_ROWS else 0,
+        can_handle=visit.visitor.may("operator"),
+        mutes=MUTES,
+    )
+
+
+async def show_one(visit: Visit) -> Response:
+    ref, now = visit.request.path_params["ref"], now_text()
+
+    def load(store: FleetStore) -> dict[str, Any]:
+        with store.snapshot() as db:
+            incident = _find(store, ref, now)
+            return {"incident": incident, **_load_surroundings(db, incident)}
+
+    loaded = await visit.dashboard.reader.read_store(load)
+    incident: Incident = loaded["incident"]
+    return visit.render(
+        "incident.html",
+        title=incident.subject,
+        watch=f"{incident.device} incidents",
+        can_handle=visit.visitor.may("operator"),
+        mutes=MUTES,
+        **loaded,
+    )
+
+
+async def decide(visit: Visit) -> Response:
+    """Acknowledge, mute, or take one of both back."""
+    visit.require("operator")
+    ref, form, now = visit.request.path_params["ref"], await visit.form(), now_text()
+    action, note, by = form.get("action", ""), form.get("note", "").strip()[:500], visit.visitor.name
+    if action not in ("acknowledge", "withdraw", "mute", "unmute"):
+        raise HTTPException(400, "there is no such action")
+
+    def run(store: FleetStore) -> Incident:
+        incident = _find(store, ref, now)
+        match action:
+            case "acknowledge":
+                incidents.acknowledge(store, incident, by=by, note=note, now=now)
+            case "withdraw":
+                incidents.withdraw_acknowledgement(store, incident, by=by, note=note, now=now)
+            case "mute":
+                incidents.mute(store, incident, until=_mute_end(form.get("until", ""), now), by=by, note=note, now=now)
+            case _:
+                incidents.unmute(store, incident, by=by, note=note, now=now)
+        return incident
+
+    try:
+        incident = await visit.dashboard.reader.run_writer(run)
+    except UsageError as error:
+        await visit.record(f"{action} incident", ref, f"refused: {error}")
+        raise
+    await visit.record(f"{action} incident", f"{incident.device} {incident.id}", "done")
+    back = form.get("back", "")
+    return RedirectResponse(back if back.startswith("/incidents") else f"/incidents/{incident.ref}", 303)
+
+
+def _mute_end(text: str, now: str) -> str | None:
+    if text not in MUTES:
+        return None
+    return clock.to_rfc3339(clock.parse_rfc3339(now) + MUTES[text] * 3_600_000_000)
+
+
+def _find(store: FleetStore, ref: str, now: str) -> Incident:
+    try:
+        return incidents.find_incident(store, ref, now=now)
+    except UsageError:
+        raise HTTPException(404, f"there is no incident {ref[:20]!r}") from None
+
+
+def _load_surroundings(db: Connection, incident: Incident) -> dict[str, Any]:
+    """Return the evidence in the signed message, and what drift windows around it say about its field."""
+    payload = messages.load_payload(db, incident.device, incident.log, incident.seq)
+    evidence = as_object(decode_object(payload).get("evidence")) if payload and incident.source == "device" else {}
+    windows = []
+    if incident.task and incident.device:
+        near = history.load_windows_around(db, incident.device, incident.task, incident.raised, _WINDOWS)
+        windows = [_summarize(window, incident.subject) for window in near]
+    shown = {key: _as_shown(value) for key, value in [*evidence.items()][:_MAX_EVIDENCE]}
+    return {"evidence": shown, "windows": windows}
+
+
+def _summarize(window: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return count, mean and spread of a field in one drift window; only the state where it has no such field."""
+    summary = as_object(decode_object(window["features"]).get(field))
+    counts = summary.get("counts")
+    n = sum(counts) if isinstance(counts, list) and all(type(count) is int for count in counts) else None
+    m2, mean = summary.get("m2"), summary.get("mean")
+    sd = (m2 / n) ** 0.5 if n and isinstance(m2, int | float) and m2 >= 0 else None
+    return {
+        **{key: window[key] for key in ("to", "state", "log", "seq")},
+        "n": window["n"],
+        "mean": mean if isinstance(mean, int | float) else None,
+        "sd": sd,
+        "missing": summary.get("missing"),
+    }
+
+
+def _as_shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

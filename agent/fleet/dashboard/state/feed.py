@@ -1,0 +1,97 @@
+"""The change feed: one poll of the database a second, whatever the number of browsers that listen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from agent.errors import OutstationError
+from agent.fleet.dashboard.state.fleet_state import FleetState
+from agent.fleet.dashboard.state.reader import DatabaseReader
+from agent.fleet.database.interface import Connection
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+MAX_LISTENERS = 200
+_PING_S = 15.0
+_MAX_NAMED = 50
+_REVISIONS = """
+    SELECT (SELECT count(*) FROM decisions), (SELECT max(time) FROM decisions),
+           (SELECT count(*) FROM alert_handling), (SELECT max(acknowledged_at) FROM alert_handling),
+           (SELECT max(muted_at) FROM alert_handling)"""
+
+
+# Parts of `_REVISIONS` by the name of the change.
+_PARTS = {"rollouts": slice(0, 2), "incidents": slice(2, 5)}
+
+
+class ChangeFeed:
+    """Keeps `state` fresh, and tells each listener what changed."""
+
+    def __init__(self, reader: DatabaseReader, state: FleetState) -> None:
+        self._reader, self.state = reader, state
+        self._listeners: set[asyncio.Queue[str]] = set()
+        self._revisions: Any = None
+        self._event = "{}"
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            await self.poll()
+            await asyncio.sleep(POLL_S)
+
+    async def poll(self) -> None:
+        problem, changed = "", set[str]()
+        try:
+            changed, revisions = await self._reader.read(self._refresh)
+        except OutstationError as error:
+            problem = str(error)
+            if not self.state.problem:
+                logger.warning("%s", problem)
+            # What comes back may be another database.
+            self.state.forget()
+        else:
+            last = self._revisions or revisions
+            changed |= {name for name, part in _PARTS.items() if revisions[part] != last[part]}
+            self._revisions = revisions
+        if changed or problem != self.state.problem:
+            self.state.problem = problem
+            named = sorted(changed)[:_MAX_NAMED] if len(changed) <= _MAX_NAMED else ["*"]
+            event = {"changed": named, "problem": bool(problem), "read": self.state.read_us // 1000}
+            self._send(msgspec.json.encode(event).decode())
+
+    async def listen(self, still_allowed: Callable[[], Awaitable[bool]]) -> AsyncIterator[str]:
+        """Yield server-sent events until the visitor may no longer see them."""
+        queue: asyncio.Queue[str] = asyncio.Queue(8)
+        self._listeners.add(queue)
+        try:
+            yield f"retry: 3000\ndata: {self._event}\n\n"
+            while True:
+                try:
+                    yield f"data: {await asyncio.wait_for(queue.get(), _PING_S)}\n\n"
+                except TimeoutError:
+                    if not await still_allowed():
+                        return
+                    yield ": alive\n\n"
+        finally:
+            self._listeners.discard(queue)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._listeners) >= MAX_LISTENERS
+
+    def _refresh(self, db: Connection) -> tuple[set[str], Any]:
+        return self.state.refresh(db), tuple(db.execute(_REVISIONS).fetchone())
+
+    def _send(self, event: str) -> None:
+        self._event = event
+        for queue in self._listeners:
+            if queue.full():
+                # A slow browser misses events, not the last one.
+                queue.get_nowait()
+            queue.put_nowait(event)

@@ -1,0 +1,109 @@
+"""Access of the event loop to the database: reads in threads with a read-only store each, writes one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from agent.errors import StorageError
+from agent.fleet.database.interface import Connection, is_postgresql
+from agent.fleet.database.store import FleetStore
+
+T = TypeVar("T")
+# A slow drift plot must not hold the other pages.
+_READERS = 2
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class DatabaseReader:
+    """Reads open the database again after every failure, and when another file took its place."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._local = threading.local()
+        self._readers = ThreadPoolExecutor(_READERS, "read")
+        self._writer = ThreadPoolExecutor(1, "write")
+
+    async def read(self, function: Callable[[Connection], T]) -> T:
+        """Return `function` of one snapshot. Raises StorageError and UsageError."""
+        return await self.read_store(lambda store: _in_snapshot(store, function))
+
+    async def read_store(self, function: Callable[[FleetStore], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function)
+
+    async def run_aside(self, function: Callable[[None], T]) -> T:
+        """Run `function`, which reads files and not the database, in a reader's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, None)
+
+    async def write(self, function: Callable[[Connection], T]) -> T:
+        """Return `function` of one transaction. Raises StorageError and UsageError."""
+        return await self.run_writer(lambda store: _in_transaction(store, function))
+
+    async def run_writer(self, function: Callable[[FleetStore], T]) -> T:
+        """Run `function` with a store that is open for writing only as long as this takes."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._write, function)
+
+    def close(self) -> None:
+        """Close the stores, each in the thread that opened it."""
+        together = threading.Barrier(_READERS)
+        for _ in range(_READERS):
+            self._readers.submit(self._close_own, together)
+        self._readers.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
+
+    def _close_own(self, together: threading.Barrier) -> None:
+        # A thread that waits here takes no second turn.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(_CLOSE_TIMEOUT_S)
+        store: FleetStore | None = getattr(self._local, "store", None)
+        if store is not None:
+            store.close()
+
+    def _read(self, function: Callable[[FleetStore], T]) -> T:
+        store: FleetStore | None = getattr(self._local, "store", None)
+        if store is not None and self._local.identity != self._identify():
+            store.close()
+            store = self._local.store = None
+        if store is None:
+            identity = self._identify()
+            self._local.store = store = FleetStore(self.location, read_only=True)
+            self._local.identity = identity
+        try:
+            return function(store)
+        except StorageError:
+            self._local.store = None
+            store.close()
+            raise
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Return device and inode of the database file; a restored one has others."""
+        if is_postgresql(self.location):
+            return None
+        try:
+            status = os.stat(Path(self.location))
+        except OSError:
+            return (0, 0)
+        return status.st_dev, status.st_ino
+
+    def _write(self, function: Callable[[FleetStore], T]) -> T:
+        store = FleetStore(self.location)
+        try:
+            return function(store)
+        finally:
+            store.close()
+
+
+def _in_snapshot(store: FleetStore, function: Callable[[Connection], T]) -> T:
+    with store.snapshot() as db:
+        return function(db)
+
+
+def _in_transaction(store: FleetStore, function: Callable[[Connection], T]) -> T:
+    with store.transaction() as db:
+        return function(db)

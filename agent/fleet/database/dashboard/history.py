@@ -1,0 +1,56 @@
+"""Statements on what a device reported before: metrics, phases of roll-outs, drift windows. Newest first, bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.fleet.database.interface import Connection, Row, fetch_dicts
+
+QUALITY = """
+    SELECT task, time, body, log, seq FROM quality_messages WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
+PHASES = """
+    SELECT task, rollout, phase, reason, summary, time, log, seq FROM rollout_devices
+    WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
+WINDOWS = """
+    SELECT "from", "to", state, n, window_count, version, log, seq FROM drift_windows
+    WHERE task = ? AND device = ? ORDER BY "to" DESC LIMIT ?"""
+_WINDOW_COLUMNS = '"from", "to", state, n, features, log, seq'
+WINDOWS_BEFORE = f"""
+    SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" <= ?
+    ORDER BY "to" DESC LIMIT ?"""
+WINDOWS_AFTER = f"""
+    SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" > ? ORDER BY "to" LIMIT ?"""
+COLLECTOR_METRICS = """
+    SELECT metric, value, low, high, n, time FROM metrics
+    WHERE device = ? AND task = ? AND source = 'collector' AND slice = '' ORDER BY metric LIMIT 50"""
+
+
+def load_quality(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
+    return fetch_dicts(db, QUALITY, device, log, limit)
+
+
+def load_phases(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
+    return fetch_dicts(db, PHASES, device, log, limit)
+
+
+def load_windows(db: Connection, device: str, task: str, limit: int) -> list[dict[str, Any]]:
+    return fetch_dicts(db, WINDOWS, task, device, limit)
+
+
+def load_windows_around(db: Connection, device: str, task: str, time: str, limit: int) -> list[dict[str, Any]]:
+    """Return the drift windows that ended last before a time, and the ones after it, oldest first, with `features`."""
+    before = fetch_dicts(db, WINDOWS_BEFORE, task, device, time, limit)
+    return [*reversed(before), *fetch_dicts(db, WINDOWS_AFTER, task, device, time, limit)]
+
+
+def load_collector_metrics(db: Connection, device: str, task: str) -> list[dict[str, Any]]:
+    """Return the metrics of labels that were added at the collector."""
+    return fetch_dicts(db, COLLECTOR_METRICS, device, task)
+
+
+def count_windows_since(db: Connection, task: str, since: str) -> list[Row]:
+    """Return (device, state, windows, newest end) of the drift windows of a task that ended at `since` or later."""
+    sql = """
+        SELECT device, state, CAST(sum(window_count) AS BIGINT), max("to") FROM drift_windows
+        WHERE task = ? AND "to" >= ? GROUP BY device, state ORDER BY device"""
+    return db.execute(sql, (task, since)).fetchall()

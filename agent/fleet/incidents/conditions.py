@@ -1,0 +1,176 @@
+"""Conditions of single devices that the collector raises an alert for: silent, backlog, clock, storage.
+
+The functions are pure. Each decides from what is stored whether its condition holds, or still holds while its alert is
+open: an alert clears later than it is raised, so that a value at the limit does not raise it again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Annotated
+
+import msgspec
+
+from agent import clock
+from agent.alerts import (
+    BACKLOG_GROWS,
+    CLOCK_AT_COLLECTOR,
+    DEVICE_SILENT,
+    STORAGE_ENDS,
+    AlertKind,
+    Severity,
+)
+from agent.fleet.database.incidents.device_status import DeviceStatus
+from agent.text import format_duration
+
+# A device is silent after this many of its health intervals, and a little for the way of the last one.
+SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
+# Health messages that a backlog is judged by; so few waiting messages are no backlog.
+BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100
+MAX_AHEAD_S, MAX_LATE_S, LATE_SPREAD_S, LATE_MESSAGES = 60.0, 600.0, 30.0, 3
+STORAGE_WARNING_H, STORAGE_CRITICAL_H, STORAGE_CLEAR_H = 24.0, 6.0, 36.0
+CERTIFICATE_WARNING_S, CERTIFICATE_CRITICAL_S = 30 * 86_400.0, 7 * 86_400.0
+_MAX_INTERVAL_S = 86_400.0
+
+
+class StoreReport(msgspec.Struct, frozen=True):
+    hours: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+class HealthReport(msgspec.Struct, frozen=True):
+    """The members of a health message that conditions depend on; `received` is the collector's time, epoch µs."""
+
+    time: str
+    interval_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    outbox: Annotated[int, msgspec.Meta(ge=0)] = 0
+    clock: str = ""
+    store: StoreReport = StoreReport()
+    received: int = 0
+
+    @property
+    def delay_s(self) -> float:
+        """How much later than its own time it arrived; negative if that time was still to come."""
+        return (self.received - clock.parse_rfc3339(self.time)) / 1e6
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """What an alert is raised for; `names` fill in the id of its kind."""
+
+    kind: AlertKind
+    device: str
+    summary: str
+    severity: Severity
+    names: dict[str, str] = {}
+    task: str | None = None
+
+
+class DeviceView(msgspec.Struct, frozen=True):
+    """A device at one moment. `silence_s`: time without a message, `watched_s`: how long a collector has watched.
+
+    `health`: its newest health message first; only the newest, unless its backlog or its clock needs more.
+    """
+
+    status: DeviceStatus
+    health: Sequence[HealthReport]
+    silence_s: float
+    watched_s: float
+
+    @property
+    def device(self) -> str:
+        return self.status.device
+
+    @property
+    def newest(self) -> HealthReport | None:
+        return self.health[0] if self.health else None
+
+
+def parse_health(payload: bytes, received: str) -> HealthReport | None:
+    """Return the report; None if a member that the schema leaves free is of another type."""
+    try:
+        report = msgspec.json.decode(payload, type=HealthReport)
+        clock.parse_rfc3339(report.time)
+        return msgspec.structs.replace(report, received=clock.parse_rfc3339(received))
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
+def needs_history(newest: HealthReport) -> bool:
+    """Return True if the conditions depend on earlier health messages, too."""
+    return newest.outbox >= MIN_BACKLOG or newest.delay_s > MAX_LATE_S
+
+
+def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
+    status = view.status
+    if status.last_seen is None or status.state == "stopped" or not status.is_active:
+        return None
+    interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
+    limit_s = SILENT_INTERVALS * interval_s + SILENT_GRACE_S
+    # While no collector watched nothing could arrive; but what was silent before has not spoken.
+    if view.silence_s <= limit_s or (view.watched_s <= limit_s and not is_open):
+        return None
+    how = "; the broker reports that its connection broke" if status.state == "offline" else ""
+    summary = (
+        f"Nothing has arrived from {view.device} since {status.last_seen[:10]} {status.last_seen[11:19]} UTC, although "
+        f"its health messages promise one each {format_duration(interval_s * 1e6)}{how}. Look at its power and network "
+        "first."
+    )
+    return Condition(DEVICE_SILENT, view.device, summary, "critical")
+
+
+def check_backlog(view: DeviceView, *, is_open: bool) -> Condition | None:
+    counts = [report.outbox for report in view.health]
+    if not counts or counts[0] < MIN_BACKLOG or len(counts) < BACKLOG_MESSAGES:
+        return None
+    grows = all(later >= earlier for later, earlier in pairwise(counts))
+    if not (grows and counts[0] >= counts[-1] + MIN_BACKLOG) and not (is_open and counts[0] >= counts[-1]):
+        return None
+    span_us = view.health[0].received - view.health[-1].received
+    summary = (
+        f"{counts[0]} messages wait on {view.device}, {counts[-1]} did {format_duration(span_us)} before: it sends "
+        "more than its connection or its quota lets through."
+    )
+    return Condition(BACKLOG_GROWS, view.device, summary, "warning")
+
+
+def check_clock(view: DeviceView, *, is_open: bool) -> Condition | None:
+    if (newest := view.newest) is None:
+        return None
+    limit = 0.5 if is_open else 1.0
+    if -newest.delay_s > MAX_AHEAD_S * limit:
+        ahead = format_duration(-newest.delay_s * 1e6)
+        summary = f"The clock of {view.device} is {ahead} ahead of the collector's (it calls itself {newest.clock})."
+        return Condition(CLOCK_AT_COLLECTOR, view.device, summary, "warning")
+    # What waited arrives late, too, but sooner and sooner; and then messages still wait.
+    delays = [report.delay_s for report in view.health[:LATE_MESSAGES] if report.outbox < MIN_BACKLOG]
+    spacing = view.health[0].received - view.health[min(len(view.health), LATE_MESSAGES) - 1].received
+    is_constant = len(delays) == LATE_MESSAGES and max(delays) - min(delays) < LATE_SPREAD_S
+    if is_constant and min(delays) > MAX_LATE_S * limit and spacing > newest.interval_s * 1e6:
+        late = format_duration(min(delays) * 1e6)
+        summary = (
+            f"The clock of {view.device} is {late} behind the collector's: each of its messages is that late, although "
+            "none waits."
+        )
+        return Condition(CLOCK_AT_COLLECTOR, view.device, summary, "warning")
+    return None
+
+
+def check_storage(view: DeviceView, *, is_open: bool) -> Condition | None:
+    hours = view.newest.store.hours if view.newest else None
+    if hours is None or hours >= (STORAGE_CLEAR_H if is_open else STORAGE_WARNING_H):
+        return None
+    summary = (
+        f"At the present rate the store of {view.device} is full in {hours:.0f} h: then undelivered data is evicted, "
+        "or readings are refused."
+    )
+    return Condition(STORAGE_ENDS, view.device, summary, "critical" if hours < STORAGE_CRITICAL_H else "warning")
+
+
+Check = Callable[..., Condition | None]
+# The kind of each check names its alerts.
+CHECKS: tuple[tuple[AlertKind, Check], ...] = (
+    (DEVICE_SILENT, check_silent),
+    (BACKLOG_GROWS, check_backlog),
+    (CLOCK_AT_COLLECTOR, check_clock),
+    (STORAGE_ENDS, check_storage),
+)

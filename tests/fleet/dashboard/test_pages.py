@@ -1,0 +1,199 @@
+"""Pages of the dashboard: what they show, what they verify, and what an unavailable database looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import clock
+from agent.fleet.rollout import actions
+from agent.fleet.rollout.actions import RolloutOperator
+from agent.testing.messages import FLEET
+from tests.kit.commands import call_outstation
+from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
+from tests.kit.fleet_rollouts import NAME, plan, promotion
+
+HOSTILE = '<img src=x onerror=alert(1)>"\u202etxt\x1b[31m'
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDashboard]:
+    with served(tmp_path_factory.mktemp("fleet") / "acme") as running:
+        wait_until_shown(running, "/fleet", "pi-07")
+        yield running
+
+
+def test_the_fleet_shows_each_device_with_state_backlog_drift_and_alert(dashboard: ServedDashboard) -> None:
+    page = wait_until_shown(dashboard, "/fleet", "gain loss")
+    assert "exercise 1.0.0" in page
+    assert ">drift</span>" in page
+    assert re.search(r'data-name="Backlog">3 <a class="verified" href="/messages/pi-07/[^"]+/3"', page)
+
+
+def test_a_new_message_is_shown_within_two_seconds(dashboard: ServedDashboard) -> None:
+    sender = enrolled(dashboard.store, "pi-20")
+    dashboard.add(sender, health(sender, waiting=4711))
+    wait_until_shown(dashboard, "/fleet?q=pi-20", "4\u202f711", timeout_s=2.5)
+
+
+def test_filters_and_groups_are_in_the_address(dashboard: ServedDashboard) -> None:
+    sender = enrolled(dashboard.store, "quiet-01")
+    dashboard.add(sender, health(sender))
+    wait_until_shown(dashboard, "/fleet", "quiet-01")
+    assert 'id="d-pi-07"' in dashboard.get("/fleet?alerts=1").text
+    assert 'id="d-quiet-01"' not in dashboard.get("/fleet?alerts=1").text
+    assert 'id="d-pi-07"' not in dashboard.get("/fleet?q=quiet").text
+    assert "No device matches." in dashboard.get("/fleet?q=nothing").text
+    assert dashboard.get("/fleet?sort=nonsense&n=-1&state=%00&group=x").status in (200, 414)
+    assert 'class="group"' in dashboard.get("/fleet?group=prefix").text
+
+
+def test_a_message_is_verified_anew_and_a_changed_one_is_named(dashboard: ServedDashboard) -> None:
+    sender = enrolled(dashboard.store, "pi-30")
+    dashboard.add(sender, sender.results(), sender.drift(), health(sender))
+    path = f"/messages/pi-30/{sender.log}"
+    page = dashboard.get(f"{path}/2").text
+    assert "verified now" in page
+    assert "prev of message 2 is the digest of message 1" in page
+    assert "prev of message 3 is the digest of message 2" in page
+    with dashboard.store.transaction() as db:
+        db.execute(
+            "UPDATE messages SET payload = replace(CAST(payload AS TEXT), 'ok', 'no') WHERE device = 'pi-30' AND seq=2"
+        )
+    page = dashboard.get(f"{path}/2").text
+    assert "does not verify" in page
+    assert "prev of message 3 is not the digest of message 2" in page
+    document = json.loads(dashboard.get(f"{path}/1/download").text)
+    assert document["key"] == sender.key.public.text
+    assert dashboard.get(f"{path}/99").status == 404
+    assert dashboard.get(f"{path}/x1").status == 404
+
+
+def test_a_device_shows_health_keys_results_and_drift(dashboard: ServedDashboard) -> None:
+    page = wait_until_shown(dashboard, "/devices/pi-07", "Task exercise")
+    assert "71.5 h" in page
+    assert "PEN" in page
+    series = json.loads(dashboard.get("/devices/pi-07/results.json?range=all").text)
+    assert len(series["t"]) == len(series["label"]) == 3
+    assert series["labels"] == ["ABD", "FEL", "PEN"]
+    assert dashboard.get("/devices/pi-07/drift.svg?range=all").text.startswith("<svg")
+    assert dashboard.get("/devices/none").status == 404
+
+
+def test_text_of_a_device_is_never_markup(dashboard: ServedDashboard) -> None:
+    sender = enrolled(dashboard.store, "pi-40")
+    long = HOSTILE + "x" * 1500
+    named = sender.results(columns={"row": [1], "t": [1_764_022_680_000_000], "label": [HOSTILE], "score": [0.5]}, n=1)
+    dashboard.add(sender, named, health(sender, agent=HOSTILE), sender.alert(summary=long, subject=HOSTILE))
+    for path in ("/fleet", "/devices/pi-40", "/incidents", f"/messages/pi-40/{sender.log}/3"):
+        page = wait_until_shown(dashboard, path, "onerror")
+        assert "<img src=x" not in page
+        assert "\u202e" not in page
+        assert "\x1b" not in page
+    series = dashboard.get("/devices/pi-40/results.json?range=all").text
+    assert "\u202e" not in series
+
+
+def test_incidents_say_what_to_do_and_take_decisions(dashboard: ServedDashboard) -> None:
+    page = wait_until_shown(dashboard, "/incidents?device=pi-07", "ax: gain loss.")
+    assert "What to do:" in page
+    assert "Acknowledge" not in page
+    ref = re.search(r"/incidents/([0-9a-f]{12})", page)[1]  # type: ignore[index]
+    otto = dashboard.sign_in("otto")
+    answer = dashboard.post(f"/incidents/{ref}", {"action": "acknowledge", "note": "on my way"}, otto)
+    assert answer.location == f"/incidents/{ref}"
+    page = dashboard.get(f"/incidents/{ref}", otto).text
+    assert "Acknowledged by <b>otto</b>" in page
+    assert "on my way" in page
+    dashboard.post(f"/incidents/{ref}", {"action": "mute", "until": "1 h"}, otto)
+    assert "Muted by <b>otto</b>" in dashboard.get(f"/incidents/{ref}", otto).text
+    assert ("otto", "mute incident", "done") in {(a["name"], a["action"], a["outcome"]) for a in dashboard.actions()}
+
+
+def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> None:
+    otto = dashboard.sign_in("otto")
+    form = {"task": "exercise", "row": "1", "label": "FEL"}
+    assert dashboard.post("/devices/pi-07/label", form, otto).status == 303
+    assert "labels added at the collector" in dashboard.get("/devices/pi-07", otto).text
+    assert dashboard.post("/devices/pi-07/label", {**form, "row": "77"}, otto).status == 409
+
+
+def test_an_unavailable_database_is_said_and_comes_back(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        wait_until_shown(dashboard, "/fleet", "pi-07")
+        file = Path(dashboard.dashboard.reader.location)
+        aside = file.with_suffix(".aside")
+        os.rename(file, aside)
+        page = wait_until_shown(dashboard, "/fleet", 'role="status" data-live>')
+        assert "pi-07" in page, "the last state stays"
+        answer = dashboard.get("/incidents")
+        assert answer.status == 503
+        assert "comes back by itself" in answer.text
+        os.rename(aside, file)
+        wait_until_shown(dashboard, "/incidents", "ax: gain loss.")
+        wait_until_shown(dashboard, "/fleet", "data-live hidden>")
+
+
+def test_a_task_is_compared_across_devices(dashboard: ServedDashboard) -> None:
+    page = wait_until_shown(dashboard, "/tasks", ">exercise</a>")
+    assert "exercise 1.0.0" in page
+    page = dashboard.get("/tasks/exercise").text
+    assert re.search(r'id="td-pi-07".*?PEN|FEL|ABD', page, re.DOTALL)
+    assert 'id="td-pi-20"' not in dashboard.get("/tasks/exercise?drift=drift").text
+    assert dashboard.get("/tasks/none").status == 404
+
+
+def test_a_model_says_who_runs_it(dashboard: ServedDashboard) -> None:
+    wait_until_shown(dashboard, "/models", "/models/exercise")
+    page = dashboard.get("/models/exercise").text
+    assert "/devices/pi-07" in page
+    assert "not published here" in page
+    assert dashboard.get("/models/none").status == 404
+
+
+def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(dashboard: ServedDashboard) -> None:
+    desk = dashboard.dashboard.desk
+    assert desk is not None
+    now_us = clock.read().wall_us
+    with dashboard.store.transaction() as db:
+        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(rules=promotion(min_devices=1)))
+    sender = enrolled(dashboard.store, "pi-50")
+    dashboard.add(sender, sender.rollout("shadow"), *(sender.shadow() for _ in range(6)))
+    page = dashboard.get(f"/rollouts/{NAME}").text
+    assert "signed by the operator" in page
+    assert "<svg viewBox" in page
+    assert ">abort</button>" not in page
+    otto = dashboard.sign_in("otto")
+    assert ">abort</button>" in dashboard.get(f"/rollouts/{NAME}", otto).text
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "abort"}, otto).status == 409, "it needs a reason"
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "pause"}, otto).status == 303
+    assert ">resume</button>" in dashboard.get(f"/rollouts/{NAME}", otto).text
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "abort", "reason": "wrong labels"}, otto).status == 303
+    page = wait_until_shown(dashboard, f"/rollouts/{NAME}", "wrong labels (otto, by the dashboard)")
+    assert page.count("signed by the operator") == 3
+    assert "does not verify" not in page
+    with dashboard.store.transaction() as db:
+        db.execute("UPDATE decisions SET summary = 'all is well' WHERE n = 3")
+    assert "does not verify" in dashboard.get(f"/rollouts/{NAME}").text
+    assert dashboard.get("/rollouts/none").status == 404
+
+
+@pytest.mark.process
+def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        assert "not verified yet" in dashboard.get("/audit").text
+        call_outstation("fleet", "audit", "--dir", str(dashboard.folder))
+        page = dashboard.get("/audit").text
+        assert "All messages were verified" in page
+        assert "No message is missing" in page
+        answer = dashboard.post("/audit/evidence", {}, dashboard.sign_in("otto"))
+        assert answer.status == 200, answer.text
+        assert answer.headers["content-type"] == "application/zip"
+        file = dashboard.folder / "audit" / "checkpoint.json"
+        file.write_text(file.read_text().replace("acme", "acne"))
+        assert "cannot be believed" in dashboard.get("/audit").text

@@ -1,0 +1,91 @@
+"""The page about exports: its kinds and columns are those of the code, and its example answers its question."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import clock
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.export.export import export
+from agent.fleet.export.query import ExportQueries
+from agent.fleet.export.tables import KINDS, Filters, arrow_schema
+from agent.testing.messages import FLEET, MessageSender
+
+TEXT = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+DAY_US = 86_400_000_000
+LAST = clock.parse_rfc3339("2026-11-24T12:00:00Z")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_columns_of_each_kind(name: str) -> None:
+    section = TEXT.partition(f"**`{name}`**, by `{KINDS[name].time}`\n")[2].partition("\n**")[0]
+    listed = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line] for line in listed]
+    fields = arrow_schema(name)
+    expected = []
+    for column, field in zip(KINDS[name].columns, fields, strict=True):
+        kind = str(field.type)
+        if column.type == "text":
+            kind = "string (dictionary)"
+        elif column.type in ("rfc3339", "epoch_us"):
+            kind = "timestamp[us, UTC]"
+        elif column.type == "outputs":
+            kind = "map<string, double>"
+        elif column.type == "names":
+            kind = "list<string>"
+        expected.append([f"`{column.name}`", kind, column.unit or "–", column.meaning])
+    assert cells == expected
+
+
+def test_the_example_names_the_devices_whose_accuracy_followed(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+
+    def at(days: float) -> str:
+        return clock.to_rfc3339(LAST + int(days * DAY_US))
+
+    def report(device: str, drifts: list[float], accuracies: list[tuple[float, float]]) -> None:
+        sender = MessageSender(device)
+        store.enrol(device, sender.key.public, replace=False, now=at(0))
+        sent = []
+        for day in drifts:
+            window = {"index": 1, "rows": [1, 2000], "from": at(day - 0.1), "to": at(day), "n": 2000}
+            sent.append(sender.drift("drift", window=window, time=at(day)))
+        for day, value in accuracies:
+            metric: dict[str, Any] = {"metric": "accuracy", "value": value, "low": value - 0.02, "high": value + 0.02}
+            sent.append(sender.append("quality", task=sender.task, metrics=[{**metric, "n": 900}], time=at(day)))
+        store.ingest([Arrival(sender.verify(item)) for item in sent], [], at(0))
+
+    report("pi-followed", [-3, -2], [(-9, 0.5), (-5, 0.95), (-1, 0.8)])
+    report("pi-steady", [-4], [(-5, 0.95), (-1, 0.94)])
+    report("pi-unlabelled", [0], [])
+    report("pi-earlier", [-20], [(-30, 0.95), (-1, 0.5)])
+    export(store, tmp_path / "export", FLEET, Filters())
+    store.close()
+    [query] = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+    queries = ExportQueries(tmp_path / "export")
+    names, rows = queries.query(query)
+    found = [dict(zip(names, row, strict=True)) for row in rows]
+    queries.close()
+    assert [(row["device"], row["windows"], row["accuracy_before"], row["accuracy_since"], row["followed"])
+            for row in found] == [
+        ("pi-followed", 2, 0.95, 0.8, True),
+        ("pi-steady", 1, 0.95, 0.94, False),
+        ("pi-unlabelled", 1, None, None, None),
+    ]  # fmt: skip
+
+
+def test_pandas_reads_the_export_as_the_page_says(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    store, sender = FleetStore(tmp_path / "fleet.db"), MessageSender()
+    store.enrol(sender.device, sender.key.public, replace=False, now=clock.to_rfc3339(LAST))
+    sent = [sender.results(2), sender.results(2, faults=["ax"])]
+    store.ingest([Arrival(sender.verify(item)) for item in sent], [], clock.to_rfc3339(LAST))
+    export(store, tmp_path / "export", FLEET, Filters())
+    store.close()
+    results = pandas.read_parquet(tmp_path / "export" / "kind=results")
+    assert results[results.faults.isna()].groupby("device", observed=True).score.mean().to_dict() == {"pi-07": 0.625}

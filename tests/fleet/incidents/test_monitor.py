@@ -1,0 +1,278 @@
+"""The collector's own alerts: raised and cleared once, by stored data alone, in SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import clock
+from agent.clock import ClockReading
+from agent.fleet.audit.audit import audit
+from agent.fleet.database.incidents import device_status
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.incidents import incidents, outliers
+from agent.fleet.incidents.certificates import Certificate
+from agent.fleet.incidents.incidents import IncidentFilter
+from agent.fleet.incidents.monitor import IncidentMonitor
+from agent.testing.messages import MessageSender, SignedMessage
+from tests.fleet.test_drift import field, window
+
+T0_US = clock.parse_rfc3339("2026-11-24T22:00:00.000000Z")
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+class Fleet:
+    """A fleet and its collector, on a clock of their own: `at` seconds since the beginning."""
+
+    def __init__(self, store: FleetStore, devices: int = 1, **kwargs: Any) -> None:
+        self.store, self.at_s = store, 0.0
+        self.senders = [MessageSender(f"pi-{i:02d}") for i in range(devices)]
+        for sender in self.senders:
+            store.enrol(sender.device, sender.key.public, replace=False, now=self.time())
+        self.monitor = IncidentMonitor(store, **kwargs)
+
+    def time(self, at_s: float | None = None) -> str:
+        return clock.to_rfc3339(T0_US + round((self.at_s if at_s is None else at_s) * 1e6))
+
+    def arrive(self, *sent: tuple[MessageSender, SignedMessage]) -> None:
+        self.store.ingest([Arrival(sender.verify(item)) for sender, item in sent], [], self.time())
+
+    def health(self, index: int = 0, *, ahead_s: float = 0.0, **members: Any) -> None:
+        sender = self.senders[index]
+        body = {"outbox": 0, "interval_s": 60, "time": self.time(self.at_s + ahead_s), **members}
+        self.arrive((sender, sender.append("health", streams={}, tasks={}, **body)))
+
+    def run(self, seconds: float, *, wall_step_s: float = 0.0, monitor: IncidentMonitor | None = None) -> None:
+        """Let the collector turn every ten seconds."""
+        watcher = monitor or self.monitor
+        for _ in range(round(seconds / 10)):
+            self.at_s += 10
+            now = ClockReading(T0_US + round((self.at_s + wall_step_s) * 1e6), self.at_s + 1000, "synced")
+            watcher.watch(now)
+            watcher.poll(now)
+
+    def open(self) -> list[tuple[str, str, str]]:
+        found = incidents.list_incidents(self.store, now=self.time())
+        return [(i.device, i.id.removeprefix("collector/"), i.severity) for i in found]
+
+    def messages(self) -> list[tuple[str, str]]:
+        return [(row["id"].removeprefix("collector/"), row["state"]) for row in self.store.alerts(closed=True)]
+
+
+def test_a_silent_device_is_told_once_and_cleared_once(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.health()
+    fleet.run(200)
+    assert fleet.open() == []
+    fleet.run(600)
+    assert fleet.open() == [("pi-00", "silent", "critical")]
+    [incident] = incidents.list_incidents(store, now=fleet.time())
+    assert "since 2026-11-24 22:00:00 UTC" in incident.summary
+    assert incident.kind is not None
+    assert incident.kind.title == "Device silent"
+    fleet.health()
+    fleet.run(60)
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+    assert audit(store).passed
+
+
+def test_a_device_is_silent_by_the_interval_that_it_promises(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.health(interval_s=600)
+    fleet.run(1800)
+    assert fleet.open() == []
+    fleet.run(120)
+    assert fleet.open() == [("pi-00", "silent", "critical")]
+
+
+@pytest.mark.parametrize("reason", ["stopped", "revoked", "retired", "never seen"])
+def test_a_device_that_stopped_or_left_is_not_silent(store: FleetStore, reason: str) -> None:
+    fleet = Fleet(store)
+    if reason != "never seen":
+        fleet.health()
+    if reason == "stopped":
+        fleet.arrive((fleet.senders[0], fleet.senders[0].state("stopped")))
+    if reason == "retired":
+        with store.transaction() as db:
+            db.execute("INSERT INTO retired_devices VALUES (?, ?, ?)", ("pi-00", fleet.time(), "eva"))
+    if reason == "revoked":
+        store.revoke("pi-00", None, fleet.time())
+    fleet.run(3600)
+    assert "silent" not in [name for _, name, _ in fleet.open()]
+
+
+def test_devices_are_not_silent_because_the_collector_was_off(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.health()
+    fleet.run(60)
+    fleet.at_s += 8 * 3600
+    fleet.run(200)
+    assert fleet.open() == []
+    fleet.at_s += 3600
+    fleet.run(200, monitor=IncidentMonitor(store))
+    assert fleet.open() == []
+
+
+def test_devices_are_not_silent_because_the_collectors_clock_was_set(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.health()
+    fleet.run(120)
+    fleet.run(120, wall_step_s=30 * DAY_S)
+    assert fleet.open() == []
+
+
+def test_a_restarted_collector_raises_nothing_again_and_clears_what_is_over(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.health()
+    fleet.run(600)
+    fleet.run(900, monitor=IncidentMonitor(store))
+    assert fleet.messages() == [("silent", "raised")]
+    fleet.health()
+    fleet.run(60, monitor=IncidentMonitor(store))
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+
+
+def test_a_backlog_that_grows_is_told_until_it_falls(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    for i in range(12):
+        fleet.health(outbox=200 + 20 * i)
+        fleet.run(60)
+    assert fleet.open() == [("pi-00", "backlog", "warning")]
+    for i in range(12):
+        fleet.health(outbox=400 - 20 * i)
+        fleet.run(60)
+    assert fleet.messages() == [("backlog", "raised"), ("backlog", "cleared")]
+
+
+def test_a_large_backlog_that_shrinks_is_none(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    for i in range(20):
+        fleet.health(outbox=5000 - 100 * i)
+        fleet.run(60)
+    assert fleet.messages() == []
+
+
+@pytest.mark.parametrize(("ahead_s", "words"), [(600.0, "ahead of"), (-7200.0, "behind")])
+def test_a_wrong_clock_is_told(store: FleetStore, ahead_s: float, words: str) -> None:
+    fleet = Fleet(store)
+    for _ in range(4):
+        fleet.health(ahead_s=ahead_s)
+        fleet.run(60)
+    [incident] = incidents.list_incidents(store, now=fleet.time())
+    assert incident.id == "collector/clock"
+    assert words in incident.summary
+    for _ in range(2):
+        fleet.health()
+        fleet.run(60)
+    assert fleet.messages() == [("clock", "raised"), ("clock", "cleared")]
+
+
+def test_messages_that_waited_do_not_make_the_clock_wrong(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    fleet.at_s = 7200.0
+    for i in range(10):
+        # After an outage of two hours, ten health messages a minute arrive until none waits.
+        fleet.health(ahead_s=-(7200.0 - 600.0 * i), outbox=1000 - 100 * i)
+        fleet.run(60)
+    assert fleet.messages() == []
+
+
+def test_most_clocks_wrong_blame_the_collectors(store: FleetStore) -> None:
+    fleet = Fleet(store, devices=5)
+    for index in range(4):
+        fleet.health(index, ahead_s=3600)
+    fleet.health(4)
+    fleet.run(60)
+    assert fleet.open() == [("", "clock", "critical")]
+
+
+def test_a_store_that_fills_up_becomes_critical_under_the_same_id(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    for hours in (20.0, 30.0, 5.0, 40.0):
+        fleet.health(store={"bytes": 1, "max": 2, "hours": hours})
+        fleet.run(60)
+        if hours == 30.0:
+            assert fleet.open() == [("pi-00", "storage", "warning")]
+    assert fleet.messages() == [("storage", "raised"), ("storage", "raised"), ("storage", "cleared")]
+    [incident] = incidents.list_incidents(store, IncidentFilter(open=None), now=fleet.time())
+    assert (incident.severity, incident.revision, incident.status) == ("critical", 2, "cleared")
+
+
+def test_a_certificate_that_ends_is_told(store: FleetStore) -> None:
+    ends = [Certificate("pi-00", "device", Path("device.crt"), T0_US + round(20 * DAY_S * 1e6))]
+    fleet = Fleet(store, certificates=lambda: list(ends))
+    fleet.run(30)
+    assert fleet.open() == [("pi-00", "certificate/device", "warning")]
+    fleet.at_s += 15 * DAY_S
+    fleet.run(30)
+    assert fleet.open() == [("pi-00", "certificate/device", "critical")]
+    ends.clear()
+    fleet.at_s += DAY_S
+    fleet.run(30)
+    assert fleet.open() == []
+
+
+def test_a_device_unlike_its_fleet_is_told_after_two_surveys(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outliers, "SURVEY_INTERVAL_S", 300.0)
+    fleet = Fleet(store, devices=8)
+
+    def report(shift: float) -> None:
+        span = {"from": fleet.time(fleet.at_s - 60), "to": fleet.time(), "index": 1, "rows": [1, 2000], "n": 2000}
+        for i, sender in enumerate(fleet.senders):
+            mean = (shift if i == 3 else 0.01 * i) + np.linspace(-1, 1, 2000)
+            drift = window(sender, 0, {"ax": field(mean)}, window=span)
+            fleet.arrive((sender, drift), (sender, sender.state("stopped")))
+
+    report(3.0)
+    fleet.run(200)
+    assert fleet.open() == []
+    fleet.run(400)
+    [(device, name, severity)] = fleet.open()
+    assert (device, name, severity) == ("pi-03", "outlier/exercise/ax", "warning")
+    fleet.at_s += 7 * 3600
+    report(0.03)
+    fleet.run(900)
+    assert fleet.messages() == [("outlier/exercise/ax", "raised"), ("outlier/exercise/ax", "cleared")]
+
+
+def test_a_health_message_with_members_of_other_types_disturbs_nothing(store: FleetStore) -> None:
+    fleet = Fleet(store, devices=2)
+    fleet.health(0, outbox="many", store=[1])
+    fleet.health(1)
+    fleet.run(600)
+    assert fleet.open() == [("pi-00", "silent", "critical"), ("pi-01", "silent", "critical")]
+
+
+def test_the_newest_health_is_found_by_an_index(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    with store.snapshot() as db:
+        plan = " ".join(str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {device_status._STATUS}"))
+    store.close()
+    assert "health_messages" in plan
+    assert "SCAN h" not in plan
+
+
+def test_a_poll_of_a_thousand_devices_takes_a_fraction_of_a_second(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    fleet = Fleet(store, devices=1000)
+    sent = [(s, s.append("health", streams={}, tasks={}, outbox=0, interval_s=60)) for s in fleet.senders]
+    fleet.arrive(*sent)
+    began = time.monotonic()
+    fleet.run(30)
+    store.close()
+    assert time.monotonic() - began < 2.0

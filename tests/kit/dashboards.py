@@ -1,0 +1,168 @@
+"""A dashboard on loopback over a small fleet, in a thread, and requests to it as any client makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+
+from agent import clock
+from agent.cli.fleet.dashboard.plot import render_device_drift
+from agent.config import BrokerConfig
+from agent.fleet import config as fleet_config
+from agent.fleet.dashboard.app import create_app
+from agent.fleet.dashboard.pages.desk import OperatorDesk
+from agent.fleet.dashboard.pages.visit import Dashboard
+from agent.fleet.dashboard.security import passwords
+from agent.fleet.dashboard.security.access import AccessPolicy
+from agent.fleet.dashboard.security.guard import make_host_policy
+from agent.fleet.dashboard.server import Listener, create_server, open_socket
+from agent.fleet.database.dashboard import accounts
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.messages import FLEET, MODEL, MessageSender, SignedMessage, new_key
+from agent.wire import keys
+
+PASSWORD = "correct horse battery"
+ROLES = {"vera": "viewer", "otto": "operator", "ada": "admin"}
+
+
+class Answer(msgspec.Struct):
+    status: int
+    headers: dict[str, str]
+    text: str
+    cookie: str
+
+    @property
+    def location(self) -> str:
+        return self.headers.get("location", "")
+
+
+class ServedDashboard(msgspec.Struct):
+    folder: Path
+    store: FleetStore
+    port: int
+    dashboard: Dashboard
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str, cookie: str = "", **headers: str) -> Answer:
+        return self.request("GET", path, None, cookie, headers)
+
+    def post(self, path: str, form: Mapping[str, str], cookie: str = "", **headers: str) -> Answer:
+        sent = {"sec-fetch-site": "same-origin", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        return self.request("POST", path, urlencode(form), cookie, sent)
+
+    def request(self, method: str, path: str, body: str | None, cookie: str, headers: Mapping[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        sent = {name.replace("_", "-"): value for name, value in headers.items() if value != "-"}
+        if cookie:
+            sent["cookie"] = cookie
+        if body is not None:
+            sent.setdefault("content-type", "application/x-www-form-urlencoded")
+        with contextlib.closing(connection):
+            connection.request(method, path, body, sent)
+            response = connection.getresponse()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            text = response.read().decode(errors="replace")
+        given = received.get("set-cookie", "").partition(";")[0]
+        return Answer(response.status, received, text, given)
+
+    def sign_in(self, name: str) -> str:
+        """Return the cookie of a new session."""
+        answer = self.post("/login", {"name": name, "password": PASSWORD})
+        assert answer.status == 303, answer.text
+        return answer.cookie
+
+    def add(self, sender: MessageSender, *sent: SignedMessage) -> None:
+        now = clock.to_rfc3339(clock.read().wall_us)
+        assert set(self.store.ingest([Arrival(sender.verify(item)) for item in sent], [], now)) == {"new"}
+
+    def actions(self) -> list[dict[str, Any]]:
+        with self.store.snapshot() as db:
+            return accounts.load_actions(db, 100)
+
+
+def enrolled(store: FleetStore, device: str, seed: int | None = None) -> MessageSender:
+    sender = MessageSender(device=device, key=new_key(seed))
+    store.enrol(device, sender.key.public, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
+    return sender
+
+
+def health(sender: MessageSender, waiting: int = 3, **members: Any) -> SignedMessage:
+    """Return a health message with one task, as a device sends it."""
+    task = {"stream": "watch", "row": sender.row, "windows": 12, "model": MODEL}
+    body = {"agent": "0.1.0", "streams": {"watch": {"rows": sender.row, "first": 1}}, "tasks": {sender.task: task}}
+    store = {"bytes": 5_000_000, "max": 1_000_000_000, "hours": 71.5}
+    return sender.append("health", **{**body, "rejected": 0, "outbox": waiting, "store": store, **members})
+
+
+@contextlib.contextmanager
+def served(
+    folder: Path,
+    *,
+    database: str = "",
+    local_role: str = "viewer",
+    operator: bool = True,
+    policy: AccessPolicy | None = None,
+) -> Iterator[ServedDashboard]:
+    """Serve a new fleet with three accounts and one device that has sent each kind of message."""
+    config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
+    location = database or config.fleet.db
+    store = FleetStore(location)
+    now = clock.to_rfc3339(clock.read().wall_us)
+    hashed = passwords.hash_password(PASSWORD)
+    with store.transaction() as db:
+        for name, role in ROLES.items():
+            accounts.save_user(db, name, role, hashed, now)
+    desk = None
+    if operator:
+        desk = OperatorDesk(config, folder, keys.load_private(Path(config.operator.key_file)))
+    with running(folder, store, location, policy or AccessPolicy(b"s" * 32, local_role), desk) as dashboard:
+        try:
+            sender = enrolled(store, "pi-07", 7)
+            sent = [sender.results(), sender.drift("drift"), health(sender), sender.alert("exercise/ax/drift/1")]
+            dashboard.add(sender, *sent)
+            yield dashboard
+        finally:
+            store.close()
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path, store: FleetStore, location: str, policy: AccessPolicy, desk: OperatorDesk | None
+) -> Iterator[ServedDashboard]:
+    dashboard = Dashboard(fleet_config.load(folder).fleet.name, folder, location, policy, desk, render_device_drift)
+    listener = Listener("127.0.0.1", 0)
+    listening = open_socket(listener)
+    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        until = time.monotonic() + 20
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        yield ServedDashboard(folder, store, listening.getsockname()[1], dashboard)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+
+
+def wait_until_shown(dashboard: ServedDashboard, path: str, text: str, cookie: str = "", timeout_s: float = 10) -> str:
+    """Return the page once it contains `text`."""
+    until = time.monotonic() + timeout_s
+    while text not in (page := dashboard.get(path, cookie).text):
+        assert time.monotonic() < until, f"{text!r} is not on {path}: {page[:2000]}"
+        time.sleep(0.05)
+    return page
