@@ -324,9 +324,7 @@ def _add_site_calibration(
     task, layout = reference.task, reference.layout
     values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
     tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
-    mean, sd, residuals, cycle, modes, settled = _calibrate_scores(
-        task, layout, values, tested, learned, transitions
-    )
+    mean, sd, residuals, cycle, modes, settled = _calibrate_scores(task, layout, values, tested, learned, transitions)
     coefficients = cycle.coefficients + (0 if modes is None else modes.coefficients - 1)
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
