@@ -151,7 +151,7 @@ def take(browser: Browser, url: str, pages: dict[str, str], kind: str, folder: P
 def _compress(data: bytes) -> bytes:
     """Return a picture with a palette, which has a third of the bytes."""
     picture = Image.open(io.BytesIO(data)).convert("RGB")
-    for colors in (128, 64, 32):
+    for colors in (256, 192, 128, 64):
         out = io.BytesIO()
         picture.quantize(colors, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
         if len(out.getvalue()) <= _MAX_BYTES:

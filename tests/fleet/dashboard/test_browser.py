@@ -63,7 +63,9 @@ def all_pages(dashboard: ServedDashboard) -> list[str]:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_screen_reader_finds_no_serious_barrier(browser: Any, dashboard: ServedDashboard, axe: str, view: str) -> None:
+def test_a_screen_reader_finds_no_serious_barrier(
+    browser: Any, dashboard: ServedDashboard, axe: str, view: str
+) -> None:
     width, height, scheme = VIEWS[view]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab, findings = context.new_page(), {}
