@@ -83,6 +83,16 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     fault_limits: FaultLimits | None = None  # None if its windows were not measured
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
+    def describe_fields(self) -> dict[str, dict[str, float]]:
+        """Return rows, mean and sd of each field that has any."""
+        return {
+            name: {"n": rows, "mean": float(f"{mean:.6g}"), "sd": float(f"{sd:.6g}")}
+            for name, rows, mean, sd in zip(
+                self.fields, self.n.tolist(), self.mean.tolist(), self.sd.tolist(), strict=True
+            )
+            if rows
+        }
+
     @property
     def windowed(self) -> bool:
         return self.window_rows > 1

@@ -19,7 +19,9 @@ from agent.fleet.database.alerts import (
     ALERTS,
     DRIFT_ALERTS,
     INSERT_ALERT,
+    LEARNED_REFERENCES,
     OPEN_FLEET_WIDE_ALERTS,
+    OPEN_REFERENCE_ALERTS,
     revoked_alert_row,
 )
 from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
@@ -406,6 +408,14 @@ class FleetStore:
     def open_fleet_wide_alerts(self) -> list[tuple[str, str, int]]:
         """Return (task, subject, seq) of each open alert of fleet-wide drift."""
         return self._fetch_all(OPEN_FLEET_WIDE_ALERTS)
+
+    def learned_references(self) -> list[tuple[str, str, str, int]]:
+        """Return (device, task, fields as JSON, accepted) of the newest reference that each device learned."""
+        return self._fetch_all(LEARNED_REFERENCES)
+
+    def open_reference_alerts(self) -> list[tuple[str, str, int]]:
+        """Return (device, task, seq) of each open alert of a reference unlike the fleet's."""
+        return self._fetch_all(OPEN_REFERENCE_ALERTS)
 
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """Return device, log, from, to and declared of each missing range of sequence numbers."""
