@@ -32,9 +32,10 @@ class Scores(msgspec.Struct, frozen=True):
     extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
 
     def slice(self, part: slice) -> Scores:
-        columns = [None if c is None else c[part] for c in (self.label, self.score, self.value)]
         return Scores(
-            *columns,
+            None if self.label is None else self.label[part],
+            None if self.score is None else self.score[part],
+            None if self.value is None else self.value[part],
             predicted=None if self.predicted is None else self.predicted[part],
             anomaly=None if self.anomaly is None else self.anomaly[part],
             extra_columns={name: column[part] for name, column in self.extra_columns.items()},
