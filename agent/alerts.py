@@ -156,6 +156,16 @@ FLEET_DRIFT = AlertKind(
     "Compare the time in the summary with what was changed for all devices. `outstation fleet drift` shows the order.",
     "Once less than half of the share that raised it still drifts.",
 )
+FLEET_REFERENCE = AlertKind(
+    *("Reference unlike the fleet's", "drift", "reference"),
+    *("collector/fleet-reference/{device}/{task}/{since}", "warning", "collector"),
+    "The reference that a device learned differs from those of the other devices with this task, in the mean or the "
+    "spread of a field, by more than they differ among themselves.",
+    "A sensor that was wrong from the first row; another sensor or unit; a site unlike the others.",
+    "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
+    "them, then learn again: `outstation reference relearn`.",
+    "Once somebody accepts the reference at the device, or the device or the others learn references that agree.",
+)
 FIELD_FAULT = AlertKind(
     *("Sensor fault", "fault", "{field}", "{field}/fault/{count}", "critical", "task"),
     "A field is read wrongly: this is no drift, and its windows are kept out of drift tests and learning. Each kind of "

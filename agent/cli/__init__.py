@@ -26,6 +26,8 @@ _COMMANDS = {
     "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),
     "label": ("agent.cli.device.label:label", "Add ground-truth labels to results."),
     "status": ("agent.cli.device.status:status", "Show backlog, tasks, bundles, outbox, clock and alerts."),
+    "results": ("agent.cli.device.results:results", "Show what the models said last, and follow it."),
+    "tail": ("agent.cli.device.tail:tail", "Show the newest readings of a stream, and follow them."),
     "disclose": ("agent.cli.device.disclose:disclose", "Show an auditor the rows behind a signed message."),
     "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),

@@ -7,7 +7,7 @@ import importlib
 import click
 
 from agent.cli.fleet.collect import collect, collector
-from agent.cli.fleet.command import command, revoke
+from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, init, token
@@ -27,6 +27,7 @@ _BELOW = {
     "prune": "agent.cli.fleet.data.prune:prune",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
+    "notify": "agent.cli.fleet.notify.commands:notify",
     "user": "agent.cli.fleet.dashboard.user:user",
 }
 
@@ -50,6 +51,6 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.fleet.database.timestamps import RESULTS_DATED_VIEW
+from agent.notify.queue import TABLES as NOTIFY_TABLES
 
 # PostgreSQL numbers the rows of a table only if a column does so; SQLite always has `rowid`.
 ROWID = "/* rowid */"
@@ -98,12 +99,14 @@ _PROJECTIONS = (
         output TEXT NOT NULL, joint TEXT, estimate TEXT, windows TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
     # source: `device`, or `collector` for its own alerts; `seq` is then that of the message concerned, or a time.
-    """CREATE TABLE alerts (
+    f"""CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
-        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
     "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
+    # Notifications read the alerts that are new to them, in order of rowid.
+    f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -122,6 +125,10 @@ _PROJECTIONS = (
         seq INTEGER NOT NULL{ROWID}, PRIMARY KEY (device, log, seq))""",
     # A rollout reads the shadows that are new to it, in order of rowid.
     f"CREATE INDEX shadows_by_rollout ON shadows (rollout{ROWID})",
+    # A reference that a device learned (event `learned`), with rows, mean and sd of each field as JSON, or accepted.
+    """CREATE TABLE learned_references (
+        device TEXT NOT NULL, task TEXT NOT NULL, event TEXT NOT NULL, site TEXT NOT NULL, fields TEXT NOT NULL,
+        time TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     # One phase change that a device reported in an audit message; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
@@ -178,6 +185,9 @@ _OPERATORS = (
         source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
         acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
         muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
+    # Devices that an operator removed: they are listed no longer. What is stored of them stays.
+    """CREATE TABLE retired_devices (
+        device TEXT PRIMARY KEY, retired TEXT NOT NULL, retired_by TEXT NOT NULL) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
@@ -211,7 +221,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD, *NOTIFY_TABLES)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",
