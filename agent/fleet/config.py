@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.config import BrokerConfig, Section, check_broker, check_name, read
+from agent.config.notify import NotifyConfig, check_notify
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
@@ -84,6 +85,7 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
     quota: Quota = Quota()
+    notify: NotifyConfig = NotifyConfig()
 
     @property
     def command_broker(self) -> BrokerConfig:
@@ -119,6 +121,7 @@ def load(folder: Path) -> FleetConfig:
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)
     check_broker(str(path), config.broker)
+    check_notify(str(path), config.notify)
     if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
@@ -138,7 +141,7 @@ def load(folder: Path) -> FleetConfig:
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return replace(config, fleet=fleet, **changed)
+    return replace(config, fleet=fleet, notify=config.notify.with_absolute_paths(base), **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

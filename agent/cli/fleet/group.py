@@ -25,6 +25,7 @@ _BELOW = {
     "export": "agent.cli.fleet.data.export:export",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
+    "notify": "agent.cli.fleet.notify.commands:notify",
     "user": "agent.cli.fleet.dashboard.user:user",
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.fleet.database.timestamps import RESULTS_DATED_VIEW
+from agent.notify.queue import TABLES as NOTIFY_TABLES
 
 # PostgreSQL numbers the rows of a table only if a column does so; SQLite always has `rowid`.
 ROWID = "/* rowid */"
@@ -90,12 +91,14 @@ _PROJECTIONS = (
         output TEXT NOT NULL, joint TEXT, estimate TEXT, windows TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
     # source: `device`, or `collector` for its own alerts; `seq` is then that of the message concerned, or a time.
-    """CREATE TABLE alerts (
+    f"""CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
-        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
     "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
+    # Notifications read the alerts that are new to them, in order of rowid.
+    f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -210,7 +213,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD, *NOTIFY_TABLES)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",
