@@ -152,8 +152,8 @@ def running(
     dashboard = Dashboard(fleet_config.load(folder).fleet.name, folder, location, policy, desk, render_device_drift)
     listener = Listener("127.0.0.1", 0)
     listening = open_socket(listener)
-    hosts = make_host_policy(["dash.example.org"])
-    server = create_server(create_app(dashboard, hosts, routes(dashboard)), listener)
+    app = create_app(dashboard, make_host_policy(["dash.example.org"]), routes(dashboard))
+    server = create_server(app, listener, dashboard.feed.end)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -47,6 +47,7 @@ FLOORS = {
     "client": 7,
     "datasets": 7,
     "authoring": 8,
+    "notify": 8,
     "evaluation": 8,
     "device": 9,
     "fleet": 9,

@@ -16,6 +16,7 @@ from agent.cli.log_format import configure_logging
 from agent.cli.output import emit, json_option
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
 from agent.fleet.database.interface import display_name
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
@@ -81,7 +82,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        with _serving_metrics(config, str(store.location), collector):
+        with _notifying(config, store.location), _serving_metrics(config, str(store.location), collector):
             collector.run()
 
 
@@ -103,6 +104,28 @@ def _serving_metrics(config: FleetConfig, location: str, collector: Collector) -
         yield
     finally:
         listener.stop()
+
+
+@contextlib.contextmanager
+def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
+    """Notify beside the block, in a thread with a database connection of its own, if [notify] names a target."""
+    if not config.notify.is_on:
+        yield
+        return
+    from agent.fleet.incidents.notify_source import NOTIFIER_JOB, open_source
+    from agent.notify.notifier import NotifierThread
+
+    needs_groups = any(route.groups for route in config.notify.routes)
+    notifier = NotifierThread(
+        config.notify,
+        lambda: open_source(location, config.fleet.name, needs_groups=needs_groups),
+        lambda store: store.acquire_leadership(NOTIFIER_JOB),
+    )
+    notifier.start()
+    try:
+        yield
+    finally:
+        notifier.stop()
 
 
 @click.command("collector", epilog="Example: outstation fleet collector b")

@@ -99,7 +99,8 @@ def dashboard(
     actions = "with the operator's key" if desk else "read-only"
     url = f"{listener.scheme}://{shown}:{listening.getsockname()[1]}/"
     echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
-    server = create_server(create_app(served, make_host_policy([host, *hosts]), [metrics]), listener)
+    app = create_app(served, make_host_policy([host, *hosts]), [metrics])
+    server = create_server(app, listener, served.feed.end)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
 

@@ -1,0 +1,92 @@
+"""Sending: the module of a target's kind, and one worker thread for each target.
+
+A target that hangs delays no other one, and never the thread that plans.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from agent.config.notify import AppriseTarget, EmailTarget, Target, WebhookTarget
+from agent.errors import OutstationError
+from agent.notify.failures import SendFailed
+from agent.notify.message import Notification, decode
+from agent.notify.queue import QueuedMessage
+
+logger = logging.getLogger("outstation.notify")
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """The end of one attempt; `failure` is None if the target accepted the message."""
+
+    message: QueuedMessage
+    failure: SendFailed | None
+
+
+def send(target: Target, message: Notification) -> None:
+    """Deliver a message. Raises SendFailed."""
+    try:
+        _dispatch(target, message)
+    except SendFailed:
+        raise
+    except OutstationError as error:
+        raise SendFailed(str(error)) from None
+
+
+def _dispatch(target: Target, message: Notification) -> None:
+    # Nothing is imported for the kinds that the config does not use.
+    if isinstance(target, WebhookTarget):
+        from agent.notify import webhook
+
+        webhook.send(target, message)
+    elif isinstance(target, EmailTarget):
+        from agent.notify import email
+
+        email.send(target, message)
+    elif isinstance(target, AppriseTarget):
+        from agent.notify import apprise
+
+        apprise.send(target, message)
+    else:
+        from agent.notify import mqtt
+
+        mqtt.send(target, message)
+
+
+class TargetWorker:
+    """Sends one message at a time in a thread of its own, and hands the outcome back."""
+
+    def __init__(
+        self, name: str, target: Target, outcomes: queue.SimpleQueue[Outcome], wake: Callable[[], None]
+    ) -> None:
+        self._target, self._outcomes, self._wake = target, outcomes, wake
+        self._inbox: queue.SimpleQueue[QueuedMessage | None] = queue.SimpleQueue()
+        self.is_busy = False
+        # A daemon thread: a server that hangs must not keep the process from ending; the message is still queued.
+        self._thread = threading.Thread(target=self._run, name=f"notify-{name}", daemon=True)
+        self._thread.start()
+
+    def start(self, message: QueuedMessage) -> None:
+        self.is_busy = True
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+
+    def _run(self) -> None:
+        while (message := self._inbox.get()) is not None:
+            failure = None
+            try:
+                send(self._target, decode(message.body))
+            except SendFailed as failed:
+                failure = failed
+            except Exception as error:
+                logger.exception("notification not sent")
+                failure = SendFailed(f"internal error: {type(error).__name__}", is_rejected=True)
+            self._outcomes.put(Outcome(message, failure))
+            self._wake()
