@@ -23,7 +23,6 @@ from agent.wire import keys
 
 if TYPE_CHECKING:
     from agent.fleet.collector.collector import Collector
-    from agent.fleet.config import FleetConfig
 
 logger = logging.getLogger(__name__)
 

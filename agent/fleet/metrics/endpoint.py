@@ -88,7 +88,7 @@ class MetricsListener:
         listener = Listener(host, port, config.cert_file, config.tls_key_file)
         self._exporter = exporter
         self._readers = ThreadPoolExecutor(1, "metrics", initializer=_lower_priority)
-        self._server = create_server(self._create_app(token), listener)
+        self._server = create_server(self._create_app(token), listener, lambda: None)
         self._socket = open_socket(listener)
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self._thread = threading.Thread(
