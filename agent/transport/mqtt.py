@@ -29,7 +29,15 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, PacketTooLarge
 from agent.transport import capabilities, tls
 from agent.transport.capabilities import BrokerUnsuitable, Capabilities
-from agent.transport.packets import JSON, PACKET_TOO_LARGE, SEALED, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
+from agent.transport.packets import (
+    JSON,
+    PACKET_TOO_LARGE,
+    SEALED,
+    IncomingMessage,
+    OutgoingMessage,
+    PublishReceipt,
+    decompress,
+)
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
