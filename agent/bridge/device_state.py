@@ -47,7 +47,7 @@ class DeviceReport(msgspec.Struct, frozen=True):
 
 
 class DeviceSource(Protocol):
-    """Where verified messages come from; used by one thread."""
+    """Source of verified messages; used by one thread."""
 
     def poll(self) -> list[DeviceReport]:
         """Return what changed since the last call; everything on the first. Raises StorageError."""

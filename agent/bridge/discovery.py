@@ -26,7 +26,7 @@ _NONE_IF_MISSING = "{{{{ value_json.{} }}}}"
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where documents go: of which fleet, published by whom; `prefix` and `dashboard` are those of the config."""
+    """Topics of a fleet's documents and of their publisher; `prefix` and `dashboard` are those of the config."""
 
     fleet: str
     publisher: str
@@ -102,7 +102,7 @@ def discovery_document(place: Place, state: DeviceState, former: Mapping[str, st
     more than its platform.
     """
     components = build_components(place, state)
-    gone = {name: {"p": platform} for name, platform in former.items() if name not in components}
+    removed = {name: {"p": platform} for name, platform in former.items() if name not in components}
     identifier = device_id(place.fleet, state.device)
     device = {"ids": [identifier], "name": state.device, "mf": "Outstation", "mdl": "edge agent"}
     if state.health is not None and state.health.agent:
@@ -118,7 +118,7 @@ def discovery_document(place: Place, state: DeviceState, former: Mapping[str, st
         "avty": [{"t": place.status_topic}, {"t": state_topic, "val_tpl": online}],
         "avty_mode": "all",
         "qos": 1,
-        "cmps": components | gone,
+        "cmps": components | removed,
     }
     return _encode(members)
 

@@ -111,7 +111,7 @@ class Publisher:
                 logger.info("homeassistant: connected to %s", self._broker.shown_url)
                 while not self._stopping.is_set() and self._is_active():
                     session.tick(self._poll_interval_s)
-                session.say_goodbye()
+                session.announce_end()
             finally:
                 self._link = None
                 link.close()
@@ -162,7 +162,7 @@ class Session:
         if self._in_flight and time.monotonic() - self._last_receipt_s > _RECEIPT_TIMEOUT_S:
             raise LinkDown(f"the broker confirmed nothing for {_RECEIPT_TIMEOUT_S:.0f} s")
 
-    def say_goodbye(self) -> None:
+    def announce_end(self) -> None:
         """Say that nobody publishes any more. A broker that is slow is told by the Will of the next session."""
         self._waiting = {self._place.status_topic: OFFLINE}
         self._in_flight.clear()

@@ -87,10 +87,10 @@ def test_a_task_that_is_removed_is_named_once_so_that_home_assistant_removes_it(
     health = MessageSender("pi.01").append("health", tasks={"exercise": {}})
     state.update(DeviceReport("pi.01", "online", [health.payload]))
     members = json.loads(discovery_document(PLACE, state, former))
-    gone = {name: component for name, component in members["cmps"].items() if "unique_id" not in component}
-    assert all(component == {"p": "sensor"} for component in gone.values())
-    assert "value-pumpDOTwear" in gone
-    assert "label-exercise" not in gone
+    removed = {name: component for name, component in members["cmps"].items() if "unique_id" not in component}
+    assert all(component == {"p": "sensor"} for component in removed.values())
+    assert "value-pumpDOTwear" in removed
+    assert "label-exercise" not in removed
 
 
 def test_no_text_of_a_device_is_part_of_a_template_or_a_topic() -> None:

@@ -21,7 +21,7 @@ def test_an_identifier_is_one_that_home_assistant_allows_and_leads_back(fleet: s
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (("acme", "pi.1"), ("acme", "pi_1")),
         (("b", "a_at"), ("at_b", "a")),
@@ -29,8 +29,8 @@ def test_an_identifier_is_one_that_home_assistant_allows_and_leads_back(fleet: s
         (("a.", "b"), ("a", "b")),
     ],
 )
-def test_names_that_look_alike_stay_apart(one: tuple[str, str], other: tuple[str, str]) -> None:
-    assert device_id(*one) != device_id(*other)
+def test_similar_names_get_different_identifiers(first: tuple[str, str], second: tuple[str, str]) -> None:
+    assert device_id(*first) != device_id(*second)
 
 
 @pytest.mark.parametrize(

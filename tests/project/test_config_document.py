@@ -29,6 +29,7 @@ SECTIONS: dict[str, Any] = {
     "[models]": config.ModelsConfig,
     "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
+    "[homeassistant]": config.HomeAssistantConfig,
     "[streams.NAME]": config.StreamConfig,
     "fields": config.FieldConfig,
     **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},

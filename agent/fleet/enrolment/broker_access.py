@@ -140,7 +140,9 @@ def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:
     return [
         _role("bridge", send=published, receive=[*place.retained_filters, *birth]),
         # It subscribes to all that may announce something, and receives what this bridge announces.
-        _role("homeassistant", send=birth, receive=[*published, *birth], share=[f"{DEFAULT_PREFIX}/#", place.all_topics]),
+        _role(
+            "homeassistant", send=birth, receive=[*published, *birth], share=[f"{DEFAULT_PREFIX}/#", place.all_topics]
+        ),
     ]
 
 

@@ -38,17 +38,17 @@ LATEST = f"outstation-bridge/{FLEET}/latest"
 
 
 class HomeAssistant:
-    """What a client like Home Assistant sees: topic → payload, and how often each came."""
+    """A client with the subscriptions of Home Assistant: topic → payload, and how often each came."""
 
     def __init__(self, broker: BrokerConfig, name: str) -> None:
         self.link = Link(broker, name, subscribe=["homeassistant/#", f"outstation-bridge/{FLEET}/#"])
         self.documents: dict[str, bytes] = {}
         self.counts: dict[str, int] = {}
 
-    def wait(self, what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    def wait(self, event: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"{what}; documents: {self.documents}"
+            assert time.monotonic() < deadline, f"{event}; documents: {self.documents}"
             self.receive(0.1)
         return value
 
@@ -62,7 +62,7 @@ class HomeAssistant:
     def read(self, topic: str) -> Any:
         return json.loads(self.documents.get(topic) or b"null")
 
-    def say(self, state: bytes) -> None:
+    def publish_birth(self, state: bytes) -> None:
         self.link.send(OutgoingMessage(PLACE.birth_topic, state))
 
 
@@ -162,10 +162,10 @@ def test_home_assistant_starts_and_gets_everything_again(site: Site, connect: Co
         home.wait("discovery", lambda: home.counts.get(config))
         home.wait("its result", lambda: home.counts.get(f"{LATEST}/pi.01/exercise"))
         before = dict(home.counts)
-        home.say(b"offline")
+        home.publish_birth(b"offline")
         home.receive(0.5)
         assert home.counts[config] == before[config], "without a change nothing is sent again"
-        home.say(b"online")
+        home.publish_birth(b"online")
         home.wait("discovery again", lambda: home.counts[config] == before[config] + 1)
         home.wait(
             "its result again", lambda: home.counts[f"{LATEST}/pi.01/exercise"] > before[f"{LATEST}/pi.01/exercise"]
@@ -254,7 +254,7 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
         home.wait("its state", lambda: home.documents.get(f"{LATEST}/pi.01/_device"))
         assert home.documents[PLACE.status_topic] == b"online"
         count = home.counts[config]
-        home.say(b"online")
+        home.publish_birth(b"online")
         home.wait("discovery again", lambda: home.counts[config] > count)
     for topic in (config, f"outstation/{FLEET}/pi.01/cmd", f"{LATEST}/pi.01/exercise"):
         assert publish_one(home.link, OutgoingMessage(topic, b"{}")) == NOT_AUTHORIZED

@@ -18,7 +18,7 @@ _TOPICS = "SELECT seq, topic FROM messages WHERE device = ? AND log = ? AND seq 
 
 
 class DeviceProgress(msgspec.Struct, frozen=True):
-    """How far a device's newest log has arrived. `latest`: when; None, as `log`, before the first message."""
+    """Progress of a device's newest log. `latest`: when its last message arrived; None, as `log`, before the first."""
 
     device: str
     connection: str | None
