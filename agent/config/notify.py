@@ -139,6 +139,13 @@ class NotifyConfig(Section, frozen=True):
     remind_every: Duration = Duration(86_400.0)
 
     @property
+    def secret_files(self) -> list[Path]:
+        """Files that hold a secret of a target."""
+        names = ("secret_file", "password_file", "url_file")
+        paths = (getattr(target, name, None) for target in self.targets.values() for name in names)
+        return [Path(path) for path in paths if path is not None]
+
+    @property
     def is_on(self) -> bool:
         return bool(self.targets)
 
