@@ -26,7 +26,7 @@ from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
 
-_SITE_SUMMARY = ("number", "windows", "deviations", "held", "smallest_changes")
+_SITE_SUMMARY = ("number", "windows", "deviations", "held", "modes", "smallest_changes")
 
 
 def build_document(conf: Config, store: Store) -> dict[str, Any]:
@@ -179,6 +179,7 @@ def _describe_site(stored: bytes) -> dict[str, Any] | None:
         "to": end,
         "hours": [int(hour) for hour in site.hours.nonzero()[0]],
         "daily": bool(site.waves.any()),
+        "modes": site.mode_count,
         "smallest_changes": reference.describe_smallest_changes(),
         "warning": reference.warning,
         "deviations": [],

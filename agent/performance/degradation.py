@@ -141,6 +141,29 @@ class DegradationState(msgspec.Struct):
             raise ValueError(str(error)) from None
 
 
+class _OpenTrack(msgspec.Struct):
+    is_open: bool = False
+
+
+class _OpenTracks(msgspec.Struct):
+    """Part of a state that each batch reads; the rest of it is skipped."""
+
+    bundle: str
+    tracks: dict[str, _OpenTrack] = {}
+
+
+_OPEN_TRACKS = msgspec.json.Decoder(_OpenTracks)
+
+
+def contradict_certainty(stored: bytes, bundle: str) -> bool:
+    """Return True if labels contradict the certainty of this `bundle`; a damaged state says nothing."""
+    try:
+        state = _OPEN_TRACKS.decode(stored)
+    except msgspec.MsgspecError:
+        return False
+    return state.bundle == bundle and state.tracks.get(CERTAINTY, _OpenTrack()).is_open
+
+
 class PromisedAccuracy(msgspec.Struct, frozen=True):
     """Accuracy of `n` answers in a bundle's evaluation; None if unknown."""
 

@@ -190,7 +190,8 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
         span += format_extension(learning)
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
     if (site := reference["site"]) is not None:
-        lines.append(format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
+        modes = f"compared within {site['modes']} operating modes; " if site["modes"] > 1 else ""
+        lines.append(modes + format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines

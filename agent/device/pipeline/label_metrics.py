@@ -83,8 +83,8 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
 
 def contradict_certainty(task: LoadedTask, store: Store) -> bool:
     """Return True while an alert says that results are right less often than their scores promise."""
-    track = _load_state(task, store).tracks.get(degradation.CERTAINTY)
-    return track is not None and track.is_open
+    stored = store.load_state(task.name, task_keys.LABEL_METRICS)
+    return stored is not None and degradation.contradict_certainty(stored, task.bundle.digest)
 
 
 def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:

@@ -146,6 +146,12 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         }
 
     @cached_property
+    def window_sd(self) -> Float64s:
+        """(T,) sd of the tests over all drift windows, in whatever operating mode."""
+        modes = None if self.site is None else self.site.modes
+        return self.test_sd if modes is None else np.asarray(np.hypot(self.test_sd, modes.offset.std(0)))
+
+    @cached_property
     def bin_accuracy(self) -> Float64s | None:
         """(32,) share of right predictions in each bin of their score; None if that is unknown."""
         if self.score_correct is None or not self.score_n.any():

@@ -160,9 +160,9 @@ def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(da
     desk = dashboard.dashboard.desk
     assert desk is not None
     now_us = clock.read().wall_us
+    sender, steps = enrolled(dashboard.store, "pi-50"), (("shadow", 100.0), ("all", 100.0))
     with dashboard.store.transaction() as db:
-        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(rules=promotion(min_devices=1)))
-    sender = enrolled(dashboard.store, "pi-50")
+        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(*steps, rules=promotion(min_devices=1)))
     dashboard.add(sender, sender.rollout("shadow"), *(sender.shadow() for _ in range(6)))
     page = dashboard.get(f"/rollouts/{NAME}").text
     assert "signed by the operator" in page
