@@ -292,7 +292,8 @@ RESULT = AlertKind(
     *("Alert rule", "result", "{rule}", "{rule}/result/{count}", "warning", "task"),
     "The model's answers met a rule of the task's config, `[[tasks.NAME.alerts]]`. The summary is the sentence that "
     "the rule gives; severity is the rule's. The evidence names the result that raised the alert: `row`, `time`, "
-    "`label`, `score`, `value`, and with `seq` the signed results message that covers it.",
+    "`label`, `score`, `value`, and with `seq` the signed results message that covers it. An alert that waited for its "
+    "drift window may have no `seq`.",
     "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
     "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
     "rule.",

@@ -23,6 +23,8 @@ from agent.cli.fleet.watch import watch
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
     "export": "agent.cli.fleet.data.export:export",
+    "migrate": "agent.cli.fleet.data.migrate:migrate",
+    "prune": "agent.cli.fleet.data.prune:prune",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
     "notify": "agent.cli.fleet.notify.commands:notify",
