@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -91,9 +91,16 @@ def _find_invalid_entry(
 ) -> str:
     """Return the stream or task that `message` is about; msgspec writes `[...]` for any entry of a table."""
     table = key_path.partition("[...]")[0]
-    for name, value in document.get(table, {}).items():
+    *outer, last = table.split(".")
+    inner = document
+    for part in outer:
+        inner = inner.get(part, {})
+    for name, value in inner.get(last, {}).items():
+        alone: dict[str, Any] = {last: {name: value}}
+        for part in reversed(outer):
+            alone = {part: alone}
         try:
-            msgspec.convert({**document, table: {name: value}}, struct_type, dec_hook=hook)
+            msgspec.convert({**document, **alone}, struct_type, dec_hook=hook)
         except msgspec.ValidationError as error:
             if str(error) == message:
                 return str(name)
@@ -150,7 +157,11 @@ def _to_python_type(node: Any) -> Any:
     if isinstance(node, msgspec.inspect.LiteralType):
         return Literal[tuple(node.values)]
     if isinstance(node, msgspec.inspect.ListType):
-        return list[_to_python_type(_flatten_union(node.item_type)[0])]  # type: ignore[misc]
+        return list[_to_python_union(node.item_type)]  # type: ignore[misc]
     if isinstance(node, msgspec.inspect.DictType):
-        return dict[str, _to_python_type(_flatten_union(node.value_type)[0])]  # type: ignore[misc]
+        return dict[str, _to_python_union(node.value_type)]  # type: ignore[misc]
     return object
+
+
+def _to_python_union(node: Any) -> Any:
+    return Union[tuple(_to_python_type(leaf) for leaf in _flatten_union(node))]  # noqa: UP007

@@ -21,6 +21,7 @@ from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
+from agent.config.notify import NotifyConfig, check_notify
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
@@ -192,6 +193,7 @@ class Config(Section, frozen=True):
     models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
+    notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
@@ -229,6 +231,7 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     if config.homeassistant is not None:
         homeassistant.check(file, config.homeassistant)
         _check_bridge(file, config, config.homeassistant)
+    check_notify(file, config.notify)
     if config.intake.tcp is not None:
         try:
             parse_loopback(config.intake.tcp)
@@ -264,9 +267,10 @@ def read(path: Path, section: type[C]) -> C:
 
 
 def digest(config: Config) -> str:
-    """Return `sha256:…` of the parsed config, without the broker's password, [updates] and [homeassistant]."""
+    """Return `sha256:…` of the parsed config, without the broker's password and what only tells others of results."""
     broker = msgspec.structs.replace(config.broker, password=None)
-    shown = msgspec.structs.replace(config, broker=broker, updates=None, homeassistant=None)
+    silent = {"updates": None, "homeassistant": None, "notify": NotifyConfig()}
+    shown = msgspec.structs.replace(config, broker=broker, **silent)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -379,5 +383,14 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
     updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
     bridge = config.homeassistant and homeassistant.with_absolute_paths(config.homeassistant, base)
-    changed = {"device": device, "broker": broker, "intake": intake, "updates": updates, "homeassistant": bridge}
-    return msgspec.structs.replace(config, **changed, streams=streams, tasks=tasks)
+    return msgspec.structs.replace(
+        config,
+        device=device,
+        broker=broker,
+        intake=intake,
+        updates=updates,
+        homeassistant=bridge,
+        notify=config.notify.with_absolute_paths(base),
+        streams=streams,
+        tasks=tasks,
+    )

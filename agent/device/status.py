@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.config import Config
+from agent.clock import ClockReading
+from agent.config import Config, StreamConfig
 from agent.device.bundles import history, overrides, rollout_state
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
@@ -25,7 +26,7 @@ from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
 
-_SITE_SUMMARY = ("number", "windows", "deviations", "held", "smallest_changes")
+_SITE_SUMMARY = ("number", "windows", "deviations", "held", "modes", "smallest_changes")
 
 
 def build_document(conf: Config, store: Store) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
                 "late_rows": counters.get(f"rows late.{name}", 0),
                 "step_rows": counters.get(f"rows step.{name}", 0),
                 "out_of_order_rows": counters.get(f"rows out of order.{name}", 0),
+                "last": _describe_last_row(store, name, stream, now),
             }
-            for name in conf.streams
+            for name, stream in conf.streams.items()
         ],
         "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
@@ -70,6 +72,15 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "duplicate_files": counters.get("files duplicate", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
+
+
+def _describe_last_row(store: Store, name: str, stream: StreamConfig, now: ClockReading) -> dict[str, Any] | None:
+    """Return time and age of a stream's newest row, without its values: this document may leave the device."""
+    batch = store.read_rows(name, stream.fields, store.last_row(name) - 1, 1)
+    if batch is None or batch.loss_reason:
+        return None
+    t = int(batch.rows.t[0])
+    return {"time": clock.to_rfc3339(t), "age_s": round((now.wall_us - t) / 1e6, 3)}
 
 
 def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]:
@@ -168,6 +179,7 @@ def _describe_site(stored: bytes) -> dict[str, Any] | None:
         "to": end,
         "hours": [int(hour) for hour in site.hours.nonzero()[0]],
         "daily": bool(site.waves.any()),
+        "modes": site.mode_count,
         "smallest_changes": reference.describe_smallest_changes(),
         "warning": reference.warning,
         "deviations": [],

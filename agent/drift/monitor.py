@@ -380,13 +380,13 @@ class DriftMonitor:
         try:
             site = calibrate_reference(shipped, learning, source="site", seasonality=self.seasonality, number=number)
         except BadBundle as refused:
+            if not (first or self._has_learned(state, learning, self.learn_extension)):
+                return gathered, None, None
             return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
         residuals = compute_residuals(shipped, learning, site, self.seasonality)
         guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
         assert site.site is not None
-        # A deviation is told at once; more windows would only delay it.
-        wait = site.site.needs_more_windows and not guard.deviations
-        if wait and not self._has_learned(state, learning, self.learn_extension):
+        if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
             return gathered, None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.collector import encryption_keys
@@ -16,6 +17,7 @@ from agent.fleet.collector.acknowledger import Backoff
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.keyring import Keyring
+from agent.fleet.database.store import FleetStore
 from agent.text import printable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
@@ -24,7 +26,6 @@ from agent.wire.messages import (
     AlertPayload,
     DriftPayload,
     LoggedPayload,
-    ResultsPayload,
     StatePayload,
     VerifiedMessage,
     verify_message,
@@ -35,21 +36,34 @@ if TYPE_CHECKING:
 
 # MQTT 5 reason for a client whose id another connection took.
 TAKEN_OVER = "taken over"
+_AGE_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
+_SEVERITIES = ("info", "warning", "critical")
+_SEVERITY_STYLES = {"info": "", "warning": "yellow", "critical": "bold red"}
+_STATE_STYLES = {"online": "green", "offline": "red", "revoked": "red", "stopped": "dim", "enrolled": "dim"}
 # Called with a function that shows the connection's state ("" when connected), yields groups of deliveries.
 DeliverySource = Callable[[Callable[[str], None]], Iterator[list[IncomingMessage]]]
 
 
+class AlertView(msgspec.Struct, frozen=True):
+    """An open alert as the table shows it."""
+
+    alert: str
+    subject: str
+    severity: str
+    summary: str
+
+
 class DeviceView(msgspec.Struct):
-    """One device, from the messages since the watch began."""
+    """One device: what the database knew when the watch began, then what its messages say.
+
+    `seen_us`: when a message last arrived, epoch µs. `windows`: state of the newest drift window of each task.
+    """
 
     state: str = "?"
     clock: str = ""
-    rows: dict[str, int] = msgspec.field(default_factory=dict)
-    windows: int = 0
-    results: int = 0
-    last_time: str = ""
-    drift: dict[str, str] = msgspec.field(default_factory=dict)
-    alerts: dict[str, str] = msgspec.field(default_factory=dict)
+    seen_us: int | None = None
+    windows: dict[str, str] = msgspec.field(default_factory=dict)
+    alerts: dict[str, AlertView] = msgspec.field(default_factory=dict)
 
 
 class VerifiedDelivery(msgspec.Struct, frozen=True):
@@ -73,6 +87,17 @@ class FleetWatcher:
         self.devices: dict[str, DeviceView] = {}
         self.refused = 0
 
+    def load(self, store: FleetStore) -> None:
+        """Begin with the state of the fleet in the database. Raises StorageError."""
+        for row in store.devices():
+            seen = None if row["last_seen"] is None else clock.parse_rfc3339(row["last_seen"])
+            self.devices[row["device"]] = DeviceView(row["state"] or "enrolled", row["clock"] or "", seen)
+        for row in store.alerts():
+            # Of a device; the collector's own alerts about the fleet have none.
+            if (view := self.devices.get(row["device"])) is not None and row["state"] == "raised":
+                alert = AlertView(row["alert"], row["subject"], row["severity"], row["summary"])
+                view.alerts[f"{row['source']}/{row['id']}" if row["source"] == "collector" else row["id"]] = alert
+
     def verify(self, delivery: IncomingMessage) -> VerifiedDelivery:
         try:
             delivery = encryption_keys.unseal(delivery, self._encryption_keys)
@@ -87,17 +112,15 @@ class FleetWatcher:
         body = message.body
         view = self.devices.setdefault(body.device, DeviceView())
         if isinstance(body, StatePayload):
-            view.state = body.state
+            # The broker keeps the newest one, however old it is.
+            view.state, sent_us = body.state, clock.parse_rfc3339(body.time)
+            view.seen_us = sent_us if view.seen_us is None else max(view.seen_us, sent_us)
         if isinstance(body, LoggedPayload):
-            view.last_time, view.clock = body.time, body.clock
-        if isinstance(body, ResultsPayload):
-            view.rows[body.stream] = max(view.rows.get(body.stream, 0), body.rows[1])
-            view.windows += body.n
-            view.results += len(body.columns)
-        elif isinstance(body, DriftPayload):
-            view.drift[body.task] = body.state
+            view.seen_us, view.clock = clock.read().wall_us, body.clock
+        if isinstance(body, DriftPayload):
+            view.windows[body.task] = body.state
         elif isinstance(body, AlertPayload) and body.state == "raised":
-            view.alerts[body.id] = body.summary
+            view.alerts[body.id] = AlertView(body.alert, body.subject, body.severity, body.summary)
         elif isinstance(body, AlertPayload):
             view.alerts.pop(body.id, None)
         return VerifiedDelivery(delivery, message)
@@ -156,33 +179,66 @@ def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
         nonlocal problem
         problem = text
 
-    with Live(console=Console(), auto_refresh=False, transient=False) as live:
+    console = Console()
+    with Live(render_table(watcher, "connecting"), console=console, auto_refresh=False, transient=False) as live:
         for group in source(set_problem):
             for delivery in group:
                 watcher.verify(delivery)
-            live.update(_render_table(watcher, problem), refresh=True)
+            live.update(render_table(watcher, problem), refresh=True)
 
 
-def _render_table(watcher: FleetWatcher, problem: str) -> Table:
+def render_table(watcher: FleetWatcher, problem: str) -> Table:
+    """Return a row for each device, of which each fits into 80 characters; what does not fit ends in dots."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     caption = problem or f"{watcher.refused} messages refused" if problem or watcher.refused else None
-    title = f"fleet {watcher.fleet}" if watcher.devices else f"fleet {watcher.fleet}: no message yet"
-    columns = ("device", "state", "rows", "windows", "results", "drift", "open alerts", "last message")
-    table = Table(*columns, title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD)
+    title = f"fleet {watcher.fleet}" if watcher.devices else f"fleet {watcher.fleet}: no device yet"
+    table = Table(title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, most in (("device", 16), ("state", 16), ("seen", 8), ("drift", 18), ("alerts", None)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=most, ratio=None if most else 1)
+    now_us = clock.read().wall_us
     for device, view in sorted(watcher.devices.items()):
-        alerts = list(view.alerts.values())
         cells = (
-            device,
-            f"{view.state}, clock {view.clock}" if view.clock not in ("", "synced") else view.state,
-            ", ".join(f"{stream} {row}" for stream, row in sorted(view.rows.items())),
-            str(view.windows),
-            str(view.results),
-            ", ".join(f"{task} {state}" for task, state in sorted(view.drift.items())),
-            f"{len(alerts)}: {alerts[-1]}" if alerts else "",
-            view.last_time,
+            (device, ""),
+            _format_state(view),
+            (_format_age(view, now_us), ""),
+            _format_drift(view),
+            _format_alerts(view),
         )
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(text), style) for text, style in cells))
     return table
+
+
+def _format_state(view: DeviceView) -> tuple[str, str]:
+    if view.state == "online" and view.clock not in ("", "synced"):
+        return f"online, {view.clock}", "yellow"
+    return view.state, _STATE_STYLES.get(view.state, "")
+
+
+def _format_age(view: DeviceView, now_us: int) -> str:
+    """Return how long ago the device was seen, in its largest unit."""
+    if view.seen_us is None:
+        return "never"
+    seconds = max(0, now_us - view.seen_us) // 1_000_000
+    size, unit = next((entry for entry in _AGE_UNITS if seconds >= entry[0]), (1, "s"))
+    return f"{seconds // size} {unit}"
+
+
+def _format_drift(view: DeviceView) -> tuple[str, str]:
+    """Return the subjects with an open fault or drift; else the state of the newest windows."""
+    by_kind = {kind: [a.subject for a in view.alerts.values() if a.alert == kind] for kind in ("fault", "drift")}
+    parts = [f"{kind} {', '.join(sorted(subjects))}" for kind, subjects in by_kind.items() if subjects]
+    if parts:
+        return "; ".join(parts), "red" if by_kind["fault"] else "yellow"
+    return ", ".join(sorted(set(view.windows.values()))), ""
+
+
+def _format_alerts(view: DeviceView) -> tuple[str, str]:
+    """Return the number of open alerts and the worst of them, the newest of several."""
+    if not view.alerts:
+        return "", ""
+    worst = max(view.alerts.values(), key=lambda alert: _SEVERITIES.index(alert.severity))
+    newest = [alert for alert in view.alerts.values() if alert.severity == worst.severity][-1]
+    return f"{len(view.alerts)}: {newest.summary}", _SEVERITY_STYLES[worst.severity]

@@ -29,6 +29,7 @@ def days(
     per_day: int = 24,
     late: float = 0.0,
     square: bool = False,
+    extension: float = 4.0,
 ) -> tuple[list[DriftWindowResult], DriftMonitor]:
     """Verdicts on `count` days with a cycle in two of three fields; from the middle on, "c" is off by `late`."""
     rng = np.random.default_rng(seed)
@@ -39,7 +40,9 @@ def days(
     rows[:, 0] += wave
     rows[:, 1] *= 1 + 0.3 * wave
     rows[len(t) // 2 :, 2] += late
-    monitor = DriftMonitor(shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s)
+    monitor = DriftMonitor(
+        shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s, learn_extension=extension
+    )
     none = np.zeros(len(t), np.int64)
     _, verdicts = monitor.process_batch(
         monitor.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
@@ -70,7 +73,7 @@ def test_drift_is_detected_despite_a_daily_cycle() -> None:
 
 
 def test_a_reference_of_some_hours_says_so_where_it_alarms_at_another_hour() -> None:
-    verdicts, _ = days(2, 2, learn=24, per_day=96)
+    verdicts, _ = days(2, 2, learn=24, per_day=96, extension=1.0)
     alerts = [a.summary for v in verdicts for a in v.alerts if a.state == "raised" and a.subject in FIELDS]
     assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in alerts[0]
 

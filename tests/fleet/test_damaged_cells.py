@@ -58,7 +58,7 @@ def test_junk_in_any_column_is_answered_in_one_line(location: str, tmp_path: Pat
     cells = []
     with store.snapshot() as db:
         for table in ("devices", "keys", "messages", "logs", "gaps", "drift_windows", "alerts", "shadows", "metrics",
-                      "quality_messages", "rollout_devices", "results", "stamps"):  # fmt: skip
+                      "quality_messages", "rollout_devices", "learned_references", "results", "stamps"):  # fmt: skip
             cursor = db.execute(f"SELECT * FROM {table}")
             names, row = [column[0] for column in cursor.description], cursor.fetchone()
             cells += [(table, name, value) for name, value in zip(names, row or (), strict=False)]

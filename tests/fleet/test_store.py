@@ -27,7 +27,7 @@ from tests.kit.fleet_databases import sqlite_of
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (
     *("devices", "messages", "logs", "gaps", "log_ends", "results", "drift_windows", "alerts", "quality_messages"),
-    *("shadows", "rollout_devices"),
+    *("shadows", "rollout_devices", "learned_references"),
 )
 
 

@@ -109,7 +109,12 @@ def health(sender: MessageSender, waiting: int = 3, **members: Any) -> SignedMes
 
 @contextlib.contextmanager
 def served(
-    folder: Path, *, database: str = "", local_role: str = "viewer", operator: bool = True, **policy: Any
+    folder: Path,
+    *,
+    database: str = "",
+    local_role: str = "viewer",
+    operator: bool = True,
+    policy: AccessPolicy | None = None,
 ) -> Iterator[ServedDashboard]:
     """Serve a new fleet with three accounts and one device that has sent each kind of message."""
     config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
@@ -123,7 +128,7 @@ def served(
     desk = None
     if operator:
         desk = OperatorDesk(config, folder, keys.load_private(Path(config.operator.key_file)))
-    with running(folder, store, location, AccessPolicy(b"s" * 32, local_role, **policy), desk) as dashboard:
+    with running(folder, store, location, policy or AccessPolicy(b"s" * 32, local_role), desk) as dashboard:
         try:
             sender = enrolled(store, "pi-07", 7)
             sent = [sender.results(), sender.drift("drift"), health(sender), sender.alert("exercise/ax/drift/1")]
@@ -140,7 +145,7 @@ def running(
     dashboard = Dashboard(fleet_config.load(folder).fleet.name, folder, location, policy, desk, render_device_drift)
     listener = Listener("127.0.0.1", 0)
     listening = open_socket(listener)
-    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener)
+    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener, dashboard.feed.end)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

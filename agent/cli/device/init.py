@@ -76,6 +76,13 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | 
 # schedule = "every 60 s"      # "every ...", a cron expression, or "when 500 rows"
 # deadline = "2 s"             # longest time of a batch; after a late one the next are smaller
 # publish = "all"              # all | changes | summary, or {{ below_score = 0.6 }}
+#
+# [[tasks.exercise.alerts]]    # an alert on what the model says; `outstation check` explains it
+# name = "fall"
+# label = "falling"            # or labels, score, value, anomaly, unchanged
+# for = "3 of 5"               # or a duration: "10 min"
+# severity = "critical"        # info | warning | critical
+# summary = "{{device}}: {{label}} at {{time}}"
 """
 
 

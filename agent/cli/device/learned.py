@@ -29,4 +29,4 @@ def format_extension(learning: dict[str, Any]) -> str:
     """Return why learning goes on beyond its windows and time; empty if it does not."""
     if learning["windows"] < learning["of"] or learning["seconds"] < learning["for_s"]:
         return ""
-    return f"; goes on for up to {learning['times']:g} times as long, as windows are too much like their neighbors"
+    return f"; goes on for up to {learning['times']:g} times as long, as windows are too alike or show too few modes"

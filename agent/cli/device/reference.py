@@ -123,6 +123,7 @@ def _format_reference(document: dict[str, Any]) -> str:
     waits = f"; {document['asked']} requested, when the task next runs" if document["asked"] else ""
     if site is not None:
         daily = ", follows the hour of day" if site["daily"] else ""
+        daily += f", in {site['modes']} operating modes" if site["modes"] > 1 else ""
         changes = f"\n{format_smallest_changes(site['smallest_changes'])}"
         warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
         warning += "".join(f"\ndeviates: {sentence}" for sentence in site["deviations"])

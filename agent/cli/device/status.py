@@ -11,11 +11,15 @@ import msgspec
 
 from agent.bootstrap import device
 from agent.cli.device.learned import format_extension, format_smallest_changes
+from agent.cli.follow import format_reading
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
+from agent.config import StreamConfig
+from agent.device import newest
 from agent.device import status as documents
+from agent.device.store.store import Store
 from agent.model.inference.tuning import Tuning
 from agent.performance.metrics import display_name
-from agent.text import printable
+from agent.text import format_duration, printable
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
@@ -25,6 +29,7 @@ _ROW_COUNTS = {
     "step_rows": "rows rejected by max_step",
     "out_of_order_rows": "rows out of order accepted",
 }
+_MAX_VALUES = 6  # of a stream's newest row
 _MAX_FIELDS = 6  # whose smallest changes are shown
 
 
@@ -36,10 +41,20 @@ def status(config_file: str | None, as_json: bool) -> None:
     _, conf = device.load_config(config_file)
     with device.open_store_read_only(conf) as store:
         document = documents.build_document(conf, store)
-    emit(document, as_json, lambda: _print(document))
+        for stream in document["streams"]:
+            _add_values(stream, store, conf.streams[stream["stream"]])
+    emit(document, as_json, lambda: print_document(document))
 
 
-def _print(document: dict[str, Any]) -> None:
+def _add_values(document: dict[str, Any], store: Store, stream: StreamConfig) -> None:
+    """Add the values of the newest row to a stream's document; those of an image or sound say nothing to a person."""
+    if document["last"] is not None and stream.media_format is None:
+        for reading in newest.read_readings(store, document["stream"], stream, 1):
+            document["last"]["values"] = reading["values"]
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """Print a status document, also one that a device sent."""
     echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     clock = document["clock"]
     error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
@@ -57,6 +72,7 @@ def _print(document: dict[str, Any]) -> None:
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
     echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
+    _print_streams(document["streams"])
     for stream in document["streams"]:
         if parts := [f"{stream[key]} {words}" for key, words in _ROW_COUNTS.items() if stream[key]]:
             echo(f"stream {stream['stream']}: {', '.join(parts)}\n")
@@ -75,6 +91,25 @@ def _print(document: dict[str, Any]) -> None:
         echo_styled(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
         echo("No alerts.")
+
+
+def _print_streams(streams: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for stream in streams:
+        last = stream["last"]
+        values = last.get("values", {}) if last else {}
+        shown = [f"{name} {format_reading(value)}" for name, value in list(values.items())[:_MAX_VALUES]]
+        shown += [f"and {len(values) - _MAX_VALUES} more"] if len(values) > _MAX_VALUES else []
+        rows.append([stream["stream"], stream["rows"], _format_age(last), ", ".join(shown)])
+    print_table(["stream", "rows", "last row", "values"], rows, "No streams: add a [streams.NAME] section.")
+    echo("")
+
+
+def _format_age(last: dict[str, Any] | None) -> str:
+    if last is None:
+        return "none stored"
+    age = last["age_s"]
+    return f"{format_duration(age * 1e6)} ago" if age >= 0 else f"{format_duration(-age * 1e6)} ahead of the clock"
 
 
 def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
@@ -155,7 +190,8 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
         span += format_extension(learning)
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
     if (site := reference["site"]) is not None:
-        lines.append(format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
+        modes = f"compared within {site['modes']} operating modes; " if site["modes"] > 1 else ""
+        lines.append(modes + format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines

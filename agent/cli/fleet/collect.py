@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -78,8 +78,30 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        with _publishing(config, store, lambda: collector.is_leader):
+        with _notifying(config, store.location), _publishing(config, store, lambda: collector.is_leader):
             collector.run()
+
+
+@contextlib.contextmanager
+def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
+    """Notify beside the block, in a thread with a database connection of its own, if [notify] names a target."""
+    if not config.notify.is_on:
+        yield
+        return
+    from agent.fleet.incidents.notify_source import NOTIFIER_JOB, open_source
+    from agent.notify.notifier import NotifierThread
+
+    needs_groups = any(route.groups for route in config.notify.routes)
+    notifier = NotifierThread(
+        config.notify,
+        lambda: open_source(location, config.fleet.name, needs_groups=needs_groups),
+        lambda store: store.acquire_leadership(NOTIFIER_JOB),
+    )
+    notifier.start()
+    try:
+        yield
+    finally:
+        notifier.stop()
 
 
 def _publishing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from agent.cli.fleet.common import (
     processes_option,
     progress_bar,
 )
+from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -32,17 +33,24 @@ from agent.quantities import parse_duration
 if TYPE_CHECKING:
     from agent.fleet.audit.checkpoint import CheckpointFolder
     from agent.fleet.config import FleetConfig
+    from agent.fleet.database.store import FleetStore
     from agent.wire.keys import PublicKey, SigningKey
 
 _MAX_LISTED = 50
+_FOLLOW_POLL_S = 2.0
+_FOLLOWED_COLUMNS = {"time": 27, "device": 8, "task": 8, "status": 12, "severity": 8, "alert": 7, "summary": 0}
 
 
 @click.command("devices", epilog="Example: outstation fleet devices --dir acme")
+@click.option("--all", "with_retired", is_flag=True, help="Devices that were removed, too.")
 @db_option
 @fleet_option
 @json_option
-def devices(db: str | None, folder: str | None, as_json: bool) -> None:
-    """List the enrolled devices with their state, their clock and their open alerts."""
+def devices(with_retired: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+    """List the enrolled devices with their state, their clock and their open alerts.
+
+    The state is the one that the device sent last, or `revoked` if none of its keys may sign.
+    """
     config, store = open_for_reading(folder, db)
     rows = [
         {
@@ -56,7 +64,7 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
             "logs": known["logs"],
             "clock": known["clock"],
         }
-        for known in store.devices()
+        for known in store.devices(with_retired=with_retired)
     ]
     cells = [
         [
@@ -106,30 +114,69 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
     epilog="Example: outstation fleet alerts --device pi-07",
 )
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
+@follow_option
 @device_option
 @db_option
 @fleet_option
 @json_option
 @click.pass_context
 def alerts(
-    ctx: click.Context, include_cleared: bool, device: str | None, db: str | None, folder: str | None, as_json: bool
+    ctx: click.Context,
+    include_cleared: bool,
+    follow: bool,
+    device: str | None,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
 ) -> None:
     """List the open alerts, oldest first, with their state: raised, acknowledged or muted.
 
-    An acknowledgement ends when the alert becomes worse or comes back; a mute lasts until its time.
+    An acknowledgement ends when the alert becomes worse or comes back; a mute lasts until its time. With --follow, each
+    alert that is raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
     """
     if ctx.invoked_subcommand is not None:
         ctx.obj = (db, folder)
         return
     _, store = open_for_reading(folder, db, device)
-    wanted = IncidentFilter(open=None if include_cleared else True, device=device)
-    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
-    rows = [_add_handling(row, handled) for row in store.alerts(device, closed=include_cleared)]
+    if follow:
+        _follow_alerts(store, device, as_json)
+        return
+    rows = _list_alerts(store, device, include_cleared)
     columns = ["incident", "time", "device", "task", "status", "severity", "alert", "summary"]
     cells = [[row[name] or "" for name in columns] for row in rows]
     empty = "No alert was ever raised." if include_cleared else "No open alert."
     headings = ["id", *columns[1:]]
     emit(rows, as_json, lambda: print_table(headings, cells, empty))
+
+
+def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
+    wanted = IncidentFilter(open=None if include_cleared else True, device=device)
+    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
+    return [_add_handling(row, handled) for row in store.alerts(device, closed=include_cleared)]
+
+
+def _follow_alerts(store: FleetStore, device: str | None, as_json: bool) -> None:
+    """Print open alerts, then each that is raised, changed or cleared, until Ctrl-C."""
+    columns = [Column(name, width) for name, width in _FOLLOWED_COLUMNS.items()]
+    printer = LinePrinter(columns, lambda row: [row[name] or "" for name in _FOLLOWED_COLUMNS])
+    followed = FollowedAlerts(lambda: _list_alerts(store, device, False))
+    empty = "No open alert."
+    emit_or_follow(followed.read_changes(), followed.read_changes, printer, empty, as_json, _FOLLOW_POLL_S)
+
+
+class FollowedAlerts:
+    """Open alerts as they were last read, and what has changed since."""
+
+    def __init__(self, list_open: Callable[[], list[dict[str, Any]]]) -> None:
+        self._list_open, self._open = list_open, dict[tuple[Any, ...], dict[str, Any]]()
+
+    def read_changes(self) -> list[dict[str, Any]]:
+        """Return the open alerts that are new or changed, and with status `cleared` those that are open no longer."""
+        rows = {tuple(row[name] for name in ("source", "device", "log", "id")): row for row in self._list_open()}
+        cleared = [{**row, "status": "cleared", "open": False} for key, row in self._open.items() if key not in rows]
+        changed = [row for key, row in rows.items() if self._open.get(key) != row]
+        self._open = rows
+        return [*cleared, *changed]
 
 
 def _now() -> str:
@@ -294,13 +341,15 @@ def audit(
     from agent.fleet.audit import audit as audits
 
     config, store = open_for_reading(folder, db, device)
-    trusted = fleet_config.load_trusted_keys(config)
+    trusted, collectors = fleet_config.load_trusted_keys(config), fleet_config.load_collector_keys(config)
     checkpoint, signing = None, None if device or db else _open_checkpoint(folder, config, trusted)
     with progress_bar("auditing", store.count_messages(device)) as advance:
         if signing is None:
-            report = audits.audit(store, device, advance, trusted, processes)
+            report = audits.audit(store, device, advance, trusted, processes, collectors)
         else:
-            report, checkpoint = audits.audit_from_checkpoint(store, *signing, advance, trusted, processes, full=full)
+            report, checkpoint = audits.audit_from_checkpoint(
+                store, *signing, advance, trusted, processes, collectors, full=full
+            )
     document = {**report.to_dict(), "checkpoint": checkpoint.time if checkpoint else None}
     if export_folder is not None:
         from agent.fleet.export.check import check_export
@@ -337,6 +386,11 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     )
     if report["checkpoint"] is not None:
         yield f"from the checkpoint of {report['checkpoint']} on; --full verifies every signature again"
+    for entry in report["pruned"][:_MAX_LISTED]:
+        yield (
+            f"  {entry['device']} {entry['log']} up to seq {entry['through']}: {entry['count']} of {entry['table']} "
+            f"went by retention, stated {entry['time']}"
+        )
     for entry in report["invalid"][:_MAX_LISTED]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:_MAX_LISTED]:

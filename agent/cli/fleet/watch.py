@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading
+from agent.errors import UsageError
 from agent.wire import keys
 
 
@@ -19,19 +21,36 @@ from agent.wire import keys
 @db_option
 @fleet_option
 def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
-    """Show verified messages as a live table; as lines with --raw, or if stdout is no terminal."""
+    """Show the devices as a live table: state, when seen, drift and alerts, from the database and each new message.
+
+    Lines of verified messages with --raw, or if stdout is no terminal.
+    """
     from agent.fleet import config as fleet_config
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.database.keyring import Keyring
-    from agent.fleet.watch import FleetWatcher, connect, receive_deliveries, show_lines, show_table
+    from agent.fleet.watch import FleetWatcher, connect, receive_deliveries, show_lines
 
     config, store = open_for_reading(folder, db)
     name, broker = config.fleet.name, config.broker_for(config.operator)
     keyring = Keyring(store, {"collector": keys.load_public_for(Path(config.collector.key_file))})
     client = f"outstation-{name}-watch-{os.getpid()}"
-    show = show_lines if raw or not sys.stdout.isatty() else show_table
+    watcher = FleetWatcher(name, keyring, EncryptionKeys(fleet_config.find_folder(folder)))
+    show = show_lines if raw or not sys.stdout.isatty() else _table_printer()
+    if show is not show_lines:
+        watcher.load(store)
     with contextlib.suppress(KeyboardInterrupt):
         show(
-            FleetWatcher(name, keyring, EncryptionKeys(fleet_config.find_folder(folder))),
+            watcher,
             lambda report: receive_deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, report),
         )
+
+
+def _table_printer() -> Callable[..., None]:
+    """Return what shows the live table. Raises UsageError if the package that draws it is missing."""
+    from importlib.util import find_spec
+
+    from agent.fleet.watch import show_table
+
+    if find_spec("rich") is None:
+        raise UsageError("the table needs the package rich: pip install 'outstation[fleet]', or use --raw")
+    return show_table

@@ -230,6 +230,7 @@ def build_learning_messages(
 def _learned_message(task: str, reference: Reference, last_row: int) -> PendingMessage:
     summary = f"{task}: learned the site reference from {reference.drift_windows} drift windows."
     evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": last_row}
+    evidence["fields"] = reference.describe_fields()
     if reference.site is not None:
         evidence |= reference.site.to_dict() | {"smallest_changes": reference.describe_smallest_changes()}
     if reference.warning is not None:

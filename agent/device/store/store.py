@@ -284,10 +284,23 @@ class Store:
                 rows += self._fetch_all(sql, max(first, after + 1), last, limit - len(rows))
         return [OutboxMessage.from_row(row) for row in rows]
 
-    def recent_messages(self, kind: str, task: str, limit: int) -> list[OutboxMessage]:
-        """Return the newest stored messages of a task, delivered or not, damaged ones too, in order."""
-        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE substr(topic, -length(?1)) = ?1 ORDER BY seq DESC LIMIT ?2"
-        return [OutboxMessage.from_row(row) for row in reversed(self._fetch_all(sql, f"/{kind}/{task}", limit))]
+    def recent_messages(
+        self, kind: str, task: str | None, limit: int, *, after: int | None = None
+    ) -> list[OutboxMessage]:
+        """Return the newest stored messages of a task, or of all tasks, delivered or not, damaged ones too, in order.
+
+        With `after`, return the first ones after that seq instead.
+        """
+        order = "DESC" if after is None else "ASC"
+        sql = (
+            f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq > ?1 "
+            "AND CASE WHEN ?3 THEN substr(topic, -length(?2)) = ?2 ELSE instr(topic, ?2) > 0 END "
+            f"ORDER BY seq {order} LIMIT ?4"
+        )
+        wanted = f"/{kind}/{task or ''}"
+        rows = self._fetch_all(sql, after or 0, wanted, task is not None, limit)
+        messages = [OutboxMessage.from_row(row) for row in rows]
+        return messages if after is not None else messages[::-1]
 
     def newest_by_topic(self, after: int) -> list[bytes]:
         """Return the newest stored payload of each topic with seq > `after`, oldest first, without damaged ones."""
@@ -352,6 +365,13 @@ class Store:
         """Return the newest alerts, newest first."""
         rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in rows]
+
+    def alerts_after(self, rowid: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return (rowid, alert) of the stored alerts after a rowid, oldest first."""
+        rows = self._fetch_all(
+            "SELECT rowid, body FROM checked_alerts WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, limit
+        )
+        return [(number, json.loads(body)) for number, body in rows]
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Return the open alerts about a task's data, model and quality, in order of time."""

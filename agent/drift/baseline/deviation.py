@@ -22,6 +22,7 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
 from agent.drift.detectors.registry import MOMENTS
 from agent.drift.numeric import control_limits
+from agent.drift.numeric.sums import fit_trend
 from agent.indices import repeat
 
 # Smaller differences do not matter: of a mean in sd of the other reference's rows, and of spreads as a ratio.
@@ -64,7 +65,7 @@ class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
             reference.class_mean,
             reference.class_sd,
             reference.sd,
-            reference.test_sd[place],
+            reference.window_sd[place],
         )
 
     def pooled(self) -> ReferenceProfile:
@@ -203,11 +204,10 @@ def find_trends(values: Float64s, learned: Reference, known: Sequence[Deviation]
     """
     windows, fields = len(values), len(learned.fields)
     means = _fill_gaps(values[:, :fields])
-    at = np.linspace(-0.5, 0.5, windows)
-    slope = (at[:, None] * means).sum(0) / (at**2).sum()
-    residuals = means - means.mean(0) - at[:, None] * slope
+    slope, residuals = fit_trend(means)
     independent = _independent_windows(windows, _autocorrelation(residuals, 2))
-    error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent / (at**2).mean())
+    # Over windows that are numbered evenly from -0.5 to 0.5, whose mean square is about 1/12.
+    error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent * 12 * (windows - 1) / (windows + 1))
     weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
     class_sd = (weight * learned.class_sd).sum(0)[:fields]
     shift, sd = slope * class_sd, np.maximum(learned.sd, 1e-12)

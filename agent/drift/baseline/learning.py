@@ -13,17 +13,19 @@ from agent.arrays import AnyArray, Bools, Float32s, Float64s, Int32s, Ints
 from agent.drift.baseline import fault_limits
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
+from agent.drift.baseline.operating_modes import OperatingModes, find_modes, fit_modes
 from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
 from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.baseline.symptoms import measure_symptoms
+from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments, outliers
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
-from agent.drift.numeric.sums import GroupMoments, median, nanmedian
+from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
 from agent.errors import BadBundle
 from agent.indices import bincount
 from agent.performance import cbpe
@@ -290,7 +292,8 @@ def calibrate_reference(
     if source == "shipped":
         return reference
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
-    return _add_site_calibration(reference, learning, learned, number, accuracy)
+    transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
+    return _add_site_calibration(reference, learning, learned, number, accuracy, transitions)
 
 
 def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:
@@ -316,12 +319,13 @@ def _add_site_calibration(
     learned: LearnedWindows,
     number: int,
     accuracy: tuple[float, float] | None,
+    transitions: int,
 ) -> Reference:
     task, layout = reference.task, reference.layout
     values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
     tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
-    mean, sd, residuals, cycle = _calibrate_scores(task, layout, values, tested, learned)
-    coefficients = cycle.coefficients
+    mean, sd, residuals, cycle, modes, settled = _calibrate_scores(task, layout, values, tested, learned, transitions)
+    coefficients = cycle.coefficients + (0 if modes is None else modes.coefficients - 1)
     for detector in SCORED:
         coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
     scores = LearnedScores(residuals, sd, coefficients, cycle.hours, learning.thinning, layout.slices)
@@ -339,7 +343,10 @@ def _add_site_calibration(
         ),
         limits=limits,
         sensitivity=sensitivity,
-        independent_windows=float(MOMENTS.fit_noise(task, scores).mean_windows.min()),
+        independent_windows=_count_independent_windows(task, scores),
+        transitions=transitions,
+        modes=modes,
+        modes_settled=settled,
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -352,6 +359,11 @@ def _add_site_calibration(
         spread=cycle.spread if cycle.spread.any() else None,
     )
     warnings = [reference.warning] if reference.warning else []
+    if not settled:
+        warnings.append(
+            f"the learned windows show only {transitions} changes between modes of operation, and a mode that they "
+            "do not show will alarm; learn for longer"
+        )
     warnings += sensitivity.find_warning(reference.fields, reference.sd)
     return replace(
         reference,
@@ -362,12 +374,23 @@ def _add_site_calibration(
     )
 
 
-def _calibrate_scores(
-    task: Task, layout: ScoreLayout, values: Float64s, tested: Bools, learned: LearnedWindows
-) -> tuple[Float64s, Float64s, Float64s, daily_cycle.Cycle]:
-    """Return mean and sd (T,) of all detectors' values (K, T), residuals (K, T) without mean and cycle, and the cycle.
+def _count_independent_windows(task: Task, scores: LearnedScores) -> float:
+    """Return how many independent windows would tell as much of the field whose mean or spread is known worst.
 
-    `tested` (T,) have values in enough windows.
+    A steady trend is no lack of windows: the guard names it.
+    """
+    _, steady = fit_trend(scores.residuals)
+    parts = (scores, replace(scores, residuals=steady, coefficients=scores.coefficients + 1))
+    return float(np.max([MOMENTS.fit_noise(task, part).mean_windows for part in parts], axis=0).min())
+
+
+def _calibrate_scores(
+    task: Task, layout: ScoreLayout, values: Float64s, tested: Bools, learned: LearnedWindows, transitions: int
+) -> tuple[Float64s, Float64s, Float64s, daily_cycle.Cycle, OperatingModes | None, bool]:
+    """Return mean and sd (T,) of all detectors' values (K, T), residuals (K, T), the cycle and modes they are
+    without, and whether more windows would hardly show another mode.
+
+    `tested` (T,) have values in enough windows, among which there are so many `transitions`.
     """
     min_sd = np.empty(layout.test_count)
     for detector in SCORED:
@@ -375,7 +398,15 @@ def _calibrate_scores(
     # Slices, as numpy adds up a copy of columns in another order.
     unclipped = [layout[detector.name] for detector in SCORED if not detector.winsorized]
     middle = nanmedian(np.where(tested, values, 0.0))
-    known = np.where(tested & ~np.isnan(values), values, middle)
+    present = ~np.isnan(values)
+    known, modes = np.where(tested & present, values, middle), None
+    found = find_modes((known - middle)[:, : task.fields]) if transitions else None
+    settled = found is None or (found.is_settled and transitions >= MIN_TRANSITIONS)
+    if found is not None and found.count > 1 and settled:
+        # Modes before the cycle: harmonics of a day explain a few visits by chance.
+        assigned, inside = found.of_window, (found.of_window >= 0)[:, None]
+        modes, present = fit_modes(found, known - middle), present & inside
+        known = np.where(inside, known - modes.offset[assigned], middle)
     (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), daily_cycle.Cycle.empty(values.shape[1])
     if daily_cycle.can_fit_daily(learned.t, learned.seasonality):
         fit = daily_cycle.fit(known, learned.t, learned.seasonality, min_sd)
@@ -387,10 +418,12 @@ def _calibrate_scores(
         for place in unclipped:
             mean[place] = known[:, place].mean(0)
             residuals[:, place] = known[:, place] - mean[place]
+    if modes is not None:
+        residuals = np.where(inside, residuals / modes.scale[assigned], 0.0)
     # Windows without a value stand in the middle: they are no proof of a small spread.
-    n = (~np.isnan(values)).sum(0)
+    n = present.sum(0)
     sd = residuals.std(0, ddof=1) * np.sqrt((len(values) - 1) / np.maximum(n - 1, 1))
-    return mean, np.maximum(sd, min_sd), residuals, cycle
+    return mean, np.maximum(sd, min_sd), residuals, cycle, modes, settled
 
 
 def build_reference(

@@ -83,6 +83,16 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     fault_limits: FaultLimits | None = None  # None if its windows were not measured
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
+    def describe_fields(self) -> dict[str, dict[str, float]]:
+        """Return rows, mean and sd of each field that has any."""
+        return {
+            name: {"n": rows, "mean": float(f"{mean:.6g}"), "sd": float(f"{sd:.6g}")}
+            for name, rows, mean, sd in zip(
+                self.fields, self.n.tolist(), self.mean.tolist(), self.sd.tolist(), strict=True
+            )
+            if rows
+        }
+
     @property
     def windowed(self) -> bool:
         return self.window_rows > 1
@@ -134,6 +144,12 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             )
             for detector in DETECTORS
         }
+
+    @cached_property
+    def window_sd(self) -> Float64s:
+        """(T,) sd of the tests over all drift windows, in whatever operating mode."""
+        modes = None if self.site is None else self.site.modes
+        return self.test_sd if modes is None else np.asarray(np.hypot(self.test_sd, modes.offset.std(0)))
 
     @cached_property
     def bin_accuracy(self) -> Float64s | None:

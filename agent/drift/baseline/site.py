@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.drift.baseline.operating_modes import OperatingModes
 from agent.drift.baseline.resolution import SIZE_BINS, Resolution
 from agent.drift.baseline.sensitivity import Sensitivity
 from agent.drift.detectors import daily_cycle
@@ -29,6 +30,9 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     limits: Float64s  # (T,) of CUSUMs
     sensitivity: Sensitivity
     independent_windows: float  # that would give as good a mean of the field whose mean is known worst
+    transitions: int  # between operating modes, that the learned windows show
+    modes: OperatingModes | None  # None where the learned windows have none
+    modes_settled: bool  # whether more windows would hardly show another one
     waves: Float64s  # (6, T) harmonics of a day, added to test_mean; zeros without a cycle
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
@@ -42,7 +46,13 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def needs_more_windows(self) -> bool:
-        return self.independent_windows < MIN_INDEPENDENT_WINDOWS
+        """True if the learned windows tell too little of what is usual: too alike, or of too few modes."""
+        return self.independent_windows < MIN_INDEPENDENT_WINDOWS or not self.modes_settled
+
+    @property
+    def mode_count(self) -> int:
+        """Operating modes that windows are compared within."""
+        return 1 if self.modes is None else len(self.modes.offset)
 
     @cached_property
     def resolution(self) -> Resolution:
@@ -60,7 +70,8 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     def to_dict(self) -> dict[str, Any]:
         """Return its number, period and cycles, for people."""
         cycles = {"daily": bool(self.waves.any()), "weekly": self.cycle.has_rest_days}
-        return {"number": self.number, "learned": list(self.learned)} | cycles
+        modes = {"modes": self.mode_count, "transitions": self.transitions}
+        return {"number": self.number, "learned": list(self.learned)} | cycles | modes
 
     def find_invalid(self, task: Task, tests: int) -> list[str]:
         """Return the members that do not fit the task."""
@@ -70,6 +81,8 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
             "limits": self.limits.shape == (tests,) and bool((self.limits > 0).all()),
             "independent_windows": self.independent_windows > 0,
             "sensitivity": self.sensitivity.is_valid(task.fields),
+            "modes": self.modes is None or self.modes.is_valid(task.fields, tests),
+            "transitions": self.transitions >= 0,
             "steps": self.steps.shape == (task.fields, SIZE_BINS),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
             "spread": self.spread is None

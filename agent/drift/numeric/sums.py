@@ -158,6 +158,13 @@ def _sum_by_cell(before: Float64s, groups: Groups, values: Float64s) -> Float64s
     return np.asarray(bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
 
 
+def fit_trend(values: Float64s) -> tuple[Float64s, Float64s]:
+    """Return the straight line through values in a row (K, T), as what it rises by (T,), and the residuals (K, T)."""
+    at = np.linspace(-0.5, 0.5, len(values))[:, None]
+    rise = (at * values).sum(0) / (at**2).sum()
+    return rise, values - values.mean(0) - at * rise
+
+
 def median(values: Float64s | Ints) -> Float64s:
     """Return the median along the first axis, of at least one value; NaN where one is. The same bits as numpy."""
     ordered = np.sort(values, axis=0)

@@ -22,7 +22,7 @@ from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import cusum
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
-from agent.drift.detectors.registry import CHARTS, SCORED, ChartStates, ScoreLayout, get_layout
+from agent.drift.detectors.registry import CHARTS, MOMENTS, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
@@ -136,7 +136,12 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         drift_windows = windows.drift_windows(site.origin)
         parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
         values = np.concatenate([scores.values for scores in parts], axis=1)
-        usual, sd = site.test_mean, site.test_sd
+        usual, sd, modes = site.test_mean, site.test_sd, self.calibration.modes
+        if modes is not None:
+            means = slice(layout[MOMENTS.name].start, layout[MOMENTS.name].start + task.fields)
+            assigned = modes.assign(np.nan_to_num((values - usual)[:, means]))
+            usual, sd = usual + modes.offset[assigned], sd * modes.scale[assigned]
+            values = np.where((assigned >= 0)[:, None], values, np.nan)
         if self.has_cycle:
             cycle = self.calibration.cycle
             usual, sd = usual + cycle.evaluate(t), sd * cycle.evaluate_spread(t)
@@ -146,7 +151,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
             place = layout[detector.name]
             if scores.effects is not None:
                 effects[:, place] = scores.effects
-                if self.has_cycle and scores.effect_scale is not None:
+                if usual is not site.test_mean and scores.effect_scale is not None:
                     effects[:, place] -= (usual - site.test_mean)[:, place] * scores.effect_scale
         return Evidence(
             cusum.standardize(values, usual, sd, site.drift_windows),

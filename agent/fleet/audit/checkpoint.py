@@ -78,10 +78,7 @@ class CheckpointFolder:
         """Return the checkpoint; None if there is none. Raises UsageError if it is not genuine."""
         file = self.path / _FILE
         try:
-            signed = msgspec.json.decode(file.read_bytes(), type=_Signed)
-            payload = signed.payload.encode()
-            jws.verify([signed.jws], _TOPIC.format(self._fleet), payload, self._signers.get)
-            checkpoint = msgspec.json.decode(payload, type=Checkpoint)
+            checkpoint = self._read(file)
             for part in checkpoint.parts:
                 if Path(part.file).name != part.file or _digest(self.path / part.file) != part.digest:
                     raise UsageError(f"{part.file} is not the file that was signed")
@@ -92,6 +89,21 @@ class CheckpointFolder:
         except (OSError, MessageRefused, UsageError, msgspec.MsgspecError, UnicodeError, ValueError) as error:
             raise UsageError(self._describe(str(error))) from None
         return checkpoint
+
+    def read_signed(self) -> Checkpoint | None:
+        """Return the checkpoint as it was signed, without a look at its files. Raises UsageError as `load`."""
+        try:
+            return self._read(self.path / _FILE)
+        except FileNotFoundError:
+            return None
+        except (OSError, MessageRefused, msgspec.MsgspecError, UnicodeError, ValueError) as error:
+            raise UsageError(self._describe(str(error))) from None
+
+    def _read(self, file: Path) -> Checkpoint:
+        signed = msgspec.json.decode(file.read_bytes(), type=_Signed)
+        payload = signed.payload.encode()
+        jws.verify([signed.jws], _TOPIC.format(self._fleet), payload, self._signers.get)
+        return msgspec.json.decode(payload, type=Checkpoint)
 
     def _describe(self, problem: str) -> str:
         return f"{self.path / _FILE}: cannot be believed: {problem}; audit everything with --full"

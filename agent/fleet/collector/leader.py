@@ -19,6 +19,7 @@ from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
+from agent.fleet.drift.reference_alerts import ReferenceAlerts
 from agent.fleet.incidents.certificates import Certificate
 from agent.fleet.incidents.monitor import IncidentMonitor
 from agent.text import printable
@@ -40,13 +41,14 @@ class LeaderTasks:
         self._store, self._keyring = store, keyring
         self._refusal_alarm, self._refusal_tally = RefusalAlarm(), RefusalTally()
         self._quota_alarm = RefusalAlarm()
-        self._fleet_wide_alerts = FleetWideAlerts(store)
+        self._fleet_wide_alerts, self._reference_alerts = FleetWideAlerts(store), ReferenceAlerts(store)
         self._incidents = IncidentMonitor(store, certificates)
         self.is_leader, self._next_check_s = not store.shared, 0.0
         self.collector_count = 1
 
     def record_batch(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal]) -> None:
         self._fleet_wide_alerts.record_batch(arrivals)
+        self._reference_alerts.record_batch(arrivals)
         if not self._store.shared:
             boot_s, devices = clock.read().boot_s, self._keyring.devices
             over_quota = [refusal for refusal in refusals if refusal.reason == OVER_QUOTA]
@@ -73,7 +75,8 @@ class LeaderTasks:
                         alarm.add_count(name, reason, n, clock.read().boot_s)
                     self._raise_alarms()
             if self.is_leader:
-                for summary in self._fleet_wide_alerts.poll(clock.read()):
+                now = clock.read()
+                for summary in [*self._fleet_wide_alerts.poll(now), *self._reference_alerts.poll(now)]:
                     logger.warning("drift: %s", summary)
                 if is_caught_up:
                     for summary in self._incidents.poll(clock.read()):

@@ -20,7 +20,18 @@ from starlette.types import ASGIApp
 from agent.errors import OutstationError, StorageError, UsageError
 from agent.fleet.dashboard import login
 from agent.fleet.dashboard.login import Endpoint
-from agent.fleet.dashboard.pages import account, device, fleet, incidents, message, views
+from agent.fleet.dashboard.pages import (
+    account,
+    audit,
+    device,
+    fleet,
+    incidents,
+    message,
+    models,
+    rollouts,
+    tasks,
+    views,
+)
 from agent.fleet.dashboard.pages.visit import Dashboard, Page, Visit
 from agent.fleet.dashboard.security.guard import Guard, HostPolicy
 
@@ -39,6 +50,15 @@ PAGES: tuple[tuple[str, str, Page], ...] = (
     ("GET", "/incidents", incidents.show),
     ("GET", "/incidents/{ref}", incidents.show_one),
     ("POST", "/incidents/{ref}", incidents.decide),
+    ("GET", "/tasks", tasks.show),
+    ("GET", "/tasks/{task}", tasks.show_one),
+    ("GET", "/models", models.show),
+    ("GET", "/models/{name}", models.show_one),
+    ("GET", "/rollouts", rollouts.show),
+    ("GET", "/rollouts/{name}", rollouts.show_one),
+    ("POST", "/rollouts/{name}", rollouts.decide),
+    ("GET", "/audit", audit.show),
+    ("POST", "/audit/evidence", audit.evidence),
     ("GET", "/messages/{device}/{log}/{seq}", message.show),
     ("GET", "/messages/{device}/{log}/{seq}/download", message.download),
 )
@@ -123,7 +143,7 @@ def _show_http_error(dashboard: Dashboard) -> Handler:
             request,
             getattr(request.state, "visitor", None),
             "error.html",
-            status=code,
+            http_status=code,
             heading=_HEADINGS.get(code, "Not possible"),
             detail=error.detail,
             advice=_ADVICE.get(code, ""),
@@ -139,13 +159,13 @@ def _show_storage_error(dashboard: Dashboard) -> Handler:
         visitor = getattr(request.state, "visitor", None)
         if isinstance(error, UsageError) and request.method == "POST":
             said = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
-            return dashboard.render(request, visitor, "error.html", status=409, **said)
+            return dashboard.render(request, visitor, "error.html", http_status=409, **said)
         if not isinstance(error, StorageError | UsageError):
             raise error
         advice = "This page comes back by itself when the database does; nothing is lost, devices keep their messages."
         # Without a session nobody learns where the database is.
         said = {"heading": "The database is not available", "detail": str(error) if visitor else "", "advice": advice}
-        response = dashboard.render(request, visitor, "error.html", status=503, watch="*", **said)
+        response = dashboard.render(request, visitor, "error.html", http_status=503, watch="*", **said)
         response.headers["retry-after"] = "3"
         return response
 
@@ -156,6 +176,6 @@ def _show_failure(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         said = {"heading": "The dashboard failed", "detail": "", "advice": "Its log names the cause; report it."}
-        return dashboard.render(request, None, "error.html", status=500, **said)
+        return dashboard.render(request, None, "error.html", http_status=500, **said)
 
     return handler

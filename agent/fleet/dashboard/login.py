@@ -35,7 +35,9 @@ def sign_in(dashboard: Dashboard) -> Endpoint:
         address, limits = request.client.host if request.client else "", dashboard.login_limits
 
         def refuse(status: int, error: str) -> Response:
-            return dashboard.render(request, None, "login.html", status=status, next=target, error=error, name=name)
+            return dashboard.render(
+                request, None, "login.html", http_status=status, next=target, error=error, name=name
+            )
 
         wait_s = limits.wait_s(address, name)
         if wait_s:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, Alert, AlertKind
+from agent.alerts import FLEET_DRIFT, FLEET_REFERENCE, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, Alert, AlertKind
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
 
@@ -10,13 +10,15 @@ INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
 
 # An alert is open while the last message of its log with its id has state `raised`. Only logs that live count: a store
 # that was lost cannot clear what it raised, and a copied card cannot silence the device. The collector's own alerts are
-# in no log of a device; those that it never clears stay open, because a person has to look at them.
+# in no log of a device; those that it never clears stay open, because a person has to look at them. Alerts of a retired
+# device concern nobody any more.
 ALERTS = """
     WITH last AS (SELECT a.device, a.log, a.id, a.source, max(a.seq) AS seq FROM alerts a
                   LEFT JOIN logs l ON l.device = a.device AND l.log = a.log
                   WHERE a.source = 'collector' OR l.live GROUP BY a.device, a.log, a.id, a.source)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
-           a.revision, a.source, a.state = 'raised' AND l.seq IS NOT NULL AS open
+           a.revision, a.source, a.state = 'raised' AND l.seq IS NOT NULL
+               AND a.device NOT IN (SELECT device FROM retired_devices) AS open
     FROM alerts a
     LEFT JOIN last l ON l.device = a.device AND l.log = a.log AND l.id = a.id AND l.seq = a.seq AND l.source = a.source
 """
@@ -43,6 +45,24 @@ OPEN_FLEET_WIDE_ALERTS = f"""
 """
 
 
+_REFERENCE_LOG = "fleet-reference/"
+OPEN_REFERENCE_ALERTS = f"""
+    SELECT device, task, seq FROM ({ALERTS}) references_alerts
+    WHERE subject = 'reference' AND log LIKE '{_REFERENCE_LOG}%' AND open
+"""
+# The newest reference of each device and task, whether an operator accepted it there, and its fields as JSON.
+LEARNED_REFERENCES = """
+    SELECT device, task, fields, EXISTS (
+        SELECT 1 FROM learned_references a WHERE a.device = newest.device AND a.task = newest.task
+        AND a.site = newest.site AND a.event = 'reference accepted')
+    FROM (
+        SELECT device, task, site, fields,
+               row_number() OVER (PARTITION BY device, task ORDER BY time DESC, seq DESC) AS nth
+        FROM learned_references WHERE event = 'learned') newest
+    WHERE nth = 1 ORDER BY task, device
+"""
+
+
 def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> Row:
     alert = kind.raised(summary, log=about.log, seq=about.seq)
     return collector_alert_row(about.device, None, alert, about.log, about.seq, now)
@@ -61,6 +81,14 @@ def fleet_wide_alert_row(
     alert = build(summary, task=task, field=subject, since=since)
     seq = since if cleared is None else cleared
     return collector_alert_row("", task, alert, f"fleet-wide/{task}/{subject}", seq, now)
+
+
+def reference_alert_row(device: str, task: str, since: int, summary: str, now: str, cleared: int | None = None) -> Row:
+    """Return the alert of a reference unlike the fleet's, raised at `since`, or its end; seconds since 1970."""
+    build = FLEET_REFERENCE.raised if cleared is None else FLEET_REFERENCE.cleared
+    alert = build(summary, device=device, task=task, since=since)
+    seq = since if cleared is None else cleared
+    return collector_alert_row(device, task, alert, f"{_REFERENCE_LOG}{task}", seq, now)
 
 
 def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> Row:

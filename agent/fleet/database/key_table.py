@@ -42,6 +42,7 @@ def enrol(
     owner = db.execute("SELECT device, revoked, last_seq FROM keys WHERE kid = ?", (key.kid,)).fetchone()
     if owner == (device, None, None):
         return False
+    db.execute("DELETE FROM retired_devices WHERE device = ?", (device,))
     if owner is not None:
         state = f"belongs to device {owner[0]!r}" if owner[0] != device else f"is revoked or replaced for {device!r}"
         raise UsageError(f"key {key.text} {state}; make a new one for {device!r}")
@@ -58,6 +59,14 @@ def enrol(
         _set_bound(db, active[0], log[0] if log else None, keep_through)
     _insert_key(db, device, key, now, made_by)
     return True
+
+
+def retire(db: Connection, device: str, by: str, now: str) -> None:
+    """Record that an operator removed `device`. Raises UsageError if a key of it may still sign."""
+    db.lock_devices([device])
+    if db.execute("SELECT 1 FROM keys WHERE device = ? AND revoked IS NULL", (device,)).fetchone() is not None:
+        raise UsageError(f"a key of device {device!r} may still sign: `outstation fleet revoke {device}` revokes it")
+    db.execute("INSERT INTO retired_devices VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (device, now, by))
 
 
 def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:

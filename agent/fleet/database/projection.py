@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import repeat
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -33,6 +33,8 @@ from agent.wire.messages import (
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
+# Events of audit messages about the reference that a device learned or an operator accepted.
+LEARNED_EVENT, ACCEPTED_EVENT = "learned", "reference accepted"
 RESULTS_TABLE = "results"
 PROVENANCE_TABLE = "result_provenance"
 _MAX_REASON = 64
@@ -67,6 +69,22 @@ class _RawColumns(msgspec.Struct):
 
 _COLUMNS_DECODER = msgspec.json.Decoder(_RawColumns)
 _NUMBERS_DECODER = msgspec.json.Decoder(list[Magnitude | None])
+
+
+class FieldMoments(msgspec.Struct, frozen=True):
+    """Rows of a field in a learned reference, in its unit; 0 where they are too few to be told."""
+
+    n: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    mean: Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)] = 0.0
+    sd: Annotated[float, msgspec.Meta(ge=0, le=1e100)] = 0.0
+
+
+class LearnedReference(msgspec.Struct, frozen=True):
+    """The evidence of a device's audit message about its reference."""
+
+    task: Name
+    site: Digest
+    fields: Annotated[dict[str, FieldMoments], msgspec.Meta(max_length=256)] = {}
 
 
 class Projection(msgspec.Struct, frozen=True):
@@ -174,6 +192,17 @@ def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     return [(*head, change.reason[:_MAX_REASON], body.summary, numbers, body.time, body.log, body.seq)]
 
 
+def _reference_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
+    if body.event not in (LEARNED_EVENT, ACCEPTED_EVENT):
+        return []
+    try:
+        reference = msgspec.convert(body.evidence, LearnedReference)
+    except msgspec.ValidationError:
+        return []
+    head = (body.device, reference.task, body.event, reference.site, _to_json(reference.fields))
+    return [(*head, body.time, body.log, body.seq)]
+
+
 def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
@@ -184,7 +213,10 @@ PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
     AlertPayload: (Projection("alerts", _alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
     ShadowPayload: (Projection("shadows", _shadow_rows),),
-    AuditPayload: (Projection("rollout_devices", _phase_rows),),
+    AuditPayload: (
+        Projection("rollout_devices", _phase_rows),
+        Projection("learned_references", _reference_rows),
+    ),
 }
 
 TABLES = tuple(projection.table for projections in PROJECTIONS.values() for projection in projections)

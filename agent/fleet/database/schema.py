@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.fleet.database.timestamps import RESULTS_DATED_VIEW
+from agent.notify.queue import TABLES as NOTIFY_TABLES
 
 # PostgreSQL numbers the rows of a table only if a column does so; SQLite always has `rowid`.
 ROWID = "/* rowid */"
@@ -52,6 +53,14 @@ _COLLECTION = (
     """CREATE TABLE gaps (
         device TEXT NOT NULL, log TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
         declared BOOLEAN NOT NULL, PRIMARY KEY (device, log, first)) WITHOUT ROWID""",
+    # The n-th statement about what `fleet prune` removed of a device, signed with a collector's key. state: JSON, from
+    # which an audit goes on; NULL but for the newest one.
+    """CREATE TABLE retention (
+        device TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL,
+        state BLOB, PRIMARY KEY (device, n))""",
+    # Messages up to `through` were pruned: one that arrives again is a duplicate.
+    """CREATE TABLE pruned_logs (
+        device TEXT NOT NULL, log TEXT NOT NULL, through INTEGER NOT NULL, PRIMARY KEY (device, log)) WITHOUT ROWID""",
     # device: '' where the name in the topic is not enrolled, so that strangers cannot grow the table.
     """CREATE TABLE refusals (
         device TEXT NOT NULL, reason TEXT NOT NULL, count INTEGER NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
@@ -90,12 +99,14 @@ _PROJECTIONS = (
         output TEXT NOT NULL, joint TEXT, estimate TEXT, windows TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
     # source: `device`, or `collector` for its own alerts; `seq` is then that of the message concerned, or a time.
-    """CREATE TABLE alerts (
+    f"""CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
-        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
     "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
+    # Notifications read the alerts that are new to them, in order of rowid.
+    f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -114,6 +125,10 @@ _PROJECTIONS = (
         seq INTEGER NOT NULL{ROWID}, PRIMARY KEY (device, log, seq))""",
     # A rollout reads the shadows that are new to it, in order of rowid.
     f"CREATE INDEX shadows_by_rollout ON shadows (rollout{ROWID})",
+    # A reference that a device learned (event `learned`), with rows, mean and sd of each field as JSON, or accepted.
+    """CREATE TABLE learned_references (
+        device TEXT NOT NULL, task TEXT NOT NULL, event TEXT NOT NULL, site TEXT NOT NULL, fields TEXT NOT NULL,
+        time TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     # One phase change that a device reported in an audit message; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
@@ -170,6 +185,9 @@ _OPERATORS = (
         source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, acknowledged_seq INTEGER,
         acknowledged_by TEXT, acknowledged_at TEXT, acknowledged_note TEXT, muted_until TEXT, muted_by TEXT,
         muted_at TEXT, muted_note TEXT, PRIMARY KEY (source, device, log, id)) WITHOUT ROWID""",
+    # Devices that an operator removed: they are listed no longer. What is stored of them stays.
+    """CREATE TABLE retired_devices (
+        device TEXT PRIMARY KEY, retired TEXT NOT NULL, retired_by TEXT NOT NULL) WITHOUT ROWID""",
     # The desired state of each topic, as it is published.
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
@@ -190,8 +208,6 @@ _DASHBOARD = (
         time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
         outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
     "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
-    # The collector's own alerts, which are few, without a look at those of devices.
-    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 
@@ -203,7 +219,7 @@ class Migration(msgspec.Struct, frozen=True):
 
 
 MIGRATIONS = (
-    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD)),
+    Migration("create_tables", (*_COLLECTION, *_PROJECTIONS, *_CLOCKS, *_OPERATORS, *_DASHBOARD, *NOTIFY_TABLES)),
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",

@@ -19,7 +19,9 @@ from agent.fleet.database.alerts import (
     ALERTS,
     DRIFT_ALERTS,
     INSERT_ALERT,
+    LEARNED_REFERENCES,
     OPEN_FLEET_WIDE_ALERTS,
+    OPEN_REFERENCE_ALERTS,
     revoked_alert_row,
 )
 from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
@@ -71,7 +73,8 @@ _RECENT_DRIFT_WINDOWS = """
 """
 
 _DEVICES = f"""
-    SELECT d.device, k.key, d.state, d.last_seen,
+    SELECT d.device, k.key, d.last_seen,
+           CASE WHEN r.device IS NOT NULL THEN 'retired' WHEN k.key IS NULL THEN 'revoked' ELSE d.state END AS state,
            (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
            (SELECT count(*) FROM logs l WHERE l.device = d.device AND live) AS logs,
            coalesce(o.n, 0) AS alerts,
@@ -80,7 +83,9 @@ _DEVICES = f"""
             ORDER BY a.seq DESC LIMIT 1) AS clock
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.last_seq IS NULL
+    LEFT JOIN retired_devices r ON r.device = d.device
     LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) alerts WHERE open GROUP BY device) o ON o.device = d.device
+    WHERE r.device IS NULL OR ?
     ORDER BY d.device
 """
 
@@ -245,6 +250,11 @@ class FleetStore:
             before_commit()
         return kids
 
+    def retire(self, device: str, by: str, now: str) -> None:
+        """List `device` no longer, until it is enrolled again. Raises UsageError if a key of it may still sign."""
+        with self.transaction() as db:
+            key_table.retire(db, device, by, now)
+
     def accept_log(self, device: str, log: str, now: str) -> list[str]:
         """Make `log` the only live one of `device`, on an operator's word; return the others. Raises UsageError."""
         with self.transaction() as db:
@@ -327,9 +337,12 @@ class FleetStore:
         rows = self._fetch_all("SELECT device FROM devices ORDER BY device")
         return [row[0] for row in rows if isinstance(row[0], str)]
 
-    def devices(self) -> list[dict[str, Any]]:
-        """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock."""
-        return self._fetch_dicts(_DEVICES)
+    def devices(self, *, with_retired: bool = False) -> list[dict[str, Any]]:
+        """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock.
+
+        `state` is the device's own, or `revoked` if no key of it may sign, or `retired`.
+        """
+        return self._fetch_dicts(_DEVICES, with_retired)
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
         """Return open alerts, or with `closed` all that were ever raised or cleared; oldest first."""
@@ -396,6 +409,14 @@ class FleetStore:
         """Return (task, subject, seq) of each open alert of fleet-wide drift."""
         return self._fetch_all(OPEN_FLEET_WIDE_ALERTS)
 
+    def learned_references(self) -> list[tuple[str, str, str, int]]:
+        """Return (device, task, fields as JSON, accepted) of the newest reference that each device learned."""
+        return self._fetch_all(LEARNED_REFERENCES)
+
+    def open_reference_alerts(self) -> list[tuple[str, str, int]]:
+        """Return (device, task, seq) of each open alert of a reference unlike the fleet's."""
+        return self._fetch_all(OPEN_REFERENCE_ALERTS)
+
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """Return device, log, from, to and declared of each missing range of sequence numbers."""
         columns = 'device, log, first AS "from", last AS "to", declared'
@@ -431,6 +452,13 @@ class FleetStore:
         """Return (seq, kind, topic, payload, jws, received) of each message from `first` to `last` of a log."""
         columns = "seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
+
+    def retention_rows(self, devices: Devices = None) -> Iterator[Row]:
+        """Return (device, n, payload, jws, state) of each retention statement, by device and n."""
+        where, values = _filter_devices(devices)
+        return self.stream(
+            f"SELECT device, +n, payload, jws, state FROM retention WHERE {where} ORDER BY device, n", values
+        )
 
     def key_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""

@@ -43,7 +43,8 @@ class Mute(msgspec.Struct, frozen=True):
 class Incident(msgspec.Struct, frozen=True):
     """An alert with all its messages; `device` is empty where it concerns the whole fleet.
 
-    `ref` names it in commands and addresses. `raised`: when it began. `updated`, `seq`: of its newest message.
+    `ref` names it in commands and addresses. `raised`: when it began. `updated`, `seq`: of its newest message;
+    `raised_seq`: of the newest that raised it, with `severity` and `summary`.
     `acknowledged` is None once a newer message ended it; `muted` once its time is over.
     """
 
@@ -66,6 +67,7 @@ class Incident(msgspec.Struct, frozen=True):
     log: str
     id: str
     seq: int
+    raised_seq: int
 
     @property
     def key(self) -> IncidentKey:
@@ -125,11 +127,9 @@ def count_incidents(
 
 
 def load_incident(store: FleetStore, key: IncidentKey, *, now: str) -> Incident | None:
-    source, device, log, identity = key
-    values = {**_values(IncidentFilter(open=None, device=device), now), "log": log, "id": identity}
     with store.snapshot() as db:
-        rows = table.list_incidents(db, values, newest_first=False, limit=None, offset=0)
-    return next((_to_incident(row, now) for row in rows if row["source"] == source), None)
+        row = table.load_incident(db, key, now)
+    return None if row is None else _to_incident(row, now)
 
 
 def find_incident(store: FleetStore, ref: str, *, now: str) -> Incident:
@@ -183,7 +183,7 @@ def _checked(by: str, note: str, now: str) -> tuple[str, str, str]:
 def _values(wanted: IncidentFilter, now: str) -> dict[str, Any]:
     names = ("open", "status", "device", "task", "alert", "since")
     given = {name: getattr(wanted, name) for name in names}
-    return {**given, "now": now, "id": None, "log": None, "rank": SEVERITY_RANK[wanted.severity]}
+    return {**given, "now": now, "rank": SEVERITY_RANK[wanted.severity]}
 
 
 def _to_incident(row: dict[str, Any], now: str) -> Incident:
@@ -205,5 +205,5 @@ def _to_incident(row: dict[str, Any], now: str) -> Incident:
 
 _COPIED = (
     *("status", "severity", "device", "task", "alert", "subject", "summary", "raised", "updated", "revision"),
-    *("source", "log", "id", "seq"),
+    *("source", "log", "id", "seq", "raised_seq"),
 )

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from agent import clock
+from agent.fleet.rollout import actions
+from agent.fleet.rollout.actions import RolloutOperator
+from agent.testing.messages import FLEET
+from tests.kit.commands import call_outstation
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
+from tests.kit.fleet_rollouts import NAME, plan, promotion
 
 HOSTILE = '<img src=x onerror=alert(1)>"\u202etxt\x1b[31m'
 
@@ -131,3 +137,82 @@ def test_an_unavailable_database_is_said_and_comes_back(tmp_path: Path) -> None:
         os.rename(aside, file)
         wait_until_shown(dashboard, "/incidents", "ax: gain loss.")
         wait_until_shown(dashboard, "/fleet", "data-live hidden>")
+
+
+def test_a_task_is_compared_across_devices(dashboard: ServedDashboard) -> None:
+    page = wait_until_shown(dashboard, "/tasks", ">exercise</a>")
+    assert "exercise 1.0.0" in page
+    page = dashboard.get("/tasks/exercise").text
+    assert re.search(r'id="td-pi-07".*?PEN|FEL|ABD', page, re.DOTALL)
+    assert 'id="td-pi-20"' not in dashboard.get("/tasks/exercise?drift=drift").text
+    assert dashboard.get("/tasks/none").status == 404
+
+
+def test_a_model_says_who_runs_it(dashboard: ServedDashboard) -> None:
+    wait_until_shown(dashboard, "/models", "/models/exercise")
+    page = dashboard.get("/models/exercise").text
+    assert "/devices/pi-07" in page
+    assert "not published here" in page
+    assert dashboard.get("/models/none").status == 404
+
+
+def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(dashboard: ServedDashboard) -> None:
+    desk = dashboard.dashboard.desk
+    assert desk is not None
+    now_us = clock.read().wall_us
+    sender, steps = enrolled(dashboard.store, "pi-50"), (("shadow", 100.0), ("all", 100.0))
+    with dashboard.store.transaction() as db:
+        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(*steps, rules=promotion(min_devices=1)))
+    dashboard.add(sender, sender.rollout("shadow"), *(sender.shadow() for _ in range(6)))
+    page = dashboard.get(f"/rollouts/{NAME}").text
+    assert "signed by the operator" in page
+    assert "<svg viewBox" in page
+    assert ">abort</button>" not in page
+    otto = dashboard.sign_in("otto")
+    assert ">abort</button>" in dashboard.get(f"/rollouts/{NAME}", otto).text
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "abort"}, otto).status == 409, "it needs a reason"
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "pause"}, otto).status == 303
+    assert ">resume</button>" in dashboard.get(f"/rollouts/{NAME}", otto).text
+    assert dashboard.post(f"/rollouts/{NAME}", {"action": "abort", "reason": "wrong labels"}, otto).status == 303
+    page = wait_until_shown(dashboard, f"/rollouts/{NAME}", "wrong labels (otto, by the dashboard)")
+    assert page.count("signed by the operator") == 3
+    assert "does not verify" not in page
+    with dashboard.store.transaction() as db:
+        db.execute("UPDATE decisions SET summary = 'all is well' WHERE n = 3")
+    assert "does not verify" in dashboard.get(f"/rollouts/{NAME}").text
+    assert dashboard.get("/rollouts/none").status == 404
+
+
+@pytest.mark.process
+def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        assert "not verified yet" in dashboard.get("/audit").text
+        call_outstation("fleet", "audit", "--dir", str(dashboard.folder))
+        page = dashboard.get("/audit").text
+        assert "All messages were verified" in page
+        assert "No message is missing" in page
+        answer = dashboard.post("/audit/evidence", {}, dashboard.sign_in("otto"))
+        assert answer.status == 200, answer.text
+        assert answer.headers["content-type"] == "application/zip"
+        file = dashboard.folder / "audit" / "checkpoint.json"
+        file.write_text(file.read_text().replace("acme", "acne"))
+        assert "cannot be believed" in dashboard.get("/audit").text
+
+
+def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:
+    with served(tmp_path / "acme", database=postgres_url, local_role="admin") as dashboard:
+        page = wait_until_shown(dashboard, "/fleet", "gain loss")
+        assert "exercise 1.0.0" in page
+        found = re.search(r"/messages/[^\"]+", page)
+        ref = re.search(r"/incidents/[0-9a-f]{12}", dashboard.get("/incidents").text)
+        assert found is not None
+        assert ref is not None
+        paths = ["/incidents?status=all", ref[0], "/devices/pi-07?range=all", "/devices/pi-07/results.json?range=all"]
+        paths += ["/devices/pi-07/drift.svg?range=all", "/tasks", "/tasks/exercise", "/models", "/models/exercise"]
+        for path in [*paths, "/rollouts", "/audit", "/accounts", found[0]]:
+            assert dashboard.get(path).status == 200, path
+        assert "verified now" in dashboard.get(found[0]).text
+        assert dashboard.post(ref[0], {"action": "acknowledge"}).status == 303
+        assert dashboard.post("/devices/pi-07/label", {"task": "exercise", "row": "1", "label": "FEL"}).status == 303
+        cookie = dashboard.sign_in("vera")
+        assert dashboard.get("/fleet", cookie).status == 200

@@ -98,13 +98,16 @@ def test_a_device_is_silent_by_the_interval_that_it_promises(store: FleetStore) 
     assert fleet.open() == [("pi-00", "silent", "critical")]
 
 
-@pytest.mark.parametrize("reason", ["stopped", "revoked", "never seen"])
+@pytest.mark.parametrize("reason", ["stopped", "revoked", "retired", "never seen"])
 def test_a_device_that_stopped_or_left_is_not_silent(store: FleetStore, reason: str) -> None:
     fleet = Fleet(store)
     if reason != "never seen":
         fleet.health()
     if reason == "stopped":
         fleet.arrive((fleet.senders[0], fleet.senders[0].state("stopped")))
+    if reason == "retired":
+        with store.transaction() as db:
+            db.execute("INSERT INTO retired_devices VALUES (?, ?, ?)", ("pi-00", fleet.time(), "eva"))
     if reason == "revoked":
         store.revoke("pi-00", None, fleet.time())
     fleet.run(3600)

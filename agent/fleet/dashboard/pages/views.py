@@ -31,6 +31,7 @@ def create_environment() -> Environment:
     environment.filters.update(
         when=format_time, count=format_count, size=format_size, value=format_value, short=shorten, path=quote_path,
         interval=lambda metric: format_interval(metric["low"], metric["high"]), label=state_label, share=format_share,
+        whole=lambda text: Markup("{}").format(printable_lines(text)), prose=format_prose,
         moment=lambda us: format_time(clock.to_rfc3339(us)),
     )  # fmt: skip
     environment.globals["static"] = static_url
@@ -73,6 +74,12 @@ def format_time(text: object, *, ahead: str = "in ") -> Markup:
 def _format_distance(seconds: int) -> str:
     size, unit = next(((s, u) for s, u in _UNITS if seconds >= s), (1, "s"))
     return f"{seconds // size} {unit}"
+
+
+def format_prose(text: str) -> Markup:
+    """Return a sentence of this program in which backticks become code."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def format_count(value: object) -> Markup:
@@ -121,7 +128,7 @@ def verified_link(device: str, log: str, seq: int, *, words: bool = False) -> Ma
         return Markup("")
     text = Markup('<span class="words">verified</span>') if words else Markup("")
     title = f"signed message {seq} of {printable(device)}"
-    link = '<a class="verified" href="{}" title="{}" aria-label="verified: {}"><svg class="tick" aria-hidden="true"'
+    link = '<a class="verified" href="{}" title="{}" aria-label="verified: {}"><svg class="mark" aria-hidden="true"'
     link += ' viewBox="0 0 16 16"><path d="M3 8.5 6.5 12 13 4.5"/></svg>{}</a>'
     return Markup(link).format(message_path(device, log, seq), title, title, text)
 

@@ -53,7 +53,7 @@ class Dashboard:
         self.password_turn = asyncio.Semaphore(1)
 
     def render(
-        self, request: Request, visitor: Visitor | None, template: str, *, status: int = 200, **values: Any
+        self, request: Request, visitor: Visitor | None, template: str, *, http_status: int = 200, **values: Any
     ) -> Response:
         context = {
             "fleet": self.fleet,
@@ -65,7 +65,7 @@ class Dashboard:
             "has_desk": self.desk is not None,
             **values,
         }
-        return HTMLResponse(self.environment.get_template(template).render(context), status)
+        return HTMLResponse(self.environment.get_template(template).render(context), http_status)
 
 
 class Visit(msgspec.Struct, frozen=True):
@@ -73,8 +73,8 @@ class Visit(msgspec.Struct, frozen=True):
     request: Request
     visitor: Visitor
 
-    def render(self, template: str, *, status: int = 200, **values: Any) -> Response:
-        return self.dashboard.render(self.request, self.visitor, template, status=status, **values)
+    def render(self, template: str, *, http_status: int = 200, **values: Any) -> Response:
+        return self.dashboard.render(self.request, self.visitor, template, http_status=http_status, **values)
 
     @property
     def can_act(self) -> bool:

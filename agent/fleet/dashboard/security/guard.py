@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 16 << 10
-MAX_TARGET = 4096
+MAX_TARGET, MAX_HEADERS = 4096, 16 << 10
 _BODY_TIMEOUT_S = 10.0
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -99,6 +99,11 @@ class Guard:
         target = scope["raw_path"] + b"?" + scope["query_string"]
         if len(target) > MAX_TARGET or b"\0" in target or "\0" in scope["path"]:
             raise _Refused(414, "the address is too long or not valid")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            raise _Refused(431, "the headers are too long")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy could see another request than this server.
+            raise _Refused(400, "a request has a length or chunks, not both")
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._hosts.allows(hosts[0]):
             raise _Refused(421, "this host name is not served here; start the dashboard with --host NAME to allow it")

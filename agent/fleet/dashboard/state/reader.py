@@ -37,6 +37,10 @@ class DatabaseReader:
     async def read_store(self, function: Callable[[FleetStore], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function)
 
+    async def run_aside(self, function: Callable[[None], T]) -> T:
+        """Run `function`, which reads files and not the database, in a reader's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, None)
+
     async def write(self, function: Callable[[Connection], T]) -> T:
         """Return `function` of one transaction. Raises StorageError and UsageError."""
         return await self.run_writer(lambda store: _in_transaction(store, function))

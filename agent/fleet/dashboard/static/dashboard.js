@@ -138,7 +138,7 @@ async function drawChart() {
   if (!response || !response.ok) { if (!chart) say("The results cannot be read now; the page tries again by itself."); return; }
   points = await response.json();
   if (!points.t.length) { chart?.destroy(); chart = null; say("No result in this time range.", holder.dataset.all, "Show all results"); return; }
-  const series = [{ label: "UTC", value: (_, t) => (t == null ? "–" : clockText(t, 1)) }], data = [points.t];
+  const series = [{ label: "UTC", value: (_, t) => (t == null ? "–" : clockText(t, 0)) }], data = [points.t];
   const add = (name, values, options) => { if (values) { series.push({ label: name, width: 1.5, points: { size: 5 }, ...options }); data.push(values); } };
   add("label", points.label, { stroke: color("--series-0"), paths: () => null, points: { show: true, size: 5, fill: color("--series-0") }, scale: "label", value: (_, v) => points.labels[v] ?? "–" });
   add("value", points.value, { stroke: color("--series-0"), scale: "y" });
@@ -161,7 +161,8 @@ async function drawChart() {
 
 function clockText(t, step) {
   const text = new Date(t * 1e3).toISOString();
-  return step >= 86400 ? text.slice(0, 10) : step >= 60 ? `${text.slice(5, 10)} ${text.slice(11, 16)}` : `${text.slice(5, 10)} ${text.slice(11, 19)}`;
+  if (step >= 86400 || t % 86400 === 0) return text.slice(0, 10);
+  return step >= 60 ? text.slice(11, 16) : step > 0 ? text.slice(11, 19) : text.slice(0, 19).replace("T", " ");
 }
 
 function say(text, href, name) {

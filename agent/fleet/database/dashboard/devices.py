@@ -7,7 +7,9 @@ from typing import Any
 
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
-HEADS = "SELECT device, state, last_seen, enrolled FROM devices ORDER BY device"
+HEADS = """
+    SELECT device, state, last_seen, enrolled FROM devices
+    WHERE device NOT IN (SELECT device FROM retired_devices) ORDER BY device"""
 ACTIVE_KEYS = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL"
 NEWEST_LOG = "SELECT log, last_seq, latest FROM logs WHERE device = ? AND live ORDER BY rowid LIMIT 1"
 LIVE_LOGS = "SELECT count(*) FROM logs WHERE device = ? AND live"

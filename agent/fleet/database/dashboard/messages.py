@@ -19,8 +19,9 @@ KEYS = "SELECT kid, added, revoked, log, last_seq, made_by FROM keys WHERE devic
 GAPS = "SELECT device, log, first, last, declared FROM gaps WHERE device = ? ORDER BY log, first LIMIT ?"
 ALL_GAPS = "SELECT device, log, first, last, declared FROM gaps ORDER BY device, log, first LIMIT ?"
 REFUSALS = "SELECT device, reason, count, first, last FROM refusals ORDER BY last DESC LIMIT ?"
+MISSING = "SELECT declared, CAST(sum(last - first + 1) AS BIGINT) FROM gaps GROUP BY declared"
 LOGS = "SELECT log, last_seq, since, latest, live FROM logs WHERE device = ? ORDER BY rowid DESC LIMIT ?"
-TOTALS = "SELECT count(*), coalesce(sum(last_seq), 0), max(latest) FROM logs"
+TOTALS = "SELECT count(*), CAST(coalesce(sum(last_seq), 0) AS BIGINT), max(latest) FROM logs"
 
 
 def load_message(db: Connection, device: str, log: str, seq: int) -> dict[str, Any] | None:
@@ -70,6 +71,12 @@ def load_totals(db: Connection) -> tuple[int, int, str | None]:
     """Return the number of logs, the highest sequence numbers added up, and when the last message arrived."""
     row = db.execute(TOTALS).fetchone()
     return int(row[0]), int(row[1]), row[2]
+
+
+def count_missing(db: Connection) -> dict[str, int]:
+    """Return how many messages are missing, and how many a device declared as evicted."""
+    sums = dict(db.execute(MISSING).fetchall())
+    return {"missing": int(sums.get(False, 0)), "evicted": int(sums.get(True, 0))}
 
 
 def _to_bytes(payload: Any) -> bytes:

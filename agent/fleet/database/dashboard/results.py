@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agent.fleet.database.interface import Connection, Row
@@ -14,6 +15,9 @@ POINT = """
 SPAN = """
     SELECT row, t, label, score, value, log, seq FROM results
     WHERE device = ? AND task = ? AND row >= ? AND row <= ? ORDER BY row LIMIT ?"""
+LAST_RESULT = """
+    SELECT row, t, label, score, value, log, seq FROM results
+    WHERE device = ? AND task = ? ORDER BY row DESC LIMIT 1"""
 NEWEST = """
     SELECT row, t, label, score, value, log, seq FROM results
     WHERE device = ? AND task = ? ORDER BY row DESC LIMIT ?"""
@@ -23,6 +27,11 @@ _MAX_STEPS = 64
 def load_newest(db: Connection, device: str, task: str, limit: int) -> list[Row]:
     """Return (row, t, label, score, value, log, seq) of the newest results, newest first."""
     return db.execute(NEWEST, (device, task, limit)).fetchall()
+
+
+def load_last_of_each(db: Connection, tasks: Sequence[tuple[str, str]]) -> list[Row | None]:
+    """Return the newest result of each (device, task), as in `load_newest`."""
+    return db.execute_each(LAST_RESULT, tasks)
 
 
 def load_series(db: Connection, device: str, task: str, since_us: int, until_us: int, points: int) -> tuple[

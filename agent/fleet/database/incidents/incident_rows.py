@@ -16,11 +16,12 @@ IncidentKey = tuple[str, str, str, str]
 
 # n: newest message; r: newest that raised it, which has the severity and the sentence; s: the one that began it.
 _INCIDENTS = """
-    SELECT n.source, n.device, n.log, n.id, n.seq, n.time AS updated, r.task, r.alert, r.subject, r.severity, r.summary,
-           r.revision, s.time AS raised, n.state AS last_state, n.summary AS last_summary,
-           h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until, h.muted_by, h.muted_at,
-           h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
-           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE) THEN 'cleared'
+    SELECT n.source, n.device, n.log, n.id, n.seq, n.time AS updated, r.task, r.alert, r.subject, r.severity,
+           r.summary, r.revision, r.seq AS raised_seq, s.time AS raised, n.state AS last_state,
+           n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until,
+           h.muted_by, h.muted_at, h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
+           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE)
+                     OR q.device IS NOT NULL THEN 'cleared'
                 WHEN h.muted_until > :now THEN 'muted'
                 WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
                 ELSE 'raised' END AS status
@@ -28,15 +29,12 @@ _INCIDENTS = """
         SELECT device, log, id, source, max(seq) AS newest,
                coalesce(max(CASE WHEN state = 'raised' THEN seq END), max(seq)) AS raised,
                coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
-        FROM alerts
-        WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
-          AND (CAST(:alert AS TEXT) IS NULL OR alert = :alert) AND (CAST(:id AS TEXT) IS NULL OR id = :id)
-          AND (CAST(:log AS TEXT) IS NULL OR log = :log)
-        GROUP BY device, log, id, source) k
+        FROM alerts WHERE {where} GROUP BY device, log, id, source) k
     JOIN alerts n ON n.device = k.device AND n.log = k.log AND n.seq = k.newest AND n.source = k.source
     JOIN alerts r ON r.device = k.device AND r.log = k.log AND r.seq = k.raised AND r.source = k.source
     JOIN alerts s ON s.device = k.device AND s.log = k.log AND s.seq = k.began AND s.source = k.source
     LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
+    LEFT JOIN retired_devices q ON q.device = k.device
     LEFT JOIN alert_handling h ON h.source = k.source AND h.device = k.device AND h.log = k.log AND h.id = k.id
 """
 _FILTER = """
@@ -44,8 +42,8 @@ _FILTER = """
       AND (CAST(:status AS TEXT) IS NULL OR status = :status) AND (CAST(:since AS TEXT) IS NULL OR updated >= :since)
       AND CASE severity WHEN 'critical' THEN 3 WHEN 'warning' THEN 2 ELSE 1 END >= :rank
 """
-_LIST = f"SELECT * FROM ({_INCIDENTS}) incidents {_FILTER}"
-_COUNT = f"SELECT status, severity, count(*) FROM ({_INCIDENTS}) incidents {_FILTER} GROUP BY status, severity"
+# Columns that are the same in all messages of an incident.
+_KEY_COLUMNS = ("source", "device", "log", "id", "task", "alert")
 _ACKNOWLEDGE = """
     INSERT INTO alert_handling (source, device, log, id, acknowledged_seq, acknowledged_by, acknowledged_at,
                                 acknowledged_note) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -67,17 +65,19 @@ def list_incidents(
 ) -> list[dict[str, Any]]:
     """Return incidents in order of the time when they began.
 
-    `values`: now, device, task, alert, id, log, open, status, since and rank; None does not filter.
+    `values`: now, source, device, log, id, task, alert, open, status, since and rank; None does not filter.
     """
     direction = "DESC" if newest_first else "ASC"
     order = ", ".join(f"{column} {direction}" for column in ("raised", "device", "log", "id", "source"))
     page = "" if limit is None else f" LIMIT {int(limit)} OFFSET {int(offset)}"
-    return _fetch(db, f"{_LIST} ORDER BY {order}{page}", values)
+    return _fetch(db, f"SELECT * FROM ({_select(values)}) incidents {_FILTER} ORDER BY {order}{page}", values)
 
 
 def count_incidents(db: Connection, values: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     """Return (status, severity, count); `values` as in `list_incidents`."""
-    return [(status, severity, int(n)) for status, severity, n in db.execute(_COUNT, values)]
+    sql = f"""
+        SELECT status, severity, count(*) FROM ({_select(values)}) incidents {_FILTER} GROUP BY status, severity"""
+    return [(status, severity, int(n)) for status, severity, n in db.execute(sql, values)]
 
 
 def list_keys(db: Connection) -> list[IncidentKey]:
@@ -93,6 +93,32 @@ def save_acknowledgement(db: Connection, key: IncidentKey, seq: int | None, by: 
 def save_mute(db: Connection, key: IncidentKey, until: str | None, by: str, at: str, note: str) -> None:
     """Record until when an incident is muted; None ends it."""
     db.execute(_MUTE, (*key, until, by, at, note))
+
+
+def load_incident(db: Connection, key: IncidentKey, now: str) -> dict[str, Any] | None:
+    """Return one incident, by the index of its key."""
+    values = {**dict(zip(_KEY_COLUMNS, key, strict=False)), "now": now}
+    rows = _fetch(db, _select(values), values)
+    return rows[0] if rows else None
+
+
+def list_arrivals(db: Connection, after: int, limit: int) -> list[tuple[int, IncidentKey]]:
+    """Return (rowid, key) of the messages in table alerts that arrived after a rowid, in order."""
+    sql = """
+        SELECT rowid, source, device, log, id FROM alerts
+        WHERE source IN ('device', 'collector') AND rowid > ? ORDER BY rowid LIMIT ?"""
+    return [(int(row[0]), (row[1], row[2], row[3], row[4])) for row in db.execute(sql, (after, limit))]
+
+
+def last_arrival(db: Connection) -> int:
+    """Return the rowid of the newest message in table alerts, 0 without any."""
+    return int(db.execute("SELECT coalesce(max(rowid), 0) FROM alerts").fetchone()[0])
+
+
+def _select(values: Mapping[str, Any]) -> str:
+    # Conditions on absent values would keep a database from using the index of the key.
+    given = [f"{column} = :{column}" for column in _KEY_COLUMNS if values.get(column) is not None]
+    return _INCIDENTS.format(where=" AND ".join(given) or "TRUE")
 
 
 def _fetch(db: Connection, sql: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,64 @@
+"""Command `outstation results`: what the models said last, read from the store beside the running daemon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from agent.bootstrap import device
+from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, format_time, last_option
+from agent.cli.output import config_option, json_option
+from agent.device import newest
+
+_COLUMNS = (
+    Column("time", 24),
+    Column("task", 10),
+    Column("row", 9, is_number=True),
+    Column("answer", 12),
+    Column("score", 7, is_number=True),
+    Column("clock", 8),
+    Column("notes", 0),
+)
+
+
+@click.command(epilog="Example: outstation results exercise --last 20 --follow")
+@click.argument("task", required=False)
+@last_option
+@follow_option
+@config_option
+@json_option
+def results(task: str | None, last: int, follow: bool, config_file: str | None, as_json: bool) -> None:
+    """Show the newest results of TASK (or of all tasks), newest last, with time, clock, answer, score and faults.
+
+    They come from the results messages that the store still holds, so they are those that the task publishes
+    (`publish`, `[buffer] keep_messages`). With --follow and --json, each result is one line of JSON.
+    """
+    _, conf = device.load_config(config_file, task)
+    with device.open_store_read_only(conf) as store:
+        shown = newest.read_results(store, task, last)
+
+        def read_new() -> list[dict[str, Any]]:
+            nonlocal shown
+            shown = newest.read_new_results(store, task, shown.last_seq)
+            return shown.rows
+
+        empty = "No results are stored: none was computed yet, all were delivered and deleted, or none is published."
+        emit_or_follow(shown.rows, read_new if follow else None, LinePrinter(_COLUMNS, _to_cells), empty, as_json)
+
+
+def _to_cells(row: dict[str, Any]) -> list[str]:
+    value = row.get("value")
+    answer = row["label"] if row["label"] is not None else "–" if value is None else f"{value:.6g}"
+    score = row.get("score")
+    notes = [f"fault of {', '.join(row['faults'])}"] if row["faults"] else []
+    if row.get("missing"):
+        notes.append(f"{row['missing']:.0%} of the input missing")
+    if row["label"] is not None and value is not None:
+        notes.insert(0, f"value {value:.6g}")
+    notes += [
+        f"{name} {cell:.4g}" for name, cell in row.items() if name.startswith(("value_", "score_")) and cell is not None
+    ]
+    shown_score = "–" if score is None else f"{score:.4f}"
+    time, row_number = format_time(row["time"]), str(row["row"])
+    return [time, row["task"], row_number, answer, shown_score, row["clock"], ", ".join(notes)]

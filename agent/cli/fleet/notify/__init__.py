@@ -1,0 +1,1 @@
+"""`outstation fleet notify`: test targets of notifications, and show what waits."""

@@ -1,0 +1,39 @@
+"""`outstation fleet notify test` and `status`."""
+
+from __future__ import annotations
+
+import click
+
+from agent.cli import notifications
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading
+from agent.cli.output import json_option
+from agent.fleet import config as fleet_config
+
+
+@click.group("notify", epilog="Example: outstation fleet notify test")
+def notify() -> None:
+    """Test the targets of [notify] in fleet.toml, and show what waits. `fleet collect` does the notifying."""
+
+
+@notify.command("test", epilog="Example: outstation fleet notify test mail")
+@click.argument("target", required=False)
+@fleet_option
+@json_option
+def test(target: str | None, folder: str | None, as_json: bool) -> None:
+    """Send a test message to TARGET, or to all targets, now. Exit 1 if one does not accept it."""
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    name = config.fleet.name
+    notifications.test_targets(str(home / fleet_config.FILE), config.notify, target, name, name, as_json=as_json)
+
+
+@notify.command("status", epilog="Example: outstation fleet notify status --json")
+@db_option
+@fleet_option
+@json_option
+def status(db: str | None, folder: str | None, as_json: bool) -> None:
+    """Show for each target what was sent, what waits, and the last failure."""
+    config, store = open_for_reading(folder, db)
+    file = str(fleet_config.find_folder(folder) / fleet_config.FILE)
+    with store.snapshot() as connection:
+        notifications.show_states(file, config.notify, connection, as_json=as_json)

@@ -1,0 +1,135 @@
+"""Newest results and readings of a store as rows for people: read only, beside a daemon that writes.
+
+Results come from the results messages that the store still holds, delivered or not; readings from its chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent import clock
+from agent.config import FieldConfig, StreamConfig
+from agent.device.store.clock_segments import QUALITIES, ClockStamp
+from agent.device.store.outbox import OutboxMessage
+from agent.device.store.store import RowBatch, Store
+from agent.wire.messages import ResultColumns
+
+# Messages that are read for the newest results, at most.
+_MAX_MESSAGES = 512
+# Rows or messages that one look for new ones takes.
+MAX_NEW = 1000
+
+
+class ResultRows(msgspec.Struct, frozen=True):
+    """Rows of results in order of the log, and the seq of the newest message that was read."""
+
+    rows: list[dict[str, Any]]
+    last_seq: int
+
+
+def read_results(store: Store, task: str | None, count: int) -> ResultRows:
+    """Return the newest `count` results of a task, or of all tasks; fewer if the store holds fewer."""
+    limit, messages = 8, store.recent_messages("results", task, 8)
+    while len(messages) == limit < _MAX_MESSAGES and sum(map(_count_rows, messages)) < count:
+        limit *= 8
+        messages = store.recent_messages("results", task, limit)
+    rows = [row for message in messages for row in expand_results(message)]
+    return ResultRows(rows[-count:], messages[-1].seq if messages else store.log_head()[0])
+
+
+def read_new_results(store: Store, task: str | None, after: int) -> ResultRows:
+    """Return the results of messages after seq `after`."""
+    messages = store.recent_messages("results", task, MAX_NEW, after=after)
+    rows = [row for message in messages for row in expand_results(message)]
+    return ResultRows(rows, messages[-1].seq if messages else after)
+
+
+def _count_rows(message: OutboxMessage) -> int:
+    return len(expand_results(message))
+
+
+def expand_results(message: OutboxMessage) -> list[dict[str, Any]]:
+    """Return the results that a message lists; none for a message whose bytes are damaged."""
+    try:
+        body = msgspec.json.decode(message.payload)
+        columns = msgspec.convert(body["columns"], ResultColumns)
+        lists = {name: getattr(columns, name) for name in ("score", "value", "missing")}
+        lists |= {name: cells for name, cells in body["columns"].items() if name.startswith(("value_", "score_"))}
+        rows, labels = columns.expand_rows(), columns.expand_labels()
+        qualities = _qualities(rows, body.get("clocks"))
+        times = columns.expand_times()
+        task, faults, model = str(body["task"]), list(body.get("faults", [])), body["model"]
+        shared = {"faults": faults, "model": f"{model['name']} {model['version']}", "seq": message.seq}
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [
+        {
+            "task": task,
+            "row": row,
+            "time": clock.to_rfc3339(times[index]),
+            "clock": qualities[index],
+            "label": None if labels is None else labels[index],
+            **{name: cells[index] for name, cells in lists.items() if cells is not None},
+            **shared,
+        }
+        for index, row in enumerate(rows)
+    ]
+
+
+def _qualities(rows: Sequence[int], clocks: Sequence[Sequence[int]] | None) -> list[str]:
+    """Return the clock quality of each row; runs of `clocks` are [first row, boot, segment, quality]."""
+    if not clocks:
+        return ["synced"] * len(rows)
+    runs = np.searchsorted([run[0] for run in clocks], rows, side="right") - 1
+    return [QUALITIES[clocks[max(0, run)][3]] for run in runs.tolist()]
+
+
+def read_readings(store: Store, name: str, stream: StreamConfig, count: int) -> list[dict[str, Any]]:
+    """Return the newest `count` rows of a stream that are stored and readable."""
+    return read_new_readings(store, name, stream, max(store.last_row(name) - count, store.first_row(name) - 1), count)
+
+
+def read_new_readings(
+    store: Store, name: str, stream: StreamConfig, after: int, count: int = MAX_NEW
+) -> list[dict[str, Any]]:
+    """Return up to `count` rows after row `after`; those that are deleted or damaged are left out."""
+    texts = {f.name: store.categories(name, f.name) for f in stream.fields if f.type == "category"}
+    rows: list[dict[str, Any]] = []
+    while count > 0 and (batch := store.read_rows(name, stream.fields, after, count)) is not None:
+        rows += _expand_readings(batch, stream.fields, texts)
+        count, after = count - (batch.last - after), batch.last
+    return rows
+
+
+def _expand_readings(
+    batch: RowBatch, fields: Sequence[FieldConfig], texts: dict[str, list[str]]
+) -> Iterator[dict[str, Any]]:
+    if batch.loss_reason:
+        return
+    stamps = list(batch.stamps)
+    for index, t in enumerate(batch.rows.t.tolist()):
+        row = batch.first + index
+        values = {
+            field.name: _read_cell(column[index], texts.get(field.name))
+            for field, column in zip(fields, batch.rows.columns, strict=True)
+        }
+        yield {"row": row, "time": clock.to_rfc3339(t), "clock": _quality(stamps, row), "values": values}
+
+
+def _quality(stamps: Sequence[ClockStamp], row: int) -> str:
+    return QUALITIES[next(stamp.quality for stamp in reversed(stamps) if stamp.first <= row)]
+
+
+def _read_cell(cell: Any, texts: list[str] | None) -> float | int | str | None:
+    """Return a value with no more digits than its type holds; None for a missing one."""
+    if texts is not None:
+        return (texts[cell] if cell < len(texts) else None) or None
+    if cell.dtype.kind == "i":
+        return int(cell)
+    number = float(str(cell))
+    return number if math.isfinite(number) else None

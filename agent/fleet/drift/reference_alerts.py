@@ -1,0 +1,84 @@
+"""Alerts of references unlike the fleet's, which the collector raises and clears itself.
+
+They depend on stored data alone, so a restarted collector, or another one, comes to the same alerts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from itertools import groupby
+
+import msgspec
+
+from agent import clock
+from agent.clock import ClockReading
+from agent.fleet.database.alerts import reference_alert_row
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.projection import ACCEPTED_EVENT, LEARNED_EVENT, FieldMoments
+from agent.fleet.database.store import FleetStore
+from agent.fleet.drift.reference_outliers import describe_device, find_reference_outliers
+from agent.wire.messages import AuditPayload
+
+POLL_INTERVAL_S = 60.0
+MAX_NAMED_FIELDS = 5
+_FIELDS = msgspec.json.Decoder(dict[str, FieldMoments])
+
+
+class ReferenceAlerts:
+    """Polls at most once a minute, and only after a device learned a reference or an operator accepted one.
+
+    With a shared database it polls each minute, because another collector may have stored that message.
+    """
+
+    def __init__(self, store: FleetStore) -> None:
+        self._store = store
+        self._due, self._next_s = True, 0.0
+
+    def record_batch(self, arrivals: Iterable[Arrival]) -> None:
+        bodies = (arrival.message.body for arrival in arrivals)
+        events = (body.event for body in bodies if isinstance(body, AuditPayload))
+        self._due |= any(event in (LEARNED_EVENT, ACCEPTED_EVENT) for event in events)
+
+    def poll(self, now: ClockReading) -> list[str]:
+        """Raise and clear alerts, and return the summaries of raised ones. Raises StorageError: then poll again."""
+        if not (self._due or self._store.shared) or now.boot_s < self._next_s:
+            return []
+        self._next_s = now.boot_s + POLL_INTERVAL_S
+        time, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
+        open_now = {(device, task): seq for device, task, seq in self._store.open_reference_alerts()}
+        unlike = self._find_unlike()
+        raised = []
+        for (device, task), summary in unlike.items():
+            if (device, task) not in open_now:
+                self._store.raise_alert(reference_alert_row(device, task, second, summary, time))
+                raised.append(f"{device}: {summary}")
+        for (device, task), since in open_now.items():
+            if (device, task) not in unlike:
+                summary = f"{task}: its reference was accepted, or is like those of the other devices."
+                cleared = max(second, since + 1)
+                self._store.raise_alert(reference_alert_row(device, task, since, summary, time, cleared))
+        self._due = False
+        return raised
+
+    def _find_unlike(self) -> dict[tuple[str, str], str]:
+        """Return the summary of each device and task whose reference is unlike the others and was not accepted."""
+        unlike: dict[tuple[str, str], str] = {}
+        for task, rows in groupby(self._store.learned_references(), key=lambda row: row[1]):
+            devices, accepted = dict[str, dict[str, FieldMoments]](), set[str]()
+            for device, _, fields, is_accepted in rows:
+                # The audit names a damaged cell.
+                with contextlib.suppress(msgspec.MsgspecError, TypeError):
+                    devices[device] = _FIELDS.decode(fields)
+                if is_accepted:
+                    accepted.add(device)
+            outliers = find_reference_outliers(devices)
+            for device, of_device in groupby(outliers, key=lambda outlier: outlier.device):
+                if device not in accepted:
+                    found = list(of_device)
+                    others = max(outlier.others for outlier in found)
+                    unlike[device, task] = (
+                        f"{task}: the reference that it learned deviates from those of {others} other devices: "
+                        f"{describe_device(found, MAX_NAMED_FIELDS)}. Drift is tested against it all the same."
+                    )
+        return unlike

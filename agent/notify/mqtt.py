@@ -1,0 +1,48 @@
+"""Retained MQTT document of all open alerts, for dashboards and small displays."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import msgspec
+
+from agent.config.notify import MqttTarget
+from agent.errors import LinkDown
+from agent.notify.deadline import TIMEOUT_S
+from agent.notify.failures import SendFailed
+from agent.notify.message import Notification
+from agent.transport.mqtt import Link
+from agent.transport.packets import OutgoingMessage, PublishReceipt
+
+
+def send(target: MqttTarget, message: Notification) -> None:
+    """Publish the document at QoS 1, retained but for a test, and wait for the receipt. Raises SendFailed."""
+    body = msgspec.json.encode(
+        {
+            "v": 1,
+            "fleet": message.fleet,
+            "sender": message.sender,
+            "time": message.time,
+            "open": len(message.alerts) + message.omitted,
+            "severity": message.severity if message.alerts else None,
+            "alerts": message.alerts,
+            "omitted": message.omitted,
+        }
+    )
+    try:
+        link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", timeout_s=TIMEOUT_S)
+        try:
+            token = link.send(OutgoingMessage(target.topic, body, retain=message.kind == "open"))
+            end = time.monotonic() + TIMEOUT_S
+            while (left := end - time.monotonic()) > 0:
+                for event in link.receive(left):
+                    if isinstance(event, PublishReceipt) and event.token == token:
+                        if event.is_accepted:
+                            return
+                        raise SendFailed(f"the broker refuses {target.topic}: {event.reason}; check its access list")
+        finally:
+            link.close()
+    except LinkDown as down:
+        raise SendFailed(str(down)) from None
+    raise SendFailed(f"{target.broker.shown_url}: no receipt within {TIMEOUT_S:g} s")
