@@ -20,7 +20,8 @@ _INCIDENTS = """
            r.summary, r.revision, r.seq AS raised_seq, s.time AS raised, n.state AS last_state,
            n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until,
            h.muted_by, h.muted_at, h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
-           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE) THEN 'cleared'
+           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE)
+                     OR n.device IN (SELECT device FROM retired_devices) THEN 'cleared'
                 WHEN h.muted_until > :now THEN 'muted'
                 WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
                 ELSE 'raised' END AS status
