@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from agent.cli.device import reply
 from agent.cli.fleet.reports import FollowedAlerts
-from agent.device.status import build_document
-from tests.device.pipeline.test_relearn import Site, work
 
 
 def shown(capsys: pytest.CaptureFixture[str], command: str, data: dict[str, Any]) -> str:
@@ -38,23 +35,6 @@ def test_a_reply_of_another_form_is_shown_and_escaped(capsys: pytest.CaptureFixt
     text = shown(capsys, "report", data)
     assert text.strip()
     assert all(char.isprintable() or char == "\n" for char in text)
-
-
-def test_a_report_is_shown_as_the_status_command_shows_it(
-    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    site = Site(tmp_path_factory.mktemp("report"))
-    store = site.open()
-    try:
-        work(site, store, 1)
-        document = build_document(site.conf, store)
-    finally:
-        store.close()
-    text = shown(capsys, "report", json.loads(json.dumps(document)))
-    assert text.startswith(f"{site.conf.device.id} in fleet {site.conf.device.fleet}, boot ")
-    assert "exercise  exercise" in text
-    # Values of readings do not leave the device.
-    assert all("values" not in stream["last"] for stream in document["streams"])
 
 
 def test_alerts_that_are_raised_changed_or_cleared_meanwhile_are_followed() -> None:
