@@ -20,6 +20,7 @@ from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
+from agent.config.notify import NotifyConfig, check_notify
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
@@ -190,6 +191,7 @@ class Config(Section, frozen=True):
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
     models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
+    notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
@@ -224,6 +226,7 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
+    check_notify(file, config.notify)
     if config.intake.tcp is not None:
         try:
             parse_loopback(config.intake.tcp)
@@ -259,9 +262,9 @@ def read(path: Path, section: type[C]) -> C:
 
 
 def digest(config: Config) -> str:
-    """Return `sha256:…` of the parsed config, without the broker's password and [updates]."""
+    """Return `sha256:…` of the parsed config, without the broker's password, [updates] and [notify]."""
     broker = msgspec.structs.replace(config.broker, password=None)
-    shown = msgspec.structs.replace(config, broker=broker, updates=None)
+    shown = msgspec.structs.replace(config, broker=broker, updates=None, notify=NotifyConfig())
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -359,5 +362,12 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
     updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
     return msgspec.structs.replace(
-        config, device=device, broker=broker, intake=intake, updates=updates, streams=streams, tasks=tasks
+        config,
+        device=device,
+        broker=broker,
+        intake=intake,
+        updates=updates,
+        notify=config.notify.with_absolute_paths(base),
+        streams=streams,
+        tasks=tasks,
     )

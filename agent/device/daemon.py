@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -83,6 +84,13 @@ class _Backoff(msgspec.Struct, frozen=True):
     until_s: float
 
 
+class Notifier(Protocol):
+    """What tells people of the device's alerts, in a thread of its own."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
@@ -105,8 +113,9 @@ class Daemon:
         reload_task: Callable[[str], LoadedTask],
         signals: Signals,
         now: Callable[[], ClockReading],
+        notifier: Notifier | None = None,
     ) -> None:
-        self.signals = signals
+        self.signals, self._notifier = signals, notifier
         self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
         self._scheduled_tasks, self._bundle_failures = scheduled_tasks, bundle_failures
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
@@ -146,6 +155,8 @@ class Daemon:
         self._uplink.start()
         # After intake and uplink have started: threads inherit the priority.
         lower_priority(self._conf.throttle)
+        if self._notifier is not None:
+            self._notifier.start()
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
@@ -360,6 +371,8 @@ class Daemon:
 
     def _shut_down(self) -> None:
         self._intake.stop()
+        if self._notifier is not None:
+            self._notifier.stop()
         if isinstance(self.signals.failure, StorageError):
             self._updater.abort()
             self._uplink.stop(0.0)

@@ -384,13 +384,28 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             {"agent.cli", "agent.config", "agent.device.store", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
         ),
         # Models run in processes of their own.
-        ("agent.bootstrap.daemon", {"agent.cli", "agent.fleet", "ai_edge_litert", "tflite_runtime", "tuf", "pyarrow"}),
+        (
+            "agent.bootstrap.daemon",
+            {
+                "agent.cli",
+                "agent.fleet",
+                "agent.notify",
+                "smtplib",
+                "zoneinfo",
+                "ai_edge_litert",
+                "tflite_runtime",
+                "tuf",
+                "pyarrow",
+            },
+        ),
         (
             "agent.fleet.collector.collector",
             {
                 "agent.cli",
                 "agent.device",
                 "agent.fleet.metrics",
+                "agent.notify.notifier",
+                "smtplib",
                 "ai_edge_litert",
                 "cyclonedx",
                 "iotcore",
@@ -399,6 +414,8 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "pyarrow",
                 "rich",
                 "starlette",
+                "pyarrow",
+                "rich",
                 "tuf",
             },
         ),

@@ -357,6 +357,13 @@ class Store:
         rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in rows]
 
+    def alerts_after(self, rowid: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return (rowid, alert) of the stored alerts after a rowid, oldest first."""
+        rows = self._fetch_all(
+            "SELECT rowid, body FROM checked_alerts WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, limit
+        )
+        return [(number, json.loads(body)) for number, body in rows]
+
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Return the open alerts about a task's data, model and quality, in order of time."""
         rows = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
