@@ -414,8 +414,6 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "pyarrow",
                 "rich",
                 "starlette",
-                "pyarrow",
-                "rich",
                 "tuf",
             },
         ),
