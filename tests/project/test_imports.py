@@ -44,6 +44,7 @@ FLOORS = {
     "drift": 5,
     "comparison": 6,
     "model": 6,
+    "bridge": 7,
     "client": 7,
     "datasets": 7,
     "authoring": 8,
