@@ -69,6 +69,11 @@ class AlertKind(msgspec.Struct, frozen=True):
     clears: str
     variants: dict[str, str] = {}
 
+    @property
+    def is_event(self) -> bool:
+        """True if it reports one event: nothing clears it."""
+        return self.clears.startswith("Never")
+
     def raised(self, summary: str, evidence: Mapping[str, Any] | None = None, **names: object) -> Alert:
         return self._build("raised", self.severity, summary, evidence, names)
 
@@ -479,6 +484,13 @@ TARGET_FAILS = AlertKind(
     "A wrong address or password; a server that is down; no network.",
     "The summary has the target's answer. `outstation fleet notify test TARGET` sends a message at once.",
     "Once the target accepts a message.",
+)
+TARGET_FAILS_ON_DEVICE = AlertKind(
+    *("Notifications of the device fail", "notify", "{target}", "notify/{target}", "warning", "device"),
+    TARGET_FAILS.meaning,
+    TARGET_FAILS.causes,
+    "The summary has the target's answer. `outstation notify test TARGET` on the device sends a message at once.",
+    TARGET_FAILS.clears,
 )
 
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, AlertKind))

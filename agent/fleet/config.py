@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import replace
 
-from agent.config import BrokerConfig, Section, check_broker, check_name, read
+from agent.config import BrokerConfig, HomeAssistantConfig, Section, check_broker, check_name, homeassistant, read
 from agent.config.notify import NotifyConfig, check_notify
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
@@ -104,6 +104,7 @@ class FleetConfig(Section, frozen=True):
     repository: Repository | None = None
     quota: Quota = Quota()
     metrics: MetricsConfig = MetricsConfig()
+    homeassistant: HomeAssistantConfig | None = None
     retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
 
@@ -155,6 +156,13 @@ def load(folder: Path) -> FleetConfig:
         raise ConfigError(str(path), "metrics.cert_file", problem)
     _check_retention(str(path), config.retention)
     base = path.resolve().parent
+    bridge = config.homeassistant
+    if bridge is not None:
+        homeassistant.check(str(path), bridge)
+        if bridge.broker is None and config.broker.tls and bridge.prefix != homeassistant.DEFAULT_PREFIX:
+            problem = f"the access rules of the fleet's broker name {homeassistant.DEFAULT_PREFIX!r}; remove the key"
+            raise ConfigError(str(path), "homeassistant.prefix", problem)
+        bridge = homeassistant.with_absolute_paths(bridge, base)
 
     def with_absolute_paths(section: Section) -> Section:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
@@ -166,7 +174,8 @@ def load(folder: Path) -> FleetConfig:
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return replace(config, fleet=fleet, notify=config.notify.with_absolute_paths(base), **changed)
+    notify = config.notify.with_absolute_paths(base)
+    return replace(config, fleet=fleet, homeassistant=bridge, notify=notify, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

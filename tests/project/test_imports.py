@@ -44,6 +44,7 @@ FLOORS = {
     "drift": 5,
     "comparison": 6,
     "model": 6,
+    "bridge": 7,
     "client": 7,
     "datasets": 7,
     "authoring": 8,
@@ -384,13 +385,28 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             {"agent.cli", "agent.config", "agent.device.store", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
         ),
         # Models run in processes of their own.
-        ("agent.bootstrap.daemon", {"agent.cli", "agent.fleet", "ai_edge_litert", "tflite_runtime", "tuf", "pyarrow"}),
+        (
+            "agent.bootstrap.daemon",
+            {
+                "agent.cli",
+                "agent.fleet",
+                "agent.notify",
+                "smtplib",
+                "zoneinfo",
+                "ai_edge_litert",
+                "tflite_runtime",
+                "tuf",
+                "pyarrow",
+            },
+        ),
         (
             "agent.fleet.collector.collector",
             {
                 "agent.cli",
                 "agent.device",
                 "agent.fleet.metrics",
+                "agent.notify.notifier",
+                "smtplib",
                 "ai_edge_litert",
                 "cyclonedx",
                 "iotcore",
