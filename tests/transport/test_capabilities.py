@@ -97,7 +97,10 @@ def test_a_subscription_that_is_of_no_use_is_refused(suback: int, words: str) ->
 
 
 def test_a_will_that_the_broker_cannot_retain_is_explained() -> None:
-    with broker_that_says(b"", code=0x9A) as config, pytest.raises(LinkDown, match=r"retains nothing.*retain_available"):
+    with (
+        broker_that_says(b"", code=0x9A) as config,
+        pytest.raises(LinkDown, match=r"retains nothing.*retain_available"),
+    ):
         Link(config, "x", will=OutgoingMessage("a/state", b"gone", retain=True))
 
 
