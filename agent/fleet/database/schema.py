@@ -208,8 +208,6 @@ _DASHBOARD = (
         time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
         outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
     "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
-    # The collector's own alerts, which are few, without a look at those of devices.
-    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 
