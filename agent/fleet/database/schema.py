@@ -1,9 +1,9 @@
 """Tables and migrations of the fleet database, in SQL that SQLite runs and `postgresql_schema` translates.
 
 `messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
-`result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are
-projections of the same messages, and could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us`
-are microseconds.
+`result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `learned_references`,
+`rollout_devices` and the tables of clocks are projections of the same messages, and could be rebuilt from it. Times are
+RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations
