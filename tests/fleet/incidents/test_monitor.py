@@ -13,8 +13,10 @@ import pytest
 from agent import clock
 from agent.clock import ClockReading
 from agent.fleet.audit.audit import audit
+from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.database.incidents import device_status
-from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.ingest import Arrival, Refusal
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents, outliers
 from agent.fleet.incidents.certificates import Certificate
@@ -276,3 +278,26 @@ def test_a_poll_of_a_thousand_devices_takes_a_fraction_of_a_second(tmp_path: Pat
     fleet.run(30)
     store.close()
     assert time.monotonic() - began < 2.0
+
+
+def test_refused_messages_are_told_once_however_long_they_come_and_cleared_an_hour_later(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    tasks = LeaderTasks(store, Keyring(store))
+    refusal = Refusal("pi-00", "bad signature", "", "outstation/acme/pi-00/health", b"{}", "")
+
+    def flood(seconds: float) -> None:
+        end = fleet.at_s + seconds
+        while fleet.at_s < end:
+            store.ingest([], [refusal] * 30, fleet.time())
+            tasks._refusal_alarm.add_count("pi-00", refusal.reason, 30, fleet.at_s + 1000)
+            now = ClockReading(T0_US + round(fleet.at_s * 1e6), fleet.at_s + 1000, "synced")
+            tasks._raise_alarms(now)
+            fleet.run(300, monitor=tasks._incidents)
+
+    flood(3 * 3600)
+    assert [state for _, state in fleet.messages()] == ["raised"]
+    fleet.run(3000, monitor=tasks._incidents)
+    assert [state for _, state in fleet.messages()] == ["raised"]
+    fleet.run(900, monitor=tasks._incidents)
+    assert [state for _, state in fleet.messages()] == ["raised", "cleared"]
+    assert fleet.open() == []
