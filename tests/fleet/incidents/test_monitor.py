@@ -301,3 +301,33 @@ def test_refused_messages_are_told_once_however_long_they_come_and_cleared_an_ho
     fleet.run(900, monitor=tasks._incidents)
     assert [state for _, state in fleet.messages()] == ["raised", "cleared"]
     assert fleet.open() == []
+
+
+def test_of_two_collectors_the_leader_alone_raises_and_the_next_leader_clears(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [FleetStore(postgres_url), FleetStore(postgres_url)]
+    fleet = Fleet(stores[0])
+    both = [LeaderTasks(store, Keyring(store)) for store in stores]
+
+    def turn(seconds: float, tasks: list[LeaderTasks]) -> None:
+        for _ in range(round(seconds / 10)):
+            fleet.at_s += 10
+            now = ClockReading(T0_US + round(fleet.at_s * 1e6), fleet.at_s + 1000, "synced")
+            monkeypatch.setattr(clock, "read", lambda: now)
+            for each in tasks:
+                each.tick()
+
+    fleet.health()
+    turn(600, both)
+    assert [each.is_leader for each in both] == [True, False]
+    assert fleet.messages() == [("silent", "raised")]
+    stores[0].close()
+    fleet.store = stores[1]
+    both[1]._next_check_s = 0.0
+    turn(60, both[1:])
+    assert both[1].is_leader
+    fleet.health()
+    turn(60, both[1:])
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+    stores[1].close()
