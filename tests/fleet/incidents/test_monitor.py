@@ -314,7 +314,7 @@ def test_of_two_collectors_the_leader_alone_raises_and_the_next_leader_clears(
         for _ in range(round(seconds / 10)):
             fleet.at_s += 10
             now = ClockReading(T0_US + round(fleet.at_s * 1e6), fleet.at_s + 1000, "synced")
-            monkeypatch.setattr(clock, "read", lambda: now)
+            monkeypatch.setattr(clock, "read", lambda moment=now: moment)
             for each in tasks:
                 each.tick()
 
