@@ -69,6 +69,11 @@ class AlertKind(msgspec.Struct, frozen=True):
     clears: str
     variants: dict[str, str] = {}
 
+    @property
+    def is_event(self) -> bool:
+        """True if it reports one event: nothing clears it."""
+        return self.clears.startswith("Never")
+
     def raised(self, summary: str, evidence: Mapping[str, Any] | None = None, **names: object) -> Alert:
         return self._build("raised", self.severity, summary, evidence, names)
 
@@ -287,7 +292,8 @@ RESULT = AlertKind(
     *("Alert rule", "result", "{rule}", "{rule}/result/{count}", "warning", "task"),
     "The model's answers met a rule of the task's config, `[[tasks.NAME.alerts]]`. The summary is the sentence that "
     "the rule gives; severity is the rule's. The evidence names the result that raised the alert: `row`, `time`, "
-    "`label`, `score`, `value`, and with `seq` the signed results message that covers it.",
+    "`label`, `score`, `value`, and with `seq` the signed results message that covers it. An alert that waited for its "
+    "drift window may have no `seq`.",
     "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
     "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
     "rule.",
@@ -470,6 +476,13 @@ TARGET_FAILS = AlertKind(
     "A wrong address or password; a server that is down; no network.",
     "The summary has the target's answer. `outstation fleet notify test TARGET` sends a message at once.",
     "Once the target accepts a message.",
+)
+TARGET_FAILS_ON_DEVICE = AlertKind(
+    *("Notifications of the device fail", "notify", "{target}", "notify/{target}", "warning", "device"),
+    TARGET_FAILS.meaning,
+    TARGET_FAILS.causes,
+    "The summary has the target's answer. `outstation notify test TARGET` on the device sends a message at once.",
+    TARGET_FAILS.clears,
 )
 
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, AlertKind))

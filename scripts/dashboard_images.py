@@ -34,14 +34,10 @@ from agent.simulate.simulation import Simulation
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from agent.wire import keys
 from agent.wire.desired_state import CanaryRules
+from tests.kit import browsers
 from tests.kit.dashboards import ServedDashboard, health, running, wait_until_shown
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-BROWSER_ARGUMENTS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-CHROMIUM = "/usr/bin/chromium"
 KINDS = {"light": (1280, 860, "light"), "dark": (1280, 860, "dark"), "phone": (390, 844, "light")}
 _MAX_BYTES = 150_000
 _PARTNERS = 18
@@ -60,7 +56,7 @@ def main(folder: Path) -> None:
             wait_until_shown(dashboard, "/fleet", "sensor fault")
             pages = _pages(dashboard)
             with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_ARGUMENTS)
+                browser = playwright.chromium.launch(executable_path=browsers.CHROMIUM, args=browsers.ARGUMENTS)
                 for kind in KINDS:
                     take(browser, dashboard.url, pages, kind, folder)
                 browser.close()
@@ -155,7 +151,7 @@ def take(browser: Browser, url: str, pages: dict[str, str], kind: str, folder: P
 def _compress(data: bytes) -> bytes:
     """Return a picture with a palette, which has a third of the bytes."""
     picture = Image.open(io.BytesIO(data)).convert("RGB")
-    for colors in (128, 64, 32):
+    for colors in (256, 192, 128, 64):
         out = io.BytesIO()
         picture.quantize(colors, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
         if len(out.getvalue()) <= _MAX_BYTES:

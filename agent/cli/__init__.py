@@ -32,6 +32,7 @@ _COMMANDS = {
     "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
     "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
+    "notify": ("agent.cli.device_notify:notify", "Test the targets of notifications, and show what waits."),
     "model": ("agent.cli.model.group:model", "Make, sign, check, evaluate and run bundles."),
     "reference": ("agent.cli.device.reference:reference", "Show, relearn or accept the site reference of a task."),
     "fleet": ("agent.cli.fleet.group:fleet", "Run the fleet's side: enrol, collect, watch, command, audit."),

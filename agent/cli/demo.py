@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_
 
 if TYPE_CHECKING:
     from agent.simulate.plan import SimulationPlan
+    from agent.simulate.simulation import Simulation
 
 # The demo ends once all rows are processed. A slow machine gets this much longer: a demo cut short finds nothing.
 _DRAIN_S = 60.0
@@ -43,7 +44,7 @@ _LIVE_STATES = {
     "--duration", default=60.0, show_default=True, type=click.FloatRange(15), help="Approximate seconds to run."
 )
 @dir_option
-@click.option("--no-dashboard", is_flag=True, help="Print only the report at the end.")
+@click.option("--no-dashboard", is_flag=True, help="No page in the browser, no live table; only the report at the end.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of recordings.")
 @json_option
 def demo(
@@ -82,9 +83,11 @@ def _run_simulation(
     plan = planning.demo_plan(devices, duration, seed, scenario.from_name(scenario_name))
     with Simulation(home, plan) as fleet:
         fleet.start()
+        if live:
+            fleet.start_dashboard()
         views = fleet.watch_progress(started_s + duration + _DRAIN_S)
         if live:
-            _show_live(views, plan, fleet.broker_name)
+            _show_live(_announce_dashboard(fleet, views), plan, fleet.broker_name)
         else:
             deque(views, maxlen=0)
         fleet.stop()
@@ -99,6 +102,16 @@ def _run_simulation(
         "seconds": round(time.monotonic() - started_s, 1),
         "audit": report.audit.to_dict(),
     }
+
+
+def _announce_dashboard(fleet: Simulation, views: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+    """Print the address of the dashboard as soon as it serves, above the live table."""
+    shown = False
+    for view in views:
+        if not shown and (url := fleet.dashboard_url):
+            shown = True
+            echo(f"dashboard until the demo ends: {url}")
+        yield view
 
 
 def _show_live(views: Iterable[list[dict[str, Any]]], plan: SimulationPlan, broker: str) -> None:

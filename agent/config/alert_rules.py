@@ -88,7 +88,7 @@ class AlertRuleConfig(Section, frozen=True, rename={"for_": "for"}):
     hold: Duration = Duration(0.0)
     severity: Severity = "warning"
     summary: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
-    # Results while a sensor fault is known, or with too much missing input, do not count.
+    # Results of drift windows with a sensor fault, or with too much missing input, do not count.
     only_healthy: bool = False
 
     @property

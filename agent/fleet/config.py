@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import replace
 
-from agent.config import BrokerConfig, Section, check_broker, check_name, read
+from agent.config import BrokerConfig, HomeAssistantConfig, Section, check_broker, check_name, homeassistant, read
 from agent.config.notify import NotifyConfig, check_notify
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
+from agent.fleet.database.maintenance.retention import MIN_RETENTION_S, Retention
 from agent.text import mask_password
 from agent.wire import keys
 from agent.wire.keys import PublicKey
@@ -52,10 +53,14 @@ class ClientCertificate(Section, frozen=True):
     tls_key_file: str
 
 
-class Operator(Identity, frozen=True):
-    """`former_keys`: public keys that signed rollout decisions before; the audit still accepts those decisions."""
+class SigningIdentity(Identity, frozen=True):
+    """`former_keys`: public keys of the role before; the audit still accepts what they signed."""
 
     former_keys: tuple[str, ...] = ()
+
+
+class Operator(SigningIdentity, frozen=True):
+    """Signs rollout decisions, commands and checkpoints of audits."""
 
 
 class Authority(Section, frozen=True):
@@ -76,7 +81,8 @@ class FleetConfig(Section, frozen=True):
 
     fleet: Fleet
     broker: BrokerConfig
-    collector: Identity
+    collector: SigningIdentity
+    """Signs acknowledgements, and statements of what `fleet prune` removed."""
     operator: Operator
     commander: Identity | None = None
     """The operator's second certificate, for commands: with TLS the broker accepts one connection per certificate."""
@@ -85,6 +91,8 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
     quota: Quota = Quota()
+    homeassistant: HomeAssistantConfig | None = None
+    retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
 
     @property
@@ -130,7 +138,15 @@ def load(folder: Path) -> FleetConfig:
     if config.quota.messages_per_s * config.quota.burst_s < 1:
         problem = f"no message ever passes: less than one in burst_s = {config.quota.burst_s:g}; raise one of both"
         raise ConfigError(str(path), "quota.messages_per_s", problem)
+    _check_retention(str(path), config.retention)
     base = path.resolve().parent
+    bridge = config.homeassistant
+    if bridge is not None:
+        homeassistant.check(str(path), bridge)
+        if bridge.broker is None and config.broker.tls and bridge.prefix != homeassistant.DEFAULT_PREFIX:
+            problem = f"the access rules of the fleet's broker name {homeassistant.DEFAULT_PREFIX!r}; remove the key"
+            raise ConfigError(str(path), "homeassistant.prefix", problem)
+        bridge = homeassistant.with_absolute_paths(bridge, base)
 
     def with_absolute_paths(section: Section) -> Section:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
@@ -141,7 +157,8 @@ def load(folder: Path) -> FleetConfig:
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return replace(config, fleet=fleet, notify=config.notify.with_absolute_paths(base), **changed)
+    notify = config.notify.with_absolute_paths(base)
+    return replace(config, fleet=fleet, homeassistant=bridge, notify=notify, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:
@@ -159,15 +176,34 @@ def resolve_database(url: str, base: Path) -> str:
     return str(base / path)
 
 
+def _check_retention(file: str, retention: Retention) -> None:
+    for name, seconds in msgspec.structs.asdict(retention).items():
+        if seconds is not None and seconds < MIN_RETENTION_S:
+            problem = "must be a day or more: rollouts and open alerts need the newest messages"
+            raise ConfigError(file, f"retention.{name}", problem)
+        if seconds is not None and retention.messages is not None and seconds > retention.messages:
+            problem = "is longer than retention.messages, with which these rows go; shorten it, or keep messages longer"
+            raise ConfigError(file, f"retention.{name}", problem)
+
+
 def load_trusted_keys(config: FleetConfig) -> list[PublicKey]:
     """Return the operator's current and former public keys, from the fleet's folder rather than its database.
 
     Raises UsageError.
     """
-    trusted = [keys.load_public_for(Path(config.operator.key_file))]
-    for i, text in enumerate(config.operator.former_keys):
+    return _load_keys("operator", config.operator)
+
+
+def load_collector_keys(config: FleetConfig) -> list[PublicKey]:
+    """Return the collector's current and former public keys. Raises UsageError."""
+    return _load_keys("collector", config.collector)
+
+
+def _load_keys(role: str, identity: SigningIdentity) -> list[PublicKey]:
+    trusted = [keys.load_public_for(Path(identity.key_file))]
+    for i, text in enumerate(identity.former_keys):
         try:
             trusted.append(keys.parse_public_key(text))
         except ValueError as error:
-            raise ConfigError(FILE, f"operator.former_keys[{i}]", f"not a public key: {error}") from None
+            raise ConfigError(FILE, f"{role}.former_keys[{i}]", f"not a public key: {error}") from None
     return trusted

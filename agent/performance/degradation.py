@@ -128,6 +128,7 @@ class DegradationState(msgspec.Struct):
     tracks: dict[str, CusumTrack] = {}
     feedback_open: bool = False
     feedback_count: int = 0
+    is_estimate_wrong: bool = False  # the accuracy of the last report and the estimated one exclude each other
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
@@ -150,18 +151,24 @@ class _OpenTracks(msgspec.Struct):
 
     bundle: str
     tracks: dict[str, _OpenTrack] = {}
+    is_estimate_wrong: bool = False
 
 
 _OPEN_TRACKS = msgspec.json.Decoder(_OpenTracks)
 
 
 def contradict_certainty(stored: bytes, bundle: str) -> bool:
-    """Return True if labels contradict the certainty of this `bundle`; a damaged state says nothing."""
+    """Return True if labels contradict the accuracy that the certainty of this `bundle` lets expect.
+
+    Either an alert is open, as the certainty promises too much, or the last report contradicts it, in any direction. A
+    damaged state says nothing.
+    """
     try:
         state = _OPEN_TRACKS.decode(stored)
     except msgspec.MsgspecError:
         return False
-    return state.bundle == bundle and state.tracks.get(CERTAINTY, _OpenTrack()).is_open
+    is_open = state.tracks.get(CERTAINTY, _OpenTrack()).is_open
+    return state.bundle == bundle and (is_open or state.is_estimate_wrong)
 
 
 class PromisedAccuracy(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ Each part is the program that a user would start, in its own process. The faults
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -117,6 +118,19 @@ class Simulation(msgspec.Struct):
         finally:
             store.close()
 
+    def start_dashboard(self) -> None:
+        """Start the dashboard on a free port; without its libraries it only says so in its log."""
+        self.allowed_to_exit.add("dashboard")
+        options = ["--listen", "127.0.0.1:0", "--local-role", "operator", "--dir", str(self.home)]
+        self.spawn("dashboard", "fleet", "dashboard", *options)
+
+    @property
+    def dashboard_url(self) -> str:
+        """Return the address of the dashboard; "" before it serves."""
+        log = self.log_path("dashboard")
+        found = re.search(rb"http://[^ \n]+", log.read_bytes()) if log.exists() else None
+        return found[0].decode() if found else ""
+
     def start_device(self, device: str) -> None:
         self.allowed_to_exit.discard(device)
         self.spawn(device, "run", "-c", str(self.config_path(device)))
@@ -156,7 +170,7 @@ class Simulation(msgspec.Struct):
         for meter in self._meters.values():
             meter.close()
         self._stop([site.device for site in self.plan.sites])
-        self._stop(["collector"])
+        self._stop(["collector", "dashboard"])
 
     @property
     def home(self) -> Path:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
+import click
 import msgspec
 
 from agent.errors import BadBundle
 from scripts.benchmarks import Report, Result, benchmark, rows
-from scripts.benchmarks.drift_peers import site_trials
+from scripts.benchmarks.drift_peers import peers, site_trials
 from scripts.benchmarks.drift_peers.counting import DetectionDelays
+from scripts.benchmarks.drift_peers.peers import KITS, Kit
 from scripts.benchmarks.drift_peers.populations import POPULATIONS, Population
 from scripts.benchmarks.drift_peers.site_trials import CHANGES, WATCHED, QuietCount
+from scripts.benchmarks.drift_peers.synthetic import Floats
 
 WINDOW_ROWS = (60, 250, 500)
 QUIET, TRIALS = 3000, 30  # windows of each population and length; sites of each change
+MOST_WATCHED = max(kit.watched for kit in KITS)
 MOST_REFUSALS = 5  # sites that may refuse to learn before a population counts as one that cannot be learned
 PER_1000 = 10.0
 HEAD = f"""\
 `scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
 A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for more.
-Below: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
+The second table counts windows in which other detectors flag a column by their defaults, on the same rows: the site's
+learned rows are their reference.
+Then: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
 rows."""
 SECTION = "Alarms in quiet windows, and delays"
 # Populations whose changes are timed: others repeat one of these.
@@ -33,6 +42,10 @@ TIMED = (
 )
 
 
+# Name of the detector, population, rows of a window → windows watched, windows with a flag.
+PeerCounts = dict[tuple[str, str, int], tuple[int, int]]
+
+
 class Measured(msgspec.Struct):
     """Alarms and delays at sites of one population, with windows of one length."""
 
@@ -41,21 +54,51 @@ class Measured(msgspec.Struct):
     quiet: QuietCount
     delays: dict[str, DetectionDelays]
     refusal: str = ""
+    rows_file: Path | None = None  # rows of the first sites, for other detectors
 
 
 @benchmark("alarms")
 def alarms() -> Report:
     """Count alarms in quiet windows of each population, and time changes."""
     windows = rows or QUIET
-    cases = [(population.name, length, windows) for population in POPULATIONS for length in WINDOW_ROWS]
-    with ProcessPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
+        numbers = itertools.count()
+        cases = [
+            (population.name, length, windows, Path(folder) / f"{next(numbers)}.npz")
+            for population in POPULATIONS
+            for length in WINDOW_ROWS
+        ]
         measured = list(pool.map(_measure_case, cases))
-    tables = table(measured)
+        tables = table(measured, count_peers(measured) if peers.installed() else {})
     return Report(list(_results(measured)), tables, section=(SECTION, tables))
 
 
-def measure(population: Population, length: int, windows: int, trials: int = TRIALS) -> Measured:
-    """Watch sites until there are so many quiet windows, and run each change at `trials` of them."""
+def count_peers(measured: Sequence[Measured]) -> PeerCounts:
+    """Count the windows in which other detectors flag a column, two detectors at a time."""
+
+    def count(kit: Kit) -> PeerCounts:
+        counts: PeerCounts = {}
+        try:
+            with peers.started(kit, None) as peer:
+                for case in measured:
+                    if case.rows_file:
+                        counts[kit.called, case.population, case.rows] = peer.count_quiet(case.rows_file)
+        except click.ClickException as problem:
+            click.echo(f"skipped: {problem.message}", err=True)
+        return counts
+
+    with ThreadPoolExecutor(2) as pool:
+        return {key: value for counts in pool.map(count, KITS) for key, value in counts.items()}
+
+
+def measure(
+    population: Population, length: int, windows: int, trials: int = TRIALS, rows_file: Path | None = None
+) -> Measured:
+    """Watch sites until there are so many quiet windows, and run each change at `trials` of them.
+
+    The rows of the first sites go to `rows_file`.
+    """
+    sites: list[tuple[Floats, Floats]] = []
     quiet, delays = QuietCount(), defaultdict[str, DetectionDelays](DetectionDelays)
     try:
         monitor = site_trials.shipped_monitor(population, length)
@@ -67,24 +110,30 @@ def measure(population: Population, length: int, windows: int, trials: int = TRI
         if site is None:
             quiet.unlearned += 1
             continue
+        if len(sites) * population.watched < MOST_WATCHED and rows_file:
+            sites.append((site.learned, site.rows[: population.watched * length]))
         if quiet.windows < windows:
             site_trials.watch_quiet(site, population, length, quiet)
         for change in CHANGES if number <= timed else ():
             if change.fields <= len(monitor.shipped.fields):
                 delay = site_trials.run_trial(site, population, length, change, number)
                 delays[change.name].delays.append(delay)
-    return Measured(population.name, length, quiet, dict(delays))
+    if rows_file and sites:
+        peers.write_quiet(rows_file, sites, length, population.labels)
+    return Measured(population.name, length, quiet, dict(delays), rows_file=rows_file if sites else None)
 
 
-def table(measured: list[Measured]) -> str:
-    """Render both tables in Markdown."""
-    parts = [HEAD, _render_quiet(measured), *(_render_delays(measured, length) for length in WINDOW_ROWS)]
+def table(measured: list[Measured], others: PeerCounts) -> str:
+    """Render the tables in Markdown."""
+    quiet = [_render_quiet(measured), _render_peers(measured, others)]
+    parts = [HEAD, *quiet, *(_render_delays(measured, length) for length in WINDOW_ROWS)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _measure_case(case: tuple[str, int, int]) -> Measured:
-    name, length, windows = case
-    return measure(next(population for population in POPULATIONS if population.name == name), length, windows)
+def _measure_case(case: tuple[str, int, int, Path]) -> Measured:
+    name, length, windows, file = case
+    population = next(population for population in POPULATIONS if population.name == name)
+    return measure(population, length, windows, rows_file=file)
 
 
 def _render_quiet(measured: list[Measured]) -> str:
@@ -99,6 +148,24 @@ def _render_quiet(measured: list[Measured]) -> str:
         most = ", ".join(f"{kind} {1000 * count / windows:.1f}" for kind, count in kinds.most_common(3))
         cells = [_cell(cases[length]) if length in cases else "" for length in WINDOW_ROWS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {most} |")
+    return "\n".join(lines)
+
+
+def _render_peers(measured: list[Measured], others: PeerCounts) -> str:
+    """Render windows with a flag per 1000, at the three lengths of window."""
+    names = [kit.called for kit in KITS if any(key[0] == kit.called for key in others)]
+    if not names:
+        return ""
+    lengths = "/".join(str(length) for length in WINDOW_ROWS)
+    lines = [f"| quiet data, {lengths} rows | ours | " + " | ".join(names) + " |"]
+    lines.append("|---|" + "---:|" * (1 + len(names)))
+    for population in dict.fromkeys(case.population for case in measured):
+        cases = {case.rows: case for case in measured if case.population == population}
+        cells = [" / ".join(f"{cases[n].quiet.per_1000:.0f}" for n in WINDOW_ROWS)]
+        for name in names:
+            counts = [others.get((name, population, n), (0, 0)) for n in WINDOW_ROWS]
+            cells.append(" / ".join(f"{1000 * alarms / n:.0f}" if n else "-" for n, alarms in counts))
+        lines.append(f"| {population} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

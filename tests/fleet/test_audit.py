@@ -71,7 +71,7 @@ def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
 def test_an_empty_database_passes_with_nothing_in_it(store: FleetStore) -> None:
     assert audit(store).to_dict() == {
         **dict.fromkeys(("devices", "messages", "duplicates", "invalid_count", "decisions"), 0),
-        **{name: [] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")},
+        **{name: [] for name in ("gaps", "invalid", "coverage", "evicted", "pruned", "invalid_decisions")},
         "passed": True,
     }
 

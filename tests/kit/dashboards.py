@@ -145,7 +145,7 @@ def running(
     dashboard = Dashboard(fleet_config.load(folder).fleet.name, folder, location, policy, desk, render_device_drift)
     listener = Listener("127.0.0.1", 0)
     listening = open_socket(listener)
-    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener)
+    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener, dashboard.feed.end)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -19,6 +19,7 @@ from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
+from agent.config.notify import Target
 from agent.device.bundles import history
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
@@ -94,6 +95,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         else _check_storage(conf)
     )
     yield _check_clock(conf)
+    for name, target in conf.notify.targets.items():
+        yield _check_target(name, target)
     if conf.updates is not None:
         yield _run_check("updates", lambda u=conf.updates: inspect_repository(conf, u))  # type: ignore[misc]
     yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
@@ -112,6 +115,16 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if not conf.collector.key:
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_target(name: str, target: Target) -> CheckResult:
+    """Check what a target needs here; `outstation notify test` sends a message."""
+    from agent.notify import sending
+
+    result = _run_check(f"notify {name}", lambda: sending.check(target))
+    if result.state == "ok" and (exposed := sending.find_exposed_secret(target)):
+        return CheckResult(result.name, "warning", f"{exposed}: every user of this machine can read it; chmod 600")
+    return result
 
 
 def _check_encryption(file: Path, conf: Config) -> CheckResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -17,6 +17,7 @@ from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.interface import display_name
+from agent.fleet.database.store import FleetStore
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
 
@@ -77,7 +78,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        with _notifying(config, store.location):
+        with _notifying(config, store.location), _publishing(config, store, lambda: collector.is_leader):
             collector.run()
 
 
@@ -101,6 +102,34 @@ def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
         yield
     finally:
         notifier.stop()
+
+
+def _publishing(
+    config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]
+) -> contextlib.AbstractContextManager[object]:
+    """Publish for Home Assistant meanwhile, if fleet.toml asks for it. Raises UsageError."""
+    section = config.homeassistant
+    if section is None or not section.enabled:
+        return contextlib.nullcontext()
+    from agent.fleet.bridge.homeassistant import build_publisher
+
+    return build_publisher(config, section, store.location, is_leader)
+
+
+@click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")
+@fleet_option
+@json_option
+def homeassistant(folder: str | None, as_json: bool) -> None:
+    """Let the bridge and Home Assistant connect to the fleet's broker: issue their TLS certificates.
+
+    It is not needed where [homeassistant.broker] in fleet.toml names Home Assistant's own broker.
+    """
+    from agent.fleet.enrolment import homeassistant as clients
+
+    home = fleet_config.find_folder(folder)
+    done = clients.add(home, fleet_config.load(home))
+    document = {"files": [str(file) for file in done.files], "steps": done.steps}
+    emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
 
 
 @click.command("collector", epilog="Example: outstation fleet collector b")

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from agent.cli.fleet.collect import collect, collector
+from agent.cli.fleet.collect import collect, collector, homeassistant
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
@@ -23,6 +23,8 @@ from agent.cli.fleet.watch import watch
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
     "export": "agent.cli.fleet.data.export:export",
+    "migrate": "agent.cli.fleet.data.migrate:migrate",
+    "prune": "agent.cli.fleet.data.prune:prune",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
     "notify": "agent.cli.fleet.notify.commands:notify",
@@ -48,7 +50,7 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(init, token, enrol, devices, collect, collector, homeassistant, watch, alerts, gaps, audit, disclosed, drift),
+    *(label, command, revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

@@ -341,18 +341,20 @@ def audit(
     from agent.fleet.audit import audit as audits
 
     config, store = open_for_reading(folder, db, device)
-    trusted = fleet_config.load_trusted_keys(config)
+    trusted, collectors = fleet_config.load_trusted_keys(config), fleet_config.load_collector_keys(config)
     checkpoint, signing = None, None if device or db else _open_checkpoint(folder, config, trusted)
     with progress_bar("auditing", store.count_messages(device)) as advance:
         if signing is None:
-            report = audits.audit(store, device, advance, trusted, processes)
+            report = audits.audit(store, device, advance, trusted, processes, collectors)
         else:
-            report, checkpoint = audits.audit_from_checkpoint(store, *signing, advance, trusted, processes, full=full)
+            report, checkpoint = audits.audit_from_checkpoint(
+                store, *signing, advance, trusted, processes, collectors, full=full
+            )
     document = {**report.to_dict(), "checkpoint": checkpoint.time if checkpoint else None}
     if export_folder is not None:
         from agent.fleet.export.check import check_export
 
-        document["export"] = check_export(store, export_folder, config.fleet.name).to_dict()
+        document["export"] = check_export(store, export_folder, config.fleet.name, collectors).to_dict()
         document["passed"] &= document["export"]["passed"]
     emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
     if not document["passed"]:
@@ -384,6 +386,11 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     )
     if report["checkpoint"] is not None:
         yield f"from the checkpoint of {report['checkpoint']} on; --full verifies every signature again"
+    for entry in report["pruned"][:_MAX_LISTED]:
+        yield (
+            f"  {entry['device']} {entry['log']} up to seq {entry['through']}: {entry['count']} of {entry['table']} "
+            f"went by retention, stated {entry['time']}"
+        )
     for entry in report["invalid"][:_MAX_LISTED]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:_MAX_LISTED]:
@@ -397,7 +404,7 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         yield (
             f"export {exported['folder']}: {exported['rows']} rows of {exported['messages']} messages in "
             f"{exported['files']} files, {exported['problem_count']} problems, {exported['pending']} messages not "
-            f"exported yet, {exported['leftovers']} files of an interrupted run"
+            f"exported yet, {exported['pruned']} pruned since, {exported['leftovers']} files of an interrupted run"
         )
         yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:

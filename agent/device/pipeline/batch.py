@@ -19,7 +19,8 @@ from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules import batch_rules, rule_store
-from agent.device.rules.batch_rules import BatchResults, ResultAlert, TaskRuleStates
+from agent.device.rules.batch_results import BatchResults
+from agent.device.rules.batch_rules import ResultAlert, RuleContext, TaskRuleStates
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.labels import StoredPredictions
@@ -197,6 +198,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
     labels = scores.to_texts(results.scores, task.bundle.manifest)
     rule_states, result_alerts = _evaluate_rules(task, source, results, labels, windows, message_log)
     messages = list(task.closing_messages or ())
+    messages += [PendingMessage.from_alert(change.alert, task.name) for change in result_alerts if change.index < 0]
     messages += batch_messages.build_result_messages(
         task,
         source.batch,
@@ -206,7 +208,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         message_log,
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
-        result_alerts,
+        [change for change in result_alerts if change.index >= 0],
     )
     drift_messages, refusals = batch_messages.build_drift_messages(
         task, windows, source.refusals, labels_contradict=source.labels_contradict
@@ -241,12 +243,10 @@ def _evaluate_rules(
         return source.rule_states, []
     ends = source.cut.starts + task.window_rows - 1
     is_complete = results.missing_share <= task.bundle.manifest.input.max_missing
-    healthy, shows_fault = batch_rules.find_healthy(source.rule_states, task.drift_state, windows, is_complete)
-    batch = BatchResults(
-        *(message_log.device, task.name, results.scores, labels),
-        *(ends + source.batch.first, source.batch.rows.t[ends], healthy),
-    )
-    return batch_rules.evaluate(task.rules, source.rule_states, batch, shows_fault=shows_fault)
+    t = source.batch.rows.t[ends]
+    batch = BatchResults(results.scores, labels, ends + source.batch.first, t, is_complete)
+    context = RuleContext(message_log.device, task.name, task.bundle.digest, task.drift_state, windows)
+    return batch_rules.evaluate(task.rules, source.rule_states, context, batch)
 
 
 def _update_drift(

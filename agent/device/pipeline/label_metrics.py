@@ -82,7 +82,7 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
 
 
 def contradict_certainty(task: LoadedTask, store: Store) -> bool:
-    """Return True while an alert says that results are right less often than their scores promise."""
+    """Return True while labels contradict the accuracy that is expected from the scores."""
     stored = store.load_state(task.name, task_keys.LABEL_METRICS)
     return stored is not None and degradation.contradict_certainty(stored, task.bundle.digest)
 
@@ -150,6 +150,7 @@ def _write_report(
     # Where too few labels are new, a later message covers them.
     if window.samples and _ALL in cells[_ALL]:
         body = _build_body(task, store, message_log.max_bytes, window, cells)
+        state.is_estimate_wrong = _contradicts_estimate(body)
         messages.append(PendingMessage("quality", task.name, body))
         for partition, selected in cells.items():
             published[partition] = published.get(partition, {}) | selected
@@ -184,6 +185,15 @@ def _clear_old_alerts(task: LoadedTask, store: Store, state: DegradationState) -
     state.tracks = {kind: CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
     state.feedback_open, state.feedback_count = old.feedback_open, old.feedback_count
     return alerts
+
+
+def _contradicts_estimate(body: Mapping[str, Any]) -> bool:
+    """Return True if the interval of the accuracy excludes that of its estimate."""
+    estimate = body["estimate"]
+    measured = next((m for m in body["metrics"] if m["metric"] == "accuracy" and "slice" not in m), None)
+    if estimate is None or measured is None or measured["low"] is None:
+        return False
+    return bool(measured["high"] < estimate["low"] or measured["low"] > estimate["high"])
 
 
 # --- degradation ---

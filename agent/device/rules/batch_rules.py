@@ -14,61 +14,76 @@ from msgspec.structs import replace
 
 from agent import clock
 from agent.alerts import RESULT, Alert
-from agent.arrays import Bools, Ints
+from agent.arrays import Ints
 from agent.config.alert_rules import AlertRuleConfig
-from agent.device.rules import evaluation, sentences
+from agent.device.rules import evaluation, health, sentences
+from agent.device.rules.batch_results import BatchResults, PendingResults, concatenate
 from agent.device.rules.compiler import CompiledRule, fingerprint
 from agent.device.rules.evaluation import Observations, RuleState, Transition
 from agent.device.rules.sentences import ResultTexts
-from agent.drift.detectors.registry import GATES
 from agent.drift.state import DriftState, DriftWindowResult
-from agent.model.inference.scores import Scores
 
 # States of rules that were removed keep their numbers, so that an id is never used again.
 _MAX_STATES = 256
 
 
 class TaskRuleStates(msgspec.Struct, frozen=True):
-    """States of a task's rules by name. `shows_fault`: the newest drift window showed a sensor fault."""
+    """States of a task's rules by name, and the results that wait until their drift window closes."""
 
     rules: dict[str, RuleState] = {}
-    shows_fault: bool = False
+    pending: PendingResults = PendingResults()
 
 
-class BatchResults(msgspec.Struct, frozen=True, eq=False):
-    """Results of w windows as rules see them: stream `rows` (w,), times `t` (w,) epoch µs, `is_healthy` (w,)."""
+class RuleContext(msgspec.Struct, frozen=True, eq=False):
+    """Batch of a task: the bundle's digest, the drift state before it, and the drift windows that closed in it."""
 
     device: str
     task: str
-    scores: Scores
-    labels: Sequence[str] | None
-    rows: Ints
-    t: Ints
-    is_healthy: Bools
+    bundle: str
+    drift: DriftState | None
+    windows: Sequence[DriftWindowResult]
 
 
 class ResultAlert(msgspec.Struct, frozen=True):
-    """Alert that the result at `index` of the batch raised or cleared."""
+    """Alert that the result at `index` of the batch raised or cleared; below 0 for one of an earlier batch."""
 
     index: int
     alert: Alert
 
 
 def evaluate(
-    rules: Sequence[CompiledRule], before: TaskRuleStates, results: BatchResults, *, shows_fault: bool
+    rules: Sequence[CompiledRule], before: TaskRuleStates, context: RuleContext, results: BatchResults
 ) -> tuple[TaskRuleStates, list[ResultAlert]]:
     """Return the states after the batch, and its alerts in order of their results.
 
-    A state of another text than the rule's is that of another rule: its open alert clears.
+    Results count at once for most rules, and for those about healthy results once their drift window is judged. A state
+    of another text than the rule's is that of another rule: its open alert clears.
     """
-    states, alerts = retire({rule.name: rule.config for rule in rules}, before.rules, results.task)
-    changes = [ResultAlert(0, alert) for alert in alerts]
+    states, alerts = retire({rule.name: rule.config for rule in rules}, before.rules, context.task)
+    changes = [ResultAlert(-1, alert) for alert in alerts]
+    waits = any(rule.config.only_healthy for rule in rules)
+    judged, pending, offset = _judge(before, context, results) if waits else (results, PendingResults(), 0)
     for rule in rules:
         state = states.get(rule.name, RuleState(rule.fingerprint))
-        states[rule.name], transitions, places = _advance(rule, state, results)
-        changes += [_build_alert(rule, results, change, places) for change in transitions]
+        counted, first = (judged, -offset) if rule.config.only_healthy else (results, 0)
+        states[rule.name], transitions, places = _advance(rule, state, counted)
+        for change in transitions:
+            index = int(places[change.index])
+            changes.append(ResultAlert(first + index, _build_alert(rule, context, counted, index, change)))
     changes.sort(key=lambda change: change.index)
-    return TaskRuleStates(states, shows_fault), changes
+    return TaskRuleStates(states, pending), changes
+
+
+def _judge(
+    before: TaskRuleStates, context: RuleContext, results: BatchResults
+) -> tuple[BatchResults, PendingResults, int]:
+    """Return the results that are judged now, those that wait, and how many of both come from earlier batches."""
+    earlier = before.pending.unpack(context.bundle)
+    offset = 0 if earlier is None else len(earlier)
+    together = concatenate(earlier, results)
+    faulty, judged = health.judge(context.drift, context.windows, offset, len(results))
+    together = replace(together, is_healthy=together.is_healthy & ~faulty)
+    return together.slice(0, judged), PendingResults.pack(together.slice(judged, len(together)), context.bundle), offset
 
 
 def retire(
@@ -91,47 +106,6 @@ def retire(
     return {name: state for name, state in current.items() if name not in forgotten}, alerts
 
 
-def find_healthy(
-    before: TaskRuleStates,
-    drift: DriftState | None,
-    windows: Sequence[DriftWindowResult],
-    is_complete: Bools,
-) -> tuple[Bools, bool]:
-    """Return which results (w,) count as healthy, and whether the newest drift window shows a sensor fault.
-
-    `drift` is the state before the batch, `windows` the drift windows that closed in it, `is_complete` (w,) says which
-    results miss no more input than the bundle allows. A fault is known from the end of the drift window that shows it
-    until its alert clears, and a drift window closes at the same result however the rows are split into batches.
-    """
-    healthy, shows_fault = is_complete.copy(), before.shows_fault
-    if drift is None:
-        return healthy, False
-    open_faults = int(np.count_nonzero(drift.faults.number)) + sum(
-        kind.alert == "fault" for gate in GATES for kind, _ in gate.list_open(drift.gates[gate.name])
-    )
-    begin, end = 0, drift.window - drift.open_summary.model_windows
-    for window in windows:
-        if open_faults or shows_fault:
-            healthy[begin:end] = False
-        begin, end = end, end + (window.windows - 1) * drift.window
-        # The others of a run of quiet drift windows.
-        if open_faults:
-            healthy[begin:end] = False
-        begin, end = end, end + drift.window
-        for alert in window.alerts:
-            if alert.alert == "fault" and alert.revision == 1:
-                open_faults += 1 if alert.state == "raised" else -1
-        shows_fault = _shows_fault(window)
-    if open_faults or shows_fault:
-        healthy[begin:] = False
-    return healthy, shows_fault
-
-
-def _shows_fault(window: DriftWindowResult) -> bool:
-    fields = window.members["features"].values()
-    return any(numbers["fault"] for numbers in (*fields, *(window.members[gate.member] for gate in GATES)))
-
-
 def _advance(rule: CompiledRule, state: RuleState, results: BatchResults) -> tuple[RuleState, list[Transition], Ints]:
     """Return state and transitions, and the index (n,) in the batch of each result that counts for the rule."""
     counts = rule.find_answered(results.scores)
@@ -150,22 +124,23 @@ def _advance(rule: CompiledRule, state: RuleState, results: BatchResults) -> tup
     return state, transitions, places
 
 
-def _build_alert(rule: CompiledRule, results: BatchResults, change: Transition, places: Ints) -> ResultAlert:
-    index = int(places[change.index])
-    texts = _describe_result(rule, results, index)
+def _build_alert(
+    rule: CompiledRule, context: RuleContext, results: BatchResults, index: int, change: Transition
+) -> Alert:
+    texts = _describe_result(rule, context, results, index)
     evidence: dict[str, Any] = {"rule": rule.name, "row": int(results.rows[index]), "time": texts.time}
     evidence |= {name: value for name in ("label", "score", "value") if (value := getattr(texts, name)) is not None}
     if not change.is_raised:
-        summary = sentences.cleared_summary(rule.config, results.task)
-        return ResultAlert(index, RESULT.cleared(summary, evidence, rule=rule.name, count=change.number))
+        summary = sentences.cleared_summary(rule.config, context.task)
+        return RESULT.cleared(summary, evidence, rule=rule.name, count=change.number)
     if rule.trigger.window_count > 1:
         evidence |= {"hits": change.hits, "of": rule.trigger.window_count}
     summary = sentences.raised_summary(rule.config, texts)
     alert = RESULT.raised(summary, evidence, rule=rule.name, count=change.number)
-    return ResultAlert(index, replace(alert, severity=rule.config.severity))
+    return replace(alert, severity=rule.config.severity)
 
 
-def _describe_result(rule: CompiledRule, results: BatchResults, index: int) -> ResultTexts:
+def _describe_result(rule: CompiledRule, context: RuleContext, results: BatchResults, index: int) -> ResultTexts:
     compared = rule.compared_number(results.scores, index)
     numbers = []
     for column, is_compared in (
@@ -176,4 +151,4 @@ def _describe_result(rule: CompiledRule, results: BatchResults, index: int) -> R
         numbers.append(None if number is None or not np.isfinite(number) else float(f"{number:.6g}"))
     label = None if results.labels is None else results.labels[index]
     time = clock.to_rfc3339(int(results.t[index]))
-    return ResultTexts(results.device, results.task, label, numbers[0], numbers[1], time)
+    return ResultTexts(context.device, context.task, label, numbers[0], numbers[1], time)

@@ -23,14 +23,14 @@ def load(store: Store, task: str) -> TaskRuleStates:
     """Return the states of a task's rules; a state that cannot be read is that of no rule. Raises StorageError."""
     stored = store.load_state(task, task_keys.ALERT_RULES)
     try:
-        return TaskRuleStates() if stored is None else msgspec.json.decode(stored, type=TaskRuleStates)
+        return TaskRuleStates() if stored is None else msgspec.msgpack.decode(stored, type=TaskRuleStates)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         log.error("task %s: the states of its alert rules cannot be read, so its rules start anew", task)
         return TaskRuleStates()
 
 
 def save(tx: Transaction, task: str, states: TaskRuleStates) -> None:
-    tx.save_state(task, task_keys.ALERT_RULES, msgspec.json.encode(states))
+    tx.save_state(task, task_keys.ALERT_RULES, msgspec.msgpack.encode(states))
 
 
 def reconcile(store: Store, message_log: MessageLog, tasks: Mapping[str, TaskConfig], now: ClockReading) -> int:

@@ -33,7 +33,7 @@ def explain(rule: AlertRuleConfig) -> str:
     hold = f", at least {_span(float(rule.hold))} after it was raised" if rule.hold else ""
     text = f"{rule.severity} when {raised}; clears when {cleared}{hold}"
     if rule.only_healthy:
-        text += "; results with a known sensor fault or too much missing input do not count"
+        text += "; a result counts when its drift window closes, never with a sensor fault or too much missing input"
     return text
 
 

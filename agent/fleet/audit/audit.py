@@ -9,6 +9,7 @@ For each device and log, in one pass and in constant memory:
 - results cover each row once, for each task and stream up to the cursors in `health`, except rows that a signed audit
   message declares as evicted
 - every table that follows from the messages is as they give it (see `audit.stored_rows` and `audit.replay`)
+- what `fleet prune` removed is signed by a collector, and what stays follows it (see `audit.pruned`)
 - each decision about a rollout is signed by an operator and follows the one before (see `audit.rollouts`)
 """
 
@@ -27,6 +28,7 @@ import msgspec
 
 from agent import clock, durable_files
 from agent.errors import MessageRefused
+from agent.fleet.audit import pruned as pruned_devices
 from agent.fleet.audit import rollouts
 from agent.fleet.audit.checkpoint import (
     Checkpoint,
@@ -37,6 +39,7 @@ from agent.fleet.audit.checkpoint import (
     save_states,
 )
 from agent.fleet.audit.coverage import RowCoverage
+from agent.fleet.audit.pruned import LogBase, PrunedDevice
 from agent.fleet.audit.replay import Replay, keep_devices
 from agent.fleet.audit.stored_rows import MessageKey, StoredTables, is_time, sort_key
 from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
@@ -71,6 +74,7 @@ class AuditReport(msgspec.Struct):
     invalid_devices: set[Any] = msgspec.field(default_factory=set)
     coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
     evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    pruned: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
     invalid_decisions: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
@@ -83,7 +87,7 @@ class AuditReport(msgspec.Struct):
         """Return the document of `fleet audit --json`."""
         document = msgspec.structs.asdict(self)
         del document["invalid_devices"]
-        for member in ("gaps", "coverage", "evicted"):
+        for member in ("gaps", "coverage", "evicted", "pruned"):
             document[member] = [
                 {**entry, **{name: rollouts.to_json_value(entry[name]) for name in ("device", "log")}}
                 for entry in document[member]
@@ -100,6 +104,7 @@ class AuditReport(msgspec.Struct):
         self.gaps += other.gaps
         self.coverage += other.coverage
         self.evicted += other.evicted
+        self.pruned += other.pruned
         self.invalid = [*self.invalid, *other.invalid][:MAX_INVALID]
 
     def add_invalid(self, key: MessageKey, reason: str) -> None:
@@ -116,15 +121,17 @@ def audit(
     progress: Callable[[int], None] = lambda _: None,
     operators: Sequence[PublicKey] = (),
     processes: int = 1,
+    collectors: Sequence[PublicKey] = (),
 ) -> AuditReport:
     """Verify all messages, or those of one device; call `progress` after each hundred. Raises StorageError.
 
-    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device. With
-    several `processes` each range of devices is audited in a snapshot of its own.
+    `operators`: keys with which decisions about rollouts are valid; decisions are not checked for one device.
+    `collectors`: keys with which retention statements are valid. With several `processes` each range of devices is
+    audited in a snapshot of its own.
     """
     if device is not None:
-        return _audit_devices(store, device, progress)
-    jobs = [(devices, ()) for devices in split_devices(store, processes)]
+        return _audit_devices(store, device, progress, collectors)
+    jobs = [(devices, (collectors,)) for devices in split_devices(store, processes)]
     return _merge_parts(store, run_over_devices(store, _audit_devices, jobs, processes, progress), operators)
 
 
@@ -135,6 +142,7 @@ def audit_from_checkpoint(
     progress: Callable[[int], None] = lambda _: None,
     operators: Sequence[PublicKey] = (),
     processes: int = 1,
+    collectors: Sequence[PublicKey] = (),
     *,
     full: bool = False,
 ) -> tuple[AuditReport, Checkpoint | None]:
@@ -149,7 +157,7 @@ def audit_from_checkpoint(
     else:
         parts = [(part.devices, folder.path / part.file) for part in checkpoint.parts]
     targets = [folder.new_file() for _ in parts]
-    jobs = [(devices, (file, target)) for (devices, file), target in zip(parts, targets, strict=True)]
+    jobs = [(devices, (collectors, file, target)) for (devices, file), target in zip(parts, targets, strict=True)]
     report = _merge_parts(store, run_over_devices(store, _audit_devices, jobs, processes, progress), operators)
     made = [(devices, target) for (devices, _), target in zip(parts, targets, strict=True)]
     folder.save(key, clock.to_rfc3339(clock.read().wall_us), report.messages, made)
@@ -170,13 +178,17 @@ def _audit_devices(
     store: FleetStore,
     devices: Devices,
     progress: Callable[[int], None],
+    collectors: Sequence[PublicKey] = (),
     file: Path | None = None,
     target: Path | None = None,
 ) -> AuditReport:
     """Audit devices, from the state in `file` on if it is given, and write the new state to `target`."""
     report = AuditReport()
     with store.snapshot(), contextlib.closing(Replay(file)) as replay:
-        auditor = _DeviceAuditor(store, replay, report, progress, makes_states=target is not None)
+        pruned, problems = pruned_devices.load(store, devices, collectors)
+        for name, problem in problems.items():
+            report.add_invalid((name, "", None), problem)
+        auditor = _DeviceAuditor(store, replay, report, progress, pruned, makes_states=target is not None)
         auditor.audit(devices, {} if file is None else load_states(replay.db))
         replay.flush()
         if target is not None:
@@ -192,6 +204,32 @@ def _audit_devices(
     return report
 
 
+def audit_prefix(
+    store: FleetStore, device: str, through: Mapping[str, int], pruned: PrunedDevice | None
+) -> tuple[AuditReport, dict[str, LogState], dict[str, list[list[Any]]]]:
+    """Verify the messages of each log up to a seq; return a report, the state there, and the derived tables.
+
+    `pruned`: what went before.
+    """
+    with contextlib.closing(Replay()) as replay:
+        if pruned is not None:
+            replay.load(pruned.read_state().tables)
+        bases = {} if pruned is None else pruned.read_bases()
+        tables = StoredTables(store, device, lambda *_: None)
+        report, states = AuditReport(), dict[str, LogState]()
+        parts = _AuditParts(Keyring(store), replay, report, set(), None)
+        for log in sorted(through):
+            base = bases.get((device, log))
+            auditor = _LogAuditor((device, log), LogState(), base, tables, parts)
+            for row in store.log_messages(device, log, auditor.last_seq + 1, through[log]):
+                auditor.check_message(*row)
+                report.messages += 1
+            states[log] = auditor.to_state()
+        # Rows of the messages that stay: their readers end here.
+        tables.finish()
+        return report, states, replay.dump()
+
+
 class _DeviceAuditor:
     """Audits the logs of devices.
 
@@ -205,9 +243,11 @@ class _DeviceAuditor:
         replay: Replay,
         report: AuditReport,
         progress: Callable[[int], None],
+        pruned: Mapping[str, PrunedDevice],
         *,
         makes_states: bool,
     ) -> None:
+        self._pruned = pruned
         self._store, self._replay, self._report, self._progress = store, replay, report, progress
         self._makes_states = makes_states
         self._keyring = Keyring(store)
@@ -222,6 +262,13 @@ class _DeviceAuditor:
 
         `reports_orphans`: rows of tables without a message are reported.
         """
+        pruned = [self._pruned[name] for name in self._pruned if not isinstance(devices, str) or name == devices]
+        bases = {log: base for device in pruned for log, base in device.read_bases().items()}
+        continued = {device for device, _ in states}
+        for device in pruned:
+            self._report.pruned += device.to_report() if reports_orphans else []
+            if device.statement.device not in continued:
+                self._replay.load(device.read_state().tables)
         ends = self._find_ends(devices)
         # A damaged number differs from the derived table, which names it.
         last_seqs = {(name, log): last if type(last) is int else 0 for name, log, last in self._store.logs(devices)}
@@ -231,27 +278,30 @@ class _DeviceAuditor:
                 device: _to_bytes(tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
             }
         report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
-        tables = StoredTables(self._store, devices, report_orphan)
+        retained = {key: row for device in pruned for key, row in device.read_alerts().items()}
+        tables = StoredTables(self._store, devices, report_orphan, retained)
         changed: list[Any] = []
-        own_logs = {name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states}, key=sort_key), itemgetter(0))}
+        own_logs = {
+            name: [*logs] for name, logs in groupby(sorted({*last_seqs, *states, *bases}, key=sort_key), itemgetter(0))
+        }
         for device, rows in groupby(self._store.evidence(devices), itemgetter(0)):
             parts = self._new_parts(key_rows.get(device, b""))
             logs = dict.fromkeys(own_logs.pop(device, ()))
             is_same = True
             for name, log_rows in groupby(rows, lambda row: row[:2]):
                 logs.pop(name, None)
-                auditor = _LogAuditor(name, states.get(name, LogState()), tables, parts)
+                auditor = _LogAuditor(name, states.get(name, LogState()), bases.get(name), tables, parts)
                 self._check_messages(auditor, log_rows)
                 is_same &= auditor.is_unchanged
                 self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
-            is_same &= self._finish_empty_logs(logs, last_seqs, ends, states, tables, parts)
+            is_same &= self._finish_empty_logs(logs, last_seqs, ends, states, bases, tables, parts)
             if is_same:
                 self._report.merge(parts.report)
             else:
                 changed.append(device)
         for device, names in own_logs.items():
             parts = self._new_parts(key_rows.get(device, b""))
-            if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, tables, parts):
+            if self._finish_empty_logs(dict.fromkeys(names), last_seqs, ends, states, bases, tables, parts):
                 self._report.merge(parts.report)
             else:
                 changed.append(device)
@@ -272,6 +322,7 @@ class _DeviceAuditor:
         last_seqs: Mapping[Any, int],
         ends: Mapping[Any, int],
         states: Mapping[Any, LogState],
+        bases: Mapping[Any, LogBase],
         tables: StoredTables,
         parts: _AuditParts,
     ) -> bool:
@@ -279,12 +330,13 @@ class _DeviceAuditor:
         is_same = True
         for name in names:
             is_same &= name not in states or not states[name].last_seq
-            self._finish(_LogAuditor(name, LogState(), tables, parts), last_seqs.get(name, 0), ends.get(name, 0))
+            auditor = _LogAuditor(name, LogState(), bases.get(name), tables, parts)
+            self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
         return is_same
 
     def _find_ends(self, devices: Devices) -> dict[tuple[Any, Any], int]:
         """Return the last seq of each log that a signed message of a later log declares ended."""
-        ends: dict[tuple[Any, Any], int] = {}
+        ends = self._replay.log_ends()
         for name, topic, payload, jws in self._store.audit_messages(devices, f'"{NEW_LOG}"'.encode()):
             with contextlib.suppress(MessageRefused, TypeError, AttributeError):
                 body = verify_message(topic, payload, (jws,), self._keyring.find_stored).body
@@ -324,20 +376,28 @@ class _AuditParts(msgspec.Struct):
 
 
 class _LogAuditor:
-    """Audits one log, message by message in order of seq, from a state on.
+    """Audits one log, message by message in order of seq, from a state on, or behind what was pruned.
 
     `is_unchanged`: the device's keys and the rows of the messages up to the state are those of the audit that made it.
     """
 
-    def __init__(self, name: Row, state: LogState, tables: StoredTables, parts: _AuditParts) -> None:
+    def __init__(
+        self, name: Row, state: LogState, base: LogBase | None, tables: StoredTables, parts: _AuditParts
+    ) -> None:
         self.name, self._tables, self._parts = name, tables, parts
         self._device, self._log = name
         self.report = parts.report
-        self._coverage = RowCoverage(state.coverage)
+        self._base = base or LogBase()
         self._state, self.is_unchanged = state, not state.last_seq
+        state = state if state.last_seq else self._base.state
+        self._coverage = RowCoverage(state.coverage)
         self._stored = None if parts.key_rows is None else hashlib.blake2b(parts.key_rows, digest_size=32)
         self._last_seq, self._last_digest = state.last_seq, state.last_digest
         self._missing, self._declared = [*state.missing], [*state.declared]
+
+    @property
+    def last_seq(self) -> int:
+        return self._last_seq
 
     def to_state(self) -> LogState:
         return LogState(
@@ -351,6 +411,9 @@ class _LogAuditor:
     def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any, received: Any) -> None:
         key = (self._device, self._log, seq)
         stored = self._tables.read(key)
+        if type(seq) is int and seq <= self._base.state.last_seq:
+            self.report.add_invalid(key, f"is stored, but messages up to seq {self._base.state.last_seq} were pruned")
+            return
         if self._stored is not None:
             self._stored.update(_to_bytes((seq, kind, topic, payload, jws, received, stored)))
         if type(seq) is int and seq <= self._state.last_seq and not self.is_unchanged:
@@ -367,6 +430,9 @@ class _LogAuditor:
             return
         expected: TableRows = {}
         project_message(message, expected)
+        for table, through in self._base.floors.items():
+            if seq <= through and table not in stored:
+                expected.pop(table, None)
         for problem in self._tables.compare(stored, expected):
             self.report.add_invalid(key, problem)
         self._parts.replay.add(body, received)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,23 @@ class Replay:
         self._bodies.append((body, received))
         if len(self._bodies) >= _MESSAGES_PER_COMMIT:
             self.flush()
+
+    def load(self, tables: Mapping[str, list[list[Any]]]) -> None:
+        """Add the rows that pruned messages gave."""
+        for table, rows in tables.items():
+            if rows and table in _TABLES:
+                self.db.bulk_insert(table, [tuple(row) for row in rows])
+
+    def dump(self) -> dict[str, list[list[Any]]]:
+        """Return all rows by table, without the clocks of single results."""
+        self.flush()
+        tables = [table for table in _TABLES if table != "stamps"]
+        return {table: [[*row] for row in self.db.execute(f"SELECT * FROM {table}")] for table in tables}
+
+    def log_ends(self) -> dict[tuple[Any, Any], int]:
+        """Return the last seq of each log that a message so far declares ended."""
+        rows = self.db.execute("SELECT device, log, last_seq FROM log_ends")
+        return {(device, log): last_seq for device, log, last_seq in rows}
 
     def forget(self, device: str) -> None:
         """Drop what the messages of a device gave."""

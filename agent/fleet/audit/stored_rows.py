@@ -15,14 +15,23 @@ from agent.fleet.database.store import Devices, FleetStore
 
 MessageKey = tuple[Any, Any, Any]
 Report = Callable[[MessageKey, str], None]
+# (table, message, its rows)
+OrphanReport = Callable[[str, MessageKey, list[Row]], None]
+ALERTS_TABLE = "alerts"
 _SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, bool: 1, float: 1, str: 2, bytes: 3}
 
 
 class StoredTables:
     """The rows that messages added to their tables: `read` those of each message in order, then `finish`."""
 
-    def __init__(self, store: FleetStore, devices: Devices, report: Report) -> None:
-        self._tables = [_TableReader(table, *store.projected_rows(table, devices), report) for table in TABLES]
+    def __init__(
+        self, store: FleetStore, devices: Devices, report: Report, retained: dict[MessageKey, Row] | None = None
+    ) -> None:
+        """`retained`: rows of table alerts that stayed although their messages were pruned."""
+        self._report, self._retained = report, retained or {}
+        self._tables = [
+            _TableReader(table, *store.projected_rows(table, devices), self._report_orphan) for table in TABLES
+        ]
 
     def read(self, key: MessageKey) -> TableRows:
         """Return the rows of a message by table, without the tables that have none."""
@@ -45,6 +54,15 @@ class StoredTables:
         """Report the rows behind the last message."""
         for table in self._tables:
             table.skip_to(None)
+        for key in self._retained:
+            self._report(key, "was pruned, but its open alert is missing in table alerts")
+
+    def _report_orphan(self, table: str, key: MessageKey, rows: list[Row]) -> None:
+        if table == ALERTS_TABLE and rows == [self._retained.get(key)]:
+            del self._retained[key]
+            return
+        noun = "results" if table == RESULTS_TABLE else "rows"
+        self._report(key, f"is not stored, but table {table} has {len(rows)} {noun} of it")
 
 
 def _compare(table: str, stored: list[Row], expected: list[Row]) -> str | None:
@@ -66,7 +84,7 @@ def _compare(table: str, stored: list[Row], expected: list[Row]) -> str | None:
 class _TableReader:
     """Reads a table message by message. `place`: sort key of the next message that has rows; None at the end."""
 
-    def __init__(self, name: str, columns: list[str], rows: Iterator[Row], report: Report) -> None:
+    def __init__(self, name: str, columns: list[str], rows: Iterator[Row], report: OrphanReport) -> None:
         self.name, self._report = name, report
         key: Callable[[Row], Row] = itemgetter(*(columns.index(column) for column in ("device", "log", "seq")))
         self._groups = groupby(rows, key)
@@ -85,8 +103,7 @@ class _TableReader:
     def skip_to(self, place: Row | None) -> None:
         """Report rows before `place`, which belong to no message; None is the end."""
         while self.place is not None and (place is None or self.place < place):
-            noun = "results" if self.name == RESULTS_TABLE else "rows"
-            self._report(self._key, f"is not stored, but table {self.name} has {len(self._rows)} {noun} of it")
+            self._report(self.name, self._key, self._rows)
             self._advance()
 
     def _advance(self) -> None:

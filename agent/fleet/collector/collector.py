@@ -116,6 +116,11 @@ class Collector:
         # Enrolled devices of which no message is stored.
         self._missing_devices: set[str] = set()
 
+    @property
+    def is_leader(self) -> bool:
+        """True if this collector does what one of them does; it is read from other threads, too."""
+        return self._leader_tasks.is_leader
+
     def run(self) -> None:
         """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
         retry = Backoff()

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -55,8 +56,11 @@ def open_socket(listener: Listener) -> socket.socket:
     return opened
 
 
-def create_server(app: ASGIApp, listener: Listener) -> uvicorn.Server:
-    """Return a server; its `run(sockets=[…])` ends with SIGINT or SIGTERM. Raises ConfigError for a bad certificate."""
+def create_server(app: ASGIApp, listener: Listener, before_stop: Callable[[], None]) -> uvicorn.Server:
+    """Return a server; its `run(sockets=[…])` ends with SIGINT or SIGTERM. Raises ConfigError for a bad certificate.
+
+    `before_stop` ends the responses that would never end by themselves.
+    """
     protocol = type("Protocol", (_BoundedProtocol,), {"counts": Counter[str]()})
     config = uvicorn.Config(
         app,
@@ -78,7 +82,17 @@ def create_server(app: ASGIApp, listener: Listener) -> uvicorn.Server:
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise ConfigError("--tls-cert", "--tls-key", f"cannot be read: {error}") from None
-    return uvicorn.Server(config)
+    return _Server(config, before_stop)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, before_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_stop = before_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._before_stop()
+        await super().shutdown(sockets)
 
 
 class _BoundedProtocol(H11Protocol):

@@ -113,13 +113,13 @@ class IngestBatch:
             body: Any = message.body
             key, topic = (body.device, body.log, body.seq), message.topic
             rows.append((*key, topic.kind, str(topic), message.payload, message.jws, self._now))
-        added = self._db.add_messages(rows)
+        added = self._remove_pruned(rows, self._db.add_messages(rows))
         stored = iter(self._db.payloads([row[:3] for row, new in zip(rows, added, strict=True) if not new]))
         for message, new in zip(messages, added, strict=True):
             if new:
                 self._project_new(message, message.body)
                 yield "new"
-            elif next(stored) == message.payload:
+            elif (payload := next(stored)) == message.payload or payload is None:
                 yield "duplicate"
             else:
                 body = message.body
@@ -131,6 +131,21 @@ class IngestBatch:
                 head = (body.device, CONFLICTING_PAYLOAD, f"log {body.log} seq {body.seq}", str(message.topic))
                 self._refusals.append(Refusal(*head, message.payload, message.jws))
                 yield "conflict"
+
+    def _remove_pruned(self, rows: Sequence[Row], added: Sequence[bool]) -> list[bool]:
+        """Take back messages that `fleet prune` removed before; return which of the others are new.
+
+        After the insert, because a pruning waits for transactions that wrote messages.
+        """
+        if self._db.execute("SELECT 1 FROM pruned_logs LIMIT 1").fetchone() is None:
+            return [*added]
+        logs = sorted({row[:2] for row, new in zip(rows, added, strict=True) if new})
+        found = self._db.execute_each("SELECT through FROM pruned_logs WHERE device = ? AND log = ?", logs)
+        through = {log: row[0] for log, row in zip(logs, found, strict=True) if row is not None}
+        gone = [new and row[2] <= through.get(row[:2], 0) for row, new in zip(rows, added, strict=True)]
+        keys = [row[:3] for row, is_gone in zip(rows, gone, strict=True) if is_gone]
+        self._db.executemany("DELETE FROM messages WHERE device = ? AND log = ? AND seq = ?", keys)
+        return [new and not is_gone for new, is_gone in zip(added, gone, strict=True)]
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
         gap_ledger.add_changes(self._log_changes, body, self._now)

@@ -53,6 +53,14 @@ _COLLECTION = (
     """CREATE TABLE gaps (
         device TEXT NOT NULL, log TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
         declared BOOLEAN NOT NULL, PRIMARY KEY (device, log, first)) WITHOUT ROWID""",
+    # The n-th statement about what `fleet prune` removed of a device, signed with a collector's key. state: JSON, from
+    # which an audit goes on; NULL but for the newest one.
+    """CREATE TABLE retention (
+        device TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL,
+        state BLOB, PRIMARY KEY (device, n))""",
+    # Messages up to `through` were pruned: one that arrives again is a duplicate.
+    """CREATE TABLE pruned_logs (
+        device TEXT NOT NULL, log TEXT NOT NULL, through INTEGER NOT NULL, PRIMARY KEY (device, log)) WITHOUT ROWID""",
     # device: '' where the name in the topic is not enrolled, so that strangers cannot grow the table.
     """CREATE TABLE refusals (
         device TEXT NOT NULL, reason TEXT NOT NULL, count INTEGER NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
@@ -200,8 +208,6 @@ _DASHBOARD = (
         time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
         outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
     "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
-    # The collector's own alerts, which are few, without a look at those of devices.
-    "CREATE INDEX alerts_of_collector ON alerts (device, time) WHERE source = 'collector'",
 )
 
 

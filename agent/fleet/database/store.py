@@ -453,6 +453,13 @@ class FleetStore:
         columns = "seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {_LOG_RANGE}", (device, log, first, last))
 
+    def retention_rows(self, devices: Devices = None) -> Iterator[Row]:
+        """Return (device, n, payload, jws, state) of each retention statement, by device and n."""
+        where, values = _filter_devices(devices)
+        return self.stream(
+            f"SELECT device, +n, payload, jws, state FROM retention WHERE {where} ORDER BY device, n", values
+        )
+
     def key_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""
         where, values = _filter_devices(devices)

@@ -84,7 +84,7 @@ class IncidentMonitor:
             views = [self._view(db, status, now) for status in device_status.load_status(db)]
         found: list[Findings] = []
         for kind, check in conditions.CHECKS:
-            states = ((view, (view.device, kind.id) in self._open) for view in views)
+            states = ((view, (view.device, kind.id) in self._open) for view in views if view.status.is_active)
             held = [condition for view, is_open in states if (condition := check(view, is_open=is_open)) is not None]
             if kind is CLOCK_AT_COLLECTOR:
                 held = _blame_own_clock(held, sum(view.newest is not None for view in views))

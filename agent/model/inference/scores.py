@@ -31,6 +31,16 @@ class Scores(msgspec.Struct, frozen=True):
     anomaly: Bools | None = None
     extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
 
+    def slice(self, part: slice) -> Scores:
+        return Scores(
+            None if self.label is None else self.label[part],
+            None if self.score is None else self.score[part],
+            None if self.value is None else self.value[part],
+            predicted=None if self.predicted is None else self.predicted[part],
+            anomaly=None if self.anomaly is None else self.anomaly[part],
+            extra_columns={name: column[part] for name, column in self.extra_columns.items()},
+        )
+
     def __len__(self) -> int:
         present = self.value if self.label is None else self.label
         return 0 if present is None else len(present)

@@ -2,9 +2,11 @@
 
     python -P peer.py NAME      {"do": "flags", "data": FILE, "out": FILE, "quiet": N, "trials": N}
                              {"do": "cost", "data": FILE, "windows": N}     {"do": "memory", "data": FILE}
+                             {"do": "quiet", "data": FILE, "windows": N}
 
-`data` is what `peers.write` wrote: tables (n, 18) of 16 fields, the answer's number, its certainty. Each detector
-learns from all rows of a table, and flags columns of windows of 500 rows by its own defaults. Nothing here is ours.
+`data` is what `peers.write` wrote: tables (n, 18) of 16 fields, the answer's number, its certainty; for `quiet` what
+`peers.write_quiet` wrote: tables of any number of columns. Each detector learns from all rows of a table, and flags
+columns of windows by its own defaults. Nothing here is ours.
 """
 
 from __future__ import annotations
@@ -23,15 +25,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-ROWS = 500
-FIELDS, ANSWER, CERTAINTY = 16, 16, 17
-COLUMNS = [f"f{i}" for i in range(FIELDS)] + ["answer", "certainty"]
-NUMERIC = [i for i in range(len(COLUMNS)) if i != ANSWER]
 KS_ROWS = 10_000  # rows of the reference: up to here SciPy's p-value is exact by default
 
 
+class Layout:
+    """Columns of a table, their names, and the rows of a window. `levels` counts the values of column `category`."""
+
+    def __init__(self, names: list[str], rows: int, category: int | None = None, levels: int = 0) -> None:
+        self.names, self.rows, self.category, self.levels = names, rows, category, levels
+        self.numeric = [i for i in range(len(names)) if i != category]
+
+
+PREDICTIONS = Layout([*(f"f{i}" for i in range(16)), "answer", "certainty"], rows=500, category=16, levels=4)
+
+
 class Detector(ABC):
-    """Detector that learns from `reference` (n, 18) and flags the drifted columns (18,) of each window (500, 18)."""
+    """Detector that learns from `reference` (n, C) and flags the drifted columns (C,) of each window (rows, C)."""
 
     remembers = False  # earlier windows that the detector has processed
     imports: ClassVar[dict[str, str]] = {}  # attribute to MODULE or MODULE:NAME
@@ -46,18 +55,18 @@ class Detector(ABC):
             loaded: Any = import_module(module)
             setattr(cls, attribute, staticmethod(getattr(loaded, name) if name else loaded))
 
-    def __init__(self, reference: Any) -> None:
-        self.reference = reference
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        self.reference, self.layout = reference, layout
 
     @abstractmethod
     def window(self, rows: Any) -> Any:
-        """Return the flags (18,) of one window of rows."""
+        """Return the flags (C,) of one window of rows."""
 
     def flags(self, rows: Any, until: list[int] | None = None) -> Any:
-        """Return the flags (windows, 18) of rows, up to the first window that flags one of the columns `until`."""
+        """Return the flags (windows, C) of rows, up to the first window that flags one of the columns `until`."""
         out = []
-        for at in range(0, len(rows), ROWS):
-            out.append(self.window(rows[at : at + ROWS]))
+        for at in range(0, len(rows), self.layout.rows):
+            out.append(self.window(rows[at : at + self.layout.rows]))
             if until and out[-1][until].any():
                 break
         return np.array(out)
@@ -69,25 +78,29 @@ class Ks(Detector):
     stats: Any = None
     imports: ClassVar = {"stats": "scipy.stats"}
 
-    def __init__(self, reference: Any) -> None:
-        super().__init__(reference[:: max(1, len(reference) // KS_ROWS)])
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        super().__init__(reference[:: max(1, len(reference) // KS_ROWS)], layout)
 
     def window(self, rows: Any) -> Any:
-        p = np.ones(len(COLUMNS))
-        for i in NUMERIC:
+        columns = self.layout
+        p = np.ones(len(columns.names))
+        for i in columns.numeric:
             p[i] = self.stats.ks_2samp(self.reference[:, i], rows[:, i]).pvalue
-        both = [np.bincount(x[:, ANSWER].astype(int), minlength=4) for x in (self.reference, rows)]
-        p[ANSWER] = self.stats.chi2_contingency(both).pvalue
-        return p < 0.05 / len(COLUMNS)
+        if columns.category is not None:
+            codes = (x[:, columns.category].astype(int) for x in (self.reference, rows))
+            both = np.array([np.bincount(code, minlength=columns.levels) for code in codes])
+            p[columns.category] = self.stats.chi2_contingency(both[:, both.any(0)]).pvalue
+        return p < 0.05 / len(columns.names)
 
 
 class Psi(Detector):
     """Population stability index of at least 0.1 in ten equal-frequency bins; empty bins count as 0.0001."""
 
-    def __init__(self, reference: Any) -> None:
-        super().__init__(reference)
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        super().__init__(reference, layout)
         self.edges = [np.quantile(column, np.arange(1, 10) / 10) for column in reference.T]
-        self.edges[ANSWER] = np.arange(3) + 0.5
+        if layout.category is not None:
+            self.edges[layout.category] = np.arange(layout.levels - 1) + 0.5
         self.usual = self.shares(reference)
 
     def shares(self, rows: Any) -> Any:
@@ -109,18 +122,20 @@ class Adwin(Detector):
     made: Any = None
     imports: ClassVar = {"made": "river.drift:ADWIN"}
 
-    def __init__(self, reference: Any) -> None:
-        super().__init__(reference)
-        self.numbers = [(i, self.made()) for i in NUMERIC]
-        self.shares = [self.made() for _ in range(4)]
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        super().__init__(reference, layout)
+        self.numbers = [(i, self.made()) for i in layout.numeric]
+        self.shares = [self.made() for _ in range(layout.levels)]
         self.window(reference)
 
     def window(self, rows: Any) -> Any:
-        out = np.zeros(len(COLUMNS), bool)
+        out = np.zeros(len(self.layout.names), bool)
         for column, detector in self.numbers:
             out[column] = self.is_drifting(detector, rows[:, column])
-        answers = [self.is_drifting(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
-        out[ANSWER] = any(answers)
+        category = self.layout.category
+        if category is not None:
+            shares = [self.is_drifting(detector, rows[:, category] == k) for k, detector in enumerate(self.shares)]
+            out[category] = any(shares)
         return out
 
     def is_drifting(self, detector: Any, values: Any) -> bool:
@@ -143,13 +158,13 @@ class Evidently(Detector):
         "types": "evidently.legacy.core:ColumnType",
     }
 
-    def __init__(self, reference: Any) -> None:
-        super().__init__(self.frame(reference, columns=COLUMNS))
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        super().__init__(self.frame(reference, columns=layout.names), layout)
 
     def window(self, rows: Any) -> Any:
-        now, out = self.frame(rows, columns=COLUMNS), []
-        for name in COLUMNS:
-            kind = self.types.Categorical if name == "answer" else self.types.Numerical
+        now, out = self.frame(rows, columns=self.layout.names), []
+        for i, name in enumerate(self.layout.names):
+            kind = self.types.Categorical if i == self.layout.category else self.types.Numerical
             test = self.chosen(self.reference[name], now[name], kind, None)
             out.append(bool(test(self.reference[name], now[name], kind, None).drifted))
         return np.array(out)
@@ -163,13 +178,16 @@ class Nannyml(Detector):
     imports: ClassVar = {"frame": "pandas:DataFrame", "made": "nannyml:UnivariateDriftCalculator"}
     environment: ClassVar = {"NML_DISABLE_USAGE_LOGGING": "1"}  # otherwise the import sends usage data
 
-    def __init__(self, reference: Any) -> None:
-        super().__init__(reference)
-        self.fitted = self.made(column_names=COLUMNS, chunk_size=ROWS).fit(self.table(reference))
+    def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
+        super().__init__(reference, layout)
+        made = self.made(column_names=layout.names, chunk_size=layout.rows)
+        self.fitted = made.fit(self.table(reference))
 
     def table(self, rows: Any) -> Any:
-        out = self.frame(rows, columns=COLUMNS)
-        out["answer"] = out["answer"].astype(int).astype(str)
+        out = self.frame(rows, columns=self.layout.names)
+        if self.layout.category is not None:
+            name = self.layout.names[self.layout.category]
+            out[name] = out[name].astype(int).astype(str)
         return out
 
     def window(self, rows: Any) -> Any:
@@ -177,7 +195,8 @@ class Nannyml(Detector):
 
     def flags(self, rows: Any, until: list[int] | None = None) -> Any:
         frame = self.fitted.calculate(self.table(rows)).filter(period="analysis").to_df()
-        return np.stack([frame[name, "jensen_shannon", "alert"].to_numpy(bool) for name in COLUMNS], axis=1)
+        alerts = [frame[name, "jensen_shannon", "alert"].to_numpy(bool) for name in self.layout.names]
+        return np.stack(alerts, axis=1)
 
 
 class Whylogs(Detector):
@@ -189,8 +208,8 @@ class Whylogs(Detector):
     environment: ClassVar = {"WHYLOGS_NO_ANALYTICS": "True"}  # otherwise the import sends usage data
 
     def window(self, rows: Any) -> Any:
-        self.log(self.frame(rows, columns=COLUMNS)).profile()
-        return np.zeros(len(COLUMNS), bool)
+        self.log(self.frame(rows, columns=self.layout.names)).profile()
+        return np.zeros(len(self.layout.names), bool)
 
 
 DETECTORS: dict[str, Any] = {made.__name__.lower(): made for made in (Ks, Psi, Adwin, Evidently, Nannyml, Whylogs)}
@@ -200,21 +219,21 @@ def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
     """Write the flags of `quiet` and of each change (`change0`…) to the file `out`, with consecutive windows."""
     changes = json.loads(str(data["changes"]))
     parts: dict[str, list[Any]] = {f"change{i}": [] for i in range(len(changes))}
-    quiet = []
+    without_change = []
     for site in range(int(data["sites"])):
         reference = data[f"{site}/reference"]
         learned = made(reference)
-        quiet.append(learned.flags(data[f"{site}/quiet"][: ask["quiet"] * ROWS]))
+        without_change.append(learned.flags(data[f"{site}/quiet"][: ask["quiet"] * PREDICTIONS.rows]))
         for i, change in enumerate(changes):
             for trial in range(ask["trials"]):
-                rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(COLUMNS)]
+                rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(PREDICTIONS.names)]
                 detector = made(reference) if made.remembers else learned
                 parts[f"change{i}"].append(detector.flags(rows, until))
     longest = max((len(column) for part in parts.values() for column in part), default=0)
     padded: dict[str, Any] = {
         name: np.array([_padded(column, longest) for column in part]) for name, part in parts.items()
     }
-    np.savez(ask["out"], **padded | {"quiet": np.concatenate(quiet)})
+    np.savez(ask["out"], **padded | {"quiet": np.concatenate(without_change)})
     return {}
 
 
@@ -222,9 +241,25 @@ def _padded(flags: Any, length: int) -> Any:
     return np.concatenate([flags, np.zeros((length - len(flags), flags.shape[1]), bool)])
 
 
+def quiet(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    """Count windows, at most `windows` of them, and those in which a column is flagged."""
+    size, levels = int(data["rows"]), int(data["levels"])
+    windows = alarms = 0
+    for site in range(int(data["sites"])):
+        reference, rows = data[f"{site}/reference"], data[f"{site}/quiet"]
+        names = [f"f{i}" for i in range(reference.shape[1])]
+        layout = Layout(names, size, len(names) - 1 if levels else None, levels)
+        detector = made(reference, layout)
+        flagged = detector.flags(rows[: (ask["windows"] - windows) * size])
+        windows, alarms = windows + len(flagged), alarms + int(flagged.any(1).sum())
+        if windows >= ask["windows"]:
+            break
+    return {"windows": windows, "alarms": alarms}
+
+
 def cost(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
-    detector, rows = made(data["0/reference"]), data["0/quiet"][: ask["windows"] * ROWS]
-    detector.flags(rows[:ROWS])
+    detector, rows = made(data["0/reference"]), data["0/quiet"][: ask["windows"] * PREDICTIONS.rows]
+    detector.flags(rows[: PREDICTIONS.rows])
     begin = time.process_time()
     detector.flags(rows)
     return {"rows": len(rows), "cpu_s": time.process_time() - begin}
@@ -234,7 +269,7 @@ def memory(made: Any, data: Any, loaded_kb: int) -> dict[str, Any]:
     """Return the MB of the import, and the peak above it during the work; the data are read before."""
     reference, rows = data["0/reference"], data["0/quiet"]
     with peak() as grown:
-        made(reference).flags(rows[: 10 * ROWS])
+        made(reference).flags(rows[: 10 * PREDICTIONS.rows])
     return {"import_mb": loaded_kb / 1024, "work_mb": grown[0] / 1024}
 
 
@@ -265,6 +300,8 @@ def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
             match ask["do"]:
                 case "flags":
                     yield flags(made, data, ask)
+                case "quiet":
+                    yield quiet(made, data, ask)
                 case "cost":
                     yield cost(made, data, ask)
                 case "memory":

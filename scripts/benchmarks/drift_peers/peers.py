@@ -17,7 +17,7 @@ import numpy as np
 
 from scripts.benchmarks.drift_peers import synthetic
 from scripts.benchmarks.drift_peers.counting import Row
-from scripts.benchmarks.drift_peers.synthetic import Change, Kind
+from scripts.benchmarks.drift_peers.synthetic import Change, Floats, Kind
 
 ROOT = Path(__file__).parents[3]
 VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
@@ -31,6 +31,7 @@ class Kit(msgspec.Struct, frozen=True):
     quiet: int = 50  # windows of each site
     trials: int = 2  # of each site and change
     timed: int = 20  # windows
+    watched: int = 600  # quiet windows of each population
     home: str = "peers"  # its environment
 
     @property
@@ -45,9 +46,9 @@ def environment(name: str = "peers") -> Path:
 # Cost of summarizing a window and deciding about drift; whylogs only summarizes.
 RIVER = Kit("adwin", "ADWIN (river)")
 WHYLOGS = Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs")
-EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2)
+EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2, watched=120)
 KITS = (
-    Kit("ks", "KS, Bonferroni (SciPy)", timed=4),
+    Kit("ks", "KS, Bonferroni (SciPy)", timed=4, watched=240),
     Kit("psi", "PSI ≥ 0.1 (NumPy)"),
     RIVER,
     EVIDENTLY,
@@ -76,9 +77,20 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
     np.savez(file, **tables)
 
 
+def write_quiet(file: Path, sites: Sequence[tuple[Floats, Floats]], rows: int, levels: int) -> None:
+    """Write sites without a change: learned rows (n, C) and later rows (m, C), in windows of `rows`.
+
+    Column C - 1 holds one of `levels` classes, unless that is 0.
+    """
+    tables: dict[str, Any] = {"sites": np.int64(len(sites)), "rows": np.int64(rows), "levels": np.int64(levels)}
+    for i, (learned, later) in enumerate(sites):
+        tables |= {f"{i}/reference": learned, f"{i}/quiet": later}
+    np.savez(file, **tables)
+
+
 @contextmanager
-def started(kit: Kit, data: Path) -> Iterator[Peer]:
-    """Run a detector process until the context ends; for timing, it processes `data`."""
+def started(kit: Kit, data: Path | None) -> Iterator[Peer]:
+    """Run a detector process until the context ends; for timing and memory, it processes `data`."""
     if not kit.python.exists():
         raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} is missing; run scripts/setup peers")
     command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
@@ -93,14 +105,14 @@ def started(kit: Kit, data: Path) -> Iterator[Peer]:
 
 
 class Peer:
-    """Process of one detector; `memory` is its memory in MB for the import and some data."""
+    """Process of one detector; `memory` is its memory in MB for the import and some data, if it got data."""
 
-    def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], output: IO[str]) -> None:
+    def __init__(self, kit: Kit, data: Path | None, process: subprocess.Popen[str], output: IO[str]) -> None:
         """Start the process. Raises ClickException with its last output if it fails, as all methods do."""
         self.kit, self.data = kit, data
         self._process, self._stderr = process, output
         self._answer()
-        self.memory: dict[str, float] = self.ask("memory", data)
+        self.memory: dict[str, float] = self.ask("memory", data) if data else {}
 
     def ask(self, request: str, data: Path, **more: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -120,7 +132,13 @@ class Peer:
                     row.add(change.name, trial, [s for s in change.subjects if s < synthetic.COLUMNS])
         return row
 
+    def count_quiet(self, data: Path) -> tuple[int, int]:
+        """Return how many windows of `data`, written by `write_quiet`, were watched, and in how many it raised."""
+        reply = self.ask("quiet", data, windows=self.kit.watched)
+        return reply["windows"], reply["alarms"]
+
     def seconds_per_row(self) -> float:
+        assert self.data is not None
         reply = self.ask("cost", self.data, windows=self.kit.timed)
         return float(reply["cpu_s"] / reply["rows"])
 

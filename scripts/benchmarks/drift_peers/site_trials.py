@@ -85,6 +85,7 @@ class Site(msgspec.Struct, frozen=True):
     state: DriftState
     rows: Floats  # of the stream behind the learned ones, the class included
     t: Whole
+    learned: Floats  # rows, the class included
 
 
 def shipped_monitor(population: Population, rows: int, seed: int = 0) -> DriftMonitor:
@@ -118,7 +119,7 @@ def learn(monitor: DriftMonitor, population: Population, rows: int, site: int, s
         at, size = at + size, rows
     if state.site_reference is None:
         return None
-    return Site(monitor, state, data[at:], t[at:])
+    return Site(monitor, state, data[at:], t[at:], data[:at])
 
 
 def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount) -> None:

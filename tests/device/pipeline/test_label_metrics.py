@@ -52,6 +52,7 @@ class Device:
     max_bytes: int = 120_000
     boot_s: float = 100.0
     shift: float = 0.0  # of all values
+    promised: int = 95  # of 100 answers that are right, however sure
     store: Store = field(init=False)
     task: LoadedTask = field(init=False)
     author: MessageLog = field(init=False)
@@ -64,9 +65,9 @@ class Device:
         manifest, reference = self.active.bundle.manifest, self.active.reference
         assert reference is not None
         if manifest.kind == "classify":
-            # As a bundle packed with a score table: 95 of 100 answers right, however sure.
+            # As a bundle packed with a score table.
             count = np.full(32, 100)
-            reference = replace(reference, score_n=count, score_correct=count - 5)
+            reference = replace(reference, score_n=count, score_correct=np.full(32, self.promised))
         judge = DriftMonitor(reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20)
         chosen = config.TaskConfig(
             stream="watch", bundle="tiny", slices=["site", config.BinnedField(field="a", edges=[0.0])]
@@ -273,11 +274,26 @@ def test_an_expected_accuracy_that_labels_contradict_says_so(make: Make) -> None
     assert raised, f"the readings moved from row {shifted} on"
     assert all(entry.summary.endswith(" Labels contradict this expected accuracy.") for entry in raised)
 
-    device.label(range(401, 1001), right)
+    device.label(range(401, 1001), lambda row: right(row) if row % 20 else other(row))
     device.turn()
     assert ("certainty", "cleared") in {(entry.subject, entry.state) for entry in device.alerts()}
     device.feed(100)
     assert "outside" not in device.sent(DriftPayload)[-1].estimate
+
+
+def test_labels_that_are_better_than_expected_contradict_the_estimate_without_an_alert(make: Make) -> None:
+    device = make(promised=60)
+    device.feed(200)
+    device.label(range(1, 201), right)
+    assert device.turn() == 0
+    device.feed(100)
+    assert "outside" not in device.sent(DriftPayload)[0].estimate
+    assert device.sent(DriftPayload)[-1].estimate["outside"] is True
+    device.label(range(201, 301), lambda row: right(row) if row % 5 < 3 else other(row))
+    device.label(range(1, 201), lambda row: right(row) if row % 5 < 3 else other(row))
+    device.turn()
+    device.feed(100)
+    assert "outside" not in device.sent(DriftPayload)[-1].estimate, "six in ten are right, as expected"
 
 
 def test_accuracy_that_falls_later_is_silent_decay(make: Make) -> None:

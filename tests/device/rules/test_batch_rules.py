@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from agent.config import AlertRuleConfig, TaskConfig
-from agent.device.rules import batch_rules, rule_store
-from agent.device.rules.batch_rules import BatchResults, TaskRuleStates
+from agent.device.rules import batch_rules, health, rule_store
+from agent.device.rules.batch_results import BatchResults
+from agent.device.rules.batch_rules import TaskRuleStates
 from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.quantities import Duration
@@ -292,8 +293,9 @@ def test_a_summary_with_steering_characters_is_sent_as_it_is_and_with_braces(
 
 
 def test_results_with_too_much_missing_input_do_not_count_for_a_rule_about_healthy_ones(
-    make_device: Callable[..., Device],
+    make_device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(health, "MAX_PENDING", 0)
     healthy = AlertRuleConfig(name="healthy", label="left", only_healthy=True)
     device = make_device(healthy, AlertRuleConfig(name="any", label="left"))
     rows = rows_of("l")
@@ -321,27 +323,84 @@ def test_results_while_a_fault_alert_is_open_do_not_count(make_device: Callable[
 
 
 def _record_health(
-    flags: list[bool], evaluate: Callable[..., Any], rules: Any, before: Any, results: BatchResults, **more: Any
+    flags: dict[int, bool], advance: Callable[..., Any], rule: Any, state: Any, results: BatchResults
 ) -> Any:
-    flags.extend(results.is_healthy.tolist())
-    return evaluate(rules, before, results, **more)
+    flags |= dict(zip(results.rows.tolist(), results.is_healthy.tolist(), strict=True))
+    return advance(rule, state, results)
 
 
-def test_a_fault_counts_from_the_end_of_the_drift_window_that_shows_it(make_device: Callable[..., Device]) -> None:
-    """Learn a site, hold one field at one value, and compare health by rows with that of batches of another size."""
-    healthy_by_size = []
-    for number, size in enumerate((40, 7)):
+def test_results_of_a_drift_window_with_a_fault_do_not_count_however_rows_are_split(
+    make_device: Callable[..., Device],
+) -> None:
+    flags_by_size: list[dict[int, bool]] = []
+    for number, size in enumerate((40, 7, 250)):
         device = make_device(msgspec.structs.replace(FALL, only_healthy=True), name=f"h{number}")
         rows = CLASSIFY.rows(800)
-        rows[500:, 0] = 1.25
-        flags: list[bool] = []
+        rows[500:700, 0] = 1.25
+        flags: dict[int, bool] = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batch_rules, "evaluate", partial(_record_health, flags, batch_rules.evaluate))
+            patch.setattr(batch_rules, "_advance", partial(_record_health, flags, batch_rules._advance))
             run_in_parts(device, rows, [size] * (len(rows) // size))
-        healthy_by_size.append(flags)
-    assert healthy_by_size[0] == healthy_by_size[1]
-    assert all(healthy_by_size[0][:500])
-    assert not any(healthy_by_size[0][560:])
+        flags_by_size.append(flags)
+    assert flags_by_size[0] == flags_by_size[1] == flags_by_size[2]
+    # A drift window has 20 model windows of a row each. The alert clears after three windows without the fault.
+    assert [row for row, is_healthy in flags_by_size[0].items() if not is_healthy] == list(range(501, 761))
+
+
+def test_a_result_counts_once_its_drift_window_is_judged_also_after_a_restart(
+    make_device: Callable[..., Device],
+) -> None:
+    device = make_device(msgspec.structs.replace(FALL, only_healthy=True))
+    # Rows that repeat would be a fault.
+    rows = rows_of("lll" + "-r" * 8 + "-") + np.random.default_rng(2).normal(0, 0.2, (20, 4)).astype(np.float32)
+    device.feed(rows[:17])
+    device.run_all()
+    device.restart()
+    device.feed(rows[17:19])
+    device.run_all()
+    assert states(device) == []
+    device.feed(rows[19:])
+    device.run_all()
+    assert [(state, row) for _, state, _, row in states(device)] == [("raised", 3), ("cleared", 8)]
+    assert "seq" not in alerts(device)[0].evidence
+
+
+def test_a_longer_drift_window_holds_back_no_more_results_than_the_limit(
+    make_device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "MAX_PENDING", 4)
+    device = make_device(msgspec.structs.replace(FALL, only_healthy=True))
+    device.feed(rows_of("lllr"))
+    device.run_all()
+    assert states(device) == []
+    device.feed(rows_of("rrr"))
+    device.run_all()
+    assert [(state, row) for _, state, _, row in states(device)] == [("raised", 3)]
+
+
+def test_results_of_another_bundle_do_not_wait(make_device: Callable[..., Device]) -> None:
+    device = make_device(msgspec.structs.replace(FALL, only_healthy=True))
+    device.feed(rows_of("lll"))
+    device.run_all()
+    waiting = rule_store.load(device.store, "tiny").pending
+    unpacked = waiting.unpack(device.task.bundle.digest)
+    assert unpacked is not None
+    assert unpacked.rows.tolist() == [1, 2, 3]
+    assert unpacked.labels == ["left"] * 3
+    assert waiting.unpack("sha256:other") is None
+    assert msgspec.structs.replace(waiting, columns={"rows": b"1"}).unpack(waiting.bundle) is None
+
+
+@pytest.mark.parametrize("recipe", [SEVERAL, REGRESS], ids=["multi-label", "regression"])
+def test_every_output_waits_and_comes_back(make_device: Callable[..., Device], recipe: Recipe) -> None:
+    condition = {"label": "warm"} if recipe is SEVERAL else {"value": "> 0"}
+    rule = AlertRuleConfig(name="x", **condition)  # type: ignore[arg-type]
+    at_once = make_device(rule, recipe=recipe, name="at-once")
+    waiting = make_device(msgspec.structs.replace(rule, only_healthy=True), recipe=recipe, name="waiting")
+    for device, sizes in ((at_once, [60]), (waiting, [7] * 9)):
+        run_in_parts(device, recipe.rows(60), sizes)
+    assert states(at_once)
+    assert sorted(states(waiting)) == sorted(states(at_once))
 
 
 def test_a_device_without_rules_stores_no_state_of_them(make_device: Callable[..., Device]) -> None:

@@ -142,8 +142,8 @@ def test_the_range_of_a_second_value_and_its_name_are_checked() -> None:
         ),
         (
             {"value": "> 80", "clear": "< 75", "for_": "2 h", "only_healthy": True},
-            "warning when results have value > 80 for 2 h; clears when results have value < 75 for 2 h; results with a "
-            "known sensor fault or too much missing input do not count",
+            "warning when results have value > 80 for 2 h; clears when results have value < 75 for 2 h; a result "
+            "counts when its drift window closes, never with a sensor fault or too much missing input",
         ),
         (
             {"label": "left", "score": ">= 0.9", "clear": "< 0.5"},

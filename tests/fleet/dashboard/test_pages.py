@@ -160,9 +160,9 @@ def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(da
     desk = dashboard.dashboard.desk
     assert desk is not None
     now_us = clock.read().wall_us
+    sender, steps = enrolled(dashboard.store, "pi-50"), (("shadow", 100.0), ("all", 100.0))
     with dashboard.store.transaction() as db:
-        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(rules=promotion(min_devices=1)))
-    sender = enrolled(dashboard.store, "pi-50")
+        actions.start(db, RolloutOperator(desk.key, FLEET, now_us), 1, plan(*steps, rules=promotion(min_devices=1)))
     dashboard.add(sender, sender.rollout("shadow"), *(sender.shadow() for _ in range(6)))
     page = dashboard.get(f"/rollouts/{NAME}").text
     assert "signed by the operator" in page
@@ -197,3 +197,22 @@ def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path
         file = dashboard.folder / "audit" / "checkpoint.json"
         file.write_text(file.read_text().replace("acme", "acne"))
         assert "cannot be believed" in dashboard.get("/audit").text
+
+
+def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:
+    with served(tmp_path / "acme", database=postgres_url, local_role="admin") as dashboard:
+        page = wait_until_shown(dashboard, "/fleet", "gain loss")
+        assert "exercise 1.0.0" in page
+        found = re.search(r"/messages/[^\"]+", page)
+        ref = re.search(r"/incidents/[0-9a-f]{12}", dashboard.get("/incidents").text)
+        assert found is not None
+        assert ref is not None
+        paths = ["/incidents?status=all", ref[0], "/devices/pi-07?range=all", "/devices/pi-07/results.json?range=all"]
+        paths += ["/devices/pi-07/drift.svg?range=all", "/tasks", "/tasks/exercise", "/models", "/models/exercise"]
+        for path in [*paths, "/rollouts", "/audit", "/accounts", found[0]]:
+            assert dashboard.get(path).status == 200, path
+        assert "verified now" in dashboard.get(found[0]).text
+        assert dashboard.post(ref[0], {"action": "acknowledge"}).status == 303
+        assert dashboard.post("/devices/pi-07/label", {"task": "exercise", "row": "1", "label": "FEL"}).status == 303
+        cookie = dashboard.sign_in("vera")
+        assert dashboard.get("/fleet", cookie).status == 200

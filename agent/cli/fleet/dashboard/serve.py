@@ -97,7 +97,7 @@ def dashboard(
     actions = "with the operator's key" if desk else "read-only"
     url = f"{listener.scheme}://{shown}:{listening.getsockname()[1]}/"
     echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
-    server = create_server(create_app(served, make_host_policy([host, *hosts])), listener)
+    server = create_server(create_app(served, make_host_policy([host, *hosts])), listener, served.feed.end)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
 

@@ -128,7 +128,7 @@ def verified_link(device: str, log: str, seq: int, *, words: bool = False) -> Ma
         return Markup("")
     text = Markup('<span class="words">verified</span>') if words else Markup("")
     title = f"signed message {seq} of {printable(device)}"
-    link = '<a class="verified" href="{}" title="{}" aria-label="verified: {}"><svg class="tick" aria-hidden="true"'
+    link = '<a class="verified" href="{}" title="{}" aria-label="verified: {}"><svg class="mark" aria-hidden="true"'
     link += ' viewBox="0 0 16 16"><path d="M3 8.5 6.5 12 13 4.5"/></svg>{}</a>'
     return Markup(link).format(message_path(device, log, seq), title, title, text)
 

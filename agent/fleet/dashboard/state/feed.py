@@ -20,6 +20,7 @@ POLL_S = 1.0
 MAX_LISTENERS = 200
 _PING_S = 15.0
 _MAX_NAMED = 50
+_END = ""
 _REVISIONS = """
     SELECT (SELECT count(*) FROM decisions), (SELECT max(time) FROM decisions),
            (SELECT count(*) FROM alert_handling), (SELECT max(acknowledged_at) FROM alert_handling),
@@ -73,13 +74,20 @@ class ChangeFeed:
             yield f"retry: 3000\ndata: {self._event}\n\n"
             while True:
                 try:
-                    yield f"data: {await asyncio.wait_for(queue.get(), _PING_S)}\n\n"
+                    event = await asyncio.wait_for(queue.get(), _PING_S)
+                    if event == _END:
+                        return
+                    yield f"data: {event}\n\n"
                 except TimeoutError:
                     if not await still_allowed():
                         return
                     yield ": alive\n\n"
         finally:
             self._listeners.discard(queue)
+
+    def end(self) -> None:
+        """End every stream: the server stops."""
+        self._send(_END)
 
     @property
     def is_full(self) -> bool:

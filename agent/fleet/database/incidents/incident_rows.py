@@ -20,7 +20,8 @@ _INCIDENTS = """
            r.summary, r.revision, r.seq AS raised_seq, s.time AS raised, n.state AS last_state,
            n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until,
            h.muted_by, h.muted_at, h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
-           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE) THEN 'cleared'
+           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE)
+                     OR q.device IS NOT NULL THEN 'cleared'
                 WHEN h.muted_until > :now THEN 'muted'
                 WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
                 ELSE 'raised' END AS status
@@ -33,6 +34,7 @@ _INCIDENTS = """
     JOIN alerts r ON r.device = k.device AND r.log = k.log AND r.seq = k.raised AND r.source = k.source
     JOIN alerts s ON s.device = k.device AND s.log = k.log AND s.seq = k.began AND s.source = k.source
     LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
+    LEFT JOIN retired_devices q ON q.device = k.device
     LEFT JOIN alert_handling h ON h.source = k.source AND h.device = k.device AND h.log = k.log AND h.id = k.id
 """
 _FILTER = """

@@ -221,7 +221,8 @@ def gather(
     collectors = _Collectors(as_of_us, newest_logs)
     incidents, decisions = collectors.incidents, collectors.decisions
     signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
-    audit_report = _run_audit(store, [signer.key for signer in signers.values()], advance)
+    collector_keys = [parse_public_key(key.key) for key in roles if key.role == "collector"]
+    audit_report = _run_audit(store, [signer.key for signer in signers.values()], collector_keys, advance)
     collectors.read(queries, MessageVerifier(store), signers.get)
     rollouts = queries.load_rollouts()
     keys, broken = trusted_keys.build_device_keys(queries.load_keys())
@@ -279,9 +280,14 @@ def _resolve_as_of(as_of: str | None, last_received: str | None, database: str) 
     return as_of
 
 
-def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
+def _run_audit(
+    store: FleetStore,
+    operators: Sequence[PublicKey],
+    collectors: Sequence[PublicKey],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
     """Return the audit report. Each list holds its first entries and has a count beside it."""
-    report = audit.audit(store, progress=advance, operators=operators).to_dict()
+    report = audit.audit(store, progress=advance, operators=operators, collectors=collectors).to_dict()
     lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")}
     undeclared = [gap for gap in report["gaps"] if not gap["declared"]]
     counts = {f"{name}_count": len(listed) for name, listed in lists.items() if name != "invalid"}

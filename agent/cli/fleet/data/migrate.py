@@ -1,0 +1,70 @@
+"""`outstation fleet migrate`: copy the fleet database from SQLite to PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.cli.fleet.common import fleet_option, print_lines, processes_option, progress_bar
+from agent.cli.output import emit, json_option
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.database.interface import is_postgresql
+
+
+@click.command("migrate", epilog="Example: outstation fleet migrate --to postgresql://outstation@db.example.org/acme")
+@click.option("--from", "source_url", metavar="URL", help="SQLite database; default that of fleet.toml.")
+@click.option("--to", "target_url", metavar="URL", required=True, help="Empty PostgreSQL database: postgresql://…")
+@processes_option
+@fleet_option
+@json_option
+def migrate(source_url: str | None, target_url: str, processes: int, folder: str | None, as_json: bool) -> None:
+    """Copy a SQLite database to PostgreSQL, and audit the copy.
+
+    Stop the collector before. An interrupted copy goes on when the command runs again. Then set `db` in fleet.toml to
+    the new database, and start the collector.
+    """
+    from agent.fleet.audit.audit import audit
+    from agent.fleet.database.maintenance import copying
+    from agent.fleet.database.store import FleetStore
+
+    config = fleet_config.load(fleet_config.find_folder(folder))
+    location = fleet_config.resolve_database(source_url, Path.cwd()) if source_url else config.fleet.db
+    target_location = fleet_config.resolve_database(target_url, Path.cwd())
+    if is_postgresql(location) or not is_postgresql(target_location):
+        raise UsageError(
+            "fleet migrate copies from SQLite to PostgreSQL: --from sqlite:///fleet.db --to postgresql://…"
+        )
+    if not Path(location).exists():
+        raise UsageError(f"{location}: no such database; name it with --from")
+    with (
+        contextlib.closing(FleetStore(location)) as source,
+        contextlib.closing(FleetStore(target_location, partitions=config.fleet.partitions)) as target,
+    ):
+        with progress_bar("copying", source.count_messages()) as advance:
+            rows = copying.copy(source, target, advance)
+        with progress_bar("auditing", target.count_messages()) as advance:
+            operators = fleet_config.load_trusted_keys(config)
+            collectors = fleet_config.load_collector_keys(config)
+            report = audit(target, None, advance, operators, processes, collectors).to_dict()
+        if report["passed"]:
+            copying.finish(target)
+    document = {"passed": report["passed"], "rows": rows, "audit": report}
+    emit(document, as_json, lambda: print_lines(*_report_lines(document, target.name)))
+    if not report["passed"]:
+        sys.exit(1)
+
+
+def _report_lines(document: dict[str, Any], target: str) -> Iterator[str]:
+    audit = document["audit"]
+    yield f"{sum(document['rows'].values())} rows of {len(document['rows'])} tables copied to {target}"
+    if document["passed"]:
+        yield f"its audit passed: {audit['messages']} messages of {audit['devices']} devices"
+        yield "set db in [fleet] of fleet.toml to the new database, and start the collector; keep the old file"
+    else:
+        yield f"its audit FAILED: {audit['invalid_count']} invalid; audit the SQLite database, which says the same"

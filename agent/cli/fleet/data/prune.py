@@ -1,0 +1,62 @@
+"""`outstation fleet prune`: remove what `[retention]` no longer covers, with a signed statement of what went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent import clock
+from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
+from agent.cli.output import emit, json_option
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.database.maintenance.retention import Retention
+
+if TYPE_CHECKING:
+    from agent.fleet.retention.prune import PruneReport
+
+
+@click.command("prune", epilog="Example: outstation fleet prune --dry-run")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@db_option
+@fleet_option
+@json_option
+def prune(dry_run: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Remove messages, results and drift windows that are older than [retention] in fleet.toml allows.
+
+    A statement of what went, signed with the collector's key, stays for each device: `fleet audit` still verifies what
+    stays, and says what went. Open alerts stay. A device whose messages do not verify keeps everything.
+    """
+    from agent.fleet.retention.prune import prune as run_prune
+    from agent.wire import keys
+
+    config = fleet_config.load(fleet_config.find_folder(folder))
+    if config.retention == Retention():
+        raise UsageError(
+            'fleet.toml has no [retention], so everything stays; add, for example: [retention] messages = "365 d"'
+        )
+    key = None if dry_run else keys.load_private(Path(config.collector.key_file))
+    with open_store(config, db) as store:
+        report = run_prune(
+            store,
+            config.retention,
+            config.fleet.name,
+            key,
+            fleet_config.load_collector_keys(config),
+            clock.read().wall_us,
+        )
+    emit(report, as_json, lambda: print_lines(*_report_lines(report)))
+
+
+def _report_lines(report: PruneReport) -> Iterator[str]:
+    verb = "would go" if report.dry_run else "went"
+    for pruned in report.devices:
+        tables = "".join(f", {count} rows of {table}" for table, count in sorted(pruned.tables.items()))
+        yield f"{pruned.device}: {pruned.messages} messages{tables} {verb}"
+    for device, reason in report.refused.items():
+        yield f"{device}: everything stays: {reason}"
+    if not report.devices and not report.refused:
+        yield "Nothing is older than [retention] allows."

@@ -1,0 +1,1 @@
+"""Maintenance of the fleet database: pruning of old rows, copying between databases."""

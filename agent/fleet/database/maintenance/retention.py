@@ -1,0 +1,17 @@
+"""Section [retention] of fleet.toml: how long messages, results and drift windows stay in the fleet database."""
+
+from __future__ import annotations
+
+from agent.quantities import Duration
+from agent.toml_files import Section
+
+# Rollouts, alerts and the collector itself need the last hours of each device.
+MIN_RETENTION_S = 86_400.0
+
+
+class Retention(Section, frozen=True):
+    """How long after its arrival each stays; without a key, forever. With a message its rows go from every table."""
+
+    messages: Duration | None = None
+    results: Duration | None = None
+    drift_windows: Duration | None = None

@@ -1,0 +1,1 @@
+"""Retention: old evidence goes, and a signed statement of what went stays."""

@@ -1,0 +1,92 @@
+"""Statements of the dashboard: each reads a few rows by an index, in both databases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+
+from agent.fleet.dashboard.state import feed
+from agent.fleet.database.dashboard import accounts, devices, history, messages, results
+from agent.fleet.database.store import FleetStore
+from tests.kit.dashboards import enrolled, health
+
+# Tables that grow with the messages.
+LARGE = {"messages", "results", "drift_windows", "alerts", "metrics", "quality_messages", "rollout_devices", "anchors"}
+
+
+def statements() -> Iterator[tuple[str, str]]:
+    modules: list[ModuleType] = [accounts, devices, feed, history, messages, results]
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, str) and name.strip("_").isupper() and re.search(r"\bSELECT\b", value):
+                yield f"{module.__name__.rpartition('.')[2]}.{name}", value
+
+
+STATEMENTS = dict(statements())
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_no_statement_scans_a_large_table(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    sql = STATEMENTS[name]
+    with store.snapshot() as db:
+        plan = [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", (None,) * sql.count("?"))]
+    store.close()
+    scans = [step for step in plan if (found := re.match(r"SCAN (\w+)", step)) and found[1] in LARGE]
+    assert scans == [], plan
+
+
+def test_a_time_is_found_among_rows_without_reading_them_all(store: FleetStore) -> None:
+    sender = enrolled(store, "pi-01", 1)
+    begin, step = 1_795_000_000_000_000, 1_000_000
+    rows = [("pi-01", "exercise", n, begin + n * step, "PEN", 0.5, None, sender.log, n) for n in range(1, 3001)]
+    columns = "device, task, row, t, label, score, value, log, seq"
+    with store.transaction() as db:
+        db.executemany(f"INSERT INTO results ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    with store.snapshot() as db:
+        found, sampled = results.load_series(db, "pi-01", "exercise", begin + 100 * step, begin + 110 * step, 800)
+        assert [row[0] for row in found] == [*range(100, 111)]
+        assert not sampled
+        found, sampled = results.load_series(db, "pi-01", "exercise", -(2**63), begin + 10**15, 100)
+        assert sampled
+        assert 100 <= len(found) <= 101
+        assert (found[0][0], found[-1][0]) == (1, 3000) or found[-1][0] > 2960
+        late = results.load_series(db, "pi-01", "exercise", begin + 5000 * step, begin + 10**15, 100)
+        assert late == ([], False)
+        assert results.load_series(db, "pi-01", "other", 0, begin, 10) == ([], False)
+
+
+def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) -> None:
+    from agent.fleet.dashboard.state.fleet_state import FleetState
+    from agent.fleet.database.ingest import Arrival
+
+    sender, state = enrolled(store, "pi-01", 1), FleetState()
+    sent = [sender.results(), sender.drift("drift"), health(sender, waiting=5), sender.alert()]
+    store.ingest([Arrival(sender.verify(item)) for item in sent], [], "2026-11-24T22:20:00.000000Z")
+    with store.snapshot() as db:
+        assert state.refresh(db) == {"pi-01"}
+        assert state.refresh(db) == set()
+    device = state.devices["pi-01"]
+    assert (device.backlog, device.drift, device.severity, device.through) == (5, "drift", "warning", 4)
+    assert [task.name for task in device.tasks] == ["exercise"]
+    later = [sender.alert(state="cleared"), health(sender, waiting=0)]
+    store.ingest([Arrival(sender.verify(item)) for item in later], [], "2026-11-24T22:21:00.000000Z")
+    with store.snapshot() as db:
+        assert state.refresh(db) == {"pi-01"}
+    assert (state.devices["pi-01"].backlog, state.devices["pi-01"].alerts) == (0, [])
+    with store.transaction() as db:
+        db.execute("UPDATE keys SET revoked = '2026-11-25T00:00:00Z'")
+        db.execute("UPDATE meta SET value = value + 1 WHERE name = 'keys_version'")
+    with store.snapshot() as db:
+        assert state.refresh(db) == {"pi-01"}
+    assert state.devices["pi-01"].status(0) == "revoked"
