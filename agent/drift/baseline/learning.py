@@ -27,10 +27,10 @@ from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.baseline.symptoms import measure_symptoms
 from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
-from agent.drift.detectors import daily_cycle, moments, outliers
+from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
-from agent.drift.numeric import divergence
+from agent.drift.numeric import divergence, outliers
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
 from agent.errors import BadBundle

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.detectors.outliers import MIN_SD
+from agent.drift.numeric.outliers import MIN_SD
 from agent.drift.numeric.sums import median
 
 MAX_MODES = 4
