@@ -70,6 +70,18 @@ class Authority(Section, frozen=True):
     key_file: str
 
 
+class MetricsConfig(Section, frozen=True):
+    """Section [metrics]: `listen` is the address of the collector's `/metrics`, none without.
+
+    The bearer token in `token_file` also opens `/metrics` of the dashboard.
+    """
+
+    listen: str = ""
+    token_file: str | None = None
+    cert_file: str | None = None
+    tls_key_file: str | None = None
+
+
 class Repository(Section, frozen=True):
     """Source of bundles for devices: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
 
@@ -91,6 +103,7 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
     quota: Quota = Quota()
+    metrics: MetricsConfig = MetricsConfig()
     homeassistant: HomeAssistantConfig | None = None
     retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
@@ -138,6 +151,9 @@ def load(folder: Path) -> FleetConfig:
     if config.quota.messages_per_s * config.quota.burst_s < 1:
         problem = f"no message ever passes: less than one in burst_s = {config.quota.burst_s:g}; raise one of both"
         raise ConfigError(str(path), "quota.messages_per_s", problem)
+    if (config.metrics.cert_file is None) != (config.metrics.tls_key_file is None):
+        problem = "cert_file and tls_key_file belong together; set both or neither"
+        raise ConfigError(str(path), "metrics.cert_file", problem)
     _check_retention(str(path), config.retention)
     base = path.resolve().parent
     bridge = config.homeassistant
@@ -153,7 +169,8 @@ def load(folder: Path) -> FleetConfig:
         return replace(section, **{name: str(base / file) for name, file in files.items() if file is not None})
 
     sections = {
-        name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "broker_admin", "ca")
+        name: getattr(config, name)
+        for name in ("broker", "collector", "operator", "commander", "broker_admin", "ca", "metrics")
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))

@@ -86,9 +86,13 @@ ONLY = {
         *(f"agent.fleet.dashboard.security.{name}" for name in ("access", "guard")),
         *(f"agent.fleet.dashboard.pages.{name}" for name in ("account", "device", "fleet", "incidents", "message")),
         *(f"agent.fleet.dashboard.pages.{name}" for name in ("audit", "models", "rollouts", "tasks", "visit")),
+        "agent.fleet.metrics.endpoint",
     },
     "uvicorn": {"agent.fleet.dashboard.server"},
     "jinja2": {"agent.fleet.dashboard.pages.views", "agent.fleet.dashboard.pages.visit"},
+    "prometheus_client": {
+        f"agent.fleet.metrics.{name}" for name in ("collector_families", "device_families", "exporter")
+    },
     "itsdangerous": {"agent.fleet.dashboard.security.access"},
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},
 }
@@ -400,14 +404,17 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             {
                 "agent.cli",
                 "agent.device",
+                "agent.fleet.metrics",
                 "agent.notify.notifier",
                 "smtplib",
                 "ai_edge_litert",
                 "cyclonedx",
                 "iotcore",
                 "jwt",
+                "prometheus_client",
                 "pyarrow",
                 "rich",
+                "starlette",
                 "tuf",
             },
         ),

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,9 @@ from agent.fleet.database.interface import display_name
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.collector.collector import Collector
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +82,32 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        with _notifying(config, store.location), _publishing(config, store, lambda: collector.is_leader):
+        with (
+            _notifying(config, store.location),
+            _publishing(config, store, lambda: collector.is_leader),
+            _serving_metrics(config, str(store.location), collector),
+        ):
             collector.run()
+
+
+@contextlib.contextmanager
+def _serving_metrics(config: FleetConfig, location: str, collector: Collector) -> Iterator[None]:
+    """Serve the metrics of `collector` meanwhile, if [metrics] listen says where."""
+    if not config.metrics.listen:
+        yield
+        return
+    from agent.fleet.metrics.collector_families import build_families
+    from agent.fleet.metrics.endpoint import MetricsListener
+    from agent.fleet.metrics.exporter import DatabaseExporter
+
+    name, share = config.fleet.name, collector.share or ""
+    exporter = DatabaseExporter(name, location, lambda: build_families(name, share, collector.statistics, config.quota))
+    listener = MetricsListener(config.metrics, exporter)
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
 
 
 @contextlib.contextmanager

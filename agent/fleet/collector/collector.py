@@ -20,6 +20,7 @@ from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorL
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
+from agent.fleet.collector.statistics import CollectorStatistics
 from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
@@ -101,6 +102,7 @@ class Collector:
         self._quotas = DeviceQuotas(quota) if quota is not None else None
         self._encryption_keys = encryption_keys
         self.stored_count = 0
+        self.statistics = CollectorStatistics()
         self._open_link = open_link or self._connect
         self._held: list[_Held] = []
         self._retry = Backoff()
@@ -128,6 +130,7 @@ class Collector:
             try:
                 self._link = self._open_link()
                 name = f" as {self.share}" if self.share else ""
+                self.statistics.is_connected = True
                 logger.info("connected; collecting fleet %s%s", self.fleet, name)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
@@ -147,6 +150,7 @@ class Collector:
     def tick(self, link: CollectorLink, timeout_s: float) -> None:
         """Receive for `timeout_s`, store the messages, then acknowledge them to the broker and to their devices."""
         self._receive(link, timeout_s)
+        self.statistics.set_held(len(self._held), time.monotonic())
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
         # Gaps that were reported a while ago and are still open are requested.
@@ -182,6 +186,7 @@ class Collector:
             logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
         finally:
             self.acknowledger.requeue_in_flight()
+            self.statistics.is_connected = False
             self._link = None
             link.close()
 
@@ -222,10 +227,13 @@ class Collector:
         except StorageError as error:
             delay = self._retry.next_delay()
             self._retry_at = time.monotonic() + delay
+            self.statistics.storage_failures += 1
             logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
             return
         self._retry.reset()
         del self._held[: len(batch)]
+        self.statistics.waiting_since_s = None
+        self.statistics.set_held(len(self._held), time.monotonic())
         for held in batch:
             link.acknowledge(held.delivery)
         if not self._broker.tls:
@@ -255,6 +263,8 @@ class Collector:
                     refusals.append(_build_refusal(refused, arrival.message))
             self.store.ingest([], refusals, now)
         self.stored_count += outcomes.count("new")
+        self.statistics.outcomes.update(outcomes)
+        self.statistics.refusals.update(refusal.reason for refusal in refusals)
         self._report_refusals(refusals)
         self._leader_tasks.record_batch(arrivals, refusals)
         stored = zip(arrivals, outcomes, strict=True)
