@@ -329,6 +329,14 @@ DAMAGED_MESSAGES = AlertKind(
     "Replace the card.",
     _ONE_EVENT,
 )
+TOO_LARGE = AlertKind(
+    *("Message too large for the broker", "storage", "outbox", "storage/too-large", "warning", "device"),
+    "Messages are above the largest packet that the broker takes. They stay on the device, others go on.",
+    "A broker with a low limit (Mosquitto: `max_packet_size`); a higher `[broker] max_message_bytes` than it takes.",
+    "Raise the broker's limit: the device then sends them. Lower `[broker] max_message_bytes` so that later ones are "
+    "split.",
+    "Once none of them waits: the broker took them, or the device evicted and declared them.",
+)
 DAMAGED_ROWS = AlertKind(
     *("Damaged readings", "storage", "{stream}", "storage/{row}", "critical", "task"),
     "Stored readings failed their checksum. They have no results and are kept in table `quarantined_rows`.",

@@ -28,6 +28,7 @@ _COMMANDS = {
     "status": ("agent.cli.device.status:status", "Show backlog, tasks, bundles, outbox, clock and alerts."),
     "results": ("agent.cli.device.results:results", "Show what the models said last, and follow it."),
     "tail": ("agent.cli.device.tail:tail", "Show the newest readings of a stream, and follow them."),
+    "metrics": ("agent.cli.metrics:metrics", "Show numbers of this device for Prometheus."),
     "disclose": ("agent.cli.device.disclose:disclose", "Show an auditor the rows behind a signed message."),
     "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),

@@ -142,6 +142,7 @@ class Daemon:
         self._remote_commands = make_commands(self._runtime, self._updater)
         self._health_reporter.extra_members = lambda now: {
             "throttle": self._throttle.status.to_dict(),
+            "units": self._list_units(),
             **self._updater.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
@@ -352,6 +353,11 @@ class Daemon:
         for scheduled in ready:
             self._run_batches(scheduled, now)
         return any(name in self._unfinished and not self._is_backing_off(name, self._now()) for name in names)
+
+    def _list_units(self) -> dict[str, list[str]]:
+        """Return the units of each task's values, where its bundle names them."""
+        units = ((each.task.name, each.task.bundle.manifest.output.units) for each in self._scheduled_tasks)
+        return {name: texts for name, texts in units if any(texts)}
 
     def _list_stalled_tasks(self) -> set[str]:
         return self._stuck | {scheduled.task.name for scheduled in self._scheduled_tasks if scheduled.paused}

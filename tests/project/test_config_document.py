@@ -30,6 +30,7 @@ SECTIONS: dict[str, Any] = {
     "[models]": config.ModelsConfig,
     "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
+    "[homeassistant]": config.HomeAssistantConfig,
     "[notify]": NotifyConfig,
     **{f"target {kind.__struct_config__.tag}": kind for kind in get_args(Target)},
     "routes": NotifyRoute,

@@ -363,7 +363,7 @@ def audit(
     if export_folder is not None:
         from agent.fleet.export.check import check_export
 
-        document["export"] = check_export(store, export_folder, config.fleet.name).to_dict()
+        document["export"] = check_export(store, export_folder, config.fleet.name, collectors).to_dict()
         document["passed"] &= document["export"]["passed"]
     emit(document, as_json, lambda: print_lines(*_audit_lines(document)))
     if not document["passed"]:
@@ -413,7 +413,7 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         yield (
             f"export {exported['folder']}: {exported['rows']} rows of {exported['messages']} messages in "
             f"{exported['files']} files, {exported['problem_count']} problems, {exported['pending']} messages not "
-            f"exported yet, {exported['leftovers']} files of an interrupted run"
+            f"exported yet, {exported['pruned']} pruned since, {exported['leftovers']} files of an interrupted run"
         )
         yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:

@@ -302,6 +302,15 @@ class Store:
         messages = [OutboxMessage.from_row(row) for row in rows]
         return messages if after is not None else messages[::-1]
 
+    def newest_by_topic(self, after: int) -> list[bytes]:
+        """Return the newest stored payload of each topic with seq > `after`, oldest first, without damaged ones."""
+        sql = f"""
+            SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN (SELECT max(seq) FROM outbox WHERE seq > ? GROUP BY topic)
+            ORDER BY seq
+        """
+        messages = map(OutboxMessage.from_row, self._fetch_all(sql, after))
+        return [message.payload for message in messages if message.intact]
+
     def pending_messages(self, seqs: Sequence[int]) -> list[OutboxMessage]:
         """Return the messages among `seqs` that are in the outbox and not acknowledged."""
         acknowledged = self.acknowledged()

@@ -20,7 +20,7 @@ from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.quantities import Duration
 from agent.wire.messages import AlertPayload, ResultsPayload
-from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, REGRESS, SEVERAL, Floats, Recipe, activated
+from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, FLOAT, REGRESS, SEVERAL, Floats, Recipe, activated
 from tests.kit.devices import NOW, Device
 
 FALL = AlertRuleConfig(
@@ -232,6 +232,20 @@ def test_states_that_cannot_be_read_start_anew(make_device: Callable[..., Device
     with device.store.transaction() as tx:
         tx.save_state("tiny", "alert rules", b"{\xff")
     assert rule_store.load(device.store, "tiny") == TaskRuleStates()
+
+
+def test_a_rule_goes_on_when_another_bundle_runs(make_device: Callable[..., Device]) -> None:
+    device = make_device(FALL)
+    device.feed(rows_of("lll"))
+    device.run_all()
+    device.active = activated(FLOAT)
+    device.restart()
+    device.feed(rows_of("rrrrr"))
+    device.run_all()
+    assert [(identity, state, row) for identity, state, _, row in states(device)] == [
+        ("tiny/fall/result/1", "raised", 3),
+        ("tiny/fall/result/1", "cleared", 8),
+    ]
 
 
 # --- other outputs ---
