@@ -56,6 +56,11 @@ class ChangeFeed:
                 logger.warning("%s", problem)
             # What comes back may be another database.
             self.state.forget()
+        except Exception:
+            # The feed of all pages goes on, whatever a row holds.
+            problem = "the state of the fleet cannot be read; the dashboard's log names the cause"
+            if not self.state.problem:
+                logger.exception("%s", problem)
         else:
             last = self._revisions or revisions
             changed |= {name for name, part in _PARTS.items() if revisions[part] != last[part]}
@@ -70,18 +75,23 @@ class ChangeFeed:
         """Yield server-sent events until the visitor may no longer see them."""
         queue: asyncio.Queue[str] = asyncio.Queue(8)
         self._listeners.add(queue)
+        loop = asyncio.get_running_loop()
+        check_s = loop.time() + _PING_S
         try:
             yield f"retry: 3000\ndata: {self._event}\n\n"
             while True:
+                # A fleet that always changes leaves no pause in which the session could be checked.
                 try:
-                    event = await asyncio.wait_for(queue.get(), _PING_S)
+                    event = await asyncio.wait_for(queue.get(), max(0.0, check_s - loop.time()))
                     if event == _END:
                         return
-                    yield f"data: {event}\n\n"
                 except TimeoutError:
+                    event = ""
+                if loop.time() >= check_s:
+                    check_s = loop.time() + _PING_S
                     if not await still_allowed():
                         return
-                    yield ": alive\n\n"
+                yield f"data: {event}\n\n" if event else ": alive\n\n"
         finally:
             self._listeners.discard(queue)
 
