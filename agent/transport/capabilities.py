@@ -1,4 +1,4 @@
-"""What a broker can do, by its CONNACK and SUBACK (MQTT 5, 3.2.2.3 and 3.9.3), and sentences on what it cannot.
+"""Capabilities of a broker by its CONNACK and SUBACK (MQTT 5, 3.2.2.3 and 3.9.3), and sentences on what it lacks.
 
 Each sentence says what is missing, what follows from it, and the way out.
 """
