@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,8 @@ def dashboard(
     url = f"{listener.scheme}://{shown}:{listening.getsockname()[1]}/"
     echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
     server = create_server(create_app(served, make_host_policy([host, *hosts])), listener, served.feed.end)
+    # The server raises the signal again once it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
 

@@ -50,10 +50,14 @@ class ChangeFeed:
         problem, changed = "", set[str]()
         try:
             changed, revisions = await self._reader.read(self._refresh)
-        except OutstationError as error:
-            problem = str(error)
+        except Exception as error:
+            # A cell of another type must not end the poll: every page would look fresh and be old.
+            expected = isinstance(error, OutstationError)
+            problem = (
+                str(error) if expected else f"{type(error).__name__}: {error}; `outstation fleet audit` names damage"
+            )
             if not self.state.problem:
-                logger.warning("%s", problem)
+                logger.warning("%s", problem, exc_info=None if expected else error)
             # What comes back may be another database.
             self.state.forget()
         else:
