@@ -19,7 +19,7 @@ from agent.device.commands.executor import CommandExecutor, RemoteCommands
 from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.commands.wipe import Wipe
-from agent.device.daemon import Daemon, Signals
+from agent.device.daemon import Daemon, Notifier, Signals
 from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
@@ -207,4 +207,16 @@ def build_daemon(
     return Daemon(
         *(conf, store, message_log, scheduled, failures, intake, uplink),
         *(make_updater, make_commands, load, signals, now),
+        _build_notifier(conf, store, message_log, now),
     )
+
+
+def _build_notifier(
+    conf: Config, store: Store, message_log: MessageLog, now: Callable[[], ClockReading]
+) -> Notifier | None:
+    if not conf.notify.is_on:
+        return None
+    # Its parts cost memory that a device without it keeps.
+    from agent.bootstrap import notifier
+
+    return notifier.build(conf, store, message_log, now)

@@ -101,5 +101,5 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:
     """Erase the device's data, keys and installation files, with the store closed; return the wipe marker's members."""
-    own_keys = [device_key_file, keys.public_key_path(device_key_file)]
+    own_keys = [device_key_file, keys.public_key_path(device_key_file), *conf.notify.secret_files]
     return wipe.erase(conf.data_dir, wipe.installation_files(file, conf), own_keys)

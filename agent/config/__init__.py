@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from agent import toml_files
-from agent.config import alert_rules
+from agent.config import alert_rules, homeassistant
 from agent.config import updates as config_updates
 from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
 from agent.config.broker import MQTT_SCHEMES
 from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
+from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
+from agent.config.notify import NotifyConfig, check_notify
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
@@ -190,6 +192,8 @@ class Config(Section, frozen=True):
     throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
     models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
     updates: UpdatesConfig | None = None
+    homeassistant: HomeAssistantConfig | None = None
+    notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
@@ -224,6 +228,10 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     check_broker(file, config.broker, schemes=schemes)
     if config.updates is not None:
         config_updates.check(file, config.updates)
+    if config.homeassistant is not None:
+        homeassistant.check(file, config.homeassistant)
+        _check_bridge(file, config, config.homeassistant)
+    check_notify(file, config.notify)
     if config.intake.tcp is not None:
         try:
             parse_loopback(config.intake.tcp)
@@ -259,9 +267,10 @@ def read(path: Path, section: type[C]) -> C:
 
 
 def digest(config: Config) -> str:
-    """Return `sha256:…` of the parsed config, without the broker's password and [updates]."""
+    """Return `sha256:…` of the parsed config, without the broker's password and what only tells others of results."""
     broker = msgspec.structs.replace(config.broker, password=None)
-    shown = msgspec.structs.replace(config, broker=broker, updates=None)
+    silent = {"updates": None, "homeassistant": None, "notify": NotifyConfig()}
+    shown = msgspec.structs.replace(config, broker=broker, **silent)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -282,6 +291,21 @@ def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConf
     if stream.fields:
         raise ConfigError(file, f"{key}.fields", "are defined by the source's image or sound; remove them")
     return msgspec.structs.replace(stream, fields=[FieldConfig(name=column) for column in stream.media_format.columns])
+
+
+def _check_bridge(file: str, config: Config, bridge: HomeAssistantConfig) -> None:
+    """Check that a device can publish on its own broker, if no other is named. Raises ConfigError."""
+    if bridge.broker is not None or not bridge.enabled:
+        return
+    key, fix = "homeassistant.broker", "name Home Assistant's broker here"
+    if config.broker.scheme not in MQTT_SCHEMES:
+        raise ConfigError(file, key, f"is missing, and [broker] is no MQTT broker; {fix}")
+    if config.broker.cert_file is not None:
+        problem = "is missing: the fleet's broker takes one connection per certificate"
+        raise ConfigError(file, key, f"{problem}; {fix}, or let the collector publish ([homeassistant] in fleet.toml)")
+    if config.privacy.encrypt:
+        problem = "is missing: [privacy] encrypt hides results from the fleet's broker"
+        raise ConfigError(file, key, f"{problem}; {fix}, or remove [homeassistant]")
 
 
 def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
@@ -358,6 +382,15 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         intake = msgspec.structs.replace(intake, token_file=str(base / intake.token_file))
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
     updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
+    bridge = config.homeassistant and homeassistant.with_absolute_paths(config.homeassistant, base)
     return msgspec.structs.replace(
-        config, device=device, broker=broker, intake=intake, updates=updates, streams=streams, tasks=tasks
+        config,
+        device=device,
+        broker=broker,
+        intake=intake,
+        updates=updates,
+        homeassistant=bridge,
+        notify=config.notify.with_absolute_paths(base),
+        streams=streams,
+        tasks=tasks,
     )

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from datetime import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec.structs import replace
@@ -17,6 +16,9 @@ from agent.config.broker import BrokerConfig, check_broker, check_no_password
 from agent.errors import ConfigError
 from agent.quantities import Duration
 from agent.toml_files import Section, did_you_mean
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
 
 MAX_TARGETS = 16
 MIN_REMINDER_S = 300.0
@@ -139,11 +141,21 @@ class NotifyConfig(Section, frozen=True):
     remind_every: Duration = Duration(86_400.0)
 
     @property
+    def secret_files(self) -> list[Path]:
+        """Files that hold a secret of a target."""
+        names = ("secret_file", "password_file", "url_file")
+        paths = (getattr(target, name, None) for target in self.targets.values() for name in names)
+        return [Path(path) for path in paths if path is not None]
+
+    @property
     def is_on(self) -> bool:
         return bool(self.targets)
 
     @property
     def zone(self) -> ZoneInfo:
+        # A device without [notify] needs no time zones.
+        from zoneinfo import ZoneInfo
+
         return ZoneInfo(self.time_zone)
 
     @property
@@ -178,13 +190,15 @@ def check_notify(file: str, config: NotifyConfig) -> None:
             if isinstance(config.targets[name], MqttTarget):
                 problem = f"{name!r} is a retained document of all open alerts, which no route selects; remove it here"
                 raise ConfigError(file, f"notify.routes[{i}].targets", problem)
-    _check_times(file, config)
+    if config.is_on:
+        _check_times(file, config)
 
 
 def _check_times(file: str, config: NotifyConfig) -> None:
     try:
         _ = config.zone
-    except (ZoneInfoNotFoundError, ValueError, OSError):
+    # ZoneInfoNotFoundError is a KeyError.
+    except (KeyError, ValueError, OSError):
         problem = f"{config.time_zone!r} is no time zone of this machine, such as Europe/Berlin or UTC"
         raise ConfigError(file, "notify.time_zone", problem) from None
     for key, example, pattern in (

@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -83,6 +84,13 @@ class _Backoff(msgspec.Struct, frozen=True):
     until_s: float
 
 
+class Notifier(Protocol):
+    """What tells people of the device's alerts, in a thread of its own."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
@@ -105,8 +113,9 @@ class Daemon:
         reload_task: Callable[[str], LoadedTask],
         signals: Signals,
         now: Callable[[], ClockReading],
+        notifier: Notifier | None = None,
     ) -> None:
-        self.signals = signals
+        self.signals, self._notifier = signals, notifier
         self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
         self._scheduled_tasks, self._bundle_failures = scheduled_tasks, bundle_failures
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
@@ -133,6 +142,7 @@ class Daemon:
         self._remote_commands = make_commands(self._runtime, self._updater)
         self._health_reporter.extra_members = lambda now: {
             "throttle": self._throttle.status.to_dict(),
+            "units": self._list_units(),
             **self._updater.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
@@ -146,6 +156,8 @@ class Daemon:
         self._uplink.start()
         # After intake and uplink have started: threads inherit the priority.
         lower_priority(self._conf.throttle)
+        if self._notifier is not None:
+            self._notifier.start()
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
@@ -342,6 +354,11 @@ class Daemon:
             self._run_batches(scheduled, now)
         return any(name in self._unfinished and not self._is_backing_off(name, self._now()) for name in names)
 
+    def _list_units(self) -> dict[str, list[str]]:
+        """Return the units of each task's values, where its bundle names them."""
+        units = ((each.task.name, each.task.bundle.manifest.output.units) for each in self._scheduled_tasks)
+        return {name: texts for name, texts in units if any(texts)}
+
     def _list_stalled_tasks(self) -> set[str]:
         return self._stuck | {scheduled.task.name for scheduled in self._scheduled_tasks if scheduled.paused}
 
@@ -360,6 +377,8 @@ class Daemon:
 
     def _shut_down(self) -> None:
         self._intake.stop()
+        if self._notifier is not None:
+            self._notifier.stop()
         if isinstance(self.signals.failure, StorageError):
             self._updater.abort()
             self._uplink.stop(0.0)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import replace
 
-from agent.config import BrokerConfig, Section, check_broker, check_name, read
+from agent.config import BrokerConfig, HomeAssistantConfig, Section, check_broker, check_name, homeassistant, read
 from agent.config.notify import NotifyConfig, check_notify
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
@@ -70,6 +70,18 @@ class Authority(Section, frozen=True):
     key_file: str
 
 
+class MetricsConfig(Section, frozen=True):
+    """Section [metrics]: `listen` is the address of the collector's `/metrics`, none without.
+
+    The bearer token in `token_file` also opens `/metrics` of the dashboard.
+    """
+
+    listen: str = ""
+    token_file: str | None = None
+    cert_file: str | None = None
+    tls_key_file: str | None = None
+
+
 class Repository(Section, frozen=True):
     """Source of bundles for devices: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
 
@@ -91,6 +103,8 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
     quota: Quota = Quota()
+    metrics: MetricsConfig = MetricsConfig()
+    homeassistant: HomeAssistantConfig | None = None
     retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
 
@@ -137,19 +151,31 @@ def load(folder: Path) -> FleetConfig:
     if config.quota.messages_per_s * config.quota.burst_s < 1:
         problem = f"no message ever passes: less than one in burst_s = {config.quota.burst_s:g}; raise one of both"
         raise ConfigError(str(path), "quota.messages_per_s", problem)
+    if (config.metrics.cert_file is None) != (config.metrics.tls_key_file is None):
+        problem = "cert_file and tls_key_file belong together; set both or neither"
+        raise ConfigError(str(path), "metrics.cert_file", problem)
     _check_retention(str(path), config.retention)
     base = path.resolve().parent
+    bridge = config.homeassistant
+    if bridge is not None:
+        homeassistant.check(str(path), bridge)
+        if bridge.broker is None and config.broker.tls and bridge.prefix != homeassistant.DEFAULT_PREFIX:
+            problem = f"the access rules of the fleet's broker name {homeassistant.DEFAULT_PREFIX!r}; remove the key"
+            raise ConfigError(str(path), "homeassistant.prefix", problem)
+        bridge = homeassistant.with_absolute_paths(bridge, base)
 
     def with_absolute_paths(section: Section) -> Section:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
         return replace(section, **{name: str(base / file) for name, file in files.items() if file is not None})
 
     sections = {
-        name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "broker_admin", "ca")
+        name: getattr(config, name)
+        for name in ("broker", "collector", "operator", "commander", "broker_admin", "ca", "metrics")
     }
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
-    return replace(config, fleet=fleet, notify=config.notify.with_absolute_paths(base), **changed)
+    notify = config.notify.with_absolute_paths(base)
+    return replace(config, fleet=fleet, homeassistant=bridge, notify=notify, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # MQTT 5 reason for a client whose id another connection took.
 TAKEN_OVER = "taken over"
 _AGE_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
+# Title, head and caption of the table.
+_LINES_AROUND = 6
 _SEVERITIES = ("info", "warning", "critical")
 _SEVERITY_STYLES = {"info": "", "warning": "yellow", "critical": "bold red"}
 _STATE_STYLES = {"online": "green", "offline": "red", "revoked": "red", "stopped": "dim", "enrolled": "dim"}
@@ -184,22 +186,33 @@ def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
         for group in source(set_problem):
             for delivery in group:
                 watcher.verify(delivery)
-            live.update(render_table(watcher, problem), refresh=True)
+            live.update(render_table(watcher, problem, console.height - _LINES_AROUND), refresh=True)
 
 
-def render_table(watcher: FleetWatcher, problem: str) -> Table:
-    """Return a row for each device, of which each fits into 80 characters; what does not fit ends in dots."""
+def render_table(watcher: FleetWatcher, problem: str, most: int | None = None) -> Table:
+    """Return a row for each device, in 80 characters; what does not fit ends in dots.
+
+    Of more than `most` devices, those with the worst alerts are shown.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    caption = problem or f"{watcher.refused} messages refused" if problem or watcher.refused else None
+    devices = sorted(watcher.devices.items())
+    notes = [problem] if problem else []
+    notes += [f"{watcher.refused} messages refused"] if watcher.refused else []
+    if most is not None and len(devices) > max(1, most):
+        devices = sorted(devices, key=lambda entry: -_rank(entry[1]))[: max(1, most)]
+        notes.append(f"{len(watcher.devices) - len(devices)} more; `outstation fleet devices` lists all")
+    caption = "; ".join(notes)
     title = f"fleet {watcher.fleet}" if watcher.devices else f"fleet {watcher.fleet}: no device yet"
-    table = Table(title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, most in (("device", 16), ("state", 16), ("seen", 8), ("drift", 18), ("alerts", None)):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=most, ratio=None if most else 1)
+    # A plain string would be read as markup.
+    note = Text(printable(caption), "dim italic") if caption else None
+    table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, widest in (("device", 16), ("state", 16), ("seen", 8), ("drift", 18), ("alerts", None)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=widest, ratio=None if widest else 1)
     now_us = clock.read().wall_us
-    for device, view in sorted(watcher.devices.items()):
+    for device, view in devices:
         cells = (
             (device, ""),
             _format_state(view),
@@ -209,6 +222,12 @@ def render_table(watcher: FleetWatcher, problem: str) -> Table:
         )
         table.add_row(*(Text(printable(text), style) for text, style in cells))
     return table
+
+
+def _rank(view: DeviceView) -> int:
+    """Return how much a device needs somebody: by its worst alert, then by whether it is away."""
+    worst = max((_SEVERITIES.index(alert.severity) + 1 for alert in view.alerts.values()), default=0)
+    return 2 * worst + (view.state != "online")
 
 
 def _format_state(view: DeviceView) -> tuple[str, str]:

@@ -17,7 +17,7 @@ class AlertState(msgspec.Struct, frozen=True):
     """An alert now. `key` identifies it; `seq` is that of its newest message that raised it.
 
     `severity` and `summary` are those of the message that raised it, also after it was cleared. `ref`: what a command
-    names it by, empty on a device. `title` and `action`: of its kind.
+    names it by, empty on a device. `is_event`: nothing clears it. `title` and `action`: of its kind.
     """
 
     key: str
@@ -37,6 +37,7 @@ class AlertState(msgspec.Struct, frozen=True):
     action: str = ""
     cleared_summary: str = ""
     is_muted: bool = False
+    is_event: bool = False
     groups: tuple[str, ...] = ()
 
     @property

@@ -4,7 +4,7 @@
 - A muted alert is told neither when it is raised nor when it is cleared.
 - A cleared alert is told if its raising was, or was to be told: an alert that is over before anybody was told still
   happened.
-- A reminder is for alerts that nobody acknowledged.
+- A reminder is for alerts that nobody acknowledged, and that something will clear.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def update_entry(
     entry.told_at = min(entry.told_at, now_s)
     # A digest goes out a little after its time; the next one, a day later, must not come too early for its reminders.
     due_s = entry.told_at + delivery.remind_every_s - (DIGEST_SLACK_S if delivery.digest else 0.0)
-    is_due = delivery.remind_every_s and entry.told_seq and due_s <= now_s
+    is_due = delivery.remind_every_s and entry.told_seq and due_s <= now_s and not alert.is_event
     if is_due and entry.pending is None and not is_silenced:
         entry.pending, entry.pending_since = "reminder", due_s
     if entry.pending is None and not entry.told_seq:

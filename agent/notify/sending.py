@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -17,6 +18,7 @@ from agent.errors import OutstationError
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification, decode
 from agent.notify.queue import QueuedMessage
+from agent.notify.secrets import is_private, read_secret
 
 logger = logging.getLogger("outstation.notify")
 
@@ -56,6 +58,33 @@ def _dispatch(target: Target, message: Notification) -> None:
         from agent.notify import mqtt
 
         mqtt.send(target, message)
+
+
+def check(target: Target) -> str:
+    """Return a line about a target whose secrets can be read; it sends nothing. Raises UsageError."""
+    if isinstance(target, WebhookTarget):
+        signed = "signed" if target.secret_file else "not signed: set secret_file"
+        if target.secret_file:
+            read_secret(target.secret_file, "the shared secret of a webhook")
+        return f"webhook at {urlsplit(target.url).netloc}, {signed}"
+    if isinstance(target, EmailTarget):
+        if target.password_file:
+            read_secret(target.password_file, "a mail password")
+        return f"mail to {', '.join(target.to)} over {target.host}:{target.effective_port}, {target.security}"
+    if isinstance(target, AppriseTarget):
+        from agent.notify import apprise
+
+        return f"Apprise, service {apprise.load_service(target)[1]}"
+    return f"retained document at {target.topic} on {target.broker.shown_url}"
+
+
+def find_exposed_secret(target: Target) -> str | None:
+    """Return the file of a target's secret that every user can read; None without one."""
+    for name in ("secret_file", "password_file", "url_file"):
+        path = getattr(target, name, None)
+        if path is not None and not is_private(path):
+            return str(path)
+    return None
 
 
 class TargetWorker:

@@ -220,7 +220,7 @@ class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
 
 
 class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
-    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
+    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security", "notify"]
     subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity

@@ -220,7 +220,7 @@ def test_watch_shows_a_table_on_a_terminal_and_ends_cleanly_on_interrupt(
     environment = {**os.environ, "COLUMNS": "200", "LINES": "40", "TERM": "xterm"}
     command = [*WATCH, "--dir", str(watched)]
     seen = b""
-    words = ("pi-07", "online", "watch 300", "exercise drift", "1: ax: gain loss.")
+    words = ("pi-07", "online", "drift ax", "1: ax: gain loss.")
     with subprocess.Popen(command, stdout=child, stderr=child, stdin=child, env=environment) as process:
         os.close(child)
         given_up = threading.Timer(120, process.kill)
@@ -274,6 +274,25 @@ def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: Mosq
     (watched / "collector.key").unlink()
     send(broker, sender.results())
     assert watching(watched, 1)[0].endswith("  [ok]")
+
+
+def test_alerts_are_followed_as_they_come_and_go(folder: Path) -> None:
+    sender = MessageSender()
+    collected(folder, sender, sender.alert(summary="ax: gain loss."))
+    command = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "alerts", "--follow", "--json"]
+    with subprocess.Popen([*command, "--dir", str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        collected(folder, sender, sender.alert(state="cleared"), sender.alert("exercise/fall/result/1", alert="result"))
+        changes = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+    assert (first["summary"], first["status"]) == ("ax: gain loss.", "raised")
+    assert [(row["id"], row["status"]) for row in changes] == [
+        ("exercise/ax/1", "cleared"),
+        ("exercise/fall/result/1", "raised"),
+    ]
 
 
 # --- collect, as a process ---

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from agent.bootstrap.device import open_message_log
 from agent.cli import cli
+from agent.cli.device.reply import print_reply
 from agent.device.intake import labels
 from agent.device.pipeline import label_metrics
+from agent.device.status import build_document
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
@@ -141,3 +143,16 @@ def test_a_store_that_another_process_has_locked_is_not_called_missing(new: Site
         done = run_outstation("status", "-c", str(new.config))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"outstation: {new.conf.data_dir / DATABASE}: locked by another process\n"
+
+
+def test_a_report_to_an_operator_is_shown_as_the_status_command_shows_it(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Store.open_read_only(site.conf.data_dir) as store:
+        document = json.loads(json.dumps(build_document(site.conf, store)))
+    print_reply("report", document)
+    text = capsys.readouterr().out
+    assert text.startswith(f"{site.conf.device.id} in fleet {site.conf.device.fleet}, boot ")
+    assert "open fault  wz: repeats one value." in text
+    # Values of readings do not leave the device.
+    assert all("values" not in stream["last"] for stream in document["streams"])

@@ -16,6 +16,8 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.fleet.incidents import incidents
+from agent.fleet.incidents.incidents import IncidentFilter
 from agent.testing.messages import MessageSender, new_key
 from tests.kit.commands import call_outstation
 
@@ -55,6 +57,8 @@ def test_a_revoked_device_is_not_online_and_a_retired_one_is_not_listed(store: F
     assert states(store) == {}
     assert states(store, with_retired=True) == {"pi-07": "retired"}
     assert store.alerts() == []
+    listed = incidents.list_incidents(store, IncidentFilter(open=None), now=NOW)
+    assert {incident.status for incident in listed} == {"cleared"}
     assert store.count_messages("pi-07") == 2
 
 

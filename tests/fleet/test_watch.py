@@ -101,9 +101,23 @@ def test_every_line_fits_into_eighty_characters_and_long_text_ends_in_dots(store
     assert any("…" in line for line in lines)
 
 
+def test_in_a_small_terminal_the_devices_with_the_worst_alerts_are_shown(store: FleetStore) -> None:
+    senders = [enrol(store, f"pi-{number:02}") for number in range(30)]
+    add(store, senders[25], senders[25].alert("x/1", severity="critical", summary="burns"))
+    add(store, senders[28], senders[28].alert("x/1", summary="drifts"))
+    out = io.StringIO()
+    Console(file=out, width=80).print(watch.render_table(load(store), "", 3))
+    shown = [line.split()[0] for line in out.getvalue().splitlines() if "pi-" in line]
+    assert shown == ["pi-25", "pi-28", "pi-00"]
+    assert "27 more; `outstation fleet devices` lists all" in " ".join(out.getvalue().split())
+
+
 def test_text_of_a_device_is_no_markup_and_steers_no_terminal(store: FleetStore) -> None:
     sender = enrol(store, "pi-07")
     watcher = load(store)
+    out = io.StringIO()
+    Console(file=out, width=80).print(watch.render_table(watcher, "[Errno 111] refused\x1b]"))
+    assert "[Errno 111] refused\\x1b]" in out.getvalue()
     hostile = "[bold red]x[/]\x1b]0;owned\x07\u202e"
     watcher.verify(sender.alert("exercise/ax/drift/1", subject="[red]ax", summary=hostile).to_incoming())
     shown = draw(watcher, width=200)

@@ -6,12 +6,13 @@ import contextlib
 import http.client
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
+from starlette.routing import Route
 
 from agent import clock
 from agent.cli.fleet.dashboard.plot import render_device_drift
@@ -115,6 +116,7 @@ def served(
     local_role: str = "viewer",
     operator: bool = True,
     policy: AccessPolicy | None = None,
+    routes: Callable[[Dashboard], Sequence[Route]] = lambda dashboard: (),
 ) -> Iterator[ServedDashboard]:
     """Serve a new fleet with three accounts and one device that has sent each kind of message."""
     config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
@@ -128,7 +130,7 @@ def served(
     desk = None
     if operator:
         desk = OperatorDesk(config, folder, keys.load_private(Path(config.operator.key_file)))
-    with running(folder, store, location, policy or AccessPolicy(b"s" * 32, local_role), desk) as dashboard:
+    with running(folder, store, location, policy or AccessPolicy(b"s" * 32, local_role), desk, routes) as dashboard:
         try:
             sender = enrolled(store, "pi-07", 7)
             sent = [sender.results(), sender.drift("drift"), health(sender), sender.alert("exercise/ax/drift/1")]
@@ -140,12 +142,18 @@ def served(
 
 @contextlib.contextmanager
 def running(
-    folder: Path, store: FleetStore, location: str, policy: AccessPolicy, desk: OperatorDesk | None
+    folder: Path,
+    store: FleetStore,
+    location: str,
+    policy: AccessPolicy,
+    desk: OperatorDesk | None,
+    routes: Callable[[Dashboard], Sequence[Route]] = lambda dashboard: (),
 ) -> Iterator[ServedDashboard]:
     dashboard = Dashboard(fleet_config.load(folder).fleet.name, folder, location, policy, desk, render_device_drift)
     listener = Listener("127.0.0.1", 0)
     listening = open_socket(listener)
-    server = create_server(create_app(dashboard, make_host_policy(["dash.example.org"])), listener, dashboard.feed.end)
+    app = create_app(dashboard, make_host_policy(["dash.example.org"]), routes(dashboard))
+    server = create_server(app, listener, dashboard.feed.end)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

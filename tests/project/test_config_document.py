@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from agent import config
+from agent.config.notify import NotifyConfig, NotifyRoute, Target
 from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig
 
@@ -29,6 +30,10 @@ SECTIONS: dict[str, Any] = {
     "[models]": config.ModelsConfig,
     "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
+    "[homeassistant]": config.HomeAssistantConfig,
+    "[notify]": NotifyConfig,
+    **{f"target {kind.__struct_config__.tag}": kind for kind in get_args(Target)},
+    "routes": NotifyRoute,
     "[streams.NAME]": config.StreamConfig,
     "fields": config.FieldConfig,
     **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
@@ -62,7 +67,8 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     file = tmp_path / "section.toml"
     required = {name for name, field in fields.items() if field.required}
     assert {name for name, default in described.items() if default == "required"} == required
-    base = {name: '"mqtt://a"' if name == "url" else '"x"' for name in required}
+    values = {"url": '"mqtt://a"', "to": '["x"]', "targets": '["x"]'}
+    base = {name: values.get(name, '"x"') for name in required}
     given = base | {name: default for name, default in described.items() if default not in ("–", "required")}
     read = [_read(file, kind, lines) for lines in (base, given)]
     assert read[0] == read[1]

@@ -44,6 +44,7 @@ FLOORS = {
     "drift": 5,
     "comparison": 6,
     "model": 6,
+    "bridge": 7,
     "client": 7,
     "datasets": 7,
     "authoring": 8,
@@ -85,9 +86,13 @@ ONLY = {
         *(f"agent.fleet.dashboard.security.{name}" for name in ("access", "guard")),
         *(f"agent.fleet.dashboard.pages.{name}" for name in ("account", "device", "fleet", "incidents", "message")),
         *(f"agent.fleet.dashboard.pages.{name}" for name in ("audit", "models", "rollouts", "tasks", "visit")),
+        "agent.fleet.metrics.endpoint",
     },
     "uvicorn": {"agent.fleet.dashboard.server"},
     "jinja2": {"agent.fleet.dashboard.pages.views", "agent.fleet.dashboard.pages.visit"},
+    "prometheus_client": {
+        f"agent.fleet.metrics.{name}" for name in ("collector_families", "device_families", "exporter")
+    },
     "itsdangerous": {"agent.fleet.dashboard.security.access"},
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},
 }
@@ -380,10 +385,38 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
             {"agent.cli", "agent.config", "agent.device.store", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
         ),
         # Models run in processes of their own.
-        ("agent.bootstrap.daemon", {"agent.cli", "agent.fleet", "ai_edge_litert", "tflite_runtime", "tuf", "pyarrow"}),
+        (
+            "agent.bootstrap.daemon",
+            {
+                "agent.cli",
+                "agent.fleet",
+                "agent.notify",
+                "smtplib",
+                "zoneinfo",
+                "ai_edge_litert",
+                "tflite_runtime",
+                "tuf",
+                "pyarrow",
+            },
+        ),
         (
             "agent.fleet.collector.collector",
-            {"agent.cli", "agent.device", "ai_edge_litert", "cyclonedx", "iotcore", "jwt", "pyarrow", "rich", "tuf"},
+            {
+                "agent.cli",
+                "agent.device",
+                "agent.fleet.metrics",
+                "agent.notify.notifier",
+                "smtplib",
+                "ai_edge_litert",
+                "cyclonedx",
+                "iotcore",
+                "jwt",
+                "prometheus_client",
+                "pyarrow",
+                "rich",
+                "starlette",
+                "tuf",
+            },
         ),
         (
             "agent.cli",

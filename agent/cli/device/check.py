@@ -19,6 +19,7 @@ from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
+from agent.config.notify import Target
 from agent.device.bundles import history
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
@@ -94,14 +95,17 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         else _check_storage(conf)
     )
     yield _check_clock(conf)
+    for name, target in conf.notify.targets.items():
+        yield _check_target(name, target)
     if conf.updates is not None:
         yield _run_check("updates", lambda u=conf.updates: inspect_repository(conf, u))  # type: ignore[misc]
     yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
 
 
-def _run_check(name: str, action: Callable[[], str]) -> CheckResult:
+def _run_check(name: str, action: Callable[[], str | CheckResult]) -> CheckResult:
     try:
-        return CheckResult(name, "ok", action())
+        outcome = action()
+        return CheckResult(name, "ok", outcome) if isinstance(outcome, str) else outcome
     except OutstationError as problem:
         return CheckResult(name, "failed", str(problem))
 
@@ -112,6 +116,16 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if not conf.collector.key:
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_target(name: str, target: Target) -> CheckResult:
+    """Check what a target needs here; `outstation notify test` sends a message."""
+    from agent.notify import sending
+
+    result = _run_check(f"notify {name}", lambda: sending.check(target))
+    if result.state == "ok" and (exposed := sending.find_exposed_secret(target)):
+        return CheckResult(result.name, "warning", f"{exposed}: every user of this machine can read it; chmod 600")
+    return result
 
 
 def _check_encryption(file: Path, conf: Config) -> CheckResult:
@@ -217,15 +231,27 @@ def _check_broker_reachable(conf: Config) -> str:
     return f"{conf.broker.shown_url} answers; see the log of the running daemon for its login"
 
 
-def _check_broker_login(conf: Config) -> str:
+def _check_broker_login(conf: Config) -> CheckResult | str:
+    from agent.transport.capabilities import BrokerUnsuitable
     from agent.transport.mqtt import Link
 
     try:
-        link = Link(conf.broker, conf.device.id, timeout_s=5)
+        link = Link(conf.broker, conf.device.id, retains=True, timeout_s=5)
+    except BrokerUnsuitable:
+        raise
     except LinkDown as down:
         raise LinkDown(f"{down}; is the broker running and reachable?") from None
     link.close()
-    return f"{conf.broker.shown_url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
+    limit, largest = link.max_packet, conf.broker.max_message_bytes
+    text = f"{conf.broker.shown_url}, messages up to {min(limit, largest)} bytes"
+    if limit < largest:
+        problem = f"the broker takes {limit} bytes at most, and keeps larger messages on the device"
+        fix = f"lower [broker] max_message_bytes from {largest}, so that they are split, or raise the broker's limit"
+        return CheckResult("broker", "warning", f"{text}: {problem}; {fix}")
+    if not link.capabilities.shared_subscriptions:
+        problem = "the broker has no shared subscriptions, so the fleet has one collector (no --share)"
+        return CheckResult("broker", "ok", f"{text}; {problem}")
+    return text
 
 
 def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import device
+from agent.bootstrap import device, homeassistant
 from agent.bootstrap.daemon import build_daemon
 from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
@@ -58,7 +58,8 @@ def _run(file: Path, conf: Config) -> None:
         launch.discard_spare()
         for signum in (signal.SIGTERM, signal.SIGINT):
             before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
-        daemon.run()
+        with homeassistant.publishing(conf, store):
+            daemon.run()
     finally:
         store.close()
         for number, handler in before.items():

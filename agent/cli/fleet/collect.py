@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +18,12 @@ from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.interface import display_name
+from agent.fleet.database.store import FleetStore
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.collector.collector import Collector
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +82,32 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
-        with _notifying(config, store.location):
+        with (
+            _notifying(config, store.location),
+            _publishing(config, store, lambda: collector.is_leader),
+            _serving_metrics(config, str(store.location), collector),
+        ):
             collector.run()
+
+
+@contextlib.contextmanager
+def _serving_metrics(config: FleetConfig, location: str, collector: Collector) -> Iterator[None]:
+    """Serve the metrics of `collector` meanwhile, if [metrics] listen says where."""
+    if not config.metrics.listen:
+        yield
+        return
+    from agent.fleet.metrics.collector_families import build_families
+    from agent.fleet.metrics.endpoint import MetricsListener
+    from agent.fleet.metrics.exporter import DatabaseExporter
+
+    name, share = config.fleet.name, collector.share or ""
+    exporter = DatabaseExporter(name, location, lambda: build_families(name, share, collector.statistics, config.quota))
+    listener = MetricsListener(config.metrics, exporter)
+    listener.start()
+    try:
+        yield
+    finally:
+        listener.stop()
 
 
 @contextlib.contextmanager
@@ -101,6 +130,34 @@ def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
         yield
     finally:
         notifier.stop()
+
+
+def _publishing(
+    config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]
+) -> contextlib.AbstractContextManager[object]:
+    """Publish for Home Assistant meanwhile, if fleet.toml asks for it. Raises UsageError."""
+    section = config.homeassistant
+    if section is None or not section.enabled:
+        return contextlib.nullcontext()
+    from agent.fleet.bridge.homeassistant import build_publisher
+
+    return build_publisher(config, section, store.location, is_leader)
+
+
+@click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")
+@fleet_option
+@json_option
+def homeassistant(folder: str | None, as_json: bool) -> None:
+    """Let the bridge and Home Assistant connect to the fleet's broker: issue their TLS certificates.
+
+    It is not needed where [homeassistant.broker] in fleet.toml names Home Assistant's own broker.
+    """
+    from agent.fleet.enrolment import homeassistant as clients
+
+    home = fleet_config.find_folder(folder)
+    done = clients.add(home, fleet_config.load(home))
+    document = {"files": [str(file) for file in done.files], "steps": done.steps}
+    emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
 
 
 @click.command("collector", epilog="Example: outstation fleet collector b")

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from agent.cli.fleet.collect import collect, collector
+from agent.cli.fleet.collect import collect, collector, homeassistant
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
@@ -50,7 +50,7 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, token, enrol, devices, collect, collector, watch, alerts, gaps, audit, disclosed, drift, label, command),
-    *(revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(init, token, enrol, devices, collect, collector, homeassistant, watch, alerts, gaps, audit, disclosed, drift),
+    *(label, command, revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

@@ -302,6 +302,15 @@ class Store:
         messages = [OutboxMessage.from_row(row) for row in rows]
         return messages if after is not None else messages[::-1]
 
+    def newest_by_topic(self, after: int) -> list[bytes]:
+        """Return the newest stored payload of each topic with seq > `after`, oldest first, without damaged ones."""
+        sql = f"""
+            SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN (SELECT max(seq) FROM outbox WHERE seq > ? GROUP BY topic)
+            ORDER BY seq
+        """
+        messages = map(OutboxMessage.from_row, self._fetch_all(sql, after))
+        return [message.payload for message in messages if message.intact]
+
     def pending_messages(self, seqs: Sequence[int]) -> list[OutboxMessage]:
         """Return the messages among `seqs` that are in the outbox and not acknowledged."""
         acknowledged = self.acknowledged()
@@ -356,6 +365,13 @@ class Store:
         """Return the newest alerts, newest first."""
         rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in rows]
+
+    def alerts_after(self, rowid: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return (rowid, alert) of the stored alerts after a rowid, oldest first."""
+        rows = self._fetch_all(
+            "SELECT rowid, body FROM checked_alerts WHERE rowid > ? ORDER BY rowid LIMIT ?", rowid, limit
+        )
+        return [(number, json.loads(body)) for number, body in rows]
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Return the open alerts about a task's data, model and quality, in order of time."""

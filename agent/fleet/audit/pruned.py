@@ -8,7 +8,7 @@ the one before and names its digest; only the newest has a state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -133,16 +133,22 @@ def sign(key: SigningKey, statement: Statement) -> tuple[bytes, str]:
     return payload, jws.sign(key, _TOPIC.format(statement.fleet), payload)
 
 
+def verify_statement(payload: bytes, token: str, find_signer: Callable[[str], jws.Signer | None]) -> Statement:
+    """Return a statement that a collector signed. Raises MessageRefused."""
+    try:
+        statement = msgspec.json.decode(payload, type=Statement)
+        jws.verify([token], _TOPIC.format(statement.fleet), payload, find_signer)
+    except (msgspec.MsgspecError, TypeError, AttributeError) as error:
+        raise MessageRefused("malformed payload", str(error)) from None
+    return statement
+
+
 def verify(device: str, rows: Sequence[tuple[Any, ...]], collectors: Sequence[PublicKey]) -> PrunedDevice:
     """Verify the statements (n, payload, jws, state) of a device, oldest first. Raises MessageRefused."""
     signers: Mapping[str, jws.Signer] = {key.kid: jws.Signer("collector", key) for key in collectors}
     prev, statement = "", None
     for number, (n, payload, token, _) in enumerate(rows, 1):
-        try:
-            statement = msgspec.json.decode(payload, type=Statement)
-            jws.verify([token], _TOPIC.format(statement.fleet), payload, signers.get)
-        except (msgspec.MsgspecError, TypeError, AttributeError) as error:
-            raise MessageRefused("malformed payload", str(error)) from None
+        statement = verify_statement(payload, token, signers.get)
         if (n, statement.n, statement.device, statement.prev) != (number, number, device, prev):
             raise MessageRefused("other statement", f"statement {number} does not follow the one before")
         prev = digest(payload)

@@ -58,7 +58,8 @@ class StoredTables:
             self._report(key, "was pruned, but its open alert is missing in table alerts")
 
     def _report_orphan(self, table: str, key: MessageKey, rows: list[Row]) -> None:
-        if table == ALERTS_TABLE and rows == [self._retained.get(key)]:
+        retained = self._retained.get(key) if table == ALERTS_TABLE else None
+        if retained is not None and [row[: len(retained)] for row in rows] == [retained]:
             del self._retained[key]
             return
         noun = "results" if table == RESULTS_TABLE else "rows"

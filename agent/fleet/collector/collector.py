@@ -20,12 +20,14 @@ from agent.fleet.collector.acknowledger import Acknowledger, Backoff, CollectorL
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.quota import DeviceQuotas, Quota
+from agent.fleet.collector.statistics import CollectorStatistics
 from agent.fleet.collector.subscriptions import logged_filters, topic_filters
 from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.fleet.incidents.certificates import Certificate
+from agent.transport.capabilities import BrokerUnsuitable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws, key_rotation, topics
@@ -101,6 +103,7 @@ class Collector:
         self._quotas = DeviceQuotas(quota) if quota is not None else None
         self._encryption_keys = encryption_keys
         self.stored_count = 0
+        self.statistics = CollectorStatistics()
         self._open_link = open_link or self._connect
         self._held: list[_Held] = []
         self._retry = Backoff()
@@ -116,16 +119,29 @@ class Collector:
         # Enrolled devices of which no message is stored.
         self._missing_devices: set[str] = set()
 
+    @property
+    def is_leader(self) -> bool:
+        """True if this collector does what one of them does; it is read from other threads, too."""
+        return self._leader_tasks.is_leader
+
     def run(self) -> None:
-        """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
+        """Collect until `stop`: reconnect after every failure; never raise for a message or a full disk.
+
+        Raises UsageError if collectors share the messages and the broker cannot do that.
+        """
         retry = Backoff()
         while not self._stopping:
             try:
                 self._link = self._open_link()
                 name = f" as {self.share}" if self.share else ""
+                self.statistics.is_connected = True
                 logger.info("connected; collecting fleet %s%s", self.fleet, name)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
+                if isinstance(error, BrokerUnsuitable) and self.share is not None:
+                    # Silence would look like a fleet without messages. Collectors that run unshared wait for the
+                    # broker, which somebody may configure meanwhile.
+                    raise UsageError(str(error)) from None
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
                     logger.warning("%s; trying again until it works", error)
@@ -142,6 +158,7 @@ class Collector:
     def tick(self, link: CollectorLink, timeout_s: float) -> None:
         """Receive for `timeout_s`, store the messages, then acknowledge them to the broker and to their devices."""
         self._receive(link, timeout_s)
+        self.statistics.set_held(len(self._held), time.monotonic())
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
         # Gaps that were reported a while ago and are still open are requested.
@@ -177,6 +194,7 @@ class Collector:
             logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
         finally:
             self.acknowledger.requeue_in_flight()
+            self.statistics.is_connected = False
             self._link = None
             link.close()
 
@@ -217,10 +235,13 @@ class Collector:
         except StorageError as error:
             delay = self._retry.next_delay()
             self._retry_at = time.monotonic() + delay
+            self.statistics.storage_failures += 1
             logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
             return
         self._retry.reset()
         del self._held[: len(batch)]
+        self.statistics.waiting_since_s = None
+        self.statistics.set_held(len(self._held), time.monotonic())
         for held in batch:
             link.acknowledge(held.delivery)
         if not self._broker.tls:
@@ -250,6 +271,8 @@ class Collector:
                     refusals.append(_build_refusal(refused, arrival.message))
             self.store.ingest([], refusals, now)
         self.stored_count += outcomes.count("new")
+        self.statistics.outcomes.update(outcomes)
+        self.statistics.refusals.update(refusal.reason for refusal in refusals)
         self._report_refusals(refusals)
         self._leader_tasks.record_batch(arrivals, refusals)
         stored = zip(arrivals, outcomes, strict=True)
@@ -386,6 +409,7 @@ class Collector:
             client_id(self.fleet, self.share),
             subscribe=topic_filters(self.fleet, group=group),
             retain_as_published=logged_filters(self.fleet, group=group),
+            retains=True,
             session_expiry_s=SESSION_EXPIRY_S,
         )
         if group is not None:

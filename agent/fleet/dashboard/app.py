@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -68,7 +68,9 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 _FILES = StaticFiles(directory=views.STATIC)
 
 
-def create_app(dashboard: Dashboard, hosts: HostPolicy) -> ASGIApp:
+def create_app(dashboard: Dashboard, hosts: HostPolicy, routes: Sequence[Route] = ()) -> ASGIApp:
+    """Return the application; `routes` are further ones, which check for themselves who asks."""
+
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await dashboard.feed.poll()
@@ -86,6 +88,7 @@ def create_app(dashboard: Dashboard, hosts: HostPolicy) -> ASGIApp:
             Route("/login", login.sign_in(dashboard), methods=["POST"]),
             Route("/events", _events(dashboard), methods=["GET"]),
             *(Route(path, _for_visitor(dashboard, page), methods=[method]) for method, path, page in PAGES),
+            *routes,
         ],
         middleware=[Middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)],
         exception_handlers={

@@ -54,6 +54,10 @@ class EvidenceQueries:
         sql = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = ? ORDER BY seq DESC LIMIT ?"
         return list(self._db.execute(sql, (device, log, "health", limit)))
 
+    def stream_retention(self) -> Iterator[Row]:
+        """Return (payload, jws) of the newest retention statement of each device."""
+        return self._store.stream("SELECT payload, jws FROM retention WHERE state IS NOT NULL ORDER BY device")
+
     def load_devices(self) -> list[dict[str, Any]]:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
 

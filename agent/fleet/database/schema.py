@@ -104,7 +104,8 @@ _PROJECTIONS = (
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
         log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
-    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq)",
+    # Has all that tells whether an alert is open: most are not, and their rows are then not read.
+    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq, state, revision)",
     # Notifications read the alerts that are new to them, in order of rowid.
     f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
     # body: the payload, as text.

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent.bridge.discovery import Place
+from agent.config.homeassistant import DEFAULT_PREFIX
 from agent.fleet.collector.subscriptions import logged_filters
 from agent.wire import trust
 from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, ROOT
@@ -31,7 +33,7 @@ class AccessChange(msgspec.Struct, frozen=True):
     """Wanted access of a client; `none` withdraws all. `tasks`: those of a device, any without."""
 
     client: str
-    access: Literal["device", "collector", "none"]
+    access: Literal["device", "collector", "bridge", "homeassistant", "none"]
     tasks: tuple[str, ...] = ()
 
 
@@ -58,6 +60,7 @@ def build_document(fleet: str, group: str) -> Document:
             _role("collector", send=[f"{base}/+/ack", *logged], receive=[tree], share=[f"$share/{group}/{tree}"]),
             _role("operator", send=orders, receive=[tree]),
             _role(ADMIN, send=[control], receive=[control]),
+            *_homeassistant_roles(fleet),
         ],
     }
 
@@ -130,10 +133,23 @@ def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:
     return _role(_own_role_name(change), send=send, receive=receive)
 
 
+def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:
+    """Return the role of the bridge, which publishes for Home Assistant, and that of Home Assistant itself."""
+    place = Place(fleet, "+", DEFAULT_PREFIX)
+    birth, published = [place.birth_topic], [*place.retained_filters, place.status_topic]
+    return [
+        _role("bridge", send=published, receive=[*place.retained_filters, *birth]),
+        # It subscribes to all that may announce something, and receives what this bridge announces.
+        _role(
+            "homeassistant", send=birth, receive=[*published, *birth], share=[f"{DEFAULT_PREFIX}/#", place.all_topics]
+        ),
+    ]
+
+
 def _role_names(change: AccessChange) -> list[str]:
     if change.access == "device":
         return ["device", _own_role_name(change)]
-    return [change.access] if change.access == "collector" else []
+    return [] if change.access == "none" else [change.access]
 
 
 def _own_role_name(change: AccessChange) -> str:

@@ -21,7 +21,15 @@ from agent.fleet.collector.subscriptions import make_share_group
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.key_table import KeyMaker
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_access, broker_config, broker_control, collectors, pki, revocation
+from agent.fleet.enrolment import (
+    broker_access,
+    broker_config,
+    broker_control,
+    collectors,
+    homeassistant,
+    pki,
+    revocation,
+)
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.device_files import SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
 from agent.fleet.enrolment.revocation import RevocationOutcome
@@ -31,7 +39,8 @@ from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
 
 # User names of roles at the broker; `_all` cannot be a device id anyway.
-RESERVED_NAMES = frozenset({"collector", "operator", "commander", broker_access.ADMIN})
+_ROLES = ("collector", "operator", "commander", broker_access.ADMIN)
+RESERVED_NAMES = frozenset({*_ROLES, homeassistant.BRIDGE, homeassistant.HOME_ASSISTANT})
 
 
 class Enrolment(msgspec.Struct, frozen=True):
@@ -190,7 +199,7 @@ def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
     server = authority.issue_server(broker.host)
     durable_files.write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
     durable_files.write_new(folder / "broker" / "server.key", server.key, 0o600)
-    for role in sorted(RESERVED_NAMES):
+    for role in _ROLES:
         client = authority.issue_client(role, name)
         durable_files.write_new(folder / f"{role}.crt", client.certificate, 0o644)
         durable_files.write_new(folder / f"{role}-tls.key", client.key, 0o600)

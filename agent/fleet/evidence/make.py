@@ -25,9 +25,11 @@ from agent.fleet.evidence.format import frameworks, manifest
 from agent.fleet.evidence.format.contents import (
     HEAD_PREFIX,
     OMITTED_LINKS,
+    RETENTION_FILE,
     STAMP_PREFIX,
     WRITE_LIMITS,
     Incident,
+    RetentionRecord,
     SignedMessage,
 )
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
@@ -90,6 +92,10 @@ def write_folder(
             queries = EvidenceQueries(store, db)
             _write_messages(queries, MessageVerifier(store), writer, facts)
             _write_chains(queries, writer, facts)
+            if statements := [
+                RetentionRecord(payload.decode(), token) for payload, token in queries.stream_retention()
+            ]:
+                writer.write(RETENTION_FILE, (_encode_line(statement) for statement in statements))
         bill_of_materials = _write_files(writer, sources, facts)
         writer.commit()
     except BaseException:

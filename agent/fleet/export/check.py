@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,14 @@ import msgspec
 
 from agent import ranges
 from agent.errors import MessageRefused, UsageError
+from agent.fleet.audit import pruned as pruned_devices
+from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.export import manifest as manifests
-from agent.fleet.export.manifest import Chunk, ExportedFile, Manifest
+from agent.fleet.export.manifest import Chunk, ExportedFile, LogRange, Manifest
 from agent.fleet.export.tables import EXPORTED_MESSAGES, NO_DAY, TableBuilder
+from agent.wire.keys import PublicKey
 from agent.wire.messages import LoggedPayload, verify_message
 
 if TYPE_CHECKING:
@@ -24,13 +27,17 @@ MAX_PROBLEMS = 1000
 
 
 class ExportReport(msgspec.Struct):
-    """`pending`: stored messages that the export does not hold yet. `leftovers`: files that no chunk names."""
+    """`pending`: stored messages that the export does not hold yet. `leftovers`: files that no chunk names.
+
+    `pruned`: exported messages that `fleet prune` removed since, so that only the hash of their file is compared.
+    """
 
     folder: str
     files: int = 0
     rows: int = 0
     messages: int = 0
     pending: int = 0
+    pruned: int = 0
     leftovers: int = 0
     problem_count: int = 0
     problems: list[str] = []
@@ -49,9 +56,16 @@ class ExportReport(msgspec.Struct):
 
 
 def check_export(
-    store: FleetStore, folder: Path, fleet: str, progress: Callable[[int], None] = lambda _: None
+    store: FleetStore,
+    folder: Path,
+    fleet: str,
+    collectors: Sequence[PublicKey] = (),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> ExportReport:
-    """Verify an export from the signed messages. Raises StorageError, and UsageError without a readable manifest."""
+    """Verify an export from the signed messages. Raises StorageError, and UsageError without a readable manifest.
+
+    `collectors`: keys with which retention statements are valid.
+    """
     manifest = manifests.load(folder)
     if manifest is None:
         raise UsageError(f"{folder}: no export here; `outstation fleet export --out DIR` makes one")
@@ -60,12 +74,14 @@ def check_export(
         report.add_problem(f"is the export of fleet {manifest.fleet!r}")
     chunks, named = list[Chunk](), set[str]()
     with store.snapshot():
-        keyring = Keyring(store)
+        pruned, _ = pruned_devices.load(store, None, collectors)
+        floors = {(name, log.log): log.through for name, device in pruned.items() for log in device.statement.logs}
+        checker = _ChunkChecker(store, folder, manifest, floors, report)
         try:
             for chunk in manifest.read_chunks(folder):
                 chunks.append(Chunk(chunk.number, chunk.messages, chunk.ranges, []))
                 named |= {file.path for file in chunk.files}
-                _check_chunk(store, keyring, folder, manifest, chunk, report)
+                checker.check(chunk)
                 progress(chunk.messages)
         except UsageError as error:
             report.add_problem(str(error))
@@ -75,43 +91,70 @@ def check_export(
     return report
 
 
-def _check_chunk(
-    store: FleetStore, keyring: Keyring, folder: Path, manifest: Manifest, chunk: Chunk, report: ExportReport
-) -> None:
-    builder = TableBuilder(manifest.filters)
-    for device, log, first, last in chunk.ranges:
-        expected = first
-        for seq, kind, topic, payload, jws, received in store.log_messages(device, log, first, last):
-            if seq != expected:
-                report.add_problem(f"{device} {log} seq {expected}-{seq - 1}: exported, but missing in the database")
-            expected = seq + 1
-            report.messages += 1
-            try:
-                message = verify_message(topic, payload, (jws,), keyring.find_stored)
-                keyring.require_in_bounds(message, stored=True)
-            except (MessageRefused, TypeError, AttributeError) as error:
-                report.add_problem(f"{device} {log} seq {seq}: does not verify: {error}")
-                continue
-            body = message.body
-            if not isinstance(body, LoggedPayload) or (body.device, body.log, body.seq) != (device, log, seq):
-                report.add_problem(f"{device} {log} seq {seq}: is another message than its signed payload says")
-            elif kind in EXPORTED_MESSAGES:
-                builder.add(body, payload, received)
-        if expected <= last:
-            report.add_problem(f"{device} {log} seq {expected}-{last}: exported, but missing in the database")
-    signed = builder.finish()
-    for file in chunk.files:
-        report.files += 1
-        report.rows += file.rows
-        table = signed.pop((file.kind, file.day or NO_DAY), None)
-        if problem := _check_file(folder, file, chunk.number, table):
-            report.add_problem(f"{file.path}: {problem}")
-    for kind, day in signed:
-        report.add_problem(f"chunk {chunk.number}: has no file with the {kind} of {day} that its messages give")
+class _ChunkChecker:
+    """Compares chunks with the messages of the database. `floors`: (device, log) → seq up to which messages went."""
+
+    def __init__(
+        self,
+        store: FleetStore,
+        folder: Path,
+        manifest: Manifest,
+        floors: Mapping[LogId, int],
+        report: ExportReport,
+    ) -> None:
+        self._store, self._folder, self._manifest, self._floors = store, folder, manifest, floors
+        self._keyring, self._report = Keyring(store), report
+
+    def check(self, chunk: Chunk) -> None:
+        builder, gone = TableBuilder(self._manifest.filters), list[LogRange]()
+        for device, log, first, last in chunk.ranges:
+            expected = first
+            for seq, kind, topic, payload, jws, received in self._store.log_messages(device, log, first, last):
+                self._add_missing((device, log, expected, seq - 1), gone)
+                expected = seq + 1
+                self._report.messages += 1
+                body = self._verify((device, log, seq), topic, payload, jws)
+                if body is not None and kind in EXPORTED_MESSAGES:
+                    builder.add(body, payload, received)
+            self._add_missing((device, log, expected, last), gone)
+        signed = builder.finish()
+        for file in chunk.files:
+            self._report.files += 1
+            self._report.rows += file.rows
+            table = signed.pop((file.kind, file.day or NO_DAY), None)
+            if problem := _check_file(self._folder, file, chunk.number, table, gone):
+                self._report.add_problem(f"{file.path}: {problem}")
+        for kind, day in signed:
+            self._report.add_problem(f"chunk {chunk.number}: has no file with the {kind} of {day}")
+
+    def _add_missing(self, missing: LogRange, gone: list[LogRange]) -> None:
+        device, log, first, last = missing
+        through = min(last, self._floors.get((device, log), 0))
+        if first <= through:
+            gone.append((device, log, first, through))
+            self._report.pruned += through - first + 1
+        if (start := max(first, through + 1)) <= last:
+            self._report.add_problem(f"{device} {log} seq {start}-{last}: exported, but missing in the database")
+
+    def _verify(self, key: tuple[str, str, int], topic: Any, payload: Any, jws: Any) -> LoggedPayload | None:
+        place = f"{key[0]} {key[1]} seq {key[2]}"
+        try:
+            message = verify_message(topic, payload, (jws,), self._keyring.find_stored)
+            self._keyring.require_in_bounds(message, stored=True)
+        except (MessageRefused, TypeError, AttributeError) as error:
+            self._report.add_problem(f"{place}: does not verify: {error}")
+            return None
+        body = message.body
+        if not isinstance(body, LoggedPayload) or (body.device, body.log, body.seq) != key:
+            self._report.add_problem(f"{place}: is another message than its signed payload says")
+            return None
+        return body
 
 
-def _check_file(folder: Path, file: ExportedFile, number: int, signed: pyarrow.Table | None) -> str | None:
-    """Return how a file differs from its hash, or from the rows that its messages give."""
+def _check_file(
+    folder: Path, file: ExportedFile, number: int, signed: pyarrow.Table | None, gone: Sequence[LogRange]
+) -> str | None:
+    """Return how a file differs from its hash, or from the rows that its messages give; rows in `gone` may be any."""
     import pyarrow
     from pyarrow import parquet
 
@@ -127,11 +170,30 @@ def _check_file(folder: Path, file: ExportedFile, number: int, signed: pyarrow.T
         table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
     except (pyarrow.ArrowException, OSError) as error:
         return f"is no Parquet file: {error}"
+    if file.rows != table.num_rows:
+        return f"has {table.num_rows} rows, the manifest says {file.rows}"
+    table = _decode_dictionaries(table)
+    if gone:
+        table = _without(table, gone)
     if signed is None:
-        return f"has {table.num_rows} rows, its messages give none"
-    if not _decode_dictionaries(table).equals(_decode_dictionaries(signed), check_metadata=False):
+        return f"has {table.num_rows} rows, its messages give none" if table.num_rows else None
+    if not table.equals(_decode_dictionaries(signed), check_metadata=False):
         return f"has other rows than its messages give ({table.num_rows}, they give {signed.num_rows})"
-    return None if file.rows == signed.num_rows else f"has {signed.num_rows} rows, the manifest says {file.rows}"
+    return None
+
+
+def _without(table: pyarrow.Table, gone: Sequence[LogRange]) -> pyarrow.Table:
+    """Return a table without the rows of pruned messages."""
+    import pyarrow
+
+    spans: dict[LogId, list[tuple[int, int]]] = {}
+    for device, log, first, last in gone:
+        spans.setdefault((device, log), []).append((first, last))
+    places = zip(*(table[name].to_pylist() for name in ("device", "log", "seq")), strict=True)
+    stays = [
+        not any(first <= seq <= last for first, last in spans.get((device, log), ())) for device, log, seq in places
+    ]
+    return table.filter(pyarrow.array(stays, pyarrow.bool_()))
 
 
 def _decode_dictionaries(table: pyarrow.Table) -> pyarrow.Table:

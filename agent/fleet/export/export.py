@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # A chunk ends with the first of these; they bound the memory of an export and the work lost with an interruption.
-_CHUNK_MESSAGES, _CHUNK_ROWS = 20_000, 400_000
+_CHUNK_MESSAGES, _CHUNK_ROWS = 20_000, 200_000
 _LOCK = ".lock"
 # (received, device, log, seq)
 Key = tuple[str, str, str, int]

@@ -7,6 +7,7 @@ computed follow from none and are not exported.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -224,9 +225,7 @@ class TableBuilder:
             for row, t in zip(rows, times, strict=True):
                 if (self._since is not None and t < self._since) or (self._until is not None and t >= self._until):
                     continue
-                day = t // DAY_US
-                is_near = -_MAX_DAYS_BEFORE <= day - arrived_day <= _MAX_DAYS_AFTER
-                partition = name, clock.to_rfc3339(day * DAY_US)[:10] if is_near else NO_DAY
+                partition = name, _name_day(t // DAY_US, arrived_day)
                 self._pending.setdefault(partition, []).append(row)
                 self._pending_count += 1
                 self.row_count += 1
@@ -277,6 +276,12 @@ class TableBuilder:
             table = pyarrow.Table.from_arrays(arrays, schema=arrow_schema(partition[0]))
             self._tables.setdefault(partition, []).append(table)
         self._pending, self._pending_count = {}, 0
+
+
+@lru_cache(1024)
+def _name_day(day: int, arrived_day: int) -> str:
+    is_near = -_MAX_DAYS_BEFORE <= day - arrived_day <= _MAX_DAYS_AFTER
+    return clock.to_rfc3339(day * DAY_US)[:10] if is_near else NO_DAY
 
 
 def arrow_schema(name: str) -> pyarrow.Schema:

@@ -102,7 +102,7 @@ def needs_history(newest: HealthReport) -> bool:
 
 def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     status = view.status
-    if status.last_seen is None or status.state == "stopped" or not status.is_active:
+    if status.last_seen is None or status.state == "stopped":
         return None
     interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
     limit_s = SILENT_INTERVALS * interval_s + SILENT_GRACE_S

@@ -20,7 +20,7 @@ from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.quantities import Duration
 from agent.wire.messages import AlertPayload, ResultsPayload
-from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, REGRESS, SEVERAL, Floats, Recipe, activated
+from scripts.kit.bundles import ANOMALY, CENTRES, CLASSIFY, FLOAT, REGRESS, SEVERAL, Floats, Recipe, activated
 from tests.kit.devices import NOW, Device
 
 FALL = AlertRuleConfig(
@@ -227,11 +227,44 @@ def test_a_rule_that_comes_back_does_not_use_an_id_again(make_device: Callable[.
     ]
 
 
+def test_an_alert_whose_state_was_lost_is_cleared_and_its_id_is_not_used_again(
+    make_device: Callable[..., Device],
+) -> None:
+    device = make_device(FALL)
+    device.feed(rows_of("lll"))
+    device.run_all()
+    with device.store.transaction() as tx:
+        tx.delete_state("tiny", "alert rules")
+    assert [reconcile(device, [FALL]) for _ in range(2)] == [1, 0]
+    assert device.store.open_alerts("tiny") == []
+    device.feed(rows_of("lll"))
+    device.run_all()
+    assert [(identity, state) for identity, state, *_ in states(device)] == [
+        ("tiny/fall/result/1", "raised"),
+        ("tiny/fall/result/1", "cleared"),
+        ("tiny/fall/result/2", "raised"),
+    ]
+
+
 def test_states_that_cannot_be_read_start_anew(make_device: Callable[..., Device]) -> None:
     device = make_device(FALL)
     with device.store.transaction() as tx:
         tx.save_state("tiny", "alert rules", b"{\xff")
     assert rule_store.load(device.store, "tiny") == TaskRuleStates()
+
+
+def test_a_rule_goes_on_when_another_bundle_runs(make_device: Callable[..., Device]) -> None:
+    device = make_device(FALL)
+    device.feed(rows_of("lll"))
+    device.run_all()
+    device.active = activated(FLOAT)
+    device.restart()
+    device.feed(rows_of("rrrrr"))
+    device.run_all()
+    assert [(identity, state, row) for identity, state, _, row in states(device)] == [
+        ("tiny/fall/result/1", "raised", 3),
+        ("tiny/fall/result/1", "cleared", 8),
+    ]
 
 
 # --- other outputs ---

@@ -17,15 +17,18 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from agent import durable_files
+from agent import clock, durable_files
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.maintenance.retention import Retention
 from agent.fleet.database.store import FleetStore
 from agent.fleet.export import export as exporting
 from agent.fleet.export.check import check_export
 from agent.fleet.export.export import export
 from agent.fleet.export.tables import KINDS, NO_DAY, Filters
-from agent.testing.messages import FLEET, MessageSender, SignedMessage
+from agent.fleet.retention.prune import prune
+from agent.quantities import Duration
+from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 
 NOW = "2025-11-25T12:00:00.000000Z"
 MADE: dict[str, Any] = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
@@ -46,19 +49,28 @@ def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage, now: 
 
 
 def every_kind(sender: MessageSender) -> list[SignedMessage]:
-    columns = {"row": [1, 2], "t": [T, T + 1], "value": [1.5, None], "missing": [0, 0.25], "value_hum": [0.5, None]}
+    row = sender.row + 1
+    columns = {"row": [row, row + 1], "t": [T, T + 1], "value": [1.5, None], "missing": [0, 0.25]}
     metrics = [{"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 20}]
     time: dict[str, Any] = {"time": "2025-11-24T22:18:01.000000Z"}
     window = {"index": 1, "rows": [1, 2000], "from": time["time"], "to": "2025-11-24T23:00:00.000000Z", "n": 2000}
     return [
-        sender.results(2, rows_at=(1, 2), columns=columns, made=MADE, incomplete=1, faults=["ax"], **time),
+        sender.results(
+            2,
+            rows_at=(row, row + 1),
+            columns={**columns, "value_hum": [0.5, None]},
+            made=MADE,
+            incomplete=1,
+            faults=["ax"],
+            **time,
+        ),
         sender.results(3, made=MADE, **time),
         sender.drift("drift", window=window, **time),
         sender.alert(**time),
         sender.append("quality", task=sender.task, metrics=metrics, **time),
         sender.shadow(**time),
         sender.rollout("shadow"),
-        sender.health_with_cursor(),
+        sender.health(),
     ]
 
 
@@ -101,7 +113,7 @@ def test_every_kind_has_its_rows_typed_by_day(store: FleetStore, tmp_path: Path)
     assert file.stat().st_mode & 0o777 == 0o600
     assert check_export(store, tmp_path / "out", FLEET).to_dict() | {"folder": ""} == {
         "passed": True, "folder": "", "files": summary.files, "rows": sum(summary.rows.values()), "messages": 8,
-        "pending": 0, "leftovers": 0, "problem_count": 0, "problems": [],
+        "pending": 0, "pruned": 0, "leftovers": 0, "problem_count": 0, "problems": [],
     }  # fmt: skip
 
 
@@ -246,6 +258,28 @@ def _replace(out: Path, chunk_file: Path, file: Path, data: bytes | None) -> Non
     manifest = json.loads((out / "manifest.json").read_bytes())
     manifest["chunks"][0]["sha256"] = hashlib.sha256(chunk_file.read_bytes()).hexdigest()
     (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_rows_of_pruned_messages_are_compared_by_their_hash(store: FleetStore, tmp_path: Path) -> None:
+    sender, key, out = MessageSender(), new_key(99), tmp_path / "out"
+    ingest(store, sender, *every_kind(sender))
+    ingest(store, sender, *every_kind(sender), now="2026-11-25T12:00:00.000000Z")
+    export(store, out, FLEET, Filters())
+    now_us = clock.parse_rfc3339("2026-11-26T12:00:00Z")
+    result = prune(store, Retention(messages=Duration(86400.0 * 30)), FLEET, key, [key.public], now_us)
+    assert not result.refused
+    [pruned] = result.devices
+    report = check_export(store, out, FLEET, [key.public])
+    assert (report.passed, report.pruned, report.messages) == (True, pruned.messages, 8)
+    # Without the statement they are missing; a changed row of a message that stays is found.
+    assert not check_export(store, out, FLEET).passed
+    file = next(out.glob("kind=results/day=*/*"))
+    table = parquet.ParquetFile(file).read()
+    at, values = table.column_names.index("value"), [9.5] * table.num_rows
+    forged = table.set_column(at, table.field("value"), pa.array(values, pa.float64()))
+    _replace(out, next(out.glob("_chunks/*")), file, exporting.to_parquet(forged))
+    assert not check_export(store, out, FLEET, [key.public]).passed
+    assert export(store, out, FLEET, Filters()).messages == 0
 
 
 def test_rows_of_a_wrong_clock_share_one_partition(store: FleetStore, tmp_path: Path) -> None:

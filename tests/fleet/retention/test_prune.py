@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from agent import clock
+from agent.cli.fleet.group import fleet
+from agent.config import BrokerConfig
 from agent.errors import ConfigError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit, audit_from_checkpoint
@@ -22,6 +27,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.maintenance import pruning
 from agent.fleet.database.maintenance.retention import Retention
 from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.retention.prune import PruneReport, prune
 from agent.quantities import Duration
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
@@ -333,6 +339,61 @@ def test_messages_that_arrive_meanwhile_are_planned_again(store: FleetStore, mon
     assert check(store).passed
 
 
+def test_collectors_write_while_devices_are_pruned(store: FleetStore) -> None:
+    senders = [MessageSender(f"pi-{i}") for i in range(4)]
+    for sender in senders:
+        ingest(store, sender, OLD, *everything(sender, "a"))
+    # As collectors have it: several devices in one transaction.
+    rounds = [[Arrival(sender.verify(sender.results(2))) for sender in senders] for _ in range(30)]
+    problems: list[BaseException] = []
+
+    def collect() -> None:
+        other = FleetStore(store.location)
+        try:
+            for step, arrivals in enumerate(rounds):
+                other.ingest(arrivals, [], clock.to_rfc3339(MIDDLE + step * DAY_US))
+        except BaseException as error:
+            problems.append(error)
+        finally:
+            other.close()
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    step = 0
+    while thread.is_alive() or step < 3:
+        run(store, Retention(messages=Duration(86400.0)), MIDDLE + 10 * step * DAY_US)
+        step += 1
+    thread.join()
+    assert problems == []
+    report = check(store)
+    assert report.passed, report.invalid
+    assert audit(store, processes=2, collectors=[KEY.public]).passed
+
+
+def test_the_command_prunes_and_the_audit_says_what_went(tmp_path: Path) -> None:
+    home, now_us = tmp_path / FLEET, clock.read().wall_us
+    config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
+    sender = MessageSender()
+    with contextlib.closing(FleetStore(config.fleet.db)) as store:
+        ingest(store, sender, now_us - 40 * DAY_US, *everything(sender, "a"))
+        ingest(store, sender, now_us, sender.health())
+
+    def command(*arguments: str) -> Any:
+        result = CliRunner().invoke(fleet, [*arguments, "--dir", str(home), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    assert command("audit")["checkpoint"] is None
+    with (home / "fleet.toml").open("a") as file:
+        file.write('\n[retention]\nmessages = "30 d"\n')
+    assert command("prune", "--dry-run")["devices"][0]["messages"] == 11
+    assert command("prune")["devices"][0]["messages"] == 11
+    assert command("prune")["devices"] == []
+    for options in ([], ["--full"], ["--device", "pi-07"]):
+        audited = command("audit", *options)
+        assert (audited["passed"], audited["messages"], audited["pruned"][0]["count"]) == (True, 1, 11)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -342,9 +403,6 @@ def test_messages_that_arrive_meanwhile_are_planned_again(store: FleetStore, mon
     ],
 )
 def test_a_retention_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, problem: str) -> None:
-    from agent.config import BrokerConfig
-    from agent.fleet.enrolment.enrol import init_fleet
-
     init_fleet(tmp_path / FLEET, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     file = tmp_path / FLEET / "fleet.toml"
     file.write_text(f"{file.read_text()}\n[retention]\n{text}\n")

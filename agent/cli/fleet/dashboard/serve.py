@@ -73,6 +73,7 @@ def dashboard(
     from agent.fleet.dashboard.security.access import AccessPolicy
     from agent.fleet.dashboard.security.guard import is_loopback, make_host_policy
     from agent.fleet.dashboard.server import Listener, create_server, open_socket, parse_listen
+    from agent.fleet.metrics.endpoint import dashboard_route, load_token
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
@@ -94,11 +95,13 @@ def dashboard(
     desk = None if read_only else _open_desk(config, home, operator_key)
     listening = open_socket(listener)
     served = Dashboard(config.fleet.name, home, location, policy, desk, render_device_drift)
+    metrics = dashboard_route(served, load_token(config.metrics))
     shown = f"[{host}]" if ":" in host else host
     actions = "with the operator's key" if desk else "read-only"
     url = f"{listener.scheme}://{shown}:{listening.getsockname()[1]}/"
     echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
-    server = create_server(create_app(served, make_host_policy([host, *hosts])), listener, served.feed.end)
+    app = create_app(served, make_host_policy([host, *hosts]), [metrics])
+    server = create_server(app, listener, served.feed.end)
     # The server raises the signal again once it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):

@@ -109,6 +109,11 @@ class FleetState:
         self.read_us = clock.read().wall_us
         return changed | {*batch}
 
+    @property
+    def is_complete(self) -> bool:
+        """Return True unless changed devices wait for the next refresh."""
+        return not self._pending
+
     def forget(self) -> None:
         """Read everything again in the next refresh: the database may be another one."""
         self._keys_version = -1

@@ -21,8 +21,46 @@ _READERS = 2
 _CLOSE_TIMEOUT_S = 10.0
 
 
+class ReopenedStore:
+    """A read-only store of one thread, opened again after every failure, and when another file took its place."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._store: FleetStore | None = None
+        self._identity: tuple[int, int] | None = None
+
+    def read(self, function: Callable[[FleetStore], T]) -> T:
+        """Return `function` of the store. Raises StorageError and UsageError."""
+        if self._store is not None and self._identity != self._identify():
+            self.close()
+        if self._store is None:
+            self._identity = self._identify()
+            self._store = FleetStore(self._location, read_only=True)
+        try:
+            return function(self._store)
+        except StorageError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the store; the next `read` opens it again."""
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Return device and inode of the database file; a restored one has others."""
+        if is_postgresql(self._location):
+            return None
+        try:
+            status = os.stat(Path(self._location))
+        except OSError:
+            return (0, 0)
+        return status.st_dev, status.st_ino
+
+
 class DatabaseReader:
-    """Reads open the database again after every failure, and when another file took its place."""
+    """Reads in threads with a `ReopenedStore` each."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -61,35 +99,16 @@ class DatabaseReader:
         # A thread that waits here takes no second turn.
         with contextlib.suppress(threading.BrokenBarrierError):
             together.wait(_CLOSE_TIMEOUT_S)
-        store: FleetStore | None = getattr(self._local, "store", None)
-        if store is not None:
-            store.close()
+        self._own_store().close()
 
     def _read(self, function: Callable[[FleetStore], T]) -> T:
-        store: FleetStore | None = getattr(self._local, "store", None)
-        if store is not None and self._local.identity != self._identify():
-            store.close()
-            store = self._local.store = None
-        if store is None:
-            identity = self._identify()
-            self._local.store = store = FleetStore(self.location, read_only=True)
-            self._local.identity = identity
-        try:
-            return function(store)
-        except StorageError:
-            self._local.store = None
-            store.close()
-            raise
+        return self._own_store().read(function)
 
-    def _identify(self) -> tuple[int, int] | None:
-        """Return device and inode of the database file; a restored one has others."""
-        if is_postgresql(self.location):
-            return None
-        try:
-            status = os.stat(Path(self.location))
-        except OSError:
-            return (0, 0)
-        return status.st_dev, status.st_ino
+    def _own_store(self) -> ReopenedStore:
+        if not hasattr(self._local, "store"):
+            self._local.store = ReopenedStore(self.location)
+        store: ReopenedStore = self._local.store
+        return store
 
     def _write(self, function: Callable[[FleetStore], T]) -> T:
         store = FleetStore(self.location)

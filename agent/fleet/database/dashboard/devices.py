@@ -31,7 +31,8 @@ OPEN_ALERTS = """
 COLLECTOR_ALERTS = """
     SELECT a.device, a.alert, a.subject, a.severity, a.summary, a.time, a.id, a.task, a.log, a.seq, a.source
     FROM alerts a
-    WHERE a.source = 'collector' AND a.state = 'raised' AND NOT EXISTS (
+    WHERE a.source = 'collector' AND a.state = 'raised' AND a.device NOT IN (SELECT device FROM retired_devices)
+      AND NOT EXISTS (
         SELECT 1 FROM alerts later WHERE later.device = a.device AND later.log = a.log AND later.id = a.id
           AND later.seq > a.seq AND later.source = 'collector')
     ORDER BY a.time DESC LIMIT 1000"""

@@ -88,6 +88,16 @@ class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cleared: MessageRef | None = None
 
 
+RETENTION_FILE = "retention.jsonl"
+
+
+class RetentionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Line of retention.jsonl: the newest statement of what `fleet prune` removed of a device, as it was signed."""
+
+    payload: str
+    jws: LongText
+
+
 class DecisionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Line of decisions.jsonl: one change and the actor who decided it.
 

@@ -12,11 +12,14 @@ import msgspec
 
 from agent.clock import parse_rfc3339
 from agent.errors import MessageRefused
+from agent.fleet.audit.pruned import verify_statement
 from agent.fleet.database.gap_ledger import parse_evictions, parse_log_end
 from agent.fleet.database.interface import LogId
 from agent.fleet.evidence.format.contents import OMITTED_DECLARATIONS, OMITTED_LINKS, ChainRun, MessageRef
 from agent.fleet.evidence.format.manifest import EvidenceManifest
 from agent.wire import log_chain, log_head
+from agent.wire.jws import Signer
+from agent.wire.keys import parse_public_key
 from agent.wire.messages import LoggedPayload
 
 # Clocks of a device, its collector and a time-stamping authority, all set by time services.
@@ -52,6 +55,8 @@ class ChainChecker:
         self._gaps: list[tuple[LogId, int, int]] = []
         self._declared: dict[LogId, list[tuple[int, int]]] = {}
         self._as_of_us = parse_rfc3339(manifest.as_of)
+        collectors = [parse_public_key(key.key) for key in manifest.keys if key.role == "collector"]
+        self._collectors = {key.kid: Signer("collector", key) for key in collectors}
         self._device_keys = {(key.owner, key.kid) for key in manifest.keys if key.role == "device"}
         self.links = self.witnesses = self.unsupported = 0
 
@@ -89,6 +94,22 @@ class ChainChecker:
         self._declared.setdefault((body.device, body.log), []).extend(parse_evictions(body))
         if end := parse_log_end(body):
             self._declared.setdefault((body.device, end[0]), []).append((1, end[1]))
+
+    def add_retention(self, where: str, payload: bytes, token: str) -> None:
+        """Add the messages that a collector states, signed, as removed by retention; the chains begin behind them."""
+        try:
+            statement = verify_statement(payload, token, self._collectors.get)
+        except MessageRefused as refused:
+            self._add_problem(where, f"is not a valid retention statement: {refused}")
+            return
+        if statement.fleet != self._manifest.fleet:
+            self._add_problem(where, f"is of fleet {statement.fleet!r}, this folder is of {self._manifest.fleet!r}")
+            return
+        for log in statement.logs:
+            self._declared.setdefault((statement.device, log.log), []).append((1, log.through))
+            if log.digest is not None:
+                ref = MessageRef(statement.device, log.log, log.through)
+                self.add(Commitment(ref, log.digest, where, f"the retention statement of {statement.time}"))
 
     def add_run(self, where: str, run: ChainRun) -> None:
         log = (run.device, run.log)

@@ -99,6 +99,8 @@ def _verify_contents(
     for brought in [*witnesses.stamps, *_read_stamps(reader)]:
         stamps.add(brought)
     _verify_messages(reader, head, claims, stamps, report)
+    for number, record in reader.read_lines(contents.RETENTION_FILE, contents.RetentionRecord):
+        chains.add_retention(f"{contents.RETENTION_FILE}:{number}", record.payload.encode(), record.jws)
     _verify_chains(reader, head, chains, report, witnesses.heads)
     for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
         claims.check_decision(f"decisions.jsonl:{number}", decision)

@@ -1,0 +1,264 @@
+"""Publisher of the Home Assistant documents: a thread with its own broker connection.
+
+It reads what changed from a source, and keeps nothing for a broker that is slow or gone: of each topic only the newest
+document waits. So neither the collector's ingest nor a device's daemon ever waits for Home Assistant's broker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+from agent import clock
+from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceSource, DeviceState
+from agent.bridge.discovery import (
+    OFFLINE,
+    ONLINE,
+    Document,
+    Place,
+    discovery_document,
+    latest_documents,
+    parse_components,
+    parse_time,
+)
+from agent.config import BrokerConfig
+from agent.errors import LinkDown, OutstationError
+from agent.transport.mqtt import Link
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+
+logger = logging.getLogger("outstation.bridge")
+
+POLL_INTERVAL_S = 2.0
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
+# The broker sends what it retains at once; after such a pause nothing more comes.
+_QUIET_S, _MAX_WAIT_RETAINED_S = 0.5, 30.0
+_RECEIPT_TIMEOUT_S = 60.0
+_MAX_IN_FLIGHT = 20
+_STOP_TIMEOUT_S = 5.0
+# Retained documents of a fleet of thousands of devices; a broker that retains more is not listened to any further.
+_MAX_RETAINED = 200_000
+_WARNING_INTERVAL_S = 600.0
+
+
+class Publisher:
+    """Publishes inside its `with` block. It raises nothing, and connects again after every failure."""
+
+    def __init__(
+        self,
+        place: Place,
+        broker: BrokerConfig,
+        client_id: str,
+        open_source: Callable[[], DeviceSource],
+        *,
+        max_age_s: float,
+        cleans_up: bool,
+        is_active: Callable[[], bool] = lambda: True,
+        poll_interval_s: float = POLL_INTERVAL_S,
+    ) -> None:
+        """`cleans_up`: remove devices of the fleet that the source does not have. `is_active`: publish only while it
+        is true, as only one of several collectors does. `open_source` is called on the thread.
+        """
+        self._place, self._broker, self._client_id = place, broker, client_id
+        self._open_source, self._is_active = open_source, is_active
+        self._max_age_us, self._cleans_up = int(max_age_s * 1e6), cleans_up
+        self._poll_interval_s = poll_interval_s
+        self._stopping = threading.Event()
+        self._link: Link | None = None
+        self._thread = threading.Thread(target=self._main, name="homeassistant", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread, and let Home Assistant show its entities as unavailable."""
+        self._stopping.set()
+        if (link := self._link) is not None:
+            link.wake()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _main(self) -> None:
+        failures, last_problem = 0, ""
+        while not self._stopping.is_set():
+            if not self._is_active():
+                self._stopping.wait(1.0)
+                continue
+            began = time.monotonic()
+            try:
+                self._run_session()
+                failures = 0
+            except OutstationError as error:
+                failures = 1 if time.monotonic() - began > _MAX_BACKOFF_S else failures + 1
+                if str(error) != last_problem:
+                    logger.warning("homeassistant: %s; trying again until it works", error)
+                last_problem = str(error)
+                self._stopping.wait(min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2.0 ** min(failures - 1, 10)))
+            except Exception:
+                logger.exception("homeassistant: the bridge failed; it starts again in %g s", _MAX_BACKOFF_S)
+                self._stopping.wait(_MAX_BACKOFF_S)
+
+    def _run_session(self) -> None:
+        source = self._open_source()
+        try:
+            will = OutgoingMessage(self._place.status_topic, OFFLINE, retain=True)
+            link = self._link = Link(self._broker, self._client_id, subscribe=[self._place.birth_topic], will=will)
+            try:
+                session = Session(self._place, link, source, self._max_age_us, cleans_up=self._cleans_up)
+                session.load_retained()
+                logger.info("homeassistant: connected to %s", self._broker.shown_url)
+                while not self._stopping.is_set() and self._is_active():
+                    session.tick(self._poll_interval_s)
+                session.announce_end()
+            finally:
+                self._link = None
+                link.close()
+        finally:
+            source.close()
+
+
+class Session:
+    """One connection: what the broker retains, what waits, and what is under way."""
+
+    def __init__(self, place: Place, link: Link, source: DeviceSource, max_age_us: int, *, cleans_up: bool) -> None:
+        self._place, self._link, self._source = place, link, source
+        self._max_age_us, self._cleans_up = max_age_us, cleans_up
+        self._states: dict[str, DeviceState] = {}
+        # Topic → payload that the broker has, or was sent.
+        self._published: dict[str, bytes] = {}
+        self._waiting: dict[str, bytes] = {}
+        # Token → topic.
+        self._in_flight: dict[int, str] = {}
+        self._last_receipt_s = time.monotonic()
+        self._next_poll_s = 0.0
+        self._next_warning_s = 0.0
+
+    def load_retained(self) -> None:
+        """Read what the broker retains of this place: to remove what is over, and never to publish what is older."""
+        self._link.request_retained(self._place.retained_filters)
+        end = time.monotonic() + _MAX_WAIT_RETAINED_S
+        quiet_until = time.monotonic() + _QUIET_S
+        while time.monotonic() < min(end, quiet_until) and len(self._published) < _MAX_RETAINED:
+            for event in self._link.receive(_QUIET_S):
+                if isinstance(event, IncomingMessage):
+                    quiet_until = time.monotonic() + _QUIET_S
+                    self._link.acknowledge(event)
+                    if self._place.parse_device(event.topic) is not None and event.payload:
+                        self._published[event.topic] = event.payload
+        self._enqueue(self._place.status_topic, ONLINE)
+
+    def tick(self, timeout_s: float) -> None:
+        """Read news from the source when they are due, send, and receive for up to `timeout_s`. Raises LinkDown."""
+        now_s = time.monotonic()
+        if now_s >= self._next_poll_s:
+            self._next_poll_s = now_s + timeout_s
+            self._take_news()
+        self._send()
+        wait_s = max(0.0, self._next_poll_s - time.monotonic())
+        for event in self._link.receive(wait_s):
+            self._handle(event)
+        if self._in_flight and time.monotonic() - self._last_receipt_s > _RECEIPT_TIMEOUT_S:
+            raise LinkDown(f"the broker confirmed nothing for {_RECEIPT_TIMEOUT_S:.0f} s")
+
+    def announce_end(self) -> None:
+        """Say that nobody publishes any more. A broker that is slow is told by the Will of the next session."""
+        self._waiting = {self._place.status_topic: OFFLINE}
+        self._in_flight.clear()
+        self._send()
+        self._link.receive(0.5)
+
+    def _take_news(self) -> None:
+        for report in self._source.poll():
+            state = self._states.setdefault(report.device, DeviceState(report.device))
+            state.update(report)
+            for document in latest_documents(self._place, state):
+                self._offer(document)
+            self._announce(state)
+        devices = self._source.devices
+        for device in [device for device in self._states if device not in devices]:
+            del self._states[device]
+        if self._cleans_up:
+            self._remove_others(devices)
+
+    def _announce(self, state: DeviceState) -> None:
+        topic = self._place.config_topic(state.device)
+        former = parse_components(self._waiting.get(topic) or self._published.get(topic, b""))
+        self._enqueue(topic, discovery_document(self._place, state, former))
+
+    def _remove_others(self, devices: frozenset[str]) -> None:
+        """Delete the retained documents of devices that are revoked or removed."""
+        for topic in [*self._published, *self._waiting]:
+            device = self._place.parse_device(topic)
+            if device is not None and device not in devices:
+                self._enqueue(topic, b"")
+
+    def _offer(self, document: Document) -> None:
+        """Publish a document, unless it is too old or older than the one there."""
+        if document.time_us is not None:
+            now_us = clock.read().wall_us
+            there = parse_time(self._waiting.get(document.topic) or self._published.get(document.topic, b""))
+            if not may_replace(document.time_us, there, now_us, self._max_age_us):
+                return
+        self._enqueue(document.topic, document.payload)
+
+    def _enqueue(self, topic: str, payload: bytes) -> None:
+        if self._published.get(topic, b"") == payload:
+            self._waiting.pop(topic, None)
+        else:
+            self._waiting[topic] = payload
+
+    def _send(self) -> None:
+        window = min(self._link.window, _MAX_IN_FLIGHT)
+        while self._waiting and len(self._in_flight) < window:
+            topic = next(iter(self._waiting))
+            payload = self._waiting.pop(topic)
+            if len(payload) + len(topic) + 100 > self._link.max_packet:
+                self._warn(f"the broker takes no message of {len(payload)} bytes on {topic}")
+                continue
+            if not self._in_flight:
+                self._last_receipt_s = time.monotonic()
+            self._in_flight[self._link.send(OutgoingMessage(topic, payload, retain=True))] = topic
+            if payload:
+                self._published[topic] = payload
+            else:
+                self._published.pop(topic, None)
+
+    def _handle(self, event: IncomingMessage | PublishReceipt) -> None:
+        if isinstance(event, IncomingMessage):
+            self._link.acknowledge(event)
+            if event.topic == self._place.birth_topic and event.payload == ONLINE:
+                self._publish_again()
+            return
+        self._last_receipt_s = time.monotonic()
+        topic = self._in_flight.pop(event.token, "")
+        if not event.is_accepted:
+            self._warn(f"the broker refused {topic}: {event.reason}; see its access rules")
+        self._send()
+
+    def _publish_again(self) -> None:
+        """Publish all documents anew: Home Assistant has started and may have lost what it knew."""
+        logger.info("homeassistant: it has started; sending all documents again")
+        own = {*self._states}
+        again = {topic: payload for topic, payload in self._published.items() if self._belongs(topic, own)}
+        self._waiting = again | self._waiting
+        self._send()
+
+    def _belongs(self, topic: str, devices: set[str]) -> bool:
+        return topic == self._place.status_topic or self._place.parse_device(topic) in devices
+
+    def _warn(self, problem: str) -> None:
+        if time.monotonic() >= self._next_warning_s:
+            self._next_warning_s = time.monotonic() + _WARNING_INTERVAL_S
+            logger.warning("homeassistant: %s", problem)
+
+
+def may_replace(time_us: int, there_us: int | None, now_us: int, max_age_us: int) -> bool:
+    """Return True if a document of `time_us` may take the place of the one there.
+
+    One from the future is of a device whose clock was wrong, and does not hold its place.
+    """
+    if now_us - time_us > max_age_us:
+        return False
+    return there_us is None or there_us > now_us + CLOCK_TOLERANCE_US or time_us >= there_us

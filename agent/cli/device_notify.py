@@ -1,0 +1,36 @@
+"""`outstation notify test` and `status`: notifications of a device without a collector."""
+
+from __future__ import annotations
+
+import click
+
+from agent.bootstrap import device
+from agent.cli import notifications
+from agent.cli.output import config_option, json_option
+from agent.device.notifications import read_states
+
+
+@click.group("notify", epilog="Example: outstation notify test")
+def notify() -> None:
+    """Test the targets of [notify] in outstation.toml, and show what waits. `outstation run` does the notifying."""
+
+
+@notify.command("test", epilog="Example: outstation notify test mail")
+@click.argument("target", required=False)
+@config_option
+@json_option
+def test(target: str | None, config_file: str | None, as_json: bool) -> None:
+    """Send a test message to TARGET, or to all targets, now. Exit 1 if one does not accept it."""
+    file, conf = device.load_config(config_file)
+    names = (conf.device.id, conf.device.fleet)
+    notifications.test_targets(str(file), conf.notify, target, *names, as_json=as_json)
+
+
+@notify.command("status", epilog="Example: outstation notify status --json")
+@config_option
+@json_option
+def status(config_file: str | None, as_json: bool) -> None:
+    """Show for each target what was sent, what waits, and the last failure."""
+    file, conf = device.load_config(config_file)
+    with read_states(conf.data_dir) as db:
+        notifications.show_states(str(file), conf.notify, db, as_json=as_json)

@@ -1,0 +1,55 @@
+"""Section [homeassistant], of devices and fleets: whether and where Home Assistant finds the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+
+from agent.config.broker import BrokerConfig, check_broker, check_no_password
+from agent.errors import ConfigError
+from agent.quantities import Duration
+from agent.toml_files import Section
+
+SECTION = "homeassistant"
+DEFAULT_PREFIX = "homeassistant"
+
+
+class HomeAssistantConfig(Section, frozen=True):
+    """`prefix`: Home Assistant's discovery prefix. `dashboard`: URL of `fleet dashboard`, to which its pages link.
+
+    Results that are older than `max_age` when they arrive are not published: Home Assistant would date them now.
+    `broker`: Home Assistant's broker, where it is another one.
+    """
+
+    enabled: bool = True
+    prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}\Z")] = DEFAULT_PREFIX
+    dashboard: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    max_age: Duration = Duration(3600.0)
+    broker: BrokerConfig | None = None
+
+
+def with_absolute_paths(config: HomeAssistantConfig, base: Path) -> HomeAssistantConfig:
+    """Return the section with its file paths resolved against `base`."""
+    broker = config.broker and config.broker.with_absolute_paths(base)
+    return msgspec.structs.replace(config, broker=broker)
+
+
+def check(file: str, config: HomeAssistantConfig) -> None:
+    """Check the section. Raises ConfigError."""
+    if config.broker is not None:
+        check_broker(file, config.broker, f"{SECTION}.broker")
+    if not 1.0 <= config.max_age <= 31 * 86_400.0:
+        raise ConfigError(file, f"{SECTION}.max_age", "must be between 1 s and 31 d")
+    if config.dashboard:
+        key = f"{SECTION}.dashboard"
+        check_no_password(file, key, config.dashboard, "the page asks who signs in")
+        try:
+            parts = urlsplit(config.dashboard)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable or not config.dashboard.isprintable() or parts.query or parts.fragment:
+            raise ConfigError(file, key, f"{config.dashboard!r} is not http://HOST[:PORT] or https://HOST[:PORT]")

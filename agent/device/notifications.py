@@ -1,0 +1,186 @@
+"""Notifications of a device without a collector: its alerts, and the file in which the notifier keeps what it told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.alerts import TARGET_FAILS_ON_DEVICE, find_kind
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
+from agent.errors import StorageError
+from agent.notify import queue
+from agent.notify.alert_state import AlertState
+
+logger = logging.getLogger("outstation.notify")
+
+DATABASE = "notify.db"
+# A device that cannot send keeps at most this; see the limits of `agent.notify.queue`.
+MAX_BYTES = 16 << 20
+_PAGE_SIZE = 4096
+_CHUNK = 1000
+
+
+class NotifyFile:
+    """SQLite file beside the store. What it holds can be told again, so a damaged one is replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / DATABASE
+        try:
+            self._db = self._open()
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                raise StorageError(f"{self._path}: {error}") from error
+            logger.warning("%s: %s; replaced: open alerts are told again", self._path, error)
+            for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):
+                self._path.with_name(name).unlink(missing_ok=True)
+            self._db = self._open()
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path}: {error}") from error
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._db
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path}: {error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        if not self._path.exists():
+            self._path.touch(mode=0o600)
+        db = sqlite3.connect(self._path, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute(f"PRAGMA max_page_count={MAX_BYTES // _PAGE_SIZE}")
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'notify_cursor'").fetchone():
+                db.execute("BEGIN IMMEDIATE")
+                for statement in queue.TABLES:
+                    db.execute(statement)
+                db.execute("COMMIT")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+
+class DeviceAlertSource:
+    """The alerts that the store lists, the newest thousand; see `agent.notify.alert_state.AlertSource`."""
+
+    def __init__(
+        self, store: Store, message_log: MessageLog, fleet: str, device: str, now: Callable[[], ClockReading]
+    ) -> None:
+        self._store, self._message_log, self._now = store, message_log, now
+        self.fleet, self.sender = fleet, device
+        self._last = 0
+        self._states: dict[str, AlertState] = {}
+
+    def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:
+        new = self._read()
+        if cursor is None or cursor > self._last:
+            # The first start, or a store that was made anew.
+            return self._last, self.open_alerts()
+        return self._last, [state for number, state in new if number > cursor]
+
+    def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
+        return {key: self._states[key] for key in keys if key in self._states}
+
+    def open_alerts(self) -> list[AlertState]:
+        return [state for state in self._states.values() if state.is_open]
+
+    def report_target(self, target: str, problem: str | None) -> None:
+        kind = TARGET_FAILS_ON_DEVICE
+        build = kind.cleared if problem is None else kind.raised
+        alert = build(problem or f"Notifications to {target} are accepted again.", None, target=target)
+        with self._store.transaction() as tx:
+            self._message_log.append(tx, "alerts", None, alert.to_body(), self._now())
+
+    def _read(self) -> list[tuple[int, AlertState]]:
+        """Read the alerts that are new, and bring the states up to date; return the state after each."""
+        new = []
+        while rows := self._store.alerts_after(self._last, _CHUNK):
+            for number, body in rows:
+                state = self._to_state(number, body)
+                self._states.pop(state.key, None)
+                self._states[state.key] = state
+                new.append((number, state))
+            self._last = rows[-1][0]
+        cleared = [key for key, state in self._states.items() if not state.is_open]
+        for key in cleared[: max(0, len(self._states) - _CHUNK)]:
+            del self._states[key]
+        return new
+
+    def _to_state(self, number: int, body: dict[str, Any]) -> AlertState:
+        task, name = body.get("task"), str(body["id"])
+        key = json.dumps([task, name])
+        kind = find_kind(body["alert"], body["subject"], name, task, from_collector=False)
+        before = self._states.get(key)
+        head = {"device": self.sender, "task": task, "alert": body["alert"], "subject": body["subject"]}
+        is_again = before is not None and before.is_open and int(body.get("revision", 1)) > 1
+        if body["state"] == "cleared":
+            raised = before.summary if before is not None else str(body["summary"])
+            return AlertState(
+                **{**head, "key": key, "seq": before.seq if before else number, "status": "cleared"},
+                severity=before.severity if before else body["severity"],
+                summary=raised,
+                raised=before.raised if before else body["time"],
+                updated=body["time"],
+                cleared_summary=str(body["summary"]),
+            )
+        return AlertState(
+            **{**head, "key": key, "seq": number, "status": "raised"},
+            severity=body["severity"],
+            summary=str(body["summary"]),
+            raised=before.raised if is_again and before is not None else body["time"],
+            updated=body["time"],
+            revision=int(body.get("revision", 1)),
+            title=kind.title if kind else "",
+            action=kind.action if kind else "",
+            is_event=kind is not None and kind.is_event,
+        )
+
+
+@contextlib.contextmanager
+def read_states(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file for reading, or empty tables before the first start. Raises StorageError."""
+    path = folder / DATABASE
+    try:
+        if path.exists():
+            db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        else:
+            db = sqlite3.connect(":memory:")
+            for statement in queue.TABLES:
+                db.execute(statement)
+        with contextlib.closing(db):
+            yield db
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def open_notifications(folder: Path, source: DeviceAlertSource) -> Iterator[tuple[NotifyFile, DeviceAlertSource]]:
+    """Open the file for the notifier's own thread."""
+    file = NotifyFile(folder)
+    try:
+        yield file, source
+    finally:
+        file.close()

@@ -1,0 +1,41 @@
+"""Own messages: the source of the bridge on a device without a collector, which reads the device's store."""
+
+from __future__ import annotations
+
+from agent.bridge.device_state import DeviceReport, OpenAlert
+from agent.config import Config
+from agent.device.store.store import Store
+
+# Of what the device wrote since the last poll, most: older messages have newer ones of the same topic.
+_MAX_MESSAGES = 300
+
+
+class OwnMessages:
+    """Implements `agent.bridge.device_state.DeviceSource`, on the daemon's own store, which threads share."""
+
+    def __init__(self, conf: Config, store: Store) -> None:
+        self._conf, self._store = conf, store
+        self._last_seq: int | None = None
+        self.devices = frozenset({conf.device.id})
+
+    def poll(self) -> list[DeviceReport]:
+        head, _ = self._store.log_head()
+        if head == self._last_seq:
+            return []
+        # A store that was set back has a new log, whose messages are all new.
+        last = self._last_seq if self._last_seq is not None and self._last_seq < head else 0
+        after = max(head - _MAX_MESSAGES, last)
+        payloads = self._store.newest_by_topic(after)
+        self._last_seq = head
+        return [DeviceReport(self._conf.device.id, "online", payloads, self._load_alerts())]
+
+    def close(self) -> None:
+        """Do nothing: the store is the daemon's."""
+
+    def _load_alerts(self) -> list[OpenAlert]:
+        alerts = [
+            OpenAlert(str(alert.get("severity")), str(alert.get("summary")), str(alert.get("time")), name)
+            for name in self._conf.tasks
+            for alert in self._store.open_alerts(name)
+        ]
+        return sorted(alerts, key=lambda alert: alert.time)

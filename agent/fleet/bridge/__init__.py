@@ -1,0 +1,1 @@
+"""Bridge of the collector: verified messages of the database, published for other systems."""

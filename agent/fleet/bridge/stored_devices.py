@@ -1,0 +1,84 @@
+"""Stored devices: the source of the bridge at the collector, which reads what any collector has verified and stored.
+
+It reads beside the collector, with a connection of its own. A poll reads one line of each device, then the newest
+messages of those that sent some: it costs the same whatever the database holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent import clock
+from agent.bridge.device_state import DeviceReport, OpenAlert
+from agent.fleet.database.bridge import newest_messages
+from agent.fleet.database.bridge.newest_messages import DeviceProgress
+from agent.fleet.database.store import FleetStore
+from agent.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents
+from agent.wire import topics
+
+# Of what a device sent since the last poll, most: older messages of a backlog have newer ones of the same topic.
+_MAX_MESSAGES = 300
+# Alerts of the collector itself come without a message of the device.
+_ALERTS_INTERVAL_S = 20.0
+_MAX_ALERTS = 10_000
+
+
+class StoredDevices:
+    """Implements `agent.bridge.device_state.DeviceSource`."""
+
+    def __init__(self, location: Path | str) -> None:
+        """Open the database. Raises StorageError, UsageError."""
+        self._store = FleetStore(location, read_only=True)
+        self._progress: dict[str, DeviceProgress] = {}
+        self._alerts: dict[str, list[OpenAlert]] = {}
+        self._next_alerts_s = 0.0
+        self.devices: frozenset[str] = frozenset()
+
+    def poll(self) -> list[DeviceReport]:
+        with self._store.snapshot() as db:
+            listed = {each.device: each for each in newest_messages.load_progress(db) if each.is_active}
+        self.devices = frozenset(listed)
+        changed = {device: each for device, each in listed.items() if self._progress.get(device) != each}
+        changed = {device: each for device, each in changed.items() if each.connection or each.log}
+        payloads: dict[str, Sequence[bytes]] = {}
+        has_alerts = False
+        for device, progress in changed.items():
+            newest = self._load_newest(progress, self._progress.get(device))
+            has_alerts |= any(topics.parse(topic).kind == "alerts" for topic in newest)
+            payloads[device] = [*newest.values()]
+        alerts = self._load_alerts() if has_alerts or time.monotonic() >= self._next_alerts_s else self._alerts
+        reported = {device for device in listed if self._alerts.get(device) != alerts.get(device)} | payloads.keys()
+        reports = []
+        for device in sorted(reported):
+            connection, log = listed[device].connection, listed[device].log
+            if connection is not None or log is not None:
+                news = (payloads.get(device, ()), alerts.get(device, ()))
+                reports.append(DeviceReport(device, connection or "offline", *news))
+        self._progress, self._alerts = listed, alerts
+        return reports
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _load_newest(self, progress: DeviceProgress, before: DeviceProgress | None) -> dict[str, bytes]:
+        if progress.log is None:
+            return {}
+        after = before.last_seq if before is not None and before.log == progress.log else 0
+        with self._store.snapshot() as db:
+            return newest_messages.load_newest_by_topic(db, progress.device, progress.log, after, _MAX_MESSAGES)
+
+    def _load_alerts(self) -> dict[str, list[OpenAlert]]:
+        """Return the open alerts of each device that nobody muted, oldest first."""
+        self._next_alerts_s = time.monotonic() + _ALERTS_INTERVAL_S
+        now = clock.to_rfc3339(clock.read().wall_us)
+        alerts: dict[str, list[OpenAlert]] = {}
+        for incident in list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS):
+            if incident.status != "muted":
+                alerts.setdefault(incident.device, []).append(_to_alert(incident))
+        return alerts
+
+
+def _to_alert(incident: Incident) -> OpenAlert:
+    return OpenAlert(incident.severity, incident.summary, incident.raised, incident.task)

@@ -1,0 +1,1 @@
+"""Statements for the bridge to other systems."""

@@ -1,0 +1,50 @@
+"""Certificates for Home Assistant at the fleet's broker: one for the bridge that publishes, one for itself to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from agent import durable_files
+from agent.errors import UsageError
+from agent.fleet.config import ClientCertificate, FleetConfig
+from agent.fleet.enrolment import broker_control, pki
+from agent.fleet.enrolment.broker_access import AccessChange
+
+BRIDGE, HOME_ASSISTANT = "bridge", "homeassistant"
+
+
+class AddedClients(msgspec.Struct, frozen=True):
+    """Files created for the clients, and the steps left to the operator."""
+
+    files: list[Path] = msgspec.field(default_factory=list)
+    steps: list[str] = msgspec.field(default_factory=list)
+
+
+def add(folder: Path, config: FleetConfig) -> AddedClients:
+    """Issue both certificates, once, and let their owners in at the broker. Raises UsageError."""
+    taken = [name for name in (BRIDGE, HOME_ASSISTANT) if (folder / "devices" / name).exists()]
+    if taken:
+        raise UsageError(f"a device is enrolled as {taken[0]!r}, a name that this needs at the broker; rename it first")
+    start = "Add a section [homeassistant] to fleet.toml, and start the collector again."
+    if config.ca is None:
+        return AddedClients(steps=[f"The broker is used without TLS, so no certificate is needed. {start}"])
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    done = AddedClients()
+    for name in (BRIDGE, HOME_ASSISTANT):
+        identity = certificate_of(folder, name)
+        if not Path(identity.cert_file).exists():
+            issued = authority.issue_client(name, config.fleet.name)
+            durable_files.write(Path(identity.tls_key_file), issued.key, 0o600)
+            durable_files.write(Path(identity.cert_file), issued.certificate, 0o600)
+        done.files.extend([Path(identity.cert_file), Path(identity.tls_key_file)])
+        access = AccessChange(name, "bridge" if name == BRIDGE else "homeassistant")
+        done.steps.extend(broker_control.apply(folder, config, access).steps)
+    copy = f"Copy {HOME_ASSISTANT}.crt, {HOME_ASSISTANT}-tls.key and ca.pem to its MQTT integration."
+    done.steps.extend([start, copy])
+    return done
+
+
+def certificate_of(folder: Path, name: str) -> ClientCertificate:
+    return ClientCertificate(str(folder / f"{name}.crt"), str(folder / f"{name}-tls.key"))

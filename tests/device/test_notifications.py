@@ -1,0 +1,146 @@
+"""Notifications of a device: its own alerts, over restarts and damage of the file that remembers them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from agent import clock
+from agent.alerts import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
+from agent.cli import cli
+from agent.config.notify import NotifyConfig, WebhookTarget
+from agent.device.notifications import DATABASE, DeviceAlertSource, open_notifications
+from agent.device.recovery.open import open_store
+from agent.device.store.message_log import MessageLog
+from agent.device.store.store import Store
+from agent.notify.notifier import Notifier, NotifierThread
+from agent.testing.messages import new_key
+from tests.notify.servers import HookServer, hook_server
+
+NOW_S = 1.8e9
+
+
+@pytest.fixture
+def hook() -> Iterator[HookServer]:
+    with hook_server() as opened:
+        yield opened
+
+
+class Device:
+    def __init__(self, folder: Path, hook: HookServer) -> None:
+        self.folder, self.now_s = folder, NOW_S
+        self.config = NotifyConfig(targets={"hook": WebhookTarget(url=hook.url)})
+        self.hook = hook
+        self.store: Store = open_store(folder, max_size=2**24)
+        self.log = MessageLog("acme", "pi-07", new_key(1), self.store.log_id, self.store.boot, 100_000)
+
+    def source(self) -> DeviceAlertSource:
+        return DeviceAlertSource(self.store, self.log, "acme", "pi-07", clock.read)
+
+    def alert(self, state: str = "raised", **evidence: Any) -> None:
+        alert = (RATE_DRIFT.raised if state == "raised" else RATE_DRIFT.cleared)("All signals move faster.", count=1)
+        with self.store.transaction() as tx:
+            self.log.append(tx, "alerts", "exercise", alert.to_body("exercise", **evidence), clock.read())
+
+    def told(self, turns: int = 6) -> list[str]:
+        """Start a notifier, let it turn, and return what arrived."""
+        before = len(self.hook.posts)
+        with open_notifications(self.folder, self.source()) as (file, source):
+            notifier = Notifier(self.config, file, source, now_s=lambda: self.now_s)
+            for _ in range(turns):
+                self.now_s += 40
+                notifier.tick()
+                end = time.monotonic() + 10
+                while any(w.is_busy for w in notifier._workers.values()) and notifier._outcomes.empty():
+                    assert time.monotonic() < end
+                    time.sleep(0.005)
+            notifier.tick()
+            notifier.stop()
+        return [json.loads(post.body)["subject"] for post in self.hook.posts[before:]]
+
+
+@pytest.fixture
+def device(tmp_path: Path, hook: HookServer) -> Iterator[Device]:
+    made = Device(tmp_path, hook)
+    yield made
+    made.store.close()
+
+
+def test_a_devices_alert_is_told_once_and_its_recovery_once(device: Device) -> None:
+    device.alert()
+    assert device.told() == ["[warning] pi-07: All signals move faster."]
+    assert device.told() == []
+    device.alert("cleared")
+    assert device.told() == ["[warning] pi-07: cleared: All signals move faster."]
+    assert device.told() == []
+
+
+def test_a_damaged_file_is_replaced_and_open_alerts_are_told_again(device: Device) -> None:
+    device.alert()
+    device.told()
+    (device.folder / DATABASE).write_bytes(b"no database" * 1000)
+    (device.folder / f"{DATABASE}-wal").unlink(missing_ok=True)
+    assert device.told() == ["[warning] pi-07: All signals move faster."]
+
+
+def test_a_target_that_fails_is_an_alert_in_the_devices_log(device: Device, hook: HookServer) -> None:
+    hook.status = 503
+    device.alert()
+    device.told(40)
+    [alert] = [alert for alert in device.store.recent_alerts(10) if alert["alert"] == "notify"]
+    assert (alert["state"], alert["subject"], alert["severity"]) == ("raised", "hook", "warning")
+    hook.status = 200
+    device.now_s += 4000
+    device.told()
+    assert [a["state"] for a in device.store.recent_alerts(10) if a["alert"] == "notify"] == ["cleared", "raised"]
+
+
+def test_the_thread_tells_within_seconds_and_ends(device: Device, hook: HookServer) -> None:
+    source = device.source()
+    thread = NotifierThread(device.config, lambda: open_notifications(device.folder, source))
+    thread.start()
+    device.alert()
+    end = time.monotonic() + 20
+    while not hook.posts:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    began = time.monotonic()
+    thread.stop()
+    assert time.monotonic() - began < 5
+
+
+def test_events_are_not_repeated() -> None:
+    assert KEY_REVOKED.is_event
+    assert not DEADLINE_MISSED.is_event
+
+
+def test_the_command_tests_targets_and_shows_what_waits(tmp_path: Path, hook: HookServer) -> None:
+    runner = CliRunner()
+    assert runner.invoke(cli, ["init", str(tmp_path / "d")]).exit_code == 0
+    file = tmp_path / "d" / "outstation.toml"
+    text = file.read_text(encoding="utf-8")
+    (tmp_path / "d" / "hook.secret").write_text("geheim")
+    targets = f'[notify.targets.hook]\nkind = "webhook"\nurl = "{hook.url}"\nsecret_file = "hook.secret"\n'
+    file.write_text(f"{text}\n{targets}", encoding="utf-8")
+
+    def run(*args: str) -> Any:
+        return runner.invoke(cli, [*args, "-c", str(file)])
+
+    assert "ok after" in run("notify", "test").output
+    assert json.loads(hook.posts[0].body)["kind"] == "test"
+    hook.status = 500
+    failed = run("notify", "test", "hook", "--json")
+    assert failed.exit_code == 1
+    assert "answers 500" in json.loads(failed.output)[0]["error"]
+    assert json.loads(run("notify", "status", "--json").output)[0]["waiting"] == 0
+    checked = run("check", "--json").output
+    [line] = [line for line in json.loads(checked) if line["name"] == "notify hook"]
+    assert "chmod 600" in line["detail"]
+    assert "geheim" not in checked + failed.output
+    assert "t0k3n" not in checked + failed.output
