@@ -55,9 +55,7 @@ def test_accounts_are_added_changed_listed_and_removed(folder: Path) -> None:
     assert "there is no account 'ada'" in str(run("user", "remove", "ada", *home).exception)
 
 
-@pytest.mark.parametrize(
-    ("name", "password"), [("Ada B", PASSWORD), ("", PASSWORD), ("a", "short"), ("a", "x" * 300)]
-)
+@pytest.mark.parametrize(("name", "password"), [("Ada B", PASSWORD), ("", PASSWORD), ("a", "short"), ("a", "x" * 300)])
 def test_a_bad_account_is_refused(folder: Path, name: str, password: str) -> None:
     assert run("user", "add", name, "--dir", str(folder), password=password).exception is not None
     assert json.loads(run("user", "list", "--json", "--dir", str(folder)).output or "[]") == []

@@ -193,7 +193,7 @@ def test_a_newer_database_is_said_until_the_dashboard_is_updated(tmp_path: Path)
             db.execute("UPDATE _sqlite_migrations SET name = 'of_next_year' WHERE name = 'create_tables'")
             db.commit()
         reopen(dashboard, file)
-        assert "created by a newer version" in wait_until_shown(dashboard, "/incidents", "not available")
+        assert "not available" in wait_until_shown(dashboard, "/incidents", "created by a newer version")
         with contextlib.closing(sqlite3.connect(file)) as db:
             db.execute("UPDATE _sqlite_migrations SET name = 'create_tables' WHERE name = 'of_next_year'")
             db.commit()
