@@ -1,4 +1,4 @@
-"""Grafana dashboards in deploy/grafana/, over Prometheus and over PostgreSQL: `python -m scripts.grafana_dashboards`."""
+"""Grafana dashboards in deploy/grafana/ for Prometheus and PostgreSQL: `python -m scripts.grafana_dashboards`."""
 
 from __future__ import annotations
 
