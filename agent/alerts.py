@@ -380,7 +380,7 @@ REFUSED_BY_COLLECTOR = AlertKind(
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",
     "An attack; a device whose key was changed without enrolling it again.",
     "Look at the samples in table `refusal_samples`. Enrol the device again, or take its rights on the broker.",
-    _LOOK_YOURSELF,
+    "After an hour without such a message.",
 )
 OVER_QUOTA_AT_COLLECTOR = AlertKind(
     *("Messages over quota", "security", "quota", "collector/quota/{hour}", "critical", "collector"),
@@ -388,7 +388,7 @@ OVER_QUOTA_AT_COLLECTOR = AlertKind(
     "stored nor acknowledged, and stay on the device, which sends them again. Messages of other devices go on.",
     "A device that floods the fleet; a schedule that publishes too much; a backlog larger than the quota's burst.",
     "Look at what the device sends. Raise `[quota]` in fleet.toml, or revoke the device: `outstation fleet revoke`.",
-    _LOOK_YOURSELF,
+    "After an hour without such a message.",
 )
 SIGNED_TWICE = AlertKind(
     *("Two messages with one number", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),
