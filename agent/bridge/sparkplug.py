@@ -62,14 +62,14 @@ def build_publisher(
     births = iter(range(int(time.time()), 2**62))
 
     # What was read stays so over connections: a backlog that arrived meanwhile is sent after the next birth.
-    kept: list[Fleet] = []
+    reusable: list[Fleet] = []
 
     def run_session(thread: BridgeThread) -> None:
         birth_number = next(births) % _SEQUENCE
         death = encode([_birth_number(birth_number)], _now_ms(), None)
         will = OutgoingMessage(node.topic("NDEATH"), death, content_type=_CONTENT_TYPE)
         with thread.connect(Link(broker, client_id, subscribe=[node.topic("NCMD")], will=will)) as link:
-            fleet = kept.pop() if kept else Fleet(open_source())
+            fleet = reusable.pop() if reusable else Fleet(open_source())
             try:
                 session = Session(node, link, fleet, birth_number, int(max_age_s * 1e6))
                 session.bear_node()
@@ -78,10 +78,10 @@ def build_publisher(
                     session.tick(poll_interval_s)
                 session.publish_death(death)
             except LinkDown:
-                kept.append(fleet)
+                reusable.append(fleet)
                 raise
             finally:
-                if not kept:
+                if not reusable:
                     fleet.source.close()
 
     return BridgeThread("sparkplug", run_session, is_active)

@@ -45,7 +45,10 @@ def run(folder: Path) -> None:
         fleet.broker.start()
         write_flow(home / "flows.json", fleet.broker.port, output)
         settings = {
-            "uiHost": "127.0.0.1", "uiPort": free_port(), "flowFile": "flows.json", "credentialSecret": False,
+            "uiHost": "127.0.0.1",
+            "uiPort": free_port(),
+            "flowFile": "flows.json",
+            "credentialSecret": False,
             "telemetry": {"enabled": False, "updateNotification": False},
         }
         (home / "settings.js").write_text(f"module.exports = {json.dumps(settings)};", encoding="utf-8")

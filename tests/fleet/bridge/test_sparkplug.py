@@ -53,14 +53,14 @@ class Host:
                 payload.ParseFromString(event.payload)
                 self.messages.append((kind, "".join(device), payload))
 
-    def of(self, kind: str) -> list[Any]:
+    def payloads(self, kind: str) -> list[Any]:
         return [payload for each, _, payload in self.messages if each == kind]
 
     def scores(self) -> list[Any]:
         return [metric for metric in self.metrics("DDATA") if metric.name == "exercise/Score"]
 
     def metrics(self, kind: str) -> list[Any]:
-        return [metric for payload in self.of(kind) for metric in payload.metrics]
+        return [metric for payload in self.payloads(kind) for metric in payload.metrics]
 
 
 class Site:
@@ -107,7 +107,7 @@ def host(site: Site) -> Iterator[Host]:
 def test_a_session_from_birth_to_death(site: Site, host: Host) -> None:
     site.ingest(site.sender.state(), site.results(5))
     with site.bridge():
-        host.wait("births", lambda: host.of("DBIRTH"))
+        host.wait("births", lambda: host.payloads("DBIRTH"))
         assert [kind for kind, _, _ in host.messages] == ["NBIRTH", "DBIRTH"]
         names = [metric.name for metric in host.metrics("DBIRTH")]
         assert names == ["exercise/Label", "exercise/Score", "Alerts/Open", "Alerts/Newest"]
@@ -122,23 +122,23 @@ def test_a_session_from_birth_to_death(site: Site, host: Host) -> None:
         assert [metric.is_historical for metric in scores] == [True, True, True, False]
         assert [metric.timestamp for metric in scores] == sorted(metric.timestamp for metric in scores)
 
-        count = len(host.of("NBIRTH"))
+        count = len(host.payloads("NBIRTH"))
         host.link.send(OutgoingMessage(NODE.topic("NCMD"), encode([Metric(REBIRTH, BOOLEAN, True, 1)], 1, 0)))
-        host.wait("births again", lambda: len(host.of("NBIRTH")) > count)
-        host.wait("a device's birth again", lambda: len(host.of("DBIRTH")) == 3)
+        host.wait("births again", lambda: len(host.payloads("NBIRTH")) > count)
+        host.wait("a device's birth again", lambda: len(host.payloads("DBIRTH")) == 3)
 
         site.ingest(site.sender.state("stopped"))
-        host.wait("its death", lambda: host.of("DDEATH"))
+        host.wait("its death", lambda: host.payloads("DDEATH"))
         site.ingest(site.sender.state())
-        host.wait("its birth", lambda: len(host.of("DBIRTH")) == 4)
+        host.wait("its birth", lambda: len(host.payloads("DBIRTH")) == 4)
         site.store.revoke("pi.01", None, NOW)
-        host.wait("death of a revoked device", lambda: len(host.of("DDEATH")) == 2)
-    host.wait("the node's death", lambda: host.of("NDEATH"))
+        host.wait("death of a revoked device", lambda: len(host.payloads("DDEATH")) == 2)
+    host.wait("the node's death", lambda: host.payloads("NDEATH"))
     sequence = [payload.seq for kind, _, payload in host.messages if kind[0] in "ND" and kind not in ("NDEATH", "NCMD")]
     births = [i for i, seq in enumerate(sequence) if seq == 0]
     assert len(births) == 2
     assert all(later in (earlier + 1, 0) for earlier, later in pairwise(sequence))
-    [death], [birth, _] = host.of("NDEATH"), host.of("NBIRTH")
+    [death], [birth, _] = host.payloads("NDEATH"), host.payloads("NBIRTH")
     assert not death.HasField("seq")
     assert death.metrics[0].long_value == birth.metrics[0].long_value
 
@@ -146,7 +146,7 @@ def test_a_session_from_birth_to_death(site: Site, host: Host) -> None:
 def test_the_sequence_number_wraps(site: Site, host: Host) -> None:
     site.ingest(site.sender.state(), site.results(5))
     with site.bridge():
-        host.wait("births", lambda: host.of("DBIRTH"))
+        host.wait("births", lambda: host.payloads("DBIRTH"))
         for i in range(300):
             site.ingest(site.results(300 - i))
             host.receive(0.02)
@@ -159,17 +159,17 @@ def test_the_sequence_number_wraps(site: Site, host: Host) -> None:
 def test_a_killed_node_dies_by_its_will_and_the_next_has_another_number(site: Site, host: Host) -> None:
     site.ingest(site.sender.state())
     with site.bridge():
-        host.wait("birth", lambda: host.of("DBIRTH"))
+        host.wait("birth", lambda: host.payloads("DBIRTH"))
         # Another connection with its name makes the broker drop it.
         Link(site.broker, "edge").close()
-        host.wait("death", lambda: host.of("NDEATH"))
+        host.wait("death", lambda: host.payloads("NDEATH"))
         # What arrives before the next session comes in it, as historical.
         site.ingest(site.results(3000, 2000), site.results(1000))
-        host.wait("birth", lambda: len(host.of("NBIRTH")) == 2)
-        host.wait("its device's birth", lambda: len(host.of("DBIRTH")) >= 2)
+        host.wait("birth", lambda: len(host.payloads("NBIRTH")) == 2)
+        host.wait("its device's birth", lambda: len(host.payloads("DBIRTH")) >= 2)
         # The newest one is in the birth.
         host.wait("the backlog", lambda: len(host.scores()) == 2)
         assert all(metric.is_historical for metric in host.scores())
-    first, second = (birth.metrics[0].long_value for birth in host.of("NBIRTH"))
+    first, second = (birth.metrics[0].long_value for birth in host.payloads("NBIRTH"))
     assert second == (first + 1) % 256
-    assert host.of("NDEATH")[0].metrics[0].long_value == first
+    assert host.payloads("NDEATH")[0].metrics[0].long_value == first
