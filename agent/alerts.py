@@ -329,6 +329,14 @@ DAMAGED_MESSAGES = AlertKind(
     "Replace the card.",
     _ONE_EVENT,
 )
+TOO_LARGE = AlertKind(
+    *("Message too large for the broker", "storage", "outbox", "storage/too-large", "warning", "device"),
+    "Messages are above the largest packet that the broker takes. They stay on the device, others go on.",
+    "A broker with a low limit (Mosquitto: `max_packet_size`); a higher `[broker] max_message_bytes` than it takes.",
+    "Raise the broker's limit: the device then sends them. Lower `[broker] max_message_bytes` so that later ones are "
+    "split.",
+    "Once none of them waits: the broker took them, or the device evicted and declared them.",
+)
 DAMAGED_ROWS = AlertKind(
     *("Damaged readings", "storage", "{stream}", "storage/{row}", "critical", "task"),
     "Stored readings failed their checksum. They have no results and are kept in table `quarantined_rows`.",
@@ -372,7 +380,7 @@ REFUSED_BY_COLLECTOR = AlertKind(
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",
     "An attack; a device whose key was changed without enrolling it again.",
     "Look at the samples in table `refusal_samples`. Enrol the device again, or take its rights on the broker.",
-    _LOOK_YOURSELF,
+    "After an hour without such a message.",
 )
 OVER_QUOTA_AT_COLLECTOR = AlertKind(
     *("Messages over quota", "security", "quota", "collector/quota/{hour}", "critical", "collector"),
@@ -380,7 +388,7 @@ OVER_QUOTA_AT_COLLECTOR = AlertKind(
     "stored nor acknowledged, and stay on the device, which sends them again. Messages of other devices go on.",
     "A device that floods the fleet; a schedule that publishes too much; a backlog larger than the quota's burst.",
     "Look at what the device sends. Raise `[quota]` in fleet.toml, or revoke the device: `outstation fleet revoke`.",
-    _LOOK_YOURSELF,
+    "After an hour without such a message.",
 )
 SIGNED_TWICE = AlertKind(
     *("Two messages with one number", "security", "{log}/{seq}", "collector/{log}/{seq}", "critical", "collector"),

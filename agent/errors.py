@@ -89,6 +89,10 @@ class LinkDown(OutstationError):
     """The connection to the broker failed or was lost."""
 
 
+class PacketTooLarge(LinkDown):
+    """The broker ended the connection because of a packet larger than it takes, and announces no limit."""
+
+
 class StorageError(OutstationError):
     """The store cannot be read or written; the open transaction was rolled back."""
 

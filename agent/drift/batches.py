@@ -210,7 +210,7 @@ class WindowAnalysis(msgspec.Struct, frozen=True):
         baselines = tester.reference.baselines if tester else {}
         return cls(
             summaries,
-            faults.compute_indicators(summaries, shipped, tester.reference if tester else None),
+            faults.compute_indicators(summaries, shipped, midpoints, tester.reference if tester else None),
             {gate.name: gate.observe(windows, baselines.get(gate.name)) for gate in GATES},
             tester.compute_evidence(summaries, midpoints) if tester else None,
         )

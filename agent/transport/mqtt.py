@@ -26,9 +26,18 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.config import BrokerConfig
-from agent.errors import LinkDown
-from agent.transport import tls
-from agent.transport.packets import JSON, SEALED, IncomingMessage, OutgoingMessage, PublishReceipt, decompress
+from agent.errors import LinkDown, PacketTooLarge
+from agent.transport import capabilities, tls
+from agent.transport.capabilities import BrokerUnsuitable, Capabilities
+from agent.transport.packets import (
+    JSON,
+    PACKET_TOO_LARGE,
+    SEALED,
+    IncomingMessage,
+    OutgoingMessage,
+    PublishReceipt,
+    decompress,
+)
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
@@ -43,8 +52,10 @@ _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class _Handshake(msgspec.Struct):
-    connected: str | None = None
-    subscribed: list[str] = msgspec.field(default_factory=list)
+    """Reason code and words of the CONNACK, and those of each subscription."""
+
+    connected: tuple[int, str] | None = None
+    subscribed: list[tuple[int, str]] = msgspec.field(default_factory=list)
 
 
 class _PahoLog:
@@ -69,14 +80,19 @@ class Link:
         subscribe: Sequence[str] = (),
         retain_as_published: Collection[str] = (),
         will: OutgoingMessage | None = None,
+        retains: bool = False,
         session_expiry_s: int = 0,
         timeout_s: float = 10.0,
     ) -> None:
-        """Connect and subscribe. `retain_as_published`: filters whose messages show whether the broker retains them."""
-        self.window = _MAX_WINDOW
-        self.max_packet = 268_435_455
+        """Connect and subscribe. Raises LinkDown, BrokerUnsuitable if the broker lacks what this needs.
+
+        `retain_as_published`: filters whose messages show whether the broker retains them. `retains`: messages that
+        are sent are retained, as is a last will that says so.
+        """
+        self.capabilities = Capabilities()
         self._events: list[IncomingMessage | PublishReceipt] = []
         self._lost_reason: str | None = None
+        self._is_packet_refused = False
         self._handshake = _Handshake()
         self._paho_log = _PahoLog()
         try:
@@ -94,11 +110,24 @@ class Link:
             raise
         try:
             self._connect(broker, session_expiry_s, timeout_s)
+            retains = retains or (will is not None and will.retain)
+            if missing := self.capabilities.find_missing(subscribe, retains=retains):
+                raise BrokerUnsuitable(f"{broker.shown_url}: {'; '.join(missing)}")
             if subscribe:
                 self._subscribe(subscribe, retain_as_published, timeout_s)
         except BaseException:
             self._release()
             raise
+
+    @property
+    def window(self) -> int:
+        """Most messages that wait for their receipts at a time."""
+        return min(_MAX_WINDOW, self.capabilities.receive_maximum)
+
+    @property
+    def max_packet(self) -> int:
+        """Bytes of the largest packet that the broker takes."""
+        return self.capabilities.max_packet
 
     def send(self, message: OutgoingMessage) -> int:
         """Send one message and return its token; `receive` returns the receipt with this token."""
@@ -126,7 +155,7 @@ class Link:
         self._tick(timeout_s)
         events, self._events = self._events, []
         if not events and self._lost_reason is not None:
-            raise LinkDown(self._lost_reason)
+            raise (PacketTooLarge if self._is_packet_refused else LinkDown)(self._lost_reason)
         return events
 
     def acknowledge(self, delivery: IncomingMessage) -> None:
@@ -211,8 +240,9 @@ class Link:
             )
         except LinkDown as down:
             raise LinkDown(f"{down}{tls.describe_expiry(broker)}") from None
-        if self._handshake.connected:
-            raise LinkDown(f"{broker.shown_url}: refused: {self._handshake.connected}")
+        code, reason = self._handshake.connected or (0, "")
+        if code:
+            raise LinkDown(f"{broker.shown_url}: {capabilities.describe_refused_connection(code, reason)}")
 
     def _subscribe(self, filters: Sequence[str], retain_as_published: Collection[str], timeout_s: float) -> None:
         options = []
@@ -224,8 +254,8 @@ class Link:
         self._client.subscribe(options)
         self._wait_until(lambda: bool(self._handshake.subscribed), timeout_s, "no SUBACK")
         for topic, answer in zip(filters, self._handshake.subscribed, strict=False):
-            if answer:
-                raise LinkDown(f"subscription {topic} refused: {answer}")
+            if refused := capabilities.describe_refused_subscription(topic, *answer):
+                raise LinkDown(refused)
 
     def _wait_until(self, done: Callable[[], bool], timeout_s: float, timeout_message: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -279,14 +309,14 @@ class Link:
         self._wake_receiver.close()
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
-        self._handshake.connected = str(reason) if reason.is_failure else ""
-        self.window = min(self.window, getattr(properties, "ReceiveMaximum", self.window))
-        self.max_packet = getattr(properties, "MaximumPacketSize", self.max_packet)
+        self._handshake.connected = (reason.value, str(reason)) if reason.is_failure else (0, "")
+        self.capabilities = Capabilities.from_properties(properties)
 
     def _on_subscribe(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
-        self._handshake.subscribed = [str(reason) if reason.is_failure else "" for reason in reasons]
+        self._handshake.subscribed = [(reason.value, str(reason)) for reason in reasons]
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        self._is_packet_refused |= reason.value == PACKET_TOO_LARGE
         self._lost_reason = self._lost_reason or f"connection lost: {self._paho_log.last_error or reason}"
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:

@@ -19,7 +19,7 @@ def subscribe_anyway(link: Link, filters: Sequence[str]) -> list[str]:
     link._handshake.subscribed.clear()
     link._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in filters])
     link._wait_until(lambda: bool(link._handshake.subscribed), 10.0, "no SUBACK")
-    return link._handshake.subscribed
+    return [reason if code >= 0x80 else "" for code, reason in link._handshake.subscribed]
 
 
 def publish_one(link: Link, message: OutgoingMessage) -> int:

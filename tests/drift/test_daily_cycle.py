@@ -214,3 +214,24 @@ def test_a_reference_of_day_and_night_names_its_fix() -> None:
 
 def test_a_reference_of_whole_days_is_packed_in_short_windows() -> None:
     assert pack_days(4, t=True).drift_windows == 96
+
+
+def test_a_turned_sensor_is_recognized_against_what_its_hour_lets_expect() -> None:
+    """Over a day its readings are symmetric: without the hour, the turned ones would fit as well as the others."""
+    reversals = []
+    for turned in (False, True):
+        rng = np.random.default_rng(3)
+        t = np.arange(6 * 24 * WINDOW, dtype=np.int64) * (daily_cycle.DAY_US // (24 * WINDOW))
+        rows = rng.normal(size=(len(t), 3))
+        rows[:, 0] += 6 * np.sin(2 * np.pi * t / daily_cycle.DAY_US)
+        rows[4 * 24 * WINDOW :, 0] *= -1 if turned else 1
+        none = np.zeros(len(t), np.int64)
+        wide = build_reference(rows.astype(np.float32), np.arange(len(t)), 1, none, None, WINDOW, fields=FIELDS, t=t)
+        monitor = DriftMonitor(wide, labels=(), window=WINDOW, learn_windows=40, min_learn_s=3 * 86_400.0)
+        _, verdicts = monitor.process_batch(
+            monitor.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
+        )
+        alerts = [alert for verdict in verdicts for alert in verdict.alerts if alert.alert == "fault"]
+        reversals.append([alert.evidence["fault"] for alert in alerts if alert.state == "raised"])
+    assert reversals[0] == []
+    assert reversals[1][:1] == ["reversed"]

@@ -23,6 +23,8 @@ from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.faults import Fault
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference, summarize_rows
 
+NOON = np.array([43_200_000_000])  # of a window, epoch µs
+
 
 @pytest.fixture(scope="module")
 def shipped() -> Reference:
@@ -41,7 +43,7 @@ def fault_names(shipped: Reference, rows: NDArray[np.float64], units: tuple[str,
 
 def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
     windows = stack_one(summary)
-    several = faults.identify_faults(faults.compute_indicators(windows, shipped), 0, windows, shipped, units)
+    several = faults.identify_faults(faults.compute_indicators(windows, shipped, NOON), 0, windows, shipped, units)
     return tuple(replace(fault[0], size=1.0) if fault else None for fault in several)
 
 
@@ -240,7 +242,7 @@ def test_honest_plateaus_of_a_site_are_learned(shipped: Reference, rows: NDArray
     windows = stack_one(summarize_rows(shipped, rows)[0])
     site = replace(shipped, longest=np.maximum(shipped.longest, limit - 1))
     for known, stuck in ((None, True), (site, False)):
-        indicators = faults.compute_indicators(windows, shipped, known)
+        indicators = faults.compute_indicators(windows, shipped, NOON, known)
         assert indicators.stuck[0].tolist() == [False, stuck, False]
     runs = ConstantRuns(np.full(3, 1.0), np.array([1, limit + 2, 1]))
     assert [runs.find_stuck(each)[1] for each in (shipped, site)] == [True, False]

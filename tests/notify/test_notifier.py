@@ -22,10 +22,10 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
-from agent.fleet.incidents.notify_source import FleetAlertSource
+from agent.fleet.incidents.notify_source import NOTIFIER_JOB, FleetAlertSource, open_source
 from agent.notify import notifier as notifying
 from agent.notify import queue
-from agent.notify.notifier import Notifier
+from agent.notify.notifier import Notifier, NotifierThread
 from agent.quantities import Duration
 from agent.testing.messages import MessageSender, SignedMessage
 from tests.notify.servers import HookServer, hook_server
@@ -395,3 +395,35 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_of_two_collectors_one_notifies_and_the_other_takes_over(
+    postgres_url: str, hook: HookServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifying, "_RETRY_S", 0.3)
+    store = FleetStore(postgres_url)
+    desk = Desk(store, hook, group_for=Duration(1.0))
+    desk.notifier.stop()
+
+    def start() -> NotifierThread[FleetStore]:
+        thread = NotifierThread(
+            desk.config,
+            lambda: open_source(postgres_url, "acme", needs_groups=False),
+            lambda opened: opened.acquire_leadership(NOTIFIER_JOB),
+        )
+        thread.start()
+        return thread
+
+    first, second = start(), start()
+    desk.alert(AX)
+    wait_for(lambda: len(hook.posts) == 1)
+    time.sleep(3)
+    first.stop()
+    desk.alert(AY, summary="ay: gain loss.")
+    wait_for(lambda: len(hook.posts) == 2)
+    second.stop()
+    store.close()
+    assert [d["subject"] for d in desk.documents()] == [
+        "[warning] pi-07: ax: gain loss.",
+        "[warning] pi-07: ay: gain loss.",
+    ]

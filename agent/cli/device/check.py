@@ -102,9 +102,10 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
 
 
-def _run_check(name: str, action: Callable[[], str]) -> CheckResult:
+def _run_check(name: str, action: Callable[[], str | CheckResult]) -> CheckResult:
     try:
-        return CheckResult(name, "ok", action())
+        outcome = action()
+        return CheckResult(name, "ok", outcome) if isinstance(outcome, str) else outcome
     except OutstationError as problem:
         return CheckResult(name, "failed", str(problem))
 
@@ -230,15 +231,27 @@ def _check_broker_reachable(conf: Config) -> str:
     return f"{conf.broker.shown_url} answers; see the log of the running daemon for its login"
 
 
-def _check_broker_login(conf: Config) -> str:
+def _check_broker_login(conf: Config) -> CheckResult | str:
+    from agent.transport.capabilities import BrokerUnsuitable
     from agent.transport.mqtt import Link
 
     try:
-        link = Link(conf.broker, conf.device.id, timeout_s=5)
+        link = Link(conf.broker, conf.device.id, retains=True, timeout_s=5)
+    except BrokerUnsuitable:
+        raise
     except LinkDown as down:
         raise LinkDown(f"{down}; is the broker running and reachable?") from None
     link.close()
-    return f"{conf.broker.shown_url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
+    limit, largest = link.max_packet, conf.broker.max_message_bytes
+    text = f"{conf.broker.shown_url}, messages up to {min(limit, largest)} bytes"
+    if limit < largest:
+        problem = f"the broker takes {limit} bytes at most, and keeps larger messages on the device"
+        fix = f"lower [broker] max_message_bytes from {largest}, so that they are split, or raise the broker's limit"
+        return CheckResult("broker", "warning", f"{text}: {problem}; {fix}")
+    if not link.capabilities.shared_subscriptions:
+        problem = "the broker has no shared subscriptions, so the fleet has one collector (no --share)"
+        return CheckResult("broker", "ok", f"{text}; {problem}")
+    return text
 
 
 def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:

@@ -152,7 +152,9 @@ def alerts(
 def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
     wanted = IncidentFilter(open=None if include_cleared else True, device=device)
     handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
-    return [_add_handling(row, handled) for row in store.alerts(device, closed=include_cleared)]
+    if include_cleared:
+        return [_add_handling(row, handled) for row in store.alerts(device, closed=True)]
+    return [_add_handling(_newest_message(incident), handled) for incident in handled.values()]
 
 
 def _follow_alerts(store: FleetStore, device: str | None, as_json: bool) -> None:
@@ -181,6 +183,13 @@ class FollowedAlerts:
 
 def _now() -> str:
     return clock.to_rfc3339(clock.read().wall_us)
+
+
+def _newest_message(incident: Incident) -> dict[str, Any]:
+    """Return the message of table alerts that raised an open incident last, as `FleetStore.alerts` does."""
+    names = ("device", "task", "alert", "subject", "severity", "summary", "id", "log", "seq", "revision", "source")
+    members = {name: getattr(incident, name) for name in names}
+    return {**members, "state": "raised", "time": incident.updated, "open": True}
 
 
 def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> dict[str, Any]:

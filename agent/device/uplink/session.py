@@ -21,6 +21,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.sink import Receipt, Sink
 from agent.errors import LinkDown
 from agent.transport.packets import IncomingMessage, OutgoingMessage
@@ -55,11 +56,15 @@ class Session:
         acks: Acknowledgements,
         now: ClockReading,
         *,
+        oversize: OversizeAlert,
+        learned_limit: int,
         broker_delivery: bool,
         live: Sequence[OutgoingMessage] = (),
         handle_delivery: Callable[[IncomingMessage, ClockReading], bool] = lambda delivery, now: False,
     ) -> None:
+        """`learned_limit`: bytes of the largest message, if an earlier connection ended because of a larger one."""
         self._sink, self._store, self._message_log = sink, store, message_log
+        self._oversize, self._learned_limit = oversize, learned_limit
         self._acks, self._broker_delivery = acks, broker_delivery
         self._live_queue, self._handle_delivery = deque(live), handle_delivery
         self._in_flight: dict[int, OutboxMessage | OutgoingMessage] = {}
@@ -95,6 +100,11 @@ class Session:
             after = page[-1].seq
         return True
 
+    def largest_in_flight(self) -> int:
+        """Return the size of the largest message that the sink has not answered; 0 if there is none."""
+        sent = [m for m in self._in_flight.values() if isinstance(m, OutboxMessage)]
+        return max((self._sink.measure(self._message_log.to_outgoing(m)) for m in sent), default=0)
+
     def tick(self, now: ClockReading, *, is_stopping: bool = False) -> None:
         """Fill the window, handle what comes in, delete what is acknowledged. Raises LinkDown, StorageError."""
         self._plan_resends(now)
@@ -114,6 +124,7 @@ class Session:
         if self._damaged:
             quarantine_damaged(self._store, self._message_log, self._damaged, now)
             self._damaged = []
+        self._oversize.tick(now)
         self._acks.apply(now, force=is_stopping)
         self._acks.settle_doubt(now)
         # Receipts come in order (MQTT 5, 4.6), so the oldest one never comes if it is overdue.
@@ -159,8 +170,9 @@ class Session:
                 self._damaged.append(message.seq)
                 continue
             outgoing = self._message_log.to_outgoing(message)
-            size, limit = self._sink.measure(outgoing), self._sink.max_bytes
+            size, limit = self._sink.measure(outgoing), min(self._sink.max_bytes, self._learned_limit)
             if size > limit:
+                self._oversize.add(message.seq, size, limit)
                 self._hold_back(message, f"its {size} bytes are above the broker's limit of {limit}")
                 continue
             self._in_flight[self._sink.send(outgoing)] = message
@@ -174,6 +186,7 @@ class Session:
             if receipt.outcome in ("refused", "too large"):
                 log.error("the broker refuses %s: %s; check its access list", sent.topic, receipt.reason)
         elif receipt.outcome == "too large":
+            self._oversize.add(sent.seq, self._sink.measure(self._message_log.to_outgoing(sent)), 0)
             self._hold_back(sent, f"the broker says {receipt.reason}")
         elif receipt.outcome == "refused":
             raise LinkDown(

@@ -18,10 +18,12 @@ from agent.device.machine.keys import keys_message
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
 from agent.device.uplink.session import Session
 from agent.device.uplink.sink import OpenSink, Sink
-from agent.errors import LinkDown, MessageRefused
+from agent.errors import LinkDown, MessageRefused, PacketTooLarge
+from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 
@@ -82,6 +84,9 @@ class Uplink:
         self._now, self._on_failed, self._open_sink = now, on_failed, open_sink
         self._refusals = Refusals(store, message_log)
         self._acks = Acknowledgements(store, message_log, find_collector, conf.buffer.keep_messages, self._refusals)
+        self._oversize = OversizeAlert(store, message_log)
+        # Of a broker that ends the connection at a larger message, and announces no limit.
+        self._learned_limit = MAX_PACKET
         self._receivers = receivers
         self._stopping = threading.Event()
         self._reconnecting = threading.Event()
@@ -160,10 +165,10 @@ class Uplink:
         will = self._message_log.build_live_message("state", {"state": "offline", "boot": self._message_log.boot}, now)
         topics = [self._acks.topic, *(topic for receiver in self._receivers for topic in receiver.subscriptions)]
         sink = self._sink = self._open_sink(topics, will)
+        session = self._start_session(sink)
         try:
             log.info("broker: connected to %s", self._conf.broker.shown_url)
             self.state = "connected"
-            session = self._start_session(sink)
             while not (self._stopping.is_set() and (self._is_drain_over() or session.is_empty())):
                 self._extend_heartbeat(0.0)
                 is_stopping = self._stopping.is_set()
@@ -183,6 +188,12 @@ class Uplink:
                 session.tick(self._now(), is_stopping=True)
             sink.close()
             return True
+        except PacketTooLarge as refused:
+            sink.drop()
+            # The broker does not say which one. The largest is held back, then the next, until it takes the others.
+            if largest := session.largest_in_flight():
+                self._learned_limit = min(self._learned_limit, largest) - 1
+            raise LinkDown(f"{refused}; larger messages than {self._learned_limit} bytes are held back") from None
         except BaseException:
             sink.drop()
             raise
@@ -209,8 +220,14 @@ class Uplink:
         for receiver in self._receivers:
             receiver.on_connected()
         by_broker = self._conf.collector.delivery == "broker"
-        arguments = (sink, self._store, self._message_log, self._acks, now)
-        return Session(*arguments, broker_delivery=by_broker, live=live, handle_delivery=self._handle_delivery)
+        return Session(
+            *(sink, self._store, self._message_log, self._acks, now),
+            oversize=self._oversize,
+            learned_limit=self._learned_limit,
+            broker_delivery=by_broker,
+            live=live,
+            handle_delivery=self._handle_delivery,
+        )
 
     def _extend_heartbeat(self, pause_s: float) -> float:
         now = self._now().boot_s

@@ -93,7 +93,7 @@ def compute_misfit(
 ) -> Float64s:
     """Return minus the log likelihood (..., F) of each field's statistics as those of field `permutation` (F,).
 
-    It is per model window and statistic, and about 0 where they fit the `class_mean` and `class_sd` (C, D).
+    It is per model window and statistic, and about 0 where they fit the `class_mean` (..., C, D) and `class_sd` (C, D).
     """
     count = len(permutation)
     total = np.zeros((*moments.n.shape[:-2], count))
@@ -101,6 +101,6 @@ def compute_misfit(
         mine, its = slice(first, first + count), first + permutation
         n, mean = moments.n[..., mine], moments.mean[..., mine] * (-1 if mirrored and first == 0 else 1)
         sd = class_sd[:, its]
-        square = (moments.m2[..., mine] + n * (mean - class_mean[:, its]) ** 2) / sd**2
+        square = (moments.m2[..., mine] + n * (mean - class_mean[..., its]) ** 2) / sd**2
         total += (square - n + 2 * n * np.log(sd / class_sd[:, mine])).sum(-2) / np.maximum(n.sum(-2), 1)
     return np.asarray(total / 2 / (moments.n.shape[-1] // count))

@@ -14,16 +14,23 @@ from agent.drift.baseline import fault_limits
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.operating_modes import OperatingModes, find_modes, fit_modes
-from agent.drift.baseline.reference import BINS, MIN_WINDOWS, RECOMMENDED_WINDOWS, Reference, draft_reference
+from agent.drift.baseline.reference import (
+    BINS,
+    MIN_WINDOWS,
+    RECOMMENDED_WINDOWS,
+    Reference,
+    draft_reference,
+    without_cycle,
+)
 from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.baseline.symptoms import measure_symptoms
 from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
-from agent.drift.detectors import daily_cycle, moments, outliers
+from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
-from agent.drift.numeric import divergence
+from agent.drift.numeric import divergence, outliers
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
 from agent.errors import BadBundle
@@ -240,7 +247,8 @@ def calibrate_reference(
     learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
     values = np.nan_to_num(MOMENTS.learn_values(shipped.task, learned))
     cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
-    residuals = _remove_cycle(values, learned)
+    residuals, every = _remove_cycle(values, learned)
+    hourly = every[:, : usual.sd.shape[1]]
     mean, sd = outliers.calibrate(residuals, shipped.fields)
     total = learning.total
     rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
@@ -263,7 +271,12 @@ def calibrate_reference(
     honest = FaultLimits.learn(
         learning.symptoms.astype(np.float64),
         np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd,
-        fault_limits.compute_misfit(class_moments, usual.mean, usual.sd, np.arange(len(shipped.fields))),
+        fault_limits.compute_misfit(
+            class_moments,
+            usual.mean + hourly[:, None] * usual.sd,
+            without_cycle(usual.sd, hourly),
+            np.arange(len(shipped.fields)),
+        ),
     )
     if shipped.fault_limits is not None:
         honest = honest.merge(shipped.fault_limits)
@@ -304,13 +317,15 @@ def compute_residuals(shipped: Reference, learning: LearningState, learned: Refe
     if not learning.has_steady_clock:
         seasonality = "none"
     windows = learning.learned_windows(shipped, learning.moments(shipped), learned.class_sd, seasonality)
-    return _remove_cycle(MOMENTS.learn_values(shipped.task, windows), windows)
+    return _remove_cycle(MOMENTS.learn_values(shipped.task, windows), windows)[0]
 
 
-def _remove_cycle(values: Float64s, learned: LearnedWindows) -> Float64s:
+def _remove_cycle(values: Float64s, learned: LearnedWindows) -> tuple[Float64s, Float64s]:
+    """Return values (K, T) without their daily cycle, and that cycle (K, T)."""
     if not daily_cycle.can_fit_daily(learned.t, learned.seasonality):
-        return values
-    return daily_cycle.fit(values, learned.t, learned.seasonality).residuals
+        return values, np.zeros_like(values)
+    fit = daily_cycle.fit(values, learned.t, learned.seasonality)
+    return fit.residuals, fit.cycle.evaluate(learned.t)
 
 
 def _add_site_calibration(

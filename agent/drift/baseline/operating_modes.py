@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.drift.detectors.outliers import MIN_SD
+from agent.drift.numeric.outliers import MIN_SD
 from agent.drift.numeric.sums import median
 
 MAX_MODES = 4
@@ -63,7 +63,7 @@ class OperatingModes(msgspec.Struct, frozen=True, eq=False):
 
 
 class FoundModes(msgspec.Struct, frozen=True, eq=False):
-    """Modes that K windows have: the number `of_window` (K,) of the mode of each, -1 between modes, and the `noise` (F,).
+    """Modes of K windows: `of_window` (K,) numbers the mode of each, -1 between modes; `noise` (F,) is as above.
 
     `is_settled` is False while there may be another one, of too few windows or visits to be sure.
     """

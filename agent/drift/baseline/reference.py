@@ -24,7 +24,7 @@ from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors.detector import Baseline, Task
-from agent.drift.detectors.registry import DETECTORS, ScoreLayout, get_layout
+from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
@@ -34,6 +34,8 @@ from agent.performance import cbpe
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
+MIN_VARIANCE_SHARE = 0.05  # of a class, that is left without a daily cycle
+_HOURS = np.arange(24, dtype=np.int64) * 3_600_000_000
 SCORE_CLIP = 1000.0  # in spreads of the reference
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
@@ -145,6 +147,26 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             for detector in DETECTORS
         }
 
+    def class_means_at(self, t: Ints) -> Float64s:
+        """Return the class means (n, C, D) to expect at times (n,) epoch µs."""
+        means = np.broadcast_to(self.class_mean, (len(t), *self.class_mean.shape))
+        return means if not self._has_daily_cycle else np.asarray(means + self._daily_cycle(t)[:, None] * self.class_sd)
+
+    @cached_property
+    def class_sd_by_hour(self) -> Float64s:
+        """(C, D) class sds at one hour of day."""
+        return without_cycle(self.class_sd, self._daily_cycle(_HOURS)) if self._has_daily_cycle else self.class_sd
+
+    @property
+    def _has_daily_cycle(self) -> bool:
+        return self.site is not None and bool(self.site.waves.any())
+
+    def _daily_cycle(self, t: Ints) -> Float64s:
+        """Return what the daily cycle adds to the D statistics (n, D), in class sd."""
+        assert self.site is not None
+        begin = self.layout[MOMENTS.name].start
+        return self.site.cycle.evaluate(t)[:, begin : begin + self.class_mean.shape[1]]
+
     @cached_property
     def window_sd(self) -> Float64s:
         """(T,) sd of the tests over all drift windows, in whatever operating mode."""
@@ -218,6 +240,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             raise BadBundle(f"reference.json is malformed ({error}): build it again from the reference data") from error
         _validate(reference)
         return reference
+
+
+def without_cycle(sd: Float64s, cycle: Float64s) -> Float64s:
+    """Return class sds (C, D) without the variance of a `cycle` (n, D) over the day, in class sd."""
+    return np.asarray(sd * np.sqrt(np.maximum(1 - cycle.var(0), MIN_VARIANCE_SHARE)))
 
 
 def draft_reference(

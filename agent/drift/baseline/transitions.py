@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from agent.arrays import Float64s, Ints
-from agent.drift.detectors.outliers import MIN_SD
+from agent.drift.numeric.outliers import MIN_SD
 from agent.drift.numeric.sums import median
 
 STEP_SDS = 5.0  # robust sd of the steps between neighboring windows: a larger one is a transition

@@ -266,6 +266,7 @@ class ScoreDetector(AlarmDetector):
     min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
     by_class = True  # whether windows are compared within classes
     winsorized = True  # whether odd windows are drawn in while learning
+    has_direction = True  # whether a score tells the direction of a change, and so its size in alerts and messages
 
     @property
     def field_sums(self) -> tuple[str, ...]:

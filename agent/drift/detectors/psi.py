@@ -34,9 +34,9 @@ from agent.drift.detectors.detector import (
     Task,
     round_significant,
 )
-from agent.drift.detectors.outliers import largest_usual
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.divergence import smoothed_shares
+from agent.drift.numeric.outliers import largest_usual
 from agent.drift.numeric.sums import median
 
 WINDOWS_TO_CLEAR = 3  # consecutive windows below the limit

@@ -14,6 +14,7 @@ from agent.drift.detectors.certainty import CertaintyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
 from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
+from agent.drift.detectors.dispersion import DispersionDetector
 from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
 from agent.drift.detectors.gate import GateDetector
 from agent.drift.detectors.mewma import MewmaDetector
@@ -30,6 +31,7 @@ DETECTORS: tuple[Detector, ...] = (
     CertaintyDetector(),
     ExpectedAccuracyDetector(),
     CLASS_SHARE,
+    DispersionDetector(MOMENTS),
     PsiDetector(),
     MewmaDetector(
         "field_mewma",
@@ -91,8 +93,8 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     test_count: int
     slices: dict[str, slice]
     subjects: Ints  # (T,)
-    tests: tuple[Ints, ...]  # scores of each subject
-    field_tests: Ints  # (F, n) scores of each field
+    tests: tuple[Ints, ...]  # scores of each subject that have a direction
+    field_tests: Ints  # (F, n) those of each field
     field_sums: tuple[str, ...]  # (n,) their names in messages
 
     def __getitem__(self, detector: str) -> slice:
@@ -103,13 +105,16 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
 def get_layout(task: Task) -> ScoreLayout:
     slices: dict[str, slice] = {}
     subjects: list[int] = []
+    directed: list[bool] = []
     names: list[str] = []
     for detector in SCORED:
         begin = len(subjects)
         subjects += detector.subjects(task)
-        names += detector.field_sums if min(subjects[begin:], default=task.fields) < task.fields else ()
+        directed += [detector.has_direction] * (len(subjects) - begin)
+        if detector.has_direction and min(subjects[begin:], default=task.fields) < task.fields:
+            names += detector.field_sums
         slices[detector.name] = slice(begin, len(subjects))
     every = np.array(subjects, np.int64)
-    tests = tuple(np.flatnonzero(every == subject) for subject in range(task.subject_count))
+    tests = tuple(np.flatnonzero((every == subject) & directed) for subject in range(task.subject_count))
     field_tests = np.stack(tests[: task.fields])
     return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names))

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import AnyArray, Float64s, Ints
-from agent.drift.detectors import class_means, daily_cycle, outliers, variogram
+from agent.drift.detectors import class_means, daily_cycle, variogram
 from agent.drift.detectors.class_means import leave_one_out_mean, pooled_mean
 from agent.drift.detectors.detector import (
     MIN_CLASS_WINDOWS,
@@ -28,7 +28,7 @@ from agent.drift.detectors.detector import (
     Task,
 )
 from agent.drift.detectors.variogram import Variograms
-from agent.drift.numeric import control_limits, false_alarm_budget
+from agent.drift.numeric import control_limits, false_alarm_budget, outliers
 from agent.drift.numeric.sums import median
 
 # Change of the interval: share; sd of learned windows; times the largest deviation of one.

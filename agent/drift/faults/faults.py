@@ -20,7 +20,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -72,6 +72,7 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     high_spread: Bools  # far above it
     spikes: Bools
     unfit: Bools  # for the field's own place, by the site's own statistics
+    usual: Float64s  # (W, C, D) class means to expect at the time of each window
 
     @cached_property
     def has_indication(self) -> Bools:
@@ -85,14 +86,19 @@ class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.asarray(np.any([part[index] for part in parts], axis=0))
 
 
-def compute_indicators(windows: Summary, reference: Reference, site: Reference | None = None) -> FaultIndicators:
-    """Compute the indications of stacked summaries; without a site's reference, a field's mounting is unknown."""
+def compute_indicators(
+    windows: Summary, reference: Reference, t: Ints, site: Reference | None = None
+) -> FaultIndicators:
+    """Compute the indications of stacked summaries of windows in the middle of `t` (W,) epoch µs.
+
+    Without a site's reference, a field's mounting is unknown.
+    """
     limits = (site or reference).fault_limits or FaultLimits.none(len(reference.fields))
     rows = np.maximum(windows.row_counts, 1)
     most = np.maximum(OUTSIDE_SHARE, limits.outside) * rows[:, None]
     outside = (windows.outside > most) & (windows.outside >= np.minimum(MIN_OUTSIDE_ROWS, rows)[:, None])
     loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
-    none = np.zeros(outside.shape, np.int64)
+    none, usual = np.zeros(outside.shape, np.int64), (site or reference).class_means_at(t)
     return FaultIndicators(
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
@@ -104,7 +110,8 @@ def compute_indicators(windows: Summary, reference: Reference, site: Reference |
         & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None]),
         unfit=none > 0
         if site is None
-        else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site), limits),
+        else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site, usual), limits),
+        usual=usual,
     )
 
 
@@ -161,7 +168,9 @@ def identify_faults(
         # The model names wrong classes where a field is faulty, and sound fields fit no class then.
         unfit = np.zeros(fields, np.bool_)
     if site is not None and (known.any() or unfit.any()):
-        other, mirrored = swapped_channels.detect_swaps(summary, site, units, known, unfit & ~spoilt)
+        other, mirrored = swapped_channels.detect_swaps(
+            summary, site, indicators.usual[index], units, known, unfit & ~spoilt
+        )
     exchanged = np.array([bool(name) for name in other])
     coarser = indicators.coarseness[index]
     # Lone jumps often end far outside.

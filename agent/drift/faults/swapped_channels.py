@@ -28,25 +28,25 @@ def exceeds_misfit(misfit: Float64s, limits: FaultLimits) -> Bools:
     return np.asarray(misfit > np.maximum(MISFIT_THRESHOLD, limits.misfit))
 
 
-def compute_misfit(windows: Summary, site: Reference) -> Float64s:
-    """Return how badly fields fit their own places (W, F)."""
-    return _misfit(windows.class_sums.moments(site.origin), site, np.arange(len(site.fields)))
+def compute_misfit(windows: Summary, site: Reference, usual: Float64s) -> Float64s:
+    """Return how badly fields fit their own places (W, F); `usual` (W, C, D) are the class means to expect then."""
+    return _misfit(windows.class_sums.moments(site.origin), site, np.arange(len(site.fields)), usual)
 
 
 def detect_swaps(
-    summary: Summary, site: Reference, units: Sequence[str], misread: Bools, unfit: Bools
+    summary: Summary, site: Reference, usual: Float64s, units: Sequence[str], misread: Bools, unfit: Bools
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the field of the same unit that each field changed places with, or "", and (F,) whether its sign is
     reversed.
 
     Only the best explanation of the window counts, and only if it explains most of the misfit: the model names wrong
     classes then, and other fields seem to have changed, too. Fields `misread` (F,) before stay so as long as they fit
-    any better; others must be `unfit` (F,) for their own places.
+    any better; others must be `unfit` (F,) for their own places. `usual` (C, D) are the class means to expect then.
     """
     moments, names = summary.class_sums.moments(site.origin), site.fields
     fields = np.arange(len(names))
-    misfit = np.stack([_misfit(moments, site, np.roll(fields, -by)) for by in fields])
-    mirrored = _misfit(moments, site, fields, mirrored=True)
+    misfit = np.stack([_misfit(moments, site, np.roll(fields, -by), usual) for by in fields])
+    mirrored = _misfit(moments, site, fields, usual, mirrored=True)
     better = np.where(((mirrored < MAX_MISFIT) & unfit) | misread, misfit[0] - mirrored, 0.0)
     best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
     best = best if best > (0.0 if misread[which[0]] else MIN_FIT_GAIN) else 0.0
@@ -70,5 +70,7 @@ def detect_swaps(
     return tuple(places), signs
 
 
-def _misfit(moments: GroupMoments, site: Reference, permutation: np.ndarray, *, mirrored: bool = False) -> Float64s:
-    return compute_fit(moments, site.class_mean, site.class_sd, permutation, mirrored=mirrored)
+def _misfit(
+    moments: GroupMoments, site: Reference, permutation: np.ndarray, usual: Float64s, *, mirrored: bool = False
+) -> Float64s:
+    return compute_fit(moments, usual, site.class_sd_by_hour, permutation, mirrored=mirrored)

@@ -11,6 +11,7 @@ CLASS_SHARE_MEWMA_BUDGET = 3e-4
 FIELD_MEWMA_BUDGET, MAX_MEWMA_FIELDS = 4e-4, 15
 PSI_BUDGET, SPEED_BUDGET = 3e-4, 3e-4
 MISSING_BUDGET, ACCURACY_BUDGET = 3e-4, 3e-4
+DISPERSION_BUDGET = 2e-4  # of offsets that come and go
 FAULT_BUDGET = 5e-4  # of all symptoms of other sensor faults
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.

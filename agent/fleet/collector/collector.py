@@ -27,6 +27,7 @@ from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.fleet.incidents.certificates import Certificate
+from agent.transport.capabilities import BrokerUnsuitable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws, key_rotation, topics
@@ -124,7 +125,10 @@ class Collector:
         return self._leader_tasks.is_leader
 
     def run(self) -> None:
-        """Collect until `stop`: reconnect after every failure; never raise for a broker, a message or a full disk."""
+        """Collect until `stop`: reconnect after every failure; never raise for a message or a full disk.
+
+        Raises UsageError if collectors share the messages and the broker cannot do that.
+        """
         retry = Backoff()
         while not self._stopping:
             try:
@@ -134,6 +138,10 @@ class Collector:
                 logger.info("connected; collecting fleet %s%s", self.fleet, name)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
+                if isinstance(error, BrokerUnsuitable) and self.share is not None:
+                    # Silence would look like a fleet without messages. Collectors that run unshared wait for the
+                    # broker, which somebody may configure meanwhile.
+                    raise UsageError(str(error)) from None
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
                     logger.warning("%s; trying again until it works", error)
@@ -401,6 +409,7 @@ class Collector:
             client_id(self.fleet, self.share),
             subscribe=topic_filters(self.fleet, group=group),
             retain_as_published=logged_filters(self.fleet, group=group),
+            retains=True,
             session_expiry_s=SESSION_EXPIRY_S,
         )
         if group is not None:

@@ -55,7 +55,7 @@ class LeaderTasks:
             self._quota_alarm.add_refusals(over_quota, devices, boot_s)
             others = (refusal for refusal in refusals if refusal.reason != OVER_QUOTA)
             self._refusal_alarm.add_refusals(others, devices, boot_s)
-            self._raise_alarms()
+            self._raise_alarms(clock.read())
 
     def tick(self, *, is_caught_up: bool = True) -> None:
         """Do what is due; `is_caught_up` unless received messages wait for the database."""
@@ -73,7 +73,7 @@ class LeaderTasks:
                     for name, reason, n in self._refusal_tally.new_refusals(self._store.refusals()):
                         alarm = self._quota_alarm if reason == OVER_QUOTA else self._refusal_alarm
                         alarm.add_count(name, reason, n, clock.read().boot_s)
-                    self._raise_alarms()
+                    self._raise_alarms(clock.read())
             if self.is_leader:
                 now = clock.read()
                 for summary in [*self._fleet_wide_alerts.poll(now), *self._reference_alerts.poll(now)]:
@@ -86,9 +86,8 @@ class LeaderTasks:
             self.is_leader = not self._store.shared
             logger.error("%s; the next check for alerts of the collector is later", error)
 
-    def _raise_alarms(self) -> None:
+    def _raise_alarms(self, now: clock.ClockReading) -> None:
         """Raise alerts of the collector's own, as a refused message proves nothing about its device."""
-        now = clock.read()
         for name, count in self._refusal_alarm.due_alerts(now.boot_s):
             owner = f"in the name of {name}" if name else "in names that are not enrolled"
             summary = (
@@ -110,7 +109,12 @@ class LeaderTasks:
     ) -> None:
         time_text, hour = clock.to_rfc3339(now.wall_us), now.wall_us // 3_600_000_000
         try:
+            # One alert says it, however long it lasts.
+            if self._incidents.is_open(kind, name):
+                alarm.mark_raised(name, now.boot_s)
+                return
             self._store.raise_alert(refusals_alert_row(kind, name, summary, time_text, hour))
+            self._incidents.reset()
         except StorageError as error:
             logger.error("%s; the alert about refused messages is delayed", error)
             return

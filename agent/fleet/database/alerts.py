@@ -70,7 +70,7 @@ def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: 
 
 def refusals_alert_row(kind: AlertKind, device: str, summary: str, now: str, hour: int) -> Row:
     """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
-    return collector_alert_row(device, None, kind.raised(summary, hour=hour), kind.subject, hour, now)
+    return collector_alert_row(device, None, kind.raised(summary, hour=hour), f"{kind.subject}/{hour}", hour, now)
 
 
 def fleet_wide_alert_row(

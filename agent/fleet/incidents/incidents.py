@@ -133,9 +133,14 @@ def load_incident(store: FleetStore, key: IncidentKey, *, now: str) -> Incident 
 
 
 def find_incident(store: FleetStore, ref: str, *, now: str) -> Incident:
-    """Return the incident whose `ref` begins with `ref`. Raises UsageError unless there is exactly one."""
+    """Return the incident whose `ref` begins with `ref`, one that is raised rather than one that is over.
+
+    Raises UsageError unless there is exactly one.
+    """
+    keys: list[IncidentKey] = []
     with store.snapshot() as db:
-        keys = [key for key in table.list_keys(db) if incident_ref(key).startswith(ref.lower())]
+        for raised in (True, False):
+            keys = keys or [k for k in table.list_keys(db, raised=raised) if incident_ref(k).startswith(ref.lower())]
     if len(ref) < MIN_REF or not keys:
         least = f" (at least {MIN_REF} characters)" if len(ref) < MIN_REF else ""
         raise UsageError(f"no alert has the ID {ref!r}{least}; `outstation fleet alerts` lists the IDs")

@@ -13,10 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec.structs import replace
 
 from agent import clock
-from agent.alerts import CERTIFICATE_ENDS, CLOCK_AT_COLLECTOR, Alert, AlertKind
+from agent.alerts import (
+    CERTIFICATE_ENDS,
+    CLOCK_AT_COLLECTOR,
+    OVER_QUOTA_AT_COLLECTOR,
+    REFUSED_BY_COLLECTOR,
+    Alert,
+    AlertKind,
+)
 from agent.clock import ClockReading
 from agent.fleet.database.incidents import device_status
 from agent.fleet.database.incidents.device_status import CollectorAlert, DeviceStatus
+from agent.fleet.database.ingest import OVER_QUOTA
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import conditions
@@ -34,6 +42,8 @@ MAX_CLOCK_STEP_S = 5.0
 CERTIFICATE_INTERVAL_S = 6 * 3600.0
 # From so many devices on, one clock that differs from most is more likely the collector's.
 MIN_CLOCKS = 3
+REFUSALS_OVER_US = 3_600_000_000
+_REFUSALS = (REFUSED_BY_COLLECTOR, OVER_QUOTA_AT_COLLECTOR)
 
 AlertKey = tuple[str, str]  # (device, id)
 Findings = tuple[AlertKind, Mapping[AlertKey, Condition]]
@@ -54,6 +64,10 @@ class IncidentMonitor:
         """Forget what is open: another collector may have been the leader meanwhile."""
         self._open = None
 
+    def is_open(self, kind: AlertKind, device: str) -> bool:
+        """Return True if an alert of a kind is open for a device. Raises StorageError."""
+        return any(name == device and is_of_kind(kind, identity) for name, identity in self._load_open())
+
     def watch(self, now: ClockReading) -> None:
         """Note that this collector collects, leader or not; call it with every turn."""
         stepped = abs(now.offset_us - self._offset_us) > MAX_CLOCK_STEP_S * 1e6
@@ -64,9 +78,7 @@ class IncidentMonitor:
     def poll(self, now: ClockReading) -> list[str]:
         """Raise and clear alerts that are due; return the summaries of those raised. Raises StorageError."""
         found: list[Findings] = []
-        if self._open is None:
-            with self._store.snapshot() as db:
-                self._open = {(alert.device, alert.id): alert for alert in device_status.load_open_alerts(db)}
+        self._load_open()
         if (outliers := self._survey.step(now)) is not None:
             found.append((OutlierSurvey.kind, _by_key(outliers)))
         if now.boot_s >= self._next_certificates_s:
@@ -75,16 +87,39 @@ class IncidentMonitor:
             found.append((CERTIFICATE_ENDS, _by_key(ending)))
         if now.boot_s >= self._next_s:
             self._next_s = now.boot_s + POLL_INTERVAL_S
-            found += self._check_devices(now)
+            found += [*self._check_devices(now), *self._check_refusals(now)]
         return self._apply(found, now) if found else []
 
+    def _load_open(self) -> dict[AlertKey, CollectorAlert]:
+        if self._open is None:
+            with self._store.snapshot() as db:
+                self._open = {(alert.device, alert.id): alert for alert in device_status.load_open_alerts(db)}
+        return self._open
+
+    def _check_refusals(self, now: ClockReading) -> list[Findings]:
+        """Keep open what goes on; `agent.fleet.collector.refusal_alarm` decides what is raised."""
+        opened = {key: kind for kind in _REFUSALS for key in self._load_open() if is_of_kind(kind, key[1])}
+        if not opened:
+            return []
+        since = clock.to_rfc3339(now.wall_us - REFUSALS_OVER_US)
+        recent = {
+            (row["device"], (OVER_QUOTA_AT_COLLECTOR if row["reason"] == OVER_QUOTA else REFUSED_BY_COLLECTOR).id)
+            for row in self._store.refusals()
+            if row["last"] > since
+        }
+        held = {key: kind for key, kind in opened.items() if (key[0], kind.id) in recent}
+        return [
+            (kind, {key: Condition(kind, key[0], "", "critical") for key in held if held[key] is kind})
+            for kind in _REFUSALS
+        ]
+
     def _check_devices(self, now: ClockReading) -> list[Findings]:
-        assert self._open is not None
+        opened = self._load_open()
         with self._store.snapshot() as db:
             views = [self._view(db, status, now) for status in device_status.load_status(db)]
         found: list[Findings] = []
         for kind, check in conditions.CHECKS:
-            states = ((view, (view.device, kind.id) in self._open) for view in views if view.status.is_active)
+            states = ((view, (view.device, kind.id) in opened) for view in views if view.status.is_active)
             held = [condition for view, is_open in states if (condition := check(view, is_open=is_open)) is not None]
             if kind is CLOCK_AT_COLLECTOR:
                 held = _blame_own_clock(held, sum(view.newest is not None for view in views))
@@ -105,12 +140,12 @@ class IncidentMonitor:
 
     def _apply(self, found: list[Findings], now: ClockReading) -> list[str]:
         """Raise what is new or worse, and clear the open alerts of each kind whose condition is over."""
-        assert self._open is not None
+        opened = self._load_open()
         changes: list[tuple[str, str | None, Alert, str]] = []
-        became, raised = dict(self._open), []
+        became, raised = dict(opened), []
         for kind, held in found:
             for key, condition in held.items():
-                known = self._open.get(key)
+                known = opened.get(key)
                 if known is not None and SEVERITY_RANK[condition.severity] <= SEVERITY_RANK[known.severity]:
                     continue
                 alert = replace(
@@ -121,7 +156,7 @@ class IncidentMonitor:
                 changes.append((condition.device, condition.task, alert, log_name(alert)))
                 became[key] = CollectorAlert(*key, condition.severity, alert.revision)
                 raised.append(condition.summary)
-            for key in [key for key in self._open if key not in held and is_of_kind(kind, key[1])]:
+            for key in [key for key in opened if key not in held and is_of_kind(kind, key[1])]:
                 alert = _build_cleared(kind, *key)
                 changes.append((key[0], None, alert, log_name(alert)))
                 del became[key]

@@ -227,6 +227,25 @@ def test_a_rule_that_comes_back_does_not_use_an_id_again(make_device: Callable[.
     ]
 
 
+def test_an_alert_whose_state_was_lost_is_cleared_and_its_id_is_not_used_again(
+    make_device: Callable[..., Device],
+) -> None:
+    device = make_device(FALL)
+    device.feed(rows_of("lll"))
+    device.run_all()
+    with device.store.transaction() as tx:
+        tx.delete_state("tiny", "alert rules")
+    assert [reconcile(device, [FALL]) for _ in range(2)] == [1, 0]
+    assert device.store.open_alerts("tiny") == []
+    device.feed(rows_of("lll"))
+    device.run_all()
+    assert [(identity, state) for identity, state, *_ in states(device)] == [
+        ("tiny/fall/result/1", "raised"),
+        ("tiny/fall/result/1", "cleared"),
+        ("tiny/fall/result/2", "raised"),
+    ]
+
+
 def test_states_that_cannot_be_read_start_anew(make_device: Callable[..., Device]) -> None:
     device = make_device(FALL)
     with device.store.transaction() as tx:

@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
 from agent.device.uplink.mqtt_sink import MqttSink, packet_size
 from agent.device.uplink.uplink import Uplink, backoff
-from agent.errors import LinkDown, StorageForked, StorageFull
+from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
@@ -81,7 +81,7 @@ class CollectorModel:
             return
         try:
             if self.link is None:
-                filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health")]
+                filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health", "alerts/+")]
                 self.link = self.air.connect(None, "collector", subscribe=filters, session_expiry_s=3600)
             self._take(self.link)
         except LinkDown:
@@ -514,9 +514,9 @@ def test_a_damaged_message_is_not_sent_and_the_others_are(world: World) -> None:
     world.write(5)
     for seq, column in ((2, "payload"), (4, "jws")):
         world.store._db.execute(f"UPDATE outbox SET {column} = CAST(substr({column}, 2) AS BLOB) WHERE seq = ?", (seq,))
-    world.run(lambda: {1, 3, 5, 6} <= world.collector.seqs(), 60)
-    # 6 declares them; 7 is an alert, which this collector does not listen to.
-    assert world.collector.seqs() == {1, 3, 5, 6}
+    world.run(lambda: {1, 3, 5, 6, 7} <= world.collector.seqs(), 60)
+    # 6 declares them; 7 is an alert about it.
+    assert world.collector.seqs() == {1, 3, 5, 6, 7}
     assert world.store._fetch_all("SELECT seq FROM quarantined_messages") == [(2,), (4,)]
     bodies = [json.loads(world.collector.stored[key]) for key in sorted(world.collector.stored)]
     [declared] = [body["evidence"]["seq"] for body in bodies if body.get("event") == "evicted"]
@@ -665,7 +665,9 @@ def test_a_message_too_large_for_the_broker_is_held_back(
     world.write(3)
     world.run(lambda: False, 300)
     assert world.waiting() == {4}
-    assert world.collector.seqs() == {1, 2, 3, 5, 6, 7}
+    assert world.collector.seqs() == {1, 2, 3, 5, 6, 7, 8}
+    [alert] = [json.loads(message.payload) for message in world.air.published if "/alerts/" in message.topic]
+    assert (alert["id"], alert["evidence"]["seqs"], alert["evidence"]["limit"]) == ("storage/too-large", [4], 4000)
     assert max(len(message.payload) for message in world.air.published) < 4000
     [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "message 4" in record.message
@@ -681,7 +683,55 @@ def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callabl
         other = make(max_packet=limit)
         other.write(1)
         other.run(partial(is_empty, other), 30)
-        assert other.waiting() == left
+        # The alert about it does not fit either.
+        assert other.waiting() == left | ({2} if left else set())
+
+
+def test_a_raised_limit_lets_the_held_message_go_and_clears_the_alert(make: Callable[..., World]) -> None:
+    world = make(max_packet=4000)
+    world.write(1, size=4000)
+    world.run(lambda: False, 60)
+    assert world.waiting() == {1}
+    world.air.max_packet = 1 << 20
+    world.uplink = world.new_uplink()
+    world.run(lambda: False, 300)
+    assert world.waiting() == set()
+    states = [json.loads(message.payload)["state"] for message in world.air.published if "/alerts/" in message.topic]
+    assert states == ["raised", "cleared"]
+
+
+def test_a_broker_that_hangs_up_at_a_large_message_gets_the_others(make: Callable[..., World]) -> None:
+    world = make()
+    refused: list[OutgoingMessage | None] = []
+
+    def open_sink(topics: Sequence[str], will: OutgoingMessage) -> MqttSink:
+        link = world.air.connect(None, DEVICE, subscribe=topics, will=will)
+        send, receive = link.send, link.receive
+
+        def send_or_break(message: OutgoingMessage) -> int:
+            if packet_size(message) > 3000:
+                refused.append(message)
+                return -1
+            return send(message)
+
+        def receive_or_break(timeout_s: float) -> Any:
+            if refused and refused[-1] is not None:
+                refused.append(None)
+                link.drop()
+                raise PacketTooLarge("connection lost: Packet too large")
+            return receive(timeout_s)
+
+        link.send, link.receive = send_or_break, receive_or_break  # type: ignore[method-assign]
+        return MqttSink(link)
+
+    world.write(2)
+    world.write(1, size=5000)
+    world.write(1, size=9000)
+    world.write(2)
+    world.uplink._open_sink = open_sink
+    world.run(lambda: False, 900)
+    assert world.waiting() == {3, 4}
+    assert len([message for message in refused if message is not None]) <= 4
 
 
 @pytest.mark.parametrize("window", [1, 2, 7])

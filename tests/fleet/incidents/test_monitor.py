@@ -13,8 +13,10 @@ import pytest
 from agent import clock
 from agent.clock import ClockReading
 from agent.fleet.audit.audit import audit
+from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.database.incidents import device_status
-from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.ingest import Arrival, Refusal
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents, outliers
 from agent.fleet.incidents.certificates import Certificate
@@ -276,3 +278,56 @@ def test_a_poll_of_a_thousand_devices_takes_a_fraction_of_a_second(tmp_path: Pat
     fleet.run(30)
     store.close()
     assert time.monotonic() - began < 2.0
+
+
+def test_refused_messages_are_told_once_however_long_they_come_and_cleared_an_hour_later(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    tasks = LeaderTasks(store, Keyring(store))
+    refusal = Refusal("pi-00", "bad signature", "", "outstation/acme/pi-00/health", b"{}", "")
+
+    def flood(seconds: float) -> None:
+        end = fleet.at_s + seconds
+        while fleet.at_s < end:
+            store.ingest([], [refusal] * 30, fleet.time())
+            tasks._refusal_alarm.add_count("pi-00", refusal.reason, 30, fleet.at_s + 1000)
+            now = ClockReading(T0_US + round(fleet.at_s * 1e6), fleet.at_s + 1000, "synced")
+            tasks._raise_alarms(now)
+            fleet.run(300, monitor=tasks._incidents)
+
+    flood(3 * 3600)
+    assert [state for _, state in fleet.messages()] == ["raised"]
+    fleet.run(3000, monitor=tasks._incidents)
+    assert [state for _, state in fleet.messages()] == ["raised"]
+    fleet.run(900, monitor=tasks._incidents)
+    assert [state for _, state in fleet.messages()] == ["raised", "cleared"]
+    assert fleet.open() == []
+
+
+def test_of_two_collectors_the_leader_alone_raises_and_the_next_leader_clears(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [FleetStore(postgres_url), FleetStore(postgres_url)]
+    fleet = Fleet(stores[0])
+    both = [LeaderTasks(store, Keyring(store)) for store in stores]
+
+    def turn(seconds: float, tasks: list[LeaderTasks]) -> None:
+        for _ in range(round(seconds / 10)):
+            fleet.at_s += 10
+            now = ClockReading(T0_US + round(fleet.at_s * 1e6), fleet.at_s + 1000, "synced")
+            monkeypatch.setattr(clock, "read", lambda moment=now: moment)
+            for each in tasks:
+                each.tick()
+
+    fleet.health()
+    turn(600, both)
+    assert [each.is_leader for each in both] == [True, False]
+    assert fleet.messages() == [("silent", "raised")]
+    stores[0].close()
+    fleet.store = stores[1]
+    both[1]._next_check_s = 0.0
+    turn(60, both[1:])
+    assert both[1].is_leader
+    fleet.health()
+    turn(60, both[1:])
+    assert fleet.messages() == [("silent", "raised"), ("silent", "cleared")]
+    stores[1].close()

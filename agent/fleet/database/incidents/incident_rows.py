@@ -29,7 +29,7 @@ _INCIDENTS = """
         SELECT device, log, id, source, max(seq) AS newest,
                coalesce(max(CASE WHEN state = 'raised' THEN seq END), max(seq)) AS raised,
                coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
-        FROM alerts WHERE {where} GROUP BY device, log, id, source) k
+        FROM alerts WHERE {where} GROUP BY device, log, id, source {having}) k
     JOIN alerts n ON n.device = k.device AND n.log = k.log AND n.seq = k.newest AND n.source = k.source
     JOIN alerts r ON r.device = k.device AND r.log = k.log AND r.seq = k.raised AND r.source = k.source
     JOIN alerts s ON s.device = k.device AND s.log = k.log AND s.seq = k.began AND s.source = k.source
@@ -42,6 +42,8 @@ _FILTER = """
       AND (CAST(:status AS TEXT) IS NULL OR status = :status) AND (CAST(:since AS TEXT) IS NULL OR updated >= :since)
       AND CASE severity WHEN 'critical' THEN 3 WHEN 'warning' THEN 2 ELSE 1 END >= :rank
 """
+# The newest message of an incident raised it: its state is the last digit of a number that grows with seq.
+_IS_RAISED = "HAVING max(seq * 2 + CASE WHEN state = 'raised' THEN 1 ELSE 0 END) % 2 = 1"
 # Columns that are the same in all messages of an incident.
 _KEY_COLUMNS = ("source", "device", "log", "id", "task", "alert")
 _ACKNOWLEDGE = """
@@ -80,9 +82,11 @@ def count_incidents(db: Connection, values: Mapping[str, Any]) -> list[tuple[str
     return [(status, severity, int(n)) for status, severity, n in db.execute(sql, values)]
 
 
-def list_keys(db: Connection) -> list[IncidentKey]:
-    """Return the key of every incident."""
-    return db.execute("SELECT DISTINCT source, device, log, id FROM alerts").fetchall()
+def list_keys(db: Connection, *, raised: bool) -> list[IncidentKey]:
+    """Return the key of every incident, or only of those whose newest message raised them."""
+    having = _IS_RAISED if raised else ""
+    sql = f"SELECT source, device, log, id FROM alerts GROUP BY device, log, id, source {having}"
+    return db.execute(sql).fetchall()
 
 
 def save_acknowledgement(db: Connection, key: IncidentKey, seq: int | None, by: str, at: str, note: str) -> None:
@@ -118,7 +122,7 @@ def last_arrival(db: Connection) -> int:
 def _select(values: Mapping[str, Any]) -> str:
     # Conditions on absent values would keep a database from using the index of the key.
     given = [f"{column} = :{column}" for column in _KEY_COLUMNS if values.get(column) is not None]
-    return _INCIDENTS.format(where=" AND ".join(given) or "TRUE")
+    return _INCIDENTS.format(where=" AND ".join(given) or "TRUE", having=_IS_RAISED if values.get("open") else "")
 
 
 def _fetch(db: Connection, sql: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
