@@ -53,7 +53,14 @@ def run(folder: Path) -> None:
         }
         (home / "settings.js").write_text(f"module.exports = {json.dumps(settings)};", encoding="utf-8")
         with (folder / "node-red.log").open("wb") as log:
-            command = [find_program("node"), program, "--userDir", home, "--settings", home / "settings.js"]
+            command = [
+                find_program("node"),
+                str(program),
+                "--userDir",
+                str(home),
+                "--settings",
+                str(home / "settings.js"),
+            ]
             node_red = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             device = fleet.add_device(DEVICE).add_replay_stream(100_000, 100).add_task("exercise")

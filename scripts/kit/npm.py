@@ -30,7 +30,7 @@ def install(package: str, timeout_s: float = 600.0) -> Path:
     if installed.exists() and json.loads(installed.read_text(encoding="utf-8"))["version"] == version:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [find_program("npm"), "install", "--no-audit", "--no-fund", "--silent", "--prefix", folder, package]
+    command = [find_program("npm"), "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), package]
     try:
         subprocess.run(command, check=True, timeout=timeout_s, capture_output=True)
     except (subprocess.SubprocessError, OSError) as error:
