@@ -22,7 +22,7 @@ NOW = "2026-11-24T22:20:00.000000Z"
 BOOT_US, WALL_US = 1_000_000, 1_764_022_680_000_000
 DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps", "result_provenance")
 # What one moment or the order of arrival decides, and no message states.
-UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid")}
+UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid"), ("alerts", "rowid")}
 
 
 def anchor(sender: MessageSender, boot: int, at: int) -> SignedMessage:
@@ -62,6 +62,8 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
             old.results(model=NEW_MODEL),
             outputs(old),
         ]
+        learned = {"task": old.task, "site": "sha256:" + "ab" * 32, "fields": {}}
+        log.append(old.append("audit", event="learned", summary="", evidence=learned))
         extent: dict[str, Any] = {"boot": 2, "wall_clock": {"boot_us": 2_000_000}}
         log.append(old.append("health", streams={}, tasks={}, **extent))
         ingest(store, old, *(item for item in log if item.seq != 9))

@@ -131,12 +131,15 @@ def test_every_column_of_results_reaches_the_tables_and_the_view(store: FleetSto
     sender = MessageSender()
     add(store, sender, two_results(sender, missing=[0, 0.25], **{"value_hum": [3, None], 'score_"a"|b': [0.25, 1]}))
     expected = [
-        (1, 1.5, 0.0, {"value_hum": 3.0, 'score_"a"|b': 0.25}, ["ax", "ay"]),
+        (1, 1.5, 0, {"value_hum": 3.0, 'score_"a"|b': 0.25}, ["ax", "ay"]),
         (2, 2.0, 0.25, {"value_hum": None, 'score_"a"|b': 1.0}, ["ax", "ay"]),
     ]
-    for table in ("results", "results_dated"):
-        rows = ask(store, f"SELECT row, value, missing, outputs, faults FROM {table} ORDER BY row")
-        assert [(*row[:3], json.loads(row[3]), json.loads(row[4])) for row in rows] == expected
+    rows = ask(store, "SELECT row, value, missing, outputs, faults FROM results_dated ORDER BY row")
+    assert [(*row[:3], json.loads(row[3]), json.loads(row[4])) for row in rows] == expected
+    details = ask(store, "SELECT row, missing, outputs FROM result_details ORDER BY row")
+    assert [(row, missing, json.loads(text)) for row, missing, text in details] == [
+        (row, missing, outputs) for row, _, missing, outputs, _ in expected
+    ]
     made = ("exercise", "1.0.0", "sha256:ab", *MADE.values())
     assert ask(store, "SELECT device, seq, rows_first, rows_last, n, incomplete FROM result_messages") == [
         ("pi-07", 1, 1, 2, 2, 1)
@@ -149,7 +152,8 @@ def test_every_column_of_results_reaches_the_tables_and_the_view(store: FleetSto
 def test_results_without_further_columns_store_no_text(store: FleetStore) -> None:
     sender = MessageSender()
     add(store, sender, sender.results(2))
-    assert ask(store, "SELECT missing, outputs, faults FROM results") == [(None, None, None)] * 2
+    assert ask(store, "SELECT count(*) FROM result_details") == [(0,)]
+    assert ask(store, "SELECT missing, outputs, faults FROM results_dated") == [(None, None, None)] * 2
     assert ask(store, "SELECT agent, runtime, config FROM result_provenance") == [(None, None, None)]
 
 
@@ -161,7 +165,7 @@ def test_results_without_further_columns_store_no_text(store: FleetStore) -> Non
 def test_a_further_column_that_is_no_list_of_numbers_stays_evidence_only(store: FleetStore, column: object) -> None:
     sender = MessageSender()
     add(store, sender, two_results(sender, value_bad=column, value_good=[1, 2], other=[1, 2]))
-    assert [json.loads(row[0]) for row in ask(store, "SELECT outputs FROM results ORDER BY row")] == [
+    assert [json.loads(row[0]) for row in ask(store, "SELECT outputs FROM result_details ORDER BY row")] == [
         {"value_good": 1.0},
         {"value_good": 2.0},
     ]

@@ -106,6 +106,24 @@ def retire(
     return {name: state for name, state in current.items() if name not in forgotten}, alerts
 
 
+def end_lost(
+    states: Mapping[str, RuleState], open_alerts: Sequence[Mapping[str, Any]], task: str
+) -> tuple[dict[str, RuleState], list[Alert]]:
+    """Return the states with the numbers of open alerts that no state knows, and the ends of those alerts."""
+    known, ends = dict(states), []
+    for alert in open_alerts:
+        name, _, number = str(alert["id"]).removeprefix(f"{task}/").partition("/result/")
+        if alert["alert"] != RESULT.alert or not number.isdecimal():
+            continue
+        state = known.get(name, RuleState())
+        # One that was retired has its end already.
+        if int(number) > state.number:
+            summary = f"{task}: {name} is over: its state was lost with a damaged store, and the rule starts anew."
+            ends.append(RESULT.cleared(summary, {"reason": "state lost"}, rule=name, count=int(number)))
+            known[name] = RuleState(state.fingerprint, int(number))
+    return known, ends
+
+
 def _advance(rule: CompiledRule, state: RuleState, results: BatchResults) -> tuple[RuleState, list[Transition], Ints]:
     """Return state and transitions, and the index (n,) in the batch of each result that counts for the rule."""
     counts = rule.find_answered(results.scores)

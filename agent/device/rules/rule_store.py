@@ -36,13 +36,16 @@ def save(tx: Transaction, task: str, states: TaskRuleStates) -> None:
 def reconcile(store: Store, message_log: MessageLog, tasks: Mapping[str, TaskConfig], now: ClockReading) -> int:
     """Clear the alerts of rules that were removed or changed, also of removed tasks; return how many.
 
-    Called at each start, before any batch. Raises StorageError.
+    An alert whose rule's state was lost with a damaged store clears, too. Called at each start, before any batch.
+    Raises StorageError.
     """
     count = 0
-    for name in store.tasks_with_state(task_keys.ALERT_RULES):
+    for name in sorted({*store.tasks_with_state(task_keys.ALERT_RULES), *tasks}):
         rules = {rule.name: rule for rule in tasks[name].alerts} if name in tasks else {}
         before = load(store, name)
         states, alerts = batch_rules.retire(rules, before.rules, name)
+        states, lost = batch_rules.end_lost(states, store.open_alerts(name), name)
+        alerts += lost
         if states == before.rules:
             continue
         with store.transaction(vital=True) as tx:

@@ -16,7 +16,13 @@ from agent.fleet.database import gap_ledger, key_table, log_succession
 from agent.fleet.database.alerts import INSERT_ALERT, message_alert_row
 from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row
-from agent.fleet.database.projection import PROVENANCE_TABLE, TableRows, project_message, provenance_row
+from agent.fleet.database.projection import (
+    PROVENANCE_TABLE,
+    RESULT_MESSAGES_TABLE,
+    TableRows,
+    project_message,
+    provenance_row,
+)
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
 from agent.wire.messages import AuditPayload, LoggedPayload, ResultsPayload, StatePayload, VerifiedMessage
@@ -62,7 +68,7 @@ class IngestBatch:
     def __init__(self, db: Connection, refusals: Sequence[Refusal], now: str) -> None:
         self._db, self._refusals, self._now = db, [*refusals], now
         self._rows: TableRows = {}
-        self._provenance: set[Row] = set()
+        self._provenance: dict[Row, Row] = {}
         self._timestamps = TimestampReconstruction(db)
         self._log_changes: dict[LogId, LogChanges] = {}
         self._live_devices: set[str] = set()
@@ -93,7 +99,7 @@ class IngestBatch:
             if rows:
                 self._db.bulk_insert(table, rows)
         self._db.lock_devices({*self._live_devices, *self._states, *(device for device, _ in self._log_changes)})
-        self._db.insert_missing(PROVENANCE_TABLE, [*self._provenance])
+        self._db.insert_missing(PROVENANCE_TABLE, [*self._provenance.values()])
         self._timestamps.finish()
         for message, problem in key_table.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, LoggedPayload):
@@ -151,7 +157,10 @@ class IngestBatch:
         gap_ledger.add_changes(self._log_changes, body, self._now)
         project_message(message, self._rows)
         if isinstance(body, ResultsPayload):
-            self._provenance.add(provenance_row(body))
+            # The first message of those that share it is enough.
+            device, *_, provenance = self._rows[RESULT_MESSAGES_TABLE][-1]
+            if (device, provenance) not in self._provenance:
+                self._provenance[device, provenance] = provenance_row(body)
         self._timestamps.add(body, self._now)
         if isinstance(body, AuditPayload) and body.event == key_rotation.ROTATION_EVENT:
             self._rotations.append(message)

@@ -16,7 +16,7 @@ _TYPES = {"INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA", "TEX
 _TYPE = re.compile(rf"(?<=\s)({'|'.join(_TYPES)})\b")
 _INSTR = "CREATE FUNCTION instr(BYTEA, BYTEA) RETURNS INTEGER LANGUAGE SQL IMMUTABLE AS 'SELECT position($2 IN $1)'"
 # The tables that grow with every message.
-_PARTITIONED_TABLES = ("messages", "results", "result_messages")
+_PARTITIONED_TABLES = ("messages", "results", "result_details", "result_messages")
 
 _NEWEST_MIGRATION = "SELECT coalesce(max(number), 0) FROM migrations"
 _HAS_MIGRATIONS = "SELECT to_regclass('migrations') IS NOT NULL"

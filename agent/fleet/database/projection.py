@@ -36,6 +36,7 @@ ROLLOUT_EVENT = "rollout"
 # Events of audit messages about the reference that a device learned or an operator accepted.
 LEARNED_EVENT, ACCEPTED_EVENT = "learned", "reference accepted"
 RESULTS_TABLE = "results"
+DETAILS_TABLE, RESULT_MESSAGES_TABLE = "result_details", "result_messages"
 PROVENANCE_TABLE = "result_provenance"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
@@ -100,19 +101,34 @@ def project_message(message: VerifiedMessage, rows: TableRows) -> None:
         rows.setdefault(projection.table, []).extend(projection.build(message.body, message.payload))
 
 
-def _result_rows(body: ResultsPayload, payload: bytes) -> list[Row]:
-    """Return the row of each result of a message."""
+def _result_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
+    """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
     columns, none = body.columns, repeat(None)
     rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
-    outputs = _further_outputs(payload, len(rows))
-    faults = _to_json(body.faults) if body.faults else None
-    numbers = (columns.score or none, columns.value or none, columns.missing or none)
     return [
-        (body.device, body.task, row, t, label, score, value, missing, output, faults, body.log, body.seq)
-        for row, t, label, score, value, missing, output in zip(
-            rows, times, labels or none, *numbers, outputs or none, strict=False
+        (body.device, body.task, row, t, label, score, value, body.log, body.seq)
+        for row, t, label, score, value in zip(
+            rows, times, labels or none, columns.score or none, columns.value or none, strict=False
         )
     ]
+
+
+def _detail_rows(body: ResultsPayload, payload: bytes) -> list[Row]:
+    head = (body.device, body.log, body.seq)
+    return [(*head, row, missing, outputs) for row, (missing, outputs) in result_details(body, payload).items()]
+
+
+def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[float | None, str | None]]:
+    """Return row → (missing, outputs) of each result that has one; of a row that occurs again, the first."""
+    columns, none = body.columns, repeat(None)
+    outputs = _further_outputs(payload, len(columns))
+    if columns.missing is None and outputs is None:
+        return {}
+    details: dict[int, tuple[float | None, str | None]] = {}
+    for row, missing, output in zip(columns.expand_rows(), columns.missing or none, outputs or none, strict=False):
+        if missing or output is not None:
+            details.setdefault(row, (missing, output))
+    return details
 
 
 def _further_outputs(payload: bytes, count: int) -> list[str] | None:
@@ -136,7 +152,8 @@ def _further_outputs(payload: bytes, count: int) -> list[str] | None:
 
 def _result_message_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
     _, provenance, *_ = provenance_row(body)
-    return [(body.device, body.log, body.seq, *body.rows, body.n, body.incomplete, provenance)]
+    faults = _to_json(body.faults) if body.faults else None
+    return [(body.device, body.log, body.seq, *body.rows, body.n, body.incomplete, faults, provenance)]
 
 
 def provenance_row(body: ResultsPayload) -> Row:
@@ -208,7 +225,11 @@ def _to_json(value: Any) -> str:
 
 
 PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
-    ResultsPayload: (Projection(RESULTS_TABLE, _result_rows), Projection("result_messages", _result_message_rows)),
+    ResultsPayload: (
+        Projection(RESULTS_TABLE, _result_rows),
+        Projection(DETAILS_TABLE, _detail_rows),
+        Projection(RESULT_MESSAGES_TABLE, _result_message_rows),
+    ),
     DriftPayload: (Projection("drift_windows", _drift_rows),),
     AlertPayload: (Projection("alerts", _alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),

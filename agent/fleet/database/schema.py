@@ -1,9 +1,9 @@
 """Tables and migrations of the fleet database, in SQL that SQLite runs and `postgresql_schema` translates.
 
-`messages` is the evidence: every message exactly as it arrived. `results`, `result_messages`, `result_provenance`,
-`drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `rollout_devices` and the tables of clocks are
-projections of the same messages, and could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us`
-are microseconds.
+`messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
+`result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `learned_references`,
+`rollout_devices` and the tables of clocks are projections of the same messages, and could be rebuilt from it. Times are
+RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations
@@ -72,16 +72,21 @@ _COLLECTION = (
 )
 
 _PROJECTIONS = (
-    # missing: share of the input that was missing, NULL where the message lists none. outputs: JSON object of columns
-    # value_NAME and score_LABEL. faults: JSON array of the fields with a sensor fault. Both are NULL where empty.
     """CREATE TABLE results (
         device TEXT NOT NULL, task TEXT NOT NULL, row INTEGER NOT NULL, t INTEGER NOT NULL, label TEXT, score REAL,
-        value REAL, missing REAL, outputs TEXT, faults TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
+        value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
     "CREATE INDEX results_by_row ON results (device, task, row)",
+    # What few results have. missing: share of the input that was missing beyond the bundle's limit, else 0 or NULL.
+    # outputs: JSON object of the columns value_NAME and score_LABEL, NULL without them.
+    """CREATE TABLE result_details (
+        device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, row INTEGER NOT NULL, missing REAL, outputs TEXT,
+        PRIMARY KEY (device, log, seq, row)) WITHOUT ROWID""",
     # A results message, also one that lists none of its n results. incomplete: how many of them missed too much input.
+    # faults: JSON array of the fields with a sensor fault meanwhile, NULL without one.
     """CREATE TABLE result_messages (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, rows_first INTEGER NOT NULL,
-        rows_last INTEGER NOT NULL, n INTEGER NOT NULL, incomplete INTEGER NOT NULL, provenance TEXT NOT NULL,
+        rows_last INTEGER NOT NULL, n INTEGER NOT NULL, incomplete INTEGER NOT NULL, faults TEXT,
+        provenance TEXT NOT NULL,
         PRIMARY KEY (device, log, seq)) WITHOUT ROWID""",
     # Bundle (model, version, digest) and maker (agent, runtime, config) of results, once for all messages that share
     # them; provenance: digest of the columns after it.

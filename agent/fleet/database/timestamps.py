@@ -37,7 +37,7 @@ _PPM = "CAST(1e-4 AS DOUBLE PRECISION)"
 # One flat join with one index look-up per row and table: nested, SQLite would repeat it for each use of a column.
 RESULTS_DATED_VIEW = f"""
 CREATE VIEW results_dated AS
-SELECT device, task, row, t, label, score, value, missing, outputs, faults, log, seq, boot, boot_us,
+SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
     CASE time_quality WHEN 'anchored' THEN anchored_us WHEN 'interval' THEN boot_us + start_us ELSE t END AS t_best,
     CAST(CASE time_quality
         WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagreement_us), {MAX_ERROR_US})
@@ -45,7 +45,7 @@ SELECT device, task, row, t, label, score, value, missing, outputs, faults, log,
         WHEN 'anchored' THEN anchor_error + disagreement_us + {SLACK_US}
         WHEN 'interval' THEN start_error_us + {_PPM} * boot_us + {SLACK_US}
         END AS BIGINT) AS t_error_us,
-    time_quality, n, incomplete, model, version, digest, agent, runtime, config
+    time_quality, missing, outputs, faults, n, incomplete, model, version, digest, agent, runtime, config
 FROM (
     SELECT *, boot_us + CASE WHEN before_error <= coalesce(after_error, before_error) THEN before_offset
                         ELSE after_offset END AS anchored_us,
@@ -61,8 +61,11 @@ FROM (
                b.error_us + {_PPM} * (r.t - g.offset_us - b.boot_us) AS before_error,
                a.error_us + {_PPM} * (a.boot_us - r.t + g.offset_us) AS after_error,
                o.disagreement_us, o.start_us, o.start_error_us,
-               m.n, m.incomplete, p.model, p.version, p.digest, p.agent, p.runtime, p.config
+               d.missing, d.outputs, m.faults, m.n, m.incomplete,
+               p.model, p.version, p.digest, p.agent, p.runtime, p.config
         FROM results r
+        LEFT JOIN result_details d
+            ON d.device = r.device AND d.log = r.log AND d.seq = r.seq AND d.row = r.row
         LEFT JOIN result_messages m ON m.device = r.device AND m.log = r.log AND m.seq = r.seq
         LEFT JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
         LEFT JOIN stamps s ON s.device = r.device AND s.log = r.log AND s.seq = r.seq AND s.first = (

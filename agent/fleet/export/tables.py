@@ -15,7 +15,7 @@ import msgspec
 from agent import clock
 from agent.errors import UsageError
 from agent.fleet.database.interface import Row
-from agent.fleet.database.projection import PROJECTIONS, provenance_row
+from agent.fleet.database.projection import PROJECTIONS, RESULT_MESSAGES_TABLE, provenance_row, result_details
 from agent.wire.messages import LoggedPayload, ResultsPayload
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Kind(msgspec.Struct, frozen=True):
 
 _DEVICE = Column("device", "text", "the device that signed")
 _TASK = Column("task", "text", "task on the device")
+_FAULTS = Column("faults", "names", "fields with a sensor fault meanwhile")
 _TIME = Column("time", "rfc3339", "the device's clock when it signed", "us")
 _PLACE = (
     Column("log", "text", "log of the message"),
@@ -86,10 +87,10 @@ KINDS: dict[str, Kind] = {
             Column("label", "text", "predicted label"),
             Column("score", "real", "score of the label", "1"),
             Column("value", "real", "predicted value, in the model's unit"),
+            *_PLACE,
             Column("missing", "real", "share of the input that was missing", "1"),
             Column("outputs", "outputs", "further outputs: value_NAME in the model's unit, score_LABEL"),
-            Column("faults", "names", "fields with a sensor fault meanwhile"),
-            *_PLACE,
+            _FAULTS,
             *_PROVENANCE,
         ),
     ),
@@ -99,7 +100,7 @@ KINDS: dict[str, Kind] = {
             *(_DEVICE, *_PLACE, *_ROWS),
             Column("n", "integer", "results, also those that the message does not list"),
             Column("incomplete", "integer", "results that missed more input than the bundle allows"),
-            *(_TIME, _TASK, *_PROVENANCE),
+            *(_FAULTS, _TIME, _TASK, *_PROVENANCE),
         ),
     ),
     "drift_windows": Kind(
@@ -254,10 +255,12 @@ class TableBuilder:
             rows: Iterable[Row] = projection.build(body, payload)
             if isinstance(body, ResultsPayload):
                 _, _, task, *provenance = provenance_row(body)
-                if name == "result_messages":
+                if name == RESULT_MESSAGES_TABLE:
                     rows = [(*row[:-1], body.time, task, *provenance) for row in rows]
                 else:
-                    rows = [(*row, *provenance) for row in rows]
+                    details, none = result_details(body, payload), (None, None)
+                    faults = msgspec.json.encode(body.faults).decode() if body.faults else None
+                    rows = [(*row, *details.get(row[2], none), faults, *provenance) for row in rows]
             if filters.task is not None:
                 at = KINDS[name].names.index("task")
                 rows = [row for row in rows if row[at] == filters.task]

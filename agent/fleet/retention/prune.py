@@ -22,6 +22,7 @@ from agent.fleet.database.interface import TransactionConflict
 from agent.fleet.database.maintenance import pruning
 from agent.fleet.database.maintenance.pruning import Removal, StatementRow
 from agent.fleet.database.maintenance.retention import Retention
+from agent.fleet.database.projection import DETAILS_TABLE, RESULTS_TABLE
 from agent.fleet.database.store import FleetStore
 from agent.wire.keys import PublicKey, SigningKey
 
@@ -131,6 +132,8 @@ def _make_plan(
             cut = pruning.find_cut(store, device, log, last_seq, target.get(log, 0), time)
             if cut:
                 target[log] = cut
+    if RESULTS_TABLE in tables:
+        tables[DETAILS_TABLE] = dict(tables[RESULTS_TABLE])
     return _Plan(device, messages, tables, last)
 
 

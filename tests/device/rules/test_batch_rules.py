@@ -227,6 +227,25 @@ def test_a_rule_that_comes_back_does_not_use_an_id_again(make_device: Callable[.
     ]
 
 
+def test_a_lost_state_clears_the_open_alert_and_the_next_one_has_a_new_id(
+    make_device: Callable[..., Device],
+) -> None:
+    device = make_device(FALL)
+    device.feed(rows_of("lll"))
+    device.run_all()
+    with device.store.transaction() as tx:
+        tx.delete_state("tiny", "alert rules")
+    assert [reconcile(device, [FALL]) for _ in range(2)] == [1, 0]
+    assert device.store.open_alerts("tiny") == []
+    device.feed(rows_of("lll"))
+    device.run_all()
+    assert [(identity, state) for identity, state, *_ in states(device)] == [
+        ("tiny/fall/result/1", "raised"),
+        ("tiny/fall/result/1", "cleared"),
+        ("tiny/fall/result/2", "raised"),
+    ]
+
+
 def test_states_that_cannot_be_read_start_anew(make_device: Callable[..., Device]) -> None:
     device = make_device(FALL)
     with device.store.transaction() as tx:

@@ -146,7 +146,7 @@ def test_tables_have_their_own_retention(store: FleetStore) -> None:
     ingest(store, sender, NEW, sender.results(1), sender.drift(), sender.health())
     report = run(store, Retention(results=Duration(86400.0), drift_windows=Duration(365 * 86400.0)))
     [entry] = report.devices
-    assert (entry.messages, entry.tables) == (0, {"results": 5, "drift_windows": 0})
+    assert (entry.messages, entry.tables) == (0, {"results": 5, "result_details": 0, "drift_windows": 0})
     assert rows(store, "results", "seq") == [(4,)]
     assert len(rows(store, "drift_windows")) == 2
     assert store.count_messages() == 6
