@@ -1,4 +1,4 @@
-"""What a broker can do, by its CONNACK and SUBACK (MQTT 5, 3.2.2.3 and 3.9.3), and sentences on what it cannot.
+"""Capabilities of a broker by its CONNACK and SUBACK (MQTT 5, 3.2.2.3 and 3.9.3), and sentences on what it lacks.
 
 Each sentence says what is missing, what follows from it, and the way out.
 """
@@ -20,8 +20,8 @@ _QOS_NOT_SUPPORTED, _RETAIN_NOT_SUPPORTED = 0x9B, 0x9A
 _NOT_AUTHORIZED, _QUOTA_EXCEEDED, _NO_SHARED, _NO_WILDCARDS = 0x87, 0x97, 0x9E, 0xA2
 
 _NO_QOS = (
-    "the broker takes messages at QoS 0 only, which it may lose; raise its maximum QoS to 1 (Mosquitto: remove `max_qos`), "
-    "or use another broker"
+    "the broker takes messages at QoS 0 only, which it may lose; raise its maximum QoS to 1 (Mosquitto: remove "
+    "`max_qos`), or use another broker"
 )
 _NO_RETAIN = (
     "the broker retains nothing, so nobody learns the state of a device, its keys and its acknowledgements when they "

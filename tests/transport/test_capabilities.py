@@ -1,4 +1,4 @@
-"""What a broker cannot do, read from the bytes of its CONNACK and SUBACK, and said with the way out."""
+"""Capabilities of a broker, read from the bytes of its CONNACK and SUBACK, and sentences on what it lacks."""
 
 from __future__ import annotations
 

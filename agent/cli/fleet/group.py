@@ -18,7 +18,7 @@ from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
-from agent.cli.fleet.watch import watch
+from agent.cli.fleet.watch import viewer, watch
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
@@ -51,6 +51,6 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, token, enrol, devices, collect, collector, homeassistant, watch, alerts, gaps, audit, disclosed, drift),
-    *(label, command, revoke, remove, accept_log, publish, repository, keys, rollout, evidence, simulate),
+    *(label, command, revoke, remove, accept_log, viewer, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

@@ -1,4 +1,4 @@
-"""`outstation fleet watch`: verified messages as they arrive."""
+"""`outstation fleet watch` and `viewer`: verified messages as they arrive, and certificates that read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, open_store, print_lines
+from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.wire import keys
 
@@ -54,3 +55,31 @@ def _table_printer() -> Callable[..., None]:
     if find_spec("rich") is None:
         raise UsageError("the table needs the package rich: pip install 'outstation[fleet]', or use --raw")
     return show_table
+
+
+@click.command("viewer", epilog="Example: outstation fleet viewer laptop")
+@click.argument("name")
+@click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
+@fleet_option
+@json_option
+def viewer(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
+    """Let a program read the fleet's messages at the broker as NAME: issue its TLS certificate, with read-only access.
+
+    For MQTT Explorer, mosquitto_sub or Node-RED. A certificate has one connection; give each program a name of its own.
+    """
+    from agent.fleet import config as fleet_config
+    from agent.fleet.enrolment import viewers
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    if revoke:
+        with open_store(config) as store:
+            outcome = viewers.revoke(home, config, store, name)
+        ended = "; the broker ended its session" if outcome.ended else ""
+        document = {"viewer": name, "certificates": outcome.certificates, "session_ended": outcome.ended}
+        lines = (f"{name}: revoked{ended}", *outcome.steps)
+        emit({**document, "steps": list(outcome.steps)}, as_json, lambda: print_lines(*lines))
+        return
+    done = viewers.add(home, config, name)
+    files = {"viewer": name, "files": [str(file) for file in done.files], "steps": done.steps}
+    emit(files, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))

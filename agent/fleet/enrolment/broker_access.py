@@ -33,7 +33,7 @@ class AccessChange(msgspec.Struct, frozen=True):
     """Wanted access of a client; `none` withdraws all. `tasks`: those of a device, any without."""
 
     client: str
-    access: Literal["device", "collector", "bridge", "homeassistant", "none"]
+    access: Literal["device", "collector", "bridge", "homeassistant", "viewer", "none"]
     tasks: tuple[str, ...] = ()
 
 
@@ -59,6 +59,7 @@ def build_document(fleet: str, group: str) -> Document:
             _role("device", receive=everyone),
             _role("collector", send=[f"{base}/+/ack", *logged], receive=[tree], share=[f"$share/{group}/{tree}"]),
             _role("operator", send=orders, receive=[tree]),
+            _viewer_role(tree),
             _role(ADMIN, send=[control], receive=[control]),
             *_homeassistant_roles(fleet),
         ],
@@ -131,6 +132,14 @@ def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:
         send += [f"{base}/{kind.name}/{task}" for task in tasks] if kind.per_task else [f"{base}/{kind.name}"]
     receive = [f"{base}/{kind.name}" for kind in KINDS.values() if kind.to_device]
     return _role(_own_role_name(change), send=send, receive=receive)
+
+
+def _viewer_role(tree: str) -> dict[str, Any]:
+    """Return the role of a viewer; programs that subscribe to everything may, and receive the fleet's messages."""
+    role = _role("viewer", receive=[tree])
+    for action in ("subscribeLiteral", "unsubscribeLiteral"):
+        role["acls"].append({"acltype": action, "topic": "#", "allow": True})
+    return role
 
 
 def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:

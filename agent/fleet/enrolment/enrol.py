@@ -29,6 +29,7 @@ from agent.fleet.enrolment import (
     homeassistant,
     pki,
     revocation,
+    viewers,
 )
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.device_files import SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
@@ -149,8 +150,9 @@ def device_folder(folder: Path, device: str) -> Path:
         syntax = "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
         problem = "is the name of a role" if device in RESERVED_NAMES else syntax
         raise UsageError(f"device {device!r} {problem}; choose another id")
-    if collectors.is_collector(folder, device):
-        raise UsageError(f"device {device!r}: is the name of a collector at the broker; choose another id")
+    if collectors.is_collector(folder, device) or viewers.is_viewer(folder, device):
+        role = "collector" if collectors.is_collector(folder, device) else "viewer"
+        raise UsageError(f"device {device!r}: is the name of a {role} at the broker; choose another id")
     return folder / "devices" / device
 
 
