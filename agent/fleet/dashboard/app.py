@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from agent.errors import OutstationError, StorageError, UsageError
+from agent.errors import OutstationError, StorageBusy, StorageError, UsageError
 from agent.fleet.dashboard import login
 from agent.fleet.dashboard.login import Endpoint
 from agent.fleet.dashboard.pages import (
@@ -160,6 +160,9 @@ def _show_http_error(dashboard: Dashboard) -> Handler:
 def _show_storage_error(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         visitor = getattr(request.state, "visitor", None)
+        if isinstance(error, StorageBusy) and request.method == "POST":
+            said = {"heading": "Busy", "detail": str(error), "advice": "Go back and try again; nothing was changed."}
+            return dashboard.render(request, visitor, "error.html", http_status=503, **said)
         if isinstance(error, UsageError) and request.method == "POST":
             said = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
             return dashboard.render(request, visitor, "error.html", http_status=409, **said)

@@ -179,7 +179,7 @@ def test_a_link_in_a_mail_opens_its_page_for_who_is_signed_in(browser: Any, tmp_
         sign_in(tab, dashboard, "vera")
         # A page of another site, as a mail program in the browser is.
         tab.route("http://mail.example/", lambda route: route.fulfill(
-            body=f'<a href="{dashboard.url}/incidents?severity=warning">open</a>', content_type="text/html"))  # fmt: skip
+            body=f'<a href="{dashboard.url}/incidents?n=50">open</a>', content_type="text/html"))  # fmt: skip
         tab.goto("http://mail.example/")
         tab.click("a")
         tab.wait_for_selector("h1:has-text('Incidents')")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +183,40 @@ def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(da
         db.execute("UPDATE decisions SET summary = 'all is well' WHERE n = 3")
     assert "does not verify" in dashboard.get(f"/rollouts/{NAME}").text
     assert dashboard.get("/rollouts/none").status == 404
+
+
+def test_a_newer_database_is_said_until_the_dashboard_is_updated(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        wait_until_shown(dashboard, "/fleet", "pi-07")
+        file = Path(dashboard.dashboard.reader.location)
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.execute("UPDATE _sqlite_migrations SET name = 'of_next_year' WHERE name = 'create_tables'")
+            db.commit()
+        reopen(dashboard, file)
+        assert "not available" in wait_until_shown(dashboard, "/incidents", "created by a newer version")
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.execute("UPDATE _sqlite_migrations SET name = 'create_tables' WHERE name = 'of_next_year'")
+            db.commit()
+        wait_until_shown(dashboard, "/incidents", "ax: gain loss.")
+
+
+def reopen(dashboard: ServedDashboard, file: Path) -> None:
+    """Take the database away for a moment."""
+    aside = file.rename(file.with_suffix(".aside"))
+    wait_until_shown(dashboard, "/incidents", "no database here yet")
+    aside.rename(file)
+
+
+def test_a_damaged_cell_stops_neither_the_poll_nor_other_pages(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        wait_until_shown(dashboard, "/fleet", "pi-07")
+        with dashboard.store.transaction() as db:
+            db.execute("UPDATE messages SET payload = 'no JSON' WHERE kind = 'health'")
+            db.execute("UPDATE devices SET last_seen = 17")
+        wait_until_shown(dashboard, "/fleet", "17")
+        sender = enrolled(dashboard.store, "pi-60")
+        dashboard.add(sender, health(sender))
+        wait_until_shown(dashboard, "/fleet", "d-pi-60")
 
 
 @pytest.mark.process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 MAX_LISTENERS = 200
-_PING_S = 15.0
+# A session that was ended gets no event after this time.
+PING_S = 15.0
 _MAX_NAMED = 50
 _END = ""
 _REVISIONS = """
@@ -50,10 +52,14 @@ class ChangeFeed:
         problem, changed = "", set[str]()
         try:
             changed, revisions = await self._reader.read(self._refresh)
-        except OutstationError as error:
-            problem = str(error)
+        except Exception as error:
+            # A cell of another type must not end the poll: every page would look fresh and be old.
+            expected = isinstance(error, OutstationError)
+            problem = (
+                str(error) if expected else f"{type(error).__name__}: {error}; `outstation fleet audit` names damage"
+            )
             if not self.state.problem:
-                logger.warning("%s", problem)
+                logger.warning("%s", problem, exc_info=None if expected else error)
             # What comes back may be another database.
             self.state.forget()
         else:
@@ -70,18 +76,22 @@ class ChangeFeed:
         """Yield server-sent events until the visitor may no longer see them."""
         queue: asyncio.Queue[str] = asyncio.Queue(8)
         self._listeners.add(queue)
+        loop = asyncio.get_running_loop()
+        checked_s = loop.time()
         try:
             yield f"retry: 3000\ndata: {self._event}\n\n"
             while True:
-                try:
-                    event = await asyncio.wait_for(queue.get(), _PING_S)
-                    if event == _END:
-                        return
-                    yield f"data: {event}\n\n"
-                except TimeoutError:
+                event = None
+                with contextlib.suppress(TimeoutError):
+                    event = await asyncio.wait_for(queue.get(), PING_S)
+                # Also in a fleet where something changes all the time.
+                if loop.time() - checked_s >= PING_S:
+                    checked_s = loop.time()
                     if not await still_allowed():
                         return
-                    yield ": alive\n\n"
+                if event == _END:
+                    return
+                yield ": alive\n\n" if event is None else f"data: {event}\n\n"
         finally:
             self._listeners.discard(queue)
 
