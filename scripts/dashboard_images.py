@@ -22,7 +22,9 @@ from agent.fleet import config as fleet_config
 from agent.fleet.audit import audit as audits
 from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.dashboard.pages.desk import OperatorDesk
-from agent.fleet.dashboard.security.access import AccessPolicy
+from agent.fleet.dashboard.security import passwords
+from agent.fleet.dashboard.security.access import AccessPolicy, now_text
+from agent.fleet.database.dashboard import accounts
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import actions
@@ -35,7 +37,7 @@ from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
 from agent.wire import keys
 from agent.wire.desired_state import CanaryRules
 from tests.kit import browsers
-from tests.kit.dashboards import ServedDashboard, health, running, wait_until_shown
+from tests.kit.dashboards import PASSWORD, ROLES, ServedDashboard, health, running, wait_until_shown
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 KINDS = {"light": (1280, 860, "light"), "dark": (1280, 860, "dark"), "phone": (390, 844, "light")}
@@ -54,6 +56,7 @@ def main(folder: Path) -> None:
         desk = OperatorDesk(config, home, operator)
         with running(home, store, config.fleet.db, AccessPolicy(b"i" * 32, "admin"), desk) as dashboard:
             wait_until_shown(dashboard, "/fleet", "sensor fault")
+            _work(dashboard)
             pages = _pages(dashboard)
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=browsers.CHROMIUM, args=browsers.ARGUMENTS)
@@ -104,6 +107,18 @@ def _start_rollout(store: FleetStore, fleet: str, operator: keys.SigningKey) -> 
             sent += [sender.shadow("sorting-1-1", agreeing=93 + (n + i) % 6) for i in range(6)]
         arrivals: list[Any] = [Arrival(sender.verify(message)) for message in sent]
         store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
+
+
+def _work(dashboard: ServedDashboard) -> None:
+    """Create accounts, and let one of them acknowledge an incident."""
+    now, password = now_text(), passwords.hash_password(PASSWORD)
+    with dashboard.store.transaction() as db:
+        for name, role in ROLES.items():
+            accounts.save_user(db, name, role, password, now)
+    ref = re.search(r"/incidents/[0-9a-f]{12}", dashboard.get("/incidents").text)
+    assert ref is not None
+    note = {"action": "acknowledge", "note": "The strap is loose; I go there at noon."}
+    dashboard.post(ref[0], note, dashboard.sign_in("otto"))
 
 
 def _pages(dashboard: ServedDashboard) -> dict[str, str]:

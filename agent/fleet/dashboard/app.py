@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from agent.errors import OutstationError, StorageError, UsageError
+from agent.errors import OutstationError, StorageBusy, StorageError, UsageError
 from agent.fleet.dashboard import login
 from agent.fleet.dashboard.login import Endpoint
 from agent.fleet.dashboard.pages import (
@@ -160,15 +160,18 @@ def _show_http_error(dashboard: Dashboard) -> Handler:
 def _show_storage_error(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         visitor = getattr(request.state, "visitor", None)
+        if isinstance(error, StorageBusy) and request.method == "POST":
+            texts = {"heading": "Busy", "detail": str(error), "advice": "Go back and try again; nothing was changed."}
+            return dashboard.render(request, visitor, "error.html", http_status=503, **texts)
         if isinstance(error, UsageError) and request.method == "POST":
-            said = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
-            return dashboard.render(request, visitor, "error.html", http_status=409, **said)
+            texts = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
+            return dashboard.render(request, visitor, "error.html", http_status=409, **texts)
         if not isinstance(error, StorageError | UsageError):
             raise error
         advice = "This page comes back by itself when the database does; nothing is lost, devices keep their messages."
         # Without a session nobody learns where the database is.
-        said = {"heading": "The database is not available", "detail": str(error) if visitor else "", "advice": advice}
-        response = dashboard.render(request, visitor, "error.html", http_status=503, watch="*", **said)
+        texts = {"heading": "The database is not available", "detail": str(error) if visitor else "", "advice": advice}
+        response = dashboard.render(request, visitor, "error.html", http_status=503, watch="*", **texts)
         response.headers["retry-after"] = "3"
         return response
 
@@ -178,7 +181,7 @@ def _show_storage_error(dashboard: Dashboard) -> Handler:
 def _show_failure(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        said = {"heading": "The dashboard failed", "detail": "", "advice": "Its log names the cause; report it."}
-        return dashboard.render(request, None, "error.html", http_status=500, **said)
+        texts = {"heading": "The dashboard failed", "detail": "", "advice": "Its log names the cause; report it."}
+        return dashboard.render(request, None, "error.html", http_status=500, **texts)
 
     return handler

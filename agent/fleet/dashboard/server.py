@@ -51,6 +51,8 @@ def open_socket(listener: Listener) -> socket.socket:
         opened = socket.socket(family)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
+        # The address is printed before the server runs: who connects then waits a moment.
+        opened.listen(256)
     except OSError as error:
         raise UsageError(f"--listen {where}: {error.strerror}; choose another address or port") from None
     return opened

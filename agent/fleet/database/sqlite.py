@@ -240,9 +240,12 @@ class SqliteDatabase:
                 if actual != wanted:
                     raise StorageError(f"{self.path}: PRAGMA {pragma} gave {actual}; it must be on a local disk")
             database = sqlite_utils.Database(self.connection, execute_plugins=False)
+            migrations = _migrations()
+            if {done.name for done in migrations.applied(database)} - {migration.name for migration in MIGRATIONS}:
+                raise UsageError(f"{self.path}: created by a newer version of outstation; update it on this machine")
             if not self.read_only:
-                _migrations().apply(database)
-            elif _migrations().pending(database):
+                migrations.apply(database)
+            elif migrations.pending(database):
                 raise UsageError(f"{self.path}: created by an older version; start `outstation fleet collect` once")
 
     def _require_in_place(self) -> None:

@@ -16,8 +16,9 @@ from itsdangerous import Signer
 from agent.fleet.dashboard import server
 from agent.fleet.dashboard.security import guard
 from agent.fleet.dashboard.security.access import AccessPolicy
+from agent.fleet.dashboard.state import feed
 from agent.fleet.database.dashboard import accounts
-from tests.kit.dashboards import PASSWORD, ServedDashboard, served, wait_until_shown
+from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, served, wait_until_shown
 
 PROTECTED = ("/fleet", "/incidents", "/devices/pi-07", "/devices/pi-07/results.json", "/devices/pi-07/drift.svg",
              "/tasks", "/models", "/rollouts", "/audit", "/accounts", "/")  # fmt: skip
@@ -88,6 +89,25 @@ def test_a_session_ends_for_good_when_its_owner_signs_out(dashboard: ServedDashb
     cookie = dashboard.sign_in("vera")
     assert dashboard.post("/logout", {}, cookie).status == 303
     assert dashboard.get("/fleet", cookie).status == 303
+
+
+def test_the_events_end_with_the_session_also_while_much_happens(
+    dashboard: ServedDashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "PING_S", 0.3)
+    cookie = dashboard.sign_in("vera")
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=10)
+    connection.request("GET", "/events", headers={"cookie": cookie})
+    response = connection.getresponse()
+    assert response.getheader("content-type", "").startswith("text/event-stream")
+    assert b"retry" in response.readline()
+    dashboard.post("/logout", {}, cookie)
+    sender = enrolled(dashboard.store, "pi-70")
+    for n in range(4):
+        dashboard.add(sender, health(sender, waiting=n))
+        time.sleep(0.2)
+    response.read()
+    connection.close()
 
 
 def test_a_removed_account_has_no_session_left(dashboard: ServedDashboard) -> None:
@@ -173,7 +193,7 @@ def test_sql_in_every_parameter_is_text(dashboard: ServedDashboard, value: str) 
         assert dashboard.get(path, cookie).status in (200, 404)
     assert dashboard.post("/login", {"name": value, "password": value}).status == 401
     with dashboard.store.snapshot() as db:
-        assert db.execute("SELECT count(*) FROM messages").fetchone()[0] == 4
+        assert db.execute("SELECT count(*) FROM messages WHERE device = 'pi-07'").fetchone()[0] == 4
 
 
 def test_markup_in_every_parameter_is_text(dashboard: ServedDashboard) -> None:

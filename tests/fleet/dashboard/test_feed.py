@@ -58,7 +58,7 @@ def test_a_row_that_cannot_be_read_is_a_problem_and_not_the_end(
 def test_a_stream_ends_with_its_session_although_the_fleet_never_rests(
     store: FleetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feeds, "_PING_S", 0.3)
+    monkeypatch.setattr(feeds, "PING_S", 0.3)
 
     async def run() -> list[str]:
         feed = ChangeFeed(reader, FleetState())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,8 @@ def dashboard(
     echo(printable(f"Dashboard of fleet {config.fleet.name}, {actions}: {url}"))
     app = create_app(served, make_host_policy([host, *hosts]), [metrics])
     server = create_server(app, listener, served.feed.end)
+    # The server raises the signal again once it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
 

@@ -62,21 +62,22 @@ async def show(visit: Visit) -> Response:
     device = _find(visit)
     query = DeviceQuery.parse(device, visit.request.query_params)
     task = next((task for task in device.tasks if task.name == query.task), None)
-    loaded = await visit.dashboard.reader.read(lambda db: _load(db, device, task))
+    loaded, health = await visit.dashboard.reader.read(lambda db: _load(db, device, task)), device.health
     return visit.render(
         "device.html",
         title=device.device,
         watch=device.device,
         device=device,
+        health=health,
         task=task,
         query=query,
         ranges=RANGES,
         now_us=clock.read().wall_us,
         can_label=visit.visitor.may("operator"),
         known_labels=sorted({row[2] for row in loaded["results"] if row[2] is not None}),
-        streams=_streams(device),
-        store=as_object(device.health.get("store")),
-        wall_clock=as_object(device.health.get("wall_clock")),
+        streams=_streams(health),
+        store=as_object(health.get("store")),
+        wall_clock=as_object(health.get("wall_clock")),
         **loaded,
     )
 
@@ -169,8 +170,8 @@ async def label(visit: Visit) -> Response:
     return RedirectResponse(f"/devices/{views.quote_path(device.device)}?task={views.quote_path(task)}#results", 303)
 
 
-def _streams(device: DeviceState) -> list[dict[str, Any]]:
-    streams = device.health.get("streams")
+def _streams(health: dict[str, Any]) -> list[dict[str, Any]]:
+    streams = health.get("streams")
     return [
         {"name": name, **{key: stream.get(key) for key in ("rows", "first")}}
         for name, stream in (streams if isinstance(streams, dict) else {}).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 MAX_LISTENERS = 200
-_PING_S = 15.0
+# A session that was ended gets no event after this time.
+PING_S = 15.0
 _MAX_NAMED = 50
 _END = ""
 _REVISIONS = """
@@ -50,17 +52,16 @@ class ChangeFeed:
         problem, changed = "", set[str]()
         try:
             changed, revisions = await self._reader.read(self._refresh)
-        except OutstationError as error:
-            problem = str(error)
+        except Exception as error:
+            # A cell of another type must not end the poll: every page would look fresh and be old.
+            expected = isinstance(error, OutstationError)
+            problem = (
+                str(error) if expected else f"{type(error).__name__}: {error}; `outstation fleet audit` names damage"
+            )
             if not self.state.problem:
-                logger.warning("%s", problem)
+                logger.warning("%s", problem, exc_info=None if expected else error)
             # What comes back may be another database.
             self.state.forget()
-        except Exception:
-            # The feed of all pages goes on, whatever a row holds.
-            problem = "the state of the fleet cannot be read; the dashboard's log names the cause"
-            if not self.state.problem:
-                logger.exception("%s", problem)
         else:
             last = self._revisions or revisions
             changed |= {name for name, part in _PARTS.items() if revisions[part] != last[part]}
@@ -76,22 +77,21 @@ class ChangeFeed:
         queue: asyncio.Queue[str] = asyncio.Queue(8)
         self._listeners.add(queue)
         loop = asyncio.get_running_loop()
-        check_s = loop.time() + _PING_S
+        checked_s = loop.time()
         try:
             yield f"retry: 3000\ndata: {self._event}\n\n"
             while True:
-                # A fleet that always changes leaves no pause in which the session could be checked.
-                try:
-                    event = await asyncio.wait_for(queue.get(), max(0.0, check_s - loop.time()))
-                    if event == _END:
-                        return
-                except TimeoutError:
-                    event = ""
-                if loop.time() >= check_s:
-                    check_s = loop.time() + _PING_S
+                event = None
+                with contextlib.suppress(TimeoutError):
+                    event = await asyncio.wait_for(queue.get(), PING_S)
+                # Also in a fleet where something changes all the time.
+                if loop.time() - checked_s >= PING_S:
+                    checked_s = loop.time()
                     if not await still_allowed():
                         return
-                yield f"data: {event}\n\n" if event else ": alive\n\n"
+                if event == _END:
+                    return
+                yield ": alive\n\n" if event is None else f"data: {event}\n\n"
         finally:
             self._listeners.discard(queue)
 

@@ -46,8 +46,11 @@ class DeviceState(msgspec.Struct):
     active: bool = True
     log: str = ""
     through: int = 0
-    health: dict[str, Any] = {}
+    # The newest health message as it is stored: decoded, those of 1,000 devices would take some megabytes.
+    payload: bytes = b""
     health_seq: int = 0
+    # Messages that waited at the device then.
+    backlog: int | None = None
     clock: str = ""
     clock_seq: int = 0
     tasks: list[TaskState] = []
@@ -70,10 +73,9 @@ class DeviceState(msgspec.Struct):
         return next((state for state in _DRIFT_ORDER if state in states), "")
 
     @property
-    def backlog(self) -> int | None:
-        """Return the number of messages that waited at the device, by its newest health message."""
-        waiting = self.health.get("outbox")
-        return waiting if isinstance(waiting, int) else None
+    def health(self) -> dict[str, Any]:
+        """Return the newest health message; empty before the first."""
+        return decode_object(self.payload)
 
     @property
     def severity(self) -> str:
@@ -167,10 +169,17 @@ class FleetState:
 def _with_log(device: DeviceState, log: Any, health: Any, clock_row: Any) -> DeviceState:
     quality, clock_seq = clock_row or ("", 0)
     device = msgspec.structs.replace(device, log=log[0], through=log[1], clock=quality, clock_seq=clock_seq)
-    if health is None or (device.health_seq == health[0] and device.health):
+    if health is None or (device.health_seq == health[0] and device.payload == health[1]):
         return msgspec.structs.replace(device, tasks=[msgspec.structs.replace(task) for task in device.tasks])
     body = decode_object(health[1])
-    return msgspec.structs.replace(device, health=body, health_seq=health[0], tasks=_parse_tasks(body))
+    waiting = body.get("outbox")
+    return msgspec.structs.replace(
+        device,
+        payload=health[1],
+        health_seq=health[0],
+        backlog=waiting if type(waiting) is int else None,
+        tasks=_parse_tasks(body),
+    )
 
 
 def _parse_tasks(health: dict[str, Any]) -> list[TaskState]:
@@ -204,8 +213,8 @@ def decode_object(payload: bytes | str) -> dict[str, Any]:
     return as_object(decoded)
 
 
-def _parse_time(text: str) -> int:
+def _parse_time(text: object) -> int:
     try:
-        return clock.parse_rfc3339(text)
+        return clock.parse_rfc3339(str(text))
     except ValueError:
         return 0

@@ -1,4 +1,4 @@
-"""Access of the event loop to the database: reads in threads with a read-only store each, writes one at a time."""
+"""Access of the event loop to the database: reads in threads with a store each, writes with one opened for each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from agent.fleet.database.store import FleetStore
 T = TypeVar("T")
 # A slow drift plot must not hold the other pages.
 _READERS = 2
+# A decision that waits for the broker must not hold a sign-in.
+_WRITERS = 2
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -66,7 +68,7 @@ class DatabaseReader:
         self.location = location
         self._local = threading.local()
         self._readers = ThreadPoolExecutor(_READERS, "read")
-        self._writer = ThreadPoolExecutor(1, "write")
+        self._writer = ThreadPoolExecutor(_WRITERS, "write")
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """Return `function` of one snapshot. Raises StorageError and UsageError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from agent.fleet.database.dashboard.messages import to_bytes
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
 HEADS = """
@@ -56,7 +57,8 @@ def load_newest_logs(db: Connection, devices: Sequence[str]) -> list[Row | None]
 
 def load_newest_health(db: Connection, logs: Iterable[tuple[str, str]]) -> list[Row | None]:
     """Return (seq, payload) of the newest health message of each (device, log)."""
-    return db.execute_each(NEWEST_HEALTH, [*logs])
+    rows = db.execute_each(NEWEST_HEALTH, [*logs])
+    return [None if row is None else (row[0], to_bytes(row[1])) for row in rows]
 
 
 def load_newest_windows(db: Connection, tasks: Iterable[tuple[str, str]]) -> list[Row | None]:

@@ -26,20 +26,20 @@ TOTALS = "SELECT count(*), CAST(coalesce(sum(last_seq), 0) AS BIGINT), max(lates
 
 def load_message(db: Connection, device: str, log: str, seq: int) -> dict[str, Any] | None:
     rows = fetch_dicts(db, MESSAGE, device, log, seq)
-    return {**rows[0], "payload": _to_bytes(rows[0]["payload"])} if rows else None
+    return {**rows[0], "payload": to_bytes(rows[0]["payload"])} if rows else None
 
 
 def load_payload(db: Connection, device: str, log: str, seq: int) -> bytes | None:
     row = db.execute(
         "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?", (device, log, seq)
     ).fetchone()
-    return None if row is None else _to_bytes(row[0])
+    return None if row is None else to_bytes(row[0])
 
 
 def load_neighbours(db: Connection, device: str, log: str, first: int, last: int) -> list[Row]:
     """Return (seq, kind, payload, received) of the stored messages with these sequence numbers."""
     rows = db.execute(NEIGHBOURS, (device, log, first, last)).fetchall()
-    return [(seq, kind, _to_bytes(payload), received) for seq, kind, payload, received in rows]
+    return [(seq, kind, to_bytes(payload), received) for seq, kind, payload, received in rows]
 
 
 def load_newest_messages(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
@@ -79,6 +79,6 @@ def count_missing(db: Connection) -> dict[str, int]:
     return {"missing": int(sums.get(False, 0)), "evicted": int(sums.get(True, 0))}
 
 
-def _to_bytes(payload: Any) -> bytes:
+def to_bytes(payload: Any) -> bytes:
     """Return a payload as bytes, also of a cell that was changed to another type."""
     return payload if isinstance(payload, bytes) else str(payload).encode(errors="replace")
