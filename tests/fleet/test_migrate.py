@@ -61,7 +61,9 @@ def contents(source: FleetStore, store: FleetStore) -> dict[str, list[str]]:
         for table in tables:
             columns = ", ".join(f'"{name}"' for name in table.columns)
             rows = [[*row] for row in db.execute(f"SELECT {columns} FROM {table.name}")]
-            rows_by_table[table.name] = sorted(repr([int(v) if isinstance(v, bool) else v for v in row]) for row in rows)
+            rows_by_table[table.name] = sorted(
+                repr([int(v) if isinstance(v, bool) else v for v in row]) for row in rows
+            )
     return rows_by_table
 
 
