@@ -50,19 +50,21 @@ def broker_that_says(properties: bytes, *, code: int = 0, suback: int = 1) -> It
 
 
 def test_all_properties_are_read() -> None:
-    said = MAXIMUM_QOS + b"\1" + RETAIN + b"\0" + WILDCARD + b"\0" + SHARED + b"\0"
-    said += PACKET + (5000).to_bytes(4, "big") + RECEIVE + (7).to_bytes(2, "big") + ALIASES + (3).to_bytes(2, "big")
-    with broker_that_says(said) as config:
+    announced = MAXIMUM_QOS + b"\1" + RETAIN + b"\0" + WILDCARD + b"\0" + SHARED + b"\0"
+    announced += (
+        PACKET + (5000).to_bytes(4, "big") + RECEIVE + (7).to_bytes(2, "big") + ALIASES + (3).to_bytes(2, "big")
+    )
+    with broker_that_says(announced) as config:
         link = Link(config, "x")
-        found = link.capabilities
-        assert (found.max_qos, found.retained, found.wildcard_subscriptions, found.shared_subscriptions) == (1, 0, 0, 0)
-        assert (found.max_packet, found.receive_maximum, found.topic_aliases) == (5000, 7, 3)
+        read = link.capabilities
+        assert (read.max_qos, read.retained, read.wildcard_subscriptions, read.shared_subscriptions) == (1, 0, 0, 0)
+        assert (read.max_packet, read.receive_maximum, read.topic_aliases) == (5000, 7, 3)
         assert (link.max_packet, link.window) == (5000, 7)
         link.close()
 
 
 @pytest.mark.parametrize(
-    ("said", "filters", "words"),
+    ("announced", "filters", "words"),
     [
         (SHARED + b"\0", [GROUPED], r"no shared subscriptions.*run one collector without --share"),
         (WILDCARD + b"\0", [WILD], r"no subscription with a wildcard.*another broker"),
@@ -70,14 +72,14 @@ def test_all_properties_are_read() -> None:
         (RETAIN + b"\0", [], r"retains nothing.*switch retained messages on"),
     ],
 )
-def test_what_is_missing_is_said_with_the_way_out(said: bytes, filters: list[str], words: str) -> None:
-    with broker_that_says(said) as config, pytest.raises(BrokerUnsuitable, match=words):
+def test_a_lack_is_named_with_the_way_out(announced: bytes, filters: list[str], words: str) -> None:
+    with broker_that_says(announced) as config, pytest.raises(BrokerUnsuitable, match=words):
         Link(config, "x", subscribe=filters, retains=True)
 
 
-@pytest.mark.parametrize(("said", "filters"), [(SHARED + b"\0", [WILD]), (RETAIN + b"\0", ["one/topic"])])
-def test_what_nobody_needs_is_not_asked_for(said: bytes, filters: list[str]) -> None:
-    with broker_that_says(said) as config:
+@pytest.mark.parametrize(("announced", "filters"), [(SHARED + b"\0", [WILD]), (RETAIN + b"\0", ["one/topic"])])
+def test_an_unneeded_capability_may_lack(announced: bytes, filters: list[str]) -> None:
+    with broker_that_says(announced) as config:
         Link(config, "x", subscribe=filters).close()
 
 

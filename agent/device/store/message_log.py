@@ -21,6 +21,9 @@ from agent.wire import commitment, jws, key_rotation, least_count, log_chain, me
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
+# Seqs of the newest alerts, which do not wait behind a backlog.
+RECENT_ALERTS, MAX_RECENT_ALERTS = "recent alerts", 50
+
 
 class PendingMessage(msgspec.Struct, frozen=True):
     """Logged message before it has a place in the log; `alerts` follow it and name its `seq` in their evidence."""
@@ -88,6 +91,8 @@ class MessageLog(msgspec.Struct):
         cost.count_message(tx, task, kind, message.size)
         if kind == "alerts":
             tx.record_alert({"task": task, "time": time, **allowed})
+            recent = [*json.loads(tx.get_meta(RECENT_ALERTS, "[]")), seq + 1]
+            tx.set_meta(RECENT_ALERTS, json.dumps(recent[-MAX_RECENT_ALERTS:]))
         return seq + 1
 
     def append_all(self, tx: Transaction, messages: Iterable[PendingMessage], now: ClockReading) -> None:

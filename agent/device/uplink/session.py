@@ -7,17 +7,20 @@
   messages and the newest are sent again, with exponential back-off: a collector asks for what is missing before the
   newest.
 - At most `CREDIT` messages are unanswered: more would only fill the broker's queue, or go to nobody.
+- An alert that would wait behind others goes before them. The collector stores it, and what is missing arrives in its
+  turn: the order of the log is in the messages, not in their arrival.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from agent.clock import ClockReading
 from agent.device.store.eviction import quarantine_damaged
-from agent.device.store.message_log import MessageLog
+from agent.device.store.message_log import RECENT_ALERTS, MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
@@ -40,6 +43,8 @@ RESEND_BACKOFF_S = (10.0, 120.0)
 NO_SUBSCRIBERS_RETRY_S = 2.0
 _RESEND_OLDEST = 20
 _PAGE = 100
+# Alerts that are before the others at a time; later ones wait their turn.
+MAX_EARLY = 1000
 
 
 class Session:
@@ -57,12 +62,17 @@ class Session:
         now: ClockReading,
         *,
         oversize: OversizeAlert,
+        sent_early: set[int],
         learned_limit: int,
         broker_delivery: bool,
         live: Sequence[OutgoingMessage] = (),
         handle_delivery: Callable[[IncomingMessage, ClockReading], bool] = lambda delivery, now: False,
     ) -> None:
-        """`learned_limit`: bytes of the largest message, if an earlier connection ended because of a larger one."""
+        """Send from the oldest waiting message on.
+
+        `sent_early`: alerts that went before messages of lower seqs, also in earlier sessions. `learned_limit`: bytes
+        of the largest message, if an earlier connection ended because of a larger one.
+        """
         self._sink, self._store, self._message_log = sink, store, message_log
         self._oversize, self._learned_limit = oversize, learned_limit
         self._acks, self._broker_delivery = acks, broker_delivery
@@ -72,6 +82,7 @@ class Session:
         self._held_back: set[int] = set()
         self._damaged: list[int] = []
         self._last_sent_seq = 0
+        self._sent_early, self._known_alerts = sent_early, ""
         self._unanswered = 0
         self._missing_ranges: Sequence[tuple[int, int]] = ()
         self._resend_requested = self._is_greeted = self._has_no_subscribers = False
@@ -154,15 +165,31 @@ class Session:
 
     def _next_messages(self, limit: int) -> list[OutboxMessage]:
         """Return the messages to send now: resends first, then the log in order."""
+        if urgent := self._take_urgent(limit):
+            return urgent
         while self._resend_queue:
             wanted = [self._resend_queue.popleft() for _ in range(min(limit, len(self._resend_queue)))]
             if pending := self._store.pending_messages(wanted):
                 return pending
-        page = self._store.unacknowledged_messages(self._last_sent_seq, min(limit, CREDIT - self._unanswered))
-        if page:
+        while page := self._store.unacknowledged_messages(self._last_sent_seq, min(limit, CREDIT - self._unanswered)):
             self._last_sent_seq = page[-1].seq
             self._unanswered += len(page)
-        return page
+            if unsent := [message for message in page if message.seq not in self._sent_early]:
+                return unsent
+        return []
+
+    def _take_urgent(self, limit: int) -> list[OutboxMessage]:
+        """Return new alerts that would wait: they are not among the next messages."""
+        text = self._store.get_meta(RECENT_ALERTS, "")
+        if text == self._known_alerts or len(self._sent_early) >= MAX_EARLY:
+            return []
+        last_of_page = self._last_sent_seq + min(limit, CREDIT - self._unanswered)
+        waiting = [seq for seq in json.loads(text) if seq > last_of_page and seq not in self._sent_early]
+        if len(waiting) <= limit:
+            self._known_alerts = text
+        urgent = self._store.pending_messages(waiting[:limit])
+        self._sent_early.update(message.seq for message in urgent)
+        return urgent
 
     def _send(self, page: Sequence[OutboxMessage]) -> bool:
         for message in page:
@@ -216,8 +243,10 @@ class Session:
     def _apply_ack(self, ack: AckPayload | None, now: ClockReading) -> None:
         if ack is None:
             return
-        self._unanswered = max(0, min(self._last_sent_seq - ack.through, CREDIT - MIN_CREDIT))
-        self._missing_ranges, self._resend_requested, self._has_no_subscribers = ack.missing, bool(ack.missing), False
+        through, missing = _without_early(ack, self._sent_early)
+        self._sent_early -= {seq for seq in self._sent_early if seq <= through}
+        self._unanswered = max(0, min(self._last_sent_seq - through, CREDIT - MIN_CREDIT))
+        self._missing_ranges, self._resend_requested, self._has_no_subscribers = missing, bool(missing), False
         self._resend_backoff_s = RESEND_BACKOFF_S[0]
         self._next_resend_s = now.boot_s + self._resend_backoff_s
 
@@ -238,10 +267,34 @@ class Session:
         elif now.boot_s >= self._next_resend_s:
             if self._broker_delivery:
                 self._last_sent_seq = self._unanswered = 0
+                self._sent_early.clear()
             else:
                 oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
-                seqs = dict.fromkeys([*oldest, self._last_sent_seq])
-                resendable = (seq for seq in seqs if seq <= self._last_sent_seq and seq not in self._held_back)
-                self._resend_queue = deque(resendable)
+                sent = [seq for seq in (*oldest, self._last_sent_seq) if seq <= self._last_sent_seq]
+                seqs = dict.fromkeys([*self._sent_early, *sent])
+                self._resend_queue = deque(seq for seq in seqs if seq not in self._held_back)
             self._resend_backoff_s = min(2 * self._resend_backoff_s, RESEND_BACKOFF_S[1])
             self._next_resend_s = now.boot_s + self._resend_backoff_s
+
+
+def _without_early(ack: AckPayload, early: Collection[int]) -> tuple[int, list[tuple[int, int]]]:
+    """Return (through, missing) of an acknowledgement as if the alerts that went before others had not arrived yet.
+
+    What lies between the others and such an alert was not lost: it is still to be sent, or under way.
+    """
+    through, missing = ack.through, list(ack.missing)
+    while through in early:
+        through -= 1
+        if missing and missing[-1][1] == through:
+            through = missing.pop()[0] - 1
+    return through, missing
+
+
+def find_sent_early(store: Store) -> set[int]:
+    """Return the acknowledged alerts that went before messages which still wait."""
+    acknowledged = store.acknowledged()
+    if not acknowledged.missing:
+        return set()
+    first_waiting = acknowledged.missing[0][0]
+    recent: list[int] = json.loads(store.get_meta(RECENT_ALERTS, "[]"))
+    return {seq for seq in recent if seq > first_waiting and seq in acknowledged}

@@ -20,7 +20,7 @@ from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
-from agent.device.uplink.session import Session
+from agent.device.uplink.session import Session, find_sent_early
 from agent.device.uplink.sink import OpenSink, Sink
 from agent.errors import LinkDown, MessageRefused, PacketTooLarge
 from agent.transport.capabilities import MAX_PACKET
@@ -84,6 +84,7 @@ class Uplink:
         self._now, self._on_failed, self._open_sink = now, on_failed, open_sink
         self._refusals = Refusals(store, message_log)
         self._acks = Acknowledgements(store, message_log, find_collector, conf.buffer.keep_messages, self._refusals)
+        self._sent_early = find_sent_early(store)
         self._oversize = OversizeAlert(store, message_log)
         # Of a broker that ends the connection at a larger message, and announces no limit.
         self._learned_limit = MAX_PACKET
@@ -223,6 +224,7 @@ class Uplink:
         return Session(
             *(sink, self._store, self._message_log, self._acks, now),
             oversize=self._oversize,
+            sent_early=self._sent_early,
             learned_limit=self._learned_limit,
             broker_delivery=by_broker,
             live=live,

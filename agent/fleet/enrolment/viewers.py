@@ -1,8 +1,8 @@
 """Viewers: certificates that read the fleet's messages at the broker, for MQTT Explorer, mosquitto_sub or Node-RED.
 
 A viewer subscribes to the fleet's topics and publishes nothing. It cannot join the collectors' shared subscriptions,
-and so takes no message from them. The broker makes the name in a certificate the client id, so that nobody throws another
-one off: each certificate has one connection, and each program a viewer of its own.
+and so takes no message from them. The broker makes the name in a certificate the client id, so that nobody throws
+another one off: each certificate has one connection, and each program a viewer of its own.
 """
 
 from __future__ import annotations

@@ -175,6 +175,12 @@ class World:
                 for _ in range(min(500, n - start)):
                     self.author.append(tx, "health", None, {"pad": "x" * size}, self.air.now())
 
+    def raise_alert(self) -> int:
+        """Append a critical alert and return its seq."""
+        body = {"alert": "fault", "subject": "ax", "state": "raised", "severity": "critical", "summary": "x", "id": "i"}
+        with self.store.transaction() as tx:
+            return self.author.append(tx, "alerts", None, body, self.air.now())
+
     def waiting(self) -> set[int]:
         """Return the seqs in the outbox that are not acknowledged."""
         acknowledged = self.store.acknowledged()
@@ -274,7 +280,8 @@ def test_the_real_collector_has_every_message_once_and_its_audit_passes(
     fleet.enrol(DEVICE, world.key.public, replace=False, now=TIME)
 
     def connect() -> LossyLink:
-        return world.air.connect(None, "collector", subscribe=[f"outstation/{FLEET}/+/health"], session_expiry_s=60)
+        filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("health", "alerts/+")]
+        return world.air.connect(None, "collector", subscribe=filters, session_expiry_s=60)
 
     collector = Collector(FLEET, BrokerConfig(), fleet, world.collector_key, open_link=connect)
     link: LossyLink | None = None
@@ -290,9 +297,11 @@ def test_the_real_collector_has_every_message_once_and_its_audit_passes(
 
     world.air.tick_callbacks.append(turn)
     world.write(150)
+    # It goes before the others, so that the collector has a gap for a while.
+    world.raise_alert()
     world.run(lambda: not world.waiting(), 1000)
     report = audit(fleet)
-    assert (report.passed, report.messages, report.gaps) == (True, 150, [])
+    assert (report.passed, report.messages, report.gaps) == (True, 151, [])
     assert any(message.content_type == GZIP for message in world.air.published) == compress
     assert world.waiting() == set()
     fleet.close()
@@ -653,6 +662,51 @@ def test_a_state_topic_that_is_refused_does_not_stop_the_results(
     world.run(lambda: not world.waiting(), 60)
     assert world.waiting() == set()
     assert "refuses outstation/acme/pi-07/state" in caplog.text
+
+
+@pytest.mark.parametrize("delivery", ["collector", "broker"])
+def test_an_alert_goes_before_a_backlog_and_costs_no_message_twice(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch, delivery: str
+) -> None:
+    after_s, doubled = [], []
+    for is_early in (True, False):
+        if not is_early:
+            monkeypatch.setattr(session.Session, "_take_urgent", lambda self, limit: [])
+        world = make(LinkConditions(delay_s=0.5), delivery=delivery)
+        world.write(1500)
+        began_s, alert = world.air.clock_s, world.raise_alert()
+        world.run(partial(lambda world, alert: alert in world.collector.seqs(), world, alert), 600, drain_s=0.0)
+        after_s.append(world.air.clock_s - began_s)
+        # The rest after a restart, which forgets nothing that matters.
+        world.uplink = world.new_uplink()
+        world.run(partial(is_empty, world), 6000)
+        assert world.waiting() == set()
+        assert world.collector.seqs() >= set(range(1, 1502))
+        doubled.append(sum(n - 1 for n in world.collector.arrivals.values()))
+    assert after_s[0] < 3
+    assert after_s[1] > 15
+    assert doubled[0] <= doubled[1] + 50
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_alerts_before_a_backlog_survive_a_storm(make: Callable[..., World], seed: int) -> None:
+    world = make(STORM, seed=seed)
+    for _ in range(20):
+        world.write(100)
+        world.raise_alert()
+    world.run(partial(is_empty, world), 20_000)
+    assert world.waiting() == set()
+    assert world.collector.seqs() == set(range(1, 2021))
+
+
+def test_alerts_before_a_backlog_pass_the_audit(make: Callable[..., World]) -> None:
+    world = make()
+    world.write(300)
+    seqs = {world.raise_alert() for _ in range(3)}
+    world.write(300)
+    world.run(lambda: False, 120)
+    assert world.collector.seqs() >= seqs
+    assert world.waiting() == set()
 
 
 @pytest.mark.parametrize("delivery", ["collector", "broker"])

@@ -131,7 +131,7 @@ def test_a_collector_serves_what_it_accepted_refused_and_holds(store: FleetStore
     assert lag == pytest.approx(5, abs=30)
     assert value(text, "outstation_fleet_refused_messages_total", reason="unsigned") == 1
     name = "outstation_collector_refused_messages_total"
-    refused = [n for (found, _), n in parse(text).items() if found == name]
+    refused = [n for (metric, _), n in parse(text).items() if metric == name]
     assert len(refused) == 51
     assert sum(refused) == 200
 
@@ -161,7 +161,7 @@ def test_a_hostile_device_adds_no_label_and_no_wrong_number(store: FleetStore, l
     assert "evil" not in {name for name, _ in parse(text)}
 
 
-def test_a_database_that_is_gone_is_reported_and_comes_back(store: FleetStore, listener: MetricsListener) -> None:
+def test_an_unavailable_database_is_reported_until_it_returns(store: FleetStore, listener: MetricsListener) -> None:
     enrolled(store, "pi-03")
     assert value(fetch(listener)[1], "outstation_device_up", device="pi-03") == 0
     path = Path(store.location)
@@ -173,7 +173,7 @@ def test_a_database_that_is_gone_is_reported_and_comes_back(store: FleetStore, l
     assert value(fetch(listener)[1], "outstation_database_up") == 1
 
 
-def test_a_request_that_came_through_a_proxy_needs_the_token(listener: MetricsListener) -> None:
+def test_a_proxied_request_needs_the_token(listener: MetricsListener) -> None:
     assert fetch(listener, **{"x-forwarded-for": "192.0.2.1"})[0] == 401
     assert fetch(listener, host="evil.example.org")[0] == 401
     assert fetch(listener, host="evil.example.org", authorization=f"Bearer {TOKEN}")[0] == 200
