@@ -49,7 +49,7 @@ class PruneReport(msgspec.Struct):
 
 
 class _Plan(msgspec.Struct, frozen=True):
-    """Plan for one device: log → last seq to prune, for messages and for single tables; `last`: its newest statement."""
+    """Plan for one device: log → last seq to prune, of messages and of single tables; `last`: its newest statement."""
 
     device: str
     messages: dict[str, int]

@@ -103,7 +103,8 @@ def test_old_messages_go_and_what_stays_passes(store: FleetStore) -> None:
     audited = check(store)
     assert audited.passed, audited.to_dict()
     assert audited.pruned == [
-        {"device": "pi-07", "time": clock.to_rfc3339(NEW), "log": first.log, "table": "messages", "through": old[-1].seq,
+        {"device": "pi-07", "time": clock.to_rfc3339(NEW), "log": first.log, "table": "messages",
+         "through": old[-1].seq,
          "count": 11}
     ]  # fmt: skip
     # Gaps do not appear, and open alerts stay.
