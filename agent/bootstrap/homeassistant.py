@@ -14,11 +14,11 @@ def publishing(conf: Config, store: Store) -> contextlib.AbstractContextManager[
     if section is None or not section.enabled:
         return contextlib.nullcontext()
     from agent.bridge.discovery import Place
-    from agent.bridge.publisher import Publisher
+    from agent.bridge.publisher import build_publisher
     from agent.device.own_messages import OwnMessages
 
     device = conf.device.id
-    return Publisher(
+    return build_publisher(
         Place(conf.device.fleet, device, section.prefix, section.dashboard),
         section.broker or conf.broker,
         f"{device}-homeassistant",

@@ -1,4 +1,4 @@
-"""Publisher of the Home Assistant documents: a thread with its own broker connection.
+"""Publisher of the Home Assistant documents: what one connection sends.
 
 It reads what changed from a source, and keeps nothing for a broker that is slow or gone: of each topic only the newest
 document waits. So neither the collector's ingest nor a device's daemon ever waits for Home Assistant's broker.
@@ -6,11 +6,10 @@ document waits. So neither the collector's ingest nor a device's daemon ever wai
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
-from typing import Self
 
 from agent import clock
 from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceSource, DeviceState
@@ -24,99 +23,52 @@ from agent.bridge.discovery import (
     parse_components,
     parse_time,
 )
+from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig
-from agent.errors import LinkDown, OutstationError
+from agent.errors import LinkDown
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 
 logger = logging.getLogger("outstation.bridge")
 
 POLL_INTERVAL_S = 2.0
-_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 # The broker sends what it retains at once; after such a pause nothing more comes.
 _QUIET_S, _MAX_WAIT_RETAINED_S = 0.5, 30.0
 _RECEIPT_TIMEOUT_S = 60.0
 _MAX_IN_FLIGHT = 20
-_STOP_TIMEOUT_S = 5.0
 # Retained documents of a fleet of thousands of devices; a broker that retains more is not listened to any further.
 _MAX_RETAINED = 200_000
 _WARNING_INTERVAL_S = 600.0
 
 
-class Publisher:
-    """Publishes inside its `with` block. It raises nothing, and connects again after every failure."""
+def build_publisher(
+    place: Place,
+    broker: BrokerConfig,
+    client_id: str,
+    open_source: Callable[[], DeviceSource],
+    *,
+    max_age_s: float,
+    cleans_up: bool,
+    is_active: Callable[[], bool] = lambda: True,
+    poll_interval_s: float = POLL_INTERVAL_S,
+) -> BridgeThread:
+    """Return the thread that publishes the documents. `open_source` is called on it.
 
-    def __init__(
-        self,
-        place: Place,
-        broker: BrokerConfig,
-        client_id: str,
-        open_source: Callable[[], DeviceSource],
-        *,
-        max_age_s: float,
-        cleans_up: bool,
-        is_active: Callable[[], bool] = lambda: True,
-        poll_interval_s: float = POLL_INTERVAL_S,
-    ) -> None:
-        """`cleans_up`: remove devices of the fleet that the source does not have. `is_active`: publish only while it
-        is true, as only one of several collectors does. `open_source` is called on the thread.
-        """
-        self._place, self._broker, self._client_id = place, broker, client_id
-        self._open_source, self._is_active = open_source, is_active
-        self._max_age_us, self._cleans_up = int(max_age_s * 1e6), cleans_up
-        self._poll_interval_s = poll_interval_s
-        self._stopping = threading.Event()
-        self._link: Link | None = None
-        self._thread = threading.Thread(target=self._main, name="homeassistant", daemon=True)
+    `cleans_up`: remove devices of the fleet that the source does not have. `is_active`: publish only while it is true.
+    """
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the thread, and let Home Assistant show its entities as unavailable."""
-        self._stopping.set()
-        if (link := self._link) is not None:
-            link.wake()
-        self._thread.join(_STOP_TIMEOUT_S)
-
-    def _main(self) -> None:
-        failures, last_problem = 0, ""
-        while not self._stopping.is_set():
-            if not self._is_active():
-                self._stopping.wait(1.0)
-                continue
-            began = time.monotonic()
-            try:
-                self._run_session()
-                failures = 0
-            except OutstationError as error:
-                failures = 1 if time.monotonic() - began > _MAX_BACKOFF_S else failures + 1
-                if str(error) != last_problem:
-                    logger.warning("homeassistant: %s; trying again until it works", error)
-                last_problem = str(error)
-                self._stopping.wait(min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2.0 ** min(failures - 1, 10)))
-            except Exception:
-                logger.exception("homeassistant: the bridge failed; it starts again in %g s", _MAX_BACKOFF_S)
-                self._stopping.wait(_MAX_BACKOFF_S)
-
-    def _run_session(self) -> None:
-        source = self._open_source()
-        try:
-            will = OutgoingMessage(self._place.status_topic, OFFLINE, retain=True)
-            link = self._link = Link(self._broker, self._client_id, subscribe=[self._place.birth_topic], will=will)
-            try:
-                session = Session(self._place, link, source, self._max_age_us, cleans_up=self._cleans_up)
+    def run_session(thread: BridgeThread) -> None:
+        with contextlib.closing(open_source()) as source:
+            will = OutgoingMessage(place.status_topic, OFFLINE, retain=True)
+            with thread.connect(Link(broker, client_id, subscribe=[place.birth_topic], will=will)) as link:
+                session = Session(place, link, source, int(max_age_s * 1e6), cleans_up=cleans_up)
                 session.load_retained()
-                logger.info("homeassistant: connected to %s", self._broker.shown_url)
-                while not self._stopping.is_set() and self._is_active():
-                    session.tick(self._poll_interval_s)
+                logger.info("homeassistant: connected to %s", broker.shown_url)
+                while thread.is_wanted:
+                    session.tick(poll_interval_s)
                 session.announce_end()
-            finally:
-                self._link = None
-                link.close()
-        finally:
-            source.close()
+
+    return BridgeThread("homeassistant", run_session, is_active)
 
 
 class Session:

@@ -109,7 +109,7 @@ Target = WebhookTarget | EmailTarget | AppriseTarget | MqttTarget
 
 
 class NotifyRoute(Section, frozen=True):
-    """Which alerts go to which targets: of at least `severity`, and matching an entry of each list that is given.
+    """Route of alerts to targets: those of at least `severity`, and matching an entry of each list that is given.
 
     `kinds`: patterns of `alert` or `alert/subject`. `delivery`: at once, or in the digest of the day.
     """

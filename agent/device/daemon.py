@@ -85,7 +85,7 @@ class _Backoff(msgspec.Struct, frozen=True):
 
 
 class Notifier(Protocol):
-    """What tells people of the device's alerts, in a thread of its own."""
+    """Thread that notifies people of the device's alerts."""
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

@@ -353,8 +353,8 @@ class DriftMonitor:
         )
 
     def _is_gathering(self, state: DriftState) -> bool:
-        """Return True if windows are gathered to learn from: nothing is learned while an alert is open."""
-        if state.faults.any_open or any(gate.is_open for gate in state.gates.values()):
+        """Return True if windows are gathered to learn from: none while an alert is open but of few missing values."""
+        if state.faults.stop_learning or any(gate.is_open for gate in state.gates.values()):
             return False
         return state.site_reference is None or (state.is_inherited and not state.suite.open_subjects.any())
 

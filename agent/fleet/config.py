@@ -10,8 +10,18 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec.structs import replace
 
-from agent.config import BrokerConfig, HomeAssistantConfig, Section, check_broker, check_name, homeassistant, read
+from agent.config import (
+    BrokerConfig,
+    HomeAssistantConfig,
+    Section,
+    check_broker,
+    check_name,
+    homeassistant,
+    read,
+    sparkplug,
+)
 from agent.config.notify import NotifyConfig, check_notify
+from agent.config.sparkplug import SparkplugConfig
 from agent.errors import ConfigError, UsageError
 from agent.fleet.collector.quota import Quota
 from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
@@ -105,6 +115,7 @@ class FleetConfig(Section, frozen=True):
     quota: Quota = Quota()
     metrics: MetricsConfig = MetricsConfig()
     homeassistant: HomeAssistantConfig | None = None
+    sparkplug: SparkplugConfig | None = None
     retention: Retention = Retention()
     notify: NotifyConfig = NotifyConfig()
 
@@ -163,6 +174,10 @@ def load(folder: Path) -> FleetConfig:
             problem = f"the access rules of the fleet's broker name {homeassistant.DEFAULT_PREFIX!r}; remove the key"
             raise ConfigError(str(path), "homeassistant.prefix", problem)
         bridge = homeassistant.with_absolute_paths(bridge, base)
+    node = config.sparkplug
+    if node is not None:
+        sparkplug.check(str(path), node, config.broker)
+        node = sparkplug.with_absolute_paths(node, base)
 
     def with_absolute_paths(section: Section) -> Section:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
@@ -175,7 +190,7 @@ def load(folder: Path) -> FleetConfig:
     changed = {name: with_absolute_paths(section) for name, section in sections.items() if section is not None}
     fleet = replace(config.fleet, db=resolve_database(config.fleet.db, base))
     notify = config.notify.with_absolute_paths(base)
-    return replace(config, fleet=fleet, homeassistant=bridge, notify=notify, **changed)
+    return replace(config, fleet=fleet, homeassistant=bridge, sparkplug=node, notify=notify, **changed)
 
 
 def resolve_database(url: str, base: Path) -> str:

@@ -25,7 +25,7 @@ MessageKind = Literal["alerts", "reminder", "recovery", "digest", "test", "open"
 
 
 class Change(msgspec.Struct, frozen=True):
-    """What one alert is told for; `number` counts its reminders."""
+    """Change of one alert that a message reports; `number` counts its reminders."""
 
     alert: AlertState
     pending: Pending

@@ -172,8 +172,8 @@ class Notifier:
         if at_once:
             writes.targets[state.target] = replace(state, composed_at=now_s)
         for entry in (*at_once, *digest):
-            told = planner.mark_told(entry, self._alerts[entry.alert], now_s)
-            writes.entries[entry.target, entry.alert] = told
+            notified = planner.mark_notified(entry, self._alerts[entry.alert], now_s)
+            writes.entries[entry.target, entry.alert] = notified
 
     def _change(self, entry: LedgerEntry) -> Change:
         assert entry.pending is not None
@@ -278,7 +278,7 @@ class Notifier:
 
 
 class _Writes(msgspec.Struct):
-    """What one turn commits; an entry that is None is deleted."""
+    """Changes that one turn commits; an entry that is None is deleted."""
 
     entries: dict[LedgerKey, LedgerEntry | None] = msgspec.field(default_factory=dict)
     messages: list[tuple[str, Notification, float]] = msgspec.field(default_factory=list)

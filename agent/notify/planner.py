@@ -33,19 +33,19 @@ def update_entry(
         return _after_clearing(entry, target, alert, delivery, now_s)
     entry = LedgerEntry(target, alert.key) if entry is None else msgspec.structs.replace(entry)
     is_silenced = alert.status != "raised"
-    if entry.told_seq < alert.seq and not is_silenced:
+    if entry.notified_seq < alert.seq and not is_silenced:
         if entry.pending != "raised":
             entry.pending, entry.pending_since, entry.reminders = "raised", now_s, 0
     elif entry.pending in ("raised", "cleared") or is_silenced:
         entry.pending = entry.pending_since = None
     # A clock that was set back must not delay reminders.
-    entry.told_at = min(entry.told_at, now_s)
+    entry.notified_at = min(entry.notified_at, now_s)
     # A digest goes out a little after its time; the next one, a day later, must not come too early for its reminders.
-    due_s = entry.told_at + delivery.remind_every_s - (DIGEST_SLACK_S if delivery.digest else 0.0)
-    is_due = delivery.remind_every_s and entry.told_seq and due_s <= now_s and not alert.is_event
+    due_s = entry.notified_at + delivery.remind_every_s - (DIGEST_SLACK_S if delivery.digest else 0.0)
+    is_due = delivery.remind_every_s and entry.notified_seq and due_s <= now_s and not alert.is_event
     if is_due and entry.pending is None and not is_silenced:
         entry.pending, entry.pending_since = "reminder", due_s
-    if entry.pending is None and not entry.told_seq:
+    if entry.pending is None and not entry.notified_seq:
         return None
     return entry
 
@@ -90,12 +90,12 @@ def select_ready(
     return (at_once if settled and may_compose else []), digest
 
 
-def mark_told(entry: LedgerEntry, alert: AlertState, now_s: float) -> LedgerEntry | None:
+def mark_notified(entry: LedgerEntry, alert: AlertState, now_s: float) -> LedgerEntry | None:
     """Return the entry after its message was composed; None for an alert that is over."""
     if entry.pending == "cleared":
         return None
     reminders = entry.reminders + (entry.pending == "reminder")
-    changes = {"told_seq": alert.seq, "told_at": now_s, "reminders": reminders}
+    changes = {"notified_seq": alert.seq, "notified_at": now_s, "reminders": reminders}
     return msgspec.structs.replace(entry, **changes, pending=None, pending_since=None)
 
 

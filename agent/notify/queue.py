@@ -16,10 +16,10 @@ import msgspec
 
 # In SQL that SQLite and PostgreSQL understand; the fleet's schema translates the types.
 TABLES = (
-    # told_seq: of the alert's message that the target was told of last, 0 before the first; pending: what it is to be
-    # told next. Times are epoch seconds.
+    # notified_seq: of the alert's message that the target was told of last, 0 before the first; pending: what it is to
+    # be told next. Times are epoch seconds.
     """CREATE TABLE notify_ledger (
-        target TEXT NOT NULL, alert TEXT NOT NULL, told_seq INTEGER NOT NULL, told_at REAL NOT NULL,
+        target TEXT NOT NULL, alert TEXT NOT NULL, notified_seq INTEGER NOT NULL, notified_at REAL NOT NULL,
         reminders INTEGER NOT NULL, pending TEXT, pending_since REAL, PRIMARY KEY (target, alert)) WITHOUT ROWID""",
     # body: JSON, as it is sent.
     """CREATE TABLE notify_queue (
@@ -36,7 +36,7 @@ TABLES = (
 _CURSOR = "alerts"
 _UPSERT_LEDGER = """
     INSERT INTO notify_ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (target, alert) DO UPDATE SET
-        told_seq = excluded.told_seq, told_at = excluded.told_at, reminders = excluded.reminders,
+        notified_seq = excluded.notified_seq, notified_at = excluded.notified_at, reminders = excluded.reminders,
         pending = excluded.pending, pending_since = excluded.pending_since"""
 _UPSERT_TARGET = """
     INSERT INTO notify_targets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (target) DO UPDATE SET
@@ -64,19 +64,19 @@ class QueueConnection(Protocol):
 
 
 class QueueDatabase(Protocol):
-    """Where the tables are, for one thread. Raises StorageError."""
+    """Database with the tables, for one thread. Raises StorageError."""
 
     def transaction(self) -> AbstractContextManager[QueueConnection]: ...
     def snapshot(self) -> AbstractContextManager[QueueConnection]: ...
 
 
 class LedgerEntry(msgspec.Struct):
-    """What one target knows of one alert, and what it is to be told."""
+    """Knowledge of one target about one alert, and what it is to be told."""
 
     target: str
     alert: str
-    told_seq: int = 0
-    told_at: float = 0.0
+    notified_seq: int = 0
+    notified_at: float = 0.0
     reminders: int = 0
     pending: Pending | None = None
     pending_since: float | None = None

@@ -12,7 +12,7 @@ from agent.notify.alert_state import SEVERITY_RANK, AlertState
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """How a target is told of an alert: the most urgent of all routes that lead there."""
+    """Delivery of an alert to a target: the most urgent of all routes that lead there."""
 
     digest: bool
     quiet_hours: bool

@@ -128,8 +128,8 @@ class Simulation(msgspec.Struct):
     def dashboard_url(self) -> str:
         """Return the address of the dashboard; "" before it serves."""
         log = self.log_path("dashboard")
-        found = re.search(rb"http://[^ \n]+", log.read_bytes()) if log.exists() else None
-        return found[0].decode() if found else ""
+        match = re.search(rb"http://[^ \n]+", log.read_bytes()) if log.exists() else None
+        return match[0].decode() if match else ""
 
     def start_device(self, device: str) -> None:
         self.allowed_to_exit.discard(device)

@@ -142,7 +142,7 @@ class Link:
         if message.response_topic is not None:
             properties.ResponseTopic = message.response_topic
         try:
-            info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+            info = self._client.publish(message.topic, message.payload, message.qos, message.retain, properties)
         except _INTERRUPTS:
             self._lost_reason = "interrupted"
             raise

@@ -25,7 +25,7 @@ _GZIP_WBITS = 16 + zlib.MAX_WBITS
 
 
 class OutgoingMessage(msgspec.Struct, frozen=True):
-    """A message to publish at QoS 1; `expiry_s` None keeps it until delivered.
+    """A message to publish, at QoS 1 unless others demand 0; `expiry_s` None keeps it until delivered.
 
     `reader`: encryption key of the only one who may read it, where messages are sealed; None for the collector.
     """
@@ -39,6 +39,7 @@ class OutgoingMessage(msgspec.Struct, frozen=True):
     response_topic: str | None = None
     content_type: str = JSON
     reader: str | None = None
+    qos: int = 1
 
 
 class IncomingMessage(msgspec.Struct, frozen=True):

@@ -84,7 +84,7 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class ResultMaker(msgspec.Struct, frozen=True):
-    """What computed results: versions of the agent and the runtime, and the digest of the task's config."""
+    """Producer of results: versions of the agent and the runtime, and the digest of the task's config."""
 
     agent: ShortText | None = None
     runtime: ShortText | None = None

@@ -66,7 +66,7 @@ def test_a_whole_section_is_read_with_absolute_paths(tmp_path: Path) -> None:
     assert not NotifyConfig().is_on
 
 
-def test_without_routes_every_target_is_told_of_warnings(tmp_path: Path) -> None:
+def test_without_routes_every_target_is_notified_of_warnings(tmp_path: Path) -> None:
     [route] = load(tmp_path, GOOD[: GOOD.index("[[notify")]).effective_routes()
     assert (route.targets, route.severity) == (["ops", "mail", "chat"], "warning")
 

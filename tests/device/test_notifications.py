@@ -48,7 +48,7 @@ class Device:
         with self.store.transaction() as tx:
             self.log.append(tx, "alerts", "exercise", alert.to_body("exercise", **evidence), clock.read())
 
-    def told(self, turns: int = 6) -> list[str]:
+    def notify(self, turns: int = 6) -> list[str]:
         """Start a notifier, let it turn, and return what arrived."""
         before = len(self.hook.posts)
         with open_notifications(self.folder, self.source()) as (file, source):
@@ -72,32 +72,32 @@ def device(tmp_path: Path, hook: HookServer) -> Iterator[Device]:
     made.store.close()
 
 
-def test_a_devices_alert_is_told_once_and_its_recovery_once(device: Device) -> None:
+def test_a_devices_alert_is_sent_once_and_its_recovery_once(device: Device) -> None:
     device.alert()
-    assert device.told() == ["[warning] pi-07: All signals move faster."]
-    assert device.told() == []
+    assert device.notify() == ["[warning] pi-07: All signals move faster."]
+    assert device.notify() == []
     device.alert("cleared")
-    assert device.told() == ["[warning] pi-07: cleared: All signals move faster."]
-    assert device.told() == []
+    assert device.notify() == ["[warning] pi-07: cleared: All signals move faster."]
+    assert device.notify() == []
 
 
-def test_a_damaged_file_is_replaced_and_open_alerts_are_told_again(device: Device) -> None:
+def test_a_damaged_file_is_replaced_and_open_alerts_are_sent_again(device: Device) -> None:
     device.alert()
-    device.told()
+    device.notify()
     (device.folder / DATABASE).write_bytes(b"no database" * 1000)
     (device.folder / f"{DATABASE}-wal").unlink(missing_ok=True)
-    assert device.told() == ["[warning] pi-07: All signals move faster."]
+    assert device.notify() == ["[warning] pi-07: All signals move faster."]
 
 
 def test_a_target_that_fails_is_an_alert_in_the_devices_log(device: Device, hook: HookServer) -> None:
     hook.status = 503
     device.alert()
-    device.told(40)
+    device.notify(40)
     [alert] = [alert for alert in device.store.recent_alerts(10) if alert["alert"] == "notify"]
     assert (alert["state"], alert["subject"], alert["severity"]) == ("raised", "hook", "warning")
     hook.status = 200
     device.now_s += 4000
-    device.told()
+    device.notify()
     assert [a["state"] for a in device.store.recent_alerts(10) if a["alert"] == "notify"] == ["cleared", "raised"]
 
 

@@ -226,8 +226,8 @@ def test_a_turned_sensor_is_recognized_against_what_its_hour_lets_expect() -> No
         rows[:, 0] += 6 * np.sin(2 * np.pi * t / daily_cycle.DAY_US)
         rows[4 * 24 * WINDOW :, 0] *= -1 if turned else 1
         none = np.zeros(len(t), np.int64)
-        wide = build_reference(rows.astype(np.float32), np.arange(len(t)), 1, none, None, WINDOW, fields=FIELDS, t=t)
-        monitor = DriftMonitor(wide, labels=(), window=WINDOW, learn_windows=40, min_learn_s=3 * 86_400.0)
+        sunny = build_reference(rows.astype(np.float32), np.arange(len(t)), 1, none, None, WINDOW, fields=FIELDS, t=t)
+        monitor = DriftMonitor(sunny, labels=(), window=WINDOW, learn_windows=40, min_learn_s=3 * 86_400.0)
         _, verdicts = monitor.process_batch(
             monitor.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
         )

@@ -100,8 +100,8 @@ def test_readings_far_outside_are_reported_in_windows_of_any_length(window: int)
 def stations(rng: np.random.Generator, rows: int, fields: int) -> NDArray[np.float64]:
     """Return rows of three stations in random turn, held for 40 rows; how far they are apart changes with the day."""
     hours = rows // 40 + 1
-    apart = np.repeat(rng.lognormal(0, 0.7, (hours // 24 + 1, 1, fields)), 24, axis=0)[:hours]
-    at_station = rng.normal(0, 1, (hours, 1, fields)) + apart * rng.normal(0, 1, (hours, 3, fields))
+    distance = np.repeat(rng.lognormal(0, 0.7, (hours // 24 + 1, 1, fields)), 24, axis=0)[:hours]
+    at_station = rng.normal(0, 1, (hours, 1, fields)) + distance * rng.normal(0, 1, (hours, 3, fields))
     return np.asarray(np.round(at_station, 2)[np.arange(rows) // 40, rng.integers(0, 3, rows)])
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from agent.alerts import Alert
 from agent.arrays import Ints
+from agent.drift import DriftMonitor, build_reference
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.faults.missing_values import MissingValues
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
@@ -115,3 +116,19 @@ def test_the_evidence_does_not_depend_on_how_rows_fall_into_windows() -> None:
         parts = parts.update(np.array([1]), 10, 1, baseline)
     np.testing.assert_allclose(parts.evidence, whole.evidence)
     assert (parts.rows, parts.missing) == (whole.rows, whole.missing)
+
+
+def test_a_site_with_a_few_missing_values_still_learns_its_reference() -> None:
+    rng, window = np.random.default_rng(5), 60
+    sound = rng.normal(size=(60 * window, 2)).astype(np.float32)
+    none, starts = np.zeros(60 * window, np.int64), np.arange(60 * window)
+    shipped = build_reference(sound, starts, 1, none, None, window, fields=("a", "b"))
+    monitor = DriftMonitor(shipped, labels=(), window=window, learn_windows=40)
+    rows = rng.normal(size=(60 * window, 2)).astype(np.float32)
+    rows[rng.random(len(rows)) < 0.03, 1] = np.nan
+    state, results = monitor.process_batch(
+        monitor.start(), rows, starts, 1, none, None, rows=(1, len(rows)), t=starts * 1_000_000
+    )
+    kinds = [alert.evidence.get("fault") for result in results for alert in result.alerts if alert.state == "raised"]
+    assert "missing" in kinds
+    assert state.site_reference is not None

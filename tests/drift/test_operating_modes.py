@@ -61,7 +61,7 @@ def test_a_machine_with_three_modes_is_compared_within_them(site: DriftState) ->
     assert (again.site.modes.offset == reference.site.modes.offset).all()  # type: ignore[union-attr]
 
 
-def test_a_shift_is_detected_in_every_mode_and_changes_of_the_mode_are_not_told(
+def test_a_shift_is_detected_in_every_mode_and_a_change_of_mode_is_not_reported(
     monitor: DriftMonitor, site: DriftState
 ) -> None:
     for seed in range(4):

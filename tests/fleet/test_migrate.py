@@ -56,13 +56,15 @@ def contents(source: FleetStore, store: FleetStore) -> dict[str, list[str]]:
     """Return the rows of every table of `source` in `store`."""
     with source.snapshot() as db:
         tables = [*copying._describe_tables(db)]
-    found: dict[str, list[str]] = {}
+    rows_by_table: dict[str, list[str]] = {}
     with store.snapshot() as db:
         for table in tables:
             columns = ", ".join(f'"{name}"' for name in table.columns)
             rows = [[*row] for row in db.execute(f"SELECT {columns} FROM {table.name}")]
-            found[table.name] = sorted(repr([int(v) if isinstance(v, bool) else v for v in row]) for row in rows)
-    return found
+            rows_by_table[table.name] = sorted(
+                repr([int(v) if isinstance(v, bool) else v for v in row]) for row in rows
+            )
+    return rows_by_table
 
 
 def test_every_row_arrives_and_the_copy_passes_its_audit(source: FleetStore, target: FleetStore) -> None:

@@ -53,5 +53,5 @@ def check_accessibility(page: Any, axe: str) -> list[dict[str, Any]]:
     session = page.context.new_cdp_session(page)
     session.send("Page.setBypassCSP", {"enabled": True})
     page.evaluate(axe)
-    found: list[dict[str, Any]] = page.evaluate(_RUN_AXE)
-    return [finding for finding in found if finding["impact"] in ("serious", "critical")]
+    violations: list[dict[str, Any]] = page.evaluate(_RUN_AXE)
+    return [finding for finding in violations if finding["impact"] in ("serious", "critical")]

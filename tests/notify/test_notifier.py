@@ -103,7 +103,7 @@ class Desk:
         return [post.headers["idempotency-key"] for post in self.hook.posts]
 
 
-def test_an_alert_is_told_once_and_its_recovery_once(store: FleetStore, hook: HookServer) -> None:
+def test_an_alert_is_sent_once_and_its_recovery_once(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()
     assert desk.turn() == ["[warning] pi-07: ax: gain loss."]
@@ -118,7 +118,7 @@ def test_an_alert_is_told_once_and_its_recovery_once(store: FleetStore, hook: Ho
         assert queue.load_ledger(db) == {}
 
 
-def test_an_alert_that_was_over_before_anybody_was_told_is_told_with_its_end(
+def test_an_alert_that_was_over_before_anybody_was_notified_is_sent_with_its_end(
     store: FleetStore, hook: HookServer
 ) -> None:
     desk = Desk(store, hook)
@@ -129,7 +129,7 @@ def test_an_alert_that_was_over_before_anybody_was_told_is_told_with_its_end(
     assert "cleared 2026-11-24 22:18:01 UTC: ax: as before." in desk.documents()[0]["text"]
 
 
-def test_an_alert_that_becomes_worse_is_told_again(store: FleetStore, hook: HookServer) -> None:
+def test_an_alert_that_becomes_worse_is_sent_again(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     desk.alert()
     desk.turn()
@@ -149,7 +149,7 @@ def test_alerts_of_one_device_are_one_message_and_many_devices_too(store: FleetS
     assert (len(document["alerts"]), document["omitted"]) == (20, 20)
 
 
-def test_a_target_is_told_at_most_once_in_the_window(store: FleetStore, hook: HookServer) -> None:
+def test_a_target_is_notified_at_most_once_in_the_window(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook, group_for=Duration(300))
     desk.alert(AX)
     assert len(desk.turn(20)) == 1
@@ -211,7 +211,7 @@ def test_reminders_come_until_somebody_acknowledges(store: FleetStore, hook: Hoo
     assert desk.turn() == ["[warning] pi-07: worse."]
 
 
-def test_a_muted_alert_is_told_when_its_mute_ends(
+def test_a_muted_alert_is_sent_when_its_mute_ends(
     store: FleetStore, hook: HookServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(store, hook)
@@ -266,10 +266,10 @@ def test_a_dead_target_costs_a_bounded_number_of_messages(store: FleetStore, hoo
     desk.now_s += 3600
     hook.posts.clear()
     desk.turn(1800, 30)
-    told = [a["summary"] for d in desk.documents() for a in d["alerts"]]
+    summaries = [a["summary"] for d in desk.documents() for a in d["alerts"]]
     omitted = sum(d["omitted"] for d in desk.documents())
-    assert len(told) == len(set(told))
-    assert len(told) + omitted == 60
+    assert len(summaries) == len(set(summaries))
+    assert len(summaries) + omitted == 60
 
 
 def test_a_message_that_the_target_rejects_does_not_block_the_next(store: FleetStore, hook: HookServer) -> None:

@@ -75,6 +75,7 @@ ONLY = {
     "cyclonedx": {"agent.fleet.evidence.gather.sbom"},
     "rfc3161_client": {"agent.fleet.evidence.timestamps.token"},
     "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
+    "google": {"agent.bridge.sparkplug_payload"},
     "duckdb": {"agent.fleet.export.query"},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),

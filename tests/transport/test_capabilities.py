@@ -51,8 +51,9 @@ def broker_that_says(properties: bytes, *, code: int = 0, suback: int = 1) -> It
 
 def test_all_properties_are_read() -> None:
     announced = MAXIMUM_QOS + b"\1" + RETAIN + b"\0" + WILDCARD + b"\0" + SHARED + b"\0"
-    announced += PACKET + (5000).to_bytes(4, "big")
-    announced += RECEIVE + (7).to_bytes(2, "big") + ALIASES + (3).to_bytes(2, "big")
+    announced += (
+        PACKET + (5000).to_bytes(4, "big") + RECEIVE + (7).to_bytes(2, "big") + ALIASES + (3).to_bytes(2, "big")
+    )
     with broker_that_says(announced) as config:
         link = Link(config, "x")
         read = link.capabilities

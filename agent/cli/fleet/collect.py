@@ -132,16 +132,19 @@ def _notifying(config: FleetConfig, location: Path | str) -> Iterator[None]:
         notifier.stop()
 
 
-def _publishing(
-    config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]
-) -> contextlib.AbstractContextManager[object]:
-    """Publish for Home Assistant meanwhile, if fleet.toml asks for it. Raises UsageError."""
-    section = config.homeassistant
-    if section is None or not section.enabled:
-        return contextlib.nullcontext()
-    from agent.fleet.bridge.homeassistant import build_publisher
+@contextlib.contextmanager
+def _publishing(config: FleetConfig, store: FleetStore, is_leader: Callable[[], bool]) -> Iterator[None]:
+    """Publish for other systems beside the block, as fleet.toml asks for it. Raises UsageError."""
+    with contextlib.ExitStack() as publishers:
+        if (section := config.homeassistant) is not None and section.enabled:
+            from agent.fleet.bridge import homeassistant as bridge
 
-    return build_publisher(config, section, store.location, is_leader)
+            publishers.enter_context(bridge.build_publisher(config, section, store.location, is_leader))
+        if (node := config.sparkplug) is not None and node.enabled:
+            from agent.fleet.bridge import sparkplug
+
+            publishers.enter_context(sparkplug.build_publisher(config, node, store.location, is_leader))
+        yield
 
 
 @click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")

@@ -415,12 +415,12 @@ def _calibrate_scores(
     middle = nanmedian(np.where(tested, values, 0.0))
     present = ~np.isnan(values)
     known, modes = np.where(tested & present, values, middle), None
-    found = find_modes((known - middle)[:, : task.fields]) if transitions else None
-    settled = found is None or (found.is_settled and transitions >= MIN_TRANSITIONS)
-    if found is not None and found.count > 1 and settled:
+    candidates = find_modes((known - middle)[:, : task.fields]) if transitions else None
+    settled = candidates is None or (candidates.is_settled and transitions >= MIN_TRANSITIONS)
+    if candidates is not None and candidates.count > 1 and settled:
         # Modes before the cycle: harmonics of a day explain a few visits by chance.
-        assigned, inside = found.of_window, (found.of_window >= 0)[:, None]
-        modes, present = fit_modes(found, known - middle), present & inside
+        assigned, inside = candidates.of_window, (candidates.of_window >= 0)[:, None]
+        modes, present = fit_modes(candidates, known - middle), present & inside
         known = np.where(inside, known - modes.offset[assigned], middle)
     (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), daily_cycle.Cycle.empty(values.shape[1])
     if daily_cycle.can_fit_daily(learned.t, learned.seasonality):

@@ -62,7 +62,7 @@ class OperatingModes(msgspec.Struct, frozen=True, eq=False):
         )
 
 
-class FoundModes(msgspec.Struct, frozen=True, eq=False):
+class ModeAssignment(msgspec.Struct, frozen=True, eq=False):
     """Modes of K windows: `of_window` (K,) numbers the mode of each, -1 between modes; `noise` (F,) is as above.
 
     `is_settled` is False while there may be another one, of too few windows or visits to be sure.
@@ -77,7 +77,7 @@ class FoundModes(msgspec.Struct, frozen=True, eq=False):
         return int(self.of_window.max()) + 1
 
 
-def find_modes(means: Float64s) -> FoundModes:
+def find_modes(means: Float64s) -> ModeAssignment:
     """Find the modes of windows in a row with means (K, F)."""
     noise = np.maximum(1.4826 / math.sqrt(2) * median(np.abs(np.diff(means, axis=0))), MIN_SD)
     scaled = means / noise
@@ -92,13 +92,13 @@ def find_modes(means: Float64s) -> FoundModes:
             break
         criterion = _criterion(scaled, modes)
         if not all(each.are_enough for each in visits):
-            return FoundModes(best, noise, criterion >= least)
+            return ModeAssignment(best, noise, criterion >= least)
         if criterion < least:
             best, least = modes, criterion
-    return FoundModes(best, noise, True)
+    return ModeAssignment(best, noise, True)
 
 
-def fit_modes(modes: FoundModes, residuals: Float64s) -> OperatingModes:
+def fit_modes(modes: ModeAssignment, residuals: Float64s) -> OperatingModes:
     """Fit offsets and spreads of all T tests to residuals (K, T) of the windows in which modes were found."""
     offset, square = [], []
     for mode in range(modes.count):
@@ -129,10 +129,10 @@ def assign_modes(scaled: Float64s, centers: Float64s) -> Ints:
 
 
 def _mixing_pairs(centers: Float64s) -> Iterator[tuple[Float64s, Float64s]]:
-    for one, other in combinations(range(len(centers)), 2):
-        step = centers[other] - centers[one]
+    for first, second in combinations(range(len(centers)), 2):
+        step = centers[second] - centers[first]
         if (step**2).max() <= MAX_FIELD_SHARE * (step**2).sum():
-            yield centers[one], step
+            yield centers[first], step
 
 
 def _distance(scaled: Float64s, center: Float64s) -> Float64s:

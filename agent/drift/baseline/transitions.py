@@ -16,7 +16,7 @@ from agent.drift.numeric.sums import median
 
 STEP_SDS = 5.0  # robust sd of the steps between neighboring windows: a larger one is a transition
 MIN_SHARE_STEP = 1.0  # twice the least share of a window's predictions that change their class
-MIN_TRANSITIONS = 12  # fewer tell too little of the modes
+MIN_TRANSITIONS = 16  # fewer tell too little of the modes
 
 
 def count_transitions(means: Float64s, output: Ints) -> int:

@@ -19,6 +19,7 @@ from agent.drift.numeric.escalation import Escalation
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
 _NEEDS_SITE = np.array([kind in SITE_FAULTS for kind in KINDS])
 MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
+_MISSING = KINDS.index("missing")  # the first kind
 _OUT_OF_RANGE, _SPIKES = KINDS.index("out_of_range"), KINDS.index("spikes")
 
 
@@ -61,6 +62,13 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     @property
     def any_open(self) -> bool:
         return bool(self.number.any())
+
+    @property
+    def stop_learning(self) -> bool:
+        """True while an alert is open that makes windows unfit to learn from; few missing values are left out."""
+        is_open = self.number > 0
+        # Without missing values the field is on its way to sound windows: three of them close the alert first.
+        return bool(is_open[:, _MISSING + 1 :].any() or (is_open[:, _MISSING] & ~self.missing.alarm).any())
 
     @property
     def open_fields(self) -> list[bool]:

@@ -76,7 +76,7 @@ class PrunedState(msgspec.Struct, frozen=True):
 
 
 class LogBase(msgspec.Struct):
-    """Where the audit of a log begins of which something went; `floors`: table → seq up to which its rows went."""
+    """Point at which the audit of a pruned log begins; `floors`: table → seq up to which its rows were pruned."""
 
     state: LogState = msgspec.field(default_factory=LogState)
     floors: dict[str, int] = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.bridge import publisher
 from agent.bridge.discovery import Place
-from agent.bridge.publisher import Publisher
+from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig, HomeAssistantConfig
 from agent.errors import UsageError
 from agent.fleet.bridge.stored_devices import StoredDevices
@@ -16,10 +17,10 @@ from agent.fleet.enrolment.homeassistant import BRIDGE, certificate_of
 
 def build_publisher(
     config: FleetConfig, section: HomeAssistantConfig, location: Path | str, is_leader: Callable[[], bool]
-) -> Publisher:
+) -> BridgeThread:
     """Build the publisher for the fleet's database at `location`. Raises UsageError."""
     place = Place(config.fleet.name, "collector", section.prefix, section.dashboard)
-    return Publisher(
+    return publisher.build_publisher(
         *(place, _choose_broker(config, section), f"outstation-{config.fleet.name}-bridge"),
         lambda: StoredDevices(location),
         max_age_s=section.max_age,

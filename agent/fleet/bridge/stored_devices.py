@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from agent import clock
 from agent.bridge.device_state import DeviceReport, OpenAlert
 from agent.fleet.database.bridge import newest_messages
@@ -28,8 +30,12 @@ _MAX_ALERTS = 10_000
 class StoredDevices:
     """Implements `agent.bridge.device_state.DeviceSource`."""
 
-    def __init__(self, location: Path | str) -> None:
-        """Open the database. Raises StorageError, UsageError."""
+    def __init__(self, location: Path | str, *, every_message: bool = False) -> None:
+        """Open the database. `every_message`: report each message that comes after the first poll, not the newest ones.
+
+        Raises StorageError, UsageError.
+        """
+        self._every_message = every_message
         self._store = FleetStore(location, read_only=True)
         self._progress: dict[str, DeviceProgress] = {}
         self._alerts: dict[str, list[OpenAlert]] = {}
@@ -45,7 +51,12 @@ class StoredDevices:
         payloads: dict[str, Sequence[bytes]] = {}
         has_alerts = False
         for device, progress in changed.items():
-            newest = self._load_newest(progress, self._progress.get(device))
+            before = self._progress.get(device)
+            if self._every_message and before is not None and progress.log is not None:
+                payloads[device], listed[device] = self._load_next(progress, before)
+                has_alerts |= any(b'"kind":"alerts"' in payload for payload in payloads[device])
+                continue
+            newest = self._load_newest(progress, before)
             has_alerts |= any(topics.parse(topic).kind == "alerts" for topic in newest)
             payloads[device] = [*newest.values()]
         alerts = self._load_alerts() if has_alerts or time.monotonic() >= self._next_alerts_s else self._alerts
@@ -68,6 +79,16 @@ class StoredDevices:
         after = before.last_seq if before is not None and before.log == progress.log else 0
         with self._store.snapshot() as db:
             return newest_messages.load_newest_by_topic(db, progress.device, progress.log, after, _MAX_MESSAGES)
+
+    def _load_next(self, progress: DeviceProgress, before: DeviceProgress) -> tuple[list[bytes], DeviceProgress]:
+        """Return the next messages, and the progress up to them; the next poll continues there."""
+        assert progress.log is not None
+        # All of a new log is new.
+        after = before.last_seq if before.log == progress.log else 0
+        with self._store.snapshot() as db:
+            messages = newest_messages.load_messages(db, progress.device, progress.log, after, _MAX_MESSAGES)
+        reached = replace(progress, last_seq=max(messages)) if len(messages) == _MAX_MESSAGES else progress
+        return [*messages.values()], reached
 
     def _load_alerts(self) -> dict[str, list[OpenAlert]]:
         """Return the open alerts of each device that nobody muted, oldest first."""

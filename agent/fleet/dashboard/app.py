@@ -161,17 +161,17 @@ def _show_storage_error(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         visitor = getattr(request.state, "visitor", None)
         if isinstance(error, StorageBusy) and request.method == "POST":
-            said = {"heading": "Busy", "detail": str(error), "advice": "Go back and try again; nothing was changed."}
-            return dashboard.render(request, visitor, "error.html", http_status=503, **said)
+            texts = {"heading": "Busy", "detail": str(error), "advice": "Go back and try again; nothing was changed."}
+            return dashboard.render(request, visitor, "error.html", http_status=503, **texts)
         if isinstance(error, UsageError) and request.method == "POST":
-            said = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
-            return dashboard.render(request, visitor, "error.html", http_status=409, **said)
+            texts = {"heading": "Not done", "detail": str(error), "advice": "Go back and change it."}
+            return dashboard.render(request, visitor, "error.html", http_status=409, **texts)
         if not isinstance(error, StorageError | UsageError):
             raise error
         advice = "This page comes back by itself when the database does; nothing is lost, devices keep their messages."
         # Without a session nobody learns where the database is.
-        said = {"heading": "The database is not available", "detail": str(error) if visitor else "", "advice": advice}
-        response = dashboard.render(request, visitor, "error.html", http_status=503, watch="*", **said)
+        texts = {"heading": "The database is not available", "detail": str(error) if visitor else "", "advice": advice}
+        response = dashboard.render(request, visitor, "error.html", http_status=503, watch="*", **texts)
         response.headers["retry-after"] = "3"
         return response
 
@@ -181,7 +181,7 @@ def _show_storage_error(dashboard: Dashboard) -> Handler:
 def _show_failure(dashboard: Dashboard) -> Handler:
     async def handler(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        said = {"heading": "The dashboard failed", "detail": "", "advice": "Its log names the cause; report it."}
-        return dashboard.render(request, None, "error.html", http_status=500, **said)
+        texts = {"heading": "The dashboard failed", "detail": "", "advice": "Its log names the cause; report it."}
+        return dashboard.render(request, None, "error.html", http_status=500, **texts)
 
     return handler

@@ -146,12 +146,12 @@ class IngestBatch:
         if self._db.execute("SELECT 1 FROM pruned_logs LIMIT 1").fetchone() is None:
             return [*added]
         logs = sorted({row[:2] for row, new in zip(rows, added, strict=True) if new})
-        found = self._db.execute_each("SELECT through FROM pruned_logs WHERE device = ? AND log = ?", logs)
-        through = {log: row[0] for log, row in zip(logs, found, strict=True) if row is not None}
-        gone = [new and row[2] <= through.get(row[:2], 0) for row, new in zip(rows, added, strict=True)]
-        keys = [row[:3] for row, is_gone in zip(rows, gone, strict=True) if is_gone]
+        rows_of_logs = self._db.execute_each("SELECT through FROM pruned_logs WHERE device = ? AND log = ?", logs)
+        through = {log: row[0] for log, row in zip(logs, rows_of_logs, strict=True) if row is not None}
+        pruned = [new and row[2] <= through.get(row[:2], 0) for row, new in zip(rows, added, strict=True)]
+        keys = [row[:3] for row, is_pruned in zip(rows, pruned, strict=True) if is_pruned]
         self._db.executemany("DELETE FROM messages WHERE device = ? AND log = ? AND seq = ?", keys)
-        return [new and not is_gone for new, is_gone in zip(added, gone, strict=True)]
+        return [new and not is_pruned for new, is_pruned in zip(added, pruned, strict=True)]
 
     def _project_new(self, message: VerifiedMessage, body: Any) -> None:
         gap_ledger.add_changes(self._log_changes, body, self._now)

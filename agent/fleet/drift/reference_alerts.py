@@ -75,10 +75,10 @@ class ReferenceAlerts:
             outliers = find_reference_outliers(devices)
             for device, of_device in groupby(outliers, key=lambda outlier: outlier.device):
                 if device not in accepted:
-                    found = list(of_device)
-                    others = max(outlier.others for outlier in found)
+                    outlying = list(of_device)
+                    others = max(outlier.others for outlier in outlying)
                     unlike[device, task] = (
                         f"{task}: the reference that it learned deviates from those of {others} other devices: "
-                        f"{describe_device(found, MAX_NAMED_FIELDS)}. Drift is tested against it all the same."
+                        f"{describe_device(outlying, MAX_NAMED_FIELDS)}. Drift is tested against it all the same."
                     )
         return unlike

@@ -62,10 +62,10 @@ def find_reference_outliers(devices: Mapping[str, Mapping[str, FieldMoments]]) -
             for device in unlike:
                 shift = means[device] - fmean(means[other] for other in rest)
                 ratio = (known[device].sd + floor) / (median(known[other].sd for other in rest) + floor)
-                found = ReferenceOutlier(
+                outlier = ReferenceOutlier(
                     *(device, name, shift, shift / max(typical, 1e-12), ratio), by_mean=by_mean, others=len(rest)
                 )
-                out.setdefault((device, name), found)
+                out.setdefault((device, name), outlier)
     order = list(devices)
     return sorted(out.values(), key=lambda item: (order.index(item.device), -abs(item.shift_sd)))
 

@@ -106,32 +106,32 @@ class _ChunkChecker:
         self._keyring, self._report = Keyring(store), report
 
     def check(self, chunk: Chunk) -> None:
-        builder, gone = TableBuilder(self._manifest.filters), list[LogRange]()
+        builder, pruned_ranges = TableBuilder(self._manifest.filters), list[LogRange]()
         for device, log, first, last in chunk.ranges:
             expected = first
             for seq, kind, topic, payload, jws, received in self._store.log_messages(device, log, first, last):
-                self._add_missing((device, log, expected, seq - 1), gone)
+                self._add_missing((device, log, expected, seq - 1), pruned_ranges)
                 expected = seq + 1
                 self._report.messages += 1
                 body = self._verify((device, log, seq), topic, payload, jws)
                 if body is not None and kind in EXPORTED_MESSAGES:
                     builder.add(body, payload, received)
-            self._add_missing((device, log, expected, last), gone)
+            self._add_missing((device, log, expected, last), pruned_ranges)
         signed = builder.finish()
         for file in chunk.files:
             self._report.files += 1
             self._report.rows += file.rows
             table = signed.pop((file.kind, file.day or NO_DAY), None)
-            if problem := _check_file(self._folder, file, chunk.number, table, gone):
+            if problem := _check_file(self._folder, file, chunk.number, table, pruned_ranges):
                 self._report.add_problem(f"{file.path}: {problem}")
         for kind, day in signed:
             self._report.add_problem(f"chunk {chunk.number}: has no file with the {kind} of {day}")
 
-    def _add_missing(self, missing: LogRange, gone: list[LogRange]) -> None:
+    def _add_missing(self, missing: LogRange, pruned_ranges: list[LogRange]) -> None:
         device, log, first, last = missing
         through = min(last, self._floors.get((device, log), 0))
         if first <= through:
-            gone.append((device, log, first, through))
+            pruned_ranges.append((device, log, first, through))
             self._report.pruned += through - first + 1
         if (start := max(first, through + 1)) <= last:
             self._report.add_problem(f"{device} {log} seq {start}-{last}: exported, but missing in the database")
@@ -152,9 +152,9 @@ class _ChunkChecker:
 
 
 def _check_file(
-    folder: Path, file: ExportedFile, number: int, signed: pyarrow.Table | None, gone: Sequence[LogRange]
+    folder: Path, file: ExportedFile, number: int, signed: pyarrow.Table | None, pruned_ranges: Sequence[LogRange]
 ) -> str | None:
-    """Return how a file differs from its hash, or from the rows that its messages give; rows in `gone` may be any."""
+    """Return how a file differs from its hash, or from the rows of its messages; `pruned_ranges` are not compared."""
     import pyarrow
     from pyarrow import parquet
 
@@ -173,8 +173,8 @@ def _check_file(
     if file.rows != table.num_rows:
         return f"has {table.num_rows} rows, the manifest says {file.rows}"
     table = _decode_dictionaries(table)
-    if gone:
-        table = _without(table, gone)
+    if pruned_ranges:
+        table = _without(table, pruned_ranges)
     if signed is None:
         return f"has {table.num_rows} rows, its messages give none" if table.num_rows else None
     if not table.equals(_decode_dictionaries(signed), check_metadata=False):
@@ -182,12 +182,12 @@ def _check_file(
     return None
 
 
-def _without(table: pyarrow.Table, gone: Sequence[LogRange]) -> pyarrow.Table:
+def _without(table: pyarrow.Table, pruned_ranges: Sequence[LogRange]) -> pyarrow.Table:
     """Return a table without the rows of pruned messages."""
     import pyarrow
 
     spans: dict[LogId, list[tuple[int, int]]] = {}
-    for device, log, first, last in gone:
+    for device, log, first, last in pruned_ranges:
         spans.setdefault((device, log), []).append((first, last))
     places = zip(*(table[name].to_pylist() for name in ("device", "log", "seq")), strict=True)
     stays = [

@@ -36,7 +36,7 @@ Key = tuple[str, str, str, int]
 
 
 class ExportSummary(msgspec.Struct):
-    """What a run added: chunks, files, messages and rows by kind."""
+    """Counts of one run: chunks, files, messages, and rows by kind."""
 
     chunks: int = 0
     files: int = 0

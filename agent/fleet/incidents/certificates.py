@@ -36,7 +36,7 @@ def list_certificates(home: Path, own: Iterable[Path], devices: Iterable[str]) -
 
 def find_ending(certificates: Iterable[Certificate], now_us: int) -> list[Condition]:
     """Return a condition for each certificate that ends soon or has ended."""
-    found = []
+    findings = []
     for certificate in certificates:
         left_s = (certificate.end_us - now_us) / 1e6
         if left_s >= CERTIFICATE_WARNING_S:
@@ -46,10 +46,10 @@ def find_ending(certificates: Iterable[Certificate], now_us: int) -> list[Condit
         owner = certificate.device or "the fleet"
         summary = f"The TLS certificate {certificate.path} of {owner} {verb} on {end}; the broker refuses it then."
         severity = "critical" if left_s < CERTIFICATE_CRITICAL_S else "warning"
-        found.append(
+        findings.append(
             Condition(CERTIFICATE_ENDS, certificate.device, summary, severity, {"name": certificate.name})  # type: ignore[arg-type]
         )
-    return found
+    return findings
 
 
 def _read_end(path: Path) -> int | None:

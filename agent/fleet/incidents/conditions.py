@@ -50,12 +50,12 @@ class HealthReport(msgspec.Struct, frozen=True):
 
     @property
     def delay_s(self) -> float:
-        """How much later than its own time it arrived; negative if that time was still to come."""
+        """Return its delay: arrival minus its own time; negative if that time was still to come."""
         return (self.received - clock.parse_rfc3339(self.time)) / 1e6
 
 
 class Condition(msgspec.Struct, frozen=True):
-    """What an alert is raised for; `names` fill in the id of its kind."""
+    """Cause of an alert of the collector; `names` fill in the id of its kind."""
 
     kind: AlertKind
     device: str

@@ -79,12 +79,12 @@ class Incident(msgspec.Struct, frozen=True):
 
     @property
     def kind(self) -> AlertKind | None:
-        """What the alert means and what to do; None for an alert of a newer version."""
+        """Return its kind, with meaning and action; None for an alert of a newer version."""
         return find_kind(self.alert, self.subject, self.id, self.task, from_collector=self.source == "collector")
 
 
 class IncidentFilter(msgspec.Struct, frozen=True):
-    """Which incidents to list: `open` True without cleared ones, False only those, None both; `severity` at least."""
+    """Filter of incidents: `open` True without cleared ones, False only those, None both; `severity` at least."""
 
     open: bool | None = True
     status: Status | None = None

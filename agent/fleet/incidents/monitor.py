@@ -77,18 +77,18 @@ class IncidentMonitor:
 
     def poll(self, now: ClockReading) -> list[str]:
         """Raise and clear alerts that are due; return the summaries of those raised. Raises StorageError."""
-        found: list[Findings] = []
+        findings: list[Findings] = []
         self._load_open()
         if (outliers := self._survey.step(now)) is not None:
-            found.append((OutlierSurvey.kind, _by_key(outliers)))
+            findings.append((OutlierSurvey.kind, _by_key(outliers)))
         if now.boot_s >= self._next_certificates_s:
             self._next_certificates_s = now.boot_s + CERTIFICATE_INTERVAL_S
             ending = find_ending(self._certificates(), now.wall_us)
-            found.append((CERTIFICATE_ENDS, _by_key(ending)))
+            findings.append((CERTIFICATE_ENDS, _by_key(ending)))
         if now.boot_s >= self._next_s:
             self._next_s = now.boot_s + POLL_INTERVAL_S
-            found += [*self._check_devices(now), *self._check_refusals(now)]
-        return self._apply(found, now) if found else []
+            findings += [*self._check_devices(now), *self._check_refusals(now)]
+        return self._apply(findings, now) if findings else []
 
     def _load_open(self) -> dict[AlertKey, CollectorAlert]:
         if self._open is None:
@@ -117,14 +117,14 @@ class IncidentMonitor:
         opened = self._load_open()
         with self._store.snapshot() as db:
             views = [self._view(db, status, now) for status in device_status.load_status(db)]
-        found: list[Findings] = []
+        findings: list[Findings] = []
         for kind, check in conditions.CHECKS:
             states = ((view, (view.device, kind.id) in opened) for view in views if view.status.is_active)
             held = [condition for view, is_open in states if (condition := check(view, is_open=is_open)) is not None]
             if kind is CLOCK_AT_COLLECTOR:
                 held = _blame_own_clock(held, sum(view.newest is not None for view in views))
-            found.append((kind, _by_key(held)))
-        return found
+            findings.append((kind, _by_key(held)))
+        return findings
 
     def _view(self, db: Connection, status: DeviceStatus, now: ClockReading) -> DeviceView:
         health: list[HealthReport] = []
@@ -138,12 +138,12 @@ class IncidentMonitor:
         seen_us = clock.parse_rfc3339(status.last_seen) if status.last_seen else now.wall_us
         return DeviceView(status, health, (now.wall_us - seen_us) / 1e6, watched_s)
 
-    def _apply(self, found: list[Findings], now: ClockReading) -> list[str]:
+    def _apply(self, findings: list[Findings], now: ClockReading) -> list[str]:
         """Raise what is new or worse, and clear the open alerts of each kind whose condition is over."""
         opened = self._load_open()
         changes: list[tuple[str, str | None, Alert, str]] = []
         became, raised = dict(opened), []
-        for kind, held in found:
+        for kind, held in findings:
             for key, condition in held.items():
                 known = opened.get(key)
                 if known is not None and SEVERITY_RANK[condition.severity] <= SEVERITY_RANK[known.severity]:

@@ -56,8 +56,8 @@ class FleetAlertSource:
 
     def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
         now = _now()
-        found = (incidents.load_incident(self._store, _from_text(key), now=now) for key in keys)
-        states = [self._to_state(incident) for incident in found if incident is not None]
+        loaded = (incidents.load_incident(self._store, _from_text(key), now=now) for key in keys)
+        states = [self._to_state(incident) for incident in loaded if incident is not None]
         return {state.key: state for state in states}
 
     def open_alerts(self) -> list[AlertState]:

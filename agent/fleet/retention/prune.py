@@ -1,7 +1,7 @@
 """Prune: remove what a retention no longer covers, one device at a time, and leave a signed statement of what went.
 
 What goes is verified first, so that the statement's state is that of an audit. A device with a message that does not
-verify keeps everything. Each device is one transaction: killed anywhere, its evidence is there or stated as gone.
+verify keeps everything. Each device is one transaction: killed anywhere, its evidence is there or stated as pruned.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LOG, _SEQ = (statements.ALERT_COLUMNS.index(name) for name in ("log", "seq"))
 
 
 class PrunedCount(msgspec.Struct, frozen=True):
-    """What goes, or went, of a device: messages, rows of single tables, and all rows that were removed."""
+    """Counts of one device: pruned messages, pruned rows of single tables, and all rows that were removed."""
 
     device: str
     messages: int
@@ -49,7 +49,7 @@ class PruneReport(msgspec.Struct):
 
 
 class _Plan(msgspec.Struct, frozen=True):
-    """What goes of a device; `last`: its newest statement."""
+    """Plan for one device: log → last seq to prune, of messages and of single tables; `last`: its newest statement."""
 
     device: str
     messages: dict[str, int]
@@ -122,9 +122,9 @@ def _make_plan(
     before: Mapping[str, str],
     last: PrunedDevice | None,
 ) -> _Plan:
-    gone = {} if last is None else {log.log: log.through for log in last.statement.logs}
+    pruned_through = {} if last is None else {log.log: log.through for log in last.statement.logs}
     floors = {} if last is None else last.statement.tables
-    messages = dict(gone)
+    messages = dict(pruned_through)
     tables = {table: {pruned.log: pruned.through for pruned in floor} for table, floor in floors.items()}
     for log, last_seq in logs:
         for name, time in before.items():
@@ -181,9 +181,9 @@ def _remove(
     prev = "" if plan.last is None else statements.digest(plan.last.payload)
     head = (fleet, plan.device, n, prev, now, dict(before))
     payload, token = statements.sign(key, Statement(*head, pruned_logs, pruned_tables, statements.digest(state)))
-    kept = frozenset((row[_LOG], row[_SEQ]) for row in retained)
+    retained_keys = frozenset((row[_LOG], row[_SEQ]) for row in retained)
     row = StatementRow(plan.device, n, now, payload, token, state)
-    return pruning.remove(store, row, Removal(plan.messages, plan.tables, stored, kept))
+    return pruning.remove(store, row, Removal(plan.messages, plan.tables, stored, retained_keys))
 
 
 def _describe_logs(
@@ -210,11 +210,11 @@ def _describe_logs(
 
 
 def _are_former_alerts_intact(last: PrunedDevice | None, retained: Sequence[Sequence[Any]]) -> bool:
-    """Return True if each open alert whose message had gone before is as the last statement has it."""
+    """Return True if each open alert whose message was pruned before is as the last statement has it."""
     if last is None:
         return True
-    former, gone = last.read_alerts(), {log.log: log.through for log in last.statement.logs}
-    old = [tuple(row) for row in retained if row[_SEQ] <= gone.get(row[_LOG], 0)]
+    former, pruned_through = last.read_alerts(), {log.log: log.through for log in last.statement.logs}
+    old = [tuple(row) for row in retained if row[_SEQ] <= pruned_through.get(row[_LOG], 0)]
     return all(former.get((row[0], row[_LOG], row[_SEQ])) == row for row in old)
 
 

@@ -227,7 +227,7 @@ def test_a_rule_that_comes_back_does_not_use_an_id_again(make_device: Callable[.
     ]
 
 
-def test_an_alert_whose_state_was_lost_is_cleared_and_its_id_is_not_used_again(
+def test_a_lost_state_clears_the_open_alert_and_the_next_one_has_a_new_id(
     make_device: Callable[..., Device],
 ) -> None:
     device = make_device(FALL)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from agent import clock
+from agent.bridge import publisher
 from agent.bridge.discovery import Place
-from agent.bridge.publisher import Publisher
+from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig, HomeAssistantConfig
 from agent.errors import UsageError
 from agent.fleet.bridge.homeassistant import build_publisher
@@ -101,8 +102,8 @@ class Site:
         arrivals = [Arrival(self.senders[name].verify(message)) for message in messages]
         self.store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
 
-    def bridge(self) -> Publisher:
-        return Publisher(
+    def bridge(self) -> BridgeThread:
+        return publisher.build_publisher(
             *(PLACE, self.broker, "bridge", lambda: StoredDevices(self.file)),
             max_age_s=MAX_AGE_S,
             cleans_up=True,

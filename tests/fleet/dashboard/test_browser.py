@@ -58,8 +58,8 @@ def wait_for(tab: Any, condition: str) -> None:
 
 def all_pages(dashboard: ServedDashboard) -> list[str]:
     incidents = dashboard.get("/incidents").text
-    found = [re.search(pattern, incidents) for pattern in (r"/incidents/[0-9a-f]{12}", r"/messages/[^\"]+")]
-    return [*PAGES, *(match[0] for match in found if match)]
+    matches = [re.search(pattern, incidents) for pattern in (r"/incidents/[0-9a-f]{12}", r"/messages/[^\"]+")]
+    return [*PAGES, *(match[0] for match in matches if match)]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -71,23 +71,23 @@ def test_a_screen_reader_finds_no_serious_barrier(
     tab, findings = context.new_page(), {}
     for path in all_pages(dashboard):
         tab.goto(dashboard.url + path)
-        if found := browsers.check_accessibility(tab, axe):
-            findings[path] = found
+        if matches := browsers.check_accessibility(tab, axe):
+            findings[path] = matches
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"{path} scrolls sideways"
     context.close()
     assert findings == {}
 
 
 def test_a_page_asks_nobody_else_and_breaks_no_rule_of_its_policy(tab: Any, dashboard: ServedDashboard) -> None:
-    asked, said = set[str](), []
-    tab.on("request", lambda request: asked.add(request.url))
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
+    requested, logged = set[str](), []
+    tab.on("request", lambda request: requested.add(request.url))
+    tab.on("console", lambda message: logged.append(message.text))
+    tab.on("pageerror", lambda error: logged.append(str(error)))
     for path in all_pages(dashboard):
         tab.goto(dashboard.url + path)
         tab.wait_for_timeout(150)
-    assert {url for url in asked if not url.startswith(dashboard.url)} == set()
-    assert [text for text in said if "404" not in text] == []
+    assert {url for url in requested if not url.startswith(dashboard.url)} == set()
+    assert [text for text in logged if "404" not in text] == []
 
 
 def test_a_change_appears_without_a_reload(tab: Any, dashboard: ServedDashboard) -> None:
@@ -186,7 +186,7 @@ def test_a_link_in_a_mail_opens_its_page_for_who_is_signed_in(browser: Any, tmp_
         context.close()
 
 
-def test_a_lost_server_is_said_and_the_page_comes_back(browser: Any, tmp_path: Path) -> None:
+def test_a_lost_server_is_reported_and_the_page_comes_back(browser: Any, tmp_path: Path) -> None:
     with served(tmp_path / "acme") as dashboard:
         wait_until_shown(dashboard, "/fleet", "pi-07")
         tab = browser.new_context().new_page()

@@ -101,7 +101,7 @@ def test_text_of_a_device_is_never_markup(dashboard: ServedDashboard) -> None:
     assert "\u202e" not in series
 
 
-def test_incidents_say_what_to_do_and_take_decisions(dashboard: ServedDashboard) -> None:
+def test_incidents_name_what_to_do_and_take_decisions(dashboard: ServedDashboard) -> None:
     page = wait_until_shown(dashboard, "/incidents?device=pi-07", "ax: gain loss.")
     assert "What to do:" in page
     assert "Acknowledge" not in page
@@ -125,7 +125,7 @@ def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> Non
     assert dashboard.post("/devices/pi-07/label", {**form, "row": "77"}, otto).status == 409
 
 
-def test_an_unavailable_database_is_said_and_comes_back(tmp_path: Path) -> None:
+def test_an_unavailable_database_is_reported_and_comes_back(tmp_path: Path) -> None:
     with served(tmp_path / "acme") as dashboard:
         wait_until_shown(dashboard, "/fleet", "pi-07")
         file = Path(dashboard.dashboard.reader.location)
@@ -185,7 +185,7 @@ def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(da
     assert dashboard.get("/rollouts/none").status == 404
 
 
-def test_a_newer_database_is_said_until_the_dashboard_is_updated(tmp_path: Path) -> None:
+def test_a_newer_database_is_reported_until_the_dashboard_is_updated(tmp_path: Path) -> None:
     with served(tmp_path / "acme") as dashboard:
         wait_until_shown(dashboard, "/fleet", "pi-07")
         file = Path(dashboard.dashboard.reader.location)
@@ -239,15 +239,15 @@ def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:
     with served(tmp_path / "acme", database=postgres_url, local_role="admin") as dashboard:
         page = wait_until_shown(dashboard, "/fleet", "gain loss")
         assert "exercise 1.0.0" in page
-        found = re.search(r"/messages/[^\"]+", page)
+        message = re.search(r"/messages/[^\"]+", page)
         ref = re.search(r"/incidents/[0-9a-f]{12}", dashboard.get("/incidents").text)
-        assert found is not None
+        assert message is not None
         assert ref is not None
         paths = ["/incidents?status=all", ref[0], "/devices/pi-07?range=all", "/devices/pi-07/results.json?range=all"]
         paths += ["/devices/pi-07/drift.svg?range=all", "/tasks", "/tasks/exercise", "/models", "/models/exercise"]
-        for path in [*paths, "/rollouts", "/audit", "/accounts", found[0]]:
+        for path in [*paths, "/rollouts", "/audit", "/accounts", message[0]]:
             assert dashboard.get(path).status == 200, path
-        assert "verified now" in dashboard.get(found[0]).text
+        assert "verified now" in dashboard.get(message[0]).text
         assert dashboard.post(ref[0], {"action": "acknowledge"}).status == 303
         assert dashboard.post("/devices/pi-07/label", {"task": "exercise", "row": "1", "label": "FEL"}).status == 303
         cookie = dashboard.sign_in("vera")

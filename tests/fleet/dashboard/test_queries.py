@@ -42,11 +42,11 @@ def test_no_statement_scans_a_large_table(name: str, tmp_path_factory: pytest.Te
     with store.snapshot() as db:
         plan = [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", (None,) * sql.count("?"))]
     store.close()
-    scans = [step for step in plan if (found := re.match(r"SCAN (\w+)", step)) and found[1] in LARGE]
+    scans = [step for step in plan if (table := re.match(r"SCAN (\w+)", step)) and table[1] in LARGE]
     assert scans == [], plan
 
 
-def test_a_time_is_found_among_rows_without_reading_them_all(store: FleetStore) -> None:
+def test_a_time_is_located_among_rows_without_reading_them_all(store: FleetStore) -> None:
     sender = enrolled(store, "pi-01", 1)
     begin, step = 1_795_000_000_000_000, 1_000_000
     rows = [("pi-01", "exercise", n, begin + n * step, "PEN", 0.5, None, sender.log, n) for n in range(1, 3001)]
@@ -54,13 +54,13 @@ def test_a_time_is_found_among_rows_without_reading_them_all(store: FleetStore) 
     with store.transaction() as db:
         db.executemany(f"INSERT INTO results ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     with store.snapshot() as db:
-        found, sampled = results.load_series(db, "pi-01", "exercise", begin + 100 * step, begin + 110 * step, 800)
-        assert [row[0] for row in found] == [*range(100, 111)]
+        rows_read, sampled = results.load_series(db, "pi-01", "exercise", begin + 100 * step, begin + 110 * step, 800)
+        assert [row[0] for row in rows_read] == [*range(100, 111)]
         assert not sampled
-        found, sampled = results.load_series(db, "pi-01", "exercise", -(2**63), begin + 10**15, 100)
+        rows_read, sampled = results.load_series(db, "pi-01", "exercise", -(2**63), begin + 10**15, 100)
         assert sampled
-        assert 100 <= len(found) <= 101
-        assert (found[0][0], found[-1][0]) == (1, 3000) or found[-1][0] > 2960
+        assert 100 <= len(rows_read) <= 101
+        assert (rows_read[0][0], rows_read[-1][0]) == (1, 3000) or rows_read[-1][0] > 2960
         late = results.load_series(db, "pi-01", "exercise", begin + 5000 * step, begin + 10**15, 100)
         assert late == ([], False)
         assert results.load_series(db, "pi-01", "other", 0, begin, 10) == ([], False)

@@ -42,7 +42,7 @@ def test_the_columns_of_each_kind(name: str) -> None:
     assert cells == expected
 
 
-def test_the_example_names_the_devices_whose_accuracy_followed(tmp_path: Path) -> None:
+def test_the_example_lists_devices_with_drift_and_lower_accuracy(tmp_path: Path) -> None:
     store = FleetStore(tmp_path / "fleet.db")
 
     def at(days: float) -> str:
@@ -69,10 +69,10 @@ def test_the_example_names_the_devices_whose_accuracy_followed(tmp_path: Path) -
     [query] = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
     queries = ExportQueries(tmp_path / "export")
     names, rows = queries.query(query)
-    found = [dict(zip(names, row, strict=True)) for row in rows]
+    answers = [dict(zip(names, row, strict=True)) for row in rows]
     queries.close()
     assert [(row["device"], row["windows"], row["accuracy_before"], row["accuracy_since"], row["followed"])
-            for row in found] == [
+            for row in answers] == [
         ("pi-followed", 2, 0.95, 0.8, True),
         ("pi-steady", 1, 0.95, 0.94, False),
         ("pi-unlabelled", 1, None, None, None),

@@ -183,9 +183,9 @@ def test_interrupted_after_any_write_and_run_again_it_is_the_same(
 
 
 def test_filters_select_rows_and_bind_the_folder(store: FleetStore, tmp_path: Path) -> None:
-    one, two = MessageSender("pi-07"), MessageSender("pi-08", task="other")
-    ingest(store, one, *every_kind(one))
-    ingest(store, two, *every_kind(two))
+    first, second = MessageSender("pi-07"), MessageSender("pi-08", task="other")
+    ingest(store, first, *every_kind(first))
+    ingest(store, second, *every_kind(second))
     since = "2025-11-24T22:18:00.000001Z"
     filters = Filters(kinds=("results", "alerts"), device="pi-07", since=since, until="2025-11-24T22:18:01.000000Z")
     export(store, tmp_path / "out", FLEET, filters)

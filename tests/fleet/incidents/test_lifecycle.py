@@ -121,9 +121,9 @@ def test_each_kind_of_alert_is_recognized_by_its_names() -> None:
         alert = kind.raised("", None, **dict.fromkeys(re.findall(r"{(\w+)}", kind.subject + kind.id), "x1"))
         task = "t" if kind.source == "task" else None
         identity = f"t/{alert.id}" if task else alert.id
-        found = find_kind(alert.alert, alert.subject, identity, task, from_collector=kind.source == "collector")
-        assert found is not None, kind.title
-        assert (found.alert, found.source == "collector") == (kind.alert, kind.source == "collector")
+        matched = find_kind(alert.alert, alert.subject, identity, task, from_collector=kind.source == "collector")
+        assert matched is not None, kind.title
+        assert (matched.alert, matched.source == "collector") == (kind.alert, kind.source == "collector")
 
 
 def test_the_command_acknowledges_and_mutes(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_built_in_bundle_is_published_listed_and_revoked(desk: Operator) -> No
         (("--roots", 5), 5, 2),
     ],
 )
-def test_a_change_of_keys_needs_a_second_root_key_unless_told_otherwise(
+def test_a_change_of_keys_needs_a_second_root_key_by_default(
     desk: Operator, tmp_path: Path, words: tuple[object, ...], keys_made: int, threshold: int
 ) -> None:
     (tmp_path / "stick").mkdir()

@@ -86,11 +86,11 @@ def rows(store: FleetStore, table: str, columns: str = "*") -> list[tuple[Any, .
 
 
 def test_old_messages_go_and_what_stays_passes(store: FleetStore) -> None:
-    one, two = MessageSender("pi-07"), MessageSender("pi-08")
-    old = everything(one, "a")
-    assert set(ingest(store, one, OLD, *old)) == {"new"}
-    ingest(store, one, NEW, *everything(one, "b"))
-    ingest(store, two, NEW, *everything(two, "c"))
+    first, second = MessageSender("pi-07"), MessageSender("pi-08")
+    old = everything(first, "a")
+    assert set(ingest(store, first, OLD, *old)) == {"new"}
+    ingest(store, first, NEW, *everything(first, "b"))
+    ingest(store, second, NEW, *everything(second, "c"))
     gaps, devices = store.gaps(), store.devices()
     thirty = Retention(messages=Duration(30 * 86400.0))
     planned = run(store, thirty, dry=True)
@@ -103,7 +103,8 @@ def test_old_messages_go_and_what_stays_passes(store: FleetStore) -> None:
     audited = check(store)
     assert audited.passed, audited.to_dict()
     assert audited.pruned == [
-        {"device": "pi-07", "time": clock.to_rfc3339(NEW), "log": one.log, "table": "messages", "through": old[-1].seq,
+        {"device": "pi-07", "time": clock.to_rfc3339(NEW), "log": first.log, "table": "messages",
+         "through": old[-1].seq,
          "count": 11}
     ]  # fmt: skip
     # Gaps do not appear, and open alerts stay.

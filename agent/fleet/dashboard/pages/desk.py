@@ -38,7 +38,7 @@ class OperatorDesk:
         with store.snapshot() as db:
             current = journal.find(db, name)
             verdict = load_snapshot(db, current, clock.read().wall_us).verdict if current.is_open else None
-        said = f"{reason} ({by}, by the dashboard)" if reason else ""
+        signed_reason = f"{reason} ({by}, by the dashboard)" if reason else ""
 
         def run(db: Connection, operator: RolloutOperator, counter: int) -> Rollout:
             if action == "pause":
@@ -46,10 +46,10 @@ class OperatorDesk:
             if action == "resume":
                 return actions.resume(db, operator, current)
             if action == "abort":
-                return actions.abort(db, operator, counter, current, said, verdict)
+                return actions.abort(db, operator, counter, current, signed_reason, verdict)
             if verdict is None:
                 raise UsageError(f"roll-out {name} is {current.state}; there is nothing to promote")
-            return actions.promote(db, operator, counter, current, verdict, said or None)
+            return actions.promote(db, operator, counter, current, verdict, signed_reason or None)
 
         fleet = self._config.fleet.name
         publisher = RolloutPublisher(store, fleet, self._folder, self.key, self._connect)

@@ -37,11 +37,11 @@ class Check(msgspec.Struct, frozen=True):
 async def show(visit: Visit) -> Response:
     parts = visit.request.path_params
     device, log, seq = parts["device"], parts["log"], _parse_seq(parts["seq"])
-    found = await visit.dashboard.reader.read(lambda db: _load(db, device, log, seq))
-    if found is None:
+    loaded = await visit.dashboard.reader.read(lambda db: _load(db, device, log, seq))
+    if loaded is None:
         missing = f"message {seq} of log {log} of {device} is not stored; it is missing, evicted or still to come"
         raise HTTPException(404, missing)
-    return visit.render("message.html", title=f"Message {seq}", **found)
+    return visit.render("message.html", title=f"Message {seq}", **loaded)
 
 
 async def download(visit: Visit) -> Response:

@@ -72,14 +72,14 @@ async def show_one(visit: Visit) -> Response:
 
 async def _load(visit: Visit) -> list[Version]:
     """Return every version that runs or is published, the newest of each model first."""
-    found: dict[str, Version] = {}
+    by_digest: dict[str, Version] = {}
     for device in visit.dashboard.state.devices.values():
         for task in device.tasks:
             if task.digest:
-                version = found.setdefault(task.digest, Version(task.model, task.version, task.digest))
+                version = by_digest.setdefault(task.digest, Version(task.model, task.version, task.digest))
                 version.devices = [*version.devices, device.device]
                 version.tasks = version.tasks | {task.name}
-    running = {digest: len(version.devices) for digest, version in found.items()}
+    running = {digest: len(version.devices) for digest, version in by_digest.items()}
 
     def read(_: Any) -> bundles.BundleDocuments:
         return _DOCUMENTS.load(visit.dashboard, running)
@@ -90,7 +90,7 @@ async def _load(visit: Visit) -> list[Version]:
         # Without the fleet's folder the page still says who runs what.
         documents = bundles.BundleDocuments()
     for card in documents.cards:
-        version = found.setdefault(card.digest, Version(card.name, card.version, card.digest))
+        version = by_digest.setdefault(card.digest, Version(card.name, card.version, card.digest))
         version.card = card
         paths = {file: f"{card.folder}/{file}" for file in ("MODEL_CARD.md", "DATA_CARD.md")}
         version.texts = {
@@ -98,7 +98,7 @@ async def _load(visit: Visit) -> list[Version]:
             for file, path in paths.items()
             if path in documents.files
         }
-    return sorted(found.values(), key=lambda version: (version.name, _version_order(version.version)))
+    return sorted(by_digest.values(), key=lambda version: (version.name, _version_order(version.version)))
 
 
 def _version_order(text: str) -> list[tuple[int, str]]:

@@ -29,7 +29,7 @@ from agent.text import format_interval, format_value
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey
 
-_MAX_KEPT, _MAX_DEVICES = 4, 300
+_MAX_ROLLOUTS, _MAX_DEVICES = 4, 300
 # A device that is not done comes first.
 _PHASES = ("rejected", "rolled_back", "fetching", "shadow", "canary", "not_reported", "active", "cancelled")
 
@@ -47,7 +47,7 @@ class _Tallies:
             status = build_status(db, load_snapshot(db, rollout, now_us, tallies), now_us)
             # Only after a complete reading, which a failure would leave half done.
             self._known[rollout.name, rollout.started] = tallies
-            while len(self._known) > _MAX_KEPT:
+            while len(self._known) > _MAX_ROLLOUTS:
                 self._known.popitem(last=False)
             return status
 
@@ -125,8 +125,8 @@ def _offered(status: dict[str, Any]) -> list[str]:
 def _verify(rollout: str, rows: Sequence[Any], trusted: Sequence[PublicKey]) -> list[dict[str, Any]]:
     """Return the decisions, newest first, each with the problem of its signature or chain, "" if there is none."""
     signers = {key.kid: Signer("operator", key) for key in trusted}
-    _, found = decisions.verify_chain(rollout, rows, signers.get)
-    problems: dict[Any, str] = dict(found)
+    _, invalid = decisions.verify_chain(rollout, rows, signers.get)
+    problems: dict[Any, str] = dict(invalid)
     return [
         {"n": n, "time": time, "event": event, "summary": summary, "problem": problems.get(n, ""), "jws": token}
         for _, n, time, event, summary, _, _, token in reversed(rows)

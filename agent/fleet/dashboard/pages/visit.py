@@ -31,7 +31,7 @@ _MAX_FIELDS = 20
 
 
 class Dashboard:
-    """What all pages share. `desk` signs what operators decide; None if this process has no operator key."""
+    """State and services of all pages. `desk` signs decisions; None if this process has no operator key."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Who visits: accounts with a signed session cookie, a proxy's header, or this machine itself.
+"""Identity of a visitor: accounts with a signed session cookie, a proxy's header, or this machine itself.
 
 The cookie holds a random session, signed so that a forged one costs no look-up. The database has only its hash, and
 decides with each request whether it is still valid.

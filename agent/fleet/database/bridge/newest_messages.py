@@ -16,6 +16,8 @@ _DEVICES = """
 """
 _TOPICS = "SELECT seq, topic FROM messages WHERE device = ? AND log = ? AND seq > ? ORDER BY seq DESC LIMIT ?"
 
+_MESSAGES = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND seq > ? ORDER BY seq LIMIT ?"
+
 
 class DeviceProgress(msgspec.Struct, frozen=True):
     """Progress of a device's newest log. `latest`: when its last message arrived; None, as `log`, before the first."""
@@ -48,3 +50,8 @@ def load_newest_by_topic(db: Connection, device: str, log: str, after: int, limi
     ordered = sorted(newest.items(), key=lambda entry: entry[1])
     payloads = db.payloads([(device, log, seq) for _, seq in ordered])
     return {topic: bytes(data) for (topic, _), data in zip(ordered, payloads, strict=True) if data is not None}
+
+
+def load_messages(db: Connection, device: str, log: str, after: int, limit: int) -> dict[int, bytes]:
+    """Return seq → payload of the next messages with seq > `after`, in order."""
+    return {seq: bytes(payload) for seq, payload in db.execute(_MESSAGES, (device, log, after, limit))}

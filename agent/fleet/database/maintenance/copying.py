@@ -34,7 +34,7 @@ _NEWEST = (
     *(("meta", "value"), ("alerts", "time"), ("labels", "received")),
 )
 # Tables with rows as soon as the tables are created.
-_BEGUN_WITH_ROWS = frozenset({"meta"})
+_INITIAL_ROWS = frozenset({"meta"})
 
 
 class CopiedTable(msgspec.Struct, frozen=True):
@@ -88,13 +88,13 @@ def _fingerprint(db: Connection, tables: Sequence[CopiedTable]) -> str:
 def _begin(target: FleetStore, tables: Sequence[CopiedTable], fingerprint: str) -> None:
     """Empty the target, unless it has a part of this copy. Raises UsageError if it has anything else."""
     with target.transaction() as into:
-        is_begun = into.execute(_HAS_PROGRESS).fetchone()[0]
-        if is_begun and _read_progress(into, _SOURCE) == fingerprint:
+        is_resumed = into.execute(_HAS_PROGRESS).fetchone()[0]
+        if is_resumed and _read_progress(into, _SOURCE) == fingerprint:
             return
-        if not is_begun:
+        if not is_resumed:
             for table in tables:
                 is_empty = into.execute(f"SELECT 1 FROM {table.name} LIMIT 1").fetchone() is None
-                if not is_empty and table.name not in _BEGUN_WITH_ROWS:
+                if not is_empty and table.name not in _INITIAL_ROWS:
                     problem = f"table {table.name} has rows already; name an empty database"
                     raise UsageError(f"{target.name}: {problem}")
             into.execute(_CREATE_PROGRESS)
@@ -107,8 +107,8 @@ def _begin(target: FleetStore, tables: Sequence[CopiedTable], fingerprint: str) 
 def _copy_table(db: Connection, target: FleetStore, table: CopiedTable, progress: Callable[[int], None]) -> None:
     key, columns = (", ".join(f'"{name}"' for name in names) for names in (table.key, table.columns))
     limit = _MESSAGES if table.name == "messages" else _ROWS
-    with target.snapshot() as begun:
-        text = _read_progress(begun, table.name)
+    with target.snapshot() as db:
+        text = _read_progress(db, table.name)
     last = None if text is None else json.loads(text)
     width = len(table.key)
     while True:

@@ -11,7 +11,7 @@ from agent.fleet.database.interface import Connection, Row, TransactionConflict
 from agent.fleet.database.projection import SHARED_TABLES, TABLES
 from agent.fleet.database.store import FleetStore
 
-_FIRST_KEPT = "SELECT min(seq) FROM messages WHERE device = ? AND log = ? AND seq > ? AND received >= ?"
+_FIRST_NEWER = "SELECT min(seq) FROM messages WHERE device = ? AND log = ? AND seq > ? AND received >= ?"
 _FIRST_GAP = "SELECT min(first) FROM gaps WHERE device = ? AND log = ? AND NOT declared"
 _LAST_BEFORE = "SELECT max(seq), count(*) FROM messages WHERE device = ? AND log = ? AND seq <= ?"
 _COUNT = "SELECT count(*) FROM messages WHERE device = ? AND log = ? AND seq <= ?"
@@ -38,7 +38,7 @@ class StatementRow(msgspec.Struct, frozen=True):
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What goes of a device: log → seq up to which it goes, of messages and of single tables.
+    """Messages and rows of a device that are pruned: log → last seq, for messages and for single tables.
 
     `counts`: stored messages up to there, as the statement counts them. `alerts`: (log, seq) of rows that stay.
     """
@@ -56,9 +56,9 @@ def find_cut(store: FleetStore, device: str, log: str, last_seq: int, floor: int
     may still fill.
     """
     with store.snapshot() as db:
-        kept = db.execute(_FIRST_KEPT, (device, log, floor, before)).fetchone()[0]
+        newer = db.execute(_FIRST_NEWER, (device, log, floor, before)).fetchone()[0]
         gap = db.execute(_FIRST_GAP, (device, log)).fetchone()[0]
-        bounds = [last_seq - 1, *(seq - 1 for seq in (kept, gap) if seq is not None)]
+        bounds = [last_seq - 1, *(seq - 1 for seq in (newer, gap) if seq is not None)]
         last, count = db.execute(_LAST_BEFORE, (device, log, min(bounds))).fetchone()
     return max(floor, last) if count else floor
 

@@ -10,7 +10,7 @@ MIN_RETENTION_S = 86_400.0
 
 
 class Retention(Section, frozen=True):
-    """How long after its arrival each stays; without a key, forever. With a message its rows go from every table."""
+    """Retention of each table, counted from arrival; forever without a key. A pruned message takes its rows along."""
 
     messages: Duration | None = None
     results: Duration | None = None

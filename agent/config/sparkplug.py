@@ -1,0 +1,45 @@
+"""Section [sparkplug] of fleets: whether and where Sparkplug hosts find the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from agent.config.broker import BrokerConfig, check_broker
+from agent.errors import ConfigError
+from agent.quantities import Duration
+from agent.toml_files import Section
+
+
+class SparkplugConfig(Section, frozen=True):
+    """`group` and `node`: ids of the edge node, the fleet's name without a group. `broker`: where it is another one.
+
+    A result that is older than `max_age` when it arrives is marked as historical.
+    """
+
+    enabled: bool = True
+    group: Annotated[str, msgspec.Meta(pattern=r"^[^+/#\x00]{0,64}\Z")] = ""
+    node: Annotated[str, msgspec.Meta(pattern=r"^[^+/#\x00]{1,64}\Z")] = "outstation"
+    max_age: Duration = Duration(600.0)
+    broker: BrokerConfig | None = None
+
+
+def with_absolute_paths(config: SparkplugConfig, base: Path) -> SparkplugConfig:
+    """Return the section with its file paths resolved against `base`."""
+    broker = config.broker and config.broker.with_absolute_paths(base)
+    return msgspec.structs.replace(config, broker=broker)
+
+
+def check(file: str, config: SparkplugConfig, fleet_broker: BrokerConfig) -> None:
+    """Check the section. Raises ConfigError."""
+    if config.broker is not None:
+        check_broker(file, config.broker, "sparkplug.broker")
+    elif fleet_broker.cert_file is not None:
+        problem = (
+            "is missing: the fleet's broker takes one connection per certificate; name the broker of the hosts here"
+        )
+        raise ConfigError(file, "sparkplug.broker", problem)
+    if not 1.0 <= config.max_age <= 31 * 86_400.0:
+        raise ConfigError(file, "sparkplug.max_age", "must be between 1 s and 31 d")
