@@ -98,9 +98,14 @@ class Notifier:
 
     def _load(self) -> None:
         """Read the tables, and forget targets that the config no longer names."""
-        with self._database.transaction() as db:
+        with self._database.snapshot() as db:
             states, ledger = store.load_targets(db), store.load_ledger(db)
-            for target in {*states, *(target for target, _ in ledger)} - {*self._config.targets}:
+        removed = {*states, *(target for target, _ in ledger)} - {*self._config.targets}
+        for target in removed & states.keys():
+            if states[target].is_reported:
+                self._source.report_target(target, None)
+        with self._database.transaction() as db:
+            for target in removed:
                 store.drop_target(db, target)
             self._cursor = store.load_cursor(db)
             self._waiting = {name: count for name, (count, _) in store.count_waiting(db).items()}
@@ -141,7 +146,7 @@ class Notifier:
             for alert in alerts.values():
                 key = (target, alert.key)
                 before = self._ledger.get(key)
-                delivery = find_delivery(self._config, target, alert)
+                delivery = find_delivery(self._config, self._source.sender, target, alert)
                 after = None if delivery is None else planner.update_entry(before, target, alert, delivery, now_s)
                 if after != before:
                     writes.entries[key] = after
@@ -155,7 +160,7 @@ class Notifier:
             entry.alert: delivery
             for entry in pending
             if (alert := self._alerts.get(entry.alert)) is not None
-            and (delivery := find_delivery(self._config, state.target, alert)) is not None
+            and (delivery := find_delivery(self._config, self._source.sender, state.target, alert)) is not None
         }
         at_once, digest = planner.select_ready(
             pending,
@@ -236,17 +241,15 @@ class Notifier:
         while not self._outcomes.empty():
             outcome = self._outcomes.get()
             try:
-                report = self._record(outcome, now_s)
+                self._record(outcome, now_s)
             except StorageError:
                 # Not marked: the worker stays busy, so that nothing else is sent to this target before it is.
                 self._outcomes.put(outcome)
                 raise
             self._workers[outcome.message.target].is_busy = False
-            if report is not None:
-                self._source.report_target(outcome.message.target, report or None)
 
-    def _record(self, outcome: Outcome, now_s: float) -> str | None:
-        """Store the outcome; return what an alert about the target says: "" to clear it, None for no change."""
+    def _record(self, outcome: Outcome, now_s: float) -> None:
+        """Store the outcome, and raise or clear the alert about the target."""
         message, failure = outcome.message, outcome.failure
         state = replace(self._targets[message.target])
         was_reported, is_done = state.is_reported, failure is None
@@ -262,6 +265,10 @@ class Notifier:
                 # It would keep all later ones from being sent.
                 state.rejected += 1
                 is_done = True
+        if state.is_reported != was_reported:
+            # First: killed between the two, an alert is raised or cleared twice, and never forgotten.
+            problem = f"Notifications to {message.target} fail: {failure}." if state.is_reported else None
+            self._source.report_target(message.target, problem)
         with self._database.transaction() as db:
             if is_done:
                 store.delete_message(db, message)
@@ -272,9 +279,6 @@ class Notifier:
         self._waiting[message.target] -= is_done
         if failure is not None and (state.failures == 1 or state.is_reported != was_reported):
             logger.warning("notifications to %s fail: %s; trying again", message.target, failure)
-        if state.is_reported == was_reported:
-            return None
-        return f"Notifications to {message.target} fail: {failure}." if state.is_reported else ""
 
 
 class _Writes(msgspec.Struct):

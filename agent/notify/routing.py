@@ -20,10 +20,10 @@ class Delivery(msgspec.Struct, frozen=True):
     remind_every_s: float
 
 
-def find_delivery(config: NotifyConfig, target: str, alert: AlertState) -> Delivery | None:
-    """Return how `target` is told of an alert; None if it is not."""
-    if alert.alert == "notify" and alert.subject == target:
-        # A target that fails is not told so itself.
+def find_delivery(config: NotifyConfig, sender: str, target: str, alert: AlertState) -> Delivery | None:
+    """Return how `target` of `sender` is told of an alert; None if it is not."""
+    if alert.alert == "notify" and alert.subject == target and alert.device in ("", sender):
+        # A target that fails is not told so itself; a device's own target may have the same name.
         return None
     routes = [route for route in config.effective_routes() if target in route.targets and _matches(route, alert)]
     if not routes:

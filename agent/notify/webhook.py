@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import http.client
+import socket
 import ssl
 import time
 from urllib.parse import urlsplit
@@ -47,10 +48,15 @@ def send(target: WebhookTarget, message: Notification) -> None:
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection = _connect(target, parts.hostname or "", parts.port)
     try:
-        with limit_total(lambda: connection.sock):
+        opened: socket.socket | None = None
+        with limit_total(lambda: opened or connection.sock):
+            connection.connect()
+            # A response after which the server closes takes the socket from the connection.
+            opened = connection.sock
             connection.request("POST", path, body, headers)
             with connection.getresponse() as response:
-                answer = response.read(MAX_ANSWER)
+                # What was accepted must not be sent again because the rest of the answer does not arrive.
+                answer = b"" if 200 <= response.status < 300 else response.read(MAX_ANSWER)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise SendFailed(f"{_name(target)}: {_describe(error)}") from None
     finally:

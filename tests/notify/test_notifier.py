@@ -252,6 +252,45 @@ def test_a_target_that_fails_gets_every_state_later_and_is_an_alert_of_its_own(
         assert [i.alert for i in incidents.list_incidents(store, now=desk.time())] == []
 
 
+def test_a_failing_target_that_the_config_no_longer_names_is_no_alert_any_more(
+    store: FleetStore, hook: HookServer
+) -> None:
+    desk = Desk(store, hook)
+    hook.status = 503
+    desk.alert(AX)
+    desk.turn(1200)
+    assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
+    desk.config.targets["renamed"] = desk.config.targets.pop("hook")
+    desk.config.routes[0] = NotifyRoute(targets=["renamed"])
+    desk.restart()
+    desk.notifier.tick()
+    assert {i.alert for i in incidents.list_incidents(store, now=desk.time())} == {"drift"}
+
+
+def test_a_process_killed_before_it_marked_a_failing_target_raises_its_alert_later(
+    store: FleetStore, hook: HookServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(store, hook)
+    hook.status = 503
+    desk.alert(AX)
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(FleetAlertSource, "report_target", fail)
+        desk.turn(1200)
+    desk.restart()
+    desk.turn(600)
+    assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
+
+
+def fail(*args: Any) -> None:
+    raise StorageError("the disk is gone")
+
+
+def test_a_target_of_a_device_with_the_same_name_is_told(store: FleetStore, hook: HookServer) -> None:
+    desk = Desk(store, hook)
+    desk.alert("notify/hook", alert="notify", subject="hook")
+    assert len(desk.turn()) == 1
+
+
 def test_a_dead_target_costs_a_bounded_number_of_messages(store: FleetStore, hook: HookServer) -> None:
     desk = Desk(store, hook)
     hook.status = 503
@@ -309,10 +348,6 @@ def test_a_database_that_fails_meanwhile_loses_nothing(
     desk.alert()
     desk.turn(20)
     real = queue.delete_message
-
-    def fail(*args: Any) -> None:
-        raise StorageError("the disk is gone")
-
     monkeypatch.setattr(queue, "delete_message", fail)
     desk.alert(AY, summary="ay: gain loss.")
     with pytest.raises(StorageError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,3 +230,36 @@ def test_the_backoff_grows_to_an_hour_and_obeys_the_target() -> None:
         assert full / 2 <= backoff_s(failures) <= full
     assert backoff_s(1, 120.0) == 120.0
     assert backoff_s(1, 1e9) == 3600.0
+
+
+def test_a_webhook_that_closes_after_its_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: deadline.limit_total(find, 1.0))
+    with dripping_server(b"HTTP/1.1 500 Broken\r\nConnection: close\r\n\r\n") as url:
+        began = time.monotonic()
+        with pytest.raises(SendFailed):
+            send(WebhookTarget(url=url), message())
+        assert time.monotonic() - began < 4
+
+
+def test_a_webhook_that_accepts_and_never_ends_its_answer_has_accepted() -> None:
+    with dripping_server(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n") as url:
+        began = time.monotonic()
+        send(WebhookTarget(url=url), message())
+        assert time.monotonic() - began < 4
+
+
+@contextlib.contextmanager
+def dripping_server(head: bytes) -> Iterator[str]:
+    """Answer one request with `head`, and a body of a byte each 0.2 s."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with listening.accept()[0] as accepted, contextlib.suppress(OSError):
+                accepted.recv(65536)
+                accepted.sendall(head)
+                for _ in range(40):
+                    accepted.sendall(b"x")
+                    time.sleep(0.2)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"

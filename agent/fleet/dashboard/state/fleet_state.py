@@ -13,6 +13,7 @@ import msgspec
 from agent import clock
 from agent.fleet.database.dashboard import devices as statements
 from agent.fleet.database.interface import Connection
+from agent.names import is_name
 
 # A device that promised to be online and has sent nothing for this long is shown as silent.
 SILENT_AFTER_US = 15 * 60 * 1_000_000
@@ -184,6 +185,9 @@ def _with_log(device: DeviceState, log: Any, health: Any, clock_row: Any) -> Dev
 def _parse_tasks(health: dict[str, Any]) -> list[TaskState]:
     parsed = []
     for name, task in as_object(health.get("tasks")).items():
+        if not is_name(name):
+            # No task has such a name, and PostgreSQL refuses some of them.
+            continue
         reported = as_object(task)
         model = as_object(reported.get("model"))
         texts = [_as_text(value) for value in (reported.get("stream"), *map(model.get, ("name", "version", "digest")))]

@@ -1,0 +1,82 @@
+"""The feed of changes: it outlives hostile rows, and ends with the session of its listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent import clock
+from agent.fleet.dashboard.state import feed as feeds
+from agent.fleet.dashboard.state.feed import ChangeFeed
+from agent.fleet.dashboard.state.fleet_state import FleetState
+from agent.fleet.dashboard.state.reader import DatabaseReader
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from tests.kit.dashboards import enrolled, health
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 250, "<b>"])
+def test_a_task_with_a_name_that_no_task_has_does_not_stop_the_feed(store: FleetStore, name: str) -> None:
+    sender = enrolled(store, "pi-01", 1)
+    message = health(sender, tasks={name: {"stream": "watch"}, "exercise": {"stream": "watch"}})
+    store.ingest([Arrival(sender.verify(message))], [], clock.to_rfc3339(clock.read().wall_us))
+    state = FleetState()
+    with store.snapshot() as db:
+        state.refresh(db)
+    assert [task.name for task in state.devices["pi-01"].tasks] == ["exercise"]
+
+
+def test_a_row_that_cannot_be_read_is_a_problem_and_not_the_end(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        feed = ChangeFeed(reader, FleetState())
+        with monkeypatch.context() as patch:
+            patch.setattr(FleetState, "refresh", refuse)
+            await feed.poll()
+            assert feed.state.problem
+        await feed.poll()
+        assert not feed.state.problem
+
+    def refuse(*_: object) -> set[str]:
+        raise OverflowError("a number of a device")
+
+    reader = DatabaseReader(str(store.location))
+    asyncio.run(run())
+    reader.close()
+
+
+def test_a_stream_ends_with_its_session_although_the_fleet_never_rests(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "PING_S", 0.3)
+
+    async def run() -> list[str]:
+        feed = ChangeFeed(reader, FleetState())
+
+        async def still_allowed() -> bool:
+            return False
+
+        async def change() -> None:
+            while True:
+                feed._send("{}")
+                await asyncio.sleep(0.02)
+
+        changing = asyncio.create_task(change())
+        async with asyncio.timeout(5):
+            events = [event async for event in feed.listen(still_allowed)]
+        changing.cancel()
+        return events
+
+    reader = DatabaseReader(str(store.location))
+    assert len(asyncio.run(run())) > 3
+    reader.close()
