@@ -37,6 +37,7 @@ class AlertState(msgspec.Struct, frozen=True):
     action: str = ""
     cleared_summary: str = ""
     is_muted: bool = False
+    is_acknowledged: bool = False
     is_event: bool = False
     groups: tuple[str, ...] = ()
 

@@ -53,7 +53,8 @@ def update_entry(
 def _after_clearing(
     entry: LedgerEntry | None, target: str, alert: AlertState, delivery: Delivery, now_s: float
 ) -> LedgerEntry | None:
-    if alert.is_muted or (not delivery.recovery and (entry is None or entry.pending != "raised")):
+    was_silenced = alert.is_muted or (entry is None and alert.is_acknowledged)
+    if was_silenced or (not delivery.recovery and (entry is None or entry.pending != "raised")):
         return None
     if entry is not None and entry.pending == "cleared":
         return entry

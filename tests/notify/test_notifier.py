@@ -211,6 +211,20 @@ def test_reminders_come_until_somebody_acknowledges(store: FleetStore, hook: Hoo
     assert desk.turn() == ["[warning] pi-07: worse."]
 
 
+def test_an_alert_that_somebody_acknowledged_before_it_was_sent_is_over_in_silence(
+    store: FleetStore, hook: HookServer
+) -> None:
+    desk = Desk(store, hook, quiet_hours="11:00-13:00")
+    desk.alert()
+    assert desk.turn() == []
+    [incident] = incidents.list_incidents(store, now=desk.time())
+    incidents.acknowledge(store, incident, by="eva", now=desk.time())
+    desk.now_s += 4 * 3600
+    assert desk.turn() == []
+    desk.alert(state="cleared")
+    assert desk.turn() == []
+
+
 def test_a_muted_alert_is_sent_when_its_mute_ends(
     store: FleetStore, hook: HookServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

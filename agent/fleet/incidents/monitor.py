@@ -81,14 +81,19 @@ class IncidentMonitor:
         self._load_open()
         if (outliers := self._survey.step(now)) is not None:
             findings.append((OutlierSurvey.kind, _by_key(outliers)))
-        if now.boot_s >= self._next_certificates_s:
-            self._next_certificates_s = now.boot_s + CERTIFICATE_INTERVAL_S
+        is_reading_certificates = now.boot_s >= self._next_certificates_s
+        if is_reading_certificates:
+            # Until it is stored, soon again.
+            self._next_certificates_s = now.boot_s + POLL_INTERVAL_S
             ending = find_ending(self._certificates(), now.wall_us)
             findings.append((CERTIFICATE_ENDS, _by_key(ending)))
         if now.boot_s >= self._next_s:
             self._next_s = now.boot_s + POLL_INTERVAL_S
             findings += [*self._check_devices(now), *self._check_refusals(now)]
-        return self._apply(findings, now) if findings else []
+        raised = self._apply(findings, now) if findings else []
+        if is_reading_certificates:
+            self._next_certificates_s = now.boot_s + CERTIFICATE_INTERVAL_S
+        return raised
 
     def _load_open(self) -> dict[AlertKey, CollectorAlert]:
         if self._open is None:

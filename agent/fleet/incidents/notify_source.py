@@ -93,6 +93,7 @@ class FleetAlertSource:
             action=kind.action if kind else "",
             cleared_summary=incident.cleared_summary or "",
             is_muted=incident.muted is not None,
+            is_acknowledged=incident.acknowledged is not None,
             is_event=kind is not None and kind.is_event,
             groups=self._groups.get(incident.device, ()),
             **{name: getattr(incident, name) for name in _COPIED},

@@ -12,6 +12,7 @@ import pytest
 
 from agent import clock
 from agent.clock import ClockReading
+from agent.errors import StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.database.incidents import device_status
@@ -225,6 +226,23 @@ def test_a_certificate_that_ends_is_reported(store: FleetStore) -> None:
     fleet.at_s += DAY_S
     fleet.run(30)
     assert fleet.open() == []
+
+
+def test_a_certificate_whose_alert_could_not_be_stored_is_reported_soon(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [Certificate("pi-00", "device", Path("device.crt"), T0_US + round(20 * DAY_S * 1e6))]
+    fleet = Fleet(store, certificates=lambda: ends)
+
+    def refuse(*_: object) -> None:
+        raise StorageFull("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_status, "add_collector_alerts", refuse)
+        with pytest.raises(StorageFull):
+            fleet.run(30)
+    fleet.run(60)
+    assert fleet.open() == [("pi-00", "certificate/device", "warning")]
 
 
 def test_a_device_unlike_its_fleet_is_reported_after_two_surveys(
