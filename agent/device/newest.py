@@ -34,12 +34,14 @@ class ResultRows(msgspec.Struct, frozen=True):
 
 def read_results(store: Store, task: str | None, count: int) -> ResultRows:
     """Return the newest `count` results of a task, or of all tasks; fewer if the store holds fewer."""
+    # First: what is written meanwhile is new.
+    head = store.log_head()[0]
     limit, messages = 8, store.recent_messages("results", task, 8)
     while len(messages) == limit < _MAX_MESSAGES and sum(map(_count_rows, messages)) < count:
         limit *= 8
         messages = store.recent_messages("results", task, limit)
     rows = [row for message in messages for row in expand_results(message)]
-    return ResultRows(rows[-count:], messages[-1].seq if messages else store.log_head()[0])
+    return ResultRows(rows[-count:], messages[-1].seq if messages else head)
 
 
 def read_new_results(store: Store, task: str | None, after: int) -> ResultRows:

@@ -35,7 +35,8 @@ class NotifyFile:
         try:
             self._db = self._open()
         except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            # A full disk or one that cannot be read damages nothing.
+            if not getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
                 raise StorageError(f"{self._path}: {error}") from error
             logger.warning("%s: %s; replaced: open alerts are told again", self._path, error)
             for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):

@@ -27,6 +27,7 @@ def test_members_are_aligned_and_nested_ones_indented(capsys: pytest.CaptureFixt
     [
         {"device": 3},
         {"device": "pi", "fleet": "f", "clock": {"boot": "\x1b]0;owned\x07", "error_us": None}},
+        {"device": "pi", "fleet": "f", "clock": {"boot": 1, "error_us": 10**400}},
         {"a\x1b[2J": {"b": [{"c\u202e": "\x07"}]}},
         {"deep": [[[[[[[[[[[[{"x": "\x1b[2J"}]]]]]]]]]]]]},
     ],

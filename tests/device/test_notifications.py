@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from agent import clock
 from agent.alerts import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
 from agent.cli import cli
 from agent.config.notify import NotifyConfig, WebhookTarget
-from agent.device.notifications import DATABASE, DeviceAlertSource, open_notifications
+from agent.device.notifications import DATABASE, DeviceAlertSource, NotifyFile, open_notifications
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.errors import StorageError
 from agent.notify.notifier import Notifier, NotifierThread
 from agent.testing.messages import new_key
 from tests.notify.servers import HookServer, hook_server
@@ -87,6 +89,24 @@ def test_a_damaged_file_is_replaced_and_open_alerts_are_sent_again(device: Devic
     (device.folder / DATABASE).write_bytes(b"no database" * 1000)
     (device.folder / f"{DATABASE}-wal").unlink(missing_ok=True)
     assert device.notify() == ["[warning] pi-07: All signals move faster."]
+
+
+@pytest.mark.parametrize("name", ["SQLITE_FULL", "SQLITE_IOERR_READ", "SQLITE_BUSY"])
+def test_a_file_that_cannot_be_opened_now_is_not_replaced(
+    device: Device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    device.notify()
+    before = (device.folder / DATABASE).read_bytes()
+
+    def refuse(_: NotifyFile) -> sqlite3.Connection:
+        error = sqlite3.OperationalError("not now")
+        error.sqlite_errorname = name
+        raise error
+
+    monkeypatch.setattr(NotifyFile, "_open", refuse)
+    with pytest.raises(StorageError):
+        NotifyFile(device.folder)
+    assert (device.folder / DATABASE).read_bytes() == before
 
 
 def test_a_target_that_fails_is_an_alert_in_the_devices_log(device: Device, hook: HookServer) -> None:

@@ -273,9 +273,10 @@ def test_a_process_killed_before_it_marked_a_failing_target_raises_its_alert_lat
     desk = Desk(store, hook)
     hook.status = 503
     desk.alert(AX)
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr(FleetAlertSource, "report_target", fail)
-        desk.turn(1200)
+        with pytest.raises(StorageError):
+            desk.turn(1200)
     desk.restart()
     desk.turn(600)
     assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
@@ -285,7 +286,9 @@ def fail(*args: Any) -> None:
     raise StorageError("the disk is gone")
 
 
-def test_a_target_of_a_device_with_the_same_name_is_told(store: FleetStore, hook: HookServer) -> None:
+def test_an_alert_about_a_target_of_a_device_goes_to_the_target_with_the_same_name(
+    store: FleetStore, hook: HookServer
+) -> None:
     desk = Desk(store, hook)
     desk.alert("notify/hook", alert="notify", subject="hook")
     assert len(desk.turn()) == 1

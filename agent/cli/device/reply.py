@@ -25,7 +25,7 @@ def _format_status(data: dict[str, Any]) -> str | None:
     from agent.cli.device.status import print_document
 
     text = io.StringIO()
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         with contextlib.redirect_stdout(text):
             print_document(data)
         return text.getvalue().rstrip("\n")

@@ -41,8 +41,10 @@ def tail(stream: str, last: int, follow: bool, config_file: str | None, as_json:
     settings = conf.streams[stream]
     names = [field.name for field in settings.fields[:_MAX_FIELDS]]
     with device.open_store_read_only(conf) as store:
-        rows = newest.read_readings(store, stream, settings, last)
+        # First: --follow misses no row that is stored between the two.
         last_row = store.last_row(stream)
+        rows = newest.read_readings(store, stream, settings, last)
+        last_row = rows[-1]["row"] if rows else last_row
 
         def read_new() -> list[dict[str, Any]]:
             nonlocal last_row
