@@ -64,7 +64,8 @@ class PrometheusServer:
     def _is_ready(self) -> bool:
         try:
             return self.query("vector(1)") != []
-        except OSError:
+        except (AssertionError, OSError):
+            # It answers 503 until it has read its data.
             return False
 
 
