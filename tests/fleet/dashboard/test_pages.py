@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent import clock
+from agent.fleet.dashboard.pages import audit
 from agent.fleet.rollout import actions
 from agent.fleet.rollout.actions import RolloutOperator
 from agent.testing.messages import FLEET
@@ -233,6 +234,13 @@ def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path
         file = dashboard.folder / "audit" / "checkpoint.json"
         file.write_text(file.read_text().replace("acme", "acne"))
         assert "cannot be believed" in dashboard.get("/audit").text
+
+
+def test_the_process_that_makes_evidence_shows_no_password_of_the_config(tmp_path: Path) -> None:
+    with served(tmp_path / "acme") as dashboard:
+        folder, location = dashboard.folder, dashboard.dashboard.reader.location
+        assert audit.evidence_options(tmp_path, folder, location) == ["--out", str(tmp_path), "--dir", str(folder)]
+        assert audit.evidence_options(tmp_path, folder, "/other.db")[-2:] == ["--db", "/other.db"]
 
 
 def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:

@@ -228,9 +228,7 @@ def test_a_certificate_that_ends_is_reported(store: FleetStore) -> None:
     assert fleet.open() == []
 
 
-def test_a_certificate_is_reported_soon_after_its_alert_failed_to_be_stored(
-    store: FleetStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_certificate_is_reported_soon_after_a_full_disk(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [Certificate("pi-00", "device", Path("device.crt"), T0_US + round(20 * DAY_S * 1e6))]
     fleet = Fleet(store, certificates=lambda: ends)
 

@@ -78,7 +78,7 @@ async def _make_archive(visit: Visit) -> Path:
     """Return a zip archive with the folder, made by a process of its own, which needs much memory for a moment."""
     with tempfile.TemporaryDirectory(prefix="outstation-evidence-") as made:
         out = Path(made) / "evidence"
-        options = ["--out", str(out), "--dir", str(visit.dashboard.folder), "--db", visit.dashboard.reader.location]
+        options = evidence_options(out, visit.dashboard.folder, visit.dashboard.reader.location)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "agent", "fleet", "evidence", *options,
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
@@ -94,6 +94,13 @@ async def _make_archive(visit: Visit) -> Path:
             reason = errors.decode(errors="replace").strip().splitlines()
             raise HTTPException(409, f"the evidence was not made: {reason[-1] if reason else 'no reason given'}")
         return await asyncio.to_thread(_zip_folder, out)
+
+
+def evidence_options(out: Path, folder: Path, location: str) -> list[str]:
+    """Return the options of `fleet evidence`. Every user of this machine sees them: no password of fleet.toml."""
+    options = ["--out", str(out), "--dir", str(folder)]
+    is_configured = location == str(fleet_config.load(folder).fleet.db)
+    return options if is_configured else [*options, "--db", location]
 
 
 def _zip_folder(folder: Path) -> Path:
