@@ -126,6 +126,16 @@ def count_incidents(
         return {(status, severity): n for status, severity, n in table.count_incidents(db, _values(wanted, now))}  # type: ignore[misc]
 
 
+def count_statuses(store: FleetStore, *, device: str | None, task: str | None, now: str) -> dict[Status, int]:
+    """Return how many incidents have each status; those that are cleared are all that are not open."""
+    values = _values(IncidentFilter(device=device, task=task), now)
+    counts: dict[Status, int] = {"raised": 0, "acknowledged": 0, "muted": 0}
+    with store.snapshot() as db:
+        for status, _, n in table.count_incidents(db, values):
+            counts[status] += n  # type: ignore[index]
+        return {**counts, "cleared": table.count_keys(db, values) - sum(counts.values())}
+
+
 def load_incident(store: FleetStore, key: IncidentKey, *, now: str) -> Incident | None:
     with store.snapshot() as db:
         row = table.load_incident(db, key, now)

@@ -14,6 +14,7 @@ from agent.alerts import KINDS, find_kind
 from agent.cli.fleet.group import fleet as commands
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
+from agent.fleet.database.incidents import incident_rows
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
@@ -99,6 +100,45 @@ def test_incidents_are_filtered_counted_and_paged(store: FleetStore, sender: Mes
     assert incidents.list_incidents(store, IncidentFilter(since=DAY), now=NOW) == []
     page = incidents.list_incidents(store, now=NOW, newest_first=True, limit=1, offset=1)
     assert [i.id for i in page] == [AY]
+
+
+def test_statuses_are_counted_with_those_that_are_over(store: FleetStore, sender: MessageSender) -> None:
+    add(store, sender, *(sender.alert(identity) for identity in (AX, AY, "x", "y")))
+    listed = {incident.id: incident for incident in incidents.list_incidents(store, now=NOW)}
+    incidents.acknowledge(store, listed[AX], by="eva", now=NOW)
+    incidents.mute(store, listed[AY], until=LATER, by="eva", now=NOW)
+    add(store, sender, sender.alert("x", "cleared"), sender.alert("x"), sender.alert("x", revision=2))
+    add(store, sender, sender.alert("y", "cleared"))
+
+    def counts(**filters: str | None) -> dict[incidents.Status, int]:
+        return incidents.count_statuses(store, **{"device": None, "task": None, **filters}, now=NOW)
+
+    expected = {"raised": 1, "acknowledged": 1, "muted": 1, "cleared": 1}
+    assert counts() == counts(device=sender.device, task="exercise") == expected
+    assert set(counts(task="other").values()) == set(counts(device="other").values()) == {0}
+    # What began, was raised last and is open agree with the list of all incidents, which reads all messages.
+    everything = incidents.list_incidents(store, IncidentFilter(open=None), now=NOW)
+    for wanted in (IncidentFilter(), IncidentFilter(task="exercise"), IncidentFilter(device=sender.device)):
+        assert incidents.list_incidents(store, wanted, now=NOW) == [i for i in everything if i.is_open]
+    for status in ("raised", "acknowledged", "muted", "cleared"):
+        wanted = IncidentFilter(open=None, status=status)
+        assert incidents.list_incidents(store, wanted, now=NOW) == [i for i in everything if i.status == status]
+    with store.transaction() as db:
+        db.execute("UPDATE logs SET live = ?", (False,))
+    assert counts() == {"raised": 0, "acknowledged": 0, "muted": 0, "cleared": 4}
+
+
+@pytest.mark.parametrize("wanted", [{"open": True}, {"status": "muted"}, {"open": True, "task": "exercise"}])
+def test_rows_of_cleared_alerts_are_not_read_for_open_ones(tmp_path: Path, wanted: dict[str, object]) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    with store.snapshot() as db:
+        sql = incident_rows._select(wanted)
+        plan = [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", {**wanted, "now": NOW})]
+    store.close()
+    assert [step for step in plan if re.match(r"SCAN (alerts|[nrsb])\b", step)] == [
+        "SCAN alerts USING COVERING INDEX alerts_by_id"
+    ], plan
+    assert not [step for step in plan if re.match(r"SEARCH (alerts|[nrsb])\b", step) and "INDEX" not in step], plan
 
 
 def test_a_device_cannot_take_the_acknowledgement_of_a_collectors_alert(

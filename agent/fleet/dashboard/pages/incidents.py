@@ -62,19 +62,17 @@ class InboxQuery(msgspec.Struct, frozen=True):
 async def show(visit: Visit) -> Response:
     query, now = InboxQuery.parse(visit.request.query_params), now_text()
     wanted = query.to_filter()
-    counted = IncidentFilter(None, None, wanted.device, wanted.task)
 
-    def load(store: FleetStore) -> tuple[list[Incident], dict[Any, int]]:
+    def load(store: FleetStore) -> tuple[list[Incident], Mapping[incidents.Status, int]]:
         with store.snapshot():
             listed = incidents.list_incidents(store, wanted, now=now, newest_first=True, limit=query.n + 1)
-            return listed, incidents.count_incidents(store, counted, now=now)
+            return listed, incidents.count_statuses(
+                store, device=wanted.device, task=wanted.task, now=now
+            )
 
     listed, by_status = await visit.dashboard.reader.read_store(load)
-    counts = dict.fromkeys(STATUSES, 0)
-    for (status, _), n in by_status.items():
-        counts[status] += n
-        counts["all"] += n
-        counts["open"] += n if status != "cleared" else 0
+    total = sum(by_status.values())
+    counts = {**by_status, "all": total, "open": total - by_status["cleared"]}
     return visit.render(
         "incidents.html",
         title="Incidents",

@@ -6,7 +6,7 @@ when it becomes worse (the next revision), or when it comes back after it was cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.fleet.database.interface import Connection
@@ -25,17 +25,29 @@ _INCIDENTS = """
                 WHEN h.muted_until > :now THEN 'muted'
                 WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
                 ELSE 'raised' END AS status
-    FROM (
-        SELECT device, log, id, source, max(seq) AS newest,
-               coalesce(max(CASE WHEN state = 'raised' THEN seq END), max(seq)) AS raised,
-               coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
-        FROM alerts WHERE {where} GROUP BY device, log, id, source {having}) k
+    FROM ({keys}) k
     JOIN alerts n ON n.device = k.device AND n.log = k.log AND n.seq = k.newest AND n.source = k.source
     JOIN alerts r ON r.device = k.device AND r.log = k.log AND r.seq = k.raised AND r.source = k.source
     JOIN alerts s ON s.device = k.device AND s.log = k.log AND s.seq = k.began AND s.source = k.source
     LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
     LEFT JOIN retired_devices q ON q.device = k.device
     LEFT JOIN alert_handling h ON h.source = k.source AND h.device = k.device AND h.log = k.log AND h.id = k.id
+"""
+_ALL_KEYS = """
+    SELECT device, log, id, source, max(seq) AS newest,
+           coalesce(max(CASE WHEN state = 'raised' THEN seq END), max(seq)) AS raised,
+           coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
+    FROM alerts WHERE {where} GROUP BY device, log, id, source
+"""
+# Few incidents are raised: all others are passed over in index alerts_by_id, without their rows.
+_RAISED_KEYS = """
+    SELECT device, log, id, source, newest, newest AS raised,
+           coalesce((SELECT max(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
+                         AND b.source = g.source AND b.state = 'raised' AND b.revision = 1),
+                    (SELECT min(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
+                         AND b.source = g.source)) AS began
+    FROM (SELECT device, log, id, source, max(seq) AS newest FROM alerts WHERE {where}
+          GROUP BY device, log, id, source {having}) g
 """
 _FILTER = """
     WHERE (CAST(:open AS BOOLEAN) IS NULL OR (status <> 'cleared') = :open)
@@ -45,7 +57,8 @@ _FILTER = """
 # The newest message of an incident raised it: its state is the last digit of a number that grows with seq.
 _IS_RAISED = "HAVING max(seq * 2 + CASE WHEN state = 'raised' THEN 1 ELSE 0 END) % 2 = 1"
 # Columns that are the same in all messages of an incident.
-_KEY_COLUMNS = ("source", "device", "log", "id", "task", "alert")
+_INDEXED = ("source", "device", "log", "id")
+_KEY_COLUMNS = (*_INDEXED, "task", "alert")
 _ACKNOWLEDGE = """
     INSERT INTO alert_handling (source, device, log, id, acknowledged_seq, acknowledged_by, acknowledged_at,
                                 acknowledged_note) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -80,6 +93,12 @@ def count_incidents(db: Connection, values: Mapping[str, Any]) -> list[tuple[str
     sql = f"""
         SELECT status, severity, count(*) FROM ({_select(values)}) incidents {_FILTER} GROUP BY status, severity"""
     return [(status, severity, int(n)) for status, severity, n in db.execute(sql, values)]
+
+
+def count_keys(db: Connection, values: Mapping[str, Any]) -> int:
+    """Return the number of incidents, whatever their status; `values`: members of the key, task and alert."""
+    sql = f"SELECT count(*) FROM (SELECT 1 FROM alerts WHERE {_where(values, _KEY_COLUMNS)} GROUP BY device, log, id, source) keys"
+    return int(db.execute(sql, values).fetchone()[0])
 
 
 def list_keys(db: Connection, *, raised: bool) -> list[IncidentKey]:
@@ -120,9 +139,16 @@ def last_arrival(db: Connection) -> int:
 
 
 def _select(values: Mapping[str, Any]) -> str:
+    everywhere = _where(values, _KEY_COLUMNS)
+    if not values.get("open") and values.get("status") in (None, "cleared"):
+        return _INCIDENTS.format(keys=_ALL_KEYS.format(where=everywhere))
+    keys = _RAISED_KEYS.format(where=_where(values, _INDEXED), having=_IS_RAISED)
+    return f"SELECT * FROM ({_INCIDENTS.format(keys=keys)}) raised_incidents WHERE {everywhere}"
+
+
+def _where(values: Mapping[str, Any], columns: Sequence[str]) -> str:
     # Conditions on absent values would keep a database from using the index of the key.
-    given = [f"{column} = :{column}" for column in _KEY_COLUMNS if values.get(column) is not None]
-    return _INCIDENTS.format(where=" AND ".join(given) or "TRUE", having=_IS_RAISED if values.get("open") else "")
+    return " AND ".join(f"{name} = :{name}" for name in columns if values.get(name) is not None) or "TRUE"
 
 
 def _fetch(db: Connection, sql: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
