@@ -109,7 +109,7 @@ def test_damage_that_shows_after_opening_is_replaced_too(device: Device) -> None
     assert device.notify() == ["[warning] pi-07: All signals move faster."]
 
 
-def test_an_alert_that_came_and_went_before_a_failed_write_is_told(
+def test_an_alert_raised_and_cleared_before_a_failed_write_is_sent(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device.notify()

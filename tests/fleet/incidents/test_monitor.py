@@ -291,17 +291,17 @@ def test_an_outlier_is_reported_soon_after_a_full_disk(store: FleetStore, monkey
 
 
 def test_a_survey_that_cannot_be_read_begins_again_soon(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    survey, asked = outliers.OutlierSurvey(store), list[float]()
+    survey, times = outliers.OutlierSurvey(store), list[float]()
 
     def refuse() -> None:
-        asked.append(at_s)
+        times.append(at_s)
         raise StorageFull("no space")
 
     monkeypatch.setattr(store, "drift_tasks", refuse)
     for at_s in (0.0, 10.0, 31.0):
         with contextlib.suppress(StorageFull):
             survey.step(ClockReading(T0_US, at_s, "synced"))
-    assert asked == [0.0, 31.0]
+    assert times == [0.0, 31.0]
 
 
 def test_a_health_message_with_members_of_other_types_disturbs_nothing(store: FleetStore) -> None:
