@@ -66,9 +66,7 @@ async def show(visit: Visit) -> Response:
     def load(store: FleetStore) -> tuple[list[Incident], Mapping[incidents.Status, int]]:
         with store.snapshot():
             listed = incidents.list_incidents(store, wanted, now=now, newest_first=True, limit=query.n + 1)
-            return listed, incidents.count_statuses(
-                store, device=wanted.device, task=wanted.task, now=now
-            )
+            return listed, incidents.count_statuses(store, device=wanted.device, task=wanted.task, now=now)
 
     listed, by_status = await visit.dashboard.reader.read_store(load)
     total = sum(by_status.values())
