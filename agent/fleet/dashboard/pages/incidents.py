@@ -70,7 +70,8 @@ async def show(visit: Visit) -> Response:
 
     listed, by_status = await visit.dashboard.reader.read_store(load)
     total = sum(by_status.values())
-    counts = {**by_status, "all": total, "open": total - by_status["cleared"]}
+    counts: dict[str, int] = {"all": total, "open": total - by_status["cleared"]}
+    counts.update({str(status): n for status, n in by_status.items()})
     return visit.render(
         "incidents.html",
         title="Incidents",

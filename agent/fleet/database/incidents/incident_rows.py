@@ -97,7 +97,8 @@ def count_incidents(db: Connection, values: Mapping[str, Any]) -> list[tuple[str
 
 def count_keys(db: Connection, values: Mapping[str, Any]) -> int:
     """Return the number of incidents, whatever their status; `values`: members of the key, task and alert."""
-    sql = f"SELECT count(*) FROM (SELECT 1 FROM alerts WHERE {_where(values, _KEY_COLUMNS)} GROUP BY device, log, id, source) keys"
+    where = _where(values, _KEY_COLUMNS)
+    sql = f"SELECT count(*) FROM (SELECT 1 FROM alerts WHERE {where} GROUP BY device, log, id, source) keys"
     return int(db.execute(sql, values).fetchone()[0])
 
 
