@@ -174,7 +174,7 @@ def _with_log(device: DeviceState, log: Any, health: Any, clock_row: Any) -> Dev
     if health is None or (device.health_seq == health[0] and device.payload == health[1]):
         return msgspec.structs.replace(device, tasks=[msgspec.structs.replace(task) for task in device.tasks])
     body = decode_object(health[1])
-    waiting, interval_s = body.get("outbox"), body.get("interval_s")
+    waiting, interval_s = body.get("outbox"), body.get("interval_s", 0)
     return msgspec.structs.replace(
         device,
         payload=health[1],
