@@ -11,6 +11,7 @@ from agent.bootstrap import device, rollout, sinks
 from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.config.notify import DATABASE
 from agent.device import status
 from agent.device.bundles import history, overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
@@ -214,7 +215,8 @@ def build_daemon(
 def _build_notifier(
     conf: Config, store: Store, message_log: MessageLog, now: Callable[[], ClockReading]
 ) -> Notifier | None:
-    if not conf.notify.is_on:
+    # A file without targets is left from an earlier config.
+    if not conf.notify.is_on and not (conf.data_dir / DATABASE).exists():
         return None
     # Its parts cost memory that a device without it keeps.
     from agent.bootstrap import notifier

@@ -1,21 +1,31 @@
-"""Notifier of a device whose config has [notify]."""
+"""Notifier of a device whose config has [notify], and the end of one whose config has it no more."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.notifications import DeviceAlertSource, NotifyFile, open_notifications
+from agent.device.notifications import DeviceAlertSource, NotifyFile, forget_notifications, open_notifications
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.errors import StorageError
 from agent.notify.notifier import NotifierThread
+
+logger = logging.getLogger("outstation.notify")
 
 
 def build(
     conf: Config, store: Store, message_log: MessageLog, now: Callable[[], ClockReading]
-) -> NotifierThread[NotifyFile]:
-    """Build the thread, which opens its own file; the store takes turns among threads."""
+) -> NotifierThread[NotifyFile] | None:
+    """Build the thread, which opens its own file; the store takes turns among threads. None without targets."""
     source = DeviceAlertSource(store, message_log, conf.device.fleet, conf.device.id, now)
+    if not conf.notify.is_on:
+        try:
+            forget_notifications(conf.data_dir, source)
+        except StorageError as error:
+            logger.warning("%s; alerts about removed targets are cleared at the next start", error)
+        return None
     return NotifierThread(conf.notify, partial(open_notifications, conf.data_dir, source))

@@ -20,6 +20,8 @@ from agent.toml_files import Section, did_you_mean
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
 
+# File of a device, beside the store, with what its targets were told.
+DATABASE = "notify.db"
 MAX_TARGETS = 16
 MIN_REMINDER_S = 300.0
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}

@@ -99,12 +99,13 @@ def read_readings(store: Store, name: str, stream: StreamConfig, count: int) -> 
 def read_new_readings(
     store: Store, name: str, stream: StreamConfig, after: int, count: int = MAX_NEW
 ) -> list[dict[str, Any]]:
-    """Return up to `count` rows after row `after`; those that are deleted or damaged are left out."""
+    """Return up to `count` rows after row `after`; those that are deleted or damaged are left out and not counted."""
     texts = {f.name: store.categories(name, f.name) for f in stream.fields if f.type == "category"}
     rows: list[dict[str, Any]] = []
     while count > 0 and (batch := store.read_rows(name, stream.fields, after, count)) is not None:
-        rows += _expand_readings(batch, stream.fields, texts)
-        count, after = count - (batch.last - after), batch.last
+        readable = [*_expand_readings(batch, stream.fields, texts)]
+        rows += readable
+        count, after = count - len(readable), batch.last
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from agent.alerts import TARGET_FAILS_ON_DEVICE, find_kind
 from agent.clock import ClockReading
+from agent.config.notify import DATABASE
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageError
@@ -20,7 +21,6 @@ from agent.notify.alert_state import AlertState
 
 logger = logging.getLogger("outstation.notify")
 
-DATABASE = "notify.db"
 # A device that cannot send keeps at most this; see the limits of `agent.notify.queue`.
 MAX_BYTES = 16 << 20
 _PAGE_SIZE = 4096
@@ -31,20 +31,21 @@ class NotifyFile:
     """SQLite file beside the store. What it holds can be told again, so a damaged one is replaced."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / DATABASE
+        self._path, self._is_damaged = folder / DATABASE, False
         try:
             self._db = self._open()
         except sqlite3.DatabaseError as error:
-            # A full disk or one that cannot be read damages nothing.
-            if not getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-                raise StorageError(f"{self._path}: {error}") from error
-            logger.warning("%s: %s; replaced: open alerts are told again", self._path, error)
-            for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):
-                self._path.with_name(name).unlink(missing_ok=True)
-            self._db = self._open()
+            failure = self._to_storage_error(error)
+            if not self._is_damaged:
+                raise failure from error
+            _remove(folder)
+            self._db, self._is_damaged = self._open(), False
 
     def close(self) -> None:
+        """Close the file, and remove it if it is damaged: the next opening makes a new one."""
         self._db.close()
+        if self._is_damaged:
+            _remove(self._path.parent)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -53,7 +54,7 @@ class NotifyFile:
             yield self._db
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(f"{self._path}: {error}") from error
+            raise self._to_storage_error(error) from error
         finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -63,7 +64,14 @@ class NotifyFile:
         try:
             yield self._db
         except sqlite3.Error as error:
-            raise StorageError(f"{self._path}: {error}") from error
+            raise self._to_storage_error(error) from error
+
+    def _to_storage_error(self, error: sqlite3.Error) -> StorageError:
+        # A full disk or one that cannot be read damages nothing.
+        if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            self._is_damaged = True
+            logger.warning("%s: %s; the file is replaced, and open alerts are told again", self._path, error)
+        return StorageError(f"{self._path}: {error}")
 
     def _open(self) -> sqlite3.Connection:
         if not self._path.exists():
@@ -94,13 +102,15 @@ class DeviceAlertSource:
         self.fleet, self.sender = fleet, device
         self._last = 0
         self._states: dict[str, AlertState] = {}
+        # Of the newest message of each alert. A cursor that was not committed asks for the same alerts again.
+        self._numbers: dict[str, int] = {}
 
     def changed(self, cursor: int | None) -> tuple[int, list[AlertState]]:
-        new = self._read()
+        self._read()
         if cursor is None or cursor > self._last:
             # The first start, or a store that was made anew.
             return self._last, self.open_alerts()
-        return self._last, [state for number, state in new if number > cursor]
+        return self._last, [state for key, state in self._states.items() if self._numbers[key] > cursor]
 
     def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
         return {key: self._states[key] for key in keys if key in self._states}
@@ -115,20 +125,24 @@ class DeviceAlertSource:
         with self._store.transaction() as tx:
             self._message_log.append(tx, "alerts", None, alert.to_body(), self._now())
 
-    def _read(self) -> list[tuple[int, AlertState]]:
-        """Read the alerts that are new, and bring the states up to date; return the state after each."""
-        new = []
+    def clear_target_alerts(self) -> None:
+        """Clear the alerts of failing targets about which the file knows nothing; one that still fails is told anew."""
+        self._read()
+        for state in self.open_alerts():
+            if state.alert == TARGET_FAILS_ON_DEVICE.alert:
+                self.report_target(state.subject, None)
+
+    def _read(self) -> None:
+        """Read the alerts that are new, and bring the states up to date."""
         while rows := self._store.alerts_after(self._last, _CHUNK):
             for number, body in rows:
                 state = self._to_state(number, body)
                 self._states.pop(state.key, None)
-                self._states[state.key] = state
-                new.append((number, state))
+                self._states[state.key], self._numbers[state.key] = state, number
             self._last = rows[-1][0]
         cleared = [key for key, state in self._states.items() if not state.is_open]
         for key in cleared[: max(0, len(self._states) - _CHUNK)]:
-            del self._states[key]
-        return new
+            del self._states[key], self._numbers[key]
 
     def _to_state(self, number: int, body: dict[str, Any]) -> AlertState:
         task, name = body.get("task"), str(body["id"])
@@ -182,6 +196,25 @@ def open_notifications(folder: Path, source: DeviceAlertSource) -> Iterator[tupl
     """Open the file for the notifier's own thread."""
     file = NotifyFile(folder)
     try:
+        with file.snapshot() as db:
+            is_new = queue.load_cursor(db) is None
+        if is_new:
+            source.clear_target_alerts()
         yield file, source
     finally:
         file.close()
+
+
+def forget_notifications(folder: Path, source: DeviceAlertSource) -> None:
+    """Clear the alerts of targets and remove the file, for a config without targets. Raises StorageError."""
+    source.clear_target_alerts()
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        # The file last: without it, nothing tries again.
+        for suffix in ("-wal", "-shm", ""):
+            (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder / DATABASE}: cannot be removed: {error.strerror}") from error

@@ -31,7 +31,7 @@ def send(target: MqttTarget, message: Notification) -> None:
         }
     )
     try:
-        link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", timeout_s=TIMEOUT_S)
+        link = Link(target.broker, f"outstation-notify-{secrets.token_hex(6)}", retains=True, timeout_s=TIMEOUT_S)
         try:
             token = link.send(OutgoingMessage(target.topic, body, retain=message.kind == "open"))
             end = time.monotonic() + TIMEOUT_S

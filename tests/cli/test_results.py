@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +109,14 @@ def test_readings_of_a_stream_are_shown_as_they_are_stored(device: Device) -> No
     assert newest.read_new_readings(device.store, "watch", device.stream, 3) == []
     device.feed(CLASSIFY.rows(2))
     assert [row["row"] for row in newest.read_new_readings(device.store, "watch", device.stream, 3)] == [4, 5]
+
+
+def test_rows_after_more_lost_ones_than_a_look_takes_are_shown(device: Device) -> None:
+    for _ in range(4):
+        device.feed(CLASSIFY.rows(3))
+    with contextlib.closing(sqlite3.connect(device.folder / "outstation.db")) as db, db:
+        db.execute("DELETE FROM chunks WHERE first_row BETWEEN 4 AND 9")
+    assert [row["row"] for row in newest.read_new_readings(device.store, "watch", device.stream, 3, 2)] == [10, 11]
 
 
 def test_an_empty_stream_and_one_row_have_newest_rows(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -9,14 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from agent import clock
 from agent.alerts import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
+from agent.bootstrap import daemon
+from agent.bootstrap.device import load_config
 from agent.cli import cli
-from agent.config.notify import NotifyConfig, WebhookTarget
-from agent.device.notifications import DATABASE, DeviceAlertSource, NotifyFile, open_notifications
+from agent.config.notify import DATABASE, NotifyConfig, WebhookTarget
+from agent.device.notifications import DeviceAlertSource, NotifyFile, open_notifications
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -91,6 +95,36 @@ def test_a_damaged_file_is_replaced_and_open_alerts_are_sent_again(device: Devic
     assert device.notify() == ["[warning] pi-07: All signals move faster."]
 
 
+def test_damage_that_shows_after_opening_is_replaced_too(device: Device) -> None:
+    device.alert()
+    device.notify()
+    file = device.folder / DATABASE
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'notify_ledger'")
+        [(size,)] = db.execute("PRAGMA page_size")
+    data = file.read_bytes()
+    file.write_bytes(data[: (page - 1) * size] + b"\xff" * size + data[page * size :])
+    with pytest.raises(StorageError, match="malformed"):
+        device.notify()
+    assert device.notify() == ["[warning] pi-07: All signals move faster."]
+
+
+def test_an_alert_raised_and_cleared_before_a_failed_write_is_sent(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.notify()
+    source = device.source()
+    monkeypatch.setattr(device, "source", lambda: source)
+    device.alert()
+    device.alert("cleared")
+    with contextlib.closing(sqlite3.connect(device.folder / DATABASE)) as db:
+        db.execute("CREATE TRIGGER full BEFORE UPDATE ON notify_cursor BEGIN SELECT RAISE(ABORT, 'full'); END")
+        with pytest.raises(StorageError, match="full"):
+            device.notify()
+        db.execute("DROP TRIGGER full")
+    assert device.notify() == ["[warning] pi-07: cleared: All signals move faster."]
+
+
 @pytest.mark.parametrize("name", ["SQLITE_FULL", "SQLITE_IOERR_READ", "SQLITE_BUSY"])
 def test_a_file_that_cannot_be_opened_now_is_not_replaced(
     device: Device, monkeypatch: pytest.MonkeyPatch, name: str
@@ -118,6 +152,27 @@ def test_a_target_that_fails_is_an_alert_in_the_devices_log(device: Device, hook
     hook.status = 200
     device.now_s += 4000
     device.notify()
+    assert [a["state"] for a in device.store.recent_alerts(10) if a["alert"] == "notify"] == ["cleared", "raised"]
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_the_alert_of_a_failing_target_ends_with_its_config_or_its_file(
+    device: Device, hook: HookServer, tmp_path: Path, is_removed: bool
+) -> None:
+    hook.status = 503
+    device.alert()
+    device.notify(40)
+    file = device.folder / DATABASE
+    if is_removed:
+        assert CliRunner().invoke(cli, ["init", str(tmp_path / "d")]).exit_code == 0
+        _, conf = load_config(str(tmp_path / "d" / "outstation.toml"))
+        placed = msgspec.structs.replace(conf.device, data_dir=str(device.folder))
+        conf = msgspec.structs.replace(conf, device=placed)
+        assert daemon._build_notifier(conf, device.store, device.log, clock.read) is None
+        assert not file.exists()
+    else:
+        file.write_bytes(b"no database" * 1000)
+        device.notify(1)
     assert [a["state"] for a in device.store.recent_alerts(10) if a["alert"] == "notify"] == ["cleared", "raised"]
 
 

@@ -208,6 +208,14 @@ def test_the_retained_document_lists_the_open_alerts(outstation_broker: Mosquitt
     assert (document["open"], document["severity"], document["alerts"][0]["device"]) == (1, "warning", "pi-07")
 
 
+def test_a_broker_that_retains_nothing_is_explained_also_by_a_test(tmp_path: Path) -> None:
+    with MosquittoBroker(tmp_path, extra_conf="retain_available false") as broker:
+        target = MqttTarget(topic="notify/acme", broker=BrokerConfig(url=broker.url))
+        for sent in (compose_open([alert()], sender="acme", fleet="acme", now_s=1.8e9), message()):
+            with pytest.raises(SendFailed, match=r"retains nothing.*retain_available"):
+                send(target, sent)
+
+
 def test_apprise_tells_its_services_and_hides_their_urls(hook: HookServer, tmp_path: Path) -> None:
     pytest.importorskip("apprise")
     (tmp_path / "url").write_text(f"json://user:geheim@127.0.0.1:{hook.port}/")

@@ -158,8 +158,8 @@ def _check_file(
     import pyarrow
     from pyarrow import parquet
 
-    if file.path != f"kind={file.kind}/day={file.day or NO_DAY}/part-{number:06}.parquet":
-        return "has another name than its kind and day give"
+    if problem := file.find_path_problem(folder, number):
+        return problem
     try:
         data = (folder / file.path).read_bytes()
     except OSError as error:

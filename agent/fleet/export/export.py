@@ -173,7 +173,7 @@ def _decode(store: FleetStore, key: tuple[str, str, int], payload: bytes) -> Log
 
 
 def _write_file(folder: Path, kind: str, day: str, number: int, table: pyarrow.Table) -> ExportedFile:
-    path, data = f"kind={kind}/day={day}/part-{number:06}.parquet", to_parquet(table)
+    path, data = manifests.part_path(kind, day, number), to_parquet(table)
     durable_files.write(folder / path, data, FILE_MODE)
     return ExportedFile(path, kind, None if day == NO_DAY else day, table.num_rows, len(data), manifests.sha256(data))
 

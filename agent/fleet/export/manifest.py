@@ -7,6 +7,7 @@ chunk names is left over from an export that was interrupted, and belongs to no 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import msgspec
 
 from agent import durable_files, ranges
 from agent.errors import UsageError
-from agent.fleet.export.tables import Filters
+from agent.fleet.export.tables import KINDS, NO_DAY, Filters
 
 MANIFEST, CHUNKS = "manifest.json", "_chunks"
 FORMAT = "outstation-export-1"
 # Measurements are private to the owner of the files.
 FILE_MODE = 0o600
+_DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 # (device, log, first seq, last seq)
 LogRange = tuple[str, str, int, int]
@@ -34,6 +36,18 @@ class ExportedFile(msgspec.Struct, frozen=True):
     rows: int
     bytes: int
     sha256: str
+
+    def find_path_problem(self, folder: Path, number: int) -> str | None:
+        """Return why `path` is not the file of this kind and day in chunk `number`: a forged one may be anywhere."""
+        if self.kind not in KINDS:
+            return f"is of kind {self.kind!r}, which this version does not know; update outstation"
+        day = NO_DAY if self.day is None else self.day
+        is_named = (self.day is None or _DAY.fullmatch(day)) and self.path == part_path(self.kind, day, number)
+        if not is_named:
+            return "has another name than its kind and day give"
+        if (folder / self.path).resolve() != folder.resolve() / self.path:
+            return "is a symbolic link to another place"
+        return None
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -107,6 +121,10 @@ def exported_ranges(chunks: Iterator[Chunk]) -> dict[tuple[str, str], list[tuple
         for device, log, first, last in chunk.ranges:
             exported.setdefault((device, log), []).append((first, last))
     return {log: ranges.union(pairs) for log, pairs in exported.items()}
+
+
+def part_path(kind: str, day: str, number: int) -> str:
+    return f"kind={kind}/day={day}/part-{number:06}.parquet"
 
 
 def sha256(data: bytes) -> str:

@@ -39,6 +39,8 @@ class ExportQueries:
         files: dict[str, list[str]] = {name: [] for name in manifest.filters.kinds}
         for chunk in manifest.read_chunks(folder):
             for file in chunk.files:
+                if problem := file.find_path_problem(folder, chunk.number):
+                    raise UsageError(f"{folder}: {file.path!r} {problem}; see `outstation fleet audit --export`")
                 files.setdefault(file.kind, []).append(str(folder.resolve() / file.path))
         self._duckdb = duckdb
         self._db: duckdb.DuckDBPyConnection = duckdb.connect(":memory:", config=_OFFLINE)

@@ -91,6 +91,8 @@ class IncidentMonitor:
             self._next_s = now.boot_s + POLL_INTERVAL_S
             findings += [*self._check_devices(now), *self._check_refusals(now)]
         raised = self._apply(findings, now) if findings else []
+        if outliers is not None:
+            self._survey.mark_stored()
         if is_reading_certificates:
             self._next_certificates_s = now.boot_s + CERTIFICATE_INTERVAL_S
         return raised

@@ -15,6 +15,8 @@ from agent.fleet.incidents.conditions import Condition
 from agent.text import format_value
 
 SURVEY_INTERVAL_S = 1800.0
+# After a failed read or write.
+RETRY_S = 30.0
 LOOKBACK_US = 6 * 3_600_000_000
 # Processor time of one turn: the collector stores messages between two of them.
 SLICE_S = 0.02
@@ -40,14 +42,20 @@ class OutlierSurvey:
         self._streaks: dict[OutlierKey, int] = {}
         self._conditions: dict[OutlierKey, Condition] = {}
         self._is_first = True
+        # Result of the last survey until it is stored.
+        self._unstored: list[Condition] | None = None
+        self._next_offer_s = float("-inf")
 
     def step(self, now: ClockReading) -> list[Condition] | None:
-        """Work for one slice; return all conditions at the end of a survey, None before. Raises StorageError."""
+        """Work for one slice; return all conditions at the end of a survey, None before. Raises StorageError.
+
+        The conditions are returned again every `RETRY_S` until `mark_stored`.
+        """
         if self._running is None:
             if now.boot_s < self._next_s:
-                return None
+                return self._offer(now)
             self._next_s = now.boot_s + SURVEY_INTERVAL_S
-            self._groups = {}
+            self._groups, self._unstored = {}, None
             self._running = self._read_devices(now.wall_us)
         end = time.monotonic() + SLICE_S
         try:
@@ -55,11 +63,22 @@ class OutlierSurvey:
                 next(self._running)
         except StopIteration:
             self._running = None
-            return self._conclude()
+            self._unstored, self._next_offer_s = self._conclude(), now.boot_s
+            return self._offer(now)
         except BaseException:
-            self._running = None
+            self._running, self._next_s = None, now.boot_s + RETRY_S
             raise
         return None
+
+    def mark_stored(self) -> None:
+        """Note that the alerts of the conditions returned last are stored."""
+        self._unstored = None
+
+    def _offer(self, now: ClockReading) -> list[Condition] | None:
+        if self._unstored is None or now.boot_s < self._next_offer_s:
+            return None
+        self._next_offer_s = now.boot_s + RETRY_S
+        return self._unstored
 
     def _read_devices(self, now_us: int) -> Iterator[None]:
         since = clock.to_rfc3339(now_us - LOOKBACK_US)

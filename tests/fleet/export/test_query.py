@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.export.export import export
+from agent.fleet.export.manifest import sha256
 from agent.fleet.export.query import ExportQueries
 from agent.fleet.export.tables import KINDS, Filters
 from agent.testing.messages import FLEET, MessageSender
@@ -93,6 +95,33 @@ def test_nothing_but_a_query_of_the_export_runs(folder: Path, query: str) -> Non
         list(queries.query(query)[1])
     queries.close()
     assert store == 7
+
+
+@pytest.mark.parametrize("attack", ["path", "day", "kind", "link"])
+def test_a_forged_chunk_does_not_read_other_files(folder: Path, tmp_path: Path, attack: str) -> None:
+    forged, private = tmp_path / "forged", tmp_path / "private"
+    shutil.copytree(folder, forged)
+    shutil.copytree(folder, private)
+    chunk_file, manifest_file = next(forged.glob("_chunks/*")), forged / "manifest.json"
+    chunk, manifest = json.loads(chunk_file.read_bytes()), json.loads(manifest_file.read_bytes())
+    entry = next(file for file in chunk["files"] if file["kind"] == "results")
+    path = entry["path"]
+    if attack == "path":
+        entry["path"] = str(private / path)
+    elif attack == "day":
+        entry["day"] = f"../../private/kind=results/day={entry['day']}"
+        entry["path"] = f"kind=results/day={entry['day']}/{Path(path).name}"
+    elif attack == "kind":
+        entry["kind"] = "../../private/kind=results"
+        entry["path"] = path.replace("results", entry["kind"], 1)
+    else:
+        (forged / path).unlink()
+        (forged / path).symlink_to(private / path)
+    chunk_file.write_text(json.dumps(chunk))
+    manifest["chunks"][0]["sha256"] = sha256(chunk_file.read_bytes())
+    manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"name than its kind|does not know|symbolic link"):
+        ExportQueries(forged)
 
 
 def test_without_an_export_the_shell_of_the_database_is_named(tmp_path: Path) -> None:

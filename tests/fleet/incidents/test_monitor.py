@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,6 +267,41 @@ def test_a_device_unlike_its_fleet_is_reported_after_two_surveys(
     report(0.03)
     fleet.run(900)
     assert fleet.messages() == [("outlier/exercise/ax", "raised"), ("outlier/exercise/ax", "cleared")]
+
+
+def test_an_outlier_is_reported_soon_after_a_full_disk(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(store, devices=8)
+    span = {"from": fleet.time(-60), "to": fleet.time(), "index": 1, "rows": [1, 2000], "n": 2000}
+    for i, sender in enumerate(fleet.senders):
+        mean = (3.0 if i == 3 else 0.01 * i) + np.linspace(-1, 1, 2000)
+        drift = window(sender, 0, {"ax": field(mean)}, window=span)
+        fleet.arrive((sender, drift), (sender, sender.state("stopped")))
+
+    def refuse(*_: object) -> None:
+        raise StorageFull("no space")
+
+    fleet.run(1700)
+    with monkeypatch.context() as patch:
+        patch.setattr(device_status, "add_collector_alerts", refuse)
+        with pytest.raises(StorageFull):
+            fleet.run(400)
+    assert fleet.open() == []
+    fleet.run(60)
+    assert fleet.open() == [("pi-03", "outlier/exercise/ax", "warning")]
+
+
+def test_a_survey_that_cannot_be_read_begins_again_soon(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    survey, times = outliers.OutlierSurvey(store), list[float]()
+
+    def refuse() -> None:
+        times.append(at_s)
+        raise StorageFull("no space")
+
+    monkeypatch.setattr(store, "drift_tasks", refuse)
+    for at_s in (0.0, 10.0, 31.0):
+        with contextlib.suppress(StorageFull):
+            survey.step(ClockReading(T0_US, at_s, "synced"))
+    assert times == [0.0, 31.0]
 
 
 def test_a_health_message_with_members_of_other_types_disturbs_nothing(store: FleetStore) -> None:
