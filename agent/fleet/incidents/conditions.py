@@ -100,12 +100,17 @@ def needs_history(newest: HealthReport) -> bool:
     return newest.outbox >= MIN_BACKLOG or newest.delay_s > MAX_LATE_S
 
 
+def silence_limit_s(interval_s: float) -> float:
+    """Return the time without a message after which a device with this health interval is silent."""
+    return SILENT_INTERVALS * min(interval_s, _MAX_INTERVAL_S) + SILENT_GRACE_S
+
+
 def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     status = view.status
     if status.last_seen is None or status.state == "stopped":
         return None
     interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
-    limit_s = SILENT_INTERVALS * interval_s + SILENT_GRACE_S
+    limit_s = silence_limit_s(interval_s)
     # While no collector watched nothing could arrive; but what was silent before has not spoken.
     if view.silence_s <= limit_s or (view.watched_s <= limit_s and not is_open):
         return None

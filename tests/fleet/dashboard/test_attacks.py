@@ -16,6 +16,7 @@ from itsdangerous import Signer
 from agent.fleet.dashboard import server
 from agent.fleet.dashboard.security import guard
 from agent.fleet.dashboard.security.access import AccessPolicy
+from agent.fleet.dashboard.security.login_limits import LoginLimits
 from agent.fleet.dashboard.state import feed
 from agent.fleet.database.dashboard import accounts
 from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, served, wait_until_shown
@@ -178,7 +179,7 @@ def test_two_host_headers_are_refused(dashboard: ServedDashboard) -> None:
 ])  # fmt: skip
 def test_no_path_leads_to_a_file(dashboard: ServedDashboard, path: str) -> None:
     answer = dashboard.get(path, dashboard.sign_in("ada"))
-    assert answer.status in (404, 414)
+    assert answer.status in (400, 404)
     assert "import" not in answer.text
     assert "root:" not in answer.text
 
@@ -268,6 +269,57 @@ def test_passwords_cannot_be_tried_at_once(dashboard: ServedDashboard) -> None:
         statuses = [future.result().status for future in tries]
     assert statuses.count(401) <= 10
     assert statuses.count(429) >= 14
+
+
+def test_a_stranger_keeps_no_account_out() -> None:
+    now = [0.0]
+    limits = LoginLimits(lambda: now[0])
+    for n in range(30):
+        if not limits.wait_s(f"2001:db8:0:1::{n:x}", "ada"):
+            limits.add_failure(f"2001:db8:0:1::{n:x}", "ada")
+    assert limits.wait_s("2001:db8:0:1::99", "ada") == 300, "a host has a whole /64 network"
+    assert limits.wait_s("2001:db8:0:1::99", "vera") == 0
+    assert limits.wait_s("192.0.2.1", "ada") == 0
+    limits.add_failure("192.0.2.1", "ada")
+    limits.forget("192.0.2.1", "ada")
+    for n in range(250):
+        limits.add_failure(f"::ffff:198.51.100.{n}", "ada")
+    assert limits.wait_s("203.0.113.1", "ada") == 300, "many addresses guess together"
+    assert limits.wait_s("192.0.2.1", "ada") == 0, "but where it signed in from before, it can again"
+    for _ in range(10):
+        limits.add_failure("192.0.2.1", "ada")
+    assert limits.wait_s("192.0.2.1", "ada") == 300
+    now[0] = 301
+    assert limits.wait_s("203.0.113.1", "ada") == 0
+
+
+def test_an_address_tries_few_names() -> None:
+    limits = LoginLimits(lambda: 0.0)
+    for n in range(20):
+        assert limits.wait_s("192.0.2.1", f"name-{n}") == 0
+        limits.add_failure("192.0.2.1", f"name-{n}")
+    assert limits.wait_s("192.0.2.1", "ada") == 300
+    assert limits.wait_s("192.0.2.2", "ada") == 0
+
+
+def test_refused_sign_ins_are_counted_in_one_row(dashboard: ServedDashboard) -> None:
+    for _ in range(3):
+        dashboard.post("/login", {"name": "eve", "password": "wrong"})
+    refused = [action["outcome"] for action in dashboard.actions() if action["object"] == "eve"]
+    assert refused == ["refused 3 times"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/incidents?device=%00", "/tasks/exercise?drift=a%00b", "/devices/pi%00", "/login?next=%00"]
+)
+def test_no_parameter_holds_nul(dashboard: ServedDashboard, path: str) -> None:
+    assert dashboard.get(path, dashboard.sign_in("ada")).status == 400
+
+
+def test_no_form_holds_nul(dashboard: ServedDashboard) -> None:
+    assert dashboard.post("/login", {"name": "a\0", "password": "x"}).status == 400
+    raw = dashboard.request("POST", "/login", "name=a\0&password=x", "", {"sec-fetch-site": "same-origin"})
+    assert raw.status == 400
 
 
 def test_an_unknown_name_takes_as_long_as_a_known_one(dashboard: ServedDashboard) -> None:
@@ -375,10 +427,10 @@ def test_a_proxy_names_who_signed_in_there(tmp_path: Path) -> None:
 
 
 def test_every_action_and_every_refused_sign_in_is_written_down(dashboard: ServedDashboard) -> None:
-    dashboard.post("/login", {"name": "ada", "password": "wrong password"})
+    dashboard.post("/login", {"name": "zoe", "password": "wrong password"})
     dashboard.post("/accounts", {"name": "vera", "action": "end"}, dashboard.sign_in("ada"))
     written = {(a["name"], a["action"], a["object"], a["outcome"]) for a in dashboard.actions()}
-    assert ("", "sign in", "ada", "refused") in written
+    assert ("", "sign in", "zoe", "refused") in written
     assert ("ada", "sign in", "ada", "done") in written
     assert ("ada", "account", "vera", "sessions ended") in written
 

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
+import msgspec
 import pytest
 
+from agent import clock
 from agent.fleet.dashboard.state import feed
 from agent.fleet.database.dashboard import accounts, devices, history, messages, results
 from agent.fleet.database.store import FleetStore
@@ -66,6 +68,21 @@ def test_a_time_is_located_among_rows_without_reading_them_all(store: FleetStore
         assert results.load_series(db, "pi-01", "other", 0, begin, 10) == ([], False)
 
 
+def test_refused_sign_ins_are_bounded_in_number_and_age(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounts, "MAX_REFUSALS", 5)
+    with store.transaction() as db:
+        accounts.add_action(db, ("2026-01-01", "ada", "admin", "sign in", "ada", "done", "192.0.2.1"))
+        for n in range(10, 30):
+            row = (f"2026-11-{n}", "", "", "sign in", f"name-{n}", "refused", "192.0.2.1")
+            accounts.add_refusal(db, row, f"2026-11-{n}", "2026-10")
+            accounts.add_refusal(db, row, f"2026-11-{n - 1}", "2026-10")
+        stored = [(row["object"], row["outcome"]) for row in accounts.load_actions(db, 100)]
+        assert stored == [*((f"name-{n}", "refused 2 times") for n in range(29, 24, -1)), ("ada", "done")]
+        last = ("2026-12-30", "", "", "sign in", "name-29", "refused", "192.0.2.1")
+        accounts.add_refusal(db, last, "2026-12-29", "2026-11-29")
+        assert [row["time"] for row in accounts.load_actions(db, 100)] == ["2026-12-30", "2026-11-29", "2026-01-01"]
+
+
 def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) -> None:
     from agent.fleet.dashboard.state.fleet_state import FleetState
     from agent.fleet.database.ingest import Arrival
@@ -84,6 +101,15 @@ def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) 
     with store.snapshot() as db:
         assert state.refresh(db) == {"pi-01"}
     assert (state.devices["pi-01"].backlog, state.devices["pi-01"].alerts) == (0, [])
+    seen_us = clock.parse_rfc3339("2026-11-24T22:21:00.000000Z")
+    shown = msgspec.structs.replace(state.devices["pi-01"], state="online")
+    assert [shown.status(seen_us + s * 10**6) for s in (210, 211)] == ["online", "silent"]
+    hourly = [health(sender, interval_s=3600)]
+    store.ingest([Arrival(sender.verify(item)) for item in hourly], [], "2026-11-24T22:21:01.000000Z")
+    with store.snapshot() as db:
+        state.refresh(db)
+    shown = msgspec.structs.replace(state.devices["pi-01"], state="online")
+    assert [shown.status(seen_us + s * 10**6) for s in (10_831, 10_832)] == ["online", "silent"]
     with store.transaction() as db:
         db.execute("UPDATE keys SET revoked = '2026-11-25T00:00:00Z'")
         db.execute("UPDATE meta SET value = value + 1 WHERE name = 'keys_version'")

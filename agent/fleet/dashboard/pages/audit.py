@@ -90,9 +90,11 @@ async def _make_archive(visit: Visit) -> Path:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        if not out.is_dir():
+        # Exit 1 with a folder: the audit failed, and the folder says so. A killed process may leave part of one.
+        if process.returncode not in (0, 1) or not out.is_dir():
             reason = errors.decode(errors="replace").strip().splitlines()
-            raise HTTPException(409, f"the evidence was not made: {reason[-1] if reason else 'no reason given'}")
+            ended = f"its process ended with status {process.returncode}"
+            raise HTTPException(409, f"the evidence was not made: {reason[-1] if reason else ended}")
         return await asyncio.to_thread(_zip_folder, out)
 
 

@@ -25,6 +25,8 @@ from agent.fleet.database.interface import Connection
 from agent.names import is_name
 
 SESSION_HOURS = 12
+# Refused sign-ins of one address and account within an hour share a row, which ends after 90 days.
+_REFUSALS_TOGETHER_US, _REFUSAL_AGE_US = 3_600_000_000, 90 * 86_400_000_000
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
@@ -124,10 +126,15 @@ def is_local(request: Request) -> bool:
 
 
 def record(db: Connection, visitor: Visitor | None, action: str, concerned: str, outcome: str, address: str) -> None:
-    """Append who did what to the table of actions."""
+    """Append who did what to the table of actions; nobody (None) can only be refused, which is counted."""
+    now_us = clock.read().wall_us
+    now, since, oldest = (clock.to_rfc3339(now_us - age_us) for age_us in (0, _REFUSALS_TOGETHER_US, _REFUSAL_AGE_US))
     name, role = (visitor.name, visitor.role) if visitor else ("", "")
-    row: tuple[Any, ...] = (now_text(), name, role, action, concerned[:200], outcome[:500], address)
-    accounts.add_action(db, row)
+    row: tuple[Any, ...] = (now, name, role, action, concerned[:200], outcome[:500], address)
+    if visitor:
+        accounts.add_action(db, row)
+    else:
+        accounts.add_refusal(db, row, since, oldest)
 
 
 def now_text() -> str:

@@ -84,6 +84,8 @@ class Guard:
         try:
             self._check(scope)
             body = await _read_body(scope, receive) if scope["method"] == "POST" else b""
+            if _has_nul(body):
+                raise _Refused(400, "the form holds a NUL character, which no text here has")
         except _Refused as refused:
             refusal = PlainTextResponse(f"{refused}\n", refused.status, {"connection": "close"})
             await refusal(scope, receive, send_guarded)
@@ -97,8 +99,10 @@ class Guard:
         if method not in ("GET", "HEAD", "POST"):
             raise _Refused(405, "method not allowed")
         target = scope["raw_path"] + b"?" + scope["query_string"]
-        if len(target) > MAX_TARGET or b"\0" in target or "\0" in scope["path"]:
-            raise _Refused(414, "the address is too long or not valid")
+        if len(target) > MAX_TARGET:
+            raise _Refused(414, "the address is too long")
+        if _has_nul(target) or "\0" in scope["path"]:
+            raise _Refused(400, "the address holds a NUL character, which no text here has")
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
             raise _Refused(431, "the headers are too long")
         if "content-length" in headers and "transfer-encoding" in headers:
@@ -118,6 +122,11 @@ class Guard:
                 raise _Refused(415, f"a form must be {_FORM}")
         elif site in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
             raise _Refused(403, "another site may link to the dashboard, and not load its parts")
+
+
+def _has_nul(encoded: bytes) -> bool:
+    """Return True if URL-encoded text holds NUL, which PostgreSQL stores in no text."""
+    return b"\0" in encoded or b"%00" in encoded
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes:

@@ -13,10 +13,9 @@ import msgspec
 from agent import clock
 from agent.fleet.database.dashboard import devices as statements
 from agent.fleet.database.interface import Connection
+from agent.fleet.incidents.conditions import HealthReport, silence_limit_s
 from agent.names import is_name
 
-# A device that promised to be online and has sent nothing for this long is shown as silent.
-SILENT_AFTER_US = 15 * 60 * 1_000_000
 # Devices refreshed in one snapshot; the others follow in the next.
 _MAX_CHANGED = 500
 _DRIFT_ORDER = ("fault", "drift", "insufficient", "ok")
@@ -51,6 +50,8 @@ class DeviceState(msgspec.Struct):
     health_seq: int = 0
     # Messages that waited at the device then.
     backlog: int | None = None
+    # How often it promises a health message.
+    interval_s: float = HealthReport("").interval_s
     clock: str = ""
     clock_seq: int = 0
     tasks: list[TaskState] = []
@@ -62,7 +63,8 @@ class DeviceState(msgspec.Struct):
             return "revoked"
         if self.state is None or self.last_seen is None:
             return "enrolled"
-        if self.state == "online" and now_us - _parse_time(self.last_seen) > SILENT_AFTER_US:
+        silence_s = (now_us - _parse_time(self.last_seen)) / 1e6
+        if self.state == "online" and silence_s > silence_limit_s(self.interval_s):
             return "silent"
         return self.state
 
@@ -172,12 +174,13 @@ def _with_log(device: DeviceState, log: Any, health: Any, clock_row: Any) -> Dev
     if health is None or (device.health_seq == health[0] and device.payload == health[1]):
         return msgspec.structs.replace(device, tasks=[msgspec.structs.replace(task) for task in device.tasks])
     body = decode_object(health[1])
-    waiting = body.get("outbox")
+    waiting, interval_s = body.get("outbox"), body.get("interval_s", 0)
     return msgspec.structs.replace(
         device,
         payload=health[1],
         health_seq=health[0],
         backlog=waiting if type(waiting) is int else None,
+        interval_s=interval_s if type(interval_s) in (int, float) and interval_s > 0 else HealthReport("").interval_s,
         tasks=_parse_tasks(body),
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
 MAX_SESSIONS = 20
+# Refused sign-ins that are stored: anybody can cause them.
+MAX_REFUSALS = 10_000
 
 _UPSERT_USER = """
     INSERT INTO dashboard_users VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
@@ -19,6 +21,12 @@ _SUPERFLUOUS_SESSIONS = """
         SELECT session FROM dashboard_sessions WHERE name = ? ORDER BY created DESC LIMIT 1000 OFFSET ?)"""
 ACTIONS = """
     SELECT time, name, role, action, object, outcome, address FROM dashboard_actions ORDER BY time DESC LIMIT ?"""
+REFUSAL = """
+    SELECT rowid, outcome FROM dashboard_actions
+    WHERE time > ? AND name = '' AND object = ? AND address = ? ORDER BY time DESC LIMIT 1"""
+_SUPERFLUOUS_REFUSALS = """
+    DELETE FROM dashboard_actions WHERE name = '' AND (time < ? OR time < (
+        SELECT time FROM dashboard_actions WHERE name = '' ORDER BY time DESC LIMIT 1 OFFSET ?))"""
 
 
 def load_users(db: Connection) -> list[dict[str, Any]]:
@@ -75,6 +83,20 @@ def add_action(db: Connection, row: Row) -> None:
     """Append (time, name, role, action, object, outcome, address)."""
     columns = "time, name, role, action, object, outcome, address"
     db.execute(f"INSERT INTO dashboard_actions ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def add_refusal(db: Connection, row: Row, since: str, oldest: str) -> None:
+    """Count a refused sign-in, an action without a name.
+
+    Those of one address and account after `since` share a row. Rows before `oldest` and beyond `MAX_REFUSALS` end.
+    """
+    same = db.execute(REFUSAL, (since, row[4], row[6])).fetchone()
+    if same is not None:
+        count = int(same[1].split()[1]) if " " in same[1] else 1
+        db.execute("UPDATE dashboard_actions SET outcome = ? WHERE rowid = ?", (f"refused {count + 1} times", same[0]))
+        return
+    add_action(db, row)
+    db.execute(_SUPERFLUOUS_REFUSALS, (oldest, MAX_REFUSALS - 1))
 
 
 def load_actions(db: Connection, limit: int) -> list[dict[str, Any]]:
