@@ -238,7 +238,7 @@ def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path
 
 
 @pytest.mark.process
-def test_evidence_whose_process_was_killed_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_evidence_process_sends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = tmp_path / "python"
     killed.write_text('#!/bin/sh\nmkdir -p "$6" && echo partial >"$6/audit.json" && kill -9 $$\n')
     killed.chmod(0o755)
