@@ -74,8 +74,20 @@ def versions(site: Site) -> list[str]:
 
 
 def processes() -> int:
-    """Count the processes of models and downloads; other tests may have left servers running."""
-    return sum(child.name().startswith("python") for child in psutil.Process().children(recursive=True))
+    """Count the processes of models and downloads, also ended ones that are not yet collected.
+
+    Other tests may have left servers and the resource tracker of `multiprocessing` running.
+    """
+    return sum(is_of_agent(child) for child in psutil.Process().children(recursive=True))
+
+
+def is_of_agent(child: psutil.Process) -> bool:
+    try:
+        return any(argument.startswith("agent.") for argument in child.cmdline())
+    except psutil.ZombieProcess:
+        return child.name().startswith("python")
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("before", ["downloading", "shadow"])

@@ -16,6 +16,7 @@ from agent.device.pipeline import tuning_cache
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire import keys
 from scripts.kit.bundles import KEY, change_manifest, packed
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
@@ -87,8 +88,19 @@ schedule = "every 60 s"
         _tunings[:] = tuning_cache.load(self.store, "sort")
         self.daemon._remote_commands.start(NOW, lambda: None)
 
-    def crash(self, configured: str | None = None) -> None:
+    def end_processes(self) -> None:
+        """End the models' processes, as the death of their parent does."""
+        for scheduled in self.daemon._scheduled_tasks:
+            if isinstance(scheduled.task.model, SubprocessModel):
+                scheduled.task.model.close()
+
+    def stop(self) -> None:
+        """Stop as a killed process does, without further writes."""
+        self.end_processes()
         self.store.close()
+
+    def crash(self, configured: str | None = None) -> None:
+        self.stop()
         if configured is not None:
             self.configure(configured)
         self.start()

@@ -133,18 +133,9 @@ class Site(Device):
         self.daemon: Daemon = build_daemon(self.file, self.conf, self.store, now=lambda: self.now)
         self.daemon._remote_commands.start(self.now, lambda: None)
 
-    def stop(self) -> None:
-        """Stop as a killed process does, without further writes."""
-        self.end_processes()
-        self.store.close()
-
     def end_processes(self) -> None:
-        """End the child processes, as the death of their parent does."""
         self.daemon._updater.abort()
-
-    def crash(self, configured: str | None = None) -> None:
-        self.end_processes()
-        super().crash(configured)
+        super().end_processes()
 
     def wanted(self, text: str, strategy: str, rollout: str = "", **more: Any) -> dict[str, Any]:
         named = {"rollout": rollout or f"r-{text}", "bundle": "tiny", "version": text, "digest": self.digest(text)}

@@ -281,7 +281,7 @@ def _commit(
     output: _BatchOutput,
     now: ClockReading,
 ) -> None:
-    with store.transaction() as tx:
+    with store.transaction(batch=True) as tx:
         tx.advance_cursor(task.name, source.batch.first, source.batch.first + source.cut.consumed - 1)
         if task.drift_monitor is not None and output.drift is not None:
             drift_state.save_task(tx, task, output.drift)
@@ -316,7 +316,7 @@ def _skip_lost(
         )
         alert = DAMAGED_ROWS.raised(summary, {"rows": [batch.first, batch.last]}, stream=stream, row=batch.first)
         messages.append(PendingMessage.from_alert(alert, task.name))
-    with store.transaction() as tx:
+    with store.transaction(batch=True) as tx:
         tx.advance_cursor(task.name, batch.first, batch.last)
         if not batch.deleted:
             tx.quarantine_rows(stream, batch.first, batch.last)

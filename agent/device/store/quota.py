@@ -2,7 +2,8 @@
 
 The quota holds to the byte:
 - outstation.db grows to `database_bytes` and no further (max_page_count); the last `reserved_pages` are for vital
-  transactions, because deleting needs pages, too
+  transactions, because deleting needs pages, too; a batch may fill a third of them, because rows can be deleted only
+  after a batch has consumed them
 - outstation.db-wal is checkpointed before a transaction if more than a quarter of it is used; a transaction counts what
   it writes and is refused before it would exceed `wal_bytes`
 - outstation.db-shm is one piece of 32 KiB for a log of up to 16 MiB
@@ -28,7 +29,7 @@ _WAL_FRAME = PAGE_SIZE + 24
 _WAL_HEADER = 32
 _SHM = 32_768
 _MAX_WAL, _MAX_RESERVE = 4 << 20, 2 << 20
-_RESERVED_PAGES = 32
+_MIN_RESERVED_PAGES, _MAX_RESERVED_PAGES = 16, 32
 # Pages of small tables, indexes and inner nodes that any transaction may touch.
 _BASE = 10 * _WAL_FRAME
 # Offset and format of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
@@ -50,8 +51,13 @@ class Quota(msgspec.Struct, frozen=True):
 
     @property
     def reserved_pages(self) -> int:
-        """Pages that only a vital transaction may fill."""
-        return min(_RESERVED_PAGES, self.database_bytes // PAGE_SIZE // 20)
+        """Pages that only a vital transaction may fill, and the first `batch_pages` of them a batch."""
+        return min(_MAX_RESERVED_PAGES, max(_MIN_RESERVED_PAGES, self.database_bytes // PAGE_SIZE // 20))
+
+    @property
+    def batch_pages(self) -> int:
+        """Reserved pages that a batch may fill: they hold a task's states and a few results."""
+        return self.reserved_pages // 3
 
     @property
     def transaction_bytes(self) -> int:
@@ -112,13 +118,13 @@ class QuotaEnforcer:
             )
         return Budget(left)
 
-    def require_reserved_pages(self, db: sqlite3.Connection, free_before: int) -> None:
+    def require_reserved_pages(self, db: sqlite3.Connection, free_before: int, *, batch: bool) -> None:
         """Raise StorageFull if a transaction has filled reserved pages; `free_before`: `free_pages` at its start.
 
-        Raises sqlite3.Error, too.
+        A `batch` may fill `batch_pages` of them. Raises sqlite3.Error, too.
         """
-        left = self.free_pages(db)
-        if left < min(free_before, self.quota.reserved_pages):
+        reserved = self.quota.reserved_pages - (self.quota.batch_pages if batch else 0)
+        if self.free_pages(db) < min(free_before, reserved):
             raise StorageFull(f"{self._path}: the quota ([buffer] max_size) is full")
 
     def free_pages(self, db: sqlite3.Connection) -> int:

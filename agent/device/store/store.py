@@ -115,11 +115,11 @@ class Store:
     # --- transactions ---
 
     @contextlib.contextmanager
-    def transaction(self, *, vital: bool = False) -> Iterator[Transaction]:
+    def transaction(self, *, vital: bool = False, batch: bool = False) -> Iterator[Transaction]:
         """Run one transaction: commit when the block ends, roll back when it raises.
 
-        A `vital` transaction, which makes room or records a delivery, may use the reserve on a full disk. Raises
-        StorageFull, StorageBusy or StorageError.
+        A `vital` transaction, which makes room or records a delivery, may use the reserve on a full disk. A `batch`
+        may fill a part of the reserved pages. Raises StorageFull, StorageBusy or StorageError.
         """
         with self._lock, self._translate_errors():
             try:
@@ -132,7 +132,7 @@ class Store:
                 yield tx
                 tx.finish()
                 if not vital:
-                    self._quota_enforcer.require_reserved_pages(self._db, free_pages)
+                    self._quota_enforcer.require_reserved_pages(self._db, free_pages, batch=batch)
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:

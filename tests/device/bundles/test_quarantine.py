@@ -291,7 +291,7 @@ def confined(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
     bad = version(with_trap(Path(shutil.copytree(bundles["1"], tmp_path / "bad")), "crash"), "bad")
     made = Device(tmp_path, {**bundles, "bad": bad}, confinement="auto")
     yield made
-    made.store.close()
+    made.stop()
 
 
 def test_a_model_that_crashes_twice_gives_way_while_the_daemon_goes_on(confined: Device) -> None:
@@ -355,4 +355,4 @@ def test_a_quarantined_model_without_another_stops_its_task_alone(tmp_path: Path
         assert ("sort/model", "raised", "critical") in alerts(device)
         assert device.store.last_row("cells") == 40
     finally:
-        device.store.close()
+        device.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 
 from agent import clock, config
 from agent.device.pipeline.batch import BatchResult
-from agent.device.store import task_keys, transaction
+from agent.device.store import retention, task_keys, transaction
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageError, StorageFull
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
@@ -615,6 +617,28 @@ def test_a_full_store_is_processed_in_smaller_batches(make: Make) -> None:
     assert 0 < first.rows < at_once
     assert device.task.batch_divisor > 1
     assert tiles(device.results()) == (1, first.rows)
+
+
+@pytest.mark.parametrize("mib", [1, 2, 8])
+def test_batches_of_a_full_store_leave_room_to_delete(make: Make, mib: int) -> None:
+    device = make(max_size=mib << 20)
+    for rows in (500, 20):
+        with contextlib.suppress(StorageFull):
+            while True:
+                device.feed(CLASSIFY.rows(rows))
+    first = device.run()
+    assert first is not None
+    assert first.rows > 0
+    with pytest.raises(StorageFull):
+        device.run_all()
+    last = int(device.store.get_meta("seq", "0"))
+    with device.store.transaction(vital=True) as tx:
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(last))
+        tx.set_meta(retention.ACKNOWLEDGEMENT, "a" * 300)
+    with device.store.transaction(vital=True) as tx:
+        assert tx.outbox.drop_acknowledged(last, 500) > 0
+        assert tx.labels.trim_predictions("tiny", math.inf, 500) > 0
+    assert device.store.outbox_size()[0] == 0
 
 
 def test_only_the_fields_of_the_bundle_reach_the_model(make: Make) -> None:
