@@ -15,6 +15,11 @@ from tests.kit.exchanges import Device
 pytest_plugins = ["tests.kit.exchange_fixtures"]
 
 
+@pytest.fixture
+def device(exchange_device: Device) -> Device:
+    return exchange_device
+
+
 def test_a_first_bundle_has_nothing_to_go_back_to(device: Device) -> None:
     ok, summary, _ = device.obey("rollback", task="sort")
     assert not ok

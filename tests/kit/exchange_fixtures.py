@@ -1,4 +1,7 @@
-"""Fixtures of a device whose bundle tests exchange, and of the bundles."""
+"""Fixtures of a device whose bundle tests exchange, and of the bundles.
+
+A plugin of one module serves all modules, so these names are unlike those of `repository_fixtures`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
+def exchange_device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
     made = Device(tmp_path, bundles)
     yield made
     made.store.close()

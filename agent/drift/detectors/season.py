@@ -53,7 +53,11 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
         """Return copies of the members, whose last entry is that of this half day."""
         if len(self.half_day) and half_day_number == self.half_day[-1]:
             return self.half_day, self.n.copy(), self.mean.copy()
-        fresh = np.array([half_day_number]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
+        fresh = (
+            np.array([half_day_number], np.int64),
+            np.zeros((1, fields), np.int64),
+            np.zeros((1, fields), np.float32),
+        )
         if not len(self.half_day) or half_day_number < self.half_day[-1]:
             return fresh
         recent = slice(1 - MAX_HALF_DAYS, None)

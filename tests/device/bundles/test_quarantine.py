@@ -30,6 +30,11 @@ pytest_plugins = ["tests.kit.exchange_fixtures"]
 NUMBERS = itertools.count()
 
 
+@pytest.fixture
+def device(exchange_device: Device) -> Device:
+    return exchange_device
+
+
 def dies(device: Device, digest: str, task: str = "sort") -> None:
     """Leave the crash marker of a daemon that ended while that bundle was loaded or ran."""
     device.store.close()

@@ -148,7 +148,7 @@ def _print_json(names: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
         values = {name: to_json_value(value) for name, value in zip(names, row, strict=True)}
         click.echo(separator + printable_json(msgspec.json.encode(values).decode()), nl=False)
         separator = ",\n"
-    click.echo("[]" if separator == "[" else "]")
+    echo("[]" if separator == "[" else "]")
 
 
 def _to_cell(value: Any) -> Any:

@@ -39,15 +39,18 @@ _ALL_KEYS = """
            coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
     FROM alerts WHERE {where} GROUP BY device, log, id, source
 """
-# Few incidents are raised: all others are passed over in index alerts_by_id, without their rows.
+# Few incidents are raised: all others are passed over in index alerts_by_id, without their rows. Without MATERIALIZED,
+# PostgreSQL looks `began` up again for each message of a log.
 _RAISED_KEYS = """
-    SELECT device, log, id, source, newest, newest AS raised,
-           coalesce((SELECT max(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
-                         AND b.source = g.source AND b.state = 'raised' AND b.revision = 1),
-                    (SELECT min(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
-                         AND b.source = g.source)) AS began
-    FROM (SELECT device, log, id, source, max(seq) AS newest FROM alerts WHERE {where}
-          GROUP BY device, log, id, source {having}) g
+    WITH raised_keys AS MATERIALIZED (
+        SELECT device, log, id, source, newest, newest AS raised,
+               coalesce((SELECT max(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
+                             AND b.source = g.source AND b.state = 'raised' AND b.revision = 1),
+                        (SELECT min(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
+                             AND b.source = g.source)) AS began
+        FROM (SELECT device, log, id, source, max(seq) AS newest FROM alerts WHERE {where}
+              GROUP BY device, log, id, source {having}) g)
+    SELECT * FROM raised_keys
 """
 _FILTER = """
     WHERE (CAST(:open AS BOOLEAN) IS NULL OR (status <> 'cleared') = :open)
