@@ -5,8 +5,8 @@ One alert may be open for each field and kind of fault, and one for each subject
 - An open alert that grows or turns round is published again as its next revision (`escalation`).
 - A fault clears after three windows without one. What only a site's reference shows (swapped, reversed, quantized)
   waits for one, or for an operator who has it learned or accepts the readings.
-- A drift that was raised in the last windows before a field turns out to be read wrongly followed from that. Its alert
-  is withdrawn, and what was gathered on it is forgotten.
+- A drift that was raised in the last windows before a field turns out to be read wrongly followed from that, and so
+  does any drift of this field. Its alert is withdrawn, and what was gathered on it is forgotten.
 """
 
 from __future__ import annotations
@@ -150,7 +150,10 @@ class AlertLifecycle:
         """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly."""
         if not newly_misread.any():
             return state, []
-        late = state.suite.open_subjects & (state.raised_window > state.index - WINDOWS_TO_CLEAR)
+        late = state.raised_window > state.index - WINDOWS_TO_CLEAR
+        # Windows between show another unit less clearly, and may raise the field's own drift long before.
+        late[: len(newly_misread)] |= newly_misread
+        late &= state.suite.open_subjects
         names = [self.shipped.fields[field] for field in np.flatnonzero(newly_misread)]
         out = [
             self.build_cleared_alert(state, subject, alert_text.withdrawn_sentence(self.subjects[subject], names))

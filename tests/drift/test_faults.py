@@ -356,6 +356,15 @@ def test_lone_jumps_are_spikes(shipped: Reference, rows: NDArray[np.float64]) ->
     assert fault_names(shipped, rows) == (None, "spikes", None)
 
 
+def test_larger_steps_everywhere_are_no_spikes(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    middle = rows[:, 1].mean()
+    rows[40::60, 1] += 3 * shipped.jump[1]
+    for gain in (1.0, 4.0, 5.0, 9.8):
+        louder = rows.copy()
+        louder[:, 1] = middle + gain * (rows[:, 1] - middle)
+        assert "spikes" not in fault_names(shipped, louder), gain
+
+
 def test_a_step_to_a_new_level_is_no_spike(shipped: Reference, rows: NDArray[np.float64]) -> None:
     rows[40:80, 1] += 12 * shipped.jump[1]
     rows[120:160, 1] += 12 * shipped.jump[1]

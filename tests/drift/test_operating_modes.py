@@ -82,6 +82,11 @@ def test_a_machine_that_showed_few_changes_of_its_mode_is_learned_for_longer(mon
     assert (state.site_reference.site.mode_count, state.site_reference.site.transitions) == (1, 0)
 
 
+def test_windows_between_modes_are_no_change_of_mode() -> None:
+    of_window = np.array([-1, 0, 0, -1, 0, 1, 1, -1, -1, 0, 2, -1])
+    assert operating_modes.ModeAssignment(of_window, np.ones(4), is_settled=True).changes == 3
+
+
 def test_too_few_changes_at_the_end_are_named_and_no_modes_are_used(monitor: DriftMonitor) -> None:
     brief = DriftMonitor(monitor.shipped, labels=(), window=ROWS, learn_windows=LEARN, learn_extension=1.0)
     rows = machine(6, LEARN, modes=1)

@@ -26,7 +26,7 @@ from agent.drift.baseline.sensitivity import measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.baseline.symptoms import measure_symptoms
-from agent.drift.baseline.transitions import MIN_TRANSITIONS, count_transitions
+from agent.drift.baseline.transitions import MIN_STEP_SHARE, MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
@@ -416,7 +416,9 @@ def _calibrate_scores(
     present = ~np.isnan(values)
     known, modes = np.where(tested & present, values, middle), None
     candidates = find_modes((known - middle)[:, : task.fields]) if transitions else None
-    settled = candidates is None or (candidates.is_settled and transitions >= MIN_TRANSITIONS)
+    settled = candidates is None or (
+        candidates.is_settled and (transitions >= MIN_TRANSITIONS or transitions < MIN_STEP_SHARE * candidates.changes)
+    )
     if candidates is not None and candidates.count > 1 and settled:
         # Modes before the cycle: harmonics of a day explain a few visits by chance.
         assigned, inside = candidates.of_window, (candidates.of_window >= 0)[:, None]

@@ -76,6 +76,11 @@ class ModeAssignment(msgspec.Struct, frozen=True, eq=False):
     def count(self) -> int:
         return int(self.of_window.max()) + 1
 
+    @property
+    def changes(self) -> int:
+        """Changes from one mode to another; windows between modes are left out."""
+        return int(np.count_nonzero(np.diff(self.of_window[self.of_window >= 0])))
+
 
 def find_modes(means: Float64s) -> ModeAssignment:
     """Find the modes of windows in a row with means (K, F)."""

@@ -58,3 +58,10 @@ def find_finest(steps: Ints) -> Ints:
     moved = steps[..., 1:]
     enough = FINEST_SHARE * np.maximum(moved.sum(-1, keepdims=True), 1)
     return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)
+
+
+def median_size(steps: Ints) -> Float64s:
+    """Return the median step (..., F) of step counts (..., F, SIZE_BINS), rounded to a power of two; 0 if most rest."""
+    middle = (np.cumsum(steps, axis=-1) >= steps.sum(-1, keepdims=True) / 2).argmax(-1)
+    # Steps of a bin lie below this power of two and not below half of it.
+    return np.where(middle > 0, np.exp2(middle + MIN_EXPONENT - 0.5), 0.0)

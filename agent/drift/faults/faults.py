@@ -9,7 +9,7 @@ reversed       they fit it with the sign reversed
 unit           outside those limits, or far calmer than the reference ever was, but like it in another unit
 out_of_range   more than 1 % of values outside the reference's limits widened by half their span
 spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
-               and more than one row in 1000
+               and more than one row in 1000, and most steps no larger than usual
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.resolution import find_finest
+from agent.drift.baseline.resolution import find_finest, median_size
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
@@ -37,6 +37,7 @@ KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "u
 MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
 OUTSIDE_SHARE, MIN_OUTSIDE_ROWS = 0.01, 3
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
+MAX_STEP_RATIO = 2.0  # of the robust sd of steps to the reference's, up to which lone jumps stand out
 CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
 MIN_LEVELS = 20  # coarser values often pile up on the outermost
 MAX_FINE_SHARE = 0.05  # of the usual fine steps that may be left
@@ -107,7 +108,9 @@ def compute_indicators(
         out_of_range=outside,
         high_spread=loud,
         spikes=(windows.spikes >= MIN_SPIKES)
-        & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None]),
+        & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None])
+        # Where all steps are larger, the same signal in another unit passes the limit for jumps.
+        & (1.4826 * median_size(windows.steps) <= MAX_STEP_RATIO * reference.jump),
         unfit=none > 0
         if site is None
         else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site, usual), limits),
