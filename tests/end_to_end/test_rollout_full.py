@@ -85,7 +85,7 @@ def is_of_agent(child: psutil.Process) -> bool:
     try:
         return any(argument.startswith("agent.") for argument in child.cmdline())
     except psutil.ZombieProcess:
-        return child.name().startswith("python")
+        return bool(child.name().startswith("python"))
     except psutil.NoSuchProcess:
         return False
 
