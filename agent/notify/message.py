@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Literal
 from zoneinfo import ZoneInfo
 
@@ -172,7 +171,7 @@ def _document(change: Change) -> dict[str, str | int | None]:
 
 def _local(time: str, zone: ZoneInfo) -> str:
     try:
-        moment = datetime.fromtimestamp(clock.parse_rfc3339(time) / 1e6, UTC).astimezone(zone)
+        moment = clock.to_datetime(clock.parse_rfc3339(time)).astimezone(zone)
     except (ValueError, OverflowError, OSError):
         return shorten(time, MAX_NAME)
     return f"{moment:%Y-%m-%d %H:%M:%S %Z}"

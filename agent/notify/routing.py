@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from fnmatch import fnmatchcase
 
 import msgspec
 
+from agent import clock
 from agent.config.notify import NotifyConfig, NotifyRoute
 from agent.notify.alert_state import SEVERITY_RANK, AlertState
 
@@ -42,14 +43,14 @@ def is_quiet(config: NotifyConfig, now_s: float) -> bool:
     span = config.quiet_span
     if span is None:
         return False
-    now = datetime.fromtimestamp(now_s, UTC).astimezone(config.zone).time()
+    now = clock.to_datetime(int(now_s * 1e6)).astimezone(config.zone).time()
     begin, end = span
     return begin <= now < end if begin < end else now >= begin or now < end
 
 
 def last_digest_s(config: NotifyConfig, now_s: float) -> float:
     """Return when the last digest was due, epoch seconds."""
-    now = datetime.fromtimestamp(now_s, UTC).astimezone(config.zone)
+    now = clock.to_datetime(int(now_s * 1e6)).astimezone(config.zone)
     hour, minute = map(int, config.digest_at.split(":"))
     due = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
     return (due if due <= now else due - timedelta(days=1)).timestamp()

@@ -86,7 +86,7 @@ def seal(data: bytes) -> None:
 def topic(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     try:
-        parsed = topics.parse(text)
+        parsed = topics.parse.__wrapped__(text)  # without its cache
     except MessageRefused:
         return
     assert str(parsed) == text

@@ -84,7 +84,7 @@ def _add_chunks(store: FleetStore, folder: Path, manifest: Manifest, progress: C
     with store.snapshot(), contextlib.closing(sqlite3.connect("", isolation_level=None)) as spool:
         _spool_keys(store, spool, manifests.exported_ranges(iter(chunks)), manifest.filters.device)
         queue = _KeyQueue(spool)
-        while keys := queue.take():
+        while keys := queue.pop_chunk():
             chunk = _write_chunk(store, folder, manifest.filters, len(manifest.chunks) + 1, keys, queue)
             manifest.add(folder, chunk)
             summary.chunks += 1
@@ -127,7 +127,7 @@ class _KeyQueue:
         self._rows = spool.execute("SELECT received, device, log, seq FROM keys ORDER BY 1, 2, 3, 4")
         self._returned: list[Key] = []
 
-    def take(self) -> list[Key]:
+    def pop_chunk(self) -> list[Key]:
         """Return the keys of the next chunk, by their place in the logs."""
         keys = [*self._returned, *islice(self._rows, _CHUNK_MESSAGES - len(self._returned))]
         self._returned = []

@@ -107,8 +107,8 @@ def _begin(target: FleetStore, tables: Sequence[CopiedTable], fingerprint: str) 
 def _copy_table(db: Connection, target: FleetStore, table: CopiedTable, progress: Callable[[int], None]) -> None:
     key, columns = (", ".join(f'"{name}"' for name in names) for names in (table.key, table.columns))
     limit = _MESSAGES if table.name == "messages" else _ROWS
-    with target.snapshot() as db:
-        text = _read_progress(db, table.name)
+    with target.snapshot() as copied:
+        text = _read_progress(copied, table.name)
     last = None if text is None else json.loads(text)
     width = len(table.key)
     while True:
