@@ -352,7 +352,7 @@ def test_reading_does_not_keep_another_thread_from_making_room(tmp_path: Path, m
 def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Path) -> None:
     store = opened(tmp_path, max_size=200 * PAGE_SIZE)
     fill(store)
-    with store.transaction() as tx:
+    with store.transaction(batch=True) as tx:
         tx.enqueue(OutboxMessage(1, "topic", b"x" * 5000, "jws", "now"), "digest")
         tx.advance_cursor("task", 1, 100)
         tx.trim_rows("numbers", 100, 2**62, 10)
