@@ -25,17 +25,22 @@ from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 _VERSION = b"\x01"
 _HINT_BYTES, _KEY_BYTES, _TAG_BYTES = 8, 32, 16
-_HEADER_BYTES = len(_VERSION) + _HINT_BYTES
+# What names the version and the key.
+HEADER_BYTES = len(_VERSION) + _HINT_BYTES
 # What sealing adds to token and content.
-OVERHEAD_BYTES = _HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
+OVERHEAD_BYTES = HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
 # First byte of gzip (RFC 1952); a JSON object begins with a brace.
 _GZIP_BEGIN = b"\x1f"
 
 
 def seal(key: EncryptionKey, topic: str, token: str, content: bytes) -> bytes:
     """Return the sealed payload of a message on `topic`."""
-    sealed = _SUITE.encrypt(token.encode() + b"\n" + content, key.public, _info(topic))
-    return _VERSION + key.thumbprint[:_HINT_BYTES] + sealed
+    return _encrypt(key, _message_info(topic), token.encode() + b"\n" + content)
+
+
+def seal_content(key: EncryptionKey, topic: str, content: bytes) -> bytes:
+    """Return content of a message on `topic` that only the collectors read, whoever keeps the message."""
+    return _encrypt(key, _content_info(topic), content)
 
 
 class Opener:
@@ -47,23 +52,33 @@ class Opener:
             hint = encryption_key_of(key).thumbprint[:_HINT_BYTES]
             self._keys[hint] = [*self._keys.get(hint, ()), key]
 
+    def can_open(self, head: bytes) -> bool:
+        """Return True if the key is here to which something was sealed that begins with these HEADER_BYTES."""
+        return head.startswith(_VERSION) and head[len(_VERSION) : HEADER_BYTES] in self._keys
+
     def open(self, topic: str, sealed: bytes) -> tuple[str, bytes]:
         """Return token and content of a sealed payload. Raises MessageRefused and no other exception."""
+        token, newline, content = self._decrypt(_message_info(topic), sealed).partition(b"\n")
+        if not newline or len(token) > MAX_TOKEN or not token.isascii():
+            raise MessageRefused("malformed seal", "no signature inside")
+        return token.decode(), content
+
+    def open_content(self, topic: str, sealed: bytes) -> bytes:
+        """Return what `seal_content` sealed. Raises MessageRefused and no other exception."""
+        return self._decrypt(_content_info(topic), sealed)
+
+    def _decrypt(self, info: bytes, sealed: bytes) -> bytes:
         if sealed[: len(_VERSION)] != _VERSION or len(sealed) < OVERHEAD_BYTES:
             raise MessageRefused("malformed seal", f"{len(sealed)} bytes, not of version 1")
-        hint = sealed[len(_VERSION) : _HEADER_BYTES]
+        hint = sealed[len(_VERSION) : HEADER_BYTES]
         keys = self._keys.get(hint, ())
         if not keys:
             raise MessageRefused("sealed to another key", f"whose thumbprint begins with {b64url_encode(hint)}")
         for key in keys:
             try:
-                plaintext = _SUITE.decrypt(sealed[_HEADER_BYTES:], key, _info(topic))
+                return _SUITE.decrypt(sealed[HEADER_BYTES:], key, info)
             except (InvalidTag, ValueError):
                 continue
-            token, newline, content = plaintext.partition(b"\n")
-            if not newline or len(token) > MAX_TOKEN or not token.isascii():
-                raise MessageRefused("malformed seal", "no signature inside")
-            return token.decode(), content
         raise MessageRefused("broken seal", "altered, truncated, or sealed for another topic")
 
 
@@ -81,5 +96,13 @@ def open_message(message: IncomingMessage, opener: Opener) -> IncomingMessage:
     return replace(message, payload=payload, tokens=(token,), sealed=False)
 
 
-def _info(topic: str) -> bytes:
+def _encrypt(key: EncryptionKey, info: bytes, plaintext: bytes) -> bytes:
+    return _VERSION + key.thumbprint[:_HINT_BYTES] + _SUITE.encrypt(plaintext, key.public, info)
+
+
+def _message_info(topic: str) -> bytes:
     return b"outstation sealed v1\n" + topic.encode()
+
+
+def _content_info(topic: str) -> bytes:
+    return b"outstation content v1\n" + topic.encode()

@@ -31,6 +31,8 @@ COMMANDS: dict[str, CommandArguments] = {
     "accept-reference": CommandArguments(("task",)),
     # `labels`: JSON columns, as in a label line at the intake.
     "label": CommandArguments(("task", "labels")),
+    # `row`: the result.
+    "sample": CommandArguments(("task", "row")),
     "rotate-key": CommandArguments(),
     "wipe": CommandArguments((), ("confirm",)),
     "cancel-wipe": CommandArguments(),

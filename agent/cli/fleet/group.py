@@ -22,9 +22,11 @@ from agent.cli.fleet.watch import viewer, watch
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
+    "dataset": "agent.cli.fleet.data.dataset:dataset",
     "export": "agent.cli.fleet.data.export:export",
     "migrate": "agent.cli.fleet.data.migrate:migrate",
     "prune": "agent.cli.fleet.data.prune:prune",
+    "samples": "agent.cli.fleet.data.samples:samples",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
     "notify": "agent.cli.fleet.notify.commands:notify",

@@ -21,6 +21,8 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.batch_rules import ResultAlert, RuleContext, TaskRuleStates
+from agent.device.samples import requests
+from agent.device.samples.requests import SampleRequest
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.labels import StoredPredictions
@@ -72,6 +74,7 @@ class _BatchOutput:
     messages: list[PendingMessage]
     last_label: str
     alerts: int
+    sample_requests: Sequence[SampleRequest]
 
 
 def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> BatchResult | None:
@@ -228,7 +231,30 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
         sum(len(window.alerts) for window in windows) + len(result_alerts),
+        _select_samples(task, source, results, windows, result_alerts, message_log),
     )
+
+
+def _select_samples(
+    task: LoadedTask,
+    source: _BatchInput,
+    results: InferenceResult,
+    windows: Sequence[DriftWindowResult],
+    result_alerts: Sequence[ResultAlert],
+    message_log: MessageLog,
+) -> Sequence[SampleRequest]:
+    if task.samples is None or not len(results.scores):
+        return ()
+    ends = source.cut.starts + task.window_rows - 1 + source.batch.first
+    raised = [(int(ends[change.index]), change.alert) for change in result_alerts if change.index >= 0]
+    # Around the last result of a drift window.
+    raised += [
+        (int(ends[max(0, np.searchsorted(ends, window.rows[1], side="right") - 1)]), alert)
+        for window in windows
+        for alert in window.alerts
+    ]
+    alerts = ((row, f"{task.name}/{alert.id}") for row, alert in raised if alert.state == "raised")
+    return task.samples.select(ends, results.scores.score, alerts, message_log.least_count(task.name))
 
 
 def _evaluate_rules(
@@ -293,6 +319,8 @@ def _commit(
         if output.predictions is not None:
             tx.labels.store_predictions(task.name, output.predictions, tx.uptime_s(now))
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
+        if output.sample_requests:
+            requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx)
         if task.is_crash_suspect:
             tx.delete_state(task.name, task_keys.CRASH_COUNT)
