@@ -25,10 +25,9 @@ from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 _VERSION = b"\x01"
 _HINT_BYTES, _KEY_BYTES, _TAG_BYTES = 8, 32, 16
-# What names the version and the key.
-HEADER_BYTES = len(_VERSION) + _HINT_BYTES
+_HEADER_BYTES = len(_VERSION) + _HINT_BYTES
 # What sealing adds to token and content.
-OVERHEAD_BYTES = HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
+OVERHEAD_BYTES = _HEADER_BYTES + _KEY_BYTES + _TAG_BYTES + 1
 # First byte of gzip (RFC 1952); a JSON object begins with a brace.
 _GZIP_BEGIN = b"\x1f"
 
@@ -53,8 +52,8 @@ class Opener:
             self._keys[hint] = [*self._keys.get(hint, ()), key]
 
     def can_open(self, head: bytes) -> bool:
-        """Return True if the key is here to which something was sealed that begins with these HEADER_BYTES."""
-        return head.startswith(_VERSION) and head[len(_VERSION) : HEADER_BYTES] in self._keys
+        """Return True if the key is here to which something was sealed that begins with these bytes, its version and the key's name."""
+        return head.startswith(_VERSION) and head[len(_VERSION) : _HEADER_BYTES] in self._keys
 
     def open(self, topic: str, sealed: bytes) -> tuple[str, bytes]:
         """Return token and content of a sealed payload. Raises MessageRefused and no other exception."""
@@ -70,13 +69,13 @@ class Opener:
     def _decrypt(self, info: bytes, sealed: bytes) -> bytes:
         if sealed[: len(_VERSION)] != _VERSION or len(sealed) < OVERHEAD_BYTES:
             raise MessageRefused("malformed seal", f"{len(sealed)} bytes, not of version 1")
-        hint = sealed[len(_VERSION) : HEADER_BYTES]
+        hint = sealed[len(_VERSION) : _HEADER_BYTES]
         keys = self._keys.get(hint, ())
         if not keys:
             raise MessageRefused("sealed to another key", f"whose thumbprint begins with {b64url_encode(hint)}")
         for key in keys:
             try:
-                return _SUITE.decrypt(sealed[HEADER_BYTES:], key, info)
+                return _SUITE.decrypt(sealed[_HEADER_BYTES:], key, info)
             except (InvalidTag, ValueError):
                 continue
         raise MessageRefused("broken seal", "altered, truncated, or sealed for another topic")

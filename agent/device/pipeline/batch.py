@@ -246,15 +246,13 @@ def _select_samples(
     if task.samples is None or not len(results.scores):
         return ()
     ends = source.cut.starts + task.window_rows - 1 + source.batch.first
-    raised = [(int(ends[change.index]), change.alert) for change in result_alerts if change.index >= 0]
+    alerts = [(int(c.alert.evidence["row"]), c.alert) for c in result_alerts if c.alert.state == "raised"]
     # Around the last result of a drift window.
-    raised += [
-        (int(ends[max(0, np.searchsorted(ends, window.rows[1], side="right") - 1)]), alert)
-        for window in windows
-        for alert in window.alerts
-    ]
-    alerts = ((row, f"{task.name}/{alert.id}") for row, alert in raised if alert.state == "raised")
-    return task.samples.select(ends, results.scores.score, alerts, message_log.least_count(task.name))
+    last_results = [int(ends[max(0, np.searchsorted(ends, window.rows[1], side="right") - 1)]) for window in windows]
+    for row, window in zip(last_results, windows, strict=True):
+        alerts += [(row, alert) for alert in window.alerts if alert.state == "raised"]
+    subjects = [(row, f"{task.name}/{alert.id}") for row, alert in alerts]
+    return task.samples.select(ends, results.scores.score, subjects, message_log.least_count(task.name))
 
 
 def _evaluate_rules(

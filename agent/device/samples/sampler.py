@@ -34,6 +34,8 @@ _INTERVAL_S = 2.0
 _MAX_WAIT_S = 600.0
 # Members that the log adds, and the signature.
 _HEAD_BYTES = 600
+# More would hardly fit, and take long to compress.
+_MAX_VALUES_PER_BYTE = 2
 
 
 class Sampler:
@@ -71,14 +73,15 @@ class Sampler:
         """Send one sample, or count why it is not sent; return True if it was. Raises StorageError."""
         first, rows = self._read_rows(task, request)
         least_count = self._message_log.least_count(task.name)
-        problem, body, size = "gone" if not len(rows) else "", {}, 0
-        if not problem and len(rows) < least_count:
-            problem = "few"
+        problem = "gone" if not len(rows) else "few" if len(rows) < least_count else ""
+        limit, size = min(task.config.max_message, self._message_log.max_bytes), 0
+        body: dict[str, object] = {}
         while not problem:
-            body = self._build_body(task, request, key, first, rows)
-            size = len(messages.encode(body)) + _HEAD_BYTES
-            if size <= min(task.config.max_message, self._message_log.max_bytes):
-                break
+            if len(rows) * len(task.fields) <= _MAX_VALUES_PER_BYTE * limit:
+                body = self._build_body(task, request, key, first, rows)
+                size = len(messages.encode(body)) + _HEAD_BYTES
+                if size <= limit:
+                    break
             begin, end = _shrink(request, first, len(rows))
             if end - begin == len(rows) or end - begin < least_count:
                 problem = "size"

@@ -10,7 +10,7 @@ from agent.fleet.database.interface import Connection
 
 
 class LogContext:
-    """What one log of a device says of a task, up to any of its messages."""
+    """Drift windows and alerts of a task in one log of a device, as they were before any of its messages."""
 
     def __init__(self, db: Connection, device: str, log: str, task: str) -> None:
         self._windows = retraining.load_drift(db, device, log, task)

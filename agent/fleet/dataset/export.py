@@ -24,7 +24,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.dataset import card as cards
 from agent.fleet.dataset import gather
 from agent.fleet.dataset.card import DataCard
-from agent.fleet.dataset.gather import Gathered, Recording, Selection
+from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, Selection
 from agent.fleet.export.manifest import FILE_MODE, sha256
 from agent.text import csv_text
 from agent.transport.sealing import Opener
@@ -32,7 +32,6 @@ from agent.transport.sealing import Opener
 FORMAT = "outstation-dataset-1"
 MANIFEST, PROVENANCE, CARD = "manifest.json", "samples.jsonl", "card.json"
 CARD_TEXT = "DATA_CARD.md"
-TEXT_COLUMNS = ("device", "recording", "source")
 DataFormat = Literal["parquet", "csv"]
 
 
@@ -161,9 +160,10 @@ def _to_parquet(gathered: Gathered) -> bytes:
     columns |= {name: pa.array(values[:, i], from_pandas=True) for i, name in enumerate(gathered.fields)}
     columns[LABEL_COLUMN] = pa.array([label or None for label, _ in texts], pa.string())
     counts = [len(each.t) for each in recordings]
-    for name, entries in (("device", [each.device for each in recordings]), ("recording", [*map(_name, recordings)])):
+    devices, names, sources = TEXT_COLUMNS
+    for name, entries in ((devices, [each.device for each in recordings]), (names, [*map(_name, recordings)])):
         columns[name] = pa.array(np.repeat(entries, counts).tolist(), pa.string())
-    columns["source"] = pa.array([source or None for _, source in texts], pa.string())
+    columns[sources] = pa.array([source or None for _, source in texts], pa.string())
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer, compression="zstd")
     return buffer.getvalue()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.database.datasets import retraining
 from agent.fleet.database.datasets.retraining import Claim, StoredSample
@@ -24,10 +26,13 @@ from agent.wire.sample_content import SampleContent
 from agent.wire.topics import Topic
 
 MAX_VALUES = 40_000_000
+# Columns of the data beside the fields.
+TEXT_COLUMNS = ("device", "recording", "source")
+RESERVED_COLUMNS = frozenset({TIME_COLUMN, LABEL_COLUMN, *TEXT_COLUMNS})
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """What a set is made of. `at`: nothing that arrived later counts; `since` and `until`: time of the samples."""
+    """Choice of what goes into a set. `at`: nothing that arrived later counts; `since` and `until`: time of the samples."""
 
     fleet: str
     task: str
@@ -88,14 +93,13 @@ def gather(db: Connection, selection: Selection, opener: Opener) -> Gathered:
         seen.add(digest)
         if values > MAX_VALUES:
             raise UsageError(f"more than {MAX_VALUES:,} values; narrow the set with --since, --until or --bundle")
-    if opened:
-        newest = max(opened, key=lambda each: each.stored.sample.time)
-        result.fields = newest.content.fields
+    result.fields = _choose_fields(opened)
     contexts: dict[tuple[str, str], LogContext] = {}
+    readings: set[bytes] = set()
     for each in opened:
         sample = each.stored.sample
-        if set(each.content.fields) != set(result.fields):
-            result.left_out["other fields"] += 1
+        if problem := _find_problem(each.content, result.fields, readings):
+            result.left_out[problem] += 1
             continue
         place = (sample.device, sample.log)
         if place not in contexts:
@@ -129,6 +133,27 @@ def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[st
     return content
 
 
+def _choose_fields(opened: Sequence[_Opened]) -> list[str]:
+    """Return the fields that most devices send: one device alone cannot decide what the others' samples are for."""
+    devices: dict[tuple[str, ...], set[str]] = {}
+    for each in opened:
+        devices.setdefault(tuple(each.content.fields), set()).add(each.stored.sample.device)
+    return [*max(devices, key=lambda fields: (len(devices[fields]), fields), default=())]
+
+
+def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[bytes]) -> str:
+    """Return why a sample stays out; "" and note its readings if it does not."""
+    if set(content.fields) != set(fields):
+        return "other fields"
+    if not RESERVED_COLUMNS.isdisjoint(fields):
+        return "reserved field name"
+    digest = hashlib.sha256(msgspec.json.encode((content.t, content.fields, content.columns))).digest()
+    if digest in readings:
+        return "same readings again"
+    readings.add(digest)
+    return ""
+
+
 def _add(result: Gathered, opened: _Opened, context: dict[str, Any]) -> None:
     """Append a sample to the recordings, or the rows that are new to the last recording of its log."""
     sample, content = opened.stored.sample, opened.content
@@ -143,6 +168,9 @@ def _add(result: Gathered, opened: _Opened, context: dict[str, Any]) -> None:
         last.t = np.concatenate([last.t, t[overlap:]])
         last.values = np.concatenate([last.values, values[overlap:]])
         last.samples.append(member)
+        return
+    if last is not None and (last.device, last.log) == (sample.device, sample.log) and sample.rows_first <= last.last:
+        result.left_out["contradicts another sample"] += 1
         return
     result.recordings.append(Recording(sample.device, sample.log, sample.rows_first, t, values, [member]))
 

@@ -30,11 +30,10 @@ def samples(device: str, task: str | None, limit: int, db: str | None, folder: s
     """
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.database.datasets import samples as tables
-    from agent.transport.sealing import HEADER_BYTES
 
     _, store = open_for_reading(folder, db, device)
     opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
-    listed = tables.list_newest(store, device, task, limit, HEADER_BYTES)
+    listed = tables.list_newest(store, device, task, limit)
     counts = tables.count(store, device)
     declared = tables.load_declaration(store, device)
     rows = [_to_dict(sample, size, opener.can_open(head)) for sample, size, head in listed]

@@ -44,7 +44,7 @@ class StoredSample(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """What somebody says of a result. `source`: human, model or system, of a label; confirmed or corrected, of a verdict."""
+    """Label or verdict on a result. `source`: human, model or system of a label; confirmed or corrected of a verdict."""
 
     row: int
     text: str

@@ -11,9 +11,11 @@ from agent.fleet.database.store import FleetStore
 
 COLUMNS = """s.device, s.task, s.stream, s.reason, s.subject, s.row, s.rows_first, s.rows_last, s.digits, s.model,
     s.version, s.digest, s.time, s.log, s.seq"""
-_SIZES = f"""
-    SELECT {COLUMNS}, length(s.sealed), substr(s.sealed, 1, ?) FROM samples s
-    WHERE s.device = ? AND (? IS NULL OR s.task = ?) ORDER BY s.time DESC, s.log, s.seq DESC LIMIT ?"""
+# What begins a sealed content names the key (`agent.transport.sealing`).
+HEAD_BYTES = 9
+_NEWEST = f"""
+    SELECT {COLUMNS}, length(s.sealed), substr(s.sealed, 1, {HEAD_BYTES}) FROM samples s
+    WHERE s.device = ?{{}} ORDER BY s.time DESC, s.log, s.seq DESC LIMIT ?"""
 _COUNTS = """
     SELECT task, reason, count(*), sum(length(sealed)), min(time), max(time) FROM samples WHERE device = ?
     GROUP BY task, reason ORDER BY task, reason"""
@@ -52,12 +54,11 @@ class SampleCount(msgspec.Struct, frozen=True):
     last: str
 
 
-def list_newest(
-    store: FleetStore, device: str, task: str | None, limit: int, head_bytes: int
-) -> list[tuple[Sample, int, bytes]]:
-    """Return the newest samples, each with its size and its first bytes."""
+def list_newest(store: FleetStore, device: str, task: str | None, limit: int) -> list[tuple[Sample, int, bytes]]:
+    """Return the newest samples, each with its size and its first HEAD_BYTES."""
+    where, values = ("", (device, limit)) if task is None else (" AND s.task = ?", (device, task, limit))
     with store.snapshot() as db:
-        rows = db.execute(_SIZES, (head_bytes, device, task, task, limit)).fetchall()
+        rows = db.execute(_NEWEST.format(where), values).fetchall()
     return [(Sample(*row[:-2]), row[-2], bytes(row[-1])) for row in rows]
 
 
