@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from agent.text import printable
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.labels import LabelOutcome
+    from agent.fleet.labelling.labels import LabelOutcome
 
 _MAX_LISTED = 20
 
@@ -33,8 +34,11 @@ _MAX_LISTED = 20
 @fleet_option
 @click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
 @wait_option
+@click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
 @json_option
-def label(device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, as_json: bool) -> None:
+def label(
+    device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, by: str, as_json: bool
+) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
     Columns are those of `outstation label`: row,label or t,label, and source. With --send the labels go to the device
@@ -49,11 +53,11 @@ def label(device: str, task: str, file: str, folder: str | None, send: bool, wai
         accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s)
         report(accepted, rejected | refused, as_json)
         return
-    from agent.fleet.labels import add
+    from agent.fleet.labelling.labels import add
 
     try:
         with open_store(config) as writable, writable.transaction() as db:
-            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us))
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us), by)
     except ValueError as problem:
         raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
@@ -83,7 +87,7 @@ def _send_labels(
     wait_s: float,
 ) -> tuple[int, dict[int, str]]:
     """Return the number of labels that the device accepted, and line → reason of the others."""
-    from agent.fleet.labels import split_labels
+    from agent.fleet.labelling.labels import split_labels
 
     accepted = 0
     rejected: dict[int, str] = {}

@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from agent import clock
-from agent.fleet import labels
+from agent.fleet.labelling import labels
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
+from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
 from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.dashboard import results as result_statements
@@ -159,7 +160,7 @@ async def label(visit: Visit) -> Response:
 
     def add(db: Connection) -> str:
         try:
-            outcome = labels.add(db, device.device, task, [entry], clock.to_rfc3339(clock.read().wall_us))
+            outcome = labels.add(db, device.device, task, [entry], now_text(), visit.visitor.name)
         except ValueError as error:
             return f"refused: {error}"
         return f"refused: {outcome.rejected[0]}" if outcome.rejected else f"row {row} is {text}"

@@ -17,9 +17,9 @@ import numpy as np
 
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
-from agent.fleet.database import labels as label_tables
+from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.interface import Connection, Row
-from agent.fleet.database.labels import TaskLog
+from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
@@ -58,8 +58,11 @@ class LabelOutcome(msgspec.Struct, frozen=True):
         )
 
 
-def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str) -> LabelOutcome:
-    """Store labels and recompute the metrics, in the caller's transaction. Raises ValueError without any results."""
+def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str, by: str) -> LabelOutcome:
+    """Store labels by `by` and recompute the metrics, in the caller's transaction.
+
+    Raises ValueError without any results.
+    """
     db.lock_devices([device])
     log = label_tables.find_newest_log(db, device, task)
     if log is None:
@@ -82,7 +85,7 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
             )
             rejected[index] = problem or missing
             continue
-        former = label_tables.save_label(db, key, row, label.text, label.source, now)
+        former = label_tables.save_label(db, key, row, label.text, label.source, now, by)
         replaced += former is not None and former != (label.text, label.source)
         accepted += 1
     rows = label_tables.load_labelled_results(db, key)
