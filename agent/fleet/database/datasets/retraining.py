@@ -8,7 +8,7 @@ import msgspec
 
 from agent.fleet.database.datasets.samples import COLUMNS, Sample
 from agent.fleet.database.interface import Connection, Row
-from agent.fleet.database.labels import TaskLog
+from agent.fleet.database.labelling.labels import TaskLog
 
 _SAMPLES = f"""
     SELECT {COLUMNS}, m.received, s.sealed FROM samples s
