@@ -52,7 +52,7 @@ class Opener:
             self._keys[hint] = [*self._keys.get(hint, ()), key]
 
     def can_open(self, head: bytes) -> bool:
-        """Return True if the key is here to which something was sealed that begins with these bytes, its version and the key's name."""
+        """Return True if the key is here for a sealed text that begins with these bytes."""
         return head.startswith(_VERSION) and head[len(_VERSION) : _HEADER_BYTES] in self._keys
 
     def open(self, topic: str, sealed: bytes) -> tuple[str, bytes]:

@@ -18,6 +18,7 @@ from scripts.kit.bundles import CENTRES
 from tests.kit.devices import NOW, Device
 
 KEY = X25519PrivateKey.from_private_bytes(bytes(range(32)))
+PUBLIC = encryption_key_of(KEY)
 CONSENT = SamplesConfig(consent="Mira Lang, 2026-11-28: readings for retraining")
 FALL = AlertRuleConfig(name="fall", label="left", for_="1 of 1")
 LATER = replace(NOW, boot_s=NOW.boot_s + 601)
@@ -26,7 +27,7 @@ LATER = replace(NOW, boot_s=NOW.boot_s + 601)
 class SampledDevice(Device):
     """Device whose owner consents."""
 
-    def consent(self, config: SamplesConfig, key: EncryptionKey = encryption_key_of(KEY)) -> None:
+    def consent(self, config: SamplesConfig, key: EncryptionKey = PUBLIC) -> None:
         self.config = config
         bundle = self.active.bundle
         self.task.samples = SampledTask.from_bundle(config, ("tiny", "watch"), self.stream.fields, bundle)

@@ -17,7 +17,7 @@ from agent.device.store.transaction import Transaction
 
 _META = "samples budget"
 _DAY_S = 86_400.0
-_DROPPED = "samples dropped."
+COVERED, _DROPPED = "samples covered", "samples dropped."
 
 
 class SampleBudget(msgspec.Struct, frozen=True):
@@ -60,7 +60,7 @@ def to_status(store: Store, config: SamplesConfig | None, now: ClockReading) -> 
             "max_per_day": int(config.max_per_day),
             "bytes_today": _decode(store.get_meta(_META, ""), uptime_s).used,
             "sent": counters.get("messages.samples", 0),
-            "covered": counters.get("samples covered", 0),
+            "covered": counters.get(COVERED, 0),
             "dropped": dropped,
         }
     }

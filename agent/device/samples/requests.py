@@ -44,32 +44,37 @@ class RequestQueue(msgspec.Struct, frozen=True, array_like=True):
     waiting: list[SampleRequest] = []
     sent: list[tuple[int, int]] = []
 
+    def covers(self, request: SampleRequest) -> bool:
+        """Return True if the window of a request lies within rows that were sent."""
+        return any(first <= request.begin and request.row <= last for first, last in self.sent)
+
 
 def load(store: Store, task: str) -> RequestQueue:
     """Return a task's queue; one that cannot be read is empty. Raises StorageError."""
     return _decode(store.load_state(task, task_keys.SAMPLE_REQUESTS), task)
 
 
-def add(tx: Transaction, task: str, requests: Sequence[SampleRequest]) -> int:
-    """Add requests in the caller's transaction, and return how many wait or count as sent already.
+def add(tx: Transaction, task: str, requests: Sequence[SampleRequest]) -> None:
+    """Add requests in the caller's transaction.
 
-    One whose window lies within rows that wait or were sent is not added. Above the limit, the oldest about uncertain
-    results go first, and are counted.
+    One about a result that was sent, or waits, is counted as covered. Above the limit, the oldest about uncertain results
+    go first, and are counted.
     """
     queue = _decode(tx.load_state(task, task_keys.SAMPLE_REQUESTS), task)
-    waiting, covered = list(queue.waiting), 0
+    waiting = list(queue.waiting)
     for request in requests:
-        ranges = [*queue.sent, *((other.first, other.last) for other in waiting)]
-        if any(first <= request.begin and request.row <= last for first, last in ranges):
-            covered += 1
+        if queue.covers(request) or any(request.row == other.row for other in waiting):
+            count_covered(tx)
         else:
             waiting.append(request)
     while len(waiting) > MAX_REQUESTS:
         waiting.remove(next((request for request in waiting if request.reason == "uncertain"), waiting[0]))
         budget.count_drop(tx, "queue")
-    tx.increment_counter("samples covered", covered)
     _save(tx, task, RequestQueue(waiting, queue.sent))
-    return covered
+
+
+def count_covered(tx: Transaction) -> None:
+    tx.increment_counter(budget.COVERED, 1)
 
 
 def finish(tx: Transaction, task: str, request: SampleRequest, sent: tuple[int, int] | None) -> None:

@@ -55,7 +55,8 @@ class Sampler:
         key = self._find_key()
         for task in tasks if key is not None else ():
             last_row = self._store.last_row(task.stream)
-            for request in requests.load(self._store, task.name).waiting:
+            waiting_requests = requests.load(self._store, task.name).waiting
+            for request in sorted(waiting_requests, key=lambda request: request.reason == "uncertain"):
                 place = (task.name, request.row)
                 since = self._waiting_since.get(place, now.boot_s)
                 if request.last > last_row and now.boot_s - since < _MAX_WAIT_S:
@@ -71,6 +72,11 @@ class Sampler:
 
     def _answer(self, task: SampledTask, request: SampleRequest, key: EncryptionKey, now: ClockReading) -> bool:
         """Send one sample, or count why it is not sent; return True if it was. Raises StorageError."""
+        if requests.load(self._store, task.name).covers(request):
+            with self._store.transaction() as tx:
+                requests.count_covered(tx)
+                requests.finish(tx, task.name, request, None)
+            return False
         first, rows = self._read_rows(task, request)
         least_count = self._message_log.least_count(task.name)
         problem = "gone" if not len(rows) else "few" if len(rows) < least_count else ""

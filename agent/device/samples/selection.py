@@ -45,7 +45,7 @@ class SampledTask(msgspec.Struct, frozen=True):
         return cls(config, *names, fields, spec.fields, spec.rows, step, spec.history_rows, model)
 
     def request(self, reason: Reason, row: int, least_count: int, subject: str = "") -> SampleRequest:
-        """Return the request for the rows around the result at `row`: at least the least count, where there are so many."""
+        """Return the request for the rows around the result at `row`, at least the least count."""
         begin = max(1, row - self.window_rows + 1)
         windows = max(self.config.windows, -(-(least_count - self.window_rows) // (2 * self.step)))
         before = min(windows + -(-self.history // self.step), (begin - 1) // self.step)

@@ -2,8 +2,8 @@
 
 `messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
 `result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `learned_references`,
-`rollout_devices`, `samples` and the tables of clocks are projections of the same messages, and could be rebuilt from it.
-Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`rollout_devices`, `samples` and the tables of clocks are projections of the same messages, and could be rebuilt from
+it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ _CLOCKS = (
 )
 
 _OPERATORS = (
-    # Ground truth from `fleet label`; labels sent to a device are in its messages, as metrics only. source: human, model
-    # or system; given_by: who stored it.
+    # Ground truth from `fleet label`; labels sent to a device are in its messages, as metrics only. source: human,
+    # model or system; given_by: who stored it.
     """CREATE TABLE labels (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
         source TEXT NOT NULL, received TEXT NOT NULL, given_by TEXT NOT NULL, PRIMARY KEY (device, task, log, row)

@@ -1,4 +1,4 @@
-"""Data card of a retraining set: what is in it, who labelled it, what was left out and why, and what to be careful of."""
+"""Data card of a retraining set: what is in it, who labelled it, what was left out, and what to be careful of."""
 
 from __future__ import annotations
 
@@ -142,14 +142,18 @@ def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) 
     elif len(counts["by_class"]) == 1:
         warnings.append(f"All labels are {next(iter(counts['by_class']))!r}: a model learns nothing from one class.")
     if disagree := counts["left_out"].get(labels.DISAGREE, 0):
-        warnings.append(f"{disagree} results have labels that disagree and are left out: look at them, and at who gave them.")
+        warnings.append(
+            f"{disagree} results have labels that disagree and are left out: look at them, and at who gave them."
+        )
     if only_model := counts["left_out"].get(labels.ONLY_MODEL, 0):
         warnings.append(f"{only_model} results are labelled by a model only and are left out.")
     if people and labelled >= 10 and max(people.values()) > _MAX_SHARE_OF_ONE * labelled and len(people) > 1:
         person = max(people, key=lambda name: people[name])
         warnings.append(f"{person} gave {people[person]} of {labelled} labels.")
     if bold := counts.get("against_a_confident_prediction", 0):
-        warnings.append(f"{bold} labels contradict a prediction with a score of at least {_CONFIDENT:g}: check these first.")
+        warnings.append(
+            f"{bold} labels contradict a prediction with a score of at least {_CONFIDENT:g}: check these first."
+        )
     if confirmed := counts["by_source"].get(_CONFIRMED, 0):
         warnings.append(
             f"{confirmed} labels only confirm what the model said. People who see an answer agree with it more readily."
@@ -164,7 +168,8 @@ def _lines(card: DataCard) -> Iterator[str]:
     yield f"# Data card: {_text(chosen.task)} of fleet {_text(chosen.fleet)}"
     yield ""
     yield (
-        f"{card.rows} rows in {card.recordings} recordings, from {card.samples} samples of {len(card.by_device)} devices; "
+        f"{card.rows} rows in {card.recordings} recordings, from {card.samples} samples of "
+        f"{len(card.by_device)} devices; "
         f"{card.labels['labelled']} results have a label."
     )
     yield f"Nothing that arrived after {chosen.at} is in it. Made {card.created} by outstation {card.agent}."
@@ -179,7 +184,11 @@ def _lines(card: DataCard) -> Iterator[str]:
         ("Labels by source", "source", counts["by_source"]),
         ("Labels by person", "given by", counts["by_person"]),
         ("Labels left out", "why", counts["left_out"]),
-        ("Labels compared", "labels", {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"}),
+        (
+            "Labels compared",
+            "labels",
+            {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"},
+        ),
         ("Labels and verdicts ignored", "why", card.ignored_labels),
         ("Missing values", "field", card.fields),
         ("Rows by hour of the day, UTC", "hour", card.by_hour),

@@ -112,7 +112,9 @@ def check(folder: Path) -> list[str]:
         if (len(content), sha256(content)) != (file.bytes, file.sha256):
             problems.append(f"{file.path}: is not the file that {MANIFEST} names")
     known = {MANIFEST, *(file.path for file in manifest.files)}
-    return problems + [f"{path.name}: is not in {MANIFEST}" for path in sorted(folder.iterdir()) if path.name not in known]
+    return problems + [
+        f"{path.name}: is not in {MANIFEST}" for path in sorted(folder.iterdir()) if path.name not in known
+    ]
 
 
 def _write_folder(out: Path, contents: dict[str, bytes]) -> None:

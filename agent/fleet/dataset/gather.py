@@ -1,4 +1,4 @@
-"""Recordings of a retraining set: samples are opened, and those that overlap are joined, so that no row is there twice."""
+"""Recordings of a retraining set: samples are opened, and joined where they overlap."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESERVED_COLUMNS = frozenset({TIME_COLUMN, LABEL_COLUMN, *TEXT_COLUMNS})
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Choice of what goes into a set. `at`: nothing that arrived later counts; `since` and `until`: time of the samples."""
+    """Choice of what goes into a set. `at`: nothing that arrived later counts; `since`, `until`: time of samples."""
 
     fleet: str
     task: str
@@ -43,7 +43,7 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class Recording(msgspec.Struct):
-    """Consecutive rows of one device: numbers `first` on, `t` (n,) epoch µs, `values` (n, F); the samples they came in."""
+    """Consecutive rows of one device from number `first` on: `t` (n,) epoch µs, `values` (n, F), and their samples."""
 
     device: str
     log: str

@@ -87,7 +87,9 @@ def export(home: Path, out: Path, *arguments: str) -> dict[str, Any]:
 
 def label(home: Path, entries: Sequence[tuple[int, str, str]], now: str = BEFORE) -> None:
     with opened(home) as store, store.transaction() as db:
-        outcome = labels.add(db, "pi-07", TASK, [Label(row, None, text, source) for row, text, source in entries], now, "mira")
+        outcome = labels.add(
+            db, "pi-07", TASK, [Label(row, None, text, source) for row, text, source in entries], now, "mira"
+        )
         assert not outcome.rejected
 
 
@@ -130,15 +132,26 @@ def test_readings_are_sealed_in_every_table_and_the_audit_verifies_them(home: Pa
 
 
 def test_a_set_goes_into_a_bundle_and_back_through_its_evaluation(copied: Path, tmp_path: Path) -> None:
-    label(copied, [(6, "left", "human"), (8, "right", "human"), (31, "right", "human"), (29, "left", "human"), (27, "rest", "human")])
+    label(
+        copied,
+        [
+            (6, "left", "human"),
+            (8, "right", "human"),
+            (31, "right", "human"),
+            (29, "left", "human"),
+            (27, "rest", "human"),
+        ],
+    )
     card = export(copied, tmp_path / "set", "--licence", "CC-BY-4.0")
     assert card["labels"]["by_class"] == {"left": 2, "rest": 1, "right": 2}
     assert card["licence"] == "CC-BY-4.0"
     data, spec = tmp_path / "set" / "data.parquet", tmp_path / "spec.toml"
     (tmp_path / "new.tflite").write_bytes(tflite(CLASSIFY.model))
-    drafted = CliRunner().invoke(model, ["pack", "--from", str(tmp_path / "new.tflite"), "--data", str(data), "-o", str(spec)])
+    drafted = CliRunner().invoke(
+        model, ["pack", "--from", str(tmp_path / "new.tflite"), "--data", str(data), "-o", str(spec)]
+    )
     assert drafted.exit_code == 0, drafted.output
-    assert f'labels = {json.dumps(["left", "rest", "right"])}' in spec.read_text()
+    assert f"labels = {json.dumps(['left', 'rest', 'right'])}" in spec.read_text()
     assert f"fields = {json.dumps(list(TABULAR))}" in spec.read_text()
     packed = CliRunner().invoke(model, ["pack", str(spec), "-o", str(tmp_path / "bundle")])
     assert packed.exit_code == 0, packed.output

@@ -26,11 +26,15 @@ def dataset() -> None:
     """Make and check retraining sets: sampled readings with labels, provenance and a data card."""
 
 
-@dataset.command("export", epilog="Example: outstation fleet dataset export --task exercise --out set-1 --licence CC-BY-4.0")
+@dataset.command(
+    "export", epilog="Example: outstation fleet dataset export --task pump --out set-1 --licence CC-BY-4.0"
+)
 @click.option("--task", metavar="T", required=True, help="Task whose samples, labels and verdicts are joined.")
 @click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--at", metavar="TIME", help="What was known at this time; default now.")
-@click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
+@click.option(
+    "--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.'
+)
 @click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
 @click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")
 @click.option("--only-labelled", is_flag=True, help="Leave out recordings without a label.")
@@ -79,7 +83,8 @@ def export_dataset(
 
 def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     labels = card.labels
-    yield f"{out}: {card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings, {labels['labelled']} labels"
+    rows = f"{card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings"
+    yield f"{out}: {rows}, {labels['labelled']} labels"
     yield from (f"  {name}: {n}" for name, n in labels["by_class"].items())
     yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
     yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())

@@ -1,4 +1,4 @@
-"""Queries of a retraining set: samples as they were known at a time, with labels, verdicts, drift windows and alerts."""
+"""Queries of a retraining set: samples known at a time, with labels, verdicts, drift windows and alerts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StoredSample(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Label or verdict on a result. `source`: human, model or system of a label; confirmed or corrected of a verdict."""
+    """Label or verdict. `source`: human, model or system of a label; confirmed or corrected of a verdict."""
 
     row: int
     text: str

@@ -1,4 +1,4 @@
-"""Section [retention] of fleet.toml: how long messages, results, drift windows and samples stay in the fleet database."""
+"""Section [retention] of fleet.toml: how long messages, and rows of some tables, stay in the fleet database."""
 
 from __future__ import annotations
 
