@@ -248,9 +248,9 @@ def _select_samples(
     ends = source.cut.starts + task.window_rows - 1 + source.batch.first
     alerts = [(int(c.alert.evidence["row"]), c.alert) for c in result_alerts if c.alert.state == "raised"]
     # Around the last result of a drift window.
-    last_results = [int(ends[max(0, np.searchsorted(ends, window.rows[1], side="right") - 1)]) for window in windows]
-    for row, window in zip(last_results, windows, strict=True):
-        alerts += [(row, alert) for alert in window.alerts if alert.state == "raised"]
+    last_results = np.searchsorted(ends, [window.rows[1] for window in windows], side="right") - 1
+    for index, window in zip(last_results.tolist(), windows, strict=True):
+        alerts += [(int(ends[max(0, index)]), alert) for alert in window.alerts if alert.state == "raised"]
     subjects = [(row, f"{task.name}/{alert.id}") for row, alert in alerts]
     return task.samples.select(ends, results.scores.score, subjects, message_log.least_count(task.name))
 

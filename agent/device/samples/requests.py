@@ -57,8 +57,8 @@ def load(store: Store, task: str) -> RequestQueue:
 def add(tx: Transaction, task: str, requests: Sequence[SampleRequest]) -> None:
     """Add requests in the caller's transaction.
 
-    One about a result that was sent, or waits, is counted as covered. Above the limit, the oldest about uncertain results
-    go first, and are counted.
+    One about a result that was sent, or waits, is counted as covered. Above the limit, the oldest about uncertain
+    results go first, and are counted.
     """
     queue = _decode(tx.load_state(task, task_keys.SAMPLE_REQUESTS), task)
     waiting = list(queue.waiting)

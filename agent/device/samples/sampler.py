@@ -51,9 +51,10 @@ class Sampler:
         if now.boot_s < self._next_s:
             return 0
         self._next_s = now.boot_s + _INTERVAL_S
+        if (key := self._find_key()) is None:
+            return 0
         sent, waiting = 0, {}
-        key = self._find_key()
-        for task in tasks if key is not None else ():
+        for task in tasks:
             last_row = self._store.last_row(task.stream)
             waiting_requests = requests.load(self._store, task.name).waiting
             for request in sorted(waiting_requests, key=lambda request: request.reason == "uncertain"):

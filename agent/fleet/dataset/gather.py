@@ -135,18 +135,17 @@ def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[st
 
 def _choose_fields(opened: Sequence[_Opened]) -> list[str]:
     """Return the fields that most devices send: one device alone cannot decide what the others' samples are for."""
-    devices: dict[tuple[str, ...], set[str]] = {}
+    devices: dict[tuple[str, ...], list[str]] = {}
     for each in opened:
-        devices.setdefault(tuple(each.content.fields), set()).add(each.stored.sample.device)
-    return [*max(devices, key=lambda fields: (len(devices[fields]), fields), default=())]
+        devices.setdefault(tuple(each.content.fields), []).append(each.stored.sample.device)
+    usable = (fields for fields in devices if RESERVED_COLUMNS.isdisjoint(fields))
+    return [*max(usable, key=lambda fields: (len({*devices[fields]}), len(devices[fields]), fields), default=())]
 
 
 def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[bytes]) -> str:
     """Return why a sample stays out; "" and note its readings if it does not."""
     if set(content.fields) != set(fields):
         return "other fields"
-    if not RESERVED_COLUMNS.isdisjoint(fields):
-        return "reserved field name"
     digest = hashlib.sha256(msgspec.json.encode((content.t, content.fields, content.columns))).digest()
     if digest in readings:
         return "same readings again"

@@ -17,8 +17,8 @@ import numpy as np
 
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
-from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, Label, count_sources

@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from agent import clock
-from agent.fleet.labelling import labels
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.dashboard.security.access import now_text
@@ -20,6 +19,7 @@ from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.dashboard import results as result_statements
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
+from agent.fleet.labelling import labels
 from agent.performance.labels import Label
 from agent.text import printable
 
