@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from agent import clock
 from agent.fleet.dashboard.state import feed
@@ -42,8 +43,8 @@ NOW = clock.to_rfc3339(_NOW_US)
 _SERVER = "shared_buffers = 512MB\nmax_wal_size = 8GB\nfsync = off\nsynchronous_commit = on\nautovacuum = off\n"
 # Of 100 messages of a device; all others are results.
 _KINDS = {"health": (10, 30, 50, 70), "drift": (20, 60, 80, 99), "alerts": (40, 90), "quality": (95,)}
-# Alerts of a device: so many fields drift in turn; the newest message of a few raised it.
-_FIELDS = 20
+# Fields of a device that drift in turn, and its alerts that are open.
+_FIELDS, _OPEN = 20, 3
 
 
 @benchmark("fleet-queries")
@@ -164,25 +165,34 @@ def _read_others(db: Connection, device: str, log: str, task: str) -> None:
 def timed_statements(timings: dict[str, float]) -> Iterator[None]:
     """Note the longest time of each statement, with its rows read."""
 
+    def note(sql: str, seconds: float) -> None:
+        text = " ".join(sql.split())
+        timings[text] = max(timings.get(text, 0.0), seconds)
+
     def timed(execute: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, sql: str, values: Any = ()) -> Any:
             began = time.perf_counter()
             cursor = execute(self, sql, values)
             rows = _Rows(cursor) if cursor.description else cursor
-            text = " ".join(sql.split())
-            timings[text] = max(timings.get(text, 0.0), time.perf_counter() - began)
+            note(sql, time.perf_counter() - began)
             return rows
 
         return run
 
-    originals = {kind: kind.execute for kind in (sqlite.SqliteConnection, postgresql_rows.PostgresqlConnection)}
-    try:
-        for kind, execute in originals.items():
-            kind.execute = timed(execute)  # type: ignore[method-assign]
+    def timed_each(self: Any, sql: str, rows: Any) -> Any:
+        listed, began = [*rows], time.perf_counter()
+        first_rows = execute_each(self, sql, listed)
+        note(sql, (time.perf_counter() - began) / max(1, len(listed)))
+        return first_rows
+
+    # Of PostgreSQL, it runs many statements in one round trip; SQLite's calls `execute`.
+    execute_each = postgresql_rows.PostgresqlConnection.execute_each
+    kinds = (sqlite.SqliteConnection, postgresql_rows.PostgresqlConnection)
+    with contextlib.ExitStack() as patches:
+        for kind in kinds:
+            patches.enter_context(mock.patch.object(kind, "execute", timed(kind.execute)))
+        patches.enter_context(mock.patch.object(kinds[1], "execute_each", timed_each))
         yield
-    finally:
-        for kind, execute in originals.items():
-            kind.execute = execute  # type: ignore[method-assign]
 
 
 class _Rows:
@@ -236,17 +246,17 @@ def _log(index: int) -> str:
 def _add_steps(db: Connection, per_device: int) -> None:
     """Add a table with the seq, kind, times and field of each message of a log."""
     db.execute(
-        "CREATE TABLE step (seq BIGINT, kind TEXT, t BIGINT, at TEXT, later TEXT, field TEXT, state TEXT, part BIGINT)"
+        "CREATE TABLE step (seq BIGINT, kind TEXT, t BIGINT, at TEXT, later TEXT, field TEXT, state TEXT, episode TEXT)"
     )
     rows = []
     for seq in range(1, per_device + 1):
         kind = next((kind for kind, places in _KINDS.items() if seq % 100 in places), "results")
         t = _NOW_US - (per_device - seq) * _MINUTE_US
-        # Raised and cleared in turn; the last message of each fifth field raised it.
-        number = seq // 100 * 2 + (seq % 100 == 90)
-        state = "raised" if number // _FIELDS % 2 == (number % 5 == 0) else "cleared"
+        # Each alert is raised, and cleared by the next message, but for the last ones.
+        number = seq // 100
+        state = "raised" if seq % 100 == 40 or seq > per_device - 100 * _OPEN else "cleared"
         times = (clock.to_rfc3339(t), clock.to_rfc3339(t + _MINUTE_US - 1))
-        rows.append((seq, kind, t, *times, f"f{number % _FIELDS}", state, seq % 100))
+        rows.append((seq, kind, t, *times, f"f{number % _FIELDS}", state, f"/drift/{number // _FIELDS}"))
     db.executemany("INSERT INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
     db.execute("CREATE TABLE sample_messages AS SELECT kind, topic, payload, jws FROM messages")
 
@@ -277,7 +287,7 @@ def _statements(per_device: int) -> Iterator[str]:
     yield copy("drift_windows", "drift", first="s.seq", last="s.seq", **{"from": "s.at", "to": "s.later"})
     yield copy(
         ALERTS_TABLE, "alerts", subject="s.field", time="s.at", state="s.state",
-        id="'exercise/' || s.field || '/drift/1'",
+        id="'exercise/' || s.field || s.episode",
     )  # fmt: skip
     yield copy("quality_messages", "quality", time="s.at")
     yield copy("metrics", "quality", time="s.at")

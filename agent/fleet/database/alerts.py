@@ -57,20 +57,17 @@ ALERTS = f"""
         ON o.device = a.device AND o.log = a.log AND o.id = a.id AND o.source = a.source AND o.seq = a.seq
 """
 
-# The last drift alert of each device and field before a time, whether it is open, and how many were raised since
-# another time. However often an alert is raised again, under the same id, it counts once, from its first message on.
-DRIFT_ALERTS = f"""
-    SELECT task, device, subject, first AS time, open, n FROM (
-        SELECT task, device, subject, first, open,
-               sum(CASE WHEN time >= ? AND nth_of_id = 1 THEN 1 ELSE 0 END)
-                   OVER (PARTITION BY task, device, subject) AS n,
-               row_number() OVER (PARTITION BY task, device, subject ORDER BY time DESC, seq DESC) AS nth
-        FROM (
-            SELECT task, device, subject, time, seq, open, min(time) OVER (PARTITION BY device, log, id) AS first,
-                   row_number() OVER (PARTITION BY device, log, id ORDER BY seq) AS nth_of_id
-            FROM ({ALERTS}) each_message
-            WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) raised
-    ) counted
+# The last drift alert of each device and field that began before a time, whether it is open, and how many began since
+# another time. However often an alert is raised again, under the same id, it counts once.
+DRIFT_ALERTS = """
+    SELECT task, device, subject, raised, open, n FROM (
+        SELECT i.task, i.device, i.subject, i.raised,
+               i.state = 'raised' AND l.live AND i.device NOT IN (SELECT device FROM retired_devices) AS open,
+               sum(CASE WHEN i.raised >= ? THEN 1 ELSE 0 END) OVER (PARTITION BY i.task, i.device, i.subject) AS n,
+               row_number() OVER (PARTITION BY i.task, i.device, i.subject
+                                  ORDER BY i.raised DESC, i.raised_seq DESC) AS nth
+        FROM incidents i JOIN logs l ON l.device = i.device AND l.log = i.log
+        WHERE i.alert = 'drift' AND i.raised_seq > 0 AND i.task IS NOT NULL AND i.raised <= ?) counted
     WHERE nth = 1 ORDER BY task, device, subject
 """
 

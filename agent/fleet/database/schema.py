@@ -122,7 +122,7 @@ _PROJECTIONS = (
         PRIMARY KEY (device, log, id, source)) WITHOUT ROWID""",
     # Few incidents are raised.
     "CREATE INDEX incidents_raised ON incidents (raised, device, log, id, source) WHERE state = 'raised'",
-    "CREATE INDEX incidents_by_time ON incidents (raised, device, log, id, source)",
+    "CREATE INDEX incidents_by_time ON incidents (raised, device, log, id, source, task, alert)",
     "CREATE INDEX incidents_by_ref ON incidents (ref)",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
@@ -241,6 +241,6 @@ MIGRATIONS = (
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",
-        ('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state)',),
+        ('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state, window_count)',),
     ),
 )

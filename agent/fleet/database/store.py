@@ -82,7 +82,9 @@ _RECENT_DRIFT_WINDOWS = """
     ORDER BY "from", first, last, "to", log, seq
 """
 
+# MATERIALIZED: else SQLite counts in the order of the key, for which it reads all incidents.
 _DEVICES = f"""
+    WITH open_incidents AS MATERIALIZED ({OPEN_INCIDENTS})
     SELECT d.device, k.key, d.last_seen,
            CASE WHEN r.device IS NOT NULL THEN 'retired' WHEN k.key IS NULL THEN 'revoked' ELSE d.state END AS state,
            (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
@@ -94,7 +96,7 @@ _DEVICES = f"""
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.last_seq IS NULL
     LEFT JOIN retired_devices r ON r.device = d.device
-    LEFT JOIN (SELECT device, count(*) AS n FROM ({OPEN_INCIDENTS}) incidents GROUP BY device) o ON o.device = d.device
+    LEFT JOIN (SELECT device, count(*) AS n FROM open_incidents GROUP BY device) o ON o.device = d.device
     WHERE r.device IS NULL OR ?
     ORDER BY d.device
 """
