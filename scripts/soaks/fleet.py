@@ -200,24 +200,30 @@ class _Run:
             self._devices.send(_health(probe, 0))
             tab = browser.new_context(viewport=_VIEWPORT).new_page()
             wait_until("the page shows the fleet", lambda: self._shows_probe(tab))
-            began = time.monotonic()
-            next_kill, down_until, number = began + kill_every_s, 0.0, 0
+            began, number, views = time.monotonic(), 0, 0
+            killer = threading.Thread(target=self._kill_collectors, args=(began, began + seconds, kill_every_s))
+            killer.start()
             while (now := time.monotonic()) < began + seconds:
-                if down_until and now >= down_until:
-                    self._collectors[(self._kills - 1) % 2].start()
-                    down_until = 0.0
-                elif now >= next_kill:
-                    self._collectors[self._kills % 2].kill()
-                    self._kills += 1
-                    next_kill, down_until = now + kill_every_s, now + min(_DOWN_S, kill_every_s / 4)
+                if now >= began + views * kill_every_s:
+                    views += 1
                     self._time_view(browser)
                     self._tell(now - began)
                 number += 1
                 self._time_change(tab, number % 900 + 1)
                 self._pss.append(process_stats.pss_mb(self._dashboard.pid))
                 time.sleep(max(0.0, min(_PROBE_EVERY_S, kill_every_s / 4) - (time.monotonic() - now)))
-            if down_until:
-                self._collectors[(self._kills - 1) % 2].start()
+            killer.join()
+
+    def _kill_collectors(self, next_s: float, end_s: float, every_s: float) -> None:
+        """Kill one collector and the other in turn, and start it again after a moment."""
+        while (next_s := next_s + every_s) < end_s:
+            time.sleep(max(0.0, next_s - time.monotonic()))
+            collector = self._collectors[self._kills % 2]
+            collector.kill()
+            self._kills += 1
+            # What it had not confirmed waits in its session at the broker.
+            time.sleep(min(_DOWN_S, every_s / 4))
+            collector.start()
 
     def _shows_probe(self, tab: Any) -> bool:
         tab.goto(f"{self._url}/fleet")
