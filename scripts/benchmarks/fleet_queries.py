@@ -200,7 +200,7 @@ class _Rows:
 
     def __init__(self, cursor: Any) -> None:
         self.description, self.rowcount = cursor.description, cursor.rowcount
-        self._rows = iter(cursor.fetchall())
+        self._rows: Iterator[Any] = iter(cursor.fetchall())
 
     def __iter__(self) -> Iterator[Any]:
         return self._rows

@@ -270,7 +270,7 @@ class _Run:
             self._problems.append(f"{self._devices.sent} messages were sent, {stored} are stored")
         if not audited.passed:
             self._problems.append(f"the audit fails: {audited.to_dict()['invalid'][:3]}")
-        figures = {
+        figures: dict[str, Any] = {
             "messages": stored,
             "kills": self._kills,
             "audit_passed": audited.passed,
