@@ -57,18 +57,16 @@ ALERTS = f"""
         ON o.device = a.device AND o.log = a.log AND o.id = a.id AND o.source = a.source AND o.seq = a.seq
 """
 
-# The last drift alert of each device and field that began before a time, whether it is open, and how many began since
-# another time. However often an alert is raised again, under the same id, it counts once.
+# When the last drift alert of each device and field began before a time, whether one is open, and how many began since
+# another time. However often an alert is raised again, under the same id, it counts once. By index incidents_drift.
 DRIFT_ALERTS = """
-    SELECT task, device, subject, raised, open, n FROM (
-        SELECT i.task, i.device, i.subject, i.raised,
-               i.state = 'raised' AND l.live AND i.device NOT IN (SELECT device FROM retired_devices) AS open,
-               sum(CASE WHEN i.raised >= ? THEN 1 ELSE 0 END) OVER (PARTITION BY i.task, i.device, i.subject) AS n,
-               row_number() OVER (PARTITION BY i.task, i.device, i.subject
-                                  ORDER BY i.raised DESC, i.raised_seq DESC) AS nth
-        FROM incidents i JOIN logs l ON l.device = i.device AND l.log = i.log
-        WHERE i.alert = 'drift' AND i.raised_seq > 0 AND i.task IS NOT NULL AND i.raised <= ?) counted
-    WHERE nth = 1 ORDER BY task, device, subject
+    SELECT task, device, subject, max(raised) AS raised,
+           max(CASE WHEN state = 'raised' AND device NOT IN (SELECT device FROM retired_devices)
+                         AND EXISTS (SELECT 1 FROM logs l WHERE l.device = i.device AND l.log = i.log AND l.live)
+                    THEN 1 ELSE 0 END) AS open,
+           sum(CASE WHEN raised >= ? THEN 1 ELSE 0 END) AS n
+    FROM incidents i WHERE alert = 'drift' AND source = 'device' AND raised_seq > 0 AND task IS NOT NULL AND raised <= ?
+    GROUP BY task, device, subject ORDER BY task, device, subject
 """
 
 OPEN_FLEET_WIDE_ALERTS = f"""

@@ -124,6 +124,9 @@ _PROJECTIONS = (
     "CREATE INDEX incidents_raised ON incidents (raised, device, log, id, source) WHERE state = 'raised'",
     "CREATE INDEX incidents_by_time ON incidents (raised, device, log, id, source, task, alert)",
     "CREATE INDEX incidents_by_ref ON incidents (ref)",
+    # With all that the collector counts every few minutes.
+    """CREATE INDEX incidents_drift ON incidents (task, device, subject, raised, state, log, raised_seq)
+        WHERE alert = 'drift' AND source = 'device'""",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
