@@ -256,6 +256,28 @@ def test_a_changed_export_fails_its_audit(tmp_path: Path, attack: str) -> None:
     store.close()
 
 
+@pytest.mark.attack("audit")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_signed_manifest_covers_every_chunk_and_does_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(exporting, "_CHUNK_MESSAGES", 2)
+    store, sender, out = FleetStore(tmp_path / "fleet.db"), MessageSender(), tmp_path / "out"
+    ingest(store, sender, *(sender.results(1) for _ in range(2)))
+    export(store, out, FLEET, Filters(), KEY)
+    size = (out / "manifest.json").stat().st_size
+    ingest(store, sender, *(sender.results(1) for _ in range(4)))
+    export(store, out, FLEET, Filters(), KEY)
+    assert (out / "manifest.json").stat().st_size == size
+    assert check_export(store, out, FLEET, [KEY.public]).passed
+    file = out / f"_chunks/chunk-{number:06}.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    assert not check_export(store, out, FLEET, [KEY.public]).passed
+    with pytest.raises(UsageError, match="does not follow the chunk before|is not the file that manifest"):
+        export(store, out, FLEET, Filters(), KEY)
+    store.close()
+
+
 def _replace(out: Path, chunk_file: Path, file: Path, data: bytes | None) -> None:
     """Replace a file, or drop it where `data` is None, and write the hashes that say so."""
     chunk = json.loads(chunk_file.read_bytes())
