@@ -76,7 +76,7 @@ def test_memory_handles_and_threads_that_grow_are_noticed() -> None:
 
 @pytest.mark.postgres
 @pytest.mark.broker
-def test_a_fleet_whose_collectors_are_killed_loses_nothing(tmp_path: Path) -> None:
+def test_a_fleet_loses_nothing_while_its_collectors_are_killed(tmp_path: Path) -> None:
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not Path(CHROMIUM).exists():
         pytest.skip("chromium is not installed: apt-get install chromium")

@@ -65,7 +65,7 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class _Content(msgspec.Struct):
-    """What is signed: the number of chunks, and the SHA-256 of the last one's file; empty before the first."""
+    """Signed content: the number of chunks, and the SHA-256 of the last one's file; empty before the first."""
 
     fleet: str
     filters: Filters
