@@ -21,10 +21,10 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows, concatenate
 from agent.device.store.store import Store
 from agent.errors import StorageFull
-from agent.transport import sealing
-from agent.wire import messages, sample_content
+from agent.transport import sample_content, sealing
+from agent.transport.sample_content import SampleContent
+from agent.wire import messages
 from agent.wire.keys import EncryptionKey, b64url_encode
-from agent.wire.sample_content import SampleContent
 from agent.wire.topics import Topic
 
 log = logging.getLogger("outstation.samples")

@@ -20,9 +20,9 @@ from agent.fleet.database.interface import Connection
 from agent.fleet.dataset import labels
 from agent.fleet.dataset.context import LogContext
 from agent.fleet.dataset.labels import RowLabel
+from agent.transport import sample_content
+from agent.transport.sample_content import SampleContent
 from agent.transport.sealing import Opener
-from agent.wire import sample_content
-from agent.wire.sample_content import SampleContent
 from agent.wire.topics import Topic
 
 MAX_VALUES = 40_000_000

@@ -15,11 +15,11 @@ from agent.config import SamplesConfig
 from agent.device.samples import requests
 from agent.device.samples.sampler import round_to_digits
 from agent.errors import MessageRefused
+from agent.transport import sample_content
+from agent.transport.sample_content import SampleContent
 from agent.transport.sealing import Opener
-from agent.wire import sample_content
 from agent.wire.keys import b64url_decode
 from agent.wire.messages import SamplesPayload
-from agent.wire.sample_content import SampleContent
 from scripts.kit.bundles import CENTRES, CLASSIFY, activated
 from tests.kit.devices import NOW
 from tests.kit.sampled_devices import CONSENT, FALL, KEY, LATER, SampledDevice

@@ -6,12 +6,13 @@ import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from agent.cli.fleet.group import fleet
 from agent.cli.model.group import model
@@ -19,14 +20,18 @@ from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import encryption_keys
+from agent.fleet.database.datasets import samples
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.dataset import gather
+from agent.fleet.dataset.gather import Selection
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.labelling import labels
 from agent.performance.labels import Label
-from agent.testing.messages import FLEET, MODEL, MessageSender
+from agent.testing.messages import FLEET, MessageSender, SignedMessage
 from agent.transport import sealing
-from agent.wire.keys import EncryptionKey, b64url_encode
+from agent.transport.sealing import Opener
+from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
 from scripts.kit.bundles import CLASSIFY, TABULAR, activated
 from scripts.kit.bundles import model as tflite
 from tests.kit.devices import DEVICE
@@ -252,10 +257,10 @@ def test_a_device_that_sends_other_fields_does_not_decide_about_the_samples_of_o
     assert key is not None
     forger = MessageSender("pi-13", task=TASK)
     content = {"v": 1, "consent": "", "fields": fields, "t": [1], "columns": [[1.0]] * 4}
-    members = forge(forger, key, zlib.compress(json.dumps(content).encode()))
+    sent = forge(forger, key, zlib.compress(json.dumps(content).encode()))
     with opened(copied) as store:
         store.enrol("pi-13", forger.key.public, replace=False, now=BEFORE)
-        store.ingest([Arrival(forger.verify(forger.append("samples", task=TASK, **members)))], [], BEFORE)
+        store.ingest([Arrival(forger.verify(sent))], [], BEFORE)
     card = export(copied, tmp_path / "set")
     assert card["left_out_samples"] == {reason: 1}
     assert list(card["fields"]) == list(TABULAR)
@@ -268,12 +273,45 @@ def test_a_sample_that_inflates_without_end_or_is_no_zlib_is_counted(copied: Pat
     bomb = zlib.compress(b"[" * (64 << 20), 9)
     with opened(copied) as store:
         store.enrol("pi-13", forger.key.public, replace=False, now=BEFORE)
-        sent = [forger.append("samples", task=TASK, **forge(forger, key, data)) for data in (bomb, b"x", b"")]
+        sent = [forge(forger, key, data) for data in (bomb, b"x", b"")]
         store.ingest([Arrival(forger.verify(item)) for item in sent], [], BEFORE)
     assert export(copied, tmp_path / "set")["left_out_samples"] == {"malformed content": 2, "malformed seal": 1}
 
 
-def forge(sender: MessageSender, key: EncryptionKey, content: bytes) -> dict[str, Any]:
+def test_both_databases_give_the_same_set(fresh: Callable[[], FleetStore]) -> None:
+    sender, key = MessageSender(task=TASK), X25519PrivateKey.from_private_bytes(bytes(range(32)))
+    content = {"v": 1, "consent": "yes", "fields": ["a"], "t": [10, 5], "columns": [[1.5, None]]}
+    sealed = forge(sender, encryption_key_of(key), zlib.compress(json.dumps(content).encode()), rows=[1, 2], n=2)
+    sent = [
+        sender.alert("tiny/a/fault/1"),
+        sender.drift(),
+        sender.results(1, rows_at=(1, 1)),
+    ]
+    store = fresh()
+    store.enrol(sender.device, sender.key.public, replace=False, now=BEFORE)
+    reordered = [sender.verify(item) for item in (sealed, *sent, again(sender, sealed))]
+    store.ingest([Arrival(message) for message in reordered], [], BEFORE)
+    with store.transaction() as db:
+        labels.add(db, sender.device, TASK, [Label(1, None, "PEN")], BEFORE, "mira")
+    selection = Selection(FLEET, TASK, BEFORE, "0001", "9999")
+    with store.snapshot() as db:
+        gathered = gather.gather(db, selection, Opener([key]))
+    [recording] = gathered.recordings
+    assert (gathered.fields, dict(gathered.left_out)) == (["a"], {"duplicate": 1})
+    assert recording.t.tolist() == [10, 15]
+    assert recording.samples[0]["drift"] is None
+    assert [(each.row, each.label, each.by) for each in recording.labels] == [(1, "PEN", ("mira",))]
+    assert samples.count(store, sender.device)[0].samples == 2
+    assert len(samples.list_newest(store, sender.device, TASK, 5)) == 2
+    store.close()
+
+
+def again(sender: MessageSender, sent: SignedMessage) -> SignedMessage:
+    """Return the same sealed readings in another message, as a new log repeats them."""
+    return sender.samples(json.loads(sent.payload)["sealed"], row=1, rows=[1, 2], n=2)
+
+
+def forge(sender: MessageSender, key: EncryptionKey, content: bytes, **changes: Any) -> SignedMessage:
     topic = f"outstation/{FLEET}/{sender.device}/samples/{sender.task}"
-    members = {"model": MODEL, "stream": "watch", "reason": "alert", "row": 1, "rows": [1, 1], "n": 1, "digits": 4}
-    return {**members, "sealed": b64url_encode(sealing.seal_content(key, topic, content))}
+    sealed = b64url_encode(sealing.seal_content(key, topic, content))
+    return sender.samples(sealed, **{"row": 1, "rows": [1, 1], "n": 1, **changes})
