@@ -282,10 +282,11 @@ def test_both_databases_give_the_same_set(fresh: Callable[[], FleetStore]) -> No
     sender, key = MessageSender(task=TASK), X25519PrivateKey.from_private_bytes(bytes(range(32)))
     content = {"v": 1, "consent": "yes", "fields": ["a"], "t": [10, 5], "columns": [[1.5, None]]}
     sealed = forge(sender, encryption_key_of(key), zlib.compress(json.dumps(content).encode()), rows=[1, 2], n=2)
+    columns = {"row": [1], "t": [10], "label": ["PEN"], "score": [0.5]}
     sent = [
         sender.alert("tiny/a/fault/1"),
         sender.drift(),
-        sender.results(1, rows_at=(1, 1)),
+        sender.results(1, rows_at=(1, 2), columns=columns),
     ]
     store = fresh()
     store.enrol(sender.device, sender.key.public, replace=False, now=BEFORE)
