@@ -259,27 +259,7 @@ def calibrate_reference(
     )
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
-    missing = MissingBaseline.from_windows(
-        learning.symptoms[..., fault_limits.MISSING].astype(np.float64),
-        total.rows / max(learning.total_windows, 1),
-        learning.thinning,
-        total.missing,
-        total.rows,
-    )
-    if shipped.missing_values is not None:
-        missing = missing.merge(shipped.missing_values)
-    honest = FaultLimits.learn(
-        learning.symptoms.astype(np.float64),
-        np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd,
-        fault_limits.compute_misfit(
-            class_moments,
-            usual.mean + hourly[:, None] * usual.sd,
-            without_cycle(usual.sd, hourly),
-            np.arange(len(shipped.fields)),
-        ),
-    )
-    if shipped.fault_limits is not None:
-        honest = honest.merge(shipped.fault_limits)
+    spread = np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd
     reference = replace(
         shipped,
         made=source,
@@ -287,8 +267,8 @@ def calibrate_reference(
         warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
-        missing_values=missing,
-        fault_limits=honest,
+        missing_values=_learn_missing_values(shipped, learning),
+        fault_limits=_learn_fault_limits(shipped, learning, spread, class_moments, usual, hourly),
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
@@ -307,6 +287,44 @@ def calibrate_reference(
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
     transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
     return _add_site_calibration(reference, learning, learned, number, accuracy, transitions)
+
+
+def _learn_missing_values(shipped: Reference, learning: LearningState) -> MissingBaseline:
+    """Return how values were missing in the windows, and in those of the shipped reference."""
+    total = learning.total
+    missing = MissingBaseline.from_windows(
+        learning.symptoms[..., fault_limits.MISSING].astype(np.float64),
+        total.rows / max(learning.total_windows, 1),
+        learning.thinning,
+        total.missing,
+        total.rows,
+    )
+    return missing if shipped.missing_values is None else missing.merge(shipped.missing_values)
+
+
+def _learn_fault_limits(
+    shipped: Reference,
+    learning: LearningState,
+    sd: Float64s,
+    class_moments: GroupMoments,
+    usual: moments.ClassStatistics,
+    hourly: Float64s,
+) -> FaultLimits:
+    """Return the symptoms of faults that are none here, against rows of this `sd` (F,).
+
+    Classes are as `usual` but for the cycle `hourly` (K, D) of their means, in class sd.
+    """
+    honest = FaultLimits.learn(
+        learning.symptoms.astype(np.float64),
+        sd,
+        fault_limits.compute_misfit(
+            class_moments,
+            usual.mean + hourly[:, None] * usual.sd,
+            without_cycle(usual.sd, hourly),
+            np.arange(len(shipped.fields)),
+        ),
+    )
+    return honest if shipped.fault_limits is None else honest.merge(shipped.fault_limits)
 
 
 def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:

@@ -161,28 +161,57 @@ def identify_faults(
         indicators.low_spread[index],
         tuple(units),
     )
-    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     another = np.array([conversion is not None for conversion in unit])
-    unfit = indicators.unfit[index]
     spoilt = indicators.find_spoilt(index) | stuck | another | np.array([excludes_window((part,)) for part in absent])
     if explained is not None:
         spoilt |= explained
-    if reference.labels and (spoilt & ~known).any():
-        # The model names wrong classes where a field is faulty, and sound fields fit no class then.
-        unfit = np.zeros(fields, np.bool_)
+    # The model names wrong classes where a field is faulty, and sound fields fit no class then.
+    misnamed = bool(reference.labels) and bool((spoilt & ~known).any())
+    unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
+    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     if site is not None and (known.any() or unfit.any()):
         other, mirrored = swapped_channels.detect_swaps(
             summary, site, indicators.usual[index], units, known, unfit & ~spoilt
         )
     exchanged = np.array([bool(name) for name in other])
-    coarser = indicators.coarseness[index]
+    names = _name_kinds(indicators, index, summary, stuck, another, exchanged, mirrored)
+    longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
+    details = {
+        "unit": [conversion.description if conversion else "" for conversion in unit],
+        "swapped": other,
+        "quantized": [f"{times} times" for times in indicators.coarseness[index]],
+        "stuck": [f"{rows} rows" for rows in longest],
+    }
+    sizes = _measure_sizes(indicators, index, summary)
+    faults = [
+        Fault(name, details[name][field] if name in details else "", size=float(sizes[name][field]) if name in sizes else 1.0)
+        if name
+        else None
+        for field, name in enumerate(names)
+    ]
+    return tuple(before if fault is None else (*before, fault) for before, fault in zip(absent, faults, strict=True))
+
+
+def _name_kinds(
+    indicators: FaultIndicators,
+    index: int,
+    summary: Summary,
+    stuck: Bools,
+    another: Bools,
+    exchanged: Bools,
+    mirrored: Bools,
+) -> list[str]:
+    """Return the first kind that explains each field (F,) in window `index`, "" for none.
+
+    Fields are `stuck`, in `another` unit, `exchanged` for one another or `mirrored` (F,).
+    """
     # Lone jumps often end far outside.
     jumps = indicators.spikes[index] & (2 * summary.spikes >= summary.outside)
     outside = indicators.out_of_range[index] & ~jumps
     kinds = {
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.
-        "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
+        "quantized": (indicators.coarseness[index] > 0) & ~(another | exchanged | mirrored | outside),
         "stuck": stuck,
         "swapped": exchanged,
         "reversed": mirrored,
@@ -190,27 +219,19 @@ def identify_faults(
         "out_of_range": outside,
         "spikes": indicators.spikes[index],
     }
-    longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
+    names: list[str] = np.select(list(kinds.values()), list(kinds), "").tolist()
+    return names
+
+
+def _measure_sizes(indicators: FaultIndicators, index: int, summary: Summary) -> dict[str, Float64s]:
+    """Return how bad faults of each kind would be (F,) in window `index`; other kinds have no size."""
     rows = max(summary.rows, 1)
-    sizes = {
-        "saturated": summary.extremes.rows[:, :, 0].max(1) / rows,
-        "quantized": coarser,
+    return {
+        "saturated": np.asarray(summary.extremes.rows[:, :, 0].max(1) / rows),
+        "quantized": indicators.coarseness[index].astype(np.float64),
         "out_of_range": summary.outside / rows,
         "spikes": summary.spikes / rows,
     }
-    names = np.select(list(kinds.values()), list(kinds), "").tolist()
-    out = []
-    for field, name in enumerate(names):
-        conversion = unit[field]
-        detail = {
-            "unit": conversion.description if conversion else "",
-            "swapped": other[field],
-            "quantized": f"{coarser[field]} times",
-            "stuck": f"{longest[field]} rows",
-        }.get(name, "")
-        size = float(sizes[name][field]) if name in sizes else 1.0
-        out.append((*absent[field], Fault(name, detail, size=size)) if name else absent[field])
-    return tuple(out)
 
 
 def _describe_missing(
