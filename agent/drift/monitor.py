@@ -345,6 +345,7 @@ class DriftMonitor:
             self.units,
             state.site_reference,
             state.faults.misread,
+            state.faults.exchanged,
             missing,
             state.faults.spoilt,
             runs,
@@ -373,7 +374,8 @@ class DriftMonitor:
         if self._is_gathering(after) and not blocked:
             after, learned, refused = self._gather_window(after)
             after, guard_alerts = self._build_guard_alerts(before, after)
-        after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
+        scores = None if analysis.evidence is None else analysis.evidence.z[first]
+        after, fault_alerts = self._alert_lifecycle.update_faults(after, identified, scores)
         gate_alerts = analysis.build_gate_alerts(first, gates[0], before, gates[1], site)
         return after, _Outcome((*fault_alerts, *gate_alerts, *drift_alerts, *guard_alerts), learned, refused)
 
@@ -409,10 +411,11 @@ class DriftMonitor:
                 return gathered, None, None
             return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
         residuals = compute_residuals(shipped, learning, site, self.seasonality)
-        guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
+        guard = state.guard.check(site, self.shipped, residuals, learning.t[:, 0], self.units, hold=self.hold_deviating)
         assert site.site is not None
         if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
-            return gathered, None, None
+            # A change is told at once, however long learning goes on.
+            return replace(gathered, guard=state.guard.announce_steps(guard)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.
             fresh = replace(fresh, suite=SuiteState.start(self.shipped.task))
@@ -422,7 +425,8 @@ class DriftMonitor:
     def _build_guard_alert(self, before: DriftState, after: DriftState) -> Alert | None:
         if after.guard is before.guard:
             return None
-        return deviation.build_alert(after.guard, before.guard, {"window": before.index, "rows": list(before.rows)})
+        window = {"window": before.index, "rows": list(before.rows)}
+        return deviation.build_alert(after.guard, before.guard, window, learning=after.learning.windows > 0)
 
     def _build_guard_alerts(self, before: DriftState, after: DriftState) -> tuple[DriftState, list[Alert]]:
         """Return the alerts of a gathered window: a reference that does not deviate ends what was carried over."""

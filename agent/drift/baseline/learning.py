@@ -29,7 +29,15 @@ from agent.drift.baseline.symptoms import measure_symptoms
 from agent.drift.baseline.transitions import MIN_STEP_SHARE, MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
-from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
+from agent.drift.detectors.registry import (
+    CORRELATION,
+    COUNTERS,
+    DETECTORS,
+    MOMENTS,
+    SCORED,
+    LearnedBaselines,
+    ScoreLayout,
+)
 from agent.drift.numeric import divergence, outliers
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
@@ -365,15 +373,26 @@ def _add_site_calibration(
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
     class_sd = (weight * reference.class_sd).sum(0)
-    sensitivity = measure_sensitivity(task, scores, mean, sd, limits, cycle, class_sd)
+    baselines = LearnedBaselines(
+        {
+            detector.name: detector.learn(task, learned, scores)
+            for detector in DETECTORS
+            if detector.baseline_type is not None
+        }
+    )
+    share = reference.class_n.sum(1) / max(int(reference.class_n.sum()), 1)
+    sensitivity = measure_sensitivity(
+        task,
+        scores,
+        mean,
+        np.where(tested, sd, np.inf),
+        limits,
+        cycle,
+        class_sd,
+        share @ baselines[CORRELATION.name].mean,
+    )
     site = SiteCalibration(
-        baselines=LearnedBaselines(
-            {
-                detector.name: detector.learn(task, learned, scores)
-                for detector in DETECTORS
-                if detector.baseline_type is not None
-            }
-        ),
+        baselines=baselines,
         limits=limits,
         sensitivity=sensitivity,
         independent_windows=_count_independent_windows(task, scores),

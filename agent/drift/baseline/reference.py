@@ -182,7 +182,19 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def describe_smallest_changes(self) -> dict[str, Any] | None:
         """Return, for people, the smallest change of each field that is found at this site."""
-        return None if self.site is None else self.site.sensitivity.to_dict(self.fields, self.sd)
+        if self.site is None:
+            return None
+        changes = self.site.sensitivity.to_dict(self.fields, self.sd)
+        for name, rows, rest in zip(self.fields, self.stuck_rows.tolist(), self.rest, strict=True):
+            changes["fields"][name] |= {"stuck_rows": rows, "never_stuck_at": list(rest)}
+        return changes
+
+    @cached_property
+    def stuck_rows(self) -> Ints:
+        """(F,) rows of one value, no rest value, from which on a field is stuck."""
+        rows = self.window * self.window_rows
+        within = runs.max_normal_run(self.longest, np.array([rows]))[0] + 1
+        return np.where(within > rows, runs.max_constant_run(self.longest) + 1, within)
 
     @cached_property
     def digest(self) -> str:

@@ -26,10 +26,11 @@ from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.resolution import find_finest, median_size
+from agent.drift.baseline.runs import max_normal_run
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
-from agent.drift.faults.constant_runs import MIN_STUCK_RUN, STUCK_RUN_FACTOR, ConstantRuns
+from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.missing_values import MissingValues
 
 # In the order in which they explain a window: of all but `missing`, a field has the first one.
@@ -103,7 +104,7 @@ def compute_indicators(
     return FaultIndicators(
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
-        stuck=windows.longest > max_normal_run(site or reference, rows),
+        stuck=windows.longest > max_normal_run((site or reference).longest, rows),
         low_spread=calm,
         out_of_range=outside,
         high_spread=loud,
@@ -136,14 +137,16 @@ def identify_faults(
     units: Sequence[str] = (),
     site: Reference | None = None,
     misread: Bools | None = None,
+    exchanged: Bools | None = None,
     missing: MissingValues | None = None,
     explained: Bools | None = None,
     runs: ConstantRuns | None = None,
 ) -> tuple[tuple[Fault, ...], ...]:
     """Return the faults of each field (in these `units`) in window `index`.
 
-    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `explained` (F,) those
-    with another fault up to now; `missing` and `runs` are the states of these after the window.
+    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `exchanged` (F,) those
+    of them that changed places or signs, and `explained` (F,) those with another fault. `missing` and `runs` are the
+    states of these after the window.
     """
     fields = len(reference.fields)
     absent: list[tuple[Fault, ...]] = [()] * fields
@@ -169,12 +172,13 @@ def identify_faults(
     misnamed = bool(reference.labels) and bool((spoilt & ~known).any())
     unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
     other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
-    if site is not None and (known.any() or unfit.any()):
+    moved = known if exchanged is None else exchanged
+    if site is not None and (moved.any() or unfit.any()):
         other, mirrored = swapped_channels.detect_swaps(
-            summary, site, indicators.usual[index], units, known, unfit & ~spoilt
+            summary, site, indicators.usual[index], units, moved, unfit & ~spoilt
         )
-    exchanged = np.array([bool(name) for name in other])
-    names = _name_kinds(indicators, index, summary, stuck, another, exchanged, mirrored)
+    swapped = np.array([bool(name) for name in other])
+    names = _name_kinds(indicators, index, summary, stuck, another, swapped, mirrored)
     longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
     details = {
         "unit": [conversion.description if conversion else "" for conversion in unit],
@@ -184,7 +188,11 @@ def identify_faults(
     }
     sizes = _measure_sizes(indicators, index, summary)
     faults = [
-        Fault(name, details[name][field] if name in details else "", size=float(sizes[name][field]) if name in sizes else 1.0)
+        Fault(
+            name,
+            details[name][field] if name in details else "",
+            size=float(sizes[name][field]) if name in sizes else 1.0,
+        )
         if name
         else None
         for field, name in enumerate(names)
@@ -198,12 +206,12 @@ def _name_kinds(
     summary: Summary,
     stuck: Bools,
     another: Bools,
-    exchanged: Bools,
+    swapped: Bools,
     mirrored: Bools,
 ) -> list[str]:
     """Return the first kind that explains each field (F,) in window `index`, "" for none.
 
-    Fields are `stuck`, in `another` unit, `exchanged` for one another or `mirrored` (F,).
+    Fields are `stuck`, in `another` unit, `swapped` or `mirrored` (F,).
     """
     # Lone jumps often end far outside.
     jumps = indicators.spikes[index] & (2 * summary.spikes >= summary.outside)
@@ -211,9 +219,9 @@ def _name_kinds(
     kinds = {
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.
-        "quantized": (indicators.coarseness[index] > 0) & ~(another | exchanged | mirrored | outside),
+        "quantized": (indicators.coarseness[index] > 0) & ~(another | swapped | mirrored | outside),
         "stuck": stuck,
-        "swapped": exchanged,
+        "swapped": swapped,
         "reversed": mirrored,
         "unit": another,
         "out_of_range": outside,
@@ -246,15 +254,6 @@ def _describe_missing(
 def excludes_window(faults: Sequence[tuple[Fault, ...]]) -> bool:
     """Return True if a fault keeps the window out of all tests."""
     return any(not fault.is_minor for several in faults for fault in several)
-
-
-def max_normal_run(reference: Reference, rows: Ints) -> Ints:
-    """Return the longest run (W, F) that is still normal, in windows of so many `rows` (W,).
-
-    It is never so long that a drift window could not show a longer one, unless the reference itself had such a run.
-    """
-    allowed = np.minimum(STUCK_RUN_FACTOR * reference.longest, rows[:, None] - 1)
-    return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)
 
 
 def _detect_clipping(extremes: Extremes, reference: Reference, limits: FaultLimits, rows: Ints) -> Bools:
