@@ -38,7 +38,7 @@ from agent.drift.detectors.registry import (
     LearnedBaselines,
     ScoreLayout,
 )
-from agent.drift.numeric import divergence, outliers
+from agent.drift.numeric import control_limits, divergence, outliers
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
 from agent.errors import BadBundle
@@ -281,6 +281,7 @@ def calibrate_reference(
         mean=rows.mean[0],
         m2=rows.m2[0],
         longest=np.maximum(shipped.longest, total.longest),
+        reach=_learn_reach(shipped, residuals, every),
         class_n=usual.n,
         class_mean=usual.mean,
         class_sd=usual.sd,
@@ -295,6 +296,15 @@ def calibrate_reference(
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
     transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
     return _add_site_calibration(reference, learning, learned, number, accuracy, transitions)
+
+
+def _learn_reach(shipped: Reference, residuals: Float64s, cycle: Float64s) -> Float64s | None:
+    """Return how far fields may wander beyond the shipped limits, from `residuals` and their `cycle` (K, 2F)."""
+    fields = len(shipped.fields)
+    fitted = np.where((cycle[:, :fields] != 0).any(0), 1.0 + 2 * daily_cycle.HARMONICS, 1.0)
+    memory = control_limits.fit_autocorrelation(residuals[:, :fields], fitted)
+    reach = fault_limits.compute_reach(len(residuals) * (1 - memory) / (1 + memory))
+    return reach if reach.any() else None
 
 
 def _learn_missing_values(shipped: Reference, learning: LearningState) -> MissingBaseline:

@@ -83,6 +83,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     modes: int = 0  # classes of a model without labels, if a field of the stream names them
     missing_values: MissingBaseline | None = None  # None if only totals are known
     fault_limits: FaultLimits | None = None  # None if its windows were not measured
+    # (F,) spans of the shipped rows beyond their limits, up to which a slow field may wander; None if none does.
+    reach: Float64s | None = None
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     def describe_fields(self) -> dict[str, dict[str, float]]:
@@ -240,7 +242,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def to_json(self) -> bytes:
         omitted = () if self.site else ("site", "modes", "known_as")
-        optional = tuple(name for name in ("missing_values", "fault_limits") if getattr(self, name) is None)
+        optional = tuple(name for name in ("missing_values", "fault_limits", "reach") if getattr(self, name) is None)
         return arrays.to_json(self, omit=(*omitted, *optional))
 
     @classmethod
@@ -359,6 +361,7 @@ def _validate(r: Reference) -> None:
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
         "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
+        "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None

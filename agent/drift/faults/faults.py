@@ -7,7 +7,8 @@ stuck          one value repeated more than max(10, 5 x the longest run of refer
 swapped        statistics fit a site's reference of another field of the same unit, and that one's this one's
 reversed       they fit it with the sign reversed
 unit           outside those limits, or far calmer than the reference ever was, but like it in another unit
-out_of_range   more than 1 % of values outside the reference's limits widened by half their span
+out_of_range   more than 1 % of values outside the reference's limits widened by half their span, or further out where
+               a field wanders for longer than was learned
 spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
                and more than one row in 1000, and most steps no larger than usual
 """
@@ -22,10 +23,10 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.extremes import Extremes
-from agent.drift.baseline.fault_limits import FaultLimits
+from agent.drift.baseline.fault_limits import RANGE_MARGIN, FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.resolution import find_finest, median_size
+from agent.drift.baseline.resolution import find_finest, largest_size, median_size
 from agent.drift.baseline.runs import max_normal_run
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
@@ -38,7 +39,9 @@ KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "u
 MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
 OUTSIDE_SHARE, MIN_OUTSIDE_ROWS = 0.01, 3
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
-MAX_STEP_RATIO = 2.0  # of the robust sd of steps to the reference's, up to which lone jumps stand out
+# Of the robust sd of steps to the reference's, up to which lone jumps stand out. Of honest windows of 21 kinds, more
+# than one in 1000 reaches it only where values are coarse. Steady signals reach it in another unit from factor 3 on.
+MAX_STEP_RATIO = 2.0
 CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
 MIN_LEVELS = 20  # coarser values often pile up on the outermost
 MAX_FINE_SHARE = 0.05  # of the usual fine steps that may be left
@@ -99,6 +102,9 @@ def compute_indicators(
     rows = np.maximum(windows.row_counts, 1)
     most = np.maximum(OUTSIDE_SHARE, limits.outside) * rows[:, None]
     outside = (windows.outside > most) & (windows.outside >= np.minimum(MIN_OUTSIDE_ROWS, rows)[:, None])
+    reach = (site or reference).reach
+    if reach is not None:
+        outside = _find_far_outside(windows, reference, reach, outside)
     loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
     none, usual = np.zeros(outside.shape, np.int64), (site or reference).class_means_at(t)
     return FaultIndicators(
@@ -117,6 +123,17 @@ def compute_indicators(
         else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site, usual), limits),
         usual=usual,
     )
+
+
+def _find_far_outside(windows: Summary, reference: Reference, reach: Float64s, outside: Bools) -> Bools:
+    """Return which fields (W, F) are out of range, of those that have many values `outside` (W, F).
+
+    A slow field may wander as far as its `reach` (F,); only a jump or a level beyond that is a fault.
+    """
+    (mean, _), span = other_units.row_mean_sd(windows, reference), reference.high - reference.low
+    beyond = (mean < reference.low - reach * span) | (mean > reference.high + reach * span)
+    jumped = largest_size(windows.steps) >= RANGE_MARGIN * span
+    return np.where(reach > 0, beyond | (outside & jumped), outside)
 
 
 def missing_baseline(reference: Reference, site: Reference | None) -> MissingBaseline:
