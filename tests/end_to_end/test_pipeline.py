@@ -415,9 +415,9 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     packed = tmp_path / "pi-01.tar.gz"
     enrolled = call_outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
     assert enrolled.returncode == 0, enrolled.stderr
-    made = call_outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
+    made = call_outstation("join", str(packed), "--dir", str(tmp_path / "device"), "--json")
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
+    assert json.loads(made.stdout)["store_moved"] is False
     device = DeviceProcess(tmp_path / "device", "pi-01").add_replay_stream(4000, 100).add_task("exercise")
     collector = OutstationProcess(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
     with MosquittoBroker(tmp_path, conf=keep_user_root(home / "broker" / "mosquitto.conf"), port=port):

@@ -1,54 +1,58 @@
-"""Command `outstation join`: make a device's keys, and the request with which a fleet lets it in."""
+"""Command `outstation join`: join a fleet with the file that its operator answered a request with."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
-from agent import durable_files
-from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
-from agent.names import is_name
 
 
-@click.command(epilog="Example: outstation join /etc/outstation --fleet acme --id pi-07 --token TOKEN")
-@click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
-@click.option("--fleet", required=True, metavar="NAME", help="The fleet's name.")
-@click.option("--id", "device", required=True, metavar="DEVICE", help="The id under which the fleet will know it.")
-@click.option("--token", help="From `outstation fleet token`: proves that the request is this device's.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="The request; default DIR/DEVICE.request.")
+@click.command(epilog="Example: outstation join pi-07.tar.gz --dir /etc/outstation")
+@click.argument("enrolment", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--dir", "folder", default=".", type=click.Path(path_type=Path), help="Folder of the config and keys.")
+@click.option("--data-dir", help="Folder of the store, for a device without a config; default DIR/data.")
+@click.option("--replace", is_flag=True, help="Replace files that differ; each is kept as NAME.before-join.")
 @json_option
-def join(folder: Path, fleet: str, device: str, token: str | None, out: Path | None, as_json: bool) -> None:
-    """Make the device's keys in DIR, which they never leave, and a request for the operator.
+def join(enrolment: Path, folder: Path, data_dir: str | None, replace: bool, as_json: bool) -> None:
+    """Join a fleet with FILE, which `fleet enrol --bundle-out` made for this device.
 
-    Keys that are there stay. The request holds their public halves. The operator answers with a file for
-    `outstation init --from`.
+    Readings, results and drift references stay, and stored messages are sent to the fleet, too. A config that nobody
+    changed is replaced. Of a changed one, the id, the fleet, [broker], [collector], [operators] and [updates] are
+    replaced, and your streams, tasks and other sections stay. Killed at any moment, run it again.
     """
-    from agent.wire import enrolment_request, keys
+    from agent.bootstrap import joining
+    from agent.cli.device.init import is_untouched
 
-    for option, name in (("--fleet", fleet), ("--id", device)):
-        if not is_name(name):
-            raise UsageError(f"{option} {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
-    out = out or folder / f"{device}.request"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}") from None
-    paths = (folder / KEY_FILE, folder / TLS_KEY_FILE)
-    key, tls_key = (
-        keys.load_private(path) if path.exists() else keys.generate(path, write_public=path.name == KEY_FILE)
-        for path in paths
-    )
-    try:
-        durable_files.write(out, enrolment_request.build(fleet, device, key, tls_key, token))
-    except ValueError as error:
-        raise UsageError(f"--token: {error}; copy it completely") from None
-    document = {"request": str(out), "device": device, "fleet": fleet, "key": key.public.text}
-    document["thumbprint"] = key.public.kid
-    lines = [f"{out} written", f"key         {key.public.text}", f"thumbprint  {key.public.kid}"]
-    check = "" if token else f" --thumbprint {key.public.kid}"
-    lines.append(f"Next: outstation fleet enrol {device} --request {out.name}{check} --bundle-out {device}.tar.gz")
-    lines[-1] += "  (at the operator)"
+    plan = joining.plan(enrolment, folder, is_untouched, data_dir)
+    if plan.replaced and not replace:
+        _ask(plan.folder, plan.replaced, plan.sections)
+    moved = joining.apply(plan)
+    document = {
+        "file": str(folder / joining.CONFIG_FILE),
+        "fleet": plan.fleet,
+        "device": plan.device,
+        "replaced": plan.replaced,
+        "sections": plan.sections,
+        "store_moved": moved,
+    }
+    lines = [f"{plan.device} joined fleet {plan.fleet}: {folder / joining.CONFIG_FILE}"]
+    if plan.replaced:
+        lines.append(f"The former {', '.join(plan.replaced)} are kept as *{joining.FORMER}.")
+    if moved:
+        lines.append("Its readings and results stay; the next start sends its stored messages to the fleet.")
+    lines.append(f"Next: outstation check -c {folder / joining.CONFIG_FILE}")
     emit(document, as_json, lambda: echo("\n".join(lines)))
+
+
+def _ask(folder: Path, replaced: list[str], sections: list[str]) -> None:
+    """Ask whether files may be replaced. Raises UsageError if nobody can answer, or does not agree."""
+    names = ", ".join(replaced)
+    detail = f" (of the config: {', '.join(sections)}; the rest stays)" if sections else ""
+    if not sys.stdin.isatty():
+        raise UsageError(f"{folder}: {names} would be replaced{detail}; nothing was written; add --replace to agree")
+    if not click.confirm(f"{folder}: replace {names}{detail}?", err=True):
+        raise UsageError(f"{folder}: nothing was written")

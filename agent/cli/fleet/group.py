@@ -10,7 +10,7 @@ from agent.cli.fleet.collect import collect, collector, homeassistant
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
-from agent.cli.fleet.enrol import enrol, init, token
+from agent.cli.fleet.enrol import enrol, enrol_list, init, renew, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
@@ -50,7 +50,23 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, token, enrol, devices, collect, collector, homeassistant, watch, alerts, gaps, audit, disclosed, drift),
+    *(
+        init,
+        token,
+        enrol,
+        enrol_list,
+        renew,
+        devices,
+        collect,
+        collector,
+        homeassistant,
+        watch,
+        alerts,
+        gaps,
+        audit,
+        disclosed,
+        drift,
+    ),
     *(label, command, revoke, remove, accept_log, viewer, publish, repository, keys, rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

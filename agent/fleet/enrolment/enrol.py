@@ -157,7 +157,7 @@ def device_folder(folder: Path, device: str) -> Path:
 
 
 def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, device: str, home: Path) -> Path:
-    """Let a new device in whose folder `home` is on this machine: make its keys there, as `outstation join` does.
+    """Let a new device in whose folder `home` is on this machine: make its keys there, as `outstation request` does.
 
     Simulated fleets and tests are their own operators. Returns `home`.
     """
@@ -178,7 +178,7 @@ def read_request(path: Path) -> EnrolmentRequest:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except MessageRefused as refused:
-        hint = "make it again with `outstation join` on the device"
+        hint = "make it again with `outstation request` on the device"
         raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None
 
 
