@@ -429,10 +429,13 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
             wait_until(
                 "all rows at the collector", lambda: last_result_row(home / "fleet.db", "pi-01") > 4000 - OPEN_TAIL
             )
+            renewed = call_outstation("fleet", "renew", "pi-01", "--dir", str(home), "--json")
+            assert [entry["state"] for entry in json.loads(renewed.stdout)] == ["renewed"], renewed.stdout
             assert device.stop() == 0
         finally:
             device.kill()
             collector.kill()
+        # By the former certificate in the config's folder: renewed ones do not end it.
         assert as_the_device(device, f"outstation/{FLEET}/pi-02/health") == 0x87
         assert as_the_device(device, f"outstation/{FLEET}/pi-01/ack") == 0x87
     audit = call_outstation("fleet", "audit", "--dir", str(home), "--json")
@@ -440,6 +443,8 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
     [listed] = json.loads(call_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
+    kept = home / "devices" / "pi-01" / "device.crt"
+    assert (device.home / "data" / "device.crt").read_bytes() == kept.read_bytes()
 
 
 def as_the_device(device: DeviceProcess, topic: str) -> int:

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from agent.cli.fleet.collect import collect, collector, homeassistant
+from agent.cli.fleet.collect import collect, collector, homeassistant, reissue
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
@@ -50,23 +50,8 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(
-        init,
-        token,
-        enrol,
-        enrol_list,
-        renew,
-        devices,
-        collect,
-        collector,
-        homeassistant,
-        watch,
-        alerts,
-        gaps,
-        audit,
-        disclosed,
-        drift,
-    ),
-    *(label, command, revoke, remove, accept_log, viewer, publish, repository, keys, rollout, evidence, simulate),
+    *(init, token, enrol, enrol_list, renew, devices, collect, collector, homeassistant, reissue, viewer, watch),
+    *(alerts, gaps, audit, disclosed, drift, label, command, revoke, remove, accept_log, publish, repository, keys),
+    *(rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)
