@@ -1,4 +1,4 @@
-"""docs/config.md documents exactly the keys of a device's config, with their defaults."""
+"""docs/reference/config.md documents exactly the keys of a device's config, with their defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.config.notify import NotifyConfig, NotifyRoute, Target
 from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`|(–|required)) \|", re.MULTILINE)
 SECTIONS: dict[str, Any] = {

@@ -73,16 +73,13 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | mqtt | files | 
 """
 
 
-# At most 12 lines: README.md shows them.
+# With a stream and a task, 12 lines that are not empty.
 STANDALONE_TEMPLATE = """\
 # One device without a fleet. `outstation model config BUNDLE` prints a stream and a task to add here.
 [device]
 id = "{device}"
 fleet = "{fleet}"
 data_dir = "{data_dir}"
-
-[broker]
-url = "{broker}"
 
 [collector]
 delivery = "broker"  # done when the broker confirms: what the broker loses then is lost
@@ -91,6 +88,10 @@ _LOSSES = """\
 Without a fleet the broker confirms delivery. What it loses afterwards is lost, and nobody notices: no collector checks
 signatures, finds gaps or keeps results. There are no remote commands and no updates of models from a fleet.
 `outstation join` moves this device and its data into a fleet later."""
+_BROKER_SECTION = """
+[broker]
+url = "{broker}"
+"""
 DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
 
 
@@ -156,7 +157,9 @@ def is_untouched(text: str) -> bool:
 
 
 def _fill(template: str, device: str, fleet: str, data_dir: str, broker: str) -> str:
-    filled = template.format(device=device, fleet=fleet, data_dir="data", broker=broker)
+    filled = template.format(device=device, fleet=fleet, data_dir="data")
+    if template == STANDALONE_TEMPLATE and broker != DEFAULT_BROKER:
+        filled += _BROKER_SECTION.format(broker=broker)
     return filled if data_dir == "data" else set_data_dir(filled, data_dir)
 
 

@@ -125,9 +125,10 @@ def _choose_repository(host: str, name: str, folder: Path) -> str:
 @click.option(
     "--valid", metavar="TIME", default="24 h", show_default=True, help="How long the token lets the device in."
 )
+@click.option("--bare", is_flag=True, help="Print the token alone, for scripts.")
 @fleet_option
 @json_option
-def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
+def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool) -> None:
     """Make a token with which DEVICE joins once: `outstation request --token`."""
     from agent.fleet.enrolment import join_tokens
     from agent.fleet.enrolment.enrol import device_folder
@@ -146,14 +147,11 @@ def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
         "token": made,
         "expires": clock.to_rfc3339(expires_us),
     }
-    emit(
-        document,
-        as_json,
-        lambda: print_lines(
-            f"On the device: outstation request --fleet {config.fleet.name} --id {device} --token {made}",
-            f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
-        ),
-    )
+    lines = [
+        f"On the device: outstation request --fleet {config.fleet.name} --id {device} --token {made}",
+        f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
+    ]
+    emit(document, as_json, lambda: print_lines(*([made] if bare else lines)))
 
 
 @click.command(
