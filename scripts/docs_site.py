@@ -1,4 +1,4 @@
-"""Site of the documentation: every Markdown page as HTML that loads nothing from elsewhere, with a search.
+"""Site of the documentation: pages of docs/ and what they link to as HTML that loads nothing from elsewhere.
 
     python -m scripts.docs_site [FOLDER]     the default is build/site
 
@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / "build" / "site"
 # Order of the navigation.
 FOLDERS = ("start", "guides", "concepts", "reference", "internals")
-_ROOT_PAGES = ("README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "models/README.md")
 _EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:|//")
 _REDIRECT = """\
 <!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">
@@ -101,9 +100,15 @@ class Page:
 def build(out: Path) -> list[Page]:
     """Write the site into a folder, whose content it replaces, and return its pages."""
     shutil.rmtree(out, ignore_errors=True)
-    sources = [ROOT / name for name in _ROOT_PAGES] + sorted((ROOT / "docs").rglob("*.md"))
-    pages = [Page(path.relative_to(ROOT)) for path in sources]
-    files = {link for page in pages for link in page.links} - {page.path for page in pages}
+    waiting, known = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")], dict[Path, Page]()
+    files: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in known:
+            known[path] = page = Page(path)
+            waiting += [link for link in page.links if link.suffix == ".md"]
+            files |= {link for link in page.links if link.suffix != ".md"}
+    pages = [known[path] for path in sorted(known)]
     for page in pages:
         target = out / page.url
         target.parent.mkdir(parents=True, exist_ok=True)

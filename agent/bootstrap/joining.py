@@ -93,8 +93,8 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
     a device that has no config yet.
     """
     members = read_enrolment(enrolment)
-    _check_keys(enrolment, folder, members)
     theirs = _decode(enrolment, members[CONFIG_FILE])
+    _check_keys(enrolment, folder, members)
     ours_file, sections = folder / CONFIG_FILE, []
     text = members[CONFIG_FILE].decode()
     if ours_file.exists():
@@ -199,8 +199,8 @@ def _check_keys(enrolment: Path, folder: Path, members: dict[str, bytes]) -> Non
         if CERTIFICATE_FILE not in members:
             return
         certified = x509.load_pem_x509_certificate(members[CERTIFICATE_FILE]).public_key()
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{enrolment}: a key or certificate in it cannot be read: {error}; ask for it again") from None
+    except (ValueError, TypeError):
+        raise UsageError(f"{enrolment}: a key or certificate in it cannot be read; ask for the file again") from None
     tls_key = private.get(TLS_KEY_FILE) or keys.load_private(folder / TLS_KEY_FILE).private
     if certified != tls_key.public_key():
         raise UsageError(f"{enrolment}: answers another request than that of the keys in {folder}; ask for it again")

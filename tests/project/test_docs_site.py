@@ -70,9 +70,3 @@ def test_every_page_is_reached_from_the_first_one(site: tuple[Path, list[Page]])
             reached.add(path)
             waiting += by_path[path].links
     assert {path.as_posix() for path in by_path.keys() - reached} == set()
-
-
-def test_a_page_may_not_bring_html_of_its_own() -> None:
-    parser_output = Page(Path("docs/index.md")).html
-    assert "<table>" in parser_output
-    assert "<script" not in parser_output
