@@ -72,12 +72,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_device_alone_has_a_config_of_12_lines_and_is_told_what_it_loses(
+def test_a_standalone_device_has_a_config_of_12_lines_and_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert init(tmp_path, "--standalone", "--id", "pi-07", "--broker", "mqtts://broker.example.org:8883") == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "What it loses afterwards is lost, and nobody notices" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "What it loses afterwards is lost, and nobody notices" in output
     text = (tmp_path / "outstation.toml").read_text()
     # With a stream of two lines and a task of three, these are 12 lines but for the broker.
     assert len([line for line in text.partition("[broker]")[0].splitlines() if line]) == 7

@@ -185,7 +185,7 @@ def test_a_device_that_joins_later_keeps_its_data(tmp_path: Path, documents: Any
     assert documents("join", tmp_path / "pi.tar.gz", "--dir", home)["store_moved"] is False
 
 
-def test_a_changed_config_is_asked_for_and_its_own_sections_stay(
+def test_a_changed_config_needs_consent_and_its_own_sections_stay(
     tmp_path: Path, documents: Any, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "pi"
@@ -254,7 +254,7 @@ def test_another_fleets_key_is_replaced_only_on_request(tmp_path: Path, document
     assert keys.load_public_for(home / "device.key").kid == keys.load_private(home / "device.key").public.kid
 
 
-def test_a_config_whose_sections_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+def test_a_config_whose_sections_are_ambiguous_is_refused(tmp_path: Path) -> None:
     theirs = '[device]\nid = "pi-07"\nfleet = "acme"\n[broker]\nurl = "mqtts://b"\n'
     for ours in ('device = { id = "a", fleet = "home" }\n', 'device.id = "a"\ndevice.fleet = "home"\n'):
         with pytest.raises(UsageError, match="cannot be told from the rest"):

@@ -443,8 +443,8 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
     [listed] = json.loads(call_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
-    kept = home / "devices" / "pi-01" / "device.crt"
-    assert (device.home / "data" / "device.crt").read_bytes() == kept.read_bytes()
+    confirmed = home / "devices" / "pi-01" / "device.crt"
+    assert (device.home / "data" / "device.crt").read_bytes() == confirmed.read_bytes()
 
 
 def as_the_device(device: DeviceProcess, topic: str) -> int:

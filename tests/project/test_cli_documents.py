@@ -16,7 +16,7 @@ from scripts import cli_documents
 COMMANDS = list(cli_documents.walk())
 
 
-def test_the_reference_page_is_what_the_commands_say() -> None:
+def test_the_reference_page_agrees_with_the_commands() -> None:
     page = cli_documents.PAGE.read_text(encoding="utf-8")
     assert page == cli_documents.render_page(), "run python -m scripts.cli_documents"
 
