@@ -254,7 +254,7 @@ def test_another_fleets_key_is_replaced_only_on_request(tmp_path: Path, document
     assert keys.load_public_for(home / "device.key").kid == keys.load_private(home / "device.key").public.kid
 
 
-def test_a_config_whose_sections_are_ambiguous_is_refused(tmp_path: Path) -> None:
+def test_an_ambiguous_config_is_refused(tmp_path: Path) -> None:
     theirs = '[device]\nid = "pi-07"\nfleet = "acme"\n[broker]\nurl = "mqtts://b"\n'
     for ours in ('device = { id = "a", fleet = "home" }\n', 'device.id = "a"\ndevice.fleet = "home"\n'):
         with pytest.raises(UsageError, match="cannot be told from the rest"):
