@@ -19,6 +19,7 @@ from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.fleet.watch import viewer, watch
+from agent.cli.groups import SentenceGroup
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
@@ -32,7 +33,7 @@ _BELOW = {
 }
 
 
-class _FleetGroup(click.Group):
+class _FleetGroup(SentenceGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *_BELOW})
 
