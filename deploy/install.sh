@@ -19,6 +19,11 @@ config=/etc/outstation
 data=/var/lib/outstation
 unit=/etc/systemd/system/outstation.service
 command=/usr/local/bin/outstation
+declare -A completions=(
+    [bash]=/usr/share/bash-completion/completions/outstation
+    [zsh]=/usr/share/zsh/vendor-completions/_outstation
+    [fish]=/usr/share/fish/vendor_completions.d/outstation.fish
+)
 
 say() { echo "outstation: $*"; }
 die() { echo "outstation: $1" >&2; exit "${2:-1}"; }
@@ -192,6 +197,11 @@ activate() { # FOLDER: in one step, the link is never missing
     ln -sfn "$1" "$program.new"
     mv -T "$program.new" "$program"
     ln -sfn "$program/bin/outstation" "$command"
+    local shell file
+    for shell in "${!completions[@]}"; do
+        file=${completions[$shell]}
+        [[ ! -d ${file%/*} ]] || _OUTSTATION_COMPLETE=${shell}_source "$command" >"$file" || rm -f "$file"
+    done
 }
 
 roll_back() {
@@ -274,7 +284,7 @@ sys.exit(bool(failed))' <<<"$report"
 
 uninstall() {
     if systemd_runs; then systemctl disable -q --now outstation 2>/dev/null || true; fi
-    rm -f "$unit" "$command" "$program"
+    rm -f "$unit" "$command" "$program" "${completions[@]}"
     rm -f /etc/systemd/system/multi-user.target.wants/outstation.service
     rm -rf "$versions"
     if systemd_runs; then systemctl daemon-reload; fi
