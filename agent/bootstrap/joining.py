@@ -156,9 +156,7 @@ def merge_configs(file: Path, ours: str, theirs: str) -> str:
         if name in FLEET_SECTIONS:
             continue
         for key in ("id", "fleet") if name == "device" else ():
-            # A JSON string is also a TOML string.
-            line = f"{key} = {json.dumps(wanted['device'][key])}"
-            text = re.sub(rf"(?m)^{key}[ \t]*=.*$", lambda _, line=line: line, text, count=1)
+            text = _set_key(text, key, wanted["device"][key])
         merged += text
         if name == "device":
             merged = merged.rstrip("\n") + "\n\n"
@@ -178,8 +176,14 @@ def merge_configs(file: Path, ours: str, theirs: str) -> str:
 
 def set_data_dir(text: str, data_dir: str) -> str:
     """Return a config that a command wrote, with another data_dir."""
-    line = f"data_dir = {json.dumps(data_dir)}"
-    return re.sub(r"(?m)^data_dir *=.*$", lambda _: line, text, count=1)
+    return _set_key(text, "data_dir", data_dir)
+
+
+def _set_key(text: str, key: str, value: str) -> str:
+    """Return TOML in which the first line that sets `key` sets it to `value`."""
+    # A JSON string is also a TOML string.
+    line = f"{key} = {json.dumps(value)}"
+    return re.sub(rf"(?m)^{key}[ \t]*=.*$", lambda _: line, text, count=1)
 
 
 def _check_keys(enrolment: Path, folder: Path, members: dict[str, bytes]) -> None:

@@ -19,7 +19,9 @@ from agent.bootstrap import device as installation
 from agent.bootstrap import joining
 from agent.cli import main
 from agent.clock import read as read_clock
+from agent.device.recovery import new_log
 from agent.device.recovery.open import open_store
+from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.wire import keys
 
@@ -151,7 +153,7 @@ def messages_of(home: Path) -> list[dict[str, Any]]:
 def killed_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """End the process before the durable step number `write`: a file, or the commit that moves the store."""
     steps: list[str] = []
-    real_write, real_move = durable_files.write, joining.new_log.plan_move
+    real_write, real_move = durable_files.write, new_log.plan_move
 
     def step(name: str) -> None:
         steps.append(name)
@@ -163,13 +165,13 @@ def killed_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
             step(path.name)
         real_write(path, data, mode)
 
-    def move(*arguments: Any) -> bool:
+    def move(store: Store, fleet: str, device: str) -> bool:
         step("store")
-        return real_move(*arguments)
+        return real_move(store, fleet, device)
 
     with monkeypatch.context() as patched:
         patched.setattr(durable_files, "write", write_file)
-        patched.setattr(joining.new_log, "plan_move", move)
+        patched.setattr(new_log, "plan_move", move)
         yield steps
 
 

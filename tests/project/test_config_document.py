@@ -77,6 +77,25 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     assert {name for name, default in described.items() if default == "–"} == unset
 
 
+BASE = {
+    "device": '[device]\nid = "pi-07"\nfleet = "acme"\n',
+    "streams.watch": "[streams.watch]\nfields = ["
+    + ", ".join(f'{{ name = "{name}" }}' for name in ("ax", "ay", "az", "wx", "wy", "wz"))
+    + "]\n",
+}
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name.startswith("[")])
+def test_every_section_has_an_example_that_loads(section: str, tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    example = re.search(rf"^## {re.escape(section)}\n\n```toml\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert example, f"{section} has no example below its heading"
+    file = tmp_path / "outstation.toml"
+    missing = [lines for name, lines in BASE.items() if f"[{name}]" not in example[1]]
+    file.write_text("\n".join([*missing, example[1]]), encoding="utf-8")
+    config.load(file)
+
+
 def _read(file: Path, kind: Any, lines: dict[str, str]) -> Any:
     file.write_text("".join(f"{name} = {value}\n" for name, value in lines.items()), encoding="utf-8")
     assert tomllib.loads(file.read_text(encoding="utf-8")).keys() == lines.keys()
