@@ -75,12 +75,12 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | mqtt | files | 
 
 # With a stream and a task, 12 lines that are not empty.
 STANDALONE_TEMPLATE = """\
-# One device without a fleet. `outstation model config BUNDLE` prints a stream and a task to add here.
 [device]
 id = "{device}"
 fleet = "{fleet}"
 data_dir = "{data_dir}"
 
+# Without a fleet. `outstation model config BUNDLE` prints a stream and a task to add here.
 [collector]
 delivery = "broker"  # done when the broker confirms: what the broker loses then is lost
 """

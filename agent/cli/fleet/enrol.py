@@ -101,16 +101,16 @@ def init(
     }
     # As root, Mosquitto becomes the user mosquitto before it reads the folder.
     own = f"chown -R mosquitto: {conf.parent} && " if os.geteuid() == 0 else ""
-    done = f"Fleet {name} in {folder}. Start the broker with: {own}mosquitto -c {conf}"
+    lines = [f"Fleet {name} in {folder}. Start the broker with: {own}mosquitto -c {conf}"]
     if plugin is not None and not plugin.exists():
-        done += (
-            f"\nMosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
+        lines.append(
+            f"Mosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
         )
     if made is not None:
-        done += f"\nServe {folder / 'repository'} at {repository_url}: devices fetch their bundles there."
-        done += f"\nMove the root keys in {root_keys} to separate offline media: two of three change every other key."
-    following = f"Next: outstation fleet token DEVICE --dir {folder}"
-    emit(document, as_json, lambda: print_lines(done, following))
+        lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
+        lines.append(f"Move the root keys in {root_keys} to separate offline media: two of three change every other key.")
+    lines.append(f"Next: outstation fleet token DEVICE --dir {folder}")
+    emit(document, as_json, lambda: print_lines(*lines))
 
 
 def _choose_repository(host: str, name: str, folder: Path) -> str:
