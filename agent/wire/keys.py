@@ -176,23 +176,30 @@ def public_key_path(path: Path) -> Path:
 def load_private(path: Path) -> SigningKey:
     """Load a private key from a PEM file. Raises UsageError that says what is wrong with the file."""
     try:
-        key = load_pem_private_key(input_files.read_bytes(path), password=None)
+        data = input_files.read_bytes(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_private(data, path)
+
+
+def parse_private(pem: bytes, path: Path | str) -> SigningKey:
+    """Return a private key from the content of a PEM file. Raises UsageError with the name of the file."""
+    try:
+        key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
-        raise UsageError(_explain_wrong_file(path)) from None
+        raise UsageError(_explain_wrong_key(pem, path)) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path}: holds a {type(key).__name__}, an Ed25519 key is needed")
     return SigningKey(key)
 
 
-def _explain_wrong_file(path: Path) -> str:
+def _explain_wrong_key(content: bytes, path: Path | str) -> str:
     """Return what is wrong with a file that holds no private key."""
     try:
-        parse_public_key(input_files.read_text(path, "ascii"))
-    except (OSError, ValueError):
+        parse_public_key(content.decode("ascii"))
+    except ValueError:
         hint = "make one with `outstation init` or `outstation model keygen`"
         return f"{path}: holds no private key in PEM without a password; {hint}"
     return f"{path}: is the public key, and the private one is needed: give {str(path).removesuffix('.pub')}"
