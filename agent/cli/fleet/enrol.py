@@ -108,7 +108,7 @@ def init(
         )
     if made is not None:
         lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
-        lines.append(f"Move the root keys in {root_keys} to separate offline media: two of three change every other key.")
+        lines.append(f"Move the root keys in {root_keys} to separate offline media: two of them change any other key.")
     lines.append(f"Next: outstation fleet token DEVICE --dir {folder}")
     emit(document, as_json, lambda: print_lines(*lines))
 
