@@ -96,7 +96,12 @@ def is_of_agent(child: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("before", ["downloading", "shadow"])
 def test_a_disk_that_fills_up_at_activation_keeps_the_old_bundle(
-    processes: Callable[[], int], site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str
+    processes: Callable[[], int],
+    site: Site,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: str,
 ) -> None:
     assert site.batch() == "1"
     if before == "shadow":
@@ -146,7 +151,11 @@ def test_a_kill_at_activation_on_a_full_disk_is_recovered(
 
 
 def test_a_disk_that_fills_up_at_promotion_keeps_the_canary(
-    processes: Callable[[], int], site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    processes: Callable[[], int],
+    site: Site,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert site.batch() == "1"
     site.desire("2", "all")
