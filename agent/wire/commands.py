@@ -34,6 +34,8 @@ COMMANDS: dict[str, CommandArguments] = {
     # `row`: the result.
     "sample": CommandArguments(("task", "row")),
     "rotate-key": CommandArguments(),
+    # PEM, for the TLS key that the device has.
+    "install-certificate": CommandArguments(("certificate",)),
     "wipe": CommandArguments((), ("confirm",)),
     "cancel-wipe": CommandArguments(),
 }

@@ -30,6 +30,8 @@ from agent.wire.topics import Topic
 log = logging.getLogger("outstation.samples")
 
 _INTERVAL_S = 2.0
+# Each is a commit; the rest has its turn at the next tick.
+_MAX_PER_TICK = 16
 # For rows after the result.
 _MAX_WAIT_S = 600.0
 # Members that the log adds, and the signature.
@@ -53,7 +55,7 @@ class Sampler:
         self._next_s = now.boot_s + _INTERVAL_S
         if (key := self._find_key()) is None:
             return 0
-        sent, waiting = 0, {}
+        sent, answered, waiting = 0, 0, {}
         for task in tasks:
             last_row = self._store.last_row(task.stream)
             waiting_requests = requests.load(self._store, task.name).waiting
@@ -63,6 +65,9 @@ class Sampler:
                 if request.last > last_row and now.boot_s - since < _MAX_WAIT_S:
                     waiting[place] = since
                     continue
+                if answered == _MAX_PER_TICK:
+                    break
+                answered += 1
                 try:
                     sent += self._answer(task, request, key, now)
                 except StorageFull as full:
