@@ -15,6 +15,7 @@ import click
 
 from agent import config, durable_files, input_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
+from agent.bootstrap.owner import give_files
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
@@ -122,6 +123,7 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     conf = config.load(file)
     path = folder / KEY_FILE
     key = keys.load_private(path) if path.exists() else keys.generate(path)
+    give_files(folder, conf.data_dir)
     document = {"file": str(file), "device": conf.device.id, "key": key.public.text, "thumbprint": key.public.kid}
     emit(document, as_json, lambda: _print(document, enrolled=enrolment is not None))
 

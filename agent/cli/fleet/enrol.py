@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
+from agent.bootstrap.owner import become_owner
 from agent.cli.fleet.common import fleet_option, open_store, print_lines
 from agent.cli.output import emit, json_option
 from agent.config import BrokerConfig, check_broker
@@ -32,6 +33,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
 
+    become_owner(folder)
     name = name or folder.resolve().name
     if not is_name(name):
         raise UsageError(f"{name!r} cannot name a fleet: 1-64 of a-z 0-9 . _ - , first a letter or digit; use --name")
