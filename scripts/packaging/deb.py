@@ -36,7 +36,10 @@ sys.exit(main())
 """
 # Shared libraries that are not in a wheel → the package that has them in Debian.
 _LIBRARIES = {
-    **dict.fromkeys(("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1"), "libc6"),
+    **dict.fromkeys(
+        ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1", "libresolv.so.2"),
+        "libc6",
+    ),
     **dict.fromkeys(("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"), "libc6"),
     "libstdc++.so.6": "libstdc++6",
     "libgcc_s.so.1": "libgcc-s1",

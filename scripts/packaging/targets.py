@@ -43,8 +43,11 @@ class Architecture(msgspec.Struct, frozen=True):
     @property
     def platforms(self) -> list[str]:
         """Platform tags of wheels that run on glibc 2.36, Debian 12's."""
-        versions = [*range(36, 27, -1), 26, 24, 17]
-        return [f"manylinux_2_{minor}_{self.machine}" for minor in versions] + [f"manylinux2014_{self.machine}"]
+        versions = range(36, 4, -1)
+        older = ("manylinux2014", "manylinux2010", "manylinux1")
+        return [f"manylinux_2_{minor}_{self.machine}" for minor in versions] + [
+            f"{tag}_{self.machine}" for tag in older
+        ]
 
 
 SUITES = {suite.name: suite for suite in (Suite("bookworm", 12, "3.11"), Suite("trixie", 13, "3.13"))}
