@@ -22,7 +22,9 @@ from scripts.packaging import sbom, wheels
 from scripts.packaging.targets import ROOT, Architecture, PackagingError, Suite, program_version, run
 
 PARTS = ROOT / "deploy" / "debian"
-MAINTAINER = "Outstation maintainers <outstation@localhost>"
+MAINTAINER = "{} <{}>".format(
+    os.environ.get("DEBFULLNAME", "Outstation maintainers"), os.environ.get("DEBEMAIL", "outstation@localhost")
+)
 HOMEPAGE = "https://pypi.org/project/outstation/"
 _PREFIX = Path("opt/outstation")
 _SCRIPTS = ("preinst", "postinst", "prerm", "postrm")

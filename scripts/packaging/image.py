@@ -37,7 +37,10 @@ def build(package: Path, suite: Suite, architecture: Architecture, version: str,
         layer, diff_id = folder / "layer", _digest(_read_blocks(root))
         _compress(root, layer)
         config = _encode(_describe(architecture, version, epoch, diff_id, _user_of(root)))
-        blobs = {f"sha256:{hashlib.sha256(config).hexdigest()}": config, _digest(_read_blocks(layer)): layer}
+        blobs: dict[str, bytes | Path] = {
+            f"sha256:{hashlib.sha256(config).hexdigest()}": config,
+            _digest(_read_blocks(layer)): layer,
+        }
         _write_layout(file, blobs, architecture, version, epoch)
     return file
 

@@ -17,9 +17,10 @@ from scripts.packaging.targets import ROOT, Architecture, PackagingError, Suite,
 
 LOCK = ROOT / "deploy" / "requirements.txt"
 _VERSION_MARKER = re.compile(r"python_version == '([\d.]+)'")
-# Never needed on a device: tests, type stubs, headers, GPUs, and compilers for vendors' accelerators.
-_UNUSED_NAMES = ("tests", "*.pyi", "*.pxd", "*.a", "*.h")
-_UNUSED = ("bin", "ai_edge_litert/aot", "ai_edge_litert/tools", "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*",
+# Never needed on a device: tests, type stubs, headers, GPUs, compilers for vendors' accelerators, and pip, which
+# sqlite-utils would install plugins with.
+_UNUSED_NAMES = ("tests", "*.pyi", "*.pxd", "*.a", "*.h", ".gitignore")
+_UNUSED = ("bin", "pip", "pip-*.dist-info", "ai_edge_litert/aot", "ai_edge_litert/tools", "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*",
            "numpy/f2py")  # fmt: skip
 
 

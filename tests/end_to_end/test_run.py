@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from agent.bootstrap.daemon import build_daemon
 from agent.cli.device import run
 from agent.clock import ClockReading
 from agent.config import Config
@@ -57,11 +58,11 @@ def home(tmp_path: Path) -> Path:
 
 def run_with_edits(home: Path, edits: Sequence[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Run the real daemon; each time its loop runs, apply the next edit and reload. Return the configs that ran."""
-    file, ran, waiting = home / "outstation.toml", [], list(edits)
-    build = run.build_daemon
+    file, waiting = home / "outstation.toml", list(edits)
+    ran: list[Config] = []
 
     def build_and_edit(path: Path, conf: Config, store: Store) -> Daemon:
-        daemon = build(path, conf, store)
+        daemon = build_daemon(path, conf, store)
         tick = daemon.tick
 
         def tick_and_edit(now: ClockReading) -> float:

@@ -18,7 +18,7 @@ import pytest
 from scripts import lock
 from scripts.packaging import __main__ as command
 from scripts.packaging import apt_repository, deb, image, wheels
-from scripts.packaging.targets import ARCHITECTURES, SUITES, PackagingError
+from scripts.packaging.targets import ARCHITECTURES, SUITES, PackagingError, Suite
 
 ROOT = Path(__file__).parents[2]
 DEBIAN = ROOT / "deploy" / "debian"
@@ -40,7 +40,7 @@ def make_deb(folder: Path, name: str, version: str, architecture: str = "amd64")
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 @pytest.mark.parametrize("package", deb.PACKAGES, ids=[package.name for package in deb.PACKAGES])
 def test_every_library_of_a_package_is_pinned_once_for_the_python_of_the_suite(
-    package: deb.Package, suite: deb.Suite
+    package: deb.Package, suite: Suite
 ) -> None:
     text = package.select_libraries(suite.python)
     names = [line.partition("==")[0] for line in text.splitlines() if not line.startswith(" ")]
@@ -87,7 +87,7 @@ def test_the_units_are_valid_and_hardened_alike(program: Program, unit: str, tmp
     analyze = program("systemd-analyze")
     done = subprocess.run([analyze, "verify", "--man=no", tmp_path / unit], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    options = ["security", "--offline=true", "--threshold=17", tmp_path / unit]
+    options = ["security", "--offline=true", "--threshold=17", str(tmp_path / unit)]
     assert subprocess.run([analyze, *options], capture_output=True).returncode == 0
     package = next(package for package in deb.PACKAGES if unit in package.units)
     assert f"User={package.name}\n" in text
