@@ -20,8 +20,8 @@ _VERSION_MARKER = re.compile(r"python_version == '([\d.]+)'")
 # Never needed on a device: tests, type stubs, headers, GPUs, compilers for vendors' accelerators, and pip, which
 # sqlite-utils would install plugins with.
 _UNUSED_NAMES = ("tests", "*.pyi", "*.pxd", "*.a", "*.h", ".gitignore")
-_UNUSED = ("bin", "pip", "pip-*.dist-info", "ai_edge_litert/aot", "ai_edge_litert/tools", "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*",
-           "numpy/f2py")  # fmt: skip
+_UNUSED = ("bin", "pip", "pip-*.dist-info", "numpy/f2py", "ai_edge_litert/aot", "ai_edge_litert/tools",
+           "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*")  # fmt: skip
 
 
 def select_locked(lock: str, sections: Sequence[str], python: str, without: Sequence[str] = ()) -> str:
