@@ -75,7 +75,7 @@ class TfliteModel:
 
     @property
     def kernels(self) -> str:
-        """What computes the model: "XNNPACK" if it runs any part, else "without XNNPACK"."""
+        """Kernels that compute the model: "XNNPACK" if they run any part, else "without XNNPACK"."""
         return _FAST_KERNELS if self._uses_xnnpack else f"without {_FAST_KERNELS}"
 
     @property
