@@ -57,8 +57,18 @@ def give_files(folder: Path, data_dir: Path) -> None:
         try:
             status = os.fstat(file)
             if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0:
-                is_key = path.suffix == ".key"
+                # With what a join kept of them; a public key ends in .key.pub.
+                is_key = ".key" in path.suffixes and path.suffix != ".pub"
                 os.fchown(file, owner.st_uid if is_key else 0, owner.st_gid)
                 os.fchmod(file, 0o600 if is_key else 0o640)
         finally:
             os.close(file)
+
+
+def give_tree(folder: Path) -> None:
+    """Give everything that root made beneath `folder` to its owner. Nothing changes unless that is another user."""
+    if os.geteuid() != 0 or (owner := folder.stat()).st_uid == 0:
+        return
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            os.chown(os.path.join(place, name), owner.st_uid, owner.st_gid, follow_symlinks=False)

@@ -139,7 +139,7 @@ def test_a_published_version_never_gets_other_bytes(tmp_path: Path) -> None:
         apt_repository.make(tmp_path / "repository", [package], EPOCH)
 
 
-def test_an_image_is_an_oci_layout_with_the_digests_of_its_blobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_names_its_blobs_by_their_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passwd = tmp_path / "passwd"
     passwd.write_text("root:x:0:0::/root:/bin/sh\noutstation:x:998:997::/var/lib/outstation:/usr/sbin/nologin\n")
 
