@@ -9,7 +9,9 @@ import re
 import socket
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,8 +20,13 @@ from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
+from agent.quantities import parse_duration
 from agent.wire import keys
 
+if TYPE_CHECKING:
+    from agent.cli.proposal.stream import ProposedStream
+
+_TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _MEMBERS = {
     "outstation.toml": 0o640,
     "ca.pem": 0o644,
@@ -90,23 +97,39 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | 
 @click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option(
     "--from",
-    "enrolment",
-    type=click.Path(path_type=Path),
-    help="Enrolment file that `fleet enrol` made for this device.",
+    "source",
+    metavar="SOURCE",
+    help="Enrolment file that `fleet enrol` made; or a table or mqtt://HOST, from which a stream is proposed.",
 )
+@click.option("--topic", help="With --from mqtt://HOST: topic filter of the messages.")
+@click.option("--listen", default="30 s", show_default=True, help="With --topic: how long to listen.")
 @click.option("--id", "device", help="Device id; the default is the host name.")
 @click.option("--data-dir", help="Folder of the store; the default is DIR/data, or that of the enrolment file.")
 @json_option
-def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Write a commented outstation.toml and a device key to DIR."""
+def init(
+    folder: Path,
+    source: str | None,
+    topic: str | None,
+    listen: str,
+    device: str | None,
+    data_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Write a commented outstation.toml and a device key to DIR.
+
+    From a table, or messages of a broker, a stream is proposed: its fields, with units and ranges to check.
+    """
     file = folder / "outstation.toml"
     if file.exists():
         raise UsageError(f"{file}: exists already; edit it, or move it away first")
+    proposed = _propose(source, topic, listen)
+    enrolment = Path(source) if source is not None and proposed is None else None
     if enrolment is not None:
         members = _read_enrolment(enrolment)
         _check_keys(enrolment, folder, members)
     else:
-        members = {file.name: _fill_template(device).encode()}
+        text = _fill_template(device) + (f"\n{proposed.toml}" if proposed is not None else "")
+        members = {file.name: text.encode()}
     if data_dir is not None:
         # A JSON string is also a TOML string.
         line = f"data_dir = {json.dumps(data_dir)}".encode()
@@ -123,7 +146,11 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     path = folder / KEY_FILE
     key = keys.load_private(path) if path.exists() else keys.generate(path)
     document = {"file": str(file), "device": conf.device.id, "key": key.public.text, "thumbprint": key.public.kid}
-    emit(document, as_json, lambda: _print(document, enrolled=enrolment is not None))
+    notes: list[str] = []
+    if proposed is not None:
+        notes = [f"Proposed stream {proposed.name}: check its units and ranges.", *proposed.notes]
+    shown = document | ({"notes": notes} if notes else {})
+    emit(shown, as_json, lambda: _print(document, notes, enrolled=enrolment is not None))
 
 
 def _fill_template(device: str | None) -> str:
@@ -133,11 +160,32 @@ def _fill_template(device: str | None) -> str:
     return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
 
 
-def _print(document: dict[str, str], *, enrolled: bool) -> None:
+def _propose(source: str | None, topic: str | None, listen: str) -> ProposedStream | None:
+    """Return the stream that a table or a broker's messages propose; None for another source. Raises UsageError."""
+    is_broker = source is not None and "://" in source
+    if (topic is not None) != is_broker:
+        raise UsageError("--topic and --from mqtt://HOST belong together, such as --topic zigbee2mqtt/+")
+    if source is None or (not is_broker and Path(source).suffix.lower() not in _TABLE_SUFFIXES):
+        return None
+    # Libraries of tables and of the broker, which the other ways do not need.
+    from agent.cli.proposal import stream
+
+    if not is_broker:
+        return stream.propose_from_file(Path(source))
+    try:
+        seconds = float(parse_duration(listen))
+    except ValueError as problem:
+        raise UsageError(f"--listen {listen!r}: {problem}") from None
+    return stream.propose_from_broker(source, topic or "", seconds)
+
+
+def _print(document: dict[str, str], notes: Sequence[str], *, enrolled: bool) -> None:
     echo(f"{document['file']} written")
     echo(f"device      {document['device']}")
     echo(f"key         {document['key']}")
     echo(f"thumbprint  {document['thumbprint']}")
+    for note in notes:
+        echo(note)
     if enrolled:
         echo(f"Next: outstation check -c {document['file']}")
     else:
