@@ -21,6 +21,7 @@ _COMMANDS = {
     "init": ("agent.cli.device.init:init", "Write a commented outstation.toml and a device key."),
     "join": ("agent.cli.device.join:join", "Make the device's keys and a request to join a fleet."),
     "check": ("agent.cli.device.check:check", "Check config, keys, bundles, storage, clock and broker."),
+    "doctor": ("agent.cli.doctor.doctor:doctor", "Mend what is wrong; flash wear, power, an archive for support."),
     "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
     "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),

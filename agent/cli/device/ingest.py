@@ -162,7 +162,9 @@ def _ingest_file(
         accepted, refused = target.finish()
         if problem is not None:
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
-            raise UsageError(f"{file}: {problem}{partial}")
+            fits = str(problem).startswith("column ") and not str(problem).endswith("twice")
+            hint = "; --map COLUMN=FIELD renames a column, --ignore COLUMN leaves one out" if fits else ""
+            raise UsageError(f"{file}: {problem}{hint}{partial}")
         if may_repeat and target.is_complete:
             target.forget()
     return accepted, rejected | refused, target.handled_before

@@ -101,19 +101,13 @@ def _find_columns(columns: Sequence[str], stream: StreamConfig, layout: FileLayo
             continue
         field = layout.field_of(column)
         if field not in names:
-            raise RowRejected(
-                f"column {column[:40]!r} is not a field of this stream{did_you_mean(field, names)}; "
-                f"--ignore {column[:40]!r} leaves it out, --map {column[:40]!r}=FIELD renames it"
-            )
+            raise RowRejected(f"column {column[:40]!r} is not a field of this stream{did_you_mean(field, names)}")
         if field in sources:
             raise RowRejected(f"column {field!r} is there twice")
         sources[field] = column
     for field_config in stream.fields:
         if field_config.name not in sources and not field_config.optional:
-            raise RowRejected(
-                f"column {field_config.name!r} is missing; the first line must name the columns, and --map "
-                f"COLUMN={field_config.name} names another one"
-            )
+            raise RowRejected(f"column {field_config.name!r} is missing; the first line must name the columns")
     return sources
 
 
