@@ -83,8 +83,8 @@ class TableOptions(msgspec.Struct, frozen=True):
 
     A row with a value of another type than its column's is rejected; with `keep_invalid` it stays, with the value as
     the file has it, and pyarrow is not used but for Parquet. `check_row` returns the reason to reject a JSON object.
-    `separator` of CSV; without one it follows from the first line. A file with a line above `max_line_bytes`, or a Parquet row group that needs more than half of `memory_bytes`, is
-    rejected.
+    `separator` is that of CSV; without one it follows from the first line. A file with a line above `max_line_bytes`,
+    or a Parquet row group that needs more than half of `memory_bytes`, is rejected.
     """
 
     block_bytes: int = BLOCK_BYTES

@@ -56,11 +56,12 @@ def publish(broker: MosquittoBroker, messages: list[tuple[str, Any]], stop: thre
 
 
 def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of_the_topic(tmp_path: Path) -> None:
+    head = {"Time": "2026-11-27T10:00:00", "on": True}
     messages: list[tuple[str, Any]] = [
-        ("tele/attic/SENSOR", {"Time": "2026-11-27T10:00:00", "AM2301": {"Temperature": 20.1, "Humidity": 40}, "on": True}),
-        ("tele/cellar/SENSOR", {"Time": "2026-11-27T10:00:00", "AM2301": {"Temperature": 9.5, "Humidity": 80}}),
+        ("tele/attic/SENSOR", {**head, "AM2301": {"Temperature": 20.1, "Humidity": 40}}),
+        ("tele/cellar/SENSOR", {**head, "AM2301": {"Temperature": 9.5, "Humidity": 80}}),
         ("tele/cellar/SENSOR", b"offline"),
-    ]  # fmt: skip
+    ]
     stop = threading.Event()
     with MosquittoBroker(tmp_path) as broker:
         thread = threading.Thread(target=publish, args=(broker, messages, stop))
@@ -89,9 +90,8 @@ def test_a_stream_is_proposed_from_messages_of_a_broker_with_paths_and_levels_of
 
 def test_a_topic_without_readings_ends_with_what_to_do(tmp_path: Path) -> None:
     with MosquittoBroker(tmp_path) as broker:
-        done = call_outstation(
-            "init", str(tmp_path / "pi"), "--from", broker.url, "--topic", "none/+", "--listen", "1 s"
-        )
+        options = ["--from", broker.url, "--topic", "none/+", "--listen", "1 s"]
+        done = call_outstation("init", str(tmp_path / "pi"), *options)
     assert done.returncode == 2
     assert "no reading came within 1 s" in done.stderr
     assert not (tmp_path / "pi").exists()
