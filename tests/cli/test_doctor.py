@@ -13,7 +13,7 @@ import pytest
 
 from agent import config
 from agent.alerts import FIELD_DRIFT
-from agent.cli.doctor import flash, power
+from agent.cli.doctor import fixes, flash, power
 from agent.client import Client
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
@@ -67,18 +67,20 @@ def doctor(home: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_fixes_are_named_first_and_applied_only_on_request(home: Path) -> None:
-    os.chmod(home / "device.key", 0o644)
+    (home / "data").mkdir()
+    (home / "data" / "intake.token").write_text("token")
+    os.chmod(home / "data" / "intake.token", 0o640)
+    os.rename(home / "device.key", home / "elsewhere.key")
     code, document = doctor(home)
     assert code == 1
-    assert {fix["name"] for fix in document["fixes"]} >= {"permissions", "data folder"}
-    assert stat.S_IMODE((home / "device.key").stat().st_mode) == 0o644
-    assert not (home / "data").exists()
+    assert {fix["name"] for fix in document["fixes"]} == {"permissions", "key"}
+    assert stat.S_IMODE((home / "data" / "intake.token").stat().st_mode) == 0o640
+    assert not (home / "device.key").exists()
     _, document = doctor(home, "--fix", "--yes")
-    assert {fix["name"] for fix in document["applied"]} >= {"permissions", "data folder"}
+    assert {fix["name"] for fix in document["applied"]} == {"permissions", "key"}
+    assert stat.S_IMODE((home / "data" / "intake.token").stat().st_mode) == 0o600
     assert stat.S_IMODE((home / "device.key").stat().st_mode) == 0o600
-    assert (home / "data").is_dir()
-    _, document = doctor(home)
-    assert not {fix["name"] for fix in document["fixes"]} & {"permissions", "data folder", "key"}
+    assert doctor(home)[1]["fixes"] == []
 
 
 def test_a_config_that_waits_for_no_collector_is_changed_in_one_line(home: Path) -> None:
@@ -89,6 +91,17 @@ def test_a_config_that_waits_for_no_collector_is_changed_in_one_line(home: Path)
     file.write_text(CONFIG.replace('[collector]\ndelivery = "broker"\n', ""))
     doctor(home, "--fix", "--yes")
     assert config.load(file).collector.delivery == "broker"
+
+
+def test_a_device_that_wears_out_its_card_is_offered_fewer_commits(home: Path) -> None:
+    file = home / "outstation.toml"
+    conf = config.load(file)
+    [fix] = fixes.find_fixes(file, conf, 3 * 10**9)
+    assert fix.name == "flash"
+    fix.apply()
+    assert config.load(file).buffer.commit_every == 10
+    assert list(fixes.find_fixes(file, config.load(file), 3 * 10**9)) == []
+    assert list(fixes.find_fixes(file, conf, None)) == []
 
 
 def test_fixes_that_nobody_can_be_asked_about_are_not_applied(home: Path) -> None:

@@ -287,10 +287,10 @@ def test_a_local_time_is_refused_with_the_way_to_name_its_zone(
     home: Path, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:
     (home / "in.csv").write_text("t,ax,ay\n2026-11-27 10:00:00,1,2\n")
-    code, _, err = ingest("watch", home / "in.csv")
+    code, out, _ = ingest("watch", home / "in.csv")
     assert code == 1
-    assert "has no time zone; add Z or +01:00" in err
-    assert "--timezone Europe/Berlin" in err
+    assert "has no time zone; add Z or +01:00" in out
+    assert "--timezone Europe/Berlin" in out
 
 
 def test_of_an_hour_that_comes_twice_the_order_of_the_rows_tells_which_it_is(

@@ -39,13 +39,14 @@ def doctor(
     if yes and not fix:
         raise UsageError("--yes belongs to --fix")
     file, conf = device.load_config(config_file)
-    open_fixes = list(fixes.find_fixes(file, conf))
+    written_per_day = _written_per_day(conf)
+    open_fixes = list(fixes.find_fixes(file, conf, written_per_day))
     applied = [one for one in open_fixes if fix and (yes or _ask(one, as_json=as_json)) and _apply(one)]
     left = [one for one in open_fixes if one not in applied]
     if applied:
         file, conf = device.load_config(config_file)
     checks = [asdict(result) for result in run_checks(file, conf) if result.state != "ok"]
-    wear = flash.describe_wear(_written_per_day(conf), _find_medium(conf), _parse_rating(rating))
+    wear = flash.describe_wear(written_per_day, _find_medium(conf), _parse_rating(rating))
     document: dict[str, Any] = {
         "problems": checks,
         "applied": [_describe(one) for one in applied],

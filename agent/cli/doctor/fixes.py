@@ -5,30 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from agent import clock, durable_files, input_files
+from agent import durable_files, input_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.config import Config
 from agent.config.sources import ExecSource
 from agent.device.machine import commitment_secret
-from agent.errors import UsageError
 from agent.wire import keys
 
-_CLOCK_COMMAND = ("timedatectl", "set-ntp", "true")
-_COMMAND_TIMEOUT_S = 20.0
-_DELIVERY = re.compile(r'(?m)^(\s*delivery\s*=\s*)"collector"')
+# Bytes a day that shorten the life of a card, and the interval of commits that does not.
+_MUCH_WRITTEN, _FEW_COMMITS_S = 10**9, 5.0
 
 
 class Fix(msgspec.Struct, frozen=True):
-    """Problem, what would be done about it, and the function that does it; that raises OSError, UsageError."""
+    """Problem, what would be done about it, and the function that does it; that raises OSError."""
 
     name: str
     problem: str
@@ -36,12 +32,9 @@ class Fix(msgspec.Struct, frozen=True):
     apply: Callable[[], object]
 
 
-def find_fixes(file: Path, conf: Config) -> Iterator[Fix]:
-    """Yield what can be fixed; nothing is changed until a fix is applied."""
+def find_fixes(file: Path, conf: Config, written_per_day: int | None) -> Iterator[Fix]:
+    """Yield what can be fixed; nothing is changed until a fix is applied. `written_per_day`: bytes on flash."""
     folder = file.resolve().parent
-    if not conf.data_dir.exists():
-        create = partial(conf.data_dir.mkdir, 0o750, parents=True)
-        yield Fix("data folder", f"{conf.data_dir} does not exist", f"make the folder {conf.data_dir}", create)
     key = folder / KEY_FILE
     if not key.exists() and not (conf.data_dir / KEY_FILE).exists():
         yield Fix("key", f"{key} is missing", "make a key; a fleet has to enrol it", partial(keys.generate, key))
@@ -55,10 +48,12 @@ def find_fixes(file: Path, conf: Config) -> Iterator[Fix]:
     if conf.collector.delivery == "collector" and not conf.collector.key:
         problem = "messages wait for a collector, and the config names none"
         action = f'set delivery = "broker" in {file}: without a fleet, what the broker loses is lost'
-        yield Fix("collector", problem, action, partial(_deliver_to_broker, file))
+        yield Fix("collector", problem, action, partial(_set_key, file, "collector", "delivery", "broker"))
+    if (written_per_day or 0) > _MUCH_WRITTEN and conf.buffer.commit_every < _FEW_COMMITS_S:
+        problem = f"{(written_per_day or 0) / 1e9:.1f} GB are written a day, most of them by a commit each second"
+        action = f'set commit_every = "10 s" in {file}: producers wait longer for their answers'
+        yield Fix("flash", problem, action, partial(_set_key, file, "buffer", "commit_every", "10 s"))
     yield from _find_open_programs(file, conf)
-    if clock.read().quality != "synced" and shutil.which(_CLOCK_COMMAND[0]) and os.geteuid() == 0:
-        yield Fix("clock", "no time service sets the clock", " ".join(_CLOCK_COMMAND), _set_clock)
 
 
 def _find_open_programs(file: Path, conf: Config) -> Iterator[Fix]:
@@ -82,18 +77,16 @@ def _mode(path: Path) -> int:
     return 0
 
 
-def _deliver_to_broker(file: Path) -> None:
-    text = input_files.read_text(file)
-    changed, count = _DELIVERY.subn(r'\1"broker"', text, count=1)
-    if not count:
-        match = re.search(r"(?m)^\[collector\][^\n]*\n", text)
-        line = 'delivery = "broker"\n'
-        changed = text[: match.end()] + line + text[match.end() :] if match else f"{text}\n[collector]\n{line}"
+def _set_key(file: Path, section: str, key: str, value: str) -> None:
+    """Set a text in a section of TOML, and leave all other lines as they are. Raises OSError."""
+    text, line = input_files.read_text(file), f'{key} = "{value}"'
+    head = re.search(rf"(?m)^\[{section}\][^\n]*\n", text)
+    if head is None:
+        changed = f"{text.rstrip()}\n\n[{section}]\n{line}\n"
+    else:
+        rest = text[head.end() :]
+        following = re.search(r"(?m)^\[", rest)
+        own = rest[: following.start()] if following else rest
+        replaced, count = re.subn(rf'(?m)^(\s*){key}\s*=\s*"[^"\n]*"', rf"\g<1>{line}", own, count=1)
+        changed = text[: head.end()] + (replaced if count else f"{line}\n{own}") + rest[len(own) :]
     durable_files.write(file, changed.encode(), stat.S_IMODE(file.stat().st_mode))
-
-
-def _set_clock() -> None:
-    try:
-        subprocess.run(_CLOCK_COMMAND, check=True, capture_output=True, timeout=_COMMAND_TIMEOUT_S)
-    except subprocess.SubprocessError as error:
-        raise UsageError(f"{' '.join(_CLOCK_COMMAND)}: {error}; is systemd-timesyncd installed?") from None

@@ -87,7 +87,7 @@ def test_json_lines_become_rows_and_wrong_ones_are_refused_with_a_reason(
     ]
     script = f"import time\nfor line in {lines!r}: print(line)\ntime.sleep(60)\n"
     with running(tmp_path, script) as station, caplog.at_level(logging.WARNING):
-        wait_for(lambda: station.store.last_row("sensor") == 3, "three rows")
+        wait_for(lambda: station.store.last_row("sensor") == 3, "three rows", 5)
         assert numbers(station) == [1, 2, 3]
         wait_for(lambda: station.store.counters()["lines rejected"] == 10, "ten lines rejected")
     assert "not stored" in caplog.text

@@ -232,10 +232,8 @@ class _RowParser:
             values[field.name] = column
         t = None
         if any("t" in row for row in rows):
-            t = [time_or_value(row.get("t") or None) for row in rows]
-            if self._is_csv:
-                t = keep_invalid_values([row.get("t", "") for row in rows], ColumnType.TIME)
-                t = [None if value == "" else value for value in t]
+            # An empty cell of CSV is no time; any other text that is none is rejected.
+            t = [None if self._is_csv and not row.get("t") else time_or_value(row.get("t")) for row in rows]
         return RawColumns(len(rows), t, values), numbers, refused
 
     def _parse_line(self, line: bytes | LongLine) -> dict[str, Any] | None:
