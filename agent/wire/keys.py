@@ -176,10 +176,19 @@ def public_key_path(path: Path) -> Path:
 def load_private(path: Path) -> SigningKey:
     """Load a private key from a PEM file. Raises UsageError that says what is wrong with the file."""
     try:
-        key = load_pem_private_key(input_files.read_bytes(path), password=None)
+        data = input_files.read_bytes(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: not a readable private key: {error}") from error
+    return parse_private(data, path)
+
+
+def parse_private(pem: bytes, path: Path | str) -> SigningKey:
+    """Return a private key from the content of a PEM file. Raises UsageError with the name of the file."""
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path}: not a readable private key: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path}: holds a {type(key).__name__}, an Ed25519 key is needed")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from agent.fleet.incidents import incidents
 from agent.fleet.incidents.notify_source import NOTIFIER_JOB, FleetAlertSource, open_source
 from agent.notify import notifier as notifying
 from agent.notify import queue
+from agent.notify.alert_state import AlertSource, AlertState
 from agent.notify.notifier import Notifier, NotifierThread
 from agent.quantities import Duration
 from agent.testing.messages import MessageSender, SignedMessage
@@ -440,6 +443,41 @@ time.sleep(60)
     processes[1].wait()
     assert len(hook.posts) == 2
     assert len(set(desk.keys())) == 1
+
+
+def test_each_run_of_failures_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notifying, "TURN_S", 0.01)
+    monkeypatch.setattr(notifying, "_RETRY_S", 0.01)
+    opened, turns = 0, iter([0, 0, 3, 0, 3])
+
+    @contextmanager
+    def open_failing() -> Iterator[tuple[FleetStore, AlertSource]]:
+        """Open a source that fails at first, works for some turns, and fails again."""
+        nonlocal opened
+        opened += 1
+        left = next(turns, 10**9)
+        with open_source(tmp_path / "fleet.db", "acme", needs_groups=False) as (store, source):
+            changed = source.changed
+
+            def fail_later(cursor: int | None) -> tuple[int, list[AlertState]]:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise StorageError("the disk is gone")
+                return changed(cursor)
+
+            monkeypatch.setattr(source, "changed", fail_later)
+            yield store, source
+
+    thread = NotifierThread(NotifyConfig(), open_failing)
+    with caplog.at_level(logging.INFO, "outstation.notify"):
+        thread.start()
+        wait_for(lambda: opened == 6 and len(caplog.messages) == 6)
+        thread.stop()
+    paused, resumed = "notifications pause: the disk is gone; trying again", "notifications go on"
+    assert caplog.messages == [paused, resumed] * 3
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.database.incidents.incident_rows import IncidentKey
+from agent.fleet.database.interface import IncidentKey
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
 from agent.quantities import parse_duration
