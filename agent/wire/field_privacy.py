@@ -182,6 +182,10 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         if isinstance(value, Mapping):
             if isinstance(field := value.get("field"), str) and self.is_protected(field):
                 return self._limit_entry(field, value)
+            # Of a hashed field, too: keys of hashes belong to one stream.
+            sliced = str(value.get("slice", "")).partition("=")[0]
+            if sliced in self.private or sliced in self.hashed:
+                return {WITHHELD: 1}
             if name in _BY_FIELD:
                 return {key: self._limit_entry(key, entry) for key, entry in value.items()}
             return {key: self._limit_value(member, key) for key, member in value.items()}

@@ -99,7 +99,7 @@ def test_a_device_that_wears_out_its_card_is_offered_fewer_commits(home: Path) -
     [fix] = fixes.find_fixes(file, conf, 3 * 10**9)
     assert fix.name == "flash"
     fix.apply()
-    assert config.load(file).buffer.commit_every == 10
+    assert config.load(file).buffer.commit_every == config.Duration(10.0)
     assert list(fixes.find_fixes(file, config.load(file), 3 * 10**9)) == []
     assert list(fixes.find_fixes(file, conf, None)) == []
 

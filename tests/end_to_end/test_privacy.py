@@ -34,7 +34,8 @@ class Hospital:
     """A fleet with one device whose rows come from its socket."""
 
     def __init__(self, folder: Path, fleet: LocalFleet, privacy: str) -> None:
-        self.fleet, self.folder = fleet, folder
+        # What the intake answers to a producer.
+        self.fleet, self.folder, self.answer = fleet, folder, ""
         packed(folder, CLASSIFY)
         fields = ", ".join(
             [

@@ -103,6 +103,7 @@ def test_events_and_replies_keep_to_the_rules_of_all_streams() -> None:
             "task": "ward",
             "fields": dict.fromkeys(("t", "u", "v", "w"), numbers),
             "smallest_changes": {"windows": 3, "fields": {"t": {"shift": SECRET}, "v": {"shift": 1.25}}},
+            "quality": {"metrics": [{"slice": "room=R 7", "n": 80}, {"slice": "v=below 3", "n": 80}]},
             "deviations": [{"field": "t", "shift": SECRET}, {"field": "v", "shift": 1.25}],
         },
     }
@@ -116,6 +117,7 @@ def test_events_and_replies_keep_to_the_rules_of_all_streams() -> None:
     }
     assert evidence["smallest_changes"] == {"windows": 3, "fields": {"t": {"withheld": 1}, "v": {"shift": 1.25}}}
     assert evidence["deviations"] == [{"field": "t", "withheld": 1}, {"field": "v", "shift": 1.25}]
+    assert evidence["quality"]["metrics"] == [{"withheld": 1}, {"slice": "v=below 3", "n": 80}]
     assert limited["summary"].startswith("withheld")
     assert limited["event"] == "learned"
 

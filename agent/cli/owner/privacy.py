@@ -92,8 +92,9 @@ def _list_examples(
     if is_sliced and not rules.keeps("quality"):
         text = _EXAMPLE_TEXT if field.type == "category" else "below 20"
         metric = {"metric": "accuracy", "value": 0.93, "n": _ROWS, "slice": f"{name}={text}"}
-        body = rules.apply("quality", {"metrics": [metric]}, now_us)
-        yield {"message": "quality", "member": "metrics", "example": body["metrics"] or {"withheld": body["withheld"]}}
+        limited = rules.apply("quality", {"metrics": [metric]}, now_us)
+        example = limited["metrics"] or {"withheld": limited["withheld"]}
+        yield {"message": "quality", "member": "metrics", "example": example}
 
 
 def _build_bodies(name: str, value: float) -> Iterator[tuple[str, str, dict[str, Any]]]:

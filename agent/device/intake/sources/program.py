@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -76,8 +77,7 @@ class Program:
         loop, readers = asyncio.get_running_loop(), []
         for at, pipe in enumerate(self._pipes):
             reader = asyncio.StreamReader(limit=_READ_BYTES)
-            protocol = asyncio.StreamReaderProtocol(reader)
-            self._pipes[at], _ = await loop.connect_read_pipe(lambda protocol=protocol: protocol, pipe)
+            self._pipes[at], _ = await loop.connect_read_pipe(partial(asyncio.StreamReaderProtocol, reader), pipe)
             readers.append(reader)
         return readers
 
