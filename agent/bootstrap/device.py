@@ -22,7 +22,7 @@ from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
-from agent.wire.field_privacy import FieldPrivacy
+from agent.wire.privacy.field_privacy import FieldPrivacy
 
 KEY_FILE = "device.key"
 TLS_KEY_FILE = "device-tls.key"

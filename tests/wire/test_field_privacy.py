@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agent.drift.reporting import parsed_message
-from agent.wire.field_privacy import FieldPrivacy, combine
+from agent.wire.privacy.field_privacy import FieldPrivacy, combine
 from tests.wire.test_least_count import drift, field
 
 pytestmark = pytest.mark.attack("privacy")

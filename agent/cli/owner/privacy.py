@@ -15,7 +15,7 @@ from agent.cli.output import config_option, echo, emit, json_option, print_table
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.text import printable
 from agent.wire import commitment
-from agent.wire.field_privacy import OPEN, FieldPrivacy
+from agent.wire.privacy.field_privacy import OPEN, FieldPrivacy
 
 _EXAMPLE, _EXAMPLE_TEXT = 21.374, "Room 7"
 _ROWS = 40
