@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,9 @@ def blocks(kind: str) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def rows(home: Path, stream: str) -> int:
+def has_rows(home: Path, stream: str, count: int) -> bool:
     with Store.open_read_only(home / "data") as store:
-        return store.last_row(stream)
+        return store.last_row(stream) >= count
 
 
 def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
@@ -87,7 +88,7 @@ def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
             conf = config.load(tmp_path / "outstation.toml")
             expected = {"door": 3, "meter": 4, "camera": 8}
             for stream in conf.streams:
-                wait_for(lambda name=stream: rows(tmp_path, name) >= expected.get(name, 1), f"rows of {stream}")
+                wait_for(partial(has_rows, tmp_path, stream, expected.get(stream, 1)), f"rows of {stream}")
         finally:
             daemon.terminate()
             assert daemon.wait(20) == 0
