@@ -27,8 +27,8 @@ from agent.performance.degradation import CusumTrack, DegradationEvent, Degradat
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
-from agent.wire import least_count
 from agent.wire.messages import encode
+from agent.wire.privacy import least_count
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
