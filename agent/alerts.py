@@ -227,11 +227,15 @@ OVERCONFIDENT = AlertKind(
     "A correction of labels can clear it, too.",
 )
 OWN_LABELS = AlertKind(
-    *("Labels are the model's own answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
-    "More than a fifth of the newest labels have the source `model`. Metrics leave them out, as they prove nothing.",
-    "A pipeline that sends results back as labels; people who confirm a suggestion without looking.",
+    *("Labels repeat the model's answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
+    "More than a fifth of the newest labels have the source `model`, or so few of at least 100 labels disagree with "
+    "the model that its own scores make this nearly impossible. Such labels prove nothing, and training on them "
+    "repeats mistakes.",
+    "A pipeline that sends results back as labels; people who confirm a suggestion without looking; scores that are "
+    "too low.",
     "Let people label some results without seeing the answer. Do not train on the model's own answers.",
-    "Once at most a tenth of the newest labels are the model's own.",
+    "Once at most a tenth of the newest labels are the model's own, and the others disagree as often as its scores let "
+    "expect.",
 )
 BUNDLE_FAILED = AlertKind(
     *("Bundle does not run", "model", "{bundle}", "model", "critical", "task"),

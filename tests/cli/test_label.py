@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import cli
-from agent.cli.device.label import read_labels
+from agent.cli.device.labelling.label import read_labels
 from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.performance.labels import Label

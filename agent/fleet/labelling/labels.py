@@ -17,8 +17,8 @@ import numpy as np
 
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
-from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, Label, count_sources
@@ -92,11 +92,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     judged = [row for row in rows if row[1] != MODEL]
     model = schemas.runs.get(max((row[5] for row in judged), default=0))
     of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
-    metrics = _compute_metrics(schemas.get_schema(model), of_model) if model else []
-    metric_rows = [
-        (device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, SOURCE, log, 0) for m in metrics
-    ]
-    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows)
+    metrics = compute_label_metrics(schemas.get_schema(model), of_model) if model else []
+    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
     sources = count_sources([row[1] for row in rows])
     return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
 
@@ -168,7 +165,15 @@ class _BundleSchemas:
         return None
 
 
-def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
+def metric_rows(
+    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
+) -> list[Row]:
+    """Return rows of table metrics."""
+    tail = (source, log, 0)
+    return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
+
+
+def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
     """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
     labels, parsed = schema.label_schema, []
     for row in rows:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.labelling import labels
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.labelling import labels
 from agent.fleet.labelling.labels import LabelOutcome
 from agent.performance.labels import Label
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
