@@ -1,4 +1,4 @@
-"""What to label next on one device: stored predictions without a label, chosen by doubt, rarity and chance."""
+"""Label requests of one device: stored predictions without a label, chosen by doubt, rarity and chance."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from agent.performance.degradation import (
     PromisedAccuracy,
 )
 from agent.performance.estimates import MetricEstimate, compute_metrics
-from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, LabelSchema, LabelTarget, count_sources
+from agent.performance.labels import MODEL, NO_TRUTH, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
 from agent.wire import least_count
 from agent.wire.messages import encode
@@ -405,18 +405,10 @@ def _describe_labels(
         "coverage": round(min(1.0, len(ordered) / results), 4) if results else None,
         "sources": count_sources([sample.source for sample in ordered]),
         "authenticated": sum(bool(sample.by) for sample in ordered),
-        "verdicts": _count_verdicts(build_label_schema(task), ordered),
         **{name: counters.get(f"labels {name}.{task.name}", 0) for name in ("replaced", "late", "unmatched")},
     }
     shown = cells.get(_CLASS, {})
     return members | _count_classes(build_label_schema(task), [sample.label for sample in ordered], shown)
-
-
-def _count_verdicts(schema: LabelSchema, samples: Sequence[StoredLabel]) -> dict[str, int]:
-    """Return the number of verdicts on results with a class, and of those that confirm it."""
-    judged = [s for s in samples if s.source == VERDICT and s.prediction.predicted_class is not None]
-    confirmed = sum(schema.parse(s.label) == s.prediction.predicted_class for s in judged)
-    return {"n": len(judged), "confirmed": confirmed}
 
 
 def _compare_agreement(task: LoadedTask, samples: Sequence[StoredLabel]) -> Agreement:

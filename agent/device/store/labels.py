@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.device.store.quota import PAGE_SIZE, Budget
-from agent.performance.labels import Label
+from agent.performance.labels import MODEL, VERDICT, Label
 
 MAX_EARLY_LABELS = 5_000
 # Of these, labels that nobody authenticated may take so many: a flood of them keeps no other out.
@@ -337,6 +338,31 @@ def load_label_texts(db: sqlite3.Connection, task: str, since_row: int) -> dict[
     sql = "SELECT row, data FROM checked_labels WHERE task = ? AND row >= ?"
     records = ((row, _decode_record(data)) for row, data in db.execute(sql, (task, since_row)))
     return {row: (record.label, record.source) for row, record in records if record is not None}
+
+
+class LabelCounts(msgspec.Struct, frozen=True):
+    """Stored labels of a task: ground truth and others apart."""
+
+    truth: int = 0
+    verdicts: int = 0
+    model: int = 0
+    authenticated: int = 0
+    waiting: int = 0
+
+
+def count_labels(db: sqlite3.Connection, task: str) -> LabelCounts:
+    """Count the stored labels of a task; `waiting`: those whose result is not there yet."""
+    sources: Counter[str] = Counter()
+    authenticated = waiting = 0
+    for number, data in db.execute("SELECT number, data FROM checked_labels WHERE task = ?", (task,)):
+        record = _decode_record(data)
+        if number < 0 or record is None:
+            waiting += number < 0
+            continue
+        sources[record.source] += 1
+        authenticated += bool(record.by)
+    verdicts, model = sources.pop(VERDICT, 0), sources.pop(MODEL, 0)
+    return LabelCounts(sources.total(), verdicts, model, authenticated, waiting)
 
 
 def _unpack_or_none(first: int, data: bytes) -> StoredPredictions | None:

@@ -1,4 +1,4 @@
-"""What to label next: results of the fleet without a label, chosen by doubt, drift, rarity and chance."""
+"""Label requests: results of the fleet without a label, chosen by doubt, drift, rarity and chance."""
 
 from __future__ import annotations
 

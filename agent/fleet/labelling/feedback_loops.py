@@ -21,10 +21,10 @@ def find(db: Connection, device: str | None = None, task: str | None = None) -> 
     for row in table.compare_with_scores(db, device, task):
         name, task_name, by, origin, n, wrong, expected = row
         if Agreement(n, wrong, expected).is_implausible:
-            said = "verdicts" if origin == "verdicts" else "labels"
+            noun = "verdicts" if origin == "verdicts" else "labels"
             summary = (
                 f"{by} contradicted {wrong} of {n} results of {task_name} at {name}, whose scores let expect about "
-                f"{expected:.0f} wrong ones: these {said} seem to repeat the model's answers. Label some results "
+                f"{expected:.0f} wrong ones: these {noun} seem to repeat the model's answers. Label some results "
                 "without seeing the answer (`fleet label-next` lists random ones)."
             )
             head = {"kind": "agrees", "device": name, "task": task_name, "by": by, "origin": origin}

@@ -29,7 +29,7 @@ CONFIRMED, CORRECTED, FALSE_ALARM = "confirmed", "corrected", "false_alarm"
 
 
 class Judge(msgspec.Struct, frozen=True):
-    """Who gives a verdict, by which way, and when (RFC 3339)."""
+    """Author of a verdict, the way it came by, and its time (RFC 3339)."""
 
     by: str
     via: Literal["dashboard", "cli", "homeassistant"]
@@ -105,8 +105,8 @@ def judge_alert(db: Connection, incident: Incident, *, is_right: bool, text: str
     row = alert_row(db, incident)
     if text is not None and row is None:
         raise UsageError(f"alert {incident.ref} is about no single result; a label needs one")
-    said = CONFIRMED if is_right else FALSE_ALARM
-    table.save_of_alert(db, incident.key, AlertVerdict(judge.by, said, judge.via, judge.note, judge.now))
+    opinion = CONFIRMED if is_right else FALSE_ALARM
+    table.save_of_alert(db, incident.key, AlertVerdict(judge.by, opinion, judge.via, judge.note, judge.now))
     sentence = f"alert {incident.ref} is {'confirmed' if is_right else 'a false alarm'}"
     if row is None or incident.task is None or (text is None and not is_right):
         return sentence
@@ -170,5 +170,5 @@ def summarize(db: Connection, device: str | None = None, task: str | None = None
     return {
         "people": [msgspec.to_builtins(count) for count in counts],
         "disputed": table.count_disputed(db, device, task),
-        "alerts": [{"alert": alert, "verdict": said, "n": n} for alert, said, n in table.count_of_alerts(db)],
+        "alerts": [{"alert": alert, "verdict": opinion, "n": n} for alert, opinion, n in table.count_of_alerts(db)],
     }

@@ -147,13 +147,13 @@ def test_the_page_labels_lists_what_to_label_next_and_asks_operators_only(dashbo
 
 def test_an_alert_gets_a_verdict_of_an_operator(dashboard: ServedDashboard) -> None:
     otto = dashboard.sign_in("otto")
-    found = re.search(r'href="(/incidents/[0-9a-f]{12})"', dashboard.get("/incidents?status=all", otto).text)
-    assert found is not None
-    assert dashboard.post(f"{found[1]}/verdict", {"action": "false_alarm", "note": "door open"}, otto).status == 303
-    page = dashboard.get(found[1], otto).text
+    link = re.search(r'href="(/incidents/[0-9a-f]{12})"', dashboard.get("/incidents?status=all", otto).text)
+    assert link is not None
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "false_alarm", "note": "door open"}, otto).status == 303
+    page = dashboard.get(link[1], otto).text
     assert re.search(r"false alarm</span> <span class=\"muted\">otto, .*: door open", page)
-    assert dashboard.post(f"{found[1]}/verdict", {"action": "right", "label": "PEN"}, otto).status == 409
-    assert dashboard.post(f"{found[1]}/verdict", {"action": "right"}, dashboard.sign_in("vera")).status == 403
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "right", "label": "PEN"}, otto).status == 409
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "right"}, dashboard.sign_in("vera")).status == 403
 
 
 def test_an_unavailable_database_is_reported_and_comes_back(tmp_path: Path) -> None:

@@ -70,23 +70,25 @@ def metric_counts(store: FleetStore) -> dict[str, int]:
     return dict(ask(store, "SELECT source, n FROM metrics WHERE metric = 'accuracy' AND slice = ''"))
 
 
-def test_a_verdict_is_a_label_with_its_author_and_what_the_model_said(store: FleetStore) -> None:
-    said = answers(store)
+def test_a_verdict_is_a_label_with_its_author_and_the_answer(store: FleetStore) -> None:
+    answers_by_row = answers(store)
     assert judge(store, 1, None).verdict == "confirmed"
-    assert judge(store, 2, other(said[2])).verdict == "corrected"
+    assert judge(store, 2, other(answers_by_row[2])).verdict == "corrected"
     rows = ask(store, "SELECT row, given_by, verdict, label, predicted, via FROM verdicts ORDER BY row")
     assert rows == [
-        (1, "eva", "confirmed", said[1], said[1], "cli"),
-        (2, "eva", "corrected", other(said[2]), said[2], "cli"),
+        (1, "eva", "confirmed", answers_by_row[1], answers_by_row[1], "cli"),
+        (2, "eva", "corrected", other(answers_by_row[2]), answers_by_row[2], "cli"),
     ]
 
 
 def test_verdicts_and_ground_truth_have_metrics_of_their_own(store: FleetStore) -> None:
-    said = answers(store)
+    answers_by_row = answers(store)
     with store.transaction() as db:
-        labels.add(db, SENDER.device, SENDER.task, [Label(row, None, said[row]) for row in range(1, 31)], NOW, "lab")
+        labels.add(
+            db, SENDER.device, SENDER.task, [Label(row, None, answers_by_row[row]) for row in range(1, 31)], NOW, "lab"
+        )
     for row in range(41, 51):
-        judge(store, row, other(said[row]))
+        judge(store, row, other(answers_by_row[row]))
     assert metric_counts(store) == {"collector": 30, "verdicts": 10}
     sql = "SELECT source, value FROM metrics WHERE metric = 'accuracy' AND slice = ''"
     assert dict(ask(store, sql)) == {"collector": 1.0, "verdicts": 0.0}
@@ -97,15 +99,15 @@ def test_verdicts_and_ground_truth_have_metrics_of_their_own(store: FleetStore) 
 
 
 def test_people_who_disagree_leave_the_label_open(store: FleetStore) -> None:
-    said = answers(store)
+    answers_by_row = answers(store)
     judge(store, 5, None, "eva")
-    judge(store, 5, other(said[5]), "otto")
+    judge(store, 5, other(answers_by_row[5]), "otto")
     assert ask(store, "SELECT * FROM agreed_verdicts") == []
     assert metric_counts(store) == {}
     with store.snapshot() as db:
         assert verdicts.summarize(db)["disputed"] == 1
     judge(store, 5, None, "otto")
-    assert ask(store, "SELECT row, label, people FROM agreed_verdicts") == [(5, said[5], 2)]
+    assert ask(store, "SELECT row, label, people FROM agreed_verdicts") == [(5, answers_by_row[5], 2)]
 
 
 def test_a_verdict_is_withdrawn_by_its_author_only(store: FleetStore) -> None:
@@ -138,14 +140,14 @@ def find_alert(store: FleetStore) -> Incident:
 
 
 def test_an_alert_about_a_result_gives_that_result_its_label(store: FleetStore) -> None:
-    said, incident = answers(store), find_alert(store)
+    answers_by_row, incident = answers(store), find_alert(store)
     with store.transaction() as db:
         verdicts.judge_alert(db, incident, is_right=True, text=None, judge=Judge("eva", "dashboard", NOW))
     with store.transaction() as db:
         author = Judge("otto", "dashboard", NOW, "nobody there")
-        verdicts.judge_alert(db, incident, is_right=False, text=other(said[7]), judge=author)
+        verdicts.judge_alert(db, incident, is_right=False, text=other(answers_by_row[7]), judge=author)
     rows = ask(store, "SELECT row, given_by, label, alert FROM verdicts ORDER BY given_by")
-    assert rows == [(7, "eva", said[7], incident.id), (7, "otto", other(said[7]), incident.id)]
+    assert rows == [(7, "eva", answers_by_row[7], incident.id), (7, "otto", other(answers_by_row[7]), incident.id)]
     with store.snapshot() as db:
         assert [(v.given_by, v.verdict) for v in table.load_of_alert(db, incident.key)] == [
             ("eva", "confirmed"),
@@ -186,17 +188,17 @@ def test_somebody_who_confirms_everything_is_named_as_a_feedback_loop(store: Fle
     with store.snapshot() as db:
         [warning] = feedback_loops.find(db)
     assert (warning["by"], warning["kind"], warning["n"], warning["wrong"]) == ("eva", "agrees", 210, 0)
-    said = answers(store)
+    answers_by_row = answers(store)
     for row in range(101, 141):
-        judge(store, row, other(said[row]))
+        judge(store, row, other(answers_by_row[row]))
     with store.snapshot() as db:
         assert feedback_loops.find(db) == []
 
 
 def test_labels_with_the_source_model_are_a_feedback_loop(store: FleetStore) -> None:
-    said = answers(store)
+    answers_by_row = answers(store)
     with store.transaction() as db:
-        own = [Label(row, None, said[row], "model") for row in range(1, 31)]
+        own = [Label(row, None, answers_by_row[row], "model") for row in range(1, 31)]
         labels.add(db, SENDER.device, SENDER.task, own, NOW, "pipeline")
     with store.snapshot() as db:
         [warning] = feedback_loops.find(db)

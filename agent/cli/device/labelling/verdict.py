@@ -38,10 +38,10 @@ def verdict(task: str, row: int, label: str | None, by: str, config_file: str | 
         raise UsageError(f"row {row} has no stored result with a class to confirm; name the true label")
     text = label or predicted or ""
     _, rejected = submit(conf, task, [(1, Label(row, None, text, VERDICT))], by)
-    said = "confirmed" if text == predicted else "corrected"
-    document = {"task": task, "row": row, "label": text, "predicted": predicted, "verdict": said, "by": by}
+    kind = "confirmed" if text == predicted else "corrected"
+    document = {"task": task, "row": row, "label": text, "predicted": predicted, "verdict": kind, "by": by}
     document["rejected"] = rejected.get(1)
-    shown = f"not stored: {rejected[1]}" if rejected else f"{said} by {by}: row {row} is {text}"
+    shown = f"not stored: {rejected[1]}" if rejected else f"{kind} by {by}: row {row} is {text}"
     emit(document, as_json, lambda: echo(shown))
     if rejected:
         sys.exit(1)

@@ -69,7 +69,7 @@ def result(
 
 @verdict.command("alert", epilog="Example: outstation fleet verdict alert 3f9a false-alarm --label ABD --by eva")
 @click.argument("ref", metavar="ID")
-@click.argument("said", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
+@click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
 @click.option("--label", metavar="LABEL", help="What was true of the result that the alert is about.")
 @by_option
 @_note_option
@@ -77,7 +77,7 @@ def result(
 @fleet_option
 @json_option
 def alert(
-    ref: str, said: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
+    ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
 ) -> None:
     """Say whether an alert was right. An alert about a result gives that result its label, too."""
     from agent.fleet.incidents import incidents
@@ -88,8 +88,8 @@ def alert(
         incident = incidents.find_incident(store, ref, now=now)
         judge = verdicts.Judge(by, "cli", now, note)
         with store.transaction() as tx:
-            sentence = verdicts.judge_alert(tx, incident, is_right=said == "right", text=label, judge=judge)
-    document = {"incident": incident.ref, "device": incident.device, "verdict": said, "by": by, "summary": sentence}
+            sentence = verdicts.judge_alert(tx, incident, is_right=opinion == "right", text=label, judge=judge)
+    document = {"incident": incident.ref, "device": incident.device, "verdict": opinion, "by": by, "summary": sentence}
     emit(document, as_json, lambda: echo(sentence))
 
 

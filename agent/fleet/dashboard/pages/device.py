@@ -109,10 +109,10 @@ def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[s
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
     """Return the newest results and what people say of them, by row."""
     rows = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
-    said: dict[int, list[Verdict]] = {}
+    opinions: dict[int, list[Verdict]] = {}
     for log in {row[5] for row in rows}:
-        said |= verdict_statements.load_for_rows(db, (device, task.name if task else "", log), [r[0] for r in rows])
-    return {"results": rows, "verdicts": said}
+        opinions |= verdict_statements.load_for_rows(db, (device, task.name if task else "", log), [r[0] for r in rows])
+    return {"results": rows, "verdicts": opinions}
 
 
 async def results(visit: Visit) -> Response:

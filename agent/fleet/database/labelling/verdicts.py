@@ -64,7 +64,7 @@ _OWN_ANSWERS = """
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What `given_by` says of a result; columns as in table verdicts."""
+    """Opinion of `given_by` on a result; columns as in table verdicts."""
 
     row: int
     given_by: str
