@@ -299,7 +299,7 @@ RESULT = AlertKind(
     "`label`, `score`, `value`, and with `seq` the signed results message that covers it. An alert that waited for its "
     "drift window may have no `seq`.",
     "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
-    "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
+    "What the summary says. If it is wrong, say what was true: `outstation verdict`. `outstation check` explains the "
     "rule.",
     "As the rule says; `outstation check` explains when. It also clears when the rule is removed or changed.",
 )

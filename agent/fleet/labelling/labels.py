@@ -21,7 +21,7 @@ from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
-from agent.performance.labels import MODEL, Label, count_sources
+from agent.performance.labels import MODEL, VERDICT, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
@@ -77,6 +77,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             problem = "holds the character NUL"
+        elif label.source == VERDICT:
+            problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
         elif row is not None:
             problem = schemas.check_label(label, results.seq_by_row[row])
         if row is None or problem is not None:

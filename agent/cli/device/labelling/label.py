@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,14 @@ from agent.performance.labels import Label, LabelSchema, LabelTarget
 
 _COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
 ParsedLabel = tuple[int, Label | str]
-by_option = click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
+
+
+def _default_author() -> str:
+    """Return the user's name, in the letters that names of authors have."""
+    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
+
+
+by_option = click.option("--by", metavar="NAME", default=_default_author, help="Who says so; default: your user name.")
 
 
 @click.command(epilog="Example: outstation label exercise truth.csv")
@@ -131,7 +139,7 @@ def submit(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) ->
 def _authenticate(conf: Config, by: str) -> tuple[str, str] | None:
     """Return the name with its token; None, with a note, if this user may not read the key."""
     try:
-        key = label_key.load(conf.data_dir)
+        key = label_key.load_or_create(conf.data_dir)
     except UsageError as problem:
         echo(f"note: these labels are not authenticated, so no roll-out acts on them: {problem}", err=True)
         return None
