@@ -71,7 +71,7 @@ class EvidenceQueries:
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
 
     def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
-        """Return (device, task) → source → number of labels stored in the fleet database; source `verdict`: verdicts."""
+        """Return (device, task) → source → number of labels and verdicts stored in the fleet database."""
         counts: dict[tuple[str, str], dict[str, int]] = {}
         sql = """
             SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source
