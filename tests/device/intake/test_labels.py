@@ -246,6 +246,6 @@ def test_a_forged_author_is_refused_and_its_label_is_not_stored(
 ) -> None:
     with keyed.line() as line:
         line.send({"labels": "judge", "row": 1, "label": "up", **claim})
-        [(_, problem)] = line.through(1)["rejected"]
-    assert reason in problem
+        [rejection] = line.through(1)["rejected"]
+    assert reason in rejection["reason"]
     assert stored_labels(keyed) == {}
