@@ -400,7 +400,7 @@ def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
 def test_a_socket_client_cannot_roll_a_bundle_back_with_labels(make: Make, source: str) -> None:
     pair = make(good("rigged_sensitive"))
     pair.batch(CALM)
-    label(pair, range(1, 601), ["right"] * 600, source, by="")
+    label(pair, range(1, 401), ["right"] * 400, source, by="")
     at_s = 100.0 + REPORT_INTERVAL_S
     while pair.turn(at_s):
         at_s += 1
