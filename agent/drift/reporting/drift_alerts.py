@@ -44,6 +44,7 @@ class AlarmContext(msgspec.Struct, frozen=True):
             role=role,
             t=self.t,
             moments=self.window.class_sums.moments(site.origin),
+            usual=self.tester.expect_class_means(stack_one(self.window), np.array([sum(self.t) // 2]))[0],
             distributions=self.window.distributions,
             sd=site.sd,
             cusum=self.suite.cusum,
