@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 
-from agent.fleet.database.incidents.incident_rows import IncidentKey
-from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.interface import Connection, IncidentKey, Row
 from agent.fleet.database.labelling.labels import TaskLog
 
 _SAVE = """
