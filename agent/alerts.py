@@ -280,7 +280,7 @@ DEADLINE_MISSED = AlertKind(
 REFERENCE_DEVIATES = AlertKind(
     *("Reference deviates", "drift", "reference", "reference/drift/{count}", "warning", "task"),
     "The reference that the device learned here differs from the shipped one, from the site's former one or from the "
-    "accepted one; or a field moved steadily or changed at once while it was learned. Drift is measured from it all the "
+    "accepted one; or a field moved or changed at once while it was learned. Drift is measured from it all the "
     "same, unless `on_deviation` is `hold`.",
     "A sensor that was wrong from the first row; a site unlike the training data; a slow change that was learned.",
     "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "

@@ -45,7 +45,7 @@ from agent.text import printable
 _FETCH_TIMEOUT_S = 20.0
 # `fleet renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
-_STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
+STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 class CheckResult(msgspec.Struct, frozen=True):
@@ -65,13 +65,13 @@ def check(config_file: str | None, as_json: bool) -> None:
     Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
     """
     file, conf = device.load_config(config_file)
-    results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
+    results = [CheckResult("config", "ok", str(file)), *run_checks(file, conf)]
     emit([asdict(result) for result in results], as_json, lambda: _print(results))
     if any(result.state == "failed" for result in results):
         sys.exit(1)
 
 
-def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
+def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
     if (end := read_end(conf)) is not None:
@@ -304,5 +304,5 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
 def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
-        state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
+        state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
         echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")

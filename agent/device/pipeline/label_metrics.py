@@ -35,8 +35,8 @@ from agent.performance.degradation import (
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, NO_TRUTH, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
-from agent.wire import least_count
 from agent.wire.messages import encode
+from agent.wire.privacy import least_count
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
