@@ -22,6 +22,7 @@ from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
+from agent.device.intake import feedback_loops
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
@@ -86,6 +87,8 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         if (module := source_module(stream.source)) is not None:
             context = SourceContext(str(file), conf, name)
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    for loop in feedback_loops.find(conf):
+        yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
     for name, task in conf.tasks.items():

@@ -136,6 +136,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
             *map(printable, _format_label_metrics(task["quality"])),
+            *_format_label_counts(task["labels"]),
         ]
         lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         echo(f"\n{task['task']}")
@@ -216,6 +217,16 @@ def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     n = report.get("window", {}).get("n")
     lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {text}"] if text else []
     return lines + ([f"worse than elsewhere: {slices}{more}"] if slices else [])
+
+
+def _format_label_counts(counts: dict[str, int]) -> list[str]:
+    """Return how many labels are ground truth, and how many verdicts; nothing without labels."""
+    if not any(counts.values()):
+        return []
+    parts = [f"{counts['truth']} of ground truth", f"{counts['verdicts']} verdicts"]
+    parts += [f"{counts['model']} the model's own"] if counts["model"] else []
+    parts += [f"{counts['waiting']} that wait for their result"] if counts["waiting"] else []
+    return [f"labels: {', '.join(parts)}; {counts['authenticated']} authenticated"]
 
 
 def _format_interval(metric: dict[str, Any]) -> str:
