@@ -31,6 +31,12 @@ class BundleRun(msgspec.Struct):
         return {"name": self.name, "version": self.version, "digest": self.digest}
 
 
+class BundleRef(msgspec.Struct, frozen=True):
+    name: str
+    version: str
+    digest: str
+
+
 class BundleLabelSchema(msgspec.Struct, frozen=True):
     """The labels that results of a bundle may have: `declared` by the device, or inferred.
 

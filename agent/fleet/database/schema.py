@@ -195,7 +195,7 @@ _CLOCKS = (
 
 _OPERATORS = (
     # Ground truth from `fleet label`; labels sent to a device are in its messages, as metrics only. source: human,
-    # model or system; given_by: who stored it.
+    # system or model; given_by: who stored it.
     """CREATE TABLE labels (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
         source TEXT NOT NULL, received TEXT NOT NULL, given_by TEXT NOT NULL, PRIMARY KEY (device, task, log, row)

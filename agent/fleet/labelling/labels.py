@@ -21,7 +21,7 @@ from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
-from agent.performance.labels import MODEL, Label, count_sources
+from agent.performance.labels import MODEL, VERDICT, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
@@ -77,6 +77,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             problem = "holds the character NUL"
+        elif label.source == VERDICT:
+            problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
         elif row is not None:
             problem = schemas.check_label(label, results.seq_by_row[row])
         if row is None or problem is not None:
@@ -92,11 +94,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     judged = [row for row in rows if row[1] != MODEL]
     model = schemas.runs.get(max((row[5] for row in judged), default=0))
     of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
-    metrics = _compute_metrics(schemas.get_schema(model), of_model) if model else []
-    metric_rows = [
-        (device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, SOURCE, log, 0) for m in metrics
-    ]
-    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows)
+    metrics = compute_label_metrics(schemas.get_schema(model), of_model) if model else []
+    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
     sources = count_sources([row[1] for row in rows])
     return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
 
@@ -168,7 +167,15 @@ class _BundleSchemas:
         return None
 
 
-def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
+def metric_rows(
+    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
+) -> list[Row]:
+    """Return rows of table metrics."""
+    tail = (source, log, 0)
+    return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
+
+
+def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
     """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
     labels, parsed = schema.label_schema, []
     for row in rows:

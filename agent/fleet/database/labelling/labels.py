@@ -27,6 +27,11 @@ _AUDIT_MESSAGES = """
     SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) > 0
     ORDER BY received DESC, seq DESC"""
 
+_BUNDLE = """
+    SELECT p.model, p.version, p.digest FROM result_messages m
+    JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
+    WHERE m.device = ? AND m.log = ? AND m.seq = ?"""
+
 # (device, task, log)
 TaskLog = tuple[str, str, str]
 
@@ -86,3 +91,9 @@ def load_labelled_results(db: Connection, key: TaskLog) -> list[Row]:
 def replace_metrics(db: Connection, device: str, task: str, source: str, rows: Sequence[Sequence[Any]]) -> None:
     db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, source))
     db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def load_bundle(db: Connection, key: TaskLog, seq: int) -> tuple[str, str, str] | None:
+    """Return (name, version, digest) of the bundle that made the results of a message."""
+    device, _, log = key
+    return db.execute(_BUNDLE, (device, log, seq)).fetchone()  # type: ignore[no-any-return]

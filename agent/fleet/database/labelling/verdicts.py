@@ -39,9 +39,31 @@ _ALERT_COUNTS = """
         ON a.source = v.source AND a.device = v.device AND a.log = v.log AND a.id = v.id
     GROUP BY a.alert, v.verdict ORDER BY 1, 2"""
 
+_DISPUTED = """
+    SELECT count(*) FROM (
+        SELECT 1 FROM verdicts
+        WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
+        GROUP BY device, task, log, row HAVING min(label) <> max(label)) disputed"""
+
+# Labels and verdicts of people and programs, by author: how many, how many differ from the answer, and how many wrong
+# answers the scores let expect.
+_COMPARED = """
+    SELECT g.device, g.task, g.given_by, g.origin, count(*), sum(CASE WHEN g.label <> r.label THEN 1 ELSE 0 END),
+           sum(1.0 - r.score)
+    FROM (SELECT device, task, log, row, given_by, label, 'verdicts' AS origin FROM verdicts
+          UNION ALL SELECT device, task, log, row, given_by, label, 'labels' FROM labels WHERE source <> 'model') g
+    JOIN results r ON r.device = g.device AND r.task = g.task AND r.row = g.row AND r.log = g.log
+    WHERE r.label IS NOT NULL AND r.score BETWEEN 0 AND 1
+      AND (CAST(:device AS TEXT) IS NULL OR g.device = :device) AND (CAST(:task AS TEXT) IS NULL OR g.task = :task)
+    GROUP BY g.device, g.task, g.given_by, g.origin ORDER BY 1, 2, 3, 4"""
+_OWN_ANSWERS = """
+    SELECT device, task, sum(CASE WHEN source = 'model' THEN 1 ELSE 0 END), count(*) FROM labels
+    WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
+    GROUP BY device, task ORDER BY 1, 2"""
+
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What `given_by` says of a result; columns as in table verdicts."""
+    """Opinion of `given_by` on a result; columns as in table verdicts."""
 
     row: int
     given_by: str
@@ -129,3 +151,24 @@ def count_by_person(db: Connection, device: str | None = None, task: str | None 
 def count_of_alerts(db: Connection) -> list[tuple[str, str, int]]:
     """Return (alert, verdict, count) of verdicts on alerts."""
     return db.execute(_ALERT_COUNTS).fetchall()
+
+
+def count_disputed(db: Connection, device: str | None = None, task: str | None = None) -> int:
+    """Return the number of results about which people disagree."""
+    return int(db.execute(_DISPUTED, {"device": device, "task": task}).fetchone()[0])
+
+
+def compare_with_scores(
+    db: Connection, device: str | None = None, task: str | None = None
+) -> list[tuple[str, str, str, str, int, int, float]]:
+    """Return (device, task, author, labels or verdicts, number, different from the answer, expected wrong)."""
+    rows = db.execute(_COMPARED, {"device": device, "task": task})
+    return [(*row[:4], int(row[4]), int(row[5]), float(row[6])) for row in rows]
+
+
+def count_own_answers(
+    db: Connection, device: str | None = None, task: str | None = None
+) -> list[tuple[str, str, int, int]]:
+    """Return (device, task, labels that are the model's own answers, labels)."""
+    rows = db.execute(_OWN_ANSWERS, {"device": device, "task": task})
+    return [(row[0], row[1], int(row[2]), int(row[3])) for row in rows]

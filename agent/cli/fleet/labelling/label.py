@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.device.label import read_labels, report
+from agent.cli.device.labelling.label import by_option, read_labels, report
 from agent.cli.fleet.command import send_command
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
 from agent.cli.output import echo, emit, json_option, print_table
@@ -34,7 +33,7 @@ _MAX_LISTED = 20
 @fleet_option
 @click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
 @wait_option
-@click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
+@by_option
 @json_option
 def label(
     device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, by: str, as_json: bool
@@ -50,7 +49,7 @@ def label(
     labels = [(line, entry) for line, entry in entries if isinstance(entry, Label)]
     if send:
         home = fleet_config.find_folder(folder)
-        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s)
+        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
         report(accepted, rejected | refused, as_json)
         return
     from agent.fleet.labelling.labels import add
@@ -85,6 +84,7 @@ def _send_labels(
     task: str,
     labels: list[tuple[int, Label]],
     wait_s: float,
+    by: str,
 ) -> tuple[int, dict[int, str]]:
     """Return the number of labels that the device accepted, and line → reason of the others."""
     from agent.fleet.labelling.labels import split_labels
@@ -93,7 +93,7 @@ def _send_labels(
     rejected: dict[int, str] = {}
     for first, end, columns in split_labels([entry for _, entry in labels]):
         lines = [line for line, _ in labels[first:end]]
-        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns}, wait_s)
+        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns, "by": by}, wait_s)
         if not sent.ok or sent.reply is None:
             # Further commands would fail for the same reason.
             summary = sent.to_dict()["summary"]
