@@ -164,7 +164,7 @@ def test_rows_that_were_sent_are_not_sent_again(make_device: Callable[..., Sampl
     assert device.status()["covered"] == 2
 
 
-def test_deleted_rows_are_counted_as_gone(make_device: Callable[..., SampledDevice]) -> None:
+def test_deleted_rows_are_counted(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device()
     device.feed_text("rrrrrlrr")
     with device.store.transaction() as tx:
