@@ -248,7 +248,7 @@ def run_check(folder: Path) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"), [(["t", "b", "c", "d"], "other fields"), (["x"] * 4, "malformed content")]
+    ("fields", "reason"), [(["t", "label", "device", "z"], "other fields"), (["x"] * 4, "malformed content")]
 )
 def test_a_device_that_sends_other_fields_does_not_decide_about_the_samples_of_others(
     copied: Path, tmp_path: Path, fields: list[str], reason: str
