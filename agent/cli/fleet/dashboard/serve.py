@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agent.fleet.config import FleetConfig
     from agent.fleet.dashboard.pages.desk import OperatorDesk
     from agent.fleet.dashboard.security.access import AccessPolicy
+    from agent.fleet.database.store import FleetStore
 
 _SECRET_FILE = "dashboard.key"
 _ROLES = click.Choice(["viewer", "operator", "admin"])
@@ -67,7 +68,6 @@ def dashboard(
     account and are viewers. Everybody else signs in: `outstation fleet user add NAME --role operator`. What an operator
     decides is signed with the operator's key; without one, no action is offered.
     """
-    from agent.cli.fleet.dashboard.plot import render_device_drift
     from agent.fleet.dashboard.app import create_app
     from agent.fleet.dashboard.pages.visit import Dashboard
     from agent.fleet.dashboard.security.access import AccessPolicy
@@ -94,7 +94,7 @@ def dashboard(
         echo("outstation: warning: passwords cross the network unencrypted; add --tls-cert and --tls-key", err=True)
     desk = None if read_only else _open_desk(config, home, operator_key)
     listening = open_socket(listener)
-    served = Dashboard(config.fleet.name, home, location, policy, desk, render_device_drift)
+    served = Dashboard(config.fleet.name, home, location, policy, desk, _plot_drift)
     metrics = dashboard_route(served, load_token(config.metrics))
     shown = f"[{host}]" if ":" in host else host
     actions = "with the operator's key" if desk else "read-only"
@@ -106,6 +106,13 @@ def dashboard(
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+
+
+def _plot_drift(store: FleetStore, device: str, task: str, since: str | None, dark: bool) -> str:
+    """Import the plot with its first request: most visitors see none, and it takes megabytes."""
+    from agent.cli.fleet.dashboard.plot import render_device_drift
+
+    return render_device_drift(store, device, task, since, dark)
 
 
 def _load_secret(home: Path) -> bytes:
