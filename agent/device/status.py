@@ -20,7 +20,9 @@ from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
+from agent.device.samples import budget
 from agent.device.store import cost, space, task_keys
+from agent.device.store import labels as label_store
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
@@ -75,6 +77,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),
         "duplicate_files": counters.get("files duplicate", 0),
+        **budget.to_status(store, conf.samples, now),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
 
@@ -115,6 +118,7 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
         "site_reference": store.load_state(name, task_keys.SITE_REFERENCE) is not None,
         "reference": _summarize_reference(conf, store, name),
         "open": store.open_alerts(name),
+        "labels": msgspec.to_builtins(store.query(label_store.count_labels, name)),
         "quality": json.loads(label_metrics) if label_metrics else None,
         **deadline.to_status(store, counters, name, task.deadline),
         **overrides.to_status(store, name),

@@ -86,6 +86,10 @@ def print_document(document: dict[str, Any]) -> None:
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     if parts:
         echo(f"{'; '.join(parts)}\n")
+    if (samples := document.get("samples")) is not None:
+        dropped = ", ".join(f"{n} dropped ({reason})" for reason, n in sorted(samples["dropped"].items()))
+        spent = f"{samples['bytes_today']} of {samples['max_per_day']} bytes today"
+        echo(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
         echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
@@ -136,6 +140,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
             *map(printable, _format_label_metrics(task["quality"])),
+            *_format_label_counts(task["labels"]),
         ]
         lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         echo(f"\n{task['task']}")
@@ -216,6 +221,16 @@ def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     n = report.get("window", {}).get("n")
     lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {text}"] if text else []
     return lines + ([f"worse than elsewhere: {slices}{more}"] if slices else [])
+
+
+def _format_label_counts(counts: dict[str, int]) -> list[str]:
+    """Return how many labels are ground truth, and how many verdicts; nothing without labels."""
+    if not any(counts.values()):
+        return []
+    parts = [f"{counts['truth']} of ground truth", f"{counts['verdicts']} verdicts"]
+    parts += [f"{counts['model']} the model's own"] if counts["model"] else []
+    parts += [f"{counts['waiting']} that wait for their result"] if counts["waiting"] else []
+    return [f"labels: {', '.join(parts)}; {counts['authenticated']} authenticated"]
 
 
 def _format_interval(metric: dict[str, Any]) -> str:
