@@ -19,17 +19,23 @@ from agent.text import is_unicode, printable
 _COMMANDS = {
     "demo": ("agent.cli.demo:demo", "Run the whole system on this machine, with faults."),
     "init": ("agent.cli.device.init:init", "Write a commented outstation.toml and a device key."),
-    "join": ("agent.cli.device.join:join", "Make the device's keys and a request to join a fleet."),
+    "request": ("agent.cli.joining.request:request", "Make the device's keys and a request to join a fleet."),
+    "join": ("agent.cli.joining.join:join", "Join a fleet with the operator's answer; data and streams stay."),
     "check": ("agent.cli.device.check:check", "Check config, keys, bundles, storage, clock and broker."),
+    "doctor": ("agent.cli.doctor.doctor:doctor", "Mend what is wrong; flash wear, power, an archive for support."),
     "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
     "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),
-    "label": ("agent.cli.device.label:label", "Add ground-truth labels to results."),
+    "label": ("agent.cli.device.labelling.label:label", "Add ground-truth labels to results."),
+    "verdict": ("agent.cli.device.labelling.verdict:verdict", "Confirm or correct a result."),
+    "label-next": ("agent.cli.device.labelling.verdict:label_next", "Show which results to label next."),
+    "label-token": ("agent.cli.device.labelling.verdict:label_token", "Show the token with which a program labels."),
     "status": ("agent.cli.device.status:status", "Show backlog, tasks, bundles, outbox, clock and alerts."),
     "results": ("agent.cli.device.results:results", "Show what the models said last, and follow it."),
     "tail": ("agent.cli.device.tail:tail", "Show the newest readings of a stream, and follow them."),
     "metrics": ("agent.cli.metrics:metrics", "Show numbers of this device for Prometheus."),
-    "disclose": ("agent.cli.device.disclose:disclose", "Show an auditor the rows behind a signed message."),
+    "privacy": ("agent.cli.owner.privacy:privacy", "Show what leaves the device of each field, with an example."),
+    "disclose": ("agent.cli.owner.disclose:disclose", "Show an auditor the rows behind a signed message."),
     "head": ("agent.cli.device.head:head", "Sign the end of the message log for an auditor."),
     "cost": ("agent.cli.device.cost:cost", "Show processor time, flash writes, network bytes, energy."),
     "drift": ("agent.cli.device.drift:drift", "Show drift of a task's readings from its site's reference."),
@@ -78,7 +84,7 @@ def cli() -> None:
 
     \b
     Try it:    outstation demo
-    A device:  outstation init DIR; outstation check; outstation run
+    One Pi:    outstation init DIR --standalone; outstation check; outstation run
     A fleet:   outstation fleet init DIR; outstation fleet token DEVICE; outstation fleet collect
     """
 

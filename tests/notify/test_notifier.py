@@ -253,7 +253,7 @@ def test_a_target_that_fails_gets_every_state_later_and_is_an_alert_of_its_own(
         desk.config.routes.append(NotifyRoute(targets=["other"]))
         hook.status = 503
         desk.alert(AX)
-        desk.turn(1200)
+        desk.turn(2400)
         assert len(set(desk.keys())) == 1
         assert 3 <= len(desk.keys()) <= 20
         subjects = [json.loads(post.body)["subject"] for post in other.posts]
@@ -275,7 +275,7 @@ def test_a_failing_target_that_the_config_no_longer_names_is_no_alert_any_more(
     desk = Desk(store, hook)
     hook.status = 503
     desk.alert(AX)
-    desk.turn(1200)
+    desk.turn(2400)
     assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
     desk.config.targets["renamed"] = desk.config.targets.pop("hook")
     desk.config.routes[0] = NotifyRoute(targets=["renamed"])
@@ -293,7 +293,7 @@ def test_a_process_killed_before_it_marked_a_failing_target_raises_its_alert_lat
     with monkeypatch.context() as patch:
         patch.setattr(FleetAlertSource, "report_target", fail)
         with pytest.raises(StorageError):
-            desk.turn(1200)
+            desk.turn(3600)
     desk.restart()
     desk.turn(600)
     assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}

@@ -42,7 +42,7 @@ def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
 def unit_with_a_program(folder: Path) -> Path:
     """Return a copy of the unit that starts a program available on every machine."""
     copy = folder / UNIT.name
-    copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
+    copy.write_text(re.sub(r"^(Exec\w+)=/opt\S+", r"\1=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
     return copy
 
 
@@ -104,15 +104,15 @@ def test_the_shell_scripts_are_clean(program: Program) -> None:
 def test_the_installer_tells_its_options() -> None:
     done = run(INSTALL, "--help")
     assert done.returncode == 0
-    assert {"--enrolment", "--rollback", "--uninstall"} <= set(done.stdout.split())
+    assert {"--join", "--request", "--rollback", "--uninstall"} <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["--upgrade"], "--upgrade is no option"),
-        (["--enrolment"], "--enrolment needs a file"),
-        (["--enrolment", "/nonexistent"], "--enrolment needs a file"),
+        (["--join"], "--join needs a file"),
+        (["--join", "/nonexistent"], "--join needs a file"),
     ],
 )
 def test_the_installer_refuses_wrong_use_before_it_changes_anything(arguments: list[str], problem: str) -> None:

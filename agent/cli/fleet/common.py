@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.output import echo
+from agent.bootstrap.owner import become_owner
+from agent.cli.output import echo, emit
 from agent.config import parse_duration
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -23,13 +24,22 @@ from agent.toml_files import did_you_mean
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
+    from agent.fleet.enrolment.revocation import RevocationOutcome
 
 # A faster command shows no progress bar.
 _MIN_PROGRESS_TOTAL = 5000
 
+
+def _become_owner(_ctx: click.Context, _parameter: click.Parameter, folder: str | None) -> str | None:
+    """Go on as the owner of the fleet's folder: files that root made there would stop the collector."""
+    become_owner(fleet_config.find_folder(folder))
+    return folder
+
+
 fleet_option = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+    *("--dir", "folder"), metavar="DIR", callback=_become_owner,
+    help="The fleet's folder; default $OUTSTATION_FLEET, ., /var/lib/outstation-fleet.",
+)  # fmt: skip
 db_option = click.option("--db", metavar="URL", help="Another database than in fleet.toml: a path, or postgresql://…")
 wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
                            help="Wait this long for each reply; default 30.")  # fmt: skip
@@ -101,3 +111,11 @@ def print_lines(*lines: str) -> None:
     """Print lines that may contain text of devices: control characters are escaped."""
     for line in lines:
         echo(printable(line))
+
+
+def emit_revocation(kind: str, name: str, outcome: RevocationOutcome, as_json: bool) -> None:
+    """Print that the certificate of a client of the broker is revoked, and the steps left to the operator."""
+    ended = "; the broker ended its session" if outcome.ended else ""
+    document = {kind: name, "certificates": outcome.certificates, "session_ended": outcome.ended}
+    lines = (f"{name}: revoked{ended}", *outcome.steps)
+    emit({**document, "steps": list(outcome.steps)}, as_json, lambda: print_lines(*lines))

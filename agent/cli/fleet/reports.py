@@ -418,4 +418,6 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:
         yield "Nothing is collected yet: start `outstation fleet collect` and a device."
-    yield "PASSED" if report["passed"] else "FAILED"
+        yield "NOTHING TO VERIFY" if report["passed"] else "FAILED"
+    else:
+        yield "PASSED" if report["passed"] else "FAILED"

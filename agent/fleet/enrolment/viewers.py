@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files, input_files
+from agent import durable_files
 from agent.errors import UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, pki, revocation
+from agent.fleet.enrolment import broker_control, clients, pki
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
@@ -59,21 +59,8 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
-    """Shut a viewer out: its certificate goes on the revocation list, its session ends. Raises UsageError."""
-    user = _check_name(name)
-    files = certificate_of(folder, name)
-    certificate = Path(files.cert_file)
-    if config.ca is None or not certificate.exists():
-        raise UsageError(f"{certificate}: no such file, so there is no viewer {name!r}")
-    serial = pki.read_serial(input_files.read_bytes(certificate), certificate)
-    outcome = RevocationOutcome([], [f"{serial:x}"])
-    # One process at a time writes the list.
-    with store.transaction():
-        outcome.steps = revocation.add(folder, config, [serial])
-    revocation.change_access(folder, config, AccessChange(user, "none"), outcome)
-    durable_files.remove(certificate)
-    durable_files.remove(Path(files.tls_key_file))
-    return outcome
+    """Shut a viewer out. Raises UsageError."""
+    return clients.revoke(folder, config, store, _check_name(name), certificate_of(folder, name))
 
 
 def certificate_of(folder: Path, name: str) -> ClientCertificate:

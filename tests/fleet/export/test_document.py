@@ -16,7 +16,7 @@ from agent.fleet.export.query import ExportQueries
 from agent.fleet.export.tables import KINDS, Filters, arrow_schema
 from agent.testing.messages import FLEET, MessageSender, new_key
 
-TEXT = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
 DAY_US = 86_400_000_000
 LAST = clock.parse_rfc3339("2026-11-24T12:00:00Z")
 
