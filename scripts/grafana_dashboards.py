@@ -71,7 +71,8 @@ POSTGRESQL = (
           'SELECT "to" AS time, device, task, state, n FROM drift_windows '
           f'WHERE device IN ($device) AND "to" {_PERIOD} ORDER BY "to" DESC LIMIT 500'),
     Panel("Accuracy by labels", "timeseries",
-          "SELECT CAST(time AS TIMESTAMPTZ) AS time, device || ' ' || task || ' ' || metric AS metric, value "
+          "SELECT CAST(time AS TIMESTAMPTZ) AS time, device || ' ' || task || ' ' || metric "
+          "|| CASE WHEN source = 'verdicts' THEN ' by verdicts' ELSE '' END AS metric, value "
           f"FROM metrics WHERE device IN ($device) AND slice = '' AND time {_PERIOD} ORDER BY 1"),
     Panel("Messages stored", "timeseries",
           "SELECT date_bin('5 minutes', CAST(received AS TIMESTAMPTZ), TIMESTAMPTZ '2000-01-01') AS time, "

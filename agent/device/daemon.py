@@ -10,7 +10,7 @@ import contextlib
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -28,6 +28,7 @@ from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.space import SpaceManager
@@ -51,7 +52,13 @@ class Signals(msgspec.Struct):
 
     is_stopping: bool = False
     failure: Exception | None = None
-    on_model_wait: Callable[[], None] = lambda: None
+    is_reload_requested: bool = False
+    # Reads the config again; None if it is invalid, and the daemon goes on with its own.
+    read_config: Callable[[], Config | None] = lambda: None
+    # Config of the daemon that follows this one in the same process.
+    next_config: Config | None = None
+    # While the first models load, nothing else feeds the watchdog of a daemon that reloads.
+    on_model_wait: Callable[[], None] = lambda: notify("WATCHDOG=1")
     # Not a threading.Event: a signal handler that runs inside Event.wait can deadlock on the Event's lock.
     _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
@@ -72,6 +79,18 @@ class Signals(msgspec.Struct):
         self.is_stopping = True
         self.wake()
 
+    def request_reload(self) -> None:
+        self.is_reload_requested = True
+        self.wake()
+
+    def begin_reload(self) -> None:
+        """Read the config again, and stop for a daemon with it; an invalid one changes nothing."""
+        self.is_reload_requested = False
+        self.next_config = self.read_config()
+        if self.next_config is not None:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=")
+            self.request_stop()
+
 
 class _StopRequested(Exception):
     """Raised to stop waiting for a subprocess model while the daemon stops."""
@@ -89,6 +108,14 @@ class Notifier(Protocol):
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
+
+
+class ReadingSender(Protocol):
+    """Sends readings that wait, where the owner consents (`agent.device.samples.sampler`)."""
+
+    def tick(self, tasks: Iterable[SampledTask], now: ClockReading) -> int:
+        """Send what is due; return the number of messages. Raises StorageError."""
+        ...
 
 
 class Daemon:
@@ -114,8 +141,9 @@ class Daemon:
         signals: Signals,
         now: Callable[[], ClockReading],
         notifier: Notifier | None = None,
+        sampler: ReadingSender | None = None,
     ) -> None:
-        self.signals, self._notifier = signals, notifier
+        self.signals, self._notifier, self._sampler = signals, notifier, sampler
         self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
         self._scheduled_tasks, self._bundle_failures = scheduled_tasks, bundle_failures
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
@@ -167,7 +195,10 @@ class Daemon:
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
         while not self.signals.is_stopping:
             self.signals.wait(self.tick(self._now()))
-        notify("STOPPING=1")
+            if self.signals.is_reload_requested and not self.signals.is_stopping:
+                self.signals.begin_reload()
+        if self.signals.next_config is None:
+            notify("STOPPING=1")
         self._shut_down()
         if self.signals.failure is not None:
             raise self.signals.failure
@@ -206,6 +237,10 @@ class Daemon:
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
+        if self._sampler is not None:
+            sampled = (scheduled.task.samples for scheduled in self._scheduled_tasks)
+            if self._sampler.tick((task for task in sampled if task is not None), now):
+                self._uplink.wake()
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + HEALTH_INTERVAL_S
             self._health_reporter.write_health()
@@ -391,7 +426,9 @@ class Daemon:
             return
         self._updater.stop(self._now())
         self._health_reporter.write_health()
-        self._health_reporter.write_event("stopped", "The daemon was stopped.")
+        is_reload = self.signals.next_config is not None
+        summary = "The daemon stopped to reload its config." if is_reload else "The daemon was stopped."
+        self._health_reporter.write_event("stopped", summary)
         if self._remote_commands.is_wipe_requested:
             self._uplink.wake()
             self._remote_commands.wait_for_wipe(self._now, time.sleep)

@@ -23,6 +23,7 @@ from agent.transport.packets import (
     PublishReceipt,
     decompress,
 )
+from agent.wire.topics import topic_matches
 
 T = TypeVar("T")
 _STEP_S = 0.1
@@ -247,14 +248,3 @@ class LossyLink:
         chosen = {*ready}
         events = sorted((entries[i] for i in ready), key=lambda entry: entry[0])
         return [entry for i, entry in enumerate(entries) if i not in chosen], [event for _, event in events]
-
-
-def topic_matches(topic_filter: str, topic: str) -> bool:
-    """Return True if an MQTT topic filter matches a topic (MQTT 5, section 4.7)."""
-    levels, topic_levels = topic_filter.split("/"), topic.split("/")
-    for i, level in enumerate(levels):
-        if level == "#":
-            return True
-        if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
-            return False
-    return len(levels) == len(topic_levels)

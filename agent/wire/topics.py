@@ -47,6 +47,7 @@ KINDS = {
         MessageKind("drift", per_task=True, eviction_rank=2),
         MessageKind("quality", per_task=True, eviction_rank=2),
         MessageKind("shadow", per_task=True, eviction_rank=0),
+        MessageKind("samples", per_task=True, eviction_rank=0),
         MessageKind("alerts", per_task=True, eviction_rank=3),
         MessageKind("health", eviction_rank=1),
         MessageKind("audit", eviction_rank=4),
@@ -89,3 +90,14 @@ def parse(text: str) -> Topic:
     if task is not None and not is_name(task) and (kind, task) != ("alerts", DEVICE_ALERTS):
         raise MessageRefused("topic", f"{task[:80]!r} cannot name a task of {kind}")
     return Topic(parts[1], device, kind, task)
+
+
+def topic_matches(topic_filter: str, topic: str) -> bool:
+    """Return True if an MQTT topic filter matches a topic (MQTT 5, section 4.7)."""
+    levels, topic_levels = topic_filter.split("/"), topic.split("/")
+    for i, level in enumerate(levels):
+        if level == "#":
+            return True
+        if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
+            return False
+    return len(levels) == len(topic_levels)

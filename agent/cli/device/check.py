@@ -19,9 +19,10 @@ from msgspec.structs import asdict
 from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
-from agent.config import Config, UpdatesConfig
+from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
+from agent.device.intake import feedback_loops
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
@@ -44,7 +45,7 @@ from agent.text import printable
 _FETCH_TIMEOUT_S = 20.0
 # `fleet renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
-_STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
+STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 class CheckResult(msgspec.Struct, frozen=True):
@@ -57,26 +58,29 @@ class CheckResult(msgspec.Struct, frozen=True):
 
 @click.command(epilog="Example: outstation check -c /etc/outstation/outstation.toml")
 @config_option
+@click.option("--config-only", is_flag=True, help="Check the config file alone, as a reload does before it begins.")
 @json_option
-def check(config_file: str | None, as_json: bool) -> None:
+def check(config_file: str | None, config_only: bool, as_json: bool) -> None:
     """Check config, keys, bundles on this processor, storage, clock, update repository and broker.
 
     Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
     """
     file, conf = device.load_config(config_file)
-    results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
+    results = [CheckResult("config", "ok", str(file)), *([] if config_only else run_checks(file, conf))]
     emit([asdict(result) for result in results], as_json, lambda: _print(results))
     if any(result.state == "failed" for result in results):
         sys.exit(1)
 
 
-def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
+def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
     if (end := read_end(conf)) is not None:
         yield _check_certificate(end)
     if conf.privacy.encrypt:
         yield _check_encryption(file, conf)
+    if conf.samples is not None:
+        yield _run_check("samples", lambda s=conf.samples: _describe_samples(file, conf, s))  # type: ignore[misc]
     if not conf.streams:
         yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
@@ -85,6 +89,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         if (module := source_module(stream.source)) is not None:
             context = SourceContext(str(file), conf, name)
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    for loop in feedback_loops.find(conf):
+        yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
     for name, task in conf.tasks.items():
@@ -146,6 +152,17 @@ def _check_target(name: str, target: Target) -> CheckResult:
 
 def _check_encryption(file: Path, conf: Config) -> CheckResult:
     return _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
+
+
+def _describe_samples(file: Path, conf: Config, samples: SamplesConfig) -> str:
+    """Say which readings leave the device. Raises ConfigError without a key to seal them to."""
+    key = sinks.load_encryption_key(file, conf, "[samples] seals readings")
+    uncertain = samples.uncertain_below and f"results with a score below {samples.uncertain_below:g}"
+    reasons = [samples.on_alert and "alerts", uncertain, samples.on_request and "results that an operator asks for"]
+    named = ", ".join(reason for reason in reasons if reason) or "nothing"
+    tasks = ", ".join(samples.tasks) or "all tasks"
+    limits = f"{samples.digits} digits, at most {int(samples.max_per_day)} bytes a day"
+    return f"readings of {tasks} around {named} leave the device ({limits}), sealed to {key.kid}: {samples.consent}"
 
 
 def _check_confinement(conf: Config) -> CheckResult:
@@ -301,5 +318,5 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
 def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
-        state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
+        state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
         echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")

@@ -1,0 +1,121 @@
+"""`outstation fleet label`: join labels with collected results, or send them to the device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent import clock
+from agent.cli.device.labelling.label import by_option, read_labels, report
+from agent.cli.fleet.command import send_command
+from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
+from agent.cli.output import echo, emit, json_option, print_table
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
+from agent.performance.labels import Label
+from agent.text import printable
+
+if TYPE_CHECKING:
+    from agent.fleet.database.store import FleetStore
+    from agent.fleet.labelling.labels import LabelOutcome
+
+_MAX_LISTED = 20
+
+
+@click.command("label", epilog="Example: outstation fleet label pi-07 exercise truth.csv --send")
+@click.argument("device")
+@click.argument("task")
+@click.argument("file", default="-")
+@fleet_option
+@click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
+@wait_option
+@by_option
+@json_option
+def label(
+    device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, by: str, as_json: bool
+) -> None:
+    """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
+
+    Columns are those of `outstation label`: row,label or t,label, and source. With --send the labels go to the device
+    instead. Repeated labels do no harm. Exit 1 if a label was rejected.
+    """
+    config, store = open_for_reading(folder, device=device)
+    entries = list(read_labels(file))
+    rejected = {line: entry for line, entry in entries if isinstance(entry, str)}
+    labels = [(line, entry) for line, entry in entries if isinstance(entry, Label)]
+    if send:
+        home = fleet_config.find_folder(folder)
+        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
+        report(accepted, rejected | refused, as_json)
+        return
+    from agent.fleet.labelling.labels import add
+
+    try:
+        with open_store(config) as writable, writable.transaction() as db:
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us), by)
+    except ValueError as problem:
+        raise UsageError(str(problem)) from None
+    rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
+    model = outcome.model
+    document = {
+        "accepted": outcome.accepted,
+        "replaced": outcome.replaced,
+        "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
+        "sources": outcome.sources,
+        "model": model.to_dict() if model else None,
+        "results": {"listed": model.listed, "total": model.results} if model else None,
+        "other_models": outcome.other_bundle_labels,
+        "metrics": [metric.to_dict() for metric in outcome.metrics],
+    }
+    emit(document, as_json, lambda: _print_outcome(outcome, rejected))
+    if rejected:
+        sys.exit(1)
+
+
+def _send_labels(
+    home: Path,
+    config: FleetConfig,
+    store: FleetStore,
+    device: str,
+    task: str,
+    labels: list[tuple[int, Label]],
+    wait_s: float,
+    by: str,
+) -> tuple[int, dict[int, str]]:
+    """Return the number of labels that the device accepted, and line → reason of the others."""
+    from agent.fleet.labelling.labels import split_labels
+
+    accepted = 0
+    rejected: dict[int, str] = {}
+    for first, end, columns in split_labels([entry for _, entry in labels]):
+        lines = [line for line, _ in labels[first:end]]
+        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns, "by": by}, wait_s)
+        if not sent.ok or sent.reply is None:
+            # Further commands would fail for the same reason.
+            summary = sent.to_dict()["summary"]
+            return accepted, rejected | {line: f"not sent: {summary}" for line, _ in labels[first:]}
+        accepted += int(sent.reply.data["accepted"])
+        rejected |= {lines[int(index)]: str(reason) for index, reason in sent.reply.data["rejected"].items()}
+    return accepted, rejected
+
+
+def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:
+    echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
+    for line, reason in sorted(rejected.items())[:_MAX_LISTED]:
+        echo(printable(f"  line {line}: {reason}"))
+    if outcome.model is not None:
+        others = outcome.other_bundle_labels
+        also = f"; {others} labels are of results of other bundles" if others else ""
+        model = f"{outcome.model.name} {outcome.model.version}, {outcome.model.digest}"
+        echo(printable(f"results of {model}{also}"))
+    if outcome.sparse_warning is not None:
+        echo(f"warning: {outcome.sparse_warning}")
+    rows = [
+        [m.metric, printable(m.slice), *("" if v is None else f"{v:.4g}" for v in (m.value, m.low, m.high))]
+        for m in outcome.metrics
+    ]
+    print_table(["metric", "slice", "value", "from", "to"], rows, "No labelled result yet.")

@@ -1,0 +1,91 @@
+"""Command `outstation disclose`: the rows of one results message and the key that proves them, for an auditor."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import click
+
+from agent.bootstrap import device
+from agent.cli.output import config_option, emit
+from agent.config import Config
+from agent.device.machine import commitment_secret
+from agent.device.store.rows import Rows, concatenate
+from agent.device.store.store import Store
+from agent.errors import UsageError
+from agent.wire import commitment
+from agent.wire.commitment import Disclosure
+
+
+@click.command(epilog="Example: outstation disclose exercise --rows 1201-1400 > rows.json")
+@click.argument("task")
+@click.option("--rows", "span", metavar="A-B", required=True, help="First and last row, as `rows` in the message says.")
+@click.option("--log", metavar="LOG", help="The message's log, where that is not the current one.")
+@config_option
+def disclose(task: str, span: str, log: str | None, config_file: str | None) -> None:
+    """Print the rows behind one results message of TASK as JSON, with the key of its commitment.
+
+    The key opens this message and no other. `outstation fleet disclosed` compares both with the signed message. The
+    rows must still be stored: see [buffer] keep_readings.
+    """
+    _, conf = device.load_config(config_file, task)
+    matched = re.fullmatch(r"([1-9]\d{0,15})-([1-9]\d{0,15})", span)
+    if matched is None or int(matched[1]) > int(matched[2]):
+        raise UsageError(f"--rows {span}: give the first and the last row, such as 1201-1400")
+    rows = int(matched[1]), int(matched[2])
+    secret = commitment_secret.load(conf.data_dir)
+    with device.open_store_read_only(conf) as store:
+        disclosure = build_disclosure(conf, store, secret, task, log or store.log_id, rows)
+    emit(disclosure, True, lambda: None)
+
+
+def build_disclosure(
+    conf: Config, store: Store, secret: bytes, task: str, log: str, rows: tuple[int, int]
+) -> Disclosure:
+    """Return the stored rows with the key of their message. Raises UsageError if rows are gone, StorageError."""
+    name = conf.tasks[task].stream
+    stream = conf.streams[name]
+    if protected := sorted(stream.privacy.protected_fields([field.name for field in stream.fields])):
+        raise UsageError(
+            f"streams.{name}.privacy: {', '.join(protected)} may not leave as stored, and rows are proven as a whole; "
+            "remove the rule if their owner agrees"
+        )
+    stored = _read_rows(conf, store, name, rows)
+    texts = {field.name: store.categories(name, field.name) for field in stream.fields if field.type == "category"}
+    columns: list[list[Any]] = []
+    for field, column in zip(stream.fields, stored.columns, strict=True):
+        values = column.tolist()
+        if field.type == "category":
+            values = [texts[field.name][code] for code in values]
+        columns.append([None if isinstance(value, float) and math.isnan(value) else value for value in values])
+    return Disclosure(
+        conf.device.id,
+        log,
+        task,
+        rows,
+        commitment.encode_key(commitment.derive_key(secret, log, task, rows)),
+        [(field.name, field.type) for field in stream.fields],
+        stored.t.tolist(),
+        columns,
+        {
+            field.name: {texts[field.name][code]: code for code in set(column.tolist())}
+            for field, column in zip(stream.fields, stored.columns, strict=True)
+            if field.type == "category"
+        },
+    )
+
+
+def _read_rows(conf: Config, store: Store, stream: str, rows: tuple[int, int]) -> Rows:
+    parts, at = [], rows[0] - 1
+    while at < rows[1]:
+        batch = store.read_rows(stream, conf.streams[stream].fields, at, rows[1] - at)
+        if batch is None or batch.loss_reason or batch.first != at + 1:
+            raise UsageError(
+                f"{stream}: rows from {at + 1} on are not stored, so rows {rows[0]} to {rows[1]} cannot be shown; "
+                "[buffer] keep_readings says how long rows stay"
+            )
+        parts.append(batch.rows)
+        at = batch.last
+    return concatenate(parts)

@@ -1,0 +1,194 @@
+"""Labels at the collector: join them with collected results, or split them into commands for the device.
+
+Rows are numbered per log, so a label belongs to the device's newest log with results of the task. A row has one label;
+the last one wins. Metrics cover all labelled results of the newest bundle with labels in that log, and replace the
+metrics computed here before. Only the device computes slices, because their columns are not sent to the collector.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+
+from agent.fleet import bundle_history
+from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
+from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.labelling import labels as label_tables
+from agent.fleet.database.labelling.labels import TaskLog
+from agent.performance.estimates import MetricEstimate, compute_metrics
+from agent.performance.labels import MODEL, VERDICT, Label, count_sources
+from agent.performance.metrics import LabelledPredictions
+from agent.wire.commands import MAX_ARGUMENT_LENGTH
+
+SOURCE = "collector"
+_MATCH_TOLERANCE_US = 500
+_MAX_LABELS_PER_COMMAND = 200
+
+
+class LabelOutcome(msgspec.Struct, frozen=True):
+    """Outcome of joining labels with results.
+
+    `rejected`: position → reason. `replaced`: rows whose label changed. `sources`: number of all stored labels by
+    source. `metrics` are of the results of `model`, None without labelled results; `other_bundle_labels` counts labels
+    of results of other bundles.
+    """
+
+    accepted: int
+    replaced: int
+    rejected: dict[int, str]
+    sources: dict[str, int]
+    metrics: list[MetricEstimate]
+    model: BundleRun | None
+    other_bundle_labels: int
+
+    @property
+    def sparse_warning(self) -> str | None:
+        """Warning that the metrics are of a biased sample; None if the device publishes all results."""
+        if self.model is None or self.model.listed >= self.model.results:
+            return None
+        return (
+            f"the device publishes {self.model.listed} of {self.model.results} results of this bundle (task option "
+            "publish), selected by the model's own scores, so these metrics are of a biased sample. Send the labels "
+            'to the device (--send), or set publish = "all".'
+        )
+
+
+def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str, by: str) -> LabelOutcome:
+    """Store labels by `by` and recompute the metrics, in the caller's transaction.
+
+    Raises ValueError without any results.
+    """
+    db.lock_devices([device])
+    log = label_tables.find_newest_log(db, device, task)
+    if log is None:
+        raise ValueError(f"the collector has no results of task {task!r} of {device}")
+    key = (device, task, log)
+    results = _ResultIndex(label_tables.load_results(db, key))
+    schemas = _BundleSchemas(db, key, [label.text for label in labels])
+    rejected: dict[int, str] = {}
+    accepted = replaced = 0
+    for index, label in enumerate(labels):
+        row, problem = results.find_row(label), None
+        # PostgreSQL cannot store it in text.
+        if "\0" in label.text:
+            problem = "holds the character NUL"
+        elif label.source == VERDICT:
+            problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
+        elif row is not None:
+            problem = schemas.check_label(label, results.seq_by_row[row])
+        if row is None or problem is not None:
+            missing = (
+                "no result is that near to this time" if label.row is None else f"row {label.row} has no result here"
+            )
+            rejected[index] = problem or missing
+            continue
+        former = label_tables.save_label(db, key, row, label.text, label.source, now, by)
+        replaced += former is not None and former != (label.text, label.source)
+        accepted += 1
+    rows = label_tables.load_labelled_results(db, key)
+    judged = [row for row in rows if row[1] != MODEL]
+    model = schemas.runs.get(max((row[5] for row in judged), default=0))
+    of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
+    metrics = compute_label_metrics(schemas.get_schema(model), of_model) if model else []
+    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
+    sources = count_sources([row[1] for row in rows])
+    return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
+
+
+def split_labels(labels: Sequence[Label]) -> Iterator[tuple[int, int, str]]:
+    """Split labels into arguments of `label` commands: (first, end, JSON columns of at most MAX_ARGUMENT_LENGTH)."""
+    first = 0
+    while first < len(labels):
+        end = min(first + _MAX_LABELS_PER_COMMAND, len(labels))
+        while len(text := _encode_columns(labels[first:end])) > MAX_ARGUMENT_LENGTH:
+            end = first + (end - first) // 2
+        yield first, end, text
+        first = end
+
+
+def _encode_columns(labels: Sequence[Label]) -> str:
+    columns = {
+        "row": [label.row for label in labels],
+        "t": [None if label.t is None else label.t / 1e6 for label in labels],
+        "label": [label.text for label in labels],
+        "source": [label.source for label in labels],
+    }
+    return json.dumps(columns, separators=(",", ":"))
+
+
+class _ResultIndex:
+    """Results by row and by time; `seq_by_row` has the message of each."""
+
+    def __init__(self, results: list[tuple[int, int, int]]) -> None:
+        self._times, self._rows = [t for t, _, _ in results], [row for _, row, _ in results]
+        self.seq_by_row = {row: seq for _, row, seq in results}
+        intervals = np.diff(self._times)
+        self._max_distance_us = max(_MATCH_TOLERANCE_US, int(np.median(intervals)) // 2 if len(intervals) else 0)
+
+    def find_row(self, label: Label) -> int | None:
+        """Return the row of the labelled result: exact, or nearest in time within half the median interval."""
+        if label.row is not None:
+            return label.row if label.row in self.seq_by_row else None
+        t = label.t or 0
+        index = bisect.bisect_left(self._times, t)
+        nearby = [i for i in (index - 1, index) if 0 <= i < len(self._times)]
+        best = min(nearby, key=lambda i: abs(self._times[i] - t), default=None)
+        return None if best is None or abs(self._times[best] - t) > self._max_distance_us else self._rows[best]
+
+
+class _BundleSchemas:
+    """The bundle of each message with results, and the label schema of each bundle."""
+
+    def __init__(self, db: Connection, key: TaskLog, texts: Sequence[str]) -> None:
+        self._db, self._key = db, key
+        self.runs = bundle_history.load_bundle_runs(db, key)
+        self._label_texts = [*texts, *label_tables.load_label_texts(db, key, except_source=MODEL)]
+        self._schemas: dict[str, BundleLabelSchema] = {}
+
+    def get_schema(self, model: BundleRun) -> BundleLabelSchema:
+        if model.digest not in self._schemas:
+            schema = bundle_history.resolve_label_schema(self._db, self._key, model.digest, self._label_texts)
+            self._schemas[model.digest] = schema
+        return self._schemas[model.digest]
+
+    def check_label(self, label: Label, seq: int) -> str | None:
+        """Return why a label of a result in this message is rejected."""
+        schema = self.get_schema(self.runs[seq])
+        try:
+            schema.label_schema.parse(label.text)
+        except ValueError as problem:
+            hint = "" if schema.declared else ", as inferred from its results here; the device knows all (--send)"
+            return f"{problem}{hint}"
+        return None
+
+
+def metric_rows(
+    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
+) -> list[Row]:
+    """Return rows of table metrics."""
+    tail = (source, log, 0)
+    return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
+
+
+def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
+    """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
+    labels, parsed = schema.label_schema, []
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            parsed.append((labels.parse(row[0]), row[2], row[3], row[4]))
+    is_classifier = labels.kind == "classify"
+    usable = [row for row in parsed if (row[1] in labels.labels if is_classifier else row[3] is not None)]
+    truth = np.array([row[0] for row in usable], np.float64)
+    if is_classifier:
+        predicted = np.array([labels.labels.index(row[1]) for row in usable], np.int64)
+        score = np.array([np.nan if row[2] is None else row[2] for row in usable], np.float64)
+        return compute_metrics("classify", labels.labels, LabelledPredictions(truth, predicted, score))
+    value, above = np.array([row[3] for row in usable], np.float64), None
+    if labels.kind == "anomaly" and schema.threshold is not None:
+        above = (value > schema.threshold).astype(np.int64)
+    return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truth, above, value=value))
