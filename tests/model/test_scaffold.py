@@ -216,7 +216,7 @@ def test_a_table_names_the_fields_and_labels(tmp_path: Path) -> None:
 
 def test_data_that_the_input_cannot_hold_are_named_with_their_scale(tmp_path: Path) -> None:
     scaled = readings(600) * [1, 1, 1000, 0] + [0, 0, 5e6, 7]
-    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), scaled)
+    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), scaled.astype(np.float32))
     text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
     [warning] = [line for line in text.splitlines() if "The data do not fit" in line]
     assert "c has" in warning
