@@ -19,7 +19,7 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import quarantine
 from agent.device.commands.executor import RemoteCommands
-from agent.device.health import HEALTH_INTERVAL_S, BundleFailure, HealthReporter
+from agent.device.health import BundleFailure, HealthReporter, interval_s
 from agent.device.intake.server import Intake
 from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
@@ -203,7 +203,7 @@ class Daemon:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
         if now.boot_s >= self._next_health:
-            self._next_health = now.boot_s + HEALTH_INTERVAL_S
+            self._next_health = now.boot_s + interval_s(self._conf)
             self._health_reporter.write_health()
             self._uplink.wake()
         # While space is short, intake rejects rows.
