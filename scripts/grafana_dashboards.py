@@ -71,14 +71,18 @@ class Dialect(NamedTuple):
 # The variables and macros of Grafana's PostgreSQL source, and of the plugin frser-sqlite-datasource 4.
 DIALECTS = {
     "postgresql": Dialect(
-        *("$__timeFrom()", "$__timeTo()"),
-        *("CAST($__unixEpochFrom() AS BIGINT)", "CAST($__unixEpochTo() AS BIGINT)"),
+        "$__timeFrom()",
+        "$__timeTo()",
+        "CAST($__unixEpochFrom() AS BIGINT)",
+        "CAST($__unixEpochTo() AS BIGINT)",
         "CAST({} AS TIMESTAMPTZ)",
         "date_bin('5 minutes', CAST({} AS TIMESTAMPTZ), TIMESTAMPTZ '2000-01-01')",
     ),
     "sqlite": Dialect(
-        *(f"strftime('%Y-%m-%dT%H:%M:%fZ', ${name} / 1000, 'unixepoch')" for name in ("__from", "__to")),
-        *("$__from / 1000", "$__to / 1000"),
+        "strftime('%Y-%m-%dT%H:%M:%fZ', $__from / 1000, 'unixepoch')",
+        "strftime('%Y-%m-%dT%H:%M:%fZ', $__to / 1000, 'unixepoch')",
+        "$__from / 1000",
+        "$__to / 1000",
         # The plugin parses RFC 3339.
         "{}",
         "CAST(strftime('%s', {}) AS INTEGER) / 300 * 300",

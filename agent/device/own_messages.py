@@ -44,7 +44,9 @@ class OwnMessages:
     def _load_alerts(self) -> list[OpenAlert]:
         alerts = [
             OpenAlert(
-                *(str(alert.get(member)) for member in ("severity", "summary", "time")),
+                str(alert.get("severity")),
+                str(alert.get("summary")),
+                str(alert.get("time")),
                 name,
                 f"{output_key(str(alert.get('id')))}.{alert.get('revision', 1)}.{alert.get('time')}",
                 str(alert.get("time")),

@@ -86,8 +86,8 @@ def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_
     done = (viewers.add_password if with_password else viewers.add)(home, config, name)
     secret = {} if done.password is None else {"username": done.user, "password": done.password}
     files = {"viewer": name, **secret, "files": [str(file) for file in done.files], "steps": done.steps}
-    lines = [f"Created: {file}" for file in done.files]
+    shown = [f"Created: {file}" for file in done.files]
     if done.password is not None:
         again = "It is shown once; repeat this for another one."
-        lines += [f"User name: {done.user}", f"Password: {done.password}", again]
-    emit(files, as_json, lambda: print_lines(*lines, *done.steps))
+        shown += [f"User name: {done.user}", f"Password: {done.password}", again]
+    emit(files, as_json, lambda: print_lines(*shown, *done.steps))

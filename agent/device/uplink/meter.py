@@ -34,6 +34,8 @@ _BYTES_BY_HOUR = "metered bytes"
 _URGENT_SHARE = 0.2
 # For closing a connection, and for what the broker sends at the end.
 _GOODBYE_BYTES = 6_000
+# For a TLS handshake, the state and the keys of the device.
+CONNECTION_BYTES = 8_000
 # One commit writes about 28 KB to flash.
 _BOOKINGS = 100
 _MIN_BOOKING = 4096

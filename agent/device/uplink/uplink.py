@@ -18,7 +18,7 @@ from agent.device.machine.keys import keys_message
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
-from agent.device.uplink.meter import TrafficMeter
+from agent.device.uplink.meter import CONNECTION_BYTES, TrafficMeter
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
 from agent.device.uplink.session import Session, find_sent_early
@@ -166,7 +166,7 @@ class Uplink:
     def _run_session(self) -> bool:
         """Run one session until the sink is lost or the device stops; return False to open another at once."""
         now = self._now()
-        self._require_room(now)
+        self._require_room(now, CONNECTION_BYTES)
         self._reconnecting.clear()
         self._has_collector_answered = False
         will = self._message_log.build_live_message("state", {"state": "offline", "boot": self._message_log.boot}, now)
@@ -187,7 +187,7 @@ class Uplink:
                 self._refusals.flush(self._now(), force=is_stopping)
                 self._has_collector_answered = session.has_collector_answered
                 if not is_stopping:
-                    self._require_room(self._now())
+                    self._require_room(self._now(), 0)
                 if self._reconnecting.is_set() and not self._stopping.is_set():
                     sink.close()
                     return False
@@ -213,9 +213,9 @@ class Uplink:
             if self._meter is not None:
                 self._meter.observe(sink.traffic_bytes, self._now())
 
-    def _require_room(self, now: ClockReading) -> None:
+    def _require_room(self, now: ClockReading, least: float) -> None:
         """Raise LinkDown if the budget of a metered connection is used up: being connected costs bytes, too."""
-        if self._meter is not None and self._meter.room(now, urgent=True) <= 0:
+        if self._meter is not None and self._meter.room(now, urgent=True) <= least:
             raise LinkDown("[broker.metered] budget is used up; it has room again within 25 h")
 
     def _handle_delivery(self, delivery: IncomingMessage, now: ClockReading) -> bool:

@@ -159,8 +159,8 @@ class ViewersBroker:
         """Let a viewer in, with a new password if one is given, and return the steps left to the operator."""
         roles = [{"rolename": "viewer"}]
         secret = {} if password is None else {"password": password}
-        client = {"username": user, "roles": roles, **secret}
-        commands = [
+        client: dict[str, Any] = {"username": user, "roles": roles, **secret}
+        commands: list[dict[str, Any]] = [
             {"command": "createClient", **client},
             {"command": "modifyClient", **client},
             {"command": "enableClient", "username": user},
