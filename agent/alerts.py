@@ -100,8 +100,10 @@ def continue_number(number: int, used: int, *, is_open: bool) -> int:
     return number if used <= number else used + is_open
 
 
-_DRIFT_CLEARS = "Once the drift test has been close to the site's reference for three drift windows in a row."
-_FAULT_CLEARS = "After three drift windows in a row without a fault of this kind."
+_DRIFT_CLEARS = (
+    "Once the drift test has been close to the site's reference for three drift windows in a row, and 60 rows."
+)
+_FAULT_CLEARS = "After three drift windows in a row, and 60 rows, without a fault of this kind."
 _RELEARN = "If the change is meant to stay, learn the site's reference anew: `outstation reference relearn`."
 
 FIELD_DRIFT = AlertKind(
@@ -274,8 +276,8 @@ DEADLINE_MISSED = AlertKind(
 REFERENCE_DEVIATES = AlertKind(
     *("Reference deviates", "drift", "reference", "reference/drift/{count}", "warning", "task"),
     "The reference that the device learned here differs from the shipped one, from the site's former one or from the "
-    "accepted one; or a field moved steadily while it was learned. Drift is measured from it all the same, unless "
-    "`on_deviation` is `hold`.",
+    "accepted one; or a field moved steadily or changed at once while it was learned. Drift is measured from it all the "
+    "same, unless `on_deviation` is `hold`.",
     "A sensor that was wrong from the first row; a site unlike the training data; a slow change that was learned.",
     "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
     "them, then learn again: `outstation reference relearn`.",

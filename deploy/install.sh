@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Installs Outstation as a service on Raspberry Pi OS or Debian. Run it again to upgrade: config and data stay.
 #
-#   sudo deploy/install.sh                      from the checkout it lies in
+#   sudo deploy/install.sh                      from the checkout it lies in; a device without a fleet
+#   sudo deploy/install.sh --broker URL         the same, with a broker on another machine
 #   sudo deploy/install.sh outstation-….whl     from a wheel
-#   sudo deploy/install.sh --join FLEET/DEVICE --token TOKEN   makes the keys, and the request for the operator
-#   sudo deploy/install.sh --enrolment FILE     with the file that `outstation fleet enrol --bundle-out` wrote
+#   sudo deploy/install.sh --request FLEET/DEVICE --token TOKEN   makes the keys, and the request for the operator
+#   sudo deploy/install.sh --join FILE          joins with what `outstation fleet enrol --bundle-out` wrote; data stay.
+#                                               --replace: also where files differ; each is kept as NAME.before-join
 #   sudo deploy/install.sh --extras images,parquet   for streams of images, for Parquet files; upgrades keep them
 #   sudo deploy/install.sh --rollback           back to the version before the last upgrade
 #   sudo deploy/install.sh --uninstall          the program goes; config, keys and data stay
@@ -17,6 +19,11 @@ config=/etc/outstation
 data=/var/lib/outstation
 unit=/etc/systemd/system/outstation.service
 command=/usr/local/bin/outstation
+declare -A completions=(
+    [bash]=/usr/share/bash-completion/completions/outstation
+    [zsh]=/usr/share/zsh/vendor-completions/_outstation
+    [fish]=/usr/share/fish/vendor_completions.d/outstation.fish
+)
 
 say() { echo "outstation: $*"; }
 die() { echo "outstation: $1" >&2; exit "${2:-1}"; }
@@ -25,12 +32,14 @@ systemd_runs() { [[ -d /run/systemd/system ]]; }
 version() { "$program/bin/python" -c 'import agent; print("version", agent.__version__)'; }
 
 main() {
-    local source="" enrolment="" join="" token="" action=install
+    local source="" join="" request="" token="" replace="" broker="" action=install
     extras=$(cat "$program/.extras" 2>/dev/null || true)
     while [[ $# != 0 ]]; do
         case $1 in
-            --enrolment) enrolment=${2:-}; [[ -r $enrolment ]] || die "--enrolment needs a file that can be read" 2; shift ;;
-            --join) join=${2:-}; [[ $join == ?*/?* ]] || die "--join needs FLEET/DEVICE, as acme/pi-07" 2; shift ;;
+            --join) join=${2:-}; [[ -f $join && -r $join ]] || die "--join needs a file that can be read" 2; shift ;;
+            --replace) replace=--replace ;;
+            --request) request=${2:-}; [[ $request == ?*/?* ]] || die "--request needs FLEET/DEVICE, as acme/pi-07" 2; shift ;;
+            --broker) broker=${2:-}; [[ -n $broker ]] || die "--broker needs a URL, as mqtt://127.0.0.1:1883" 2; shift ;;
             --token) token=${2:-}; [[ -n $token ]] || die "--token needs what fleet token printed" 2; shift ;;
             --extras) [[ ${2-} =~ ^[a-z,]*$ ]] || die "--extras needs names with commas, as images,parquet" 2; extras=${2-}; shift ;;
             --rollback | --uninstall) action=${1#--} ;;
@@ -48,14 +57,15 @@ main() {
             source=$(find_source "$source")
             install_program "$source"
             make_user
-            if [[ -n $join ]]; then
-                "$program/bin/outstation" join "$config" --fleet "${join%%/*}" --id "${join#*/}" ${token:+--token "$token"}
-                say "the keys stay in $config; take the request to the operator, and run this again with --enrolment"
-            else
-                make_config "$enrolment"
+            if [[ -n $request ]]; then
+                "$program/bin/outstation" request "$config" --fleet "${request%%/*}" --id "${request#*/}" ${token:+--token "$token"}
+                give_files
+                say "the keys stay in $config; take the request to the operator, and run this again with --join"
+                exit 0
             fi
+            if [[ -n $join ]]; then join_fleet "$join" "$replace"; else make_config "$broker"; fi
             give_files
-            [[ -n $join ]] || install_service
+            install_service
             ;;
     esac
 }
@@ -187,6 +197,11 @@ activate() { # FOLDER: in one step, the link is never missing
     ln -sfn "$1" "$program.new"
     mv -T "$program.new" "$program"
     ln -sfn "$program/bin/outstation" "$command"
+    local shell file
+    for shell in "${!completions[@]}"; do
+        file=${completions[$shell]}
+        [[ ! -d ${file%/*} ]] || _OUTSTATION_COMPLETE=${shell}_source "$command" >"$file" || rm -f "$file"
+    done
 }
 
 roll_back() {
@@ -194,6 +209,8 @@ roll_back() {
     current=$(readlink "$program") || die "nothing is installed, so there is nothing to go back to"
     before=$(dirname "$(find "$versions" -maxdepth 2 -name .source -not -path "$current/*" | sort | tail -n 1)")
     [[ $before != . ]] || die "there is no version before this one"
+    [[ $(basename "$before") < $(basename "$current") ]] ||
+        die "$(version) is the older of the two that are kept; to go forward, run: sudo $0"
     activate "$before"
     say "back to $(version); it came from $before"
     if systemd_runs; then systemctl try-restart outstation; fi
@@ -211,14 +228,24 @@ make_user() {
     install -d -o outstation -g outstation -m 0750 "$data"
 }
 
-make_config() { # ENROLMENT
-    if [[ -n $1 || ! -e $config/outstation.toml ]]; then
-        "$program/bin/outstation" init "$config" ${1:+--from "$1"}
-        # The service may write there only.
-        sed -i "s|^data_dir = .*|data_dir = \"$data\"|" "$config/outstation.toml"
-    else
+make_config() { # BROKER: for a device without a fleet
+    if [[ -e $config/outstation.toml ]]; then
         say "kept $config/outstation.toml"
+    else
+        "$program/bin/outstation" init "$config" --standalone --data-dir "$data" ${1:+--broker "$1"}
     fi
+}
+
+join_fleet() { # FILE --replace: while it joins, no daemon may use the data
+    local was_running=""
+    if systemd_runs && systemctl -q is-active outstation; then
+        was_running=yes
+        systemctl stop outstation
+    fi
+    "$program/bin/outstation" join "$1" --dir "$config" --data-dir "$data" ${2:+"$2"} || {
+        [[ -z $was_running ]] || systemctl start outstation
+        die "the device did not join, see above"
+    }
 }
 
 give_files() {
@@ -232,8 +259,7 @@ give_files() {
 install_service() {
     install -m 0644 "$here/outstation.service" "$unit"
     if ! ready; then
-        say "the service is installed and not started: mend the above in $config/outstation.toml, then run this again"
-        say "or get the whole config from the fleet: outstation fleet enrol DEVICE --bundle-out FILE there, --enrolment FILE here"
+        say "the service is installed and not started: fix the problems above in $config/outstation.toml, then run this again"
     elif ! systemctl enable -q outstation 2>/dev/null; then
         say "there is no systemd here: start it yourself, with $program/bin/outstation run"
     elif ! systemd_runs; then
@@ -258,7 +284,7 @@ sys.exit(bool(failed))' <<<"$report"
 
 uninstall() {
     if systemd_runs; then systemctl disable -q --now outstation 2>/dev/null || true; fi
-    rm -f "$unit" "$command" "$program"
+    rm -f "$unit" "$command" "$program" "${completions[@]}"
     rm -f /etc/systemd/system/multi-user.target.wants/outstation.service
     rm -rf "$versions"
     if systemd_runs; then systemctl daemon-reload; fi

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
 from agent.device.intake.sources.registry import source_module
+from agent.device.machine import certificate
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline import label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.pipeline.tasks import Runtime, ScheduledTask
+from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask
 from agent.device.rollout import saved_drift
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.fetch.request import METADATA_DIR
@@ -149,7 +150,14 @@ def _build_commands(
         lambda: status.build_document(conf, store),
         updater.rollouts,
     )
+
+    def install_certificate(args: Mapping[str, str], _: ClockReading) -> Effect:
+        end = certificate.install_certificate(conf, args["certificate"])
+        # The session goes on; the next connection uses it.
+        return Effect(f"The TLS certificate is valid until {end:%Y-%m-%d}.", {"end": f"{end:%Y-%m-%dT%H:%M:%SZ}"})
+
     actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "cancel-wipe": wipe.cancel}
+    actions["install-certificate"] = install_certificate
     executor = CommandExecutor(store, message_log, receiver, actions, {"wipe": wipe.request})
     return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 # Sinks are imported when they are opened: most commands need none.
 def _open_mqtt(conf: Config, subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
+    from agent.device.machine.certificate import choose_certificate
     from agent.device.uplink.mqtt_sink import open_mqtt_sink
 
-    return open_mqtt_sink(conf.broker, conf.device.id, subscriptions, will)
+    return open_mqtt_sink(choose_certificate(conf), conf.device.id, subscriptions, will)
 
 
 SINKS: dict[str, Callable[[Config, Sequence[str], OutgoingMessage], Sink]] = {"mqtt": _open_mqtt, "mqtts": _open_mqtt}

@@ -19,7 +19,8 @@ from agent.text import is_unicode, printable
 _COMMANDS = {
     "demo": ("agent.cli.demo:demo", "Run the whole system on this machine, with faults."),
     "init": ("agent.cli.device.init:init", "Write a commented outstation.toml and a device key."),
-    "join": ("agent.cli.device.join:join", "Make the device's keys and a request to join a fleet."),
+    "request": ("agent.cli.joining.request:request", "Make the device's keys and a request to join a fleet."),
+    "join": ("agent.cli.joining.join:join", "Join a fleet with the operator's answer; data and streams stay."),
     "check": ("agent.cli.device.check:check", "Check config, keys, bundles, storage, clock and broker."),
     "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
@@ -78,7 +79,7 @@ def cli() -> None:
 
     \b
     Try it:    outstation demo
-    A device:  outstation init DIR; outstation check; outstation run
+    One Pi:    outstation init DIR --standalone; outstation check; outstation run
     A fleet:   outstation fleet init DIR; outstation fleet token DEVICE; outstation fleet collect
     """
 

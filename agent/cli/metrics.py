@@ -24,7 +24,7 @@ from agent.device import status as documents
 def metrics(out: Path | None, config_file: str | None) -> None:
     """Print backlog, storage, drift windows and open alerts of this device in Prometheus' text format.
 
-    Run it from a timer each minute; docs/prometheus.md has one.
+    Run it from a timer each minute; docs/guides/prometheus.md has one.
     """
     _, conf = device.load_config(config_file)
     with device.open_store_read_only(conf) as store:

@@ -59,7 +59,7 @@ def _to_row(state: TargetState, waiting: int) -> dict[str, object]:
 
 def _require_targets(file: str, config: NotifyConfig, name: str | None) -> None:
     if not config.targets:
-        raise UsageError(f"{file}: no target; add a section [notify.targets.NAME], see docs/notify.md")
+        raise UsageError(f"{file}: no target; add a section [notify.targets.NAME], see docs/guides/notify.md")
     if name is not None and name not in config.targets:
         raise UsageError(f"{file}: no target {name!r}{did_you_mean(name, config.targets)}")
 

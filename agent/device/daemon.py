@@ -123,10 +123,14 @@ class Daemon:
         self._timekeeper = Timekeeper(store, message_log)
         self._throttle = Throttle(conf.throttle)
         self._intake, self._uplink = intake, uplink
+        # Tasks whose last batch found no room.
+        self._crowded: set[str] = set()
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
         self._backoffs: dict[str, _Backoff] = {}
-        self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
+        self._space = SpaceManager(
+            conf, store, message_log, self._run_early, self._list_stalled_tasks, lambda: self._crowded
+        )
         self._reload_task = reload_task
         signals.on_model_wait = self._on_model_wait
         self._runtime = Runtime(
@@ -264,6 +268,7 @@ class Daemon:
                 return
             except StorageFull as full:
                 log.error("task %s: %s; it is retried when next due", task.name, full)
+                self._crowded.add(task.name)
                 self._next_space_check = now.boot_s
                 return
             except StorageError:
@@ -274,6 +279,7 @@ class Daemon:
                 self._back_off(task, "", error)
                 return
             self._stuck.discard(task.name)
+            self._crowded.discard(task.name)
             self._clear_backoff(task.name, "")
             if result is None:
                 return

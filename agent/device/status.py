@@ -26,6 +26,7 @@ from agent.errors import BadBundle, UsageError
 from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
+_MIN_COST_S = 600
 
 _SITE_SUMMARY = ("number", "windows", "deviations", "held", "modes", "smallest_changes")
 
@@ -36,7 +37,8 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
     metered = conf.broker.metered
     now, counters = make_clock(store)(), store.counters()
     hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
-    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
+    # The first minutes write more than others: tables, a first reference.
+    written = round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds >= _MIN_COST_S else None
     return {
         "device": conf.device.id,
         "fleet": conf.device.fleet,

@@ -5,8 +5,9 @@ One alert may be open for each field and kind of fault, and one for each subject
 - An open alert that grows or turns round is published again as its next revision (`escalation`).
 - A fault clears after three windows without one. What only a site's reference shows (swapped, reversed, quantized)
   waits for one, or for an operator who has it learned or accepts the readings.
-- A drift that was raised in the last windows before a field turns out to be read wrongly followed from that, and so
-  does any drift of this field. Its alert is withdrawn, and what was gathered on it is forgotten.
+- A drift that was raised in the last windows before a field turns out to be read wrongly followed from that. So does an
+  older drift of this field, unless the readings are now far worse than that drift ever was. Its alert is withdrawn, and
+  what was gathered on it is forgotten.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from msgspec.structs import replace
 from agent.alerts import Alert, MonitoredAlert, monitoring_kind
 from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
+from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, round_significant
 from agent.drift.faults.faults import KINDS, Fault
-from agent.drift.numeric.escalation import MIN_SCORE
+from agent.drift.numeric.escalation import GROWTH, MAX_SCORE, MIN_SCORE
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.state import DriftState
@@ -39,8 +40,13 @@ class AlertLifecycle:
         self.shipped, self.units, self.roles = shipped, units, roles
         self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
 
-    def update_faults(self, state: DriftState, faults: tuple[tuple[Fault, ...], ...]) -> tuple[DriftState, list[Alert]]:
-        """Return the state with the alerts of a window's `faults`: one per field and kind of fault."""
+    def update_faults(
+        self, state: DriftState, faults: tuple[tuple[Fault, ...], ...], z: Float64s | None
+    ) -> tuple[DriftState, list[Alert]]:
+        """Return the state with the alerts of a window's `faults`: one per field and kind of fault.
+
+        `z` (T,) are the window's scores, if there is a site's reference.
+        """
         before, raised = state.faults, state.raised_counts
         has_site = state.tested_reference is not None
         opened, changes = before.update(
@@ -48,10 +54,12 @@ class AlertLifecycle:
         )
         if opened is before:
             return state, []
-        after, out = self._withdraw_misread(state, opened.misread & ~before.misread)
+        after, out = self._withdraw_misread(state, opened.misread & ~before.misread, z)
         for field, kind in np.argwhere(changes.raised | changes.escalated | changes.cleared).tolist():
             if changes.cleared[field, kind]:
-                sentence = alert_text.fault_cleared_sentence(self.shipped.fields[field], KINDS[kind])
+                sentence = alert_text.fault_cleared_sentence(
+                    self.shipped.fields[field], KINDS[kind], windows_to_clear(state.open_summary.rows)
+                )
                 number = int(before.number[field, kind])
                 out.append(self._build_alert(state, "fault", field, number, sentence, kind=KINDS[kind]))
                 continue
@@ -143,16 +151,19 @@ class AlertLifecycle:
 
     def build_cleared_alert(self, state: DriftState, subject: int, sentence: str = "") -> Alert:
         """Return the end of a drift alert."""
-        sentence = sentence or alert_text.drift_cleared_sentence(self.subjects[subject])
+        windows = windows_to_clear(state.window * self.shipped.window_rows)
+        sentence = sentence or alert_text.drift_cleared_sentence(self.subjects[subject], windows)
         return self._build_alert(state, "drift", subject, int(state.raised_counts[subject, _DRIFT]), sentence)
 
-    def _withdraw_misread(self, state: DriftState, newly_misread: Bools) -> tuple[DriftState, list[Alert]]:
-        """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly."""
+    def _withdraw_misread(
+        self, state: DriftState, newly_misread: Bools, z: Float64s | None
+    ) -> tuple[DriftState, list[Alert]]:
+        """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly, by scores `z` (T,)."""
         if not newly_misread.any():
             return state, []
-        late = state.raised_window > state.index - WINDOWS_TO_CLEAR
+        late = state.raised_window > state.index - windows_to_clear(state.open_summary.rows)
         # Windows between show another unit less clearly, and may raise the field's own drift long before.
-        late[: len(newly_misread)] |= newly_misread
+        late[: len(newly_misread)] |= newly_misread & ~self._has_grown(state, z)[: len(newly_misread)]
         late &= state.suite.open_subjects
         names = [self.shipped.fields[field] for field in np.flatnonzero(newly_misread)]
         out = [
@@ -160,6 +171,14 @@ class AlertLifecycle:
             for subject in np.flatnonzero(late).tolist()
         ]
         return replace(state, suite=state.suite.reset_subjects(late)), out
+
+    def _has_grown(self, state: DriftState, z: Float64s | None) -> Bools:
+        """Return the subjects (F + 3,) whose scores `z` (T,) are far larger than their drift was as published."""
+        if z is None:
+            return np.zeros(len(self.subjects), np.bool_)
+        now = np.minimum(np.abs(np.nan_to_num(z)), MAX_SCORE)
+        size = np.array([now[own].max(initial=0.0) for own in state.suite.layout.tests])
+        return np.asarray(size > GROWTH * np.maximum(np.abs(state.drift_escalation.size), MIN_SCORE))
 
     def _build_alert(
         self,

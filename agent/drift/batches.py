@@ -284,6 +284,7 @@ def _run_gates(
             site.baselines[gate.name],
             start_times[ahead],
             fields_drift=fields_drift,
+            to_clear=site.task.windows_to_clear,
         )
         for gate in GATES
     }

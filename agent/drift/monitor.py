@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -34,7 +35,7 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.batches import FullWindows, WindowAnalysis
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
-from agent.drift.faults.constant_runs import run_until_stuck
+from agent.drift.faults.constant_runs import ConstantRuns, run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.reporting.field_roles import complete_roles
@@ -42,6 +43,14 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window,
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    """Outcome of closed windows: alerts, the reference that they completed, and why learned ones were dropped."""
+
+    alerts: tuple[Alert, ...]
+    learned: Reference | None
+    refused: str | None
 
 
 class DriftMonitor:
@@ -288,18 +297,7 @@ class DriftMonitor:
         missing = self._update_missing(state, analysis, ahead, full.start_times)
         known = state.site_reference or self.shipped
         runs = run_until_stuck(state.faults.runs, analysis.summaries, ahead, known)
-        identified = faults.identify_faults(
-            analysis.indicators,
-            first,
-            analysis.summaries,
-            self.shipped,
-            self.units,
-            state.site_reference,
-            state.faults.misread,
-            missing[0],
-            state.faults.spoilt,
-            runs[0],
-        )
+        identified = self._identify_faults(state, analysis, first, missing[0], runs[0])
         # A single window without the fault does not prove a misread field sound.
         has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
         is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(known).any())
@@ -311,46 +309,75 @@ class DriftMonitor:
         before = full.open_windows(state, closing, summarized=tests.nearest is None)
         after = replace(
             before,
-            suite=tests.suite,
+            suite=succession.forget_answers(tests.suite) if state.is_inherited else tests.suite,
             gates=tests.gates,
             faults=replace(before.faults, missing=missing[tests.windows - 1], runs=runs[tests.windows - 1]),
         )
-        drift_alerts: list[Alert] = []
-        if state.is_inherited:
-            after = replace(after, suite=succession.forget_answers(after.suite))
-        learned, refused = None, None
-        guard_alerts: list[Alert] = []
-        if tester is not None and analysis.evidence is not None and not tests.blocked:
-            after, drift_alerts = self._alert_lifecycle.update_drifts(
-                before, after, analysis.evidence.z[first], analysis.evidence.effects[first], tester
-            )
-        if self._is_gathering(after) and not tests.blocked:
-            after, learned, refused = self._gather_window(after)
-            after, guard_alerts = self._build_guard_alerts(before, after)
-        after, fault_alerts = self._alert_lifecycle.update_faults(after, identified)
-        gate_alerts = analysis.build_gate_alerts(first, state.gates, before, tests.gates, state.site_reference)
+        after, outcome = self._conclude_windows(before, after, analysis, first, identified, blocked=tests.blocked)
         result = full.build_result(
             closing,
             before,
-            learned_reference=learned,
-            learning_error=refused,
-            alerts=(*fault_alerts, *gate_alerts, *drift_alerts, *guard_alerts),
+            learned_reference=outcome.learned,
+            learning_error=outcome.refused,
+            alerts=outcome.alerts,
             nearest=tests.nearest,
         )
-        return after, ClosedWindow(
-            result,
-            MessageSums.from_summaries(analysis.summaries, closing),
-            SuiteStatus(
-                cusum_sums=after.suite.cusum.value,
-                layout=after.suite.layout,
-                drifting=after.suite.open_subjects.tolist(),
-                faults=tuple(several[-1].name if several else None for several in identified),
-                tested=tester is not None and not tests.blocked,
-                answers_tested=not state.is_inherited,
-            ),
-            after.gates,
-            self._find_tester(after),
+        status = SuiteStatus(
+            cusum_sums=after.suite.cusum.value,
+            layout=after.suite.layout,
+            drifting=after.suite.open_subjects.tolist(),
+            faults=tuple(several[-1].name if several else None for several in identified),
+            tested=tester is not None and not tests.blocked,
+            answers_tested=not state.is_inherited,
         )
+        sums = MessageSums.from_summaries(analysis.summaries, closing)
+        return after, ClosedWindow(result, sums, status, after.gates, self._find_tester(after))
+
+    def _identify_faults(
+        self, state: DriftState, analysis: WindowAnalysis, index: int, missing: MissingValues, runs: ConstantRuns
+    ) -> tuple[tuple[faults.Fault, ...], ...]:
+        """Return the faults of each field in window `index`; `missing` and `runs` are the states after it."""
+        return faults.identify_faults(
+            analysis.indicators,
+            index,
+            analysis.summaries,
+            self.shipped,
+            self.units,
+            state.site_reference,
+            state.faults.misread,
+            state.faults.exchanged,
+            missing,
+            state.faults.spoilt,
+            runs,
+        )
+
+    def _conclude_windows(
+        self,
+        before: DriftState,
+        after: DriftState,
+        analysis: WindowAnalysis,
+        first: int,
+        identified: tuple[tuple[faults.Fault, ...], ...],
+        *,
+        blocked: bool,
+    ) -> tuple[DriftState, _Outcome]:
+        """Raise and clear alerts and learn, from the state `before` the windows and `after` their tests."""
+        tester, site = self._find_tester(before), before.site_reference
+        drift_alerts: list[Alert] = []
+        guard_alerts: list[Alert] = []
+        learned, refused = None, None
+        gates = before.gates, after.gates
+        if tester is not None and analysis.evidence is not None and not blocked:
+            after, drift_alerts = self._alert_lifecycle.update_drifts(
+                before, after, analysis.evidence.z[first], analysis.evidence.effects[first], tester
+            )
+        if self._is_gathering(after) and not blocked:
+            after, learned, refused = self._gather_window(after)
+            after, guard_alerts = self._build_guard_alerts(before, after)
+        scores = None if analysis.evidence is None else analysis.evidence.z[first]
+        after, fault_alerts = self._alert_lifecycle.update_faults(after, identified, scores)
+        gate_alerts = analysis.build_gate_alerts(first, gates[0], before, gates[1], site)
+        return after, _Outcome((*fault_alerts, *gate_alerts, *drift_alerts, *guard_alerts), learned, refused)
 
     def _is_gathering(self, state: DriftState) -> bool:
         """Return True if windows are gathered to learn from: none while an alert is open but of few missing values."""
@@ -384,10 +411,11 @@ class DriftMonitor:
                 return gathered, None, None
             return fresh, None, f"{refused}; gathering {self.learn_windows} new windows"
         residuals = compute_residuals(shipped, learning, site, self.seasonality)
-        guard = state.guard.check(site, self.shipped, residuals, self.units, hold=self.hold_deviating)
+        guard = state.guard.check(site, self.shipped, residuals, learning.t[:, 0], self.units, hold=self.hold_deviating)
         assert site.site is not None
         if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
-            return gathered, None, None
+            # A change is told at once, however long learning goes on.
+            return replace(gathered, guard=state.guard.announce_steps(guard)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.
             fresh = replace(fresh, suite=SuiteState.start(self.shipped.task))
@@ -397,7 +425,8 @@ class DriftMonitor:
     def _build_guard_alert(self, before: DriftState, after: DriftState) -> Alert | None:
         if after.guard is before.guard:
             return None
-        return deviation.build_alert(after.guard, before.guard, {"window": before.index, "rows": list(before.rows)})
+        window = {"window": before.index, "rows": list(before.rows)}
+        return deviation.build_alert(after.guard, before.guard, window, learning=after.learning.windows > 0)
 
     def _build_guard_alerts(self, before: DriftState, after: DriftState) -> tuple[DriftState, list[Alert]]:
         """Return the alerts of a gathered window: a reference that does not deviate ends what was carried over."""

@@ -64,7 +64,9 @@ def _header(evaluation: Evaluation) -> Iterator[Markup]:
         yield element("div", title, page.bullet_list(evaluation.warnings), css_class="notice")
     else:
         passed = sum(check.state == "ok" for check in (*evaluation.leakage, *evaluation.label_checks))
-        text = f"Nothing of concern in {passed} checks and {len(evaluation.slices)} slices."
+        skipped = sum(check.state == "not checked" for check in (*evaluation.leakage, *evaluation.label_checks))
+        missing = f"; {skipped} checks were not made, see below" if skipped else ""
+        text = f"Nothing of concern in {passed} checks and {len(evaluation.slices)} slices{missing}."
         yield element("div", text, css_class="notice ok")
 
 

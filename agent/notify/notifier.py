@@ -302,7 +302,7 @@ class NotifierThread(Generic[D]):
         """`may_run`: whether this process is the one that notifies, of several with the same database."""
         self._config, self._open_database, self._may_run = config, open_database, may_run
         self._wake = threading.Event()
-        self._is_stopping = False
+        self._is_stopping = self._is_failing = False
         self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
 
     def start(self) -> None:
@@ -314,16 +314,14 @@ class NotifierThread(Generic[D]):
         self._thread.join(2 * STOP_TIMEOUT_S)
 
     def _run(self) -> None:
-        failures = 0
         while not self._is_stopping:
             try:
                 with self._open_database() as (database, source):
                     self._notify(database, source)
-                    failures = 0
             except Exception as error:
-                failures += 1
-                if failures == 1:
+                if not self._is_failing:
                     logger.error("notifications pause: %s; trying again", error, exc_info=not _is_expected(error))
+                self._is_failing = True
                 self._pause(_RETRY_S)
 
     def _notify(self, database: D, source: AlertSource) -> None:
@@ -334,6 +332,9 @@ class NotifierThread(Generic[D]):
         try:
             while not self._is_stopping:
                 notifier.tick()
+                if self._is_failing:
+                    self._is_failing = False
+                    logger.info("notifications go on")
                 self._pause(TURN_S)
         finally:
             notifier.stop()

@@ -32,6 +32,8 @@ COMMANDS: dict[str, CommandArguments] = {
     # `labels`: JSON columns, as in a label line at the intake.
     "label": CommandArguments(("task", "labels")),
     "rotate-key": CommandArguments(),
+    # PEM, for the TLS key that the device has.
+    "install-certificate": CommandArguments(("certificate",)),
     "wipe": CommandArguments((), ("confirm",)),
     "cancel-wipe": CommandArguments(),
 }

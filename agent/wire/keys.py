@@ -176,14 +176,33 @@ def public_key_path(path: Path) -> Path:
 def load_private(path: Path) -> SigningKey:
     """Load a private key from a PEM file. Raises UsageError that says what is wrong with the file."""
     try:
-        key = load_pem_private_key(input_files.read_bytes(path), password=None)
+        data = input_files.read_bytes(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path}: not a readable private key: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_private(data, path)
+
+
+def parse_private(pem: bytes, path: Path | str) -> SigningKey:
+    """Return a private key from the content of a PEM file. Raises UsageError with the name of the file."""
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError):
+        raise UsageError(_explain_wrong_key(pem, path)) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path}: holds a {type(key).__name__}, an Ed25519 key is needed")
     return SigningKey(key)
+
+
+def _explain_wrong_key(content: bytes, path: Path | str) -> str:
+    """Return what is wrong with a file that holds no private key."""
+    try:
+        parse_public_key(content.decode("ascii"))
+    except ValueError:
+        hint = "make one with `outstation init` or `outstation model keygen`"
+        return f"{path}: holds no private key in PEM without a password; {hint}"
+    return f"{path}: is the public key, and the private one is needed: give {str(path).removesuffix('.pub')}"
 
 
 def load_public_for(private_path: Path) -> PublicKey:
@@ -210,12 +229,17 @@ def load_public_for(private_path: Path) -> PublicKey:
 
 def load_public(text_or_path: str) -> PublicKey:
     """Load a public key given as base64url text or as a file that holds it. Raises UsageError."""
+    text = ""
     try:
         return parse_public_key(text_or_path)
     except ValueError as not_a_key:
         try:
-            return parse_public_key(input_files.read_text(Path(text_or_path), "ascii"))
+            text = input_files.read_text(Path(text_or_path), "ascii")
+            return parse_public_key(text)
         except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "PRIVATE KEY" in text:
+                hint = f"the private key, and the public one is needed: give {text_or_path}.pub"
+                raise UsageError(f"{text_or_path}: is {hint}") from None
             raise UsageError(
                 f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({error})"
             ) from None

@@ -2,7 +2,7 @@
 
 A fault is a function decorated with `@fault(…)` in a module `on_….py` of this package. It gets the `World` and a seeded
 `random.Random`, injects the fault, and undoes what the system is not meant to recover by itself. The table in
-docs/faults.md describes each fault under the function's name. `oracle` checks the same promises after each of them.
+docs/internals/faults.md describes each fault under the function's name. `oracle` checks the same promises after each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from scripts.faults.world import Setting, World
 
 Injection = Callable[[World, Random], None]
-TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
+TABLE = Path(__file__).parents[2] / "docs" / "internals" / "faults.md"
 _ROW = re.compile(r"^\| `([a-z0-9-]+)` \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ def fault(
 
 
 def read_table() -> dict[str, tuple[str, str]]:
-    """Return the event and the effect for the operator of each fault, in the order of docs/faults.md."""
+    """Return the event and the effect for the operator of each fault, in the order of docs/internals/faults.md."""
     return {name: (event, effect) for name, event, effect in _ROW.findall(TABLE.read_text(encoding="utf-8"))}
 
 
@@ -68,5 +68,7 @@ def load() -> dict[str, Fault]:
         if module.name.startswith("on_"):
             importlib.import_module(f"{__name__}.{module.name}")
     table = read_table()
-    assert table.keys() == FAULTS.keys(), f"in docs/faults.md or in the code only: {sorted(table.keys() ^ FAULTS)}"
+    assert table.keys() == FAULTS.keys(), (
+        f"in docs/internals/faults.md or in the code only: {sorted(table.keys() ^ FAULTS)}"
+    )
     return {name: FAULTS[name] for name in table}

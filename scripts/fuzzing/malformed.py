@@ -47,7 +47,8 @@ label pi-07 exercise {labels.csv} / publish {bundle} --no-probe / collector nort
 evidence {out}
 """
 _ON_FILES = """
-init {new} / init {new} --from {device/device.key} / join {new} --fleet acme --id pi-09 --out {out.json}
+init {new} / init {new} --standalone / join {device/device.key} --dir {new}
+request {new} --fleet acme --id pi-09 --out {out.json}
 model check {bundle} / model check {bundle} --key {publisher.key.pub} / model config {bundle} / model keygen {new.key}
 model sign {bundle} --key {publisher.key} / model pack {bundle/manifest.json}
 model evaluate {bundle} {rows.csv} --no-latency --html {out.html} --card {out.md}

@@ -96,7 +96,7 @@ def build_device(folder: Path) -> Path:
 
 def build_fleet(folder: Path) -> Path:
     """Make a fleet with one device whose messages fill the tables, and a bundle repository."""
-    run("fleet", "init", folder, "--broker", "mqtt://127.0.0.1:1")
+    run("fleet", "init", folder, "--broker", "mqtt://127.0.0.1:1", "--no-repository")
     run("fleet", "repository", "init", "--demo", "--url", "https://127.0.0.1:1/", "--dir", folder)
     store = FleetStore(folder / "fleet.db")
     sender = MessageSender(ENROLLED, new_key(3))

@@ -1,4 +1,4 @@
-"""The example flow of docs/node-red.md in Node-RED itself, with a broker and a device of ours."""
+"""The example flow of docs/guides/node-red.md in Node-RED itself, with a broker and a device of ours."""
 
 from __future__ import annotations
 

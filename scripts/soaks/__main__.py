@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -14,10 +15,16 @@ import click
 from scripts.soaks import Result
 from scripts.soaks.alert_truth import alert_truth
 from scripts.soaks.day import day
+from scripts.soaks.fleet import fleet
 from scripts.soaks.offline import offline
 
-# Each soak and its default duration in simulated hours.
-SOAKS = {"alert-truth": (alert_truth, 2.0), "day": (day, 24.0), "offline": (offline, 72.0)}
+# Each soak and its default duration in simulated hours; that of `fleet` is ten minutes of real time.
+SOAKS: dict[str, tuple[Callable[[Path, int, float, Callable[[str], None]], Result], float]] = {
+    "alert-truth": (alert_truth, 2.0),
+    "day": (day, 24.0),
+    "fleet": (fleet, 1 / 6),
+    "offline": (offline, 72.0),
+}
 
 
 @click.command()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import stat
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from agent import config
 from agent.cli import main
-from agent.cli.device.init import TEMPLATE
+from agent.cli.device.init import is_untouched
 from agent.wire import keys
 
 
@@ -21,20 +18,6 @@ def init(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main(["init", *map(str, arguments)])
     return int(ended.value.code or 0)
-
-
-def enrolment(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def template(**values: Any) -> bytes:
-    defaults = {"device": "pi-09", "fleet": "acme", "data_dir": "data", "collector": ""}
-    return TEMPLATE.format(**(defaults | values)).encode()
 
 
 def test_what_is_written_loads_and_holds_a_key_only_its_owner_reads(
@@ -89,46 +72,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_an_enrolment_file_brings_its_config_keys_and_certificates(
+def test_a_standalone_device_has_a_config_of_12_lines_and_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = keys.generate(tmp_path / "k")
-    members = {"outstation.toml": template(), "device.key": (tmp_path / "k").read_bytes(), "device-tls.key": b"tls"}
-    file = enrolment(tmp_path / "pi.tar.gz", members)
-    assert init(tmp_path / "home", "--from", file, "--data-dir", "elsewhere", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["key"] == key.public.text
-    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "home").iterdir()}
-    assert modes["device-tls.key"] == modes["device.key"] == "0o600"
-    assert config.load(tmp_path / "home" / "outstation.toml").data_dir == tmp_path / "home" / "elsewhere"
+    assert init(tmp_path, "--standalone", "--id", "pi-07", "--broker", "mqtts://broker.example.org:8883") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "What it loses afterwards is lost, and nobody notices" in output
+    text = (tmp_path / "outstation.toml").read_text()
+    # With a stream of two lines and a task of three, these are 12 lines but for the broker.
+    assert len([line for line in text.partition("[broker]")[0].splitlines() if line]) == 7
+    conf = config.load(tmp_path / "outstation.toml")
+    assert (conf.collector.delivery, conf.broker.host) == ("broker", "broker.example.org")
 
 
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"outstation.toml": template(), "../evil": b"x"}, "'../evil' does not belong"),
-        ({"outstation.toml": template(), "notes": b"x"}, "'notes' does not belong"),
-        ({"ca.pem": b"x"}, "no outstation.toml in it"),
-        ({"outstation.toml": b"x" * (2 << 20)}, "'outstation.toml' does not belong"),
-    ],
-)
-def test_an_enrolment_file_with_anything_else_in_it_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], members: dict[str, bytes], message: str
+@pytest.mark.parametrize("url", ["http://broker", "mqtt://elsewhere.example.org", "broker"])
+def test_a_broker_that_cannot_be_used_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str
 ) -> None:
-    file = enrolment(tmp_path / "pi.tar.gz", members)
-    assert init(tmp_path / "home", "--from", file) == 2
-    assert message in capsys.readouterr().err
+    assert init(tmp_path / "home", "--standalone", "--broker", url) == 2
+    assert "--broker" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
-    assert not (tmp_path / "evil").exists()
 
 
-def test_an_enrolment_file_that_is_damaged_or_not_there_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = enrolment(tmp_path / "good.tar.gz", {"outstation.toml": template()}).read_bytes()
-    file = tmp_path / "pi.tar.gz"
-    for content in (None, b"", b"not a tar", good[:-20], good[:40], good[:60] + b"\xff" * 9 + good[69:]):
-        if content is not None:
-            file.write_bytes(content)
-        assert init(tmp_path / "home", "--from", file) == 2
-        assert f"{file}: not readable as an enrolment file" in capsys.readouterr().err
-    assert not (tmp_path / "home").exists()
+@pytest.mark.parametrize("words", [[], ["--standalone"], ["--standalone", "--broker", "mqtts://b.example.org"]])
+def test_a_config_is_untouched_until_somebody_changes_it(tmp_path: Path, words: list[str]) -> None:
+    assert init(tmp_path, "--id", "pi-07", "--data-dir", "/var/lib/out station", *words) == 0
+    text = (tmp_path / "outstation.toml").read_text()
+    assert is_untouched(text)
+    for changed in (text + "\n", text.replace("data_dir", "# data_dir"), text.replace("# ", "#"), "[device]", "x"):
+        assert not is_untouched(changed)

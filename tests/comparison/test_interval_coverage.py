@@ -2,7 +2,7 @@
 
 Each window has a strain in [0, 1] that affects both bundles and harms the candidate: in bursts, in slow drift, or by
 device. All estimates are linear in the strain, so its mean gives every true value. The bounds are the figures of
-docs/comparing.md, widened for the small number of repetitions.
+docs/internals/comparing.md, widened for the small number of repetitions.
 """
 
 from __future__ import annotations

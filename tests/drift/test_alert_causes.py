@@ -43,6 +43,23 @@ def test_codes_and_computed_columns_have_no_gain(roles: tuple[str, ...], cause: 
     assert ("gain" in text or "offset" in text) == (cause == "")
 
 
+@pytest.mark.parametrize("hour", [6, 18])
+def test_a_gain_is_told_by_the_mean_of_its_hour(hour: int) -> None:
+    """At 6 the mean is three times that of the day, at 18 a third of it: half of it is neither more nor no change."""
+
+    def make(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+        level = 6 * np.exp(1.1 * np.sin(2 * np.pi * t / daily_cycle.DAY_US))
+        return np.asarray(level[:, None] * (1 + 0.1 * rng.normal(size=(len(t), 2))))
+
+    rng, every = np.random.default_rng(5), daily_cycle.DAY_US // (24 * WINDOW)
+    t = np.arange(8 * 24 * WINDOW) * every
+    rows = make(rng, t)
+    rows[t >= 6 * daily_cycle.DAY_US + (hour - 1) * daily_cycle.HOUR_US, 0] *= 0.5
+    alerts = alerts_of(rows, make(rng, t[: 5 * 24 * WINDOW]), t, min_learn_s=4 * 86_400.0)
+    own = [a.summary for a in alerts if a.subject == "f0" and a.evidence["test"] in ("mean", "spread")]
+    assert "gain loss" in own[0]
+
+
 def test_a_clock_that_is_an_hour_late_is_named() -> None:
     def make(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
         phase = 2 * np.pi * t / daily_cycle.DAY_US

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from agent.alerts import Alert
 from agent.drift.numeric.escalation import MAX_REVISIONS, DriftSizes, Escalation
-from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
+from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Floats, Site
 
 WINDOW, FIELDS = 60, 3
 
@@ -88,6 +89,48 @@ def test_a_drift_that_stays_as_it_is_is_published_once() -> None:
     rows[600:, 1] += 1.5
     _, alerts = site().feed(rows)
     assert summarize([a for a in alerts if a.subject == "f1"]) == [("f1", "drift", "raised", 1)]
+
+
+def test_a_drift_stays_open_where_the_field_is_read_in_another_unit_long_after() -> None:
+    rows = quiet(60 * WINDOW)
+    rows[600:, 1] += 2.0
+    rows[1800:2400, 1] *= 1000
+    _, alerts = site().feed(rows)
+    assert summarize([a for a in alerts if a.subject == "f1"]) == [
+        ("f1", "drift", "raised", 1),
+        ("f1", "unit", "raised", 1),
+        ("f1", "unit", "cleared", 1),
+    ]
+
+
+@pytest.mark.parametrize(("first", "then", "withdrawn"), [(3.0, 8.0, True), (2.0, 10.0, False)])
+def test_a_drift_that_announced_another_unit_is_withdrawn(first: float, then: float, withdrawn: bool) -> None:
+    rows = quiet(40 * WINDOW)
+    rows[600:1200, 1] *= first
+    rows[1200:, 1] *= then
+    _, alerts = site().feed(rows)
+    own = [a for a in alerts if a.subject == "f1"]
+    ended = [("f1", "drift", "cleared", 1)] if withdrawn else []
+    assert summarize(own) == [("f1", "drift", "raised", 1), *ended, ("f1", "unit", "raised", 1)]
+
+
+def test_another_unit_that_comes_and_goes_is_no_reversed_sign() -> None:
+    rows = quiet(60 * WINDOW)
+    rows[600:, 1] *= np.where(np.arange(3000) // WINDOW % 3 == 2, 1.0, 9.8)
+    _, alerts = site().feed(rows)
+    assert summarize([a for a in alerts if a.subject == "f1"]) == [("f1", "unit", "raised", 1)]
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("change", [lambda v: 1000 * v + 5000, lambda v: v + 2.0], ids=["fault", "drift"])
+def test_what_comes_and_goes_within_a_few_rows_is_one_alert(window: int, change: Callable[[Floats], Floats]) -> None:
+    learned, rows = Site.learn("independent", window, 2, 3), QUIET["independent"](np.random.default_rng(4), 1200, 2)
+    on = np.arange(1200) % 24 < 12
+    rows[on, 1] = change(rows[on, 1])
+    _, alerts = learned.feed(rows)
+    of_field = [a for a in alerts if a.subject == "f1"]
+    assert sum(a.state == "raised" and a.revision == 1 for a in of_field) in (1, 2)
+    assert [a for a in of_field if a.state == "cleared"] == []
 
 
 def test_an_alert_that_wavers_is_published_a_bounded_number_of_times() -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.arrays import Float32s
-from agent.drift.baseline.deviation import ReferenceGuard
+from agent.drift.baseline.deviation import ReferenceGuard, find_steps
 from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
 from agent.drift.monitor import DriftMonitor
@@ -140,9 +140,49 @@ def test_nothing_is_learned_while_a_fault_is_open(shipped: Reference) -> None:
     assert state.learning.total_windows == 0
 
 
+def wander(seed: int, windows: int) -> Float32s:
+    """Return rows whose level wanders over several windows, so that learning goes on."""
+    rng = np.random.default_rng(seed)
+    level = rng.normal(size=(windows, 2))
+    for at in range(1, windows):
+        level[at] = 0.9 * level[at - 1] + 0.436 * level[at]
+    return make_rows(seed, windows) + (np.repeat(level, WINDOW, axis=0) * [1.0, 0.25]).astype(np.float32)
+
+
+def test_a_change_that_begins_while_learning_goes_on_is_named_with_its_time(shipped: Reference) -> None:
+    monitor = make_monitor(shipped)
+    for seed in range(3):
+        rows = wander(seed, 4 * LEARN + 20)
+        rows[52 * WINDOW :, 0] += 6.0
+        _, results, alerts = feed(monitor, monitor.start(), rows)
+        [learned] = [result.index for result in results if result.learned_reference]
+        early, last = alerts[0], alerts[-1]
+        assert 52 < early.evidence["window"] < learned == last.evidence["window"]
+        assert (early.id, early.state) == (last.id, "raised")
+        assert " UTC on while it was learned. Learning goes on." in early.summary
+        [step] = [each for each in last.evidence["deviations"] if each["field"] == "temp"]
+        assert step["shift"] == pytest.approx(6.0, abs=2.0)
+        assert step["since"] == pytest.approx(52 * WINDOW * 1_000_000, abs=2 * WINDOW * 1_000_000)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("windows", [LEARN, 4 * LEARN])
+def test_windows_that_are_alike_made_no_step(shipped: Reference, memory: float, windows: int) -> None:
+    rng, t = np.random.default_rng(1), np.arange(windows)
+    stepped = 0
+    for _ in range(200):
+        values = rng.normal(size=(windows + 100, 4)) * np.sqrt(1 - memory**2)
+        for at in range(1, len(values)):
+            values[at] += memory * values[at - 1]
+        # Of the size that matters, for means and for spreads.
+        stepped += bool(find_steps(5 * values[100:], t, shipped))
+    assert stepped <= 8
+
+
 def test_references_of_other_fields_are_not_compared(shipped: Reference) -> None:
     guard = ReferenceGuard().begin_learning(shift_profile(shipped))
-    assert guard.check(shipped, shipped, np.zeros((LEARN, 4)), UNITS, hold=True).deviations == ()
+    none = np.zeros((LEARN, 4))
+    assert guard.check(shipped, shipped, none, np.arange(LEARN), UNITS, hold=True).deviations == ()
 
 
 def shift_profile(shipped: Reference) -> Reference:

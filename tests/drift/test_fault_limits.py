@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from agent.drift.baseline.fault_limits import FaultLimits, extrapolate
 from scripts.benchmarks.drift_peers import sensor_rows
-from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Site
+from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Floats, Site
 
 
 @cache
@@ -48,6 +49,18 @@ def test_faults_are_reported_where_limits_were_learned(kind: str, fault: str, na
     assert raised
     assert {subject for subject, _ in raised} == {"f2"}
     assert {name for _, name in raised} & names
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: 1000 * z, lambda z: z + 300, lambda z: np.where(np.arange(len(z)) % 9, z, z + 9)]
+)
+def test_a_slow_field_is_out_of_range_far_outside_or_after_a_jump(change: Callable[[Floats], Floats]) -> None:
+    rows = rows_of("slow", 30 * 60)
+    rows[600:, 2] = change(rows[600:, 2])
+    _, alerts = learned_site("slow", 60).feed(rows)
+    raised = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault" and a.state == "raised"}
+    assert raised
+    assert raised <= {("f2", "out_of_range"), ("f2", "unit"), ("f2", "spikes")}
 
 
 def test_a_field_without_a_unit_is_not_accused_of_another_unit() -> None:

@@ -17,6 +17,7 @@ from agent.drift import DriftMonitor, DriftState, build_reference, succession
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import max_normal_run
 from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import ConstantRuns
@@ -237,7 +238,7 @@ def test_a_fault_that_a_window_shows_without_a_site_clears_before_one_is_learned
 
 def test_honest_plateaus_of_a_site_are_learned(shipped: Reference, rows: NDArray[np.float64]) -> None:
     """A run longer than any normal one of the shipped reference is none where the site had such plateaus."""
-    limit = int(faults.max_normal_run(shipped, np.array([len(rows)]))[0, 1])
+    limit = int(max_normal_run(shipped.longest, np.array([len(rows)]))[0, 1])
     rows[50 : 50 + limit + 2, 1] = rows[50, 1]
     windows = stack_one(summarize_rows(shipped, rows)[0])
     site = replace(shipped, longest=np.maximum(shipped.longest, limit - 1))
@@ -252,7 +253,7 @@ def test_a_sensor_that_held_values_while_its_site_learned_is_not_stuck_if_it_hol
     shipped: Reference, learned: DriftState
 ) -> None:
     monitor = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
-    limit = int(faults.max_normal_run(shipped, np.array([WINDOW * ROWS]))[0, 1])
+    limit = int(max_normal_run(shipped.longest, np.array([WINDOW * ROWS]))[0, 1])
 
     def hold(seed: int, windows: int, rows: int) -> Readings:
         r = readings(seed, windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agent.cli.device.learned import format_smallest_changes
 from agent.drift import DriftMonitor, DriftState, Reference, build_reference
 from agent.drift.baseline import sensitivity
 
@@ -69,6 +70,37 @@ def test_a_spread_is_detected_from_the_stated_size_on() -> None:
         rows[LEARN * ROWS :, 0] *= reference.site.sensitivity.ratio[0]
         detected += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
     assert detected >= 13
+
+
+def test_a_correlation_is_detected_from_the_stated_size_on() -> None:
+    monitor, detected = monitor_of(steady(99, 60)), 0
+    for seed in range(16):
+        rows = steady(seed, LEARN + sensitivity.WINDOWS)
+        rows[:, 1] = 0.9 * rows[:, 0] + np.sqrt(1 - 0.81) * rows[:, 1]
+        state, reference = learned(monitor, rows)
+        assert reference.site is not None
+        weaker = 0.9 - float(reference.site.sensitivity.correlation[0])
+        then = rows[LEARN * ROWS :]
+        then[:, 1] = (then[:, 1] - 0.9 * then[:, 0]) / np.sqrt(1 - 0.81)
+        then[:, 1] = weaker * then[:, 0] + np.sqrt(1 - weaker**2) * then[:, 1]
+        detected += "joint" in alarms(monitor, state, then)[1]
+    assert detected >= 13
+
+
+def test_a_value_that_a_field_rests_at_is_stated_never_to_be_stuck() -> None:
+    rows = steady(1, LEARN + 20)
+    rows[np.arange(len(rows)) % 30 < 12, 0] = 0.0
+    monitor = monitor_of(rows)
+    state, reference = learned(monitor, rows)
+    changes = reference.describe_smallest_changes()
+    assert changes is not None
+    assert [each["never_stuck_at"] for each in changes["fields"].values()] == [[0.0], [], []]
+    then = steady(2, 3)
+    then[:, 0], then[10 : 10 + changes["fields"]["b"]["stuck_rows"], 1] = 0.0, 0.25
+    assert "b" in alarms(monitor, state, then)[1]
+    text = format_smallest_changes(changes)
+    assert text.endswith("stuck for 11 rows, but never at 0")
+    assert text.count("stuck for") == 3
 
 
 def test_a_site_with_different_windows_says_which_shifts_it_misses() -> None:

@@ -415,9 +415,9 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     packed = tmp_path / "pi-01.tar.gz"
     enrolled = call_outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
     assert enrolled.returncode == 0, enrolled.stderr
-    made = call_outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
+    made = call_outstation("join", str(packed), "--dir", str(tmp_path / "device"), "--json")
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
+    assert json.loads(made.stdout)["store_moved"] is False
     device = DeviceProcess(tmp_path / "device", "pi-01").add_replay_stream(4000, 100).add_task("exercise")
     collector = OutstationProcess(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
     with MosquittoBroker(tmp_path, conf=keep_user_root(home / "broker" / "mosquitto.conf"), port=port):
@@ -429,10 +429,13 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
             wait_until(
                 "all rows at the collector", lambda: last_result_row(home / "fleet.db", "pi-01") > 4000 - OPEN_TAIL
             )
+            renewed = call_outstation("fleet", "renew", "pi-01", "--dir", str(home), "--json")
+            assert [entry["state"] for entry in json.loads(renewed.stdout)] == ["renewed"], renewed.stdout
             assert device.stop() == 0
         finally:
             device.kill()
             collector.kill()
+        # By the former certificate in the config's folder: renewed ones do not end it.
         assert as_the_device(device, f"outstation/{FLEET}/pi-02/health") == 0x87
         assert as_the_device(device, f"outstation/{FLEET}/pi-01/ack") == 0x87
     audit = call_outstation("fleet", "audit", "--dir", str(home), "--json")
@@ -440,6 +443,8 @@ def test_fleet_init_leads_to_verified_messages_over_tls_with_an_acl(tmp_path: Pa
     assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
     [listed] = json.loads(call_outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
     assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
+    confirmed = home / "devices" / "pi-01" / "device.crt"
+    assert (device.home / "data" / "device.crt").read_bytes() == confirmed.read_bytes()
 
 
 def as_the_device(device: DeviceProcess, topic: str) -> int:

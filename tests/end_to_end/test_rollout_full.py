@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,16 @@ def versions(site: Site) -> list[str]:
     return sorted({body["model"]["version"] for body in site.results()})
 
 
-def processes() -> int:
-    """Count the processes of models and downloads, also ended ones that are not yet collected.
+def list_processes() -> set[psutil.Process]:
+    """Return the processes of models and downloads, also ended ones that are not yet collected."""
+    return {child for child in psutil.Process().children(recursive=True) if is_of_agent(child)}
 
-    Other tests may have left servers and the resource tracker of `multiprocessing` running.
-    """
-    return sum(is_of_agent(child) for child in psutil.Process().children(recursive=True))
+
+@pytest.fixture
+def processes(template: Site) -> Callable[[], int]:
+    """Return a function that counts such processes; those that other tests left running are none of them."""
+    left = list_processes()
+    return lambda: len(list_processes() - left)
 
 
 def is_of_agent(child: psutil.Process) -> bool:
@@ -92,7 +96,12 @@ def is_of_agent(child: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("before", ["downloading", "shadow"])
 def test_a_disk_that_fills_up_at_activation_keeps_the_old_bundle(
-    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str
+    processes: Callable[[], int],
+    site: Site,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: str,
 ) -> None:
     assert site.batch() == "1"
     if before == "shadow":
@@ -142,7 +151,11 @@ def test_a_kill_at_activation_on_a_full_disk_is_recovered(
 
 
 def test_a_disk_that_fills_up_at_promotion_keeps_the_canary(
-    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    processes: Callable[[], int],
+    site: Site,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert site.batch() == "1"
     site.desire("2", "all")

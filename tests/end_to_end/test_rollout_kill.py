@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ def dying(at: int, *, after_commit: bool) -> Iterator[list[int]]:
         return write(*arguments)
 
     @contextlib.contextmanager
-    def deadly(self: Store, *, vital: bool = False) -> Iterator[Any]:
+    def deadly(self: Store, **options: bool) -> Iterator[Any]:
         before = len(written)
-        with transaction(self, vital=vital) as tx:
+        with transaction(self, **options) as tx:
             yield tx
             if before <= at < len(written) and not after_commit:
                 raise Killed
@@ -60,7 +61,9 @@ def dying(at: int, *, after_commit: bool) -> Iterator[list[int]]:
 def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[[Site], bool]) -> None:
     """Desire it, as a retained message that comes with each connection, and run batches until it is there."""
     delivery = signed(site.operator.key, next(NUMBERS), {"sort": site.wanted(text, strategy)})
+    end = time.monotonic() + 60
     while not until(site):
+        assert time.monotonic() < end, f"it stands {site.standing}"
         receivers = site.daemon._uplink._receivers
         [desires] = [receiver for receiver in receivers if isinstance(receiver, DesiredStateStore)]
         desires.accept(delivery)

@@ -20,7 +20,18 @@ pytestmark = pytest.mark.attack("audit")
 
 NOW = "2026-11-24T22:20:00.000000Z"
 BOOT_US, WALL_US = 1_000_000, 1_764_022_680_000_000
-DERIVED = ("logs", "log_ends", "log_successors", "gaps", "anchors", "segments", "boots", "stamps", "result_provenance")
+DERIVED = (
+    "logs",
+    "log_ends",
+    "log_successors",
+    "gaps",
+    "anchors",
+    "segments",
+    "boots",
+    "stamps",
+    "result_provenance",
+    "incidents",
+)
 # What one moment or the order of arrival decides, and no message states.
 UNSIGNED = {("logs", "since"), ("logs", "latest"), ("logs", "rowid"), ("shadows", "rowid"), ("alerts", "rowid")}
 

@@ -28,7 +28,7 @@ from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import CommandPayload, encode, verify_message
 
-COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
+COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"
 REPLY = f"outstation/{FLEET}/{DEVICE}/reply"
 TIME = "2026-11-24T22:18:01.000000Z"

@@ -504,7 +504,7 @@ def test_an_operators_folder_holds_no_private_key_of_a_device(folder: Path, conf
 
 def test_keys_made_here_without_a_file_for_them_are_refused(folder: Path, config: FleetConfig) -> None:
     store = FleetStore(Path(config.fleet.db))
-    with pytest.raises(UsageError, match=r"no private key stays.*--bundle-out.*outstation join"):
+    with pytest.raises(UsageError, match=r"no private key stays.*--bundle-out.*outstation request"):
         enrol(folder, config, store, "pi-07")
     assert store.active_key("pi-07") is None
     store.close()

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
-from agent.fleet.enrolment import enrol, viewers
+from agent.fleet.enrolment import collectors, enrol, viewers
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
@@ -120,6 +121,35 @@ def test_a_revoked_viewer_is_thrown_off_and_stays_out_until_it_is_let_in_again(h
     for file in files:
         file.unlink()
     assert receives(let_in(home, "lost"), ["#"], home)
+
+
+def test_a_revoked_collector_is_thrown_off(home: Path) -> None:
+    assert call_outstation("fleet", "collector", "b", "--dir", str(home)).returncode == 0
+    config = load(home)
+    broker = config.broker_for(collectors.resolve_identity(config, "b"))
+    link = Link(broker, "x", subscribe=[f"{BASE}/#"])
+    done = call_outstation("fleet", "collector", "b", "--revoke", "--dir", str(home))
+    assert (done.returncode, "ended its session" in done.stdout) == (0, True), done.stderr
+    wait_until("the collector is thrown off", lambda: is_down(link))
+    link.close()
+    assert not Path(str(broker.cert_file)).exists()
+
+
+def test_the_stolen_certificate_of_a_role_is_refused_and_the_new_one_connects(home: Path, tmp_path: Path) -> None:
+    config = load(home)
+    broker = config.broker_for(config.operator)
+    link = Link(broker, "x", subscribe=[f"{BASE}/#"])
+    stolen = [tmp_path / "stolen.crt", tmp_path / "stolen.key"]
+    for copy, file in zip(stolen, (broker.cert_file, broker.tls_key_file), strict=True):
+        copy.write_bytes(Path(str(file)).read_bytes())
+    done = call_outstation("fleet", "reissue", "operator", "--dir", str(home))
+    assert (done.returncode, "ended its session" in done.stdout) == (0, True), done.stderr
+    wait_until("the thief is thrown off", lambda: is_down(link))
+    link.close()
+    with pytest.raises(LinkDown):
+        Link(replace(broker, cert_file=str(stolen[0]), tls_key_file=str(stolen[1])), "x", subscribe=[f"{BASE}/#"])
+    assert receives(broker, ["#"], home)
+    assert "is no role" in call_outstation("fleet", "reissue", "boss", "--dir", str(home)).stderr
 
 
 def test_names_do_not_collide_with_devices(home: Path) -> None:

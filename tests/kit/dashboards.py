@@ -39,8 +39,12 @@ ROLES = {"vera": "viewer", "otto": "operator", "ada": "admin"}
 class Answer(msgspec.Struct):
     status: int
     headers: dict[str, str]
-    text: str
+    content: bytes
     cookie: str
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
 
     @property
     def location(self) -> str:
@@ -75,9 +79,9 @@ class ServedDashboard(msgspec.Struct):
             connection.request(method, path, body, sent)
             response = connection.getresponse()
             received = {name.lower(): value for name, value in response.getheaders()}
-            text = response.read().decode(errors="replace")
+            content = response.read()
         given = received.get("set-cookie", "").partition(";")[0]
-        return Answer(response.status, received, text, given)
+        return Answer(response.status, received, content, given)
 
     def sign_in(self, name: str) -> str:
         """Return the cookie of a new session."""

@@ -33,7 +33,7 @@ def let_in(config: FleetConfig, folder: Path, device: str, **options: Any) -> En
 
 
 def join(home: Path, device: str, fleet: str = "acme", token: str | None = None) -> EnrolmentRequest:
-    """Make keys and a request as `outstation join` does."""
+    """Make keys and a request as `outstation request` does."""
     home.mkdir(parents=True, exist_ok=True)
     signing, tls = (keys.generate(home / name, write_public=False) for name in ("device.key", "device-tls.key"))
     return enrolment_request.parse(enrolment_request.build(fleet, device, signing, tls, token))

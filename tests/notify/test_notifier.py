@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from agent.fleet.incidents import incidents
 from agent.fleet.incidents.notify_source import NOTIFIER_JOB, FleetAlertSource, open_source
 from agent.notify import notifier as notifying
 from agent.notify import queue
+from agent.notify.alert_state import AlertSource, AlertState
 from agent.notify.notifier import Notifier, NotifierThread
 from agent.quantities import Duration
 from agent.testing.messages import MessageSender, SignedMessage
@@ -250,7 +253,7 @@ def test_a_target_that_fails_gets_every_state_later_and_is_an_alert_of_its_own(
         desk.config.routes.append(NotifyRoute(targets=["other"]))
         hook.status = 503
         desk.alert(AX)
-        desk.turn(1200)
+        desk.turn(2400)
         assert len(set(desk.keys())) == 1
         assert 3 <= len(desk.keys()) <= 20
         subjects = [json.loads(post.body)["subject"] for post in other.posts]
@@ -272,7 +275,7 @@ def test_a_failing_target_that_the_config_no_longer_names_is_no_alert_any_more(
     desk = Desk(store, hook)
     hook.status = 503
     desk.alert(AX)
-    desk.turn(1200)
+    desk.turn(2400)
     assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
     desk.config.targets["renamed"] = desk.config.targets.pop("hook")
     desk.config.routes[0] = NotifyRoute(targets=["renamed"])
@@ -290,7 +293,7 @@ def test_a_process_killed_before_it_marked_a_failing_target_raises_its_alert_lat
     with monkeypatch.context() as patch:
         patch.setattr(FleetAlertSource, "report_target", fail)
         with pytest.raises(StorageError):
-            desk.turn(1200)
+            desk.turn(3600)
     desk.restart()
     desk.turn(600)
     assert "notify" in {i.alert for i in incidents.list_incidents(store, now=desk.time())}
@@ -440,6 +443,41 @@ time.sleep(60)
     processes[1].wait()
     assert len(hook.posts) == 2
     assert len(set(desk.keys())) == 1
+
+
+def test_each_run_of_failures_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notifying, "TURN_S", 0.01)
+    monkeypatch.setattr(notifying, "_RETRY_S", 0.01)
+    opened, turns = 0, iter([0, 0, 3, 0, 3])
+
+    @contextmanager
+    def open_failing() -> Iterator[tuple[FleetStore, AlertSource]]:
+        """Open a source that fails at first, works for some turns, and fails again."""
+        nonlocal opened
+        opened += 1
+        left = next(turns, 10**9)
+        with open_source(tmp_path / "fleet.db", "acme", needs_groups=False) as (store, source):
+            changed = source.changed
+
+            def fail_later(cursor: int | None) -> tuple[int, list[AlertState]]:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise StorageError("the disk is gone")
+                return changed(cursor)
+
+            monkeypatch.setattr(source, "changed", fail_later)
+            yield store, source
+
+    thread = NotifierThread(NotifyConfig(), open_failing)
+    with caplog.at_level(logging.INFO, "outstation.notify"):
+        thread.start()
+        wait_for(lambda: opened == 6 and len(caplog.messages) == 6)
+        thread.stop()
+    paused, resumed = "notifications pause: the disk is gone; trying again", "notifications go on"
+    assert caplog.messages == [paused, resumed] * 3
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

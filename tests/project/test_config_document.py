@@ -1,4 +1,4 @@
-"""docs/config.md documents exactly the keys of a device's config, with their defaults."""
+"""docs/reference/config.md documents exactly the keys of a device's config, with their defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent.config.notify import NotifyConfig, NotifyRoute, Target
 from agent.config.sources import SocketSource, SourceConfig
 from agent.config.updates import UpdatesConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`|(–|required)) \|", re.MULTILINE)
 SECTIONS: dict[str, Any] = {
@@ -75,6 +75,25 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     # Images and sounds have no fields; a config with an empty list is rejected.
     unset = {name for name, field in fields.items() if field.default is None} | ({"fields"} & fields.keys())
     assert {name for name, default in described.items() if default == "–"} == unset
+
+
+BASE = {
+    "device": '[device]\nid = "pi-07"\nfleet = "acme"\n',
+    "streams.watch": "[streams.watch]\nfields = ["
+    + ", ".join(f'{{ name = "{name}" }}' for name in ("ax", "ay", "az", "wx", "wy", "wz"))
+    + "]\n",
+}
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name.startswith("[")])
+def test_every_section_has_an_example_that_loads(section: str, tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    example = re.search(rf"^## {re.escape(section)}\n\n```toml\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert example, f"{section} has no example below its heading"
+    file = tmp_path / "outstation.toml"
+    missing = [lines for name, lines in BASE.items() if f"[{name}]" not in example[1]]
+    file.write_text("\n".join([*missing, example[1]]), encoding="utf-8")
+    config.load(file)
 
 
 def _read(file: Path, kind: Any, lines: dict[str, str]) -> Any:

@@ -104,15 +104,15 @@ def test_the_shell_scripts_are_clean(program: Program) -> None:
 def test_the_installer_tells_its_options() -> None:
     done = run(INSTALL, "--help")
     assert done.returncode == 0
-    assert {"--enrolment", "--rollback", "--uninstall"} <= set(done.stdout.split())
+    assert {"--join", "--request", "--rollback", "--uninstall"} <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["--upgrade"], "--upgrade is no option"),
-        (["--enrolment"], "--enrolment needs a file"),
-        (["--enrolment", "/nonexistent"], "--enrolment needs a file"),
+        (["--join"], "--join needs a file"),
+        (["--join", "/nonexistent"], "--join needs a file"),
     ],
 )
 def test_the_installer_refuses_wrong_use_before_it_changes_anything(arguments: list[str], problem: str) -> None:

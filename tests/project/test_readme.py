@@ -1,4 +1,4 @@
-"""Commands of README.md: each is run, in order, or is marked with a reason. CONTRIBUTING.md defines the convention."""
+"""Blocks of README.md: each is run, in order, or is marked with a reason. CONTRIBUTING.md defines the convention."""
 
 from __future__ import annotations
 
@@ -20,65 +20,31 @@ import pytest
 from scripts.kit.bundles import MODELS, THIRD_PARTY
 
 ROOT = Path(__file__).parents[2]
-MARK = re.compile(r"<!-- (run|run, output as shown|not run: \S.*) -->")
+MARK = re.compile(r"<!-- (run|not run: \S.*) -->")
 # They run the test suite, or change the system.
 NEVER_RUN = re.compile(r"scripts/(test|check|demo|bench|torture)|\.ci/run|\bsudo\b|\bapt-get\b|\bgit clone\b")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One command, its line in the document, and the output shown below it."""
-
-    line: int
-    command: str
-    output: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
-    """One ```console block; `mark` is the text of the comment above it, or `""`."""
+    """One ```sh block, which a reader pastes as a whole; `mark` is the text of the comment above it, or `""`."""
 
     line: int
     mark: str
-    steps: tuple[Step, ...]
+    script: str
 
 
 def blocks(text: str) -> list[Block]:
-    """Return the console blocks of a Markdown text."""
+    """Return the shell blocks of a Markdown text."""
     lines = text.splitlines()
-    console_blocks = []
+    shell_blocks = []
     for at, line in enumerate(lines):
-        if line.strip() == "```console":
+        if line.strip() == "```sh":
             end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
             above = next((line_above for line_above in reversed(lines[:at]) if line_above.strip()), "")
             mark = MARK.fullmatch(above.strip())
-            console_blocks.append(Block(at + 1, mark[1] if mark else "", steps(lines[at + 1 : end], at + 2)))
-    return console_blocks
-
-
-def steps(lines: list[str], first: int) -> tuple[Step, ...]:
-    """Parse a block: `$ …` begins a command, `> …` and a backslash continue it, other lines are output."""
-    parsed: list[tuple[int, list[str], list[str]]] = []
-    for number, line in enumerate(lines, first):
-        if line.startswith("$ "):
-            parsed.append((number, [line[2:]], []))
-        elif parsed and not parsed[-1][2] and (line.startswith(">") or parsed[-1][1][-1].endswith("\\")):
-            parsed[-1][1].append(re.sub("^> ?", "", line))
-        elif parsed:
-            parsed[-1][2].append(line)
-        elif line.strip():
-            raise AssertionError(f"line {number}: output without a command above it: {line}")
-    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in parsed)
-
-
-def missing_output(shown: tuple[str, ...], real: str) -> str | None:
-    """Return the first shown line that the real output lacks, in order; `…` in a shown line matches anything."""
-    rest = iter(real.splitlines())
-    for line in (text for text in shown if text.strip() not in ("", "…")):
-        pattern = ".*".join(re.escape(part) for part in line.rstrip().split("…"))
-        if not any(re.fullmatch(pattern, text.rstrip()) for text in rest):
-            return line
-    return None
+            shell_blocks.append(Block(at + 1, mark[1] if mark else "", "\n".join(lines[at + 1 : end])))
+    return shell_blocks
 
 
 class Shell:
@@ -122,28 +88,33 @@ class Shell:
         self._bash.communicate(timeout=60)
 
 
-def test_every_console_block_of_the_readme_says_whether_it_is_run() -> None:
-    console_blocks = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert console_blocks, "README.md has no ```console block"
-    unmarked = [f"line {block.line}" for block in console_blocks if not block.mark]
-    assert unmarked == []
-    unsafe = [f"line {b.line}" for b in console_blocks for s in b.steps if runs(b) and NEVER_RUN.search(s.command)]
-    assert unsafe == []
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_shell_block_of_the_readme_says_whether_it_is_run() -> None:
+    shell_blocks = blocks(README)
+    assert shell_blocks, "README.md has no ```sh block"
+    assert [f"line {block.line}" for block in shell_blocks if not block.mark] == []
+    assert [f"line {block.line}" for block in shell_blocks if runs(block) and NEVER_RUN.search(block.script)] == []
+
+
+def test_the_readme_is_short_and_its_blocks_can_be_pasted() -> None:
+    assert len(README.splitlines()) <= 120
+    assert "```console" not in README
+    prompts = [line for block in blocks(README) for line in block.script.splitlines() if re.match("[$>#] ", line)]
+    assert prompts == []
 
 
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_work_in_order(tmp_path: Path) -> None:
+def test_the_blocks_of_the_readme_work_in_order(tmp_path: Path) -> None:
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):
             (tmp_path / entry.name).symlink_to(entry)
     shell = Shell(tmp_path)
     try:
-        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
-            for step in block.steps if runs(block) else ():
-                code, output = shell.run(step.command)
-                assert code == 0, f"README.md line {step.line}: `{step.command}` ended with {code}:\n{output}"
-                missing = missing_output(step.output, output) if block.mark.endswith("shown") else None
-                assert missing is None, f"README.md line {step.line}: output lacks {missing!r}:\n{output}"
+        for block in filter(runs, blocks(README)):
+            code, output = shell.run(f"set -ev\n{block.script}\nset +ev")
+            assert code == 0, f"README.md line {block.line} ended with {code}:\n{output}"
     finally:
         shell.close()
 
@@ -155,21 +126,15 @@ def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path)
     cepstra = np.random.default_rng(0).normal(0, 20, (49 * 30, 10))
     lines = [",".join(f"{value:.3f}" for value in (1_764_022_680 + i / 50, *row)) for i, row in enumerate(cepstra)]
     (tmp_path / "readings.csv").write_text("\n".join(["t,c0,c1,c2,c3,c4,c5,c6,c7,c8,c9", *lines]) + "\n")
-    console_blocks = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    [block] = [
-        candidate
-        for candidate in console_blocks
-        if any("--from theirs.tflite" in step.command for step in candidate.steps)
-    ]
+    [block] = [candidate for candidate in blocks(README) if "--from theirs.tflite" in candidate.script]
     # The first line creates the model file that the block assumes.
-    [first, *rest] = block.steps
-    assert first.command.startswith("cp ")
-    assert len(block.steps) <= 10
+    first, *rest = block.script.splitlines()
+    assert first.startswith("cp ")
+    assert len(rest) < 10
     shell = Shell(tmp_path)
     try:
-        for step in rest:
-            code, output = shell.run(step.command)
-            assert code == 0, f"README.md line {step.line}: `{step.command}` ended with {code}:\n{output}"
+        code, output = shell.run("\n".join(["set -ev", *rest, "set +ev"]))
+        assert code == 0, f"README.md line {block.line} ended with {code}:\n{output}"
         code, output = shell.run("outstation status -c site/outstation.toml --json 2>/dev/null")
     finally:
         shell.close()
@@ -181,26 +146,16 @@ def runs(block: Block) -> bool:
     return block.mark.startswith("run")
 
 
-def test_a_block_is_read_as_commands_with_their_output() -> None:
-    text = (
-        "<!-- run -->\n\n```console\n$ echo a \\\n    b\na b\n$ cat <<E\n> x\n>\n> E\n```\n\n```console\n$ false\n```\n"
-    )
+def test_a_block_is_read_with_its_mark() -> None:
+    text = "<!-- run -->\n\n```sh\necho a \\\n    b\ncat <<E\nx\n\nE\n```\n\n```sh\nfalse\n```\n"
     first, second = blocks(text)
-    assert first == Block(3, "run", (Step(4, "echo a \\\n    b", ("a b",)), Step(7, "cat <<E\nx\n\nE", ())))
+    assert first == Block(3, "run", "echo a \\\n    b\ncat <<E\nx\n\nE")
     assert (second.mark, runs(second)) == ("", False)
 
 
 @pytest.mark.parametrize("comment", ["<!-- not run -->", "<!-- not run: -->", "<!-- runs -->"])
 def test_a_block_is_left_out_only_with_a_reason(comment: str) -> None:
-    assert blocks(f"{comment}\n```console\n$ true\n```\n")[0].mark == ""
-
-
-def test_shown_output_must_come_in_order_and_may_leave_out_what_changes() -> None:
-    real = "device pi-07\nkey abc123\naudit passed\n"
-    assert missing_output(("device pi-07", "key …", "audit passed"), real) is None
-    assert missing_output(("device pi-07", "…", "audit passed"), real) is None
-    assert missing_output(("audit passed", "device pi-07"), real) == "device pi-07"
-    assert missing_output(("key xyz",), real) == "key xyz"
+    assert blocks(f"{comment}\n```sh\ntrue\n```\n")[0].mark == ""
 
 
 def test_the_shell_keeps_its_folder_and_reports_how_a_command_ended(tmp_path: Path) -> None:

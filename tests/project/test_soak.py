@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.soaks import Result
 from scripts.soaks.day import Sample, flat
+from scripts.soaks.fleet import fleet
+from tests.kit.browsers import CHROMIUM
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +72,18 @@ def test_memory_handles_and_threads_that_grow_are_noticed() -> None:
     assert problems(sample(12, own=55_121)) == ["memory grew by 5.0 MiB after hour 2.0"]
     assert problems(sample(12, handles=17)) == ["handles between 16 and 17"]
     assert problems(sample(12, threads=3), sample(24)) == ["threads between 2 and 3"]
+
+
+@pytest.mark.postgres
+@pytest.mark.broker
+def test_a_fleet_loses_nothing_while_its_collectors_are_killed(tmp_path: Path) -> None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    result = fleet(tmp_path, 1, 4 / 3600, lambda _: None, devices=30, kill_every_s=1.5)
+    # How fast the page is depends on what else runs.
+    assert [problem for problem in result.problems if "the limit is" not in problem] == []
+    assert result.figures["audit_passed"]
+    assert result.figures["kills"] >= 2
+    assert result.figures["messages"] > 40
+    assert result.figures["change_s"]["n"] >= 2

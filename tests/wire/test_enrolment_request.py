@@ -104,5 +104,5 @@ def test_no_bytes_break_the_parser(junk: bytes, place: int) -> None:
 
 def test_a_file_that_is_no_request_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x")
-    with pytest.raises(UsageError, match=rf"{tmp_path / 'x'}: not a valid enrolment request .*outstation join"):
+    with pytest.raises(UsageError, match=rf"{tmp_path / 'x'}: not a valid enrolment request .*outstation request"):
         read_request(tmp_path / "x")

@@ -139,10 +139,18 @@ def test_a_private_key_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     )
     for content in (b"", b"not a key", locked, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):
         (tmp_path / "key").write_bytes(content)
-        with pytest.raises(UsageError, match="not a readable private key"):
+        with pytest.raises(UsageError, match="no private key in PEM without a password"):
             keys.load_private(tmp_path / "key")
-    with pytest.raises(UsageError, match="not a readable private key"):
+    with pytest.raises(UsageError, match="cannot be read"):
         keys.load_private(tmp_path)
+
+
+def test_a_private_key_in_place_of_the_public_one_is_recognized_and_the_reverse(tmp_path: Path) -> None:
+    keys.generate(tmp_path / "k.key")
+    with pytest.raises(UsageError, match=r"is the private key.* give .*k\.key\.pub"):
+        keys.load_public(str(tmp_path / "k.key"))
+    with pytest.raises(UsageError, match=r"is the public key.* give .*k\.key$"):
+        keys.load_private(tmp_path / "k.key.pub")
 
 
 def test_an_invalid_public_key_argument_names_both_forms(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from agent.device.bundles import history
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
+from agent.device.machine.certificate import choose_certificate, read_end
 from agent.device.machine.timekeeping import build_report, make_clock, trusted_time_us
 from agent.device.pipeline import tuning_cache
 from agent.device.recovery.open import open_store
@@ -43,6 +45,8 @@ from agent.model.sandbox import confinement
 from agent.text import printable
 
 _FETCH_TIMEOUT_S = 20.0
+# `fleet renew` renews 90 days before the end, each day.
+_CERTIFICATE_WARNING_DAYS = 60
 _STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
@@ -72,6 +76,8 @@ def check(config_file: str | None, as_json: bool) -> None:
 def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
+    if (end := read_end(conf)) is not None:
+        yield _check_certificate(end)
     if conf.privacy.encrypt:
         yield _check_encryption(file, conf)
     if not conf.streams:
@@ -118,7 +124,8 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     if conf.collector.delivery == "broker":
         return CheckResult("collector", "warning", 'delivery = "broker": what the broker loses is lost')
     if not conf.collector.key:
-        return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
+        fix = 'set delivery = "broker" to run without a fleet, or `outstation join` one'
+        return CheckResult("collector", "failed", f"{file}: collector.key is empty; {fix}")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
 
 
@@ -145,6 +152,15 @@ def _check_metered(conf: Config) -> Iterator[CheckResult]:
             yield CheckResult("metered", "warning", f"{detail}; the clock is not set, so windows follow the uptime")
         else:
             yield CheckResult("metered", "ok", detail)
+
+
+def _check_certificate(end: datetime) -> CheckResult:
+    left = (end.timestamp() - clock.read().wall_us / 1e6) / 86_400
+    if left > _CERTIFICATE_WARNING_DAYS:
+        return CheckResult("certificate", "ok", f"valid until {end:%Y-%m-%d}")
+    fix = "`outstation fleet renew` at the operator; after its end, `outstation request` here and `join` the answer"
+    state = "failed" if left <= 0 else "warning"
+    return CheckResult("certificate", state, f"{'ended' if left <= 0 else 'ends'} on {end:%Y-%m-%d}: {fix}")
 
 
 def _check_target(name: str, target: Target) -> CheckResult:
@@ -265,7 +281,7 @@ def _check_broker_login(conf: Config) -> CheckResult | str:
     from agent.transport.mqtt import Link
 
     try:
-        link = Link(conf.broker, conf.device.id, retains=True, timeout_s=5)
+        link = Link(choose_certificate(conf), conf.device.id, retains=True, timeout_s=5)
     except BrokerUnsuitable:
         raise
     except LinkDown as down:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import re
 import socket
-import tarfile
-import zlib
+import tomllib
 from pathlib import Path
 
 import click
 
-from agent import config, durable_files, input_files
-from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
+from agent import config, durable_files
+from agent.bootstrap.device import KEY_FILE
+from agent.bootstrap.joining import CONFIG_FILE, set_data_dir
 from agent.cli.output import echo, emit, json_option
-from agent.errors import UsageError
+from agent.errors import ConfigError, UsageError
 from agent.names import is_name
 from agent.wire import keys
-
-_MEMBERS = {
-    "outstation.toml": 0o640,
-    "ca.pem": 0o644,
-    "device.crt": 0o644,
-    TLS_KEY_FILE: 0o600,
-    KEY_FILE: 0o600,
-    "root.json": 0o644,
-}
-_MAX_MEMBER_BYTES = 1 << 20
 
 TEMPLATE = """\
 # Outstation, one device. Sizes and durations carry their unit: "512 MiB", "10 s", "72 h".
@@ -47,8 +34,8 @@ url = "mqtt://127.0.0.1:1883"  # mqtts:// anywhere but on this machine
 max_message_bytes = 120_000    # AWS IoT Core's limit less a margin
 
 [collector]
-key = "{collector}"            # from `outstation fleet init`: the key that signs acknowledgements
-delivery = "collector"         # or "broker": delete when the broker confirms; a power cut there loses messages
+key = ""                       # `outstation join` brings it: the key that signs acknowledgements
+delivery = "collector"         # or "broker" without a fleet: `outstation init --standalone` says what that loses
 
 [operators]
 keys = []                      # public keys that sign commands, and bundles
@@ -67,7 +54,7 @@ fields = [
   {{ name = "memory", unit = "%", min = 0, max = 100 }},
   {{ name = "disk", unit = "%", min = 0, max = 100 }},
 ]
-source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | replay
+source = {{ kind = "host", poll_interval = "10 s" }}  # socket | mqtt | files | host | replay
 
 # A task runs a bundle over a stream.
 # [tasks.exercise]
@@ -86,99 +73,98 @@ source = {{ kind = "host", poll_interval = "10 s" }}  # socket | files | host | 
 """
 
 
-@click.command(epilog="Example: outstation init /etc/outstation --from pi-07.tar.gz")
+# With a stream and a task, 12 lines that are not empty.
+STANDALONE_TEMPLATE = """\
+[device]
+id = "{device}"
+fleet = "{fleet}"
+data_dir = "{data_dir}"
+
+# Without a fleet. `outstation model config BUNDLE` prints a stream and a task to add here.
+[collector]
+delivery = "broker"  # done when the broker confirms: what the broker loses then is lost
+"""
+_LOSSES = """\
+Without a fleet the broker confirms delivery. What it loses afterwards is lost, and nobody notices: no collector checks
+signatures, finds gaps or keeps results. There are no remote commands and no updates of models from a fleet.
+`outstation join` moves this device and its data into a fleet later."""
+_BROKER_SECTION = """
+[broker]
+url = "{broker}"
+"""
+DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
+
+
+@click.command(epilog="Example: outstation init /etc/outstation --standalone")
 @click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
-@click.option(
-    "--from",
-    "enrolment",
-    type=click.Path(path_type=Path),
-    help="Enrolment file that `fleet enrol` made for this device.",
-)
+@click.option("--standalone", is_flag=True, help="A short config for one device without a fleet.")
+@click.option("--broker", metavar="URL", help=f"With --standalone: the broker; default {DEFAULT_BROKER}.")
 @click.option("--id", "device", help="Device id; the default is the host name.")
-@click.option("--data-dir", help="Folder of the store; the default is DIR/data, or that of the enrolment file.")
+@click.option("--data-dir", help="Folder of the store; the default is DIR/data.")
 @json_option
-def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Write a commented outstation.toml and a device key to DIR."""
-    file = folder / "outstation.toml"
+def init(
+    folder: Path, standalone: bool, broker: str | None, device: str | None, data_dir: str | None, as_json: bool
+) -> None:
+    """Write an outstation.toml and a device key to DIR: commented, or short with --standalone.
+
+    With --standalone, delivery is confirmed by the broker, and the command says what that loses.
+    """
+    file = folder / CONFIG_FILE
+    if broker is not None and not standalone:
+        raise UsageError("--broker belongs to --standalone; a device of a fleet gets its broker by `outstation join`")
     if file.exists():
         raise UsageError(f"{file}: exists already; edit it, or move it away first")
-    if enrolment is not None:
-        members = _read_enrolment(enrolment)
-        _check_keys(enrolment, folder, members)
-    else:
-        members = {file.name: _fill_template(device).encode()}
-    if data_dir is not None:
-        # A JSON string is also a TOML string.
-        line = f"data_dir = {json.dumps(data_dir)}".encode()
-        members[file.name] = re.sub(rb"(?m)^data_dir *=.*$", lambda _: line, members[file.name], count=1)
+    name = device or re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower())[:64].strip("-") or "device-1"
+    if not is_name(name):
+        raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
+    if broker is not None:
+        _check_broker(broker)
+    template = STANDALONE_TEMPLATE if standalone else TEMPLATE
+    text = _fill(template, name, _FLEET, "data" if data_dir is None else data_dir, broker or DEFAULT_BROKER)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in members.items():
-            durable_files.write_new(folder / name, content, _MEMBERS[name])
+        # The config comes last: a killed call can be repeated.
+        path = folder / KEY_FILE
+        key = keys.load_private(path) if path.exists() else keys.generate(path)
+        durable_files.write_new(file, text.encode(), 0o640)
     except FileExistsError as error:
         raise UsageError(f"{error.filename}: exists already; move it away first") from None
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    conf = config.load(file)
-    path = folder / KEY_FILE
-    key = keys.load_private(path) if path.exists() else keys.generate(path)
-    document = {"file": str(file), "device": conf.device.id, "key": key.public.text, "thumbprint": key.public.kid}
-    emit(document, as_json, lambda: _print(document, enrolled=enrolment is not None))
+    document = {
+        "file": str(file),
+        "device": config.load(file).device.id,
+        "key": key.public.text,
+        "thumbprint": key.public.kid,
+    }
+    lines = [f"{file} written"]
+    lines += [f"{label:<12}{document[label]}" for label in ("device", "key", "thumbprint")]
+    lines += _LOSSES.splitlines() if standalone else []
+    fleet = f"outstation request {folder} --fleet FLEET --id {name}"
+    lines.append(f"Next: outstation check -c {file}" if standalone else f"Next: {fleet}")
+    emit(document, as_json, lambda: echo("\n".join(lines)))
 
 
-def _fill_template(device: str | None) -> str:
-    name = device or re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower())[:64].strip("-") or "device-1"
-    if not is_name(name):
-        raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
-    return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
-
-
-def _print(document: dict[str, str], *, enrolled: bool) -> None:
-    echo(f"{document['file']} written")
-    echo(f"device      {document['device']}")
-    echo(f"key         {document['key']}")
-    echo(f"thumbprint  {document['thumbprint']}")
-    if enrolled:
-        echo(f"Next: outstation check -c {document['file']}")
-    else:
-        echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}  (on the collector)")
-
-
-def _check_keys(enrolment: Path, folder: Path, members: dict[str, bytes]) -> None:
-    """Check that the keys that `outstation join` made in `folder` are those that `members` were issued for."""
-    if KEY_FILE not in members and not (folder / KEY_FILE).exists():
-        hint = "name the folder in which `outstation join` or `outstation init` made it"
-        raise UsageError(f"{enrolment}: has no {KEY_FILE}, and {folder} has none either; {hint}")
-    tls_key = folder / TLS_KEY_FILE
-    if "device.crt" not in members or TLS_KEY_FILE in members:
-        return
-    from cryptography import x509
-
+def is_untouched(text: str) -> bool:
+    """Return True if `text` is a config as this command writes it, for whatever device, folder and broker."""
     try:
-        certified = x509.load_pem_x509_certificate(members["device.crt"]).public_key()
-    except ValueError as error:
-        raise UsageError(
-            f"{enrolment}: device.crt cannot be read as a certificate: {error}; ask for it again"
-        ) from None
-    if certified != keys.load_private(tls_key).private.public_key():
-        raise UsageError(f"{enrolment}: answers another request than that of the keys in {folder}; ask for it again")
+        document = tomllib.loads(text)
+        device, broker = document["device"], document.get("broker", {}).get("url", DEFAULT_BROKER)
+        values = (device["id"], device["fleet"], device["data_dir"], broker)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return any(text == _fill(template, *map(str, values)) for template in (TEMPLATE, STANDALONE_TEMPLATE))
 
 
-def _read_enrolment(enrolment: Path) -> dict[str, bytes]:
-    """Return the members of an enrolment file by name. Raises UsageError, also for unknown members."""
-    members = {}
+def _fill(template: str, device: str, fleet: str, data_dir: str, broker: str) -> str:
+    filled = template.format(device=device, fleet=fleet, data_dir="data")
+    if template == STANDALONE_TEMPLATE and broker != DEFAULT_BROKER:
+        filled += _BROKER_SECTION.format(broker=broker)
+    return filled if data_dir == "data" else set_data_dir(filled, data_dir)
+
+
+def _check_broker(url: str) -> None:
     try:
-        # To its end first: only there does gzip check that the file is complete.
-        with input_files.open_regular(enrolment) as packed, gzip.open(packed) as file:
-            content = file.read(_MAX_MEMBER_BYTES * len(_MEMBERS))
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            for member in archive:
-                inside = archive.extractfile(member) if member.isreg() and member.size <= _MAX_MEMBER_BYTES else None
-                if member.name not in _MEMBERS or inside is None:
-                    raise UsageError(f"{enrolment}: {member.name!r} does not belong in an enrolment file")
-                members[member.name] = inside.read()
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise UsageError(f"{enrolment}: not readable as an enrolment file: {error}") from None
-    if "outstation.toml" not in members:
-        raise UsageError(f"{enrolment}: no outstation.toml in it; make it with `outstation fleet enrol --bundle-out`")
-    return members
+        config.check_broker("--broker", config.BrokerConfig(url=url))
+    except ConfigError as error:
+        raise UsageError(f"--broker: {error.problem}") from None

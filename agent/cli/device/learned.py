@@ -11,18 +11,28 @@ from agent.text import printable
 def format_smallest_changes(changes: dict[str, Any], most: int | None = None) -> str:
     """Return a line on the smallest change of each field that is found; of more than `most`, the least sensitive."""
     fields = sorted(changes["fields"].items(), key=lambda item: -(item[1]["shift_sd"] or math.inf))[:most]
-    sizes = [f"{printable(name)} {_format_change(numbers)}" for name, numbers in fields]
+    sizes = [
+        f"{printable(name)} {_format_change(numbers, pairs=len(changes['fields']) > 1)}" for name, numbers in fields
+    ]
     left = len(changes["fields"]) - len(sizes)
     more = f"; {left} more fields: outstation reference show" if left else ""
     head = f"found within {changes['windows']} drift windows, {changes['probability']:.0%} of the time"
     return f"{head}: {'; '.join(sizes)}{more}"
 
 
-def _format_change(numbers: dict[str, Any]) -> str:
+def _format_change(numbers: dict[str, Any], *, pairs: bool) -> str:
     shift, spread = numbers["shift"], numbers["spread"]
     by_sd = f" ({numbers['shift_sd']:.2g} sd)" if numbers["shift_sd"] else ""
     mean = f"±{shift:.3g}{by_sd}" if shift else "no shift"
-    return f"{mean}, spread × {spread:.2g}" if spread else f"{mean}, no spread"
+    together = numbers["correlation"]
+    at = ", ".join(f"{value:.4g}" for value in numbers["never_stuck_at"])
+    parts = [
+        mean,
+        f"spread × {spread:.2g}" if spread else "no spread",
+        *([f"correlation ±{together:.2g}" if together else "no correlation"] if pairs else []),
+        f"stuck for {numbers['stuck_rows']} rows" + (f", but never at {at}" if at else ""),
+    ]
+    return ", ".join(parts)
 
 
 def format_extension(learning: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import click
 
 from agent.bootstrap import device, tasks
 from agent.cli.device.learned import format_extension, format_smallest_changes
+from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_option, echo, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device import status
@@ -25,7 +26,7 @@ _wait_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def reference() -> None:
     """Show, relearn or accept the site reference of a task, which drift is tested against."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
+from agent.cli.fleet.common import db_option, emit_revocation, fleet_option, open_store, print_lines
 from agent.cli.log_format import configure_logging
 from agent.cli.output import emit, json_option
 from agent.errors import ConfigError, UsageError
@@ -165,9 +165,10 @@ def homeassistant(folder: str | None, as_json: bool) -> None:
 
 @click.command("collector", epilog="Example: outstation fleet collector b")
 @click.argument("name")
+@click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
 @fleet_option
 @json_option
-def collector(name: str, folder: str | None, as_json: bool) -> None:
+def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
     """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
     Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key, the folder
@@ -176,6 +177,29 @@ def collector(name: str, folder: str | None, as_json: bool) -> None:
     from agent.fleet.enrolment import collectors
 
     home = fleet_config.find_folder(folder)
-    done = collectors.add(home, fleet_config.load(home), name)
+    config = fleet_config.load(home)
+    if revoke:
+        with open_store(config) as store:
+            emit_revocation("collector", name, collectors.revoke(home, config, store, name), as_json)
+        return
+    done = collectors.add(home, config, name)
     document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
     emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
+
+
+@click.command("reissue", epilog="Example: outstation fleet reissue operator")
+@click.argument("role")
+@fleet_option
+@json_option
+def reissue(role: str, folder: str | None, as_json: bool) -> None:
+    """Revoke a stolen TLS certificate of ROLE, and issue another: collector, operator, commander or broker-admin.
+
+    Copy the two new files to every machine that uses the role. A stolen signing key is another matter: see `outstation
+    fleet keys revoke`.
+    """
+    from agent.fleet.enrolment import clients
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    with open_store(config) as store:
+        emit_revocation("role", role, clients.reissue(home, config, store, role), as_json)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.output import echo
+from agent.cli.output import echo, emit
 from agent.config import parse_duration
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -23,6 +23,7 @@ from agent.toml_files import did_you_mean
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
+    from agent.fleet.enrolment.revocation import RevocationOutcome
 
 # A faster command shows no progress bar.
 _MIN_PROGRESS_TOTAL = 5000
@@ -101,3 +102,11 @@ def print_lines(*lines: str) -> None:
     """Print lines that may contain text of devices: control characters are escaped."""
     for line in lines:
         echo(printable(line))
+
+
+def emit_revocation(kind: str, name: str, outcome: RevocationOutcome, as_json: bool) -> None:
+    """Print that the certificate of a client of the broker is revoked, and the steps left to the operator."""
+    ended = "; the broker ended its session" if outcome.ended else ""
+    document = {kind: name, "certificates": outcome.certificates, "session_ended": outcome.ended}
+    lines = (f"{name}: revoked{ended}", *outcome.steps)
+    emit({**document, "steps": list(outcome.steps)}, as_json, lambda: print_lines(*lines))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent import clock
+from agent import clock, durable_files
 from agent.cli.fleet.common import fleet_option, open_store, print_lines
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option, print_table
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
@@ -19,19 +23,49 @@ from agent.quantities import parse_duration
 from agent.wire import keys
 
 if TYPE_CHECKING:
+    from agent.fleet.config import FleetConfig
     from agent.fleet.enrolment.enrol import Enrolment
+    from agent.wire.enrolment_request import EnrolmentRequest
 
 
 @click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--name", help="The fleet's name, a level of its topics; default the folder's name.")
 @click.option("--broker", "url", metavar="URL", help="URL of the broker for devices; default mqtts://THIS-HOST:8883.")
+@click.option(
+    "--root-keys",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where the repository's three root keys are written, such as a mounted stick; default DIR.root-keys.",
+)
+@click.option(
+    "--repository",
+    "repository_url",
+    metavar="URL",
+    help="Where devices find DIR/repository; default https://BROKER/NAME/repository, or that folder on one machine.",
+)
+@click.option("--no-repository", is_flag=True, help="No repository: devices that are enrolled now get no updates.")
 @json_option
-def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
-    """Create a fleet in DIR: keys, certificate authority, broker config with access rules."""
+def init(
+    folder: Path,
+    name: str | None,
+    url: str | None,
+    root_keys: Path | None,
+    repository_url: str | None,
+    no_repository: bool,
+    as_json: bool,
+) -> None:
+    """Create a fleet in DIR: keys, certificate authority, broker config with access rules, repository of bundles.
+
+    Devices learn the repository's address and root of trust when they are enrolled, so each can be updated from its
+    first day. Its root keys can change every other key: move them to separate offline media.
+    """
     from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
+    from agent.fleet.repository import create
 
+    if no_repository and (root_keys or repository_url):
+        raise UsageError("--no-repository makes none; leave out --root-keys and --repository")
     name = name or folder.resolve().name
     if not is_name(name):
         raise UsageError(f"{name!r} cannot name a fleet: 1-64 of a-z 0-9 . _ - , first a letter or digit; use --name")
@@ -40,7 +74,18 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
         check_broker("--broker", broker)
     except ConfigError as error:
         raise UsageError(f"--broker: {error.problem}") from None
+    if root_keys is not None:
+        create.require_outside(root_keys, folder)
+    repository_url = repository_url or _choose_repository(broker.host, name, folder)
+    create.check_url("--repository", repository_url)
     config = init_fleet(folder, name, broker)
+    made = None
+    if not no_repository:
+        create.write_url(folder, repository_url)
+        if root_keys is None:
+            root_keys = folder.resolve().with_name(f"{folder.resolve().name}.root-keys")
+            root_keys.mkdir(mode=0o700, exist_ok=True)
+        made = create.create(folder, root_keys, roots=3, threshold=2)
     public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
     plugin = broker_config.find_plugin() if broker.tls else None
@@ -51,14 +96,28 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
         **public,
         "broker_conf": str(conf),
         "broker_plugin": str(plugin) if plugin else None,
+        "repository": repository_url if made else None,
+        "root_keys": [str(path) for path in made.keys] if made else [],
     }
-    done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
+    # As root, Mosquitto becomes the user mosquitto before it reads the folder.
+    own = f"chown -R mosquitto: {conf.parent} && " if os.geteuid() == 0 else ""
+    lines = [f"Fleet {name} in {folder}. Start the broker with: {own}mosquitto -c {conf}"]
     if plugin is not None and not plugin.exists():
-        done += (
-            f"\nMosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
+        lines.append(
+            f"Mosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
         )
-    following = f"Next: outstation fleet token DEVICE --dir {folder}"
-    emit(document, as_json, lambda: print_lines(done, following))
+    if made is not None:
+        lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
+        lines.append(f"Move the root keys in {root_keys} to separate offline media: two of them change any other key.")
+    lines.append(f"Next: outstation fleet token DEVICE --dir {folder}")
+    emit(document, as_json, lambda: print_lines(*lines))
+
+
+def _choose_repository(host: str, name: str, folder: Path) -> str:
+    """Return the folder itself if the devices are on this machine, else an address on the broker's machine."""
+    if host in ("localhost", "127.0.0.1", "::1"):
+        return str(folder.resolve() / "repository")
+    return f"https://{f'[{host}]' if ':' in host else host}/{name}/repository"
 
 
 @click.command("token", epilog="Example: outstation fleet token pi-07")
@@ -66,10 +125,11 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
 @click.option(
     "--valid", metavar="TIME", default="24 h", show_default=True, help="How long the token lets the device in."
 )
+@click.option("--bare", is_flag=True, help="Print the token alone, for scripts.")
 @fleet_option
 @json_option
-def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
-    """Make a token with which DEVICE joins once: `outstation join --token`."""
+def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool) -> None:
+    """Make a token with which DEVICE joins once: `outstation request --token`."""
     from agent.fleet.enrolment import join_tokens
     from agent.fleet.enrolment.enrol import device_folder
 
@@ -87,14 +147,11 @@ def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
         "token": made,
         "expires": clock.to_rfc3339(expires_us),
     }
-    emit(
-        document,
-        as_json,
-        lambda: print_lines(
-            f"On the device: outstation join --fleet {config.fleet.name} --id {device} --token {made}",
-            f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
-        ),
-    )
+    lines = [
+        f"On the device: outstation request --fleet {config.fleet.name} --id {device} --token {made}",
+        f"Keep the token secret until then. It lets one key in, before {document['expires']}.",
+    ]
+    emit(document, as_json, lambda: print_lines(*([made] if bare else lines)))
 
 
 @click.command(
@@ -106,7 +163,7 @@ def token(device: str, valid: str, folder: str | None, as_json: bool) -> None:
     "request_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="What `outstation join` wrote on the device: its public keys. No private key leaves the device.",
+    help="What `outstation request` wrote on the device: its public keys. No private key leaves the device.",
 )
 @click.option("--thumbprint", metavar="KID", help="With --request: its key's thumbprint, as the device printed it.")
 @click.option("--key", metavar="PUB", help="The device's public key, or a file with it; default a new key.")
@@ -144,7 +201,6 @@ def enrol(
 ) -> None:
     """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
     from agent.fleet.enrolment import enrol as enrolment
-    from agent.fleet.enrolment import join_tokens
 
     if not replace:
         for option, given in (("--keep-backlog", keep_backlog is not None), ("--keep-certificate", keep_certificate)):
@@ -158,11 +214,7 @@ def enrol(
         raise UsageError(f"{bundle_out}: exists already; name a new file")
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
-    request = enrolment.read_request(request_file) if request_file is not None else None
-    if request is not None:
-        device_home = enrolment.device_folder(home, device)
-        enrolment.check_request(config, device, request)
-        join_tokens.authenticate(device_home, request, thumbprint, clock.read().wall_us)
+    request = _authenticate(home, config, device, request_file, thumbprint)
     with open_store(config) as store:
         done = enrolment.enrol(
             *(home, config, store, device),
@@ -174,6 +226,116 @@ def enrol(
             bundle=bundle_out,
         )
     _emit_enrolment(done, config.fleet.name, bundle_out, as_json)
+
+
+def _authenticate(
+    home: Path, config: FleetConfig, device: str, file: Path | None, thumbprint: str | None
+) -> EnrolmentRequest | None:
+    """Return the request in `file`, if there is one, once it is proved to be the device's. Raises UsageError."""
+    from agent.fleet.enrolment import enrol as enrolment
+    from agent.fleet.enrolment import join_tokens
+
+    if file is None:
+        return None
+    request = enrolment.read_request(file)
+    device_home = enrolment.device_folder(home, device)
+    enrolment.check_request(config, device, request)
+    join_tokens.authenticate(device_home, request, thumbprint, clock.read().wall_us)
+    return request
+
+
+@click.command("enrol-list", epilog="Example: outstation fleet enrol-list devices.csv --out enrolments")
+@click.argument("file", metavar="CSV", type=click.Path(path_type=Path))
+@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Where the files go.")
+@fleet_option
+@json_option
+def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None:
+    """Let the devices of a list in, each with a file FOLDER/DEVICE.tar.gz for `outstation join`.
+
+    CSV has a column device, and optionally request (the file that `outstation request` wrote, relative to CSV) and
+    thumbprint. Without a request the keys are made here, and the file is their only copy. A device that has its file is
+    left out, so a stopped call can be repeated. Exit 1 if a device could not be enrolled.
+    """
+    from agent.fleet.enrolment import device_list
+    from agent.fleet.enrolment import enrol as enrolment
+
+    home = fleet_config.find_folder(folder)
+    config, listed = fleet_config.load(home), device_list.read(file)
+    durable_files.make_folder(out)
+    results: list[dict[str, str]] = []
+    with open_store(config) as store:
+        for entry in listed:
+            bundle = out / f"{entry.device}.tar.gz"
+            state, problem = "enrolled", ""
+            try:
+                if bundle.exists() and store.active_key(entry.device) is not None:
+                    state = "enrolled before"
+                else:
+                    # Of a call that ended before it registered the key.
+                    durable_files.remove(bundle)
+                    request = _authenticate(home, config, entry.device, entry.request, entry.thumbprint)
+                    enrolment.enrol(home, config, store, entry.device, request=request, bundle=bundle)
+            except UsageError as error:
+                state, problem = "failed", str(error)
+            results.append({"device": entry.device, "state": state, "file": str(bundle), "problem": problem})
+    failed = [result for result in results if result["state"] == "failed"]
+    emit(results, as_json, lambda: _print_list(results, out))
+    if failed:
+        sys.exit(1)
+
+
+def _print_list(results: list[dict[str, str]], out: Path) -> None:
+    for result in results:
+        if result["state"] == "failed":
+            echo(f"{result['device']}: {result['problem']}", err=True)
+    counts = Counter(result["state"] for result in results)
+    echo(f"{', '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
+
+
+@click.command("renew", epilog="Example: outstation fleet renew")
+@click.argument("devices", metavar="[DEVICE]...", nargs=-1)
+@click.option("--before", metavar="TIME", default="90 d", show_default=True, help="Renew what ends within this time.")
+@click.option("--wait", metavar="SECONDS", type=click.FloatRange(0.1, 600), default=15.0, show_default=True,
+              help="How long to wait for a device's answer.")  # fmt: skip
+@fleet_option
+@json_option
+def renew(devices: tuple[str, ...], before: str, wait: float, folder: str | None, as_json: bool) -> None:
+    """Renew the TLS certificates of connected devices over MQTT before they end; run it from cron each day.
+
+    The device keeps its key, and uses the certificate at its next connection. A device that is away is tried again by
+    the next call. Once its certificate has ended, it cannot connect: `outstation request` there, `fleet enrol
+    --request` here and `outstation join` let it in again, with all its data. Exit 1 if a certificate ended.
+    """
+    from agent.cli.fleet.command import send_command
+    from agent.fleet.enrolment import renewal
+
+    home = fleet_config.find_folder(folder)
+    config = fleet_config.load(home)
+    if config.ca is None:
+        raise UsageError("the broker is used without TLS, so devices have no certificates to renew")
+    try:
+        limit = timedelta(seconds=parse_duration(before))
+    except ValueError as error:
+        raise UsageError(f"--before: {error}") from None
+    results = []
+    with open_store(config) as store:
+        for due in renewal.list_due(home, store, limit, frozenset(devices)):
+            left = due.days_left(datetime.now(UTC))
+            state, detail = "ended", "outstation request on the device, then fleet enrol --request"
+            if left >= 0:
+                pem = renewal.issue(home, config, due)
+                args = {"certificate": pem.decode("ascii")}
+                sent = send_command(home, config, store, due.device, "install-certificate", args, wait)
+                state, detail = ("renewed" if sent.ok else "waits"), sent.reply.summary if sent.reply else sent.reason
+                if sent.ok:
+                    renewal.confirm(home, due.device, pem)
+            end = f"{due.end:%Y-%m-%d}"
+            results.append({"device": due.device, "state": state, "end": end, "days_left": left, "detail": detail})
+    rows = [[result[name] for name in ("device", "state", "end", "days_left", "detail")] for result in results]
+    empty = f"No certificate ends within {before}."
+    emit(results, as_json, lambda: print_table(["device", "state", "former end", "days", "detail"], rows, empty))
+    if any(result["state"] == "ended" for result in results):
+        sys.exit(1)
 
 
 def _emit_enrolment(done: Enrolment, fleet: str, bundle: Path | None, as_json: bool) -> None:
@@ -191,13 +353,13 @@ def _emit_enrolment(done: Enrolment, fleet: str, bundle: Path | None, as_json: b
         "steps": done.revoked.steps,
     }
     state = "enrolled" if done.is_new else "was enrolled with this key already"
-    unpack = f"On the device: outstation init DIR --from {bundle}"
-    where = unpack if bundle else f"Its files: {done.folder}; --bundle-out FILE packs them"
+    unpack = f"Copy it to the device, and there: outstation join {bundle.name} --dir DIR" if bundle else ""
+    where = unpack or f"Its files: {done.folder}; --bundle-out FILE packs them"
     lines = [f"{done.device} {state}, key {done.key.text}", where]
     if done.made_by == "operator":
         lines.append(
             f"{bundle} is the only copy of its private keys: delete it once the device has them. Whoever has it "
-            "can sign as the device; `outstation join` on the device avoids that."
+            "can sign as the device; `outstation request` on the device avoids that."
         )
     if done.revoked.certificates:
         lines.append(f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.")

@@ -19,11 +19,14 @@ from agent.text import mask_password
 from agent.wire import keys
 
 if TYPE_CHECKING:
+    from agent.fleet.config import FleetConfig
     from agent.fleet.evidence.make import EvidenceFolder
     from agent.fleet.evidence.timestamps.stamp import Stamp
     from agent.fleet.evidence.timestamps.token import TimestampTrust
+    from agent.wire.keys import SigningKey
 
 _PATH = click.Path(path_type=Path)
+_MAX_KEY_BYTES = 65_536
 _timestamp_ca = click.option(
     "--timestamp-ca", "ca", metavar="FILE", type=_PATH,
     help="PEM file with the root certificate of the time-stamping authority, obtained independently.",
@@ -49,6 +52,8 @@ _timestamp_policy = click.option(
 @click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
               help="Include a head that a device signed (`outstation head --json`), or a time stamp (.tsr) "
                    "of `fleet evidence stamp`.")  # fmt: skip
+@click.option("--operator-key", metavar="FILE", type=_PATH,
+              help="Key that signs the folder, - for standard input; default that of fleet.toml.")  # fmt: skip
 @db_option
 @fleet_option
 @json_option
@@ -61,6 +66,7 @@ def evidence(
     evaluations: tuple[Path, ...],
     publishers: tuple[str, ...],
     witnesses: tuple[Path, ...],
+    operator_key: Path | None,
     db: str | None,
     folder: str | None,
     as_json: bool,
@@ -75,7 +81,7 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --key PUB")
-    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, db, folder)
+    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, folder)
     facts = made.facts
     document = {
         "out": str(out),
@@ -103,6 +109,7 @@ def _make_folder(
     evaluations: tuple[Path, ...],
     publishers: tuple[str, ...],
     witnesses: tuple[Path, ...],
+    operator_key: Path | None,
     db: str | None,
     folder: str | None,
 ) -> EvidenceFolder:
@@ -124,11 +131,13 @@ def _make_folder(
     for stamp in stamps:
         _check_stamp(stamp)
     config, store = open_for_reading(folder, db)
+    operator, trusted = _load_operator(operator_key, config), fleet_config.load_trusted_keys(config)
     sources = EvidenceSources(
         fleet=config.fleet.name,
         fleet_dir=fleet_config.find_folder(folder),
-        operator=keys.load_private(Path(config.operator.key_file)),
-        operators=fleet_config.load_trusted_keys(config),
+        operator=operator,
+        # The first one signs the folder.
+        operators=[operator.public, *(key for key in trusted if key.kid != operator.public.kid)],
         collector=keys.load_public_for(Path(config.collector.key_file)),
         publishers=known,
         bundles=bundles,
@@ -138,6 +147,14 @@ def _make_folder(
     )
     with progress_bar("gathering", store.count_messages()) as advance:
         return write_folder(store, sources, out, at, advance)
+
+
+def _load_operator(file: Path | None, config: FleetConfig) -> SigningKey:
+    if file is None:
+        return keys.load_private(Path(config.operator.key_file))
+    if str(file) == "-":
+        return keys.parse_private(sys.stdin.buffer.read(_MAX_KEY_BYTES), "standard input")
+    return keys.load_private(file)
 
 
 def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], list[Stamp]]:

@@ -6,11 +6,11 @@ import importlib
 
 import click
 
-from agent.cli.fleet.collect import collect, collector, homeassistant
+from agent.cli.fleet.collect import collect, collector, homeassistant, reissue
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
-from agent.cli.fleet.enrol import enrol, init, token
+from agent.cli.fleet.enrol import enrol, enrol_list, init, renew, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.label import label
@@ -19,6 +19,7 @@ from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.fleet.watch import viewer, watch
+from agent.cli.groups import SentenceGroup
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
@@ -32,7 +33,7 @@ _BELOW = {
 }
 
 
-class _FleetGroup(click.Group):
+class _FleetGroup(SentenceGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *_BELOW})
 
@@ -50,7 +51,8 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, token, enrol, devices, collect, collector, homeassistant, watch, alerts, gaps, audit, disclosed, drift),
-    *(label, command, revoke, remove, accept_log, viewer, publish, repository, keys, rollout, evidence, simulate),
+    *(init, token, enrol, enrol_list, renew, devices, collect, collector, homeassistant, reissue, viewer, watch),
+    *(alerts, gaps, audit, disclosed, drift, label, command, revoke, remove, accept_log, publish, repository, keys),
+    *(rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

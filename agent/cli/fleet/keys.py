@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from agent.cli.fleet.common import fleet_option
+from agent.cli.groups import SentenceGroup
 from agent.cli.output import echo, echo_styled, emit, json_option, print_table
 from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
@@ -37,7 +38,7 @@ class _KeyCommand(click.Command):
         return super().parse_args(ctx, [*(arg for arg in args if arg not in keys), "--", *keys] if keys else args)
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def keys() -> None:
     """Add and revoke the keys of operators and collector on all devices.
 

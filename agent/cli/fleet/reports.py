@@ -25,7 +25,7 @@ from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
 from agent.cli.output import emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.database.incidents.incident_rows import IncidentKey
+from agent.fleet.database.interface import IncidentKey
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
 from agent.quantities import parse_duration
@@ -418,4 +418,6 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         yield from (f"  {problem}" for problem in exported["problems"][:_MAX_LISTED])
     if not report["messages"]:
         yield "Nothing is collected yet: start `outstation fleet collect` and a device."
-    yield "PASSED" if report["passed"] else "FAILED"
+        yield "NOTHING TO VERIFY" if report["passed"] else "FAILED"
+    else:
+        yield "PASSED" if report["passed"] else "FAILED"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.cli.fleet.common import fleet_option
+from agent.cli.groups import SentenceGroup
 from agent.cli.output import echo, echo_styled, emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
@@ -71,7 +72,7 @@ def publish(
     emit(document, as_json, lambda: echo(text))
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def repository() -> None:
     """Maintain the TUF repository of bundles: keys, expiry, revoked bundles."""
 

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import click
 
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, open_store, print_lines
+from agent.cli.fleet.common import (
+    db_option,
+    emit_revocation,
+    fleet_option,
+    open_for_reading,
+    open_store,
+    print_lines,
+)
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.wire import keys
@@ -78,10 +85,7 @@ def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_
     if revoke:
         with open_store(config) as store:
             outcome = viewers.revoke(home, config, store, name)
-        ended = "; the broker ended its session" if outcome.ended else ""
-        document = {"viewer": name, "certificates": outcome.certificates, "session_ended": outcome.ended}
-        lines = (f"{name}: revoked{ended}", *outcome.steps)
-        emit({**document, "steps": list(outcome.steps)}, as_json, lambda: print_lines(*lines))
+        emit_revocation("viewer", name, outcome, as_json)
         return
     done = (viewers.add_password if with_password else viewers.add)(home, config, name)
     secret = {} if done.password is None else {"username": done.user, "password": done.password}

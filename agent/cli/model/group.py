@@ -10,6 +10,7 @@ import click
 
 from agent import input_files
 from agent.cli import trust
+from agent.cli.groups import SentenceGroup
 from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.run import run
@@ -26,7 +27,7 @@ _path = click.Path(path_type=Path)
 _NO_REFERENCE = "none: devices will not monitor this model for drift"
 
 
-@click.group()
+@click.group(cls=SentenceGroup)
 def model() -> None:
     """Make, check and run bundles: a model with labels, drift reference, golden vectors and cards, signed."""
 

@@ -26,7 +26,9 @@ FILE_PREFIX = "file:"
 FILE_SOURCE, MAX_FILES = "ingested file", 4096
 
 
-_OTHER_PROTOCOL = Refusal("this is not the intake protocol: the first line must be a JSON object; see docs/intake.md")
+_OTHER_PROTOCOL = Refusal(
+    "this is not the intake protocol: the first line must be a JSON object; see docs/reference/intake.md"
+)
 _NO_TOKEN = Refusal('the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names')
 
 

@@ -1,6 +1,6 @@
 """Intake protocol: JSON lines to validated rows. Runs of valid lines are decoded at once, invalid ones one by one.
 
-The protocol is described in `docs/intake.md`.
+The protocol is described in `docs/reference/intake.md`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
     - `acknowledged`: seqs that it was known to have, as in table meta
     - up to `common_through`: all up to `through` except `missing`
     Behind `common_through` the collector's messages differ from those of this store. `last`: no message of the old log
-    is above it. `done`: the last old seq that was processed.
+    is above it. `done`: the last old seq that was processed. `joined`: the device joined a fleet, nothing is wrong.
     """
 
     reason: str
@@ -48,6 +48,7 @@ class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
     new: str = ""
     last: int = 0
     done: int = 0
+    joined: bool = False
 
 
 _FINDINGS_DECODER = msgspec.json.Decoder(list[RecoveryFinding])

@@ -8,6 +8,9 @@ so the old messages behind the last processed one are still unchanged.
 A store whose whole folder was restored from a copy learns of it from the collector: its signed acknowledgement names a
 message that this store never wrote, or another digest. Then nothing more is sent in this log, and the next opening
 begins a new one.
+
+A device that joins a fleet begins a new log, too: its store's messages get the topics, the id and the signatures that
+the fleet's collector takes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import StorageForked, StorageFull
+from agent.errors import StorageForked, StorageFull, UsageError
 from agent.wire import key_rotation
 from agent.wire.messages import AckPayload
 
@@ -81,6 +84,29 @@ def record_proof(tx: Transaction, proven: int) -> None:
         tx.set_meta(UNPROVEN_FROM, str(proven))
 
 
+# --- joining a fleet ---
+
+
+def plan_move(store: Store, fleet: str, device: str) -> bool:
+    """Bind the store to a device of another fleet; the next opening writes all its messages again, for that fleet.
+
+    Returns False if it is bound to it already. Raises UsageError if it began a new log and has not finished.
+    """
+    name = f"{fleet}/{device}"
+    owner = store.get_meta("device", name)
+    if owner == name:
+        return False
+    if store.get_meta(NEW_LOG, ""):
+        hint = "run `outstation batch` once with its former config, then join again"
+        raise UsageError(f"the store at {store.path} belongs to {owner} and has begun a new log: {hint}")
+    # Nobody of the new fleet has any of its messages, delivered or not.
+    plan = NewLogPlan(reason=f"The device {owner} joined a fleet as {name}.", old=store.log_id, joined=True)
+    with store.transaction(vital=True) as tx:
+        tx.set_meta("device", name)
+        _save_plan(tx, plan)
+    return True
+
+
 # --- new log ---
 
 
@@ -116,7 +142,7 @@ def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> N
         if is_lost:
             keys.reissue_rotation(tx, message_log, now)
         _finish(tx, message_log, plan, now)
-    log.critical("%s Log %s begins.", plan.reason, plan.new)
+    log.log(logging.INFO if plan.joined else logging.CRITICAL, "%s Log %s begins.", plan.reason, plan.new)
 
 
 def _is_delivered(plan: NewLogPlan, seq: int) -> bool:
@@ -163,8 +189,9 @@ def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: Clo
     summary = summary[:_MAX_SUMMARY]
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
     seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence}, now)
-    alert = NEW_LOG_STARTED.raised(summary, {"seq": seq, **evidence}, log=plan.new)
-    message_log.append(tx, "alerts", None, alert.to_body(), now)
+    if not plan.joined:
+        alert = NEW_LOG_STARTED.raised(summary, {"seq": seq, **evidence}, log=plan.new)
+        message_log.append(tx, "alerts", None, alert.to_body(), now)
     tx.delete_meta(NEW_LOG)
     if pending := tx.get_meta(keys.PENDING_ROTATION, ""):
         # It waited for an acknowledgement of the old log, and now waits for one of the new log.

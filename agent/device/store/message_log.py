@@ -110,9 +110,12 @@ class MessageLog(msgspec.Struct):
                 self.append(tx, "alerts", message.task, body, now)
 
     def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
-        """Append a message of another log, unchanged but for its place in the log, and return its seq."""
+        """Append a message of another log, unchanged but for its place in the log, and return its seq.
+
+        Of a device that joined a fleet, the device's id and the topic are others, too.
+        """
         seq, prev = tx.log_head()
-        body = json.loads(message.payload)
+        body, topic = json.loads(message.payload), str(self._topic_of(message))
         evidence = body.get("evidence")
         if isinstance(evidence, dict) and "seq" in evidence:
             body["evidence"] = {**evidence, "log": old_log}
@@ -121,10 +124,11 @@ class MessageLog(msgspec.Struct):
             # Signed by the old key again: the new key's proof names its place in the log.
             place = (self.fleet, self.device, self.log_id, seq + 1)
             body["evidence"], key = key_rotation.build_evidence(*place, self.live_key.public, self.key), self.live_key
-        body |= {"log": self.log_id, "seq": seq + 1, "prev": prev, "reissued": {"log": old_log, "seq": message.seq}}
+        body |= {"device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
+        body |= {"reissued": {"log": old_log, "seq": message.seq}}
         payload = messages.encode(body)
-        token = jws.sign(key, message.topic, payload)
-        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), log_chain.digest(payload))
+        token = jws.sign(key, topic, payload)
+        tx.enqueue(OutboxMessage(seq + 1, topic, payload, token, message.time), log_chain.digest(payload))
         return seq + 1
 
     def build_live_message(self, kind: str, body: Mapping[str, Any], now: ClockReading) -> OutgoingMessage:
@@ -138,10 +142,13 @@ class MessageLog(msgspec.Struct):
         return self._build_outgoing(topic, payload, token, message_id, time)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
-        parts = message.topic.split("/")
-        topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
+        topic = self._topic_of(message)
         outgoing = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time)
         return compress(outgoing) if self.compress else outgoing
+
+    def _topic_of(self, message: OutboxMessage) -> Topic:
+        parts = message.topic.split("/")
+        return Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
 
     def _build_outgoing(self, topic: Topic, payload: bytes, token: str, message_id: str, time: str) -> OutgoingMessage:
         event = messages.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)

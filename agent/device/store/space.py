@@ -4,10 +4,12 @@ Eviction starts when `EVICTION_START` of the room that quota and disk leave is i
 1. delete acknowledged messages, old stored alerts, readings that all their tasks have used, and stored predictions
 2. run batches early: results take less room than readings
 3. evict readings that wait for a task that makes no progress
-4. evict messages of the outbox by `EVICTION_ORDER`, but only while nothing is acknowledged: if messages are being
+4. evict readings that wait for a task whose batches find no room for their results, if the messages of the outbox do
+   not take up enough room: else the intake refuses rows and the task commits none, forever
+5. evict messages of the outbox by `EVICTION_ORDER`, but only while nothing is acknowledged: if messages are being
    delivered and a producer is too fast, the intake refuses its rows instead (`INTAKE_SHARE` in store.py)
 Whatever goes before it was delivered, used or kept as long as configured is declared in the same transaction (see
-`eviction`). `[buffer] when_full = "refuse"` leaves out steps 3 and 4.
+`eviction`). `[buffer] when_full = "refuse"` leaves out steps 3 to 5.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class SpaceManager:
     """Space management of the main loop.
 
     `run_early` runs all tasks out of schedule for a while and returns True if rows still wait; `stuck` names the tasks
-    that make no progress.
+    that make no progress, `crowded` those whose last batch found no room.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class SpaceManager:
         message_log: MessageLog,
         run_early: Callable[[ClockReading], bool | None],
         stuck: Callable[[], Collection[str]],
+        crowded: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._conf, self._store, self._message_log = conf, store, message_log
-        self._run_early, self._stuck = run_early, stuck
+        self._run_early, self._stuck, self._crowded = run_early, stuck, crowded
         self._growth = Growth.from_json(store.get_meta(retention.GROWTH, ""))
         self._next_early_run_s = float("-inf")
         self._last_acknowledgement: tuple[str, float] | None = None
@@ -175,11 +178,16 @@ class SpaceManager:
             return True
         if self._conf.buffer.when_full == "refuse":
             return False
-        stuck = self._stuck()
-        streams = {self._conf.tasks[name].stream for name in stuck if name in self._conf.tasks}
-        if any(self._evict_unused_rows(name, now) for name in sorted(streams)):
+        if self._evict_readings_of(self._stuck(), now):
+            return True
+        excess = self._store.used_bytes() - self._store.limit_bytes() * EVICTION_STOP
+        if self._store.backlog().bytes * _PAGE_OVERHEAD < excess and self._evict_readings_of(self._crowded(), now):
             return True
         return self._is_stalled(now) and any(self._evict_messages(kinds, now) for kinds in EVICTION_ORDER)
+
+    def _evict_readings_of(self, tasks: Collection[str], now: ClockReading) -> bool:
+        streams = {self._conf.tasks[name].stream for name in tasks if name in self._conf.tasks}
+        return any(self._evict_unused_rows(name, now) for name in sorted(streams))
 
     def _delete_delivered(self) -> bool:
         with self._store.transaction(vital=True) as tx:

@@ -412,7 +412,7 @@ class Store:
         if owner != name:
             raise UsageError(
                 f"device.id: the store at {self.path} belongs to {owner}, whose signed messages wait in it; "
-                "give the new device a data_dir of its own"
+                f"`outstation join FILE` moves it to {name}, or give the new device a data_dir of its own"
             )
         with self.transaction(vital=True) as tx:
             tx.set_meta("device", name)

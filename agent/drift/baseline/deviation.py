@@ -3,7 +3,10 @@
 A site that is wrong from its first row would otherwise be learned as normal, and learning again and again could walk
 the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or MIN_RATIO, and must lie beyond what
 single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or
-LARGE_RATIO, must only be certain. A field that moved steadily while it was learned deviates, too.
+LARGE_RATIO, must only be certain. A field that moved steadily or changed at once while it was learned deviates, too.
+
+Source: Shao & Zhang (2010), Testing for change points in time series, Journal of the American Statistical Association
+105, for steps among values with memory, and table 1 for their limits.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from agent import clock
 from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
@@ -32,7 +36,12 @@ LARGE_SHIFT_SDS, LARGE_RATIO = 1.0, 2.0
 MAX_NAMED_FIELDS = 5
 # Chance that a reference of an unchanged site deviates, over all fields.
 DEVIATION_BUDGET = 1e-2
-SHIPPED, FORMER, ACCEPTED, TREND = "shipped", "former", "accepted", "trend"
+MIN_STEP_WINDOWS = 4  # on either side of a step
+# What chance exceeds in 1 % of series, and by how much more it exceeds in 1 / e of these.
+STEP_LIMIT, STEP_LIMIT_GROWTH = 68.6, 23.1
+STEP_LIMIT_WINDOWS = 12.0  # independent ones, of which the limit is twice as high; simulated with AR(1) windows
+STEP_LOOKS = 4  # independent ones, while learning goes on
+SHIPPED, FORMER, ACCEPTED, TREND, STEP = "shipped", "former", "accepted", "trend", "step"
 _AGAINST = {
     SHIPPED: "the shipped reference",
     FORMER: "the former reference of this site",
@@ -79,7 +88,10 @@ class ReferenceProfile(msgspec.Struct, frozen=True, eq=False):
 
 
 class Deviation(msgspec.Struct, frozen=True):
-    """Deviation of one field: `shift` of the mean in its unit and in sd of rows, `ratio` of the spreads."""
+    """Deviation of one field: `shift` of the mean in its unit and in sd of rows, `ratio` of the spreads.
+
+    A step began after so many learned windows, at `since` epoch µs.
+    """
 
     field: str
     against: str
@@ -88,21 +100,30 @@ class Deviation(msgspec.Struct, frozen=True):
     ratio: float
     by_mean: bool
     unit: str = ""
+    window: int = 0
+    since: int = 0
 
     def describe(self) -> str:
         """Return a clause for people."""
         amount = f"{self.shift:+.2g}{f' {self.unit}' if self.unit else ''} ({abs(self.shift_sd):.2g} sd)"
         if self.against == TREND:
             return f"{self.field} moved by {amount} while it was learned"
+        if self.against == STEP:
+            change = f"moved by {amount}" if self.by_mean else f"varies {self.ratio:.2g} times as much"
+            since = clock.to_rfc3339(self.since)[:16].replace("T", " ")
+            return f"{self.field} {change} from {since} UTC on while it was learned"
         if self.by_mean:
             return f"{self.field} differs by {amount} from {_AGAINST[self.against]}"
         return f"{self.field} varies {self.ratio:.2g} times as much as in {_AGAINST[self.against]}"
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {"shift": self.shift, "shift_sd": self.shift_sd, "ratio": self.ratio}
-        return {"field": self.field, "against": self.against} | {
-            name: round_significant(value, 3) for name, value in numbers.items()
-        }
+        since = {"since": self.since} if self.against == STEP else {}
+        return (
+            {"field": self.field, "against": self.against}
+            | since
+            | {name: round_significant(value, 3) for name, value in numbers.items()}
+        )
 
     @property
     def size(self) -> float:
@@ -139,18 +160,30 @@ class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
         return msgspec.structs.replace(self, accepted=accepted, deviations=(), is_held=False)
 
     def check(
-        self, learned: Reference, shipped: Reference, residuals: Float64s, units: Sequence[str], *, hold: bool
+        self,
+        learned: Reference,
+        shipped: Reference,
+        residuals: Float64s,
+        t: Ints,
+        units: Sequence[str],
+        *,
+        hold: bool,
     ) -> ReferenceGuard:
-        """Compare a newly learned reference of fields in these `units`. `hold` keeps one that deviates from use."""
+        """Compare a newly learned reference of fields in these `units`. `hold` keeps one that deviates from use.
+
+        `residuals` (K, 2F) are those of the learned windows, which began at `t` (K,) epoch µs.
+        """
         others = {
             SHIPPED: ReferenceProfile.from_reference(shipped),
             FORMER: self.former,
             ACCEPTED: self.accepted,
         }
-        unit = dict(zip(learned.fields, units, strict=True))
+        unit, steps = dict(zip(learned.fields, units, strict=True)), find_steps(residuals, t, learned)
         deviations = tuple(
             msgspec.structs.replace(deviation, unit=unit[deviation.field])
-            for deviation in find_trends(residuals, learned, find_deviations(learned, others, residuals))
+            for deviation in _one_per_field(
+                [*find_deviations(learned, others, residuals), *find_trends(residuals, learned, steps), *steps]
+            )
         )
         accepted = self.accepted
         if accepted is None and not deviations:
@@ -158,9 +191,21 @@ class ReferenceGuard(msgspec.Struct, frozen=True, eq=False):
         raised_count = self.raised_count + (bool(deviations) and not self.deviations)
         return ReferenceGuard(self.former, accepted, deviations, raised_count, hold and bool(deviations))
 
+    def announce_steps(self, checked: ReferenceGuard) -> ReferenceGuard:
+        """Return this guard with the steps that `checked` found among windows that are still gathered."""
+        steps = tuple(item for item in checked.deviations if item.against == STEP)
+        if {item.field for item in steps} <= {item.field for item in self.deviations}:
+            return self
+        return msgspec.structs.replace(self, deviations=steps, raised_count=self.raised_count + (not self.deviations))
 
-def build_alert(guard: ReferenceGuard, before: ReferenceGuard, window: dict[str, Any]) -> Alert | None:
-    """Return the alert that a newly learned or accepted reference raises or clears; `window` locates it."""
+
+def build_alert(
+    guard: ReferenceGuard, before: ReferenceGuard, window: dict[str, Any], *, learning: bool = False
+) -> Alert | None:
+    """Return the alert that a newly learned or accepted reference raises or clears; `window` locates it.
+
+    While `learning` goes on, it is about the windows gathered so far.
+    """
     if guard.deviations:
         sentences = [item.describe() for item in guard.deviations[:MAX_NAMED_FIELDS]]
         more = len(guard.deviations) - len(sentences)
@@ -168,6 +213,8 @@ def build_alert(guard: ReferenceGuard, before: ReferenceGuard, window: dict[str,
         then = (
             "Drift is not tested until somebody accepts the reference or has it learned again."
             if guard.is_held
+            else "Learning goes on."
+            if learning
             else "Drift is tested against it all the same."
         )
         summary = f"this site's reference deviates: {'; '.join(sentences)}{rest}. {then}"
@@ -182,46 +229,113 @@ def build_alert(guard: ReferenceGuard, before: ReferenceGuard, window: dict[str,
 def find_deviations(
     learned: Reference, others: Mapping[str, ReferenceProfile | None], residuals: Float64s
 ) -> list[Deviation]:
-    """Return the deviations from `others`, largest first and one for each field. Other fields are not compared.
+    """Return the deviations from `others`. Fields that they do not have are not compared.
 
     `residuals` (K, 2F) of learned windows tell how alike neighbours are.
     """
     profile = ReferenceProfile.from_reference(learned)
     correlation = _autocorrelation(_fill_gaps(residuals), 1)
-    every = [
+    return [
         deviation
         for against, other in others.items()
         if other is not None
         for deviation in _compare_profiles(profile, other, against, correlation)
     ]
-    return _one_per_field(every)
 
 
-def find_trends(values: Float64s, learned: Reference, known: Sequence[Deviation] = ()) -> list[Deviation]:
-    """Return the fields whose mean moved steadily over learned windows.
+def find_trends(values: Float64s, learned: Reference, steps: Sequence[Deviation] = ()) -> list[Deviation]:
+    """Return the fields whose mean moved steadily over learned windows, unless one of the `steps` explains it better.
 
     `values` (K, 2F) are residuals in class sd, in order of time and without a daily cycle.
     """
     windows, fields = len(values), len(learned.fields)
     means = _fill_gaps(values[:, :fields])
     slope, residuals = fit_trend(means)
+    left = np.full(fields, np.inf)
+    for step in steps:
+        i, at = learned.fields.index(step.field), step.window
+        left[i] = sum(float(((part - part.mean()) ** 2).sum()) for part in (means[:at, i], means[at:, i]))
     independent = _independent_windows(windows, _autocorrelation(residuals, 2))
     # Over windows that are numbered evenly from -0.5 to 0.5, whose mean square is about 1/12.
     error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent * 12 * (windows - 1) / (windows + 1))
-    weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
-    class_sd = (weight * learned.class_sd).sum(0)[:fields]
-    shift, sd = slope * class_sd, np.maximum(learned.sd, 1e-12)
+    shift, sd = slope * _mean_class_sd(learned)[:fields], np.maximum(learned.sd, 1e-12)
     moved = (np.abs(shift) > MIN_SHIFT_SDS * sd) & (np.abs(slope) > _z_limit(fields, independent) * error)
-    trends = [
+    return [
         Deviation(learned.fields[i], TREND, float(shift[i]), float(shift[i] / sd[i]), 1.0, by_mean=True)
-        for i in np.flatnonzero(moved).tolist()
+        for i in np.flatnonzero(moved & ((residuals**2).sum(0) < left)).tolist()
     ]
-    return _one_per_field([*known, *trends])
+
+
+def find_steps(values: Float64s, t: Ints, learned: Reference) -> list[Deviation]:
+    """Return the fields whose mean or spread changed at once among learned windows, and stayed so to the last one.
+
+    `values` (K, 2F) are residuals in class sd, without a daily cycle, of windows that began at `t` (K,) epoch µs.
+    """
+    fields = len(learned.fields)
+    step, at = _fit_steps(_fill_gaps(values))
+    class_sd, sd = _mean_class_sd(learned), np.maximum(learned.sd, 1e-12)
+    shift = step[:fields] * class_sd[:fields]
+    log_ratio = step[fields:] * (class_sd[fields:] if learned.windowed else 1.0) / 2
+    moved, varies = np.abs(shift) > MIN_SHIFT_SDS * sd, np.abs(log_ratio) > math.log(MIN_RATIO)
+    ratio = np.exp(np.clip(log_ratio, -20, 20))
+    return [
+        Deviation(
+            learned.fields[i],
+            STEP,
+            float(shift[i]),
+            float(shift[i] / sd[i]),
+            float(ratio[i]),
+            by_mean=bool(moved[i]),
+            window=int(at[i if moved[i] else fields + i]),
+            since=int(t[at[i if moved[i] else fields + i]]),
+        )
+        for i in np.flatnonzero(moved | varies).tolist()
+    ]
+
+
+def _fit_steps(values: Float64s) -> tuple[Float64s, Ints]:
+    """Return the step (T,) that values (K, T) made, 0 for none that is certain, and the number of values before it.
+
+    The difference of both sides is measured by what their own partial sums wander.
+    """
+    windows = len(values)
+    before = np.arange(1, windows)[:, None]
+    forward, backward = _bridge_squares(values)[:-1], _bridge_squares(values[::-1])[-2::-1]
+    difference = np.cumsum(values - values.mean(0), axis=0)[:-1]
+    ratio = windows * difference**2 / np.maximum(forward + backward, 1e-24)
+    ratio[: MIN_STEP_WINDOWS - 1] = ratio[windows - MIN_STEP_WINDOWS :] = 0.0
+    columns, count = np.arange(values.shape[1]), before * (windows - before) / windows
+    steps, most = -difference / count, ratio.argmax(0)
+    rest = values - np.where(np.arange(windows)[:, None] > most, steps[most, columns], 0.0)
+    memory = control_limits.fit_autocorrelation(rest, np.full(len(columns), 3.0))
+    independent = windows * (1 - memory) / (1 + memory)
+    limit = STEP_LIMIT + STEP_LIMIT_GROWTH * math.log(len(columns) * STEP_LOOKS)
+    certain = ratio[most, columns] > limit * (1 + STEP_LIMIT_WINDOWS / independent)
+    # Least squares tell better when it was.
+    at = (difference**2 / count).argmax(0)
+    return np.where(certain, steps[at, columns], 0.0), at + 1
+
+
+def _bridge_squares(values: Float64s) -> Float64s:
+    """Return (K, T) for the first k of values (K, T) the sum of squares of their partial sums, less the line to 0."""
+    count = np.arange(1.0, len(values) + 1)[:, None]
+    # From the mean of all: fewer digits cancel.
+    total = np.cumsum(values - values.mean(0), axis=0)
+    slope = total / count
+    squares = np.cumsum(total**2, axis=0) - 2 * slope * np.cumsum(count * total, axis=0)
+    return np.asarray(np.maximum(squares + slope**2 * np.cumsum(count**2, axis=0), 0.0))
+
+
+def _mean_class_sd(learned: Reference) -> Float64s:
+    """Return the usual spread (D,) within a class."""
+    weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
+    return np.asarray((weight * learned.class_sd).sum(0))
 
 
 def _one_per_field(deviations: Sequence[Deviation]) -> list[Deviation]:
     largest: dict[str, Deviation] = {}
-    for deviation in sorted(deviations, key=lambda item: -item.size):
+    # A reference of two levels says little of how far either lies from another one.
+    for deviation in sorted(deviations, key=lambda item: (item.against != STEP, -item.size)):
         largest.setdefault(deviation.field, deviation)
     return list(largest.values())
 

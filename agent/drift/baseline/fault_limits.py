@@ -23,6 +23,10 @@ from agent.drift.numeric.sums import GroupMoments
 MISSING, PILE_LOW, PILE_HIGH, OUTSIDE, SPIKES, SD = range(6)
 SYMPTOMS = 6
 TAIL_SHARE = 0.25  # of windows, whose excesses show the tail
+RANGE_MARGIN = 0.5  # spans of a reference beyond its limits
+# Independent windows whose span, so widened, holds a level that chance exceeds once in 10,000; and below which it is
+# widened further. By Student's t, the margin is about inverse to their number.
+RANGE_WINDOWS, FEW_RANGE_WINDOWS = 40, 20
 _TESTED = 6  # piles at both ends, outside, spikes, louder, calmer
 
 
@@ -81,6 +85,15 @@ def extrapolate(values: Float64s, windows: int = 1) -> Float64s:
     # The mean of few excesses is uncertain: two standard errors to the safe side for a single window.
     reach = excess * (1 + 2 / windows / math.sqrt(tail)) * max(math.log(tail / count / level), 1.0)
     return np.asarray(np.where(excess > 0, threshold + reach, np.maximum(threshold, 0.0)))
+
+
+def compute_reach(independent: Float64s) -> Float64s:
+    """Return how far (F,) a field may wander beyond a reference's limits, in its spans; 0 for the usual margin.
+
+    So many `independent` windows (F,) would tell as much as the learned ones, which are like their neighbors.
+    """
+    margin = RANGE_MARGIN * RANGE_WINDOWS / np.maximum(independent, 1.0)
+    return np.where(independent < FEW_RANGE_WINDOWS, margin, 0.0)
 
 
 def compute_misfit(

@@ -29,8 +29,16 @@ from agent.drift.baseline.symptoms import measure_symptoms
 from agent.drift.baseline.transitions import MIN_STEP_SHARE, MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.detector import MIN_CLASS_ROWS, MIN_CLASS_WINDOWS, LearnedScores, LearnedWindows, Task
-from agent.drift.detectors.registry import COUNTERS, DETECTORS, MOMENTS, SCORED, LearnedBaselines, ScoreLayout
-from agent.drift.numeric import divergence, outliers
+from agent.drift.detectors.registry import (
+    CORRELATION,
+    COUNTERS,
+    DETECTORS,
+    MOMENTS,
+    SCORED,
+    LearnedBaselines,
+    ScoreLayout,
+)
+from agent.drift.numeric import control_limits, divergence, outliers
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
 from agent.errors import BadBundle
@@ -259,27 +267,7 @@ def calibrate_reference(
     )
     if source == "site" and not cycle:
         warnings += outliers.detect_step_change(values, shipped.fields)
-    missing = MissingBaseline.from_windows(
-        learning.symptoms[..., fault_limits.MISSING].astype(np.float64),
-        total.rows / max(learning.total_windows, 1),
-        learning.thinning,
-        total.missing,
-        total.rows,
-    )
-    if shipped.missing_values is not None:
-        missing = missing.merge(shipped.missing_values)
-    honest = FaultLimits.learn(
-        learning.symptoms.astype(np.float64),
-        np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd,
-        fault_limits.compute_misfit(
-            class_moments,
-            usual.mean + hourly[:, None] * usual.sd,
-            without_cycle(usual.sd, hourly),
-            np.arange(len(shipped.fields)),
-        ),
-    )
-    if shipped.fault_limits is not None:
-        honest = honest.merge(shipped.fault_limits)
+    spread = np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd
     reference = replace(
         shipped,
         made=source,
@@ -287,12 +275,13 @@ def calibrate_reference(
         warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
-        missing_values=missing,
-        fault_limits=honest,
+        missing_values=_learn_missing_values(shipped, learning),
+        fault_limits=_learn_fault_limits(shipped, learning, spread, class_moments, usual, hourly),
         n=rows.n[0],
         mean=rows.mean[0],
         m2=rows.m2[0],
         longest=np.maximum(shipped.longest, total.longest),
+        reach=_learn_reach(shipped, residuals, every),
         class_n=usual.n,
         class_mean=usual.mean,
         class_sd=usual.sd,
@@ -307,6 +296,53 @@ def calibrate_reference(
     accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
     transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
     return _add_site_calibration(reference, learning, learned, number, accuracy, transitions)
+
+
+def _learn_reach(shipped: Reference, residuals: Float64s, cycle: Float64s) -> Float64s | None:
+    """Return how far fields may wander beyond the shipped limits, from `residuals` and their `cycle` (K, 2F)."""
+    fields = len(shipped.fields)
+    fitted = np.where((cycle[:, :fields] != 0).any(0), 1.0 + 2 * daily_cycle.HARMONICS, 1.0)
+    memory = control_limits.fit_autocorrelation(residuals[:, :fields], fitted)
+    reach = fault_limits.compute_reach(len(residuals) * (1 - memory) / (1 + memory))
+    return reach if reach.any() else None
+
+
+def _learn_missing_values(shipped: Reference, learning: LearningState) -> MissingBaseline:
+    """Return how values were missing in the windows, and in those of the shipped reference."""
+    total = learning.total
+    missing = MissingBaseline.from_windows(
+        learning.symptoms[..., fault_limits.MISSING].astype(np.float64),
+        total.rows / max(learning.total_windows, 1),
+        learning.thinning,
+        total.missing,
+        total.rows,
+    )
+    return missing if shipped.missing_values is None else missing.merge(shipped.missing_values)
+
+
+def _learn_fault_limits(
+    shipped: Reference,
+    learning: LearningState,
+    sd: Float64s,
+    class_moments: GroupMoments,
+    usual: moments.ClassStatistics,
+    hourly: Float64s,
+) -> FaultLimits:
+    """Return the symptoms of faults that are none here, against rows of this `sd` (F,).
+
+    Classes are as `usual` but for the cycle `hourly` (K, D) of their means, in class sd.
+    """
+    honest = FaultLimits.learn(
+        learning.symptoms.astype(np.float64),
+        sd,
+        fault_limits.compute_misfit(
+            class_moments,
+            usual.mean + hourly[:, None] * usual.sd,
+            without_cycle(usual.sd, hourly),
+            np.arange(len(shipped.fields)),
+        ),
+    )
+    return honest if shipped.fault_limits is None else honest.merge(shipped.fault_limits)
 
 
 def compute_residuals(shipped: Reference, learning: LearningState, learned: Reference, seasonality: str) -> Float64s:
@@ -347,15 +383,26 @@ def _add_site_calibration(
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
     class_sd = (weight * reference.class_sd).sum(0)
-    sensitivity = measure_sensitivity(task, scores, mean, sd, limits, cycle, class_sd)
+    baselines = LearnedBaselines(
+        {
+            detector.name: detector.learn(task, learned, scores)
+            for detector in DETECTORS
+            if detector.baseline_type is not None
+        }
+    )
+    share = reference.class_n.sum(1) / max(int(reference.class_n.sum()), 1)
+    sensitivity = measure_sensitivity(
+        task,
+        scores,
+        mean,
+        np.where(tested, sd, np.inf),
+        limits,
+        cycle,
+        class_sd,
+        share @ baselines[CORRELATION.name].mean,
+    )
     site = SiteCalibration(
-        baselines=LearnedBaselines(
-            {
-                detector.name: detector.learn(task, learned, scores)
-                for detector in DETECTORS
-                if detector.baseline_type is not None
-            }
-        ),
+        baselines=baselines,
         limits=limits,
         sensitivity=sensitivity,
         independent_windows=_count_independent_windows(task, scores),

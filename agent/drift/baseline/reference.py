@@ -83,6 +83,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     modes: int = 0  # classes of a model without labels, if a field of the stream names them
     missing_values: MissingBaseline | None = None  # None if only totals are known
     fault_limits: FaultLimits | None = None  # None if its windows were not measured
+    # (F,) spans of the shipped rows beyond their limits, up to which a slow field may wander; None if none does.
+    reach: Float64s | None = None
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     def describe_fields(self) -> dict[str, dict[str, float]]:
@@ -182,7 +184,19 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def describe_smallest_changes(self) -> dict[str, Any] | None:
         """Return, for people, the smallest change of each field that is found at this site."""
-        return None if self.site is None else self.site.sensitivity.to_dict(self.fields, self.sd)
+        if self.site is None:
+            return None
+        changes = self.site.sensitivity.to_dict(self.fields, self.sd)
+        for name, rows, rest in zip(self.fields, self.stuck_rows.tolist(), self.rest, strict=True):
+            changes["fields"][name] |= {"stuck_rows": rows, "never_stuck_at": list(rest)}
+        return changes
+
+    @cached_property
+    def stuck_rows(self) -> Ints:
+        """(F,) rows of one value, no rest value, from which on a field is stuck."""
+        rows = self.window * self.window_rows
+        within = runs.max_normal_run(self.longest, np.array([rows]))[0] + 1
+        return np.where(within > rows, runs.max_constant_run(self.longest) + 1, within)
 
     @cached_property
     def digest(self) -> str:
@@ -228,7 +242,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def to_json(self) -> bytes:
         omitted = () if self.site else ("site", "modes", "known_as")
-        optional = tuple(name for name in ("missing_values", "fault_limits") if getattr(self, name) is None)
+        optional = tuple(name for name in ("missing_values", "fault_limits", "reach") if getattr(self, name) is None)
         return arrays.to_json(self, omit=(*omitted, *optional))
 
     @classmethod
@@ -347,6 +361,7 @@ def _validate(r: Reference) -> None:
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
         "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
+        "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None

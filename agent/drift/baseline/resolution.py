@@ -60,6 +60,12 @@ def find_finest(steps: Ints) -> Ints:
     return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)
 
 
+def largest_size(steps: Ints) -> Float64s:
+    """Return what the largest step (..., F) of step counts (..., F, SIZE_BINS) reaches at least; 0 without any."""
+    largest = np.where(steps > 0, np.arange(SIZE_BINS), 0).max(-1)
+    return np.where(largest > 0, np.exp2(largest + MIN_EXPONENT - 1.0), 0.0)
+
+
 def median_size(steps: Ints) -> Float64s:
     """Return the median step (..., F) of step counts (..., F, SIZE_BINS), rounded to a power of two; 0 if most rest."""
     middle = (np.cumsum(steps, axis=-1) >= steps.sum(-1, keepdims=True) / 2).argmax(-1)

@@ -11,8 +11,23 @@ from agent.arrays import Bools, Float64s, Ints
 from agent.indices import bincount
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
+MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5  # rows, and times the longest run of a reference
 
 RestValues = tuple[tuple[float, ...], ...]  # values that each field may hold for long
+
+
+def max_constant_run(longest: Ints) -> Ints:
+    """Return the longest run (F,) of windows with one value that is still normal; the reference had `longest`."""
+    return np.asarray(np.maximum(MIN_STUCK_RUN, STUCK_RUN_FACTOR * longest))
+
+
+def max_normal_run(longest: Ints, rows: Ints) -> Ints:
+    """Return the longest run (W, F) that is still normal, in windows of so many `rows` (W,).
+
+    It is never so long that a drift window could not show a longer one, unless the reference itself had such a run.
+    """
+    allowed = np.minimum(STUCK_RUN_FACTOR * longest, rows[:, None] - 1)
+    return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), longest)
 
 
 class Tail(msgspec.Struct, frozen=True, eq=False):

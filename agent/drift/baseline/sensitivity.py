@@ -1,7 +1,7 @@
 """Sensitivity of a site's tests: the smallest change of each field that its CUSUM finds within WINDOWS drift windows.
 
 Whoever reads "no alarm" needs to know what would have alarmed. A site whose windows differ much among themselves, by
-night and day or by unnamed modes, finds large changes only.
+night and day or by unnamed modes, finds large changes only. A value that a field rests at is never stuck.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s
+from agent.drift.detectors.correlation import field_pairs
 from agent.drift.detectors.cusum import Z_CLIP
 from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import LearnedScores, Task
 from agent.drift.detectors.moments import VARIANCE_PRIOR
-from agent.drift.detectors.registry import MOMENTS
+from agent.drift.detectors.registry import CORRELATION, MOMENTS
 from agent.drift.numeric.control_limits import ScoreNoise
 
 WINDOWS, PROBABILITY = 20, 0.9
@@ -27,17 +28,23 @@ NAMED = 3  # fields in a warning
 
 
 class Sensitivity(msgspec.Struct, frozen=True, eq=False):
-    """Smallest change of F fields that is found within WINDOWS windows in PROBABILITY of cases; 0 for none."""
+    """Smallest change of F fields that is found within WINDOWS windows in PROBABILITY of cases; 0 for none.
+
+    A pair's correlation is hardest to tell as it becomes weaker: that change is meant.
+    """
 
     shift: Float64s  # (F,) of the mean, physical units
     ratio: Float64s  # (F,) of the spread to the usual one, above 1
+    correlation: Float64s  # (P,) of each pair of fields
 
     def is_valid(self, fields: int) -> bool:
-        return all(part.shape == (fields,) and bool((part >= 0).all()) for part in (self.shift, self.ratio))
+        sizes = ((self.shift, fields), (self.ratio, fields), (self.correlation, len(field_pairs(fields))))
+        return all(part.shape == (size,) and bool((part >= 0).all()) for part, size in sizes)
 
     def to_dict(self, fields: tuple[str, ...], sd: Float64s) -> dict[str, Any]:
         """Return the numbers of each field, for people; `sd` (F,) is that of its rows."""
-        numbers = zip(fields, self.shift.tolist(), self.ratio.tolist(), sd.tolist(), strict=True)
+        correlation = self._find_least_sensitive_pairs(len(fields))
+        numbers = zip(fields, self.shift.tolist(), self.ratio.tolist(), sd.tolist(), correlation, strict=True)
         return {
             "windows": WINDOWS,
             "probability": PROBABILITY,
@@ -46,10 +53,18 @@ class Sensitivity(msgspec.Struct, frozen=True, eq=False):
                     "shift": _round(shift),
                     "shift_sd": _round(shift / each) if each > 0 else None,
                     "spread": _round(ratio),
+                    "correlation": _round(change),
                 }
-                for name, shift, ratio, each in numbers
+                for name, shift, ratio, each, change in numbers
             },
         }
+
+    def _find_least_sensitive_pairs(self, fields: int) -> list[float]:
+        """Return the change that is found in each pair of a field (F,); 0 if one of its pairs tells none."""
+        pairs = field_pairs(fields)
+        own = ((pairs == field).any(1) for field in range(fields))
+        changes = (self.correlation[which] for which in own)
+        return [float(each.max()) if each.size and each.all() else 0.0 for each in changes]
 
     def find_warning(self, fields: tuple[str, ...], sd: Float64s) -> list[str]:
         """Return a sentence about the fields in which only large shifts are found."""
@@ -70,9 +85,20 @@ class Sensitivity(msgspec.Struct, frozen=True, eq=False):
 
 
 def measure_sensitivity(
-    task: Task, scores: LearnedScores, mean: Float64s, sd: Float64s, limits: Float64s, cycle: Cycle, class_sd: Float64s
+    task: Task,
+    scores: LearnedScores,
+    mean: Float64s,
+    sd: Float64s,
+    limits: Float64s,
+    cycle: Cycle,
+    class_sd: Float64s,
+    correlation: Float64s,
 ) -> Sensitivity:
-    """Measure what the CUSUMs of the moments find; `class_sd` (D,) is the usual spread within a class."""
+    """Measure what the CUSUMs of moments and correlations find.
+
+    `class_sd` (D,) is the usual spread within a class, `correlation` (P,) the usual Fisher's z; `sd` (T,) is infinite
+    where nothing is tested.
+    """
     place, fields = scores.slices[MOMENTS.name], task.fields
     score = find_smallest_score(MOMENTS.fit_noise(task, scores), limits[place], MOMENTS.slack)
     # Over a day the spread around a cycle changes; a change lasts.
@@ -86,8 +112,23 @@ def measure_sensitivity(
         ratio = np.sqrt(np.divide(*variances))
     finite = np.isfinite(score)
     return Sensitivity(
-        np.where(finite[:fields], value[:fields] * class_sd[:fields], 0.0), np.where(finite[fields:], ratio, 0.0)
+        np.where(finite[:fields], value[:fields] * class_sd[:fields], 0.0),
+        np.where(finite[fields:], ratio, 0.0),
+        _measure_correlations(task, scores, sd, limits, cycle, correlation),
     )
+
+
+def _measure_correlations(
+    task: Task, scores: LearnedScores, sd: Float64s, limits: Float64s, cycle: Cycle, usual: Float64s
+) -> Float64s:
+    """Return the smallest changes (P,) of correlations whose Fisher's z is `usual` (P,); 0 for none."""
+    place = scores.slices[CORRELATION.name]
+    score = find_smallest_score(CORRELATION.fit_noise(task, scores), limits[place], CORRELATION.slack)
+    by_hour = np.sqrt((cycle.evaluate_spread(_HOURS)[:, place] ** 2).mean(0))
+    change = score * by_hour * sd[place] * np.sqrt(1 + 1 / len(scores.residuals))
+    tested = np.isfinite(change)
+    weaker = np.abs(usual) - np.where(tested, change, 0.0)
+    return np.where(tested, np.tanh(np.abs(usual)) - np.tanh(weaker), 0.0)
 
 
 def find_smallest_score(noise: ScoreNoise, limits: Float64s, slack: float) -> Float64s:

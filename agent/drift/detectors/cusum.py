@@ -13,16 +13,21 @@ from agent.arrays import Bools, Float64s, Ints
 K = 1.0  # slack: half the shift to find fast
 H = 5.0  # alarm limit
 Z_CLIP = 4.0  # largest score of one window, so that one odd window alone never alarms
-WINDOWS_TO_CLEAR = 3  # consecutive windows without evidence
+WINDOWS_TO_CLEAR, ROWS_TO_CLEAR = 3, 60  # consecutive windows without evidence, and rows of these, at least
 _SIDES = np.array([[1.0], [-1.0]])
+
+
+def windows_to_clear(rows: int) -> int:
+    """Return how many windows of so many rows, without evidence, clear an alert: a few rows prove nothing."""
+    return max(WINDOWS_TO_CLEAR, -(-ROWS_TO_CLEAR // max(rows, 1)))
 
 
 class Cusum(msgspec.Struct, frozen=True, eq=False):
     """CUSUMs of T tests, shape (2, T): row 0 looks for values that are too high, row 1 for too low.
 
     `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, the best estimate of when
-    the change began. `alarm` is raised above the limit, and cleared (and the sum restarted) after WINDOWS_TO_CLEAR
-    windows in a row whose score does not exceed the slack on its side.
+    the change began. `alarm` is raised above the limit, and cleared (and the sum restarted) after so many windows in a
+    row as `windows_to_clear` says, whose score does not exceed the slack on its side.
     """
 
     value: Float64s
@@ -48,7 +53,14 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         return self.run_windows(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).state_after(1)
 
     def run_windows(
-        self, z: Float64s, effects: Float64s, *, slack: Float64s | float = K, limit: Float64s | float = H, t: Ints
+        self,
+        z: Float64s,
+        effects: Float64s,
+        *,
+        slack: Float64s | float = K,
+        limit: Float64s | float = H,
+        t: Ints,
+        to_clear: int = WINDOWS_TO_CLEAR,
     ) -> CusumSequence:
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
@@ -60,7 +72,7 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
             np.add(value, more, out=after)
             np.subtract(after, allowed, out=after)
             value = np.maximum(0.0, after, out=after)
-        return CusumSequence(self, tested, sided <= slack, values, effects, limit, t)
+        return CusumSequence(self, tested, sided <= slack, values, effects, limit, t, to_clear)
 
     def open_alarm(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
         """Open an alarm on evidence other than the sum, over so many `windows`."""
@@ -88,6 +100,7 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
     effects: Float64s  # (W, T)
     limit: Float64s | float
     t: Ints  # (W,)
+    to_clear: int
 
     @property
     def exceeds_limit(self) -> Bools:
@@ -102,7 +115,7 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
         alarm, clear_count = before.alarm, before.clear_count
         if alarm.any():
             clear_count = np.where(tested[0], np.where(alarm & self.within_slack[0], clear_count + 1, 0), clear_count)
-            cleared = alarm & (clear_count >= WINDOWS_TO_CLEAR)
+            cleared = alarm & (clear_count >= self.to_clear)
             values, alarm = np.where(cleared, 0.0, values), alarm & ~cleared
         windows, effect, since, was_going = before.windows, before.effect, before.since, before.value > 0
         effects = np.where(tested, self.effects[:count], 0.0)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from agent import text
 from agent.arrays import AnyArray, Bools, Float64s, Ints
-from agent.drift.detectors.cusum import Cusum
+from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
@@ -43,6 +43,11 @@ class Task(msgspec.Struct, frozen=True):
     @property
     def windowed(self) -> bool:
         return self.window_rows > 1
+
+    @property
+    def windows_to_clear(self) -> int:
+        """Drift windows in a row without evidence that clear an alert."""
+        return windows_to_clear(self.window * self.window_rows)
 
     @property
     def subject_count(self) -> int:
@@ -176,6 +181,7 @@ class Alarm(msgspec.Struct, frozen=True):
     role: str  # of a field: sensor, category or computed
     t: tuple[int, int]  # when the window began and ended, epoch µs
     moments: GroupMoments  # (C, D) of the window
+    usual: Float64s  # (C, D) class means to expect at its hour and in its operating mode
     distributions: Distributions
     sd: Float64s  # (F,) of the site's rows
     cusum: Cusum  # of all detectors

@@ -80,12 +80,12 @@ class GateDetector(Detector):
 
     @abstractmethod
     def run(
-        self, state: Any, observations: Sequence[Any], baseline: Baseline, t: Ints, *, fields_drift: bool
+        self, state: Any, observations: Sequence[Any], baseline: Baseline, t: Ints, *, fields_drift: bool, to_clear: int
     ) -> GateRun:
         """Run over W windows that began at `t` (W,) epoch µs.
 
         W is 1 while an alert is open or the window has a fault. `fields_drift` says that a drift alert of a field is
-        open before them.
+        open before them. So many windows `to_clear` in a row without evidence clear an alert.
         """
 
     @abstractmethod

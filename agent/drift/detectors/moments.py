@@ -280,10 +280,10 @@ def guess_cause(change: FieldChange, alarm: Alarm) -> str:
 
 
 def _fit_mean_scale(alarm: Alarm) -> float | None:
-    """Return the slope of the window's class means on the site's, through zero; None where these are near zero."""
-    field, moments, baseline = alarm.subject, alarm.moments, alarm.baseline
-    n, mean, usual = moments.n[:, field], moments.mean[:, field], baseline.class_mean[:, field]
-    weight = n / baseline.class_sd[:, field] ** 2
+    """Return the slope of the window's class means on the usual ones, through zero; None where these are near zero."""
+    field, moments = alarm.subject, alarm.moments
+    n, mean, usual = moments.n[:, field], moments.mean[:, field], alarm.usual[:, field]
+    weight = n / alarm.baseline.class_sd[:, field] ** 2
     if (weight * usual**2).sum() < n.sum():
         return None
     return max(0.01, float((weight * mean * usual).sum() / (weight * usual**2).sum()))

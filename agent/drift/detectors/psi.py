@@ -18,7 +18,7 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.detectors.class_share import share_text
-from agent.drift.detectors.cusum import Cusum
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
 from agent.drift.detectors.detector import (
     OUTPUT,
     SCORE,
@@ -39,7 +39,6 @@ from agent.drift.numeric.divergence import smoothed_shares
 from agent.drift.numeric.outliers import largest_usual
 from agent.drift.numeric.sums import median
 
-WINDOWS_TO_CLEAR = 3  # consecutive windows below the limit
 MIN_PSI = 0.02  # a smaller PSI never matters
 MIN_GAMMA_SHAPE = 0.3  # heaviest credible tail
 MAX_GAMMA_SHAPE = 200.0
@@ -59,8 +58,11 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         zero = np.zeros(subjects, np.int64)
         return cls(np.zeros((2, subjects), np.int64), np.zeros(subjects, np.bool_), zero, zero, zero)
 
-    def update(self, exceeded: Bools, tested: Bools, t: int) -> PsiConfirmation:
-        """Add a window that began at `t`; subjects that were not `tested` stay as they are."""
+    def update(self, exceeded: Bools, tested: Bools, t: int, *, to_clear: int = WINDOWS_TO_CLEAR) -> PsiConfirmation:
+        """Add a window that began at `t`; subjects that were not `tested` stay as they are.
+
+        So many windows in a row within the limit clear an alarm.
+        """
         last, one_more = self.exceeded_at
         if not (exceeded.any() or self.alarm.any()):
             before = np.zeros_like(self.exceeded_at)
@@ -70,7 +72,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
             return PsiConfirmation(before, self.alarm, self.clear_count, self.windows, self.since)
         twice = exceeded & ((last > 0) | (one_more > 0))
         calm = np.where(self.alarm & ~exceeded, self.clear_count + 1, 0)
-        on = (self.alarm | twice) & (calm < WINDOWS_TO_CLEAR)
+        on = (self.alarm | twice) & (calm < to_clear)
         first = np.where(one_more > 0, one_more, last)
         windows = np.where(self.alarm, self.windows + 1, np.where(one_more > 0, 3, 2))
         before = np.stack([np.where(exceeded, max(1, t), 0), last])
@@ -99,13 +101,14 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     exceeded: Bools  # (W, S)
     tested: Bools
     t: Ints  # (W,)
+    to_clear: int
 
     @cached_property
     def states(self) -> list[PsiConfirmation]:
         """State after each window, up to the first with an open alarm."""
         now, states = self.before, []
         for exceeded, tested, t in zip(self.exceeded, self.tested, self.t.tolist(), strict=True):
-            now = now.update(exceeded, tested, t)
+            now = now.update(exceeded, tested, t, to_clear=self.to_clear)
             states.append(now)
             if now.alarm.any():
                 break
@@ -160,7 +163,8 @@ class PsiDetector(ChartDetector):
         if windows.open_fields.any():
             # The model may name wrong classes.
             tested[:, -2:] = False
-        return PsiRun(state, evidence > windows.baseline.own.limits, tested, windows.t)
+        exceeded = evidence > windows.baseline.own.limits
+        return PsiRun(state, exceeded, tested, windows.t, windows.task.windows_to_clear)
 
     def open_subjects(self, state: PsiConfirmation) -> Bools | None:
         return np.append(state.alarm, False) if state.alarm.any() else None

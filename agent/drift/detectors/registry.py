@@ -23,11 +23,11 @@ from agent.drift.detectors.psi import PsiDetector
 from agent.drift.detectors.sampling_rate_watch import SamplingRateWatch
 from agent.drift.numeric import false_alarm_budget
 
-MOMENTS, CLASS_SHARE = MomentsDetector(), ClassShareDetector()
+MOMENTS, CORRELATION, CLASS_SHARE = MomentsDetector(), CorrelationDetector(), ClassShareDetector()
 # Scores stand one after another in this order: in a site's `test_mean` and `test_sd`, and in the CUSUMs.
 DETECTORS: tuple[Detector, ...] = (
     MOMENTS,
-    CorrelationDetector(),
+    CORRELATION,
     CertaintyDetector(),
     ExpectedAccuracyDetector(),
     CLASS_SHARE,

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert, AlertKind, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors import sampling_rate as rate
-from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
+from agent.drift.detectors.cusum import Cusum, CusumSequence
 from agent.drift.detectors.detector import Baseline, round_significant
 from agent.drift.detectors.gate import GateDetector, GateWindows
 from agent.drift.detectors.sampling_rate import RateBaseline, SamplingRateDetector
@@ -142,16 +142,17 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
         t: Ints,
         *,
         fields_drift: bool,
+        to_clear: int,
     ) -> RateRun:
         """Run over W windows. The speed counts while no fault is open and no field drifts."""
         first = observations[0]
-        clears = not first.fault and state.clear_count + 1 >= WINDOWS_TO_CLEAR
+        clears = not first.fault and state.clear_count + 1 >= to_clear
         on = "" if clears else state.open_fault
         on = on or (first.fault if first.fault == state.last_fault else "")
         cusum, limit = None, float(baseline.own.limit)
         if not (first.fault or on or (fields_drift and not state.drifting)):
             z, speeds = np.array([(each.z, each.log_speed) for each in observations]).T[..., None]
-            cusum = state.cusum.run_windows(z, speeds, limit=limit, t=t)
+            cusum = state.cusum.run_windows(z, speeds, limit=limit, t=t, to_clear=to_clear)
         return RateRun(state, observations, cusum, limit, on, t)
 
     def build_alerts(
@@ -165,7 +166,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
     ) -> list[Alert]:
         out = []
         if current.open_fault != previous.open_fault and previous.open_fault:
-            sentence = _cleared_sentence("readings come as they did in this site's reference")
+            sentence = f"{SUBJECT}: readings come as they did in this site's reference."
             out.append(RATE_FAULT.cleared(sentence, evidence, count=previous.raised_counts[1]))
         if current.open_fault != previous.open_fault and current.open_fault:
             sentence, numbers = _fault_text(current, observation, baseline.own, t)
@@ -175,7 +176,7 @@ class SamplingRateWatch(SamplingRateDetector, GateDetector):
             sentence, numbers = _speed_text(current, t)
             out.append(RATE_DRIFT.raised(sentence, evidence | numbers, count=current.raised_counts[0]))
         elif previous.drifting and not current.drifting:
-            sentence = _cleared_sentence("signals move as fast as in this site's reference")
+            sentence = f"{SUBJECT}: signals move as fast as in this site's reference."
             out.append(RATE_DRIFT.cleared(sentence, evidence, count=previous.raised_counts[0]))
         return out
 
@@ -236,7 +237,3 @@ def _speed_text(current: RateState, t: tuple[int, int]) -> tuple[str, dict[str, 
     why = "another sampling rate or sensor clock, though the rows' times do not show it"
     numbers = {"test": "pace", "windows": windows, "since": begin, "ratio": round_significant(factor, 4)}
     return f"{SUBJECT}: {change} {format_windows(windows, begin, t[1])}; likely {why}.", numbers
-
-
-def _cleared_sentence(phrase: str) -> str:
-    return f"{SUBJECT}: {phrase} for {WINDOWS_TO_CLEAR} windows in a row."

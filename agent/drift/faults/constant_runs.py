@@ -9,9 +9,8 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.runs import max_constant_run
 from agent.drift.baseline.summary import Summary
-
-MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
 
 
 class ConstantRuns(msgspec.Struct, frozen=True, eq=False):
@@ -26,7 +25,7 @@ class ConstantRuns(msgspec.Struct, frozen=True, eq=False):
 
     def find_stuck(self, reference: Reference) -> Bools:
         """Return the fields (F,) that had one value for longer than is normal."""
-        return np.asarray(self.rows > np.maximum(MIN_STUCK_RUN, STUCK_RUN_FACTOR * reference.longest))
+        return np.asarray(self.rows > max_constant_run(reference.longest))
 
     def update(self, low: Float64s, high: Float64s, rows: Ints) -> ConstantRuns:
         """Add a window with these extremes (F,) of so many known `rows` (F,); one without values changes nothing."""

@@ -7,7 +7,8 @@ stuck          one value repeated more than max(10, 5 x the longest run of refer
 swapped        statistics fit a site's reference of another field of the same unit, and that one's this one's
 reversed       they fit it with the sign reversed
 unit           outside those limits, or far calmer than the reference ever was, but like it in another unit
-out_of_range   more than 1 % of values outside the reference's limits widened by half their span
+out_of_range   more than 1 % of values outside the reference's limits widened by half their span, or further out where
+               a field wanders for longer than was learned
 spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
                and more than one row in 1000, and most steps no larger than usual
 """
@@ -22,14 +23,15 @@ import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.baseline.extremes import Extremes
-from agent.drift.baseline.fault_limits import FaultLimits
+from agent.drift.baseline.fault_limits import RANGE_MARGIN, FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.resolution import find_finest, median_size
+from agent.drift.baseline.resolution import find_finest, largest_size, median_size
+from agent.drift.baseline.runs import max_normal_run
 from agent.drift.baseline.summary import Summary, select_window
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
-from agent.drift.faults.constant_runs import MIN_STUCK_RUN, STUCK_RUN_FACTOR, ConstantRuns
+from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.missing_values import MissingValues
 
 # In the order in which they explain a window: of all but `missing`, a field has the first one.
@@ -37,7 +39,9 @@ KINDS = ("missing", "saturated", "quantized", "stuck", "swapped", "reversed", "u
 MINOR_MISSING_SHARE, MINOR_MISSING_FACTOR = 0.05, 2  # of rows, and times the usual share
 OUTSIDE_SHARE, MIN_OUTSIDE_ROWS = 0.01, 3
 MIN_SPIKES, SPIKE_SHARE = 2, 0.001
-MAX_STEP_RATIO = 2.0  # of the robust sd of steps to the reference's, up to which lone jumps stand out
+# Of the robust sd of steps to the reference's, up to which lone jumps stand out. Of honest windows of 21 kinds, more
+# than one in 1000 reaches it only where values are coarse. Steady signals reach it in another unit from factor 3 on.
+MAX_STEP_RATIO = 2.0
 CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit, and ratio to those on the next value
 MIN_LEVELS = 20  # coarser values often pile up on the outermost
 MAX_FINE_SHARE = 0.05  # of the usual fine steps that may be left
@@ -98,12 +102,15 @@ def compute_indicators(
     rows = np.maximum(windows.row_counts, 1)
     most = np.maximum(OUTSIDE_SHARE, limits.outside) * rows[:, None]
     outside = (windows.outside > most) & (windows.outside >= np.minimum(MIN_OUTSIDE_ROWS, rows)[:, None])
+    reach = (site or reference).reach
+    if reach is not None:
+        outside = _find_far_outside(windows, reference, reach, outside)
     loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
     none, usual = np.zeros(outside.shape, np.int64), (site or reference).class_means_at(t)
     return FaultIndicators(
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
-        stuck=windows.longest > max_normal_run(site or reference, rows),
+        stuck=windows.longest > max_normal_run((site or reference).longest, rows),
         low_spread=calm,
         out_of_range=outside,
         high_spread=loud,
@@ -116,6 +123,17 @@ def compute_indicators(
         else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site, usual), limits),
         usual=usual,
     )
+
+
+def _find_far_outside(windows: Summary, reference: Reference, reach: Float64s, outside: Bools) -> Bools:
+    """Return which fields (W, F) are out of range, of those that have many values `outside` (W, F).
+
+    A slow field may wander as far as its `reach` (F,); only a jump or a level beyond that is a fault.
+    """
+    (mean, _), span = other_units.row_mean_sd(windows, reference), reference.high - reference.low
+    beyond = (mean < reference.low - reach * span) | (mean > reference.high + reach * span)
+    jumped = largest_size(windows.steps) >= RANGE_MARGIN * span
+    return np.where(reach > 0, beyond | (outside & jumped), outside)
 
 
 def missing_baseline(reference: Reference, site: Reference | None) -> MissingBaseline:
@@ -136,14 +154,16 @@ def identify_faults(
     units: Sequence[str] = (),
     site: Reference | None = None,
     misread: Bools | None = None,
+    exchanged: Bools | None = None,
     missing: MissingValues | None = None,
     explained: Bools | None = None,
     runs: ConstantRuns | None = None,
 ) -> tuple[tuple[Fault, ...], ...]:
     """Return the faults of each field (in these `units`) in window `index`.
 
-    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `explained` (F,) those
-    with another fault up to now; `missing` and `runs` are the states of these after the window.
+    `windows` are stacked summaries. `misread` (F,) are fields that were read wrongly up to now, `exchanged` (F,) those
+    of them that changed places or signs, and `explained` (F,) those with another fault. `missing` and `runs` are the
+    states of these after the window.
     """
     fields = len(reference.fields)
     absent: list[tuple[Fault, ...]] = [()] * fields
@@ -161,56 +181,82 @@ def identify_faults(
         indicators.low_spread[index],
         tuple(units),
     )
-    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     another = np.array([conversion is not None for conversion in unit])
-    unfit = indicators.unfit[index]
     spoilt = indicators.find_spoilt(index) | stuck | another | np.array([excludes_window((part,)) for part in absent])
     if explained is not None:
         spoilt |= explained
-    if reference.labels and (spoilt & ~known).any():
-        # The model names wrong classes where a field is faulty, and sound fields fit no class then.
-        unfit = np.zeros(fields, np.bool_)
-    if site is not None and (known.any() or unfit.any()):
+    # The model names wrong classes where a field is faulty, and sound fields fit no class then.
+    misnamed = bool(reference.labels) and bool((spoilt & ~known).any())
+    unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
+    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
+    moved = known if exchanged is None else exchanged
+    if site is not None and (moved.any() or unfit.any()):
         other, mirrored = swapped_channels.detect_swaps(
-            summary, site, indicators.usual[index], units, known, unfit & ~spoilt
+            summary, site, indicators.usual[index], units, moved, unfit & ~spoilt
         )
-    exchanged = np.array([bool(name) for name in other])
-    coarser = indicators.coarseness[index]
+    swapped = np.array([bool(name) for name in other])
+    names = _name_kinds(indicators, index, summary, stuck, another, swapped, mirrored)
+    longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
+    details = {
+        "unit": [conversion.description if conversion else "" for conversion in unit],
+        "swapped": other,
+        "quantized": [f"{times} times" for times in indicators.coarseness[index]],
+        "stuck": [f"{rows} rows" for rows in longest],
+    }
+    sizes = _measure_sizes(indicators, index, summary)
+    faults = [
+        Fault(
+            name,
+            details[name][field] if name in details else "",
+            size=float(sizes[name][field]) if name in sizes else 1.0,
+        )
+        if name
+        else None
+        for field, name in enumerate(names)
+    ]
+    return tuple(before if fault is None else (*before, fault) for before, fault in zip(absent, faults, strict=True))
+
+
+def _name_kinds(
+    indicators: FaultIndicators,
+    index: int,
+    summary: Summary,
+    stuck: Bools,
+    another: Bools,
+    swapped: Bools,
+    mirrored: Bools,
+) -> list[str]:
+    """Return the first kind that explains each field (F,) in window `index`, "" for none.
+
+    Fields are `stuck`, in `another` unit, `swapped` or `mirrored` (F,).
+    """
     # Lone jumps often end far outside.
     jumps = indicators.spikes[index] & (2 * summary.spikes >= summary.outside)
     outside = indicators.out_of_range[index] & ~jumps
     kinds = {
         "saturated": indicators.saturated[index],
         # Coarse values repeat for long. In another unit, or of another field, steps have another size.
-        "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
+        "quantized": (indicators.coarseness[index] > 0) & ~(another | swapped | mirrored | outside),
         "stuck": stuck,
-        "swapped": exchanged,
+        "swapped": swapped,
         "reversed": mirrored,
         "unit": another,
         "out_of_range": outside,
         "spikes": indicators.spikes[index],
     }
-    longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
+    names: list[str] = np.select(list(kinds.values()), list(kinds), "").tolist()
+    return names
+
+
+def _measure_sizes(indicators: FaultIndicators, index: int, summary: Summary) -> dict[str, Float64s]:
+    """Return how bad faults of each kind would be (F,) in window `index`; other kinds have no size."""
     rows = max(summary.rows, 1)
-    sizes = {
-        "saturated": summary.extremes.rows[:, :, 0].max(1) / rows,
-        "quantized": coarser,
+    return {
+        "saturated": np.asarray(summary.extremes.rows[:, :, 0].max(1) / rows),
+        "quantized": indicators.coarseness[index].astype(np.float64),
         "out_of_range": summary.outside / rows,
         "spikes": summary.spikes / rows,
     }
-    names = np.select(list(kinds.values()), list(kinds), "").tolist()
-    out = []
-    for field, name in enumerate(names):
-        conversion = unit[field]
-        detail = {
-            "unit": conversion.description if conversion else "",
-            "swapped": other[field],
-            "quantized": f"{coarser[field]} times",
-            "stuck": f"{longest[field]} rows",
-        }.get(name, "")
-        size = float(sizes[name][field]) if name in sizes else 1.0
-        out.append((*absent[field], Fault(name, detail, size=size)) if name else absent[field])
-    return tuple(out)
 
 
 def _describe_missing(
@@ -225,15 +271,6 @@ def _describe_missing(
 def excludes_window(faults: Sequence[tuple[Fault, ...]]) -> bool:
     """Return True if a fault keeps the window out of all tests."""
     return any(not fault.is_minor for several in faults for fault in several)
-
-
-def max_normal_run(reference: Reference, rows: Ints) -> Ints:
-    """Return the longest run (W, F) that is still normal, in windows of so many `rows` (W,).
-
-    It is never so long that a drift window could not show a longer one, unless the reference itself had such a run.
-    """
-    allowed = np.minimum(STUCK_RUN_FACTOR * reference.longest, rows[:, None] - 1)
-    return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)
 
 
 def _detect_clipping(extremes: Extremes, reference: Reference, limits: FaultLimits, rows: Ints) -> Bools:

@@ -10,13 +10,14 @@ from msgspec.structs import astuple, replace
 
 from agent.arrays import AnyArray, Bools, Float64s, Ints
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.detectors.cusum import windows_to_clear
 from agent.drift.faults.constant_runs import ConstantRuns
 from agent.drift.faults.faults import KINDS, MIN_OUTSIDE_ROWS, MISREAD_FAULTS, SITE_FAULTS, Fault
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import Escalation
 
 _MISREAD = np.array([kind in MISREAD_FAULTS for kind in KINDS])
+_EXCHANGED = np.array([kind in ("swapped", "reversed") for kind in KINDS])
 _NEEDS_SITE = np.array([kind in SITE_FAULTS for kind in KINDS])
 MISREAD_WINDOWS, MISREAD_ROWS = 2, 60  # in a row that read like another unit or field, at least
 _MISSING = KINDS.index("missing")  # the first kind
@@ -81,6 +82,11 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         return np.asarray((self.number[:, _MISREAD] > 0).any(1))
 
     @property
+    def exchanged(self) -> Bools:
+        """(F,) an open alert says that the field changed its place or its sign."""
+        return np.asarray((self.number[:, _EXCHANGED] > 0).any(1))
+
+    @property
     def spoilt(self) -> Bools:
         """(F,) an open alert says that the sensor fails, whatever the readings mean."""
         return np.asarray((self.number[:, ~_MISREAD] > 0).any(1))
@@ -116,7 +122,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
         # One odd window may read like anything: another unit, another field.
         enough = np.where(_MISREAD, max(MISREAD_WINDOWS, -(-MISREAD_ROWS // max(rows, 1))), 1)
         enough[_OUT_OF_RANGE] = max(MISREAD_WINDOWS, -(-MIN_OUTSIDE_ROWS // max(rows, 1)))
-        is_open = (was | (seen_count >= enough)) & (clear_count < WINDOWS_TO_CLEAR)
+        is_open = (was | (seen_count >= enough)) & (clear_count < windows_to_clear(rows))
         raised = is_open & ~was
         number = np.where(raised, raised_count[:, None] + np.cumsum(raised, axis=1), np.where(is_open, self.number, 0))
         escalation, again = self.escalation.update(was, is_open, size)

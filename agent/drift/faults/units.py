@@ -71,7 +71,7 @@ def detect_unusual_spread(
 
     Fields `outside` its limits (W, F) are none of the latter.
     """
-    _, sd = _row_mean_sd(windows, reference)
+    _, sd = row_mean_sd(windows, reference)
     loud = sd > np.maximum(HIGH_SPREAD_RATIO, np.exp(limits.loud)) * reference.sd
     calm = ~(outside | loud) & (sd < np.minimum(LOW_SPREAD_RATIO, np.exp(-limits.calm)) * reference.sd)
     if calm.any():
@@ -89,7 +89,7 @@ def recognise_units(
     out: list[UnitConversion | None] = [None] * len(outside)
     if not (outside | low_spread).any():
         return tuple(out)
-    mean, sd = _row_mean_sd(summary, reference)
+    mean, sd = row_mean_sd(summary, reference)
     for field in np.flatnonzero((outside | low_spread) & (sd > 0)):
         span = np.array([summary.extremes.low[field], summary.extremes.high[field]])
         allowed = MAX_SPREAD_RATIO if outside[field] else MAX_SPREAD_RATIO_CALM
@@ -101,7 +101,7 @@ def recognise_units(
     return tuple(out)
 
 
-def _row_mean_sd(summary: Summary, reference: Reference) -> tuple[Float64s, Float64s]:
+def row_mean_sd(summary: Summary, reference: Reference) -> tuple[Float64s, Float64s]:
     """(..., F) mean and sd of rows."""
     rows = summary.row_sums.moments(reference.origin[: len(reference.fields)])
     return rows.mean[..., 0, :], np.sqrt(rows.m2 / np.maximum(rows.n, 1))[..., 0, :]

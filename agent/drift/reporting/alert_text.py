@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import Fault
 from agent.drift.faults.missing_values import MissingValues
 from agent.drift.numeric.escalation import MIN_SCORE
@@ -89,12 +88,12 @@ def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> st
     return f"{piles[side] / max(1, summary.rows):.0%} of values are held at {at}"
 
 
-def fault_cleared_sentence(subject: str, fault: str) -> str:
-    return f"{subject}: no fault of the kind {fault} for {WINDOWS_TO_CLEAR} windows in a row."
+def fault_cleared_sentence(subject: str, fault: str, windows: int) -> str:
+    return f"{subject}: no fault of the kind {fault} for {windows} windows in a row."
 
 
-def drift_cleared_sentence(subject: str) -> str:
-    return f"{subject}: close to this site's reference for {WINDOWS_TO_CLEAR} windows in a row."
+def drift_cleared_sentence(subject: str, windows: int) -> str:
+    return f"{subject}: close to this site's reference for {windows} windows in a row."
 
 
 def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ class AlarmContext(msgspec.Struct, frozen=True):
             role=role,
             t=self.t,
             moments=self.window.class_sums.moments(site.origin),
+            usual=self.tester.expect_class_means(stack_one(self.window), np.array([sum(self.t) // 2]))[0],
             distributions=self.window.distributions,
             sd=site.sd,
             cusum=self.suite.cusum,
@@ -94,7 +95,7 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
         "accuracy": {"before": round_significant(usual, 4), "now": expected, "within": round_significant(beyond, 2)}
     }
     if abs(expected - usual) <= beyond:
-        return f"; the model's expected accuracy, {expected:.2f}, is within what is usual here ({usual:.2f})", numbers
+        return f"; the model's expected accuracy {expected:.2f} is no worse than usual here ({usual:.2f})", numbers
     moved = "fell" if expected < usual else "rose"
     return f"; the model's expected accuracy {moved} from {usual:.2f} to {expected:.2f}", numbers
 

@@ -67,7 +67,8 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
 
     def run_cusums(z: Float64s) -> cusum.CusumSequence:
         slack, limit = tester.limits.slack, tester.limits.limit
-        return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t)
+        to_clear = tester.reference.task.windows_to_clear
+        return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t, to_clear=to_clear)
 
     z, ahead = evidence.z, run_cusums(evidence.z)
     held = _find_suspended_tests(tester, ahead, open_now)
@@ -80,7 +81,14 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
         chart.name: chart.run(
             before.charts[chart.name],
             ChartWindows(
-                before.task, baselines[chart.name], slices, z, effects, evidence.charts[chart.name], open_now, t
+                tester.reference.task,
+                baselines[chart.name],
+                slices,
+                z,
+                effects,
+                evidence.charts[chart.name],
+                open_now,
+                t,
             ),
         )
         for chart in CHARTS

@@ -136,15 +136,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         drift_windows = windows.drift_windows(site.origin)
         parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
         values = np.concatenate([scores.values for scores in parts], axis=1)
-        usual, sd, modes = site.test_mean, site.test_sd, self.calibration.modes
-        if modes is not None:
-            means = slice(layout[MOMENTS.name].start, layout[MOMENTS.name].start + task.fields)
-            assigned = modes.assign(np.nan_to_num((values - usual)[:, means]))
-            usual, sd = usual + modes.offset[assigned], sd * modes.scale[assigned]
-            values = np.where((assigned >= 0)[:, None], values, np.nan)
-        if self.has_cycle:
-            cycle = self.calibration.cycle
-            usual, sd = usual + cycle.evaluate(t), sd * cycle.evaluate_spread(t)
+        values, usual, sd = self._expect(values, t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
         for detector, scores in zip(SCORED, parts, strict=True):
@@ -159,6 +151,32 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
             {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
             windows.scores,
         )
+
+    def _expect(self, values: Float64s, t: Ints) -> tuple[Float64s, Float64s, Float64s]:
+        """Return values (W, T), NaN between two operating modes, with the mean and the sd to expect of each."""
+        site, modes = self.reference, self.calibration.modes
+        usual, sd = site.test_mean, site.test_sd
+        if modes is not None:
+            begin = site.layout[MOMENTS.name].start
+            assigned = modes.assign(np.nan_to_num((values - usual)[:, begin : begin + site.task.fields]))
+            usual, sd = usual + modes.offset[assigned], sd * modes.scale[assigned]
+            values = np.where((assigned >= 0)[:, None], values, np.nan)
+        if self.has_cycle:
+            cycle = self.calibration.cycle
+            usual, sd = usual + cycle.evaluate(t), sd * cycle.evaluate_spread(t)
+        return values, usual, sd
+
+    def expect_class_means(self, windows: Summary, t: Ints) -> Float64s:
+        """Return the class means (W, C, D) to expect of windows in the middle of `t` (W,), in their operating modes."""
+        site = self.reference
+        means = MOMENTS.score(site.task, windows.drift_windows(site.origin), site.baselines[MOMENTS.name]).values
+        values = np.full((len(t), len(site.test_mean)), np.nan)
+        begin = site.layout[MOMENTS.name].start
+        values[:, begin : begin + means.shape[1]] = means
+        _, usual, _ = self._expect(values, t)
+        place = slice(begin, begin + site.class_mean.shape[1])
+        more = np.broadcast_to(usual - site.test_mean, values.shape)[:, place]
+        return np.asarray(site.class_mean + more[:, None] * site.class_sd)
 
     def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
         """Return the class (w,) that each model window with statistics (w, D) is compared with.

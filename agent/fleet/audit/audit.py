@@ -213,7 +213,7 @@ def audit_prefix(
     """
     with contextlib.closing(Replay()) as replay:
         if pruned is not None:
-            replay.load(pruned.read_state().tables)
+            replay.load(pruned.read_state().tables, ())
         bases = {} if pruned is None else pruned.read_bases()
         tables = StoredTables(store, device, lambda *_: None)
         report, states = AuditReport(), dict[str, LogState]()
@@ -268,7 +268,7 @@ class _DeviceAuditor:
         for device in pruned:
             self._report.pruned += device.to_report() if reports_orphans else []
             if device.statement.device not in continued:
-                self._replay.load(device.read_state().tables)
+                self._replay.load(device.read_state().tables, device.read_alerts().values())
         ends = self._find_ends(devices)
         # A damaged number differs from the derived table, which names it.
         last_seqs = {(name, log): last if type(last) is int else 0 for name, log, last in self._store.logs(devices)}

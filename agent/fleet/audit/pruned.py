@@ -15,16 +15,12 @@ import msgspec
 
 from agent.errors import MessageRefused
 from agent.fleet.audit.checkpoint import LogState
+from agent.fleet.database.alerts import ALERT_COLUMNS
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.store import Devices, FleetStore
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
 
-# Columns of table alerts.
-ALERT_COLUMNS = (
-    *("device", "task", "alert", "subject", "state", "severity", "summary", "time", "id", "source", "log", "seq"),
-    "revision",
-)
 _TOPIC = "outstation/{}/retention"
 
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from agent.errors import StorageError
 from agent.fleet.audit.stored_rows import is_time, sort_key
 from agent.fleet.database import gap_ledger, log_succession
+from agent.fleet.database.alerts import ALERT_COLUMNS, INCIDENT_COLUMNS, merge_incidents
 from agent.fleet.database.gap_ledger import LogChanges, add_changes
 from agent.fleet.database.interface import LogId, Row
-from agent.fleet.database.projection import PROVENANCE_TABLE, provenance_row
+from agent.fleet.database.projection import INCIDENTS_TABLE, PROVENANCE_TABLE, alert_rows, provenance_row
 from agent.fleet.database.sqlite import open_temporary
 from agent.fleet.database.store import Devices, FleetStore
 from agent.fleet.database.timestamps import TimestampReconstruction
-from agent.wire.messages import LoggedPayload, ResultsPayload
+from agent.wire.messages import AlertPayload, LoggedPayload, ResultsPayload
 
 _MESSAGES_PER_COMMIT = 500
+_SOURCE = ALERT_COLUMNS.index("source")
 # Table → number of key columns, and its columns; all begin with device and log. `logs.since` and what follows from the
 # order of arrival only is not derived.
 _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -37,6 +39,7 @@ _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
             *("agent", "runtime", "config"),
         ),
     ),
+    INCIDENTS_TABLE: (4, INCIDENT_COLUMNS),
     "gaps": (3, ("device", "log", "first", "last", "declared")),
     "anchors": (
         3,
@@ -57,6 +60,8 @@ _TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "stamps": (4, ("device", "log", "seq", "first", "boot", "segment", "quality", "implied")),
 }
 _ROUNDED = {"boots": 2}
+# A retention statement has the single alerts that stay, and no clocks of single results.
+_NOT_IN_STATEMENTS = ("stamps", INCIDENTS_TABLE)
 
 
 class Replay:
@@ -79,16 +84,17 @@ class Replay:
         if len(self._bodies) >= _MESSAGES_PER_COMMIT:
             self.flush()
 
-    def load(self, tables: Mapping[str, list[list[Any]]]) -> None:
-        """Add the rows that pruned messages gave."""
+    def load(self, tables: Mapping[str, list[list[Any]]], alerts: Iterable[Row]) -> None:
+        """Add the rows that pruned messages gave, and their alerts that are still open."""
+        merge_incidents(self.db, alerts)
         for table, rows in tables.items():
             if rows and table in _TABLES:
                 self.db.bulk_insert(table, [tuple(row) for row in rows])
 
     def dump(self) -> dict[str, list[list[Any]]]:
-        """Return all rows by table, without the clocks of single results."""
+        """Return all rows by table, as a retention statement has them."""
         self.flush()
-        tables = [table for table in _TABLES if table != "stamps"]
+        tables = [table for table in _TABLES if table not in _NOT_IN_STATEMENTS]
         return {table: [[*row] for row in self.db.execute(f"SELECT * FROM {table}")] for table in tables}
 
     def log_ends(self) -> dict[tuple[Any, Any], int]:
@@ -106,6 +112,7 @@ class Replay:
         """Yield (device, log, seq or None) and the problem of each row that differs; skip `broken` devices."""
         self.flush()
         self._apply_operators_words(store, devices)
+        self._merge_collector_alerts(store, devices)
         for table, (key_width, columns) in _TABLES.items():
             order = ", ".join(columns[:key_width])
             derived = self.db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
@@ -125,6 +132,14 @@ class Replay:
             self.db.bulk_insert("log_successors", words)
             log_succession.update_live_logs(self.db, {row[0] for row in words}, words[0][4])
 
+    def _merge_collector_alerts(self, store: FleetStore, devices: Devices) -> None:
+        """Add the incidents of alerts that the collector raised, which no device signs."""
+        stored = store.derived_rows("alerts", ALERT_COLUMNS, "device, log, seq, source", devices)
+        # The replay raised alerts of two logs at once, too, at other times.
+        self.db.execute("DELETE FROM incidents WHERE source = 'collector'")
+        # A damaged row gives no incident.
+        merge_incidents(self.db, [row for row in stored if row[_SOURCE] == "collector" and _is_intact_alert(row)])
+
     def close(self) -> None:
         self.db.close()
 
@@ -142,6 +157,8 @@ class Replay:
             self.db.insert_missing(PROVENANCE_TABLE, [*provenance])
             timestamps.finish()
             gap_ledger.apply(self.db, changes)
+            alerts = [body for body, _ in self._bodies if isinstance(body, AlertPayload)]
+            merge_incidents(self.db, [row for body in alerts for row in alert_rows(body, b"")])
             log_succession.apply(self.db, changes, received)
             self.db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -155,6 +172,21 @@ class Replay:
 def _is_intact(successor_row: Row) -> bool:
     device, log, successor, last_seq, until, _ = successor_row
     return type(last_seq) is int and all(isinstance(name, str) for name in (device, log, successor)) and is_time(until)
+
+
+def _is_intact_alert(row: Row) -> bool:
+    device, task, *texts, seq, revision = row
+    names = [device, *texts, *([] if task is None else [task])]
+    # Text that is not UTF-8 was read with surrogates.
+    is_text = all((isinstance(name, str) and name.isascii()) or _is_utf8(name) for name in names)
+    return is_text and type(seq) is type(revision) is int
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _compare_tables(

@@ -10,14 +10,13 @@ from typing import Any
 
 from agent import clock
 from agent.fleet.database.interface import Row
-from agent.fleet.database.projection import RESULTS_TABLE, TABLES, TableRows
+from agent.fleet.database.projection import ALERTS_TABLE, RESULTS_TABLE, TABLES, TableRows
 from agent.fleet.database.store import Devices, FleetStore
 
 MessageKey = tuple[Any, Any, Any]
 Report = Callable[[MessageKey, str], None]
 # (table, message, its rows)
 OrphanReport = Callable[[str, MessageKey, list[Row]], None]
-ALERTS_TABLE = "alerts"
 _SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, bool: 1, float: 1, str: 2, bytes: 3}
 
 

@@ -49,12 +49,12 @@ def sign_in(dashboard: Dashboard) -> Endpoint:
         async with dashboard.password_turn:
             fits = await asyncio.to_thread(verify_password, form.get("password", ""), stored)
         if account is None or not fits:
-            await dashboard.reader.write(lambda db: record(db, None, "sign in", name, "refused", address))
+            await dashboard.reader.write(lambda db: record(db, None, accounts.SIGN_IN, name, "refused", address))
             return refuse(401, "Name or password is wrong.")
         limits.forget(address, name)
         cookie = await dashboard.access.sign_in(name, address)
         visitor = Visitor(name, account[0], "session", address)
-        await dashboard.reader.write(lambda db: record(db, visitor, "sign in", name, "done", address))
+        await dashboard.reader.write(lambda db: record(db, visitor, accounts.SIGN_IN, name, "done", address))
         response = RedirectResponse(target, 303)
         dashboard.access.set_cookie(response, cookie)
         return response

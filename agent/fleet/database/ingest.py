@@ -13,10 +13,11 @@ import msgspec
 
 from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
 from agent.fleet.database import gap_ledger, key_table, log_succession
-from agent.fleet.database.alerts import INSERT_ALERT, message_alert_row
+from agent.fleet.database.alerts import add_alerts, merge_incidents, message_alert_row
 from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row
 from agent.fleet.database.projection import (
+    ALERTS_TABLE,
     PROVENANCE_TABLE,
     RESULT_MESSAGES_TABLE,
     TableRows,
@@ -107,10 +108,12 @@ class IngestBatch:
         key_table.require_active(self._db, self._signers)
         gap_ledger.apply(self._db, self._log_changes)
         log_succession.apply(self._db, self._log_changes, self._now)
+        if alerts := self._rows.get(ALERTS_TABLE):
+            merge_incidents(self._db, alerts)
         # The last state to arrive counts: the broker keeps the order of one topic, a device's clock may not.
         self._db.executemany(_UPDATE_STATE, [(state, device) for device, state in sorted(self._states.items())])
         self._db.update_last_seen(sorted(self._live_devices), self._now)
-        self._db.executemany(INSERT_ALERT, self._alerts)
+        add_alerts(self._db, self._alerts)
         self._write_refusals()
 
     def _store_messages(self, messages: Sequence[VerifiedMessage]) -> Iterator[IngestOutcome]:

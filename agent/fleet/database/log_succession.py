@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from agent import clock
 from agent.alerts import TWO_LOGS
-from agent.fleet.database.alerts import INSERT_ALERT, two_logs_alert_row
+from agent.fleet.database.alerts import add_alerts, two_logs_alert_row
 from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row
 
@@ -29,7 +29,7 @@ _HAS_SEVERAL_LOGS = "SELECT 1 FROM logs WHERE device = ? LIMIT 1 OFFSET 1"
 _LOGS = "SELECT log, last_seq, latest, live FROM logs WHERE device = ? ORDER BY rowid"
 _SUCCESSORS = "SELECT log, successor, last_seq, until FROM log_successors WHERE device = ?"
 _NEWEST_ALERT = """
-    SELECT state, seq FROM alerts WHERE device = ? AND source = 'collector' AND id = ? ORDER BY seq DESC LIMIT 1"""
+    SELECT state, seq FROM incidents WHERE device = ? AND source = 'collector' AND id = ? ORDER BY seq DESC LIMIT 1"""
 
 
 def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None:
@@ -109,7 +109,7 @@ def _update_alert(db: Connection, device: str, log: str, newest: str | None, now
             f"{device} writes two logs at once: {newest} lives, and {log} arrived without naming it as ended. Its card "
             "or its key was copied, or its data folder was deleted."
         )
-    db.execute(INSERT_ALERT, two_logs_alert_row(device, log, summary, now, second, raised=newest is not None))
+    add_alerts(db, [two_logs_alert_row(device, log, summary, now, second, raised=newest is not None)])
 
 
 def _add_grace(time: str) -> str:

@@ -38,6 +38,7 @@ LEARNED_EVENT, ACCEPTED_EVENT = "learned", "reference accepted"
 RESULTS_TABLE = "results"
 DETAILS_TABLE, RESULT_MESSAGES_TABLE = "result_details", "result_messages"
 PROVENANCE_TABLE = "result_provenance"
+ALERTS_TABLE, INCIDENTS_TABLE = "alerts", "incidents"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
 _MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
@@ -177,7 +178,7 @@ def _drift_rows(body: DriftPayload, _payload: bytes) -> list[Row]:
     return [(body.device, body.task, *span, body.state, model.name, model.version, *texts, body.log, body.seq)]
 
 
-def _alert_rows(body: AlertPayload, _payload: bytes) -> list[Row]:
+def alert_rows(body: AlertPayload, _payload: bytes) -> list[Row]:
     head = (body.device, body.task, body.alert, body.subject, body.state, body.severity, body.summary, body.time)
     return [(*head, body.id, "device", body.log, body.seq, body.revision)]
 
@@ -231,7 +232,7 @@ PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
         Projection(RESULT_MESSAGES_TABLE, _result_message_rows),
     ),
     DriftPayload: (Projection("drift_windows", _drift_rows),),
-    AlertPayload: (Projection("alerts", _alert_rows),),
+    AlertPayload: (Projection(ALERTS_TABLE, alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
     ShadowPayload: (Projection("shadows", _shadow_rows),),
     AuditPayload: (
@@ -242,4 +243,4 @@ PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
 
 TABLES = tuple(projection.table for projections in PROJECTIONS.values() for projection in projections)
 # These tables also have rows of the collector itself.
-SHARED_TABLES = frozenset({"alerts", "metrics"})
+SHARED_TABLES = frozenset({ALERTS_TABLE, "metrics"})

@@ -1,9 +1,9 @@
 """Tables and migrations of the fleet database, in SQL that SQLite runs and `postgresql_schema` translates.
 
 `messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
-`result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `shadows`, `learned_references`,
-`rollout_devices` and the tables of clocks are projections of the same messages, and could be rebuilt from it. Times are
-RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `incidents`, `shadows`,
+`learned_references`, `rollout_devices` and the tables of clocks are projections of the same messages, and could be
+rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations
@@ -109,10 +109,24 @@ _PROJECTIONS = (
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
         log TEXT NOT NULL, seq INTEGER NOT NULL, revision INTEGER NOT NULL{ROWID},
         PRIMARY KEY (device, log, seq, source))""",
-    # Has all that tells whether an alert is open: most are not, and their rows are then not read.
-    "CREATE INDEX alerts_by_id ON alerts (device, log, id, source, seq, state, revision)",
     # Notifications read the alerts that are new to them, in order of rowid.
     f"CREATE INDEX alerts_by_arrival ON alerts (source{ROWID})",
+    # All messages of table alerts with one key, whatever their order of arrival. ref: names it in commands. seq, state,
+    # updated, last_summary: of the newest message. task to revision: of the newest that raised it, raised: time of the
+    # newest that began it; raised_seq, began_seq: of these, or minus the seq of the oldest message where none did so.
+    """CREATE TABLE incidents (
+        device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL, ref TEXT NOT NULL,
+        seq INTEGER NOT NULL, state TEXT NOT NULL, updated TEXT NOT NULL, last_summary TEXT NOT NULL,
+        raised_seq INTEGER NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, severity TEXT NOT NULL,
+        summary TEXT NOT NULL, revision INTEGER NOT NULL, began_seq INTEGER NOT NULL, raised TEXT NOT NULL,
+        PRIMARY KEY (device, log, id, source)) WITHOUT ROWID""",
+    # Few incidents are raised.
+    "CREATE INDEX incidents_raised ON incidents (raised, device, log, id, source) WHERE state = 'raised'",
+    "CREATE INDEX incidents_by_time ON incidents (raised, device, log, id, source, task, alert)",
+    "CREATE INDEX incidents_by_ref ON incidents (ref)",
+    # With all that the collector counts every few minutes.
+    """CREATE INDEX incidents_drift ON incidents (task, device, subject, raised, state, log, raised_seq)
+        WHERE alert = 'drift' AND source = 'device'""",
     # body: the payload, as text.
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
@@ -214,6 +228,7 @@ _DASHBOARD = (
         time TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, action TEXT NOT NULL, object TEXT NOT NULL,
         outcome TEXT NOT NULL, address TEXT NOT NULL{ROWID})""",
     "CREATE INDEX dashboard_actions_by_time ON dashboard_actions (time)",
+    "CREATE INDEX dashboard_actions_by_name ON dashboard_actions (name, time)",
 )
 
 
@@ -229,6 +244,6 @@ MIGRATIONS = (
     # Rows have some kilobytes: a query for times alone must not read them.
     Migration(
         "index_drift_windows_by_time",
-        ('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state)',),
+        ('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state, window_count)',),
     ),
 )

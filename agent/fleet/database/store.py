@@ -18,10 +18,12 @@ from agent.fleet.database import key_table, log_succession
 from agent.fleet.database.alerts import (
     ALERTS,
     DRIFT_ALERTS,
-    INSERT_ALERT,
     LEARNED_REFERENCES,
+    OPEN_ALERTS,
     OPEN_FLEET_WIDE_ALERTS,
+    OPEN_INCIDENTS,
     OPEN_REFERENCE_ALERTS,
+    add_alerts,
     revoked_alert_row,
 )
 from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
@@ -80,7 +82,9 @@ _RECENT_DRIFT_WINDOWS = """
     ORDER BY "from", first, last, "to", log, seq
 """
 
+# MATERIALIZED: else SQLite counts in the order of the key, for which it reads all incidents.
 _DEVICES = f"""
+    WITH open_incidents AS MATERIALIZED ({OPEN_INCIDENTS})
     SELECT d.device, k.key, d.last_seen,
            CASE WHEN r.device IS NOT NULL THEN 'retired' WHEN k.key IS NULL THEN 'revoked' ELSE d.state END AS state,
            (SELECT last_seq FROM logs l WHERE l.device = d.device AND live ORDER BY rowid LIMIT 1) AS through,
@@ -92,7 +96,7 @@ _DEVICES = f"""
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.last_seq IS NULL
     LEFT JOIN retired_devices r ON r.device = d.device
-    LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) alerts WHERE open GROUP BY device) o ON o.device = d.device
+    LEFT JOIN (SELECT device, count(*) AS n FROM open_incidents GROUP BY device) o ON o.device = d.device
     WHERE r.device IS NULL OR ?
     ORDER BY d.device
 """
@@ -254,7 +258,7 @@ class FleetStore:
         """
         with self.transaction() as db:
             kids = key_table.revoke(db, device, kid, now)
-            db.executemany(INSERT_ALERT, [revoked_alert_row(device, revoked, now) for revoked in kids])
+            add_alerts(db, [revoked_alert_row(device, revoked, now) for revoked in kids])
             before_commit()
         return kids
 
@@ -305,7 +309,7 @@ class FleetStore:
     def raise_alert(self, row: Row) -> None:
         """Store an alert that the collector raises itself, unless it exists."""
         with self.transaction() as db:
-            db.execute(INSERT_ALERT, row)
+            add_alerts(db, [row])
 
     def has_message(self, message: VerifiedMessage) -> bool:
         """Return True if exactly this message is stored."""
@@ -354,14 +358,15 @@ class FleetStore:
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
         """Return open alerts, or with `closed` all that were ever raised or cleared; oldest first."""
-        sql = f"SELECT * FROM ({ALERTS}) alerts WHERE (open OR ?) AND {_DEVICE_FILTER} ORDER BY time, device, seq"
-        return [{**row, "open": bool(row["open"])} for row in self._fetch_dicts(sql, closed, device, device)]
+        messages = ALERTS if closed else OPEN_ALERTS
+        sql = f"SELECT * FROM ({messages}) messages WHERE {_DEVICE_FILTER} ORDER BY time, device, seq"
+        return [{**row, "open": bool(row["open"])} for row in self._fetch_dicts(sql, device, device)]
 
     def progress(self) -> list[dict[str, Any]]:
         """Return rows, drift windows, results, messages, last `drift` state and open alert summaries per device."""
         rows = self._fetch_dicts(_PROGRESS)
         for row in rows:
-            row["open"] = [alert["summary"] for alert in self.alerts(row["device"]) if alert["state"] == "raised"]
+            row["open"] = [alert["summary"] for alert in self.alerts(row["device"])]
         return rows
 
     def labels(self, device: str) -> list[tuple[int, str]]:

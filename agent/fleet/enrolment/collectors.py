@@ -8,9 +8,11 @@ import msgspec
 
 from agent import durable_files
 from agent.errors import UsageError
-from agent.fleet.config import FleetConfig, Identity
-from agent.fleet.enrolment import broker_control, pki
+from agent.fleet.config import ClientCertificate, FleetConfig, Identity
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import broker_control, clients, pki
 from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
 
 # Name of the certificate that `fleet init` issues; the broker of such a fleet uses the name in it as the client id.
@@ -55,6 +57,14 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
         durable_files.write(certificate, issued.certificate, 0o600)
     access = broker_control.apply(folder, config, AccessChange(user, "collector"))
     return AddedCollector([certificate, key], [*access.steps, start])
+
+
+def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
+    """Shut a collector out. Raises UsageError."""
+    _check_name(name)
+    certificate, key = _certificate_files(folder, name)
+    files = ClientCertificate(cert_file=str(certificate), tls_key_file=str(key))
+    return clients.revoke(folder, config, store, user_name(name), files)
 
 
 def is_collector(folder: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -73,7 +74,7 @@ class DeviceFiles:
             raise UsageError(
                 f"device {self._device!r}: {made_here} would be made here, and no private key stays in the fleet's "
                 "folder; name a file for them with --bundle-out, or better let the device make them: `outstation "
-                "join`, then --request"
+                "request`, then --request"
             )
 
     def issue(self, bundle: Path | None) -> None:
@@ -81,7 +82,9 @@ class DeviceFiles:
         if self._authority is not None:
             if self._certificate is None:
                 assert self._tls_key is not None
-                self._certificate = self._authority.certify_client(self._device, self._fleet, self._tls_key)
+                self._certificate = self._authority.certify_client(
+                    self._device, self._fleet, self._tls_key, pki.DEVICE_LIFETIME
+                )
                 revocation.archive_certificate(self._folder, self._device, self._certificate)
             self.public[CERTIFICATE] = self._certificate
         if bundle is not None:
@@ -112,13 +115,15 @@ def pack_device_files(files: dict[str, bytes], out: Path) -> None:
 def _load_valid_certificate(
     folder: Path, authority: CertificateAuthority, home: Path, tls_key: Ed25519PublicKey | None
 ) -> bytes | None:
-    """Return the device's certificate, unless it is revoked or of another key than `tls_key`."""
+    """Return the device's certificate, unless it is revoked, ends soon, or is of another key than `tls_key`."""
     path = home / CERTIFICATE
     if not path.exists() or revocation.is_revoked(folder, authority, path):
         return None
     data = input_files.read_bytes(path)
-    is_other = tls_key is not None and x509.load_pem_x509_certificate(data).public_key() != tls_key
-    return None if is_other else data
+    certificate = x509.load_pem_x509_certificate(data)
+    ends_soon = certificate.not_valid_after_utc < datetime.now(UTC) + pki.RENEW_BEFORE
+    is_other = tls_key is not None and certificate.public_key() != tls_key
+    return None if is_other or ends_soon else data
 
 
 def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict[str, bytes]:

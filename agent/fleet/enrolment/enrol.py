@@ -25,6 +25,7 @@ from agent.fleet.enrolment import (
     broker_access,
     broker_config,
     broker_control,
+    clients,
     collectors,
     homeassistant,
     pki,
@@ -40,9 +41,8 @@ from agent.wire import enrolment_request, keys
 from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
 
-# User names of roles at the broker; `_all` cannot be a device id anyway.
-_ROLES = ("collector", "operator", "commander", broker_access.ADMIN)
-RESERVED_NAMES = frozenset({*_ROLES, homeassistant.BRIDGE, homeassistant.HOME_ASSISTANT, viewers_broker.BRIDGE})
+# User names at the broker; `_all` cannot be a device id anyway.
+RESERVED_NAMES = frozenset({*clients.ROLES, homeassistant.BRIDGE, homeassistant.HOME_ASSISTANT, viewers_broker.BRIDGE})
 
 
 class Enrolment(msgspec.Struct, frozen=True):
@@ -158,7 +158,7 @@ def device_folder(folder: Path, device: str) -> Path:
 
 
 def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, device: str, home: Path) -> Path:
-    """Let a new device in whose folder `home` is on this machine: make its keys there, as `outstation join` does.
+    """Let a new device in whose folder `home` is on this machine: make its keys there, as `outstation request` does.
 
     Simulated fleets and tests are their own operators. Returns `home`.
     """
@@ -179,7 +179,7 @@ def read_request(path: Path) -> EnrolmentRequest:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except MessageRefused as refused:
-        hint = "make it again with `outstation join` on the device"
+        hint = "make it again with `outstation request` on the device"
         raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None
 
 
@@ -202,7 +202,7 @@ def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
     server = authority.issue_server(broker.host)
     durable_files.write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
     durable_files.write_new(folder / "broker" / "server.key", server.key, 0o600)
-    for role in _ROLES:
+    for role in clients.ROLES:
         client = authority.issue_client(role, name)
         durable_files.write_new(folder / f"{role}.crt", client.certificate, 0o644)
         durable_files.write_new(folder / f"{role}-tls.key", client.key, 0o600)

@@ -39,16 +39,16 @@ def create(home: Path, expires_us: int) -> str:
 def authenticate(home: Path, request: EnrolmentRequest, thumbprint: str | None, now_us: int) -> None:
     """Check that the device, and nobody else, made `request`; bind its join token to its key.
 
-    Without a token, the operator gives the `thumbprint` that `outstation join` printed on the device. Raises
+    Without a token, the operator gives the `thumbprint` that `outstation request` printed on the device. Raises
     UsageError.
     """
     device, kid = request.body.device, request.key.kid
-    again = f"make a token with `outstation fleet token {device}`, then join again with it"
+    again = f"make a token with `outstation fleet token {device}`, then make the request again with it"
     if thumbprint is not None and thumbprint != kid:
         raise UsageError(f"the request for {device!r} has key {kid}, not {thumbprint}: it is another device's request")
     if not request.body.proof:
         if thumbprint is None:
-            hint = "compare it with the one that `outstation join` printed, and add --thumbprint"
+            hint = "compare it with the one that `outstation request` printed, and add --thumbprint"
             raise UsageError(f"the request for {device!r} was made without a token; its thumbprint is {kid}: {hint}")
         return
     path = home / TOKEN_FILE

@@ -22,8 +22,10 @@ from agent import input_files
 from agent.errors import UsageError
 
 CA_YEARS = 10
-# Devices stay in the field for years: early expiry would disconnect them, and stop no attacker.
+# Of the broker and the fleet's roles, which an operator can reach.
 LEAF_LIFETIME = timedelta(days=3650)
+# `fleet renew` renews it over MQTT while RENEW_BEFORE or less is left of it.
+DEVICE_LIFETIME, RENEW_BEFORE = timedelta(days=365), timedelta(days=90)
 # Machines without a battery clock start in the past; a day covers the lag of a saved clock.
 BACKDATE = timedelta(days=1)
 _RESTORE_HINT = "a new list would accept revoked certificates again; restore it from a backup or from its copy"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files, input_files
+from agent import durable_files
 from agent.errors import UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, pki, revocation, viewers_broker
+from agent.fleet.enrolment import broker_control, clients, pki, viewers_broker
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
@@ -84,24 +84,13 @@ def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
-    """Shut a viewer out: its certificate goes on the revocation list, its session ends. Raises UsageError."""
-    user = _check_name(name)
-    files = certificate_of(folder, name)
-    certificate = Path(files.cert_file)
-    broker = ViewersBroker(folder, config)
-    steps = broker.expel(user) if (has_password := broker.has(user)) else []
-    if config.ca is None or not certificate.exists():
-        if not has_password:
-            raise UsageError(f"{certificate}: no such file, so there is no viewer {name!r}")
-        return RevocationOutcome([], [], steps=tuple(steps), ended=not steps)
-    serial = pki.read_serial(input_files.read_bytes(certificate), certificate)
-    outcome = RevocationOutcome([], [f"{serial:x}"])
-    # One process at a time writes the list.
-    with store.transaction():
-        outcome.steps = revocation.add(folder, config, [serial])
-    revocation.change_access(folder, config, AccessChange(user, "none"), outcome)
-    durable_files.remove(certificate)
-    durable_files.remove(Path(files.tls_key_file))
+    """Shut a viewer out, at the viewers' broker too. Raises UsageError."""
+    user, files, broker = _check_name(name), certificate_of(folder, name), ViewersBroker(folder, config)
+    has_password = broker.has(user)
+    steps = tuple(broker.expel(user)) if has_password else ()
+    if has_password and not Path(files.cert_file).exists():
+        return RevocationOutcome([], [], steps=steps, ended=not steps)
+    outcome = clients.revoke(folder, config, store, user, files)
     outcome.steps = (*steps, *outcome.steps)
     return outcome
 

@@ -59,12 +59,12 @@ def check_export(
     store: FleetStore,
     folder: Path,
     fleet: str,
-    collectors: Sequence[PublicKey] = (),
+    collectors: Sequence[PublicKey],
     progress: Callable[[int], None] = lambda _: None,
 ) -> ExportReport:
     """Verify an export from the signed messages. Raises StorageError, and UsageError without a readable manifest.
 
-    `collectors`: keys with which retention statements are valid.
+    `collectors`: keys with which the manifest and retention statements are valid.
     """
     manifest = manifests.load(folder)
     if manifest is None:
@@ -72,6 +72,8 @@ def check_export(
     report = ExportReport(str(folder))
     if manifest.fleet != fleet:
         report.add_problem(f"is the export of fleet {manifest.fleet!r}")
+    if problem := manifest.find_signature_problem(collectors):
+        report.add_problem(f"{manifests.MANIFEST} {problem}")
     chunks, named = list[Chunk](), set[str]()
     with store.snapshot():
         pruned, _ = pruned_devices.load(store, None, collectors)
@@ -79,7 +81,7 @@ def check_export(
         checker = _ChunkChecker(store, folder, manifest, floors, report)
         try:
             for chunk in manifest.read_chunks(folder):
-                chunks.append(Chunk(chunk.number, chunk.messages, chunk.ranges, []))
+                chunks.append(msgspec.structs.replace(chunk, files=[]))
                 named |= {file.path for file in chunk.files}
                 checker.check(chunk)
                 progress(chunk.messages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.export import manifest as manifests
 from agent.fleet.export.manifest import FILE_MODE, Chunk, ExportedFile, LogRange, Manifest
 from agent.fleet.export.tables import EXPORTED_MESSAGES, NO_DAY, Filters, TableBuilder, arrow_schema
+from agent.wire.keys import PublicKey, SigningKey
 from agent.wire.messages import LoggedPayload, decode
 
 if TYPE_CHECKING:
@@ -46,38 +47,54 @@ class ExportSummary(msgspec.Struct):
 
 
 def export(
-    store: FleetStore, folder: Path, fleet: str, filters: Filters, progress: Callable[[int], None] = lambda _: None
+    store: FleetStore,
+    folder: Path,
+    fleet: str,
+    filters: Filters,
+    key: SigningKey,
+    collectors: Sequence[PublicKey] = (),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> ExportSummary:
-    """Add the messages to `folder` that it does not hold. Raises StorageError, and UsageError for another export."""
+    """Add the messages to `folder` that it does not hold, and sign its manifest with a collector's `key`.
+
+    `collectors`: further keys that may have signed it before. Raises StorageError, and UsageError for another export.
+    """
     arrow_schema("results")
     try:
         durable_files.make_folder(folder)
         with durable_files.lock(folder / _LOCK, wait=False):
-            manifest = _open_manifest(folder, fleet, filters)
-            return _add_chunks(store, folder, manifest, progress)
+            manifest = _open_manifest(folder, fleet, filters, key, collectors)
+            return _add_chunks(store, folder, manifest, key, progress)
     except BlockingIOError:
         raise UsageError(f"{folder}: another export writes here; wait until it ends") from None
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _open_manifest(folder: Path, fleet: str, filters: Filters) -> Manifest:
+def _open_manifest(
+    folder: Path, fleet: str, filters: Filters, key: SigningKey, collectors: Sequence[PublicKey]
+) -> Manifest:
     manifest = manifests.load(folder)
     if manifest is None:
         if others := [path.name for path in folder.iterdir() if path.name not in (_LOCK, f"{manifests.MANIFEST}.new")]:
             raise UsageError(f"{folder}: has other files, such as {others[0]!r}; name a new folder")
         manifest = Manifest(fleet, filters)
-        manifest.save(folder)
+        manifest.save(folder, key)
         return manifest
     if manifest.fleet != fleet:
         raise UsageError(f"{folder}: is the export of fleet {manifest.fleet!r}, not of {fleet!r}; name a new folder")
+    # Signing it again would make what somebody else wrote the collector's own.
+    if problem := manifest.find_signature_problem([key.public, *collectors]):
+        raise UsageError(f"{folder / manifests.MANIFEST}: {problem}; export to a new folder")
     if filters not in (manifest.filters, Filters()):
         former = msgspec.json.encode(manifest.filters).decode()
         raise UsageError(f"{folder}: was begun with {former}; repeat these options or none, or name a new folder")
     return manifest
 
 
-def _add_chunks(store: FleetStore, folder: Path, manifest: Manifest, progress: Callable[[int], None]) -> ExportSummary:
+def _add_chunks(
+    store: FleetStore, folder: Path, manifest: Manifest, key: SigningKey, progress: Callable[[int], None]
+) -> ExportSummary:
     summary = ExportSummary()
     chunks = [*manifest.read_chunks(folder)]
     _remove_leftovers(folder, {file.path for chunk in chunks for file in chunk.files})
@@ -85,8 +102,8 @@ def _add_chunks(store: FleetStore, folder: Path, manifest: Manifest, progress: C
         _spool_keys(store, spool, manifests.exported_ranges(iter(chunks)), manifest.filters.device)
         queue = _KeyQueue(spool)
         while keys := queue.pop_chunk():
-            chunk = _write_chunk(store, folder, manifest.filters, len(manifest.chunks) + 1, keys, queue)
-            manifest.add(folder, chunk)
+            chunk = _write_chunk(store, folder, manifest, keys, queue)
+            manifest.add(folder, chunk, key)
             summary.chunks += 1
             summary.files += len(chunk.files)
             summary.messages += chunk.messages
@@ -138,10 +155,8 @@ class _KeyQueue:
         self._returned = sorted(keys)
 
 
-def _write_chunk(
-    store: FleetStore, folder: Path, filters: Filters, number: int, keys: list[Key], queue: _KeyQueue
-) -> Chunk:
-    builder, exported, count = TableBuilder(filters), list[LogRange](), 0
+def _write_chunk(store: FleetStore, folder: Path, manifest: Manifest, keys: list[Key], queue: _KeyQueue) -> Chunk:
+    builder, exported, count = TableBuilder(manifest.filters), list[LogRange](), 0
     for device, log, first, last in _to_ranges(keys):
         end = first - 1
         if builder.row_count < _CHUNK_ROWS:
@@ -156,8 +171,9 @@ def _write_chunk(
             count += end - first + 1
     if count < len(keys):
         queue.put_back(keys[count:])
+    number = manifest.chunks + 1
     files = [_write_file(folder, kind, day, number, table) for (kind, day), table in builder.finish().items()]
-    return Chunk(number, count, exported, files)
+    return Chunk(number, manifest.last, count, exported, files)
 
 
 def _decode(store: FleetStore, key: tuple[str, str, int], payload: bytes) -> LoggedPayload:

@@ -1,24 +1,28 @@
-"""Manifest of an export: which messages its files hold, and the SHA-256 of each file.
+"""Manifest of an export: which messages its files hold, and the SHA-256 of each file, signed by the collector.
 
-`manifest.json` lists the chunks in order; each has a file of its own in `_chunks/`, which never changes. A file that no
-chunk names is left over from an export that was interrupted, and belongs to no set of rows.
+Each chunk has a file of its own in `_chunks/`, which never changes and names the SHA-256 of the one before.
+`manifest.json` names that of the last one, so that its size does not grow and its signature covers all of them. A file
+that no chunk names is left over from an export that was interrupted, and belongs to no set of rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from agent import durable_files, ranges
-from agent.errors import UsageError
+from agent.errors import MessageRefused, UsageError
 from agent.fleet.export.tables import KINDS, NO_DAY, Filters
+from agent.wire import jws
+from agent.wire.keys import PublicKey, SigningKey
 
 MANIFEST, CHUNKS = "manifest.json", "_chunks"
 FORMAT = "outstation-export-1"
+_TOPIC = "outstation/{}/export"
 # Measurements are private to the owner of the files.
 FILE_MODE = 0o600
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -51,54 +55,71 @@ class ExportedFile(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Messages that were exported together, and the files with their rows."""
+    """Messages that were exported together, and the files with their rows; `prev`: SHA-256 of the chunk before."""
 
     number: int
+    prev: str
     messages: int
     ranges: list[LogRange]
     files: list[ExportedFile]
 
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
 
+class _Content(msgspec.Struct):
+    """Signed content: the number of chunks, and the SHA-256 of the last one's file; empty before the first."""
 
-class ChunkRef(msgspec.Struct, frozen=True):
-    path: str
-    sha256: str
-    messages: int
-    rows: int
-
-
-class Manifest(msgspec.Struct):
     fleet: str
     filters: Filters
-    chunks: list[ChunkRef] = []
+    chunks: int = 0
+    last: str = ""
     format: str = FORMAT
 
-    def add(self, folder: Path, chunk: Chunk) -> None:
-        """Write the chunk's file, then the manifest that names it. Raises StorageError."""
-        path, data = f"{CHUNKS}/chunk-{chunk.number:06}.json", msgspec.json.encode(chunk)
-        durable_files.write(folder / path, data, FILE_MODE)
-        self.chunks.append(ChunkRef(path, sha256(data), chunk.messages, chunk.rows))
-        self.save(folder)
 
-    def save(self, folder: Path) -> None:
+class Manifest(_Content):
+    jws: str = ""
+
+    def add(self, folder: Path, chunk: Chunk, key: SigningKey) -> None:
+        """Write the chunk's file, then the manifest that names it. Raises StorageError."""
+        data = msgspec.json.encode(chunk)
+        durable_files.write(folder / _chunk_path(chunk.number), data, FILE_MODE)
+        self.chunks, self.last = chunk.number, sha256(data)
+        self.save(folder, key)
+
+    def save(self, folder: Path, key: SigningKey) -> None:
+        self.jws = jws.sign(key, _TOPIC.format(self.fleet), self._signed_content())
         durable_files.write(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(self)), FILE_MODE)
 
+    def find_signature_problem(self, collectors: Sequence[PublicKey]) -> str | None:
+        """Return why the signature is not one of these keys over this content."""
+        signers = {key.kid: jws.Signer("collector", key) for key in collectors}
+        try:
+            jws.verify([self.jws], _TOPIC.format(self.fleet), self._signed_content(), signers.get)
+        except MessageRefused as refused:
+            return f"is not signed by a collector of this fleet: {refused}"
+        return None
+
+    def _signed_content(self) -> bytes:
+        return msgspec.json.encode(_Content(self.fleet, self.filters, self.chunks, self.last, self.format))
+
     def read_chunks(self, folder: Path) -> Iterator[Chunk]:
-        """Read the chunks in order. Raises UsageError where one is not the file that the manifest names."""
-        for number, ref in enumerate(self.chunks, 1):
-            if ref.path != f"{CHUNKS}/chunk-{number:06}.json":
-                raise UsageError(f"{folder / MANIFEST}: chunk {number} is named {ref.path!r}; export to a new folder")
+        """Read the chunks in order, each once the next one names it. Raises UsageError where one is another file."""
+        digest, waiting = "", None
+        for number in range(1, self.chunks + 1):
+            file = folder / _chunk_path(number)
             try:
-                data = (folder / ref.path).read_bytes()
+                data = file.read_bytes()
                 chunk = msgspec.json.decode(data, type=Chunk)
             except (OSError, msgspec.MsgspecError) as error:
-                raise UsageError(f"{folder / ref.path}: cannot be read: {error}; export to a new folder") from None
-            if sha256(data) != ref.sha256:
-                raise UsageError(f"{folder / ref.path}: is not the file that {MANIFEST} names; export to a new folder")
-            yield chunk
+                raise UsageError(f"{file}: cannot be read: {error}; export to a new folder") from None
+            if (chunk.number, chunk.prev) != (number, digest):
+                raise UsageError(f"{file}: does not follow the chunk before it; export to a new folder")
+            if waiting is not None:
+                yield waiting
+            digest, waiting = sha256(data), chunk
+        if digest != self.last:
+            problem = f"is not the file that {MANIFEST} names"
+            raise UsageError(f"{folder / _chunk_path(self.chunks)}: {problem}; export to a new folder")
+        if waiting is not None:
+            yield waiting
 
 
 def load(folder: Path) -> Manifest | None:
@@ -112,6 +133,10 @@ def load(folder: Path) -> Manifest | None:
     if manifest.format != FORMAT:
         raise UsageError(f"{folder / MANIFEST}: has format {manifest.format!r}, this version reads {FORMAT!r}")
     return manifest
+
+
+def _chunk_path(number: int) -> str:
+    return f"{CHUNKS}/chunk-{number:06}.json"
 
 
 def exported_ranges(chunks: Iterator[Chunk]) -> dict[tuple[str, str], list[tuple[int, int]]]:

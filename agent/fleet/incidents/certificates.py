@@ -27,10 +27,9 @@ def list_certificates(home: Path, own: Iterable[Path], devices: Iterable[str]) -
         if (end_us := _read_end(path)) is not None:
             yield Certificate("", path.name, path, end_us)
     for device in devices:
-        issued = [home / "devices" / device / "device.crt", *(home / "issued" / device).glob("*.crt")]
-        ends = [(end_us, path) for path in issued if (end_us := _read_end(path)) is not None]
-        if ends:
-            end_us, path = max(ends)
+        # What was issued later than this, the device has not confirmed.
+        path = home / "devices" / device / "device.crt"
+        if (end_us := _read_end(path)) is not None:
             yield Certificate(device, "device", path, end_us)
 
 

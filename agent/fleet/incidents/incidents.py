@@ -6,8 +6,6 @@ message of an open alert, which has become worse or has come back, ends an ackno
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +14,7 @@ import msgspec
 from agent.alerts import AlertKind, Severity, find_kind
 from agent.errors import UsageError
 from agent.fleet.database.incidents import incident_rows as table
-from agent.fleet.database.incidents.incident_rows import IncidentKey
+from agent.fleet.database.interface import IncidentKey
 from agent.fleet.database.store import FleetStore
 
 Status = Literal["raised", "acknowledged", "muted", "cleared"]
@@ -25,6 +23,7 @@ SEVERITY_RANK: Mapping[str, int] = {"info": 1, "warning": 2, "critical": 3}
 FOREVER = "9999-12-31T23:59:59.999999Z"
 MAX_NOTE, MAX_NAME = 2000, 128
 MIN_REF = 4
+_MAX_MATCHES = 100
 
 
 class Acknowledgement(msgspec.Struct, frozen=True):
@@ -95,11 +94,6 @@ class IncidentFilter(msgspec.Struct, frozen=True):
     since: str | None = None
 
 
-def incident_ref(key: IncidentKey) -> str:
-    """Return the short name of an incident: 48 bits of a digest of its key."""
-    return hashlib.sha256(json.dumps(key, ensure_ascii=True).encode()).hexdigest()[:12]
-
-
 def list_incidents(
     store: FleetStore,
     wanted: IncidentFilter = IncidentFilter(),  # noqa: B008 (frozen)
@@ -147,16 +141,16 @@ def find_incident(store: FleetStore, ref: str, *, now: str) -> Incident:
 
     Raises UsageError unless there is exactly one.
     """
-    keys: list[IncidentKey] = []
     with store.snapshot() as db:
-        for raised in (True, False):
-            keys = keys or [k for k in table.list_keys(db, raised=raised) if incident_ref(k).startswith(ref.lower())]
+        matches = table.find_keys(db, ref.lower(), _MAX_MATCHES)
+    keys = [key for key, raised in matches if raised] or [key for key, _ in matches]
     if len(ref) < MIN_REF or not keys:
         least = f" (at least {MIN_REF} characters)" if len(ref) < MIN_REF else ""
         raise UsageError(f"no alert has the ID {ref!r}{least}; `outstation fleet alerts` lists the IDs")
     incident = load_incident(store, keys[0], now=now)
     if len(keys) > 1 or incident is None:
-        raise UsageError(f"{len(keys)} alerts have an ID that begins with {ref!r}; write more of it")
+        number = f"{_MAX_MATCHES} or more" if len(matches) == _MAX_MATCHES else len(keys)
+        raise UsageError(f"{number} alerts have an ID that begins with {ref!r}; write more of it")
     return incident
 
 
@@ -209,7 +203,6 @@ def _to_incident(row: dict[str, Any], now: str) -> Incident:
         muted = Mute(row["muted_until"], row["muted_by"], row["muted_at"], row["muted_note"])
     is_cleared = row["last_state"] == "cleared"
     return Incident(
-        ref=incident_ref((row["source"], row["device"], row["log"], row["id"])),
         cleared=row["updated"] if is_cleared else None,
         cleared_summary=row["last_summary"] if is_cleared else None,
         acknowledged=acknowledged,
@@ -219,6 +212,6 @@ def _to_incident(row: dict[str, Any], now: str) -> Incident:
 
 
 _COPIED = (
-    *("status", "severity", "device", "task", "alert", "subject", "summary", "raised", "updated", "revision"),
+    *("ref", "status", "severity", "device", "task", "alert", "subject", "summary", "raised", "updated", "revision"),
     *("source", "log", "id", "seq", "raised_seq"),
 )

@@ -12,7 +12,7 @@ import msgspec
 from agent import clock
 from agent.alerts import TARGET_FAILS
 from agent.fleet.database.incidents import device_status, incident_rows
-from agent.fleet.database.incidents.incident_rows import IncidentKey
+from agent.fleet.database.interface import IncidentKey
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident

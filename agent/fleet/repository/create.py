@@ -52,7 +52,7 @@ def create(
         if existing is not None:
             raise UsageError(f"{existing}: a repository exists already; devices trust its keys, so it is not replaced")
         keyring = RepositoryKeyring(layout.keys)
-        root_folder = layout.keys if root_keys is None else _require_outside(root_keys, folder)
+        root_folder = layout.keys if root_keys is None else require_outside(root_keys, folder)
         files = [root_folder / f"root-{number}.key" for number in range(1, roots + 1)]
         root = Metadata(Root(version=1, expires=now + expiry.lifetime(ROOT), consistent_snapshot=True))
         for file in files:
@@ -70,7 +70,7 @@ def create(
     return CreatedRepository(layout.root_path(1), files, threshold)
 
 
-def _require_outside(root_keys: Path, folder: Path) -> Path:
+def require_outside(root_keys: Path, folder: Path) -> Path:
     """Return the folder of the root keys. Raises UsageError for one inside the fleet's folder, or none."""
     if root_keys.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
@@ -90,6 +90,14 @@ def write_url(folder: Path, url: str) -> None:
         raise UsageError(f"{path}: repository.url is {known.url!r} already; edit it in that file")
     if known is not None:
         return
+    check_url("--url", url)
+    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"
+    mode = stat.S_IMODE(path.stat().st_mode)
+    durable_files.write(path, input_files.read_bytes(path).rstrip(b"\n") + b"\n" + added.encode(), mode)
+
+
+def check_url(option: str, url: str) -> None:
+    """Check the address of a repository. Raises UsageError that names the `option`."""
     if "://" in url:
         try:
             parts = urlsplit(url)
@@ -98,9 +106,6 @@ def write_url(folder: Path, url: str) -> None:
             usable = False
         if not usable or parts.query or parts.fragment or parts.username or parts.password:
             form = "https://HOST[:PORT]/PATH without user, query or fragment"
-            raise UsageError(f"--url {mask_password(url)}: not a URL of the form {form}")
+            raise UsageError(f"{option} {mask_password(url)}: not a URL of the form {form}")
     elif not Path(url).is_absolute():
-        raise UsageError(f"--url {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")
-    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find this folder's repository/\n"
-    mode = stat.S_IMODE(path.stat().st_mode)
-    durable_files.write(path, input_files.read_bytes(path).rstrip(b"\n") + b"\n" + added.encode(), mode)
+        raise UsageError(f"{option} {url}: neither https://HOST/PATH nor an absolute path of a folder on the devices")

@@ -18,6 +18,7 @@ from agent.fleet.audit import pruned as statements
 from agent.fleet.audit.audit import audit_prefix
 from agent.fleet.audit.checkpoint import LogState
 from agent.fleet.audit.pruned import PrunedDevice, PrunedLog, PrunedState, PrunedTable, Statement
+from agent.fleet.database.alerts import ALERT_COLUMNS
 from agent.fleet.database.interface import TransactionConflict
 from agent.fleet.database.maintenance import pruning
 from agent.fleet.database.maintenance.pruning import Removal, StatementRow
@@ -27,7 +28,7 @@ from agent.fleet.database.store import FleetStore
 from agent.wire.keys import PublicKey, SigningKey
 
 _MAX_ATTEMPTS = 3
-_LOG, _SEQ = (statements.ALERT_COLUMNS.index(name) for name in ("log", "seq"))
+_LOG, _SEQ = (ALERT_COLUMNS.index(name) for name in ("log", "seq"))
 
 
 class PrunedCount(msgspec.Struct, frozen=True):
@@ -163,7 +164,7 @@ def _remove(
             reason = audited.invalid[0]["reason"] if audited.invalid else "a message is stored twice"
             return f"{audited.invalid_count} messages do not verify ({reason}); see `outstation fleet audit`"
         alerts = pruning.load_open_alerts(store, plan.device, plan.messages)
-        width = len(statements.ALERT_COLUMNS)
+        width = len(ALERT_COLUMNS)
         retained = [[*row[:width]] for row in alerts]
         if not _are_former_alerts_intact(plan.last, retained):
             return "an open alert whose message went was changed; see `outstation fleet audit`"

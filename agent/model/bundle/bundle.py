@@ -114,6 +114,9 @@ def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield from _iter_archive(path)
         else:
             raise BadBundle(f"{path}: no such bundle")
+    except zipfile.BadZipFile as error:
+        hint = "`outstation model pack --from` makes a bundle of a model" if path.suffix == ".tflite" else str(error)
+        raise BadBundle(f"{path}: is no bundle, which is a folder or a .zip: {hint}") from error
     except _UNREADABLE_ERRORS as error:
         raise BadBundle(f"{path}: cannot be read: {error}") from error
 

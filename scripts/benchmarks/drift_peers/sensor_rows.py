@@ -38,6 +38,11 @@ def autocorrelated(rng: np.random.Generator, rows: int, fields: int) -> Floats:
     return _ar(rng, rows, fields, 0.9)
 
 
+def slow(rng: np.random.Generator, rows: int, fields: int) -> Floats:
+    """Wander as air pressure does: a few hours tell little of the levels to come."""
+    return np.asarray(_ar(rng, rows, fields, 0.9995) + 0.05 * rng.normal(size=(rows, fields)))
+
+
 def integers(rng: np.random.Generator, rows: int, fields: int) -> Floats:
     return np.asarray(np.round(3 * _ar(rng, rows, fields, 0.9)))
 
@@ -99,6 +104,7 @@ QUIET: dict[str, Callable[[np.random.Generator, int, int], Floats]] = {
     for each in (
         independent,
         autocorrelated,
+        slow,
         integers,
         counts,
         heavy_tailed,

@@ -14,13 +14,15 @@ import pytest
 from agent import clock
 from agent.device.recovery.catch_up import UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
+from agent.device.recovery.new_log import plan_move
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
 from agent.device.uplink.refusals import Refusals
-from agent.errors import StorageForked, StorageFull
+from agent.errors import StorageForked, StorageFull, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.acknowledger import Acknowledger
 from agent.fleet.database.ingest import Arrival
@@ -29,7 +31,7 @@ from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
-from scripts.kit.stores import KEY, TASKS, alarms, append, append_message, opened, outbox_payloads
+from scripts.kit.stores import KEY, STREAMS, TASKS, alarms, append, append_message, opened, outbox_payloads
 
 NOW = "2026-11-24T22:20:00.000000Z"
 COLLECTOR = new_key(9)
@@ -335,4 +337,36 @@ def test_an_acknowledged_message_of_this_run_proves_the_history(tmp_path: Path, 
     store.close()
     store, author = opened(tmp_path / "live")
     assert store.get_meta(UNPROVEN_FROM, "") == "3"
+    store.close()
+
+
+def test_a_device_that_joins_a_fleet_brings_all_its_stored_messages(tmp_path: Path, collector: Collector) -> None:
+    alone = tmp_path / "alone"
+    with open_store(alone) as store:
+        store.bind_device("home", "garden")
+        store.declare_streams(STREAMS)
+        author = MessageLog("home", "garden", new_key(3), store.log_id, store.boot, 120_000)
+        append(store, "numbers", 100)
+        consume(store, author, 50)
+        with store.transaction() as tx:
+            # A broker has confirmed them, no collector has them.
+            tx.outbox.set_acknowledged(AcknowledgedSeqs(6))
+        former = author.log_id
+    with open_store(alone) as store:
+        assert plan_move(store, "acme", "pi-07")
+        assert not plan_move(store, "acme", "pi-07")
+        with pytest.raises(UsageError, match="has begun a new log"):
+            plan_move(store, "other", "pi-07")
+    store, author = opened(alone)
+    assert set(collector.take(store)) == {"new"}
+    obey(store, author, collector.ack(author.log_id))
+    assert store.backlog().messages == 0
+    assert (store.last_row("numbers"), store.cursor("judge")) == (100, 50)
+    payloads = outbox_payloads(store)
+    assert [body["rows"] for body in payloads.values() if body["kind"] == "results"][-1] == [46, 50]
+    assert {body["device"] for body in payloads.values()} == {"pi-07"}
+    assert payloads[1]["reissued"] == {"log": former, "seq": 1}
+    assert alarms(payloads) == []
+    report = audit(collector.store)
+    assert report.passed, report.to_dict()
     store.close()

@@ -86,7 +86,7 @@ def test_of_the_machines_energy_the_agent_has_its_share_of_the_busy_time() -> No
 def test_the_command_shows_costs_by_task(turned: Turned) -> None:
     for _ in range(4):
         turned.feed(3000)
-        turned.turn(after_s=60.0)
+        turned.turn(after_s=200.0)
     turned.store.close()
     requested = ["cost", "exercise", "-c", str(turned.file)]
     reported = json.loads(CliRunner().invoke(cli, [*requested, "--json"]).output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
-from agent.device.store.store import Store
+from agent.device.store.store import INTAKE_SHARE, Store
+from agent.errors import StorageFull
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload, VerifiedMessage, verify_message
@@ -43,6 +45,7 @@ class Device:
     boot_s: float = 1000.0
     early: list[float] = field(default_factory=list)
     stuck: set[str] = field(default_factory=set)
+    crowded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.conf = Config(
@@ -54,7 +57,9 @@ class Device:
         self.store = open_store(self.folder, max_size=self.size)
         self.store.declare_streams(self.conf.streams)
         self.author = MessageLog("acme", "pi-07", KEY, self.store.log_id, 1, self.max_bytes)
-        self.space = SpaceManager(self.conf, self.store, self.author, self._early, lambda: self.stuck)
+        self.space = SpaceManager(
+            self.conf, self.store, self.author, self._early, lambda: self.stuck, lambda: self.crowded
+        )
 
     def _early(self, now: ClockReading) -> None:
         self.early.append(now.boot_s)
@@ -323,6 +328,37 @@ def test_a_declaration_never_exceeds_what_the_broker_takes(make: Make, max_bytes
     sizes = [len(message.payload) for message in device.messages() if isinstance(message.body, AuditPayload)]
     assert max(sizes) <= max_bytes
     assert (len(sizes) > 1) == (max_bytes == 2_000)
+
+
+def test_a_store_packed_past_the_limit_of_intake_goes_on_when_a_batch_finds_no_room(make: Make) -> None:
+    device = make()
+    with contextlib.suppress(StorageFull):
+        while True:
+            device.feed(100)
+    assert share(device) > INTAKE_SHARE
+    device.turns(200)
+    assert device.store.first_row("watch") == 1
+    device.crowded.add("exercise")
+    device.turns(10)
+    assert share(device) <= space.EVICTION_STOP
+    first = device.store.first_row("watch")
+    assert device.store.cursor("exercise") == first - 1 > 0
+    assert [body.evidence["rows"] for body in device.evictions()] == [[[1, first - 1]]]
+    [alert] = device.bodies(AlertPayload)
+    assert alert.subject == "store"
+
+
+def test_what_is_being_delivered_makes_room_before_readings_go(make: Make) -> None:
+    device = make(crowded={"exercise"})
+    device.feed(5000)
+    device.fill()
+    device.acknowledge(1)
+    device.turns(50)
+    assert device.store.first_row("watch") == 1
+    device.acknowledge(int(device.store.get_meta("seq", "0")))
+    device.turns(10)
+    assert device.store.first_row("watch") == 1
+    assert share(device) <= space.EVICTION_STOP
 
 
 def test_with_refuse_nothing_undelivered_or_unused_goes(make: Make) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import sqlite3
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent import clock
+from agent.fleet import config as fleet_config
 from agent.fleet.dashboard.pages import audit
+from agent.fleet.dashboard.pages.desk import OperatorDesk
+from agent.fleet.evidence.verify.verify import verify
 from agent.fleet.rollout import actions
 from agent.fleet.rollout.actions import RolloutOperator
 from agent.testing.messages import FLEET
+from agent.wire import keys
 from tests.kit.commands import call_outstation
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
 from tests.kit.fleet_rollouts import NAME, plan, promotion
@@ -229,9 +235,16 @@ def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path
         page = dashboard.get("/audit").text
         assert "All messages were verified" in page
         assert "No message is missing" in page
+        # Not the key of fleet.toml: the one that the dashboard was given signs.
+        given = keys.create()
+        dashboard.dashboard.desk = OperatorDesk(fleet_config.load(dashboard.folder), dashboard.folder, given)
         answer = dashboard.post("/audit/evidence", {}, dashboard.sign_in("otto"))
         assert answer.status == 200, answer.text
         assert answer.headers["content-type"] == "application/zip"
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            archive.extractall(tmp_path)
+        report = verify(tmp_path / "evidence", [given.public])
+        assert (report.signer, report.problems) == (given.public.kid, [])
         file = dashboard.folder / "audit" / "checkpoint.json"
         file.write_text(file.read_text().replace("acme", "acne"))
         assert "cannot be believed" in dashboard.get("/audit").text
@@ -254,7 +267,8 @@ def test_a_killed_evidence_process_sends_nothing(tmp_path: Path, monkeypatch: py
 def test_the_process_that_makes_evidence_shows_no_password_of_the_config(tmp_path: Path) -> None:
     with served(tmp_path / "acme") as dashboard:
         folder, location = dashboard.folder, dashboard.dashboard.reader.location
-        assert audit.evidence_options(tmp_path, folder, location) == ["--out", str(tmp_path), "--dir", str(folder)]
+        expected = ["--out", str(tmp_path), "--dir", str(folder), "--operator-key", "-"]
+        assert audit.evidence_options(tmp_path, folder, location) == expected
         assert audit.evidence_options(tmp_path, folder, "/other.db")[-2:] == ["--db", "/other.db"]
 
 

@@ -71,16 +71,39 @@ def test_a_time_is_located_among_rows_without_reading_them_all(store: FleetStore
 def test_refused_sign_ins_are_bounded_in_number_and_age(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounts, "MAX_REFUSALS", 5)
     with store.transaction() as db:
-        accounts.add_action(db, ("2026-01-01", "ada", "admin", "sign in", "ada", "done", "192.0.2.1"))
+        accounts.add_action(db, ("2026-01-01", "ada", "admin", "account", "ada", "done", "192.0.2.1"))
         for n in range(10, 30):
             row = (f"2026-11-{n}", "", "", "sign in", f"name-{n}", "refused", "192.0.2.1")
-            accounts.add_refusal(db, row, f"2026-11-{n}", "2026-10")
-            accounts.add_refusal(db, row, f"2026-11-{n - 1}", "2026-10")
+            accounts.add_sign_in(db, row, f"2026-11-{n}", "2026-10")
+            accounts.add_sign_in(db, row, f"2026-11-{n - 1}", "2026-10")
         stored = [(row["object"], row["outcome"]) for row in accounts.load_actions(db, 100)]
         assert stored == [*((f"name-{n}", "refused 2 times") for n in range(29, 24, -1)), ("ada", "done")]
         last = ("2026-12-30", "", "", "sign in", "name-29", "refused", "192.0.2.1")
-        accounts.add_refusal(db, last, "2026-12-29", "2026-11-29")
+        accounts.add_sign_in(db, last, "2026-12-29", "2026-11-29")
         assert [row["time"] for row in accounts.load_actions(db, 100)] == ["2026-12-30", "2026-11-29", "2026-01-01"]
+
+
+def test_sign_ins_of_an_account_are_bounded_and_decisions_stay(
+    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "MAX_SIGN_INS", 4)
+    with store.transaction() as db:
+        accounts.add_sign_in(db, ("2026-11-01", "", "", "sign in", "ada", "refused", "192.0.2.1"), "2026-10-31", "2026")
+        accounts.add_sign_in(
+            db, ("2026-11-01", "eva", "viewer", "sign in", "eva", "done", "192.0.2.1"), "2026-10-31", "2026"
+        )
+        for n in range(10, 20):
+            accounts.add_action(db, (f"2026-11-{n}", "ada", "admin", "abort roll-out", "r", "done", "192.0.2.1"))
+            for action in ("sign in", "sign out"):
+                row = (f"2026-11-{n}", "ada", "admin", action, "ada", "done", "192.0.2.1")
+                accounts.add_sign_in(db, row, f"2026-11-{n}", "2026-10")
+                accounts.add_sign_in(db, row, f"2026-11-{n - 1}", "2026-10")
+        stored = [(row["name"], row["action"], row["outcome"]) for row in accounts.load_actions(db, 100)]
+    assert stored.count(("ada", "abort roll-out", "done")) == 10
+    assert stored.count(("ada", "sign in", "done 2 times")) == stored.count(("ada", "sign out", "done 2 times")) == 2
+    assert ("", "sign in", "refused") in stored
+    assert ("eva", "sign in", "done") in stored
+    assert len(stored) == 16
 
 
 def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) -> None:

@@ -14,9 +14,9 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.export.export import export
 from agent.fleet.export.query import ExportQueries
 from agent.fleet.export.tables import KINDS, Filters, arrow_schema
-from agent.testing.messages import FLEET, MessageSender
+from agent.testing.messages import FLEET, MessageSender, new_key
 
-TEXT = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
 DAY_US = 86_400_000_000
 LAST = clock.parse_rfc3339("2026-11-24T12:00:00Z")
 
@@ -64,7 +64,7 @@ def test_the_example_lists_devices_with_drift_and_lower_accuracy(tmp_path: Path)
     report("pi-steady", [-4], [(-5, 0.95), (-1, 0.94)])
     report("pi-unlabelled", [0], [])
     report("pi-earlier", [-20], [(-30, 0.95), (-1, 0.5)])
-    export(store, tmp_path / "export", FLEET, Filters())
+    export(store, tmp_path / "export", FLEET, Filters(), new_key(99))
     store.close()
     [query] = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
     queries = ExportQueries(tmp_path / "export")
@@ -85,7 +85,7 @@ def test_pandas_reads_the_export_as_the_page_says(tmp_path: Path) -> None:
     store.enrol(sender.device, sender.key.public, replace=False, now=clock.to_rfc3339(LAST))
     sent = [sender.results(2), sender.results(2, faults=["ax"])]
     store.ingest([Arrival(sender.verify(item)) for item in sent], [], clock.to_rfc3339(LAST))
-    export(store, tmp_path / "export", FLEET, Filters())
+    export(store, tmp_path / "export", FLEET, Filters(), new_key(99))
     store.close()
     results = pandas.read_parquet(tmp_path / "export" / "kind=results")
     assert results[results.faults.isna()].groupby("device", observed=True).score.mean().to_dict() == {"pi-07": 0.625}

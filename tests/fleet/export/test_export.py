@@ -23,6 +23,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.maintenance.retention import Retention
 from agent.fleet.database.store import FleetStore
 from agent.fleet.export import export as exporting
+from agent.fleet.export import manifest as manifests
 from agent.fleet.export.check import check_export
 from agent.fleet.export.export import export
 from agent.fleet.export.tables import KINDS, NO_DAY, Filters
@@ -32,6 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 
 NOW = "2025-11-25T12:00:00.000000Z"
 MADE: dict[str, Any] = {"agent": "0.1.0", "runtime": "ai-edge-litert 2.3.0", "config": "sha256:01"}
+KEY = new_key(99)
 T = 1_764_022_680_000_000  # 2025-11-24T22:18:00Z
 
 
@@ -87,7 +89,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_every_kind_has_its_rows_typed_by_day(store: FleetStore, tmp_path: Path) -> None:
     sender = MessageSender()
     ingest(store, sender, *every_kind(sender))
-    summary = export(store, tmp_path / "out", FLEET, Filters())
+    summary = export(store, tmp_path / "out", FLEET, Filters(), KEY)
     assert summary.messages == 8
     assert summary.rows == {"results": 5, "result_messages": 2, **dict.fromkeys([*KINDS][2:], 1)}
     first, second, *_ = read(tmp_path / "out", "results")
@@ -111,7 +113,7 @@ def test_every_kind_has_its_rows_typed_by_day(store: FleetStore, tmp_path: Path)
     assert schema.field("t").metadata[b"unit"] == b"us"
     assert schema.field("missing").metadata[b"unit"] == b"1"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert check_export(store, tmp_path / "out", FLEET).to_dict() | {"folder": ""} == {
+    assert check_export(store, tmp_path / "out", FLEET, [KEY.public]).to_dict() | {"folder": ""} == {
         "passed": True, "folder": "", "files": summary.files, "rows": sum(summary.rows.values()), "messages": 8,
         "pending": 0, "pruned": 0, "leftovers": 0, "problem_count": 0, "problems": [],
     }  # fmt: skip
@@ -129,19 +131,19 @@ def test_a_second_run_adds_what_is_new_also_before_the_newest(store: FleetStore,
     sender = MessageSender()
     sent = [sender.results(1) for _ in range(5)]
     ingest(store, sender, *sent[:2], sent[4])
-    assert export(store, tmp_path / "out", FLEET, Filters()).messages == 3
+    assert export(store, tmp_path / "out", FLEET, Filters(), KEY).messages == 3
     before = digests(tmp_path / "out")
-    assert export(store, tmp_path / "out", FLEET, Filters()).messages == 0
+    assert export(store, tmp_path / "out", FLEET, Filters(), KEY).messages == 0
     assert digests(tmp_path / "out") == before
     ingest(store, sender, *sent)
-    assert check_export(store, tmp_path / "out", FLEET).pending == 2
-    assert export(store, tmp_path / "out", FLEET, Filters()).messages == 2
+    assert check_export(store, tmp_path / "out", FLEET, [KEY.public]).pending == 2
+    assert export(store, tmp_path / "out", FLEET, Filters(), KEY).messages == 2
     after = digests(tmp_path / "out")
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: digest for name, digest in before.items() if name != "manifest.json"
     }
     assert sorted(row["seq"] for row in read(tmp_path / "out", "results")) == [1, 2, 3, 4, 5]
-    assert check_export(store, tmp_path / "out", FLEET).passed
+    assert check_export(store, tmp_path / "out", FLEET, [KEY.public]).passed
 
 
 @pytest.mark.parametrize("steps", range(1, 14))
@@ -152,7 +154,7 @@ def test_interrupted_after_any_write_and_run_again_it_is_the_same(
     monkeypatch.setattr(exporting, "_CHUNK_MESSAGES", 3)
     monkeypatch.setattr(exporting, "_CHUNK_ROWS", 4)
     ingest(store, sender, *every_kind(sender))
-    export(store, tmp_path / "whole", FLEET, Filters())
+    export(store, tmp_path / "whole", FLEET, Filters(), KEY)
     written = 0
     original = durable_files.write
 
@@ -170,14 +172,14 @@ def test_interrupted_after_any_write_and_run_again_it_is_the_same(
 
     monkeypatch.setattr(durable_files, "write", write)
     with pytest.raises(Killed):
-        export(store, tmp_path / "cut", FLEET, Filters())
+        export(store, tmp_path / "cut", FLEET, Filters(), KEY)
     monkeypatch.undo()
     monkeypatch.setattr(exporting, "_CHUNK_MESSAGES", 3)
     monkeypatch.setattr(exporting, "_CHUNK_ROWS", 4)
-    export(store, tmp_path / "cut", FLEET, Filters())
+    export(store, tmp_path / "cut", FLEET, Filters(), KEY)
     parts = {name: digest for name, digest in digests(tmp_path / "cut").items() if not name.endswith(".new")}
     assert parts == digests(tmp_path / "whole")
-    report = check_export(store, tmp_path / "cut", FLEET)
+    report = check_export(store, tmp_path / "cut", FLEET, [KEY.public])
     assert (report.passed, report.leftovers, report.pending) == (True, 0, 0)
     store.close()
 
@@ -188,34 +190,36 @@ def test_filters_select_rows_and_bind_the_folder(store: FleetStore, tmp_path: Pa
     ingest(store, second, *every_kind(second))
     since = "2025-11-24T22:18:00.000001Z"
     filters = Filters(kinds=("results", "alerts"), device="pi-07", since=since, until="2025-11-24T22:18:01.000000Z")
-    export(store, tmp_path / "out", FLEET, filters)
+    export(store, tmp_path / "out", FLEET, filters, KEY)
     assert {row["device"] for row in read(tmp_path / "out", "results")} == {"pi-07"}
     assert min(row["t"] for row in read(tmp_path / "out", "results")) == datetime.fromisoformat(since)
     assert read(tmp_path / "out", "alerts") == []
-    export(store, tmp_path / "tasks", FLEET, Filters(task="other"))
+    export(store, tmp_path / "tasks", FLEET, Filters(task="other"), KEY)
     assert {row["task"] for row in read(tmp_path / "tasks", "metrics")} == {"other"}
     for folder in ("out", "tasks"):
-        assert check_export(store, tmp_path / folder, FLEET).passed
+        assert check_export(store, tmp_path / folder, FLEET, [KEY.public]).passed
     with pytest.raises(UsageError, match="repeat these options"):
-        export(store, tmp_path / "out", FLEET, Filters(device="pi-08"))
+        export(store, tmp_path / "out", FLEET, Filters(device="pi-08"), KEY)
     with pytest.raises(UsageError, match="not of 'other'"):
-        export(store, tmp_path / "out", "other", filters)
+        export(store, tmp_path / "out", "other", filters, KEY)
     # Without options, the first ones hold.
-    assert export(store, tmp_path / "out", FLEET, Filters()).messages == 0
+    assert export(store, tmp_path / "out", FLEET, Filters(), KEY).messages == 0
 
 
 def test_a_folder_with_other_files_is_refused(store: FleetStore, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"has other files, such as 'thesis\.tex'"):
-        export(store, tmp_path, FLEET, Filters())
+        export(store, tmp_path, FLEET, Filters(), KEY)
 
 
 @pytest.mark.attack("audit")
-@pytest.mark.parametrize("attack", ["row", "file", "chunk", "deleted", "message", "manifest", "dropped"])
+@pytest.mark.parametrize(
+    "attack", ["row", "file", "chunk", "deleted", "message", "manifest", "dropped", "unsigned", "stranger"]
+)
 def test_a_changed_export_fails_its_audit(tmp_path: Path, attack: str) -> None:
     store, sender, out = FleetStore(tmp_path / "fleet.db"), MessageSender(), tmp_path / "out"
     ingest(store, sender, *every_kind(sender))
-    export(store, out, FLEET, Filters())
+    export(store, out, FLEET, Filters(), KEY)
     file, chunk = next(out.glob("kind=results/day=*/*")), next(out.glob("_chunks/*"))
     if attack == "row":
         # The forger also writes the hashes.
@@ -236,9 +240,41 @@ def test_a_changed_export_fails_its_audit(tmp_path: Path, attack: str) -> None:
     elif attack == "manifest":
         manifest = json.loads((out / "manifest.json").read_bytes())
         (out / "manifest.json").write_text(json.dumps({**manifest, "fleet": "other"}))
+    elif attack in ("unsigned", "stranger"):
+        forged_manifest = manifests.load(out)
+        assert forged_manifest is not None
+        forged_manifest.save(out, new_key(98))
+        if attack == "unsigned":
+            text = (out / "manifest.json").read_text().replace(forged_manifest.jws, "")
+            (out / "manifest.json").write_text(text)
+        with pytest.raises(UsageError, match="is not signed by a collector of this fleet"):
+            export(store, out, FLEET, Filters(), KEY)
+        assert check_export(store, out, FLEET, [new_key(98).public]).passed == (attack == "stranger")
     else:
         _replace(out, chunk, file, None)
-    assert not check_export(store, out, FLEET).passed
+    assert not check_export(store, out, FLEET, [KEY.public]).passed
+    store.close()
+
+
+@pytest.mark.attack("audit")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_signed_manifest_covers_every_chunk_and_does_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(exporting, "_CHUNK_MESSAGES", 2)
+    store, sender, out = FleetStore(tmp_path / "fleet.db"), MessageSender(), tmp_path / "out"
+    ingest(store, sender, *(sender.results(1) for _ in range(2)))
+    export(store, out, FLEET, Filters(), KEY)
+    size = (out / "manifest.json").stat().st_size
+    ingest(store, sender, *(sender.results(1) for _ in range(4)))
+    export(store, out, FLEET, Filters(), KEY)
+    assert (out / "manifest.json").stat().st_size == size
+    assert check_export(store, out, FLEET, [KEY.public]).passed
+    file = out / f"_chunks/chunk-{number:06}.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    assert not check_export(store, out, FLEET, [KEY.public]).passed
+    with pytest.raises(UsageError, match="does not follow the chunk before|is not the file that manifest"):
+        export(store, out, FLEET, Filters(), KEY)
     store.close()
 
 
@@ -255,31 +291,32 @@ def _replace(out: Path, chunk_file: Path, file: Path, data: bytes | None) -> Non
             if entry["path"] == path:
                 entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     chunk_file.write_text(json.dumps(chunk))
-    manifest = json.loads((out / "manifest.json").read_bytes())
-    manifest["chunks"][0]["sha256"] = hashlib.sha256(chunk_file.read_bytes()).hexdigest()
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    manifest = manifests.load(out)
+    assert manifest is not None
+    manifest.last = hashlib.sha256(chunk_file.read_bytes()).hexdigest()
+    manifest.save(out, KEY)
 
 
 def test_rows_of_pruned_messages_are_compared_by_their_hash(store: FleetStore, tmp_path: Path) -> None:
-    sender, key, out = MessageSender(), new_key(99), tmp_path / "out"
+    sender, out = MessageSender(), tmp_path / "out"
     ingest(store, sender, *every_kind(sender))
     ingest(store, sender, *every_kind(sender), now="2026-11-25T12:00:00.000000Z")
-    export(store, out, FLEET, Filters())
+    export(store, out, FLEET, Filters(), KEY)
     now_us = clock.parse_rfc3339("2026-11-26T12:00:00Z")
-    result = prune(store, Retention(messages=Duration(86400.0 * 30)), FLEET, key, [key.public], now_us)
+    result = prune(store, Retention(messages=Duration(86400.0 * 30)), FLEET, KEY, [KEY.public], now_us)
     assert not result.refused
     [pruned] = result.devices
-    report = check_export(store, out, FLEET, [key.public])
+    report = check_export(store, out, FLEET, [KEY.public])
     assert (report.passed, report.pruned, report.messages) == (True, pruned.messages, 8)
     # Without the statement they are missing; a changed row of a message that stays is found.
-    assert not check_export(store, out, FLEET).passed
+    assert check_export(store, out, FLEET, []).problem_count == 1 + pruned.messages
     file = next(out.glob("kind=results/day=*/*"))
     table = parquet.ParquetFile(file).read()
     at, values = table.column_names.index("value"), [9.5] * table.num_rows
     forged = table.set_column(at, table.field("value"), pa.array(values, pa.float64()))
     _replace(out, next(out.glob("_chunks/*")), file, exporting.to_parquet(forged))
-    assert not check_export(store, out, FLEET, [key.public]).passed
-    assert export(store, out, FLEET, Filters()).messages == 0
+    assert not check_export(store, out, FLEET, [KEY.public]).passed
+    assert export(store, out, FLEET, Filters(), KEY).messages == 0
 
 
 def test_rows_of_a_wrong_clock_share_one_partition(store: FleetStore, tmp_path: Path) -> None:
@@ -287,16 +324,16 @@ def test_rows_of_a_wrong_clock_share_one_partition(store: FleetStore, tmp_path: 
     times = [0, 86_400_000_000, -(2**63), 2**63 - 1, T]
     columns = {"row": [1, 2, 3, 4, 5], "t": times, "label": ["a"] * 5}
     ingest(store, sender, sender.results(5, rows_at=(1, 5), columns=columns))
-    export(store, tmp_path / "out", FLEET, Filters(kinds=("results",)))
+    export(store, tmp_path / "out", FLEET, Filters(kinds=("results",)), KEY)
     days = {path.name: parquet.ParquetFile(next(path.iterdir())).metadata.num_rows
             for path in (tmp_path / "out" / "kind=results").iterdir()}  # fmt: skip
     assert days == {f"day={NO_DAY}": 4, "day=2025-11-24": 1}
-    assert check_export(store, tmp_path / "out", FLEET).passed
+    assert check_export(store, tmp_path / "out", FLEET, [KEY.public]).passed
 
 
 def test_two_exports_to_one_folder_take_turns(store: FleetStore, tmp_path: Path) -> None:
     with durable_files.lock(tmp_path / ".lock"), pytest.raises(UsageError, match="another export writes"):
-        export(store, tmp_path, FLEET, Filters())
+        export(store, tmp_path, FLEET, Filters(), KEY)
 
 
 def test_killed_by_a_signal_the_next_run_completes_the_set(tmp_path: Path) -> None:
@@ -315,8 +352,8 @@ def test_killed_by_a_signal_the_next_run_completes_the_set(tmp_path: Path) -> No
         for _ in range(5):
             process.stdout.readline()
         os.kill(process.pid, signal.SIGKILL)
-    export(store, tmp_path / "out", FLEET, Filters())
+    export(store, tmp_path / "out", FLEET, Filters(), KEY)
     rows = [(row["seq"], row["row"]) for row in read(tmp_path / "out", "results")]
     assert len(rows) == len(set(rows)) == 1500
-    assert check_export(store, tmp_path / "out", FLEET).passed
+    assert check_export(store, tmp_path / "out", FLEET, [KEY.public]).passed
     store.close()

@@ -18,7 +18,7 @@ from agent.fleet.export.export import export
 from agent.fleet.export.manifest import sha256
 from agent.fleet.export.query import ExportQueries
 from agent.fleet.export.tables import KINDS, Filters
-from agent.testing.messages import FLEET, MessageSender
+from agent.testing.messages import FLEET, MessageSender, new_key
 
 NOW = "2026-11-25T12:00:00.000000Z"
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = {"row": [1, 2], "t": [1_764_022_680_000_000] * 2, "value": [1, 2], "value_hum": [0.5, None]}
     sent = [sender.results(2, rows_at=(1, 2), columns=columns, faults=["=cmd()"]), sender.alert(summary="=1+1\x1b[31m")]
     store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)
-    export(store, path / "it's", FLEET, Filters())
+    export(store, path / "it's", FLEET, Filters(), new_key(99))
     store.close()
     return path / "it's"
 
@@ -118,7 +118,7 @@ def test_a_forged_chunk_does_not_read_other_files(folder: Path, tmp_path: Path, 
         (forged / path).unlink()
         (forged / path).symlink_to(private / path)
     chunk_file.write_text(json.dumps(chunk))
-    manifest["chunks"][0]["sha256"] = sha256(chunk_file.read_bytes())
+    manifest["last"] = sha256(chunk_file.read_bytes())
     manifest_file.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match=r"name than its kind|does not know|symbolic link"):
         ExportQueries(forged)

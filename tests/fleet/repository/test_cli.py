@@ -73,7 +73,7 @@ class Operator:
 @pytest.fixture
 def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Operator:
     with pytest.raises(SystemExit):
-        main(["fleet", "init", str(tmp_path / "acme"), "--broker", "mqtt://127.0.0.1:1883"])
+        main(["fleet", "init", str(tmp_path / "acme"), "--broker", "mqtt://127.0.0.1:1883", "--no-repository"])
     return Operator(tmp_path / "acme", capsys)
 
 

@@ -42,7 +42,7 @@ _ROLES = click.Choice(["viewer", "operator", "admin"])
 @click.option("--proxy-address", "proxies", multiple=True, metavar="IP", help="Proxy that may send it; repeatable.")
 @click.option("--proxy-role", type=_ROLES, help="Role of such visitors without an account; default: none.")
 @click.option("--operator-key", type=click.Path(path_type=Path, dir_okay=False),
-              help="Key that signs decisions; default that of fleet.toml, which signs evidence.")  # fmt: skip
+              help="Key that signs decisions and evidence; default that of fleet.toml.")  # fmt: skip
 @click.option("--read-only", is_flag=True, help="Offer no action, whoever signs in.")
 @db_option
 @fleet_option

@@ -23,6 +23,7 @@ from agent.cli.fleet.common import (
 )
 from agent.cli.output import echo, emit, json_option, print_table
 from agent.errors import UsageError
+from agent.fleet import config as fleet_config
 from agent.text import csv_text, format_value
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ def export(
     """Export the fleet's messages as Parquet, partitioned by kind and day.
 
     Run it again to add what arrived since; it goes on where it was interrupted. The first run decides the options.
-    `outstation fleet audit --export DIR` verifies the files; `outstation fleet sql` queries them.
+    The collector's key signs the manifest. `outstation fleet audit --export DIR` verifies the files, and
+    `outstation fleet sql` queries them.
     """
     from agent.fleet.export.export import export as run_export
     from agent.fleet.export.tables import Filters
+    from agent.wire import keys
 
     config, store = open_for_reading(folder, db, device)
     now_us = clock.read().wall_us
@@ -71,8 +74,9 @@ def export(
     )
     filters = Filters(kinds=tuple(name for name in _KINDS if not kinds or name in kinds), device=device, task=task,
                       since=begin, until=end)  # fmt: skip
+    key, collectors = keys.load_private(Path(config.collector.key_file)), fleet_config.load_collector_keys(config)
     with progress_bar("exporting", store.count_messages(device)) as advance:
-        summary = run_export(store, out, config.fleet.name, filters, advance)
+        summary = run_export(store, out, config.fleet.name, filters, key, collectors, advance)
     emit(summary, as_json, lambda: print_lines(*_summary_lines(out, summary)))
 
 
@@ -117,7 +121,6 @@ def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None
 
 def _shell_hint(folder: str | None) -> str:
     """Say how to make an export, and how to open the shell of the fleet's database."""
-    from agent.fleet import config as fleet_config
     from agent.fleet.database.interface import display_name, is_postgresql
 
     make = "`outstation fleet export --out DIR` makes one"

@@ -22,7 +22,7 @@ async def home(visit: Visit) -> Response:
 async def logout(visit: Visit) -> Response:
     if visit.visitor.session:
         await visit.dashboard.access.sign_out(visit.visitor)
-        await visit.record("sign out", visit.visitor.name, "done")
+        await visit.record(accounts.SIGN_OUT, visit.visitor.name, "done")
     response = RedirectResponse("/login", 303)
     visit.dashboard.access.delete_cookie(response)
     return response

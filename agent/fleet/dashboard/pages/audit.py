@@ -21,6 +21,7 @@ from agent.fleet.audit.checkpoint import Checkpoint, CheckpointFolder
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.database.dashboard import messages
 from agent.fleet.database.interface import Connection
+from agent.wire.keys import SigningKey
 
 _LISTED = 100
 # A larger fleet's folder takes longer than a browser waits.
@@ -67,24 +68,24 @@ async def evidence(visit: Visit) -> Response:
     if _MAKING.locked():
         raise HTTPException(503, "evidence is being made already; try again in a minute")
     async with _MAKING:
-        archive = await _make_archive(visit)
+        archive = await _make_archive(visit, visit.dashboard.desk.key)
     await visit.record("evidence", visit.dashboard.fleet, "downloaded")
     day = clock.to_rfc3339(clock.read().wall_us)[:10]
     name = f"evidence-{visit.dashboard.fleet}-{day}.zip"
     return FileResponse(archive, media_type="application/zip", filename=name, background=BackgroundTask(archive.unlink))
 
 
-async def _make_archive(visit: Visit) -> Path:
+async def _make_archive(visit: Visit, key: SigningKey) -> Path:
     """Return a zip archive with the folder, made by a process of its own, which needs much memory for a moment."""
     with tempfile.TemporaryDirectory(prefix="outstation-evidence-") as made:
         out = Path(made) / "evidence"
         options = evidence_options(out, visit.dashboard.folder, visit.dashboard.reader.location)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "agent", "fleet", "evidence", *options,
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
-            _, errors = await asyncio.wait_for(process.communicate(), _TIMEOUT_S)
+            _, errors = await asyncio.wait_for(process.communicate(key.pem), _TIMEOUT_S)
         except TimeoutError:
             raise HTTPException(503, "making the evidence took too long: outstation fleet evidence --out DIR") from None
         finally:
@@ -99,8 +100,11 @@ async def _make_archive(visit: Visit) -> Path:
 
 
 def evidence_options(out: Path, folder: Path, location: str) -> list[str]:
-    """Return the options of `fleet evidence`. Every user of this machine sees them: no password of fleet.toml."""
-    options = ["--out", str(out), "--dir", str(folder)]
+    """Return the options of `fleet evidence`. Every user of this machine sees them: no password of fleet.toml.
+
+    The key that this process was given is read from standard input.
+    """
+    options = ["--out", str(out), "--dir", str(folder), "--operator-key", "-"]
     is_configured = location == str(fleet_config.load(folder).fleet.db)
     return options if is_configured else [*options, "--db", location]
 

@@ -26,7 +26,7 @@ from agent.names import is_name
 
 SESSION_HOURS = 12
 # Refused sign-ins of one address and account within an hour share a row, which ends after 90 days.
-_REFUSALS_TOGETHER_US, _REFUSAL_AGE_US = 3_600_000_000, 90 * 86_400_000_000
+_SIGN_INS_TOGETHER_US, _SIGN_IN_AGE_US = 3_600_000_000, 90 * 86_400_000_000
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
@@ -126,15 +126,15 @@ def is_local(request: Request) -> bool:
 
 
 def record(db: Connection, visitor: Visitor | None, action: str, concerned: str, outcome: str, address: str) -> None:
-    """Append who did what to the table of actions; nobody (None) can only be refused, which is counted."""
+    """Append who did what to the table of actions; sign-ins are counted, and nobody (None) can only be refused."""
     now_us = clock.read().wall_us
-    now, since, oldest = (clock.to_rfc3339(now_us - age_us) for age_us in (0, _REFUSALS_TOGETHER_US, _REFUSAL_AGE_US))
+    now, since, oldest = (clock.to_rfc3339(now_us - age_us) for age_us in (0, _SIGN_INS_TOGETHER_US, _SIGN_IN_AGE_US))
     name, role = (visitor.name, visitor.role) if visitor else ("", "")
     row: tuple[Any, ...] = (now, name, role, action, concerned[:200], outcome[:500], address)
-    if visitor:
-        accounts.add_action(db, row)
+    if action in (accounts.SIGN_IN, accounts.SIGN_OUT):
+        accounts.add_sign_in(db, row, since, oldest)
     else:
-        accounts.add_refusal(db, row, since, oldest)
+        accounts.add_action(db, row)
 
 
 def now_text() -> str:

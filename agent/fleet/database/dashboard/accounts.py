@@ -7,8 +7,9 @@ from typing import Any
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
 MAX_SESSIONS = 20
-# Refused sign-ins that are stored: anybody can cause them.
-MAX_REFUSALS = 10_000
+# Refused sign-ins that are stored: anybody can cause them. Sign-ins and sign-outs of each account that are stored.
+MAX_REFUSALS, MAX_SIGN_INS = 10_000, 1_000
+SIGN_IN, SIGN_OUT = "sign in", "sign out"
 
 _UPSERT_USER = """
     INSERT INTO dashboard_users VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET
@@ -21,12 +22,13 @@ _SUPERFLUOUS_SESSIONS = """
         SELECT session FROM dashboard_sessions WHERE name = ? ORDER BY created DESC LIMIT 1000 OFFSET ?)"""
 ACTIONS = """
     SELECT time, name, role, action, object, outcome, address FROM dashboard_actions ORDER BY time DESC LIMIT ?"""
-REFUSAL = """
+SAME_SIGN_IN = """
     SELECT rowid, outcome FROM dashboard_actions
-    WHERE time > ? AND name = '' AND object = ? AND address = ? ORDER BY time DESC LIMIT 1"""
-_SUPERFLUOUS_REFUSALS = """
-    DELETE FROM dashboard_actions WHERE name = '' AND (time < ? OR time < (
-        SELECT time FROM dashboard_actions WHERE name = '' ORDER BY time DESC LIMIT 1 OFFSET ?))"""
+    WHERE name = ? AND time > ? AND action = ? AND object = ? AND address = ? ORDER BY time DESC LIMIT 1"""
+_SIGN_INS = f"name = ? AND action IN ('{SIGN_IN}', '{SIGN_OUT}')"
+_SUPERFLUOUS_SIGN_INS = f"""
+    DELETE FROM dashboard_actions WHERE {_SIGN_INS} AND (time < ? OR time < (
+        SELECT time FROM dashboard_actions WHERE {_SIGN_INS} ORDER BY time DESC LIMIT 1 OFFSET ?))"""
 
 
 def load_users(db: Connection) -> list[dict[str, Any]]:
@@ -85,18 +87,22 @@ def add_action(db: Connection, row: Row) -> None:
     db.execute(f"INSERT INTO dashboard_actions ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
 
-def add_refusal(db: Connection, row: Row, since: str, oldest: str) -> None:
-    """Count a refused sign-in, an action without a name.
+def add_sign_in(db: Connection, row: Row, since: str, oldest: str) -> None:
+    """Count a sign-in or sign-out, or a refused one, which has no name.
 
-    Those of one address and account after `since` share a row. Rows before `oldest` and beyond `MAX_REFUSALS` end.
+    Those of one address and account after `since` share a row. Rows before `oldest` end, and those beyond
+    `MAX_REFUSALS`, or `MAX_SIGN_INS` of an account.
     """
-    same = db.execute(REFUSAL, (since, row[4], row[6])).fetchone()
+    _, name, _, action, account, outcome, address = row
+    same = db.execute(SAME_SIGN_IN, (name, since, action, account, address)).fetchone()
     if same is not None:
         count = int(same[1].split()[1]) if " " in same[1] else 1
-        db.execute("UPDATE dashboard_actions SET outcome = ? WHERE rowid = ?", (f"refused {count + 1} times", same[0]))
+        counted = f"{outcome} {count + 1} times"
+        db.execute("UPDATE dashboard_actions SET outcome = ? WHERE rowid = ?", (counted, same[0]))
         return
     add_action(db, row)
-    db.execute(_SUPERFLUOUS_REFUSALS, (oldest, MAX_REFUSALS - 1))
+    limit = MAX_SIGN_INS if name else MAX_REFUSALS
+    db.execute(_SUPERFLUOUS_SIGN_INS, (name, oldest, name, limit - 1))
 
 
 def load_actions(db: Connection, limit: int) -> list[dict[str, Any]]:

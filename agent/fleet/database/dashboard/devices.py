@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from agent.fleet.database.alerts import OPEN_ALERTS
 from agent.fleet.database.dashboard.messages import to_bytes
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
@@ -19,23 +20,12 @@ NEWEST_HEALTH = """
 NEWEST_WINDOW = """
     SELECT state, "to", log, seq FROM drift_windows WHERE task = ? AND device = ? ORDER BY "to" DESC LIMIT 1"""
 NEWEST_CLOCK = "SELECT quality, seq FROM anchors WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT 1"
-# Alerts of a device: open while no later message of its log says otherwise.
-OPEN_ALERTS = """
-    SELECT a.alert, a.subject, a.severity, a.summary, a.time, a.id, a.task, a.log, a.seq, a.source
-    FROM alerts a JOIN logs l ON l.device = a.device AND l.log = a.log
-    WHERE a.device = ? AND a.source = 'device' AND a.state = 'raised' AND l.live AND NOT EXISTS (
-        SELECT 1 FROM alerts later
-        WHERE later.device = a.device AND later.log = a.log AND later.id = a.id AND later.seq > a.seq
-          AND later.source = 'device')
-    ORDER BY a.time DESC"""
-COLLECTOR_ALERTS = """
-    SELECT a.device, a.alert, a.subject, a.severity, a.summary, a.time, a.id, a.task, a.log, a.seq, a.source
-    FROM alerts a
-    WHERE a.source = 'collector' AND a.state = 'raised' AND a.device NOT IN (SELECT device FROM retired_devices)
-      AND NOT EXISTS (
-        SELECT 1 FROM alerts later WHERE later.device = a.device AND later.log = a.log AND later.id = a.id
-          AND later.seq > a.seq AND later.source = 'collector')
-    ORDER BY a.time DESC LIMIT 1000"""
+DEVICE_ALERTS = f"""
+    SELECT alert, subject, severity, summary, time, id, task, log, seq, source
+    FROM ({OPEN_ALERTS}) open_alerts WHERE device = ? AND source = 'device' ORDER BY time DESC"""
+COLLECTOR_ALERTS = f"""
+    SELECT device, alert, subject, severity, summary, time, id, task, log, seq, source
+    FROM ({OPEN_ALERTS}) open_alerts WHERE source = 'collector' ORDER BY time DESC LIMIT 1000"""
 HEALTH_HISTORY = """
     SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = 'health' ORDER BY seq DESC LIMIT ?"""
 
@@ -73,7 +63,7 @@ def load_clocks(db: Connection, logs: Iterable[tuple[str, str]]) -> list[Row | N
 
 def load_open_alerts(db: Connection, device: str) -> list[dict[str, Any]]:
     """Return the alerts that a device raised and did not clear, newest first."""
-    return fetch_dicts(db, OPEN_ALERTS, device)
+    return fetch_dicts(db, DEVICE_ALERTS, device)
 
 
 def load_collector_alerts(db: Connection) -> list[dict[str, Any]]:

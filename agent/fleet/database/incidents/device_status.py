@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from agent.fleet.database.alerts import INSERT_ALERT, collector_alert_row
+from agent.fleet.database.alerts import add_alerts, collector_alert_row
 from agent.fleet.database.interface import Connection, Row
 
 # The newest log of a device is its first live one. Of each, the newest health message, by index health_messages.
@@ -28,13 +28,9 @@ _HEALTH = """
     SELECT payload, received FROM messages WHERE device = ? AND log = ? AND kind = 'health' ORDER BY seq DESC LIMIT ?
 """
 _OPEN_ALERTS = """
-    SELECT device, id, severity, revision FROM (
-        SELECT device, id, severity, revision, state,
-               row_number() OVER (PARTITION BY device, log, id ORDER BY seq DESC) AS nth
-        FROM alerts WHERE source = 'collector') newest
-    WHERE nth = 1 AND state = 'raised'
+    SELECT device, id, severity, revision FROM incidents WHERE state = 'raised' AND source = 'collector'
 """
-_LAST_SEQ = "SELECT max(seq) FROM alerts WHERE device = ? AND log = ? AND source = 'collector'"
+_LAST_SEQ = "SELECT max(seq) FROM incidents WHERE device = ? AND log = ? AND source = 'collector'"
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
@@ -88,4 +84,4 @@ def add_collector_alerts(db: Connection, alerts: Iterable[Sequence[object]], now
         last = db.execute(_LAST_SEQ, (device, log)).fetchone()[0]
         seq = second if last is None else max(second, last + 1)
         row: Row = collector_alert_row(device, task, alert, log, seq, now)  # type: ignore[arg-type]
-        db.execute(INSERT_ALERT, row)
+        add_alerts(db, [row])

@@ -6,62 +6,38 @@ when it becomes worse (the next revision), or when it comes back after it was cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from agent.fleet.database.interface import Connection
+from agent.fleet.database.interface import Connection, IncidentKey
 
-# (source, device, log, id)
-IncidentKey = tuple[str, str, str, str]
-
-# n: newest message; r: newest that raised it, which has the severity and the sentence; s: the one that began it.
+# The wanted one by its key, or those of all devices; only raised ones by index incidents_raised.
 _INCIDENTS = """
-    SELECT n.source, n.device, n.log, n.id, n.seq, n.time AS updated, r.task, r.alert, r.subject, r.severity,
-           r.summary, r.revision, r.seq AS raised_seq, s.time AS raised, n.state AS last_state,
-           n.summary AS last_summary, h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until,
-           h.muted_by, h.muted_at, h.muted_note, h.acknowledged_seq >= r.seq AS is_acknowledged,
-           CASE WHEN n.state <> 'raised' OR n.source = 'device' AND NOT coalesce(l.live, FALSE)
+    SELECT i.source, i.device, i.log, i.id, i.ref, i.seq, i.updated, i.task, i.alert, i.subject, i.severity, i.summary,
+           i.revision, abs(i.raised_seq) AS raised_seq, i.raised, i.state AS last_state, i.last_summary,
+           h.acknowledged_by, h.acknowledged_at, h.acknowledged_note, h.muted_until, h.muted_by, h.muted_at,
+           h.muted_note, h.acknowledged_seq >= abs(i.raised_seq) AS is_acknowledged,
+           CASE WHEN i.state <> 'raised' OR i.source = 'device' AND NOT coalesce(l.live, FALSE)
                      OR q.device IS NOT NULL THEN 'cleared'
                 WHEN h.muted_until > :now THEN 'muted'
-                WHEN h.acknowledged_seq >= r.seq THEN 'acknowledged'
+                WHEN h.acknowledged_seq >= abs(i.raised_seq) THEN 'acknowledged'
                 ELSE 'raised' END AS status
-    FROM ({keys}) k
-    JOIN alerts n ON n.device = k.device AND n.log = k.log AND n.seq = k.newest AND n.source = k.source
-    JOIN alerts r ON r.device = k.device AND r.log = k.log AND r.seq = k.raised AND r.source = k.source
-    JOIN alerts s ON s.device = k.device AND s.log = k.log AND s.seq = k.began AND s.source = k.source
-    LEFT JOIN logs l ON l.device = k.device AND l.log = k.log
-    LEFT JOIN retired_devices q ON q.device = k.device
-    LEFT JOIN alert_handling h ON h.source = k.source AND h.device = k.device AND h.log = k.log AND h.id = k.id
-"""
-_ALL_KEYS = """
-    SELECT device, log, id, source, max(seq) AS newest,
-           coalesce(max(CASE WHEN state = 'raised' THEN seq END), max(seq)) AS raised,
-           coalesce(max(CASE WHEN state = 'raised' AND revision = 1 THEN seq END), min(seq)) AS began
-    FROM alerts WHERE {where} GROUP BY device, log, id, source
-"""
-# Few incidents are raised: all others are passed over in index alerts_by_id, without their rows. Without MATERIALIZED,
-# PostgreSQL looks `began` up again for each message of a log.
-_RAISED_KEYS = """
-    WITH raised_keys AS MATERIALIZED (
-        SELECT device, log, id, source, newest, newest AS raised,
-               coalesce((SELECT max(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
-                             AND b.source = g.source AND b.state = 'raised' AND b.revision = 1),
-                        (SELECT min(b.seq) FROM alerts b WHERE b.device = g.device AND b.log = g.log AND b.id = g.id
-                             AND b.source = g.source)) AS began
-        FROM (SELECT device, log, id, source, max(seq) AS newest FROM alerts WHERE {where}
-              GROUP BY device, log, id, source {having}) g)
-    SELECT * FROM raised_keys
+    FROM incidents i
+    LEFT JOIN logs l ON l.device = i.device AND l.log = i.log
+    LEFT JOIN retired_devices q ON q.device = i.device
+    LEFT JOIN alert_handling h ON h.source = i.source AND h.device = i.device AND h.log = i.log AND h.id = i.id
+    WHERE {where}
 """
 _FILTER = """
     WHERE (CAST(:open AS BOOLEAN) IS NULL OR (status <> 'cleared') = :open)
       AND (CAST(:status AS TEXT) IS NULL OR status = :status) AND (CAST(:since AS TEXT) IS NULL OR updated >= :since)
       AND CASE severity WHEN 'critical' THEN 3 WHEN 'warning' THEN 2 ELSE 1 END >= :rank
 """
-# The newest message of an incident raised it: its state is the last digit of a number that grows with seq.
-_IS_RAISED = "HAVING max(seq * 2 + CASE WHEN state = 'raised' THEN 1 ELSE 0 END) % 2 = 1"
-# Columns that are the same in all messages of an incident.
-_INDEXED = ("source", "device", "log", "id")
-_KEY_COLUMNS = (*_INDEXED, "task", "alert")
+_IS_RAISED = "i.state = 'raised'"
+_KEY_COLUMNS = ("source", "device", "log", "id", "task", "alert")
+_FIND = """
+    SELECT source, device, log, id, state = 'raised' AS is_raised FROM incidents
+    WHERE ref >= ? AND ref < ? ORDER BY 5 DESC, ref LIMIT ?"""
 _ACKNOWLEDGE = """
     INSERT INTO alert_handling (source, device, log, id, acknowledged_seq, acknowledged_by, acknowledged_at,
                                 acknowledged_note) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -100,16 +76,15 @@ def count_incidents(db: Connection, values: Mapping[str, Any]) -> list[tuple[str
 
 def count_keys(db: Connection, values: Mapping[str, Any]) -> int:
     """Return the number of incidents, whatever their status; `values`: members of the key, task and alert."""
-    where = _where(values, _KEY_COLUMNS)
-    sql = f"SELECT count(*) FROM (SELECT 1 FROM alerts WHERE {where} GROUP BY device, log, id, source) keys"
+    sql = f"SELECT count(*) FROM incidents i WHERE {_where(values)}"
     return int(db.execute(sql, values).fetchone()[0])
 
 
-def list_keys(db: Connection, *, raised: bool) -> list[IncidentKey]:
-    """Return the key of every incident, or only of those whose newest message raised them."""
-    having = _IS_RAISED if raised else ""
-    sql = f"SELECT source, device, log, id FROM alerts GROUP BY device, log, id, source {having}"
-    return db.execute(sql).fetchall()
+def find_keys(db: Connection, ref: str, limit: int) -> list[tuple[IncidentKey, bool]]:
+    """Return (key, raised) of the incidents whose ref begins with `ref`, raised ones first."""
+    # Refs are hexadecimal.
+    rows = db.execute(_FIND, (ref, f"{ref}g", limit))
+    return [((source, device, log, identity), bool(raised)) for source, device, log, identity, raised in rows]
 
 
 def save_acknowledgement(db: Connection, key: IncidentKey, seq: int | None, by: str, at: str, note: str) -> None:
@@ -139,20 +114,18 @@ def list_arrivals(db: Connection, after: int, limit: int) -> list[tuple[int, Inc
 
 def last_arrival(db: Connection) -> int:
     """Return the rowid of the newest message in table alerts, 0 without any."""
-    return int(db.execute("SELECT coalesce(max(rowid), 0) FROM alerts").fetchone()[0])
+    sql = "SELECT max(rowid) FROM alerts WHERE source = ?"
+    return max(row[0] or 0 for row in db.execute_each(sql, [("device",), ("collector",)]))
 
 
 def _select(values: Mapping[str, Any]) -> str:
-    everywhere = _where(values, _KEY_COLUMNS)
-    if not values.get("open") and values.get("status") in (None, "cleared"):
-        return _INCIDENTS.format(keys=_ALL_KEYS.format(where=everywhere))
-    keys = _RAISED_KEYS.format(where=_where(values, _INDEXED), having=_IS_RAISED)
-    return f"SELECT * FROM ({_INCIDENTS.format(keys=keys)}) raised_incidents WHERE {everywhere}"
+    is_raised = values.get("open") or values.get("status") not in (None, "cleared")
+    return _INCIDENTS.format(where=f"{_where(values)} AND {_IS_RAISED}" if is_raised else _where(values))
 
 
-def _where(values: Mapping[str, Any], columns: Sequence[str]) -> str:
+def _where(values: Mapping[str, Any]) -> str:
     # Conditions on absent values would keep a database from using the index of the key.
-    return " AND ".join(f"{name} = :{name}" for name in columns if values.get(name) is not None) or "TRUE"
+    return " AND ".join(f"i.{name} = :{name}" for name in _KEY_COLUMNS if values.get(name) is not None) or "TRUE"
 
 
 def _fetch(db: Connection, sql: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:

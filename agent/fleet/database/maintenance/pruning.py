@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from agent.fleet.database.alerts import ALERTS
+from agent.fleet.database.alerts import ALERT_COLUMNS, OPEN_INCIDENTS, merge_incidents
 from agent.fleet.database.interface import Connection, Row, TransactionConflict
 from agent.fleet.database.projection import SHARED_TABLES, TABLES
 from agent.fleet.database.store import FleetStore
@@ -18,9 +18,10 @@ _COUNT = "SELECT count(*) FROM messages WHERE device = ? AND log = ? AND seq <= 
 _COUNT_ROWS = "SELECT count(*) FROM {} WHERE device = ? AND log = ? AND seq <= ?"
 _REMOVED = "SELECT kind, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq <= ? ORDER BY seq"
 _OPEN_ALERTS = f"""
-    SELECT a.* FROM alerts a JOIN ({ALERTS}) o
-        ON o.device = a.device AND o.log = a.log AND o.seq = a.seq AND o.id = a.id AND o.open
-    WHERE a.device = ? AND a.log = ? AND a.seq <= ? AND a.source = 'device' AND a.state = 'raised' ORDER BY a.seq"""
+    SELECT a.* FROM alerts a JOIN ({OPEN_INCIDENTS}) o
+        ON o.device = a.device AND o.log = a.log AND o.id = a.id AND o.source = a.source AND o.seq = a.seq
+    WHERE a.device = ? AND a.log = ? AND a.seq <= ? AND a.source = 'device' ORDER BY a.seq"""
+_ALERTS_OF_LOG = f"SELECT {', '.join(ALERT_COLUMNS)} FROM alerts WHERE device = ? AND log = ? AND source = 'device'"
 _NEWEST_STATEMENT = "SELECT max(n) FROM retention WHERE device = ?"
 _UPSERT_FLOOR = """
     INSERT INTO pruned_logs VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET through = excluded.through"""
@@ -120,4 +121,7 @@ def _delete_alerts(db: Connection, device: str, removal: Removal) -> int:
         delete = "DELETE FROM alerts WHERE device = ? AND log = ? AND seq = ? AND source = 'device'"
         db.executemany(delete, [(device, log, seq) for seq in seqs])
         removed += len(seqs)
+        # An incident is what the rows that stay give.
+        db.execute("DELETE FROM incidents WHERE device = ? AND log = ? AND source = 'device'", (device, log))
+        merge_incidents(db, db.execute(_ALERTS_OF_LOG, (device, log)).fetchall())
     return removed

@@ -1,0 +1,65 @@
+"""Certificates of broker clients that are no devices: shut one out, or issue that of a role anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent import durable_files, input_files
+from agent.errors import LinkDown, StorageError, UsageError
+from agent.fleet.config import ClientCertificate, FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
+from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment.revocation import RevocationOutcome
+
+ROLES = ("collector", "operator", "commander", broker_access.ADMIN)
+
+
+def revoke(
+    folder: Path, config: FleetConfig, store: FleetStore, user: str, files: ClientCertificate
+) -> RevocationOutcome:
+    """Shut a client out: its certificate goes on the revocation list, its session ends, its files are removed.
+
+    Raises UsageError and StorageError.
+    """
+    certificate = Path(files.cert_file)
+    if config.ca is None or not certificate.exists():
+        raise UsageError(f"{certificate}: no such file, so {user!r} has no certificate")
+    outcome = _revoke_certificate(folder, config, store, certificate)
+    revocation.change_access(folder, config, AccessChange(user, "none"), outcome)
+    durable_files.remove(certificate)
+    durable_files.remove(Path(files.tls_key_file))
+    return outcome
+
+
+def reissue(folder: Path, config: FleetConfig, store: FleetStore, role: str) -> RevocationOutcome:
+    """Revoke the certificate of a role, and issue another with a new key in its place. A killed call can be repeated.
+
+    Raises UsageError and StorageError.
+    """
+    certificate, key = folder / f"{role}.crt", folder / f"{role}-tls.key"
+    if role not in ROLES:
+        raise UsageError(f"{role!r} is no role with a certificate; roles are {', '.join(ROLES)}")
+    if config.ca is None or not certificate.exists():
+        raise UsageError(f"{certificate}: no such file; the broker is used without TLS, or another folder has it")
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    outcome = _revoke_certificate(folder, config, store, certificate)
+    issued = authority.issue_client(role, config.fleet.name)
+    durable_files.write(key, issued.key, 0o600)
+    durable_files.write(certificate, issued.certificate, 0o644)
+    try:
+        if role != broker_access.ADMIN:
+            broker_control.end_session(config, role, authority)
+            outcome.ended = True
+    except (LinkDown, StorageError, UsageError) as error:
+        outcome.steps = (f"The broker may still have its session: {error}. Restart the broker.", *outcome.steps)
+    return outcome
+
+
+def _revoke_certificate(folder: Path, config: FleetConfig, store: FleetStore, certificate: Path) -> RevocationOutcome:
+    serial = pki.read_serial(input_files.read_bytes(certificate), certificate)
+    outcome = RevocationOutcome([], [f"{serial:x}"])
+    # One process at a time writes the list.
+    with store.transaction():
+        outcome.steps = revocation.add(folder, config, [serial])
+    return outcome

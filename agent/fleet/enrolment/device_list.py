@@ -1,0 +1,53 @@
+"""List of devices to enrol at once: CSV with a column `device`, and maybe `request` and `thumbprint`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import msgspec
+
+from agent import input_files
+from agent.errors import UsageError
+from agent.names import is_name
+
+MAX_DEVICES = 100_000
+_COLUMNS = ("device", "request", "thumbprint")
+
+
+class ListedDevice(msgspec.Struct, frozen=True):
+    """One line: `request` is a file that `outstation request` wrote, `thumbprint` that of its key."""
+
+    device: str
+    request: Path | None
+    thumbprint: str | None
+
+
+def read(file: Path) -> list[ListedDevice]:
+    """Read a list. Paths are relative to its folder. Raises UsageError that names the line."""
+    try:
+        rows = list(csv.reader(input_files.read_text(file).splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{file}: cannot be read as CSV: {error}") from None
+    header = [name.strip() for name in rows[0]] if rows else []
+    unknown = sorted({*header} - {*_COLUMNS})
+    if "device" not in header or unknown or len({*header}) != len(header):
+        problem = f"column {unknown[0]!r} is unknown" if unknown else "its first line names no column device"
+        raise UsageError(f"{file}: {problem}; columns are {', '.join(_COLUMNS)}")
+    listed: list[ListedDevice] = []
+    for number, row in enumerate(rows[1:], 2):
+        if not any(cell.strip() for cell in row):
+            continue
+        cells = dict(zip(header, (cell.strip() for cell in row), strict=False))
+        device = cells.get("device", "")
+        if len(row) > len(header) or not is_name(device):
+            problem = "has more cells than columns" if len(row) > len(header) else f"{device!r} cannot name a device"
+            raise UsageError(f"{file}:{number}: {problem}")
+        request = cells.get("request")
+        listed.append(ListedDevice(device, file.parent / request if request else None, cells.get("thumbprint") or None))
+    names = [entry.device for entry in listed]
+    if twice := next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None:
+        raise UsageError(f"{file}: {twice} stands in it twice")
+    if not 0 < len(listed) <= MAX_DEVICES:
+        raise UsageError(f"{file}: names {len(listed)} devices; a list has 1 to {MAX_DEVICES}")
+    return listed

@@ -1,0 +1,87 @@
+"""Renewal of devices' TLS certificates: the key that a device has is certified again before its certificate ends.
+
+`devices/<device>/device.crt` is the certificate that the device is known to have. A renewed one is archived in
+`issued/` before it is sent, and takes that place when the device confirms it. A repeated renewal sends the same one.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from agent import durable_files, input_files
+from agent.errors import UsageError
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import pki, revocation
+from agent.fleet.enrolment.device_files import CERTIFICATE
+
+
+class DueCertificate(msgspec.Struct, frozen=True):
+    """A device's certificate, and when it ends."""
+
+    device: str
+    certificate: x509.Certificate
+
+    @property
+    def end(self) -> datetime:
+        return self.certificate.not_valid_after_utc
+
+    def days_left(self, now: datetime) -> int:
+        return (self.end - now).days
+
+
+def list_due(
+    folder: Path, store: FleetStore, before: timedelta, only: frozenset[str] = frozenset()
+) -> list[DueCertificate]:
+    """Return the certificates of enrolled devices that end within `before`, the next to end first. Raises UsageError.
+
+    `only`: these devices, whenever theirs end.
+    """
+    due, limit = [], datetime.now(UTC) + before
+    for device in sorted({owner for _, owner, _, revoked, *_ in store.enrolled_keys() if not revoked}):
+        path = folder / "devices" / device / CERTIFICATE
+        if (only and device not in only) or not path.exists():
+            continue
+        certificate = _load(path)
+        if only or certificate.not_valid_after_utc < limit:
+            due.append(DueCertificate(device, certificate))
+    if missing := sorted(only - {entry.device for entry in due}):
+        raise UsageError(f"{missing[0]}: no enrolled device with a certificate; see `outstation fleet devices`")
+    return sorted(due, key=lambda entry: entry.end)
+
+
+def issue(folder: Path, config: FleetConfig, due: DueCertificate) -> bytes:
+    """Return a certificate (PEM) that ends later: an archived one that was not confirmed, or a new one.
+
+    Raises UsageError.
+    """
+    assert config.ca is not None
+    key = due.certificate.public_key()
+    assert isinstance(key, Ed25519PublicKey)
+    archived = [_load(path) for path in (folder / "issued" / due.device).glob("*.crt")]
+    waiting = [entry for entry in archived if entry.public_key() == key and entry.not_valid_after_utc > due.end]
+    fresh = datetime.now(UTC) + pki.RENEW_BEFORE
+    if waiting and (newest := max(waiting, key=lambda entry: entry.not_valid_after_utc)).not_valid_after_utc > fresh:
+        return newest.public_bytes(Encoding.PEM)
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    pem = authority.certify_client(due.device, config.fleet.name, key, pki.DEVICE_LIFETIME)
+    revocation.archive_certificate(folder, due.device, pem)
+    return pem
+
+
+def confirm(folder: Path, device: str, pem: bytes) -> None:
+    """Record that the device has the certificate. Raises StorageError."""
+    durable_files.write(folder / "devices" / device / CERTIFICATE, pem, 0o600)
+
+
+def _load(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(input_files.read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a certificate: {error}; restore it from a backup") from None

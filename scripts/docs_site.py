@@ -1,0 +1,159 @@
+"""Site of the documentation: pages of docs/ and what they link to as HTML that loads nothing from elsewhere.
+
+    python -m scripts.docs_site [FOLDER]     the default is build/site
+
+Pages keep their paths, so that links between them stay; files that they link to are copied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from html import escape
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).parents[1]
+DEFAULT = ROOT / "build" / "site"
+# Order of the navigation.
+FOLDERS = ("start", "guides", "concepts", "reference", "internals")
+_EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:|//")
+_REDIRECT = """\
+<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">
+<title>Outstation</title><a href="docs/index.html">Outstation</a>
+"""
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --link: light-dark(#0a58ca, #7db4ff) }
+* { box-sizing: border-box }
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
+nav { padding: 1rem; border-right: 1px solid var(--line); position: sticky; top: 0; height: 100vh; overflow: auto }
+nav ul { list-style: none; padding: 0; margin: 0 0 1rem } nav h2 { font-size: .8rem; margin: 0 }
+nav [aria-current] { font-weight: 700 } nav input { width: 100%; font: inherit; padding: .3rem }
+main { padding: 1rem 2rem 4rem; max-width: 60rem } a { color: var(--link) }
+pre { background: var(--soft); padding: .75rem; overflow: auto } code { font: .9em ui-monospace, monospace }
+table { border-collapse: collapse; display: block; overflow: auto } img { max-width: 100%; background: #fff }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
+@media (max-width: 50rem) { body { display: block } nav { position: static; height: auto } main { padding: 1rem } }
+"""
+_SEARCH = """
+const box = document.querySelector('#search'), list = document.querySelector('#found');
+box.addEventListener('input', () => {
+  const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  list.replaceChildren();
+  if (!words.length) return;
+  const hits = PAGES.map(([url, title, text]) => {
+    const low = (title + ' ' + text).toLowerCase();
+    if (!words.every(word => low.includes(word))) return null;
+    return [words.filter(word => title.toLowerCase().includes(word)).length, url, title];
+  }).filter(Boolean).sort((a, b) => b[0] - a[0]).slice(0, 12);
+  for (const [, url, title] of hits) {
+    const link = document.createElement('a'), item = document.createElement('li');
+    link.href = TOP + url; link.textContent = title; item.append(link); list.append(item);
+  }
+});
+"""
+
+
+class Page:
+    """One Markdown page: `path` relative to the repository, its title, its HTML, and the text for the search."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = (ROOT / path).read_text(encoding="utf-8")
+        parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+        tokens = parser.parse(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+        self.links: set[Path] = set()
+        for at, token in enumerate(tokens):
+            if token.type == "heading_open":
+                token.attrs["id"] = _anchor(tokens[at + 1].content)
+            for child in token.children or ():
+                self._localize(child)
+        self.title = next(
+            (tokens[at + 1].content for at, t in enumerate(tokens) if t.type == "heading_open"), path.stem
+        )
+        self.html = parser.renderer.render(tokens, parser.options, {})
+        self.text = " ".join(token.content for token in tokens if token.type in ("inline", "fence"))
+
+    @property
+    def url(self) -> str:
+        return self.path.with_suffix(".html").as_posix()
+
+    def _localize(self, token: Token) -> None:
+        """Record what a link or image names, and let links to pages name their HTML."""
+        name = {"link_open": "href", "image": "src"}.get(token.type)
+        target = str(token.attrs.get(name, "")) if name else ""
+        if not name or not target or _EXTERNAL.match(target) or target.startswith("#"):
+            return
+        path, mark, anchor = target.partition("#")
+        place = (ROOT / self.path).parent / path
+        resolved = place.resolve().relative_to(ROOT)
+        if (ROOT / resolved).is_dir():
+            resolved, path = resolved / "README.md", f"{path.rstrip('/')}/README.md"
+        self.links.add(resolved)
+        token.attrs[name] = re.sub(r"\.md$", ".html", path) + mark + anchor
+
+
+def build(out: Path) -> list[Page]:
+    """Write the site into a folder, whose content it replaces, and return its pages."""
+    shutil.rmtree(out, ignore_errors=True)
+    waiting, known = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md")], dict[Path, Page]()
+    files: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in known:
+            known[path] = page = Page(path)
+            waiting += [link for link in page.links if link.suffix == ".md"]
+            files |= {link for link in page.links if link.suffix != ".md"}
+    pages = [known[path] for path in sorted(known)]
+    for page in pages:
+        target = out / page.url
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_render(page, pages), encoding="utf-8")
+    for file in sorted(files):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, out / file)
+    index = json.dumps([[page.url, page.title, page.text] for page in pages])
+    (out / "search.js").write_text(f"const PAGES = {index};\n{_SEARCH}", encoding="utf-8")
+    (out / "style.css").write_text(_STYLE, encoding="utf-8")
+    (out / "index.html").write_text(_REDIRECT, encoding="utf-8")
+    return pages
+
+
+def _render(page: Page, pages: list[Page]) -> str:
+    top = "../" * (len(page.path.parts) - 1)
+    groups = []
+    for folder in ("docs", *(f"docs/{name}" for name in FOLDERS)):
+        items = ""
+        for other in (other for other in pages if other.path.parent.as_posix() == folder):
+            mark = " aria-current=page" if other is page else ""
+            items += f'<li><a href="{top}{other.url}"{mark}>{escape(other.title)}</a></li>'
+        heading = "" if folder == "docs" else f"<h2>{folder.removeprefix('docs/').upper()}</h2>"
+        groups.append(f"{heading}<ul>{items}</ul>")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<title>{escape(page.title)} – Outstation</title><link rel="stylesheet" href="{top}style.css">'
+        f'<nav><input id="search" type="search" placeholder="Search" aria-label="Search"><ul id="found"></ul>'
+        f"{''.join(groups)}</nav><main>{page.html}</main>"
+        f'<script>const TOP = "{top}"</script><script src="{top}search.js"></script></html>\n'
+    )
+
+
+def _anchor(title: str) -> str:
+    """Return the anchor that Git hosts assign to a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def main() -> None:
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    if out.exists() and not (out / "search.js").exists():
+        sys.exit(f"docs_site: {out} exists and is no site; name a new folder")
+    pages = build(out)
+    print(f"{out}/index.html: {len(pages)} pages")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Certificates of devices: a year, renewed for the same key, and installed only if they are the fleet's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from agent import config as device_config
+from agent.config import BrokerConfig, Config
+from agent.device.machine import certificate
+from agent.errors import RowRejected, UsageError
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import device_list, pki, renewal
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from tests.kit.commands import call_outstation
+
+YEAR = timedelta(days=365)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> FleetConfig:
+    return init_fleet(tmp_path / "acme", "acme", BrokerConfig(url="mqtts://broker"))
+
+
+@pytest.fixture
+def device(tmp_path: Path, fleet: FleetConfig) -> Config:
+    """An enrolled device with a data folder."""
+    store = FleetStore(Path(fleet.fleet.db))
+    home = enrol_on_this_machine(tmp_path / "acme", fleet, store, "pi-07", tmp_path / "pi")
+    store.close()
+    conf = device_config.load(home / "outstation.toml")
+    conf.data_dir.mkdir()
+    return conf
+
+
+def due(tmp_path: Path, fleet: FleetConfig, before: timedelta, *only: str) -> list[renewal.DueCertificate]:
+    store = FleetStore(Path(fleet.fleet.db))
+    try:
+        return renewal.list_due(tmp_path / "acme", store, before, frozenset(only))
+    finally:
+        store.close()
+
+
+def test_a_certificate_ends_after_a_year_and_is_due_before(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
+    [entry] = due(tmp_path, fleet, YEAR)
+    assert abs(entry.end - datetime.now(UTC) - YEAR) < timedelta(hours=1)
+    assert due(tmp_path, fleet, pki.RENEW_BEFORE) == []
+    assert due(tmp_path, fleet, pki.RENEW_BEFORE, "pi-07") == [entry]
+    with pytest.raises(UsageError, match="pi-09: no enrolled device"):
+        due(tmp_path, fleet, YEAR, "pi-07", "pi-09")
+
+
+def test_a_renewal_that_was_not_confirmed_sends_the_same_certificate_again(
+    tmp_path: Path, fleet: FleetConfig, device: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "acme"
+    [entry] = due(tmp_path, fleet, YEAR)
+    monkeypatch.setattr(pki, "DEVICE_LIFETIME", 2 * YEAR)
+    pem = renewal.issue(folder, fleet, entry)
+    assert renewal.issue(folder, fleet, entry) == pem
+    assert due(tmp_path, fleet, YEAR) == [entry]
+    renewal.confirm(folder, "pi-07", pem)
+    assert due(tmp_path, fleet, YEAR) == []
+
+
+def test_a_device_uses_the_certificate_that_ends_last_and_keeps_its_key(
+    tmp_path: Path, fleet: FleetConfig, device: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [entry] = due(tmp_path, fleet, YEAR)
+    assert certificate.choose_certificate(device) == device.broker
+    monkeypatch.setattr(pki, "DEVICE_LIFETIME", 2 * YEAR)
+    pem = renewal.issue(tmp_path / "acme", fleet, entry).decode()
+    end = certificate.install_certificate(device, pem)
+    assert end > entry.end
+    assert certificate.install_certificate(device, pem) == end
+    chosen = certificate.choose_certificate(device)
+    assert chosen == replace(device.broker, cert_file=str(device.data_dir / "device.crt"))
+    (device.data_dir / "device.crt").write_text("torn")
+    assert certificate.choose_certificate(device) == device.broker
+
+
+Forge = Callable[[FleetConfig, renewal.DueCertificate], bytes]
+
+
+def _authority(fleet: FleetConfig) -> pki.CertificateAuthority:
+    assert fleet.ca
+    return pki.load_authority(Path(fleet.ca.cert_file), Path(fleet.ca.key_file))
+
+
+def _other_key(fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes:
+    return _authority(fleet).issue_client("pi-07", "acme").certificate
+
+
+def _other_authority(fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes:
+    key: Any = entry.certificate.public_key()
+    return pki.create_authority("acme").certify_client("pi-07", "acme", key)
+
+
+def _other_device(fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes:
+    key: Any = entry.certificate.public_key()
+    return _authority(fleet).certify_client("pi-08", "acme", key)
+
+
+def _earlier(fleet: FleetConfig, entry: renewal.DueCertificate) -> bytes:
+    key: Any = entry.certificate.public_key()
+    return _authority(fleet).certify_client("pi-07", "acme", key, timedelta(days=3))
+
+
+@pytest.mark.parametrize(
+    ("forge", "problem"),
+    [
+        (lambda *_: b"x", "not a certificate"),
+        (_other_key, "another key or device"),
+        (_other_device, "another key or device"),
+        (_other_authority, "not a certificate of this fleet's authority"),
+        (_earlier, "before the one in use"),
+    ],
+)
+def test_a_certificate_that_is_not_the_fleets_for_this_device_is_refused(
+    tmp_path: Path, fleet: FleetConfig, device: Config, forge: Forge, problem: str
+) -> None:
+    [entry] = due(tmp_path, fleet, YEAR)
+    with pytest.raises(RowRejected, match=problem):
+        certificate.install_certificate(device, forge(fleet, entry).decode())
+    assert not (device.data_dir / "device.crt").exists()
+
+
+# --- lists of devices ---
+
+
+def test_a_list_is_enrolled_once_however_often_it_is_given(tmp_path: Path) -> None:
+    home, out, file = tmp_path / "acme", tmp_path / "out", tmp_path / "devices.csv"
+    assert call_outstation("fleet", "init", str(home), "--broker", "mqtts://broker").returncode == 0
+    joined = call_outstation("request", str(tmp_path / "pi-03"), "--fleet", "acme", "--id", "pi-03")
+    assert joined.returncode == 0
+    file.write_text("device,request\npi-01,\npi-02,\npi-03,pi-03/pi-03.request\n\n")
+    words = ["fleet", "enrol-list", str(file), "--out", str(out), "--dir", str(home)]
+    first = call_outstation(*words)
+    assert (first.returncode, "thumbprint" in first.stderr, "2 enrolled" in first.stdout) == (1, True, True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == ["pi-01.tar.gz", "pi-02.tar.gz"]
+    again = call_outstation(*words)
+    assert (again.returncode, "2 enrolled before" in again.stdout) == (1, True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "names no column device"),
+        ("name\npi-01\n", "column 'name' is unknown"),
+        ("device\n", "names 0 devices"),
+        ("device\nPi 1\n", r"devices\.csv:2: 'Pi 1' cannot name a device"),
+        ("device\npi-1,x\n", "more cells than columns"),
+        ("device\npi-1\npi-2\npi-1\n", "pi-1 stands in it twice"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_refused_with_its_line(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "devices.csv"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=problem):
+        device_list.read(file)
+
+
+def test_the_repository_is_there_before_the_first_device_is_enrolled(tmp_path: Path) -> None:
+    home, bundle = tmp_path / "acme", tmp_path / "pi.tar.gz"
+    assert call_outstation("fleet", "init", str(home), "--broker", "mqtts://broker.example.org").returncode == 0
+    assert call_outstation("fleet", "enrol", "pi-01", "--bundle-out", str(bundle), "--dir", str(home)).returncode == 0
+    assert call_outstation("join", str(bundle), "--dir", str(tmp_path / "pi")).returncode == 0
+    conf = device_config.load(tmp_path / "pi" / "outstation.toml")
+    assert conf.updates is not None
+    assert conf.updates.url == "https://broker.example.org/acme/repository"
+    assert Path(conf.updates.root).read_bytes() == (home / "repository" / "metadata" / "1.root.json").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "acme.root-keys").glob("*.key")) == [
+        "root-1.key",
+        "root-2.key",
+        "root-3.key",
+    ]
