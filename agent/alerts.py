@@ -229,11 +229,15 @@ OVERCONFIDENT = AlertKind(
     "A correction of labels can clear it, too.",
 )
 OWN_LABELS = AlertKind(
-    *("Labels are the model's own answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
-    "More than a fifth of the newest labels have the source `model`. Metrics leave them out, as they prove nothing.",
-    "A pipeline that sends results back as labels; people who confirm a suggestion without looking.",
+    *("Labels repeat the model's answers", "quality", "labels", "quality/labels/{count}", "warning", "task"),
+    "More than a fifth of the newest labels have the source `model`, or so few of at least 100 labels disagree with "
+    "the model that its own scores make this nearly impossible. Such labels prove nothing, and training on them "
+    "repeats mistakes.",
+    "A pipeline that sends results back as labels; people who confirm a suggestion without looking; scores that are "
+    "too low.",
     "Let people label some results without seeing the answer. Do not train on the model's own answers.",
-    "Once at most a tenth of the newest labels are the model's own.",
+    "Once at most a tenth of the newest labels are the model's own, and the others disagree as often as its scores let "
+    "expect.",
 )
 BUNDLE_FAILED = AlertKind(
     *("Bundle does not run", "model", "{bundle}", "model", "critical", "task"),
@@ -276,7 +280,7 @@ DEADLINE_MISSED = AlertKind(
 REFERENCE_DEVIATES = AlertKind(
     *("Reference deviates", "drift", "reference", "reference/drift/{count}", "warning", "task"),
     "The reference that the device learned here differs from the shipped one, from the site's former one or from the "
-    "accepted one; or a field moved steadily or changed at once while it was learned. Drift is measured from it all the "
+    "accepted one; or a field moved or changed at once while it was learned. Drift is measured from it all the "
     "same, unless `on_deviation` is `hold`.",
     "A sensor that was wrong from the first row; a site unlike the training data; a slow change that was learned.",
     "Look at the sensors that the summary names. If they are right: `outstation reference accept`. If not, repair "
@@ -297,7 +301,7 @@ RESULT = AlertKind(
     "`label`, `score`, `value`, and with `seq` the signed results message that covers it. An alert that waited for its "
     "drift window may have no `seq`.",
     "What the rule was written for; a faulty sensor or a wrong model, where the rule has no `only_healthy`.",
-    "What the summary says. If it is wrong, label the result with `outstation label`. `outstation check` explains the "
+    "What the summary says. If it is wrong, say what was true: `outstation verdict`. `outstation check` explains the "
     "rule.",
     "As the rule says; `outstation check` explains when. It also clears when the rule is removed or changed.",
 )

@@ -144,14 +144,23 @@ class Client:
         self._send_line(_encode({"stream": stream, **parts, **({"packed": packed} if packed else {})}))
 
     def label(
-        self, task: str, label: str | float, *, row: int | None = None, t: float | None = None, source: str = "human"
+        self,
+        task: str,
+        label: str | float,
+        *,
+        row: int | None = None,
+        t: float | None = None,
+        source: str = "human",
+        author: tuple[str, str] | None = None,
     ) -> None:
         """Send the ground truth of the prediction of `task` at `row`, or nearest to `t` in epoch seconds.
 
-        `source` is human, model or system. Labels by the model itself do not count in its metrics.
+        `source` is human, system, model or verdict; the last two do not count in the model's metrics. `author`: a name
+        and its token from `outstation label-token`. A label without one is counted, but no roll-out acts on it.
         """
         place = {"row": row} if row is not None else {"t": t}
-        self._send_line(_encode({"labels": task, **place, "label": label, "source": source}))
+        proof = {} if author is None else {"by": author[0], "token": author[1]}
+        self._send_line(_encode({"labels": task, **place, "label": label, "source": source, **proof}))
 
     def flush(self) -> FlushResult:
         """Wait until all lines are committed, and return their outcome."""

@@ -137,6 +137,15 @@ def parse_rfc3339(text: str) -> int:
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
+def parse_local(text: str) -> datetime | None:
+    """Return the time of a text that gives one without a time zone; None for any other text."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is None else None
+
+
 def _load_adjtimex() -> ctypes._NamedFuncPointer | None:
     try:
         return ctypes.CDLL(None).adjtimex

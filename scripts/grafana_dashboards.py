@@ -110,7 +110,8 @@ def database_panels(sql: Dialect) -> tuple[Panel, ...]:
               'SELECT "to" AS time, device, task, state, n FROM drift_windows '
               f'WHERE {devices} AND "to" {period} ORDER BY "to" DESC LIMIT 500'),
         Panel("Accuracy by labels", "timeseries",
-              f"SELECT {sql.time.format('time')} AS time, device || ' ' || task || ' ' || metric AS metric, value "
+              f"SELECT {sql.time.format('time')} AS time, device || ' ' || task || ' ' || metric "
+              "|| CASE WHEN source = 'verdicts' THEN ' by verdicts' ELSE '' END AS metric, value "
               f"FROM metrics WHERE {devices} AND slice = '' AND time {period} ORDER BY 1"),
         Panel("Messages stored", "timeseries",
               f"SELECT {sql.five_minutes.format('received')} AS time, kind AS metric, count(*) AS value FROM messages "

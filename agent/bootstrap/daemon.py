@@ -25,7 +25,7 @@ from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
 from agent.device.intake.sources.registry import source_module
-from agent.device.machine import certificate
+from agent.device.machine import certificate, label_key
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline import label_metrics
@@ -190,6 +190,7 @@ def build_daemon(
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
+        label_key.load_or_create(conf.data_dir),
     )
     open_sink = open_sink or sinks.sink_opener(conf)
     if conf.privacy.encrypt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from agent import config
 from agent.bootstrap import sinks
 from agent.bootstrap.owner import become_owner
 from agent.config import Config
+from agent.config.stream_privacy import StreamPrivacy
 from agent.device.commands import wipe
 from agent.device.machine import commitment_secret
 from agent.device.machine.keys import KeyFiles, open_keys
@@ -21,6 +23,7 @@ from agent.device.uplink.meter import MAX_URGENT, URGENT_KINDS
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
+from agent.wire.privacy.field_privacy import FieldPrivacy
 
 KEY_FILE = "device.key"
 TLS_KEY_FILE = "device-tls.key"
@@ -85,12 +88,13 @@ def load_key_files(file: Path, conf: Config) -> KeyFiles:
 def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     """Open the message log, and report in it what opening the store found."""
     key, live_key = open_keys(store, load_key_files(file, conf))
-    broker = conf.broker
+    broker, is_new = conf.broker, store.acknowledged().through == 0
+    secret = commitment_secret.load_or_create(conf.data_dir, is_new=is_new)
     message_log = MessageLog(
         *(conf.device.fleet, conf.device.id, key, store.log_id, store.boot),
         *(broker.max_message_bytes, live_key, broker.compress),
-        commitment_secret.load_or_create(conf.data_dir, is_new=store.acknowledged().through == 0),
-        conf.privacy.min_count,
+        *(secret, conf.privacy.min_count),
+        privacy=build_privacy(conf, secret),
     )
     if broker.metered is not None:
         message_log.urgent_kinds, message_log.max_urgent = URGENT_KINDS, MAX_URGENT
@@ -100,6 +104,26 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     # Before anything else is written to this log or sent from it.
     report_findings(store, message_log, tasks, make_clock(store)())
     return message_log
+
+
+def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
+    """Return what may leave of the stream of each task; keys of hashes are derived from the device's secret."""
+    limited = {name: stream for name, stream in conf.streams.items() if stream.privacy != StreamPrivacy()}
+    rules = {
+        name: FieldPrivacy(
+            fields=frozenset(field.name for field in stream.fields),
+            private=stream.privacy.private_fields([field.name for field in stream.fields]),
+            steps=stream.privacy.round,
+            hashed=frozenset(stream.privacy.hash),
+            kinds=None if stream.privacy.messages is None else frozenset(stream.privacy.messages),
+            min_count=stream.privacy.min_count,
+            min_results=stream.privacy.min_results,
+            key=hmac.digest(secret, f"outstation categories v1\n{name}".encode(), "sha256"),
+            period_s=float(stream.privacy.hash_period),
+        )
+        for name, stream in limited.items()
+    }
+    return {name: rules[task.stream] for name, task in conf.tasks.items() if task.stream in rules}
 
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:

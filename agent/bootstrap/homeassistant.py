@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 from agent.config import Config
 from agent.device.store.store import Store
+from agent.errors import StorageBusy, UsageError
+from agent.performance.labels import VERDICT
+
+if TYPE_CHECKING:
+    from agent.bridge.presses import VerdictSink
 
 
 def publishing(conf: Config, store: Store) -> contextlib.AbstractContextManager[object]:
@@ -25,4 +31,31 @@ def publishing(conf: Config, store: Store) -> contextlib.AbstractContextManager[
         lambda: OwnMessages(conf, store),
         max_age_s=section.max_age,
         cleans_up=False,
+        store_verdict=_own_verdicts(conf) if section.verdicts else None,
     )
+
+
+def _own_verdicts(conf: Config) -> VerdictSink:
+    """Return a sink that labels results at the device's own intake, with the author that the config names."""
+    from agent.client import Client
+    from agent.config.homeassistant import NOT_AUTHENTICATED, is_authenticated
+    from agent.device.machine import label_key
+
+    section = conf.homeassistant
+    assert section is not None
+    if not is_authenticated(section.broker or conf.broker):
+        raise UsageError(f"[homeassistant] verdicts: {NOT_AUTHENTICATED}")
+    by = section.verdicts
+    token = label_key.make_token(label_key.load_or_create(conf.data_dir), by)
+
+    def store(device: str, task: str, row: int, label: str) -> str:
+        try:
+            client = Client(conf.data_dir / "intake.sock")
+            with contextlib.closing(client):
+                client.label(task, label, row=row, source=VERDICT, author=(by, token))
+                answer = client.flush()
+        except ConnectionError as error:
+            raise StorageBusy(f"the intake takes no labels now: {error}") from None
+        return f"row {row} is not labelled: {answer.rejected[0][1]}" if answer.rejected else f"row {row} is {label}"
+
+    return store

@@ -70,6 +70,7 @@ class DeviceSource(Protocol):
 class Result(msgspec.Struct, frozen=True):
     """Newest result of a task. `outputs`: further values by name; `faults`: fields with a sensor fault."""
 
+    row: int
     time_us: int
     label: str | None
     score: float | None
@@ -170,6 +171,7 @@ def newest_result(body: ResultsPayload, payload: bytes) -> Result | None:
         return None
     labels = columns.expand_labels()
     return Result(
+        int(columns.expand_rows()[-1]),
         columns.expand_times()[-1],
         None if labels is None else _text(labels[-1], MAX_TEXT),
         None if columns.score is None else columns.score[-1],

@@ -24,6 +24,7 @@ from agent.bridge.device_state import (
     shown_alert,
 )
 from agent.bridge.identifiers import device_id, encode_name, parse_device_id
+from agent.performance.labels import MAX_LABEL
 from agent.text import printable
 
 # Ours beside `outstation/<fleet>`, where every message is a device's and signed.
@@ -34,17 +35,23 @@ ONLINE, OFFLINE = b"online", b"offline"
 RAISED, CLEARED = EVENT_TYPES = ("raised", "cleared")
 # Open alerts of a device that its document names.
 MAX_OPEN = 200
+# What the button of a task publishes.
+CONFIRM = b"confirm"
 
 _NONE_IF_MISSING = "{{{{ value_json.{} }}}}"
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Topics of a fleet's documents and of their publisher; `prefix` and `dashboard` are those of the config."""
+    """Topics of a fleet's documents and of their publisher; `prefix` and `dashboard` are those of the config.
+
+    `takes_verdicts`: Home Assistant gets a button and a text for each task, whose presses become verdicts.
+    """
 
     fleet: str
     publisher: str
     prefix: str
     dashboard: str = ""
+    takes_verdicts: bool = False
 
     @property
     def birth_topic(self) -> str:
@@ -65,6 +72,23 @@ class Place(msgspec.Struct, frozen=True):
 
     def config_topic(self, device: str) -> str:
         return f"{self.prefix}/device/{device_id(self.fleet, device)}/config"
+
+    def press_topic(self, device: str, task: str) -> str:
+        """Topic of the button of a task; its text is one level below."""
+        return f"{ROOT}/{self.fleet}/verdict/{device}/{task}"
+
+    @property
+    def press_filters(self) -> list[str]:
+        any_task = self.press_topic("+", "+")
+        return [any_task, f"{any_task}/label"]
+
+    def parse_press(self, topic: str) -> tuple[str, str, bool] | None:
+        """Return (device, task, True for a text with a label) of a press; None of another topic."""
+        head = f"{ROOT}/{self.fleet}/verdict/"
+        levels = topic.removeprefix(head).split("/") if topic.startswith(head) else []
+        if len(levels) not in (2, 3) or levels[2:] not in ([], ["label"]):
+            return None
+        return levels[0], levels[1], len(levels) == 3
 
     @property
     def all_topics(self) -> str:
@@ -153,6 +177,8 @@ def build_components(place: Place, state: DeviceState) -> dict[str, dict[str, An
     }
     for name, task in state.tasks.items():
         components |= _task_components(place.latest_topic(state.device, name), name, task)
+        if place.takes_verdicts and task.result is not None and task.result.label is not None:
+            components |= _verdict_components(place.press_topic(state.device, name), name)
     identifier = device_id(place.fleet, state.device)
     return {name: {**members, "unique_id": f"{identifier}_{name}"} for name, members in components.items()}
 
@@ -272,6 +298,30 @@ def _task_components(topic: str, task: str, state: TaskState) -> dict[str, dict[
     return components
 
 
+def _verdict_components(topic: str, task: str) -> dict[str, dict[str, Any]]:
+    """Return a button that confirms the newest answer of a task, and a text that corrects it."""
+    key = encode_name(task)
+    return {
+        f"confirm-{key}": {
+            "p": "button",
+            "name": f"{task} is right",
+            "cmd_t": topic,
+            "pl_prs": CONFIRM.decode(),
+            "ic": "mdi:check-bold",
+            "qos": 1,
+        },
+        f"correct-{key}": {
+            "p": "text",
+            "name": f"{task} was",
+            "cmd_t": f"{topic}/label",
+            "min": 1,
+            "max": MAX_LABEL,
+            "ic": "mdi:pencil",
+            "qos": 1,
+        },
+    }
+
+
 def _unit(state: TaskState, position: int) -> dict[str, str]:
     unit = state.units[position] if position < len(state.units) else ""
     return {"unit_of_meas": unit} if unit else {}
@@ -309,6 +359,7 @@ def _result_members(device: str, task: str, result: Result) -> dict[str, Any]:
         "task": task,
         "time": clock.to_rfc3339(result.time_us),
         "label": result.label,
+        "row": result.row,
         "score": result.score,
         "value": result.value,
         "outputs": {output_key(name): value for name, value in result.outputs.items()},

@@ -12,8 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from agent import clock
-from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceReport, DeviceSource, DeviceState
+from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceReport, DeviceSource, DeviceState, Result
 from agent.bridge.discovery import (
     DEVICE_DOCUMENT,
     OFFLINE,
@@ -28,9 +30,11 @@ from agent.bridge.discovery import (
     parse_open,
     parse_time,
 )
+from agent.bridge.presses import PressReader, VerdictSink
 from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.text import printable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 
@@ -58,17 +62,22 @@ def build_publisher(
     cleans_up: bool,
     is_active: Callable[[], bool] = lambda: True,
     poll_interval_s: float = POLL_INTERVAL_S,
+    store_verdict: VerdictSink | None = None,
 ) -> BridgeThread:
     """Return the thread that publishes the documents. `open_source` is called on it.
 
     `cleans_up`: remove devices of the fleet that the source does not have. `is_active`: publish only while it is true.
+    `store_verdict` takes what somebody says there; None if nobody may.
     """
+    place = replace(place, takes_verdicts=store_verdict is not None)
+    subscribed = [place.birth_topic, *(place.press_filters if store_verdict is not None else [])]
 
     def run_session(thread: BridgeThread) -> None:
         with contextlib.closing(open_source()) as source:
             will = OutgoingMessage(place.status_topic, OFFLINE, retain=True)
-            with thread.connect(Link(broker, client_id, subscribe=[place.birth_topic], will=will)) as link:
-                session = Session(place, link, source, int(max_age_s * 1e6), cleans_up=cleans_up)
+            with thread.connect(Link(broker, client_id, subscribe=subscribed, will=will)) as link:
+                presses = None if store_verdict is None else PressReader(place, store_verdict)
+                session = Session(place, link, source, int(max_age_s * 1e6), cleans_up=cleans_up, presses=presses)
                 session.load_retained()
                 logger.info("homeassistant: connected to %s", broker.shown_url)
                 while thread.is_wanted:
@@ -81,8 +90,17 @@ def build_publisher(
 class Session:
     """One connection: what the broker retains, what waits, and what is under way."""
 
-    def __init__(self, place: Place, link: Link, source: DeviceSource, max_age_us: int, *, cleans_up: bool) -> None:
-        self._place, self._link, self._source = place, link, source
+    def __init__(
+        self,
+        place: Place,
+        link: Link,
+        source: DeviceSource,
+        max_age_us: int,
+        *,
+        cleans_up: bool,
+        presses: PressReader | None = None,
+    ) -> None:
+        self._place, self._link, self._source, self._presses = place, link, source, presses
         self._max_age_us, self._cleans_up = max_age_us, cleans_up
         self._states: dict[str, DeviceState] = {}
         # Topic → payload that the broker has, or was sent.
@@ -134,13 +152,19 @@ class Session:
         for report in self._source.poll():
             self._add_events(report)
             state = self._states.setdefault(report.device, DeviceState(report.device))
+            before = {name: task.result for name, task in state.tasks.items()} if self._presses else {}
             state.update(report)
+            if self._presses is not None:
+                for name, task in state.tasks.items():
+                    self._presses.observe(state.device, name, before.get(name), task.result)
             for document in latest_documents(self._place, state):
                 self._offer(document)
             self._announce(state)
         devices = self._source.devices
         for device in [device for device in self._states if device not in devices]:
             del self._states[device]
+            if self._presses is not None:
+                self._presses.forget(device)
         if self._cleans_up:
             self._remove_others(devices)
 
@@ -208,12 +232,21 @@ class Session:
             self._link.acknowledge(event)
             if event.topic == self._place.birth_topic and event.payload == ONLINE:
                 self._publish_again()
+            elif self._presses is not None and (outcome := self._presses.read(event, self._find_shown)):
+                logger.info("homeassistant: %s", printable(outcome))
             return
         self._last_receipt_s = time.monotonic()
         topic = self._in_flight.pop(event.token, "")
         if not event.is_accepted:
             self._warn(f"the broker refused {topic}: {event.reason}; see its access rules")
         self._send()
+
+    def _find_shown(self, device: str, task: str) -> Result | None:
+        """Return the result that the broker retains of a task; None of one that was not published."""
+        state = self._states.get(device)
+        result = None if state is None or task not in state.tasks else state.tasks[task].result
+        shown = parse_time(self._published.get(self._place.latest_topic(device, task), b""))
+        return result if result is not None and result.time_us == shown else None
 
     def _publish_again(self) -> None:
         """Publish all documents anew: Home Assistant has started and may have lost what it knew."""

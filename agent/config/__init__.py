@@ -24,6 +24,7 @@ from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfi
 from agent.config.metered import UplinkBrokerConfig as UplinkBrokerConfig
 from agent.config.notify import NotifyConfig, check_notify
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
+from agent.config.stream_privacy import StreamPrivacy
 from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
 from agent.media import MediaFormat
@@ -135,6 +136,7 @@ class StreamConfig(Section, frozen=True):
         default_factory=list
     )
     source: SourceConfig = msgspec.field(default_factory=SocketSource)
+    privacy: StreamPrivacy = msgspec.field(default_factory=StreamPrivacy)
     duplicates: Literal["reject", "accept"] = "reject"
     # Rows that are older than the stream's latest one by more than this are rejected, unless they come from files.
     allowed_lateness: Duration = Duration(60.0)
@@ -335,6 +337,7 @@ def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
         if column.optional and column.type == "i64":
             raise ConfigError(file, key, f"field {column.name!r}: type i64 cannot be optional; use f64 or f32")
     stream.source.check(file, f"streams.{name}.source", seen)
+    stream.privacy.check(file, f"streams.{name}.privacy", {column.name: column.type for column in stream.fields})
 
 
 def check_class_field(file: str, key: str, class_field: str, stream: StreamConfig) -> None:

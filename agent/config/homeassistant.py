@@ -15,19 +15,26 @@ from agent.toml_files import Section
 
 SECTION = "homeassistant"
 DEFAULT_PREFIX = "homeassistant"
+NOT_AUTHENTICATED = (
+    "anybody could press: the broker of [homeassistant] asks nobody for a name; give Home Assistant and Outstation a "
+    "user name and password or a certificate there, and let only Home Assistant publish below "
+    "outstation-bridge/FLEET/verdict"
+)
 
 
 class HomeAssistantConfig(Section, frozen=True):
     """`prefix`: Home Assistant's discovery prefix. `dashboard`: URL of `fleet dashboard`, to which its pages link.
 
     Results that are older than `max_age` when they arrive are not published: Home Assistant would date them now.
-    `broker`: Home Assistant's broker, where it is another one.
+    `broker`: Home Assistant's broker, where it is another one. `verdicts`: the name under which presses of its buttons
+    are stored as verdicts; "" for no buttons.
     """
 
     enabled: bool = True
     prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}\Z")] = DEFAULT_PREFIX
     dashboard: Annotated[str, msgspec.Meta(max_length=500)] = ""
     max_age: Duration = Duration(3600.0)
+    verdicts: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?\Z")] = ""
     broker: BrokerConfig | None = None
 
 
@@ -37,10 +44,17 @@ def with_absolute_paths(config: HomeAssistantConfig, base: Path) -> HomeAssistan
     return msgspec.structs.replace(config, broker=broker)
 
 
+def is_authenticated(broker: BrokerConfig) -> bool:
+    """Return True if the broker asks who connects, so that its access rules can tell who may press a button."""
+    return broker.username is not None or broker.cert_file is not None
+
+
 def check(file: str, config: HomeAssistantConfig) -> None:
     """Check the section. Raises ConfigError."""
     if config.broker is not None:
         check_broker(file, config.broker, f"{SECTION}.broker")
+        if config.verdicts and not is_authenticated(config.broker):
+            raise ConfigError(file, f"{SECTION}.verdicts", NOT_AUTHENTICATED)
     if not 1.0 <= config.max_age <= 31 * 86_400.0:
         raise ConfigError(file, f"{SECTION}.max_age", "must be between 1 s and 31 d")
     if config.dashboard:

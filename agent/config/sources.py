@@ -154,7 +154,34 @@ class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
         return msgspec.structs.replace(self, broker=self.broker.with_absolute_paths(base))
 
 
-SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
+class ExecSource(SourceSection, frozen=True, tag_field="kind", tag="exec"):
+    """Program that prints a row on each line; with `every`, one that ends and is run again at this interval.
+
+    `timeout`: longest silence before the program is killed and started again; "0 s" for none. `max_rate`: lines a
+    second; a program that prints more is held back.
+    """
+
+    command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    format: Literal["json", "csv"] = "json"
+    every: Duration | None = None
+    timeout: Duration = Duration(300.0)
+    max_rate: Annotated[float, msgspec.Meta(gt=0, le=100_000)] = 1000.0
+
+    def check(self, file: str, key: str, fields: Collection[str]) -> None:
+        if not self.command[0] or any("\0" in argument for argument in self.command):
+            raise ConfigError(file, f"{key}.command", 'names no program; write it as ["python3", "sensor.py"]')
+        if self.timeout < 0:
+            raise ConfigError(file, f"{key}.timeout", 'must not be negative; "0 s" waits for ever')
+        if self.every is not None and self.every < 1:
+            raise ConfigError(file, f"{key}.every", "must be at least 1 s; a program that goes on needs no `every`")
+
+    def with_absolute_paths(self, base: Path) -> Self:
+        if "/" not in self.command[0]:
+            return self
+        return msgspec.structs.replace(self, command=[str(base / self.command[0]), *self.command[1:]])
+
+
+SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource | ExecSource
 
 
 def _check_poll_interval(file: str, key: str, interval: Duration) -> None:

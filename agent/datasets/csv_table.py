@@ -15,7 +15,15 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.datasets import tables
-from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
+from agent.datasets.tables import (
+    START,
+    ColumnType,
+    FilePosition,
+    RowRejection,
+    TableBlock,
+    TableOptions,
+    remove_decimal_commas,
+)
 from agent.errors import RowRejected
 
 _MAX_CELL_BYTES = 64 << 10
@@ -27,7 +35,11 @@ _Columns = dict[str, np.ndarray[Any, Any]]
 
 
 class CsvTable:
-    """CSV whose first line names the columns; an empty cell is a missing value."""
+    """CSV whose first line names the columns; an empty cell is a missing value.
+
+    Cells are separated by commas, or by semicolons or tabs where the first line has no comma. Then a number may have a
+    decimal comma.
+    """
 
     def __init__(self, file: io.BufferedReader[Any], options: TableOptions) -> None:
         """Raise RowRejected if the first line does not name columns, OSError."""
@@ -41,7 +53,9 @@ class CsvTable:
             end = first.index(b"\r") + 1
             first, self._pending = first[:end], first[end:].replace(b"\r", b"\n")
         self._first_row = FilePosition(len(first), 1)
-        header = next(csv.reader([first.decode("utf-8-sig", "replace")]), [])
+        text = first.decode("utf-8-sig", "replace")
+        self._separator = options.separator or _find_separator(text)
+        header = next(csv.reader([text], delimiter=self._separator), [])
         self.columns = [name.strip() for name in header]
 
     def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
@@ -81,7 +95,7 @@ class CsvTable:
                     break
             limit = min(size, len(pending)) if line_limit is None else _find_line_end(pending, line_limit, size)
             end, well_quoted = _complete_lines_end(
-                pending[:limit], at_eof=at_eof and error is None and limit == len(pending)
+                pending[:limit], self._separator, at_eof=at_eof and error is None and limit == len(pending)
             )
             if end:
                 yield pending[:end], well_quoted
@@ -114,26 +128,31 @@ class CsvTable:
         """Return the columns of a block in which every cell is what it should be, else None."""
         if not self._options.keep_invalid:
             try:
-                return _parse_with_pyarrow(content, self.columns, types)
+                return _parse_with_pyarrow(content, self.columns, types, self._separator)
             except ImportError:
                 pass
         if b'"' in content or content.isspace() or ColumnType.TEXT in types.values():
             return None
-        return _parse_with_numpy(content, self.columns, types, line_count)
+        return _parse_with_numpy(content, self.columns, types, line_count, self._separator)
 
     def _parse_lines(self, content: bytes, types: Mapping[str, ColumnType], position: FilePosition) -> TableBlock:
         keep_invalid = self._options.keep_invalid
         longest = _MAX_MULTILINE_CHARS if keep_invalid else _MAX_CELL_BYTES
         max_multiline = [longest if types.get(name, ColumnType.TEXT) is ColumnType.TEXT else 0 for name in self.columns]
-        records, line_count = _read_records(content.decode("utf-8", "surrogateescape"), max_multiline)
+        text = content.decode("utf-8", "surrogateescape")
+        records, line_count = _read_records(text, max_multiline, self._separator)
         first_line, first_row = position.line + 1, position.row + 1
         valid = [(i, line, cells) for i, (line, cells) in enumerate(records) if not isinstance(cells, str)]
         rejected = [RowRejection(first_line + line, why) for line, why in records if isinstance(why, str)]
         rows, lines = [first_row + i for i, _, _ in valid], [first_line + line for _, line, _ in valid]
         by_column = zip(*(cells for _, _, cells in valid), strict=True) if valid else [()] * len(self.columns)
-        cells = {name: column for name, column in zip(self.columns, by_column, strict=True) if name in types}
+        cells: dict[str, Sequence[str]] = {
+            name: column if self._separator == "," or types[name] is ColumnType.TEXT else remove_decimal_commas(column)
+            for name, column in zip(self.columns, by_column, strict=True)
+            if name in types
+        }
         end = FilePosition(position.offset + len(content), position.line + line_count, position.row + len(records))
-        block = TableBlock(cells, rows, lines, rejected, end)
+        block = TableBlock(dict(cells), rows, lines, rejected, end)
         if not keep_invalid:
             return tables.convert_block(block, types)
         return replace(
@@ -141,7 +160,13 @@ class CsvTable:
         )
 
 
-def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str, ColumnType]) -> _Columns | None:
+def _find_separator(first_line: str) -> str:
+    return next((mark for mark in (",", ";", "\t") if mark in first_line), ",")
+
+
+def _parse_with_pyarrow(
+    content: bytes, names: Sequence[str], types: Mapping[str, ColumnType], separator: str
+) -> _Columns | None:
     import pyarrow as pa
     from pyarrow import csv as arrow
 
@@ -149,7 +174,7 @@ def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str
     unique = [name if names.index(name) == i else f"{name} ({i})" for i, name in enumerate(names)]
     wanted = {name: pa.string() if kind is ColumnType.TEXT else pa.float64() for name, kind in types.items()}
     read = arrow.ReadOptions(column_names=unique, use_threads=False, block_size=max(len(content) + 1, 1024))
-    parse = arrow.ParseOptions(newlines_in_values=b'"' in content)
+    parse = arrow.ParseOptions(delimiter=separator, newlines_in_values=b'"' in content)
     convert = arrow.ConvertOptions(
         include_columns=list(wanted),
         column_types=wanted,
@@ -167,10 +192,10 @@ def _parse_with_pyarrow(content: bytes, names: Sequence[str], types: Mapping[str
 
 
 def _parse_with_numpy(
-    content: bytes, names: Sequence[str], types: Mapping[str, ColumnType], line_count: int
+    content: bytes, names: Sequence[str], types: Mapping[str, ColumnType], line_count: int, separator: str
 ) -> _Columns | None:
     try:
-        table = np.loadtxt(io.BytesIO(content), np.float64, comments=None, delimiter=",", ndmin=2)
+        table = np.loadtxt(io.BytesIO(content), np.float64, comments=None, delimiter=separator, ndmin=2)
     except ValueError:
         return None
     if table.shape != (line_count, len(names)):
@@ -185,13 +210,15 @@ def _parse_with_numpy(
     return columns
 
 
-def _read_records(text: str, max_multiline: Sequence[int]) -> tuple[list[tuple[int, list[str] | str]], int]:
+def _read_records(
+    text: str, max_multiline: Sequence[int], separator: str
+) -> tuple[list[tuple[int, list[str] | str]], int]:
     """Return (line from 0, its cells or why it is no record) of all but blank lines, and the number of lines."""
     width = len(max_multiline)
     if '"' not in text:
         try:
             # Each line is a record.
-            lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            lines = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
             return [(i, _check_width(cells, width)) for i, cells in enumerate(lines) if cells], len(lines)
         except csv.Error:
             pass
@@ -203,11 +230,12 @@ def _read_records(text: str, max_multiline: Sequence[int]) -> tuple[list[tuple[i
             taken.append(line)
             yield line
 
-    reader, number = csv.reader(next_lines(), strict=True), 0
+    reader, number = csv.reader(next_lines(), strict=True, delimiter=separator), 0
     while (cells := _read_record(reader, width)) is not None:
         if len(taken) > 1 and (isinstance(cells, str) or _has_stray_break(cells, max_multiline)):
             # A quotation mark that nothing closes took in the lines after it: parse each by itself.
-            alone = [_read_record(csv.reader([line], strict=True), width) for line in taken]
+            each = (csv.reader([line], strict=True, delimiter=separator) for line in taken)
+            alone = [_read_record(reader_of_line, width) for reader_of_line in each]
             records += [(number + i, cells) for i, cells in enumerate(alone) if cells]
         elif cells:
             records.append((number, cells))
@@ -246,14 +274,14 @@ def _find_line_end(content: bytes, line_count: int, size: int) -> int:
     return int(ends[line_count - 1]) + 1 if len(ends) >= line_count else len(view)
 
 
-def _complete_lines_end(content: bytes, *, at_eof: bool) -> tuple[int, bool]:
+def _complete_lines_end(content: bytes, separator: str, *, at_eof: bool) -> tuple[int, bool]:
     """Return the end of the last whole line, and whether all quotation marks up to there enclose whole cells.
 
     A quotation mark that opens a cell and is never closed is a mistake of its own line: the lines end with it, so
     that it takes in no more.
     """
-    safe, at, quote_count = 0, 0, 0
-    while (opened := _find_opening_quote(content, at)) >= 0:
+    safe, at, quote_count, mark = 0, 0, 0, separator.encode()
+    while (opened := _find_opening_quote(content, at, mark)) >= 0:
         first = opened + 1
         safe = content.rfind(b"\n", at, first) + 1 or safe
         closed = _CLOSING_QUOTE.match(content, first, first + _MAX_CELL_BYTES)
@@ -263,17 +291,17 @@ def _complete_lines_end(content: bytes, *, at_eof: bool) -> tuple[int, bool]:
             stray = content.find(b"\n", first) + 1
             return (stray or len(content)) if stray or at_eof else safe, False
         at = closed.end()
-        if content[at : at + 1] in (b"", b",", b"\r", b"\n"):
+        if content[at : at + 1] in (b"", mark, b"\r", b"\n"):
             quote_count += content.count(b'"', opened, at)
     safe = content.rfind(b"\n", at) + 1 or safe
     end = len(content) if at_eof else safe
     return end, content.count(b'"', 0, end) == quote_count
 
 
-def _find_opening_quote(content: bytes, start: int) -> int:
+def _find_opening_quote(content: bytes, start: int, separator: bytes) -> int:
     """Return where the next cell begins with a quotation mark; -1 without one."""
     while (at := content.find(b'"', start)) >= 0:
-        if at == 0 or content[at - 1] in b",\r\n":
+        if at == 0 or content[at - 1] in separator + b"\r\n":
             return at
         start = at + 1
     return -1

@@ -5,6 +5,7 @@ A table knows columns by name and their types. It knows neither streams nor mode
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -21,6 +22,7 @@ BLOCK_BYTES = 4 << 20
 MISSING_VALUES = ("", "NaN", "nan", "NA", "N/A", "null", "NULL", "None")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_FIRST_LINE_BYTES = 1 << 17
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?\s*")
 
 
 class ColumnType(Enum):
@@ -81,8 +83,8 @@ class TableOptions(msgspec.Struct, frozen=True):
 
     A row with a value of another type than its column's is rejected; with `keep_invalid` it stays, with the value as
     the file has it, and pyarrow is not used but for Parquet. `check_row` returns the reason to reject a JSON object.
-    A file with a line above `max_line_bytes`, or a Parquet row group that needs more than half of `memory_bytes`, is
-    rejected.
+    `separator` is that of CSV; without one it follows from the first line. A file with a line above `max_line_bytes`,
+    or a Parquet row group that needs more than half of `memory_bytes`, is rejected.
     """
 
     block_bytes: int = BLOCK_BYTES
@@ -90,6 +92,7 @@ class TableOptions(msgspec.Struct, frozen=True):
     max_line_bytes: int = 64 << 20
     memory_bytes: int | None = None
     keep_invalid: bool = False
+    separator: str = ""
     check_row: Callable[[dict[str, Any]], str | None] = lambda _: None
 
 
@@ -164,6 +167,11 @@ def keep_invalid_values(cells: Sequence[str], column_type: ColumnType) -> list[A
         except (ValueError, OverflowError):
             pass
     return [_number_or_text(cell, number) for cell in cells]
+
+
+def remove_decimal_commas(cells: Sequence[str]) -> list[str]:
+    """Return cells with numbers such as 21,5 written as 21.5."""
+    return [cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell) else cell for cell in cells]
 
 
 def _number_or_text(cell: str, number: type[int] | type[float]) -> Any:

@@ -15,6 +15,7 @@ from agent import clock
 
 _SEVERITIES = ("critical", "warning", "info")
 _QUALITIES = ("synced", "restored", "unsynced")
+_LABEL_KINDS = ("truth", "verdicts", "model")
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
@@ -87,6 +88,10 @@ def _build_task_families(status: Mapping[str, Any]) -> Iterator[Family]:
     yield each("backlog_rows", "Rows that the task has not consumed.", "backlog")
     yield each("consumed_rows_total", "Rows that the task consumed.", "row", "counter")
     yield each("drift_windows_total", "Drift windows that the task tested.", "windows", "counter")
+    yield Family(
+        "outstation_task_labels", "gauge", "Stored labels: ground truth, verdicts, or the model's own answers.",
+        [({"task": task["task"], "kind": kind}, task["labels"][kind]) for task in tasks for kind in _LABEL_KINDS],
+    )  # fmt: skip
     yield Family(
         "outstation_task_alerts_open", "gauge", "Open alerts about the task's data, results and model.",
         [({"task": task["task"], "severity": severity}, count) for task in tasks

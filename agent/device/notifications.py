@@ -136,6 +136,9 @@ class DeviceAlertSource:
         """Read the alerts that are new, and bring the states up to date."""
         while rows := self._store.alerts_after(self._last, _CHUNK):
             for number, body in rows:
+                if body.get("kept"):
+                    # The stream's owner lets no alert leave.
+                    continue
                 state = self._to_state(number, body)
                 self._states.pop(state.key, None)
                 self._states[state.key], self._numbers[state.key] = state, number

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -13,12 +14,14 @@ import msgspec
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config, StreamConfig
+from agent.config.sources import ExecSource
 from agent.device.bundles import history, overrides, rollout_state
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store import cost, space, task_keys
+from agent.device.store import labels as label_store
 from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
@@ -53,6 +56,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
                 "late_rows": counters.get(f"rows late.{name}", 0),
                 "step_rows": counters.get(f"rows step.{name}", 0),
                 "out_of_order_rows": counters.get(f"rows out of order.{name}", 0),
+                **_describe_program(stream, counters, name),
                 "last": _describe_last_row(store, name, stream, now),
             }
             for name, stream in conf.streams.items()
@@ -77,6 +81,14 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "duplicate_files": counters.get("files duplicate", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
+
+
+def _describe_program(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:
+    """Return how often a stream's program was started again, was silent and was held back; nothing without one."""
+    if not isinstance(stream.source, ExecSource):
+        return {}
+    kinds = {"restarts": "restarts", "silences": "silent", "floods": "held back"}
+    return {f"program_{member}": counters.get(f"program {kind}.{name}", 0) for member, kind in kinds.items()}
 
 
 def _describe_last_row(store: Store, name: str, stream: StreamConfig, now: ClockReading) -> dict[str, Any] | None:
@@ -107,6 +119,7 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
         "site_reference": store.load_state(name, task_keys.SITE_REFERENCE) is not None,
         "reference": _summarize_reference(conf, store, name),
         "open": store.open_alerts(name),
+        "labels": msgspec.to_builtins(store.query(label_store.count_labels, name)),
         "quality": json.loads(label_metrics) if label_metrics else None,
         **deadline.to_status(store, counters, name, task.deadline),
         **overrides.to_status(store, name),

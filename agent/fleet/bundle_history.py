@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import msgspec
 
 from agent.errors import MessageRefused
-from agent.fleet.database import labels
 from agent.fleet.database.interface import Connection
-from agent.fleet.database.labels import TaskLog
+from agent.fleet.database.labelling import labels
+from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.labels import LabelSchema, parse_anomaly
 from agent.wire.messages import AuditPayload, ResultsPayload, decode
 
@@ -29,6 +29,12 @@ class BundleRun(msgspec.Struct):
 
     def to_dict(self) -> dict[str, str]:
         return {"name": self.name, "version": self.version, "digest": self.digest}
+
+
+class BundleRef(msgspec.Struct, frozen=True):
+    name: str
+    version: str
+    digest: str
 
 
 class BundleLabelSchema(msgspec.Struct, frozen=True):

@@ -14,8 +14,10 @@ It needs CLEAR_SIZE labels whose mean is within the margin and whose interval li
 A label that is corrected later counts as if it had been right from the start: `recompute` runs all tests again.
 Where earlier labels are deleted by then, an open alert stays open until those that are left meet its recovery test.
 
+From the first label of an authenticated author on, only such labels count: nobody else can raise or clear an alert.
+
 The share of labels that are the model's own answers is watched, too: they say nothing about it, and training on them
-would repeat its mistakes.
+would repeat its mistakes. So are labels that agree with the answers more often than the scores let expect.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ _PRIOR = 1.0
 _AUTOCORRELATION_MEMORY = 400
 # Share of labels that are the model's own answers.
 MAX_OWN_SHARE = 0.2
+# Labels repeat the answers if so few of at least so many disagree that chance explains it in one of a million windows.
+MIN_AGREEMENT_LABELS, MAX_AGREEMENT_NATS = 100, math.log(1e6)
 
 
 class Run(msgspec.Struct):
@@ -129,6 +133,18 @@ class DegradationState(msgspec.Struct):
     feedback_open: bool = False
     feedback_count: int = 0
     is_estimate_wrong: bool = False  # the accuracy of the last report and the estimated one exclude each other
+    is_authenticated: bool = False  # only labels whose author is authenticated count
+
+    def require_authenticated(self) -> None:
+        """Count authenticated labels only from now on; what others raised stays open until these clear it."""
+        self.is_authenticated, self.first_number = True, 0
+        self.pending, self.recent_losses = [], []
+        self.baseline_n, self.baseline_loss_sum, self.baseline_square_sum = 0, 0.0, 0.0
+        self.tracks = {
+            kind: CusumTrack(run=track.run if track.is_open else Run(), is_open=track.is_open,
+                             raised_count=track.raised_count)
+            for kind, track in self.tracks.items()
+        }  # fmt: skip
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
@@ -397,19 +413,52 @@ def _raised_sentence(event: DegradationEvent, *, binary_loss: bool) -> str:
     return f"accuracy fell: {observed}, that of the first {BASELINE_SIZE} was {1 - event.before:.2f}."
 
 
-def check_feedback(state: DegradationState, own: int, n: int) -> Alert | None:
-    """Return an alert if too many of the newest `n` labels, `own`, are the model's answers, or no longer are."""
+class Agreement(msgspec.Struct, frozen=True):
+    """Labels of `n` answers, `wrong` of which disagree; the scores let expect `expected` wrong ones."""
+
+    n: int = 0
+    wrong: int = 0
+    expected: float = 0.0
+
+    @property
+    def is_implausible(self) -> bool:
+        """Return True if labels that were given without the answer hardly agree so often.
+
+        By Chernoff's bound of a sum of independent outcomes; the model may be twice as good as its scores promise.
+        """
+        mean = self.expected / 2
+        if self.n < MIN_AGREEMENT_LABELS or self.wrong >= mean:
+            return False
+        excess = self.wrong * math.log(self.wrong / mean) if self.wrong else 0.0
+        return excess + mean - self.wrong > MAX_AGREEMENT_NATS
+
+
+def check_feedback(state: DegradationState, own: int, n: int, agreement: Agreement = Agreement()) -> Alert | None:  # noqa: B008
+    """Return an alert if too many of the newest `n` labels repeat the model's answers, or no longer do.
+
+    `own` of them say that they are the model's.
+    """
     share = own / n if n else 0.0
-    too_many = share > MAX_OWN_SHARE
+    too_many = share > MAX_OWN_SHARE or agreement.is_implausible
     if too_many == state.feedback_open or (state.feedback_open and share > MAX_OWN_SHARE / 2):
         return None
     state.feedback_open = too_many
     state.feedback_count += too_many
-    summary = (
-        f"{share:.0%} of the last {n} labels are the model's own answers: they say nothing about it, and training on "
-        "them would repeat its mistakes. They are left out of every metric; let people label some."
-        if too_many
-        else f"most labels are not the model's own answers any more ({share:.0%} of the last {n} are)."
-    )
+    evidence: dict[str, Any] = {"own": own, "n": n}
+    if share > MAX_OWN_SHARE:
+        summary = (
+            f"{share:.0%} of the last {n} labels are the model's own answers: they say nothing about it, and training "
+            "on them would repeat its mistakes. They are left out of every metric; let people label some."
+        )
+    elif too_many:
+        expected = agreement.expected
+        evidence |= {"compared": agreement.n, "wrong": agreement.wrong, "expected_wrong": round(expected, 2)}
+        summary = (
+            f"{agreement.wrong} of the last {agreement.n} labels disagree with the model, whose scores let expect "
+            f"about {expected:.0f}: they seem to repeat its answers, so that metrics and training would only "
+            "confirm it. Let people label some results without seeing the answer."
+        )
+    else:
+        summary = f"most labels are not the model's own answers any more ({share:.0%} of the last {n} are)."
     build = OWN_LABELS.raised if too_many else OWN_LABELS.cleared
-    return build(summary, {"own": own, "n": n}, count=state.feedback_count)
+    return build(summary, evidence, count=state.feedback_count)

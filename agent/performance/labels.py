@@ -8,8 +8,11 @@ from typing import Any
 
 import msgspec
 
-HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
-_MAX_TEXT = 256
+# A verdict is of a person who saw the prediction first.
+HUMAN, MODEL, SYSTEM, VERDICT = SOURCES = ("human", "model", "system", "verdict")
+# Labels of these are no ground truth.
+NO_TRUTH = (MODEL, VERDICT)
+MAX_LABEL = 256
 # Separator of the labels of a multi-label result, the text for no label, and the most labels a model may have.
 SEPARATOR, NO_LABEL, MAX_MULTILABEL_CLASSES = "|", "-", 16
 _ANOMALY_TEXTS = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
@@ -20,12 +23,16 @@ ANOMALY = ("normal", "anomaly")
 
 
 class Label(msgspec.Struct, frozen=True):
-    """Label of the result at `row`, or of the one nearest to `t` (epoch µs); one of the two is None."""
+    """Label of the result at `row`, or of the one nearest to `t` (epoch µs); one of the two is None.
+
+    `by`: who gave it, if that is authenticated.
+    """
 
     row: int | None
     t: int | None
     text: str
     source: str = HUMAN
+    by: str = ""
 
 
 class LabelSchema(msgspec.Struct, frozen=True):
@@ -74,6 +81,12 @@ class LabelSchema(msgspec.Struct, frozen=True):
             return tuple(name for i, name in enumerate(self.labels) if code >> i & 1)
         return (self.class_names[code],)
 
+    def format_class(self, code: int) -> str:
+        """Return the text of a class that `parse` gives the number `code`."""
+        if self.kind == "several":
+            return SEPARATOR.join(name for i, name in enumerate(self.labels) if code >> i & 1) or NO_LABEL
+        return self.class_names[code]
+
     def _parse_multilabel(self, text: str) -> float:
         if len(self.labels) > MAX_MULTILABEL_CLASSES:
             raise ValueError(f"labels of a model that knows more than {MAX_MULTILABEL_CLASSES} at once are not taken")
@@ -115,8 +128,8 @@ def _label_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
-        raise ValueError(f"a label must be a number or text of 1-{_MAX_TEXT} characters")
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_LABEL or not value.isprintable():
+        raise ValueError(f"a label must be a number or text of 1-{MAX_LABEL} characters")
     return value
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.client import Client
+from agent.device.machine import label_key
 from agent.simulate.scenario import DelayedLabels
 
 
@@ -27,6 +28,8 @@ class LabelMeter:
         self._task, self._measured, self._values = task, measured, values
         self._connect = client or (lambda: Client(socket, name="meter"))
         self._client: Client | None = None
+        self._author: tuple[str, str] | None = None
+        self._data_dir = socket.parent if client is None else None
         self._sent_through = 0
 
     def send_due_labels(self, last_row: int) -> None:
@@ -39,8 +42,12 @@ class LabelMeter:
             return
         if self._client is None:
             self._client = self._connect()
+            if self._data_dir is not None:
+                # The daemon, which is there now, made the key.
+                self._author = "meter", label_key.make_token(label_key.load(self._data_dir), "meter")
         for row in rows.tolist():
-            self._client.label(self._task, float(self._values[row - 1]), row=row, source="system")
+            value = float(self._values[row - 1])
+            self._client.label(self._task, value, row=row, source="system", author=self._author)
 
     def close(self) -> None:
         """Wait until the device has stored all labels. Raises ConnectionError."""

@@ -23,6 +23,7 @@ from agent.transport.packets import (
     PublishReceipt,
     decompress,
 )
+from agent.wire.topics import topic_matches
 
 T = TypeVar("T")
 _STEP_S = 0.1
@@ -255,14 +256,3 @@ class LossyLink:
 
 def _size(*parts: str | bytes) -> int:
     return sum(len(part) for part in parts)
-
-
-def topic_matches(topic_filter: str, topic: str) -> bool:
-    """Return True if an MQTT topic filter matches a topic (MQTT 5, section 4.7)."""
-    levels, topic_levels = topic_filter.split("/"), topic.split("/")
-    for i, level in enumerate(levels):
-        if level == "#":
-            return True
-        if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
-            return False
-    return len(levels) == len(topic_levels)

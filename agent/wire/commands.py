@@ -29,8 +29,8 @@ COMMANDS: dict[str, CommandArguments] = {
     "relearn": CommandArguments(("task",), ("for",)),
     "reset-reference": CommandArguments(("task",)),
     "accept-reference": CommandArguments(("task",)),
-    # `labels`: JSON columns, as in a label line at the intake.
-    "label": CommandArguments(("task", "labels")),
+    # `labels`: JSON columns, as in a label line at the intake; `by`: who gave them.
+    "label": CommandArguments(("task", "labels"), ("by",)),
     "rotate-key": CommandArguments(),
     # PEM, for the TLS key that the device has.
     "install-certificate": CommandArguments(("certificate",)),

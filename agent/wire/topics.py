@@ -89,3 +89,14 @@ def parse(text: str) -> Topic:
     if task is not None and not is_name(task) and (kind, task) != ("alerts", DEVICE_ALERTS):
         raise MessageRefused("topic", f"{task[:80]!r} cannot name a task of {kind}")
     return Topic(parts[1], device, kind, task)
+
+
+def topic_matches(topic_filter: str, topic: str) -> bool:
+    """Return True if an MQTT topic filter matches a topic (MQTT 5, section 4.7)."""
+    levels, topic_levels = topic_filter.split("/"), topic.split("/")
+    for i, level in enumerate(levels):
+        if level == "#":
+            return True
+        if i >= len(topic_levels) or level not in ("+", topic_levels[i]):
+            return False
+    return len(levels) == len(topic_levels)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent import config
+from agent.device.intake import feedback_loops
 from agent.device.store.store import Store
 from agent.testing.fleet import RECORDINGS
 from agent.testing.process import run_outstation
@@ -93,3 +94,35 @@ def test_the_key_that_messages_are_sealed_to_is_checked(tmp_path: Path, key: str
     if state == "failed":
         refused = run_outstation("run", "-c", str(file))
         assert (refused.returncode, words in refused.stderr) == (2, True)
+
+
+LOOP = """
+[streams.watch]
+fields = [{{ name = "ax" }}]
+source = {{ kind = "mqtt", topic = "{topic}", paths = {{ ax = "$.score" }} }}
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+"""
+
+
+@pytest.mark.parametrize(
+    ("topic", "is_loop"),
+    [
+        ("outstation/acme/pi-07/results/exercise", True),
+        ("outstation/acme/+/results/#", True),
+        ("outstation-bridge/acme/latest/pi-07/exercise", True),
+        ("#", True),
+        ("outstation/acme/pi-08/results/exercise", False),
+        ("outstation/acme/pi-07/drift/exercise", False),
+        ("plant/pump/1", False),
+    ],
+)
+def test_a_stream_that_reads_the_tasks_own_results_is_a_feedback_loop(
+    tmp_path: Path, topic: str, is_loop: bool
+) -> None:
+    conf = config.load(device(tmp_path, LOOP.format(topic=topic)))
+    assert [loop.readers for loop in feedback_loops.find(conf)] == ([("exercise",)] if is_loop else [])
+    if is_loop:
+        [loop] = feedback_loops.find(conf)
+        assert "its answers become its own input" in loop.summary

@@ -251,6 +251,83 @@ def test_what_cannot_be_taken_at_all_is_one_line_on_stderr_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+def test_columns_of_another_program_are_renamed_left_out_and_separated_by_semicolons(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = '\ufeffZeit;Beschleunigung x;"y;2";Notiz\n'
+    text += '2025-11-25 01:00:00;1,5;-2,25;"a;b"\n2025-11-25 01:00:01;2;3;\n2025-11-25 01:00:02;1,5,5;3;\n'
+    (home / "in.csv").write_text(text, encoding="utf-8")
+    options = ["--map", "Zeit=t", "--map", "Beschleunigung x=ax", "--map", "y;2=ay", "--ignore", "Notiz"]
+    code, out, err = ingest("watch", home / "in.csv", *options, "--timezone", "Europe/Berlin", "--json")
+    assert (code, err) == (1, "")
+    document = json.loads(out)
+    assert document["accepted"] == 2
+    assert [(bad["line"], bad["reason"]) for bad in document["rejected"]] == [(4, "ax is no number")]
+    rows = stored_rows(home, "watch", agent)
+    assert [column.tolist() for column in rows.columns] == [[1.5, 2], [-2.25, 3]]
+    midnight = 1_764_028_800_000_000
+    assert rows.t.tolist() == [midnight, midnight + 1_000_000]
+
+
+def test_json_lines_are_renamed_too_and_a_tab_separates(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.jsonl").write_text('{"x": 1, "ay": 2, "note": "n"}\n{"ax": 1, "ay": 2}\n')
+    code, out, _ = ingest("watch", home / "in.jsonl", "--map", "x=ax", "--ignore", "note", "--json")
+    assert code == 1
+    assert [bad["line"] for bad in json.loads(out)["rejected"]] == [2]
+    (home / "in.csv").write_text("ax|ay\n3|4\n")
+    assert ingest("watch", home / "in.csv", "--sep", "|")[0] == 0
+    (home / "tab.csv").write_text("ax\tay\n5\t6\n")
+    assert ingest("watch", home / "tab.csv")[0] == 0
+    assert stored_rows(home, "watch", agent).columns[0].tolist() == [1, 3, 5]
+
+
+def test_a_local_time_is_refused_with_the_way_to_name_its_zone(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("t,ax,ay\n2026-11-27 10:00:00,1,2\n")
+    code, out, _ = ingest("watch", home / "in.csv")
+    assert code == 1
+    assert "has no time zone; add Z or +01:00" in out
+    assert "--timezone Europe/Berlin" in out
+
+
+def test_of_an_hour_that_comes_twice_the_order_of_the_rows_tells_which_it_is(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    times = ["02:30:00", "02:59:59", "02:00:00", "02:30:00", "03:00:00"]
+    (home / "in.csv").write_text("t,ax,ay\n" + "".join(f"2025-10-26 {t},1,{i}\n" for i, t in enumerate(times)))
+    assert ingest("watch", home / "in.csv", "--timezone", "Europe/Berlin")[0] == 0
+    start = 1_761_438_600_000_000
+    spans = [0, 1799, 1800, 3600, 5400]
+    assert stored_rows(home, "watch").t.tolist() == [start + span * 1_000_000 for span in spans]
+    (home / "gap.csv").write_text("t,ax,ay\n2026-03-29 02:30:00,1,2\n")
+    assert ingest("watch", home / "gap.csv", "--timezone", "Europe/Berlin")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--map", "ax"], "--map 'ax': write COLUMN=FIELD"),
+        (["--map", "x=az"], "--map 'x=az': the stream has no field 'az'; did you mean 'ay'?"),
+        (["--map", "x=ax", "--map", "y=ax"], "named twice"),
+        (["--map", "x=ax"], "--map: the file has no column 'x'"),
+        (["--sep", ";;"], "--sep ';;': give one character"),
+        (["--timezone", "Europe/Berlinn"], "'Europe/Berlinn': no time zone of this machine"),
+        ([], "column 'az' is not a field of this stream; did you mean 'ay'?; --map COLUMN=FIELD renames a column"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    home: Path, ingest: Callable[..., tuple[int, str, str]], options: list[str], message: str
+) -> None:
+    (home / "in.csv").write_text("ax,ay,az\n1,2,3\n")
+    code, _, err = ingest("watch", home / "in.csv", *options)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_a_file_with_its_header_only_is_no_error(
     home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import cli
-from agent.cli.device.label import read_labels
+from agent.cli.device.labelling.label import read_labels
 from agent.datasets.recordings import load
 from agent.errors import UsageError
 from agent.performance.labels import Label
@@ -164,3 +164,38 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
             assert (document["accepted"], [entry["line"] for entry in document["rejected"]]) == (5, [7, 8, 9])
         assert device.stop() == 0
         wait_until("all is collected", lambda: audit_fleet(fleet.home)[0] == 0)
+
+
+def test_a_verdict_on_the_device_is_a_label_with_an_author_and_no_ground_truth(home: Path) -> None:
+    config = home / "outstation.toml"
+    code, output = run("verdict", "exercise", 100, "--by", "eva", "--json", "-c", config)
+    confirmed = json.loads(output)
+    assert (code, confirmed["verdict"], confirmed["label"]) == (0, "confirmed", confirmed["predicted"])
+    other = "ABD" if confirmed["label"] != "ABD" else "PEN"
+    assert run("verdict", "exercise", 200, other, "--by", "eva", "-c", config)[0] == 0
+    assert run("verdict", "exercise", 101, "-c", config)[0] == 1
+    document = json.loads(run("status", "--json", "-c", config)[1])["tasks"][0]["labels"]
+    assert document == {"truth": 0, "verdicts": 2, "model": 0, "authenticated": 2, "waiting": 0}
+    assert "labels: 0 of ground truth, 2 verdicts; 2 authenticated" in run("status", "-c", config)[1]
+
+
+def test_what_to_label_next_on_the_device_has_no_label_yet(home: Path) -> None:
+    config = home / "outstation.toml"
+    assert run("verdict", "exercise", 100, "-c", config)[0] == 0
+    code, output = run("label-next", "exercise", "--limit", 79, "--json", "-c", config)
+    requests = json.loads(output)
+    assert code == 0
+    assert {each["reason"] for each in requests} >= {"uncertain", "random"}
+    assert 100 not in {each["row"] for each in requests}
+    first = next(each for each in requests if each["reason"] == "uncertain")
+    assert first["score"] == min(each["score"] for each in requests)
+    assert "uncertain" in run("label-next", "exercise", "-c", config)[1]
+
+
+def test_a_token_belongs_to_one_name(home: Path) -> None:
+    config = home / "outstation.toml"
+    assert run("verdict", "exercise", 100, "-c", config)[0] == 0
+    tokens = {name: run("label-token", name, "-c", config)[1].strip() for name in ("power-meter", "eva")}
+    assert len(set(tokens.values())) == 2
+    assert (home / "data" / "labels.key").stat().st_mode & 0o077 == 0
+    assert run("label-token", "../eva", "-c", config)[0] != 0

@@ -44,7 +44,7 @@ def test_codes_and_computed_columns_have_no_gain(roles: tuple[str, ...], cause: 
 
 
 @pytest.mark.parametrize("hour", [6, 18])
-def test_a_gain_is_told_by_the_mean_of_its_hour(hour: int) -> None:
+def test_a_gain_follows_the_mean_of_its_hour(hour: int) -> None:
     """At 6 the mean is three times that of the day, at 18 a third of it: half of it is neither more nor no change."""
 
     def make(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from agent.comparison.tally import merge_moments
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult
 from agent.drift.reporting import parsed_message
 from agent.fleet.drift.merge import MergedField
-from agent.wire import least_count
 from agent.wire.messages import Moments
+from agent.wire.privacy import least_count
 from tests.kit.machine import LABELS, LEARN, ROWS, WINDOW, Readings, comparable, feed, readings, reference
 
 

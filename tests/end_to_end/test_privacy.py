@@ -34,7 +34,8 @@ class Hospital:
     """A fleet with one device whose rows come from its socket."""
 
     def __init__(self, folder: Path, fleet: LocalFleet, privacy: str) -> None:
-        self.fleet, self.folder = fleet, folder
+        # What the intake answers to a producer.
+        self.fleet, self.folder, self.answer = fleet, folder, ""
         packed(folder, CLASSIFY)
         fields = ", ".join(
             [
@@ -83,8 +84,11 @@ class Hospital:
         assert done.returncode in (0, 1), done.stderr
         return [done.stdout.encode(), done.stderr.encode()]
 
-    def everything(self) -> bytes:
-        """Return every byte that was published, stored by the collector, logged, reported or put into evidence."""
+    def everything(self, *, local: bool = True) -> bytes:
+        """Return every byte that was published, stored by the collector, logged, reported or put into evidence.
+
+        `local`: also what the device shows on its own screen.
+        """
         out, plot = self.folder / "evidence", self.folder / "drift.svg"
         parts = [self.answer.encode()]
         for command in (
@@ -99,7 +103,7 @@ class Hospital:
             ["command", "ward-1", "report", "--json"],
         ):
             parts += self.run("fleet", *command, "--dir", str(self.fleet.home))
-        for form in ([], ["--json"]):
+        for form in ([], ["--json"]) if local else ():
             parts += self.run("status", *form, "-c", str(self.device.config))
         parts.append(plot.read_bytes())
         self.fleet.collector.stop()

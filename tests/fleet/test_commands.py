@@ -227,7 +227,7 @@ def test_a_damaged_counter_file_is_restored_from_the_database(
         store.ingest([Arrival(sender.verify(report))], [], TIME)
     store.close()
     (tmp_path / COUNTER_FILE).write_text("damaged\n")
-    says = r"write the highest used counter into it .*docs/commands\.md"
+    says = r"write the highest used counter into it .*docs/reference/commands\.md"
     with pytest.raises(UsageError, match=says), reserve_counter(tmp_path, lambda: now):
         pass
     [query] = re.findall(r"^    (SELECT max\(counter\).*?;)$", COMMANDS.read_text(), re.MULTILINE | re.DOTALL)

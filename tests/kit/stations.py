@@ -56,6 +56,7 @@ class Station:
         *,
         sources: Callable[[Store], Sequence[Source]] | None = None,
         label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
+        label_key: bytes | None = None,
         **store: Any,
     ) -> None:
         self.conf = conf
@@ -64,7 +65,9 @@ class Station:
         self.store = open_store(conf.data_dir, **store)
         self.store.declare_streams(conf.streams)
         made = sources(self.store) if sources else []
-        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, label_targets)
+        self.intake = Intake(
+            *(conf, self.store, made, clock.read, self._committed, self.failures.append), label_targets, label_key
+        )
         self.socket = conf.data_dir / "intake.sock"
 
     def _committed(self) -> None:

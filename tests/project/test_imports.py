@@ -85,8 +85,11 @@ ONLY = {
     "starlette": {
         *(f"agent.fleet.dashboard.{name}" for name in ("app", "login", "server")),
         *(f"agent.fleet.dashboard.security.{name}" for name in ("access", "guard")),
-        *(f"agent.fleet.dashboard.pages.{name}" for name in ("account", "device", "fleet", "incidents", "message")),
-        *(f"agent.fleet.dashboard.pages.{name}" for name in ("audit", "models", "rollouts", "tasks", "visit")),
+        *(f"agent.fleet.dashboard.pages.{name}" for name in ("account", "device", "fleet", "incidents", "labels")),
+        *(
+            f"agent.fleet.dashboard.pages.{name}"
+            for name in ("audit", "message", "models", "rollouts", "tasks", "visit")
+        ),
         "agent.fleet.metrics.endpoint",
     },
     "uvicorn": {"agent.fleet.dashboard.server"},
@@ -436,7 +439,7 @@ def test_starting_does_not_load_what_only_others_need(start: str, unwanted: set[
 def test_the_list_of_commands_loads_none_of_them() -> None:
     code = "import sys; from agent.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "  status     Show backlog" in done.stdout
+    assert "  status       Show backlog" in done.stdout
     loaded = set(done.stdout.splitlines())
     assert "agent.cli" in loaded
     assert {module for module in loaded if module.startswith("agent.cli.") or module == "numpy"} == set()

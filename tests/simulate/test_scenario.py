@@ -28,7 +28,14 @@ class Book(Client):
         self.sent: list[tuple[int | None, float | str]] = []
 
     def label(
-        self, task: str, label: str | float, *, row: int | None = None, t: float | None = None, source: str = "human"
+        self,
+        task: str,
+        label: str | float,
+        *,
+        row: int | None = None,
+        t: float | None = None,
+        source: str = "human",
+        author: tuple[str, str] | None = None,
     ) -> None:
         assert (task, t, source) == ("solar", None, "system")
         self.sent.append((row, label))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.drift.reporting import parsed_message
 from agent.fleet.drift.merge import MergedField
-from agent.wire import least_count
+from agent.wire.privacy import least_count
 from agent.wire.runs import TimeRun
 
 pytestmark = pytest.mark.attack("privacy")

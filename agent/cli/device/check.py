@@ -24,6 +24,7 @@ from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
+from agent.device.intake import feedback_loops
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
 from agent.device.machine import schedule
@@ -47,7 +48,7 @@ from agent.text import printable
 _FETCH_TIMEOUT_S = 20.0
 # `fleet renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
-_STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
+STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 class CheckResult(msgspec.Struct, frozen=True):
@@ -67,13 +68,13 @@ def check(config_file: str | None, as_json: bool) -> None:
     Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
     """
     file, conf = device.load_config(config_file)
-    results = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
+    results = [CheckResult("config", "ok", str(file)), *run_checks(file, conf)]
     emit([asdict(result) for result in results], as_json, lambda: _print(results))
     if any(result.state == "failed" for result in results):
         sys.exit(1)
 
 
-def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
+def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
     if (end := read_end(conf)) is not None:
@@ -88,6 +89,8 @@ def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         if (module := source_module(stream.source)) is not None:
             context = SourceContext(str(file), conf, name)
             yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    for loop in feedback_loops.find(conf):
+        yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
     for name, task in conf.tasks.items():
@@ -330,5 +333,5 @@ def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
 def _print(results: list[CheckResult]) -> None:
     width = max(len(result.name) for result in results)
     for result in results:
-        state = click.style(result.state.ljust(7), fg=_STATE_COLORS[result.state])
+        state = click.style(result.state.ljust(7), fg=STATE_COLORS[result.state])
         echo_styled(f"{state}  {printable(result.name).ljust(width)}  {printable(result.detail)}")

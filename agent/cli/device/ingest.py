@@ -10,10 +10,10 @@ import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -29,7 +29,7 @@ from agent.datasets.formats import open_file
 from agent.device.intake.connection import FILE_PREFIX, FILE_SOURCE, client_position
 from agent.device.intake.decode_process import DecodeProcess
 from agent.device.intake.file_digest import hash_file
-from agent.device.intake.file_reader import FileBlock
+from agent.device.intake.file_reader import FileBlock, FileLayout
 from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.intake.row_history import is_row_reason
 from agent.device.machine.timekeeping import make_clock
@@ -38,6 +38,9 @@ from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy,
 from agent.text import printable
 from agent.toml_files import did_you_mean
 
+if TYPE_CHECKING:
+    from agent.datasets.local_times import LocalTimes
+
 _MAX_ROWS_PER_LINE = 1024
 _MAX_LINE_BYTES = 900_000
 
@@ -45,13 +48,27 @@ _MAX_LINE_BYTES = 900_000
 @click.command(epilog="Example: outstation ingest watch readings.csv")
 @click.argument("stream")
 @click.argument("file", default="-")
+@click.option("--map", "renamed", metavar="COLUMN=FIELD", multiple=True, help="Column that is a field of another name.")
+@click.option("--ignore", "ignored", metavar="COLUMN", multiple=True, help="Column that is left out.")
+@click.option("--sep", "separator", metavar="C", help="Separator of CSV; else that of the first line: , ; or a tab.")
+@click.option("--timezone", metavar="ZONE", help="Zone of times that name none, such as Europe/Berlin.")
 @config_option
 @json_option
-def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> None:
+def ingest(
+    stream: str,
+    file: str,
+    renamed: tuple[str, ...],
+    ignored: tuple[str, ...],
+    separator: str | None,
+    timezone: str | None,
+    config_file: str | None,
+    as_json: bool,
+) -> None:
     """Add readings from FILE (- is stdin), which is CSV, JSON Lines or Parquet, to STREAM.
 
     Readings go through the running daemon, or into the store if none runs. The first line of a CSV file names its
-    columns: the stream's fields, and optionally t (epoch seconds or RFC 3339). Exit 1 if a row was rejected.
+    columns: the stream's fields, and optionally t (epoch seconds or RFC 3339). --map and --ignore make the columns of
+    another program fit. With semicolons a number may have a decimal comma. Exit 1 if a row was rejected.
 
     A file that was added before is not added again, and one that was added in part is continued. A complete file is
     added again if it has rows without t, or if the stream has duplicates = "accept".
@@ -63,7 +80,9 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         )
     if isinstance(source := conf.streams[stream].source, FilesSource) and source.media_format:
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
-    accepted, rejected, handled_before = _ingest_file(conf, stream, file)
+    layout = _parse_layout(conf.streams[stream], renamed, ignored, separator)
+    times = None if timezone is None else _load_zone(timezone)
+    accepted, rejected, handled_before = _ingest_file(conf, stream, file, layout, times)
     lines = [{"line": n, "reason": r} for n, r in sorted(rejected.items())]
     document = {"accepted": accepted, "rejected": lines, "handled_before": handled_before}
 
@@ -77,7 +96,37 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         sys.exit(1)
 
 
-def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str], int]:
+def _parse_layout(
+    stream: StreamConfig, renamed: Sequence[str], ignored: Sequence[str], separator: str | None
+) -> FileLayout:
+    """Return how the file differs from the stream. Raises UsageError."""
+    names = [*(field.name for field in stream.fields), "t"]
+    columns: dict[str, str] = {}
+    for text in renamed:
+        column, has_field, field = text.rpartition("=")
+        if not has_field or not column:
+            raise UsageError(f"--map {text!r}: write COLUMN=FIELD, such as temp_c=temperature")
+        if field not in names:
+            raise UsageError(f"--map {text!r}: the stream has no field {field!r}{did_you_mean(field, names)}")
+        if column in columns or field in columns.values() or column in ignored:
+            raise UsageError(f"--map {text!r}: this column or field is named twice; remove one")
+        columns[column] = field
+    mark = {"tab": "\t", "\\t": "\t"}.get(separator or "", separator or "")
+    if len(mark.encode()) > 1 or mark in ('"', "\n", "\r", "."):
+        raise UsageError(f"--sep {separator!r}: give one character, such as ; or tab")
+    return FileLayout(columns, frozenset(ignored), mark)
+
+
+def _load_zone(name: str) -> LocalTimes:
+    # A few hundred kB that most calls do not need.
+    from agent.datasets.local_times import LocalTimes
+
+    return LocalTimes(name)
+
+
+def _ingest_file(
+    conf: Config, name: str, file: str, layout: FileLayout, times: LocalTimes | None
+) -> tuple[int, dict[int, str], int]:
     """Return the accepted rows, line → reason for rejected ones, and the rows that an earlier run handled."""
     path = None if file == "-" else Path(file)
     rejected: dict[int, str] = {}
@@ -87,7 +136,7 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
             source = open_files.enter_context(open_file(path if path is not None else 0))
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
-        key = _file_key(source, name, stream)
+        key = _file_key(source, name, stream, layout)
         may_repeat = not _is_regular(source) or stream.duplicates == "accept"
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
         process = DecodeProcess(
@@ -100,8 +149,8 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            blocks = _decode_blocks(process, source.fileno(), path.name if path is not None else "")
-            for checked, lines, bad, through in _check_blocks(conf, blocks, stream):
+            blocks = _decode_blocks(process, source.fileno(), path.name if path is not None else "", layout)
+            for checked, lines, bad, through in _check_blocks(conf, blocks, stream, times):
                 rejected |= bad
                 may_repeat = may_repeat or not np.all(checked.has_time)
                 if len(checked.rows):
@@ -113,27 +162,29 @@ def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str
         accepted, refused = target.finish()
         if problem is not None:
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
-            raise UsageError(f"{file}: {problem}{partial}")
+            fits = str(problem).startswith("column ") and not str(problem).endswith("twice")
+            hint = "; --map COLUMN=FIELD renames a column, --ignore COLUMN leaves one out" if fits else ""
+            raise UsageError(f"{file}: {problem}{hint}{partial}")
         if may_repeat and target.is_complete:
             target.forget()
     return accepted, rejected | refused, target.handled_before
 
 
-def _file_key(source: BufferedReader[Any], name: str, stream: StreamConfig) -> str:
+def _file_key(source: BufferedReader[Any], name: str, stream: StreamConfig, layout: FileLayout) -> str:
     """Return a client name by the content of the file and the fields of the stream, or a new one for a pipe."""
     if not _is_regular(source):
         return FILE_PREFIX + uuid.uuid4().hex
-    return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode([name, stream.fields]))
+    return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode([name, stream.fields, layout.renamed]))
 
 
 def _is_regular(source: BufferedReader[Any]) -> bool:
     return stat.S_ISREG(os.fstat(source.fileno()).st_mode)
 
 
-def _decode_blocks(process: DecodeProcess, source: int, name: str) -> Iterator[FileBlock]:
+def _decode_blocks(process: DecodeProcess, source: int, name: str, layout: FileLayout) -> Iterator[FileBlock]:
     """Yield the blocks of a file. Raises RowRejected, whatever its decoder cannot do."""
     try:
-        yield from process.decode(source, name)
+        yield from process.decode(source, name, layout=layout)
     except UsageError as problem:
         raise RowRejected(str(problem)) from None
     except OSError as error:
@@ -141,13 +192,15 @@ def _decode_blocks(process: DecodeProcess, source: int, name: str) -> Iterator[F
 
 
 def _check_blocks(
-    conf: Config, blocks: Iterator[FileBlock], stream: StreamConfig
+    conf: Config, blocks: Iterator[FileBlock], stream: StreamConfig, times: LocalTimes | None
 ) -> Iterator[tuple[ValidatedRows, list[int], dict[int, str], int]]:
     """Yield valid rows, their line numbers, the reason for each invalid line, and the last line read."""
     latest: int | None = None
     for block in blocks:
-        show_values = conf.privacy.values_in_logs
-        checked = validate_columns(block.raw, stream, clock.read().wall_us, latest, show_values=show_values)
+        show_values, raw = conf.privacy.values_in_logs, block.raw
+        if times is not None and isinstance(raw.t, list):
+            raw = msgspec.structs.replace(raw, t=times.convert(raw.t))
+        checked = validate_columns(raw, stream, clock.read().wall_us, latest, show_values=show_values)
         latest = checked.latest_us
         bad = block.rejected | {block.lines[i]: reason for i, reason in checked.rejected.items()}
         lines = [n for i, n in enumerate(block.lines) if i not in checked.rejected]

@@ -6,6 +6,7 @@ import re
 import socket
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,8 +16,13 @@ from agent.bootstrap.joining import CONFIG_FILE, set_data_dir
 from agent.cli.output import echo, emit, json_option
 from agent.errors import ConfigError, UsageError
 from agent.names import is_name
+from agent.quantities import parse_duration
 from agent.wire import keys
 
+if TYPE_CHECKING:
+    from agent.cli.proposal.stream import ProposedStream
+
+_TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 TEMPLATE = """\
 # Outstation, one device. Sizes and durations carry their unit: "512 MiB", "10 s", "72 h".
 
@@ -54,7 +60,7 @@ fields = [
   {{ name = "memory", unit = "%", min = 0, max = 100 }},
   {{ name = "disk", unit = "%", min = 0, max = 100 }},
 ]
-source = {{ kind = "host", poll_interval = "10 s" }}  # socket | mqtt | files | host | replay
+source = {{ kind = "host", poll_interval = "10 s" }}  # socket | mqtt | files | exec | host | replay
 
 # A task runs a bundle over a stream.
 # [tasks.exercise]
@@ -99,15 +105,27 @@ DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
 @click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option("--standalone", is_flag=True, help="A short config for one device without a fleet.")
 @click.option("--broker", metavar="URL", help=f"With --standalone: the broker; default {DEFAULT_BROKER}.")
+@click.option("--from", "source", metavar="SOURCE", help="Table or mqtt://HOST, from which a stream is proposed.")
+@click.option("--topic", metavar="FILTER", help="With --from mqtt://HOST: topics of the messages.")
+@click.option("--listen", default="30 s", show_default=True, help="With --topic: how long to listen.")
 @click.option("--id", "device", help="Device id; the default is the host name.")
 @click.option("--data-dir", help="Folder of the store; the default is DIR/data.")
 @json_option
 def init(
-    folder: Path, standalone: bool, broker: str | None, device: str | None, data_dir: str | None, as_json: bool
+    folder: Path,
+    standalone: bool,
+    broker: str | None,
+    source: str | None,
+    topic: str | None,
+    listen: str,
+    device: str | None,
+    data_dir: str | None,
+    as_json: bool,
 ) -> None:
     """Write an outstation.toml and a device key to DIR: commented, or short with --standalone.
 
-    With --standalone, delivery is confirmed by the broker, and the command says what that loses.
+    With --standalone, delivery is confirmed by the broker, and the command says what that loses. With --from a stream
+    is proposed: its fields, with units and ranges to check.
     """
     file = folder / CONFIG_FILE
     if broker is not None and not standalone:
@@ -119,8 +137,13 @@ def init(
         raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     if broker is not None:
         _check_broker(broker)
+    proposed = _propose(source, topic, listen)
     template = STANDALONE_TEMPLATE if standalone else TEMPLATE
     text = _fill(template, name, _FLEET, "data" if data_dir is None else data_dir, broker or DEFAULT_BROKER)
+    notes: list[str] = []
+    if proposed is not None:
+        text += f"\n{proposed.toml}"
+        notes = [f"Proposed stream {proposed.name}: check its units and ranges.", *proposed.notes]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The config comes last: a killed call can be repeated.
@@ -131,18 +154,41 @@ def init(
         raise UsageError(f"{error.filename}: exists already; move it away first") from None
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    document = {
+    document: dict[str, Any] = {
         "file": str(file),
         "device": config.load(file).device.id,
         "key": key.public.text,
         "thumbprint": key.public.kid,
     }
+    document |= {"notes": notes} if notes else {}
     lines = [f"{file} written"]
     lines += [f"{label:<12}{document[label]}" for label in ("device", "key", "thumbprint")]
+    lines += notes
     lines += _LOSSES.splitlines() if standalone else []
     fleet = f"outstation request {folder} --fleet FLEET --id {name}"
     lines.append(f"Next: outstation check -c {file}" if standalone else f"Next: {fleet}")
     emit(document, as_json, lambda: echo("\n".join(lines)))
+
+
+def _propose(source: str | None, topic: str | None, listen: str) -> ProposedStream | None:
+    """Return the stream that a table or a broker's messages propose; None without a source. Raises UsageError."""
+    is_broker = source is not None and "://" in source
+    if (topic is not None) != is_broker:
+        raise UsageError("--topic and --from mqtt://HOST belong together, such as --topic zigbee2mqtt/+")
+    if source is None:
+        return None
+    # Libraries of tables and of the broker, which the other ways do not need.
+    from agent.cli.proposal import stream
+
+    if not is_broker:
+        if Path(source).suffix.lower() not in _TABLE_SUFFIXES:
+            raise UsageError(f"--from {source}: give a table ({', '.join(_TABLE_SUFFIXES)}) or mqtt://HOST")
+        return stream.propose_from_file(Path(source))
+    try:
+        seconds = float(parse_duration(listen))
+    except ValueError as problem:
+        raise UsageError(f"--listen {listen!r}: {problem}") from None
+    return stream.propose_from_broker(source, topic or "", seconds)
 
 
 def is_untouched(text: str) -> bool:

@@ -23,11 +23,14 @@ from agent.text import format_duration, printable
 
 _HEADLINE_METRICS = frozenset({"accuracy", "f1_macro", "f1", "brier", "brier_top", "ece", "mae", "rmse", "r2", "auc"})
 _MAX_WORSE_SLICES = 3
-_ROW_COUNTS = {
+_STREAM_COUNTS = {
     "duplicate_rows": "duplicates rejected",
     "late_rows": "late rows rejected",
     "step_rows": "rows rejected by max_step",
     "out_of_order_rows": "rows out of order accepted",
+    "program_restarts": "restarts of the program",
+    "program_silences": "times killed because it was silent",
+    "program_floods": "times held back by max_rate",
 }
 _MAX_VALUES = 6  # of a stream's newest row
 _MAX_FIELDS = 6  # whose smallest changes are shown
@@ -77,7 +80,7 @@ def print_document(document: dict[str, Any]) -> None:
     echo("")
     _print_streams(document["streams"])
     for stream in document["streams"]:
-        if parts := [f"{stream[key]} {words}" for key, words in _ROW_COUNTS.items() if stream[key]]:
+        if parts := [f"{stream[key]} {words}" for key, words in _STREAM_COUNTS.items() if stream.get(key)]:
             echo(f"stream {stream['stream']}: {', '.join(parts)}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]
@@ -146,6 +149,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
             *map(printable, _format_label_metrics(task["quality"])),
+            *_format_label_counts(task["labels"]),
         ]
         lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         echo(f"\n{task['task']}")
@@ -226,6 +230,16 @@ def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     n = report.get("window", {}).get("n")
     lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {text}"] if text else []
     return lines + ([f"worse than elsewhere: {slices}{more}"] if slices else [])
+
+
+def _format_label_counts(counts: dict[str, int]) -> list[str]:
+    """Return how many labels are ground truth, and how many verdicts; nothing without labels."""
+    if not any(counts.values()):
+        return []
+    parts = [f"{counts['truth']} of ground truth", f"{counts['verdicts']} verdicts"]
+    parts += [f"{counts['model']} the model's own"] if counts["model"] else []
+    parts += [f"{counts['waiting']} that wait for their result"] if counts["waiting"] else []
+    return [f"labels: {', '.join(parts)}; {counts['authenticated']} authenticated"]
 
 
 def _format_interval(metric: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ def command(
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
+    install-certificate PEM      store a renewed TLS certificate; `fleet renew` sends it
     wipe                         erase readings, outbox, state and keys: at once if a second operator's key sends it,
                                  too, else after [operators] wipe_delay
     cancel-wipe                  cancel the pending wipe

@@ -13,7 +13,6 @@ from agent.cli.fleet.drift import drift
 from agent.cli.fleet.enrol import enrol, enrol_list, init, renew, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
-from agent.cli.fleet.label import label
 from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
 from agent.cli.fleet.repository import publish, repository
 from agent.cli.fleet.rollout import rollout
@@ -23,6 +22,9 @@ from agent.cli.groups import SentenceGroup
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
+    "label": "agent.cli.fleet.labelling.label:label",
+    "label-next": "agent.cli.fleet.labelling.suggest:label_next",
+    "verdict": "agent.cli.fleet.labelling.verdict:verdict",
     "export": "agent.cli.fleet.data.export:export",
     "migrate": "agent.cli.fleet.data.migrate:migrate",
     "prune": "agent.cli.fleet.data.prune:prune",
@@ -52,7 +54,7 @@ def fleet() -> None:
 
 for _subcommand in (
     *(init, token, enrol, enrol_list, renew, devices, collect, collector, homeassistant, reissue, viewer, watch),
-    *(alerts, gaps, audit, disclosed, drift, label, command, revoke, remove, accept_log, publish, repository, keys),
+    *(alerts, gaps, audit, disclosed, drift, command, revoke, remove, accept_log, publish, repository, keys),
     *(rollout, evidence, simulate),
 ):
     fleet.add_command(_subcommand)

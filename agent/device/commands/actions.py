@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
@@ -24,6 +25,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import BadBundle, ConfigError, RowRejected
+from agent.names import is_name
 from agent.toml_files import did_you_mean
 from agent.wire.commands import DEFAULT_SCHEDULE
 
@@ -185,7 +187,11 @@ class TaskActions:
             columns = msgspec.json.decode(args["labels"].encode(), type=dict[str, list[Any]])
         except msgspec.MsgspecError as error:
             raise RowRejected(f'labels: {error}; they are columns, as {{"row":[100],"label":["PEN"]}}') from None
-        batch = labels.parse_columns(task.name, columns)
+        # The command is signed, so its key vouches for the name.
+        by = args.get("by", "fleet")
+        if not is_name(by):
+            raise RowRejected(f"by: {by[:40]!r} is no name: 1-64 of a-z, 0-9, - and _")
+        batch = replace(labels.parse_columns(task.name, columns), by=by)
         with self._store.transaction() as tx:
             rejected = labels.store_labels(tx, label_metrics.build_label_targets([task])[task.name], batch, now)
         accepted = len(batch.labels) + len(batch.rejected) - len(rejected)

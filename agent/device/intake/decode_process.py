@@ -21,7 +21,7 @@ from agent.config import StreamConfig
 from agent.datasets.formats import PARQUET_SUFFIXES
 from agent.device.intake import decoded_blocks
 from agent.device.intake.decoded_blocks import Answer, DecodedBlock, DecodeEnd, DecodeRequest, DecoderSetup
-from agent.device.intake.file_reader import FileBlock
+from agent.device.intake.file_reader import AS_STREAM, FileBlock, FileLayout
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.sandbox import available_memory, child_process
@@ -75,13 +75,15 @@ class DecodeProcess:
         self._channel: socket.socket | None = None
         self._used_s, self._with_parquet = 0.0, False
 
-    def decode(self, file: int, name: str, skip: int = 0, last_us: int | None = None) -> Iterator[FileBlock]:
+    def decode(
+        self, file: int, name: str, skip: int = 0, last_us: int | None = None, layout: FileLayout = AS_STREAM
+    ) -> Iterator[FileBlock]:
         """Yield the blocks of the open `file` as `file_reader.read_blocks` or `media_reader.read_blocks` do.
 
         Raises RowRejected, UsageError as these do; DecoderDied; DecoderFailed, OSError.
         """
         channel = self.start(name)
-        request = DecodeRequest(name, os.fstat(file).st_mtime_ns // 1000, skip, last_us)
+        request = DecodeRequest(name, os.fstat(file).st_mtime_ns // 1000, skip, last_us, layout)
         is_finished = False
         try:
             try:

@@ -91,7 +91,7 @@ def _decode(channel: socket.socket, file: BinaryIO, request: DecodeRequest, setu
 def _read_blocks(path: Path | None, file: Any, request: DecodeRequest, setup: DecoderSetup) -> Iterator[DecodedBlock]:
     stream, limit = setup.stream, setup.memory_bytes
     if stream.media_format is None:
-        for block in file_reader.read_blocks(path, file, setup.name, stream, request.skip, limit):
+        for block in file_reader.read_blocks(path, file, setup.name, stream, request.skip, limit, request.layout):
             yield decoded_blocks.pack_table_block(block, stream, show_values=setup.show_values)
         return
     assert path is not None

@@ -20,7 +20,7 @@ import numpy as np
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import FilesSource
 from agent.device.intake import media_reader
-from agent.device.intake.file_reader import FileBlock
+from agent.device.intake.file_reader import AS_STREAM, FileBlock, FileLayout
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.media import ImageFormat, SoundFormat
 from agent.text import printable
@@ -65,6 +65,7 @@ class DecodeRequest(msgspec.Struct, frozen=True):
     modified_us: int
     skip: int
     last_us: int | None
+    layout: FileLayout = AS_STREAM
 
 
 class PackedColumn(msgspec.Struct, frozen=True):

@@ -35,6 +35,20 @@ class FileBlock(msgspec.Struct, frozen=True):
     rejected: dict[int, str]
 
 
+class FileLayout(msgspec.Struct, frozen=True):
+    """How a file differs from its stream: column → field, columns to leave out, and the separator of CSV."""
+
+    renamed: dict[str, str] = {}
+    ignored: frozenset[str] = frozenset()
+    separator: str = ""
+
+    def field_of(self, column: str) -> str:
+        return self.renamed.get(column, column)
+
+
+AS_STREAM = FileLayout()
+
+
 def read_blocks(
     path: Path | None,
     file: BufferedReader[Any],
@@ -42,6 +56,7 @@ def read_blocks(
     stream: StreamConfig,
     skip: int = 0,
     memory_bytes: int | None = None,
+    layout: FileLayout = AS_STREAM,
 ) -> Iterator[FileBlock]:
     """Yield the rows of `file` for stream `name` after line `skip`; the format follows from the suffix of `path`.
 
@@ -49,44 +64,61 @@ def read_blocks(
 
     Raises RowRejected if the file as a whole is not what the stream needs, UsageError for another format, OSError.
     """
-    row_check = _make_row_check(name, stream)
     options = TableOptions(
-        *(_READ_BYTES, max_block_rows(stream), _MAX_LINE_BYTES, memory_bytes), keep_invalid=True, check_row=row_check
+        *(_READ_BYTES, max_block_rows(stream), _MAX_LINE_BYTES, memory_bytes),
+        keep_invalid=True,
+        separator=layout.separator,
+        check_row=_make_row_check(name, stream, layout),
     )
     table = formats.open_table(path, file, options)
     types = {field.name: _COLUMN_TYPES.get(field.type, ColumnType.FLOAT) for field in stream.fields}
     types["t"] = ColumnType.TIME
-    if not isinstance(table, JsonLinesTable):
-        names = [field.name for field in stream.fields]
-        for column in table.columns:
-            if column not in names and column != "t":
-                raise RowRejected(
-                    f"column {column[:40]!r} is not a field of this stream{did_you_mean(column, [*names, 't'])}"
-                )
-        for column in table.columns:
-            if table.columns.count(column) > 1:
-                raise RowRejected(f"column {column!r} is there twice")
-        for field in stream.fields:
-            if field.name not in table.columns and not field.optional:
-                raise RowRejected(f"column {field.name!r} is missing; the first line must name the columns")
-        types = {column: types[column] for column in table.columns}
-    if isinstance(table, ParquetTable) and "t" in types and table.has_naive_times("t"):
+    if isinstance(table, JsonLinesTable):
+        # Of a member that is renamed to a field, the field's own name may not be a member.
+        sources = {name: name for name in types} | {field: column for column, field in layout.renamed.items()}
+    else:
+        sources = _find_columns(table.columns, stream, layout)
+    if isinstance(table, ParquetTable) and "t" in sources and table.has_naive_times(sources["t"]):
         raise RowRejected("column 't' holds timestamps without a time zone; write them with one, as UTC, or as seconds")
-    for block in table.read(types, FilePosition(line=skip, row=skip)):
-        columns: dict[str, Any] = dict(block.columns)
+    wanted = {column: types[field] for field, column in sources.items()}
+    for block in table.read(wanted, FilePosition(line=skip, row=skip)):
+        columns: dict[str, Any] = {field: block.columns[column] for field, column in sources.items()}
         t = columns.pop("t", None)
         if block.lines or block.rejected:
             rejected = {rejection.line: rejection.reason for rejection in block.rejected}
             yield FileBlock(RawColumns(len(block.lines), t, columns), block.lines, rejected)
 
 
+def _find_columns(columns: Sequence[str], stream: StreamConfig, layout: FileLayout) -> dict[str, str]:
+    """Return the column of each field that the file has. Raises RowRejected if the columns are not the stream's."""
+    names = [*(field.name for field in stream.fields), "t"]
+    sources: dict[str, str] = {}
+    for column in layout.renamed:
+        if column not in columns:
+            raise RowRejected(f"--map: the file has no column {column[:40]!r}{did_you_mean(column, columns)}")
+    for column in columns:
+        if column in layout.ignored:
+            continue
+        field = layout.field_of(column)
+        if field not in names:
+            raise RowRejected(f"column {column[:40]!r} is not a field of this stream{did_you_mean(field, names)}")
+        if field in sources:
+            raise RowRejected(f"column {field!r} is there twice")
+        sources[field] = column
+    for field_config in stream.fields:
+        if field_config.name not in sources and not field_config.optional:
+            raise RowRejected(f"column {field_config.name!r} is missing; the first line must name the columns")
+    return sources
+
+
 def max_block_rows(stream: StreamConfig) -> int:
     return max(1, min(MAX_BLOCK_ROWS, _MAX_BLOCK_BYTES // row_bytes(stream)))
 
 
-def _make_row_check(name: str, stream: StreamConfig) -> Callable[[dict[str, Any]], str | None]:
+def _make_row_check(name: str, stream: StreamConfig, layout: FileLayout) -> Callable[[dict[str, Any]], str | None]:
     """Return a function that says why a JSON object does not belong into this stream."""
-    known = {field.name for field in stream.fields} | {"t", "stream"}
+    fields = {field.name for field in stream.fields} | {"t", "stream"}
+    known = (fields - set(layout.renamed.values())) | set(layout.renamed) | layout.ignored
 
     def check(row: dict[str, Any]) -> str | None:
         if row.get("stream", name) != name:

@@ -20,7 +20,7 @@ from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.device.store.transaction import Transaction
-from agent.errors import StorageFull
+from agent.errors import RowRejected, StorageFull
 from agent.performance.labels import LabelTarget
 
 MAX_GROUP_ROWS = 16_384
@@ -116,7 +116,7 @@ class _Histories(msgspec.Struct):
 class GroupCommit:
     """Rows and labels that wait for the next commit. Used by one thread, except `write`.
 
-    `label_targets` returns the tasks that accept labels.
+    `label_targets` returns the tasks that accept labels; `label_key` verifies who gives them, None if nobody can.
     """
 
     def __init__(
@@ -124,8 +124,10 @@ class GroupCommit:
         store: Store,
         streams: Mapping[str, StreamConfig],
         label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
+        label_key: bytes | None = None,
     ) -> None:
-        self._store, self._streams, self._label_targets = store, streams, label_targets
+        self._store, self._streams = store, streams
+        self._label_targets, self._label_key = label_targets, label_key
         self._producer_batches: ProducerBatches = {}
         self._max_bytes = store.quota.transaction_bytes // 4
         self._rows = self._bytes = 0
@@ -325,6 +327,11 @@ class GroupCommit:
     def _write_labels(self, tx: Transaction, producer_batch: _ProducerBatch) -> int:
         accepted, targets = 0, self._label_targets() if producer_batch.label_batches else {}
         for batch, line, now in producer_batch.label_batches:
+            try:
+                batch = labels.authenticate(batch, self._label_key)
+            except RowRejected as problem:
+                producer_batch.reject(line, str(problem))
+                continue
             rejected = labels.store_labels(tx, targets.get(batch.task), batch, now)
             n = len(batch.labels) + len(batch.rejected)
             accepted += n - len(rejected)

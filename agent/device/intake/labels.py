@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.intake.row_history import summarize_reasons
-from agent.device.store.labels import MAX_EARLY_LABELS, outcome_counter
+from agent.device.machine import label_key
+from agent.device.store.labels import MAX_EARLY_LABELS, PROTECTED, outcome_counter
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
 from agent.performance import labels as truth
@@ -26,31 +28,58 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     t: Any = msgspec.UNSET
     label: Any = msgspec.UNSET
     source: Any = msgspec.UNSET
+    by: Any = msgspec.UNSET
+    token: Any = msgspec.UNSET
     columns: dict[str, list[Any]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class LabelBatch(msgspec.Struct, frozen=True):
-    """Labels of one line, for one task; `rejected`: position → reason."""
+    """Labels of one line, for one task; `rejected`: position → reason.
+
+    `by`: who gave them, authenticated; "" for anybody who may write to the socket. `claim`: a name and its token, which
+    nobody has verified yet.
+    """
 
     task: str
     labels: list[Label]
     rejected: dict[int, str]
+    by: str = ""
+    claim: tuple[str, str] | None = None
 
 
 def parse_line(line: bytes) -> LabelBatch:
     """Parse a JSON line with "labels". Raises RowRejected, and msgspec's errors or ValueError if it is malformed."""
     decoded = msgspec.json.decode(line, type=_Line)
     single = {name: value for name in _COLUMNS if (value := getattr(decoded, name)) is not msgspec.UNSET}
+    claim = _read_claim(decoded)
     if isinstance(decoded.columns, msgspec.UnsetType):
-        check_key_count(line, 1 + len(single), [decoded.labels, *(v for v in single.values() if isinstance(v, str))])
+        texts = [decoded.labels, *(v for v in single.values() if isinstance(v, str)), *(claim or ())]
+        check_key_count(line, 1 + len(single) + len(claim or ()), texts)
         columns = {name: [value] for name, value in single.items()}
     elif single:
         raise RowRejected(f'"columns" holds all of a label; move {next(iter(single))!r} into it')
     else:
         columns = decoded.columns
         texts = [value for column in columns.values() for value in column if isinstance(value, str)]
-        check_key_count(line, 2 + len(columns), [decoded.labels, *texts])
-    return parse_columns(decoded.labels, columns)
+        check_key_count(line, 2 + len(columns) + len(claim or ()), [decoded.labels, *texts, *(claim or ())])
+    return replace(parse_columns(decoded.labels, columns), claim=claim)
+
+
+def _read_claim(line: _Line) -> tuple[str, str] | None:
+    if line.by is msgspec.UNSET and line.token is msgspec.UNSET:
+        return None
+    if not isinstance(line.by, str) or not isinstance(line.token, str):
+        raise RowRejected('"by" needs its "token": `outstation label-token NAME` prints it')
+    return line.by, line.token
+
+
+def authenticate(batch: LabelBatch, key: bytes | None) -> LabelBatch:
+    """Return the batch with its verified author; without a claim it has none. Raises RowRejected."""
+    if batch.claim is None:
+        return batch
+    if key is None or not label_key.is_token(key, *batch.claim):
+        raise RowRejected(f"the token is not that of {batch.claim[0][:40]!r}; `outstation label-token` prints it")
+    return replace(batch, by=batch.claim[0], claim=None)
 
 
 def parse_columns(task: str, columns: Mapping[str, list[Any]]) -> LabelBatch:
@@ -85,7 +114,7 @@ def store_labels(tx: Transaction, target: LabelTarget | None, batch: LabelBatch,
     n = len(batch.labels) + len(rejected)
     positions = (index for index in range(n) if index not in batch.rejected)
     for index, label in zip(positions, batch.labels, strict=True):
-        reason = store_label(tx, batch.task, target, label, now)
+        reason = store_label(tx, batch.task, target, replace(label, by=batch.by) if batch.by else label, now)
         if reason is not None:
             rejected[index] = reason
     return rejected
@@ -102,7 +131,10 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
     span = tx.labels.load_span(task)
     prediction = tx.labels.find(task, label)
     if prediction is not None:
-        tx.increment_counter(outcome_counter(task, tx.labels.store_label(task, label, prediction, now.wall_us)), 1)
+        outcome = tx.labels.store_label(task, label, prediction, now.wall_us)
+        tx.increment_counter(outcome_counter(task, outcome), 1)
+        if outcome == PROTECTED:
+            return "an authenticated label is there, which this one must not replace; send it with `by` and `token`"
         return None
     if label.row is not None and label.row >= tx.next_row(target.stream):
         return f"row {label.row} does not exist yet; the stream has {tx.next_row(target.stream) - 1}"

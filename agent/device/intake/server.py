@@ -72,10 +72,11 @@ class Intake:
         on_committed: Callable[[], None],
         on_failed: Callable[[Exception], None],
         label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
+        label_key: bytes | None = None,
     ) -> None:
         self._conf, self._store, self._sources, self._now = conf, store, sources, now
         self._on_committed, self._on_failed = on_committed, on_failed
-        self._group_commit = GroupCommit(store, conf.streams, label_targets)
+        self._group_commit = GroupCommit(store, conf.streams, label_targets, label_key)
         self._answer_callbacks: dict[object, Callable[[CommitOutcome], None]] = {}
         self._connections_by_client: dict[str, ProducerConnection] = {}
         self._table = ConnectionTable(raise_descriptor_limit())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from agent import __version__, clock, config
 from agent.alerts import Alert
+from agent.arrays import Ints
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -51,7 +52,8 @@ def build_result_messages(
     """
     cut, model_scores = results.cut, results.scores
     ends = cut.starts + task.window_rows - 1
-    is_published = _select_published(task, model_scores, labels)
+    privacy = message_log.field_privacy(task.name)
+    is_published = _select_published(task, model_scores, labels) & privacy.lists_results
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
     max_results = columns.max_results(
         message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES, model_scores, labels
@@ -61,6 +63,7 @@ def build_result_messages(
         stop = min(count, done + max_results)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         published = np.flatnonzero(is_published[done:stop]) + done
+        published = _leave_out_rare(published, labels, privacy.min_results)
         published_rows = ends[published] + batch.first
         listing = columns.build(model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]])
         rows = [batch.first + first_row, batch.first + through - 1]
@@ -186,6 +189,16 @@ def _clock_members(stamps: Sequence[ClockStamp], current_segment: tuple[int, int
         if (stamp.boot, stamp.segment, stamp.quality) == (*current_segment, 0):
             return {}
     return {"clocks": [[stamp.first, stamp.boot, stamp.segment, stamp.quality] for stamp in stamps]}
+
+
+def _leave_out_rare(published: Ints, labels: list[str] | None, min_results: int) -> Ints:
+    """Return the published results without those of a class that has fewer than `min_results` of them."""
+    if min_results <= 1 or not len(published):
+        return published
+    if labels is None:
+        return published if len(published) >= min_results else published[:0]
+    _, classes, counts = np.unique([labels[i] for i in published], return_inverse=True, return_counts=True)
+    return np.asarray(published[counts[classes] >= min_results])
 
 
 def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] | None) -> NDArray[np.bool_]:

@@ -1,7 +1,8 @@
 """Label metrics: a task's performance metrics from labels, as a `quality` message every 50 labels, with its alerts.
 
 A message covers the newest labelled results of the current bundle, at most 500. Labels that are the model's own
-answers, and results that are not numbers, are counted and left out of every metric.
+answers, verdicts of people who saw the prediction, and results that are not numbers are counted, and left out of every
+metric.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
 from agent.indices import bincount
 from agent.performance import cbpe, degradation, slices
-from agent.performance.degradation import CusumTrack, DegradationEvent, DegradationState, LabelledLoss, PromisedAccuracy
+from agent.performance.degradation import (
+    Agreement,
+    CusumTrack,
+    DegradationEvent,
+    DegradationState,
+    LabelledLoss,
+    PromisedAccuracy,
+)
 from agent.performance.estimates import MetricEstimate, compute_metrics
-from agent.performance.labels import MODEL, LabelSchema, LabelTarget, count_sources
+from agent.performance.labels import MODEL, NO_TRUTH, LabelSchema, LabelTarget, count_sources
 from agent.performance.metrics import LabelledPredictions
-from agent.wire import least_count
 from agent.wire.messages import encode
+from agent.wire.privacy import least_count
 
 LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
 _EARLY_BATCH = 200
@@ -203,10 +211,14 @@ def _evaluate_labels(
     task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int
 ) -> Iterator[Alert]:
     own = sum(sample.source == MODEL for sample in window.samples)
-    if (alert := degradation.check_feedback(state, own, len(window.samples))) is not None:
+    agreement = _compare_agreement(task, window.samples)
+    if (alert := degradation.check_feedback(state, own, len(window.samples), agreement)) is not None:
         yield alert
+    if not state.is_authenticated and any(sample.by for sample in window.new_samples):
+        state.require_authenticated()
+    counted = [sample for sample in window.new_samples if sample.by or not state.is_authenticated]
     known = [state.first_number] if state.first_number else []
-    state.first_number = min([sample.first_number for sample in window.new_samples] + known, default=0)
+    state.first_number = min([sample.first_number for sample in counted] + known, default=0)
     binary_loss = build_label_schema(task).kind != "regress"
     for event in _detect_degradation(task, store, state, window, last_label, binary_loss=binary_loss):
         yield degradation.build_alert(event, binary_loss=binary_loss)
@@ -222,17 +234,22 @@ def _detect_degradation(
         n = int(shipped.score_n.sum())
         promise = PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
     if not window.corrected_count:
-        losses = _compute_losses(task, window.new_samples)
+        losses = _compute_losses(task, _counted(window.new_samples, state))
         return degradation.add_losses(state, losses, promise, binary_loss=binary_loss)
     # Not from the window, which may lack the first labels.
     stored = store.query(label_store.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
     samples = sorted(
-        (sample for sample in filter_valid(task, stored) if sample.first_number >= state.first_number),
+        (s for s in _counted(filter_valid(task, stored), state) if s.first_number >= state.first_number),
         key=lambda sample: sample.first_number,
     )
     complete = bool(samples) and samples[0].first_number == state.first_number
     losses = _compute_losses(task, samples)
     return degradation.recompute(state, losses, promise, binary_loss=binary_loss, complete=complete)
+
+
+def _counted(samples: Sequence[StoredLabel], state: DegradationState) -> list[StoredLabel]:
+    """Return the samples that may raise or clear an alert."""
+    return [sample for sample in samples if sample.by or not state.is_authenticated]
 
 
 def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[LabelledLoss]:
@@ -278,7 +295,7 @@ def filter_valid(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[Store
 
 
 def filter_evaluable(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[StoredLabel]:
-    """Return the samples that the model did not label itself, and whose result is a number."""
+    """Return the samples with ground truth, whose result is a number."""
     is_classified = build_label_schema(task).kind in ("classify", "several")
     has_scores = any(sample.prediction.score is not None for sample in samples)
 
@@ -288,7 +305,7 @@ def filter_evaluable(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[S
         # A model without any scores is evaluated by its classes alone.
         return sample.prediction.predicted_class is not None and (sample.prediction.score is not None or not has_scores)
 
-    return [sample for sample in samples if sample.source != MODEL and is_complete(sample)]
+    return [sample for sample in samples if sample.source not in NO_TRUTH and is_complete(sample)]
 
 
 def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) -> LabelledPredictions:
@@ -350,7 +367,7 @@ def _build_body(
             "n": len(evaluable),
             "new": len(window.new_samples),
             "corrected": window.corrected_count,
-            "no_result": sum(sample.source != MODEL for sample in ordered) - len(evaluable),
+            "no_result": sum(sample.source not in NO_TRUTH for sample in ordered) - len(evaluable),
         },
         "labels": _describe_labels(task, store, ordered, cells),
         "estimate": _estimate_accuracy(task, evaluable),
@@ -387,10 +404,21 @@ def _describe_labels(
         "delay_s": {"median": round(float(np.median(delay)), 3), "p90": round(float(np.quantile(delay, 0.9)), 3)},
         "coverage": round(min(1.0, len(ordered) / results), 4) if results else None,
         "sources": count_sources([sample.source for sample in ordered]),
+        "authenticated": sum(bool(sample.by) for sample in ordered),
         **{name: counters.get(f"labels {name}.{task.name}", 0) for name in ("replaced", "late", "unmatched")},
     }
     shown = cells.get(_CLASS, {})
     return members | _count_classes(build_label_schema(task), [sample.label for sample in ordered], shown)
+
+
+def _compare_agreement(task: LoadedTask, samples: Sequence[StoredLabel]) -> Agreement:
+    """Count how often people's labels agree with the answers, beside what the scores let expect."""
+    schema = build_label_schema(task)
+    judged = [s for s in samples if s.source != MODEL and s.prediction.predicted_class is not None]
+    chances = _estimate_error_chances(task, judged)
+    known = [(sample, chance) for sample, chance in zip(judged, chances, strict=True) if chance is not None]
+    wrong = sum(schema.parse(sample.label) != sample.prediction.predicted_class for sample, _ in known)
+    return Agreement(len(known), wrong, sum(chance for _, chance in known))
 
 
 def _count_classes(schema: LabelSchema, texts: Sequence[str], shown: Collection[str]) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
 def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: int) -> tuple[ComparisonStats, int]:
     """Compare both bundles' predictions with the labels after `after`.
 
-    Each label counts once; one that is corrected later counts as it arrived first. Return the statistics and the number
-    of the last label read.
+    Each label counts once; one that is corrected later counts as it arrived first. Labels whose author is not
+    authenticated count nowhere here: whoever may write rows must not be able to roll a bundle back, or let one pass.
+    Return the statistics and the number of the last label read.
     """
     numbers = labels.next_numbers(tx.connection, task.name, after, MAX_LABELS)
     if not numbers:
@@ -131,7 +132,8 @@ def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: 
     pairs = [
         (sample, prediction)
         for sample in label_metrics.filter_evaluable(task, labelled)
-        if sample.number > after
+        if sample.by
+        and sample.number > after
         and sample.first_number > after
         and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.device.store.quota import PAGE_SIZE, Budget
-from agent.performance.labels import Label
+from agent.performance.labels import MODEL, VERDICT, Label
 
 MAX_EARLY_LABELS = 5_000
+# Of these, labels that nobody authenticated may take so many: a flood of them keeps no other out.
+MAX_OPEN_EARLY_LABELS = 4_000
+# Outcome of a label that must not replace an authenticated one.
+PROTECTED = "protected"
 _LABEL_BYTES = 300
 # Seconds as floating-point numbers come back a little off.
 _MIN_TOLERANCE_US = 500
@@ -79,6 +84,7 @@ class StoredLabel(msgspec.Struct, frozen=True):
 
     `number` counts labels of the task in order of arrival. A label that replaces another one gets a new number, so
     that a reader who had seen the old one sees it; `first_number` is that of the first label of its prediction.
+    `by`: who gave it, if that is authenticated; an authenticated label is the first one, whatever was there before.
     """
 
     number: int
@@ -87,6 +93,7 @@ class StoredLabel(msgspec.Struct, frozen=True):
     received: int
     prediction: PredictionRow
     first_number: int
+    by: str = ""
 
 
 class _LabelRecord(msgspec.Struct, array_like=True):
@@ -100,6 +107,7 @@ class _LabelRecord(msgspec.Struct, array_like=True):
     t: int | None = None
     uptime_s: float = 0.0
     first_number: int = 0  # 0 for the first label of its prediction
+    by: str = ""
 
 
 class LabelStore:
@@ -197,12 +205,7 @@ class LabelStore:
         """Unpack a batch; a few are cached, because labels mostly come in order."""
         if (task, first) not in self._batch_cache:
             sql = "SELECT CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row = ?"
-            try:
-                batch: StoredPredictions | None = unpack_predictions(
-                    first, self._db.execute(sql, (task, first)).fetchone()[0]
-                )
-            except ValueError:
-                batch = None
+            batch = _unpack_or_none(first, self._db.execute(sql, (task, first)).fetchone()[0])
             if len(self._batch_cache) >= _MAX_CACHED_BATCHES:
                 del self._batch_cache[next(iter(self._batch_cache))]
             self._batch_cache[task, first] = batch
@@ -225,14 +228,19 @@ class LabelStore:
     # --- labels ---
 
     def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
-        """Store a label of a prediction: "new", "replaced" if there was another one, or "same"."""
+        """Store a label of a prediction: "new", "replaced" if there was another one, "same" or "protected"."""
         sql = "SELECT number, data FROM checked_labels WHERE task = ? AND row = ?"
         before = self._db.execute(sql, (task, prediction.row)).fetchone()
         old = _decode_record(before[1]) if before else None
-        if old is not None and (old.label, old.source) == (label.text, label.source):
+        if old is not None and (old.label, old.source) == (label.text, label.source) and (old.by or not label.by):
             return "same"
+        if old is not None and old.by and not label.by:
+            return PROTECTED
         first = (old.first_number if old else 0) or before[0] if before else 0
-        data = msgspec.msgpack.encode(_LabelRecord(label.text, label.source, received, prediction, first_number=first))
+        if old is not None and label.by and not old.by:
+            first = 0
+        record = _LabelRecord(label.text, label.source, received, prediction, first_number=first, by=label.by)
+        data = msgspec.msgpack.encode(record)
         self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
         number = self.newest_number(task) + 1
         if before:
@@ -250,9 +258,10 @@ class LabelStore:
         """Store a label until its prediction is there. Return False if too many wait already."""
         sql = "SELECT count(*), min(number) FROM labels WHERE task = ? AND number < 0"
         waiting, lowest = self._db.execute(sql, (task,)).fetchone()
-        if waiting >= MAX_EARLY_LABELS:
+        if waiting >= (MAX_EARLY_LABELS if label.by else MAX_OPEN_EARLY_LABELS):
             return False
-        record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, round(uptime_s))
+        uptime = round(uptime_s)
+        record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, uptime, by=label.by)
         data = msgspec.msgpack.encode(record)
         self._budget.spend(len(data) + _LABEL_BYTES)
         self._db.execute("INSERT INTO labels (task, number, data) VALUES (?, ?, ?)", (task, (lowest or 0) - 1, data))
@@ -306,6 +315,63 @@ def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
     return PredictionSpan(*map(int, row)) if row else None
 
 
+def load_prediction(db: sqlite3.Connection, task: str, row: int) -> PredictionRow | None:
+    """Return the prediction at exactly this row, if it is stored and readable."""
+    sql = """
+        SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row <= ?
+        ORDER BY first_row DESC LIMIT 1"""
+    stored = db.execute(sql, (task, row)).fetchone()
+    batch = _unpack_or_none(*stored) if stored else None
+    index = -1 if batch is None else int(np.searchsorted(batch.row, row))
+    return _select_row(batch, index) if batch is not None and row in batch.row[index : index + 1] else None
+
+
+def load_newest_predictions(db: sqlite3.Connection, task: str, limit: int) -> list[StoredPredictions]:
+    """Return the readable ones of the newest `limit` batches, newest first."""
+    sql = "SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? ORDER BY first_row DESC LIMIT ?"
+    batches = (_unpack_or_none(*stored) for stored in db.execute(sql, (task, limit)))
+    return [batch for batch in batches if batch is not None]
+
+
+def load_label_texts(db: sqlite3.Connection, task: str, since_row: int) -> dict[int, tuple[str, str]]:
+    """Return row → (label, source) of the labels from a row on."""
+    sql = "SELECT row, data FROM checked_labels WHERE task = ? AND row >= ?"
+    records = ((row, _decode_record(data)) for row, data in db.execute(sql, (task, since_row)))
+    return {row: (record.label, record.source) for row, record in records if record is not None}
+
+
+class LabelCounts(msgspec.Struct, frozen=True):
+    """Stored labels of a task: ground truth and others apart."""
+
+    truth: int = 0
+    verdicts: int = 0
+    model: int = 0
+    authenticated: int = 0
+    waiting: int = 0
+
+
+def count_labels(db: sqlite3.Connection, task: str) -> LabelCounts:
+    """Count the stored labels of a task; `waiting`: those whose result is not there yet."""
+    sources: Counter[str] = Counter()
+    authenticated = waiting = 0
+    for number, data in db.execute("SELECT number, data FROM checked_labels WHERE task = ?", (task,)):
+        record = _decode_record(data)
+        if number < 0 or record is None:
+            waiting += number < 0
+            continue
+        sources[record.source] += 1
+        authenticated += bool(record.by)
+    verdicts, model = sources.pop(VERDICT, 0), sources.pop(MODEL, 0)
+    return LabelCounts(sources.total(), verdicts, model, authenticated, waiting)
+
+
+def _unpack_or_none(first: int, data: bytes) -> StoredPredictions | None:
+    try:
+        return unpack_predictions(first, data)
+    except ValueError:
+        return None
+
+
 def load_early(
     db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
 ) -> list[tuple[int, Label, int]]:
@@ -316,7 +382,8 @@ def load_early(
         record = _decode_record(data) or _LabelRecord("", "", 0, None)
         is_covered = (record.row is None or record.row <= span.last) and (record.t is None or record.t <= span.last_t)
         if is_covered or record.uptime_s < before_uptime_s:
-            early.append((number, Label(record.row, record.t, record.label, record.source), record.received))
+            label = Label(record.row, record.t, record.label, record.source, record.by)
+            early.append((number, label, record.received))
             if len(early) == limit:
                 break
     return early
@@ -332,9 +399,8 @@ def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, 
         record = _decode_record(data)
         if record is not None and record.prediction is not None and record.prediction.bundle == bundle:
             first_number = record.first_number or number
-            labels.append(
-                StoredLabel(number, record.label, record.source, record.received, record.prediction, first_number)
-            )
+            texts = (record.label, record.source, record.received)
+            labels.append(StoredLabel(number, *texts, record.prediction, first_number, record.by))
     return labels[::-1]
 
 

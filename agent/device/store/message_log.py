@@ -17,8 +17,10 @@ from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.transaction import Transaction
 from agent.transport.packets import OutgoingMessage, compress
-from agent.wire import commitment, jws, key_rotation, least_count, log_chain, messages
+from agent.wire import commitment, jws, key_rotation, log_chain, messages
 from agent.wire.keys import SigningKey
+from agent.wire.privacy import field_privacy, least_count
+from agent.wire.privacy.field_privacy import FieldPrivacy
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
 # Seqs of the newest urgent messages, which do not wait behind a backlog.
@@ -49,7 +51,8 @@ class MessageLog(msgspec.Struct):
     - `live_key`, if set, signs messages outside the log: it is the key before, until the collector knows the new one
     - `compress`: logged messages are sent as gzip
     - `secret`: keys of messages' commitments are derived from it
-    - `min_count`: nothing is said of fewer readings, or than the running bundle of the task demands
+    - `min_count`: nothing is said of fewer readings, or than the running bundle or the stream of the task demands
+    - `privacy`: what may leave of the fields of each task's stream
     - `urgent_kinds`: the newest `max_urgent` messages of these kinds do not wait behind a backlog
     """
 
@@ -66,10 +69,17 @@ class MessageLog(msgspec.Struct):
     bundle_min_counts: dict[str, int] = {}
     urgent_kinds: frozenset[str] = frozenset({"alerts"})
     max_urgent: int = 50
+    privacy: Mapping[str, FieldPrivacy] = {}
 
     def least_count(self, task: str | None) -> int:
         """Return the least number of readings that a message about `task` may say anything of."""
-        return max(self.min_count, self.bundle_min_counts.get(task or "", 1))
+        return max(self.min_count, self.bundle_min_counts.get(task or "", 1), self.field_privacy(task).min_count)
+
+    def field_privacy(self, task: str | None) -> FieldPrivacy:
+        """Return what may leave in messages about a task; without one about the device, which may concern any."""
+        if task is not None:
+            return self.privacy.get(task, field_privacy.OPEN)
+        return field_privacy.combine(self.privacy.values()) if self.privacy else field_privacy.OPEN
 
     def append(
         self,
@@ -80,8 +90,16 @@ class MessageLog(msgspec.Struct):
         now: ClockReading,
         key: SigningKey | None = None,
     ) -> int:
-        """Append one message, signed by `key` or else by the log's key, and return its seq."""
-        allowed = least_count.apply(kind, body, self.least_count(task))
+        """Append one message, signed by `key` or else by the log's key, and return its seq.
+
+        Return 0 for a message that the owner of the stream keeps on the device.
+        """
+        allowed, privacy = least_count.apply(kind, body, self.least_count(task)), self.field_privacy(task)
+        allowed = privacy.apply(kind, allowed, now.wall_us)
+        if privacy.keeps(kind):
+            if kind == "alerts":
+                tx.record_alert({"task": task, "time": clock.to_rfc3339(now.wall_us), "kept": True, **allowed})
+            return 0
         seq, prev = tx.log_head()
         topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if KINDS[kind].per_task else None))
         time = clock.to_rfc3339(now.wall_us)
@@ -104,7 +122,7 @@ class MessageLog(msgspec.Struct):
         for message in messages:
             seq = self.append(tx, message.kind, message.task, message.body, now)
             for alert in message.alerts:
-                body: Mapping[str, Any] = alert.to_body(message.task, seq=seq)
+                body: Mapping[str, Any] = alert.to_body(message.task, **({"seq": seq} if seq else {}))
                 if message.kind == "drift":
                     body = least_count.apply_to_alert(body, message.body, self.least_count(message.task))
                 self.append(tx, "alerts", message.task, body, now)
@@ -136,6 +154,7 @@ class MessageLog(msgspec.Struct):
         topic = Topic(self.fleet, self.device, kind)
         time = clock.to_rfc3339(now.wall_us)
         body = least_count.apply(kind, body, self.min_count)
+        body = self.field_privacy(None).apply(kind, body, now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
         message_id = f"{kind}/{log_chain.digest(payload)[:16]}"

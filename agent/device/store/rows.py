@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.clock import parse_local
 from agent.config import FieldConfig, StreamConfig
 from agent.errors import RowRejected
 from agent.text import is_unicode
@@ -271,7 +272,12 @@ def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, 
         if not field.optional:
             rejected.add(index, field.name, "is missing")
     elif not isinstance(value, int | float) or isinstance(value, bool):
-        rejected.add(index, field.name, "is no number", repr(str(value)[:40]))
+        problem = "is no number"
+        if field is _TIME_FIELD and isinstance(value, str) and parse_local(value) is not None:
+            problem = (
+                "has no time zone; add Z or +01:00, or name the zone: `outstation ingest --timezone Europe/Berlin`"
+            )
+        rejected.add(index, field.name, problem, repr(str(value)[:40]))
     elif not is_integer:
         fits = isinstance(value, float) or abs(value) <= _MAX_FLOAT
         return float(value) if fits else math.inf if value > 0 else -math.inf

@@ -1,7 +1,7 @@
 """Drift message: counts, moments and divergences of a drift window against the shipped reference.
 
 It holds no value of a row and no extreme of the data. Moments are exact, as rounding would be lost to every merge;
-divergences are for people and have 3 digits. `agent.wire.least_count` limits what of it leaves the device.
+divergences are for people and have 3 digits. `agent.wire.privacy.least_count` limits what of it leaves the device.
 """
 
 from __future__ import annotations

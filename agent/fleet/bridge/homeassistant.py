@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from agent import clock
 from agent.bridge import publisher
 from agent.bridge.discovery import Place
+from agent.bridge.presses import VerdictSink
 from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig, HomeAssistantConfig
+from agent.config.homeassistant import NOT_AUTHENTICATED, is_authenticated
 from agent.errors import UsageError
 from agent.fleet.bridge.stored_devices import StoredDevices
 from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.homeassistant import BRIDGE, certificate_of
+from agent.fleet.labelling import verdicts
 
 
 def build_publisher(
@@ -20,13 +26,29 @@ def build_publisher(
 ) -> BridgeThread:
     """Build the publisher for the fleet's database at `location`. Raises UsageError."""
     place = Place(config.fleet.name, "collector", section.prefix, section.dashboard)
+    broker = _choose_broker(config, section)
+    if section.verdicts and not is_authenticated(broker):
+        raise UsageError(f"fleet.toml: [homeassistant] verdicts: {NOT_AUTHENTICATED}")
     return publisher.build_publisher(
-        *(place, _choose_broker(config, section), f"outstation-{config.fleet.name}-bridge"),
+        *(place, broker, f"outstation-{config.fleet.name}-bridge"),
         lambda: StoredDevices(location),
         max_age_s=section.max_age,
         cleans_up=True,
         is_active=is_leader,
+        store_verdict=_stored_verdicts(location, section.verdicts) if section.verdicts else None,
     )
+
+
+def _stored_verdicts(location: Path | str, by: str) -> VerdictSink:
+    """Return a sink that stores verdicts in the fleet's database, opened only as long as this takes."""
+
+    def store(device: str, task: str, row: int, label: str) -> str:
+        judge = verdicts.Judge(by, "homeassistant", clock.to_rfc3339(clock.read().wall_us))
+        with contextlib.closing(FleetStore(location)) as opened, opened.transaction() as db:
+            given = verdicts.judge_result(db, device, task, row, label, judge)
+        return f"row {row} is {given.label}: {given.verdict}"
+
+    return store
 
 
 def _choose_broker(config: FleetConfig, section: HomeAssistantConfig) -> BrokerConfig:

@@ -71,9 +71,11 @@ class EvidenceQueries:
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
 
     def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
-        """Return (device, task) → source → number of labels stored in the fleet database."""
+        """Return (device, task) → source → number of labels and verdicts stored in the fleet database."""
         counts: dict[tuple[str, str], dict[str, int]] = {}
-        sql = "SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source ORDER BY 1, 2, 3"
+        sql = """
+            SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source
+            UNION ALL SELECT device, task, 'verdict', count(*) FROM verdicts GROUP BY device, task ORDER BY 1, 2, 3"""
         for row in self._query(sql):
             counts.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
         return counts

@@ -131,7 +131,8 @@ _PROJECTIONS = (
     """CREATE TABLE quality_messages (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
         seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
-    # One metric of a quality message, or (source `collector`, seq 0) of labels in table labels; slice: '' for all.
+    # One metric of a quality message, or with seq 0 of labels at the collector: source `collector` of table labels,
+    # `verdicts` of table verdicts. slice: '' for all.
     """CREATE TABLE metrics (
         device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, metric TEXT NOT NULL, slice TEXT NOT NULL,
         value REAL, low REAL, high REAL, n INTEGER NOT NULL, state TEXT, source TEXT NOT NULL, log TEXT NOT NULL,
@@ -186,10 +187,29 @@ _CLOCKS = (
 )
 
 _OPERATORS = (
-    # Labels from `fleet label`; labels sent to a device are in its messages, as metrics only.
+    # Ground truth from `fleet label`; labels sent to a device are in its messages, as metrics only. source: human,
+    # system or model; given_by: who stored it.
     """CREATE TABLE labels (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
-        source TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, task, log, row)) WITHOUT ROWID""",
+        source TEXT NOT NULL, received TEXT NOT NULL, given_by TEXT NOT NULL, PRIMARY KEY (device, task, log, row)
+    ) WITHOUT ROWID""",
+    # What a person who saw a result says of it; the last word of each person counts. verdict: confirmed or corrected;
+    # label: what was true; predicted: the label or the value of the result then. alert: the ID of the alert that it was
+    # given about, NULL without one. via: dashboard, cli or homeassistant.
+    """CREATE TABLE verdicts (
+        device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, given_by TEXT NOT NULL,
+        verdict TEXT NOT NULL, label TEXT NOT NULL, predicted TEXT NOT NULL, alert TEXT, via TEXT NOT NULL,
+        note TEXT NOT NULL, given TEXT NOT NULL, PRIMARY KEY (device, task, log, row, given_by)) WITHOUT ROWID""",
+    # The label of each result that all its verdicts agree on; of others nobody knows what was true.
+    """CREATE VIEW agreed_verdicts AS
+        SELECT device, task, log, row, min(label) AS label, min(predicted) AS predicted, count(*) AS people,
+               max(given) AS given
+        FROM verdicts GROUP BY device, task, log, row HAVING min(label) = max(label)""",
+    # What people say of an alert, by the key of its messages in table alerts. verdict: confirmed or false_alarm.
+    """CREATE TABLE alert_verdicts (
+        source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, given_by TEXT NOT NULL,
+        verdict TEXT NOT NULL, via TEXT NOT NULL, note TEXT NOT NULL, given TEXT NOT NULL,
+        PRIMARY KEY (source, device, log, id, given_by)) WITHOUT ROWID""",
     # state: running, paused, aborted or finished; step counts from 1; plan: JSON, as it was started.
     """CREATE TABLE rollouts (
         rollout TEXT PRIMARY KEY, task TEXT NOT NULL, bundle TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,

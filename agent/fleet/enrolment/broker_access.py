@@ -173,10 +173,14 @@ def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:
     place = Place(fleet, "+", DEFAULT_PREFIX)
     birth, published = [place.birth_topic], [*place.retained_filters, place.status_topic, place.event_topic("+")]
     return [
-        _role("bridge", send=published, receive=[*place.retained_filters, *birth]),
+        _role("bridge", send=published, receive=[*place.retained_filters, *birth, *place.press_filters]),
         # It subscribes to all that may announce something, and receives what this bridge announces.
         _role(
-            "homeassistant", send=birth, receive=[*published, *birth], share=[f"{DEFAULT_PREFIX}/#", place.all_topics]
+            # Only Home Assistant presses the buttons: what they publish becomes a verdict.
+            "homeassistant",
+            send=[*birth, *place.press_filters],
+            receive=[*published, *birth],
+            share=[f"{DEFAULT_PREFIX}/#", place.all_topics],
         ),
     ]
 

@@ -24,7 +24,7 @@ def revoke(
     """
     certificate = Path(files.cert_file)
     if config.ca is None or not certificate.exists():
-        raise UsageError(f"{certificate}: no such file, so {user!r} has no certificate")
+        raise UsageError(f"{certificate}: no such file, so there is no {user}")
     outcome = _revoke_certificate(folder, config, store, certificate)
     revocation.change_access(folder, config, AccessChange(user, "none"), outcome)
     durable_files.remove(certificate)

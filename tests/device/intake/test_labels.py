@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from agent.client import Client
 from agent.device.intake import labels
 from agent.device.intake.protocol import LineParser
+from agent.device.machine import label_key
 from agent.device.store import labels as labelled
 from agent.device.store.labels import StoredLabel, StoredPredictions
 from agent.errors import RowRejected
@@ -200,3 +201,51 @@ def test_labels_mean_what_the_bundles_kind_says(kind: str, text: str, value: flo
 def test_labels_that_mean_nothing_are_refused(kind: str, text: str) -> None:
     with pytest.raises(ValueError, match="label"):
         LabelSchema(kind, ("up", "down") if kind == "classify" else ()).parse(text)
+
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[Station]:
+    """An intake that can verify authors, with the result of row 1."""
+    with Station(conf(tmp_path), label_targets=lambda: TARGETS, label_key=KEY) as running:
+        row = np.arange(1, 3, dtype=np.int64)
+        with running.store.transaction() as tx:
+            tx.labels.store_predictions(
+                "judge", StoredPredictions("sha256:a", row, T0 + row * 1_000_000, row % 2, None, None, {}), 1.0
+            )
+        yield running
+
+
+def test_a_label_knows_its_author_by_a_token(keyed: Station) -> None:
+    token = label_key.make_token(KEY, "power-meter")
+    with keyed.line() as line:
+        line.send(
+            {"labels": "judge", "row": 1, "label": "up", "by": "power-meter", "token": token},
+            {"labels": "judge", "row": 2, "label": "up"},
+        )
+        assert line.through(2)["accepted"] == 2
+    stored: list[StoredLabel] = keyed.store.query(labelled.load_labelled, "judge", "sha256:a", 10**9, 10)
+    assert [item.by for item in stored] == ["power-meter", ""]
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        ({"by": "eva"}, '"by" needs its "token"'),
+        ({"token": "00"}, '"by" needs its "token"'),
+        ({"by": "eva", "token": label_key.make_token(KEY, "otto")}, "the token is not that of 'eva'"),
+        ({"by": "eva", "token": label_key.make_token(bytes(32), "eva")}, "the token is not that of 'eva'"),
+        ({"by": "../eva", "token": "x"}, "the token is not that of '../eva'"),
+        ({"by": ["eva"], "token": "x"}, '"by" needs its "token"'),
+    ],
+)
+def test_a_forged_author_is_refused_and_its_label_is_not_stored(
+    keyed: Station, claim: dict[str, object], reason: str
+) -> None:
+    with keyed.line() as line:
+        line.send({"labels": "judge", "row": 1, "label": "up", **claim})
+        [rejection] = line.through(1)["rejected"]
+    assert reason in rejection["reason"]
+    assert stored_labels(keyed) == {}

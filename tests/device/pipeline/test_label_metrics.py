@@ -93,12 +93,16 @@ class Device:
         while run and batch.run(self.task, self.store, self.author, self.now) is not None:
             pass
 
-    def label(self, rows: Any, text: Callable[[int], str | float], source: str = "human") -> list[str | None]:
+    def label(
+        self, rows: Any, text: Callable[[int], str | float], source: str = "human", by: str = ""
+    ) -> list[str | None]:
         """Return the outcome of the label of each row."""
         requested = label_metrics.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
             return [
-                labels.store_label(tx, "tiny", requested, truth.parse_label(row, None, text(row), source), self.now)
+                labels.store_label(
+                    tx, "tiny", requested, replace(truth.parse_label(row, None, text(row), source), by=by), self.now
+                )
                 for row in rows
             ]
 
@@ -284,7 +288,7 @@ def test_an_expected_accuracy_that_labels_contradict_says_so(make: Make) -> None
 def test_labels_that_are_better_than_expected_contradict_the_estimate_without_an_alert(make: Make) -> None:
     device = make(promised=60)
     device.feed(200)
-    device.label(range(1, 201), right)
+    device.label(range(1, 201), lambda row: right(row) if row % 10 else other(row))
     assert device.turn() == 0
     device.feed(100)
     assert "outside" not in device.sent(DriftPayload)[0].estimate
@@ -665,3 +669,68 @@ def test_a_bundle_makes_the_least_count_stricter_and_never_laxer(make: Make) -> 
         device.turn()
         assert device.author.least_count("tiny") == expected
     assert device.author.least_count(None) == 1
+
+
+def test_a_socket_client_cannot_clear_an_alert_that_authenticated_labels_raised(make: Make) -> None:
+    device = make()
+    device.feed(2000)
+    device.label(range(1, 201), right, by="eva")
+    device.label(range(201, 401), other, by="eva")
+    device.turn()
+    raised = {alert.id for alert in device.alerts() if alert.state == "raised"}
+    assert raised
+    device.label(range(401, 1401), right)
+    device.turn()
+    assert {alert.id for alert in device.alerts() if alert.state == "cleared"} == set()
+    device.label(range(1401, 1901), right, by="eva")
+    device.turn()
+    assert {alert.id for alert in device.alerts() if alert.state == "cleared"} == raised
+
+
+def test_a_socket_client_cannot_raise_an_alert_where_labels_are_authenticated(make: Make) -> None:
+    device = make()
+    device.feed(1000)
+    device.label(range(1, 251), right, by="eva")
+    device.turn()
+    device.label(range(251, 751), other)
+    device.turn()
+    assert device.alerts() == []
+
+
+def test_a_socket_client_cannot_replace_an_authenticated_label(make: Make) -> None:
+    device = make()
+    device.feed(100)
+    device.label([5], right, by="eva")
+    [reason] = device.label([5], other)
+    assert reason is not None
+    assert "authenticated label is there" in reason
+    assert device.label([5], other, by="eva") == [None]
+
+
+def test_verdicts_do_not_count_as_ground_truth(make: Make) -> None:
+    device = make()
+    device.feed(200)
+    device.label(range(1, 41), right)
+    device.label(range(41, 61), other, source="verdict", by="eva")
+    device.turn()
+    [body] = device.sent(QualityPayload)
+    assert body.labels["sources"] == {"human": 40, "verdict": 20}
+    assert body.labels["authenticated"] == 20
+    assert metrics(body)["accuracy", ""].n == 40
+
+
+def test_labels_that_repeat_the_answers_are_a_feedback_loop(make: Make) -> None:
+    device = make(promised=80)
+    device.feed(600)
+    requested = device.task.bundle.manifest.output.labels
+    rows = range(1, 501)
+    with device.store.transaction() as tx:
+        predictions = {row: tx.labels.find_by_row("tiny", row) for row in rows}
+    answers = {
+        row: requested[p.predicted_class] for row, p in predictions.items() if p and p.predicted_class is not None
+    }
+    device.label(rows, lambda row: answers[row])
+    device.turn()
+    [alert] = [alert for alert in device.alerts() if alert.subject == "labels"]
+    assert alert.evidence["wrong"] == 0
+    assert "seem to repeat its answers" in alert.summary

@@ -98,7 +98,8 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     finally:
         store.close()
     assert reset["evidence"]["asked"] == "relearn"
-    assert {"shift", "shift_sd", "spread"} == set(before[-1]["evidence"]["smallest_changes"]["fields"]["ax"])
+    changes = before[-1]["evidence"]["smallest_changes"]["fields"]["ax"]
+    assert set(changes) == {"shift", "shift_sd", "spread", "correlation", "stuck_rows", "never_stuck_at"}
     assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
     assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
     assert site.ask("show", "exercise")[1]["site"]["windows"] == 22

@@ -336,12 +336,12 @@ def test_a_message_waits_for_room_and_loses_nothing(make: Make, monkeypatch: pyt
 # --- labels ---
 
 
-def label(pair: Pair, rows: range, texts: list[str], source: str = "human") -> None:
+def label(pair: Pair, rows: range, texts: list[str], source: str = "human", by: str = "eva") -> None:
     with pair.device.store.transaction() as tx:
         for row, text in zip(rows, texts, strict=True):
             result = tx.labels.find_by_row("tiny", row)
             assert result is not None
-            tx.labels.store_label("tiny", Label(row, None, text, source), result, NOW.wall_us)
+            tx.labels.store_label("tiny", Label(row, None, text, source, by), result, NOW.wall_us)
 
 
 def test_each_label_counts_once(make: Make) -> None:
@@ -392,6 +392,38 @@ def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
     label(pair, range(1, 21), ["left"] * 20, source="model")
+    pair.turn(100.0 + REPORT_INTERVAL_S)
+    assert sum(sum(message.labelled) for message in pair.shadows()) == 0
+
+
+@pytest.mark.parametrize("source", ["human", "system"])
+def test_a_socket_client_cannot_roll_a_bundle_back_with_labels(make: Make, source: str) -> None:
+    pair = make(good("rigged_sensitive"))
+    pair.batch(CALM)
+    label(pair, range(1, 401), ["right"] * 400, source, by="")
+    at_s = 100.0 + REPORT_INTERVAL_S
+    while pair.turn(at_s):
+        at_s += 1
+    assert sum(sum(message.labelled) for message in pair.shadows()) == 0
+    limits = CanaryRules(max_accuracy_drop=0.0)
+    assert "labels" not in {result.rule for result in rules.evaluate_rules(limits, pair.runner.blocks, True)}
+
+
+def test_a_socket_client_that_labels_first_does_not_keep_the_operator_from_deciding(make: Make) -> None:
+    pair = make(good())
+    pair.batch(CALM[:100])
+    label(pair, range(1, 101), ["right"] * 100, by="")
+    pair.turn(100.0 + REPORT_INTERVAL_S)
+    label(pair, range(1, 101), ["left"] * 100, by="eva")
+    pair.turn(100.0 + 2 * REPORT_INTERVAL_S)
+    pair.turn(100.0 + 3 * REPORT_INTERVAL_S)
+    assert sum(sum(message.labelled) for message in pair.shadows()) == 100
+
+
+def test_verdicts_do_not_decide_between_bundles(make: Make) -> None:
+    pair = make(good())
+    pair.batch(CALM[:20])
+    label(pair, range(1, 21), ["left"] * 20, source="verdict")
     pair.turn(100.0 + REPORT_INTERVAL_S)
     assert sum(sum(message.labelled) for message in pair.shadows()) == 0
 

@@ -185,10 +185,13 @@ def test_labels_take_a_small_share_of_any_store(pages: int) -> None:
 
 
 def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "MAX_EARLY_LABELS", 3)
+    monkeypatch.setattr(labels, "MAX_EARLY_LABELS", 4)
+    monkeypatch.setattr(labels, "MAX_OPEN_EARLY_LABELS", 3)
     with store.transaction() as tx:
         put = [tx.labels.store_early_label("judge", Label(row, None, "a"), 1, 1.0) for row in range(1, 6)]
+        by_eva = [tx.labels.store_early_label("judge", Label(6, None, "a", by="eva"), 1, 1.0) for _ in range(2)]
     assert put == [True, True, True, False, False]
+    assert by_eva == [True, False], "a flood without an author keeps no author out"
 
 
 @pytest.mark.parametrize(

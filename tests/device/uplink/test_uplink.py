@@ -29,13 +29,14 @@ from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
-from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink, topic_matches
+from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.testing.messages import new_key
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
+from agent.wire.topics import topic_matches
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from agent import clock
 from agent.bridge import publisher
 from agent.bridge.discovery import Place
+from agent.bridge.presses import VerdictSink
 from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig, HomeAssistantConfig
-from agent.errors import UsageError
-from agent.fleet.bridge.homeassistant import build_publisher
+from agent.config.homeassistant import check
+from agent.errors import ConfigError, UsageError
+from agent.fleet.bridge.homeassistant import _stored_verdicts, build_publisher
 from agent.fleet.bridge.stored_devices import StoredDevices
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.ingest import Arrival
@@ -102,13 +105,14 @@ class Site:
         arrivals = [Arrival(self.senders[name].verify(message)) for message in messages]
         self.store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
 
-    def bridge(self) -> BridgeThread:
+    def bridge(self, store_verdict: VerdictSink | None = None) -> BridgeThread:
         return publisher.build_publisher(
             *(PLACE, self.broker, "bridge", lambda: StoredDevices(self.file)),
             max_age_s=MAX_AGE_S,
             cleans_up=True,
             is_active=lambda: self.is_leader,
             poll_interval_s=0.1,
+            store_verdict=store_verdict,
         )
 
 
@@ -153,6 +157,31 @@ def test_a_device_appears_changes_and_goes(site: Site, connect: Connect) -> None
         home.wait("removal", lambda: home.documents[config] == b"")
         home.wait("removal", lambda: home.documents[f"{LATEST}/pi.01/exercise"] == b"")
     home.wait("goodbye", lambda: home.documents[PLACE.status_topic] == b"offline")
+
+
+def test_a_button_becomes_a_verdict_of_the_result_that_is_shown(site: Site, connect: Connect) -> None:
+    ours = site.senders["pi.01"]
+    site.ingest("pi.01", ours.state(), results_at(ours, 5, "PEN"))
+    home = connect(site.broker)
+    with site.bridge(_stored_verdicts(site.file, "home")):
+        components = home.wait("discovery", lambda: (home.read(PLACE.config_topic("pi.01")) or {}).get("cmps"))
+        button = components["confirm-exercise"]
+        home.wait("its result", lambda: home.read(f"{LATEST}/pi.01/exercise"))
+        home.link.send(OutgoingMessage(button["cmd_t"], button["pl_prs"].encode()))
+        home.link.send(OutgoingMessage(components["correct-exercise"]["cmd_t"], b"sideways"))
+
+        def verdicts() -> list[Any]:
+            with site.store.snapshot() as db:
+                return db.execute("SELECT given_by, via, verdict, label FROM verdicts").fetchall()
+
+        assert home.wait("the verdict", verdicts) == [("home", "homeassistant", "confirmed", "PEN")]
+
+
+def test_buttons_are_refused_at_a_broker_that_asks_nobody_who_presses() -> None:
+    broker = BrokerConfig(url="mqtt://127.0.0.1:1883")
+    with pytest.raises(ConfigError, match="anybody could press"):
+        check("fleet.toml", HomeAssistantConfig(verdicts="home", broker=broker))
+    check("fleet.toml", HomeAssistantConfig(verdicts="home", broker=replace(broker, username="bridge")))
 
 
 def test_home_assistant_starts_and_gets_everything_again(site: Site, connect: Connect) -> None:
@@ -304,9 +333,12 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
     for topic in (config, f"outstation/{FLEET}/pi.01/cmd", f"{LATEST}/pi.01/exercise", PLACE.event_topic("pi.01")):
         assert publish_one(home.link, OutgoingMessage(topic, b"{}")) == NOT_AUTHORIZED
     assert all(subscribe_anyway(home.link, [f"outstation/{FLEET}/#", "#"]))
+    assert publish_one(home.link, OutgoingMessage(PLACE.press_topic("pi.01", "exercise"), b"confirm")) == 0
     bridge = Link(secured.broker_for(clients.certificate_of(folder, clients.BRIDGE)), "x")
     assert publish_one(bridge, OutgoingMessage(PLACE.event_topic("pi.01"), b"{}")) < 0x80
-    for topic in (f"outstation/{FLEET}/pi.01/results/exercise", f"outstation/{FLEET}/pi.01/ack"):
+    # A button's press becomes a verdict: nobody but Home Assistant may press.
+    presses = (PLACE.press_topic("pi.01", "exercise"), f"{PLACE.press_topic('pi.01', 'exercise')}/label")
+    for topic in (f"outstation/{FLEET}/pi.01/results/exercise", f"outstation/{FLEET}/pi.01/ack", *presses):
         assert publish_one(bridge, OutgoingMessage(topic, b"{}")) == NOT_AUTHORIZED
     bridge.close()
     revocation.revoke_device(folder, secured, store, "pi.01", None, NOW)

@@ -225,8 +225,8 @@ def test_a_lower_role_manages_no_accounts(dashboard: ServedDashboard, name: str)
 
 def test_a_viewer_decides_nothing(dashboard: ServedDashboard) -> None:
     cookie = dashboard.sign_in("vera")
-    label = {"task": "exercise", "row": "1", "label": "PEN"}
-    for path, form in (("/rollouts/x", {"action": "abort", "reason": "x"}), ("/devices/pi-07/label", label),
+    label = {"task": "exercise", "row": "1", "action": "confirm"}
+    for path, form in (("/rollouts/x", {"action": "abort", "reason": "x"}), ("/devices/pi-07/verdict", label),
                        ("/incidents/0123456789ab", {"action": "mute"}), ("/audit/evidence", {})):  # fmt: skip
         assert dashboard.post(path, form, cookie).status == 403
 
@@ -411,7 +411,10 @@ def test_on_this_machine_a_visitor_without_a_session_only_reads(tmp_path: Path) 
     with served(tmp_path / "acme") as dashboard:
         wait_until_shown(dashboard, "/fleet", "pi-07")
         assert dashboard.get("/accounts").status == 403
-        assert dashboard.post("/devices/pi-07/label", {"task": "exercise", "row": "1", "label": "PEN"}).status == 403
+        assert (
+            dashboard.post("/devices/pi-07/verdict", {"task": "exercise", "row": "1", "action": "confirm"}).status
+            == 403
+        )
         assert dashboard.get("/fleet", **{"x-forwarded-for": "10.0.0.7"}).status == 303, "a proxy passed it on"
         assert dashboard.get("/fleet", host="dash.example.org").status == 303
 

@@ -127,10 +127,39 @@ def test_incidents_name_what_to_do_and_take_decisions(dashboard: ServedDashboard
 
 def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> None:
     otto = dashboard.sign_in("otto")
-    form = {"task": "exercise", "row": "1", "label": "FEL"}
-    assert dashboard.post("/devices/pi-07/label", form, otto).status == 303
-    assert "labels added at the collector" in dashboard.get("/devices/pi-07", otto).text
-    assert dashboard.post("/devices/pi-07/label", {**form, "row": "77"}, otto).status == 409
+    form = {"task": "exercise", "row": "1", "action": "correct", "label": "FEL", "note": "seen on the camera"}
+    assert dashboard.post("/devices/pi-07/verdict", form, otto).status == 303
+    page = dashboard.get("/devices/pi-07", otto).text
+    assert "verdicts of people who saw the answer" in page
+    assert re.search(r"FEL <span class=\"muted\">otto, .*: seen on the camera", page)
+    assert dashboard.post("/devices/pi-07/verdict", {**form, "row": "77"}, otto).status == 409
+    assert dashboard.post("/devices/pi-07/verdict", {**form, "label": "xyz"}, otto).status == 409
+    assert dashboard.post("/devices/pi-07/verdict", {**form, "action": "praise"}, otto).status == 400
+    confirmed = {"task": "exercise", "row": "2", "action": "confirm", "back": "/labels?task=exercise"}
+    assert dashboard.post("/devices/pi-07/verdict", confirmed, otto).location == "/labels?task=exercise"
+    assert dashboard.post("/devices/pi-07/verdict", {**form, "action": "withdraw"}, otto).status == 303
+    page = dashboard.get("/labels", otto).text
+    assert re.search(r'<th scope="row">otto</th>.*confirmed', page)
+
+
+def test_the_page_labels_lists_what_to_label_next_and_asks_operators_only(dashboard: ServedDashboard) -> None:
+    page = dashboard.get("/labels?task=exercise&device=pi-07", dashboard.sign_in("otto")).text
+    assert "What to label next" in page
+    assert 'action="/devices/pi-07/verdict"' in page
+    assert 'action="/devices/pi-07/verdict"' not in dashboard.get("/labels", dashboard.sign_in("vera")).text
+    assert "Nothing waits for a label." in dashboard.get("/labels?task=none", dashboard.sign_in("vera")).text
+    assert dashboard.get("/labels?n=-1&device=%00").status in (200, 303, 401)
+
+
+def test_an_alert_gets_a_verdict_of_an_operator(dashboard: ServedDashboard) -> None:
+    otto = dashboard.sign_in("otto")
+    link = re.search(r'href="(/incidents/[0-9a-f]{12})"', dashboard.get("/incidents?status=all", otto).text)
+    assert link is not None
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "false_alarm", "note": "door open"}, otto).status == 303
+    page = dashboard.get(link[1], otto).text
+    assert re.search(r"false alarm</span> <span class=\"muted\">otto, .*: door open", page)
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "right", "label": "PEN"}, otto).status == 409
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "right"}, dashboard.sign_in("vera")).status == 403
 
 
 def test_an_unavailable_database_is_reported_and_comes_back(tmp_path: Path) -> None:
@@ -286,6 +315,9 @@ def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:
             assert dashboard.get(path).status == 200, path
         assert "verified now" in dashboard.get(message[0]).text
         assert dashboard.post(ref[0], {"action": "acknowledge"}).status == 303
-        assert dashboard.post("/devices/pi-07/label", {"task": "exercise", "row": "1", "label": "FEL"}).status == 303
+        assert (
+            dashboard.post("/devices/pi-07/verdict", {"task": "exercise", "row": "1", "action": "confirm"}).status
+            == 303
+        )
         cookie = dashboard.sign_in("vera")
         assert dashboard.get("/fleet", cookie).status == 200

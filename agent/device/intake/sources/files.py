@@ -167,7 +167,7 @@ class FolderWatcher:
             raise error
         if error.errno != errno.ENOENT and name not in self._stuck:
             self._stuck.add(name)
-            log.error("%s: cannot be moved: %s; it stays where it is", safe_name(name), error.strerror)
+            log.error("%s: cannot be moved: %s; it stays where it is", self._log_name(safe_name(name)), error.strerror)
 
     def _group_names(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """Group images into shared commits; other files go one by one, because positions depend on earlier rows."""
@@ -215,7 +215,7 @@ class FolderWatcher:
             raise
         except Exception as error:
             # Such as an answer of a hostile decoder that no check foresees: it must not end the daemon at each start.
-            log.exception("%s: unexpected error", original_name(name))
+            log.exception("%s: unexpected error", self._log_name(original_name(name)))
             problem = UsageError(f"unexpected {type(error).__name__}, see the log{self._describe_stored(progress)}")
         finally:
             self._release_digest(name)
@@ -309,7 +309,7 @@ class FolderWatcher:
         return f"file digest:{self._name}"
 
     def _finish(self, folder: WatchedFolder, name: str, progress: _FileProgress, *, is_retry: bool) -> None:
-        shown, target = original_name(name), folder.unused_done_name(name)
+        target = folder.unused_done_name(name)
         rejected = f", {progress.rejected_rows} rows rejected" if progress.rejected_rows else ""
         media_format = self._stream.media_format
         if media_format is not None:
@@ -325,14 +325,19 @@ class FolderWatcher:
             with contextlib.suppress(StorageFull), self._store.transaction() as tx:
                 tx.set_source_position(*position)
         folder.move_to_done(name, target)
-        log.info("%s: ingested%s", shown, rejected)
+        log.info("%s: ingested%s", self._log_name(original_name(name)), rejected)
         self._forget(name, INGESTED_COUNTER)
 
     def _fail(self, folder: WatchedFolder, name: str, problem: Exception) -> None:
         shown, reason, is_duplicate = original_name(name), printable(str(problem)), isinstance(problem, _DuplicateFile)
         folder.move_to_failed(name, f"{shown}: {reason}")
-        log.log(logging.WARNING if is_duplicate else logging.ERROR, "%s: %s; moved to failed/", shown, reason)
+        level = logging.WARNING if is_duplicate else logging.ERROR
+        log.log(level, "%s: %s; moved to failed/", self._log_name(original_name(name)), reason)
         self._forget(name, DUPLICATE_COUNTER if is_duplicate else FAILED_COUNTER)
+
+    def _log_name(self, shown: str) -> str:
+        """Return the name of a file for the journal, unless the stream's owner keeps names out of it."""
+        return shown if self._stream.privacy.file_names else f"a file of {self._name}"
 
     def _forget(self, name: str, counter: str) -> None:
         self._decoder_failures.pop(name, None)
@@ -367,7 +372,7 @@ class FolderWatcher:
                 if rejected and self._stream.media_format:
                     raise RowRejected(next(iter(rejected.values())))
                 for line, reason in sorted(rejected.items())[: max(0, _MAX_LOGGED_ROWS - progress.rejected_rows)]:
-                    log.warning("%s: line %d: %s", original_name(name), line, printable(reason))
+                    log.warning("%s: line %d: %s", self._log_name(original_name(name)), line, printable(reason))
                 progress.rejected_rows += len(rejected)
 
     async def _read_blocks(self, file: int, name: str, progress: _FileProgress) -> AsyncGenerator[FileBlock]:

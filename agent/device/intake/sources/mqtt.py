@@ -180,7 +180,9 @@ class MqttSubscriber:
             await asyncio.sleep(_FULL_RETRY_S)
         if outcome.rejected:
             number, reason = outcome.rejected[0]
-            self._warn_once(f"{deliveries[number - 1].topic}: not stored: {reason}")
+            # Levels of a topic may be values of fields.
+            topic = deliveries[number - 1].topic if self._stream.privacy.file_names else "a message"
+            self._warn_once(f"{topic}: not stored: {reason}")
         else:
             self._last_warning = ""
         return outcome

@@ -10,10 +10,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import cast
 
-from agent.config.sources import FilesSource, HostSource, MqttSource, ReplaySource, SourceSection
+from agent.config.sources import ExecSource, FilesSource, HostSource, MqttSource, ReplaySource, SourceSection
 from agent.device.intake.source import SourceModule
 
 _MODULES: dict[type[SourceSection], Callable[[], ModuleType]] = {
+    ExecSource: lambda: import_module("agent.device.intake.sources.exec"),
     FilesSource: lambda: import_module("agent.device.intake.sources.files"),
     HostSource: lambda: import_module("agent.device.intake.sources.host"),
     MqttSource: lambda: import_module("agent.device.intake.sources.mqtt"),

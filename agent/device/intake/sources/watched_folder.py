@@ -137,7 +137,7 @@ class WatchedFolder:
                 written.write(reason + "\n")
         except OSError as error:
             # The file must leave the folder even where the disk is full.
-            log.error("failed/%s.txt: cannot be written: %s", name, error.strerror)
+            log.error("failed/: the reason beside a file cannot be written: %s", error.strerror)
         os.rename(claimed, name, src_dir_fd=self._taking, dst_dir_fd=self._failed)
 
     def append_to_index(self, name: str, rows: tuple[int, int], *, is_retry: bool) -> None:

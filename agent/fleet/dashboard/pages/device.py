@@ -11,15 +11,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from agent import clock
-from agent.fleet import labels
+from agent.errors import UsageError
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
+from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
 from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.dashboard import results as result_statements
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.labelling import verdicts as verdict_statements
+from agent.fleet.database.labelling.verdicts import Verdict
 from agent.fleet.database.store import FleetStore
-from agent.performance.labels import Label
+from agent.fleet.labelling import verdicts
+from agent.fleet.labelling.verdicts import Judge
 from agent.text import printable
 
 RANGES = {"1h": 3600, "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400, "all": 0}
@@ -73,7 +77,7 @@ async def show(visit: Visit) -> Response:
         query=query,
         ranges=RANGES,
         now_us=clock.read().wall_us,
-        can_label=visit.visitor.may("operator"),
+        can_judge=visit.visitor.may("operator"),
         known_labels=sorted({row[2] for row in loaded["results"] if row[2] is not None}),
         streams=_streams(health),
         store=as_object(health.get("store")),
@@ -98,8 +102,17 @@ def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[s
         "quality": quality[0] if quality else None,
         "collector_metrics": history.load_collector_metrics(db, name, task.name) if task else [],
         "windows": history.load_windows(db, name, task.name, _LISTED) if task else [],
-        "results": result_statements.load_newest(db, name, task.name, _LISTED) if task else [],
+        **_load_results(db, name, task),
     }
+
+
+def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
+    """Return the newest results and what people say of them, by row."""
+    rows = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
+    opinions: dict[int, list[Verdict]] = {}
+    for log in {row[5] for row in rows}:
+        opinions |= verdict_statements.load_for_rows(db, (device, task.name if task else "", log), [r[0] for r in rows])
+    return {"results": rows, "verdicts": opinions}
 
 
 async def results(visit: Visit) -> Response:
@@ -147,27 +160,33 @@ async def drift(visit: Visit) -> Response:
     return Response(svg, 200, headers, "image/svg+xml")
 
 
-async def label(visit: Visit) -> Response:
-    """Store what was true of a result, by the visitor, as a label; the metrics of labels follow."""
+async def judge(visit: Visit) -> Response:
+    """Store what the visitor says of a result: that it is right, or what was true; or take that back."""
     visit.require("operator")
     device, form = _find(visit), await visit.form()
-    task, row, text = form.get("task", ""), form.get("row", ""), form.get("label", "").strip()
-    if not row.isdecimal() or len(row) > 16 or not 0 < len(text) <= 256:
-        raise HTTPException(400, "a label needs the row of a result and a text of at most 256 characters")
-    entry = Label(int(row), None, text)
+    task, row, action = form.get("task", "")[:64], form.get("row", ""), form.get("action", "")
+    if not row.isdecimal() or len(row) > 15 or action not in ("confirm", "correct", "withdraw"):
+        raise HTTPException(400, "a verdict needs the row of a result, and says confirm, correct or withdraw")
+    text = form.get("label", "").strip() if action == "correct" else None
+    author = Judge(visit.visitor.name, "dashboard", now_text(), form.get("note", "").strip()[:500])
 
-    def add(db: Connection) -> str:
-        try:
-            outcome = labels.add(db, device.device, task, [entry], clock.to_rfc3339(clock.read().wall_us))
-        except ValueError as error:
-            return f"refused: {error}"
-        return f"refused: {outcome.rejected[0]}" if outcome.rejected else f"row {row} is {text}"
+    def write(db: Connection) -> str:
+        if action == "withdraw":
+            verdicts.withdraw(db, device.device, task, int(row), author)
+            return f"row {row}: taken back"
+        given = verdicts.judge_result(db, device.device, task, int(row), text, author)
+        return f"row {row} is {given.label}: {given.verdict}"
 
-    outcome = await visit.dashboard.reader.write(add)
-    await visit.record("label", f"{device.device}/{task}", outcome)
-    if outcome.startswith("refused"):
-        raise HTTPException(409, outcome.removeprefix("refused: "))
-    return RedirectResponse(f"/devices/{views.quote_path(device.device)}?task={views.quote_path(task)}#results", 303)
+    concerned = f"{device.device}/{task}"
+    try:
+        outcome = await visit.dashboard.reader.write(write)
+    except UsageError as error:
+        await visit.record("verdict", concerned, f"refused: {error}")
+        raise
+    await visit.record("verdict", concerned, outcome)
+    back = form.get("back", "")
+    here = f"/devices/{views.quote_path(device.device)}?task={views.quote_path(task)}#results"
+    return RedirectResponse(back if back.startswith("/labels") else here, 303)
 
 
 def _streams(health: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,9 +18,12 @@ from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.dashboard.state.fleet_state import as_object, decode_object
 from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.labelling import verdicts as verdict_statements
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
+from agent.fleet.labelling import verdicts
+from agent.fleet.labelling.verdicts import Judge
 
 STATUSES = ("open", "raised", "acknowledged", "muted", "cleared", "all")
 SEVERITIES = ("info", "warning", "critical")
@@ -138,6 +141,29 @@ async def decide(visit: Visit) -> Response:
     return RedirectResponse(back if back.startswith("/incidents") else f"/incidents/{incident.ref}", 303)
 
 
+async def judge(visit: Visit) -> Response:
+    """Store whether an alert was right, and what was true of the result that it is about."""
+    visit.require("operator")
+    ref, form, now = visit.request.path_params["ref"], await visit.form(), now_text()
+    action, text = form.get("action", ""), form.get("label", "").strip()
+    if action not in ("right", "false_alarm"):
+        raise HTTPException(400, "a verdict says right or false_alarm")
+    author = Judge(visit.visitor.name, "dashboard", now, form.get("note", "").strip()[:500])
+
+    def write(store: FleetStore) -> str:
+        incident = _find(store, ref, now)
+        with store.transaction() as db:
+            return verdicts.judge_alert(db, incident, is_right=action == "right", text=text or None, judge=author)
+
+    try:
+        outcome = await visit.dashboard.reader.run_writer(write)
+    except UsageError as error:
+        await visit.record("verdict on alert", ref, f"refused: {error}")
+        raise
+    await visit.record("verdict on alert", ref, outcome)
+    return RedirectResponse(f"/incidents/{ref}#verdict", 303)
+
+
 def _mute_end(text: str, now: str) -> str | None:
     if text not in MUTES:
         return None
@@ -160,7 +186,17 @@ def _load_surroundings(db: Connection, incident: Incident) -> dict[str, Any]:
         near = history.load_windows_around(db, incident.device, incident.task, incident.raised, _WINDOWS)
         windows = [_summarize(window, incident.subject) for window in near]
     shown = {key: _as_shown(value) for key, value in [*evidence.items()][:_MAX_EVIDENCE]}
-    return {"evidence": shown, "windows": windows}
+    row = verdicts.alert_row(db, incident)
+    result = None
+    if row is not None and incident.task is not None:
+        result = verdict_statements.find_result(db, incident.device, incident.task, row)
+    return {
+        "evidence": shown,
+        "windows": windows,
+        "verdicts": verdict_statements.load_of_alert(db, incident.key),
+        "row": row,
+        "answer": None if result is None else result[2],
+    }
 
 
 def _summarize(window: dict[str, Any], field: str) -> dict[str, Any]:

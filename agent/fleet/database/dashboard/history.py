@@ -21,8 +21,8 @@ WINDOWS_BEFORE = f"""
 WINDOWS_AFTER = f"""
     SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" > ? ORDER BY "to" LIMIT ?"""
 COLLECTOR_METRICS = """
-    SELECT metric, value, low, high, n, time FROM metrics
-    WHERE device = ? AND task = ? AND source = 'collector' AND slice = '' ORDER BY metric LIMIT 50"""
+    SELECT metric, value, low, high, n, time, source FROM metrics
+    WHERE device = ? AND task = ? AND source <> 'device' AND slice = '' ORDER BY source, metric LIMIT 50"""
 
 
 def load_quality(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def load_windows_around(db: Connection, device: str, task: str, time: str, limit
 
 
 def load_collector_metrics(db: Connection, device: str, task: str) -> list[dict[str, Any]]:
-    """Return the metrics of labels that were added at the collector."""
+    """Return the metrics of ground truth that was added at the collector (source collector), and of verdicts."""
     return fetch_dicts(db, COLLECTOR_METRICS, device, task)
 
 

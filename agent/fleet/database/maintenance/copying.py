@@ -32,6 +32,7 @@ _SOURCE = "source"
 _NEWEST = (
     *(("messages", "rowid"), ("messages", "received"), ("devices", "last_seen")),
     *(("meta", "value"), ("alerts", "time"), ("labels", "received")),
+    *(("verdicts", "given"), ("alert_verdicts", "given")),
 )
 # Tables with rows as soon as the tables are created.
 _INITIAL_ROWS = frozenset({"meta"})

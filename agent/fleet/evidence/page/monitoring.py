@@ -34,7 +34,12 @@ from agent.wire.messages import Metric
 
 _MAX_ROWS = 25
 _STATE_BADGES = {"open": ("open", "bad"), "closed": ("closed", "ok"), "unknown": ("end unknown", "none")}
-_SOURCE_NAMES = {"human": "people", "system": "other systems", "model": "the model itself (not counted)"}
+_SOURCE_NAMES = {
+    "human": "people",
+    "system": "other systems",
+    "model": "the model itself (not counted)",
+    "verdict": "verdicts of people who saw the answer (not counted)",
+}
 _MAX_LANES, _LANE_HEIGHT, _TOP_MARGIN = 16, 22.0, 10.0
 _LANES_WIDTH, _NAME_WIDTH, _DURATION_WIDTH = 360.0, 100.0, 86.0
 _STRIP_WIDTH, _STRIP_HEIGHT = 400.0, 90.0

@@ -47,6 +47,11 @@ def build_disclosure(
     """Return the stored rows with the key of their message. Raises UsageError if rows are gone, StorageError."""
     name = conf.tasks[task].stream
     stream = conf.streams[name]
+    if protected := sorted(stream.privacy.protected_fields([field.name for field in stream.fields])):
+        raise UsageError(
+            f"streams.{name}.privacy: {', '.join(protected)} may not leave as stored, and rows are proven as a whole; "
+            "remove the rule if their owner agrees"
+        )
     stored = _read_rows(conf, store, name, rows)
     texts = {field.name: store.categories(name, field.name) for field in stream.fields if field.type == "category"}
     columns: list[list[Any]] = []

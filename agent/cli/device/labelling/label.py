@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, emit, json_option, print_rejected
+from agent.cli.output import config_option, echo, emit, json_option, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
@@ -19,6 +21,7 @@ from agent.datasets.tables import ColumnType, TableOptions
 from agent.device.bundles import history
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.labels import LabelBatch
+from agent.device.machine import label_key
 from agent.device.machine.timekeeping import make_clock
 from agent.errors import OutstationError, RowRejected, StorageBusy, UsageError
 from agent.model.bundle import bundle
@@ -29,22 +32,35 @@ _COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType
 ParsedLabel = tuple[int, Label | str]
 
 
+def _default_author() -> str:
+    """Return the user's name, in the letters that names of authors have."""
+    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
+
+
+by_option = click.option("--by", metavar="NAME", default=_default_author, help="Who says so; default: your user name.")
+
+
 @click.command(epilog="Example: outstation label exercise truth.csv")
 @click.argument("task")
 @click.argument("file", default="-")
+@by_option
 @config_option
 @json_option
-def label(task: str, file: str, config_file: str | None, as_json: bool) -> None:
+def label(task: str, file: str, by: str, config_file: str | None, as_json: bool) -> None:
     """Add ground-truth labels to results of TASK, from CSV or JSON Lines in FILE (- is stdin).
 
-    Columns: row,label or t,label (epoch seconds or RFC 3339), and optionally source: human, model or system. `row` is a
-    result's row, for windows the last one; `t` selects the nearest result. Labels go through the running daemon, or
-    into the store if none runs. Exit 1 if a label was rejected.
+    Columns: row,label or t,label (epoch seconds or RFC 3339), and optionally source: human, system, model or verdict.
+    `row` is a result's row, for windows the last one; `t` selects the nearest result. Labels go through the running
+    daemon, or into the store if none runs. Exit 1 if a label was rejected.
+
+    Labels are authenticated as NAME's if you may read labels.key in the data folder. Without that they are counted, but
+    no roll-out acts on them.
     """
     _, conf = device.load_config(config_file, task)
     parsed = list(read_labels(file))
     invalid = {line: label for line, label in parsed if isinstance(label, str)}
-    accepted, rejected = _submit(conf, task, [(line, label) for line, label in parsed if isinstance(label, Label)])
+    labels = [(line, label) for line, label in parsed if isinstance(label, Label)]
+    accepted, rejected = submit(conf, task, labels, by)
     report(accepted, invalid | rejected, as_json)
 
 
@@ -98,19 +114,20 @@ def _parse_label(values: Mapping[str, Any]) -> Label | str:
         return str(problem)
 
 
-def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
+def submit(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) -> tuple[int, dict[int, str]]:
     """Send labels to the daemon or write them to the store; return the number accepted, and line → reason."""
+    author = _authenticate(conf, by)
     try:
         client = Client(conf.data_dir / "intake.sock")
     except ConnectionError as error:
         try:
-            return _write_to_store(conf, task, labels)
+            return _write_to_store(conf, task, labels, by if author else "")
         except StorageBusy as busy:
             raise OutstationError(f"{busy}; the daemon takes no labels now: {error}") from None
     try:
         for _, label in labels:
             place = {"row": label.row} if label.row is not None else {"t": (label.t or 0) / 1e6}
-            client.label(task, label.text, source=label.source, **place)
+            client.label(task, label.text, source=label.source, author=author, **place)
         answer = client.flush()
     except ConnectionError as error:
         raise OutstationError(f"the daemon went away ({error}); send the labels again, each counts once") from None
@@ -119,7 +136,17 @@ def _submit(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[i
     return answer.accepted, {labels[number - 1][0]: reason for number, reason in answer.rejected}
 
 
-def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
+def _authenticate(conf: Config, by: str) -> tuple[str, str] | None:
+    """Return the name with its token; None, with a note, if this user may not read the key."""
+    try:
+        key = label_key.load_or_create(conf.data_dir)
+    except UsageError as problem:
+        echo(f"note: these labels are not authenticated, so no roll-out acts on them: {problem}", err=True)
+        return None
+    return by, label_key.make_token(key, by)
+
+
+def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) -> tuple[int, dict[int, str]]:
     with device.open_store(conf) as store:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
         schema = LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
@@ -127,7 +154,7 @@ def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]]) ->
         group, now = GroupCommit(store, conf.streams, lambda: targets), make_clock(store)
         accepted, rejected = 0, dict[int, str]()
         for number, (line, label) in enumerate(labels, 1):
-            group.add_labels("", LabelBatch(task, [label], {}), line, now())
+            group.add_labels("", LabelBatch(task, [label], {}, by), line, now())
             if group.is_full or number == len(labels):
                 for outcome in group.commit(now()).values():
                     accepted += outcome.accepted

@@ -13,8 +13,9 @@ _NEWEST_LOG = """
         SELECT 1 FROM results r WHERE r.device = l.device AND r.task = :task AND r.log = l.log)
     ORDER BY l.live DESC, CASE WHEN l.live THEN l.rowid ELSE -l.rowid END LIMIT 1"""
 _UPSERT_LABEL = """
-    INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, task, log, row) DO UPDATE SET
-        label = excluded.label, source = excluded.source, received = excluded.received"""
+    INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, task, log, row) DO UPDATE SET
+        label = excluded.label, source = excluded.source, received = excluded.received,
+        given_by = excluded.given_by"""
 _LABELLED_RESULTS = """
     SELECT l.label, l.source, r.label, r.score, r.value, r.seq FROM labels l
     JOIN results r ON r.device = l.device AND r.task = l.task AND r.row = l.row AND r.log = l.log
@@ -25,6 +26,11 @@ _RESULTS_MESSAGES = """
 _AUDIT_MESSAGES = """
     SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) > 0
     ORDER BY received DESC, seq DESC"""
+
+_BUNDLE = """
+    SELECT p.model, p.version, p.digest FROM result_messages m
+    JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
+    WHERE m.device = ? AND m.log = ? AND m.seq = ?"""
 
 # (device, task, log)
 TaskLog = tuple[str, str, str]
@@ -67,11 +73,13 @@ def load_label_texts(db: Connection, key: TaskLog, *, except_source: str) -> lis
     return [row[0] for row in db.execute(sql, (*key, except_source))]
 
 
-def save_label(db: Connection, key: TaskLog, row: int, text: str, source: str, now: str) -> tuple[str, str] | None:
+def save_label(
+    db: Connection, key: TaskLog, row: int, text: str, source: str, now: str, by: str
+) -> tuple[str, str] | None:
     """Insert or replace the label of a row; return (label, source) that it replaces."""
     sql = "SELECT label, source FROM labels WHERE device = ? AND task = ? AND log = ? AND row = ?"
     former = db.execute(sql, (*key, row)).fetchone()
-    db.execute(_UPSERT_LABEL, (*key, row, text, source, now))
+    db.execute(_UPSERT_LABEL, (*key, row, text, source, now, by))
     return None if former is None else (former[0], former[1])
 
 
@@ -83,3 +91,9 @@ def load_labelled_results(db: Connection, key: TaskLog) -> list[Row]:
 def replace_metrics(db: Connection, device: str, task: str, source: str, rows: Sequence[Sequence[Any]]) -> None:
     db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, source))
     db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def load_bundle(db: Connection, key: TaskLog, seq: int) -> tuple[str, str, str] | None:
+    """Return (name, version, digest) of the bundle that made the results of a message."""
+    device, _, log = key
+    return db.execute(_BUNDLE, (device, log, seq)).fetchone()  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.intake import labels
-from agent.fleet.labels import split_labels
+from agent.fleet.labelling.labels import split_labels
 from agent.performance.labels import SOURCES, Label
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
-from agent.fleet.database import labels as label_tables
 from agent.fleet.database.interface import Connection, Row
-from agent.fleet.database.labels import TaskLog
+from agent.fleet.database.labelling import labels as label_tables
+from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
-from agent.performance.labels import MODEL, Label, count_sources
+from agent.performance.labels import MODEL, VERDICT, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
@@ -58,8 +58,11 @@ class LabelOutcome(msgspec.Struct, frozen=True):
         )
 
 
-def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str) -> LabelOutcome:
-    """Store labels and recompute the metrics, in the caller's transaction. Raises ValueError without any results."""
+def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str, by: str) -> LabelOutcome:
+    """Store labels by `by` and recompute the metrics, in the caller's transaction.
+
+    Raises ValueError without any results.
+    """
     db.lock_devices([device])
     log = label_tables.find_newest_log(db, device, task)
     if log is None:
@@ -74,6 +77,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             problem = "holds the character NUL"
+        elif label.source == VERDICT:
+            problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
         elif row is not None:
             problem = schemas.check_label(label, results.seq_by_row[row])
         if row is None or problem is not None:
@@ -82,18 +87,15 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
             )
             rejected[index] = problem or missing
             continue
-        former = label_tables.save_label(db, key, row, label.text, label.source, now)
+        former = label_tables.save_label(db, key, row, label.text, label.source, now, by)
         replaced += former is not None and former != (label.text, label.source)
         accepted += 1
     rows = label_tables.load_labelled_results(db, key)
     judged = [row for row in rows if row[1] != MODEL]
     model = schemas.runs.get(max((row[5] for row in judged), default=0))
     of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
-    metrics = _compute_metrics(schemas.get_schema(model), of_model) if model else []
-    metric_rows = [
-        (device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, SOURCE, log, 0) for m in metrics
-    ]
-    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows)
+    metrics = compute_label_metrics(schemas.get_schema(model), of_model) if model else []
+    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
     sources = count_sources([row[1] for row in rows])
     return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
 
@@ -165,7 +167,15 @@ class _BundleSchemas:
         return None
 
 
-def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
+def metric_rows(
+    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
+) -> list[Row]:
+    """Return rows of table metrics."""
+    tail = (source, log, 0)
+    return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
+
+
+def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
     """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
     labels, parsed = schema.label_schema, []
     for row in rows:

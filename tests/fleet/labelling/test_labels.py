@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from agent.fleet import labels
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.labels import LabelOutcome
+from agent.fleet.labelling import labels
+from agent.fleet.labelling.labels import LabelOutcome
 from agent.performance.labels import Label
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
@@ -39,7 +39,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 def take(store: FleetStore, *given: Label) -> LabelOutcome:
     with store.transaction() as db:
-        return labels.add(db, SENDER.device, SENDER.task, given, NOW)
+        return labels.add(db, SENDER.device, SENDER.task, given, NOW, "eva")
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -105,7 +105,7 @@ def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetSto
 
 def test_without_results_nothing_can_be_joined(store: FleetStore) -> None:
     with pytest.raises(ValueError, match="no results of task 'other'"), store.transaction() as db:
-        labels.add(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW)
+        labels.add(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW, "eva")
 
 
 def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.device.label import read_labels, report
+from agent.cli.device.labelling.label import by_option, read_labels, report
 from agent.cli.fleet.command import send_command
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
 from agent.cli.output import echo, emit, json_option, print_table
@@ -21,7 +21,7 @@ from agent.text import printable
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.labels import LabelOutcome
+    from agent.fleet.labelling.labels import LabelOutcome
 
 _MAX_LISTED = 20
 
@@ -33,8 +33,11 @@ _MAX_LISTED = 20
 @fleet_option
 @click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
 @wait_option
+@by_option
 @json_option
-def label(device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, as_json: bool) -> None:
+def label(
+    device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, by: str, as_json: bool
+) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
     Columns are those of `outstation label`: row,label or t,label, and source. With --send the labels go to the device
@@ -46,14 +49,14 @@ def label(device: str, task: str, file: str, folder: str | None, send: bool, wai
     labels = [(line, entry) for line, entry in entries if isinstance(entry, Label)]
     if send:
         home = fleet_config.find_folder(folder)
-        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s)
+        accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
         report(accepted, rejected | refused, as_json)
         return
-    from agent.fleet.labels import add
+    from agent.fleet.labelling.labels import add
 
     try:
         with open_store(config) as writable, writable.transaction() as db:
-            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us))
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us), by)
     except ValueError as problem:
         raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
@@ -81,15 +84,16 @@ def _send_labels(
     task: str,
     labels: list[tuple[int, Label]],
     wait_s: float,
+    by: str,
 ) -> tuple[int, dict[int, str]]:
     """Return the number of labels that the device accepted, and line → reason of the others."""
-    from agent.fleet.labels import split_labels
+    from agent.fleet.labelling.labels import split_labels
 
     accepted = 0
     rejected: dict[int, str] = {}
     for first, end, columns in split_labels([entry for _, entry in labels]):
         lines = [line for line, _ in labels[first:end]]
-        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns}, wait_s)
+        sent = send_command(home, config, store, device, "label", {"task": task, "labels": columns, "by": by}, wait_s)
         if not sent.ok or sent.reply is None:
             # Further commands would fail for the same reason.
             summary = sent.to_dict()["summary"]

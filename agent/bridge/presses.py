@@ -1,0 +1,82 @@
+"""Presses of Home Assistant's buttons: somebody there confirms or corrects the newest answer of a task.
+
+MQTT does not tell who published a message, so the broker's access rules decide who may press. A press says nothing of
+which answer was on the screen: one that arrives just after another answer came is refused, as is a retained one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from agent.bridge.device_state import Result
+from agent.bridge.discovery import CONFIRM, Place
+from agent.errors import OutstationError
+from agent.performance.labels import MAX_LABEL
+from agent.transport.packets import IncomingMessage
+
+# An answer that came so short ago may not have been the one on the screen.
+SETTLE_S = 3.0
+# Presses that are stored at once, and how many a second follow.
+BURST, RATE = 30, 1.0
+
+
+class VerdictSink(Protocol):
+    """Stores what was true of the result of a task at a row."""
+
+    def __call__(self, device: str, task: str, row: int, label: str) -> str:
+        """Return a sentence about what was stored. Raises OutstationError."""
+        ...
+
+
+class PressReader:
+    """Reads presses, and gives each to the sink for the result that it means."""
+
+    def __init__(self, place: Place, sink: VerdictSink, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._place, self._sink, self._now_s = place, sink, now_s
+        # (device, task) → when its answer changed to the present one, and the answer before.
+        self._changes: dict[tuple[str, str], tuple[float, str | None]] = {}
+        self._budget, self._last_s = float(BURST), now_s()
+
+    def observe(self, device: str, task: str, before: Result | None, result: Result | None) -> None:
+        """Record that the newest result of a task is another one."""
+        if before is not None and result is not None and before.label != result.label:
+            self._changes[device, task] = self._now_s(), before.label
+
+    def forget(self, device: str) -> None:
+        self._changes = {key: value for key, value in self._changes.items() if key[0] != device}
+
+    def read(self, message: IncomingMessage, shown: Callable[[str, str], Result | None]) -> str:
+        """Return a sentence about what a press did. `shown`: the result of a device's task that Home Assistant has."""
+        target = self._place.parse_press(message.topic)
+        if target is None:
+            return ""
+        device, task, is_label = target
+        where = f"press for {task} at {device}"
+        if message.retained:
+            return f"{where} refused: it is retained, so nobody pressed now"
+        if not self._spend():
+            return f"{where} refused: more than {BURST} presses came at once"
+        result = shown(device, task)
+        if result is None or result.label is None:
+            return f"{where} refused: no answer of this task is shown"
+        text = message.payload.decode(errors="replace").strip() if is_label else result.label
+        if not 0 < len(text) <= MAX_LABEL or (not is_label and message.payload != CONFIRM):
+            return f"{where} refused: it says neither {CONFIRM.decode()!r} nor a label"
+        changed_s, former = self._changes.get((device, task), (float("-inf"), None))
+        if self._now_s() - changed_s < SETTLE_S:
+            return f"{where} refused: the answer was {former!r} less than {SETTLE_S:g} s before; press again"
+        try:
+            return f"{where}: {self._sink(device, task, result.row, text)}"
+        except OutstationError as error:
+            return f"{where} refused: {error}"
+
+    def _spend(self) -> bool:
+        now_s = self._now_s()
+        self._budget = min(float(BURST), self._budget + (now_s - self._last_s) * RATE)
+        self._last_s = now_s
+        if self._budget < 1.0:
+            return False
+        self._budget -= 1.0
+        return True

@@ -1,0 +1,102 @@
+"""Commands `outstation verdict`, `label-next` and `label-token`: people teach the model of one device."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from agent import clock
+from agent.bootstrap import device
+from agent.cli.device.labelling.label import by_option, submit
+from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.config import Config
+from agent.device import label_requests
+from agent.device.bundles import history
+from agent.device.machine import label_key
+from agent.device.store import labels as label_store
+from agent.errors import UsageError
+from agent.model.bundle import bundle
+from agent.performance.labels import VERDICT, Label, LabelSchema
+
+
+@click.command(epilog="Example: outstation verdict exercise 1200 PEN")
+@click.argument("task")
+@click.argument("row", type=click.IntRange(min=1))
+@click.argument("label", required=False)
+@by_option
+@config_option
+@json_option
+def verdict(task: str, row: int, label: str | None, by: str, config_file: str | None, as_json: bool) -> None:
+    """Say that the result of TASK at ROW was LABEL; without LABEL, that it is right.
+
+    A verdict is a label by somebody who saw the answer: it is counted, and left out of the metrics of ground truth.
+    """
+    _, conf = device.load_config(config_file, task)
+    predicted = _find_answer(conf, task, row)
+    if label is None and predicted is None:
+        raise UsageError(f"row {row} has no stored result with a class to confirm; name the true label")
+    text = label or predicted or ""
+    _, rejected = submit(conf, task, [(1, Label(row, None, text, VERDICT))], by)
+    kind = "confirmed" if text == predicted else "corrected"
+    document = {"task": task, "row": row, "label": text, "predicted": predicted, "verdict": kind, "by": by}
+    document["rejected"] = rejected.get(1)
+    shown = f"not stored: {rejected[1]}" if rejected else f"{kind} by {by}: row {row} is {text}"
+    emit(document, as_json, lambda: echo(shown))
+    if rejected:
+        sys.exit(1)
+
+
+@click.command("label-next", epilog="Example: outstation label-next exercise --limit 40 --json")
+@click.argument("task")
+@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, 500), help="So many at most; default 20.")
+@click.option("--seed", metavar="N", default=0, help="Chooses the random ones; default 0.")
+@config_option
+@json_option
+def label_next(task: str, limit: int, seed: int, config_file: str | None, as_json: bool) -> None:
+    """Show which results of TASK to label next: the least certain, the rarest classes, and some at random.
+
+    Only results count whose predictions the store still keeps ([buffer] keep_results).
+    """
+    _, conf = device.load_config(config_file, task)
+    schema = _load_schema(conf, task)
+    with device.open_store_read_only(conf) as store:
+        requests = label_requests.list_next(store, task, schema, limit, seed)
+    rows = [
+        [each.row, clock.to_rfc3339(each.t)[:19] + "Z", each.answer, "" if each.score is None else f"{each.score:.3f}",
+         each.reason]
+        for each in requests
+    ]  # fmt: skip
+    empty = f"Every stored result of {task} has a label, or there is none."
+    document = [each.to_dict() for each in requests]
+    emit(document, as_json, lambda: print_table(["row", "time", "answer", "score", "why"], rows, empty))
+
+
+@click.command("label-token", epilog="Example: outstation label-token power-meter")
+@click.argument("name")
+@config_option
+@json_option
+def label_token(name: str, config_file: str | None, as_json: bool) -> None:
+    """Show the token with which NAME, a program or a person, gives labels that decisions may follow.
+
+    Whoever holds it can let a roll-out pass or fail. Delete labels.key in the data folder and restart to revoke all.
+    """
+    _, conf = device.load_config(config_file)
+    token = label_key.make_token(label_key.load(conf.data_dir), name)
+    emit({"by": name, "token": token}, as_json, lambda: echo(token))
+
+
+def _load_schema(conf: Config, task: str) -> LabelSchema:
+    with device.open_store_read_only(conf) as store:
+        manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
+    return LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
+
+
+def _find_answer(conf: Config, task: str, row: int) -> str | None:
+    """Return the class that the model named at this row; None for a number, or where nothing is stored."""
+    schema = _load_schema(conf, task)
+    with device.open_store_read_only(conf) as store:
+        prediction = store.query(label_store.load_prediction, task, row)
+    if prediction is None or prediction.predicted_class is None:
+        return None
+    return schema.format_class(prediction.predicted_class)

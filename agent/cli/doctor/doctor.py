@@ -1,0 +1,139 @@
+"""Command `outstation doctor`: what is wrong, and the fixes that it applies on request."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from msgspec.structs import asdict
+
+from agent.bootstrap import device
+from agent.cli.device.check import STATE_COLORS, run_checks
+from agent.cli.doctor import archive, fixes, flash, power
+from agent.cli.output import config_option, echo, echo_styled, emit, json_option
+from agent.config import Config
+from agent.device.store import cost
+from agent.device.store.store import Store
+from agent.errors import OutstationError, UsageError
+from agent.quantities import parse_size
+from agent.text import printable
+
+
+@click.command(epilog="Example: outstation doctor --fix")
+@click.option("--fix", is_flag=True, help="Apply the fixes, each after a question.")
+@click.option("--yes", is_flag=True, help="With --fix: do not ask.")
+@click.option("--archive", "archive_file", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write a .tar.gz for support, without secrets and readings.")  # fmt: skip
+@click.option("--rating", metavar="SIZE", help='Bytes that the card endures by its data sheet, such as "20 TiB".')
+@config_option
+@json_option
+def doctor(
+    fix: bool, yes: bool, archive_file: Path | None, rating: str | None, config_file: str | None, as_json: bool
+) -> None:
+    """Show what is wrong with this device, and what would mend it; flash wear and power, too.
+
+    The checks are those of `outstation check`. Exit 1 if one fails, or if a fix is left to do.
+    """
+    if yes and not fix:
+        raise UsageError("--yes belongs to --fix")
+    file, conf = device.load_config(config_file)
+    written_per_day = _written_per_day(conf)
+    open_fixes = list(fixes.find_fixes(file, conf, written_per_day))
+    applied = [one for one in open_fixes if fix and (yes or _ask(one, as_json=as_json)) and _apply(one)]
+    left = [one for one in open_fixes if one not in applied]
+    if applied:
+        file, conf = device.load_config(config_file)
+    checks = [asdict(result) for result in run_checks(file, conf) if result.state != "ok"]
+    wear = flash.describe_wear(written_per_day, _find_medium(conf), _parse_rating(rating))
+    document: dict[str, Any] = {
+        "problems": checks,
+        "applied": [_describe(one) for one in applied],
+        "fixes": [_describe(one) for one in left],
+        "flash": wear,
+        "power": [asdict(measured) for measured in power.measure()],
+        "archive": None,
+    }
+    if archive_file is not None:
+        document["archive"] = {"file": str(archive_file), "members": archive.write(archive_file, conf, checks, wear)}
+    emit(document, as_json, lambda: _print(document))
+    if left or any(check["state"] == "failed" for check in checks):
+        sys.exit(1)
+
+
+def _ask(one: fixes.Fix, *, as_json: bool) -> bool:
+    if as_json or not sys.stdin.isatty():
+        raise UsageError("--fix asks before each fix, which needs a terminal; add --yes to apply all")
+    echo(printable(f"{one.name}: {one.problem}"))
+    return click.confirm(printable(f"  {one.action}?"), default=False)
+
+
+def _apply(one: fixes.Fix) -> bool:
+    try:
+        one.apply()
+    except OSError as error:
+        raise UsageError(f"{one.action}: {error.strerror or error}; run it with sudo") from None
+    return True
+
+
+def _describe(one: fixes.Fix) -> dict[str, str]:
+    return {"name": one.name, "problem": one.problem, "action": one.action}
+
+
+def _written_per_day(conf: Config) -> int | None:
+    try:
+        with Store.open_read_only(conf.data_dir) as store:
+            spent = cost.read_process_cost(store.counters())
+    except OutstationError:
+        return None
+    return round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
+
+
+def _find_medium(conf: Config) -> flash.Medium | None:
+    try:
+        return flash.find_medium(conf.data_dir)
+    except OSError:
+        return None
+
+
+def _parse_rating(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(parse_size(text))
+    except ValueError as problem:
+        raise UsageError(f"--rating {text!r}: {problem}") from None
+
+
+def _print(document: dict[str, Any]) -> None:
+    for check in document["problems"]:
+        state = click.style(check["state"].ljust(7), fg=STATE_COLORS[check["state"]])
+        echo_styled(f"{state}  {printable(check['name'])}: {printable(check['detail'])}")
+    if not document["problems"]:
+        echo("All checks are ok.")
+    for one in document["applied"]:
+        echo(printable(f"fixed    {one['name']}: {one['action']}"))
+    for one in document["fixes"]:
+        echo(printable(f"fix      {one['name']}: {one['problem']}; `outstation doctor --fix` does: {one['action']}"))
+    echo(f"\nflash    {_describe_wear(document['flash'])}")
+    measured = [f"{one['watts']:.2f} W ({one['source']})" for one in document["power"]]
+    echo(f"power    {printable('; '.join(measured) or power.UNKNOWN)}")
+    if document["archive"] is not None:
+        shown = printable(document["archive"]["file"])
+        echo(f"archive  {shown}, without secrets and readings; look into it before you send it")
+
+
+def _describe_wear(wear: dict[str, Any]) -> str:
+    written, medium, years = wear["written_per_day"], wear["medium"], wear["years"]
+    where = "not on a medium of this machine"
+    if medium is not None:
+        where = f"{medium['name']}, {medium['size_bytes'] / 1e9:.0f} GB"
+        where += f", worn {medium['life_used']} by its own account" if medium["life_used"] else ""
+    if written is None:
+        return f"{where}; the daemon has not counted yet what it writes"
+    day = f"{where}; the daemon writes {written / 1e6:,.0f} MB a day"
+    if years is None:
+        return f"{day}; give --rating to see the years left"
+    assumption = f"if it endures {flash.ASSUMED_CYCLES} times its size; --rating takes its own"
+    return f"{day}: {years:,.0f} years {assumption if wear['assumed'] else 'by its rating'}"

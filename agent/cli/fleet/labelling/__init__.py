@@ -1,0 +1,1 @@
+"""Commands about labels, verdicts, and what to label next."""

@@ -1,0 +1,45 @@
+"""`outstation fleet label-next`: results that should get a label, and why."""
+
+from __future__ import annotations
+
+import click
+
+from agent import clock
+from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
+from agent.cli.output import emit, json_option, print_table
+
+_TOP = 500
+
+
+@click.command("label-next", epilog="Example: outstation fleet label-next --task exercise --limit 40 --json")
+@device_option
+@click.option("--task", metavar="TASK", help="Only this task.")
+@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, _TOP), help="So many at most; default 20.")
+@click.option("--seed", metavar="N", default=0, help="Chooses the random ones; default 0.")
+@db_option
+@fleet_option
+@json_option
+def label_next(
+    device: str | None, task: str | None, limit: int, seed: int, db: str | None, folder: str | None, as_json: bool
+) -> None:
+    """Show which results to label next: the least certain, the most drifted, the rarest classes, and some at random.
+
+    Answer with `fleet verdict result`, or with `fleet label` where the truth is known without seeing the answer.
+    """
+    from agent.fleet.labelling import candidates
+
+    _, store = open_for_reading(folder, db, device)
+    with store.snapshot() as reading:
+        requests = candidates.list_next(reading, device=device, task=task, limit=limit, seed=seed)
+    rows = [
+        [
+            *(each.device, each.task, each.row, clock.to_rfc3339(each.t)[:19] + "Z"),
+            each.label if each.label is not None else "" if each.value is None else f"{each.value:.6g}",
+            "" if each.score is None else f"{each.score:.3f}",
+            each.words,
+        ]
+        for each in requests
+    ]
+    head = ["device", "task", "row", "time", "answer", "score", "why"]
+    empty = "Every stored result has a label, or none has arrived yet."
+    emit(candidates.to_document(requests), as_json, lambda: print_table(head, rows, empty))

@@ -1,0 +1,122 @@
+"""`outstation fleet verdict`: what people say of results and alerts, and who said what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from agent import clock
+from agent.cli.device.labelling.label import by_option
+from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading, open_store
+from agent.cli.output import echo, emit, json_option, print_table
+from agent.fleet import config as fleet_config
+
+_note_option = click.option("--note", metavar="TEXT", default="", help="Why, for the next person who looks.")
+
+
+@click.group()
+def verdict() -> None:
+    """Confirm or correct results and alerts, and show who said what.
+
+    A verdict is a label by somebody who saw the answer first. It is counted apart from ground truth (`fleet label`).
+    """
+
+
+@verdict.command("result", epilog="Example: outstation fleet verdict result pi-07 exercise 1200 PEN --by eva")
+@click.argument("device")
+@click.argument("task")
+@click.argument("row", type=click.IntRange(min=1))
+@click.argument("label", required=False)
+@click.option("--withdraw", is_flag=True, help="Take back what you said of it.")
+@by_option
+@_note_option
+@db_option
+@fleet_option
+@json_option
+def result(
+    device: str,
+    task: str,
+    row: int,
+    label: str | None,
+    withdraw: bool,
+    by: str,
+    note: str,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Say that the result of TASK at ROW was LABEL; without LABEL, that it is right."""
+    from agent.fleet.labelling import verdicts
+
+    config, _ = open_for_reading(folder, db, device)
+    judge = verdicts.Judge(by, "cli", clock.to_rfc3339(clock.read().wall_us), note)
+    with open_store(config, db) as store, store.transaction() as tx:
+        if withdraw:
+            verdicts.withdraw(tx, device, task, row, judge)
+            document: dict[str, Any] = {"device": device, "task": task, "row": row, "verdict": None, "by": by}
+            sentence = f"{by} says nothing of row {row} any more"
+        else:
+            given = verdicts.judge_result(tx, device, task, row, label, judge)
+            document = {
+                **{name: getattr(given, name) for name in ("device", "task", "log", "row", "verdict", "label")},
+                "predicted": given.predicted,
+                "by": by,
+            }
+            sentence = f"{given.verdict} by {by}: row {row} is {given.label}"
+    emit(document, as_json, lambda: echo(sentence))
+
+
+@verdict.command("alert", epilog="Example: outstation fleet verdict alert 3f9a false-alarm --label ABD --by eva")
+@click.argument("ref", metavar="ID")
+@click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
+@click.option("--label", metavar="LABEL", help="What was true of the result that the alert is about.")
+@by_option
+@_note_option
+@db_option
+@fleet_option
+@json_option
+def alert(
+    ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
+) -> None:
+    """Say whether an alert was right. An alert about a result gives that result its label, too."""
+    from agent.fleet.incidents import incidents
+    from agent.fleet.labelling import verdicts
+
+    now = clock.to_rfc3339(clock.read().wall_us)
+    with open_store(fleet_config.load(fleet_config.find_folder(folder)), db) as store:
+        incident = incidents.find_incident(store, ref, now=now)
+        judge = verdicts.Judge(by, "cli", now, note)
+        with store.transaction() as tx:
+            sentence = verdicts.judge_alert(tx, incident, is_right=opinion == "right", text=label, judge=judge)
+    document = {"incident": incident.ref, "device": incident.device, "verdict": opinion, "by": by, "summary": sentence}
+    emit(document, as_json, lambda: echo(sentence))
+
+
+@verdict.command("list", epilog="Example: outstation fleet verdict list --json")
+@device_option
+@click.option("--task", metavar="TASK", help="Only this task.")
+@db_option
+@fleet_option
+@json_option
+def list_verdicts(device: str | None, task: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Show verdicts by person, results that people disagree about, and signs of feedback loops."""
+    from agent.fleet.labelling import feedback_loops, verdicts
+
+    _, store = open_for_reading(folder, db, device)
+    with store.snapshot() as reading:
+        document = verdicts.summarize(reading, device, task)
+        document["warnings"] = feedback_loops.find(reading, device, task)
+    emit(document, as_json, lambda: _print(document))
+
+
+def _print(document: dict[str, Any]) -> None:
+    columns = ("device", "task", "given_by", "verdict", "n", "newest")
+    rows = [[row[name] for name in columns] for row in document["people"]]
+    print_table(["device", "task", "by", "verdict", "n", "newest"], rows, "Nobody has given a verdict yet.")
+    if document["alerts"]:
+        print_table(["alert", "verdict", "n"], [[*row.values()] for row in document["alerts"]], "")
+    if document["disputed"]:
+        echo(f"{document['disputed']} results have verdicts that disagree; they count in no metric")
+    for warning in document["warnings"]:
+        echo(f"warning: {warning['summary']}")

@@ -1,0 +1,1 @@
+"""Commands for the device's owner: what leaves, and the rows that an auditor is shown."""

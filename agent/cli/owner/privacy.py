@@ -1,0 +1,159 @@
+"""Command `outstation privacy`: what leaves the device of each field, in which message, with an example."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from agent import clock
+from agent.bootstrap import device
+from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.config import Config, FieldConfig, StreamConfig
+from agent.text import printable
+from agent.wire import commitment
+from agent.wire.privacy.field_privacy import OPEN, FieldPrivacy
+
+_EXAMPLE, _EXAMPLE_TEXT = 21.374, "Room 7"
+_ROWS = 40
+
+
+@click.command(epilog="Example: outstation privacy")
+@config_option
+@json_option
+def privacy(config_file: str | None, as_json: bool) -> None:
+    """Print what leaves this device of each field, in which message, with an example.
+
+    The examples are made-up readings that went through the rules of this config. [streams.NAME.privacy] sets the rules;
+    readings themselves never leave, unless a task has `samples`.
+    """
+    _, conf = device.load_config(config_file)
+    document = build_document(conf)
+    emit(document, as_json, lambda: _print(document))
+
+
+def build_document(conf: Config) -> dict[str, Any]:
+    # Hashes of examples need no key of the device, and show none.
+    rules = device.build_privacy(conf, secrets.token_bytes(commitment.SECRET_BYTES))
+    streams = []
+    for name, stream in conf.streams.items():
+        tasks = [task for task, settings in conf.tasks.items() if settings.stream == name]
+        privacy_of = rules.get(tasks[0], OPEN) if tasks else OPEN
+        streams.append(
+            {
+                "stream": name,
+                "tasks": tasks,
+                "min_count": max(conf.privacy.min_count, stream.privacy.min_count),
+                "min_results": stream.privacy.min_results,
+                "messages": stream.privacy.messages,
+                "file_names_in_journal": stream.privacy.file_names,
+                "fields": [
+                    {
+                        "field": field.name,
+                        "rule": _name_rule(stream, field),
+                        "leaves": list(_list_examples(conf, tasks, stream, field, privacy_of)),
+                    }
+                    for field in stream.fields
+                ],
+            }
+        )
+    return {
+        "min_count": conf.privacy.min_count,
+        "values_in_logs": conf.privacy.values_in_logs,
+        "encrypt": conf.privacy.encrypt,
+        "streams": streams,
+    }
+
+
+def _name_rule(stream: StreamConfig, field: FieldConfig) -> str:
+    rules = stream.privacy
+    if field.name in rules.private_fields([f.name for f in stream.fields]):
+        return "private"
+    if field.name in rules.hash:
+        return f"hash, a new key every {rules.hash_period / 86_400:g} days"
+    return f"round to {rules.round[field.name]:g}" if field.name in rules.round else "open"
+
+
+def _list_examples(
+    conf: Config, tasks: list[str], stream: StreamConfig, field: FieldConfig, rules: FieldPrivacy
+) -> Iterator[dict[str, Any]]:
+    """Yield the messages that say something of a field, with what is left of a made-up one."""
+    if not tasks:
+        return
+    now_us, name = clock.read().wall_us, field.name
+    value = _EXAMPLE if field.min is None or field.max is None else field.min + 0.61803 * (field.max - field.min)
+    for kind, member, body in _build_bodies(name, value):
+        if not rules.keeps(kind):
+            yield {"message": kind, "member": member, "example": _find(rules.apply(kind, body, now_us), member)}
+    is_sliced = any(name == (s if isinstance(s, str) else s.field) for task in tasks for s in conf.tasks[task].slices)
+    if is_sliced and not rules.keeps("quality"):
+        text = _EXAMPLE_TEXT if field.type == "category" else "below 20"
+        metric = {"metric": "accuracy", "value": 0.93, "n": _ROWS, "slice": f"{name}={text}"}
+        limited = rules.apply("quality", {"metrics": [metric]}, now_us)
+        example = limited["metrics"] or {"withheld": limited["withheld"]}
+        yield {"message": "quality", "member": "metrics", "example": example}
+
+
+def _build_bodies(name: str, value: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (kind, member, body) of made-up messages."""
+    feature = {
+        "counts": [12, 20, 8],
+        "missing": 0,
+        "below": 0,
+        "above": 0,
+        "mean": round(value, 3),
+        "m2": 4.2,
+        "psi": 0.02,
+        "js": 0.004,
+        "ks": 0.05,
+        "w1": 0.06,
+        "cusum": {"mean": [0.3, 0], "limit": 8.5},
+        "state": "ok",
+        "fault": None,
+    }
+    yield "drift", f"features.{name}", {"window": {"n": _ROWS}, "features": {name: feature}, "joint": None}
+    alert = {
+        "alert": "drift",
+        "subject": name,
+        "state": "raised",
+        "summary": f"{name}: mean {value:.3f}, was {value * 0.9:.3f}.",
+        "evidence": {"test": "mean", "now": round(value, 3)},
+    }
+    yield "alerts", "", alert
+    learned = {"n": 1600, "mean": round(value, 3), "sd": 0.317}
+    yield "audit", f"evidence.fields.{name}", {"event": "learned", "evidence": {"fields": {name: learned}}}
+
+
+def _find(body: Mapping[str, Any], member: str) -> Any:
+    value: Any = body
+    for name in member.split(".", 2) if member else ():
+        value = value[name] if isinstance(value, Mapping) and name in value else None
+    return value
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    echo(f"No number rests on fewer than {document['min_count']} readings. {_describe_journal(document)}")
+    sealed = "Messages are sealed to the collector." if document["encrypt"] else "The broker can read the messages."
+    echo(f"{sealed}\n")
+    for stream in document["streams"]:
+        kinds = stream["messages"]
+        echo(f"stream {stream['stream']}, tasks {', '.join(stream['tasks']) or '–'}")
+        if not stream["tasks"]:
+            echo("  No task: only the number of its rows leaves, in health messages.\n")
+            continue
+        if kinds is not None:
+            echo(f"  Only these messages leave: {', '.join(kinds) or 'none'}; results without predictions still do.")
+        rows = [
+            [field["field"], field["rule"], leaf["message"], printable(json.dumps(leaf["example"], ensure_ascii=False))]
+            for field in stream["fields"]
+            for leaf in field["leaves"] or [{"message": "–", "example": None}]
+        ]
+        print_table(["field", "rule", "message", "what leaves, as an example"], rows, "")
+        echo("")
+
+
+def _describe_journal(document: Mapping[str, Any]) -> str:
+    return f"The journal {'shows' if document['values_in_logs'] else 'leaves out'} the values of rejected rows."

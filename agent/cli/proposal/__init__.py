@@ -1,0 +1,1 @@
+"""Proposal of a stream: a config section from a file, or from messages on a broker."""

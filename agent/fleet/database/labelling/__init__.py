@@ -1,0 +1,1 @@
+"""Statements on labels and verdicts of results and alerts."""

@@ -1,0 +1,119 @@
+"""Label requests: results of the fleet without a label, chosen by doubt, drift, rarity and chance."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float64s, Ints
+from agent.fleet.database.interface import Connection, Row
+from agent.fleet.database.labelling import candidates as table
+from agent.fleet.database.labelling.labels import TaskLog
+from agent.performance import label_candidates
+from agent.performance.label_candidates import Reason, UnlabelledResults
+
+MAX_LIMIT = 500
+# So many results are read for one list, of each task its share of them.
+_READ_ROWS, _MIN_ROWS, _MAX_ROWS = 100_000, 50, 5_000
+_MAX_WINDOWS = 200
+# Strength of drift that moves no distribution of a single field, such as a changed correlation.
+_LEAST_DRIFT = 0.001
+_WORDS = {
+    "uncertain": "the model doubts",
+    "drifted": "its input drifted",
+    "rare": "its class has few labels",
+    "random": "at random, for a fair sample",
+}
+
+
+class LabelRequest(msgspec.Struct, frozen=True):
+    """A result that should get a label, and why."""
+
+    device: str
+    task: str
+    log: str
+    row: int
+    t: int
+    label: str | None
+    score: float | None
+    value: float | None
+    seq: int
+    reason: Reason
+    strength: float
+
+    @property
+    def words(self) -> str:
+        return _WORDS[self.reason]
+
+
+def list_next(db: Connection, *, device: str | None, task: str | None, limit: int, seed: int = 0) -> list[LabelRequest]:
+    """Return up to `limit` results to label, in turn of each task. `seed` chooses the random ones."""
+    pairs = table.list_tasks(db, device, task)
+    share = min(_MAX_ROWS, max(_MIN_ROWS, _READ_ROWS // max(1, len(pairs))))
+    by_task = [_choose(db, *pair, share, limit, seed) for pair in pairs[: _READ_ROWS // _MIN_ROWS]]
+    in_turn = (request for turn in itertools.zip_longest(*by_task) for request in turn if request is not None)
+    return [*itertools.islice(in_turn, limit)]
+
+
+def _choose(db: Connection, device: str, task: str, rows: int, limit: int, seed: int) -> list[LabelRequest]:
+    newest = table.load_newest(db, device, task, rows)
+    if not newest:
+        return []
+    # Rows count anew in another log.
+    key: TaskLog = (device, task, max(newest, key=lambda row: int(row[1]))[6])
+    listed = [row for row in reversed(newest) if row[6] == key[2]]
+    labelled = table.load_labelled_rows(db, key, int(listed[0][0]))
+    listed = [row for row in listed if row[0] not in labelled]
+    if not listed:
+        return []
+    rows_of = np.array([row[0] for row in listed], np.int64)
+    results = UnlabelledResults(
+        batch=np.array([row[5] for row in listed], np.int64),
+        doubt=_doubt(listed),
+        drift=_drift(db, key, rows_of),
+        predicted=[row[2] for row in listed],
+    )
+    own_seed = zlib.crc32(f"{seed} {device} {task}".encode())
+    chosen = label_candidates.choose(results, table.count_classes(db, key), limit, own_seed)
+    return [_to_request(key, listed[each.index], each.reason, each.strength) for each in chosen]
+
+
+def _to_request(key: TaskLog, row: Row, reason: Reason, strength: float) -> LabelRequest:
+    number, t, label, score, value, seq, _ = row
+    return LabelRequest(*key, number, t, label, score, value, seq, reason, round(strength, 6))
+
+
+def _doubt(listed: list[Row]) -> Float64s:
+    """Return 1 - score of classes; NaN where there is no score."""
+    score = np.array([np.nan if row[3] is None or row[2] is None else row[3] for row in listed], np.float64)
+    return np.asarray(1.0 - score)
+
+
+def _drift(db: Connection, key: TaskLog, rows: Ints) -> Float64s:
+    """Return for each row the largest PSI of a drifted field in its window; 0 outside windows with drift."""
+    drift = np.zeros(len(rows))
+    for first, last, features in table.load_drifted(db, key, int(rows[0]), _MAX_WINDOWS):
+        within = slice(*np.searchsorted(rows, (first, last + 1)))
+        drift[within] = np.maximum(drift[within], _largest_psi(features))
+    return drift
+
+
+def _largest_psi(features: str) -> float:
+    try:
+        fields = msgspec.json.decode(features, type=dict[str, _DriftedField])
+    except msgspec.MsgspecError:
+        return _LEAST_DRIFT
+    return max(field.psi or _LEAST_DRIFT for field in [_DriftedField(), *fields.values()] if field.state == "drift")
+
+
+class _DriftedField(msgspec.Struct):
+    state: str = "drift"
+    psi: float | None = None
+
+
+def to_document(requests: list[LabelRequest]) -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(request) for request in requests]

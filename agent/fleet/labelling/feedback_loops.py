@@ -1,0 +1,40 @@
+"""Feedback loops at the collector: people or programs whose labels only repeat what the model answered.
+
+A person who confirms every result, though the model's own scores let expect wrong ones, does not look; a label that
+follows is the model's answer under another name. Chernoff's bound says how unlikely so few corrections are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.fleet.database.interface import Connection
+from agent.fleet.database.labelling import verdicts as table
+from agent.performance.degradation import MAX_OWN_SHARE, Agreement
+
+_MIN_LABELS = 20
+
+
+def find(db: Connection, device: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
+    """Return a warning for each device, task and author with a sign of a loop; `kind` is `agrees` or `own_answers`."""
+    warnings = []
+    for row in table.compare_with_scores(db, device, task):
+        name, task_name, by, origin, n, wrong, expected = row
+        if Agreement(n, wrong, expected).is_implausible:
+            noun = "verdicts" if origin == "verdicts" else "labels"
+            summary = (
+                f"{by} contradicted {wrong} of {n} results of {task_name} at {name}, whose scores let expect about "
+                f"{expected:.0f} wrong ones: these {noun} seem to repeat the model's answers. Label some results "
+                "without seeing the answer (`fleet label-next` lists random ones)."
+            )
+            head = {"kind": "agrees", "device": name, "task": task_name, "by": by, "origin": origin}
+            warnings.append({**head, "n": n, "wrong": wrong, "expected_wrong": round(expected, 2), "summary": summary})
+    for name, task_name, own, n in table.count_own_answers(db, device, task):
+        if n >= _MIN_LABELS and own > MAX_OWN_SHARE * n:
+            summary = (
+                f"{own} of {n} labels of {task_name} at {name} are the model's own answers (source model): they count "
+                "in no metric; do not train on them."
+            )
+            head = {"kind": "own_answers", "device": name, "task": task_name, "by": "", "origin": "labels"}
+            warnings.append({**head, "n": n, "own": own, "summary": summary})
+    return warnings

@@ -1,0 +1,149 @@
+"""Guides: every stream, script, message and file of the guide to sensors, as a user would paste them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agent import config
+from agent.config import BrokerConfig
+from agent.device.store.store import Store
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import wait_until
+from agent.transport.mqtt import Link
+from agent.transport.packets import OutgoingMessage
+from tests.kit.commands import call_outstation
+from tests.kit.stations import ROOT, wait_for
+
+GUIDES = ROOT / "docs" / "guides"
+SENSORS, PROGRAMS = GUIDES / "sensors.md", GUIDES / "sensor-programs.md"
+BLOCK = re.compile(r"<!-- (\w+)(?:: ([^\n]+))? -->\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+HEAD = """\
+[device]
+id = "pi-07"
+fleet = "home"
+data_dir = "data"
+[collector]
+delivery = "broker"
+[broker]
+url = "{url}"
+[buffer]
+commit_every = "50 ms"
+"""
+
+
+def blocks(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the blocks of a kind."""
+    for found, name, text in BLOCK.findall(SENSORS.read_text(encoding="utf-8")):
+        if found == kind:
+            yield name, text
+
+
+def has_rows(home: Path, stream: str, count: int) -> bool:
+    with Store.open_read_only(home / "data") as store:
+        return store.last_row(stream) >= count
+
+
+def test_every_stream_of_the_guide_gets_its_rows_as_the_guide_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with MosquittoBroker(tmp_path) as broker:
+        port = broker.url.rpartition(":")[2]
+        toml = HEAD.format(url=broker.url) + "".join(text for _, text in blocks("config"))
+        # The guide's sources connect to the usual port.
+        toml = toml.replace('kind = "mqtt",', f'kind = "mqtt", broker = {{ url = "{broker.url}" }},')
+        (tmp_path / "outstation.toml").write_text(toml, encoding="utf-8")
+        for name, text in blocks("file"):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        assert call_outstation("init", "key").returncode == 0
+        shutil.move(tmp_path / "key" / "device.key", tmp_path / "device.key")
+        log = (tmp_path / "daemon.log").open("wb")
+        daemon = subprocess.Popen([sys.executable, "-m", "agent", "run"], stdout=log, stderr=log)
+        try:
+            wait_until("the socket", (tmp_path / "data" / "intake.sock").exists)
+            wait_until("the folder", (tmp_path / "meter" / "done").exists)
+            wait_until("the subscriptions", lambda: (tmp_path / "daemon.log").read_text().count("subscribed to") == 5)
+            drop_files(tmp_path)
+            for _, text in blocks("run"):
+                done = subprocess.run(
+                    [sys.executable, "-c", text], capture_output=True, text=True, timeout=30, check=False
+                )
+                assert "'accepted': 3" in done.stdout, done.stderr
+            publish(broker.url)
+            for _, text in blocks("shell"):
+                run_command(text, port)
+            conf = config.load(tmp_path / "outstation.toml")
+            expected = {"door": 3, "meter": 4, "camera": 8}
+            for stream in conf.streams:
+                wait_for(partial(has_rows, tmp_path, stream, expected.get(stream, 1)), f"rows of {stream}")
+        finally:
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+            log.close()
+
+
+def drop_files(home: Path) -> None:
+    for name, text in blocks("drop"):
+        (home / "aside").write_text(text, encoding="utf-8")
+        shutil.move(home / "aside", home / name)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(home / "shot.png")
+    shutil.move(home / "shot.png", home / "camera" / "20261127T100000Z.png")
+
+
+def publish(url: str) -> None:
+    link = Link(BrokerConfig(url=url), "gateway")
+    for topic, text in blocks("message"):
+        link.send(OutgoingMessage(topic, text.strip().encode()))
+    link.receive(0.5)
+    link.close()
+
+
+def run_command(text: str, port: str) -> None:
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line.removeprefix("$ "))
+        if program == "outstation":
+            done = call_outstation(*arguments)
+            assert done.returncode == 0, done.stderr
+        else:
+            subprocess.run([program, "-p", port, *arguments], check=True, timeout=20)
+
+
+def test_each_script_of_the_guides_is_valid_and_short() -> None:
+    for guide in (SENSORS, PROGRAMS):
+        for language, text in FENCE.findall(guide.read_text(encoding="utf-8")):
+            if language == "python":
+                ast.parse(text)
+                assert len(text.splitlines()) <= 20
+            elif language == "sh":
+                assert subprocess.run(["sh", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_the_streams_of_the_sensor_programs_are_valid(tmp_path: Path) -> None:
+    toml = [text for language, text in FENCE.findall(PROGRAMS.read_text(encoding="utf-8")) if language == "toml"]
+    assert len(toml) == 4
+    (tmp_path / "outstation.toml").write_text(
+        HEAD.format(url="mqtt://127.0.0.1:1883") + "".join(toml), encoding="utf-8"
+    )
+    assert set(config.load(tmp_path / "outstation.toml").streams) == {"air", "pipe", "meter", "scale"}
+
+
+def test_the_script_for_1_wire_prints_a_row_of_what_the_kernel_reads(tmp_path: Path) -> None:
+    [script] = [text for language, text in FENCE.findall(PROGRAMS.read_text(encoding="utf-8")) if language == "sh"]
+    (tmp_path / "28-0316a2795b1f").mkdir()
+    (tmp_path / "28-0316a2795b1f" / "temperature").write_text("21562\n")
+    script = script.replace("/sys/bus/w1/devices", str(tmp_path))
+    done = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=True)
+    assert done.stdout == '{"temperature": 21.562}\n'
