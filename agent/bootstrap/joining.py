@@ -24,7 +24,7 @@ import msgspec
 from agent import config, durable_files, input_files
 from agent.bootstrap import sinks
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
-from agent.bootstrap.owner import become_owner
+from agent.bootstrap.owner import become_owner, give_files
 from agent.device.recovery import new_log
 from agent.device.recovery.open import open_store
 from agent.device.recovery.open_files import LOCK
@@ -137,6 +137,7 @@ def apply(plan: JoinPlan) -> bool:
         if name == KEY_FILE:
             _write(plan, f"{name}.pub", f"{keys.load_private(path).public.text}\n".encode(), 0o644)
     conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
+    give_files(plan.folder, conf.data_dir)
     become_owner(conf.data_dir)
     if not (conf.data_dir / DATABASE).exists():
         return False

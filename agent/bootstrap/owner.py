@@ -1,9 +1,10 @@
-"""Owner of a data folder: root gives up its rights before it handles anything of a device."""
+"""Owner of a data folder: root gives up its rights before it handles anything of a device, and gives away its keys."""
 
 from __future__ import annotations
 
 import os
 import pwd
+import stat
 import sys
 from pathlib import Path
 
@@ -38,3 +39,36 @@ def become_owner(data_dir: Path) -> None:
             f"{data_dir}: belongs to user {owner.st_uid}, who may not read the program in {program.parents[1]} or run "
             f"{sys.executable}; install it where that user may, as deploy/install.sh does"
         )
+
+
+def give_files(folder: Path, data_dir: Path) -> None:
+    """Give the keys that root made in `folder` to the owner of `data_dir`, whose group may read the other files.
+
+    Nothing changes unless this is root and the data folder is another user's.
+    """
+    if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
+        return
+    for path in folder.iterdir():
+        try:
+            # A link could lead to a file of root's own.
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            status = os.fstat(file)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0:
+                # With what a join kept of them; a public key ends in .key.pub.
+                is_key = ".key" in path.suffixes and path.suffix != ".pub"
+                os.fchown(file, owner.st_uid if is_key else 0, owner.st_gid)
+                os.fchmod(file, 0o600 if is_key else 0o640)
+        finally:
+            os.close(file)
+
+
+def give_tree(folder: Path) -> None:
+    """Give everything that root made beneath `folder` to its owner. Nothing changes unless that is another user."""
+    if os.geteuid() != 0 or (owner := folder.stat()).st_uid == 0:
+        return
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            os.chown(os.path.join(place, name), owner.st_uid, owner.st_gid, follow_symlinks=False)

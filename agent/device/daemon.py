@@ -51,7 +51,13 @@ class Signals(msgspec.Struct):
 
     is_stopping: bool = False
     failure: Exception | None = None
-    on_model_wait: Callable[[], None] = lambda: None
+    is_reload_requested: bool = False
+    # Reads the config again; None if it is invalid, and the daemon goes on with its own.
+    read_config: Callable[[], Config | None] = lambda: None
+    # Config of the daemon that follows this one in the same process.
+    next_config: Config | None = None
+    # While the first models load, nothing else feeds the watchdog of a daemon that reloads.
+    on_model_wait: Callable[[], None] = lambda: notify("WATCHDOG=1")
     # Not a threading.Event: a signal handler that runs inside Event.wait can deadlock on the Event's lock.
     _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
@@ -71,6 +77,18 @@ class Signals(msgspec.Struct):
     def request_stop(self) -> None:
         self.is_stopping = True
         self.wake()
+
+    def request_reload(self) -> None:
+        self.is_reload_requested = True
+        self.wake()
+
+    def begin_reload(self) -> None:
+        """Read the config again, and stop for a daemon with it; an invalid one changes nothing."""
+        self.is_reload_requested = False
+        self.next_config = self.read_config()
+        if self.next_config is not None:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=")
+            self.request_stop()
 
 
 class _StopRequested(Exception):
@@ -167,7 +185,10 @@ class Daemon:
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
         while not self.signals.is_stopping:
             self.signals.wait(self.tick(self._now()))
-        notify("STOPPING=1")
+            if self.signals.is_reload_requested and not self.signals.is_stopping:
+                self.signals.begin_reload()
+        if self.signals.next_config is None:
+            notify("STOPPING=1")
         self._shut_down()
         if self.signals.failure is not None:
             raise self.signals.failure
@@ -391,7 +412,9 @@ class Daemon:
             return
         self._updater.stop(self._now())
         self._health_reporter.write_health()
-        self._health_reporter.write_event("stopped", "The daemon was stopped.")
+        is_reload = self.signals.next_config is not None
+        summary = "The daemon stopped to reload its config." if is_reload else "The daemon was stopped."
+        self._health_reporter.write_event("stopped", summary)
         if self._remote_commands.is_wipe_requested:
             self._uplink.wake()
             self._remote_commands.wait_for_wipe(self._now, time.sleep)

@@ -31,7 +31,7 @@ from agent.wire import keys
 from agent.wire.keys import PublicKey
 
 FILE = "fleet.toml"
-SYSTEM_FOLDER = Path("/etc/outstation/fleet")
+SYSTEM_FOLDER = Path("/var/lib/outstation-fleet")
 
 
 class Fleet(Section, frozen=True):
@@ -136,7 +136,7 @@ class FleetConfig(Section, frozen=True):
 
 
 def find_folder(explicit: str | None) -> Path:
-    """Return the first of: `explicit`, `$OUTSTATION_FLEET`, `.` if it has a fleet.toml, `/etc/outstation/fleet`."""
+    """Return the first of: `explicit`, `$OUTSTATION_FLEET`, `.` if it has a fleet.toml, `/var/lib/outstation-fleet`."""
     if explicit or os.environ.get("OUTSTATION_FLEET"):
         return Path(explicit or os.environ["OUTSTATION_FLEET"])
     return Path() if Path(FILE).exists() else SYSTEM_FOLDER

@@ -323,3 +323,23 @@ def test_a_folder_named_like_us_where_we_happen_to_run_is_not_loaded(
     (tmp_path / "agent" / "__init__.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
     assert probe.probe(around(model("classify_int8"))).ok
+
+
+def test_the_runtime_says_whether_its_fast_kernels_run_a_model() -> None:
+    content = model("classify_float32")
+    assert TfliteModel(content).kernels == "XNNPACK"
+
+
+@pytest.mark.parametrize(("path", "folder"), [("/sys/no/such/cpu", "/sys"), ("/proc/no/cpuinfo", "/proc")])
+def test_a_refusal_names_the_file_for_want_of_which_the_fast_kernels_did_not_run(
+    monkeypatch: pytest.MonkeyPatch, path: str, folder: str
+) -> None:
+    monkeypatch.setattr(runtime, "_PROCESSOR_FILES", (path,))
+    slow = TfliteModel(model("classify_float32"))
+    runtime.detect_processor(b"")
+    assert runtime.explain_kernels(slow) == ""
+    monkeypatch.setattr(slow, "_uses_xnnpack", False)
+    assert f"{path} names the processor's features" in runtime.explain_kernels(slow)
+    assert f"make {folder} visible" in runtime.explain_kernels(slow)
+    monkeypatch.undo()
+    runtime.detect_processor(b"")

@@ -42,7 +42,7 @@ def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
 def unit_with_a_program(folder: Path) -> Path:
     """Return a copy of the unit that starts a program available on every machine."""
     copy = folder / UNIT.name
-    copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
+    copy.write_text(re.sub(r"^(Exec\w+)=/opt\S+", r"\1=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
     return copy
 
 

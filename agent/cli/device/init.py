@@ -13,6 +13,7 @@ import click
 from agent import config, durable_files
 from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, set_data_dir
+from agent.bootstrap.owner import give_files
 from agent.cli.output import echo, emit, json_option
 from agent.errors import ConfigError, UsageError
 from agent.names import is_name
@@ -154,9 +155,11 @@ def init(
         raise UsageError(f"{error.filename}: exists already; move it away first") from None
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
+    conf = config.load(file)
+    give_files(folder, conf.data_dir)
     document: dict[str, Any] = {
         "file": str(file),
-        "device": config.load(file).device.id,
+        "device": conf.device.id,
         "key": key.public.text,
         "thumbprint": key.public.kid,
     }

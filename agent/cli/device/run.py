@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from agent.bootstrap import device, homeassistant
+from agent import config
+from agent.bootstrap import device, homeassistant, sinks
 from agent.bootstrap.daemon import build_daemon
 from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
+from agent.device.machine.systemd import notify
 from agent.device.recovery.open import acquire_lock
-from agent.errors import StorageForked
+from agent.errors import ConfigError, StorageForked, UsageError
 from agent.model.sandbox import launch
+
+logger = logging.getLogger("outstation")
 
 
 @click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
 @config_option
 @click.option("-v", "--verbose", is_flag=True, help="Log debug messages.")
 def run(config_file: str | None, verbose: bool) -> None:
-    """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
+    """Run the daemon in the foreground; SIGTERM or Ctrl-C stops it gracefully, SIGHUP reloads its config."""
     configure_logging(logging.DEBUG if verbose else logging.INFO, "%(levelname)s %(name)s: %(message)s")
     # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
@@ -35,32 +41,95 @@ def run(config_file: str | None, verbose: bool) -> None:
             # A crash interrupted the wipe.
             acquire_lock(conf.data_dir)
             wiped = device.erase(file, conf, file.resolve().parent / device.KEY_FILE)
-        logging.getLogger("outstation").warning("%s", wipe.describe_marker(conf.data_dir, wiped))
+        logger.warning("%s", wipe.describe_marker(conf.data_dir, wiped))
         return
+    # Between two daemons, a further signal changes nothing: the config was just read.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        _run(file, conf)
-        return
-    except StorageForked as forked:
-        logging.getLogger("outstation").critical("%s", str(forked))
-    # Outside the handler: the exception would keep the ended daemon and its models in memory.
-    _run(file, conf)
+        _run_daemons(file, conf)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
-def _run(file: Path, conf: Config) -> None:
-    store = device.open_store(conf)
+def _run_daemons(file: Path, conf: Config) -> None:
+    """Run a daemon, and after a reload or in a new log the next one."""
+    previous: Config | None = None
+    has_forked = False
+    while True:
+        try:
+            next_conf, previous = _run(file, conf), conf
+        except StorageForked as forked:
+            if has_forked:
+                raise
+            logger.critical("%s", str(forked))
+            has_forked = True
+            next_conf = conf
+        except _NotStarted as problem:
+            if previous is None:
+                raise problem.cause from None
+            logger.error("not reloaded, the config before is in force again: %s", problem.cause)
+            notify(f"STATUS=Not reloaded: {problem.cause}")
+            next_conf, previous = previous, None
+        if next_conf is None:
+            return
+        conf = next_conf
+        # An error or a cycle would keep the ended daemon and its models in memory.
+        gc.collect()
+
+
+class _NotStarted(Exception):
+    """A config with which no daemon can be built."""
+
+    def __init__(self, cause: UsageError) -> None:
+        self.cause = cause
+
+
+def _run(file: Path, conf: Config) -> Config | None:
+    """Run one daemon; return the config of the next one. Raises _NotStarted, StorageError."""
+    try:
+        store = device.open_store(conf)
+    except UsageError as error:
+        raise _NotStarted(error) from None
     if wipe.is_pending(store):
         store.close()
         device.erase(file, conf, device.device_key_path(file, conf))
-        return
+        return None
     before: dict[int, Any] = {}
     try:
-        daemon = build_daemon(file, conf, store)
+        try:
+            daemon = build_daemon(file, conf, store)
+        except UsageError as error:
+            raise _NotStarted(error) from None
         launch.discard_spare()
+        signals = daemon.signals
+        signals.read_config = partial(_read_config, file, conf)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
+            before[signum] = signal.signal(signum, lambda *_: signals.request_stop())
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: signals.request_reload())
         with homeassistant.publishing(conf, store):
             daemon.run()
+        return signals.next_config
     finally:
         store.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _read_config(file: Path, conf: Config) -> Config | None:
+    """Return what the config file says now; None, with a line in the log, if it is no config for this store."""
+    try:
+        new = config.load(file, sinks.SINKS)
+        for key, old_value, new_value in (
+            ("device.id", conf.device.id, new.device.id),
+            ("device.fleet", conf.device.fleet, new.device.fleet),
+            ("device.data_dir", conf.data_dir, new.data_dir),
+        ):
+            if old_value != new_value:
+                problem = f"is {new_value} now, and the running daemon has {old_value}; restart it to change this"
+                raise ConfigError(str(file), key, problem)
+    except UsageError as error:
+        logger.error("not reloaded, the config in force stays: %s", error)
+        notify(f"STATUS=Not reloaded: {error}")
+        return None
+    logger.info("reloading %s", file)
+    return new

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
+from agent.bootstrap.owner import become_owner
 from agent.cli.output import echo, emit
 from agent.config import parse_duration
 from agent.errors import UsageError
@@ -28,9 +29,17 @@ if TYPE_CHECKING:
 # A faster command shows no progress bar.
 _MIN_PROGRESS_TOTAL = 5000
 
+
+def _become_owner(_ctx: click.Context, _parameter: click.Parameter, folder: str | None) -> str | None:
+    """Go on as the owner of the fleet's folder: files that root made there would stop the collector."""
+    become_owner(fleet_config.find_folder(folder))
+    return folder
+
+
 fleet_option = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+    *("--dir", "folder"), metavar="DIR", callback=_become_owner,
+    help="The fleet's folder; default $OUTSTATION_FLEET, ., /var/lib/outstation-fleet.",
+)  # fmt: skip
 db_option = click.option("--db", metavar="URL", help="Another database than in fleet.toml: a path, or postgresql://…")
 wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
                            help="Wait this long for each reply; default 30.")  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock, durable_files
+from agent.bootstrap.owner import give_tree
 from agent.cli.fleet.common import fleet_option, open_store, print_lines
 from agent.cli.output import echo, emit, json_option, print_table
 from agent.config import BrokerConfig, check_broker
@@ -86,6 +87,8 @@ def init(
             root_keys = folder.resolve().with_name(f"{folder.resolve().name}.root-keys")
             root_keys.mkdir(mode=0o700, exist_ok=True)
         made = create.create(folder, root_keys, roots=3, threshold=2)
+    # Root keeps the root keys, which are elsewhere.
+    give_tree(folder)
     public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
     plugin = broker_config.find_plugin() if broker.tls else None

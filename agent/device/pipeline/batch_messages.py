@@ -175,7 +175,11 @@ def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns:
         "n": n,
         "input": proof,
         "columns": columns,
-        "made": {"agent": __version__, "runtime": runtime_name(), "config": task.config_digest},
+        "made": {
+            "agent": __version__,
+            "runtime": f"{runtime_name()} {task.model.kernels}",
+            "config": task.config_digest,
+        },
     }
 
 

@@ -36,6 +36,9 @@ class RunnableModel(Protocol):
     def outputs(self) -> int: ...
 
     @property
+    def kernels(self) -> str: ...
+
+    @property
     def input_range(self) -> tuple[float, float]: ...
 
     @property

@@ -39,6 +39,12 @@ MAX_BATCH = 128
 _QUANTIZE_BLOCK = 1 << 15
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
+_FAST_KERNELS = "XNNPACK"
+# Operation that stands for those which a delegate took over. By itself the interpreter applies XNNPACK only.
+_DELEGATE_OP = "DELEGATE"
+# XNNPACK asks them for the processor's features; without an answer it is left out without a word.
+_PROCESSOR_FILES = ("/sys/devices/system/cpu/possible", "/sys/devices/system/cpu/present", "/proc/cpuinfo")
+_unreadable_files: list[str] = []
 
 if TYPE_CHECKING:
     from agent.model.bundle.manifest import Manifest
@@ -66,6 +72,11 @@ class TfliteModel:
         """Set the largest batch, up to MAX_BATCH; a model with a fixed batch keeps it."""
         if self.has_dynamic_batch:
             self.batch = min(batch, MAX_BATCH)
+
+    @property
+    def kernels(self) -> str:
+        """Kernels that compute the model: "XNNPACK" if they run any part, else "without XNNPACK"."""
+        return _FAST_KERNELS if self._uses_xnnpack else f"without {_FAST_KERNELS}"
 
     @property
     def input_range(self) -> tuple[float, float]:
@@ -128,7 +139,9 @@ class TfliteModel:
             raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
         # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
         ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
-        used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
+        names = {op["op_name"] for op in ops}
+        self._uses_xnnpack = _DELEGATE_OP in names
+        used = sorted(names & _STATE_OPS)
         if used:
             raise BadBundle(
                 f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
@@ -220,8 +233,28 @@ def detect_processor(content: bytes) -> None:
     """
     # Errors name the runtime; its version is in a file, too.
     runtime_name()
+    _unreadable_files[:] = [path for path in _PROCESSOR_FILES if not _is_readable(path)]
     if content:
         TfliteModel(content, 1)
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
+
+
+def explain_kernels(model: TfliteModel) -> str:
+    """Return why other kernels than the publisher's may have run the model; "" if nothing is known."""
+    if model.kernels == _FAST_KERNELS or not _unreadable_files:
+        return ""
+    folder = "/sys" if _unreadable_files[0].startswith("/sys") else "/proc"
+    return (
+        f"; {_FAST_KERNELS}, the runtime's fast kernels, did not run: {_unreadable_files[0]} names the processor's "
+        f"features and cannot be read; make {folder} visible to the program (in a container or chroot, mount it)"
+    )
 
 
 def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:

@@ -141,7 +141,7 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         try:
             checks.append((name, True, action()))
         except BadBundle as problem:
-            checks.append((name, False, str(problem)))
+            checks.append((name, False, str(problem) + (runtime.explain_kernels(model) if name != "shapes" else "")))
         return checks[-1][1]
 
     try:

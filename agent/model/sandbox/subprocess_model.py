@@ -85,6 +85,10 @@ class SubprocessModel:
         return self.wait_loaded().outputs
 
     @property
+    def kernels(self) -> str:
+        return self.wait_loaded().kernels
+
+    @property
     def input_range(self) -> tuple[float, float]:
         return self.wait_loaded().input_range
 

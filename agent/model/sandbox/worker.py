@@ -56,6 +56,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     input_range: tuple[float, float]
     output_range: tuple[float, float]
     is_confined: bool
+    kernels: Annotated[str, msgspec.Meta(max_length=40)]
 
 
 def main() -> None:
@@ -88,7 +89,10 @@ def main() -> None:
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
         return
     info = msgspec.msgpack.encode(
-        ModelInfo(model.input_shape, model.outputs, model.input_range, model.output_range, is_confined)
+        ModelInfo(
+            *(model.input_shape, model.outputs, model.input_range, model.output_range),
+            *(is_confined, model.kernels),
+        )
     )
     _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
     _serve(model, shared_fd, response_fd)

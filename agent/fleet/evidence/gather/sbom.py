@@ -51,7 +51,7 @@ def build(fleet: str, as_of: str, cards: Iterable[BundleCard]) -> Sbom:
     """Return the bill of materials. Equal packages, fleet, time and models give equal bytes."""
     sbom = Sbom()
     packages = _find_installed()
-    components = {name: _build_component(name, packages[name], sbom) for name in sorted(packages)}
+    components = {name: build_component(name, packages[name], sbom) for name in sorted(packages)}
     root = components.pop(DISTRIBUTION_NAME, None) or Component(
         name=DISTRIBUTION_NAME, version=__version__, type=ComponentType.APPLICATION
     )
@@ -110,8 +110,9 @@ def normalize_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _build_component(name: str, distribution: Distribution, sbom: Sbom) -> Component:
-    text = _read_licence(distribution)
+def build_component(name: str, distribution: Distribution, sbom: Sbom) -> Component:
+    """Return the component of a package, and count its licence in `sbom`."""
+    text = read_licence(distribution)
     if text is None:
         sbom.unlicensed.append(name)
     else:
@@ -137,7 +138,7 @@ def _to_licence(text: str) -> License:
     return LicenseExpression(text) if spdx.is_expression(text) else DisjunctiveLicense(name=text)
 
 
-def _read_licence(distribution: Distribution) -> str | None:
+def read_licence(distribution: Distribution) -> str | None:
     """Return the SPDX expression of a package, else the licence in its classifiers, else its free text if short."""
     if expression := _metadata_field(distribution, "License-Expression"):
         return expression

@@ -1,0 +1,1 @@
+"""Packages of the program: wheel, sdist, Debian packages, apt repository, container image, bills of materials."""

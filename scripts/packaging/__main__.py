@@ -1,0 +1,102 @@
+"""Command of `scripts/build_deb`, `build_apt`, `build_dist` and `build_image`, which it takes as its first argument."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts.packaging import apt_repository, deb, image, wheels
+from scripts.packaging.targets import (
+    ARCHITECTURES,
+    NO_ARMHF,
+    ROOT,
+    SUITES,
+    PackagingError,
+    program_version,
+    source_date,
+)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts.packaging")
+    commands = parser.add_subparsers(dest="command", required=True)
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the results; default dist/")
+    build = commands.add_parser("deb", parents=[parent], help="Debian packages, each with its bill of materials")
+    build.add_argument("--suite", choices=SUITES, action="append", help="default: all")
+    build.add_argument("--arch", action="append", help="amd64 or arm64; default: both")
+    build.add_argument("--package", action="append", choices=[package.name for package in deb.PACKAGES])
+    build.add_argument("--revision", type=int, default=1, help="of the packages of one version of the program")
+    commands.add_parser("dist", parents=[parent], help="wheel and sdist for a package index")
+    repository = commands.add_parser("apt", parents=[parent], help="repository for apt, of all packages in --out")
+    repository.add_argument("folder", type=Path)
+    repository.add_argument("--key", default="", help="key of gpg that signs the indices")
+    container = commands.add_parser("image", parents=[parent], help="container image, of a package in --out")
+    container.add_argument("--suite", choices=SUITES, default="trixie")
+    container.add_argument("--arch", choices=ARCHITECTURES, default="amd64")
+    options = parser.parse_args(arguments)
+    actions = {"deb": build_debs, "dist": build_distributions, "apt": make_repository, "image": build_image}
+    try:
+        made = actions[options.command](options)
+    except PackagingError as problem:
+        print(f"{options.command}: {problem}", file=sys.stderr)
+        return 1
+    for file in made:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        print(f"{digest}  {file}  {file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def build_debs(options: argparse.Namespace) -> list[Path]:
+    names = options.arch or list(ARCHITECTURES)
+    if "armhf" in names:
+        raise PackagingError(NO_ARMHF)
+    if unknown := set(names) - set(ARCHITECTURES):
+        raise PackagingError(f"{', '.join(sorted(unknown))}: no such architecture; choose amd64 or arm64")
+    epoch = source_date()
+    with tempfile.TemporaryDirectory(prefix="outstation-wheel-") as folder:
+        wheel = wheels.build_wheel(Path(folder), epoch)
+        return [
+            file
+            for suite in options.suite or SUITES
+            for name in names
+            for file in deb.DebBuilder(SUITES[suite], ARCHITECTURES[name], options.revision, epoch, options.out).build(
+                wheel, options.package or ()
+            )
+        ]
+
+
+def build_distributions(options: argparse.Namespace) -> list[Path]:
+    options.out.mkdir(parents=True, exist_ok=True)
+    made = []
+    with tempfile.TemporaryDirectory(prefix="outstation-dist-") as folder:
+        for kind in ("wheel", "sdist"):
+            archive = wheels.build_wheel(Path(folder), source_date(), kind)
+            made.append(Path(archive.rename(options.out / archive.name)))
+    return made
+
+
+def make_repository(options: argparse.Namespace) -> list[Path]:
+    packages = sorted(options.out.glob("*.deb"))
+    if not packages:
+        raise PackagingError(f"{options.out}: no packages there; run: scripts/build_deb --out {options.out}")
+    return apt_repository.make(options.folder, packages, source_date(), options.key)
+
+
+def build_image(options: argparse.Namespace) -> list[Path]:
+    suite, architecture = SUITES[options.suite], ARCHITECTURES[options.arch]
+    pattern = f"outstation_{program_version()}-*+deb{suite.release}_{architecture.name}.deb"
+    packages = sorted(options.out.glob(pattern))
+    if not packages:
+        raise PackagingError(f"{options.out}: no {pattern} there; run: scripts/build_deb --out {options.out}")
+    package = packages[-1]
+    version = package.name.split("_")[1]
+    file = package.with_suffix(".oci.tar")
+    return [image.build(package, suite, architecture, version, source_date(), file)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
