@@ -17,6 +17,7 @@ from agent.device.bundles import overrides, rollout_state
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
+from agent.device.samples import budget
 from agent.device.store import retention, space, task_keys
 from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
@@ -75,6 +76,7 @@ class HealthReporter:
                 body["acknowledged"] = quoted
             if (metered := self._conf.broker.metered) is not None:
                 body["metered"] = meter.build_status(metered, self._store, now)
+            body |= budget.to_status(self._store, self._conf.samples, now)
             members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
             self._message_log.append(tx, "health", None, members, now)
 
