@@ -14,6 +14,7 @@ import msgspec
 
 from agent import toml_files
 from agent.config import alert_rules, homeassistant
+from agent.config import samples as config_samples
 from agent.config import updates as config_updates
 from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
 from agent.config.broker import MQTT_SCHEMES
@@ -22,6 +23,7 @@ from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
 from agent.config.notify import NotifyConfig, check_notify
+from agent.config.samples import SamplesConfig as SamplesConfig
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.stream_privacy import StreamPrivacy
 from agent.config.updates import UpdatesConfig as UpdatesConfig
@@ -196,6 +198,7 @@ class Config(Section, frozen=True):
     updates: UpdatesConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
     notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
+    samples: SamplesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
@@ -234,6 +237,8 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
         homeassistant.check(file, config.homeassistant)
         _check_bridge(file, config, config.homeassistant)
     check_notify(file, config.notify)
+    if config.samples is not None:
+        config_samples.check(file, config.samples, config.tasks)
     if config.intake.tcp is not None:
         try:
             parse_loopback(config.intake.tcp)

@@ -17,6 +17,7 @@ from agent.device.bundles import overrides, rollout_state
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
+from agent.device.samples import budget
 from agent.device.store import retention, space, task_keys
 from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
@@ -72,6 +73,7 @@ class HealthReporter:
             if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
                 self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
                 body["acknowledged"] = quoted
+            body |= budget.to_status(self._store, self._conf.samples, now)
             members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
             self._message_log.append(tx, "health", None, members, now)
 

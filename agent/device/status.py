@@ -20,6 +20,7 @@ from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
+from agent.device.samples import budget
 from agent.device.store import cost, space, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.store import Store
@@ -76,6 +77,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),
         "duplicate_files": counters.get("files duplicate", 0),
+        **budget.to_status(store, conf.samples, now),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
 

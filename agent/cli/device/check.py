@@ -19,7 +19,7 @@ from msgspec.structs import asdict
 from agent import clock
 from agent.bootstrap import device, sinks, tasks
 from agent.cli.output import config_option, echo_styled, emit, json_option
-from agent.config import Config, UpdatesConfig
+from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
 from agent.device.intake import feedback_loops
@@ -79,6 +79,8 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield _check_certificate(end)
     if conf.privacy.encrypt:
         yield _check_encryption(file, conf)
+    if conf.samples is not None:
+        yield _run_check("samples", lambda s=conf.samples: _describe_samples(file, conf, s))  # type: ignore[misc]
     if not conf.streams:
         yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
@@ -150,6 +152,17 @@ def _check_target(name: str, target: Target) -> CheckResult:
 
 def _check_encryption(file: Path, conf: Config) -> CheckResult:
     return _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
+
+
+def _describe_samples(file: Path, conf: Config, samples: SamplesConfig) -> str:
+    """Say which readings leave the device. Raises ConfigError without a key to seal them to."""
+    key = sinks.load_encryption_key(file, conf, "[samples] seals readings")
+    uncertain = samples.uncertain_below and f"results with a score below {samples.uncertain_below:g}"
+    reasons = [samples.on_alert and "alerts", uncertain, samples.on_request and "results that an operator asks for"]
+    named = ", ".join(reason for reason in reasons if reason) or "nothing"
+    tasks = ", ".join(samples.tasks) or "all tasks"
+    limits = f"{samples.digits} digits, at most {int(samples.max_per_day)} bytes a day"
+    return f"readings of {tasks} around {named} leave the device ({limits}), sealed to {key.kid}: {samples.consent}"
 
 
 def _check_confinement(conf: Config) -> CheckResult:

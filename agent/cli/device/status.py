@@ -86,6 +86,10 @@ def print_document(document: dict[str, Any]) -> None:
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     if parts:
         echo(f"{'; '.join(parts)}\n")
+    if (samples := document.get("samples")) is not None:
+        dropped = ", ".join(f"{n} dropped ({reason})" for reason, n in sorted(samples["dropped"].items()))
+        spent = f"{samples['bytes_today']} of {samples['max_per_day']} bytes today"
+        echo(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
         echo(f"tasks are paused: {pause_reason}\n")
     _print_tasks(document["tasks"])
