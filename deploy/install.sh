@@ -93,6 +93,8 @@ fingerprint() { # SOURCE: changes when what would be installed changes
 
 install_program() { # SOURCE
     local wanted folder before
+    [[ $(dpkg-query -W -f '${Status}' outstation 2>/dev/null) != *" installed" ]] ||
+        die "the Debian package outstation is installed; upgrade it with apt-get, or first, keeping config and data: apt-get remove outstation" 2
     need_packages
     wanted=$(fingerprint "$1")
     if [[ -e $program/.source && $(<"$program/.source") == "$wanted" ]]; then
