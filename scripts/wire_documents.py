@@ -147,6 +147,7 @@ _PATTERNS = {
     "^(?!0000)": "time",
     "^[a-z0-9]": "name",
     "^sha256:": "digest",
+    "^[A-Za-z0-9_-]*": "base64url",
     "^[A-Za-z0-9": "id",
 }
 

@@ -20,7 +20,7 @@ from agent.device.commands.executor import CommandExecutor, RemoteCommands
 from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.commands.wipe import Wipe
-from agent.device.daemon import Daemon, Notifier, Signals
+from agent.device.daemon import Daemon, Notifier, ReadingSender, Signals
 from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
@@ -218,7 +218,21 @@ def build_daemon(
         *(conf, store, message_log, scheduled, failures, intake, uplink),
         *(make_updater, make_commands, load, signals, now),
         _build_notifier(conf, store, message_log, now),
+        _build_sampler(file, conf, store, message_log, trusted),
     )
+
+
+def _build_sampler(
+    file: Path, conf: Config, store: Store, message_log: MessageLog, trusted: TrustedKeys
+) -> ReadingSender | None:
+    """Build what sends readings, if the owner consents. Raises ConfigError without a key to seal them to."""
+    if conf.samples is None:
+        return None
+    # Its cryptography costs memory that a device without it keeps.
+    from agent.device.samples.sampler import Sampler
+
+    configured = sinks.load_encryption_key(file, conf, "[samples] seals readings")
+    return Sampler(store, message_log, partial(trusted.find_encryption_key, configured))
 
 
 def _build_notifier(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from agent.device.uplink.sink import OpenSink, Sink
     from agent.transport.packets import OutgoingMessage
 
+_ENCRYPTS = "[privacy] encrypt seals messages"
+
 
 # Sinks are imported when they are opened: most commands need none.
 def _open_mqtt(conf: Config, subscriptions: Sequence[str], will: OutgoingMessage) -> Sink:
@@ -41,11 +43,11 @@ def seal_to_collector(
     return partial(open_sealing_sink, open_sink, lambda: find_key(configured))
 
 
-def load_encryption_key(file: Path, conf: Config) -> EncryptionKey:
-    """Return the encryption key of the config. Raises ConfigError."""
+def load_encryption_key(file: Path, conf: Config, purpose: str = _ENCRYPTS) -> EncryptionKey:
+    """Return the encryption key of the config; `purpose` says which section needs it. Raises ConfigError."""
     key = "collector.encryption_key"
     if not conf.collector.encryption_key:
-        problem = "empty: [privacy] encrypt seals messages to it; copy it from the fleet's folder, encryption/*.pub"
+        problem = f"empty: {purpose} to it; copy it from the fleet's folder, encryption/*.pub"
         raise ConfigError(str(file), key, problem)
     try:
         return parse_encryption_key(conf.collector.encryption_key)

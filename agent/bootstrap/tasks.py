@@ -19,6 +19,7 @@ from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import transitions
 from agent.device.rules import compiler
+from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -125,6 +126,10 @@ def build_task(
         restored = drift_state.restore(store, name, monitor, task_keys.SAVED_SUFFIX if has_other_canary else "")
     rules = compiler.compile_rules(str(file), name, task.alerts, active.bundle.manifest, active.model)
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
+    sampled = None
+    if conf.samples is not None and conf.samples.covers(name):
+        fields = conf.streams[task.stream].fields
+        sampled = SampledTask.from_bundle(conf.samples, (name, task.stream), fields, active.bundle)
     return LoadedTask(
         *(name, task, conf.streams[task.stream], active.bundle, active.model),
         None if restored is None else restored.monitor,
@@ -137,6 +142,7 @@ def build_task(
         # A model in a process of its own cannot end this one.
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         rules=rules,
+        samples=sampled,
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 

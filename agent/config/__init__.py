@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from agent import toml_files
-from agent.config import alert_rules, homeassistant
+from agent.config import alert_rules, homeassistant, metered
+from agent.config import samples as config_samples
 from agent.config import updates as config_updates
 from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
 from agent.config.broker import MQTT_SCHEMES
@@ -21,7 +22,9 @@ from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
+from agent.config.metered import UplinkBrokerConfig as UplinkBrokerConfig
 from agent.config.notify import NotifyConfig, check_notify
+from agent.config.samples import SamplesConfig as SamplesConfig
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.stream_privacy import StreamPrivacy
 from agent.config.updates import UpdatesConfig as UpdatesConfig
@@ -184,7 +187,7 @@ class Config(Section, frozen=True):
     """The whole config. Paths are absolute after `load`."""
 
     device: DeviceConfig
-    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    broker: UplinkBrokerConfig = msgspec.field(default_factory=UplinkBrokerConfig)
     collector: CollectorConfig = msgspec.field(default_factory=CollectorConfig)
     operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
     publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
@@ -196,6 +199,7 @@ class Config(Section, frozen=True):
     updates: UpdatesConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
     notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
+    samples: SamplesConfig | None = None
     streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
     tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
@@ -228,12 +232,15 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     for group in config.device.groups:
         check_name(file, "device.groups", group)
     check_broker(file, config.broker, schemes=schemes)
+    metered.check(file, config.broker)
     if config.updates is not None:
         config_updates.check(file, config.updates)
     if config.homeassistant is not None:
         homeassistant.check(file, config.homeassistant)
         _check_bridge(file, config, config.homeassistant)
     check_notify(file, config.notify)
+    if config.samples is not None:
+        config_samples.check(file, config.samples, config.tasks)
     if config.intake.tcp is not None:
         try:
             parse_loopback(config.intake.tcp)

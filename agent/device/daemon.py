@@ -10,7 +10,7 @@ import contextlib
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,7 +19,7 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import quarantine
 from agent.device.commands.executor import RemoteCommands
-from agent.device.health import HEALTH_INTERVAL_S, BundleFailure, HealthReporter
+from agent.device.health import BundleFailure, HealthReporter, interval_s
 from agent.device.intake.server import Intake
 from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
@@ -28,6 +28,7 @@ from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
+from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.space import SpaceManager
@@ -109,6 +110,14 @@ class Notifier(Protocol):
     def stop(self) -> None: ...
 
 
+class ReadingSender(Protocol):
+    """Sends readings that wait, where the owner consents (`agent.device.samples.sampler`)."""
+
+    def tick(self, tasks: Iterable[SampledTask], now: ClockReading) -> int:
+        """Send what is due; return the number of messages. Raises StorageError."""
+        ...
+
+
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
@@ -132,8 +141,9 @@ class Daemon:
         signals: Signals,
         now: Callable[[], ClockReading],
         notifier: Notifier | None = None,
+        sampler: ReadingSender | None = None,
     ) -> None:
-        self.signals, self._notifier = signals, notifier
+        self.signals, self._notifier, self._sampler = signals, notifier, sampler
         self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
         self._scheduled_tasks, self._bundle_failures = scheduled_tasks, bundle_failures
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
@@ -227,8 +237,12 @@ class Daemon:
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
+        if self._sampler is not None:
+            sampled = (scheduled.task.samples for scheduled in self._scheduled_tasks)
+            if self._sampler.tick((task for task in sampled if task is not None), now):
+                self._uplink.wake()
         if now.boot_s >= self._next_health:
-            self._next_health = now.boot_s + HEALTH_INTERVAL_S
+            self._next_health = now.boot_s + interval_s(self._conf)
             self._health_reporter.write_health()
             self._uplink.wake()
         # While space is short, intake rejects rows.

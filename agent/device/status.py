@@ -20,9 +20,11 @@ from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
+from agent.device.samples import budget
 from agent.device.store import cost, space, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.store import Store
+from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import bundle
@@ -36,6 +38,7 @@ _SITE_SUMMARY = ("number", "windows", "deviations", "held", "modes", "smallest_c
 def build_document(conf: Config, store: Store) -> dict[str, Any]:
     """Return what `outstation status --json` prints."""
     waiting, last = store.outbox_size()
+    metered = conf.broker.metered
     now, counters = make_clock(store)(), store.counters()
     hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
     # The first minutes write more than others: tables, a first reference.
@@ -61,6 +64,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         ],
         "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
+        "metered": None if metered is None else meter.build_status(metered, store, now),
         "store": {
             "written_per_day": written,
             "bytes": store.used_bytes(),
@@ -76,6 +80,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),
         "duplicate_files": counters.get("files duplicate", 0),
+        **budget.to_status(store, conf.samples, now),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
 

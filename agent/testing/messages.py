@@ -141,6 +141,19 @@ class MessageSender(msgspec.Struct):
         }  # fmt: skip
         return self.append("shadow", task=self.task, **{**members, **changes})
 
+    def samples(self, sealed: str = "AAAA", **changes: Any) -> SignedMessage:
+        """Return a sample of five rows around row 3; `sealed` is base64url."""
+        members = {
+            "model": MODEL,
+            "stream": "watch",
+            "reason": "uncertain",
+            "row": 3,
+            "rows": [1, 5],
+            "n": 5,
+            "digits": 4,
+        }
+        return self.append("samples", task=self.task, **{**members, "sealed": sealed, **changes})
+
     def rollout(
         self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any
     ) -> SignedMessage:

@@ -34,8 +34,12 @@ _GZIP_BEGIN = b"\x1f"
 
 def seal(key: EncryptionKey, topic: str, token: str, content: bytes) -> bytes:
     """Return the sealed payload of a message on `topic`."""
-    sealed = _SUITE.encrypt(token.encode() + b"\n" + content, key.public, _info(topic))
-    return _VERSION + key.thumbprint[:_HINT_BYTES] + sealed
+    return _encrypt(key, _message_info(topic), token.encode() + b"\n" + content)
+
+
+def seal_content(key: EncryptionKey, topic: str, content: bytes) -> bytes:
+    """Return content of a message on `topic` that only the collectors read, whoever keeps the message."""
+    return _encrypt(key, _content_info(topic), content)
 
 
 class Opener:
@@ -47,8 +51,22 @@ class Opener:
             hint = encryption_key_of(key).thumbprint[:_HINT_BYTES]
             self._keys[hint] = [*self._keys.get(hint, ()), key]
 
+    def can_open(self, head: bytes) -> bool:
+        """Return True if the key is here for a sealed text that begins with these bytes."""
+        return head.startswith(_VERSION) and head[len(_VERSION) : _HEADER_BYTES] in self._keys
+
     def open(self, topic: str, sealed: bytes) -> tuple[str, bytes]:
         """Return token and content of a sealed payload. Raises MessageRefused and no other exception."""
+        token, newline, content = self._decrypt(_message_info(topic), sealed).partition(b"\n")
+        if not newline or len(token) > MAX_TOKEN or not token.isascii():
+            raise MessageRefused("malformed seal", "no signature inside")
+        return token.decode(), content
+
+    def open_content(self, topic: str, sealed: bytes) -> bytes:
+        """Return what `seal_content` sealed. Raises MessageRefused and no other exception."""
+        return self._decrypt(_content_info(topic), sealed)
+
+    def _decrypt(self, info: bytes, sealed: bytes) -> bytes:
         if sealed[: len(_VERSION)] != _VERSION or len(sealed) < OVERHEAD_BYTES:
             raise MessageRefused("malformed seal", f"{len(sealed)} bytes, not of version 1")
         hint = sealed[len(_VERSION) : _HEADER_BYTES]
@@ -57,13 +75,9 @@ class Opener:
             raise MessageRefused("sealed to another key", f"whose thumbprint begins with {b64url_encode(hint)}")
         for key in keys:
             try:
-                plaintext = _SUITE.decrypt(sealed[_HEADER_BYTES:], key, _info(topic))
+                return _SUITE.decrypt(sealed[_HEADER_BYTES:], key, info)
             except (InvalidTag, ValueError):
                 continue
-            token, newline, content = plaintext.partition(b"\n")
-            if not newline or len(token) > MAX_TOKEN or not token.isascii():
-                raise MessageRefused("malformed seal", "no signature inside")
-            return token.decode(), content
         raise MessageRefused("broken seal", "altered, truncated, or sealed for another topic")
 
 
@@ -81,5 +95,13 @@ def open_message(message: IncomingMessage, opener: Opener) -> IncomingMessage:
     return replace(message, payload=payload, tokens=(token,), sealed=False)
 
 
-def _info(topic: str) -> bytes:
+def _encrypt(key: EncryptionKey, info: bytes, plaintext: bytes) -> bytes:
+    return _VERSION + key.thumbprint[:_HINT_BYTES] + _SUITE.encrypt(plaintext, key.public, info)
+
+
+def _message_info(topic: str) -> bytes:
     return b"outstation sealed v1\n" + topic.encode()
+
+
+def _content_info(topic: str) -> bytes:
+    return b"outstation content v1\n" + topic.encode()

@@ -31,6 +31,8 @@ COMMANDS: dict[str, CommandArguments] = {
     "accept-reference": CommandArguments(("task",)),
     # `labels`: JSON columns, as in a label line at the intake; `by`: who gave them.
     "label": CommandArguments(("task", "labels"), ("by",)),
+    # `row`: the result.
+    "sample": CommandArguments(("task", "row")),
     "rotate-key": CommandArguments(),
     # PEM, for the TLS key that the device has.
     "install-certificate": CommandArguments(("certificate",)),

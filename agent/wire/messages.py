@@ -307,6 +307,35 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
             raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
+class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
+    """Readings around one result, with the consent of the device's owner, sealed to the collectors.
+
+    `rows`: first and last row of the stream, `n` of them. `row`: the result. `subject`: id of the alert, else "".
+    `digits`: significant digits of the values.
+    """
+
+    task: ShortText
+    model: ModelRef
+    stream: ShortText
+    reason: Literal["alert", "uncertain", "requested"]
+    subject: ShortText = ""
+    row: Positive
+    rows: tuple[Positive, Positive]
+    n: Positive
+    digits: Annotated[int, msgspec.Meta(ge=1, le=7)]
+    # Sealed `SampleContent`, base64url; empty where the least count withholds it.
+    sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
+
+    def __post_init__(self) -> None:
+        first, last = self.rows
+        if not first <= self.row <= last:
+            raise ValueError(f"row {self.row} is none of the rows [{first},{last}]")
+        if self.n != last - first + 1:
+            raise ValueError(f"rows [{first},{last}] are not {self.n}")
+        if len(self.sealed) % 4 == 1:
+            raise ValueError("sealed is not base64url")
+
+
 class AcknowledgementRef(msgspec.Struct, frozen=True):
     """The newest acknowledgement that the device verified: the collector's key, and what it signed.
 
@@ -408,6 +437,7 @@ Body = (
     | AlertPayload
     | QualityPayload
     | ShadowPayload
+    | SamplesPayload
     | HealthPayload
     | AuditPayload
     | StatePayload

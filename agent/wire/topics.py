@@ -47,6 +47,7 @@ KINDS = {
         MessageKind("drift", per_task=True, eviction_rank=2),
         MessageKind("quality", per_task=True, eviction_rank=2),
         MessageKind("shadow", per_task=True, eviction_rank=0),
+        MessageKind("samples", per_task=True, eviction_rank=0),
         MessageKind("alerts", per_task=True, eviction_rank=3),
         MessageKind("health", eviction_rank=1),
         MessageKind("audit", eviction_rank=4),

@@ -104,7 +104,7 @@ def test_a_device_that_wears_out_its_card_is_offered_fewer_commits(home: Path) -
     assert list(fixes.find_fixes(file, conf, None)) == []
 
 
-def test_fixes_that_nobody_can_be_asked_about_are_not_applied(home: Path) -> None:
+def test_fixes_without_a_terminal_to_ask_on_are_not_applied(home: Path) -> None:
     os.chmod(home / "device.key", 0o644)
     done = call_outstation("doctor", "--fix", "-c", str(home / "outstation.toml"))
     assert done.returncode == 2
@@ -175,5 +175,5 @@ def test_power_is_measured_by_each_way_that_the_machine_has(tmp_path: Path) -> N
     write(tmp_path / "class/power_supply/AC", type="Mains", online="1")
     pmic = "3V3_SYS_A current(1)=0.50000000A\n3V3_SYS_V volt(9)=3.30000000V\n EXT5V_V volt(24)=5.15000000V\n"
     measured = power.measure(tmp_path, lambda: pmic)
-    assert [round(one.watts, 3) for one in measured] == [1.65, 5.25, 2.5, 6.1, 3.7]
+    assert [round(each.watts, 3) for each in measured] == [1.65, 5.25, 2.5, 6.1, 3.7]
     assert power.measure(tmp_path / "none", lambda: "") == []

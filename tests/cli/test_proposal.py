@@ -119,7 +119,7 @@ def test_sources_that_propose_nothing_are_refused_in_one_line(
     assert done.stderr.count("\n") == 1
 
 
-def test_columns_of_any_kind_are_told_apart() -> None:
+def test_each_kind_of_column_is_recognized() -> None:
     columns = propose_columns(
         {
             "ts": [1_764_000_000, 1_764_000_001],

@@ -46,8 +46,8 @@ commit_every = "50 ms"
 
 def blocks(kind: str) -> Iterator[tuple[str, str]]:
     """Yield name and text of the blocks of a kind."""
-    for found, name, text in BLOCK.findall(SENSORS.read_text(encoding="utf-8")):
-        if found == kind:
+    for block_kind, name, text in BLOCK.findall(SENSORS.read_text(encoding="utf-8")):
+        if block_kind == kind:
             yield name, text
 
 

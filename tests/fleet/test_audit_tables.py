@@ -74,7 +74,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
             outputs(old),
         ]
         learned = {"task": old.task, "site": "sha256:" + "ab" * 32, "fields": {}}
-        log.append(old.append("audit", event="learned", summary="", evidence=learned))
+        log += [old.append("audit", event="learned", summary="", evidence=learned), old.samples()]
         extent: dict[str, Any] = {"boot": 2, "wall_clock": {"boot_us": 2_000_000}}
         log.append(old.append("health", streams={}, tasks={}, **extent))
         ingest(store, old, *(item for item in log if item.seq != 9))
@@ -110,6 +110,8 @@ def alter(value: Any, name: str) -> Any:
         return not value
     if isinstance(value, str):
         return value + "x"
+    if isinstance(value, bytes | memoryview):
+        return bytes(value) + b"x"
     return 7 if value is None else value + 5
 
 

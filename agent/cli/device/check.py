@@ -18,8 +18,10 @@ from msgspec.structs import asdict
 
 from agent import clock
 from agent.bootstrap import device, sinks, tasks
+from agent.cli.device.cost import build_document as build_cost
+from agent.cli.device.status import format_metered
 from agent.cli.output import config_option, echo_styled, emit, json_option
-from agent.config import Config, UpdatesConfig
+from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
 from agent.device.bundles import history
 from agent.device.intake import feedback_loops
@@ -35,7 +37,8 @@ from agent.device.rollout.fetch import request as fetch_request
 from agent.device.rollout.fetch import version_floors
 from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.rules import compiler, sentences
-from agent.device.store.store import Store
+from agent.device.store.store import DATABASE, Store
+from agent.device.uplink import meter
 from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
@@ -79,6 +82,8 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield _check_certificate(end)
     if conf.privacy.encrypt:
         yield _check_encryption(file, conf)
+    if conf.samples is not None:
+        yield _run_check("samples", lambda s=conf.samples: _describe_samples(file, conf, s))  # type: ignore[misc]
     if not conf.streams:
         yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
@@ -105,6 +110,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         else _check_storage(conf)
     )
     yield _check_clock(conf)
+    yield from _check_metered(conf)
     for name, target in conf.notify.targets.items():
         yield _check_target(name, target)
     if conf.updates is not None:
@@ -129,6 +135,31 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
 
 
+def _check_metered(conf: Config) -> Iterator[CheckResult]:
+    """Compare the budget of a metered connection with what the tasks send."""
+    metered = conf.broker.metered
+    if metered is None or not (conf.data_dir / DATABASE).exists():
+        return
+    with suppress(OutstationError), device.open_store_read_only(conf) as store:
+        now = make_clock(store)()
+        document = meter.build_status(metered, store, now)
+        detail = format_metered(document)
+        day = build_cost(conf, store, [*conf.tasks])["per_day"]["air_bytes"]
+        bulk = None if metered.budget is None else meter.budget_share(metered.budget, urgent=False)
+        if bulk is not None and day is not None and day > bulk:
+            fate = "is given up" if metered.max_age is not None else "waits, and fills the store"
+            detail += (
+                f"; messages take {day / 1e6:,.2f} MB a day, more than the {bulk / 1e6:,.2f} MB for bulk: the rest "
+                f"{fate}. "
+                'Raise [broker.metered] budget, set compress = true, or publish = "changes"'
+            )
+            yield CheckResult("metered", "warning", detail)
+        elif metered.day_windows and now.quality == "unsynced":
+            yield CheckResult("metered", "warning", f"{detail}; the clock is not set, so windows follow the uptime")
+        else:
+            yield CheckResult("metered", "ok", detail)
+
+
 def _check_certificate(end: datetime) -> CheckResult:
     left = (end.timestamp() - clock.read().wall_us / 1e6) / 86_400
     if left > _CERTIFICATE_WARNING_DAYS:
@@ -150,6 +181,17 @@ def _check_target(name: str, target: Target) -> CheckResult:
 
 def _check_encryption(file: Path, conf: Config) -> CheckResult:
     return _run_check("encryption", lambda: f"messages are sealed to {sinks.load_encryption_key(file, conf).kid}")
+
+
+def _describe_samples(file: Path, conf: Config, samples: SamplesConfig) -> str:
+    """Say which readings leave the device. Raises ConfigError without a key to seal them to."""
+    key = sinks.load_encryption_key(file, conf, "[samples] seals readings")
+    uncertain = samples.uncertain_below and f"results with a score below {samples.uncertain_below:g}"
+    reasons = [samples.on_alert and "alerts", uncertain, samples.on_request and "results that an operator asks for"]
+    named = ", ".join(reason for reason in reasons if reason) or "nothing"
+    tasks = ", ".join(samples.tasks) or "all tasks"
+    limits = f"{samples.digits} digits, at most {int(samples.max_per_day)} bytes a day"
+    return f"readings of {tasks} around {named} leave the device ({limits}), sealed to {key.kid}: {samples.consent}"
 
 
 def _check_confinement(conf: Config) -> CheckResult:

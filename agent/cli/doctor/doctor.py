@@ -41,16 +41,16 @@ def doctor(
     file, conf = device.load_config(config_file)
     written_per_day = _written_per_day(conf)
     open_fixes = list(fixes.find_fixes(file, conf, written_per_day))
-    applied = [one for one in open_fixes if fix and (yes or _ask(one, as_json=as_json)) and _apply(one)]
-    left = [one for one in open_fixes if one not in applied]
+    applied = [item for item in open_fixes if fix and (yes or _ask(item, as_json=as_json)) and _apply(item)]
+    left = [item for item in open_fixes if item not in applied]
     if applied:
         file, conf = device.load_config(config_file)
     checks = [asdict(result) for result in run_checks(file, conf) if result.state != "ok"]
     wear = flash.describe_wear(written_per_day, _find_medium(conf), _parse_rating(rating))
     document: dict[str, Any] = {
         "problems": checks,
-        "applied": [_describe(one) for one in applied],
-        "fixes": [_describe(one) for one in left],
+        "applied": [_describe(item) for item in applied],
+        "fixes": [_describe(item) for item in left],
         "flash": wear,
         "power": [asdict(measured) for measured in power.measure()],
         "archive": None,
@@ -62,23 +62,23 @@ def doctor(
         sys.exit(1)
 
 
-def _ask(one: fixes.Fix, *, as_json: bool) -> bool:
+def _ask(item: fixes.Fix, *, as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
         raise UsageError("--fix asks before each fix, which needs a terminal; add --yes to apply all")
-    echo(printable(f"{one.name}: {one.problem}"))
-    return click.confirm(printable(f"  {one.action}?"), default=False)
+    echo(printable(f"{item.name}: {item.problem}"))
+    return click.confirm(printable(f"  {item.action}?"), default=False)
 
 
-def _apply(one: fixes.Fix) -> bool:
+def _apply(item: fixes.Fix) -> bool:
     try:
-        one.apply()
+        item.apply()
     except OSError as error:
-        raise UsageError(f"{one.action}: {error.strerror or error}; run it with sudo") from None
+        raise UsageError(f"{item.action}: {error.strerror or error}; run it with sudo") from None
     return True
 
 
-def _describe(one: fixes.Fix) -> dict[str, str]:
-    return {"name": one.name, "problem": one.problem, "action": one.action}
+def _describe(item: fixes.Fix) -> dict[str, str]:
+    return {"name": item.name, "problem": item.problem, "action": item.action}
 
 
 def _written_per_day(conf: Config) -> int | None:
@@ -112,12 +112,12 @@ def _print(document: dict[str, Any]) -> None:
         echo_styled(f"{state}  {printable(check['name'])}: {printable(check['detail'])}")
     if not document["problems"]:
         echo("All checks are ok.")
-    for one in document["applied"]:
-        echo(printable(f"fixed    {one['name']}: {one['action']}"))
-    for one in document["fixes"]:
-        echo(printable(f"fix      {one['name']}: {one['problem']}; `outstation doctor --fix` does: {one['action']}"))
+    for item in document["applied"]:
+        echo(printable(f"fixed    {item['name']}: {item['action']}"))
+    for item in document["fixes"]:
+        echo(printable(f"fix      {item['name']}: {item['problem']}; `outstation doctor --fix` does: {item['action']}"))
     echo(f"\nflash    {_describe_wear(document['flash'])}")
-    measured = [f"{one['watts']:.2f} W ({one['source']})" for one in document["power"]]
+    measured = [f"{item['watts']:.2f} W ({item['source']})" for item in document["power"]]
     echo(f"power    {printable('; '.join(measured) or power.UNKNOWN)}")
     if document["archive"] is not None:
         shown = printable(document["archive"]["file"])

@@ -48,8 +48,8 @@ def _from_pmic(text: str) -> Power | None:
     for name, kind, number in _PMIC_LINE.findall(text):
         rails.setdefault(name, {})[kind] = float(number)
     watts = sum(rail["A"] * rail["V"] for rail in rails.values() if len(rail) == 2)
-    what = "the Pi's PMIC: its rails, without USB devices and the loss of the converter"
-    return Power(watts, what) if watts else None
+    scope = "the Pi's PMIC: its rails, without USB devices and the loss of the converter"
+    return Power(watts, scope) if watts else None
 
 
 def _from_monitor(folder: Path) -> Power | None:
@@ -66,11 +66,11 @@ def _from_monitor(folder: Path) -> Power | None:
 def _from_battery(folder: Path) -> Power | None:
     if _read(folder / "type") != "Battery":
         return None
-    what = f"battery {folder.name}, {_read(folder / 'status').lower() or 'in unknown state'}"
+    scope = f"battery {folder.name}, {_read(folder / 'status').lower() or 'in unknown state'}"
     if (power := _read_number(folder / "power_now")) is not None:
-        return Power(abs(power) / 1e6, what)
+        return Power(abs(power) / 1e6, scope)
     voltage, current = (_read_number(folder / file) for file in ("voltage_now", "current_now"))
-    return None if voltage is None or current is None else Power(abs(voltage * current) / 1e12, what)
+    return None if voltage is None or current is None else Power(abs(voltage * current) / 1e12, scope)
 
 
 def _read(path: Path) -> str:

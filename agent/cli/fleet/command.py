@@ -46,6 +46,7 @@ def command(
     reset-reference TASK         discard it, and learn another as the config says
     accept-reference TASK        accept a learned reference that deviates
     label TASK COLUMNS           add labels in JSON columns; `fleet label --send` reads them from a file
+    sample TASK ROW              send readings around a result, if the device's owner consents ([samples])
     report                       return its status, and send a health message now
     rotate-key                   let the device create a new signing key
     install-certificate PEM      store a renewed TLS certificate; `fleet renew` sends it

@@ -22,12 +22,14 @@ from agent.cli.groups import SentenceGroup
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
+    "dataset": "agent.cli.fleet.data.dataset:dataset",
     "label": "agent.cli.fleet.labelling.label:label",
     "label-next": "agent.cli.fleet.labelling.suggest:label_next",
     "verdict": "agent.cli.fleet.labelling.verdict:verdict",
     "export": "agent.cli.fleet.data.export:export",
     "migrate": "agent.cli.fleet.data.migrate:migrate",
     "prune": "agent.cli.fleet.data.prune:prune",
+    "samples": "agent.cli.fleet.data.samples:samples",
     "sql": "agent.cli.fleet.data.export:sql",
     "dashboard": "agent.cli.fleet.dashboard.serve:dashboard",
     "notify": "agent.cli.fleet.notify.commands:notify",

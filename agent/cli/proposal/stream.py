@@ -41,19 +41,19 @@ def propose_from_file(path: Path) -> ProposedStream:
         block = next(table.read(types), None)
     if block is None or not len(block.row_numbers):
         raise UsageError(f"{path}: there is no row in it; fields are proposed from rows")
-    found = propose_columns({name: list(block.columns[name].tolist()) for name in names})
-    if not found.fields:
-        raise UsageError(f"{path}: no column holds numbers; {'; '.join(found.notes)}")
+    columns = propose_columns({name: list(block.columns[name].tolist()) for name in names})
+    if not columns.fields:
+        raise UsageError(f"{path}: no column holds numbers; {'; '.join(columns.notes)}")
     name = make_name(path.stem, set()).lower()[:32]
-    options = [f"--map {_shell(f.place)}={f.name}" for f in found.fields if f.place != f.name]
-    options += [f"--map {_shell(found.time)}=t"] if found.time not in (None, "t") else []
-    options += ["--timezone Europe/Berlin"] if found.is_local else []
-    used = {f.place for f in found.fields} | {found.time}
+    options = [f"--map {_shell(f.place)}={f.name}" for f in columns.fields if f.place != f.name]
+    options += [f"--map {_shell(columns.time)}=t"] if columns.time not in (None, "t") else []
+    options += ["--timezone Europe/Berlin"] if columns.is_local else []
+    used = {f.place for f in columns.fields} | {columns.time}
     options += [f"--ignore {_shell(column)}" for column in names if column not in used]
     command = " ".join(["outstation", "ingest", name, _shell(str(path)), *options])
-    zone = [f"{found.time} names no time zone: put yours into the command."] if found.is_local else []
-    notes = [*found.notes, *zone, f"Add the file: {command}"]
-    return ProposedStream(name, _to_toml(name, found.fields, ""), notes)
+    zone = [f"{columns.time} names no time zone: put yours into the command."] if columns.is_local else []
+    notes = [*columns.notes, *zone, f"Add the file: {command}"]
+    return ProposedStream(name, _to_toml(name, columns.fields, ""), notes)
 
 
 def propose_from_broker(url: str, topic: str, seconds: float) -> ProposedStream:
@@ -76,18 +76,20 @@ def propose_from_broker(url: str, topic: str, seconds: float) -> ProposedStream:
     sample = {place: [row.get(place) for row in rows] for place in places}
     sample |= _topic_levels(topic, rows)
     sample.pop("topic", None)
-    found = propose_columns(sample)
-    if not found.fields:
-        raise UsageError(f"--topic {topic!r}: the messages hold no numbers; {'; '.join(found.notes)}")
+    columns = propose_columns(sample)
+    if not columns.fields:
+        raise UsageError(f"--topic {topic!r}: the messages hold no numbers; {'; '.join(columns.notes)}")
     levels = [level for level in topic.split("/") if level not in ("+", "#", "")]
     name = make_name(levels[-1] if levels else "mqtt", set())[:32]
-    named = [field for field in found.fields if field.place != f"$.{field.name}"]
+    named = [field for field in columns.fields if field.place != f"$.{field.name}"]
     paths = ", ".join(f"{toml_string(field.name)} = {toml_string(field.place)}" for field in named)
     parts = ['kind = "mqtt"', f"topic = {toml_string(topic)}", f"broker = {_broker_toml(broker)}"]
     parts += [f"paths = {{ {paths} }}"] if paths else []
-    parts += [f"t = {toml_string(found.time)}"] if found.time is not None and _is_seconds(sample[found.time]) else []
-    notes = [*found.notes, f"{len(rows)} readings were seen; {others} messages held none."]
-    return ProposedStream(name, _to_toml(name, found.fields, f"source = {{ {', '.join(parts)} }}\n"), notes)
+    parts += (
+        [f"t = {toml_string(columns.time)}"] if columns.time is not None and _is_seconds(sample[columns.time]) else []
+    )
+    notes = [*columns.notes, f"{len(rows)} readings were seen; {others} messages held none."]
+    return ProposedStream(name, _to_toml(name, columns.fields, f"source = {{ {', '.join(parts)} }}\n"), notes)
 
 
 def _listen(broker: BrokerConfig, topic: str, seconds: float) -> Iterator[IncomingMessage]:

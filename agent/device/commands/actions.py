@@ -1,4 +1,4 @@
-"""Actions: the remote commands about tasks, such as run, pause, set-schedule, rollback, relearn and label."""
+"""Actions: the remote commands about tasks, such as run, pause, set-schedule, rollback, relearn, label and sample."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask, make_scheduled_task
 from agent.device.rollout.executor import RolloutExecutor
+from agent.device.samples import requests
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -59,6 +60,7 @@ class TaskActions:
             "reset-reference": self.reset_reference,
             "accept-reference": self.accept_reference,
             "label": self.label,
+            "sample": self.sample,
         }
 
     def run(self, args: Mapping[str, str], now: ClockReading) -> Effect:
@@ -197,6 +199,21 @@ class TaskActions:
         accepted = len(batch.labels) + len(batch.rejected) - len(rejected)
         summary = f"{accepted} labels of {task.name} accepted, {len(rejected)} rejected."
         return Effect(summary, {"accepted": accepted, "rejected": {str(k): rejected[k] for k in sorted(rejected)}})
+
+    def sample(self, args: Mapping[str, str], now: ClockReading) -> Effect:
+        task = self._require_scheduled(args["task"]).task
+        if task.samples is None or not task.samples.config.on_request:
+            raise RowRejected(f"the owner of this device does not consent: no [samples] on_request for {task.name}")
+        row = int(args["row"]) if args["row"].isdecimal() and len(args["row"]) < 16 else 0
+        if not 0 < row <= (self._store.cursor(task.name) or 0):
+            raise RowRejected(f"row {args['row']!r} has no result of {task.name} yet")
+        request = task.samples.request("requested", row, self._message_log.least_count(task.name))
+
+        def write(tx: Transaction) -> None:
+            requests.add(tx, task.name, [request])
+
+        return Effect(f"Readings around row {row} of {task.name} are sent, if they are stored and fit the budget.",
+                      {"rows": [request.first, request.last]}, write)  # fmt: skip
 
     def _set_paused(self, name: str, paused: bool) -> None:
         scheduled = self._runtime.find(name)

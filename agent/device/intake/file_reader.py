@@ -36,7 +36,7 @@ class FileBlock(msgspec.Struct, frozen=True):
 
 
 class FileLayout(msgspec.Struct, frozen=True):
-    """How a file differs from its stream: column → field, columns to leave out, and the separator of CSV."""
+    """Layout of a file where it differs from its stream: column → field, columns to leave out, separator of CSV."""
 
     renamed: dict[str, str] = {}
     ignored: frozenset[str] = frozenset()

@@ -21,6 +21,8 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.batch_rules import ResultAlert, RuleContext, TaskRuleStates
+from agent.device.samples import requests
+from agent.device.samples.requests import SampleRequest
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.labels import StoredPredictions
@@ -72,6 +74,7 @@ class _BatchOutput:
     messages: list[PendingMessage]
     last_label: str
     alerts: int
+    sample_requests: Sequence[SampleRequest]
 
 
 def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> BatchResult | None:
@@ -228,7 +231,28 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
         sum(len(window.alerts) for window in windows) + len(result_alerts),
+        _select_samples(task, source, results, windows, result_alerts, message_log),
     )
+
+
+def _select_samples(
+    task: LoadedTask,
+    source: _BatchInput,
+    results: InferenceResult,
+    windows: Sequence[DriftWindowResult],
+    result_alerts: Sequence[ResultAlert],
+    message_log: MessageLog,
+) -> Sequence[SampleRequest]:
+    if task.samples is None or not len(results.scores):
+        return ()
+    ends = source.cut.starts + task.window_rows - 1 + source.batch.first
+    alerts = [(int(c.alert.evidence["row"]), c.alert) for c in result_alerts if c.alert.state == "raised"]
+    # Around the last result of a drift window.
+    last_results = np.searchsorted(ends, [window.rows[1] for window in windows], side="right") - 1
+    for index, window in zip(last_results.tolist(), windows, strict=True):
+        alerts += [(int(ends[max(0, index)]), alert) for alert in window.alerts if alert.state == "raised"]
+    subjects = [(row, f"{task.name}/{alert.id}") for row, alert in alerts]
+    return task.samples.select(ends, results.scores.score, subjects, message_log.least_count(task.name))
 
 
 def _evaluate_rules(
@@ -293,6 +317,8 @@ def _commit(
         if output.predictions is not None:
             tx.labels.store_predictions(task.name, output.predictions, tx.uptime_s(now))
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
+        if output.sample_requests:
+            requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx)
         if task.is_crash_suspect:
             tx.delete_state(task.name, task_keys.CRASH_COUNT)

@@ -11,6 +11,7 @@ from agent import config
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
 from agent.device.rules.compiler import CompiledRule
+from agent.device.samples.selection import SampledTask
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import RowBatch, Store
@@ -53,6 +54,7 @@ class LoadedTask:
     - `drift_state`: as committed; `closing_messages`: to be sent with the next commit, because it was of another bundle
     - `unsaved_basis`: shipped reference to be saved with the next commit
     - `crash_guard` surrounds each run of the model
+    - `samples`: which of its readings may be sent; None without the owner's consent
     - `is_crash_suspect`: the daemon ended during the model's last run
     - `batch_divisor`: batches are this many times smaller, after one that found no room
     """
@@ -78,6 +80,7 @@ class LoadedTask:
     deadline: Deadline = field(init=False)
     last_label: str = ""
     rules: Sequence[CompiledRule] = ()
+    samples: SampledTask | None = None
     batch_divisor: int = 1
 
     def __post_init__(self) -> None:

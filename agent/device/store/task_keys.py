@@ -43,6 +43,9 @@ SHADOW_STATE = "shadow state"
 # Alert rules on results: states by rule.
 ALERT_RULES = "alert rules"
 
+# Readings that wait to be sent to the collector, and ranges of rows that were sent.
+SAMPLE_REQUESTS = "sample requests"
+
 # Open alerts of the task: this and the alert's id.
 OPEN_ALERT_PREFIX = "open alert "
 

@@ -17,7 +17,7 @@ import msgspec
 
 from agent.fleet.database.interface import Row
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
-from agent.wire.keys import b64url_encode
+from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
@@ -27,6 +27,7 @@ from agent.wire.messages import (
     QualityPayload,
     ResultMaker,
     ResultsPayload,
+    SamplesPayload,
     ShadowPayload,
     VerifiedMessage,
 )
@@ -197,6 +198,16 @@ def _shadow_rows(body: ShadowPayload, payload: bytes) -> list[Row]:
     return [(*head, *body.rows, body.batches, body.n, body.errors, payload.decode(), body.log, body.seq)]
 
 
+def _sample_rows(body: SamplesPayload, _payload: bytes) -> list[Row]:
+    head = (body.device, body.task, body.stream, body.reason, body.subject, body.row, *body.rows, body.digits)
+    model = body.model
+    try:
+        sealed = b64url_decode(body.sealed)
+    except ValueError:
+        return []
+    return [(*head, model.name, model.version, model.digest, body.time, sealed, body.log, body.seq)]
+
+
 def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     if body.event != ROLLOUT_EVENT:
         return []
@@ -235,6 +246,7 @@ PROJECTIONS: dict[type[Payload], tuple[Projection, ...]] = {
     AlertPayload: (Projection(ALERTS_TABLE, alert_rows),),
     QualityPayload: (Projection("quality_messages", _quality_rows), Projection("metrics", _metric_rows)),
     ShadowPayload: (Projection("shadows", _shadow_rows),),
+    SamplesPayload: (Projection("samples", _sample_rows),),
     AuditPayload: (
         Projection("rollout_devices", _phase_rows),
         Projection("learned_references", _reference_rows),

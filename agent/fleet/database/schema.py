@@ -2,8 +2,8 @@
 
 `messages` is the evidence: every message exactly as it arrived. `results`, `result_details`, `result_messages`,
 `result_provenance`, `drift_windows`, `quality_messages`, `metrics`, `alerts`, `incidents`, `shadows`,
-`learned_references`, `rollout_devices` and the tables of clocks are projections of the same messages, and could be
-rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
+`learned_references`, `rollout_devices`, `samples` and the tables of clocks are projections of the same messages, and
+could be rebuilt from it. Times are RFC 3339 text; `t` and names ending in `_us` are microseconds.
 """
 
 from __future__ import annotations
@@ -154,6 +154,13 @@ _PROJECTIONS = (
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,
         phase TEXT NOT NULL, reason TEXT NOT NULL, summary TEXT NOT NULL, numbers TEXT NOT NULL, time TEXT NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
+    # Readings around the result at `row`, as the device sealed them: no collector stores them in the clear. reason:
+    # alert, uncertain or requested; subject: id of the alert, or ''; sealed: empty where withheld.
+    """CREATE TABLE samples (
+        device TEXT NOT NULL, task TEXT NOT NULL, stream TEXT NOT NULL, reason TEXT NOT NULL, subject TEXT NOT NULL,
+        row INTEGER NOT NULL, rows_first INTEGER NOT NULL, rows_last INTEGER NOT NULL, digits INTEGER NOT NULL,
+        model TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL, time TEXT NOT NULL, sealed BLOB NOT NULL,
         log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
     "CREATE INDEX rollout_devices_by_rollout ON rollout_devices (rollout, device)",
 )

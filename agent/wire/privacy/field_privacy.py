@@ -157,11 +157,12 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         if alert not in _FIELD_ALERTS or self.is_open:
             return body
         about_field = alert in ("drift", "fault") and subject not in _MODEL_SUBJECTS
-        if (about_field and (subject in _SUBJECTS_OF_ALL or self.is_protected(subject))) or self._is_told(body):
+        is_protected = about_field and (subject in _SUBJECTS_OF_ALL or self.is_protected(subject))
+        if is_protected or self._names_protected_field(body):
             return self._withhold_alert(body, "a field that its owner protects takes part")
         return body
 
-    def _is_told(self, body: Body) -> bool:
+    def _names_protected_field(self, body: Body) -> bool:
         return self.mentions(body["summary"]) or any(map(self.mentions, _texts(body["evidence"])))
 
     def _withhold_alert(self, body: Body, reason: str) -> Body:

@@ -162,6 +162,10 @@ def _limit_shadow(body: Body, k: int) -> Body:
     return limited
 
 
+def _limit_samples(body: Body, k: int) -> Body:
+    return {**body, "sealed": ""} if _is_few(body["n"], k) else body
+
+
 def _limit_moments(moments: Body, k: int) -> Body:
     return _EMPTY_MOMENTS if _is_few(moments["n"], k) else moments
 
@@ -190,4 +194,5 @@ _RULES: dict[str, Callable[[Body, int], Body]] = {
     "drift": _limit_drift,
     "quality": _limit_quality,
     "shadow": _limit_shadow,
+    "samples": _limit_samples,
 }

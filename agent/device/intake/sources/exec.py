@@ -269,7 +269,7 @@ class _LimitedLog:
     def __init__(self, name: str) -> None:
         self._name = name
         self._window_s, self._lines, self._left_out = float("-inf"), 0, 0
-        self._said: set[str] = set()
+        self._logged_once: set[str] = set()
 
     def warn(self, text: str, *, once: bool = False) -> None:
         """Log `text`; with `once` not again within a minute."""
@@ -278,12 +278,12 @@ class _LimitedLog:
             if self._left_out:
                 log.warning("%s: %d more lines were left out", self._name, self._left_out)
             self._window_s, self._lines, self._left_out = now, 0, 0
-            self._said.clear()
-        if once and text in self._said:
+            self._logged_once.clear()
+        if once and text in self._logged_once:
             return
         if self._lines >= _LOG_LINES:
             self._left_out += 1
             return
         self._lines += 1
-        self._said.add(text)
+        self._logged_once.add(text)
         log.warning("%s: %s", self._name, printable(text)[:_MAX_LOG_CHARS])

@@ -81,6 +81,7 @@ async def show(visit: Visit) -> Response:
         known_labels=sorted({row[2] for row in loaded["results"] if row[2] is not None}),
         streams=_streams(health),
         store=as_object(health.get("store")),
+        samples=as_object(health.get("samples")),
         wall_clock=as_object(health.get("wall_clock")),
         **loaded,
     )

@@ -1,4 +1,4 @@
-"""Section [retention] of fleet.toml: how long messages, results and drift windows stay in the fleet database."""
+"""Section [retention] of fleet.toml: how long messages, and rows of some tables, stay in the fleet database."""
 
 from __future__ import annotations
 
@@ -15,3 +15,4 @@ class Retention(Section, frozen=True):
     messages: Duration | None = None
     results: Duration | None = None
     drift_windows: Duration | None = None
+    samples: Duration | None = None

@@ -1,0 +1,104 @@
+"""`outstation fleet dataset`: retraining sets of sampled readings with labels, and the check of their files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent import clock
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, parse_since, print_lines
+from agent.cli.output import emit, json_option
+from agent.fleet import config as fleet_config
+
+if TYPE_CHECKING:
+    from agent.fleet.dataset.card import DataCard
+    from agent.fleet.dataset.export import DataFormat
+
+_BEGIN, _END = "0001-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z"
+
+
+@click.group()
+def dataset() -> None:
+    """Make and check retraining sets: sampled readings with labels, provenance and a data card."""
+
+
+@dataset.command(
+    "export", epilog="Example: outstation fleet dataset export --task pump --out set-1 --licence CC-BY-4.0"
+)
+@click.option("--task", metavar="T", required=True, help="Task whose samples, labels and verdicts are joined.")
+@click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--at", metavar="TIME", help="What was known at this time; default now.")
+@click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
+@click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
+@click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")
+@click.option("--only-labelled", is_flag=True, help="Leave out recordings without a label.")
+@click.option("--format", "data_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
+              help="Format of the data.")  # fmt: skip
+@click.option("--licence", metavar="TEXT", default="", help="Licence of the readings, for the data card.")
+@db_option
+@fleet_option
+@json_option
+def export_dataset(
+    task: str,
+    out: Path,
+    at: str | None,
+    since: str | None,
+    until: str | None,
+    bundle: str | None,
+    only_labelled: bool,
+    data_format: DataFormat,
+    licence: str,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Export the retraining set of a task: data, provenance, data card, and a manifest of hashes.
+
+    Readings are opened with the fleet's encryption key, so keep the folder where you would keep that. `outstation model
+    pack --from MODEL --data DIR/data.parquet` and `outstation model evaluate` read the data.
+    """
+    from agent.fleet.collector.encryption_keys import EncryptionKeys
+    from agent.fleet.dataset import export
+    from agent.fleet.dataset.gather import Selection
+
+    config, store = open_for_reading(folder, db)
+    now_us = clock.read().wall_us
+    now = clock.to_rfc3339(now_us)
+    begin, end, moment = (
+        default if text is None else parse_since(option, text, now_us)
+        for option, text, default in (("--since", since, _BEGIN), ("--until", until, _END), ("--at", at, now))
+    )
+    digest = bundle and f"sha256:{bundle.removeprefix('sha256:')}"
+    selection = Selection(config.fleet.name, task, moment, begin, end, digest)
+    opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
+    card = export.export(store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled)
+    emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
+
+
+def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
+    labels = card.labels
+    rows = f"{card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings"
+    yield f"{out}: {rows}, {labels['labelled']} labels"
+    yield from (f"  {name}: {n}" for name, n in labels["by_class"].items())
+    yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
+    yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())
+    yield from (f"warning: {warning}" for warning in card.warnings)
+    yield f"See {out / 'DATA_CARD.md'}."
+
+
+@dataset.command("check", epilog="Example: outstation fleet dataset check set-1")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+def check_dataset(folder: Path, as_json: bool) -> None:
+    """Compare the files of a retraining set with its manifest. Exit code 1 if one differs."""
+    from agent.fleet.dataset import export
+
+    problems = export.check(folder)
+    lines = problems or [f"{folder}: all files are as in {export.MANIFEST}"]
+    emit({"folder": str(folder), "problems": problems}, as_json, lambda: print_lines(*lines))
+    if problems:
+        sys.exit(1)

@@ -1,0 +1,75 @@
+"""Budget of samples: bytes a day of all tasks, of which uncertain results take at most half.
+
+A day is 24 h during which the device is on: a clock that is set, or a battery that is changed, opens no new budget.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agent.clock import ClockReading
+from agent.config import SamplesConfig
+from agent.device.store import retention
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
+
+_META = "samples budget"
+_DAY_S = 86_400.0
+COVERED, _DROPPED = "samples covered", "samples dropped."
+
+
+class SampleBudget(msgspec.Struct, frozen=True):
+    """Bytes of the day that began at the uptime `began_s`; `uncertain` of them are of uncertain results."""
+
+    began_s: float
+    used: int = 0
+    uncertain: int = 0
+
+    def spend(self, size: int, limit: int, *, is_uncertain: bool) -> SampleBudget | None:
+        """Return the budget after a message of `size` bytes; None if it does not fit."""
+        if self.used + size > limit or (is_uncertain and self.uncertain + size > limit // 2):
+            return None
+        return SampleBudget(self.began_s, self.used + size, self.uncertain + size * is_uncertain)
+
+
+def load(tx: Transaction, now: ClockReading) -> SampleBudget:
+    return _decode(tx.get_meta(_META, ""), tx.uptime_s(now))
+
+
+def save(tx: Transaction, budget: SampleBudget) -> None:
+    tx.set_meta(_META, msgspec.json.encode(budget).decode())
+
+
+def count_drop(tx: Transaction, reason: str) -> None:
+    tx.increment_counter(_DROPPED + reason, 1)
+
+
+def to_status(store: Store, config: SamplesConfig | None, now: ClockReading) -> dict[str, Any]:
+    """Return the member `samples` of health and status: the consent, the limits, and what was sent and dropped."""
+    if config is None:
+        return {}
+    counters = store.counters()
+    uptime_s = retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
+    dropped = {name.removeprefix(_DROPPED): n for name, n in counters.items() if name.startswith(_DROPPED)}
+    return {
+        "samples": {
+            "consent": config.consent,
+            "tasks": config.tasks,
+            "max_per_day": int(config.max_per_day),
+            "bytes_today": _decode(store.get_meta(_META, ""), uptime_s).used,
+            "sent": counters.get("messages.samples", 0),
+            "covered": counters.get(COVERED, 0),
+            "dropped": dropped,
+        }
+    }
+
+
+def _decode(text: str, uptime_s: float) -> SampleBudget:
+    """Return the budget of the current day; one that cannot be read is used up, until the day after."""
+    try:
+        budget = msgspec.json.decode(text, type=SampleBudget) if text else SampleBudget(uptime_s)
+    except msgspec.MsgspecError:
+        budget = SampleBudget(uptime_s, 1 << 62, 1 << 62)
+    return budget if 0 <= uptime_s - budget.began_s < _DAY_S else SampleBudget(uptime_s)

@@ -1,0 +1,216 @@
+"""Data card of a retraining set: what is in it, who labelled it, what was left out, and what to be careful of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent import __version__, clock
+from agent.fleet.dataset import labels
+from agent.fleet.dataset.gather import Gathered, Recording, Selection
+from agent.text import printable
+
+# One person gave more of the labels: whoever took over that account decides what the model learns.
+_MAX_SHARE_OF_ONE = 0.9
+_CONFIRMED, _CONFIDENT = "confirmed", 0.9
+
+
+class DataCard(msgspec.Struct, frozen=True):
+    """Counts are of rows, except where a name says samples or labels."""
+
+    selection: Selection
+    created: str
+    licence: str
+    agent: str
+    rows: int
+    recordings: int
+    samples: int
+    fields: dict[str, int]
+    labels: dict[str, Any]
+    by_device: dict[str, dict[str, int]]
+    by_day: dict[str, dict[str, int]]
+    by_hour: dict[str, int]
+    samples_by: dict[str, dict[str, int]]
+    left_out_samples: dict[str, int]
+    ignored_labels: dict[str, int]
+    rows_sent_twice: int
+    warnings: list[str]
+    format: str = "outstation-data-card-1"
+
+    def to_markdown(self) -> str:
+        return "\n".join(_lines(self)) + "\n"
+
+
+def build(gathered: Gathered, selection: Selection, licence: str, created: str) -> DataCard:
+    recordings = gathered.recordings
+    members = [sample for recording in recordings for sample in recording.samples]
+    label_counts = _count_labels(recordings)
+    missing = sum((np.isnan(recording.values).sum(axis=0) for recording in recordings), np.zeros(len(gathered.fields)))
+    days, hours = _count_times(recordings)
+    ignored = {name: n for name, n in gathered.ignored.items() if n}
+    return DataCard(
+        selection,
+        created,
+        licence,
+        __version__,
+        sum(len(recording.t) for recording in recordings),
+        len(recordings),
+        len(members),
+        {name: int(n) for name, n in zip(gathered.fields, missing, strict=True)},
+        label_counts,
+        _count_by(recordings, lambda recording: recording.device),
+        days,
+        hours,
+        {
+            "reason": _count(member["reason"] for member in members),
+            "bundle": _count(f"{member['model']} {member['digest']}" for member in members),
+            "drift": _count((member["drift"] or {"state": "no drift window yet"})["state"] for member in members),
+            "open alerts": _count(alert["alert"] for member in members for alert in member["open_alerts"]),
+            "consent": _count(member["consent"] for member in members),
+            "digits": _count(str(member["digits"]) for member in members),
+        },
+        dict(sorted(gathered.left_out.items())),
+        ignored,
+        gathered.joined_rows,
+        _find_warnings(label_counts, gathered, licence),
+    )
+
+
+def _count_labels(recordings: Iterable[Recording]) -> dict[str, Any]:
+    by_class, by_source, by_person = Counter[str](), Counter[str](), Counter[str]()
+    problems, rows = Counter[str](), Counter[str]()
+    for recording in recordings:
+        for label in recording.labels:
+            if label.label is None:
+                problems[label.problem] += 1
+                continue
+            by_class[label.label] += 1
+            by_source.update(label.sources)
+            by_person.update(label.by)
+            rows["given more than once"] += label.is_repeated
+            predicted, score, _ = recording.predictions.get(label.row, (None, None, None))
+            if predicted is not None:
+                rows["as predicted" if predicted == label.label else "not as predicted"] += 1
+                is_bold = predicted != label.label and score is not None and score >= _CONFIDENT
+                rows["against a confident prediction"] += is_bold
+    return {
+        "labelled": sum(by_class.values()),
+        "by_class": dict(sorted(by_class.items())),
+        "by_source": dict(sorted(by_source.items())),
+        "by_person": dict(sorted(by_person.items())),
+        "left_out": dict(sorted(problems.items())),
+        **{name.replace(" ", "_"): n for name, n in sorted(rows.items())},
+    }
+
+
+def _count_by(recordings: Iterable[Recording], key: Any) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for recording in recordings:
+        entry = counts.setdefault(key(recording), {"rows": 0, "labelled": 0})
+        entry["rows"] += len(recording.t)
+        entry["labelled"] += sum(label.label is not None for label in recording.labels)
+    return dict(sorted(counts.items()))
+
+
+def _count_times(recordings: Iterable[Recording]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Return rows and labels by day, and rows by hour of the day, UTC."""
+    days = _count_by(recordings, lambda recording: clock.to_rfc3339(int(recording.t[0]))[:10])
+    hours = Counter[int]()
+    for recording in recordings:
+        hours.update((recording.t // 3_600_000_000 % 24).tolist())
+    return days, {f"{hour:02}": hours[hour] for hour in sorted(hours)}
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) -> list[str]:
+    labelled, people = counts["labelled"], counts["by_person"]
+    warnings = [
+        "Rows were chosen by the model's own alerts and uncertainty, and by what people asked for. They are no random "
+        "sample: make no drift reference from them, and measure no accuracy on them that is said of all data."
+    ]
+    if not licence:
+        warnings.append("No licence is stated (--licence): nobody may assume that others may use these readings.")
+    if not labelled:
+        warnings.append("No result has a label: give labels or verdicts first.")
+    elif len(counts["by_class"]) == 1:
+        warnings.append(f"All labels are {next(iter(counts['by_class']))!r}: a model learns nothing from one class.")
+    if disagree := counts["left_out"].get(labels.DISAGREE, 0):
+        warnings.append(
+            f"{disagree} results have labels that disagree and are left out: look at them, and at who gave them."
+        )
+    if only_model := counts["left_out"].get(labels.ONLY_MODEL, 0):
+        warnings.append(f"{only_model} results are labelled by a model only and are left out.")
+    if people and labelled >= 10 and max(people.values()) > _MAX_SHARE_OF_ONE * labelled and len(people) > 1:
+        person = max(people, key=lambda name: people[name])
+        warnings.append(f"{person} gave {people[person]} of {labelled} labels.")
+    if bold := counts.get("against_a_confident_prediction", 0):
+        warnings.append(
+            f"{bold} labels contradict a prediction with a score of at least {_CONFIDENT:g}: check these first."
+        )
+    if confirmed := counts["by_source"].get(_CONFIRMED, 0):
+        warnings.append(
+            f"{confirmed} labels only confirm what the model said. People who see an answer agree with it more readily."
+        )
+    if unreadable := sum(gathered.left_out[name] for name in ("sealed to another key", "broken seal")):
+        warnings.append(f"{unreadable} samples are sealed to a key that is not here (folder encryption/).")
+    return warnings
+
+
+def _lines(card: DataCard) -> Iterator[str]:
+    chosen = card.selection
+    yield f"# Data card: {_text(chosen.task)} of fleet {_text(chosen.fleet)}"
+    yield ""
+    yield (
+        f"{card.rows} rows in {card.recordings} recordings, from {card.samples} samples of "
+        f"{len(card.by_device)} devices; "
+        f"{card.labels['labelled']} results have a label."
+    )
+    yield f"Nothing that arrived after {chosen.at} is in it. Made {card.created} by outstation {card.agent}."
+    yield f"Licence: {_text(card.licence) or 'not stated'}."
+    yield ""
+    yield "## Be careful"
+    yield ""
+    yield from (f"- {_text(warning)}" for warning in card.warnings)
+    counts = card.labels
+    tables: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("Labels by class", "class", counts["by_class"]),
+        ("Labels by source", "source", counts["by_source"]),
+        ("Labels by person", "given by", counts["by_person"]),
+        ("Labels left out", "why", counts["left_out"]),
+        (
+            "Labels compared",
+            "labels",
+            {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"},
+        ),
+        ("Labels and verdicts ignored", "why", card.ignored_labels),
+        ("Missing values", "field", card.fields),
+        ("Rows by hour of the day, UTC", "hour", card.by_hour),
+        ("Samples left out", "why", card.left_out_samples),
+        *((f"Samples by {name}", name, values) for name, values in card.samples_by.items()),
+    ]
+    for title, entries in (("Devices", card.by_device), ("Days, UTC", card.by_day)):
+        yield from _table(title, (title.partition(",")[0].lower()[:-1], "rows", "labels"),
+                          [(name, entry["rows"], entry["labelled"]) for name, entry in entries.items()])  # fmt: skip
+    for title, name, values in tables:
+        yield from _table(title, (name, "count"), values.items())
+    yield ""
+    yield f"{card.rows_sent_twice} rows came in two samples and are here once."
+
+
+def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    lines = [f"| {' | '.join(_text(str(cell)) for cell in row)} |" for row in rows]
+    if lines:
+        yield from ("", f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines)
+
+
+def _text(text: str) -> str:
+    """Return text of devices and people as Markdown that shows it and does nothing else."""
+    shown = printable(text)[:300]
+    return "".join(f"\\{char}" if char in "\\`*_{}[]<>()#|!&~$" else char for char in shown)

@@ -1,0 +1,218 @@
+"""Recordings of a retraining set: samples are opened, and joined where they overlap."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float64s, Ints
+from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
+from agent.errors import MessageRefused, UsageError
+from agent.fleet.database.datasets import retraining
+from agent.fleet.database.datasets.retraining import Claim, StoredSample
+from agent.fleet.database.datasets.samples import Sample
+from agent.fleet.database.interface import Connection
+from agent.fleet.dataset import labels
+from agent.fleet.dataset.context import LogContext
+from agent.fleet.dataset.labels import RowLabel
+from agent.transport import sample_content
+from agent.transport.sample_content import SampleContent
+from agent.transport.sealing import Opener
+from agent.wire.topics import Topic
+
+MAX_VALUES = 40_000_000
+# Columns of the data beside the fields.
+TEXT_COLUMNS = ("device", "recording", "source")
+RESERVED_COLUMNS = frozenset({TIME_COLUMN, LABEL_COLUMN, *TEXT_COLUMNS})
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """Choice of what goes into a set. `at`: nothing that arrived later counts; `since`, `until`: time of samples."""
+
+    fleet: str
+    task: str
+    at: str
+    since: str
+    until: str
+    bundle: str | None = None
+
+
+class Recording(msgspec.Struct):
+    """Consecutive rows of one device from number `first` on: `t` (n,) epoch µs, `values` (n, F), and their samples."""
+
+    device: str
+    log: str
+    first: int
+    t: Ints
+    values: Float64s
+    samples: list[dict[str, Any]]
+    labels: list[RowLabel] = []
+    predictions: dict[int, tuple[str | None, float | None, float | None]] = {}
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.t) - 1
+
+
+class Gathered(msgspec.Struct):
+    """Recordings with the columns `fields`. `left_out` counts samples by reason, `ignored` labels and verdicts."""
+
+    fields: list[str]
+    recordings: list[Recording] = []
+    left_out: Counter[str] = msgspec.field(default_factory=Counter)
+    ignored: Counter[str] = msgspec.field(default_factory=Counter)
+    joined_rows: int = 0
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    stored: StoredSample
+    content: SampleContent
+
+
+def gather(db: Connection, selection: Selection, opener: Opener) -> Gathered:
+    """Return what can be read of the selected samples. Raises UsageError if there are too many."""
+    result, opened = Gathered([]), list[_Opened]()
+    seen: set[bytes] = set()
+    values = 0
+    for stored in retraining.load_samples(db, selection.task, selection.at, selection.since, selection.until):
+        digest = hashlib.sha256(stored.sealed).digest()
+        content = None if digest in seen else _open(selection.fleet, stored, opener, result.left_out)
+        if digest in seen:
+            # A new log repeats the messages of an old one.
+            result.left_out["duplicate"] += 1
+        elif selection.bundle is not None and not stored.sample.digest.startswith(selection.bundle):
+            result.left_out["other bundle"] += 1
+        elif content is not None:
+            opened.append(_Opened(stored, content))
+            values += len(content.t) * len(content.fields)
+        seen.add(digest)
+        if values > MAX_VALUES:
+            raise UsageError(f"more than {MAX_VALUES:,} values; narrow the set with --since, --until or --bundle")
+    result.fields = _choose_fields(opened)
+    contexts: dict[tuple[str, str], LogContext] = {}
+    readings: set[bytes] = set()
+    for each in opened:
+        sample = each.stored.sample
+        if problem := _find_problem(each.content, result.fields, readings):
+            result.left_out[problem] += 1
+            continue
+        place = (sample.device, sample.log)
+        if place not in contexts:
+            # Samples come by log: one at a time is in memory.
+            contexts = {place: LogContext(db, *place, selection.task)}
+        _add(result, each, contexts[place].describe(sample.seq, selection.at))
+    for recording in result.recordings:
+        _add_labels(db, recording, selection, result)
+    # Newest first: a step back in time ends a window, so that none spans two recordings.
+    result.recordings.sort(key=lambda recording: (-int(recording.t[0]), recording.device, recording.log))
+    return result
+
+
+def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[str]) -> SampleContent | None:
+    sample = stored.sample
+    if not stored.sealed:
+        left_out["withheld by the device"] += 1
+        return None
+    topic = str(Topic(fleet, sample.device, "samples", sample.task))
+    try:
+        content = sample_content.decode(opener.open_content(topic, stored.sealed))
+    except MessageRefused as refusal:
+        left_out[refusal.reason] += 1
+        return None
+    except ValueError:
+        left_out["malformed content"] += 1
+        return None
+    if len(content.t) != sample.rows_last - sample.rows_first + 1:
+        left_out["malformed content"] += 1
+        return None
+    return content
+
+
+def _choose_fields(opened: Sequence[_Opened]) -> list[str]:
+    """Return the fields that most devices send: one device alone cannot decide what the others' samples are for."""
+    devices: dict[tuple[str, ...], list[str]] = {}
+    for each in opened:
+        devices.setdefault(tuple(each.content.fields), []).append(each.stored.sample.device)
+    usable = (fields for fields in devices if RESERVED_COLUMNS.isdisjoint(fields))
+    return [*max(usable, key=lambda fields: (len({*devices[fields]}), len(devices[fields]), fields), default=())]
+
+
+def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[bytes]) -> str:
+    """Return why a sample stays out; "" and note its readings if it does not."""
+    if set(content.fields).isdisjoint(fields):
+        return "other fields"
+    digest = hashlib.sha256(msgspec.json.encode((content.t, content.fields, content.columns))).digest()
+    if digest in readings:
+        return "same readings again"
+    readings.add(digest)
+    return ""
+
+
+def _add(result: Gathered, opened: _Opened, context: dict[str, Any]) -> None:
+    """Append a sample to the recordings, or the rows that are new to the last recording of its log."""
+    sample, content = opened.stored.sample, opened.content
+    sent, unknown = dict(zip(content.fields, content.columns, strict=True)), [None] * len(content.t)
+    # A device may keep some of the fields.
+    values = np.array([sent.get(name, unknown) for name in result.fields], np.float64).T
+    t = np.array(content.expand_times(), np.int64)
+    member = _describe(opened, context)
+    last = result.recordings[-1] if result.recordings else None
+    if last is not None and _continues(last, sample, t):
+        overlap = last.last - sample.rows_first + 1
+        result.joined_rows += min(overlap, len(t))
+        last.t = np.concatenate([last.t, t[overlap:]])
+        last.values = np.concatenate([last.values, values[overlap:]])
+        last.samples.append(member)
+        return
+    if last is not None and (last.device, last.log) == (sample.device, sample.log) and sample.rows_first <= last.last:
+        result.left_out["contradicts another sample"] += 1
+        return
+    result.recordings.append(Recording(sample.device, sample.log, sample.rows_first, t, values, [member]))
+
+
+def _continues(last: Recording, sample: Sample, t: Ints) -> bool:
+    """Return True if a sample overlaps or follows a recording of its log and bundle, with the same times."""
+    same = (last.device, last.log, last.samples[-1]["digest"]) == (sample.device, sample.log, sample.digest)
+    if not same or sample.rows_first > last.last + 1:
+        return False
+    overlap = last.last - sample.rows_first + 1
+    known = last.t[sample.rows_first - last.first :][: len(t)]
+    return bool(np.array_equal(known, t[:overlap]))
+
+
+def _describe(opened: _Opened, context: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of a sample."""
+    stored, sample = opened.stored, opened.stored.sample
+    return {
+        "message": {"device": sample.device, "log": sample.log, "seq": sample.seq},
+        "time": sample.time,
+        "received": stored.received,
+        "stream": sample.stream,
+        "rows": [sample.rows_first, sample.rows_last],
+        "row": sample.row,
+        "reason": sample.reason,
+        "subject": sample.subject,
+        "model": f"{sample.model} {sample.version}",
+        "digest": sample.digest,
+        "digits": sample.digits,
+        "consent": opened.content.consent,
+        **context,
+    }
+
+
+def _add_labels(db: Connection, recording: Recording, selection: Selection, result: Gathered) -> None:
+    key = (recording.device, selection.task, recording.log)
+    given, verdicts = retraining.load_claims(db, key, recording.first, recording.last)
+    claims: list[Claim] = []
+    for noun, group in (("labels", given), ("verdicts", verdicts)):
+        known = [claim for claim in group if claim.at <= selection.at]
+        result.ignored[f"{noun} given later"] += len(group) - len(known)
+        claims += known
+    recording.labels = labels.decide(claims)
+    for row, label, score, value in retraining.load_predictions(db, key, recording.first, recording.last):
+        recording.predictions[int(row)] = (label, score, value)

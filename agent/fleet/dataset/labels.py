@@ -1,0 +1,48 @@
+"""Label of a sampled result: what labels and verdicts agree on, and why there is none where they do not.
+
+Labels that a model gave never count: a model that learns from them learns its own errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from agent.fleet.database.datasets.retraining import Claim
+from agent.performance.labels import MODEL
+
+DISAGREE, ONLY_MODEL = "sources disagree", "only a model labelled it"
+
+
+class RowLabel(msgspec.Struct, frozen=True):
+    """Label of the result at `row`; None where `problem` says why. `sources` and `by`: who gave it, sorted."""
+
+    row: int
+    label: str | None
+    problem: str
+    sources: tuple[str, ...]
+    by: tuple[str, ...]
+    claims: int
+
+    @property
+    def is_repeated(self) -> bool:
+        """True if several say the same."""
+        return self.label is not None and self.claims > 1
+
+
+def decide(claims: Sequence[Claim]) -> list[RowLabel]:
+    """Return the label of each row with claims, in order of rows."""
+    by_row: dict[int, list[Claim]] = {}
+    for claim in claims:
+        by_row.setdefault(claim.row, []).append(claim)
+    return [_decide_row(row, by_row[row]) for row in sorted(by_row)]
+
+
+def _decide_row(row: int, claims: Iterable[Claim]) -> RowLabel:
+    counted = [claim for claim in claims if claim.source != MODEL]
+    texts = {claim.text.strip() for claim in counted}
+    problem = ONLY_MODEL if not counted else DISAGREE if len(texts) > 1 else ""
+    sources, people = ({getattr(claim, name) for claim in counted} for name in ("source", "by"))
+    label = None if problem else texts.pop()
+    return RowLabel(row, label, problem, tuple(sorted(sources)), tuple(sorted(people)), len(counted))

@@ -1,0 +1,118 @@
+"""`outstation privacy` and the rules in `[streams.NAME.privacy]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import config
+from agent.device.pipeline.batch_messages import _leave_out_rare
+from agent.device.recovery.open import open_store
+from agent.errors import ConfigError
+from tests.kit.commands import call_outstation
+
+CONFIG = """\
+[device]
+id = "pi-07"
+fleet = "acme"
+data_dir = "data"
+[collector]
+delivery = "broker"
+[streams.ward]
+fields = [
+  { name = "pulse" },
+  { name = "warmth", min = 30, max = 45 },
+  { name = "noise" },
+  { name = "room", type = "category" },
+]
+[tasks.risk]
+stream = "ward"
+bundle = "risk"
+slices = ["room"]
+"""
+RULES = '[streams.ward.privacy]\nprivate = ["pulse"]\nround = { warmth = 0.5 }\nhash = ["room"]\n'
+
+
+def shown(folder: Path, rules: str) -> dict[str, Any]:
+    (folder / "outstation.toml").write_text(CONFIG + rules)
+    done = call_outstation("privacy", "--json", "-c", str(folder / "outstation.toml"))
+    assert done.returncode == 0, done.stderr
+    [stream] = json.loads(done.stdout)["streams"]
+    return {field["field"]: (field["rule"], json.dumps(field["leaves"])) for field in stream["fields"]}
+
+
+def test_what_leaves_of_each_field_is_shown_by_examples_that_went_through_the_rules(tmp_path: Path) -> None:
+    fields = shown(tmp_path, RULES)
+    assert [rule for rule, _ in fields.values()] == ["private", "round to 0.5", "open", "hash, a new key every 30 days"]
+    # 39.270 is the made-up reading of warmth, 21.374 that of the others.
+    assert "39.5" in fields["warmth"][1]
+    assert "39.27" not in fields["warmth"][1]
+    assert "21.374" in fields["noise"][1]
+    assert "21.37" not in fields["pulse"][1]
+    assert "room=h:" in fields["room"][1]
+    assert "Room 7" not in fields["room"][1]
+    by_default = shown(tmp_path, "")
+    assert all("21.374" in leaves or "39.27" in leaves for _, leaves in by_default.values())
+    assert "Room 7" in by_default["room"][1]
+
+
+def test_messages_that_stay_are_not_listed(tmp_path: Path) -> None:
+    fields = shown(tmp_path, '[streams.ward.privacy]\nmessages = ["alerts"]\n')
+    assert {leaf["message"] for _, leaves in fields.values() for leaf in json.loads(leaves)} == {"alerts", "audit"}
+
+
+def test_a_person_sees_the_rules_as_a_table(tmp_path: Path) -> None:
+    (tmp_path / "outstation.toml").write_text(CONFIG + RULES)
+    done = call_outstation("privacy", "-c", str(tmp_path / "outstation.toml"))
+    assert done.returncode == 0
+    assert "stream ward, tasks risk" in done.stdout
+    assert "round to 0.5" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rules", "problem"),
+    [
+        ('private = ["puls"]', "no field 'puls'; did you mean 'pulse'?"),
+        ('private = ["room"]\nhash = ["room"]', "'room' is in private, too"),
+        ('hash = ["pulse"]', "'pulse' is a number; put it into round or private"),
+        ("round = { room = 1 }", "'room' is a category; put it into hash or private"),
+        ("round = { pulse = 0 }", "the step of 'pulse' must be above 0"),
+        ('allow = ["pulse"]\nprivate = ["pulse"]', "'pulse' is in private, too"),
+        ('hash = ["room"]\nhash_period = "10 s"', "must be at least 1 h"),
+        ('messages = ["health"]', "health"),
+    ],
+)
+def test_rules_that_contradict_themselves_or_the_stream_are_refused(tmp_path: Path, rules: str, problem: str) -> None:
+    (tmp_path / "outstation.toml").write_text(f"{CONFIG}[streams.ward.privacy]\n{rules}\n")
+    with pytest.raises(ConfigError, match=r"streams\.ward\.privacy") as refused:
+        config.load(tmp_path / "outstation.toml")
+    assert problem in str(refused.value)
+
+
+def test_an_allow_list_makes_all_other_fields_private(tmp_path: Path) -> None:
+    (tmp_path / "outstation.toml").write_text(f'{CONFIG}[streams.ward.privacy]\nallow = ["noise"]\nhash = ["room"]\n')
+    rules = config.load(tmp_path / "outstation.toml").streams["ward"].privacy
+    assert rules.private_fields(["pulse", "warmth", "noise", "room"]) == {"pulse", "warmth"}
+
+
+def test_rows_of_a_stream_with_protected_fields_are_not_disclosed(tmp_path: Path) -> None:
+    (tmp_path / "outstation.toml").write_text(CONFIG + RULES)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "commitment.secret").write_bytes(bytes(32))
+    open_store(tmp_path / "data").close()
+    done = call_outstation("disclose", "risk", "--rows", "1-2", "-c", str(tmp_path / "outstation.toml"))
+    assert done.returncode == 2
+    assert "pulse, room, warmth may not leave as stored" in done.stderr
+
+
+def test_results_of_a_class_below_the_least_count_are_not_listed() -> None:
+    published = np.arange(8)
+    labels = ["rest", "rest", "fall", "rest", "walk", "walk", "rest", "walk"]
+    assert _leave_out_rare(published, labels, 3).tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert _leave_out_rare(published, labels, 1).tolist() == published.tolist()
+    assert _leave_out_rare(published, None, 9).tolist() == []
+    assert _leave_out_rare(published, None, 8).tolist() == published.tolist()
