@@ -358,13 +358,14 @@ def holding(held: threading.Event) -> Trick:
 def test_the_worker_has_low_priority_and_limits(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
+    before = psutil.Process().children()
     device.fetcher.start("exercise", wanted, device.now())
     wait_for(
         lambda: device.fetcher.poll(device.now()) is None and held.is_set(),
         "the archive is being downloaded",
         PATIENCE_S,
     )
-    [fetching] = [child for child in psutil.Process().children() if child.name().startswith("python")]
+    [fetching] = [child for child in psutil.Process().children() if child not in before]
     assert fetching.nice() == 19
     assert fetching.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
     limits = {kind: fetching.rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_CPU, psutil.RLIMIT_FSIZE)}

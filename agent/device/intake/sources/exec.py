@@ -153,6 +153,9 @@ class ProgramReader:
     async def _submit_lines(self, waiting: _WaitingLines, submit_rows: SubmitRows) -> None:
         while lines := await waiting.take():
             raw, numbers, refused = self._parser.parse(lines)
+            if not numbers and not refused:
+                # The names of the columns came alone.
+                continue
             while (outcome := await submit_rows(self._name, raw, None, numbers, refused)).is_store_full:
                 await asyncio.sleep(_FULL_RETRY_S)
             if outcome.rejected:
