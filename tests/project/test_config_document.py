@@ -13,6 +13,7 @@ import pytest
 from agent import config
 from agent.config.notify import NotifyConfig, NotifyRoute, Target
 from agent.config.sources import SocketSource, SourceConfig
+from agent.config.stream_privacy import StreamPrivacy
 from agent.config.updates import UpdatesConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Any] = {
     **{f"target {kind.__struct_config__.tag}": kind for kind in get_args(Target)},
     "routes": NotifyRoute,
     "[streams.NAME]": config.StreamConfig,
+    "streams.NAME.privacy": StreamPrivacy,
     "fields": config.FieldConfig,
     **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
     "[tasks.NAME]": config.TaskConfig,
@@ -67,7 +69,7 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     file = tmp_path / "section.toml"
     required = {name for name, field in fields.items() if field.required}
     assert {name for name, default in described.items() if default == "required"} == required
-    values = {"url": '"mqtt://a"', "to": '["x"]', "targets": '["x"]'}
+    values = {"url": '"mqtt://a"', "to": '["x"]', "targets": '["x"]', "command": '["x"]'}
     base = {name: values.get(name, '"x"') for name in required}
     given = base | {name: default for name, default in described.items() if default not in ("–", "required")}
     read = [_read(file, kind, lines) for lines in (base, given)]

@@ -86,6 +86,8 @@ class Sampler:
         first, rows = self._read_rows(task, request)
         least_count = self._message_log.least_count(task.name)
         problem = "gone" if not len(rows) else "few" if len(rows) < least_count else ""
+        if not self._select_fields(task):
+            problem = "private"
         limit, size = min(task.config.max_message, self._message_log.max_bytes), 0
         body: dict[str, object] = {}
         while not problem:
@@ -113,6 +115,13 @@ class Sampler:
             requests.finish(tx, task.name, request, None if problem else (first, first + len(rows) - 1))
         return not problem
 
+    def _select_fields(self, task: SampledTask) -> list[str]:
+        """Return the fields whose readings may leave by the stream's privacy; none where no sample may."""
+        privacy = self._message_log.field_privacy(task.name)
+        if privacy.keeps("samples"):
+            return []
+        return [name for name in task.fields if not privacy.hides_numbers(name) and name not in privacy.hashed]
+
     def _read_rows(self, task: SampledTask, request: SampleRequest) -> tuple[int, Rows]:
         """Return the stored rows that hold the whole window without a hole, and the number of the first one."""
         at, pieces, first = request.first - 1, list[Rows](), request.first
@@ -138,10 +147,14 @@ class Sampler:
     def _build_body(
         self, task: SampledTask, request: SampleRequest, key: EncryptionKey, first: int, rows: Rows
     ) -> dict[str, object]:
-        names = [field.name for field in task.stream_fields]
-        columns = [_to_values(rows.columns[names.index(name)], task.config.digits) for name in task.fields]
+        names, selected = [field.name for field in task.stream_fields], self._select_fields(task)
+        privacy = self._message_log.field_privacy(task.name)
+        columns = [
+            _to_values(privacy.round_numbers(name, rows.columns[names.index(name)]), task.config.digits)
+            for name in selected
+        ]
         times = np.diff(rows.t, prepend=0).tolist()
-        content = SampleContent(consent=task.config.consent, fields=list(task.fields), t=times, columns=columns)
+        content = SampleContent(consent=task.config.consent, fields=selected, t=times, columns=columns)
         topic = str(Topic(self._message_log.fleet, self._message_log.device, "samples", task.name))
         sealed = sealing.seal_content(key, topic, sample_content.encode(content))
         return {

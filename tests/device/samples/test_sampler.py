@@ -20,6 +20,7 @@ from agent.transport.sample_content import SampleContent
 from agent.transport.sealing import Opener
 from agent.wire.keys import b64url_decode
 from agent.wire.messages import SamplesPayload
+from agent.wire.privacy.field_privacy import FieldPrivacy
 from scripts.kit.bundles import CENTRES, CLASSIFY, activated
 from tests.kit.devices import NOW
 from tests.kit.sampled_devices import CONSENT, FALL, KEY, LATER, SampledDevice
@@ -63,6 +64,24 @@ def test_readings_around_an_alert_are_sent_once_their_later_rows_have_arrived(
     assert values == pytest.approx(CENTRES[[1, 1, 0, 1, 1]], rel=1e-3)
     assert device.status()["sent"] == 1
     assert requests.load(device.store, "tiny").waiting == []
+
+
+def test_readings_of_a_private_field_are_in_no_sample_and_those_of_a_rounded_one_are_multiples(
+    make_device: Callable[..., SampledDevice],
+) -> None:
+    device = make_device()
+    first, second, *others = device.active.bundle.manifest.input.fields
+    fields = frozenset({"extra", first, second, *others})
+    device.author.privacy = {"tiny": FieldPrivacy(fields=fields, private=frozenset({first}), steps={second: 0.25})}
+    device.feed_text("rrrrrlrr")
+    [sample] = device.send()
+    content = opened(sample)
+    assert content.fields == [second, *others]
+    assert {value % 0.25 for value in content.columns[0] if value is not None} == {0.0}
+    device.author.privacy = {"tiny": FieldPrivacy(fields=fields, kinds=frozenset({"alerts"}))}
+    device.feed_text("rrrrrlrr")
+    assert len(device.send(replace(NOW, boot_s=NOW.boot_s + 1200))) == 1
+    assert device.status()["dropped"] == {"private": 1}
 
 
 def test_rows_that_do_not_come_are_not_waited_for_longer_than_ten_minutes(
