@@ -86,7 +86,9 @@ class FetchFailed(OutstationError):
 
 
 class LinkDown(OutstationError):
-    """The connection to the broker failed or was lost."""
+    """The connection to the broker failed or was lost. `traffic_bytes`: moved by one that was not established."""
+
+    traffic_bytes = 0
 
 
 class PacketTooLarge(LinkDown):

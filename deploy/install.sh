@@ -93,6 +93,8 @@ fingerprint() { # SOURCE: changes when what would be installed changes
 
 install_program() { # SOURCE
     local wanted folder before
+    [[ $(dpkg-query -W -f '${Status}' outstation 2>/dev/null) != *" installed" ]] ||
+        die "the Debian package outstation is installed; upgrade it with apt-get, or first, keeping config and data: apt-get remove outstation" 2
     need_packages
     wanted=$(fingerprint "$1")
     if [[ -e $program/.source && $(<"$program/.source") == "$wanted" ]]; then
@@ -271,12 +273,12 @@ install_service() {
     fi
 }
 
-ready() { # would the daemon start with this config? The broker may be out of reach now.
+ready() { # would the daemon start with this config? Broker and repository may be out of reach now.
     local report
     report=$(runuser -u outstation -- "$program/bin/outstation" check --json -c "$config/outstation.toml") || true
     [[ -n $report ]] && "$program/bin/python" -c '
 import json, sys
-failed = [one for one in json.load(sys.stdin) if one["state"] == "failed" and one["name"] != "broker"]
+failed = [one for one in json.load(sys.stdin) if one["state"] == "failed" and one["name"] not in ("broker", "updates")]
 for one in failed:
     print("outstation:", one["name"] + ":", one["detail"])
 sys.exit(bool(failed))' <<<"$report"

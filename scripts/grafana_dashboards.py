@@ -1,4 +1,7 @@
-"""Grafana dashboards in deploy/grafana/ for Prometheus and PostgreSQL: `python -m scripts.grafana_dashboards`."""
+"""Grafana dashboards in deploy/grafana/: `python -m scripts.grafana_dashboards` writes them.
+
+The panels over the fleet's database have one definition for PostgreSQL and SQLite.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ FOLDER = Path(__file__).parents[1] / "deploy" / "grafana"
 _COLUMNS, _HEIGHT = 2, 8
 _WIDTH = 24 // _COLUMNS
 _DEVICES = 'device=~"$device"'
-_PERIOD = "BETWEEN $__timeFrom() AND $__timeTo()"
 
 
 class Panel(NamedTuple):
@@ -51,51 +53,92 @@ PROMETHEUS = (
     Panel("Ingest lag", "timeseries", "outstation_collector_ingest_lag_seconds", "s", "{{collector}}"),
 )  # fmt: skip
 
-# Times are RFC 3339 text, which sorts by time, or microseconds since 1970.
-_RESULTS = (
-    "FROM results WHERE device IN ($device) AND t BETWEEN CAST($__unixEpochFrom() AS BIGINT) * 1000000 "
-    "AND CAST($__unixEpochTo() AS BIGINT) * 1000000"
-)
-POSTGRESQL = (
-    Panel("Devices", "table", "SELECT device, state, last_seen FROM devices ORDER BY last_seen DESC NULLS LAST"),
-    Panel("Alerts", "table",
-          "SELECT time, device, task, severity, state, summary FROM alerts "
-          f"WHERE device IN ($device) AND time {_PERIOD} ORDER BY time DESC LIMIT 500"),
-    Panel("Results by label", "timeseries",
-          f"SELECT t / 300000000 * 300 AS time, coalesce(label, 'value') AS metric, count(*) AS value {_RESULTS} "
-          "GROUP BY 1, 2 ORDER BY 1"),
-    Panel("Mean score", "timeseries",
-          f"SELECT t / 300000000 * 300 AS time, device AS metric, avg(score) AS value {_RESULTS} "
-          "AND score IS NOT NULL GROUP BY 1, 2 ORDER BY 1"),
-    Panel("Drift windows", "table",
-          'SELECT "to" AS time, device, task, state, n FROM drift_windows '
-          f'WHERE device IN ($device) AND "to" {_PERIOD} ORDER BY "to" DESC LIMIT 500'),
-    Panel("Accuracy by labels", "timeseries",
-          "SELECT CAST(time AS TIMESTAMPTZ) AS time, device || ' ' || task || ' ' || metric "
-          "|| CASE WHEN source = 'verdicts' THEN ' by verdicts' ELSE '' END AS metric, value "
-          f"FROM metrics WHERE device IN ($device) AND slice = '' AND time {_PERIOD} ORDER BY 1"),
-    Panel("Messages stored", "timeseries",
-          "SELECT date_bin('5 minutes', CAST(received AS TIMESTAMPTZ), TIMESTAMPTZ '2000-01-01') AS time, "
-          "kind AS metric, count(*) AS value FROM messages "
-          f"WHERE device IN ($device) AND received {_PERIOD} GROUP BY 1, 2 ORDER BY 1"),
-    Panel("Messages missing", "table",
-          "SELECT device, sum(last - first + 1) AS messages, declared AS evicted FROM gaps "
-          "WHERE device IN ($device) GROUP BY device, declared ORDER BY device"),
-    Panel("Messages refused", "table", "SELECT device, reason, count, last FROM refusals ORDER BY last DESC LIMIT 500"),
-)  # fmt: skip
 
-DEVICE_QUERIES = {
-    "prometheus": "label_values(outstation_device_up, device)",
-    "postgresql": "SELECT device FROM devices ORDER BY device",
+class Dialect(NamedTuple):
+    """SQL of a data source: bounds of the time range as RFC 3339 text and as epoch seconds, and times for a graph.
+
+    `time` and `five_minutes` have a place for a column of RFC 3339 text.
+    """
+
+    since: str
+    until: str
+    since_s: str
+    until_s: str
+    time: str
+    five_minutes: str
+
+
+# The variables and macros of Grafana's PostgreSQL source, and of the plugin frser-sqlite-datasource 4.
+DIALECTS = {
+    "postgresql": Dialect(
+        "$__timeFrom()",
+        "$__timeTo()",
+        "CAST($__unixEpochFrom() AS BIGINT)",
+        "CAST($__unixEpochTo() AS BIGINT)",
+        "CAST({} AS TIMESTAMPTZ)",
+        "date_bin('5 minutes', CAST({} AS TIMESTAMPTZ), TIMESTAMPTZ '2000-01-01')",
+    ),
+    "sqlite": Dialect(
+        "strftime('%Y-%m-%dT%H:%M:%fZ', $__from / 1000, 'unixepoch')",
+        "strftime('%Y-%m-%dT%H:%M:%fZ', $__to / 1000, 'unixepoch')",
+        "$__from / 1000",
+        "$__to / 1000",
+        # The plugin parses RFC 3339.
+        "{}",
+        "CAST(strftime('%s', {}) AS INTEGER) / 300 * 300",
+    ),
 }
 
 
-def build(source: str, panels: tuple[Panel, ...]) -> dict[str, Any]:
-    """Return the dashboard for a data source of type `source`, as Grafana imports it."""
-    grafana_type = {"prometheus": "prometheus", "postgresql": "grafana-postgresql-datasource"}[source]
+def database_panels(sql: Dialect) -> tuple[Panel, ...]:
+    """Return the panels over the fleet's database. Times in it are RFC 3339 text, which sorts by time, or epoch µs."""
+    devices = "device IN (${device:sqlstring})"
+    period = f"BETWEEN {sql.since} AND {sql.until}"
+    results = f"FROM results WHERE {devices} AND t BETWEEN {sql.since_s} * 1000000 AND {sql.until_s} * 1000000"
+    return (
+        Panel("Devices", "table", "SELECT device, state, last_seen FROM devices ORDER BY last_seen DESC NULLS LAST"),
+        Panel("Alerts", "table",
+              "SELECT time, device, task, severity, state, summary FROM alerts "
+              f"WHERE {devices} AND time {period} ORDER BY time DESC LIMIT 500"),
+        Panel("Results by label", "timeseries",
+              f"SELECT t / 300000000 * 300 AS time, coalesce(label, 'value') AS metric, count(*) AS value {results} "
+              "GROUP BY 1, 2 ORDER BY 1"),
+        Panel("Mean score", "timeseries",
+              f"SELECT t / 300000000 * 300 AS time, device AS metric, avg(score) AS value {results} "
+              "AND score IS NOT NULL GROUP BY 1, 2 ORDER BY 1"),
+        Panel("Drift windows", "table",
+              'SELECT "to" AS time, device, task, state, n FROM drift_windows '
+              f'WHERE {devices} AND "to" {period} ORDER BY "to" DESC LIMIT 500'),
+        Panel("Accuracy by labels", "timeseries",
+              f"SELECT {sql.time.format('time')} AS time, device || ' ' || task || ' ' || metric "
+              "|| CASE WHEN source = 'verdicts' THEN ' by verdicts' ELSE '' END AS metric, value "
+              f"FROM metrics WHERE {devices} AND slice = '' AND time {period} ORDER BY 1"),
+        Panel("Messages stored", "timeseries",
+              f"SELECT {sql.five_minutes.format('received')} AS time, kind AS metric, count(*) AS value FROM messages "
+              f"WHERE {devices} AND received {period} GROUP BY 1, 2 ORDER BY 1"),
+        Panel("Messages missing", "table",
+              "SELECT device, sum(last - first + 1) AS messages, declared AS evicted FROM gaps "
+              f"WHERE {devices} GROUP BY device, declared ORDER BY device"),
+        Panel("Messages refused", "table",
+              "SELECT device, reason, count, last FROM refusals ORDER BY last DESC LIMIT 500"),
+    )  # fmt: skip
+
+
+_DATABASE_DEVICES = "SELECT device FROM devices ORDER BY device"
+# Dashboard → Grafana's type of its data source, panels, and the query of the devices to choose.
+DASHBOARDS = {
+    "prometheus": ("prometheus", PROMETHEUS, "label_values(outstation_device_up, device)"),
+    "postgresql": ("grafana-postgresql-datasource", database_panels(DIALECTS["postgresql"]), _DATABASE_DEVICES),
+    "sqlite": ("frser-sqlite-datasource", database_panels(DIALECTS["sqlite"]), _DATABASE_DEVICES),
+}
+
+
+def build(source: str) -> dict[str, Any]:
+    """Return the dashboard `source` as Grafana imports it."""
+    grafana_type, panels, device_query = DASHBOARDS[source]
     used = {"type": grafana_type, "uid": "${source}"}
     device = {
-        "name": "device", "type": "query", "datasource": used, "query": DEVICE_QUERIES[source], "refresh": 2,
+        "name": "device", "type": "query", "datasource": used, "query": device_query, "refresh": 2,
         "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"},
     }  # fmt: skip
     choice = {"name": "source", "type": "datasource", "query": grafana_type}
@@ -115,6 +158,9 @@ def _build_panel(number: int, panel: Panel, source: dict[str, str]) -> dict[str,
     target: dict[str, Any] = {"refId": "A", "datasource": source}
     if source["type"] == "prometheus":
         target |= {"expr": panel.query, "legendFormat": panel.legend}
+    elif source["type"] == "frser-sqlite-datasource":
+        layout = "table" if panel.kind == "table" else "time series"
+        target |= {"rawQueryText": panel.query, "queryText": panel.query, "queryType": layout, "timeColumns": ["time"]}
     else:
         layout = "table" if panel.kind == "table" else "time_series"
         target |= {"rawSql": panel.query, "rawQuery": True, "format": layout}
@@ -132,11 +178,7 @@ def _build_panel(number: int, panel: Panel, source: dict[str, str]) -> dict[str,
 
 def render() -> dict[Path, str]:
     """Return the text of each file."""
-    dashboards = {"prometheus": PROMETHEUS, "postgresql": POSTGRESQL}
-    return {
-        FOLDER / f"{source}.json": json.dumps(build(source, panels), indent=2) + "\n"
-        for source, panels in dashboards.items()
-    }
+    return {FOLDER / f"{source}.json": json.dumps(build(source), indent=2) + "\n" for source in DASHBOARDS}
 
 
 if __name__ == "__main__":

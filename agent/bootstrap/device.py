@@ -19,6 +19,7 @@ from agent.device.recovery import open
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import DATABASE, Store
+from agent.device.uplink.meter import MAX_URGENT, URGENT_KINDS
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
@@ -95,6 +96,8 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
         *(secret, conf.privacy.min_count),
         privacy=build_privacy(conf, secret),
     )
+    if broker.metered is not None:
+        message_log.urgent_kinds, message_log.max_urgent = URGENT_KINDS, MAX_URGENT
     tasks: dict[str, list[str]] = {}
     for name, task in conf.tasks.items():
         tasks.setdefault(task.stream, []).append(name)

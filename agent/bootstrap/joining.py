@@ -136,6 +136,10 @@ def apply(plan: JoinPlan) -> bool:
             _write(plan, name, content, _MEMBERS[name])
         if name == KEY_FILE:
             _write(plan, f"{name}.pub", f"{keys.load_private(path).public.text}\n".encode(), 0o644)
+    # Root may have made them by `outstation request`.
+    for name in (KEY_FILE, TLS_KEY_FILE):
+        if (plan.folder / name).exists():
+            _give_away(plan, name, _MEMBERS[name])
     conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
     give_files(plan.folder, conf.data_dir)
     become_owner(conf.data_dir)
@@ -278,9 +282,13 @@ def _require_stopped(data_dir: Path) -> None:
 
 
 def _write(plan: JoinPlan, name: str, content: bytes, mode: int) -> None:
-    """Write a file durably; root gives it to the user of the data folder, as deploy/install.sh does."""
+    durable_files.write(plan.folder / name, content, mode)
+    _give_away(plan, name, mode)
+
+
+def _give_away(plan: JoinPlan, name: str, mode: int) -> None:
+    """Give a file of root to the user of the data folder, as deploy/install.sh does."""
     path = plan.folder / name
-    durable_files.write(path, content, mode)
     if os.geteuid() != 0 or not plan.data_dir.is_dir() or (owner := plan.data_dir.stat()).st_uid == 0:
         return
     is_key = mode == 0o600

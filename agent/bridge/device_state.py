@@ -28,22 +28,28 @@ CLOCK_TOLERANCE_US = 300_000_000
 
 
 class OpenAlert(msgspec.Struct, frozen=True):
+    """An alert. `time`: since when; `changed`: when it was last raised, or cleared. `key` changes with each raise."""
+
     severity: str
     summary: str
     time: str
     task: str | None = None
+    key: str = ""
+    changed: str = ""
 
 
 class DeviceReport(msgspec.Struct, frozen=True):
     """News of one device: its connection, the newest payload of each topic that has one, oldest first, and its alerts.
 
-    `alerts`: all open ones, oldest first; None if they are unchanged.
+    `alerts`: all open ones, oldest first; None if they are unchanged. `cleared`: alerts that were open at the last
+    report, with sentence and time of their end.
     """
 
     device: str
     connection: str
     payloads: Sequence[bytes] = ()
     alerts: Sequence[OpenAlert] | None = None
+    cleared: Sequence[OpenAlert] = ()
 
 
 class DeviceSource(Protocol):

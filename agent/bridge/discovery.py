@@ -12,7 +12,17 @@ from typing import Any
 import msgspec
 
 from agent import __version__, clock
-from agent.bridge.device_state import MAX_TEXT, DeviceState, Drift, Result, TaskState, output_key, shown_alert
+from agent.bridge.device_state import (
+    MAX_TEXT,
+    DeviceReport,
+    DeviceState,
+    Drift,
+    OpenAlert,
+    Result,
+    TaskState,
+    output_key,
+    shown_alert,
+)
 from agent.bridge.identifiers import device_id, encode_name, parse_device_id
 from agent.performance.labels import MAX_LABEL
 from agent.text import printable
@@ -22,6 +32,9 @@ ROOT = "outstation-bridge"
 # In place of a task: what belongs to no task.
 DEVICE_DOCUMENT = "_device"
 ONLINE, OFFLINE = b"online", b"offline"
+RAISED, CLEARED = EVENT_TYPES = ("raised", "cleared")
+# Open alerts of a device that its document names.
+MAX_OPEN = 200
 # What the button of a task publishes.
 CONFIRM = b"confirm"
 
@@ -52,6 +65,10 @@ class Place(msgspec.Struct, frozen=True):
 
     def latest_topic(self, device: str, name: str) -> str:
         return f"{ROOT}/{self.fleet}/latest/{device}/{name}"
+
+    def event_topic(self, device: str) -> str:
+        """Topic of alerts that are raised and cleared; not retained."""
+        return f"{ROOT}/{self.fleet}/event/{device}"
 
     def config_topic(self, device: str) -> str:
         return f"{self.prefix}/device/{device_id(self.fleet, device)}/config"
@@ -151,6 +168,13 @@ def build_components(place: Place, state: DeviceState) -> dict[str, dict[str, An
     """Return the entities of a device by component id."""
     topic = place.latest_topic(state.device, DEVICE_DOCUMENT)
     components = _device_components(topic, state)
+    components["alert"] = {
+        "p": "event",
+        "name": "Alert",
+        "stat_t": place.event_topic(state.device),
+        "ic": "mdi:bell-alert",
+        "evt_typ": list(EVENT_TYPES),
+    }
     for name, task in state.tasks.items():
         components |= _task_components(place.latest_topic(state.device, name), name, task)
         if place.takes_verdicts and task.result is not None and task.result.label is not None:
@@ -175,12 +199,49 @@ def parse_time(payload: bytes) -> int | None:
         return None
 
 
+def parse_open(payload: bytes) -> frozenset[str] | None:
+    """Return the keys of the open alerts that a device's document names, none without one; None if it names none."""
+    if not payload:
+        return frozenset()
+    try:
+        return frozenset(msgspec.json.decode(payload, type=_Open).open)
+    except msgspec.MsgspecError:
+        return None
+
+
+def find_events(
+    report: DeviceReport, known: frozenset[str], now_us: int, max_age_us: int
+) -> list[tuple[str, OpenAlert]]:
+    """Return (event type, alert) of what was raised and cleared since the keys of `known` were open.
+
+    Home Assistant dates an event when it reads it, so one of a backlog, older than `max_age_us`, is left out.
+    """
+    raised = [(RAISED, alert) for alert in report.alerts or () if alert.key not in known]
+    cleared = [(CLEARED, alert) for alert in report.cleared if alert.key in known]
+    return [event for event in (*cleared, *raised) if _is_fresh(event[1].changed, now_us, max_age_us)]
+
+
+def event_document(event_type: str, alert: OpenAlert) -> bytes:
+    return _encode({"event_type": event_type, **shown_alert(alert), "time": alert.changed})
+
+
+def _is_fresh(time: str, now_us: int, max_age_us: int) -> bool:
+    try:
+        return now_us - clock.parse_rfc3339(time) <= max_age_us
+    except ValueError:
+        return False
+
+
 class _Component(msgspec.Struct):
     p: str
 
 
 class _Discovery(msgspec.Struct):
     cmps: dict[str, _Component]
+
+
+class _Open(msgspec.Struct):
+    open: list[str]
 
 
 class _Dated(msgspec.Struct):
@@ -287,6 +348,8 @@ def _device_members(state: DeviceState) -> dict[str, Any]:
         "battery": None if health is None else health.battery,
         "alerts": len(state.alerts),
         "newest_alert": shown_alert(state.alerts[-1]) if state.alerts else {},
+        # For which an event was published.
+        "open": [alert.key for alert in state.alerts] if len(state.alerts) <= MAX_OPEN else None,
     }
 
 

@@ -9,20 +9,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 from msgspec.structs import replace
 
 from agent import clock
-from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceSource, DeviceState, Result
+from agent.bridge.device_state import CLOCK_TOLERANCE_US, DeviceReport, DeviceSource, DeviceState, Result
 from agent.bridge.discovery import (
+    DEVICE_DOCUMENT,
     OFFLINE,
     ONLINE,
     Document,
     Place,
     discovery_document,
+    event_document,
+    find_events,
     latest_documents,
     parse_components,
+    parse_open,
     parse_time,
 )
 from agent.bridge.presses import PressReader, VerdictSink
@@ -40,6 +45,8 @@ POLL_INTERVAL_S = 2.0
 _QUIET_S, _MAX_WAIT_RETAINED_S = 0.5, 30.0
 _RECEIPT_TIMEOUT_S = 60.0
 _MAX_IN_FLIGHT = 20
+# That wait for a broker which is slow; the oldest are left out.
+_MAX_EVENTS = 1000
 # Retained documents of a fleet of thousands of devices; a broker that retains more is not listened to any further.
 _MAX_RETAINED = 200_000
 _WARNING_INTERVAL_S = 600.0
@@ -101,6 +108,8 @@ class Session:
         self._waiting: dict[str, bytes] = {}
         # Token → topic.
         self._in_flight: dict[int, str] = {}
+        # Each is published once, behind the documents that say so: a connection that is lost repeats none.
+        self._events: deque[OutgoingMessage] = deque(maxlen=_MAX_EVENTS)
         self._last_receipt_s = time.monotonic()
         self._next_poll_s = 0.0
         self._next_warning_s = 0.0
@@ -141,6 +150,7 @@ class Session:
 
     def _take_news(self) -> None:
         for report in self._source.poll():
+            self._add_events(report)
             state = self._states.setdefault(report.device, DeviceState(report.device))
             before = {name: task.result for name, task in state.tasks.items()} if self._presses else {}
             state.update(report)
@@ -157,6 +167,17 @@ class Session:
                 self._presses.forget(device)
         if self._cleans_up:
             self._remove_others(devices)
+
+    def _add_events(self, report: DeviceReport) -> None:
+        if (state := self._states.get(report.device)) is not None:
+            known: frozenset[str] | None = frozenset(alert.key for alert in state.alerts)
+        else:
+            known = parse_open(self._published.get(self._place.latest_topic(report.device, DEVICE_DOCUMENT), b""))
+        if known is None:
+            return
+        events = find_events(report, known, clock.read().wall_us, self._max_age_us)
+        event_topic = self._place.event_topic(report.device)
+        self._events.extend(OutgoingMessage(event_topic, event_document(*event)) for event in events)
 
     def _announce(self, state: DeviceState) -> None:
         topic = self._place.config_topic(state.device)
@@ -200,6 +221,11 @@ class Session:
                 self._published[topic] = payload
             else:
                 self._published.pop(topic, None)
+        while self._events and not self._waiting and len(self._in_flight) < window:
+            event = self._events.popleft()
+            if not self._in_flight:
+                self._last_receipt_s = time.monotonic()
+            self._in_flight[self._link.send(event)] = event.topic
 
     def _handle(self, event: IncomingMessage | PublishReceipt) -> None:
         if isinstance(event, IncomingMessage):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 from agent import clock
-from agent.bridge.device_state import DeviceReport, DeviceSource, DeviceState, TaskState
+from agent.bridge.device_state import MAX_TEXT, DeviceReport, DeviceSource, DeviceState, TaskState
 from agent.bridge.sparkplug_payload import BOOLEAN, DOUBLE, INT64, REBIRTH, STRING, Metric, encode, wants_rebirth
 from agent.bridge.thread import BridgeThread
 from agent.config import BrokerConfig
@@ -242,7 +242,7 @@ def list_history(body: ResultsPayload, task: TaskState, newest_us: int | None) -
             continue
         at = max(times[i] // 1000, 0)
         if labels is not None:
-            yield Metric(f"{body.task}/Label", STRING, printable(labels[i]), at, True)
+            yield Metric(f"{body.task}/Label", STRING, printable(labels[i][:MAX_TEXT])[:MAX_TEXT], at, True)
         if columns.score is not None:
             yield Metric(f"{body.task}/Score", DOUBLE, columns.score[i], at, True)
         if columns.value is not None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from agent import toml_files
-from agent.config import alert_rules, homeassistant
+from agent.config import alert_rules, homeassistant, metered
 from agent.config import samples as config_samples
 from agent.config import updates as config_updates
 from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
@@ -22,6 +22,7 @@ from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
+from agent.config.metered import UplinkBrokerConfig as UplinkBrokerConfig
 from agent.config.notify import NotifyConfig, check_notify
 from agent.config.samples import SamplesConfig as SamplesConfig
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
@@ -191,7 +192,7 @@ class Config(Section, frozen=True):
     """The whole config. Paths are absolute after `load`."""
 
     device: DeviceConfig
-    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    broker: UplinkBrokerConfig = msgspec.field(default_factory=UplinkBrokerConfig)
     collector: CollectorConfig = msgspec.field(default_factory=CollectorConfig)
     operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
     publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
@@ -236,6 +237,7 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     for group in config.device.groups:
         check_name(file, "device.groups", group)
     check_broker(file, config.broker, schemes=schemes)
+    metered.check(file, config.broker)
     if config.updates is not None:
         config_updates.check(file, config.updates)
     if config.homeassistant is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -51,7 +51,7 @@ class BrokerConfig(Section, frozen=True):
     def port(self) -> int:
         return urlsplit(self.url).port or (8883 if self.tls else 1883)
 
-    def with_absolute_paths(self, base: Path) -> BrokerConfig:
+    def with_absolute_paths(self, base: Path) -> Self:
         """Return the section with its file paths resolved against `base`."""
         given = {name: getattr(self, name) for name in ("ca_file", "cert_file", "tls_key_file")}
         files = {name: str(base / value) for name, value in given.items() if value is not None}

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
+from agent.config.day_window import DayWindow
 from agent.errors import ConfigError
 from agent.quantities import Duration, Size
 from agent.text import mask_password
 from agent.toml_files import Section
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-_TIME = r"([01]\d|2[0-3]):([0-5]\d)"
-_WINDOW = re.compile(rf"{_TIME}-{_TIME}", re.ASCII)
 _MIN_INTERVAL_S, _MAX_INTERVAL_S = 60.0, 30 * 86_400.0
 # A lower limit would look like a stalled server to `agent.device.rollout.fetch.transport`.
 _MIN_RATE = 1024
@@ -45,10 +43,9 @@ class UpdatesConfig(Section, frozen=True):
         return self.is_folder or urlsplit(self.url).hostname in _LOOPBACK
 
     @property
-    def window_minutes(self) -> tuple[int, int] | None:
-        """Begin and end of the download window in minutes of the local day; it may span midnight."""
-        match = _WINDOW.fullmatch(self.window or "")
-        return match and (int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))
+    def day_window(self) -> DayWindow | None:
+        """Download window. Raises ValueError."""
+        return None if self.window is None else DayWindow.parse(self.window)
 
 
 def check(file: str, updates: UpdatesConfig) -> None:
@@ -72,12 +69,10 @@ def check(file: str, updates: UpdatesConfig) -> None:
             )
     elif not updates.url:
         raise ConfigError(file, "updates.url", "is empty; set https://HOST/PATH or a folder")
-    if updates.window is not None and (
-        updates.window_minutes is None or updates.window_minutes[0] == updates.window_minutes[1]
-    ):
-        raise ConfigError(
-            file, "updates.window", f'{updates.window!r} is not a time range like "01:00-05:00"; omit it for no window'
-        )
+    try:
+        _ = updates.day_window
+    except ValueError as problem:
+        raise ConfigError(file, "updates.window", f"{problem}; omit it for no window") from None
     if not _MIN_INTERVAL_S <= updates.poll_interval <= _MAX_INTERVAL_S:
         raise ConfigError(file, "updates.poll_interval", "must be between 60 s and 30 d")
     if updates.max_rate is not None and updates.max_rate < _MIN_RATE:

@@ -19,7 +19,7 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import quarantine
 from agent.device.commands.executor import RemoteCommands
-from agent.device.health import HEALTH_INTERVAL_S, BundleFailure, HealthReporter
+from agent.device.health import BundleFailure, HealthReporter, interval_s
 from agent.device.intake.server import Intake
 from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
@@ -242,7 +242,7 @@ class Daemon:
             if self._sampler.tick((task for task in sampled if task is not None), now):
                 self._uplink.wake()
         if now.boot_s >= self._next_health:
-            self._next_health = now.boot_s + HEALTH_INTERVAL_S
+            self._next_health = now.boot_s + interval_s(self._conf)
             self._health_reporter.write_health()
             self._uplink.wake()
         # While space is short, intake rejects rows.

@@ -23,13 +23,14 @@ from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
+from agent.device.uplink import meter
 from agent.errors import StorageFull
 from agent.wire import jws
 from agent.wire.messages import AcknowledgementRef, AckPayload
 
 log = logging.getLogger("outstation")
 
-HEALTH_INTERVAL_S = 60.0
+_INTERVAL_S, _METERED_INTERVAL_S = 60.0, 3600.0
 # A quotation has 222 bytes: 5 kB a day.
 _QUOTE_INTERVAL_S = 3600.0
 
@@ -73,6 +74,8 @@ class HealthReporter:
             if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
                 self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
                 body["acknowledged"] = quoted
+            if (metered := self._conf.broker.metered) is not None:
+                body["metered"] = meter.build_status(metered, self._store, now)
             body |= budget.to_status(self._store, self._conf.samples, now)
             members = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
             self._message_log.append(tx, "health", None, members, now)
@@ -130,6 +133,11 @@ def _describe_failure(failure: BundleFailure) -> str:
     return f"does not run: {failure.reason}"
 
 
+def interval_s(conf: Config) -> float:
+    """Return the time between two health messages, which each of them promises."""
+    return _INTERVAL_S if conf.broker.metered is None else _METERED_INTERVAL_S
+
+
 def quote_acknowledgement(store: Store) -> AcknowledgementRef | None:
     """Return the newest acknowledgement that this device verified and stored; None before the first."""
     text = store.get_meta(retention.ACKNOWLEDGEMENT, "")
@@ -146,7 +154,7 @@ def build_body(conf: Config, store: Store, models: ModelsByTask) -> dict[str, An
     waiting, _ = store.outbox_size()
     return {
         "agent": __version__,
-        "interval_s": HEALTH_INTERVAL_S,
+        "interval_s": interval_s(conf),
         **({"groups": conf.device.groups} if conf.device.groups else {}),
         "streams": {name: {"rows": store.last_row(name), "first": store.first_row(name)} for name in conf.streams},
         "rejected": counters.get("lines rejected", 0),

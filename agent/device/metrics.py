@@ -58,6 +58,11 @@ def _build_device_families(status: Mapping[str, Any], now_us: int) -> Iterator[F
     yield single("rejected_rows_total", "Rows that intake rejected.", status["rejected"], "counter")
     yield single("refused_connections_total", "Connections refused.", status["refused_connections"], "counter")
     yield single("failed_files_total", "Files that intake could not read.", status["failed_files"], "counter")
+    if (metered := status["metered"]) is not None:
+        yield single("metered_bytes", "Bytes of the metered connection within 24 h.", metered["used"])
+        yield single("metered_limit_bytes", "Budget of the metered connection.", metered["budget"])
+        yield single("expired_messages_total", "Messages given up because they waited too long.", metered["expired"],
+                     "counter")  # fmt: skip
     yield Family(
         "outstation_device_clock_state", "gauge", "1 for the quality of the clock.",
         [({"state": quality}, int(quality == reading["quality"])) for quality in _QUALITIES],

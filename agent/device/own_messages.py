@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from agent.bridge.device_state import DeviceReport, OpenAlert
+import msgspec
+
+from agent import clock
+from agent.bridge.device_state import DeviceReport, OpenAlert, output_key
 from agent.config import Config
 from agent.device.store.store import Store
 
@@ -16,6 +19,7 @@ class OwnMessages:
     def __init__(self, conf: Config, store: Store) -> None:
         self._conf, self._store = conf, store
         self._last_seq: int | None = None
+        self._open: dict[str, OpenAlert] = {}
         self.devices = frozenset({conf.device.id})
 
     def poll(self) -> list[DeviceReport]:
@@ -27,14 +31,26 @@ class OwnMessages:
         after = max(head - _MAX_MESSAGES, last)
         payloads = self._store.newest_by_topic(after)
         self._last_seq = head
-        return [DeviceReport(self._conf.device.id, "online", payloads, self._load_alerts())]
+        alerts = self._load_alerts()
+        now = clock.to_rfc3339(clock.read().wall_us)
+        ended = [alert for key, alert in self._open.items() if key not in {each.key for each in alerts}]
+        self._open = {alert.key: alert for alert in alerts}
+        cleared = [msgspec.structs.replace(alert, changed=now) for alert in ended]
+        return [DeviceReport(self._conf.device.id, "online", payloads, alerts, cleared)]
 
     def close(self) -> None:
         """Do nothing: the store is the daemon's."""
 
     def _load_alerts(self) -> list[OpenAlert]:
         alerts = [
-            OpenAlert(str(alert.get("severity")), str(alert.get("summary")), str(alert.get("time")), name)
+            OpenAlert(
+                str(alert.get("severity")),
+                str(alert.get("summary")),
+                str(alert.get("time")),
+                name,
+                f"{output_key(str(alert.get('id')))}.{alert.get('revision', 1)}.{alert.get('time')}",
+                str(alert.get("time")),
+            )
             for name in self._conf.tasks
             for alert in self._store.open_alerts(name)
         ]

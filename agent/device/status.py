@@ -24,6 +24,7 @@ from agent.device.samples import budget
 from agent.device.store import cost, space, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.store import Store
+from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import bundle
@@ -37,6 +38,7 @@ _SITE_SUMMARY = ("number", "windows", "deviations", "held", "modes", "smallest_c
 def build_document(conf: Config, store: Store) -> dict[str, Any]:
     """Return what `outstation status --json` prints."""
     waiting, last = store.outbox_size()
+    metered = conf.broker.metered
     now, counters = make_clock(store)(), store.counters()
     hours, spent = space.hours_until_eviction(store, store.limit_bytes()), cost.read_process_cost(store.counters())
     # The first minutes write more than others: tables, a first reference.
@@ -62,6 +64,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         ],
         "tasks": [build_task_document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
+        "metered": None if metered is None else meter.build_status(metered, store, now),
         "store": {
             "written_per_day": written,
             "bytes": store.used_bytes(),

@@ -175,6 +175,7 @@ class LossyLink:
         self._receipts: list[tuple[float, PublishReceipt]] = []
         self._token = self._in_flight = 0
         self._is_woken = False
+        self.traffic_bytes = 0
 
     def send(self, message: OutgoingMessage) -> int:
         self._require_connected()
@@ -185,6 +186,8 @@ class LossyLink:
             self._require_connected()
         self._token += 1
         self._in_flight += 1
+        properties = [text for pair in message.properties for text in pair]
+        self.traffic_bytes += _size(message.topic, message.payload, *properties)
         peaks = self._broker.max_in_flight
         peaks[self._client] = max(peaks.get(self._client, 0), self._in_flight)
         if self._broker.happens(self._broker.conditions.silent_refusal):
@@ -213,6 +216,7 @@ class LossyLink:
         self._in_flight -= len(receipts)
         self._mailbox.pending, deliveries = self._take_due(self._mailbox.pending)
         self._mailbox.unacknowledged |= {delivery.mid: delivery for delivery in deliveries}
+        self.traffic_bytes += sum(_size(each.topic, each.payload, *each.tokens) for each in deliveries)
         return [*receipts, *deliveries]
 
     def acknowledge(self, delivery: IncomingMessage) -> None:
@@ -248,3 +252,7 @@ class LossyLink:
         chosen = {*ready}
         events = sorted((entries[i] for i in ready), key=lambda entry: entry[0])
         return [entry for i, entry in enumerate(entries) if i not in chosen], [event for _, event in events]
+
+
+def _size(*parts: str | bytes) -> int:
+    return sum(len(part) for part in parts)

@@ -13,6 +13,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -41,7 +42,12 @@ from agent.transport.packets import (
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
-_KEEP_ALIVE_S = 60
+KEEP_ALIVE_S = 60
+# In struct tcp_info of linux/tcp.h: bytes acknowledged and received, segments sent and received; bytes sent.
+_TCP_COUNTS, _TCP_COUNTS_AT, _TCP_SENT_AT, _TCP_INFO_SIZE = struct.Struct("=QQII"), 120, 200, 216
+_HEADER_BYTES = {socket.AF_INET: 52, socket.AF_INET6: 72}
+# A TLS handshake that fails has moved certificates both ways.
+_FAILED_HANDSHAKE_BYTES = 5_000
 # Largest packet the broker may send: a payload with its signature. A longer one would be in memory as a whole.
 _MAX_PACKET_BYTES = MAX_PAYLOAD + (64 << 10)
 # Errors of paho's parsers on malformed packets.
@@ -83,6 +89,7 @@ class Link:
         retains: bool = False,
         session_expiry_s: int = 0,
         timeout_s: float = 10.0,
+        keep_alive_s: int = KEEP_ALIVE_S,
     ) -> None:
         """Connect and subscribe. Raises LinkDown, BrokerUnsuitable if the broker lacks what this needs.
 
@@ -93,6 +100,7 @@ class Link:
         self._events: list[IncomingMessage | PublishReceipt] = []
         self._lost_reason: str | None = None
         self._is_packet_refused = False
+        self._traffic_bytes = 0
         self._handshake = _Handshake()
         self._paho_log = _PahoLog()
         try:
@@ -109,13 +117,15 @@ class Link:
             self._wake_receiver.close()
             raise
         try:
-            self._connect(broker, session_expiry_s, timeout_s)
+            self._connect(broker, session_expiry_s, timeout_s, keep_alive_s)
             retains = retains or (will is not None and will.retain)
             if missing := self.capabilities.find_missing(subscribe, retains=retains):
                 raise BrokerUnsuitable(f"{broker.shown_url}: {'; '.join(missing)}")
             if subscribe:
                 self._subscribe(subscribe, retain_as_published, timeout_s)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LinkDown):
+                error.traffic_bytes = self.traffic_bytes
             self._release()
             raise
 
@@ -128,6 +138,20 @@ class Link:
     def max_packet(self) -> int:
         """Bytes of the largest packet that the broker takes."""
         return self.capabilities.max_packet
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes of this connection on the network, both ways, with TCP/IP headers, as the kernel counts them."""
+        sock: Any = self._client.socket()
+        if sock is not None and sock.fileno() >= 0:
+            with contextlib.suppress(OSError, struct.error):
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+                acked, received, segments_out, segments_in = _TCP_COUNTS.unpack_from(info, _TCP_COUNTS_AT)
+                # Kernels before 4.19 do not count what was sent, repetitions included.
+                sent = int.from_bytes(info[_TCP_SENT_AT : _TCP_SENT_AT + 8], sys.byteorder)
+                headers = (segments_out + segments_in) * _HEADER_BYTES.get(sock.family, 0)
+                self._traffic_bytes = max(sent, acked) + received + headers
+        return self._traffic_bytes
 
     def send(self, message: OutgoingMessage) -> int:
         """Send one message and return its token; `receive` returns the receipt with this token."""
@@ -224,15 +248,16 @@ class Link:
             client.will_set(will.topic, will.payload, 1, will.retain, properties)
         return client
 
-    def _connect(self, broker: BrokerConfig, session_expiry_s: int, timeout_s: float) -> None:
+    def _connect(self, broker: BrokerConfig, session_expiry_s: int, timeout_s: float, keep_alive_s: int) -> None:
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = session_expiry_s
         properties.MaximumPacketSize = _MAX_PACKET_BYTES
         try:
             self._client.connect(
-                broker.host, broker.port, _KEEP_ALIVE_S, clean_start=session_expiry_s == 0, properties=properties
+                broker.host, broker.port, keep_alive_s, clean_start=session_expiry_s == 0, properties=properties
             )
         except (OSError, ValueError) as error:
+            self._traffic_bytes = _FAILED_HANDSHAKE_BYTES if isinstance(error, ssl.SSLError) else 0
             raise LinkDown(f"{broker.shown_url}: {error}") from error
         try:
             self._wait_until(
@@ -299,6 +324,7 @@ class Link:
 
     def _release(self) -> None:
         self._lost_reason = self._lost_reason or "closed"
+        _ = self.traffic_bytes  # the last count, which ends with the socket
         sock = self._client.socket()
         if sock is not None:
             sock.close()

@@ -23,7 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent import clock, config
-from agent.config import BrokerConfig
+from agent.config import BrokerConfig, UplinkBrokerConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.uplink.mqtt_sink import MqttSink
@@ -117,7 +117,7 @@ def outbox_to_broker() -> Result:
         folder = Path(made)
         conf = config.Config(
             device=config.DeviceConfig(id="pi-07", fleet=FLEET, data_dir=str(folder / "data")),
-            broker=BrokerConfig(url=broker.url),
+            broker=UplinkBrokerConfig(url=broker.url),
             collector=config.CollectorConfig(delivery="broker"),
         )
         store, key = open_store(folder / "data"), new_key(1)

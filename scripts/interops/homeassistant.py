@@ -29,6 +29,12 @@ PACKAGES = (
     *("home-assistant-frontend==20260128.6", "numpy==2.3.2", "zlib-ng", "isal", "paho-mqtt==2.1.0"),
 )
 DEVICE = "pi.01"
+# Raised and cleared again and again: the labels of exercises change.
+RULE = """
+[[tasks.exercise.alerts]]
+name = "pendulum"
+label = "PEN"
+"""
 USER = {"name": "interop", "username": "interop", "password": "interop-interop", "language": "en"}
 CONFIGURATION = """\
 homeassistant:
@@ -99,6 +105,9 @@ class Server:
 
     def state(self, entity: str) -> str:
         return str(self.states().get(entity, {}).get("state", ""))
+
+    def attribute(self, entity: str, name: str) -> str:
+        return str(self.states().get(entity, {}).get("attributes", {}).get(name, ""))
 
 
 def install(steps: Steps) -> Path:
@@ -171,7 +180,7 @@ def run(folder: Path) -> None:
         fleet.broker.start()
         with (fleet.home / "fleet.toml").open("a", encoding="utf-8") as file:
             file.write("\n[homeassistant]\n")
-        device = fleet.add_device(DEVICE).add_replay_stream(100_000, 100).add_task("exercise")
+        device = fleet.add_device(DEVICE).add_replay_stream(100_000, 100).add_task("exercise", extra_toml=RULE)
         fleet.collector.start()
         device.start_and_wait()
         document = steps.wait("discovery document", lambda: read_discovery(fleet.broker.url), 120)
@@ -189,6 +198,11 @@ def run(folder: Path) -> None:
         steps.wait("drift", lambda: server.state("sensor.pi_01_exercise_drift"))
         steps.wait("health", lambda: server.state("sensor.pi_01_storage_used"))
         steps.wait("alerts", lambda: server.state("sensor.pi_01_open_alerts"))
+        alert = "event.pi_01_alert"
+        steps.wait("an alert fires its event", lambda: server.attribute(alert, "event_type"), 120)
+        fired, summary = server.state(alert), server.attribute(alert, "summary")
+        steps.report(f"{alert} at {fired}: {server.attribute(alert, 'event_type')}, {summary}")
+        steps.wait("each is fired", lambda: server.state(alert) != fired, 120)
         for entity, state in sorted(server.states().items()):
             steps.report(f"  {entity} = {state['state']} {state['attributes'].get('unit_of_measurement', '')}")
         device.stop()

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
 from email.utils import formatdate
@@ -47,6 +48,11 @@ _LIBRARIES = {
     "libgcc_s.so.1": "libgcc-s1",
     "libz.so.1": "zlib1g",
     "libatomic.so.1": "libatomic1",
+}
+_COMPLETIONS = {
+    "outstation.bash": "bash-completion/completions/outstation",
+    "_outstation": "zsh/vendor-completions/_outstation",
+    "outstation.fish": "fish/vendor_completions.d/outstation.fish",
 }
 
 
@@ -103,6 +109,7 @@ class DebBuilder:
         if package.has_program:
             wheels.unpack_program(wheel, site)
             self._make_environment(root)
+            _write_shell_files(root)
         for unit in package.units:
             _copy(ROOT / "deploy" / unit, root / "usr/lib/systemd/system" / unit)
         for source, target in package.files:
@@ -211,6 +218,21 @@ def settle(root: Path, epoch: int) -> None:
             is_program = path.parent.name in {"bin", "DEBIAN"} and os.access(path, os.X_OK)
             path.chmod(0o755 if path.is_dir() or is_program else 0o644)
         os.utime(path, (epoch, epoch), follow_symlinks=False)
+
+
+def _write_shell_files(root: Path) -> None:
+    """Write the man pages of all commands, and what shells complete them with."""
+    share = root / "usr" / "share"
+    pages, completions = share / "man" / "man1", root / "completions"
+    for option, folder in (("--man", pages), ("--completion", completions)):
+        folder.mkdir(parents=True)
+        run([sys.executable, "-m", "scripts.cli_documents", option, str(folder)], cwd=ROOT)
+    for page in pages.iterdir():
+        page.with_name(f"{page.name}.gz").write_bytes(gzip.compress(page.read_bytes(), 9, mtime=0))
+        page.unlink()
+    for name, target in _COMPLETIONS.items():
+        _copy(completions / name, share / target)
+    shutil.rmtree(completions)
 
 
 def _copy(source: Path, target: Path) -> None:

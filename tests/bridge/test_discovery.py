@@ -75,7 +75,7 @@ def test_a_new_device_has_a_document_before_its_first_result() -> None:
     state = DeviceState("pi-02")
     state.update(DeviceReport("pi-02", "stopped"))
     assert parse_components(discovery_document(PLACE, state, {})).keys() == {
-        *("alerts", "problem", "reported", "backlog", "storage", "storage_hours"),
+        *("alert", "alerts", "problem", "reported", "backlog", "storage", "storage_hours"),
     }
     [document] = latest_documents(PLACE, state)
     assert json.loads(document.payload)["state"] == "stopped"

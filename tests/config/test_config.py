@@ -14,6 +14,7 @@ from agent import config
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
 from agent.config import Config, UpdatesConfig, sources
+from agent.config.day_window import DayWindow
 from agent.config.sources import FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
 from agent.wire.keys import b64url_encode
@@ -456,14 +457,14 @@ def test_updates_from_a_server_or_a_folder(tmp_path: Path) -> None:
     plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
     assert plain == UpdatesConfig(url="https://updates.example.org/acme", root=str(tmp_path / "root.json"))
     assert (float(plain.poll_interval), int(plain.max_size)) == (6 * 3600, 64 << 20)
-    assert plain.window_minutes is None
+    assert plain.day_window is None
     every = (
         'ca_file = "ca.pem"\nroot = "/r.json"\npoll_interval = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
     )
     loaded = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
     assert loaded is not None
     assert (loaded.ca_file, loaded.root) == (str(tmp_path / "ca.pem"), "/r.json")
-    assert loaded.window_minutes == (22 * 60 + 30, 5 * 60)
+    assert loaded.day_window == DayWindow(22 * 60 + 30, 5 * 60)
     assert (float(loaded.poll_interval), loaded.max_rate, int(loaded.max_size)) == (
         3600,
         config.Size(512 << 10),

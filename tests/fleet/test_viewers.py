@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -14,12 +18,13 @@ from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
 from agent.fleet.enrolment import collectors, enrol, viewers
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import FLEET
 from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one
+from scripts.kit.broker_client import NOT_AUTHORIZED, publish_one, subscribe_anyway
 from tests.kit.commands import call_outstation
 
 BASE = f"outstation/{FLEET}"
@@ -155,3 +160,151 @@ def test_names_do_not_collide_with_devices(home: Path) -> None:
     assert done.returncode == 2
     assert "cannot name a viewer" in done.stderr
     assert "there is no viewer" in call_outstation("fleet", "viewer", "nobody", "--revoke", "--dir", str(home)).stderr
+
+
+class PasswordViewer:
+    """The viewers' broker of a fleet, and a viewer that `fleet viewer --password` lets in while it runs."""
+
+    def __init__(self, home: Path, broker: MosquittoBroker) -> None:
+        self.home, self.broker = home, broker
+        self.settings, self.password = self.let_in("pad")
+
+    def let_in(self, name: str) -> tuple[BrokerConfig, str]:
+        done = call_outstation("fleet", "viewer", name, "--password", "--json", "--dir", str(self.home))
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        return self.connect_as(made["username"], made["password"]), made["password"]
+
+    def connect_as(self, user: str, password: str) -> BrokerConfig:
+        config = load(self.home)
+        url = f"mqtts://localhost:{ViewersBroker(self.home, config).ports[1]}"
+        return BrokerConfig(url=url, ca_file=config.broker.ca_file, username=user, password=password)
+
+    def with_certificate(self, name: str) -> BrokerConfig:
+        config = load(self.home)
+        port = ViewersBroker(self.home, config).ports[0]
+        return msgspec.structs.replace(let_in(self.home, name), url=f"mqtts://localhost:{port}")
+
+
+@pytest.fixture(scope="module")
+def pad(home: Path) -> Iterator[PasswordViewer]:
+    # The first call writes the config; the broker starts with the viewer in its file.
+    assert "shown once" in call_outstation("fleet", "viewer", "first", "--password", "--dir", str(home)).stdout
+    viewers_broker = ViewersBroker(home, load(home))
+    conf = keep_user_root(viewers_broker.conf)
+    with MosquittoBroker(home.parent / "second", conf=conf, port=viewers_broker.ports[1]) as broker:
+        yield PasswordViewer(home, broker)
+
+
+def speak(home: Path, topic: str, payload: bytes) -> None:
+    config = load(home)
+    sender = config.collector if topic.endswith("ack") else config.operator
+    link = Link(config.broker_for(sender), "y")
+    try:
+        assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", payload)) < 0x80
+    finally:
+        link.close()
+
+
+def payloads(link: Link, seconds: float) -> list[bytes]:
+    end, seen = time.monotonic() + seconds, list[bytes]()
+    while time.monotonic() < end:
+        seen += [event.payload for event in link.receive(0.1) if isinstance(event, IncomingMessage)]
+        if b"last" in seen:
+            break
+    return seen
+
+
+def test_a_viewer_has_as_many_connections_as_it_likes_with_password_and_certificate(pad: PasswordViewer) -> None:
+    with contextlib.ExitStack() as closing:
+        links = []
+        for settings in (pad.settings, pad.with_certificate("many")):
+            for number in range(3):
+                client, topic = f"explorer-{number}-{settings.port}", ["#", f"{BASE}/#"][number % 2]
+                links.append(Link(settings, client, subscribe=[topic]))
+                closing.callback(links[-1].close)
+
+        def reach_all() -> bool:
+            speak(pad.home, "pi-1/ack", b"last")
+            return all(b"last" in payloads(link, 1.0) for link in links)
+
+        wait_until("the viewers' broker copies the fleet's messages", reach_all)
+
+
+@pytest.mark.attack("viewers")
+def test_a_viewer_with_a_password_publishes_nothing_and_reads_no_command(pad: PasswordViewer) -> None:
+    for settings in (pad.settings, pad.with_certificate("sly")):
+        link = Link(settings, "x", subscribe=["#"])
+        try:
+            for topic in ("pi-1/health", "pi-1/cmd", "pi-1/ack", "_all/desired", "pi-1/results/exercise"):
+                assert publish_one(link, OutgoingMessage(f"{BASE}/{topic}", b"{}")) == NOT_AUTHORIZED, topic
+            control = OutgoingMessage("$CONTROL/dynamic-security/v1", b'{"commands":[{"command":"listClients"}]}')
+            assert publish_one(link, control) == NOT_AUTHORIZED
+            orders = [f"{BASE}/+/cmd", f"{BASE}/pi-1/cmd", f"{BASE}/_all/desired", f"{BASE}/_group/desired/+"]
+            refused = [*orders, "$CONTROL/#", "$share/g/#", f"$share/g/{BASE}/#", "$SYS/#"]
+            assert all(subscribe_anyway(link, refused))
+            speak(pad.home, "pi-1/cmd", b"an order")
+            speak(pad.home, "pi-1/ack", b"last")
+            seen = payloads(link, 10.0)
+            assert b"last" in seen
+            assert b"an order" not in seen
+        finally:
+            link.close()
+
+
+@pytest.mark.attack("viewers")
+def test_at_the_fleets_broker_too_a_viewer_reads_no_command(home: Path) -> None:
+    link = Link(let_in(home, "nosy"), "x", subscribe=["#"])
+    try:
+        assert all(subscribe_anyway(link, [f"{BASE}/+/cmd", f"{BASE}/_all/desired"]))
+        speak(home, "pi-1/cmd", b"an order")
+        speak(home, "pi-1/ack", b"last")
+        assert payloads(link, 10.0) == [b"last"]
+    finally:
+        link.close()
+
+
+@pytest.mark.attack("viewers")
+def test_a_viewer_that_takes_the_id_of_another_throws_nobody_off_the_fleets_broker(pad: PasswordViewer) -> None:
+    config = load(pad.home)
+    collector = Link(config.broker_for(config.collector), "x")
+    try:
+        for client in ("collector", "operator", "viewers", "pi-1", "broker-admin"):
+            Link(pad.settings, client).close()
+        assert publish_one(collector, OutgoingMessage(f"{BASE}/pi-1/ack", b"{}")) < 0x80
+    finally:
+        collector.close()
+
+
+@pytest.mark.attack("viewers")
+def test_without_its_password_nobody_enters_and_no_file_holds_one(pad: PasswordViewer) -> None:
+    settings, password = pad.let_in("phone")
+    Link(settings, "a").close()
+    for user, wrong in (("viewer-phone", "wrong"), ("viewer-phone", ""), ("broker-admin", ""), ("viewer-x", password)):
+        with pytest.raises(LinkDown):
+            Link(pad.connect_as(user, wrong), "b")
+    with pytest.raises(LinkDown):
+        Link(msgspec.structs.replace(settings, username=None, password=None), "c")
+    files = [path for path in pad.home.rglob("*") if path.is_file()]
+    assert not [path for path in files if password.encode() in path.read_bytes()]
+    # A new password ends the former one.
+    again, _ = pad.let_in("phone")
+    with pytest.raises(LinkDown):
+        Link(settings, "d")
+    link = Link(again, "e", subscribe=["#"])
+    done = call_outstation("fleet", "viewer", "phone", "--revoke", "--dir", str(pad.home))
+    assert done.returncode == 0, done.stderr
+    wait_until("the viewer is thrown off", lambda: is_down(link))
+    link.close()
+    with pytest.raises(LinkDown):
+        Link(again, "f")
+
+
+def test_a_password_made_while_the_viewers_broker_is_down_works_once_it_starts(pad: PasswordViewer) -> None:
+    pad.broker.kill()
+    done = call_outstation("fleet", "viewer", "night", "--password", "--json", "--dir", str(pad.home))
+    made = json.loads(done.stdout)
+    assert any("restart the viewers' broker" in step for step in made["steps"])
+    pad.broker.start()
+    Link(pad.connect_as(made["username"], made["password"]), "x").close()
+    Link(pad.settings, "y").close()

@@ -122,6 +122,15 @@ def test_events_and_replies_keep_to_the_rules_of_all_streams() -> None:
     assert limited["event"] == "learned"
 
 
+def test_readings_leave_as_their_fields_may() -> None:
+    assert RULES.protect_column("t", [SECRET], NOW_US) is None
+    assert RULES.protect_column("u", [SECRET, None], NOW_US) == [36.5, None]
+    assert RULES.protect_column("v", [SECRET], NOW_US) == [SECRET]
+    [hashed, missing] = RULES.protect_column("room", ["R 7", None], NOW_US) or []
+    assert hashed == RULES.hash_text("room", "R 7", NOW_US)
+    assert missing is None
+
+
 def test_messages_that_the_owner_keeps_stay_and_results_only_lose_their_predictions() -> None:
     rules = FieldPrivacy(kinds=frozenset({"alerts"}))
     assert [rules.keeps(kind) for kind in ("drift", "quality", "alerts", "results", "audit", "health")] == [

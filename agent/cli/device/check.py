@@ -18,6 +18,8 @@ from msgspec.structs import asdict
 
 from agent import clock
 from agent.bootstrap import device, sinks, tasks
+from agent.cli.device.cost import build_document as build_cost
+from agent.cli.device.status import format_metered
 from agent.cli.output import config_option, echo_styled, emit, json_option
 from agent.config import Config, SamplesConfig, UpdatesConfig
 from agent.config.notify import Target
@@ -35,7 +37,8 @@ from agent.device.rollout.fetch import request as fetch_request
 from agent.device.rollout.fetch import version_floors
 from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.rules import compiler, sentences
-from agent.device.store.store import Store
+from agent.device.store.store import DATABASE, Store
+from agent.device.uplink import meter
 from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
@@ -43,6 +46,8 @@ from agent.model.sandbox import confinement
 from agent.text import printable
 
 _FETCH_TIMEOUT_S = 20.0
+# Of the bytes of a message, with `[broker] compress`.
+_COMPRESSED_SHARE = 0.3
 # `fleet renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
 STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -107,6 +112,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         else _check_storage(conf)
     )
     yield _check_clock(conf)
+    yield from _check_metered(conf)
     for name, target in conf.notify.targets.items():
         yield _check_target(name, target)
     if conf.updates is not None:
@@ -129,6 +135,37 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
         fix = 'set delivery = "broker" to run without a fleet, or `outstation join` one'
         return CheckResult("collector", "failed", f"{file}: collector.key is empty; {fix}")
     return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _check_metered(conf: Config) -> Iterator[CheckResult]:
+    """Compare the budget of a metered connection with what the tasks send."""
+    metered = conf.broker.metered
+    if metered is None:
+        return
+    if not (conf.data_dir / DATABASE).exists():
+        yield CheckResult("metered", "ok", "bytes are counted from the first start on")
+        return
+    with suppress(OutstationError), device.open_store_read_only(conf) as store:
+        now = make_clock(store)()
+        document = meter.build_status(metered, store, now)
+        detail = format_metered(document)
+        day = build_cost(conf, store, [*conf.tasks])["per_day"]["air_bytes"]
+        if day is not None and conf.broker.compress:
+            # Counted before compression.
+            day *= _COMPRESSED_SHARE
+        bulk = None if metered.budget is None else meter.budget_share(metered.budget, urgent=False)
+        if bulk is not None and day is not None and day > bulk:
+            fate = "is given up" if metered.max_age is not None else "waits, and fills the store"
+            detail += (
+                f"; messages take {day / 1e6:,.2f} MB a day, more than the {bulk / 1e6:,.2f} MB for bulk: the rest "
+                f"{fate}. "
+                'Raise [broker.metered] budget, set compress = true, or publish = "changes"'
+            )
+            yield CheckResult("metered", "warning", detail)
+        elif metered.day_windows and now.quality == "unsynced":
+            yield CheckResult("metered", "warning", f"{detail}; the clock is not set, so windows follow the uptime")
+        else:
+            yield CheckResult("metered", "ok", detail)
 
 
 def _check_certificate(end: datetime) -> CheckResult:

@@ -74,7 +74,10 @@ def print_document(document: dict[str, Any]) -> None:
     others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
-    echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}\n")
+    echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
+    if (metered := document.get("metered")) is not None:
+        echo(f"metered connection: {format_metered(metered)}")
+    echo("")
     _print_streams(document["streams"])
     for stream in document["streams"]:
         if parts := [f"{stream[key]} {words}" for key, words in _STREAM_COUNTS.items() if stream.get(key)]:
@@ -98,6 +101,16 @@ def print_document(document: dict[str, Any]) -> None:
         echo_styled(_format_alert(alert, alert["state"]))
     if not document["alerts"]:
         echo("No alerts.")
+
+
+def format_metered(metered: dict[str, Any]) -> str:
+    """Format what a metered connection moved, and what holds bulk back."""
+    budget, windows = metered["budget"], ", ".join(metered["windows"])
+    limit = f" of {budget / 1e6:,.2f} MB" if budget is not None else ""
+    when = f", in {windows}" if windows else ""
+    age = metered["max_age_s"]
+    until = f"; given up after {format_duration(age * 1e6)}: {metered['expired']:,} messages" if age is not None else ""
+    return f"{metered['used'] / 1e6:,.2f} MB{limit} used within 24 h; bulk {metered['bulk']}{when}{until}"
 
 
 def _print_streams(streams: Sequence[dict[str, Any]]) -> None:

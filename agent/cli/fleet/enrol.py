@@ -64,6 +64,7 @@ def init(
     from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
     from agent.fleet.repository import create
+    from agent.fleet.repository.layout import Layout
 
     if no_repository and (root_keys or repository_url):
         raise UsageError("--no-repository makes none; leave out --root-keys and --repository")
@@ -84,7 +85,7 @@ def init(
     if not no_repository:
         create.write_url(folder, repository_url)
         if root_keys is None:
-            root_keys = folder.resolve().with_name(f"{folder.resolve().name}.root-keys")
+            root_keys = Layout(folder).initial_root_keys
             root_keys.mkdir(mode=0o700, exist_ok=True)
         made = create.create(folder, root_keys, roots=3, threshold=2)
     # Root keeps the root keys, which are elsewhere.

@@ -1,4 +1,4 @@
-"""`outstation fleet watch` and `viewer`: verified messages as they arrive, and certificates that read them."""
+"""`outstation fleet watch` and `viewer`: verified messages as they arrive, and clients that read them."""
 
 from __future__ import annotations
 
@@ -66,13 +66,16 @@ def _table_printer() -> Callable[..., None]:
 
 @click.command("viewer", epilog="Example: outstation fleet viewer laptop")
 @click.argument("name")
-@click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
+@click.option("--password", "with_password", is_flag=True, help="Make a password, shown once.")
+@click.option("--revoke", is_flag=True, help="Shut NAME out: end its sessions, revoke its certificate and password.")
 @fleet_option
 @json_option
-def viewer(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
+def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_json: bool) -> None:
     """Let a program read the fleet's messages at the broker as NAME: issue its TLS certificate, with read-only access.
 
-    For MQTT Explorer, mosquitto_sub or Node-RED. A certificate has one connection; give each program a name of its own.
+    For MQTT Explorer, mosquitto_sub or Node-RED. A certificate has one connection at the fleet's broker. With
+    --password NAME gets a user name and password at a second broker, which copies the fleet's messages. It takes any
+    number of connections, with passwords and certificates. The first use writes its config, broker/viewers/.
     """
     from agent.fleet import config as fleet_config
     from agent.fleet.enrolment import viewers
@@ -84,6 +87,11 @@ def viewer(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
             outcome = viewers.revoke(home, config, store, name)
         emit_revocation("viewer", name, outcome, as_json)
         return
-    done = viewers.add(home, config, name)
-    files = {"viewer": name, "files": [str(file) for file in done.files], "steps": done.steps}
-    emit(files, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
+    done = (viewers.add_password if with_password else viewers.add)(home, config, name)
+    secret = {} if done.password is None else {"username": done.user, "password": done.password}
+    files = {"viewer": name, **secret, "files": [str(file) for file in done.files], "steps": done.steps}
+    shown = [f"Created: {file}" for file in done.files]
+    if done.password is not None:
+        again = "It is shown once; repeat this for another one."
+        shown += [f"User name: {done.user}", f"Password: {done.password}", again]
+    emit(files, as_json, lambda: print_lines(*shown, *done.steps))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from agent import durable_files, input_files
-from agent.config import BrokerConfig, Config
+from agent.config import Config, UplinkBrokerConfig
 from agent.errors import RowRejected
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ log = logging.getLogger("outstation")
 RENEWED_FILE = "device.crt"
 
 
-def choose_certificate(conf: Config) -> BrokerConfig:
+def choose_certificate(conf: Config) -> UplinkBrokerConfig:
     """Return the broker's settings with the certificate of the device that ends last."""
     renewed = conf.data_dir / RENEWED_FILE
     if conf.broker.cert_file is None or not renewed.exists():

@@ -174,7 +174,8 @@ def _create_log(store: Store, plan: NewLogPlan) -> NewLogPlan:
         values = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN_FROM: "", OPENED_SEQ: "0"}
         for key, value in values.items():
             tx.set_meta(key, value)
-        for key in (retention.ACKNOWLEDGED_HISTORY, retention.ACKNOWLEDGEMENT, eviction.OPEN_DECLARATIONS):
+        histories = (retention.ACKNOWLEDGED_HISTORY, retention.WRITTEN_HISTORY)
+        for key in (*histories, retention.ACKNOWLEDGEMENT, eviction.OPEN_DECLARATIONS):
             tx.delete_meta(key)
         tx.segments.reset_announcements()
         _save_plan(tx, plan)

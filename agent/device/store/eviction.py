@@ -22,7 +22,8 @@ from agent.ranges import Ranges
 from agent.wire.messages import encode
 
 EVENT = "evicted"
-NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED = "no room", "acknowledged earlier", "damaged"
+NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED, EXPIRED = "no room", "acknowledged earlier", "damaged", "expired"
+EXPIRED_COUNTER = "messages expired"
 # Name in table meta: the newest declaration of each kind.
 OPEN_DECLARATIONS = "open declarations"
 # The members that every message carries, and the event, at their longest.
@@ -34,6 +35,7 @@ _REASON_TEXTS = {
     NO_ROOM: "the store is full; give it more room ([buffer] max_size) or see why nothing is delivered",
     ACKNOWLEDGED_EARLIER: "the collector asks for them again, but acknowledged them earlier; they are no longer kept",
     DAMAGED: "they cannot be read back; check the card",
+    EXPIRED: "they waited longer than [broker.metered] max_age; give it a larger budget or longer windows",
 }
 
 

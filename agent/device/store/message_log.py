@@ -23,8 +23,8 @@ from agent.wire.privacy import field_privacy, least_count
 from agent.wire.privacy.field_privacy import FieldPrivacy
 from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
-# Seqs of the newest alerts, which do not wait behind a backlog.
-RECENT_ALERTS, MAX_RECENT_ALERTS = "recent alerts", 50
+# Seqs of the newest urgent messages, which do not wait behind a backlog.
+RECENT_URGENT = "recent urgent messages"
 
 
 class PendingMessage(msgspec.Struct, frozen=True):
@@ -53,6 +53,7 @@ class MessageLog(msgspec.Struct):
     - `secret`: keys of messages' commitments are derived from it
     - `min_count`: nothing is said of fewer readings, or than the running bundle or the stream of the task demands
     - `privacy`: what may leave of the fields of each task's stream
+    - `urgent_kinds`: the newest `max_urgent` messages of these kinds do not wait behind a backlog
     """
 
     fleet: str
@@ -66,6 +67,8 @@ class MessageLog(msgspec.Struct):
     secret: bytes = msgspec.field(default_factory=partial(secrets.token_bytes, commitment.SECRET_BYTES))
     min_count: int = 1
     bundle_min_counts: dict[str, int] = {}
+    urgent_kinds: frozenset[str] = frozenset({"alerts"})
+    max_urgent: int = 50
     privacy: Mapping[str, FieldPrivacy] = {}
 
     def least_count(self, task: str | None) -> int:
@@ -109,8 +112,9 @@ class MessageLog(msgspec.Struct):
         cost.count_message(tx, task, kind, message.size)
         if kind == "alerts":
             tx.record_alert({"task": task, "time": time, **allowed})
-            recent = [*json.loads(tx.get_meta(RECENT_ALERTS, "[]")), seq + 1]
-            tx.set_meta(RECENT_ALERTS, json.dumps(recent[-MAX_RECENT_ALERTS:]))
+        if kind in self.urgent_kinds:
+            recent = [*json.loads(tx.get_meta(RECENT_URGENT, "[]")), seq + 1]
+            tx.set_meta(RECENT_URGENT, json.dumps(recent[-self.max_urgent :]))
         return seq + 1
 
     def append_all(self, tx: Transaction, messages: Iterable[PendingMessage], now: ClockReading) -> None:

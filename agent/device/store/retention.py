@@ -20,6 +20,8 @@ from agent.ranges import Ranges
 # past acknowledgements, uptime at a moment, samples of `Growth`.
 ACKNOWLEDGED, ACKNOWLEDGEMENT, BACKLOG = "acknowledged", "acknowledgement", "backlog"
 ACKNOWLEDGED_HISTORY, UPTIME, GROWTH = "acknowledged history", "uptime", "growth"
+# (uptime, last seq written) at past moments.
+WRITTEN_HISTORY = "written history"
 # A message stays up to 1/48 longer than it must; the history has at most twice as many entries.
 _HISTORY_PARTS = 48
 _SLOT_S = 600.0
@@ -79,7 +81,7 @@ def uptime_json(boot: int, now: ClockReading, total_s: float) -> str:
 
 
 def append_history(history: str, now_s: float, through: int, keep_s: float) -> str | None:
-    """Append to the list of (uptime in s, acknowledged through); None if the last entry is recent enough."""
+    """Append to the list of (uptime in s, last seq); None if the last entry is recent enough."""
     entries = json.loads(history) if history else []
     if entries and (now_s < entries[-1][0] + keep_s / _HISTORY_PARTS or through <= entries[-1][1]):
         return None
@@ -87,7 +89,7 @@ def append_history(history: str, now_s: float, through: int, keep_s: float) -> s
 
 
 def expired_through(history: str, now_s: float, keep_s: float) -> int:
-    """Return the last seq that was acknowledged `keep_s` ago; 0 if there is none."""
+    """Return the last seq of the entries that are `keep_s` old; 0 if there is none."""
     entries = json.loads(history) if history else []
     return max((through for then_s, through in entries if then_s + keep_s <= now_s), default=0)
 

@@ -26,7 +26,7 @@ from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.store import retention, task_keys
-from agent.device.store.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
+from agent.device.store.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import Growth, uptime_s
@@ -44,6 +44,8 @@ _BY_RANK = groupby(
     sorted((k.eviction_rank, k.name) for k in KINDS.values() if k.eviction_rank is not None), itemgetter(0)
 )
 EVICTION_ORDER = tuple(tuple(name for _, name in kinds) for _, kinds in _BY_RANK)
+# Of the least importance. A metered connection may be too small for them.
+_EXPIRING_KINDS = frozenset(name for kinds in EVICTION_ORDER[:2] for name in kinds)
 # Delivery counts as stalled after this time without an acknowledgement.
 STALLED_S = 60.0
 _EARLY_RUN_INTERVAL_S = 60.0
@@ -79,6 +81,7 @@ class SpaceManager:
         self._next_early_run_s = float("-inf")
         self._last_acknowledgement: tuple[str, float] | None = None
         self._evicted_at: float | None = None
+        self._expired_through = 0
         self._scanned_through = dict.fromkeys(EVICTION_ORDER, 0)
         self.is_evicting = False
 
@@ -107,6 +110,7 @@ class SpaceManager:
             if through:
                 with self._store.transaction(vital=True) as tx:
                     tx.outbox.drop_acknowledged(through, _MESSAGE_LIMIT)
+            self._expire_messages(at_s, now)
             for task in self._conf.tasks:
                 with self._store.transaction(vital=True) as tx:
                     for name in (task, shadow_key(task)):
@@ -128,6 +132,28 @@ class SpaceManager:
 
     def _cursors(self, stream: str) -> dict[str, int]:
         return {name: self._store.cursor(name) or 0 for name, task in self._conf.tasks.items() if task.stream == stream}
+
+    def _expire_messages(self, at_s: float, now: ClockReading) -> None:
+        """Give up bulk that waited longer than `[broker.metered] max_age`, by uptime, and declare it."""
+        metered = self._conf.broker.metered
+        if metered is None or metered.max_age is None:
+            return
+        with self._store.transaction(vital=True) as tx:
+            history = tx.get_meta(retention.WRITTEN_HISTORY, "")
+            if longer := retention.append_history(history, at_s, tx.log_head()[0], metered.max_age):
+                tx.set_meta(retention.WRITTEN_HISTORY, longer)
+            through = retention.expired_through(longer or history, at_s, metered.max_age)
+            if through <= self._expired_through:
+                return
+            page = [*tx.outbox.unacknowledged(self._expired_through, _MESSAGE_LIMIT)]
+            scanned = min(through, page[-1].seq) if len(page) == _MESSAGE_LIMIT else through
+            old = [entry for entry in page if entry.seq <= through and entry.kind in _EXPIRING_KINDS]
+            if deleted := tx.outbox.delete([entry.seq for entry in old]):
+                size = sum(entry.size for entry in old[: len(deleted)])
+                declare_messages(tx, self._message_log, now, ranges.from_numbers(deleted), EXPIRED, size)
+                tx.increment_counter(EXPIRED_COUNTER, len(deleted))
+            if len(deleted) == len(old):
+                self._expired_through = scanned
 
     # --- eviction ---
 

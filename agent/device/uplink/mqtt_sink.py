@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from agent.config import BrokerConfig
+from agent.config import UplinkBrokerConfig
 from agent.device.uplink.sink import Outcome, Receipt
-from agent.transport.mqtt import Link
+from agent.transport.mqtt import KEEP_ALIVE_S, Link
 from agent.transport.packets import NO_SUBSCRIBERS, PACKET_TOO_LARGE, IncomingMessage, OutgoingMessage, PublishReceipt
 
 # A PUBLISH beside topic, payload and user properties: fixed header, packet id, content type, lengths.
 _PUBLISH_OVERHEAD_BYTES = 48
+# A ping and its answer take about 200 bytes: a minute's would be 290 kB a day, these are 60 kB.
+_METERED_KEEP_ALIVE_S = 300
 
 
 class Connection(Protocol):
@@ -21,6 +23,8 @@ class Connection(Protocol):
     def window(self) -> int: ...
     @property
     def max_packet(self) -> int: ...
+    @property
+    def traffic_bytes(self) -> int: ...
 
     def send(self, message: OutgoingMessage) -> int: ...
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
@@ -44,6 +48,10 @@ class MqttSink:
     def max_bytes(self) -> int:
         return self._link.max_packet
 
+    @property
+    def traffic_bytes(self) -> int:
+        return self._link.traffic_bytes
+
     def measure(self, message: OutgoingMessage) -> int:
         return packet_size(message)
 
@@ -52,9 +60,12 @@ class MqttSink:
         return [_to_receipt(event) if isinstance(event, PublishReceipt) else event for event in events]
 
 
-def open_mqtt_sink(broker: BrokerConfig, client_id: str, topics: Sequence[str], will: OutgoingMessage) -> MqttSink:
+def open_mqtt_sink(
+    broker: UplinkBrokerConfig, client_id: str, topics: Sequence[str], will: OutgoingMessage
+) -> MqttSink:
     """Connect to the broker. Raises LinkDown."""
-    return MqttSink(Link(broker, client_id, subscribe=topics, will=will))
+    keep_alive_s = KEEP_ALIVE_S if broker.metered is None else _METERED_KEEP_ALIVE_S
+    return MqttSink(Link(broker, client_id, subscribe=topics, will=will, keep_alive_s=keep_alive_s))
 
 
 def packet_size(message: OutgoingMessage) -> int:

@@ -32,6 +32,10 @@ class SealingSink:
     def max_bytes(self) -> int:
         return self._sink.max_bytes
 
+    @property
+    def traffic_bytes(self) -> int:
+        return self._sink.traffic_bytes
+
     def measure(self, message: OutgoingMessage) -> int:
         return self._sink.measure(message) + OVERHEAD_BYTES
 

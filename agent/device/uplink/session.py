@@ -7,8 +7,9 @@
   messages and the newest are sent again, with exponential back-off: a collector asks for what is missing before the
   newest.
 - At most `CREDIT` messages are unanswered: more would only fill the broker's queue, or go to nobody.
-- An alert that would wait behind others goes before them. The collector stores it, and what is missing arrives in its
-  turn: the order of the log is in the messages, not in their arrival.
+- An urgent message, such as an alert, that would wait behind others goes before them. The collector stores it, and what
+  is missing arrives in its turn: the order of the log is in the messages, not in their arrival.
+- On a metered connection the meter says how many bytes may be sent. Urgent messages go while bulk must wait.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from agent.clock import ClockReading
 from agent.device.store.eviction import quarantine_damaged
-from agent.device.store.message_log import RECENT_ALERTS, MessageLog
+from agent.device.store.message_log import RECENT_URGENT, MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.meter import TrafficMeter, estimate_bytes
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.sink import Receipt, Sink
 from agent.errors import LinkDown
@@ -43,7 +45,9 @@ RESEND_BACKOFF_S = (10.0, 120.0)
 NO_SUBSCRIBERS_RETRY_S = 2.0
 _RESEND_OLDEST = 20
 _PAGE = 100
-# Alerts that are before the others at a time; later ones wait their turn.
+# A metered connection pays for messages to a collector that does not answer.
+_METERED_RESEND_OLDEST, _METERED_RESEND_BACKOFF_S = 1, 3600.0
+# Urgent messages that are before the others at a time; later ones wait their turn.
 MAX_EARLY = 1000
 
 
@@ -65,24 +69,26 @@ class Session:
         sent_early: set[int],
         learned_limit: int,
         broker_delivery: bool,
+        meter: TrafficMeter | None = None,
         live: Sequence[OutgoingMessage] = (),
         handle_delivery: Callable[[IncomingMessage, ClockReading], bool] = lambda delivery, now: False,
     ) -> None:
         """Send from the oldest waiting message on.
 
-        `sent_early`: alerts that went before messages of lower seqs, also in earlier sessions. `learned_limit`: bytes
-        of the largest message, if an earlier connection ended because of a larger one.
+        `sent_early`: urgent messages that went before messages of lower seqs, also in earlier sessions.
+        `learned_limit`: bytes of the largest message, if an earlier connection ended because of a larger one.
         """
         self._sink, self._store, self._message_log = sink, store, message_log
         self._oversize, self._learned_limit = oversize, learned_limit
-        self._acks, self._broker_delivery = acks, broker_delivery
+        self._acks, self._broker_delivery, self._meter = acks, broker_delivery, meter
+        self._now, self._may_send_bulk = now, True
         self._live_queue, self._handle_delivery = deque(live), handle_delivery
         self._in_flight: dict[int, OutboxMessage | OutgoingMessage] = {}
         self._resend_queue: deque[int] = deque()
         self._held_back: set[int] = set()
         self._damaged: list[int] = []
         self._last_sent_seq = 0
-        self._sent_early, self._known_alerts = sent_early, ""
+        self._sent_early, self._known_urgent = sent_early, ""
         self._unanswered = 0
         self._missing_ranges: Sequence[tuple[int, int]] = ()
         self._resend_requested = self._is_greeted = self._has_no_subscribers = False
@@ -91,6 +97,9 @@ class Session:
         # By an answer of this session: a retained one may be old.
         self.has_collector_answered = False
         self._next_round_s = 0.0
+        self._resend_oldest, self._max_resend_backoff_s = _RESEND_OLDEST, RESEND_BACKOFF_S[1]
+        if meter is not None:
+            self._resend_oldest, self._max_resend_backoff_s = _METERED_RESEND_OLDEST, _METERED_RESEND_BACKOFF_S
         self._resend_backoff_s = RESEND_BACKOFF_S[0]
         self._next_resend_s = now.boot_s + self._resend_backoff_s
 
@@ -118,6 +127,7 @@ class Session:
 
     def tick(self, now: ClockReading, *, is_stopping: bool = False) -> None:
         """Fill the window, handle what comes in, delete what is acknowledged. Raises LinkDown, StorageError."""
+        self._now = now
         self._plan_resends(now)
         self._fill_window()
         for event in self._sink.receive(RECEIVE_TIMEOUT_S):
@@ -130,6 +140,8 @@ class Session:
                 ack = self._acks.receive(event, now)
                 self._apply_ack(ack, now)
                 self.has_collector_answered |= ack is not None and not event.retained
+        if self._meter is not None:
+            self._meter.observe(self._sink.traffic_bytes, now)
         # A broker answers in order: retained messages come before its receipts for our first messages.
         self._is_greeted = self._is_greeted or self.is_live_confirmed()
         if self._damaged:
@@ -153,6 +165,8 @@ class Session:
                 message = self._live_queue.popleft()
                 size, limit = self._sink.measure(message), self._sink.max_bytes
                 if size <= limit:
+                    if self._meter is not None:
+                        self._meter.add_message(size, self._now)
                     self._in_flight[self._sink.send(message)] = message
                 else:
                     log.error(
@@ -164,14 +178,21 @@ class Session:
                 return
 
     def _next_messages(self, limit: int) -> list[OutboxMessage]:
-        """Return the messages to send now: resends first, then the log in order."""
+        """Return the messages to send now: urgent ones first, then resends, then the log in order."""
+        self._may_send_bulk, could = self._room(urgent=False) > 0, self._may_send_bulk
+        if could and not self._may_send_bulk:
+            # Urgent messages that were next in the log would wait from now on.
+            self._known_urgent = ""
         if urgent := self._take_urgent(limit):
             return urgent
-        while self._resend_queue:
-            wanted = [self._resend_queue.popleft() for _ in range(min(limit, len(self._resend_queue)))]
-            if pending := self._store.pending_messages(wanted):
-                return pending
-        while page := self._store.unacknowledged_messages(self._last_sent_seq, min(limit, CREDIT - self._unanswered)):
+        if resends := self._take_resends(limit):
+            return resends
+        while self._may_send_bulk and (
+            page := self._store.unacknowledged_messages(self._last_sent_seq, min(limit, CREDIT - self._unanswered))
+        ):
+            if not (page := self._affordable(page, urgent=False)):
+                self._may_send_bulk, self._known_urgent = False, ""
+                return self._take_urgent(limit)
             self._last_sent_seq = page[-1].seq
             self._unanswered += len(page)
             if unsent := [message for message in page if message.seq not in self._sent_early]:
@@ -179,17 +200,49 @@ class Session:
         return []
 
     def _take_urgent(self, limit: int) -> list[OutboxMessage]:
-        """Return new alerts that would wait: they are not among the next messages."""
-        text = self._store.get_meta(RECENT_ALERTS, "")
-        if text == self._known_alerts or len(self._sent_early) >= MAX_EARLY:
+        """Return new urgent messages that would wait: they are not among the next messages."""
+        text = self._store.get_meta(RECENT_URGENT, "")
+        if text == self._known_urgent or len(self._sent_early) >= MAX_EARLY:
             return []
-        last_of_page = self._last_sent_seq + min(limit, CREDIT - self._unanswered)
+        last_of_page = self._last_sent_seq
+        if self._may_send_bulk:
+            last_of_page += min(limit, CREDIT - self._unanswered)
         waiting = [seq for seq in json.loads(text) if seq > last_of_page and seq not in self._sent_early]
-        if len(waiting) <= limit:
-            self._known_alerts = text
-        urgent = self._store.pending_messages(waiting[:limit])
+        pending = self._store.pending_messages(waiting[:limit])
+        urgent = self._affordable(pending, urgent=True)
+        if len(waiting) <= limit and len(urgent) == len(pending):
+            self._known_urgent = text
         self._sent_early.update(message.seq for message in urgent)
         return urgent
+
+    def _take_resends(self, limit: int) -> list[OutboxMessage]:
+        """Take messages from the queue of resends; while bulk must wait, urgent ones only."""
+        while self._resend_queue:
+            ready = [seq for seq in self._resend_queue if self._may_send_bulk or seq in self._sent_early][:limit]
+            pending = self._store.pending_messages(ready)
+            chosen = self._affordable(pending, urgent=not self._may_send_bulk)
+            # Of those that are not affordable yet; others are acknowledged or gone.
+            later = {message.seq for message in pending[len(chosen) :]}
+            taken = {seq for seq in ready if seq not in later}
+            self._resend_queue = deque(seq for seq in self._resend_queue if seq not in taken)
+            if chosen or not taken:
+                return chosen
+        return []
+
+    def _room(self, *, urgent: bool) -> float:
+        return float("inf") if self._meter is None else self._meter.room(self._now, urgent=urgent)
+
+    def _affordable(self, page: list[OutboxMessage], *, urgent: bool) -> list[OutboxMessage]:
+        """Return the first messages of a page, as many as the meter has room for."""
+        if self._meter is None:
+            return page
+        room, count = self._room(urgent=urgent), 0
+        for message in page:
+            room -= estimate_bytes(self._sink.measure(self._message_log.to_outgoing(message))) if message.intact else 0
+            if room < 0:
+                break
+            count += 1
+        return page[:count]
 
     def _send(self, page: Sequence[OutboxMessage]) -> bool:
         for message in page:
@@ -202,6 +255,8 @@ class Session:
                 self._oversize.add(message.seq, size, limit)
                 self._hold_back(message, f"its {size} bytes are above the broker's limit of {limit}")
                 continue
+            if self._meter is not None:
+                self._meter.add_message(size, self._now)
             self._in_flight[self._sink.send(outgoing)] = message
         return bool(page)
 
@@ -269,18 +324,18 @@ class Session:
                 self._last_sent_seq = self._unanswered = 0
                 self._sent_early.clear()
             else:
-                oldest = [message.seq for message in self._store.unacknowledged_messages(0, _RESEND_OLDEST)]
+                oldest = [message.seq for message in self._store.unacknowledged_messages(0, self._resend_oldest)]
                 sent = [seq for seq in (*oldest, self._last_sent_seq) if seq <= self._last_sent_seq]
                 seqs = dict.fromkeys([*self._sent_early, *sent])
                 self._resend_queue = deque(seq for seq in seqs if seq not in self._held_back)
-            self._resend_backoff_s = min(2 * self._resend_backoff_s, RESEND_BACKOFF_S[1])
+            self._resend_backoff_s = min(2 * self._resend_backoff_s, self._max_resend_backoff_s)
             self._next_resend_s = now.boot_s + self._resend_backoff_s
 
 
 def _without_early(ack: AckPayload, early: Collection[int]) -> tuple[int, list[tuple[int, int]]]:
-    """Return (through, missing) of an acknowledgement as if the alerts that went before others had not arrived yet.
+    """Return (through, missing) of an acknowledgement as if what went before others had not arrived yet.
 
-    What lies between the others and such an alert was not lost: it is still to be sent, or under way.
+    What lies between the others and such a message was not lost: it is still to be sent, or under way.
     """
     through, missing = ack.through, list(ack.missing)
     while through in early:
@@ -291,10 +346,10 @@ def _without_early(ack: AckPayload, early: Collection[int]) -> tuple[int, list[t
 
 
 def find_sent_early(store: Store) -> set[int]:
-    """Return the acknowledged alerts that went before messages which still wait."""
+    """Return the acknowledged urgent messages that went before messages which still wait."""
     acknowledged = store.acknowledged()
     if not acknowledged.missing:
         return set()
     first_waiting = acknowledged.missing[0][0]
-    recent: list[int] = json.loads(store.get_meta(RECENT_ALERTS, "[]"))
+    recent: list[int] = json.loads(store.get_meta(RECENT_URGENT, "[]"))
     return {seq for seq in recent if seq > first_waiting and seq in acknowledged}

@@ -36,6 +36,11 @@ class Sink(Protocol):
         """Largest `measure` of a message that the sink takes."""
         ...
 
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes that the sink has moved on the network, both ways, with headers; 0 where that is not known."""
+        ...
+
     def measure(self, message: OutgoingMessage) -> int:
         """Return the bytes that a message takes in this sink, at most."""
         ...

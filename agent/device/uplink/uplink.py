@@ -18,6 +18,7 @@ from agent.device.machine.keys import keys_message
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.meter import CONNECTION_BYTES, TrafficMeter
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
 from agent.device.uplink.session import Session, find_sent_early
@@ -86,6 +87,8 @@ class Uplink:
         self._acks = Acknowledgements(store, message_log, find_collector, conf.buffer.keep_messages, self._refusals)
         self._sent_early = find_sent_early(store)
         self._oversize = OversizeAlert(store, message_log)
+        metered = conf.broker.metered
+        self._meter = None if metered is None else TrafficMeter(metered, store, now())
         # Of a broker that ends the connection at a larger message, and announces no limit.
         self._learned_limit = MAX_PACKET
         self._receivers = receivers
@@ -137,6 +140,8 @@ class Uplink:
                 if self._run_session():
                     return
             except LinkDown as down:
+                if self._meter is not None and down.traffic_bytes:
+                    self._meter.add_failed_connection(down.traffic_bytes, self._now())
                 if self._stopping.is_set():
                     return
                 ended = self._now().boot_s
@@ -161,6 +166,7 @@ class Uplink:
     def _run_session(self) -> bool:
         """Run one session until the sink is lost or the device stops; return False to open another at once."""
         now = self._now()
+        self._require_room(now, CONNECTION_BYTES)
         self._reconnecting.clear()
         self._has_collector_answered = False
         will = self._message_log.build_live_message("state", {"state": "offline", "boot": self._message_log.boot}, now)
@@ -168,6 +174,8 @@ class Uplink:
         sink = self._sink = self._open_sink(topics, will)
         session = self._start_session(sink)
         try:
+            if self._meter is not None:
+                self._meter.begin_connection()
             log.info("broker: connected to %s", self._conf.broker.shown_url)
             self.state = "connected"
             while not (self._stopping.is_set() and (self._is_drain_over() or session.is_empty())):
@@ -178,6 +186,8 @@ class Uplink:
                 session.tick(self._now(), is_stopping=is_stopping)
                 self._refusals.flush(self._now(), force=is_stopping)
                 self._has_collector_answered = session.has_collector_answered
+                if not is_stopping:
+                    self._require_room(self._now(), 0)
                 if self._reconnecting.is_set() and not self._stopping.is_set():
                     sink.close()
                     return False
@@ -200,6 +210,13 @@ class Uplink:
             raise
         finally:
             self._sink = None
+            if self._meter is not None:
+                self._meter.observe(sink.traffic_bytes, self._now())
+
+    def _require_room(self, now: ClockReading, least: float) -> None:
+        """Raise LinkDown if the budget of a metered connection is used up: being connected costs bytes, too."""
+        if self._meter is not None and self._meter.room(now, urgent=True) <= least:
+            raise LinkDown("[broker.metered] budget is used up; it has room again within 25 h")
 
     def _handle_delivery(self, delivery: IncomingMessage, now: ClockReading) -> bool:
         """Hand a message to its receiver; return False if no receiver owns its topic."""
@@ -227,6 +244,7 @@ class Uplink:
             sent_early=self._sent_early,
             learned_limit=self._learned_limit,
             broker_delivery=by_broker,
+            meter=self._meter,
             live=live,
             handle_delivery=self._handle_delivery,
         )

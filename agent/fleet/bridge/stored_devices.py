@@ -17,7 +17,7 @@ from agent.bridge.device_state import DeviceReport, OpenAlert
 from agent.fleet.database.bridge import newest_messages
 from agent.fleet.database.bridge.newest_messages import DeviceProgress
 from agent.fleet.database.store import FleetStore
-from agent.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents
+from agent.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents, load_incident
 from agent.wire import topics
 
 # Of what a device sent since the last poll, most: older messages of a backlog have newer ones of the same topic.
@@ -39,6 +39,7 @@ class StoredDevices:
         self._store = FleetStore(location, read_only=True)
         self._progress: dict[str, DeviceProgress] = {}
         self._alerts: dict[str, list[OpenAlert]] = {}
+        self._incidents: dict[str, Incident] = {}
         self._next_alerts_s = 0.0
         self.devices: frozenset[str] = frozenset()
 
@@ -59,13 +60,15 @@ class StoredDevices:
             newest = self._load_newest(progress, before)
             has_alerts |= any(topics.parse(topic).kind == "alerts" for topic in newest)
             payloads[device] = [*newest.values()]
-        alerts = self._load_alerts() if has_alerts or time.monotonic() >= self._next_alerts_s else self._alerts
+        alerts, cleared = self._alerts, dict[str, list[OpenAlert]]()
+        if has_alerts or time.monotonic() >= self._next_alerts_s:
+            alerts, cleared = self._load_alerts()
         reported = {device for device in listed if self._alerts.get(device) != alerts.get(device)} | payloads.keys()
         reports = []
         for device in sorted(reported):
             connection, log = listed[device].connection, listed[device].log
             if connection is not None or log is not None:
-                news = (payloads.get(device, ()), alerts.get(device, ()))
+                news = (payloads.get(device, ()), alerts.get(device, ()), cleared.get(device, ()))
                 reports.append(DeviceReport(device, connection or "offline", *news))
         self._progress, self._alerts = listed, alerts
         return reports
@@ -90,16 +93,27 @@ class StoredDevices:
         reached = replace(progress, last_seq=max(messages)) if len(messages) == _MAX_MESSAGES else progress
         return [*messages.values()], reached
 
-    def _load_alerts(self) -> dict[str, list[OpenAlert]]:
-        """Return the open alerts of each device that nobody muted, oldest first."""
+    def _load_alerts(self) -> tuple[dict[str, list[OpenAlert]], dict[str, list[OpenAlert]]]:
+        """Return the open alerts of each device that nobody muted, oldest first, and those cleared since."""
         self._next_alerts_s = time.monotonic() + _ALERTS_INTERVAL_S
         now = clock.to_rfc3339(clock.read().wall_us)
+        listed = list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS)
+        incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}
         alerts: dict[str, list[OpenAlert]] = {}
-        for incident in list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS):
-            if incident.status != "muted":
-                alerts.setdefault(incident.device, []).append(_to_alert(incident))
-        return alerts
+        cleared: dict[str, list[OpenAlert]] = {}
+        for key, incident in incidents.items():
+            shown = (incident.severity, incident.summary, incident.raised, incident.task)
+            alerts.setdefault(incident.device, []).append(OpenAlert(*shown, key, incident.updated))
+        for key in self._incidents.keys() - incidents.keys():
+            end = load_incident(self._store, self._incidents[key].key, now=now)
+            # Raised again, muted or pruned are no end.
+            if end is not None and end.status == "cleared" and _key(end) == key:
+                summary, at = end.cleared_summary or end.summary, end.cleared or now
+                alert = OpenAlert(end.severity, summary, end.raised, end.task, key, at)
+                cleared.setdefault(end.device, []).append(alert)
+        self._incidents = incidents
+        return alerts, cleared
 
 
-def _to_alert(incident: Incident) -> OpenAlert:
-    return OpenAlert(incident.severity, incident.summary, incident.raised, incident.task)
+def _key(incident: Incident) -> str:
+    return f"{incident.ref}.{incident.raised_seq}"

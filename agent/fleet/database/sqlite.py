@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
-
-import sqlite_utils
+from typing import TYPE_CHECKING, Any
 
 from agent import input_files
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.fleet.database.interface import Cursor, Gap, LogId, MessageKey, Row, Values, display_name
 from agent.fleet.database.schema import MIGRATIONS, Migration
+
+if TYPE_CHECKING:
+    import sqlite_utils
 
 LOCK_WAIT_S = 5.0
 # Set each time the file is opened. A second value must be read back, where durability depends on it.
@@ -227,6 +228,9 @@ class SqliteDatabase:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def _open(self) -> None:
+        # Eight megabytes, which a process with PostgreSQL does without.
+        import sqlite_utils
+
         if not self.read_only:
             lock_file = self.path.with_name(self.path.name + ".lock")
             try:
@@ -290,6 +294,8 @@ def open_temporary() -> SqliteConnection:
 
 
 def _migrations() -> sqlite_utils.Migrations:
+    import sqlite_utils
+
     migrations = sqlite_utils.Migrations("outstation-fleet")
     for migration in MIGRATIONS:
         migrations(name=migration.name)(partial(_apply, migration))

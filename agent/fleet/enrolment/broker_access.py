@@ -39,13 +39,11 @@ class AccessChange(msgspec.Struct, frozen=True):
 
 def build_document(fleet: str, group: str) -> Document:
     """Build the plugin's file for a fleet without devices."""
-    base = f"{ROOT}/{fleet}"
-    tree = f"{base}/#"
+    base, tree = f"{ROOT}/{fleet}", fleet_tree(fleet)
     everyone = [f"{base}/{topic}" for topic in _READ_BY_ALL]
     orders = [*everyone, f"{base}/+/cmd", f"{base}/+/desired"]
     # A device's log is not retained; the collector deletes what a device retains there, by an empty message.
     logged = logged_filters(fleet)
-    control = f"{CONTROL_TOPIC}/#"
     return {
         "defaultACLAccess": dict.fromkeys(_ACCESS_TYPES, False),
         "clients": [
@@ -59,11 +57,25 @@ def build_document(fleet: str, group: str) -> Document:
             _role("device", receive=everyone),
             _role("collector", send=[f"{base}/+/ack", *logged], receive=[tree], share=[f"$share/{group}/{tree}"]),
             _role("operator", send=orders, receive=[tree]),
-            _viewer_role(tree),
-            _role(ADMIN, send=[control], receive=[control]),
+            _viewer_role(fleet),
+            _admin_role(),
             *_homeassistant_roles(fleet),
         ],
     }
+
+
+def build_viewers_document(fleet: str) -> Document:
+    """Build the plugin's file for the viewers' broker, without viewers."""
+    return {
+        "defaultACLAccess": dict.fromkeys(_ACCESS_TYPES, False),
+        "clients": [_client(ADMIN, [ADMIN])],
+        "groups": [],
+        "roles": [_viewer_role(fleet), _admin_role()],
+    }
+
+
+def fleet_tree(fleet: str) -> str:
+    return f"{ROOT}/{fleet}/#"
 
 
 def is_in_force(change: AccessChange, client: dict[str, Any] | None) -> bool:
@@ -134,18 +146,32 @@ def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:
     return _role(_own_role_name(change), send=send, receive=receive)
 
 
-def _viewer_role(tree: str) -> dict[str, Any]:
-    """Return the role of a viewer; programs that subscribe to everything may, and receive the fleet's messages."""
-    role = _role("viewer", receive=[tree])
+def _viewer_role(fleet: str) -> dict[str, Any]:
+    """Return the role of a viewer: what devices send and what the collector answers, without commands to devices.
+
+    Programs that subscribe to everything may, and receive no more.
+    """
+    role = _role("viewer", receive=[fleet_tree(fleet)])
+    orders = [f"{ROOT}/{fleet}/+/{topic}" for topic in ("cmd", "desired", "desired/+")]
+    role["acls"] += [
+        {"acltype": kind, "topic": topic, "priority": 1, "allow": False}
+        for kind in ("publishClientReceive", "subscribePattern")
+        for topic in orders
+    ]
     for action in ("subscribeLiteral", "unsubscribeLiteral"):
         role["acls"].append({"acltype": action, "topic": "#", "allow": True})
     return role
 
 
+def _admin_role() -> dict[str, Any]:
+    control = [f"{CONTROL_TOPIC}/#"]
+    return _role(ADMIN, send=control, receive=control)
+
+
 def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:
     """Return the role of the bridge, which publishes for Home Assistant, and that of Home Assistant itself."""
     place = Place(fleet, "+", DEFAULT_PREFIX)
-    birth, published = [place.birth_topic], [*place.retained_filters, place.status_topic]
+    birth, published = [place.birth_topic], [*place.retained_filters, place.status_topic, place.event_topic("+")]
     return [
         _role("bridge", send=published, receive=[*place.retained_filters, *birth, *place.press_filters]),
         # It subscribes to all that may announce something, and receives what this bridge announces.

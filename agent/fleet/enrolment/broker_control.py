@@ -33,6 +33,7 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 ACCESS_FILE = "dynamic-security.json"
 PENDING_FILE = "broker-pending.json"
 PID_FILE = "mosquitto.pid"
+RESPONSE_TOPIC = f"{CONTROL_TOPIC}/response"
 _TIMEOUT_S = 5.0
 # For a file of tens of thousands of devices.
 _REPLY_TIMEOUT_S = 30.0
@@ -154,18 +155,17 @@ def end_session(config: FleetConfig, client: str, authority: CertificateAuthorit
 
 def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> dict[AccessChange, str]:
     """Put changes in force, and return those that the broker refused, with its reasons. Raises LinkDown."""
-    response_topic = f"{CONTROL_TOPIC}/response"
     refused = {}
-    link = Link(broker, broker_access.ADMIN, subscribe=[response_topic], timeout_s=_TIMEOUT_S)
+    link = Link(broker, broker_access.ADMIN, subscribe=[RESPONSE_TOPIC], timeout_s=_TIMEOUT_S)
     try:
         for change in changes:
             query = {"command": "getClient", "username": change.client}
-            if broker_access.is_in_force(change, _find_reply(_request(link, [query]))):
+            if broker_access.is_in_force(change, find_reply(request(link, [query]))):
                 continue
-            responses = _request(link, [*broker_access.build_creation(change, fleet), query])
-            if not broker_access.is_in_force(change, _find_reply(responses)):
-                responses = _request(link, [*broker_access.build_commands(change, fleet), query])
-            if not broker_access.is_in_force(change, _find_reply(responses)):
+            responses = request(link, [*broker_access.build_creation(change, fleet), query])
+            if not broker_access.is_in_force(change, find_reply(responses)):
+                responses = request(link, [*broker_access.build_commands(change, fleet), query])
+            if not broker_access.is_in_force(change, find_reply(responses)):
                 errors = "; ".join(response["error"] for response in responses if "error" in response)
                 refused[change] = errors or "it confirmed the change, and lists another access"
     finally:
@@ -173,7 +173,7 @@ def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) 
     return refused
 
 
-def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Send commands to the plugin, and return its responses in their order. Raises LinkDown."""
     link.send(OutgoingMessage(CONTROL_TOPIC, json.dumps({"commands": commands}).encode()))
     deadline = time.monotonic() + _REPLY_TIMEOUT_S
@@ -188,7 +188,7 @@ def _request(link: Link, commands: Sequence[dict[str, Any]]) -> list[dict[str, A
     raise LinkDown("the broker did not answer on the control topic; does it load the dynamic-security plugin?")
 
 
-def _find_reply(responses: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def find_reply(responses: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     client: dict[str, Any] | None = responses[-1].get("data", {}).get("client")
     return client
 

@@ -31,6 +31,7 @@ from agent.fleet.enrolment import (
     pki,
     revocation,
     viewers,
+    viewers_broker,
 )
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.device_files import SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
@@ -41,7 +42,7 @@ from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
 
 # User names at the broker; `_all` cannot be a device id anyway.
-RESERVED_NAMES = frozenset({*clients.ROLES, homeassistant.BRIDGE, homeassistant.HOME_ASSISTANT})
+RESERVED_NAMES = frozenset({*clients.ROLES, homeassistant.BRIDGE, homeassistant.HOME_ASSISTANT, viewers_broker.BRIDGE})
 
 
 class Enrolment(msgspec.Struct, frozen=True):
@@ -149,7 +150,7 @@ def device_folder(folder: Path, device: str) -> Path:
     if not is_name(device) or device in RESERVED_NAMES:
         syntax = "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
         problem = "is the name of a role" if device in RESERVED_NAMES else syntax
-        raise UsageError(f"device {device!r} {problem}; choose another id")
+        raise UsageError(f"device {device[:80]!r} {problem}; choose another id")
     if collectors.is_collector(folder, device) or viewers.is_viewer(folder, device):
         role = "collector" if collectors.is_collector(folder, device) else "viewer"
         raise UsageError(f"device {device!r}: is the name of a {role} at the broker; choose another id")

@@ -1,8 +1,9 @@
-"""Viewers: certificates that read the fleet's messages at the broker, for MQTT Explorer, mosquitto_sub or Node-RED.
+"""Viewers: certificates and passwords that read the fleet's messages, for MQTT Explorer, mosquitto_sub or Node-RED.
 
 A viewer subscribes to the fleet's topics and publishes nothing. It cannot join the collectors' shared subscriptions,
-and so takes no message from them. The broker makes the name in a certificate the client id, so that nobody throws
-another one off: each certificate has one connection, and each program a viewer of its own.
+and so takes no message from them. The fleet's broker makes the name in a certificate the client id, so that nobody
+throws another one off: a certificate has one connection there. At the viewers' broker (`viewers_broker`) a certificate
+or a password has as many as one likes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from agent import durable_files
 from agent.errors import UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, clients, pki
+from agent.fleet.enrolment import broker_control, clients, pki, viewers_broker
 from agent.fleet.enrolment.broker_access import AccessChange
 from agent.fleet.enrolment.revocation import RevocationOutcome
+from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.names import is_name
+
+_WITHOUT_TLS = "The broker is used without TLS: every program on this machine can read it already."
 
 
 class AddedViewer(msgspec.Struct, frozen=True):
-    """Files of a viewer, and the steps left to the operator."""
+    """Files of a viewer, and the steps left to the operator. `password` is stored nowhere, but for its hash."""
 
+    user: str = ""
+    password: str | None = None
     files: list[Path] = msgspec.field(default_factory=list)
     steps: list[str] = msgspec.field(default_factory=list)
 
@@ -42,7 +48,7 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
     if (folder / "devices" / user).exists():
         raise UsageError(f"a device is enrolled as {user!r}, the name of this viewer at the broker; choose another")
     if config.ca is None:
-        return AddedViewer(steps=["The broker is used without TLS: every program on this machine can read it already."])
+        return AddedViewer(user, steps=[_WITHOUT_TLS])
     files = certificate_of(folder, name)
     certificate, key = Path(files.cert_file), Path(files.tls_key_file)
     if not certificate.exists():
@@ -55,12 +61,38 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
         f"mosquitto_sub -h {config.broker.host} -p {config.broker.port} --cafile {config.ca.cert_file} --cert "
         f"{certificate} --key {key} -V mqttv5 -v -t 'outstation/{config.fleet.name}/#'"
     )
-    return AddedViewer([certificate, key], [*access.steps, f"Watch: {command}"])
+    steps = [*access.steps, f"Watch: {command}"]
+    if (broker := ViewersBroker(folder, config)).exists:
+        steps += broker.admit(user)
+        steps.append(f"With port {broker.ports[0]} in its place, any number of programs watches at the same time.")
+    return AddedViewer(user, None, [certificate, key], steps)
+
+
+def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
+    """Let a viewer in at the viewers' broker with a new password; the former one ends. Raises UsageError."""
+    user = _check_name(name)
+    if config.ca is None:
+        return AddedViewer(user, steps=[_WITHOUT_TLS])
+    broker, password = ViewersBroker(folder, config), viewers_broker.make_password()
+    steps = broker.create()
+    steps += broker.admit(user, password)
+    watch = (
+        f"mosquitto_sub -h {config.broker.host} -p {broker.ports[1]} --cafile {config.ca.cert_file} -u {user} "
+        f"-P PASSWORD -V mqttv5 -v -t 'outstation/{config.fleet.name}/#'"
+    )
+    return AddedViewer(user, password, [], [*steps, f"Watch: {watch}"])
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
-    """Shut a viewer out. Raises UsageError."""
-    return clients.revoke(folder, config, store, _check_name(name), certificate_of(folder, name))
+    """Shut a viewer out, at the viewers' broker too. Raises UsageError."""
+    user, files, broker = _check_name(name), certificate_of(folder, name), ViewersBroker(folder, config)
+    has_password = broker.has(user)
+    steps = tuple(broker.expel(user)) if has_password else ()
+    if has_password and not Path(files.cert_file).exists():
+        return RevocationOutcome([], [], steps=steps, ended=not steps)
+    outcome = clients.revoke(folder, config, store, user, files)
+    outcome.steps = (*steps, *outcome.steps)
+    return outcome
 
 
 def certificate_of(folder: Path, name: str) -> ClientCertificate:

@@ -83,10 +83,15 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         key = hmac.digest(self.key, f"{name}\n{period}".encode(), "sha256")
         return HASH_PREFIX + hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()[:_HASH_DIGITS]
 
-    def round_numbers(self, name: str, values: Any) -> Any:
-        """Round an array of readings (n,) to the field's step, if it has one."""
-        step = self.steps.get(name)
-        return values if step is None else (values.astype("f8") / step).round() * step
+    def protect_column(self, name: str, values: Sequence[Any], now_us: int) -> list[Any] | None:
+        """Return readings as they may leave; None of a private field."""
+        if self.hides_numbers(name):
+            return None
+        if name in self.hashed:
+            return [None if text is None else self.hash_text(name, str(text), now_us) for text in values]
+        if name in self.steps:
+            return [None if value is None else self.round_number(name, value) for value in values]
+        return list(values)
 
     def apply(self, kind: str, body: Body, now_us: int) -> Body:
         """Return the members of a message of this kind that may leave."""

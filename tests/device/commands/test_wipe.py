@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 
 from agent.clock import ClockReading
-from agent.config import BrokerConfig, Config, UpdatesConfig
+from agent.config import Config, UpdatesConfig, UplinkBrokerConfig
 from agent.config import DeviceConfig as DeviceSection
 from agent.device.commands import wipe
 from agent.device.commands.wipe import Wipe
@@ -318,7 +318,7 @@ def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
 def test_the_config_and_its_certificates_are_spared() -> None:
     conf = Config(
         device=DeviceSection(id="pi-07", fleet="acme"),
-        broker=BrokerConfig(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
+        broker=UplinkBrokerConfig(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
         updates=UpdatesConfig(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
     )
     names = [path.name for path in wipe.installation_files(Path("/x/outstation.toml"), conf)]

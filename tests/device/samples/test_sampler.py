@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.config import SamplesConfig
 from agent.device.samples import requests
-from agent.device.samples.sampler import round_to_digits
+from agent.device.samples.rounding import round_to_digits
 from agent.errors import MessageRefused
 from agent.transport import sample_content
 from agent.transport.sample_content import SampleContent
@@ -64,24 +64,6 @@ def test_readings_around_an_alert_are_sent_once_their_later_rows_have_arrived(
     assert values == pytest.approx(CENTRES[[1, 1, 0, 1, 1]], rel=1e-3)
     assert device.status()["sent"] == 1
     assert requests.load(device.store, "tiny").waiting == []
-
-
-def test_readings_of_a_private_field_are_in_no_sample_and_those_of_a_rounded_one_are_multiples(
-    make_device: Callable[..., SampledDevice],
-) -> None:
-    device = make_device()
-    first, second, *others = device.active.bundle.manifest.input.fields
-    fields = frozenset({"extra", first, second, *others})
-    device.author.privacy = {"tiny": FieldPrivacy(fields=fields, private=frozenset({first}), steps={second: 0.25})}
-    device.feed_text("rrrrrlrr")
-    [sample] = device.send()
-    content = opened(sample)
-    assert content.fields == [second, *others]
-    assert {value % 0.25 for value in content.columns[0] if value is not None} == {0.0}
-    device.author.privacy = {"tiny": FieldPrivacy(fields=fields, kinds=frozenset({"alerts"}))}
-    device.feed_text("rrrrrlrr")
-    assert len(device.send(replace(NOW, boot_s=NOW.boot_s + 1200))) == 1
-    assert device.status()["dropped"] == {"private": 1}
 
 
 def test_rows_that_do_not_come_are_not_waited_for_longer_than_ten_minutes(
@@ -176,6 +158,26 @@ def test_fewer_rows_than_the_least_count_are_never_sent(make_device: Callable[..
     assert [sample.n for sample in device.send(replace(LATER, boot_s=LATER.boot_s + 9))] == [11]
 
 
+def test_the_owners_rules_for_fields_hold_for_samples(make_device: Callable[..., SampledDevice]) -> None:
+    device = make_device()
+    fields = frozenset({"extra", *device.task.bundle.manifest.input.fields})
+    private, stepped, *others = device.task.bundle.manifest.input.fields
+    rules = FieldPrivacy(fields, frozenset({private}), {stepped: 0.5})
+    device.author.privacy = {"tiny": rules}
+    device.feed((CENTRES[[1, 1, 1, 0, 1, 1]] + 0.123).astype(np.float32))
+    device.run_all()
+    [sample] = device.send()
+    content = opened(sample)
+    assert content.fields == [stepped, *others]
+    assert set(content.columns[0]) == {2.0, 0.0}
+    for kept in (replace(rules, kinds=frozenset({"alerts"})), replace(rules, min_results=5)):
+        device.author.privacy = {"tiny": kept}
+        device.feed_text("r" * 9 + "lrr")
+        device.send(replace(LATER, boot_s=LATER.boot_s + 1000 * kept.min_results))
+    assert len(device.samples()) == 1
+    assert device.status()["dropped"] == {"private": 2}
+
+
 def test_rows_that_were_sent_are_not_sent_again(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device(replace(CONSENT, windows=5))
     device.feed_text("rrrrrrrlrlrlrrrrrrr")
@@ -183,7 +185,7 @@ def test_rows_that_were_sent_are_not_sent_again(make_device: Callable[..., Sampl
     assert device.status()["covered"] == 2
 
 
-def test_deleted_rows_are_counted_as_gone(make_device: Callable[..., SampledDevice]) -> None:
+def test_deleted_rows_are_counted(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device()
     device.feed_text("rrrrrlrr")
     with device.store.transaction() as tx:

@@ -82,7 +82,7 @@ class CollectorModel:
             return
         try:
             if self.link is None:
-                filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health", "alerts/+")]
+                filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health", "alerts/+", "results/+")]
                 self.link = self.air.connect(None, "collector", subscribe=filters, session_expiry_s=3600)
             self._take(self.link)
         except LinkDown:

@@ -254,6 +254,50 @@ def test_the_leader_alone_publishes(site: Site, connect: Connect) -> None:
         home.wait("goodbye", lambda: home.documents[PLACE.status_topic] == b"offline")
 
 
+def test_an_alert_fires_once_when_raised_and_cleared_and_never_for_a_backlog(site: Site, connect: Connect) -> None:
+    ours, topic = site.senders["pi.01"], PLACE.event_topic("pi.01")
+    home = connect(site.broker)
+
+    def ago(seconds: float) -> str:
+        return clock.to_rfc3339(clock.read().wall_us - int(seconds * 1e6))
+
+    def raise_alert(identity: str, age_s: float, state: str = "raised", **members: Any) -> None:
+        site.ingest("pi.01", ours.alert(identity, state, f"{identity} {state}", time=ago(age_s), **members))
+
+    site.ingest("pi.01", ours.state())
+    with site.bridge():
+        home.wait("discovery", lambda: "alert" in (home.read(PLACE.config_topic("pi.01")) or {}).get("cmps", ()))
+        assert home.read(PLACE.config_topic("pi.01"))["cmps"]["alert"]["evt_typ"] == ["raised", "cleared"]
+        raise_alert("exercise/ax/1", 1)
+        home.wait("raised", lambda: home.counts.get(topic) == 1)
+        event = home.read(topic)
+        assert (event["event_type"], event["summary"]) == ("raised", "exercise/ax/1 raised")
+        # After an outage of two hours: raised and cleared then.
+        raise_alert("exercise/ay/1", 7200)
+        home.wait("it is open", lambda: home.read(f"{LATEST}/pi.01/_device")["alerts"] == 2)
+        raise_alert("exercise/ay/1", 7000, "cleared")
+        raise_alert("exercise/ax/1", 0, "cleared")
+        home.wait("cleared", lambda: home.counts[topic] == 2)
+        assert home.read(topic)["event_type"] == "cleared"
+        raise_alert("exercise/az/1", 1)
+        home.wait("raised", lambda: home.counts[topic] == 3)
+        home.publish_birth(b"online")
+        home.receive(1.0)
+    # Another bridge, such as the next leader's, repeats nothing, and misses nothing that happened in between.
+    raise_alert("exercise/ax/2", 2)
+    with site.bridge():
+        home.wait("raised meanwhile", lambda: home.counts[topic] == 4)
+        assert home.read(topic)["summary"] == "exercise/ax/2 raised"
+        raise_alert("exercise/az/1", 0, severity="critical", revision=2)
+        home.wait("it became worse", lambda: home.counts[topic] == 5)
+        assert home.read(topic)["severity"] == "critical"
+        home.receive(1.0)
+    assert home.counts[topic] == 5
+    late = connect(site.broker, "late")
+    late.receive(1.0)
+    assert topic not in late.documents, "an event is not retained"
+
+
 @pytest.fixture
 def secured(tmp_path: Path) -> Iterator[FleetConfig]:
     """Yield a fleet whose broker runs with the certificates and access rules of `fleet init`."""
@@ -286,11 +330,12 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
         count = home.counts[config]
         home.publish_birth(b"online")
         home.wait("discovery again", lambda: home.counts[config] > count)
-    for topic in (config, f"outstation/{FLEET}/pi.01/cmd", f"{LATEST}/pi.01/exercise"):
+    for topic in (config, f"outstation/{FLEET}/pi.01/cmd", f"{LATEST}/pi.01/exercise", PLACE.event_topic("pi.01")):
         assert publish_one(home.link, OutgoingMessage(topic, b"{}")) == NOT_AUTHORIZED
     assert all(subscribe_anyway(home.link, [f"outstation/{FLEET}/#", "#"]))
     assert publish_one(home.link, OutgoingMessage(PLACE.press_topic("pi.01", "exercise"), b"confirm")) == 0
     bridge = Link(secured.broker_for(clients.certificate_of(folder, clients.BRIDGE)), "x")
+    assert publish_one(bridge, OutgoingMessage(PLACE.event_topic("pi.01"), b"{}")) < 0x80
     # A button's press becomes a verdict: nobody but Home Assistant may press.
     presses = (PLACE.press_topic("pi.01", "exercise"), f"{PLACE.press_topic('pi.01', 'exercise')}/label")
     for topic in (f"outstation/{FLEET}/pi.01/results/exercise", f"outstation/{FLEET}/pi.01/ack", *presses):

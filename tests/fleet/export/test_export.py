@@ -273,7 +273,7 @@ def test_the_signed_manifest_covers_every_chunk_and_does_not_grow(
     file = out / f"_chunks/chunk-{number:06}.json"
     file.write_bytes(file.read_bytes() + b" ")
     assert not check_export(store, out, FLEET, [KEY.public]).passed
-    with pytest.raises(UsageError, match="does not follow the chunk before|is not the file that manifest"):
+    with pytest.raises(UsageError, match=r"does not follow the chunk before|is not the file that manifest"):
         export(store, out, FLEET, Filters(), KEY)
     store.close()
 

@@ -1,10 +1,13 @@
-"""Grafana dashboards: a real Prometheus and a real PostgreSQL run every panel and find something."""
+"""Grafana dashboards: a real Prometheus, PostgreSQL and SQLite run every panel and find something."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +81,60 @@ def test_prometheus_answers_every_panel(prometheus: PrometheusServer) -> None:
             assert prometheus.query(query), f"{panel['title']}: {query}"
 
 
+YEAR_S = 365 * 86_400
+# Messages of the test kit have fixed times.
+SINCE_S, UNTIL_S = int(time.time()) - 5 * YEAR_S, int(time.time()) + 5 * YEAR_S
+MACROS = {
+    "postgresql": {
+        "$__timeFrom()": f"'{clock.to_rfc3339(SINCE_S * 1_000_000)}'",
+        "$__timeTo()": f"'{clock.to_rfc3339(UNTIL_S * 1_000_000)}'",
+        "$__unixEpochFrom()": str(SINCE_S),
+        "$__unixEpochTo()": str(UNTIL_S),
+    },
+    "sqlite": {"$__from": str(SINCE_S * 1000), "$__to": str(UNTIL_S * 1000)},
+}
+
+
+def check_panels(source: str, run: Callable[[str], Sequence[Sequence[Any]]]) -> None:
+    """Run the query of each panel as Grafana sends it, and look at the times that a graph needs."""
+    dashboard = load(source)
+    for panel in [*dashboard["panels"], {"title": "devices to choose", "type": "", "targets": []}]:
+        target = panel["targets"][0] if panel["targets"] else {"rawSql": dashboard["templating"]["list"][1]["query"]}
+        query = target.get("rawSql") or target["rawQueryText"]
+        for macro, text in {**MACROS[source], "${device:sqlstring}": "'pi-07','it''s'"}.items():
+            query = query.replace(macro, text)
+        assert "$" not in query
+        rows = run(query)
+        assert rows or panel["title"] in MAY_BE_EMPTY, f"{panel['title']}: {query}"
+        if panel["type"] == "timeseries" and rows:
+            times = [row[0].timestamp() if isinstance(row[0], datetime) else row[0] for row in rows]
+            assert times == sorted(times)
+            assert all(isinstance(at, int | float | str) and (isinstance(at, str) or at > 10**9) for at in times)
+            assert all(len(row) == 3 and isinstance(row[1], str) for row in rows)
+
+
 def test_postgresql_answers_every_panel() -> None:
     with run_server() as server:
         url = server.create_database()
         store = FleetStore(url)
         fill(store)
         store.close()
-        year_s = 365 * 86_400
-        # Messages of the test kit have fixed times.
-        since, until = int(time.time()) - 5 * year_s, int(time.time()) + 5 * year_s
-        macros = {
-            "$__timeFrom()": f"'{clock.to_rfc3339(since * 1_000_000)}'",
-            "$__timeTo()": f"'{clock.to_rfc3339(until * 1_000_000)}'",
-            "$__unixEpochFrom()": str(since),
-            "$__unixEpochTo()": str(until),
-            "$device": "'pi-07'",
-        }
-        dashboard = load("postgresql")
-        queries = {panel["title"]: panel["targets"][0]["rawSql"] for panel in dashboard["panels"]}
-        queries["devices to choose"] = dashboard["templating"]["list"][1]["query"]
         with psycopg.connect(url) as connection:
-            for title, query in queries.items():
-                for macro, text in macros.items():
-                    query = query.replace(macro, text)
-                assert "$" not in query
-                rows = connection.execute(query).fetchall()
-                assert rows or title in MAY_BE_EMPTY, f"{title}: {query}"
+            check_panels("postgresql", lambda query: connection.execute(query.encode()).fetchall())
+
+
+def test_sqlite_answers_every_panel(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.db"
+    store = FleetStore(file)
+    fill(store)
+    store.close()
+    # As the plugin opens it with the path option `mode=ro`.
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+        check_panels("sqlite", lambda query: connection.execute(query).fetchall())
+        # A period without messages finds none: its bounds are compared with what is stored.
+        titles = {"Results by label", "Messages stored", "Alerts", "Drift windows"}
+        for panel in (panel for panel in load("sqlite")["panels"] if panel["title"] in titles):
+            query = panel["targets"][0]["rawQueryText"].replace("${device:sqlstring}", "'pi-07'")
+            for macro, at_s in (("$__from", SINCE_S), ("$__to", SINCE_S + 60)):
+                query = query.replace(macro, str(at_s * 1000))
+            assert connection.execute(query).fetchall() == [], panel["title"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import secrets
 import signal
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
     from agent.fleet.config import FleetConfig
     from agent.fleet.dashboard.pages.desk import OperatorDesk
     from agent.fleet.dashboard.security.access import AccessPolicy
+    from agent.fleet.database.store import FleetStore
 
 _SECRET_FILE = "dashboard.key"
+# Of malloc.h.
+_M_ARENA_MAX = -8
 _ROLES = click.Choice(["viewer", "operator", "admin"])
 
 
@@ -67,7 +71,6 @@ def dashboard(
     account and are viewers. Everybody else signs in: `outstation fleet user add NAME --role operator`. What an operator
     decides is signed with the operator's key; without one, no action is offered.
     """
-    from agent.cli.fleet.dashboard.plot import render_device_drift
     from agent.fleet.dashboard.app import create_app
     from agent.fleet.dashboard.pages.visit import Dashboard
     from agent.fleet.dashboard.security.access import AccessPolicy
@@ -75,6 +78,7 @@ def dashboard(
     from agent.fleet.dashboard.server import Listener, create_server, open_socket, parse_listen
     from agent.fleet.metrics.endpoint import dashboard_route, load_token
 
+    _limit_heaps()
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
@@ -94,7 +98,7 @@ def dashboard(
         echo("outstation: warning: passwords cross the network unencrypted; add --tls-cert and --tls-key", err=True)
     desk = None if read_only else _open_desk(config, home, operator_key)
     listening = open_socket(listener)
-    served = Dashboard(config.fleet.name, home, location, policy, desk, render_device_drift)
+    served = Dashboard(config.fleet.name, home, location, policy, desk, _plot_drift)
     metrics = dashboard_route(served, load_token(config.metrics))
     shown = f"[{host}]" if ":" in host else host
     actions = "with the operator's key" if desk else "read-only"
@@ -106,6 +110,19 @@ def dashboard(
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+
+
+def _limit_heaps() -> None:
+    """Let all threads share a heap of glibc: the rows that each reads would leave megabytes in a heap of its own."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def _plot_drift(store: FleetStore, device: str, task: str, since: str | None, dark: bool) -> str:
+    """Import the plot with its first request: most visitors see none, and it takes megabytes."""
+    from agent.cli.fleet.dashboard.plot import render_device_drift
+
+    return render_device_drift(store, device, task, since, dark)
 
 
 def _load_secret(home: Path) -> bytes:

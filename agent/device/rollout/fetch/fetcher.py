@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import msgspec
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig
+from agent.config.day_window import DAY_S
 from agent.device.machine.timekeeping import trusted_time_us
 from agent.device.rollout.fetch import request as requests
 from agent.device.rollout.fetch import version_floors
@@ -55,9 +55,6 @@ _PERMANENT_ERRORS = frozenset({"Incompatible", "TooLarge", "MissingRoot", "NoSuc
 # A roll-out may start before the device's mirror of the repository has the bundle.
 _UNPUBLISHED_ERROR = "NoSuchTarget"
 _BUSY_POLL_S, _CLOSED_POLL_S = 1.0, 60.0
-_DAY_S = 86_400.0
-# In the year 9999: a broken clock may show a later time.
-_MAX_TIME_S = 253_402_000_000.0
 
 
 class FetchProcess:
@@ -362,14 +359,8 @@ def seconds_until_close(updates: UpdatesConfig, now: ClockReading) -> float:
 
     A repository in a folder has no window.
     """
-    if updates.window_minutes is None or updates.is_folder:
-        return _DAY_S
-    if now.quality == "unsynced":
-        return 0.0
-    local = datetime.fromtimestamp(min(now.wall_us / 1e6, _MAX_TIME_S))
-    begin, end = (60.0 * minute for minute in updates.window_minutes)
-    since = (local.hour * 3600.0 + local.minute * 60.0 + local.second - begin) % _DAY_S
-    return max(0.0, (end - begin) % _DAY_S - since)
+    window = updates.day_window
+    return DAY_S if window is None or updates.is_folder else window.seconds_until_close(now)
 
 
 def _bundle_key(desired: DesiredBundle) -> tuple[str, str, str]:
