@@ -232,6 +232,18 @@ def test_a_join_that_is_killed_at_any_step_can_be_repeated(
     assert (names <= {*steps}, number) == (True, len(steps) + 1)
 
 
+def test_a_newer_certificate_for_the_same_key_needs_no_consent(tmp_path: Path, documents: Any, answer: Any) -> None:
+    home = tmp_path / "pi"
+    alone(home, STREAM)
+    documents("join", answer(home), "--dir", home, "--replace")
+    before = (home / "device.crt").read_bytes()
+    (tmp_path / "acme" / "devices" / "pi-07" / "device.crt").unlink()
+    (tmp_path / "pi.tar.gz").unlink()
+    assert documents("join", answer(home), "--dir", home)["replaced"] == []
+    assert (home / "device.crt").read_bytes() != before
+    assert STREAM in (home / "outstation.toml").read_text()
+
+
 def test_a_running_daemon_is_named_before_anything_is_written(
     tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
