@@ -14,6 +14,7 @@ from agent.bootstrap import owner
 from agent.cli import main
 from agent.cli.device.init import is_untouched
 from agent.wire import keys
+from tests.kit.commands import call_outstation
 
 
 def init(*arguments: object) -> int:
@@ -116,11 +117,9 @@ def test_root_gives_the_keys_to_the_owner_of_the_data_folder_and_no_link_leads_e
     (home / "link.key").symlink_to(secret)
     os.link(secret, home / "second.key")
     (home / "device.key.before-join").write_text("")
-    main(["init", str(home), "--id", "pi-07", "--data-dir", str(data)])
-    modes = {
-        path.name: (path.stat().st_uid, path.stat().st_gid, stat.S_IMODE(path.stat().st_mode))
-        for path in home.glob("*")
-    }
+    assert call_outstation("init", str(home), "--id", "pi-07", "--data-dir", str(data)).returncode == 0
+    entries = {path.name: path.stat() for path in home.iterdir()}
+    modes = {name: (entry.st_uid, entry.st_gid, stat.S_IMODE(entry.st_mode)) for name, entry in entries.items()}
     assert modes["device.key"] == modes["device.key.before-join"] == (65534, 65533, 0o600)
     assert modes["outstation.toml"] == modes["device.key.pub"] == (0, 65533, 0o640)
     assert secret.stat().st_uid == 0
