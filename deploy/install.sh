@@ -273,12 +273,12 @@ install_service() {
     fi
 }
 
-ready() { # would the daemon start with this config? The broker may be out of reach now.
+ready() { # would the daemon start with this config? Broker and repository may be out of reach now.
     local report
     report=$(runuser -u outstation -- "$program/bin/outstation" check --json -c "$config/outstation.toml") || true
     [[ -n $report ]] && "$program/bin/python" -c '
 import json, sys
-failed = [one for one in json.load(sys.stdin) if one["state"] == "failed" and one["name"] != "broker"]
+failed = [one for one in json.load(sys.stdin) if one["state"] == "failed" and one["name"] not in ("broker", "updates")]
 for one in failed:
     print("outstation:", one["name"] + ":", one["detail"])
 sys.exit(bool(failed))' <<<"$report"

@@ -110,7 +110,7 @@ def _start_rollout(store: FleetStore, fleet: str, operator: keys.SigningKey) -> 
 
 
 def _work(dashboard: ServedDashboard) -> None:
-    """Create accounts, and let one of them acknowledge an incident."""
+    """Create accounts, and let one of them acknowledge an incident and give verdicts on it and on results."""
     now, password = now_text(), passwords.hash_password(PASSWORD)
     with dashboard.store.transaction() as db:
         for name, role in ROLES.items():
@@ -118,7 +118,14 @@ def _work(dashboard: ServedDashboard) -> None:
     ref = re.search(r"/incidents/[0-9a-f]{12}", dashboard.get("/incidents").text)
     assert ref is not None
     note = {"action": "acknowledge", "note": "The strap is loose; I go there at noon."}
-    dashboard.post(ref[0], note, dashboard.sign_in("otto"))
+    otto = dashboard.sign_in("otto")
+    dashboard.post(ref[0], note, otto)
+    dashboard.post(f"{ref[0]}/verdict", {"action": "right", "note": "The strap was loose."}, otto)
+    rows = re.findall(r'name="row" value="(\d+)"', dashboard.get("/devices/pi-01?range=all", otto).text)
+    for n, row in enumerate(dict.fromkeys(rows[:12])):
+        correction = {"action": "correct", "label": "PEN", "note": "seen on the video"}
+        verdict = correction if n == 2 else {"action": "confirm"}
+        dashboard.post("/devices/pi-01/verdict", {"task": "exercise", "row": row, **verdict}, otto)
 
 
 def _pages(dashboard: ServedDashboard) -> dict[str, str]:
@@ -133,6 +140,7 @@ def _pages(dashboard: ServedDashboard) -> dict[str, str]:
         "incidents": "/incidents",
         "incident": ref[0],
         "device": "/devices/pi-01?range=all",
+        "labels": "/labels?task=exercise",
         "tasks": "/tasks",
         "task": "/tasks/exercise",
         "models": "/models",

@@ -108,7 +108,7 @@ def build(out: Path) -> list[Page]:
             known[path] = page = Page(path)
             waiting += [link for link in page.links if link.suffix == ".md"]
             files |= {link for link in page.links if link.suffix != ".md"}
-    pages = [known[path] for path in sorted(known)]
+    pages = [known[path] for path in sorted(known, key=lambda path: (path.name != "index.md", path))]
     for page in pages:
         target = out / page.url
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -160,8 +160,24 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     if tensor.limits:
         low, high = tensor.limits
         lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
-    lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
+        outside = [
+            f"{name} has {scale.low:.4g} to {scale.high:.4g}"
+            for name, scale in zip(columns, table.scales if table else (), strict=False)
+            if scale.low < low or scale.high > high
+        ]
+        if outside:
+            lines.append(f"# The data do not fit, so the model was trained on scaled values: {'; '.join(outside[:8])}.")
+    if columns and table:
+        lines.append("# Of these data, if the model was trained on (x - mean) / std; better those of its training:")
+        lines.append(f"# mean = {_to_toml([_round(scale.mean) for scale in table.scales])}")
+        lines.append(f"# std = {_to_toml([_round(scale.std) or 1.0 for scale in table.scales])}")
+    else:
+        lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
     return lines
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _suggest_drift_window(tensor: Tensor, windows: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import re
 import tarfile
 import tempfile
@@ -116,6 +115,8 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
         for name, content in files.items()
         if (folder / name).exists() and input_files.read_bytes(folder / name) != content
         if name != CONFIG_FILE or sections
+        # A newer one for the key that is here.
+        if name != CERTIFICATE_FILE or TLS_KEY_FILE in members
     ]
     device = theirs["device"]
     place = folder.resolve() / (data_dir or device.get("data_dir", ""))
@@ -129,13 +130,14 @@ def apply(plan: JoinPlan) -> bool:
     for name in plan.replaced:
         former, mode = input_files.read_bytes(plan.folder / name), _MEMBERS[name]
         if former != plan.files[name]:
-            _write(plan, name + FORMER, former, mode)
+            durable_files.write(plan.folder / (name + FORMER), former, mode)
     for name, content in plan.files.items():
         path = plan.folder / name
         if not path.exists() or input_files.read_bytes(path) != content:
-            _write(plan, name, content, _MEMBERS[name])
+            durable_files.write(path, content, _MEMBERS[name])
         if name == KEY_FILE:
-            _write(plan, f"{name}.pub", f"{keys.load_private(path).public.text}\n".encode(), 0o644)
+            public = keys.load_private(path).public.text
+            durable_files.write(keys.public_key_path(path), f"{public}\n".encode())
     conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
     give_files(plan.folder, conf.data_dir)
     become_owner(conf.data_dir)
@@ -275,15 +277,3 @@ def _require_stopped(data_dir: Path) -> None:
         raise UsageError(f"{data_dir}: a daemon uses this store; {_STOP_HINT}") from None
     except OSError as error:
         raise UsageError(f"{data_dir / LOCK}: {error.strerror}; join as the owner of the folder, or as root") from None
-
-
-def _write(plan: JoinPlan, name: str, content: bytes, mode: int) -> None:
-    """Write a file durably; root gives it to the user of the data folder, as deploy/install.sh does."""
-    path = plan.folder / name
-    durable_files.write(path, content, mode)
-    if os.geteuid() != 0 or not plan.data_dir.is_dir() or (owner := plan.data_dir.stat()).st_uid == 0:
-        return
-    is_key = mode == 0o600
-    os.chown(path, owner.st_uid if is_key else 0, owner.st_gid, follow_symlinks=False)
-    if not is_key:
-        path.chmod(0o640)

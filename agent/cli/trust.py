@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from agent.model.bundle.bundle import Bundle
 
 
+UNVERIFIED = "claims"
+
+
 def check_signature(path: Path, loaded_bundle: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
-    """Return (ok, sentence) on the signature: verified with the given keys, else with the built-in key."""
+    """Return (ok, sentence) on the signature: verified with the given keys, else with the built-in key.
+
+    The sentence of a signature that no key here can verify begins with `UNVERIFIED`.
+    """
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
 
@@ -24,7 +30,7 @@ def check_signature(path: Path, loaded_bundle: Bundle, trusted: list[PublicKey] 
     if trusted is not None:
         return True, f"by {loaded_bundle.signer}"
     if loaded_bundle.signer not in {key.kid for key in own}:
-        return True, f"claims {loaded_bundle.signer}, not verified: give the publisher's public key with --key"
+        return True, f"{UNVERIFIED} {loaded_bundle.signer}, not verified: give the publisher's public key with --key"
     try:
         return True, f"by {bundles.read(path, own).signer}"
     except BadBundle as problem:

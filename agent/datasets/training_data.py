@@ -117,11 +117,24 @@ def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints
     return starts
 
 
+class ColumnScale(msgspec.Struct, frozen=True):
+    """Range, mean and standard deviation of a column; all 0.0 without a number in it."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+
+_NO_SCALE = ColumnScale(0.0, 0.0, 0.0, 0.0)
+
+
 class TableSummary(msgspec.Struct, frozen=True):
-    """Number columns of a table, without `t`; its rows; and the distinct texts in column `label`."""
+    """Number columns of a table, without `t`, with their scales; its rows; the distinct texts in column `label`."""
 
     path: str
     columns: list[str]
+    scales: list[ColumnScale]
     rows: int
     labels: list[str]
 
@@ -140,13 +153,28 @@ def summarize_table(path: Path) -> TableSummary:
             numbers = [name for name in names if _is_number(str(first.columns[name][0]))]
     rows, labels = 0, set[str]()
     column = LABEL_COLUMN if LABEL_COLUMN in names else names[0]
+    fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
+    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in fields}
     with readers.open_table(path) as table:
         for block in table.read({column: ColumnType.TEXT}):
             rows += len(block.row_numbers)
             if column == LABEL_COLUMN:
                 labels.update(np.unique(np.char.strip(block.columns[column])).tolist())
-    fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
-    return TableSummary(str(path), fields, rows, sorted(labels - {""})[:_MAX_LABELS])
+    with readers.open_table(path) as table:
+        for block in table.read(dict.fromkeys(fields, ColumnType.FLOAT)) if fields else ():
+            for name in fields:
+                values[name].append(np.asarray(block.columns[name], np.float64))
+    scales = [_measure_scale(np.concatenate(values[name])) if values[name] else _NO_SCALE for name in fields]
+    return TableSummary(str(path), fields, scales, rows, sorted(labels - {""})[:_MAX_LABELS])
+
+
+def _measure_scale(values: NDArray[np.float64]) -> ColumnScale:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return _NO_SCALE
+    low, high = float(known.min()), float(known.max())
+    # The computed deviation of a constant is not exactly 0.
+    return ColumnScale(low, high, float(known.mean()), float(known.std()) if high > low else 0.0)
 
 
 def _is_number(text: str) -> bool:

@@ -43,7 +43,8 @@ _ON_FLEET = """
 devices / devices --db {fleet/fleet.db} / alerts / alerts --all / audit / audit --json / gaps / drift / keys show
 repository status / repository refresh / repository copy {out} / rollout status / rollout start {rows.csv}
 accept-log pi-07 / token pi-08 / enrol pi-08 --request {out.json} / revoke pi-07 / disclosed {labels.csv}
-label pi-07 exercise {labels.csv} / publish {bundle} --no-probe / collector north / watch --raw --seconds 1
+label pi-07 exercise {labels.csv} / publish {bundle} --no-probe / collector north
+collector north --revoke / reissue operator / renew / enrol-list {rows.csv} --out {out} / watch --raw --seconds 1
 evidence {out}
 """
 _ON_FILES = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import stat
 import tarfile
 import tomllib
@@ -231,6 +232,18 @@ def test_a_join_that_is_killed_at_any_step_can_be_repeated(
     assert (names <= {*steps}, number) == (True, len(steps) + 1)
 
 
+def test_a_newer_certificate_for_the_same_key_needs_no_consent(tmp_path: Path, documents: Any, answer: Any) -> None:
+    home = tmp_path / "pi"
+    alone(home, STREAM)
+    documents("join", answer(home), "--dir", home, "--replace")
+    before = (home / "device.crt").read_bytes()
+    (tmp_path / "acme" / "devices" / "pi-07" / "device.crt").unlink()
+    (tmp_path / "pi.tar.gz").unlink()
+    assert documents("join", answer(home), "--dir", home)["replaced"] == []
+    assert (home / "device.crt").read_bytes() != before
+    assert STREAM in (home / "outstation.toml").read_text()
+
+
 def test_a_running_daemon_is_named_before_anything_is_written(
     tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +254,24 @@ def test_a_running_daemon_is_named_before_anything_is_written(
         assert run("join", file, "--dir", home) == 2
     assert "a daemon uses this store; stop it first" in capsys.readouterr().err
     assert not (home / "ca.pem").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path) -> None:
+    home, enrolment = tmp_path / "pi", tmp_path / "pi.tar.gz"
+    (home / "data").mkdir(parents=True)
+    os.chown(home / "data", 65534, 65534)
+    key = keys.create()
+    keys.generate(home / "device-tls.key")
+    pack(enrolment, {"outstation.toml": CONFIG, "device.key": key.pem, "ca.pem": b"x"})
+    plan = joining.plan(enrolment, home, lambda text: False)
+    with pytest.MonkeyPatch.context() as patched:
+        # This process goes on as root.
+        patched.setattr(joining, "become_owner", lambda folder: None)
+        joining.apply(plan)
+    owners = {path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in home.iterdir()}
+    assert owners["device.key"] == owners["device-tls.key"] == (65534, 0o600)
+    assert (owners["ca.pem"], owners["outstation.toml"]) == ((0, 0o640), (0, 0o640))
 
 
 def test_another_fleets_key_is_replaced_only_on_request(tmp_path: Path, documents: Any) -> None:

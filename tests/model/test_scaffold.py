@@ -214,6 +214,18 @@ def test_a_table_names_the_fields_and_labels(tmp_path: Path) -> None:
     assert run("pack", out, "-o", tmp_path / "bundle").exit_code == 0
 
 
+def test_data_that_the_input_cannot_hold_are_named_with_their_scale(tmp_path: Path) -> None:
+    scaled = readings(600) * [1, 1, 1000, 0] + [0, 0, 5e6, 7]
+    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), scaled.astype(np.float32))
+    text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
+    [warning] = [line for line in text.splitlines() if "The data do not fit" in line]
+    assert "c has" in warning
+    assert "a has" not in warning
+    proposed = tomllib.loads(text.replace("# mean", "mean").replace("# std", "std").replace("mean = […]", "# mean"))
+    assert proposed["input"]["mean"][2] == pytest.approx(5e6, rel=0.01)
+    assert proposed["input"]["std"][3] == 1.0
+
+
 def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Path) -> None:
     write_csv(tmp_path / "data.csv", ("a", "b", "c"), readings(5)[:, :3])
     text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from agent import config
+from agent.config.metered import MeteredConfig
 from agent.config.notify import NotifyConfig, NotifyRoute, Target
 from agent.config.sources import SocketSource, SourceConfig
+from agent.config.stream_privacy import StreamPrivacy
 from agent.config.updates import UpdatesConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
@@ -20,13 +22,15 @@ HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`|(–|required)) \|", re.MULTILINE)
 SECTIONS: dict[str, Any] = {
     "[device]": config.DeviceConfig,
-    "[broker]": config.BrokerConfig,
+    "[broker]": config.UplinkBrokerConfig,
+    "metered": MeteredConfig,
     "[collector]": config.CollectorConfig,
     "[operators]": config.OperatorsConfig,
     "[publishers]": config.PublishersConfig,
     "[buffer]": config.BufferConfig,
     "[intake]": config.IntakeConfig,
     "[privacy]": config.PrivacyConfig,
+    "[samples]": config.SamplesConfig,
     "[models]": config.ModelsConfig,
     "[throttle]": config.ThrottleConfig,
     "[updates]": UpdatesConfig,
@@ -35,6 +39,7 @@ SECTIONS: dict[str, Any] = {
     **{f"target {kind.__struct_config__.tag}": kind for kind in get_args(Target)},
     "routes": NotifyRoute,
     "[streams.NAME]": config.StreamConfig,
+    "streams.NAME.privacy": StreamPrivacy,
     "fields": config.FieldConfig,
     **{f"source {kind.__struct_config__.tag}": kind for kind in get_args(SourceConfig) if kind is not SocketSource},
     "[tasks.NAME]": config.TaskConfig,
@@ -67,7 +72,7 @@ def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) 
     file = tmp_path / "section.toml"
     required = {name for name, field in fields.items() if field.required}
     assert {name for name, default in described.items() if default == "required"} == required
-    values = {"url": '"mqtt://a"', "to": '["x"]', "targets": '["x"]'}
+    values = {"url": '"mqtt://a"', "to": '["x"]', "targets": '["x"]', "command": '["x"]', "consent": '"all of us."'}
     base = {name: values.get(name, '"x"') for name in required}
     given = base | {name: default for name, default in described.items() if default not in ("–", "required")}
     read = [_read(file, kind, lines) for lines in (base, given)]

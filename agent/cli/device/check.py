@@ -46,6 +46,8 @@ from agent.model.sandbox import confinement
 from agent.text import printable
 
 _FETCH_TIMEOUT_S = 20.0
+# Of the bytes of a message, with `[broker] compress`.
+_COMPRESSED_SHARE = 0.3
 # `fleet renew` renews 90 days before the end, each day.
 _CERTIFICATE_WARNING_DAYS = 60
 STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -138,13 +140,19 @@ def _check_collector(file: Path, conf: Config) -> CheckResult:
 def _check_metered(conf: Config) -> Iterator[CheckResult]:
     """Compare the budget of a metered connection with what the tasks send."""
     metered = conf.broker.metered
-    if metered is None or not (conf.data_dir / DATABASE).exists():
+    if metered is None:
+        return
+    if not (conf.data_dir / DATABASE).exists():
+        yield CheckResult("metered", "ok", "bytes are counted from the first start on")
         return
     with suppress(OutstationError), device.open_store_read_only(conf) as store:
         now = make_clock(store)()
         document = meter.build_status(metered, store, now)
         detail = format_metered(document)
         day = build_cost(conf, store, [*conf.tasks])["per_day"]["air_bytes"]
+        if day is not None and conf.broker.compress:
+            # Counted before compression.
+            day *= _COMPRESSED_SHARE
         bulk = None if metered.budget is None else meter.budget_share(metered.budget, urgent=False)
         if bulk is not None and day is not None and day > bulk:
             fate = "is given up" if metered.max_age is not None else "waits, and fills the store"

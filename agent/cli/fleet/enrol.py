@@ -64,6 +64,7 @@ def init(
     from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
     from agent.fleet.repository import create
+    from agent.fleet.repository.layout import Layout
 
     if no_repository and (root_keys or repository_url):
         raise UsageError("--no-repository makes none; leave out --root-keys and --repository")
@@ -79,13 +80,16 @@ def init(
         create.require_outside(root_keys, folder)
     repository_url = repository_url or _choose_repository(broker.host, name, folder)
     create.check_url("--repository", repository_url)
+    if root_keys is None and not no_repository:
+        root_keys = Layout(folder).initial_root_keys
+        try:
+            root_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{root_keys}: {error.strerror}; name another folder with --root-keys") from None
     config = init_fleet(folder, name, broker)
     made = None
-    if not no_repository:
+    if root_keys is not None:
         create.write_url(folder, repository_url)
-        if root_keys is None:
-            root_keys = folder.resolve().with_name(f"{folder.resolve().name}.root-keys")
-            root_keys.mkdir(mode=0o700, exist_ok=True)
         made = create.create(folder, root_keys, roots=3, threshold=2)
     # Root keeps the root keys, which are elsewhere.
     give_tree(folder)

@@ -159,12 +159,17 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
     """Check BUNDLE, a path or the name of a built-in bundle: signature, hashes, golden vectors in a child process."""
     document = _check_bundle(bundle, public)
     title = f"{document['name'] or 'bundle'} {document['version'] or ''} {document['digest'] or ''}".strip()
-    marks = {True: click.style("ok    ", fg="green"), False: click.style("failed", fg="red")}
-    lines = [printable(title)]
-    lines += [f"{marks[c['ok']]}  {c['name']}: {printable(c['detail'])}" for c in document["checks"]]
+    lines = [printable(title), *(_format_check(**entry) for entry in document["checks"])]
     emit(document, as_json, lambda: echo_styled("\n".join(lines)))
     if not document["ok"]:
         sys.exit(1)
+
+
+def _format_check(name: str, ok: bool, detail: str) -> str:
+    mark = click.style("ok     ", fg="green") if ok else click.style("failed ", fg="red")
+    if ok and name == "signature" and detail.startswith(trust.UNVERIFIED):
+        mark = click.style("warning", fg="yellow")
+    return f"{mark}  {name}: {printable(detail)}"
 
 
 def _check_bundle(path: Path, public: str | None) -> dict[str, Any]:

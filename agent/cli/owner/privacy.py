@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
+import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
 from agent.cli.output import config_option, echo, emit, json_option, print_table
 from agent.config import Config, FieldConfig, StreamConfig
+from agent.device.samples.rounding import protect_column
 from agent.text import printable
 from agent.wire import commitment
 from agent.wire.privacy.field_privacy import OPEN, FieldPrivacy
@@ -88,6 +90,11 @@ def _list_examples(
     for kind, member, body in _build_bodies(name, value):
         if not rules.keeps(kind):
             yield {"message": kind, "member": member, "example": _find(rules.apply(kind, body, now_us), member)}
+    is_sampled = conf.samples is not None and any(map(conf.samples.covers, tasks)) and rules.min_results <= 1
+    if conf.samples is not None and is_sampled and field.type != "category" and not rules.keeps("samples"):
+        readings = protect_column(name, np.array([value]), conf.samples.digits, rules, now_us)
+        if readings is not None:
+            yield {"message": "samples", "member": name, "example": {"sealed": readings}}
     is_sliced = any(name == (s if isinstance(s, str) else s.field) for task in tasks for s in conf.tasks[task].slices)
     if is_sliced and not rules.keeps("quality"):
         text = _EXAMPLE_TEXT if field.type == "category" else "below 20"

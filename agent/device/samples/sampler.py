@@ -10,12 +10,11 @@ import logging
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agent.arrays import Float64s
 from agent.clock import ClockReading
 from agent.device.samples import budget, requests
 from agent.device.samples.requests import SampleRequest
+from agent.device.samples.rounding import protect_column
 from agent.device.samples.selection import SampledTask
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows, concatenate
@@ -86,11 +85,14 @@ class Sampler:
         first, rows = self._read_rows(task, request)
         least_count = self._message_log.least_count(task.name)
         problem = "gone" if not len(rows) else "few" if len(rows) < least_count else ""
+        privacy = self._message_log.field_privacy(task.name)
+        if privacy.keeps("samples") or privacy.min_results > 1 or all(map(privacy.hides_numbers, task.fields)):
+            problem = "private"
         limit, size = min(task.config.max_message, self._message_log.max_bytes), 0
         body: dict[str, object] = {}
         while not problem:
             if len(rows) * len(task.fields) <= _MAX_VALUES_PER_BYTE * limit:
-                body = self._build_body(task, request, key, first, rows)
+                body = self._build_body(task, request, key, first, rows, now)
                 size = len(messages.encode(body)) + _HEAD_BYTES
                 if size <= limit:
                     break
@@ -136,12 +138,16 @@ class Sampler:
         return first, concatenate(pieces)
 
     def _build_body(
-        self, task: SampledTask, request: SampleRequest, key: EncryptionKey, first: int, rows: Rows
+        self, task: SampledTask, request: SampleRequest, key: EncryptionKey, first: int, rows: Rows, now: ClockReading
     ) -> dict[str, object]:
-        names = [field.name for field in task.stream_fields]
-        columns = [_to_values(rows.columns[names.index(name)], task.config.digits) for name in task.fields]
+        names, privacy = [field.name for field in task.stream_fields], self._message_log.field_privacy(task.name)
+        columns = {}
+        for name in task.fields:
+            column = rows.columns[names.index(name)]
+            if (values := protect_column(name, column, task.config.digits, privacy, now.wall_us)) is not None:
+                columns[name] = values
         times = np.diff(rows.t, prepend=0).tolist()
-        content = SampleContent(consent=task.config.consent, fields=list(task.fields), t=times, columns=columns)
+        content = SampleContent(consent=task.config.consent, fields=[*columns], t=times, columns=[*columns.values()])
         topic = str(Topic(self._message_log.fleet, self._message_log.device, "samples", task.name))
         sealed = sealing.seal_content(key, topic, sample_content.encode(content))
         return {
@@ -162,18 +168,3 @@ def _shrink(request: SampleRequest, first: int, count: int) -> tuple[int, int]:
     window_begin, window_end = request.begin - first, request.row + 1 - first
     before, after = window_begin // request.step // 2, (count - window_end) // request.step // 2
     return window_begin - before * request.step, window_end + after * request.step
-
-
-def _to_values(column: NDArray[np.generic], digits: int) -> list[float | None]:
-    values = round_to_digits(column.astype(np.float64), digits)
-    return [value if abs(value) <= 1e100 else None for value in values.tolist()]
-
-
-def round_to_digits(values: Float64s, digits: int) -> Float64s:
-    """Round values (n,) to so many significant digits; NaN and infinity stay."""
-    usable = np.isfinite(values) & (values != 0)
-    exponent = np.floor(np.log10(np.abs(values, where=usable, out=np.ones_like(values)))) - (digits - 1)
-    # Powers of ten are exact up to 1e22, so that a quotient of integers is the nearest number to the decimal.
-    exponent = np.clip(exponent, -300, 300)
-    up, down = 10.0 ** np.maximum(exponent, 0), 10.0 ** np.maximum(-exponent, 0)
-    return np.where(usable, np.round(values / up * down) / down * up, values)

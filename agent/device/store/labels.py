@@ -273,19 +273,26 @@ class LabelStore:
         self._db.executemany(sql, ((task, number) for number in numbers))
 
     def trim_labels(self, task: str, retain: int, limit: int) -> None:
-        """Delete up to `limit` of the oldest labels beyond the newest `retain`."""
+        """Delete up to `limit` labels beyond `retain`: the oldest without an author, then the oldest.
+
+        Whoever may write rows can send any number of labels, which must not push out those of authors.
+        """
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
         oldest = self._db.execute(sql, (task,)).fetchone()
         if oldest is None or self.newest_number(task) - oldest[0] < retain:
             return
         # Numbers have gaps where a label was replaced.
-        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number DESC LIMIT 1 OFFSET ?"
-        last = self._db.execute(sql, (task, retain)).fetchone()
-        sql = "SELECT number FROM labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number LIMIT ?"
-        old = self._db.execute(sql, (task, last[0] if last else 0, limit)).fetchall()
+        sql = "SELECT count(*) FROM labels WHERE task = ? AND number > 0"
+        excess = int(self._db.execute(sql, (task,)).fetchone()[0]) - retain
+        if excess <= 0:
+            return
+        sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number > 0 ORDER BY number"
+        records = [(number, _decode_record(data)) for number, data in self._db.execute(sql, (task,))]
+        by_rank = sorted((record is not None and bool(record.by), number) for number, record in records)
+        old = [number for _, number in by_rank[: min(excess, limit)]]
         count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
-        self._db.executemany(sql, ((task, number) for (number,) in old[:count]))
+        self._db.executemany(sql, ((task, number) for number in old[:count]))
 
 
 def label_capacity(database_bytes: int) -> int:

@@ -5,8 +5,7 @@ the baseline anywhere. A deviation needs a size that matters, MIN_SHIFT_SDS or M
 single drift windows of the other reference vary by: sites and people differ. A large one, LARGE_SHIFT_SDS or
 LARGE_RATIO, must only be certain. A field that moved steadily or changed at once while it was learned deviates, too.
 
-Source: Shao & Zhang (2010), Testing for change points in time series, Journal of the American Statistical Association
-105, for steps among values with memory, and table 1 for their limits.
+Source: Hinkley (1970), Inference about the change-point in a sequence of random variables, Biometrika 57, for steps.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ MAX_NAMED_FIELDS = 5
 # Chance that a reference of an unchanged site deviates, over all fields.
 DEVIATION_BUDGET = 1e-2
 MIN_STEP_WINDOWS = 4  # on either side of a step
-# What chance exceeds in 1 % of series, and by how much more it exceeds in 1 / e of these.
-STEP_LIMIT, STEP_LIMIT_GROWTH = 68.6, 23.1
-STEP_LIMIT_WINDOWS = 12.0  # independent ones, of which the limit is twice as high; simulated with AR(1) windows
-STEP_LOOKS = 4  # independent ones, while learning goes on
+# Independent places and times at which a step is looked for, while learning goes on, and independent windows by whose
+# inverse the limit rises, as few of them tell little of their memory. Both from simulated AR(1) windows.
+STEP_LOOKS, STEP_ERROR = 8, 8.0
+STEP_BLOCKS, MIN_STEP_BLOCKS = (1, 2, 4), 10  # windows that are taken together to tell memory, and such blocks
 SHIPPED, FORMER, ACCEPTED, TREND, STEP = "shipped", "former", "accepted", "trend", "step"
 _AGAINST = {
     SHIPPED: "the shipped reference",
@@ -272,7 +271,9 @@ def find_steps(values: Float64s, t: Ints, learned: Reference) -> list[Deviation]
     `values` (K, 2F) are residuals in class sd, without a daily cycle, of windows that began at `t` (K,) epoch µs.
     """
     fields = len(learned.fields)
-    step, at = _fit_steps(_fill_gaps(values))
+    # Means and spreads have memories of their own.
+    kinds = np.split(_fill_gaps(values), 2, axis=1)
+    step, at = (np.concatenate(parts) for parts in zip(*map(_fit_steps, kinds), strict=True))
     class_sd, sd = _mean_class_sd(learned), np.maximum(learned.sd, 1e-12)
     shift = step[:fields] * class_sd[:fields]
     log_ratio = step[fields:] * (class_sd[fields:] if learned.windowed else 1.0) / 2
@@ -296,34 +297,39 @@ def find_steps(values: Float64s, t: Ints, learned: Reference) -> list[Deviation]
 def _fit_steps(values: Float64s) -> tuple[Float64s, Ints]:
     """Return the step (T,) that values (K, T) made, 0 for none that is certain, and the number of values before it.
 
-    The difference of both sides is measured by what their own partial sums wander.
+    There are as many values of another kind.
     """
-    windows = len(values)
+    windows, columns = len(values), np.arange(values.shape[1])
     before = np.arange(1, windows)[:, None]
-    forward, backward = _bridge_squares(values)[:-1], _bridge_squares(values[::-1])[-2::-1]
+    weight = before * (windows - before) / windows
     difference = np.cumsum(values - values.mean(0), axis=0)[:-1]
-    ratio = windows * difference**2 / np.maximum(forward + backward, 1e-24)
-    ratio[: MIN_STEP_WINDOWS - 1] = ratio[windows - MIN_STEP_WINDOWS :] = 0.0
-    columns, count = np.arange(values.shape[1]), before * (windows - before) / windows
-    steps, most = -difference / count, ratio.argmax(0)
-    rest = values - np.where(np.arange(windows)[:, None] > most, steps[most, columns], 0.0)
-    memory = control_limits.fit_autocorrelation(rest, np.full(len(columns), 3.0))
-    independent = windows * (1 - memory) / (1 + memory)
-    limit = STEP_LIMIT + STEP_LIMIT_GROWTH * math.log(len(columns) * STEP_LOOKS)
-    certain = ratio[most, columns] > limit * (1 + STEP_LIMIT_WINDOWS / independent)
-    # Least squares tell better when it was.
-    at = (difference**2 / count).argmax(0)
-    return np.where(certain, steps[at, columns], 0.0), at + 1
+    gain = difference**2 / weight
+    gain[: MIN_STEP_WINDOWS - 1] = gain[windows - MIN_STEP_WINDOWS :] = 0.0
+    at = gain.argmax(0)
+    step = -(difference / weight)[at, columns]
+    rest = values - np.where(np.arange(windows)[:, None] > at, step, 0.0)
+    wander, independent = _estimate_wander(rest)
+    limit = 2 * math.log(4 * len(columns) * STEP_LOOKS / DEVIATION_BUDGET) * (1 + STEP_ERROR / independent)
+    return np.where(gain[at, columns] > limit * np.maximum(wander, 1e-24), step, 0.0), at + 1
 
 
-def _bridge_squares(values: Float64s) -> Float64s:
-    """Return (K, T) for the first k of values (K, T) the sum of squares of their partial sums, less the line to 0."""
-    count = np.arange(1.0, len(values) + 1)[:, None]
-    # From the mean of all: fewer digits cancel.
-    total = np.cumsum(values - values.mean(0), axis=0)
-    slope = total / count
-    squares = np.cumsum(total**2, axis=0) - 2 * slope * np.cumsum(count * total, axis=0)
-    return np.asarray(np.maximum(squares + slope**2 * np.cumsum(count**2, axis=0), 0.0))
+def _estimate_wander(rest: Float64s) -> tuple[Float64s, Float64s]:
+    """Return the variance of a sum of what a step leaves (K, T), per window, and independent windows that tell it (T,).
+
+    Noise hides a long memory from neighbors, but not from means of several windows: the largest estimate counts.
+    """
+    wander, independent = np.zeros(rest.shape[1]), np.full(rest.shape[1], float(len(rest)))
+    for size in STEP_BLOCKS:
+        count = len(rest) // size
+        if count < MIN_STEP_BLOCKS:
+            continue
+        blocks = rest[len(rest) - count * size :].reshape(count, size, -1).mean(1)
+        # A mean, a step and its place were fitted.
+        memory = control_limits.fit_autocorrelation(blocks, np.full(rest.shape[1], 3.0))
+        factor = (1 + memory) / (1 - memory)
+        wander = np.maximum(wander, size * blocks.var(0) * count / (count - 2) * factor)
+        independent = np.minimum(independent, count / factor)
+    return wander, independent
 
 
 def _mean_class_sd(learned: Reference) -> Float64s:

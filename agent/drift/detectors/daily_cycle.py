@@ -27,7 +27,7 @@ MIN_HOURS = 12  # of the day with windows
 MIN_EXPLAINED_SHARE = 0.2  # of the variance, beyond what as many harmonics explain by chance
 OUTLIER_SDS = 6.0  # robust sd from the fit
 REST_DAYS = (2, 1)
-WAVE_WEIGHT = 0.75  # of a wave's error among those of the mean
+WAVE_WEIGHT, SPREAD_WEIGHT = 0.75, 0.5  # of a wave's error among those of the mean, and of the spread
 SPREAD_HARMONICS = 2
 MIN_SPREAD_GAIN = 10.0  # of the log likelihood: chance gains more in one of 2000 tests
 MAX_LOG_SPREAD = 2.5  # of an hour's spread to that of the day, at most: a factor of 12
@@ -61,7 +61,7 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
     @property
     def hours(self) -> Float64s:
         """(T,) numbers fitted to the spread of each test."""
-        return np.asarray(1.0 + (self.spread != 0).sum(0))
+        return np.asarray(1.0 + SPREAD_WEIGHT * (self.spread != 0).sum(0))
 
     @property
     def has_rest_days(self) -> bool:

@@ -144,7 +144,7 @@ def _choose_fields(opened: Sequence[_Opened]) -> list[str]:
 
 def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[bytes]) -> str:
     """Return why a sample stays out; "" and note its readings if it does not."""
-    if set(content.fields) != set(fields):
+    if set(content.fields).isdisjoint(fields):
         return "other fields"
     digest = hashlib.sha256(msgspec.json.encode((content.t, content.fields, content.columns))).digest()
     if digest in readings:
@@ -156,8 +156,9 @@ def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[b
 def _add(result: Gathered, opened: _Opened, context: dict[str, Any]) -> None:
     """Append a sample to the recordings, or the rows that are new to the last recording of its log."""
     sample, content = opened.stored.sample, opened.content
-    order = [content.fields.index(name) for name in result.fields]
-    values = np.array([content.columns[index] for index in order], np.float64).T
+    sent, unknown = dict(zip(content.fields, content.columns, strict=True)), [None] * len(content.t)
+    # A device may keep some of the fields.
+    values = np.array([sent.get(name, unknown) for name in result.fields], np.float64).T
     t = np.array(content.expand_times(), np.int64)
     member = _describe(opened, context)
     last = result.recordings[-1] if result.recordings else None

@@ -54,7 +54,9 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
     """Return up to `limit` results to label, in turn of each task. `seed` chooses the random ones."""
     pairs = table.list_tasks(db, device, task)
     share = min(_MAX_ROWS, max(_MIN_ROWS, _READ_ROWS // max(1, len(pairs))))
-    by_task = [_choose(db, *pair, share, limit, seed) for pair in pairs[: _READ_ROWS // _MIN_ROWS]]
+    # Of many tasks, each gives a few, so that the list is full even if most have none.
+    few = min(limit, max(len(label_candidates.REASONS), 4 * limit // max(1, len(pairs))))
+    by_task = [_choose(db, *pair, share, few, seed) for pair in pairs[: _READ_ROWS // _MIN_ROWS]]
     in_turn = (request for turn in itertools.zip_longest(*by_task) for request in turn if request is not None)
     return [*itertools.islice(in_turn, limit)]
 

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from agent import clock
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object
 from agent.names import is_name
+from agent.text import printable
 
 STATES = ("online", "offline", "stopped", "silent", "enrolled", "revoked")
 DRIFT_STATES = ("ok", "drift", "fault", "insufficient")
@@ -183,8 +184,8 @@ def bound_reasons(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def to_label(value: object) -> str:
-    """Return a text as the value of a label: short, and encodable."""
-    return value[:_MAX_LABEL].encode(errors="replace").decode() if isinstance(value, str) else ""
+    """Return a text as the value of a label: short, on one line, and encodable."""
+    return printable(value[:_MAX_LABEL])[:_MAX_LABEL] if isinstance(value, str) else ""
 
 
 def _add(

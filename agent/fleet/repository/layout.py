@@ -37,6 +37,12 @@ class Layout(msgspec.Struct, frozen=True):
         return self.fleet / "repository-keys"
 
     @property
+    def initial_root_keys(self) -> Path:
+        """Return the folder, beside the fleet's, where `fleet init` writes root keys unless another is named."""
+        fleet = self.fleet.resolve()
+        return fleet.with_name(f"{fleet.name}.root-keys")
+
+    @property
     def draft(self) -> Path:
         """Return the path of the root draft that waits for signatures."""
         return self.home / "root.json.draft"

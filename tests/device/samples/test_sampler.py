@@ -13,13 +13,14 @@ from msgspec.structs import replace
 
 from agent.config import SamplesConfig
 from agent.device.samples import requests
-from agent.device.samples.sampler import round_to_digits
+from agent.device.samples.rounding import round_to_digits
 from agent.errors import MessageRefused
 from agent.transport import sample_content
 from agent.transport.sample_content import SampleContent
 from agent.transport.sealing import Opener
 from agent.wire.keys import b64url_decode
 from agent.wire.messages import SamplesPayload
+from agent.wire.privacy.field_privacy import FieldPrivacy
 from scripts.kit.bundles import CENTRES, CLASSIFY, activated
 from tests.kit.devices import NOW
 from tests.kit.sampled_devices import CONSENT, FALL, KEY, LATER, SampledDevice
@@ -157,6 +158,26 @@ def test_fewer_rows_than_the_least_count_are_never_sent(make_device: Callable[..
     assert [sample.n for sample in device.send(replace(LATER, boot_s=LATER.boot_s + 9))] == [11]
 
 
+def test_the_owners_rules_for_fields_hold_for_samples(make_device: Callable[..., SampledDevice]) -> None:
+    device = make_device()
+    fields = frozenset({"extra", *device.task.bundle.manifest.input.fields})
+    private, stepped, *others = device.task.bundle.manifest.input.fields
+    rules = FieldPrivacy(fields, frozenset({private}), {stepped: 0.5})
+    device.author.privacy = {"tiny": rules}
+    device.feed((CENTRES[[1, 1, 1, 0, 1, 1]] + 0.123).astype(np.float32))
+    device.run_all()
+    [sample] = device.send()
+    content = opened(sample)
+    assert content.fields == [stepped, *others]
+    assert set(content.columns[0]) == {2.0, 0.0}
+    for kept in (replace(rules, kinds=frozenset({"alerts"})), replace(rules, min_results=5)):
+        device.author.privacy = {"tiny": kept}
+        device.feed_text("r" * 9 + "lrr")
+        device.send(replace(LATER, boot_s=LATER.boot_s + 1000 * kept.min_results))
+    assert len(device.samples()) == 1
+    assert device.status()["dropped"] == {"private": 2}
+
+
 def test_rows_that_were_sent_are_not_sent_again(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device(replace(CONSENT, windows=5))
     device.feed_text("rrrrrrrlrlrlrrrrrrr")
@@ -164,7 +185,7 @@ def test_rows_that_were_sent_are_not_sent_again(make_device: Callable[..., Sampl
     assert device.status()["covered"] == 2
 
 
-def test_deleted_rows_are_counted_as_gone(make_device: Callable[..., SampledDevice]) -> None:
+def test_deleted_rows_are_counted(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device()
     device.feed_text("rrrrrlrr")
     with device.store.transaction() as tx:

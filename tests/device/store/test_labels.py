@@ -177,6 +177,18 @@ def test_trimming_leaves_the_newest_labels(store: Store) -> None:
     assert [item.number for item in value_read] == list(range(71, 101))
 
 
+def test_a_flood_of_labels_without_an_author_pushes_out_none_with_one(store: Store) -> None:
+    keep(store, given_rows(5, n=100))
+    with store.transaction() as tx:
+        for row in range(5, 505, 5):
+            result = tx.labels.find_by_row("judge", row)
+            assert result is not None
+            tx.labels.store_label("judge", Label(row, None, "a", by="eva" if row <= 100 else ""), result, 1)
+        tx.labels.trim_labels("judge", 30, 1000)
+    value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    assert [item.number for item in value_read] == [*range(1, 21), *range(91, 101)]
+
+
 @pytest.mark.parametrize("pages", [2**19, 2**24, 2**30, 2**40])
 def test_labels_take_a_small_share_of_any_store(pages: int) -> None:
     stored = label_capacity(pages)

@@ -18,7 +18,8 @@ from tests.kit.dashboards import PASSWORD, ServedDashboard, enrolled, health, se
 
 pytestmark = pytest.mark.process
 PAGES = ("/fleet", "/fleet?group=state&q=pi", "/fleet?q=nothing", "/incidents", "/incidents?status=cleared",
-         "/devices/pi-07?range=all", "/tasks", "/tasks/exercise", "/models", "/models/exercise", "/rollouts", "/audit",
+         "/devices/pi-07?range=all", "/labels",
+         "/tasks", "/tasks/exercise", "/models", "/models/exercise", "/rollouts", "/audit",
          "/accounts", "/login", "/nothing")  # fmt: skip
 VIEWS = {"light": (1280, 860, "light"), "dark": (1280, 860, "dark"), "phone": (390, 844, "light")}
 DEVICES = 1000

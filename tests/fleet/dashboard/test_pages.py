@@ -135,7 +135,7 @@ def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> Non
     assert dashboard.post("/devices/pi-07/verdict", {**form, "row": "77"}, otto).status == 409
     assert dashboard.post("/devices/pi-07/verdict", {**form, "label": "xyz"}, otto).status == 409
     assert dashboard.post("/devices/pi-07/verdict", {**form, "action": "praise"}, otto).status == 400
-    confirmed = {"task": "exercise", "row": "2", "action": "confirm", "back": "/labels?task=exercise"}
+    confirmed = {"task": "exercise", "row": "101", "action": "confirm", "back": "/labels?task=exercise"}
     assert dashboard.post("/devices/pi-07/verdict", confirmed, otto).location == "/labels?task=exercise"
     assert dashboard.post("/devices/pi-07/verdict", {**form, "action": "withdraw"}, otto).status == 303
     page = dashboard.get("/labels", otto).text
@@ -148,7 +148,7 @@ def test_the_page_labels_lists_what_to_label_next_and_asks_operators_only(dashbo
     assert 'action="/devices/pi-07/verdict"' in page
     assert 'action="/devices/pi-07/verdict"' not in dashboard.get("/labels", dashboard.sign_in("vera")).text
     assert "Nothing waits for a label." in dashboard.get("/labels?task=none", dashboard.sign_in("vera")).text
-    assert dashboard.get("/labels?n=-1&device=%00").status in (200, 303, 401)
+    assert dashboard.get("/labels?n=-1").status == 200
 
 
 def test_an_alert_gets_a_verdict_of_an_operator(dashboard: ServedDashboard) -> None:

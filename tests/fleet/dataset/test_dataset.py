@@ -184,7 +184,7 @@ def test_labels_that_disagree_or_come_from_a_model_are_left_out_and_counted(copi
     assert (decided["label"], decided["by"], decided["predicted"][0]) == ("left", ["jo", "mira"], "left")
 
 
-def test_what_came_later_than_the_chosen_time_does_not_count(copied: Path, tmp_path: Path) -> None:
+def test_labels_and_samples_after_the_chosen_time_are_ignored(copied: Path, tmp_path: Path) -> None:
     label(copied, [(6, "left", "human")])
     label(copied, [(8, "right", "human")], now=AFTER)
     verdict(copied, 31, "right", "jo", AFTER)
@@ -220,7 +220,7 @@ def test_overlapping_samples_are_joined_so_that_no_row_is_there_twice(home: Path
     assert len(times) == len(set(times))
 
 
-def test_samples_sealed_to_a_key_that_is_gone_are_counted(copied: Path, tmp_path: Path) -> None:
+def test_samples_sealed_to_a_deleted_key_are_counted(copied: Path, tmp_path: Path) -> None:
     for path in (copied / "encryption").iterdir():
         path.unlink()
     encryption_keys.create(copied)
@@ -231,7 +231,7 @@ def test_samples_sealed_to_a_key_that_is_gone_are_counted(copied: Path, tmp_path
     assert [*tmp_path.glob(".set*")] == []
 
 
-def test_a_changed_file_of_a_set_is_found(home: Path, tmp_path: Path) -> None:
+def test_a_changed_file_of_a_set_fails_the_check(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     export(home, folder)
     assert run_check(folder).exit_code == 0
@@ -248,7 +248,7 @@ def run_check(folder: Path) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"), [(["t", "b", "c", "d"], "other fields"), (["x"] * 4, "malformed content")]
+    ("fields", "reason"), [(["t", "label", "device", "z"], "other fields"), (["x"] * 4, "malformed content")]
 )
 def test_a_device_that_sends_other_fields_does_not_decide_about_the_samples_of_others(
     copied: Path, tmp_path: Path, fields: list[str], reason: str

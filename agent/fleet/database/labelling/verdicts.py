@@ -22,8 +22,9 @@ _SAVE_OF_ALERT = """
 # Row, label of the agreement, predicted label, score, value, seq: as `load_labelled_results` of labels.
 _AGREED_RESULTS = """
     SELECT v.label, 'verdict', r.label, r.score, r.value, r.seq FROM agreed_verdicts v
-    JOIN results r ON r.device = v.device AND r.task = v.task AND r.row = v.row AND r.log = v.log
-    WHERE v.device = ? AND v.task = ? AND v.log = ? ORDER BY v.row"""
+    CROSS JOIN results r
+    WHERE r.device = v.device AND r.task = v.task AND r.row = v.row AND r.log = v.log
+      AND v.device = ? AND v.task = ? AND v.log = ? ORDER BY v.row"""
 _RESULT = """
     SELECT r.log, r.seq, r.label, r.score, r.value FROM results r
     JOIN logs l ON l.device = r.device AND l.log = r.log
@@ -45,6 +46,7 @@ _DISPUTED = """
         WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
         GROUP BY device, task, log, row HAVING min(label) <> max(label)) disputed"""
 
+# CROSS JOIN: SQLite then looks each verdict's result up, instead of reading all results.
 # Labels and verdicts of people and programs, by author: how many, how many differ from the answer, and how many wrong
 # answers the scores let expect.
 _COMPARED = """
@@ -52,8 +54,9 @@ _COMPARED = """
            sum(1.0 - r.score)
     FROM (SELECT device, task, log, row, given_by, label, 'verdicts' AS origin FROM verdicts
           UNION ALL SELECT device, task, log, row, given_by, label, 'labels' FROM labels WHERE source <> 'model') g
-    JOIN results r ON r.device = g.device AND r.task = g.task AND r.row = g.row AND r.log = g.log
-    WHERE r.label IS NOT NULL AND r.score BETWEEN 0 AND 1
+    CROSS JOIN results r
+    WHERE r.device = g.device AND r.task = g.task AND r.row = g.row AND r.log = g.log
+      AND r.label IS NOT NULL AND r.score BETWEEN 0 AND 1
       AND (CAST(:device AS TEXT) IS NULL OR g.device = :device) AND (CAST(:task AS TEXT) IS NULL OR g.task = :task)
     GROUP BY g.device, g.task, g.given_by, g.origin ORDER BY 1, 2, 3, 4"""
 _OWN_ANSWERS = """
