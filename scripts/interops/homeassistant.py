@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ class Server:
 
     def state(self, entity: str) -> str:
         return str(self.states().get(entity, {}).get("state", ""))
+
+    def has_changed(self, entity: str, before: str) -> bool:
+        return self.state(entity) != before
 
     def attribute(self, entity: str, name: str) -> str:
         return str(self.states().get(entity, {}).get("attributes", {}).get(name, ""))
@@ -202,7 +206,7 @@ def run(folder: Path) -> None:
             fired = server.state(alert)
             kind, summary = (server.attribute(alert, name) for name in ("event_type", "summary"))
             steps.report(f"{alert} at {fired}: {kind}, {summary}")
-            steps.wait("the next one", lambda before=fired: server.state(alert) != before, 200)
+            steps.wait("the next one", partial(server.has_changed, alert, fired), 200)
         for entity, state in sorted(server.states().items()):
             steps.report(f"  {entity} = {state['state']} {state['attributes'].get('unit_of_measurement', '')}")
         device.stop()
