@@ -44,6 +44,6 @@ def check(file: str, samples: SamplesConfig, tasks: Collection[str]) -> None:
             raise ConfigError(file, "samples.tasks", f"unknown task {name!r}{did_you_mean(name, tasks)}")
     if not _MIN_MESSAGE_BYTES <= samples.max_message <= _MAX_MESSAGE_BYTES:
         raise ConfigError(file, "samples.max_message", "must be between 2 KiB and 512 KiB")
-    if samples.max_per_day < samples.max_message:
-        problem = f"{int(samples.max_per_day)} bytes hold no message of max_message, {int(samples.max_message)} bytes"
+    if samples.max_per_day < 2 * samples.max_message:
+        problem = f"{int(samples.max_per_day)} bytes are less than twice max_message, {int(samples.max_message)} bytes"
         raise ConfigError(file, "samples.max_per_day", f"{problem}; raise it, or remove [samples] to send no readings")

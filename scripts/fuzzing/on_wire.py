@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import tempfile
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, TIME, MessageSender, SignedMessage, new_key
-from agent.transport import sealing
+from agent.transport import sample_content, sealing
 from agent.transport.packets import IncomingMessage
+from agent.transport.sample_content import SampleContent
 from agent.wire import enrolment_request, jws, keys, log_head, topics
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
@@ -42,6 +44,7 @@ def kinds() -> list[SignedMessage]:
         sender.health_with_cursor(),
         sender.evicted((1, 2)),
         sender.results(40),
+        sender.samples(),
     ]
     return [*logged, sender.state()]
 
@@ -80,6 +83,22 @@ def seal(data: bytes) -> None:
             assert sealing.open_message(delivery, opener).payload == sent.payload
         except MessageRefused:
             continue
+
+
+def readings() -> list[bytes]:
+    """Return contents of samples, not deflated."""
+    content = SampleContent(consent="yes", fields=["a", "b"], t=[10, 5, 5], columns=[[1.5, None, -2], [0, 0, 1e9]])
+    return [zlib.decompress(sample_content.encode(content))]
+
+
+@target("sample", "accepted readings stay the same when they are encoded again", readings)
+def sample(data: bytes) -> None:
+    for packed in (data, zlib.compress(data)):
+        try:
+            content = sample_content.decode(packed)
+        except ValueError:
+            continue
+        assert sample_content.decode(sample_content.encode(content)) == content
 
 
 @target("topic", "an accepted topic has one spelling only", lambda: [t.encode() for t in TOPICS])

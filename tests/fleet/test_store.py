@@ -27,7 +27,7 @@ from tests.kit.fleet_databases import sqlite_of
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (
     *("devices", "messages", "logs", "gaps", "log_ends", "results", "drift_windows", "alerts", "quality_messages"),
-    *("shadows", "rollout_devices", "learned_references"),
+    *("shadows", "samples", "rollout_devices", "learned_references"),
 )
 
 
@@ -75,7 +75,7 @@ def of_every_kind(sender: MessageSender) -> list[SignedMessage]:
     """Return a log with each kind, and two evictions: of seq 3, and of 5 and 6."""
     log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
     log += [sender.evicted((3, 3)), sender.health_with_cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
-    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("active", strategy="all")]
+    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("active", strategy="all"), sender.samples()]
     return [item for item in log if item.seq not in (3, 5, 6)]
 
 

@@ -1,11 +1,11 @@
-"""Budget of samples: bytes a day of all tasks, of which uncertain results take at most half.
+"""Budget of samples: bytes a day of all tasks. A part is left for what is worth more than uncertain results.
 
 A day is 24 h during which the device is on: a clock that is set, or a battery that is changed, opens no new budget.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,23 +15,25 @@ from agent.device.store import retention
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 
+Reason = Literal["alert", "uncertain", "requested"]
+
 _META = "samples budget"
 _DAY_S = 86_400.0
+# Of the bytes of a day, which all reasons together may have used after a message of this one.
+SHARES: dict[Reason, float] = {"uncertain": 0.5, "alert": 0.75, "requested": 1.0}
 COVERED, _DROPPED = "samples covered", "samples dropped."
 
 
 class SampleBudget(msgspec.Struct, frozen=True):
-    """Bytes of the day that began at the uptime `began_s`; `uncertain` of them are of uncertain results."""
+    """Bytes of the day that began at the uptime `began_s`."""
 
     began_s: float
     used: int = 0
-    uncertain: int = 0
 
-    def spend(self, size: int, limit: int, *, is_uncertain: bool) -> SampleBudget | None:
+    def spend(self, size: int, limit: int, reason: Reason) -> SampleBudget | None:
         """Return the budget after a message of `size` bytes; None if it does not fit."""
-        if self.used + size > limit or (is_uncertain and self.uncertain + size > limit // 2):
-            return None
-        return SampleBudget(self.began_s, self.used + size, self.uncertain + size * is_uncertain)
+        used = self.used + size
+        return SampleBudget(self.began_s, used) if used <= limit * SHARES[reason] else None
 
 
 def load(tx: Transaction, now: ClockReading) -> SampleBudget:
@@ -71,5 +73,5 @@ def _decode(text: str, uptime_s: float) -> SampleBudget:
     try:
         budget = msgspec.json.decode(text, type=SampleBudget) if text else SampleBudget(uptime_s)
     except msgspec.MsgspecError:
-        budget = SampleBudget(uptime_s, 1 << 62, 1 << 62)
+        budget = SampleBudget(uptime_s, 1 << 62)
     return budget if 0 <= uptime_s - budget.began_s < _DAY_S else SampleBudget(uptime_s)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
 from agent.device.samples import budget
+from agent.device.samples.budget import Reason
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -18,8 +18,6 @@ log = logging.getLogger("outstation.samples")
 
 # Requests that wait, and ranges of rows that were sent, of each task.
 MAX_REQUESTS, _MAX_SENT = 64, 64
-
-Reason = Literal["alert", "uncertain", "requested"]
 
 
 class SampleRequest(msgspec.Struct, frozen=True, array_like=True):

@@ -102,9 +102,7 @@ class Sampler:
             first, rows = first + begin, rows.slice(begin, end)
         with self._store.transaction() as tx:
             if not problem:
-                spent = budget.load(tx, now).spend(
-                    size, task.config.max_per_day, is_uncertain=request.reason == "uncertain"
-                )
+                spent = budget.load(tx, now).spend(size, task.config.max_per_day, request.reason)
                 if spent is None:
                     problem = "budget"
                 else:

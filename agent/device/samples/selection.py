@@ -9,7 +9,8 @@ import numpy as np
 
 from agent.arrays import Float64s, Ints
 from agent.config import FieldConfig, SamplesConfig
-from agent.device.samples.requests import Reason, SampleRequest
+from agent.device.samples.budget import Reason
+from agent.device.samples.requests import SampleRequest
 from agent.model.bundle.bundle import Bundle
 from agent.wire.messages import ModelRef
 

@@ -170,10 +170,10 @@ def test_the_owners_rules_for_fields_hold_for_samples(make_device: Callable[...,
     content = opened(sample)
     assert content.fields == [stepped, *others]
     assert set(content.columns[0]) == {2.0, 0.0}
-    for kept in (replace(rules, kinds=frozenset({"alerts"})), replace(rules, min_results=5)):
-        device.author.privacy = {"tiny": kept}
+    for limited in (replace(rules, kinds=frozenset({"alerts"})), replace(rules, min_results=5)):
+        device.author.privacy = {"tiny": limited}
         device.feed_text("r" * 9 + "lrr")
-        device.send(replace(LATER, boot_s=LATER.boot_s + 1000 * kept.min_results))
+        device.send(replace(LATER, boot_s=LATER.boot_s + 1000 * limited.min_results))
     assert len(device.samples()) == 1
     assert device.status()["dropped"] == {"private": 2}
 
