@@ -149,6 +149,11 @@ class StreamConfig(Section, frozen=True):
         return self.source.media_format
 
     @property
+    def has_protected_fields(self) -> bool:
+        """True if the values of a field may not leave as they are; then the journal names none, either."""
+        return bool(self.privacy.protected_fields([field.name for field in self.fields]))
+
+    @property
     def rejects_duplicates(self) -> bool:
         """True if a row with the time and values of an earlier one is rejected."""
         # The rows of an image share a time. A replay repeats no row, but its recordings may hold equal ones.

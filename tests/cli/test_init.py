@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
 from agent import config
+from agent.bootstrap import owner
 from agent.cli import main
 from agent.cli.device.init import is_untouched
 from agent.wire import keys
+from tests.kit.commands import call_outstation
 
 
 def init(*arguments: object) -> int:
@@ -101,3 +104,35 @@ def test_a_config_is_untouched_until_somebody_changes_it(tmp_path: Path, words: 
     assert is_untouched(text)
     for changed in (text + "\n", text.replace("data_dir", "# data_dir"), text.replace("# ", "#"), "[device]", "x"):
         assert not is_untouched(changed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+def test_root_gives_the_keys_to_the_owner_of_the_data_folder_and_no_link_leads_elsewhere(tmp_path: Path) -> None:
+    data, secret = tmp_path / "data", tmp_path / "secret.key"
+    data.mkdir()
+    os.chown(data, 65534, 65533)
+    secret.write_text("root's own")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "link.key").symlink_to(secret)
+    os.link(secret, home / "second.key")
+    (home / "device.key.before-join").write_text("")
+    assert call_outstation("init", str(home), "--id", "pi-07", "--data-dir", str(data)).returncode == 0
+    entries = {path.name: path.stat() for path in home.iterdir()}
+    modes = {name: (entry.st_uid, entry.st_gid, stat.S_IMODE(entry.st_mode)) for name, entry in entries.items()}
+    assert modes["device.key"] == modes["device.key.before-join"] == (65534, 65533, 0o600)
+    assert modes["outstation.toml"] == modes["device.key.pub"] == (0, 65533, 0o640)
+    assert secret.stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+def test_root_gives_a_new_fleet_to_the_owner_of_its_folder_and_no_target_of_a_link(tmp_path: Path) -> None:
+    fleet, secret = tmp_path / "fleet", tmp_path / "secret"
+    (fleet / "broker").mkdir(parents=True)
+    secret.write_text("root's own")
+    os.chown(fleet, 65534, 65533)
+    (fleet / "broker" / "acl").write_text("")
+    (fleet / "link").symlink_to(secret)
+    owner.give_tree(fleet)
+    assert {path.lstat().st_uid for path in fleet.rglob("*")} == {65534}
+    assert secret.stat().st_uid == 0

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scripts import faults
 from scripts.kit.bundles import MODELS, THIRD_PARTY
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,15 @@ def test_the_readme_is_short_and_its_blocks_can_be_pasted() -> None:
     assert "```console" not in README
     prompts = [line for block in blocks(README) for line in block.script.splitlines() if re.match("[$>#] ", line)]
     assert prompts == []
+
+
+def test_the_numbers_of_the_readme_are_measured_ones() -> None:
+    section = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").partition("| quiet data |")[2].partition("\n\n")[0]
+    rates = [[float(rate) for rate in re.findall(r"\| ([\d.]+) of ", line)] for line in section.splitlines()[2:]]
+    text = " ".join(README.split())
+    assert f"On {sum(max(row) < 10 for row in rates)} of {len(rates)} kinds of quiet data fewer than 10 in" in text
+    assert f"up to {max(map(max, rates)):.0f} ([measured]" in text
+    assert f"injects [{len(faults.read_table())} faults]" in text
 
 
 @pytest.mark.timeout(300)

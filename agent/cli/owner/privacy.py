@@ -30,7 +30,7 @@ def privacy(config_file: str | None, as_json: bool) -> None:
     """Print what leaves this device of each field, in which message, with an example.
 
     The examples are made-up readings that went through the rules of this config. [streams.NAME.privacy] sets the rules;
-    readings themselves never leave, unless a task has `samples`.
+    readings themselves never leave, unless the owner consents to [samples].
     """
     _, conf = device.load_config(config_file)
     document = build_document(conf)

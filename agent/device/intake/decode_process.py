@@ -68,7 +68,9 @@ class DecodeProcess:
         must_be_confined: bool = False,
         answer_timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
-        self._name, self._stream, self._show_values = name, stream, show_values
+        self._name, self._stream = name, stream
+        # The process gets no more of the stream than its fields.
+        self._show_values = show_values and not stream.has_protected_fields
         self._must_be_confined = must_be_confined
         self._answer_timeout_s = answer_timeout_s
         self._child: subprocess.Popen[bytes] | None = None

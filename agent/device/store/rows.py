@@ -160,13 +160,13 @@ def validate_columns(
     """Validate columns against the stream's fields.
 
     `now_us` stamps rows without a time. `after_us` is the producer's latest time so far: its time may not run backwards
-    within one connection or file. Reasons go to journals and files: they name values only with `show_values`. Raises
-    RowRejected if the columns as a whole are invalid.
+    within one connection or file. Reasons go to journals and files: they name values only with `show_values`, and never
+    in a stream with protected fields. Raises RowRejected if the columns as a whole are invalid.
     """
     names = [f.name for f in stream.fields]
     for extra in raw.values.keys() - set(names):
         raise RowRejected(f"{extra!r} is not a field of this stream{did_you_mean(extra, names)}")
-    rejected = _Rejections(show_values=show_values)
+    rejected = _Rejections(show_values=show_values and not stream.has_protected_fields)
     arrays: list[NDArray[Any]] = []
     categories: dict[int, list[str]] = {}
     for index, field in enumerate(stream.fields):

@@ -383,13 +383,7 @@ def _add_site_calibration(
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     weight = reference.class_n / np.maximum(reference.class_n.sum(0), 1)
     class_sd = (weight * reference.class_sd).sum(0)
-    baselines = LearnedBaselines(
-        {
-            detector.name: detector.learn(task, learned, scores)
-            for detector in DETECTORS
-            if detector.baseline_type is not None
-        }
-    )
+    baselines = _learn_baselines(task, learned, scores)
     share = reference.class_n.sum(1) / max(int(reference.class_n.sum()), 1)
     sensitivity = measure_sensitivity(
         task,
@@ -434,6 +428,11 @@ def _add_site_calibration(
         site=site,
         warning="; ".join(warnings) or None,
     )
+
+
+def _learn_baselines(task: Task, learned: LearnedWindows, scores: LearnedScores) -> LearnedBaselines:
+    learning = (detector for detector in DETECTORS if detector.baseline_type is not None)
+    return LearnedBaselines({detector.name: detector.learn(task, learned, scores) for detector in learning})
 
 
 def _count_independent_windows(task: Task, scores: LearnedScores) -> float:

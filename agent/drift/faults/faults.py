@@ -15,7 +15,7 @@ spikes         lone jumps of more than 10 robust sd of the differences, from nei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import msgspec
@@ -203,18 +203,22 @@ def identify_faults(
         "quantized": [f"{times} times" for times in indicators.coarseness[index]],
         "stuck": [f"{rows} rows" for rows in longest],
     }
-    sizes = _measure_sizes(indicators, index, summary)
-    faults = [
-        Fault(
-            name,
-            details[name][field] if name in details else "",
-            size=float(sizes[name][field]) if name in sizes else 1.0,
-        )
-        if name
-        else None
-        for field, name in enumerate(names)
-    ]
-    return tuple(before if fault is None else (*before, fault) for before, fault in zip(absent, faults, strict=True))
+    return _build_faults(absent, names, details, _measure_sizes(indicators, index, summary))
+
+
+def _build_faults(
+    absent: Sequence[tuple[Fault, ...]],
+    names: Sequence[str],
+    details: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Float64s],
+) -> tuple[tuple[Fault, ...], ...]:
+    """Return those of missing values, `absent`, and one of the kind that `names` (F,) each field, "" for none."""
+    none = [""] * len(names)
+    out: list[tuple[Fault, ...]] = []
+    for field, (before, name) in enumerate(zip(absent, names, strict=True)):
+        size = float(sizes[name][field]) if name in sizes else 1.0
+        out.append((*before, Fault(name, details.get(name, none)[field], size=size)) if name else before)
+    return tuple(out)
 
 
 def _name_kinds(

@@ -17,6 +17,7 @@ import pytest
 
 from agent.config import Duration, FieldConfig, StreamConfig
 from agent.config.sources import ExecSource
+from agent.config.stream_privacy import StreamPrivacy
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import exec as exec_source
 from agent.device.intake.sources import program
@@ -29,6 +30,8 @@ FIELDS = [
     FieldConfig(name="room", type="category", optional=True),
 ]
 
+OPEN = StreamPrivacy()
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,11 +40,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def running(folder: Path, script: str, **source: Any) -> Iterator[Station]:
+def running(folder: Path, script: str, privacy: StreamPrivacy = OPEN, **source: Any) -> Iterator[Station]:
     """A device that runs a Python script."""
     (folder / "sensor.py").write_text(script)
     made = ExecSource(command=[sys.executable, "sensor.py"], **source)
-    stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept")
+    stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept", privacy=privacy)
     with Station(
         conf(folder / "data", sensor=stream),
         sources=lambda store: [ProgramReader("sensor", stream, made, store, folder)],
@@ -95,7 +98,7 @@ def test_json_lines_become_rows_and_wrong_ones_are_refused_with_a_reason(
 
 
 def test_csv_lines_are_named_by_the_first_line_of_each_run(tmp_path: Path) -> None:
-    # The names of the columns often arrive before the rows.
+    # The first line comes alone.
     script = f"import time\nprint('room,n,t')\ntime.sleep(0.2)\nfor i in range(3): print(f'attic,{{i}},{{{T0} + i}}')\n"
     with running(tmp_path, script, format="csv", every=Duration(1.0)) as station:
         wait_for(lambda: station.store.last_row("sensor") >= 6, "two runs")
@@ -184,6 +187,23 @@ def test_errors_are_logged_within_bounds(tmp_path: Path, caplog: pytest.LogCaptu
         wait_for(lambda: station.store.last_row("sensor") == 1, "its row")
     assert sum(len(record.getMessage()) for record in caplog.records) < 20 * 400
     assert "e" * 200 in caplog.text
+
+
+def test_of_a_stream_with_protected_fields_no_text_of_the_program_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = (
+        "import sys, time\n"
+        "print('n is 71.3571', file=sys.stderr)\n"
+        "print('{\"71.3571\": 1}')\n"
+        'print(\'{"n": "71.3571"}\')\n'
+        "print('{\"n\": 1}')\n"
+        "time.sleep(60)\n"
+    )
+    with caplog.at_level(logging.WARNING), running(tmp_path, script, privacy=StreamPrivacy(private=["n"])) as station:
+        wait_for(lambda: station.store.last_row("sensor") == 1, "the row")
+        wait_for(lambda: "error text is left out" in caplog.text, "its errors")
+    assert "71.3571" not in caplog.text
 
 
 def test_a_stop_ends_the_program_and_stores_what_it_printed(tmp_path: Path) -> None:

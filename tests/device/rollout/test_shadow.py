@@ -396,6 +396,7 @@ def test_labels_from_the_model_itself_do_not_count(make: Make) -> None:
     assert sum(sum(message.labelled) for message in pair.shadows()) == 0
 
 
+@pytest.mark.attack("operators")
 @pytest.mark.parametrize("source", ["human", "system"])
 def test_a_socket_client_cannot_roll_a_bundle_back_with_labels(make: Make, source: str) -> None:
     pair = make(good("rigged_sensitive"))
@@ -409,6 +410,21 @@ def test_a_socket_client_cannot_roll_a_bundle_back_with_labels(make: Make, sourc
     assert "labels" not in {result.rule for result in rules.evaluate_rules(limits, pair.runner.blocks, True)}
 
 
+@pytest.mark.attack("operators", control=True)
+def test_labels_of_an_author_do_roll_a_bundle_back(make: Make) -> None:
+    pair = make(good("rigged_sensitive"))
+    values = CALM.copy()
+    values[::4, 0] = 3.9
+    pair.batch(values)
+    label(pair, range(1, 401), ["right"] * 400)
+    at_s = 100.0 + REPORT_INTERVAL_S
+    while pair.turn(at_s):
+        at_s += 1
+    limits = CanaryRules(max_accuracy_drop=0.0)
+    assert "labels" in {result.rule for result in rules.evaluate_rules(limits, pair.runner.blocks, True)}
+
+
+@pytest.mark.attack("operators")
 def test_a_socket_client_that_labels_first_does_not_keep_the_operator_from_deciding(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:100])

@@ -144,6 +144,19 @@ def move_wall_clock(present: Callable[[], ClockReading], days: int) -> ClockRead
     return msgspec.structs.replace(present(), wall_us=present().wall_us + round(days * DAY_S * 1e6))
 
 
+def test_a_power_cut_frees_no_part_of_the_budget(folder: Path) -> None:
+    with world_of(folder, budget="400 kB") as world:
+        limits, hour_s = MeteredConfig(budget=Size(400_000)), 3600.0
+        before = ClockReading(world.air.now().wall_us, 30.2 * hour_s, "synced")
+        meter.TrafficMeter(limits, world.store, before).observe(300_000, before)
+        # The uptime that was saved last is an hour old, and a day of the wall clock has passed.
+        for at_h, expected in ((29.1, 300_000), (40.0, 300_000), (53.9, 300_000), (56.0, 0)):
+            now = ClockReading(before.wall_us + 10**11, at_h * hour_s, "synced")
+            used = 400_000 * 0.8 - meter.TrafficMeter(limits, world.store, now).room(now, urgent=False)
+            assert expected <= used <= expected * 1.1
+            assert meter.build_status(limits, world.store, now)["used"] == used
+
+
 def local_window(world: MeteredWorld, after_s: float, duration_s: float) -> str:
     begin = world.air.now().wall_us / 1e6 + after_s
     return "-".join(f"{datetime.fromtimestamp(at_s):%H:%M}" for at_s in (begin, begin + duration_s))

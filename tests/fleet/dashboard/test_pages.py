@@ -99,12 +99,15 @@ def test_text_of_a_device_is_never_markup(dashboard: ServedDashboard) -> None:
     sender = enrolled(dashboard.store, "pi-40")
     long = HOSTILE + "x" * 1500
     named = sender.results(columns={"row": [1], "t": [1_764_022_680_000_000], "label": [HOSTILE], "score": [0.5]}, n=1)
-    dashboard.add(sender, named, health(sender, agent=HOSTILE), sender.alert(summary=long, subject=HOSTILE))
+    declared = {"consent": HOSTILE, "sent": HOSTILE, "bytes_today": 7, "max_per_day": HOSTILE}
+    dashboard.add(sender, named, health(sender, agent=HOSTILE, samples=declared))
+    dashboard.add(sender, sender.alert(summary=long, subject=HOSTILE))
     for path in ("/fleet", "/devices/pi-40", "/incidents", f"/messages/pi-40/{sender.log}/3"):
         page = wait_until_shown(dashboard, path, "onerror")
         assert "<img src=x" not in page
         assert "\u202e" not in page
         assert "\x1b" not in page
+    assert "with readings, 7 " in dashboard.get("/devices/pi-40").text
     series = dashboard.get("/devices/pi-40/results.json?range=all").text
     assert "\u202e" not in series
 

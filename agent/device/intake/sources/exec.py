@@ -122,9 +122,8 @@ class ProgramReader:
         return problem or (ending and f"it ended with {ending}")
 
     def _log_error_line(self, text: str) -> None:
-        protected = self._stream.privacy.protected_fields([field.name for field in self._stream.fields])
         # Only the program knows what its text says.
-        if protected:
+        if self._stream.has_protected_fields:
             self._log.warn("its error text is left out, as the stream has protected fields", once=True)
         else:
             self._log.warn(text)
@@ -154,12 +153,14 @@ class ProgramReader:
         while lines := await waiting.take():
             raw, numbers, refused = self._parser.parse(lines)
             if not numbers and not refused:
-                # The names of the columns came alone.
+                # The line that names the columns came alone.
                 continue
             while (outcome := await submit_rows(self._name, raw, None, numbers, refused)).is_store_full:
                 await asyncio.sleep(_FULL_RETRY_S)
             if outcome.rejected:
-                self._log.warn(f"not stored: {outcome.rejected[0][1]}", once=True)
+                # A line that is no row may hold anything.
+                reason = "a line is no row" if self._stream.has_protected_fields else outcome.rejected[0][1]
+                self._log.warn(f"not stored: {reason}", once=True)
 
     def _count(self, counter: str) -> None:
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:

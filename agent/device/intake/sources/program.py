@@ -22,8 +22,7 @@ from agent.model.sandbox.child_process import describe_exit
 MAX_LINE_BYTES = 64 << 10
 # Between SIGTERM and SIGKILL; a stop of the daemon waits for it.
 _END_S = 1.0
-_KILLED_S = 0.2
-_LAST_ERRORS_S, _POLL_S = 0.2, 0.02
+_LAST_ERRORS_S, _POLL_S, _KILLED_S = 0.2, 0.02, 0.5
 _READ_BYTES = 64 << 10
 _LAUNCHER = Path(__file__).with_name("program_launcher.py")
 # Nothing with which it could speak for the service: systemd's socket and credentials stay with the daemon.
@@ -107,7 +106,7 @@ class Program:
                 pipe.close()
             if self._errors is not None:
                 self._errors.cancel()
-            # Blocks for milliseconds, so that a cancelled `close` leaves no zombie either.
+            # It ends at once, and also where the daemon stops meanwhile; so the loop may wait for it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILLED_S)
         code = self._process.returncode
@@ -116,7 +115,7 @@ class Program:
         return describe_exit(code) if code else ""
 
     async def _wait_for_end(self) -> None:
-        """Wait a second for the end."""
+        """Wait a second for the end of the program."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
                 while not self._has_ended():
