@@ -70,7 +70,7 @@ def test_a_person_reads_the_same_in_lines(made: Path) -> None:
     lines = result.output.splitlines()
     assert lines[0].startswith("tiny 1.0.0 sha256:")
     assert [line.split(":")[0] for line in lines[1:]] == [
-        f"ok      {name}" for name in ("signature", "hashes", "load", "shapes", "batch", "golden", "reference")
+        f"ok       {name}" for name in ("signature", "hashes", "load", "shapes", "batch", "golden", "reference")
     ]
     assert f"{made} sha256:" in run("pack", made.parent / "bundle.toml", "-o", made).output
     assert f"signed by {KEY.public.kid}" in run("sign", made, "--key", key_file(made.parent)).output
