@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
+from agent.device import status
 from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
@@ -93,7 +94,7 @@ class TaskActions:
 
     def report(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         self._runtime.report()
-        return Effect("Health was reported.", self._status())
+        return Effect("Health was reported.", status.leave_out_kept(self._status(), self._message_log))
 
     def set_schedule(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         name, text = self._require_known(args["task"]), args["schedule"]
