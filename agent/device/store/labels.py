@@ -85,8 +85,8 @@ class StoredLabel(msgspec.Struct, frozen=True):
 
     `number` counts labels of the task in order of arrival. A label that replaces another one gets a new number, so
     that a reader who had seen the old one sees it; `first_number` is that of the first label of its prediction.
-    `by`: who gave it, if that is authenticated; an authenticated label is the first one, whatever was there before, and so is
-    ground truth in place of a label that was none.
+    `by`: who gave it, if that is authenticated; an authenticated label is the first one, whatever was there before.
+    So is ground truth in place of a label that was none.
     """
 
     number: int
