@@ -227,8 +227,8 @@ def combine(rules: Iterable[FieldPrivacy]) -> FieldPrivacy:
         private=frozenset().union(*(rule.private for rule in every)),
         steps=steps,
         hashed=frozenset().union(*(rule.hashed for rule in every)),
-        min_count=max(rule.min_count for rule in every),
-        min_results=max(rule.min_results for rule in every),
+        min_count=max((rule.min_count for rule in every), default=1),
+        min_results=max((rule.min_results for rule in every), default=1),
     )
 
 
