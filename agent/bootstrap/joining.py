@@ -46,6 +46,8 @@ _MAX_MEMBER_BYTES = 1 << 20
 FLEET_SECTIONS = ("broker", "collector", "operators", "updates")
 # Ending of what a join replaced.
 FORMER = ".before-join"
+# All files that commands write for a device.
+DEVICE_FILES = frozenset({*_MEMBERS, *(name + FORMER for name in _MEMBERS), f"{KEY_FILE}.pub"})
 _STOP_HINT = "stop it first (sudo systemctl stop outstation), then join again"
 _HEADER = re.compile(r"^\[\[?[ \t]*([A-Za-z0-9_-]+)[^\[\]\n]*\]\]?[ \t]*(#.*)?$")
 
@@ -139,7 +141,7 @@ def apply(plan: JoinPlan) -> bool:
             public = keys.load_private(path).public.text
             durable_files.write(keys.public_key_path(path), f"{public}\n".encode())
     conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
-    give_files(plan.folder, conf.data_dir)
+    give_files(plan.folder, conf.data_dir, DEVICE_FILES)
     become_owner(conf.data_dir)
     if not (conf.data_dir / DATABASE).exists():
         return False

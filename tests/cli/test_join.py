@@ -262,7 +262,9 @@ def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path)
     (home / "data").mkdir(parents=True)
     os.chown(home / "data", 65534, 65534)
     key = keys.create()
-    keys.generate(home / "device-tls.key")
+    keys.generate(home / "device-tls.key", write_public=False)
+    (home / "root.txt").write_text("secret")
+    (home / "root.txt").chmod(0o600)
     pack(enrolment, {"outstation.toml": CONFIG, "device.key": key.pem, "ca.pem": b"x"})
     plan = joining.plan(enrolment, home, lambda text: False)
     with pytest.MonkeyPatch.context() as patched:
@@ -272,6 +274,8 @@ def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path)
     owners = {path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in home.iterdir()}
     assert owners["device.key"] == owners["device-tls.key"] == (65534, 0o600)
     assert (owners["ca.pem"], owners["outstation.toml"]) == ((0, 0o640), (0, 0o640))
+    # It belongs to root alone, not to the device.
+    assert owners["root.txt"] == (0, 0o600)
 
 
 def test_another_fleets_key_is_replaced_only_on_request(tmp_path: Path, documents: Any) -> None:
