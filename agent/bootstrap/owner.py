@@ -45,7 +45,8 @@ def become_owner(data_dir: Path) -> None:
 def give_files(folder: Path, data_dir: Path, names: Collection[str]) -> None:
     """Give the keys among `names` in `folder` to the owner of `data_dir`, whose group may read the other ones.
 
-    The folder may hold files of root's own: those keep owner and mode. Nothing changes unless this is root and the data folder is another user's.
+    The folder may hold files of root's own: those keep owner and mode. Nothing changes unless this is root and the
+    data folder is another user's.
     """
     if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
         return

@@ -210,7 +210,8 @@ def test_a_changed_config_needs_consent_and_its_own_sections_stay(
 
 
 def test_what_a_metered_device_may_spend_stays_in_its_config(tmp_path: Path) -> None:
-    theirs = '[device]\nid = "p"\nfleet = "f"\n[broker]\nurl = "mqtts://b"\n# x = 1\n[updates]\nurl = "u"\nmax_rate = 9\n'
+    theirs = '[device]\nid = "p"\nfleet = "f"\n[broker]\nurl = "mqtts://b"\n# x = 1\n'
+    theirs += '[updates]\nurl = "u"\nmax_rate = 9\n'
     ours = '''[device]
 id = "a"
 fleet = "home"

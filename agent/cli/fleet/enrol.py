@@ -302,7 +302,7 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
         if result["state"] == "failed":
             echo(f"{result['device']}: {result['problem']}", err=True)
     counts = Counter(result["state"] for result in results)
-    echo(f"{', '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
+    echo(f"{'; '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
 
 
 @click.command("renew", epilog="Example: outstation fleet renew")

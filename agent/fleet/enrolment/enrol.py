@@ -138,8 +138,8 @@ def complete(folder: Path, config: FleetConfig, device: str, packed: dict[str, b
     home = device_folder(folder, device)
     last = "outstation.toml" if config.ca is None else CERTIFICATE
     if not (home / last).exists():
-        names = [name for name in packed if name not in (SIGNING_KEY, TLS_KEY, last)]
-        for name in (*names, last):
+        names = sorted(packed.keys() - {SIGNING_KEY, TLS_KEY}, key=lambda name: name == last)
+        for name in names:
             durable_files.write(home / name, packed[name], 0o600)
     _let_in(folder, config, device, RevocationOutcome([], []))
 

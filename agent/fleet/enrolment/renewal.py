@@ -81,7 +81,8 @@ def may_have_newer(folder: Path, due: DueCertificate) -> bool:
 
 def _list_newer(folder: Path, due: DueCertificate) -> list[x509.Certificate]:
     """Return the archived certificates of the same key that end later."""
-    archived, key = [_load(path) for path in (folder / "issued" / due.device).glob("*.crt")], due.certificate.public_key()
+    key = due.certificate.public_key()
+    archived = [_load(path) for path in (folder / "issued" / due.device).glob("*.crt")]
     return [entry for entry in archived if entry.public_key() == key and entry.not_valid_after_utc > due.end]
 
 
