@@ -44,8 +44,11 @@ _MEMBERS = {
 _MAX_MEMBER_BYTES = 1 << 20
 # What a fleet decides. All other sections are the device's own.
 FLEET_SECTIONS = ("broker", "collector", "operators", "updates")
-# What in these sections depends on the device's place: it stays, unless the fleet sets it.
-_OWN_KEYS = {"broker": ("metered", "max_message_bytes"), "updates": ("window", "max_rate")}
+# What in these sections depends on the device's network: it stays, unless the fleet sets it.
+_OWN_KEYS = {
+    "broker": ("metered", "max_message_bytes", "compress"),
+    "updates": ("window", "max_rate", "max_size", "poll_interval"),
+}
 # Ending of what a join replaced.
 FORMER = ".before-join"
 # All files that commands write for a device.
