@@ -212,7 +212,7 @@ def test_a_changed_config_needs_consent_and_its_own_sections_stay(
 def test_what_a_metered_device_may_spend_stays_in_its_config(tmp_path: Path) -> None:
     theirs = '[device]\nid = "p"\nfleet = "f"\n[broker]\nurl = "mqtts://b"\n# x = 1\n'
     theirs += '[updates]\nurl = "u"\nmax_rate = 9\n'
-    ours = '''[device]
+    ours = """[device]
 id = "a"
 fleet = "home"
 [broker]
@@ -227,7 +227,7 @@ window = "02:00-04:00"
 max_rate = 1
 [streams.s]
 x = 1
-'''
+"""
     merged = tomllib.loads(joining.merge_configs(tmp_path / "outstation.toml", ours, theirs))
     metered = {"monthly_budget": "50 MB", "is_example": [True, "x"]}
     assert merged["broker"] == {"url": "mqtts://b", "max_message_bytes": 5000, "metered": metered}

@@ -179,7 +179,7 @@ def test_the_installer_gives_away_the_devices_own_files_only(tmp_path: Path) -> 
         (tmp_path / name).chmod(0o600)
     # This machine need not have the user of the service.
     text = function[0].replace("root:outstation", "0:65534").replace("outstation:outstation", "65534:65534")
-    assert run("bash", "-euc", f'{text}\nconfig={tmp_path}\ngive_files').returncode == 0
+    assert run("bash", "-euc", f"{text}\nconfig={tmp_path}\ngive_files").returncode == 0
     entries = {path.name: path.stat() for path in tmp_path.iterdir()}
     modes = {name: (entry.st_uid, entry.st_gid, entry.st_mode & 0o777) for name, entry in entries.items()}
     assert {modes[name] for name in keys} == {(65534, 65534, 0o600)}
