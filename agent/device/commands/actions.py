@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
-from agent.device import status
 from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
@@ -33,7 +32,8 @@ from agent.wire.commands import DEFAULT_SCHEDULE
 
 
 class TaskActions:
-    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document."""
+    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document
+    as it may leave the device."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class TaskActions:
 
     def report(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         self._runtime.report()
-        return Effect("Health was reported.", status.leave_out_kept(self._status(), self._message_log))
+        return Effect("Health was reported.", self._status())
 
     def set_schedule(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         name, text = self._require_known(args["task"]), args["schedule"]
