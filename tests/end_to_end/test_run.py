@@ -150,7 +150,7 @@ def test_a_reload_to_a_port_in_use_brings_the_daemon_before_back(
 def test_a_signal_during_the_shutdown_of_a_reload_is_not_lost(
     home: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, runs: int
 ) -> None:
-    file, shut_down, ended = home / "outstation.toml", Daemon._shut_down, []
+    file, shut_down, ended = home / "outstation.toml", Daemon._shut_down, list[Signals]()
 
     def shut_down_and_signal(daemon: Daemon) -> None:
         shut_down(daemon)

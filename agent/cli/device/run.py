@@ -108,8 +108,13 @@ def _run(file: Path, conf: Config, between: Signals) -> Config | None:
         launch.discard_spare()
         signals = daemon.signals
         signals.read_config = partial(_read_config, file, conf)
+
+        def terminate(*_: object) -> None:
+            signals.terminate()
+            between.terminate()
+
         for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, lambda *_: (signals.terminate(), between.terminate()))
+            before[signum] = signal.signal(signum, terminate)
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: signals.request_reload())
         if between.is_reload_requested:
             between.is_reload_requested = False

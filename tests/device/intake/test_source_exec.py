@@ -261,7 +261,7 @@ def test_what_a_held_back_program_has_printed_is_stored_when_the_daemon_stops(tm
 
 
 def test_lines_that_cannot_be_stored_in_time_at_a_stop_are_counted_as_lost(tmp_path: Path) -> None:
-    script = "import time\nfor i in range(100): print('{\"n\": %d}' % i)\ntime.sleep(60)\n"
+    script = "import time\nfor i in range(100): print('{\"n\": %d}' % i)\nopen('done', 'w').close()\ntime.sleep(60)\n"
     (tmp_path / "sensor.py").write_text(script)
     made = ExecSource(command=[sys.executable, "sensor.py"])
     stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept")
@@ -274,9 +274,9 @@ def test_lines_that_cannot_be_stored_in_time_at_a_stop_are_counted_as_lost(tmp_p
 
         reader = ProgramReader("sensor", stream, made, store, tmp_path)
         task = asyncio.create_task(reader.run(submit))
-        while not submitted:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(30):
+            while not submitted or not (tmp_path / "done").exists():
+                await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.wait([task])
 
