@@ -251,11 +251,14 @@ join_fleet() { # FILE --replace: while it joins, no daemon may use the data
 }
 
 give_files() {
-    # Only files of this folder with one name: the keys of a fleet that is kept beneath it are none of the device's.
+    # Only the device's files, with one name: any other file of this folder keeps its owner and mode.
+    local name keys=() others=()
+    for name in device.key device-tls.key; do keys+=(-o -name "$name" -o -name "$name.before-join"); done
+    for name in outstation.toml ca.pem device.crt root.json; do others+=(-o -name "$name" -o -name "$name.before-join"); done
     local files=(find "$config" -maxdepth 1 -type f -links 1)
-    "${files[@]}" -not -name '*.key' -exec chown root:outstation {} + -exec chmod 0640 {} +
+    "${files[@]}" \( -name device.key.pub "${others[@]}" \) -exec chown root:outstation {} + -exec chmod 0640 {} +
     # Members of the group may use the intake socket, and have no business with the keys.
-    "${files[@]}" -name '*.key' -exec chown outstation:outstation {} + -exec chmod 0600 {} +
+    "${files[@]}" \( -false "${keys[@]}" \) -exec chown outstation:outstation {} + -exec chmod 0600 {} +
 }
 
 install_service() {

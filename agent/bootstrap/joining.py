@@ -44,8 +44,15 @@ _MEMBERS = {
 _MAX_MEMBER_BYTES = 1 << 20
 # What a fleet decides. All other sections are the device's own.
 FLEET_SECTIONS = ("broker", "collector", "operators", "updates")
+# What in these sections depends on the device's network: it stays, unless the fleet sets it.
+_OWN_KEYS = {
+    "broker": ("metered", "max_message_bytes", "compress"),
+    "updates": ("window", "max_rate", "max_size", "poll_interval"),
+}
 # Ending of what a join replaced.
 FORMER = ".before-join"
+# All files that commands write for a device.
+DEVICE_FILES = frozenset({*_MEMBERS, *(f"{name}{FORMER}" for name in _MEMBERS), f"{KEY_FILE}.pub"})
 _STOP_HINT = "stop it first (sudo systemctl stop outstation), then join again"
 _HEADER = re.compile(r"^\[\[?[ \t]*([A-Za-z0-9_-]+)[^\[\]\n]*\]\]?[ \t]*(#.*)?$")
 
@@ -103,12 +110,12 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
             text = set_data_dir(text, data_dir)
         else:
             text = merge_configs(ours_file, ours, text)
-            former = tomllib.loads(ours)
-            sections = [name for name in FLEET_SECTIONS if former.get(name) != theirs.get(name)]
+            former, merged = tomllib.loads(ours), tomllib.loads(text)
+            sections = [name for name in FLEET_SECTIONS if former.get(name) != merged.get(name)]
             sections += [f"device.{key}" for key in ("id", "fleet") if former["device"][key] != theirs["device"][key]]
     elif data_dir is not None:
         text = set_data_dir(text, data_dir)
-    _check_config(enrolment, text)
+    check_config(str(enrolment), text)
     files = {name: members[name] for name in _MEMBERS if name in members} | {CONFIG_FILE: text.encode()}
     replaced = [
         name
@@ -139,7 +146,7 @@ def apply(plan: JoinPlan) -> bool:
             public = keys.load_private(path).public.text
             durable_files.write(keys.public_key_path(path), f"{public}\n".encode())
     conf = config.load(plan.folder / CONFIG_FILE, sinks.SINKS)
-    give_files(plan.folder, conf.data_dir)
+    give_files(plan.folder, conf.data_dir, DEVICE_FILES)
     become_owner(conf.data_dir)
     if not (conf.data_dir / DATABASE).exists():
         return False
@@ -151,8 +158,16 @@ def apply(plan: JoinPlan) -> bool:
 
 
 def merge_configs(file: Path, ours: str, theirs: str) -> str:
-    """Return our config with the id, the fleet and the `FLEET_SECTIONS` of theirs. Raises UsageError."""
-    wanted = tomllib.loads(theirs)
+    """Return our config with the id, the fleet and the `FLEET_SECTIONS` of theirs. Raises UsageError.
+
+    Keys of `_OWN_KEYS` stay.
+    """
+    wanted, former = tomllib.loads(theirs), tomllib.loads(ours)
+    stays = {
+        section: {key: former[section][key] for key in keys if key in former.get(section, {}).keys() - wanted[section]}
+        for section, keys in _OWN_KEYS.items()
+        if section in wanted
+    }
     sections = _split_sections(theirs)
     merged, is_added = "", False
     for name, text in _split_sections(ours):
@@ -163,11 +178,13 @@ def merge_configs(file: Path, ours: str, theirs: str) -> str:
         merged += text
         if name == "device":
             merged = merged.rstrip("\n") + "\n\n"
-            merged += "".join(_without_examples(added) for other, added in sections if other in FLEET_SECTIONS)
+            for other, added in sections:
+                if other in FLEET_SECTIONS:
+                    lines = (f"{key} = {_to_toml(value)}\n" for key, value in stays.get(other, {}).items())
+                    merged += f"{_without_examples(added)}\n{''.join(lines)}\n"
             is_added = True
-    former = tomllib.loads(ours)
     expected = {name: value for name, value in former.items() if name not in FLEET_SECTIONS}
-    expected |= {name: wanted[name] for name in FLEET_SECTIONS if name in wanted}
+    expected |= {name: wanted[name] | stays.get(name, {}) for name in FLEET_SECTIONS if name in wanted}
     expected["device"] = former["device"] | {key: wanted["device"][key] for key in ("id", "fleet")}
     if not is_added or _parse(merged) != expected:
         raise UsageError(
@@ -223,8 +240,8 @@ def _decode(enrolment: Path, content: bytes) -> dict[str, Any]:
     raise UsageError(f"{enrolment}: its {CONFIG_FILE} names no device and fleet; ask for the file again")
 
 
-def _check_config(enrolment: Path, text: str) -> None:
-    """Check the config that the device will have. Raises ConfigError."""
+def check_config(source: str, text: str) -> None:
+    """Check the config that `source` makes, before it is written. Raises UsageError."""
     with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
         file = Path(folder) / CONFIG_FILE
         file.write_text(text, encoding="utf-8")
@@ -232,7 +249,7 @@ def _check_config(enrolment: Path, text: str) -> None:
             config.load(file, sinks.SINKS)
         except ConfigError as error:
             problem = f"the config of this device would be wrong: {error.key}: {error.problem}"
-            raise UsageError(f"{enrolment}: {problem}; nothing was written") from None
+            raise UsageError(f"{source}: {problem}; nothing was written") from None
 
 
 def _parse(text: str) -> dict[str, Any] | None:
@@ -263,7 +280,14 @@ def _without_examples(section: str) -> str:
     lines = section.splitlines()
     while lines and (not lines[-1].strip() or lines[-1].startswith("#")):
         lines.pop()
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines)
+
+
+def _to_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_to_toml(inner)}' for key, inner in value.items())} }}"
+    # A JSON number, string, list of them or truth value is also one of TOML.
+    return json.dumps(value)
 
 
 def _require_stopped(data_dir: Path) -> None:

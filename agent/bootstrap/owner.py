@@ -6,6 +6,7 @@ import os
 import pwd
 import stat
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from agent.errors import UsageError
@@ -41,14 +42,15 @@ def become_owner(data_dir: Path) -> None:
         )
 
 
-def give_files(folder: Path, data_dir: Path) -> None:
-    """Give the keys that root made in `folder` to the owner of `data_dir`, whose group may read the other files.
+def give_files(folder: Path, data_dir: Path, names: Collection[str]) -> None:
+    """Give the keys among `names` in `folder` to the owner of `data_dir`, whose group may read the other ones.
 
-    Nothing changes unless this is root and the data folder is another user's.
+    The folder may hold files of root's own: those keep owner and mode. Nothing changes unless this is root and the
+    data folder is another user's.
     """
     if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
         return
-    for path in folder.iterdir():
+    for path in (folder / name for name in names):
         try:
             # A link could lead to a file of root's own.
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -161,9 +161,11 @@ class AlertLifecycle:
         """Withdraw drifts that follow from fields (F,) that were just found to be read wrongly, by scores `z` (T,)."""
         if not newly_misread.any():
             return state, []
-        late = state.raised_window > state.index - windows_to_clear(state.open_summary.rows)
+        recent = windows_to_clear(state.open_summary.rows)
+        late = state.raised_window > state.index - recent
         # Windows between show another unit less clearly, and may raise the field's own drift long before.
-        late[: len(newly_misread)] |= newly_misread & ~self._has_grown(state, z)[: len(newly_misread)]
+        announced = ~self._has_grown(state, z) | (state.raised_window > state.index - 2 * recent)
+        late[: len(newly_misread)] |= newly_misread & announced[: len(newly_misread)]
         late &= state.suite.open_subjects
         names = [self.shipped.fields[field] for field in np.flatnonzero(newly_misread)]
         out = [

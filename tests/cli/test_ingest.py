@@ -526,6 +526,23 @@ def test_a_file_that_is_added_again_under_any_name_adds_nothing(
     assert len(stored_rows(home, "watch", agent)) == 3_000
 
 
+def test_a_file_that_is_read_in_another_way_the_second_time_loses_no_row(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    rows = [{"t": T0 + n, "ax": 1, "ay": 1} | ({"rssi": 1} if n < 1_500 else {}) for n in range(3_000)]
+    (home / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for options in ((), ("--ignore", "rssi")):
+        document = json.loads(ingest("watch", home / "in.jsonl", *options, "--json")[1])
+        assert (document["accepted"], document["handled_before"]) == (1_500, 0)
+    assert len(stored_rows(home, "watch", agent)) == 3_000
+
+
+def test_an_ignored_member_of_json_lines_is_left_out(home: Path, ingest: Callable[..., tuple[int, str, str]]) -> None:
+    (home / "in.jsonl").write_text(f'{{"t":{T0},"power":1,"count":2,"mode":"on","heat":3}}\n')
+    assert ingest("machine", home / "in.jsonl", "--ignore", "heat")[0] == 0
+    assert np.isnan(stored_rows(home, "machine").columns[3]).all()
+
+
 def test_equal_readings_without_a_time_are_added_at_every_run(
     home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -209,6 +209,31 @@ def test_a_changed_config_needs_consent_and_its_own_sections_stay(
     assert documents("join", file, "--dir", home)["replaced"] == []
 
 
+def test_what_a_metered_device_may_spend_stays_in_its_config(tmp_path: Path) -> None:
+    theirs = '[device]\nid = "p"\nfleet = "f"\n[broker]\nurl = "mqtts://b"\n# x = 1\n'
+    theirs += '[updates]\nurl = "u"\nmax_rate = 9\n'
+    ours = """[device]
+id = "a"
+fleet = "home"
+[broker]
+url = "mqtt://127.0.0.1"
+max_message_bytes = 5000
+[broker.metered]
+monthly_budget = "50 MB"
+is_example = [true, "x"]
+[updates]
+url = "v"
+window = "02:00-04:00"
+max_rate = 1
+[streams.s]
+x = 1
+"""
+    merged = tomllib.loads(joining.merge_configs(tmp_path / "outstation.toml", ours, theirs))
+    metered = {"monthly_budget": "50 MB", "is_example": [True, "x"]}
+    assert merged["broker"] == {"url": "mqtts://b", "max_message_bytes": 5000, "metered": metered}
+    assert merged["updates"] == {"url": "u", "max_rate": 9, "window": "02:00-04:00"}
+
+
 def test_a_join_that_is_killed_at_any_step_can_be_repeated(
     tmp_path: Path, documents: Any, answer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +287,9 @@ def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path)
     (home / "data").mkdir(parents=True)
     os.chown(home / "data", 65534, 65534)
     key = keys.create()
-    keys.generate(home / "device-tls.key")
+    keys.generate(home / "device-tls.key", write_public=False)
+    (home / "root.txt").write_text("secret")
+    (home / "root.txt").chmod(0o600)
     pack(enrolment, {"outstation.toml": CONFIG, "device.key": key.pem, "ca.pem": b"x"})
     plan = joining.plan(enrolment, home, lambda text: False)
     with pytest.MonkeyPatch.context() as patched:
@@ -272,6 +299,8 @@ def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path)
     owners = {path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in home.iterdir()}
     assert owners["device.key"] == owners["device-tls.key"] == (65534, 0o600)
     assert (owners["ca.pem"], owners["outstation.toml"]) == ((0, 0o640), (0, 0o640))
+    # It belongs to root alone, not to the device.
+    assert owners["root.txt"] == (0, 0o600)
 
 
 def test_another_fleets_key_is_replaced_only_on_request(tmp_path: Path, documents: Any) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent import config
+from agent.cli import main
 from agent.cli.proposal.fields import propose_columns
 from agent.config import BrokerConfig
 from agent.config.sources import MqttSource
@@ -141,3 +145,34 @@ def test_each_kind_of_column_is_recognized() -> None:
     ]
     assert columns.fields[3].min is None
     assert len(columns.notes) == 3
+
+
+def test_limits_that_are_proposed_take_the_rows_they_were_proposed_from() -> None:
+    samples = {
+        "meter": [12345740.0, 12345742.0],
+        "single": [12345740.6, 12345740.7],
+        "huge": [-1e308, 1e308],
+        "tiny": [0.0, 5e-324],
+        "": [1.0, 2.0],
+    }
+    columns = propose_columns(samples)
+    assert [f.name for f in columns.fields] == ["meter", "single", "huge", "tiny"]
+    for field in columns.fields:
+        limits = tomllib.loads(f"field = {field.to_toml()}")["field"]
+        seen = np.array(samples[field.place], np.float64 if field.type == "f64" else np.float32).astype(float)
+        assert limits.get("min", -math.inf) <= seen.min(), field
+        assert seen.max() <= limits.get("max", math.inf), field
+    assert columns.fields[2].max is None
+    assert columns.notes == ["a column without a name is left out"]
+
+
+def test_a_table_of_too_many_columns_leaves_no_config_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "wide.csv"
+    table.write_text("".join(f"{','.join(f'{kind}{n}' for n in range(7_000))}\n" for kind in ("c", "")))
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(tmp_path / "pi"), "--from", str(table)])
+    assert ended.value.code == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "pi").exists()

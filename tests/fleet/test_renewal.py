@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec.structs import replace
 
 from agent import config as device_config
+from agent.bootstrap.joining import read_enrolment
+from agent.cli import main
 from agent.config import BrokerConfig, Config
 from agent.device.machine import certificate
 from agent.errors import RowRejected, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import device_list, pki, renewal
-from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from agent.fleet.enrolment.enrol import enrol, enrol_on_this_machine, init_fleet
 from tests.kit.commands import call_outstation
 
 YEAR = timedelta(days=365)
@@ -85,6 +92,22 @@ def test_a_device_uses_the_certificate_that_ends_last_and_keeps_its_key(
     assert certificate.choose_certificate(device) == device.broker
 
 
+def test_a_renewed_device_whose_answer_was_lost_is_renewed_again_after_the_former_end(
+    tmp_path: Path, fleet: FleetConfig, device: Config
+) -> None:
+    folder = tmp_path / "acme"
+    [entry] = due(tmp_path, fleet, YEAR)
+    key: Any = entry.certificate.public_key()
+    ended = _authority(fleet).certify_client("pi-07", "acme", key, timedelta(seconds=-10))
+    (folder / "devices" / "pi-07" / "device.crt").write_bytes(ended)
+    [former] = due(tmp_path, fleet, YEAR)
+    assert former.days_left(datetime.now(UTC)) < 0
+    # The certificate of `entry` is archived, and valid.
+    assert renewal.may_have_newer(folder, former)
+    assert not renewal.may_have_newer(folder, entry)
+    assert renewal.issue(folder, fleet, former) == entry.certificate.public_bytes(Encoding.PEM)
+
+
 Forge = Callable[[FleetConfig, renewal.DueCertificate], bytes]
 
 
@@ -148,6 +171,49 @@ def test_a_list_is_enrolled_once_however_often_it_is_given(tmp_path: Path) -> No
     again = call_outstation(*words)
     assert (again.returncode, "2 enrolled before" in again.stdout) == (1, True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_device_that_is_enrolled_again_keeps_its_keys(
+    tmp_path: Path, fleet: FleetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, certificate_file = tmp_path / "acme", tmp_path / "acme" / "devices" / "q1" / "device.crt"
+    with contextlib.closing(FleetStore(Path(fleet.fleet.db))) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(pki, "DEVICE_LIFETIME", timedelta(days=3))
+            enrol(folder, fleet, store, "q1", bundle=tmp_path / "first.tar.gz")
+        former = certificate_file.read_bytes()
+        enrol(folder, fleet, store, "q1", bundle=tmp_path / "second.tar.gz")
+    first, second = (read_enrolment(tmp_path / f"{name}.tar.gz") for name in ("first", "second"))
+    assert set(first) - set(second) == {"device.key", "device-tls.key"}
+    old, new = (x509.load_pem_x509_certificate(members["device.crt"]) for members in (first, second))
+    assert old.public_key() == new.public_key()
+    assert new.not_valid_after_utc - old.not_valid_after_utc > pki.RENEW_BEFORE
+    # The device does not have the new one yet: it stays due.
+    assert certificate_file.read_bytes() == former
+    assert [entry.device for entry in due(tmp_path, fleet, YEAR)] == ["q1"]
+
+
+def test_a_list_that_is_given_again_completes_what_was_killed_and_makes_no_second_keys(
+    tmp_path: Path, fleet: FleetConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file, home = tmp_path / "out", tmp_path / "devices.csv", tmp_path / "acme" / "devices" / "q1"
+    file.write_text("device\nq1\n")
+
+    def enrol_list(out: Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["fleet", "enrol-list", str(file), "--out", str(out), "--dir", str(tmp_path / "acme"), "--json"])
+        assert not ended.value.code
+        [result] = json.loads(capsys.readouterr().out)
+        return str(result["state"])
+
+    assert enrol_list(out) == "enrolled"
+    files = {path.name: path.read_bytes() for path in home.iterdir()}
+    # Killed after the commit, before any file was written.
+    shutil.rmtree(home)
+    assert enrol_list(out) == "enrolled before"
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == files
+    assert enrol_list(tmp_path / "other") == "enrolled before, file gone"
+    assert (list((tmp_path / "other").iterdir()), (home / "device.crt").read_bytes()) == ([], files["device.crt"])
 
 
 @pytest.mark.parametrize(

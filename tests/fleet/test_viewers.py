@@ -16,7 +16,9 @@ from msgspec.structs import replace
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
-from agent.fleet.enrolment import collectors, enrol, viewers
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import collectors, enrol, pki, viewers
+from agent.fleet.enrolment.broker_control import ACCESS_FILE
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
@@ -160,6 +162,27 @@ def test_names_do_not_collide_with_devices(home: Path) -> None:
     assert done.returncode == 2
     assert "cannot name a viewer" in done.stderr
     assert "there is no viewer" in call_outstation("fleet", "viewer", "nobody", "--revoke", "--dir", str(home)).stderr
+
+
+def test_a_viewer_is_revoked_although_the_file_of_the_viewers_broker_cannot_be_read(tmp_path: Path) -> None:
+    config = init_fleet(tmp_path, FLEET, BrokerConfig(url=f"mqtts://localhost:{free_port()}"))
+    viewers.add(tmp_path, config, "lost")
+    viewers.add_password(tmp_path, config, "lost")
+    certificate = tmp_path / "viewer-lost.crt"
+    serial = pki.read_serial(certificate.read_bytes(), certificate)
+    file = ViewersBroker(tmp_path, config).folder / ACCESS_FILE
+    file.unlink()
+    # Mode 0600 of another user does not stop root.
+    file.mkdir()
+    with contextlib.closing(FleetStore(Path(config.fleet.db))) as store:
+        with pytest.raises(UsageError, match="certificate is revoked, but the viewers' broker may still let it in"):
+            viewers.revoke(tmp_path, config, store, "lost")
+        with pytest.raises(UsageError, match="viewer-lost: the viewers' broker may still let it in"):
+            viewers.revoke(tmp_path, config, store, "lost")
+    assert not certificate.exists()
+    assert config.ca
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    assert authority.load_crl(tmp_path / "crl.pem").get_revoked_certificate_by_serial_number(serial) is not None
 
 
 class PasswordViewer:

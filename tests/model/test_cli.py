@@ -161,7 +161,7 @@ def test_a_shipped_bundle_is_located_by_its_unused_name(tmp_path: Path, monkeypa
     [
         ("altered", "signature and hashes", "model.tflite was altered"),
         ("not there", "signature and hashes", "no such bundle"),
-        ("no zip", "signature and hashes", "is no bundle, which is a folder or a .zip: File is not a zip file"),
+        ("no zip", "signature and hashes", "is no bundle, which is a folder or a .zip"),
         ("no reference", "reference", "devices will not monitor this model for drift"),
     ],
 )

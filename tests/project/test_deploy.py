@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.config import BrokerConfig
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import MosquittoBroker, free_port
 from scripts import lock
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +166,44 @@ def test_a_changed_dependency_makes_the_locks_stale(tmp_path: Path, monkeypatch:
     text = (tmp_path / "deploy" / "requirements.txt").read_text(encoding="utf-8")
     (tmp_path / "deploy" / "requirements.txt").write_text(text + "evil>=1\n", encoding="utf-8")
     assert lock.check()[1] == "deploy/requirements.txt: no version or hash: evil>=1"
+
+
+@pytest.mark.attack("install")
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+def test_the_installer_gives_away_the_devices_own_files_only(tmp_path: Path) -> None:
+    function = re.search(r"^give_files\(\) \{\n.*?^\}\n", INSTALL.read_text(), re.DOTALL | re.MULTILINE)
+    assert function
+    keys, own = ("device.key", "device.key.before-join"), ("outstation.toml", "ca.pem.before-join", "device.key.pub")
+    for name in (*keys, *own, "root.key", "notes.txt"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o600)
+    # This machine need not have the user of the service.
+    text = function[0].replace("root:outstation", "0:65534").replace("outstation:outstation", "65534:65534")
+    assert run("bash", "-euc", f"{text}\nconfig={tmp_path}\ngive_files").returncode == 0
+    entries = {path.name: path.stat() for path in tmp_path.iterdir()}
+    modes = {name: (entry.st_uid, entry.st_gid, entry.st_mode & 0o777) for name, entry in entries.items()}
+    assert {modes[name] for name in keys} == {(65534, 65534, 0o600)}
+    assert {modes[name] for name in own} == {(0, 65534, 0o640)}
+    assert modes["root.key"] == modes["notes.txt"] == (0, os.getegid(), 0o600)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="starts the broker as its own user")
+def test_the_broker_starts_from_a_fleet_folder_of_the_debian_package(program: Program) -> None:
+    program("mosquitto")
+    folders = (ROOT / "deploy" / "debian" / "outstation-fleet.tmpfiles").read_text()
+    mode = re.search(r"^d \S+ (0\d+) ", folders, re.MULTILINE)
+    assert mode
+    for unit in ("outstation-collect.service", "outstation-dashboard.service"):
+        assert f"StateDirectoryMode={mode[1]}\n" in (ROOT / "deploy" / unit).read_text()
+    # Its user cannot pass through the folders of pytest.
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o711)
+        fleet, port = Path(base) / "fleet", free_port()
+        init_fleet(fleet, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
+        fleet.chmod(int(mode[1], 8))
+        assert run("chown", "-R", "mosquitto:", fleet / "broker").returncode == 0
+        with MosquittoBroker(Path(base), conf=fleet / "broker" / "mosquitto.conf", port=port) as broker:
+            assert broker.is_running
 
 
 @pytest.mark.attack("install", control=True)

@@ -77,6 +77,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Message]:
         fields = ", ".join(field_tables(FIELDS))
         device = fleet.add_device("pi-01").append_config(
             f"[streams.watch]\nfields = [{fields}]\nsource = {{ {source}, faults = {faults} }}\n"
+            '[samples]\nconsent = "readings of the shipped recording"\nuncertain_below = 1.0\n'
         )
         device.add_task("exercise", extra_toml="learn_windows = 20").start_and_wait()
         messages: list[dict[str, Any]] = []

@@ -82,7 +82,7 @@ def ingest(
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
     layout = _parse_layout(conf.streams[stream], renamed, ignored, separator)
     times = None if timezone is None else _load_zone(timezone)
-    accepted, rejected, handled_before = _ingest_file(conf, stream, file, layout, times)
+    accepted, rejected, handled_before = _ingest_file(conf, stream, file, layout, timezone, times)
     lines = [{"line": n, "reason": r} for n, r in sorted(rejected.items())]
     document = {"accepted": accepted, "rejected": lines, "handled_before": handled_before}
 
@@ -125,7 +125,7 @@ def _load_zone(name: str) -> LocalTimes:
 
 
 def _ingest_file(
-    conf: Config, name: str, file: str, layout: FileLayout, times: LocalTimes | None
+    conf: Config, name: str, file: str, layout: FileLayout, zone: str | None, times: LocalTimes | None
 ) -> tuple[int, dict[int, str], int]:
     """Return the accepted rows, line → reason for rejected ones, and the rows that an earlier run handled."""
     path = None if file == "-" else Path(file)
@@ -136,7 +136,7 @@ def _ingest_file(
             source = open_files.enter_context(open_file(path if path is not None else 0))
         except OSError as error:
             raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
-        key = _file_key(source, name, stream, layout)
+        key = _file_key(source, name, stream, layout, zone)
         may_repeat = not _is_regular(source) or stream.duplicates == "accept"
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
         process = DecodeProcess(
@@ -170,11 +170,17 @@ def _ingest_file(
     return accepted, rejected | refused, target.handled_before
 
 
-def _file_key(source: BufferedReader[Any], name: str, stream: StreamConfig, layout: FileLayout) -> str:
-    """Return a client name by the content of the file and the fields of the stream, or a new one for a pipe."""
+def _file_key(
+    source: BufferedReader[Any], name: str, stream: StreamConfig, layout: FileLayout, zone: str | None
+) -> str:
+    """Return a client name by the content of the file and how it is read, or a new one for a pipe.
+
+    Pieces number the rows that are valid. Whatever decides which ones are is part of the name.
+    """
     if not _is_regular(source):
         return FILE_PREFIX + uuid.uuid4().hex
-    return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode([name, stream.fields, layout.renamed]))
+    reading = [name, stream.fields, layout.renamed, sorted(layout.ignored), layout.separator, zone]
+    return FILE_PREFIX + hash_file(source.fileno(), msgspec.json.encode(reading))
 
 
 def _is_regular(source: BufferedReader[Any]) -> bool:

@@ -12,7 +12,7 @@ import click
 
 from agent import config, durable_files
 from agent.bootstrap.device import KEY_FILE
-from agent.bootstrap.joining import CONFIG_FILE, set_data_dir
+from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
 from agent.cli.output import echo, emit, json_option
 from agent.errors import ConfigError, UsageError
@@ -144,6 +144,7 @@ def init(
     notes: list[str] = []
     if proposed is not None:
         text += f"\n{proposed.toml}"
+        check_config(str(source), text)
         notes = [f"Proposed stream {proposed.name}: check its units and ranges.", *proposed.notes]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,7 @@ def init(
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     conf = config.load(file)
-    give_files(folder, conf.data_dir)
+    give_files(folder, conf.data_dir, DEVICE_FILES)
     document: dict[str, Any] = {
         "file": str(file),
         "device": conf.device.id,

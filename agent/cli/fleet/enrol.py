@@ -260,9 +260,10 @@ def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None
     """Let the devices of a list in, each with a file FOLDER/DEVICE.tar.gz for `outstation join`.
 
     CSV has a column device, and optionally request (the file that `outstation request` wrote, relative to CSV) and
-    thumbprint. Without a request the keys are made here, and the file is their only copy. A device that has its file is
-    left out, so a stopped call can be repeated. Exit 1 if a device could not be enrolled.
+    thumbprint. Without a request the keys are made here, and the file is their only copy. An enrolled device keeps its
+    keys, so a stopped call can be repeated. Exit 1 if a device could not be enrolled.
     """
+    from agent.bootstrap.joining import read_enrolment
     from agent.fleet.enrolment import device_list
     from agent.fleet.enrolment import enrol as enrolment
 
@@ -275,8 +276,13 @@ def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None
             bundle = out / f"{entry.device}.tar.gz"
             state, problem = "enrolled", ""
             try:
-                if bundle.exists() and store.active_key(entry.device) is not None:
+                is_enrolled = store.active_key(entry.device) is not None
+                if is_enrolled and bundle.exists():
                     state = "enrolled before"
+                    enrolment.complete(home, config, entry.device, read_enrolment(bundle))
+                elif is_enrolled and entry.request is None:
+                    # Its keys were in that file alone; others would shut the device out.
+                    state = "enrolled before, file gone"
                 else:
                     # Of a call that ended before it registered the key.
                     durable_files.remove(bundle)
@@ -296,7 +302,7 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
         if result["state"] == "failed":
             echo(f"{result['device']}: {result['problem']}", err=True)
     counts = Counter(result["state"] for result in results)
-    echo(f"{', '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
+    echo(f"{'; '.join(f'{counts[state]} {state}' for state in sorted(counts))}; files in {out}")
 
 
 @click.command("renew", epilog="Example: outstation fleet renew")
@@ -329,11 +335,13 @@ def renew(devices: tuple[str, ...], before: str, wait: float, folder: str | None
         for due in renewal.list_due(home, store, limit, frozenset(devices)):
             left = due.days_left(datetime.now(UTC))
             state, detail = "ended", "outstation request on the device, then fleet enrol --request"
-            if left >= 0:
+            if left >= 0 or renewal.may_have_newer(home, due):
                 pem = renewal.issue(home, config, due)
                 args = {"certificate": pem.decode("ascii")}
                 sent = send_command(home, config, store, due.device, "install-certificate", args, wait)
-                state, detail = ("renewed" if sent.ok else "waits"), sent.reply.summary if sent.reply else sent.reason
+                if left >= 0 or sent.ok:
+                    state = "renewed" if sent.ok else "waits"
+                    detail = sent.reply.summary if sent.reply else sent.reason
                 if sent.ok:
                     renewal.confirm(home, due.device, pem)
             end = f"{due.end:%Y-%m-%d}"

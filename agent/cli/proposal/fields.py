@@ -31,6 +31,10 @@ _SECONDS, _MILLISECONDS = (1e8, 4.1e9), (1e11, 4.1e12)
 _MAX_CATEGORIES, _MAX_TEXT_CHARS = 50, 100
 # Whole numbers beyond this lose digits as f32.
 _MAX_F32_INTEGER = 2**24
+# More than f32 rounds a value by.
+_MIN_RELATIVE_MARGIN = 1e-6
+# Beyond this the limits are no numbers any more.
+_MAX_LIMIT = 1e300
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 
@@ -49,7 +53,9 @@ class ProposedField(msgspec.Struct, frozen=True):
         parts = [f"name = {toml_string(self.name)}"]
         parts += [f"type = {toml_string(self.type)}"] if self.type != "f32" else []
         parts += [f"unit = {toml_string(self.unit)}"] if self.unit else []
-        parts += [f"{key} = {value:g}" for key, value in (("min", self.min), ("max", self.max)) if value is not None]
+        # All digits: a limit that is rounded may reject the rows that it was proposed from.
+        limits = (("min", self.min), ("max", self.max))
+        parts += [f"{key} = {repr(value).removesuffix('.0')}" for key, value in limits if value is not None]
         parts += ["optional = true"] if self.optional else []
         return f"{{ {', '.join(parts)} }}"
 
@@ -71,6 +77,9 @@ def propose_columns(sample: Mapping[str, Sequence[Any]]) -> Columns:
     is_local = False
     names: set[str] = set()
     for place, values in sample.items():
+        if not place:
+            notes.append("a column without a name is left out")
+            continue
         present = [value for value in values if value is not None and value != ""]
         if not present:
             notes.append(f"{place} is always empty, and left out")
@@ -123,10 +132,11 @@ def _propose_number(name: str, place: str, numbers: Sequence[float], values: Seq
 
 
 def _widen(low: float, high: float) -> tuple[float | None, float | None]:
-    """Return limits far around what was seen; none for a value that never changed."""
-    if low == high:
+    """Return limits far around what was seen; none for a value that never changed, or near the largest number."""
+    largest = max(abs(low), abs(high))
+    if low == high or largest > _MAX_LIMIT:
         return None, None
-    margin = 2 * (high - low)
+    margin = max(2 * (high - low), _MIN_RELATIVE_MARGIN * largest)
     digits = -math.floor(math.log10(margin))
     least, most = round(low - margin, digits), round(high + margin, digits)
     return (0.0 if low >= 0 > least else least), most

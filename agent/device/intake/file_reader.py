@@ -75,7 +75,8 @@ def read_blocks(
     types["t"] = ColumnType.TIME
     if isinstance(table, JsonLinesTable):
         # Of a member that is renamed to a field, the field's own name may not be a member.
-        sources = {name: name for name in types} | {field: column for column, field in layout.renamed.items()}
+        sources = {name: name for name in types if name not in layout.ignored}
+        sources |= {field: column for column, field in layout.renamed.items()}
     else:
         sources = _find_columns(table.columns, stream, layout)
     if isinstance(table, ParquetTable) and "t" in sources and table.has_naive_times(sources["t"]):

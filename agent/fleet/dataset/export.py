@@ -26,6 +26,7 @@ from agent.fleet.dataset import gather
 from agent.fleet.dataset.card import DataCard
 from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, Selection
 from agent.fleet.export.manifest import FILE_MODE, sha256
+from agent.indices import repeat
 from agent.text import csv_text
 from agent.transport.sealing import Opener
 
@@ -164,7 +165,7 @@ def _to_parquet(gathered: Gathered) -> bytes:
     counts = [len(each.t) for each in recordings]
     devices, names, sources = TEXT_COLUMNS
     for name, entries in ((devices, [each.device for each in recordings]), (names, [*map(_name, recordings)])):
-        columns[name] = pa.array(np.repeat(entries, counts).tolist(), pa.string())
+        columns[name] = pa.array(repeat(entries, counts).tolist(), pa.string())
     columns[sources] = pa.array([source or None for _, source in texts], pa.string())
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer, compression="zstd")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import durable_files, input_files
 from agent.errors import UsageError
@@ -46,6 +47,7 @@ class DeviceFiles:
         self._folder, self._fleet, self._device, self._tls_key = folder, config.fleet.name, device, tls_key
         self._authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file)) if config.ca else None
         self._certificate: bytes | None = None
+        self._is_renewal = False
         self._packed: Path | None = None
         self.public = _render_public_files(folder, config, device)
         self.private: dict[str, bytes] = {}
@@ -59,11 +61,21 @@ class DeviceFiles:
         return made.public
 
     def choose_certificate(self, home: Path, *, reuse: bool) -> None:
-        """Keep the valid certificate in `home` if `reuse` permits it; without one, make a TLS key if none is there."""
+        """Keep the valid certificate in `home` if `reuse` permits it, or certify its key again if it ends soon.
+
+        Without a certificate and a key, make a TLS key.
+        """
         if self._authority is None:
             return
         if reuse:
-            self._certificate = _load_valid_certificate(self._folder, self._authority, home, self._tls_key)
+            former = _load_certificate(self._folder, self._authority, home, self._tls_key)
+            if former is not None and former.not_valid_after_utc < datetime.now(UTC) + pki.RENEW_BEFORE:
+                # No other key is the device's own.
+                key = former.public_key()
+                assert isinstance(key, Ed25519PublicKey)
+                self._is_renewal, self._tls_key = self._tls_key is None, key
+            elif former is not None:
+                self._certificate = former.public_bytes(Encoding.PEM)
         if self._certificate is None and self._tls_key is None:
             made = keys.create()
             self._tls_key, self.private[TLS_KEY] = made.private.public_key(), made.pem
@@ -91,6 +103,15 @@ class DeviceFiles:
             pack_device_files(self.public | self.private, bundle)
             self._packed = bundle
 
+    def write_public(self, home: Path) -> None:
+        """Write the public files to `home`, the certificate last: with it the files are complete.
+
+        A renewed certificate stays out: `fleet renew` takes the one in `home` for that of the device.
+        """
+        for name, data in self.public.items():
+            if name != CERTIFICATE or not self._is_renewal:
+                durable_files.write(home / name, data, 0o600)
+
     def withdraw(self) -> None:
         """Remove the bundle: its keys are not enrolled."""
         if self._packed is not None:
@@ -112,18 +133,16 @@ def pack_device_files(files: dict[str, bytes], out: Path) -> None:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
 
-def _load_valid_certificate(
+def _load_certificate(
     folder: Path, authority: CertificateAuthority, home: Path, tls_key: Ed25519PublicKey | None
-) -> bytes | None:
-    """Return the device's certificate, unless it is revoked, ends soon, or is of another key than `tls_key`."""
+) -> x509.Certificate | None:
+    """Return the device's certificate, unless it is revoked, or is of another key than `tls_key`."""
     path = home / CERTIFICATE
     if not path.exists() or revocation.is_revoked(folder, authority, path):
         return None
-    data = input_files.read_bytes(path)
-    certificate = x509.load_pem_x509_certificate(data)
-    ends_soon = certificate.not_valid_after_utc < datetime.now(UTC) + pki.RENEW_BEFORE
+    certificate = x509.load_pem_x509_certificate(input_files.read_bytes(path))
     is_other = tls_key is not None and certificate.public_key() != tls_key
-    return None if is_other or ends_soon else data
+    return None if is_other else certificate
 
 
 def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict[str, bytes]:

@@ -34,7 +34,7 @@ from agent.fleet.enrolment import (
     viewers_broker,
 )
 from agent.fleet.enrolment.broker_access import AccessChange
-from agent.fleet.enrolment.device_files import SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
+from agent.fleet.enrolment.device_files import CERTIFICATE, SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
 from agent.wire import enrolment_request, keys
@@ -125,10 +125,27 @@ def enrol(
     made_by: KeyMaker = "operator" if SIGNING_KEY in files.private else "device"
     register = partial(store.enrol, device, key, replace=replace, keep_through=keep_through, made_by=made_by)
     new = _commit(register, files, bundle, revoke)
-    for name, data in files.public.items():
-        durable_files.write(home / name, data, 0o600)
-    revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
+    files.write_public(home)
+    _let_in(folder, config, device, former)
     return Enrolment(device, key, made_by if new else None, new, home, former)
+
+
+def complete(folder: Path, config: FleetConfig, device: str, packed: dict[str, bytes]) -> None:
+    """Complete the enrolment of a registered device, which a killed call may have left without files or access.
+
+    `packed`: the members of its bundle.
+    """
+    home = device_folder(folder, device)
+    last = "outstation.toml" if config.ca is None else CERTIFICATE
+    if not (home / last).exists():
+        names = sorted(packed.keys() - {SIGNING_KEY, TLS_KEY}, key=lambda name: name == last)
+        for name in names:
+            durable_files.write(home / name, packed[name], 0o600)
+    _let_in(folder, config, device, RevocationOutcome([], []))
+
+
+def _let_in(folder: Path, config: FleetConfig, device: str, former: RevocationOutcome) -> None:
+    revocation.change_access(folder, config, AccessChange(device, "device", tuple(sorted(config.fleet.tasks))), former)
 
 
 def _commit(register: Callable[..., bool], files: DeviceFiles, bundle: Path | None, revoke: Callable[[], None]) -> bool:

@@ -64,8 +64,7 @@ def issue(folder: Path, config: FleetConfig, due: DueCertificate) -> bytes:
     assert config.ca is not None
     key = due.certificate.public_key()
     assert isinstance(key, Ed25519PublicKey)
-    archived = [_load(path) for path in (folder / "issued" / due.device).glob("*.crt")]
-    waiting = [entry for entry in archived if entry.public_key() == key and entry.not_valid_after_utc > due.end]
+    waiting = _list_newer(folder, due)
     fresh = datetime.now(UTC) + pki.RENEW_BEFORE
     if waiting and (newest := max(waiting, key=lambda entry: entry.not_valid_after_utc)).not_valid_after_utc > fresh:
         return newest.public_bytes(Encoding.PEM)
@@ -73,6 +72,18 @@ def issue(folder: Path, config: FleetConfig, due: DueCertificate) -> bytes:
     pem = authority.certify_client(due.device, config.fleet.name, key, pki.DEVICE_LIFETIME)
     revocation.archive_certificate(folder, due.device, pem)
     return pem
+
+
+def may_have_newer(folder: Path, due: DueCertificate) -> bool:
+    """Return True if the device may have a valid certificate whose receipt is not recorded. Raises UsageError."""
+    return any(entry.not_valid_after_utc > datetime.now(UTC) for entry in _list_newer(folder, due))
+
+
+def _list_newer(folder: Path, due: DueCertificate) -> list[x509.Certificate]:
+    """Return the archived certificates of the same key that end later."""
+    key = due.certificate.public_key()
+    archived = [_load(path) for path in (folder / "issued" / due.device).glob("*.crt")]
+    return [entry for entry in archived if entry.public_key() == key and entry.not_valid_after_utc > due.end]
 
 
 def confirm(folder: Path, device: str, pem: bytes) -> None:

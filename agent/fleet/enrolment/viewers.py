@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent import durable_files
-from agent.errors import UsageError
+from agent.errors import StorageError, UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_control, clients, pki, viewers_broker
@@ -84,14 +84,28 @@ def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
-    """Shut a viewer out, at the viewers' broker too. Raises UsageError."""
+    """Shut a viewer out, at the viewers' broker too. Raises UsageError.
+
+    The certificate comes first: it is revoked whatever state the viewers' broker is in.
+    """
     user, files, broker = _check_name(name), certificate_of(folder, name), ViewersBroker(folder, config)
-    has_password = broker.has(user)
-    steps = tuple(broker.expel(user)) if has_password else ()
-    if has_password and not Path(files.cert_file).exists():
-        return RevocationOutcome([], [], steps=steps, ended=not steps)
-    outcome = clients.revoke(folder, config, store, user, files)
+    has_certificate = Path(files.cert_file).exists()
+    is_inside = broker.has(user)
+    if has_certificate or not is_inside:
+        outcome = clients.revoke(folder, config, store, user, files)
+    else:
+        outcome = RevocationOutcome([], [])
+    if not is_inside:
+        return outcome
+    try:
+        steps = broker.expel(user)
+    except (OSError, StorageError, ValueError) as error:
+        revoked = "its certificate is revoked, but " if has_certificate else ""
+        raise UsageError(
+            f"{user}: {revoked}the viewers' broker may still let it in: {error}; start that broker, then repeat this"
+        ) from None
     outcome.steps = (*steps, *outcome.steps)
+    outcome.ended = outcome.ended if has_certificate else not steps
     return outcome
 
 

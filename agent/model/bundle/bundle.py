@@ -115,8 +115,10 @@ def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
         else:
             raise BadBundle(f"{path}: no such bundle")
     except zipfile.BadZipFile as error:
-        hint = "`outstation model pack --from` makes a bundle of a model" if path.suffix == ".tflite" else str(error)
-        raise BadBundle(f"{path}: is no bundle, which is a folder or a .zip: {hint}") from error
+        if not zipfile.is_zipfile(path):
+            made_by = "; `outstation model pack --from` makes one of a model" if path.suffix == ".tflite" else ""
+            raise BadBundle(f"{path}: is no bundle, which is a folder or a .zip{made_by}") from error
+        raise BadBundle(f"{path}: cannot be read: {error}") from error
     except _UNREADABLE_ERRORS as error:
         raise BadBundle(f"{path}: cannot be read: {error}") from error
 

@@ -434,7 +434,8 @@ def test_every_action_and_every_refused_sign_in_is_written_down(dashboard: Serve
     dashboard.post("/accounts", {"name": "vera", "action": "end"}, dashboard.sign_in("ada"))
     written = {(a["name"], a["action"], a["object"], a["outcome"]) for a in dashboard.actions()}
     assert ("", "sign in", "zoe", "refused") in written
-    assert ("ada", "sign in", "ada", "done") in written
+    # Sign-ins of an hour share a row that counts them.
+    assert any(row[:3] == ("ada", "sign in", "ada") and row[3].startswith("done") for row in written)
     assert ("ada", "account", "vera", "sessions ended") in written
 
 

@@ -169,7 +169,7 @@ class ProgramReader:
                     await self._is_stopping.wait()
 
     async def _submit_lines(self, waiting: _WaitingLines, submit_rows: SubmitRows) -> None:
-        while lines := await waiting.take():
+        while lines := await waiting.take_all():
             raw, numbers, refused = self._parser.parse(lines)
             if not numbers and not refused:
                 # The line that names the columns came alone.
@@ -203,7 +203,7 @@ class _WaitingLines:
         self._bytes += sum(len(line) for line in lines if isinstance(line, bytes))
         self._changed.set()
 
-    async def take(self) -> list[bytes | LongLine]:
+    async def take_all(self) -> list[bytes | LongLine]:
         """Return all that wait, at least one; none after the end. Those taken before are stored."""
         self._taken = 0
         while not self._lines and not self._is_ended:
