@@ -90,7 +90,7 @@ def belongs_to_root(path: Path) -> bool:
 
 def _make_key(key: Path, data_dir: Path) -> None:
     keys.generate(key)
-    give_files(key.parent, data_dir)
+    give_files(key.parent, data_dir, [KEY_FILE, keys.public_key_path(key).name])
 
 
 def _close(path: Path, data_dir: Path) -> None:

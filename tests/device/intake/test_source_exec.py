@@ -267,7 +267,7 @@ def test_lines_that_cannot_be_stored_in_time_at_a_stop_are_counted_as_lost(tmp_p
     stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept")
 
     async def stop_before_any_commit(store: Store) -> None:
-        async def submit(_stream: str, raw: RawColumns, *_: object) -> CommitOutcome:
+        async def submit(stream: str, raw: RawColumns, *_: object, **__: object) -> CommitOutcome:
             submitted.append(raw.n)
             await asyncio.sleep(60)
             raise AssertionError
