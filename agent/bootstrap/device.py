@@ -108,7 +108,9 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
 
 def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
     """Return what may leave of the stream of each task; keys of hashes are derived from the device's secret."""
-    limited = {name: stream for name, stream in conf.streams.items() if stream.privacy != StreamPrivacy()}
+    if all(stream.privacy == StreamPrivacy() for stream in conf.streams.values()):
+        return {}
+    # Of all streams: messages about the device know by their fields which ones are not computed.
     rules = {
         name: FieldPrivacy(
             fields=frozenset(field.name for field in stream.fields),
@@ -121,9 +123,9 @@ def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
             key=hmac.digest(secret, f"outstation categories v1\n{name}".encode(), "sha256"),
             period_s=float(stream.privacy.hash_period),
         )
-        for name, stream in limited.items()
+        for name, stream in conf.streams.items()
     }
-    return {name: rules[task.stream] for name, task in conf.tasks.items() if task.stream in rules}
+    return {name: rules[task.stream] for name, task in conf.tasks.items()}
 
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:

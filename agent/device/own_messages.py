@@ -53,5 +53,7 @@ class OwnMessages:
             )
             for name in self._conf.tasks
             for alert in self._store.open_alerts(name)
+            # The owner of the stream keeps these on the device, which Home Assistant's broker may not be.
+            if not alert.get("kept")
         ]
         return sorted(alerts, key=lambda alert: alert.time)

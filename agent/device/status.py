@@ -23,6 +23,7 @@ from agent.device.recovery.report_findings import inspect_condition
 from agent.device.samples import budget
 from agent.device.store import cost, space, task_keys
 from agent.device.store import labels as label_store
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
@@ -83,6 +84,20 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         **budget.to_status(store, conf.samples, now),
         "alerts": store.recent_alerts(_MAX_ALERTS),
     }
+
+
+def leave_out_kept(document: Mapping[str, Any], message_log: MessageLog) -> dict[str, Any]:
+    """Return a status document without the alerts and label metrics that the owners of streams keep on the device."""
+    tasks = [
+        {
+            **task,
+            "open": [alert for alert in task["open"] if not alert.get("kept")],
+            "quality": None if message_log.field_privacy(task["task"]).keeps("quality") else task["quality"],
+        }
+        for task in document["tasks"]
+    ]
+    alerts = [alert for alert in document["alerts"] if not alert.get("kept")]
+    return {**document, "tasks": tasks, "alerts": alerts}
 
 
 def _describe_program(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:

@@ -122,6 +122,26 @@ def test_events_and_replies_keep_to_the_rules_of_all_streams() -> None:
     assert limited["event"] == "learned"
 
 
+def test_a_streams_least_counts_hold_for_messages_about_the_device() -> None:
+    rules = combine([RULES, FieldPrivacy(min_count=20, min_results=3), FieldPrivacy(min_count=5, min_results=7)])
+    assert (rules.min_count, rules.min_results) == (20, 7)
+
+
+def test_a_reference_of_an_open_stream_leaves_whole_beside_a_protected_stream() -> None:
+    numbers = {"ax": {"n": 1600, "mean": 1.5, "sd": 0.3}}
+    rules = combine([FieldPrivacy(fields=frozenset({"pulse"}), private=frozenset({"pulse"})),
+                     FieldPrivacy(fields=frozenset({"ax"}))])  # fmt: skip
+    body = {"event": "learned", "summary": "vibration: learned", "evidence": {"task": "vibration", "fields": numbers}}
+    assert rules.apply("audit", body, NOW_US)["evidence"]["fields"] == numbers
+
+
+@pytest.mark.parametrize("text", ["t=36.6", "ward.t: 36.6", "'t'=36.6", "mean of ward.t 36.6"])
+def test_a_short_text_or_a_name_behind_a_stream_hides_no_number_of_a_private_field(text: str) -> None:
+    assert RULES.apply("audit", {"event": "x", "summary": text}, NOW_US)["summary"].startswith("withheld")
+    named = {"event": "x", "id": "ward/t/drift/1", "field": "t", "stream": "ward-t"}
+    assert RULES.apply("audit", named, NOW_US) == named
+
+
 def test_readings_leave_as_their_fields_may() -> None:
     assert RULES.protect_column("t", [SECRET], NOW_US) is None
     assert RULES.protect_column("u", [SECRET, None], NOW_US) == [36.5, None]

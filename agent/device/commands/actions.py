@@ -32,7 +32,8 @@ from agent.wire.commands import DEFAULT_SCHEDULE
 
 
 class TaskActions:
-    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document."""
+    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document
+    as it may leave the device."""
 
     def __init__(
         self,

@@ -134,7 +134,11 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
         outcome = tx.labels.store_label(task, label, prediction, now.wall_us)
         tx.increment_counter(outcome_counter(task, outcome), 1)
         if outcome == PROTECTED:
-            return "an authenticated label is there, which this one must not replace; send it with `by` and `token`"
+            return (
+                "an authenticated label is there, which this one must not replace; send it with `by` and `token`"
+                if not label.by
+                else f"ground truth is there, which a {label.source} must not replace; send it as source `human`"
+            )
         return None
     if label.row is not None and label.row >= tx.next_row(target.stream):
         return f"row {label.row} does not exist yet; the stream has {tx.next_row(target.stream) - 1}"

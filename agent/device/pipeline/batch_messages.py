@@ -54,6 +54,9 @@ def build_result_messages(
     ends = cut.starts + task.window_rows - 1
     privacy = message_log.field_privacy(task.name)
     is_published = _select_published(task, model_scores, labels) & privacy.lists_results
+    # Where messages about faults stay on the device, nor are their fields named.
+    is_kept = privacy.keeps("drift") or privacy.keeps("alerts")
+    named = [] if is_kept else [name for name in faulty if not privacy.hides_numbers(name)]
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
     max_results = columns.max_results(
         message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES, model_scores, labels
@@ -71,8 +74,8 @@ def build_result_messages(
         body = _result_body(task, rows, stop - done, proof, listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
-        if faulty:
-            body["faults"] = list(faulty)
+        if named:
+            body["faults"] = named
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)

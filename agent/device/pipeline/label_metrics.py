@@ -8,6 +8,7 @@ metric.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -158,7 +159,9 @@ def _write_report(
     # Where too few labels are new, a later message covers them.
     if window.samples and _ALL in cells[_ALL]:
         body = _build_body(task, store, message_log.max_bytes, window, cells)
-        state.is_estimate_wrong = _contradicts_estimate(body)
+        if any(_is_counted(state, sample.source, sample.by) for sample in window.new_samples):
+            counted = _load_counted(task, store, state, numbers[-1])
+            state.is_estimate_wrong = _contradicts_estimate(task, filter_evaluable(task, counted))
         messages.append(PendingMessage("quality", task.name, body))
         for partition, selected in cells.items():
             published[partition] = published.get(partition, {}) | selected
@@ -195,11 +198,15 @@ def _clear_old_alerts(task: LoadedTask, store: Store, state: DegradationState) -
     return alerts
 
 
-def _contradicts_estimate(body: Mapping[str, Any]) -> bool:
+def _contradicts_estimate(task: LoadedTask, samples: Sequence[StoredLabel]) -> bool:
     """Return True if the interval of the accuracy excludes that of its estimate."""
-    estimate = body["estimate"]
-    measured = next((m for m in body["metrics"] if m["metric"] == "accuracy" and "slice" not in m), None)
-    if estimate is None or measured is None or measured["low"] is None:
+    estimate = _estimate_accuracy(task, samples)
+    if estimate is None:
+        return False
+    schema, predictions = build_label_schema(task), to_labelled_predictions(task, samples)
+    metrics = [metric.to_dict() for metric in compute_metrics(schema.kind, schema.labels, predictions)]
+    measured = next((m for m in metrics if m["metric"] == "accuracy" and "slice" not in m), None)
+    if measured is None or measured["low"] is None:
         return False
     return bool(measured["high"] < estimate["low"] or measured["low"] > estimate["high"])
 
@@ -210,22 +217,31 @@ def _contradicts_estimate(body: Mapping[str, Any]) -> bool:
 def _evaluate_labels(
     task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int
 ) -> Iterator[Alert]:
-    own = sum(sample.source == MODEL for sample in window.samples)
-    agreement = _compare_agreement(task, window.samples)
-    if (alert := degradation.check_feedback(state, own, len(window.samples), agreement)) is not None:
-        yield alert
-    if not state.is_authenticated and any(sample.by for sample in window.new_samples):
+    if not state.is_authenticated and any(sample.by for sample in filter_evaluable(task, window.new_samples)):
         state.require_authenticated()
-    counted = [sample for sample in window.new_samples if sample.by or not state.is_authenticated]
+    new = [sample for sample in window.new_samples if _is_counted(state, sample.source, sample.by)]
+    if not new:
+        return
+    newest = _load_counted(task, store, state, last_label)
+    own = sum(sample.source == MODEL for sample in newest)
+    if (alert := degradation.check_feedback(state, own, len(newest), _compare_agreement(task, newest))) is not None:
+        yield alert
+    truth = filter_evaluable(task, new)
     known = [state.first_number] if state.first_number else []
-    state.first_number = min([sample.first_number for sample in counted] + known, default=0)
+    state.first_number = min([sample.first_number for sample in truth] + known, default=0)
     binary_loss = build_label_schema(task).kind != "regress"
-    for event in _detect_degradation(task, store, state, window, last_label, binary_loss=binary_loss):
+    for event in _detect_degradation(task, store, state, truth, last_label, binary_loss=binary_loss):
         yield degradation.build_alert(event, binary_loss=binary_loss)
 
 
 def _detect_degradation(
-    task: LoadedTask, store: Store, state: DegradationState, window: LabelWindow, last_label: int, *, binary_loss: bool
+    task: LoadedTask,
+    store: Store,
+    state: DegradationState,
+    new: Sequence[StoredLabel],
+    last_label: int,
+    *,
+    binary_loss: bool,
 ) -> list[DegradationEvent]:
     shipped = task.drift_monitor.shipped if task.drift_monitor else None
     if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:
@@ -233,23 +249,31 @@ def _detect_degradation(
     else:
         n = int(shipped.score_n.sum())
         promise = PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()
-    if not window.corrected_count:
-        losses = _compute_losses(task, _counted(window.new_samples, state))
+    # Corrections by others, and of verdicts, change no loss.
+    if not any(sample.first_number <= state.last_number for sample in new):
+        losses = _compute_losses(task, new)
         return degradation.add_losses(state, losses, promise, binary_loss=binary_loss)
     # Not from the window, which may lack the first labels.
-    stored = store.query(label_store.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
+    stored = filter_evaluable(task, _load_counted(task, store, state, last_label, is_truth=True))
     samples = sorted(
-        (s for s in _counted(filter_valid(task, stored), state) if s.first_number >= state.first_number),
-        key=lambda sample: sample.first_number,
+        (s for s in stored if s.first_number >= state.first_number), key=lambda sample: sample.first_number
     )
     complete = bool(samples) and samples[0].first_number == state.first_number
     losses = _compute_losses(task, samples)
     return degradation.recompute(state, losses, promise, binary_loss=binary_loss, complete=complete)
 
 
-def _counted(samples: Sequence[StoredLabel], state: DegradationState) -> list[StoredLabel]:
-    """Return the samples that may raise or clear an alert."""
-    return [sample for sample in samples if sample.by or not state.is_authenticated]
+def _is_counted(state: DegradationState, source: str, by: str, *, is_truth: bool = False) -> bool:
+    """Return True if a label may raise or clear an alert; with `is_truth`, if it is ground truth as well."""
+    return bool(by or not state.is_authenticated) and not (is_truth and source in NO_TRUTH)
+
+
+def _load_counted(
+    task: LoadedTask, store: Store, state: DegradationState, through: int, *, is_truth: bool = False
+) -> list[StoredLabel]:
+    """Return the newest valid samples that count, which no flood of other labels pushes out."""
+    load = partial(label_store.load_labelled, is_wanted=partial(_is_counted, state, is_truth=is_truth))
+    return filter_valid(task, store.query(load, task.name, state.bundle, through, MAX_LABELS_PER_MESSAGE))
 
 
 def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[LabelledLoss]:

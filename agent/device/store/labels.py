@@ -7,11 +7,12 @@ same table under negative numbers.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.device.store.quota import PAGE_SIZE, Budget
-from agent.performance.labels import MODEL, VERDICT, Label
+from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
 
 MAX_EARLY_LABELS = 5_000
 # Of these, labels that nobody authenticated may take so many: a flood of them keeps no other out.
 MAX_OPEN_EARLY_LABELS = 4_000
-# Outcome of a label that must not replace an authenticated one.
+# Outcome of a label that must not replace the one that is there.
 PROTECTED = "protected"
 _LABEL_BYTES = 300
 # Seconds as floating-point numbers come back a little off.
@@ -85,6 +86,7 @@ class StoredLabel(msgspec.Struct, frozen=True):
     `number` counts labels of the task in order of arrival. A label that replaces another one gets a new number, so
     that a reader who had seen the old one sees it; `first_number` is that of the first label of its prediction.
     `by`: who gave it, if that is authenticated; an authenticated label is the first one, whatever was there before.
+    So is ground truth in place of a label that was none.
     """
 
     number: int
@@ -228,16 +230,21 @@ class LabelStore:
     # --- labels ---
 
     def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
-        """Store a label of a prediction: "new", "replaced" if there was another one, "same" or "protected"."""
+        """Store a label of a prediction: "new", "replaced" if there was another one, "same" or "protected".
+
+        A label without an author replaces none with one, and a verdict or an answer of the model no ground truth.
+        """
         sql = "SELECT number, data FROM checked_labels WHERE task = ? AND row = ?"
         before = self._db.execute(sql, (task, prediction.row)).fetchone()
         old = _decode_record(before[1]) if before else None
         if old is not None and (old.label, old.source) == (label.text, label.source) and (old.by or not label.by):
             return "same"
-        if old is not None and old.by and not label.by:
+        is_truth = label.source not in NO_TRUTH
+        if old is not None and ((old.by and not label.by) or (old.source not in NO_TRUTH and not is_truth)):
             return PROTECTED
         first = (old.first_number if old else 0) or before[0] if before else 0
-        if old is not None and label.by and not old.by:
+        # Counts as new: what it replaces counted nowhere.
+        if old is not None and ((label.by and not old.by) or (is_truth and old.source in NO_TRUTH)):
             first = 0
         record = _LabelRecord(label.text, label.source, received, prediction, first_number=first, by=label.by)
         data = msgspec.msgpack.encode(record)
@@ -396,14 +403,23 @@ def load_early(
     return early
 
 
-def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[StoredLabel]:
-    """Return the labels of this bundle's predictions among the newest `limit` up to number `through`, oldest first."""
-    sql = """
-        SELECT number, data FROM checked_labels WHERE task = ? AND number BETWEEN 1 AND ?
-        ORDER BY number DESC LIMIT ?"""
+def load_labelled(
+    db: sqlite3.Connection,
+    task: str,
+    bundle: str,
+    through: int,
+    limit: int,
+    is_wanted: Callable[[str, str], bool] = lambda source, by: True,
+) -> list[StoredLabel]:
+    """Return the labels of this bundle's predictions among the newest `limit` up to number `through`, oldest first.
+
+    Labels whose source and author are not wanted take no place among these.
+    """
+    sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number DESC"
+    records = ((number, _decode_record(data)) for number, data in db.execute(sql, (task, through)))
+    wanted = (entry for entry in records if entry[1] is None or is_wanted(entry[1].source, entry[1].by))
     labels = []
-    for number, data in db.execute(sql, (task, through, limit)).fetchall():
-        record = _decode_record(data)
+    for number, record in itertools.islice(wanted, limit):
         if record is not None and record.prediction is not None and record.prediction.bundle == bundle:
             first_number = record.first_number or number
             texts = (record.label, record.source, record.received)

@@ -94,7 +94,10 @@ class MessageLog(msgspec.Struct):
 
         Return 0 for a message that the owner of the stream keeps on the device.
         """
-        allowed, privacy = least_count.apply(kind, body, self.least_count(task)), self.field_privacy(task)
+        allowed = least_count.apply(kind, body, self.least_count(task))
+        # An event about a task names its fields only, not those of other streams.
+        about = body.get("evidence", {}).get("task") if kind == "audit" and task is None else task
+        privacy = self.field_privacy(about if about in self.privacy else task)
         allowed = privacy.apply(kind, allowed, now.wall_us)
         if privacy.keeps(kind):
             if kind == "alerts":
@@ -153,7 +156,7 @@ class MessageLog(msgspec.Struct):
         """Build a message outside the log: state, keys or reply."""
         topic = Topic(self.fleet, self.device, kind)
         time = clock.to_rfc3339(now.wall_us)
-        body = least_count.apply(kind, body, self.min_count)
+        body = least_count.apply(kind, body, self.least_count(None))
         body = self.field_privacy(None).apply(kind, body, now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)

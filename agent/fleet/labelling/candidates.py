@@ -12,6 +12,7 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import candidates as table
+from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance import label_candidates
 from agent.performance.label_candidates import Reason, UnlabelledResults
@@ -62,13 +63,13 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
 
 
 def _choose(db: Connection, device: str, task: str, rows: int, limit: int, seed: int) -> list[LabelRequest]:
-    newest = table.load_newest(db, device, task, rows)
-    if not newest:
-        return []
     # Rows count anew in another log.
-    key: TaskLog = (device, task, max(newest, key=lambda row: int(row[1]))[6])
-    listed = [row for row in reversed(newest) if row[6] == key[2]]
-    labelled = table.load_labelled_rows(db, key, int(listed[0][0]))
+    log = label_tables.find_newest_log(db, device, task)
+    if log is None:
+        return []
+    key: TaskLog = (device, task, log)
+    listed = table.load_newest(db, key, rows)[::-1]
+    labelled = table.load_labelled_rows(db, key, int(listed[0][0]) if listed else 0)
     listed = [row for row in listed if row[0] not in labelled]
     if not listed:
         return []
@@ -85,7 +86,7 @@ def _choose(db: Connection, device: str, task: str, rows: int, limit: int, seed:
 
 
 def _to_request(key: TaskLog, row: Row, reason: Reason, strength: float) -> LabelRequest:
-    number, t, label, score, value, seq, _ = row
+    number, t, label, score, value, seq = row
     return LabelRequest(*key, number, t, label, score, value, seq, reason, round(strength, 6))
 
 

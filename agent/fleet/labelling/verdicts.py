@@ -65,12 +65,22 @@ class _AlertBody(msgspec.Struct):
 
 
 def judge_result(
-    db: Connection, device: str, task: str, row: int, text: str | None, judge: Judge, alert: str | None = None
+    db: Connection,
+    device: str,
+    task: str,
+    row: int,
+    text: str | None,
+    judge: Judge,
+    alert: str | None = None,
+    log: str | None = None,
 ) -> Judgement:
-    """Store what was true of a result, None for what it says; recompute the metrics of verdicts. Raises UsageError."""
+    """Store what was true of a result, None for what it says; recompute the metrics of verdicts.
+
+    Without a log, the result is of the newest one that has this row. Raises UsageError.
+    """
     judge.check()
     db.lock_devices([device])
-    result = table.find_result(db, device, task, row)
+    result = table.find_result(db, device, task, row, log)
     if result is None:
         raise UsageError(f"the collector has no result of task {task!r} of {device} at row {row}")
     log, seq, predicted, _, value = result
@@ -86,10 +96,10 @@ def judge_result(
     return Judgement(device, task, log, row, verdict, label, shown)
 
 
-def withdraw(db: Connection, device: str, task: str, row: int, judge: Judge) -> None:
+def withdraw(db: Connection, device: str, task: str, row: int, judge: Judge, log: str | None = None) -> None:
     """Delete what `judge` said of a result. Raises UsageError if that was nothing."""
     db.lock_devices([device])
-    result = table.find_result(db, device, task, row)
+    result = table.find_result(db, device, task, row, log)
     if result is None or not table.withdraw(db, (device, task, result[0]), row, judge.by):
         raise UsageError(f"{judge.by} said nothing of row {row} of task {task!r} of {device}")
     _replace_metrics(db, (device, task, result[0]), judge.now)
@@ -110,10 +120,10 @@ def judge_alert(db: Connection, incident: Incident, *, is_right: bool, text: str
     sentence = f"alert {incident.ref} is {'confirmed' if is_right else 'a false alarm'}"
     if row is None or incident.task is None or (text is None and not is_right):
         return sentence
-    result = table.find_result(db, incident.device, incident.task, row)
+    result = table.find_result(db, incident.device, incident.task, row, incident.log)
     if result is None or (text is None and result[2] is None):
         return sentence
-    judged = judge_result(db, incident.device, incident.task, row, text, judge, incident.id)
+    judged = judge_result(db, incident.device, incident.task, row, text, judge, incident.id, incident.log)
     return f"{sentence}; row {row} is {judged.label}"
 
 

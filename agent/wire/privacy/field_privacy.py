@@ -30,6 +30,8 @@ _PLACES = ("seq", "window", "rows", "site")
 # Members that have an entry for each field, and those of an entry that are in the field's unit.
 _BY_FIELD = frozenset({"fields", "features", "before", "now", "means"})
 _IN_UNIT = frozenset({"mean", "sd", "shift"})
+# Names, and ids that consist of them, may hold the name of a field: no sentence looks like this.
+_NAME = re.compile(r"[\w./-]+")
 _EFFECTS = ("mean", "m2", "psi", "js", "ks", "w1")
 
 
@@ -112,11 +114,15 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         return self._names is not None and self._names.search(text) is not None
 
     @cached_property
+    def _protected(self) -> list[str]:
+        return sorted({*self.private, *self.steps, *self.hashed}, key=len, reverse=True)
+
+    @cached_property
     def _names(self) -> re.Pattern[str] | None:
-        protected = sorted({*self.private, *self.steps, *self.hashed}, key=len, reverse=True)
+        protected = self._protected
         if not protected:
             return None
-        return re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, protected))})(?!\w)")
+        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, protected))})(?!\w)")
 
     def _limit_drift(self, body: Body) -> Body:
         if self.is_open:
@@ -179,7 +185,8 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
 
     def _limit_value(self, value: Any, name: str) -> Any:
         if isinstance(value, str):
-            return "withheld: it names a protected field" if self.mentions(value) and " " in value else value
+            is_name = value in self._protected or _NAME.fullmatch(value)
+            return "withheld: it names a protected field" if not is_name and self.mentions(value) else value
         if isinstance(value, Mapping):
             if isinstance(field := value.get("field"), str) and self.is_protected(field):
                 return self._limit_entry(field, value)
@@ -220,6 +227,8 @@ def combine(rules: Iterable[FieldPrivacy]) -> FieldPrivacy:
         private=frozenset().union(*(rule.private for rule in every)),
         steps=steps,
         hashed=frozenset().union(*(rule.hashed for rule in every)),
+        min_count=max((rule.min_count for rule in every), default=1),
+        min_results=max((rule.min_results for rule in every), default=1),
     )
 
 

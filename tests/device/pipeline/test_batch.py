@@ -30,6 +30,7 @@ from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire import commitment
 from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload, VerifiedMessage
+from agent.wire.privacy.field_privacy import FieldPrivacy
 from agent.wire.runs import expand_integers
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
@@ -575,6 +576,26 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     done = device.run_all()
     assert [message.rows for message in done] == [500, 500, 500, 500]
     assert tiles(device.results()) == (1, 2000)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "named"),
+    [
+        (FieldPrivacy(), {"a"}),
+        (FieldPrivacy(fields=frozenset({"a"}), private=frozenset({"a"})), set()),
+        (FieldPrivacy(kinds=frozenset({"alerts"})), set()),
+    ],
+)
+def test_results_name_no_private_field_with_a_fault_and_none_where_drift_stays_on_the_device(
+    make: Make, privacy: FieldPrivacy, named: set[str]
+) -> None:
+    device = make(replace(CLASSIFY, drift_window=20))
+    device.author.privacy = {"tiny": privacy}
+    stuck = CLASSIFY.rows(1000)
+    stuck[500:, 0] = 1.0
+    device.feed(stuck)
+    device.run_all()
+    assert {name for message in device.results() for name in message.faults or ()} == named
 
 
 def test_a_batch_of_a_backlog_ends_where_a_drift_window_does(make: Make) -> None:

@@ -15,7 +15,9 @@ from msgspec.structs import replace
 
 from agent import config
 from agent.clock import ClockReading
+from agent.device import status
 from agent.device.intake import labels
+from agent.device.own_messages import OwnMessages
 from agent.device.pipeline import batch, label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
@@ -35,6 +37,7 @@ from agent.performance.labels import LabelSchema
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload, verify_message
+from agent.wire.privacy.field_privacy import FieldPrivacy
 from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, activated
 
 DEVICE = new_key(1)
@@ -717,6 +720,81 @@ def test_verdicts_do_not_count_as_ground_truth(make: Make) -> None:
     assert body.labels["sources"] == {"human": 40, "verdict": 20}
     assert body.labels["authenticated"] == 20
     assert metrics(body)["accuracy", ""].n == 40
+
+
+def test_a_verdict_does_not_end_the_alerts_of_labels_without_an_author(make: Make) -> None:
+    device = make()
+    device.feed(700)
+    device.label([1], right, source="verdict", by="ha")
+    device.label(range(2, 252), right)
+    device.turn()
+    device.label(range(252, 602), other)
+    device.turn()
+    assert "decay" in {alert.subject for alert in device.alerts() if alert.state == "raised"}
+
+
+def test_a_verdict_cannot_replace_ground_truth_and_ground_truth_replaces_a_verdict_as_new(make: Make) -> None:
+    device = make()
+    device.feed(100)
+    device.label(range(1, 21), other, by="alice")
+    [reason] = device.label([1], right, source="verdict", by="ha")
+    assert reason is not None
+    assert "ground truth is there, which a verdict must not replace" in reason
+    device.label(range(21, 61), right, source="verdict", by="ha")
+    device.turn()
+    device.label(range(21, 61), other, by="alice")
+    stored = device.store.query(labelled.load_labelled, "tiny", device.task.bundle.digest, 10**6, 1000)
+    assert [sample.source for sample in stored] == ["human"] * 60
+    assert all(sample.number == sample.first_number for sample in stored)
+
+
+@pytest.mark.parametrize("is_attacked", [False, True])
+def test_corrections_by_a_socket_client_change_no_test_of_authenticated_labels(make: Make, is_attacked: bool) -> None:
+    device = make()
+    device.feed(3000)
+    device.label(range(1, 251), right, by="alice")
+    device.turn()
+    for first in range(251, 601, 35):
+        device.label(range(first, first + 35), lambda row: right(row) if row % 2 else other(row), by="alice")
+        if is_attacked:
+            device.label(range(1500, 2100), other if first % 2 else right)
+        device.turn()
+    assert "decay" in {alert.subject for alert in device.alerts() if alert.state == "raised"}
+
+
+def test_a_flood_without_an_author_neither_raises_nor_clears_what_authenticated_labels_say(make: Make) -> None:
+    device = make()
+    device.feed(2000)
+    device.label(range(1, 61), right, by="alice")
+    device.label(range(61, 161), right, source="model", by="loop")
+    device.turn()
+    raised = [(alert.subject, alert.state) for alert in device.alerts()]
+    assert raised == [("labels", "raised")]
+    for rows in (range(500, 1000), range(1000, 1500)):
+        device.label(rows, other)
+        device.label([rows[0] - 300], right, source="model", by="loop")
+        device.turn()
+    assert [(alert.subject, alert.state) for alert in device.alerts()] == raised
+    assert not label_metrics.contradict_certainty(device.task, device.store)
+
+
+def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_report(make: Make) -> None:
+    device = make()
+    device.author.privacy = {"tiny": FieldPrivacy(fields=frozenset({"a", "b"}), kinds=frozenset())}
+    device.feed(400)
+    conf = config.Config(
+        config.DeviceConfig("pi-07", "acme"), streams={"watch": device.stream}, tasks={"tiny": device.task.config}
+    )
+    device.label(range(1, 201), other)
+    assert device.turn() > 0
+    assert device.sent(AlertPayload) == []
+    assert len(device.store.open_alerts("tiny")) > 0
+    [report] = OwnMessages(conf, device.store).poll()
+    assert report.alerts == []
+    task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}}
+    document = {"tasks": [task], "alerts": device.store.recent_alerts(5)}
+    left = status.leave_out_kept(document, device.author)
+    assert left == {"tasks": [{"task": "tiny", "open": [], "quality": None}], "alerts": []}
 
 
 def test_labels_that_repeat_the_answers_are_a_feedback_loop(make: Make) -> None:

@@ -108,11 +108,13 @@ def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[s
 
 
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
-    """Return the newest results and what people say of them, by row."""
+    """Return the newest results and what people say of them, by log and row."""
     rows = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
-    opinions: dict[int, list[Verdict]] = {}
+    opinions: dict[tuple[str, int], list[Verdict]] = {}
     for log in {row[5] for row in rows}:
-        opinions |= verdict_statements.load_for_rows(db, (device, task.name if task else "", log), [r[0] for r in rows])
+        key = (device, task.name if task else "", log)
+        by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows if row[5] == log])
+        opinions |= {(log, number): verdicts for number, verdicts in by_row.items()}
     return {"results": rows, "verdicts": opinions}
 
 
@@ -168,14 +170,15 @@ async def judge(visit: Visit) -> Response:
     task, row, action = form.get("task", "")[:64], form.get("row", ""), form.get("action", "")
     if not row.isdecimal() or len(row) > 15 or action not in ("confirm", "correct", "withdraw"):
         raise HTTPException(400, "a verdict needs the row of a result, and says confirm, correct or withdraw")
+    log = form.get("log", "")[:64] or None
     text = form.get("label", "").strip() if action == "correct" else None
     author = Judge(visit.visitor.name, "dashboard", now_text(), form.get("note", "").strip()[:500])
 
     def write(db: Connection) -> str:
         if action == "withdraw":
-            verdicts.withdraw(db, device.device, task, int(row), author)
+            verdicts.withdraw(db, device.device, task, int(row), author, log)
             return f"row {row}: taken back"
-        given = verdicts.judge_result(db, device.device, task, int(row), text, author)
+        given = verdicts.judge_result(db, device.device, task, int(row), text, author, log=log)
         return f"row {row} is {given.label}: {given.verdict}"
 
     concerned = f"{device.device}/{task}"

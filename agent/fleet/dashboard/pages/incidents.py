@@ -189,7 +189,7 @@ def _load_surroundings(db: Connection, incident: Incident) -> dict[str, Any]:
     row = verdicts.alert_row(db, incident)
     result = None
     if row is not None and incident.task is not None:
-        result = verdict_statements.find_result(db, incident.device, incident.task, row)
+        result = verdict_statements.find_result(db, incident.device, incident.task, row, incident.log)
     return {
         "evidence": shown,
         "windows": windows,

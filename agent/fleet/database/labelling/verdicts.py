@@ -28,7 +28,8 @@ _AGREED_RESULTS = """
 _RESULT = """
     SELECT r.log, r.seq, r.label, r.score, r.value FROM results r
     JOIN logs l ON l.device = r.device AND l.log = r.log
-    WHERE r.device = ? AND r.task = ? AND r.row = ?
+    WHERE r.device = :device AND r.task = :task AND r.row = :row
+      AND (CAST(:log AS TEXT) IS NULL OR r.log = :log)
     ORDER BY l.live DESC, CASE WHEN l.live THEN l.rowid ELSE -l.rowid END LIMIT 1"""
 _COUNTS = """
     SELECT device, task, given_by, verdict, count(*) AS n, max(given) AS newest FROM verdicts
@@ -98,9 +99,9 @@ class VerdictCount(msgspec.Struct, frozen=True):
     newest: str
 
 
-def find_result(db: Connection, device: str, task: str, row: int) -> Row | None:
-    """Return (log, seq, label, score, value) of a result, of the newest log that has one at this row."""
-    return db.execute(_RESULT, (device, task, row)).fetchone()  # type: ignore[no-any-return]
+def find_result(db: Connection, device: str, task: str, row: int, log: str | None = None) -> Row | None:
+    """Return (log, seq, label, score, value) of a result of a log; None for the newest that has one at this row."""
+    return db.execute(_RESULT, {"device": device, "task": task, "row": row, "log": log}).fetchone()  # type: ignore[no-any-return]
 
 
 def save(db: Connection, key: TaskLog, verdict: Verdict) -> None:
