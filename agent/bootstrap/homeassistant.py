@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from agent.config import Config
 from agent.device.store.store import Store
-from agent.errors import StorageBusy, UsageError
+from agent.errors import StorageBusy
 from agent.performance.labels import VERDICT
 
 if TYPE_CHECKING:
@@ -38,13 +38,10 @@ def publishing(conf: Config, store: Store) -> contextlib.AbstractContextManager[
 def _own_verdicts(conf: Config) -> VerdictSink:
     """Return a sink that labels results at the device's own intake, with the author that the config names."""
     from agent.client import Client
-    from agent.config.homeassistant import NOT_AUTHENTICATED, is_authenticated
     from agent.device.machine import label_key
 
     section = conf.homeassistant
     assert section is not None
-    if not is_authenticated(section.broker or conf.broker):
-        raise UsageError(f"[homeassistant] verdicts: {NOT_AUTHENTICATED}")
     by = section.verdicts
     token = label_key.make_token(label_key.load_or_create(conf.data_dir), by)
 

@@ -20,6 +20,8 @@ from agent.transport.packets import IncomingMessage
 SETTLE_S = 3.0
 # Presses that are stored at once, and how many a second follow.
 BURST, RATE = 30, 1.0
+# Refusals that are reported within a minute, and characters of a name in a report: a topic may have 64 KiB.
+MAX_REFUSALS, _WINDOW_S, _MAX_NAME = 20, 60.0, 64
 
 
 class VerdictSink(Protocol):
@@ -38,6 +40,7 @@ class PressReader:
         # (device, task) → when its answer changed to the present one, and the answer before.
         self._changes: dict[tuple[str, str], tuple[float, str | None]] = {}
         self._budget, self._last_s = float(BURST), now_s()
+        self._window_s, self._refusals = float("-inf"), 0
 
     def observe(self, device: str, task: str, before: Result | None, result: Result | None) -> None:
         """Record that the newest result of a task is another one."""
@@ -48,29 +51,42 @@ class PressReader:
         self._changes = {key: value for key, value in self._changes.items() if key[0] != device}
 
     def read(self, message: IncomingMessage, shown: Callable[[str, str], Result | None]) -> str:
-        """Return a sentence about what a press did. `shown`: the result of a device's task that Home Assistant has."""
+        """Return a sentence about what a press did; "" if it was refused like many before it.
+
+        `shown`: the result of a device's task that Home Assistant has.
+        """
         target = self._place.parse_press(message.topic)
         if target is None:
             return ""
         device, task, is_label = target
-        where = f"press for {task} at {device}"
+        where = f"press for {task[:_MAX_NAME]} at {device[:_MAX_NAME]}"
         if message.retained:
-            return f"{where} refused: it is retained, so nobody pressed now"
+            return self._refuse(where, "it is retained, so nobody pressed now")
         if not self._spend():
-            return f"{where} refused: more than {BURST} presses came at once"
+            return self._refuse(where, f"more than {BURST} presses came at once")
         result = shown(device, task)
         if result is None or result.label is None:
-            return f"{where} refused: no answer of this task is shown"
+            return self._refuse(where, "no answer of this task is shown")
         text = message.payload.decode(errors="replace").strip() if is_label else result.label
         if not 0 < len(text) <= MAX_LABEL or (not is_label and message.payload != CONFIRM):
-            return f"{where} refused: it says neither {CONFIRM.decode()!r} nor a label"
+            return self._refuse(where, f"it says neither {CONFIRM.decode()!r} nor a label")
         changed_s, former = self._changes.get((device, task), (float("-inf"), None))
         if self._now_s() - changed_s < SETTLE_S:
-            return f"{where} refused: the answer was {former!r} less than {SETTLE_S:g} s before; press again"
+            return self._refuse(where, f"the answer was {former!r} less than {SETTLE_S:g} s before; press again")
         try:
             return f"{where}: {self._sink(device, task, result.row, text)}"
         except OutstationError as error:
-            return f"{where} refused: {error}"
+            return self._refuse(where, str(error))
+
+    def _refuse(self, where: str, reason: str) -> str:
+        """Return the sentence about a refusal, with the number of those without one; "" beyond the limit."""
+        now_s, silent = self._now_s(), 0
+        if now_s - self._window_s >= _WINDOW_S:
+            silent, self._window_s, self._refusals = max(0, self._refusals - MAX_REFUSALS), now_s, 0
+        self._refusals += 1
+        if self._refusals > MAX_REFUSALS:
+            return ""
+        return f"{where} refused: {reason}" + (f" ({silent} more were refused before)" if silent else "")
 
     def _spend(self) -> bool:
         now_s = self._now_s()

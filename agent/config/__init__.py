@@ -314,6 +314,8 @@ def _check_bridge(file: str, config: Config, bridge: HomeAssistantConfig) -> Non
     key, fix = "homeassistant.broker", "name Home Assistant's broker here"
     if config.broker.scheme not in MQTT_SCHEMES:
         raise ConfigError(file, key, f"is missing, and [broker] is no MQTT broker; {fix}")
+    if bridge.verdicts and not homeassistant.is_authenticated(config.broker):
+        raise ConfigError(file, "homeassistant.verdicts", homeassistant.NOT_AUTHENTICATED)
     if config.broker.cert_file is not None:
         problem = "is missing: the fleet's broker takes one connection per certificate"
         raise ConfigError(file, key, f"{problem}; {fix}, or let the collector publish ([homeassistant] in fleet.toml)")

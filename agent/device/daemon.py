@@ -34,7 +34,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
-from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull
+from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull, UsageError
 
 log = logging.getLogger("outstation")
 
@@ -51,6 +51,8 @@ class Signals(msgspec.Struct):
     """Flags that other threads and signal handlers set for the main loop."""
 
     is_stopping: bool = False
+    # No daemon follows in this process, also if this one stops for a reload or a new log.
+    is_terminating: bool = False
     failure: Exception | None = None
     is_reload_requested: bool = False
     # Reads the config again; None if it is invalid, and the daemon goes on with its own.
@@ -79,6 +81,11 @@ class Signals(msgspec.Struct):
         self.is_stopping = True
         self.wake()
 
+    def terminate(self) -> None:
+        self.is_terminating = True
+        self.next_config = None
+        self.request_stop()
+
     def request_reload(self) -> None:
         self.is_reload_requested = True
         self.wake()
@@ -87,7 +94,10 @@ class Signals(msgspec.Struct):
         """Read the config again, and stop for a daemon with it; an invalid one changes nothing."""
         self.is_reload_requested = False
         self.next_config = self.read_config()
-        if self.next_config is not None:
+        if self.is_terminating:
+            # Since the config was read: `terminate` runs between any two instructions.
+            self.next_config = None
+        elif self.next_config is not None:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=")
             self.request_stop()
 
@@ -197,7 +207,8 @@ class Daemon:
             self.signals.wait(self.tick(self._now()))
             if self.signals.is_reload_requested and not self.signals.is_stopping:
                 self.signals.begin_reload()
-        if self.signals.next_config is None:
+        # After an error of a config, the config before may follow.
+        if self.signals.next_config is None and not isinstance(self.signals.failure, UsageError):
             notify("STOPPING=1")
         self._shut_down()
         if self.signals.failure is not None:

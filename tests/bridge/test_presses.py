@@ -6,7 +6,7 @@ import pytest
 
 from agent.bridge.device_state import Result
 from agent.bridge.discovery import Place
-from agent.bridge.presses import BURST, PressReader
+from agent.bridge.presses import BURST, MAX_REFUSALS, PressReader
 from agent.errors import UsageError
 from agent.transport.packets import IncomingMessage
 
@@ -92,3 +92,13 @@ def test_without_an_answer_on_the_screen_a_press_means_nothing() -> None:
     assert "no answer" in desk.press()
     desk.shown = result(label=None)
     assert "no answer" in desk.press()
+
+
+def test_a_flood_of_refused_presses_with_long_names_writes_few_short_lines() -> None:
+    desk, topic = Desk(), PLACE.press_topic("d" * 30_000, "t" * 30_000)
+    desk.shown = None
+    lines = [line for _ in range(1000) if (line := desk.press(topic))]
+    assert len(lines) == MAX_REFUSALS
+    assert max(len(line) for line in lines) < 300
+    desk.now_s += 60.0
+    assert f"({1000 - MAX_REFUSALS} more were refused before)" in desk.press(topic)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli.device.init import TEMPLATE
+from agent.cli.doctor.fixes import belongs_to_root
 from tests.kit.stations import ROOT
 
 NOBODY = 65534
@@ -88,3 +91,29 @@ def test_a_program_that_the_devices_user_may_not_read_is_named_in_one_line(confi
     assert "Traceback" not in shown
     assert len(shown.splitlines()) == 1
     assert f"who may not read the program in {private / 'agent'}" in shown
+
+
+@readable
+def test_sudo_doctor_fixes_the_config_of_an_installed_device(config: Path) -> None:
+    os.chown(config, 0, NOBODY)
+    config.chmod(0o640)
+    key = config.parent / "device.key"
+    outstation = "import sys\nfrom agent.cli import main\nmain(sys.argv[1:])"
+    shown = run(outstation, "doctor", "--fix", "--yes", "--json", "-c", str(config))
+    document = json.loads(shown)
+    assert {fix["name"] for fix in document["applied"]} == {"key", "collector"}, shown
+    assert document["fixes"] == []
+    status = config.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, NOBODY, 0o640)
+    assert (key.stat().st_uid, stat.S_IMODE(key.stat().st_mode)) == (NOBODY, 0o600)
+
+
+def test_a_link_in_the_devices_folder_leads_root_to_no_file(config: Path) -> None:
+    data, secret = config.parent / "data", config.parent / "root.key"
+    secret.write_text("root's own")
+    (data / "intake.token").symlink_to(secret)
+    assert not belongs_to_root(data / "intake.token")
+    (data / "folder").symlink_to(config.parent)
+    os.chown(data / "folder", NOBODY, NOBODY, follow_symlinks=False)
+    assert not belongs_to_root(data / "folder" / "root.key")
+    assert belongs_to_root(secret)

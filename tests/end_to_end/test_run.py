@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 import threading
 import weakref
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from agent import config
 from agent.bootstrap.daemon import build_daemon
 from agent.cli.device import run
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.daemon import Daemon, Signals
 from agent.device.store.store import Store
-from agent.errors import StorageForked
+from agent.errors import ConfigError, StorageForked
 from tests.kit.commands import call_outstation
 
 
@@ -121,3 +123,44 @@ def test_a_reload_with_a_wrong_config_leaves_the_daemon_at_work(
     ran = run_with_edits(home, [(old, new)], monkeypatch)
     assert problem in caplog.text
     assert ran == [ran[0]] * len(ran)
+
+
+HA = '\n[homeassistant]\nverdicts = "anna"\n'
+
+
+def test_check_refuses_buttons_on_a_broker_that_asks_nobody_for_a_name(home: Path) -> None:
+    file = home / "outstation.toml"
+    file.write_text(file.read_text() + HA)
+    with pytest.raises(ConfigError, match="anybody could press"):
+        config.load(file)
+
+
+def test_a_reload_to_a_port_in_use_brings_the_daemon_before_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        tcp = f'[intake]\ntcp = "127.0.0.1:{taken.getsockname()[1]}"\n\n[streams.host]'
+        ran = run_with_edits(home, [("[streams.host]", tcp)], monkeypatch)
+    assert "the config before is in force again" in caplog.text
+    assert "choose another port" in caplog.text
+    assert [conf.intake.tcp for conf in ran] == [None], "the config before runs again"
+
+
+@pytest.mark.parametrize(("signum", "runs"), [(signal.SIGTERM, 1), (signal.SIGHUP, 3)])
+def test_a_signal_during_the_shutdown_of_a_reload_is_not_lost(
+    home: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, runs: int
+) -> None:
+    file, shut_down, ended = home / "outstation.toml", Daemon._shut_down, list[Signals]()
+
+    def shut_down_and_signal(daemon: Daemon) -> None:
+        shut_down(daemon)
+        ended.append(daemon.signals)
+        if len(ended) == 1:
+            file.write_text(file.read_text().replace("[streams.late]", "[streams.later]"))
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Daemon, "_shut_down", shut_down_and_signal)
+    late = '[streams.late]\nfields = [{ name = "open" }]\n\n[streams.host]'
+    ran = run_with_edits(home, [("[streams.host]", late)], monkeypatch)
+    assert len(ran) == len(ended) == runs
+    assert signum == signal.SIGTERM or "later" in ran[-1].streams

@@ -18,6 +18,7 @@ from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
+from agent.device.daemon import Signals
 from agent.device.machine.systemd import notify
 from agent.device.recovery.open import acquire_lock
 from agent.errors import ConfigError, StorageForked, UsageError
@@ -43,21 +44,22 @@ def run(config_file: str | None, verbose: bool) -> None:
             wiped = device.erase(file, conf, file.resolve().parent / device.KEY_FILE)
         logger.warning("%s", wipe.describe_marker(conf.data_dir, wiped))
         return
-    # Between two daemons, a further signal changes nothing: the config was just read.
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A signal that arrives while a daemon stops, or between two.
+    between = Signals()
+    before = signal.signal(signal.SIGHUP, lambda *_: between.request_reload())
     try:
-        _run_daemons(file, conf)
+        _run_daemons(file, conf, between)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def _run_daemons(file: Path, conf: Config) -> None:
+def _run_daemons(file: Path, conf: Config, between: Signals) -> None:
     """Run a daemon, and after a reload or in a new log the next one."""
     previous: Config | None = None
     has_forked = False
     while True:
         try:
-            next_conf, previous = _run(file, conf), conf
+            next_conf, previous = _run(file, conf, between), conf
         except StorageForked as forked:
             if has_forked:
                 raise
@@ -70,7 +72,7 @@ def _run_daemons(file: Path, conf: Config) -> None:
             logger.error("not reloaded, the config before is in force again: %s", problem.cause)
             notify(f"STATUS=Not reloaded: {problem.cause}")
             next_conf, previous = previous, None
-        if next_conf is None:
+        if next_conf is None or between.is_terminating:
             return
         conf = next_conf
         # An error or a cycle would keep the ended daemon and its models in memory.
@@ -84,8 +86,11 @@ class _NotStarted(Exception):
         self.cause = cause
 
 
-def _run(file: Path, conf: Config) -> Config | None:
-    """Run one daemon; return the config of the next one. Raises _NotStarted, StorageError."""
+def _run(file: Path, conf: Config, between: Signals) -> Config | None:
+    """Run one daemon; return the config of the next one. Raises _NotStarted, StorageError.
+
+    `between` holds a stop, and a reload that this daemon did not begin.
+    """
     try:
         store = device.open_store(conf)
     except UsageError as error:
@@ -103,16 +108,29 @@ def _run(file: Path, conf: Config) -> Config | None:
         launch.discard_spare()
         signals = daemon.signals
         signals.read_config = partial(_read_config, file, conf)
+
+        def terminate(*_: object) -> None:
+            signals.terminate()
+            between.terminate()
+
         for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, lambda *_: signals.request_stop())
+            before[signum] = signal.signal(signum, terminate)
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: signals.request_reload())
-        with homeassistant.publishing(conf, store):
-            daemon.run()
+        if between.is_reload_requested:
+            between.is_reload_requested = False
+            signals.request_reload()
+        try:
+            with homeassistant.publishing(conf, store):
+                daemon.run()
+        except UsageError as error:
+            raise _NotStarted(error) from None
         return signals.next_config
     finally:
         store.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before and signals.is_reload_requested:
+            between.request_reload()
 
 
 def _read_config(file: Path, conf: Config) -> Config | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import click
 from msgspec.structs import asdict
 
-from agent.bootstrap import device
+from agent import config
+from agent.bootstrap import device, sinks
+from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, power
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store
-from agent.errors import OutstationError, UsageError
+from agent.errors import OutstationError, StorageError, UsageError
 from agent.quantities import parse_size
 from agent.text import printable
 
@@ -38,10 +41,20 @@ def doctor(
     """
     if yes and not fix:
         raise UsageError("--yes belongs to --fix")
+    applied: list[fixes.Fix] = []
+    if fix and os.geteuid() == 0:
+        # Loading the config gives up root's rights, without which nobody changes root's files.
+        file = config.find(config_file)
+        conf = config.load(file, sinks.SINKS)
+        if conf.data_dir.is_dir() and conf.data_dir.stat().st_uid != 0:
+            roots = [
+                item for item in fixes.find_fixes(file, conf, _read_as_owner(conf)) if fixes.belongs_to_root(item.path)
+            ]
+            applied = [item for item in roots if (yes or _ask(item, as_json=as_json)) and _apply(item)]
     file, conf = device.load_config(config_file)
     written_per_day = _written_per_day(conf)
     open_fixes = list(fixes.find_fixes(file, conf, written_per_day))
-    applied = [item for item in open_fixes if fix and (yes or _ask(item, as_json=as_json)) and _apply(item)]
+    applied += [item for item in open_fixes if fix and (yes or _ask(item, as_json=as_json)) and _apply(item)]
     left = [item for item in open_fixes if item not in applied]
     if applied:
         file, conf = device.load_config(config_file)
@@ -72,8 +85,8 @@ def _ask(item: fixes.Fix, *, as_json: bool) -> bool:
 def _apply(item: fixes.Fix) -> bool:
     try:
         item.apply()
-    except OSError as error:
-        raise UsageError(f"{item.action}: {error.strerror or error}; run it with sudo") from None
+    except (OSError, StorageError) as error:
+        raise UsageError(f"{item.action}: {getattr(error, 'strerror', None) or error}; run it with sudo") from None
     return True
 
 
@@ -88,6 +101,22 @@ def _written_per_day(conf: Config) -> int | None:
     except OutstationError:
         return None
     return round(spent.written_bytes / spent.seconds * 86_400) if spent.seconds else None
+
+
+def _read_as_owner(conf: Config) -> int | None:
+    """Return `_written_per_day` from a child process without root's rights: the store is another user's."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            become_owner(conf.data_dir)
+            os.write(writer, str(_written_per_day(conf)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        text = pipe.read(20)
+    os.waitpid(child, 0)
+    return int(text) if text.isdigit() else None
 
 
 def _find_medium(conf: Config) -> flash.Medium | None:

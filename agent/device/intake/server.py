@@ -84,7 +84,7 @@ class Intake:
         self._early_commits, self._early_counted_s = float(_MAX_EARLY_COMMITS), 0.0
         self._commit_waiters: list[asyncio.Future[None]] = []
         self._serve_tasks: set[asyncio.Task[None]] = set()
-        self._has_failed = False
+        self._has_failed = self._is_stopping = False
         self._alive_until_s = now().boot_s + _HEARTBEAT_TIMEOUT_S
         self._timer: asyncio.TimerHandle | None = None
         self._writer = ThreadPoolExecutor(1, "intake-writes")
@@ -137,6 +137,7 @@ class Intake:
         finally:
             for listener in listeners:
                 listener.close()
+        self._is_stopping = True
         for task in tasks:
             task.cancel()
         self._commit()
@@ -323,12 +324,17 @@ class Intake:
     def _schedule_commit(self) -> None:
         if self._group_commit.is_full:
             self._commit_in_background()
-        elif self._group_commit and (self._timer is None or self._group_commit.is_worth_committing):
+        elif self._group_commit and (
+            self._timer is None or self._is_stopping or self._group_commit.is_worth_committing
+        ):
             loop = asyncio.get_running_loop()
             now = loop.time()
-            if self._timer is None:
+            if self._is_stopping:
+                # Sources hand over their last rows.
+                self._commit_due_s = now
+            elif self._timer is None:
                 self._commit_due_s = now + self._conf.buffer.commit_every
-            else:
+            if self._timer is not None:
                 self._timer.cancel()
             due_s = self._commit_due_s
             if self._group_commit.is_worth_committing:

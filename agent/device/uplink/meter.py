@@ -39,6 +39,8 @@ CONNECTION_BYTES = 8_000
 # One commit writes about 28 KB to flash.
 _BOOKINGS = 100
 _MIN_BOOKING = 4096
+# Without a budget the count limits nothing, and may be this much too high after a crash.
+_BOOKING_WITHOUT_BUDGET = 1_000_000
 # Beside a message: TCP/IP headers of it, of its PUBACK and of both acknowledgements, and two TLS records.
 _MESSAGE_OVERHEAD = 4 * 52 + 2 * 22 + 4
 _SEGMENT_BYTES, _HEADER_BYTES = 1400, 52
@@ -88,7 +90,8 @@ class TrafficMeter:
             return
         at_s = uptime_s(self._store, now)
         hour, first = int(at_s // _HOUR_S), _first_hour(at_s)
-        booking = max(_MIN_BOOKING, int(self._conf.budget or 0) // _BOOKINGS)
+        budget = self._conf.budget
+        booking = _BOOKING_WITHOUT_BUDGET if budget is None else max(_MIN_BOOKING, int(budget) // _BOOKINGS)
         self._bytes_by_hour = {h: n for h, n in self._bytes_by_hour.items() if h >= first}
         self._bytes_by_hour[hour] = self._bytes_by_hour.get(hour, 0) - self._booked + booking
         self._booked = booking

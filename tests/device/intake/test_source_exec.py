@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -18,10 +20,14 @@ import pytest
 from agent.config import Duration, FieldConfig, StreamConfig
 from agent.config.sources import ExecSource
 from agent.config.stream_privacy import StreamPrivacy
+from agent.device.intake.group_commit import CommitOutcome
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources import exec as exec_source
 from agent.device.intake.sources import program
 from agent.device.intake.sources.exec import ProgramReader
+from agent.device.recovery.open import open_store
+from agent.device.store.rows import RawColumns
+from agent.device.store.store import Store
 from agent.errors import ConfigError
 from tests.kit.stations import T0, Station, conf, wait_for
 
@@ -229,3 +235,52 @@ def test_check_refuses_a_program_that_is_missing_or_that_everybody_may_change(
     context = SourceContext(str(tmp_path / "outstation.toml"), made, "sensor")
     with pytest.raises(ConfigError, match=problem):
         exec_source.build(context, source, None)  # type: ignore[arg-type]
+
+
+def test_what_a_held_back_program_has_printed_is_stored_when_the_daemon_stops(tmp_path: Path) -> None:
+    # Lines wait in the pipe, in the reader and for the next commit, which is a minute away.
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit())\n"
+        "for i in range(2000): print('{\"n\": %d}' % i)\n"
+        "open('done', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "sensor.py").write_text(script)
+    made = ExecSource(command=[sys.executable, "sensor.py"], max_rate=10.0)
+    stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept")
+    station = Station(
+        conf(tmp_path / "data", 60.0, sensor=stream),
+        sources=lambda store: [ProgramReader("sensor", stream, made, store, tmp_path)],
+    )
+    with contextlib.closing(station.store):
+        station.intake.start()
+        wait_for(lambda: (tmp_path / "done").exists(), "all is printed")
+        station.intake.stop()
+        assert numbers(station) == list(range(2000))
+
+
+def test_lines_that_cannot_be_stored_in_time_at_a_stop_are_counted_as_lost(tmp_path: Path) -> None:
+    script = "import time\nfor i in range(100): print('{\"n\": %d}' % i)\nopen('done', 'w').close()\ntime.sleep(60)\n"
+    (tmp_path / "sensor.py").write_text(script)
+    made = ExecSource(command=[sys.executable, "sensor.py"])
+    stream = StreamConfig(fields=FIELDS, source=made, duplicates="accept")
+
+    async def stop_before_any_commit(store: Store) -> None:
+        async def submit(stream: str, raw: RawColumns, *_: object, **__: object) -> CommitOutcome:
+            submitted.append(raw.n)
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        reader = ProgramReader("sensor", stream, made, store, tmp_path)
+        task = asyncio.create_task(reader.run(submit))
+        async with asyncio.timeout(30):
+            while not submitted or not (tmp_path / "done").exists():
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+
+    submitted: list[int] = []
+    with contextlib.closing(open_store(tmp_path / "data")) as store:
+        asyncio.run(stop_before_any_commit(store))
+        assert store.counters()["program lines lost.sensor"] == 100

@@ -336,3 +336,16 @@ def test_a_real_broker_receives_no_byte_more_than_the_budget(folder: Path) -> No
         assert proxy.bytes < used < 1.3 * proxy.bytes
         # Alerts went first.
         assert seen.index(601) < 50
+
+
+def test_a_busy_connection_without_a_budget_commits_its_bytes_once_a_megabyte(folder: Path) -> None:
+    with world_of(folder, windows=["00:00-23:59"]) as world:
+        assert world.conf.broker.metered is not None
+        counted = meter.TrafficMeter(world.conf.broker.metered, world.store, world.air.now())
+        stored = set()
+        for number in range(1, 1001):
+            counted.observe(5000 * number, world.air.now())
+            at_s = meter.uptime_s(world.store, world.air.now())
+            stored.add(meter.sum_of_day(meter.load_bytes(world.store, at_s), at_s))
+        assert len(stored) <= 6
+        assert 5_000_000 <= max(stored) <= 6_100_000

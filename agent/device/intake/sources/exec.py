@@ -1,7 +1,8 @@
 """Sensor program as a stream: a child process that prints a row on each line, started again when it ends.
 
 A program is held back at its pipe while it prints faster than the source allows, or while the store is full. It is
-killed and started again when it prints nothing for too long.
+killed and started again when it prints nothing for too long. When the daemon stops, the program ends first, and what it
+has printed is stored.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ from agent.toml_files import did_you_mean
 log = logging.getLogger("outstation.exec")
 
 RESTART_COUNTER, SILENCE_COUNTER, FLOOD_COUNTER = "program restarts", "program silent", "program held back"
+LOSS_COUNTER = "program lines lost"
 _RESTART_S = (1.0, 60.0)
 # A program that ran for this long failed for a new reason: it is started again at once.
 _STEADY_S = 60.0
 _FULL_RETRY_S = 1.0
 _MAX_WAITING_LINES = 10_000
 _MAX_WAITING_BYTES = 1 << 20
+# Times to read and to store what a stopped program has printed; with its end, less than the intake waits for a source.
+_READ_REST_S, _STORE_REST_S = 0.5, 1.0
 # A burst of this length is no flood.
 _BURST_S = 5.0
 _LOG_LINES, _LOG_WINDOW_S = 20, 60.0
@@ -79,6 +83,7 @@ class ProgramReader:
         self._log = _LimitedLog(name)
         self._budget = float(source.max_rate) * _BURST_S
         self._budget_s = 0.0
+        self._is_stopping = asyncio.Event()
 
     async def run(self, submit_rows: SubmitRows) -> None:
         loop, delay = asyncio.get_running_loop(), _RESTART_S[0]
@@ -114,7 +119,19 @@ class ProgramReader:
                 submitting.result()
             problem = reading.result()
             lines.end()
-            await submitting
+            # Not cancelled with this task.
+            await asyncio.wait([submitting])
+            submitting.result()
+        except asyncio.CancelledError:
+            self._is_stopping.set()
+            await program.stop()
+            await asyncio.wait([reading], timeout=_READ_REST_S)
+            lines.end()
+            await asyncio.wait([submitting], timeout=_STORE_REST_S)
+            if lines.unstored:
+                self._log.warn(f"{lines.unstored} lines are lost: the daemon stopped before it could store them")
+                self._count(LOSS_COUNTER, lines.unstored)
+            raise
         finally:
             for task in (submitting, reading):
                 task.cancel()
@@ -144,10 +161,12 @@ class ProgramReader:
         now, rate = asyncio.get_running_loop().time(), float(self._source.max_rate)
         self._budget = min(rate * _BURST_S, self._budget + (now - self._budget_s) * rate) - line_count
         self._budget_s = now
-        if self._budget < 0:
+        if self._budget < 0 and not self._is_stopping.is_set():
             self._log.warn(f"it prints more than {rate:g} lines a second (max_rate) and is held back", once=True)
             self._count(FLOOD_COUNTER)
-            await asyncio.sleep(min(-self._budget / rate, 60.0) + _BURST_S / 2)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(-self._budget / rate, 60.0) + _BURST_S / 2):
+                    await self._is_stopping.wait()
 
     async def _submit_lines(self, waiting: _WaitingLines, submit_rows: SubmitRows) -> None:
         while lines := await waiting.take_all():
@@ -162,9 +181,9 @@ class ProgramReader:
                 reason = "a line is no row" if self._stream.has_protected_fields else outcome.rejected[0][1]
                 self._log.warn(f"not stored: {reason}", once=True)
 
-    def _count(self, counter: str) -> None:
+    def _count(self, counter: str, count: int = 1) -> None:
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.increment_counter(f"{counter}.{self._name}", 1)
+            tx.increment_counter(f"{counter}.{self._name}", count)
 
 
 class _WaitingLines:
@@ -172,7 +191,7 @@ class _WaitingLines:
 
     def __init__(self) -> None:
         self._lines: deque[bytes | LongLine] = deque()
-        self._bytes, self._is_ended = 0, False
+        self._bytes, self._taken, self._is_ended = 0, 0, False
         self._changed = asyncio.Event()
 
     async def put(self, lines: Sequence[bytes | LongLine]) -> None:
@@ -185,15 +204,21 @@ class _WaitingLines:
         self._changed.set()
 
     async def take_all(self) -> list[bytes | LongLine]:
-        """Return all that wait, at least one; none after the end."""
+        """Return all that wait, at least one; none after the end. Those taken before are stored."""
+        self._taken = 0
         while not self._lines and not self._is_ended:
             self._changed.clear()
             await self._changed.wait()
         lines = list(self._lines)
+        self._taken = len(lines)
         self._lines.clear()
         self._bytes = 0
         self._changed.set()
         return lines
+
+    @property
+    def unstored(self) -> int:
+        return len(self._lines) + self._taken
 
     def end(self) -> None:
         self._is_ended = True

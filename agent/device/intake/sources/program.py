@@ -51,6 +51,7 @@ class Program:
         )
         self._on_error_line = on_error_line
         self._errors: asyncio.Task[None] | None = None
+        self._is_stopped = False
         self._pipes: list[asyncio.BaseTransport | IO[bytes]] = [
             pipe for pipe in (self._process.stdout, self._process.stderr) if pipe is not None
         ]
@@ -67,7 +68,8 @@ class Program:
             async with asyncio.timeout(timeout_s):
                 while not (complete := lines.split(chunk := await output.read(_READ_BYTES))) and chunk:
                     pass
-            if complete:
+            # A signal may have cut off the last line, and a part of a number is another number.
+            if complete and (chunk or not self._is_stopped):
                 yield complete
             if not chunk:
                 return
@@ -90,6 +92,13 @@ class Program:
                 self._on_error_line(text)
             if not chunk:
                 return
+
+    async def stop(self) -> None:
+        """End all processes of the session; what they have printed can still be read."""
+        self._is_stopped = True
+        self._signal_group(signal.SIGTERM)
+        await self._wait_for_end()
+        self._signal_group(signal.SIGKILL)
 
     async def close(self) -> str:
         """End all processes of the session, and return how the program ended, "" for success."""
