@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from agent import config
+from agent.bootstrap.device import build_privacy
+from agent.config.stream_privacy import StreamPrivacy
 from agent.drift.reporting import parsed_message
 from agent.wire.privacy.field_privacy import FieldPrivacy, combine
 from tests.wire.test_least_count import drift, field
@@ -129,8 +132,13 @@ def test_a_streams_least_counts_hold_for_messages_about_the_device() -> None:
 
 def test_a_protected_stream_withholds_no_reference_of_an_open_stream() -> None:
     numbers = {"ax": {"n": 1600, "mean": 1.5, "sd": 0.3}}
-    rules = combine([FieldPrivacy(fields=frozenset({"pulse"}), private=frozenset({"pulse"})),
-                     FieldPrivacy(fields=frozenset({"ax"}))])  # fmt: skip
+    streams = {
+        "ward": config.StreamConfig([config.FieldConfig("pulse")], privacy=StreamPrivacy(private=["pulse"])),
+        "watch": config.StreamConfig([config.FieldConfig("ax")]),
+    }
+    tasks = {name: config.TaskConfig(name, "tiny") for name in streams}
+    conf = config.Config(config.DeviceConfig("pi-07", "acme"), streams=streams, tasks=tasks)
+    rules = combine(build_privacy(conf, b"secret").values())
     body = {"event": "learned", "summary": "vibration: learned", "evidence": {"task": "vibration", "fields": numbers}}
     assert rules.apply("audit", body, NOW_US)["evidence"]["fields"] == numbers
 

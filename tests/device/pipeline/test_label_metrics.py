@@ -751,13 +751,16 @@ def test_a_verdict_cannot_replace_ground_truth_and_ground_truth_replaces_a_verdi
 @pytest.mark.parametrize("is_attacked", [False, True])
 def test_corrections_by_a_socket_client_change_no_test_of_authenticated_labels(make: Make, is_attacked: bool) -> None:
     device = make()
-    device.feed(3000)
+    device.feed(2700)
     device.label(range(1, 251), right, by="alice")
     device.turn()
-    for first in range(251, 601, 35):
-        device.label(range(first, first + 35), lambda row: right(row) if row % 2 else other(row), by="alice")
+    if is_attacked:
+        device.label(range(1500, 2600), right)
+        device.turn()
+    for first in range(251, 751, 25):
+        device.label(range(first, first + 25), lambda row: right(row) if row % 7 else other(row), by="alice")
         if is_attacked:
-            device.label(range(1500, 2100), other if first % 2 else right)
+            device.label(range(1500, 2600), other if first // 25 % 2 else right)
         device.turn()
     assert "decay" in {alert.subject for alert in device.alerts() if alert.state == "raised"}
 
