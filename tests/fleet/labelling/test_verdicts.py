@@ -146,12 +146,12 @@ def test_after_a_card_was_replaced_verdicts_and_requests_keep_to_the_log_that_th
     new = MessageSender(key=SENDER.key, log="6f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
     store.ingest([Arrival(new.verify(new.results(30, rows_at=(1, 30))))], [], "2026-11-25T22:20:00.000000Z")
     with store.transaction() as db:
+        db.execute("UPDATE logs SET live = (log = ?)", (new.log,))
         verdicts.judge_alert(db, incident, is_right=True, text=None, judge=Judge("eva", "dashboard", NOW))
     assert ask(store, "SELECT log, row FROM verdicts") == [(SENDER.log, 7)]
     with store.snapshot() as db:
         requests = candidates.list_next(db, device=SENDER.device, task=SENDER.task, limit=20)
-    live = ask(store, "SELECT log FROM logs ORDER BY live DESC, CASE WHEN live THEN rowid ELSE -rowid END LIMIT 1")
-    assert {(request.log,) for request in requests} == set(live)
+    assert {request.log for request in requests} == {new.log}
 
 
 def test_an_alert_about_a_result_gives_that_result_its_label(store: FleetStore) -> None:
