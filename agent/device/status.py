@@ -101,7 +101,7 @@ def leave_out_kept(document: Mapping[str, Any], message_log: MessageLog) -> dict
 
 
 def _describe_program(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:
-    """Return how often a stream's program was started again, silent and held back, and its lost lines; {} without one."""
+    """Count how often a stream's program was started again, silent and held back; its lost lines; {} without one."""
     if not isinstance(stream.source, ExecSource):
         return {}
     kinds = {"restarts": "restarts", "silences": "silent", "floods": "held back", "losses": "lines lost"}
