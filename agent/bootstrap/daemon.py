@@ -147,7 +147,7 @@ def _build_commands(
     tasks = TaskActions(
         *(str(file), conf, store, message_log, runtime),
         load,
-        lambda: status.leave_out_kept(status.build_document(conf, store), message_log),
+        lambda: status.limit_status(status.build_document(conf, store), message_log),
         updater.rollouts,
     )
 

@@ -86,7 +86,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
     }
 
 
-def leave_out_kept(document: Mapping[str, Any], message_log: MessageLog) -> dict[str, Any]:
+def limit_status(document: Mapping[str, Any], message_log: MessageLog) -> dict[str, Any]:
     """Return a status document without the alerts and label metrics that the owners of streams keep on the device."""
     tasks = [
         {

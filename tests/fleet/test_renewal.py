@@ -92,7 +92,7 @@ def test_a_device_uses_the_certificate_that_ends_last_and_keeps_its_key(
     assert certificate.choose_certificate(device) == device.broker
 
 
-def test_a_device_whose_answer_was_lost_is_renewed_again(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
+def test_a_renewal_with_a_lost_answer_is_repeated(tmp_path: Path, fleet: FleetConfig, device: Config) -> None:
     folder = tmp_path / "acme"
     [entry] = due(tmp_path, fleet, YEAR)
     key: Any = entry.certificate.public_key()

@@ -127,7 +127,7 @@ def test_a_streams_least_counts_hold_for_messages_about_the_device() -> None:
     assert (rules.min_count, rules.min_results) == (20, 7)
 
 
-def test_a_reference_of_an_open_stream_leaves_whole_beside_a_protected_stream() -> None:
+def test_a_protected_stream_withholds_no_reference_of_an_open_stream() -> None:
     numbers = {"ax": {"n": 1600, "mean": 1.5, "sd": 0.3}}
     rules = combine([FieldPrivacy(fields=frozenset({"pulse"}), private=frozenset({"pulse"})),
                      FieldPrivacy(fields=frozenset({"ax"}))])  # fmt: skip

@@ -32,8 +32,11 @@ from agent.wire.commands import DEFAULT_SCHEDULE
 
 
 class TaskActions:
-    """Actions on tasks. `load` verifies, probes and loads the bundle at a path; `status` is the status document
-    as it may leave the device."""
+    """Actions on tasks.
+
+    `load` verifies, probes and loads the bundle at a path; `status` returns the part of the status document that may
+    leave the device.
+    """
 
     def __init__(
         self,

@@ -55,8 +55,8 @@ def build_result_messages(
     privacy = message_log.field_privacy(task.name)
     is_published = _select_published(task, model_scores, labels) & privacy.lists_results
     # Where messages about faults stay on the device, nor are their fields named.
-    is_kept = privacy.keeps("drift") or privacy.keeps("alerts")
-    named = [] if is_kept else [name for name in faulty if not privacy.hides_numbers(name)]
+    hides_faults = privacy.keeps("drift") or privacy.keeps("alerts")
+    named = [] if hides_faults else [name for name in faulty if not privacy.hides_numbers(name)]
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
     max_results = columns.max_results(
         message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES, model_scores, labels

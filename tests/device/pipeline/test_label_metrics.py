@@ -762,7 +762,7 @@ def test_corrections_by_a_socket_client_change_no_test_of_authenticated_labels(m
     assert "decay" in {alert.subject for alert in device.alerts() if alert.state == "raised"}
 
 
-def test_a_flood_without_an_author_neither_raises_nor_clears_what_authenticated_labels_say(make: Make) -> None:
+def test_a_flood_without_an_author_changes_no_alert_of_authenticated_labels(make: Make) -> None:
     device = make()
     device.feed(2000)
     device.label(range(1, 61), right, by="alice")
@@ -793,7 +793,7 @@ def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_re
     assert report.alerts == []
     task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}}
     document = {"tasks": [task], "alerts": device.store.recent_alerts(5)}
-    left = status.leave_out_kept(document, device.author)
+    left = status.limit_status(document, device.author)
     assert left == {"tasks": [{"task": "tiny", "open": [], "quality": None}], "alerts": []}
 
 
