@@ -101,10 +101,10 @@ def limit_status(document: Mapping[str, Any], message_log: MessageLog) -> dict[s
 
 
 def _describe_program(stream: StreamConfig, counters: Mapping[str, int], name: str) -> dict[str, int]:
-    """Return how often a stream's program was started again, was silent and was held back; nothing without one."""
+    """Count how often a stream's program was started again, silent and held back; its lost lines; {} without one."""
     if not isinstance(stream.source, ExecSource):
         return {}
-    kinds = {"restarts": "restarts", "silences": "silent", "floods": "held back"}
+    kinds = {"restarts": "restarts", "silences": "silent", "floods": "held back", "losses": "lines lost"}
     return {f"program_{member}": counters.get(f"program {kind}.{name}", 0) for member, kind in kinds.items()}
 
 

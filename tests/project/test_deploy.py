@@ -225,9 +225,10 @@ def test_a_chown_of_names_that_were_listed_before_gives_a_file_of_root_away(tmp_
 def test_root_takes_no_file_by_its_path_where_another_user_may_swap_it() -> None:
     text = INSTALL.read_text(encoding="utf-8") + UNIT.read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if "chown" in line and not line.strip().startswith("#")]
+    take = '"${files[@]}" \\( '
     assert lines == [
-        """"${files[@]}" -not -name '*.key' -exec chown root:outstation {} + -exec chmod 0640 {} +""",
-        """"${files[@]}" -name '*.key' -exec chown outstation:outstation {} + -exec chmod 0600 {} +""",
+        take + '-name device.key.pub "${others[@]}" \\) -exec chown root:outstation {} + -exec chmod 0640 {} +',
+        take + '-false "${keys[@]}" \\) -exec chown outstation:outstation {} + -exec chmod 0600 {} +',
     ]
     assert 'install -d -o root -g outstation -m 0750 "$config"' in text
 

@@ -31,6 +31,7 @@ _STREAM_COUNTS = {
     "program_restarts": "restarts of the program",
     "program_silences": "times killed because it was silent",
     "program_floods": "times held back by max_rate",
+    "program_losses": "lines of the program lost at a stop",
 }
 _MAX_VALUES = 6  # of a stream's newest row
 _MAX_FIELDS = 6  # whose smallest changes are shown
