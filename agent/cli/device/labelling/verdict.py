@@ -8,8 +8,8 @@ import click
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.device.labelling.label import by_option, submit
-from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.cli.device.labelling.label import submit
+from agent.cli.output import by_option, config_option, echo, emit, json_option, print_table
 from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history

@@ -7,12 +7,9 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli.device.labelling.label import by_option
 from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading, open_store
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.output import by_option, echo, emit, json_option, note_option, print_table
 from agent.fleet import config as fleet_config
-
-_note_option = click.option("--note", metavar="TEXT", default="", help="Why, for the next person who looks.")
 
 
 @click.group()
@@ -30,7 +27,7 @@ def verdict() -> None:
 @click.argument("label", required=False)
 @click.option("--withdraw", is_flag=True, help="Take back what you said of it.")
 @by_option
-@_note_option
+@note_option
 @db_option
 @fleet_option
 @json_option
@@ -72,7 +69,7 @@ def result(
 @click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
 @click.option("--label", metavar="LABEL", help="What was true of the result that the alert is about.")
 @by_option
-@_note_option
+@note_option
 @db_option
 @fleet_option
 @json_option
