@@ -192,7 +192,7 @@ def _newest_message(incident: Incident) -> dict[str, Any]:
 
 
 def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> dict[str, Any]:
-    """Add what operators said to a message of table alerts; `status` is that of the incident as a whole."""
+    """Add operators' handling to a message of table alerts; `status` is that of the incident as a whole."""
     incident = handled.get((row["source"], row["device"], row["log"], row["id"]))
     members: dict[str, Any] = {"incident": None, "status": row["state"], "acknowledged": None, "muted": None}
     if incident is not None:
@@ -219,7 +219,7 @@ def acknowledge(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Say that you take care of an alert: no more reminders until it becomes worse or comes back."""
+    """Acknowledge an alert: no more reminders until it becomes worse or comes back."""
     with open_store(*_opened(outer, db, folder)) as store:
         incident = incidents.find_incident(store, ref, now=_now())
         incidents.acknowledge(store, incident, by=by, note=note, now=_now())
@@ -247,7 +247,7 @@ def mute(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Let nobody be told of an alert for a time; without one, until `unmute`."""
+    """Suppress notifications of an alert for a time; without one, until `unmute`."""
     end = _parse_end(duration, until)
     with open_store(*_opened(outer, db, folder)) as store:
         incident = incidents.find_incident(store, ref, now=_now())
