@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option, print_rejected
+from agent.cli.output import by_option, config_option, echo, emit, json_option, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
@@ -30,14 +28,6 @@ from agent.performance.labels import Label, LabelSchema, LabelTarget
 
 _COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
 ParsedLabel = tuple[int, Label | str]
-
-
-def _default_author() -> str:
-    """Return the user's name, in the letters that names of authors have."""
-    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
-
-
-by_option = click.option("--by", metavar="NAME", default=_default_author, help="Who says so; default: your user name.")
 
 
 @click.command(epilog="Example: outstation label exercise truth.csv")
