@@ -126,7 +126,11 @@ def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
         return 1, f"{place}: {error.strerror}; see that it exists, is of the right kind, and is yours to use"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != __package__:
         package = error.name.partition(".")[0]
-        return 1, f"this command needs the package {package!r}, which is not installed; `pip install {package}`"
+        from agent.extras import find_extra, install_command
+
+        extra = find_extra(package)
+        command = install_command(extra) if extra else f"pip install {package}"
+        return 1, f"this command needs the package {package!r}, which is not installed: {command}"
     import traceback
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
