@@ -1,8 +1,9 @@
-"""TOML files as typed structs. Errors name the file, the key and the fix."""
+"""TOML files as typed structs, and values as TOML. Errors name the file, the key and the fix."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable
@@ -39,6 +40,25 @@ def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
         return msgspec.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
+
+
+def encode_value(value: Any) -> str:
+    """Return a value as TOML; a table is an inline one, without its members that are None."""
+    if isinstance(value, dict):
+        members = (f"{encode_key(key)} = {encode_value(inner)}" for key, inner in value.items() if inner is not None)
+        return f"{{ {', '.join(members)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(encode_value, value))}]"
+    if isinstance(value, float):
+        # Numbers that JSON does not have are written as Python does.
+        return repr(value)
+    # A string of JSON is one of TOML but for DEL, and for pairs of surrogates as escapes.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def encode_key(name: str) -> str:
+    """Return a key of TOML, quoted if it must be."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else encode_value(name)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

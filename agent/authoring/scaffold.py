@@ -20,6 +20,7 @@ from agent.errors import BadBundle, UsageError
 from agent.model.bundle.manifest import DriftSettings
 from agent.model.inference.tensors import ModelInspection, Tensor
 from agent.model.sandbox import probe
+from agent.toml_files import encode_value
 
 _TOLERANCE = 0.02
 # A longer list of fields is written as a prefix and a count.
@@ -112,14 +113,14 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         f'name = "{slug or "model"}"',
         'version = "0.1.0"',
         f'kind = "{guess.kind}"  # {guess.rationale}; else classify, regress, anomaly or embedding',
-        f"model = {_to_toml(model)}",
+        f"model = {encode_value(model)}",
     ]
     if guess.label_count:
         known = table is not None and len(table.labels) == guess.label_count
         labels = sorted(table.labels) if table and known else [f"class {i}" for i in range(guess.label_count)]
         lines.append("# In the order of the outputs, as in training; the model file does not say.")
-        lines.append(f"labels = {_to_toml(labels)}")
-    data, prefix = (_to_toml(table.path), "") if table else ('"readings.csv"', "# ")
+        lines.append(f"labels = {encode_value(labels)}")
+    data, prefix = (encode_value(table.path), "") if table else ('"readings.csv"', "# ")
     windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
     drift_window = _suggest_drift_window(tensor, windows)
     if table and windows < MIN_WINDOWS * drift_window:
@@ -150,11 +151,13 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     lines = ["[input]"]
     if columns or width <= _MAX_LISTED_FIELDS:
         comment = "the columns of the data, in the model's order" if columns else "use the names of your stream"
-        lines.append(f"fields = {_to_toml(columns or [f'x{i}' for i in range(width)])}  # {comment}")
+        lines.append(f"fields = {encode_value(columns or [f'x{i}' for i in range(width)])}  # {comment}")
     else:
         lines.append(f'fields = {{ prefix = "x", count = {width} }}  # x0, x1, …')
     if table and not columns:
-        lines.append(f"# {table.path} has {len(table.columns)} numeric columns: {_to_toml(list(table.columns)[:20])}")
+        lines.append(
+            f"# {table.path} has {len(table.columns)} numeric columns: {encode_value(list(table.columns)[:20])}"
+        )
     if rows > 1:
         lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = 1.0 }}  # {rationale}")
     if tensor.limits:
@@ -169,8 +172,8 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
             lines.append(f"# The data do not fit, so the model was trained on scaled values: {'; '.join(outside[:8])}.")
     if columns and table:
         lines.append("# Of these data, if the model was trained on (x - mean) / std; better those of its training:")
-        lines.append(f"# mean = {_to_toml([_round(scale.mean) for scale in table.scales])}")
-        lines.append(f"# std = {_to_toml([_round(scale.std) or 1.0 for scale in table.scales])}")
+        lines.append(f"# mean = {encode_value([_round(scale.mean) for scale in table.scales])}")
+        lines.append(f"# std = {encode_value([_round(scale.std) or 1.0 for scale in table.scales])}")
     else:
         lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
     return lines
@@ -212,7 +215,7 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
     lines = ["[output]"]
     if len(inspection.outputs) > 1:
         names = ", ".join(json.dumps(tensor.name) for tensor in inspection.outputs)
-        lines.append(f"tensor = {_to_toml(inspection.outputs[0].name)}  # one of {names}")
+        lines.append(f"tensor = {encode_value(inspection.outputs[0].name)}  # one of {names}")
     if guess.kind == "classify":
         lines.append(f'activation = "{guess.activation}"  # to apply to the outputs: none, softmax or sigmoid')
     if guess.multi_label:
@@ -225,7 +228,3 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
     if guess.kind in ("anomaly", "embedding"):
         lines.append("quantile = 0.99  # of the reference's values; higher values are anomalies; or threshold = …")
     return lines
-
-
-def _to_toml(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

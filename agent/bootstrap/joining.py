@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import re
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ from agent.device.recovery.open import open_store
 from agent.device.recovery.open_files import LOCK
 from agent.device.store.store import DATABASE
 from agent.errors import ConfigError, StorageBusy, UsageError
+from agent.toml_files import encode_value
 from agent.wire import keys
 
 CONFIG_FILE, CERTIFICATE_FILE = "outstation.toml", "device.crt"
@@ -180,7 +180,7 @@ def merge_configs(file: Path, ours: str, theirs: str) -> str:
             merged = merged.rstrip("\n") + "\n\n"
             for other, added in sections:
                 if other in FLEET_SECTIONS:
-                    lines = (f"{key} = {_to_toml(value)}\n" for key, value in stays.get(other, {}).items())
+                    lines = (f"{key} = {encode_value(value)}\n" for key, value in stays.get(other, {}).items())
                     merged += f"{_without_examples(added)}\n{''.join(lines)}\n"
             is_added = True
     expected = {name: value for name, value in former.items() if name not in FLEET_SECTIONS}
@@ -201,8 +201,7 @@ def set_data_dir(text: str, data_dir: str) -> str:
 
 def _set_key(text: str, key: str, value: str) -> str:
     """Return TOML in which the first line that sets `key` sets it to `value`."""
-    # A JSON string is also a TOML string.
-    line = f"{key} = {json.dumps(value)}"
+    line = f"{key} = {encode_value(value)}"
     return re.sub(rf"(?m)^{key}[ \t]*=.*$", lambda _: line, text, count=1)
 
 
@@ -281,13 +280,6 @@ def _without_examples(section: str) -> str:
     while lines and (not lines[-1].strip() or lines[-1].startswith("#")):
         lines.pop()
     return "\n".join(lines)
-
-
-def _to_toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_to_toml(inner)}' for key, inner in value.items())} }}"
-    # A JSON number, string, list of them or truth value is also one of TOML.
-    return json.dumps(value)
 
 
 def _require_stopped(data_dir: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,17 @@ config_option = click.option(
     metavar="FILE",
     help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml.",
 )
+
+
+def _default_author() -> str:
+    """Return the user's name, in the letters that names of authors have."""
+    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
+
+
+by_option = click.option(
+    "--by", metavar="NAME", default=_default_author, help="Name to record; default: your user name."
+)
+note_option = click.option("--note", metavar="TEXT", default="", help="Reason to record.")
 
 plot_option = click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot, .svg or .png."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist
 from agent.indices import repeat
 from agent.simulate.scenario import SCENARIOS, Scenario, SiteFaults
+from agent.toml_files import encode_value
 
 _MIN_REPLAY_S = 6.0
 # Share of a demo's duration; the rest is for starting, learning and the audit.
@@ -55,7 +55,7 @@ class SimulationPlan(msgspec.Struct, frozen=True):
             '\n[models]\nconfinement = "off"\n'
             '\n[buffer]\ncommit_every = "500 ms"\n'
             f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
-            f"source = {toml_value(msgspec.to_builtins(source))}\n"
+            f"source = {encode_value(msgspec.to_builtins(source))}\n"
             f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
             f'schedule = "every 1 s"\nlearn_windows = {scenario.learn_windows}\n'
         )
@@ -128,13 +128,3 @@ def _subjects(recordings: Recordings) -> list[int | None]:
     """Return the subjects whose recordings the sites replay in turn; None: all recordings."""
     subjects: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
     return subjects if recordings.t is None else [None]
-
-
-def toml_value(value: Any) -> str:
-    """Return a value as TOML, with members that are None left out."""
-    if isinstance(value, dict):
-        members = (f"{key} = {toml_value(member)}" for key, member in value.items() if member is not None)
-        return "{ " + ", ".join(members) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    return msgspec.json.encode(value).decode() if isinstance(value, str) else repr(value)

@@ -17,8 +17,9 @@ from agent.errors import OutstationError
 from agent.fleet.rollout import plan
 from agent.simulate.disturbances import Disturbances
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
-from agent.simulate.plan import SimulatedSite, toml_value
+from agent.simulate.plan import SimulatedSite
 from agent.simulate.simulation import Simulation
+from agent.toml_files import encode_value
 from agent.wire.keys import PublicKey
 
 FOLLOW_PROCESS = "follow"
@@ -74,8 +75,8 @@ class RolloutDriver(msgspec.Struct):
         assert self.web is not None
         root = self.fleet.home / "repository" / "metadata" / "1.root.json"
         updates = {"url": self.web.url(site.device), "root": str(root.resolve()), "poll_interval": "60 s"}
-        lines = [f"\n[publishers]\nkeys = {toml_value([key.text for key in self.trusted_keys])}\n\n[updates]\n"]
-        return "".join([*lines, *(f"{key} = {toml_value(value)}\n" for key, value in updates.items())])
+        lines = [f"\n[publishers]\nkeys = {encode_value([key.text for key in self.trusted_keys])}\n\n[updates]\n"]
+        return "".join([*lines, *(f"{key} = {encode_value(value)}\n" for key, value in updates.items())])
 
     def start(self) -> None:
         """Take the first devices offline, start the rollout and follow it. Raises OutstationError."""

@@ -48,10 +48,12 @@ _MAX_LINE_BYTES = 900_000
 @click.command(epilog="Example: outstation ingest watch readings.csv")
 @click.argument("stream")
 @click.argument("file", default="-")
-@click.option("--map", "renamed", metavar="COLUMN=FIELD", multiple=True, help="Column that is a field of another name.")
-@click.option("--ignore", "ignored", metavar="COLUMN", multiple=True, help="Column that is left out.")
-@click.option("--sep", "separator", metavar="C", help="Separator of CSV; else that of the first line: , ; or a tab.")
-@click.option("--timezone", metavar="ZONE", help="Zone of times that name none, such as Europe/Berlin.")
+@click.option("--map", "renamed", metavar="COLUMN=FIELD", multiple=True, help="Use COLUMN as the field FIELD.")
+@click.option("--ignore", "ignored", metavar="COLUMN", multiple=True, help="Leave out COLUMN.")
+@click.option(
+    "--sep", "separator", metavar="C", help="Separator of the CSV file; default: found in its first line (, ; or tab)."
+)
+@click.option("--timezone", metavar="ZONE", help="Time zone of times without one, such as Europe/Berlin.")
 @config_option
 @json_option
 def ingest(

@@ -106,7 +106,7 @@ DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
 @click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option("--standalone", is_flag=True, help="A short config for one device without a fleet.")
 @click.option("--broker", metavar="URL", help=f"With --standalone: the broker; default {DEFAULT_BROKER}.")
-@click.option("--from", "source", metavar="SOURCE", help="Table or mqtt://HOST, from which a stream is proposed.")
+@click.option("--from", "source", metavar="SOURCE", help="Propose a stream from this table, or from mqtt://HOST.")
 @click.option("--topic", metavar="FILTER", help="With --from mqtt://HOST: topics of the messages.")
 @click.option("--listen", default="30 s", show_default=True, help="With --topic: how long to listen.")
 @click.option("--id", "device", help="Device id; the default is the host name.")
@@ -125,8 +125,8 @@ def init(
 ) -> None:
     """Write an outstation.toml and a device key to DIR: commented, or short with --standalone.
 
-    With --standalone, delivery is confirmed by the broker, and the command says what that loses. With --from a stream
-    is proposed: its fields, with units and ranges to check.
+    With --standalone, the broker confirms delivery, and the command lists the drawbacks. With --from, the config has a
+    proposed stream: its fields, with units and ranges to check.
     """
     file = folder / CONFIG_FILE
     if broker is not None and not standalone:

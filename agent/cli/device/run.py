@@ -80,7 +80,7 @@ def _run_daemons(file: Path, conf: Config, between: Signals) -> None:
 
 
 class _NotStarted(Exception):
-    """A config with which no daemon can be built."""
+    """Failure to build a daemon from a config."""
 
     def __init__(self, cause: UsageError) -> None:
         self.cause = cause
@@ -134,7 +134,7 @@ def _run(file: Path, conf: Config, between: Signals) -> Config | None:
 
 
 def _read_config(file: Path, conf: Config) -> Config | None:
-    """Return what the config file says now; None, with a line in the log, if it is no config for this store."""
+    """Read the config again; return None, with a line in the log, if it does not fit this store."""
     try:
         new = config.load(file, sinks.SINKS)
         for key, old_value, new_value in (
@@ -143,7 +143,7 @@ def _read_config(file: Path, conf: Config) -> Config | None:
             ("device.data_dir", conf.data_dir, new.data_dir),
         ):
             if old_value != new_value:
-                problem = f"is {new_value} now, and the running daemon has {old_value}; restart it to change this"
+                problem = f"is {new_value}, but the running daemon has {old_value}; restart it to change this"
                 raise ConfigError(str(file), key, problem)
     except UsageError as error:
         logger.error("not reloaded, the config in force stays: %s", error)

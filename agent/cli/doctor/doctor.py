@@ -25,7 +25,7 @@ from agent.text import printable
 
 
 @click.command(epilog="Example: outstation doctor --fix")
-@click.option("--fix", is_flag=True, help="Apply the fixes, each after a question.")
+@click.option("--fix", is_flag=True, help="Apply the fixes; ask before each.")
 @click.option("--yes", is_flag=True, help="With --fix: do not ask.")
 @click.option("--archive", "archive_file", metavar="FILE", type=click.Path(path_type=Path),
               help="Write a .tar.gz for support, without secrets and readings.")  # fmt: skip
@@ -35,12 +35,12 @@ from agent.text import printable
 def doctor(
     fix: bool, yes: bool, archive_file: Path | None, rating: str | None, config_file: str | None, as_json: bool
 ) -> None:
-    """Show what is wrong with this device, and what would mend it; flash wear and power, too.
+    """Diagnose this device: problems with their fixes, flash wear and power.
 
-    The checks are those of `outstation check`. Exit 1 if one fails, or if a fix is left to do.
+    The checks are those of `outstation check`. Exit 1 if one fails, or if a fix was not applied.
     """
     if yes and not fix:
-        raise UsageError("--yes belongs to --fix")
+        raise UsageError("--yes needs --fix")
     applied: list[fixes.Fix] = []
     if fix and os.geteuid() == 0:
         # Loading the config gives up root's rights, without which nobody changes root's files.

@@ -253,7 +253,7 @@ def _authenticate(
 
 @click.command("enrol-list", epilog="Example: outstation fleet enrol-list devices.csv --out enrolments")
 @click.argument("file", metavar="CSV", type=click.Path(path_type=Path))
-@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Where the files go.")
+@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder for the files.")
 @fleet_option
 @json_option
 def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None:

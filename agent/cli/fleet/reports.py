@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.output import by_option, emit, json_option, note_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import IncidentKey
@@ -193,7 +192,7 @@ def _newest_message(incident: Incident) -> dict[str, Any]:
 
 
 def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> dict[str, Any]:
-    """Add what operators said to a message of table alerts; `status` is that of the incident as a whole."""
+    """Add operators' handling to a message of table alerts; `status` is that of the incident as a whole."""
     incident = handled.get((row["source"], row["device"], row["log"], row["id"]))
     members: dict[str, Any] = {"incident": None, "status": row["state"], "acknowledged": None, "muted": None}
     if incident is not None:
@@ -203,14 +202,10 @@ def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> 
     return {**row, **members}
 
 
-_by_option = click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
-_note_option = click.option("--note", metavar="TEXT", default="", help="Why, for the next person who looks.")
-
-
 @alerts.command("acknowledge", epilog="Example: outstation fleet alerts acknowledge 3f9a --by eva --note 'on my way'")
 @click.argument("ref", metavar="ID")
-@_by_option
-@_note_option
+@by_option
+@note_option
 @db_option
 @fleet_option
 @json_option
@@ -224,7 +219,7 @@ def acknowledge(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Say that you take care of an alert: no more reminders until it becomes worse or comes back."""
+    """Acknowledge an alert: no more reminders until it becomes worse or comes back."""
     with open_store(*_opened(outer, db, folder)) as store:
         incident = incidents.find_incident(store, ref, now=_now())
         incidents.acknowledge(store, incident, by=by, note=note, now=_now())
@@ -235,8 +230,8 @@ def acknowledge(
 @click.argument("ref", metavar="ID")
 @click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
-@_by_option
-@_note_option
+@by_option
+@note_option
 @db_option
 @fleet_option
 @json_option
@@ -252,7 +247,7 @@ def mute(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Let nobody be told of an alert for a time; without one, until `unmute`."""
+    """Suppress notifications of an alert for a time; without one, until `unmute`."""
     end = _parse_end(duration, until)
     with open_store(*_opened(outer, db, folder)) as store:
         incident = incidents.find_incident(store, ref, now=_now())
@@ -262,8 +257,8 @@ def mute(
 
 @alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
 @click.argument("ref", metavar="ID")
-@_by_option
-@_note_option
+@by_option
+@note_option
 @db_option
 @fleet_option
 @json_option

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from agent import config, media
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
+from agent.toml_files import encode_key, encode_value
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def config_command(bundle: Path, name: str | None, public: str | None, as_json: 
     if not is_name(name):
         raise UsageError(f"--name {name}: must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     lines = ["", f'[publishers]\nkeys = ["{key.text}"]'] if key else [""]
-    lines += [f"[streams.{_toml_key(name)}]", _format_stream(bundle, name, manifest.input)]
+    lines += [f"[streams.{encode_key(name)}]", _format_stream(bundle, name, manifest.input)]
     lines += [
-        f"[tasks.{_toml_key(name)}]",
-        f"stream = {_toml_string(name)}",
-        f"bundle = {_toml_string(str(bundle.resolve()))}",
+        f"[tasks.{encode_key(name)}]",
+        f"stream = {encode_value(name)}",
+        f"bundle = {encode_value(str(bundle.resolve()))}",
     ]
     text = "\n".join(lines) + "\n"
     emit({"text": text}, as_json, lambda: echo(text, nl=False))
@@ -49,7 +49,7 @@ def config_command(bundle: Path, name: str | None, public: str | None, as_json: 
 
 def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:
     if (media_format := spec.image or spec.sound) is not None:
-        return f'source = {{ kind = "files", folder = {_toml_string(name)}, {media.to_toml(media_format)} }}'
+        return f'source = {{ kind = "files", folder = {encode_value(name)}, {media.to_toml(media_format)} }}'
     if len(spec.fields) > config.MAX_FIELDS:
         raise UsageError(
             f"{bundle}: needs {len(spec.fields)} fields, a stream has {config.MAX_FIELDS} at most; pack it with a "
@@ -57,17 +57,7 @@ def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:
         )
     units = spec.units or [""] * len(spec.fields)
     fields = [
-        f"  {{ name = {_toml_string(field)}{f', unit = {_toml_string(unit)}' if unit else ''} }},"
+        f"  {{ name = {encode_value(field)}{f', unit = {encode_value(unit)}' if unit else ''} }},"
         for field, unit in zip(spec.fields, units, strict=True)
     ]
     return "\n".join(["fields = [", *fields, "]"])
-
-
-def _toml_key(name: str) -> str:
-    """Quote the name if a dot in it would mean another section."""
-    return _toml_string(name) if "." in name else name
-
-
-def _toml_string(value: str) -> str:
-    """Quote a string: those of JSON are TOML, too."""
-    return json.dumps(value, ensure_ascii=False)

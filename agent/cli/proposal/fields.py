@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from agent.clock import parse_local, parse_rfc3339
+from agent.toml_files import encode_value
 
 # Physical quantities by a word in the name: unit, and the range of sensors that measure it.
 _QUANTITIES: tuple[tuple[str, str, float, float], ...] = (
@@ -50,9 +50,9 @@ class ProposedField(msgspec.Struct, frozen=True):
     optional: bool = False
 
     def to_toml(self) -> str:
-        parts = [f"name = {toml_string(self.name)}"]
-        parts += [f"type = {toml_string(self.type)}"] if self.type != "f32" else []
-        parts += [f"unit = {toml_string(self.unit)}"] if self.unit else []
+        parts = [f"name = {encode_value(self.name)}"]
+        parts += [f"type = {encode_value(self.type)}"] if self.type != "f32" else []
+        parts += [f"unit = {encode_value(self.unit)}"] if self.unit else []
         # All digits: a limit that is rounded may reject the rows that it was proposed from.
         limits = (("min", self.min), ("max", self.max))
         parts += [f"{key} = {repr(value).removesuffix('.0')}" for key, value in limits if value is not None]
@@ -113,11 +113,6 @@ def make_name(place: str, taken: set[str]) -> str:
         number += 1
         name = f"{text}_{number}"
     return name
-
-
-def toml_string(text: str) -> str:
-    """Return a basic string of TOML: a JSON string is one."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _propose_number(name: str, place: str, numbers: Sequence[float], values: Sequence[Any]) -> ProposedField:

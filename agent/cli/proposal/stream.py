@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 
-from agent.cli.proposal.fields import ProposedField, make_name, propose_columns, toml_string
+from agent.cli.proposal.fields import ProposedField, make_name, propose_columns
 from agent.config import BrokerConfig, check_broker
 from agent.datasets import readers
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import ConfigError, LinkDown, UsageError
 from agent.text import printable
+from agent.toml_files import encode_value
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
 
@@ -82,11 +83,11 @@ def propose_from_broker(url: str, topic: str, seconds: float) -> ProposedStream:
     levels = [level for level in topic.split("/") if level not in ("+", "#", "")]
     name = make_name(levels[-1] if levels else "mqtt", set())[:32]
     named = [field for field in columns.fields if field.place != f"$.{field.name}"]
-    paths = ", ".join(f"{toml_string(field.name)} = {toml_string(field.place)}" for field in named)
-    parts = ['kind = "mqtt"', f"topic = {toml_string(topic)}", f"broker = {_broker_toml(broker)}"]
+    paths = ", ".join(f"{encode_value(field.name)} = {encode_value(field.place)}" for field in named)
+    parts = ['kind = "mqtt"', f"topic = {encode_value(topic)}", f"broker = {_broker_toml(broker)}"]
     parts += [f"paths = {{ {paths} }}"] if paths else []
     parts += (
-        [f"t = {toml_string(columns.time)}"] if columns.time is not None and _is_seconds(sample[columns.time]) else []
+        [f"t = {encode_value(columns.time)}"] if columns.time is not None and _is_seconds(sample[columns.time]) else []
     )
     notes = [*columns.notes, f"{len(rows)} readings were seen; {others} messages held none."]
     return ProposedStream(name, _to_toml(name, columns.fields, f"source = {{ {', '.join(parts)} }}\n"), notes)
@@ -149,7 +150,7 @@ def _is_seconds(values: list[Any]) -> bool:
 def _broker_toml(broker: BrokerConfig) -> str:
     is_local = broker.host in ("localhost", "127.0.0.1", "::1")
     plain = "" if broker.tls or is_local else ", allow_plaintext = true"
-    return f"{{ url = {toml_string(broker.url)}{plain} }}"
+    return f"{{ url = {encode_value(broker.url)}{plain} }}"
 
 
 def _to_toml(name: str, fields: list[ProposedField], source: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment import pki, revocation
 from agent.fleet.enrolment.pki import CertificateAuthority
 from agent.fleet.repository.layout import Layout
+from agent.toml_files import encode_value
 from agent.wire import keys
 from agent.wire.keys import EncryptionKey, PublicKey
 
@@ -158,7 +158,7 @@ def _render_public_files(folder: Path, config: FleetConfig, device: str) -> dict
         # Bundles are not secret, and their signatures need no TLS: an operator may serve them over http.
         plain = url.startswith("http:")
         text += _UPDATES_TOML.format(
-            url=toml_string(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=toml_string(ROOT_METADATA)
+            url=encode_value(url), option=_PLAINTEXT_OPTION if plain else _CA_OPTION, root=encode_value(ROOT_METADATA)
         )
     if config.ca is not None:
         files["ca.pem"] = input_files.read_bytes(Path(config.ca.cert_file))
@@ -171,12 +171,12 @@ def _render_device_toml(
     broker = config.broker
     text = f"""\
 [device]
-id = {toml_string(device)}
-fleet = {toml_string(config.fleet.name)}
+id = {encode_value(device)}
+fleet = {encode_value(config.fleet.name)}
 data_dir = "data"                     # readings, results and the outbox; relative to this file, or an absolute path
 
 [broker]
-url = {toml_string(broker.url)}
+url = {encode_value(broker.url)}
 """
     if broker.allow_plaintext:
         text += "allow_plaintext = true\n"
@@ -184,11 +184,11 @@ url = {toml_string(broker.url)}
         text += 'ca_file = "ca.pem"\ncert_file = "device.crt"\ntls_key_file = "device-tls.key"\n'
     text += f"""
 [collector]
-key = {toml_string(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
+key = {encode_value(collector.text)}       # signs acknowledgements; acknowledged messages may be deleted
 """
     if encryption is not None:
         text += f"""\
-encryption_key = {toml_string(encryption.text)}
+encryption_key = {encode_value(encryption.text)}
 
 # [privacy]
 # encrypt = true                      # seal messages to encryption_key: the broker cannot read them
@@ -197,7 +197,7 @@ encryption_key = {toml_string(encryption.text)}
         text
         + f"""
 [operators]
-keys = [{toml_string(operator.text)}]     # may sign commands and desired state
+keys = [{encode_value(operator.text)}]     # may sign commands and desired state
 
 # A stream of readings, which arrive through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
 # [streams.watch]
@@ -219,8 +219,3 @@ keys = [{toml_string(operator.text)}]     # may sign commands and desired state
 # publish = "all"
 """
     )
-
-
-def toml_string(text: str) -> str:
-    """Return a TOML basic string; JSON's escapes are a subset of TOML's."""
-    return json.dumps(text, ensure_ascii=True)

@@ -34,9 +34,10 @@ from agent.fleet.enrolment import (
     viewers_broker,
 )
 from agent.fleet.enrolment.broker_access import AccessChange
-from agent.fleet.enrolment.device_files import CERTIFICATE, SIGNING_KEY, TLS_KEY, DeviceFiles, toml_string
+from agent.fleet.enrolment.device_files import CERTIFICATE, SIGNING_KEY, TLS_KEY, DeviceFiles
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
+from agent.toml_files import encode_value
 from agent.wire import enrolment_request, keys
 from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import PublicKey
@@ -229,13 +230,13 @@ def _render_fleet_toml(name: str, broker: BrokerConfig, group: str) -> str:
     text = f"""\
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be created again.
 [fleet]
-name = {toml_string(name)}
+name = {encode_value(name)}
 db = "fleet.db"                       # collected messages; a path, or postgresql://USER@HOST/DB
 # tasks = ["exercise"]                # the only tasks whose messages the broker takes; any without
-share_group = {toml_string(group)}   # secret name under which several collectors share messages
+share_group = {encode_value(group)}   # secret name under which several collectors share messages
 
 [broker]
-url = {toml_string(broker.url)}
+url = {encode_value(broker.url)}
 """
     if broker.allow_plaintext:
         text += "allow_plaintext = true\n"

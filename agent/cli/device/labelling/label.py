@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option, print_rejected
+from agent.cli.output import by_option, config_option, echo, emit, json_option, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
@@ -23,21 +21,13 @@ from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.labels import LabelBatch
 from agent.device.machine import label_key
 from agent.device.machine.timekeeping import make_clock
-from agent.errors import OutstationError, RowRejected, StorageBusy, UsageError
+from agent.errors import OutstationError, RowRejected, StorageBusy, StorageError, UsageError
 from agent.model.bundle import bundle
 from agent.performance import labels
 from agent.performance.labels import Label, LabelSchema, LabelTarget
 
 _COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
 ParsedLabel = tuple[int, Label | str]
-
-
-def _default_author() -> str:
-    """Return the user's name, in the letters that names of authors have."""
-    return re.sub(r"[^a-z0-9._-]", "-", getpass.getuser().lower()).lstrip("._-")[:64] or "operator"
-
-
-by_option = click.option("--by", metavar="NAME", default=_default_author, help="Who says so; default: your user name.")
 
 
 @click.command(epilog="Example: outstation label exercise truth.csv")
@@ -139,8 +129,8 @@ def submit(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) ->
 def _authenticate(conf: Config, by: str) -> tuple[str, str] | None:
     """Return the name with its token; None, with a note, if this user may not read the key."""
     try:
-        key = label_key.load_or_create(conf.data_dir)
-    except UsageError as problem:
+        key = label_key.FILE.load_or_create(conf.data_dir)
+    except (UsageError, StorageError) as problem:
         echo(f"note: these labels are not authenticated, so no roll-out acts on them: {problem}", err=True)
         return None
     return by, label_key.make_token(key, by)

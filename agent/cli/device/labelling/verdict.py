@@ -1,4 +1,4 @@
-"""Commands `outstation verdict`, `label-next` and `label-token`: people teach the model of one device."""
+"""Commands `outstation verdict`, `label-next` and `label-token`: feedback of people on the results of one device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import click
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.device.labelling.label import by_option, submit
-from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.cli.device.labelling.label import submit
+from agent.cli.output import by_option, config_option, echo, emit, json_option, print_table
 from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history
@@ -28,7 +28,7 @@ from agent.performance.labels import VERDICT, Label, LabelSchema
 @config_option
 @json_option
 def verdict(task: str, row: int, label: str | None, by: str, config_file: str | None, as_json: bool) -> None:
-    """Say that the result of TASK at ROW was LABEL; without LABEL, that it is right.
+    """Correct the result of TASK at ROW to LABEL; without LABEL, confirm it.
 
     A verdict is a label by somebody who saw the answer: it is counted, and left out of the metrics of ground truth.
     """
@@ -49,14 +49,14 @@ def verdict(task: str, row: int, label: str | None, by: str, config_file: str | 
 
 @click.command("label-next", epilog="Example: outstation label-next exercise --limit 40 --json")
 @click.argument("task")
-@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, 500), help="So many at most; default 20.")
-@click.option("--seed", metavar="N", default=0, help="Chooses the random ones; default 0.")
+@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, 500), help="At most N results; default 20.")
+@click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
 @config_option
 @json_option
 def label_next(task: str, limit: int, seed: int, config_file: str | None, as_json: bool) -> None:
     """Show which results of TASK to label next: the least certain, the rarest classes, and some at random.
 
-    Only results count whose predictions the store still keeps ([buffer] keep_results).
+    Only results whose predictions are still in the store are considered ([buffer] keep_results).
     """
     _, conf = device.load_config(config_file, task)
     schema = _load_schema(conf, task)
@@ -77,12 +77,12 @@ def label_next(task: str, limit: int, seed: int, config_file: str | None, as_jso
 @config_option
 @json_option
 def label_token(name: str, config_file: str | None, as_json: bool) -> None:
-    """Show the token with which NAME, a program or a person, gives labels that decisions may follow.
+    """Print the token with which NAME, a program or a person, authenticates labels.
 
-    Whoever holds it can let a roll-out pass or fail. Delete labels.key in the data folder and restart to revoke all.
+    Decisions use authenticated labels, so whoever holds the token can let a roll-out pass or fail. Delete labels.key in the data folder and restart to revoke all.
     """
     _, conf = device.load_config(config_file)
-    token = label_key.make_token(label_key.load(conf.data_dir), name)
+    token = label_key.make_token(label_key.FILE.load(conf.data_dir), name)
     emit({"by": name, "token": token}, as_json, lambda: echo(token))
 
 

@@ -31,7 +31,7 @@ def dataset() -> None:
 )
 @click.option("--task", metavar="T", required=True, help="Task whose samples, labels and verdicts are joined.")
 @click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--at", metavar="TIME", help="What was known at this time; default now.")
+@click.option("--at", metavar="TIME", help="Use only what was known at this time; default now.")
 @click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
 @click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")

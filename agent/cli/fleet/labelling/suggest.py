@@ -14,8 +14,8 @@ _TOP = 500
 @click.command("label-next", epilog="Example: outstation fleet label-next --task exercise --limit 40 --json")
 @device_option
 @click.option("--task", metavar="TASK", help="Only this task.")
-@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, _TOP), help="So many at most; default 20.")
-@click.option("--seed", metavar="N", default=0, help="Chooses the random ones; default 0.")
+@click.option("--limit", metavar="N", default=20, type=click.IntRange(1, _TOP), help="At most N results; default 20.")
+@click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
 @db_option
 @fleet_option
 @json_option

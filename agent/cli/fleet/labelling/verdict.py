@@ -1,4 +1,4 @@
-"""`outstation fleet verdict`: what people say of results and alerts, and who said what."""
+"""`outstation fleet verdict`: verdicts of people on results and alerts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli.device.labelling.label import by_option
 from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading, open_store
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.output import by_option, echo, emit, json_option, note_option, print_table
 from agent.fleet import config as fleet_config
-
-_note_option = click.option("--note", metavar="TEXT", default="", help="Why, for the next person who looks.")
 
 
 @click.group()
 def verdict() -> None:
-    """Confirm or correct results and alerts, and show who said what.
+    """Confirm or correct results and alerts, and list verdicts by person.
 
-    A verdict is a label by somebody who saw the answer first. It is counted apart from ground truth (`fleet label`).
+    A verdict is a label by somebody who saw the answer first. It is counted separately from ground truth (`fleet label`).
     """
 
 
@@ -28,9 +25,9 @@ def verdict() -> None:
 @click.argument("task")
 @click.argument("row", type=click.IntRange(min=1))
 @click.argument("label", required=False)
-@click.option("--withdraw", is_flag=True, help="Take back what you said of it.")
+@click.option("--withdraw", is_flag=True, help="Withdraw your verdict.")
 @by_option
-@_note_option
+@note_option
 @db_option
 @fleet_option
 @json_option
@@ -46,7 +43,7 @@ def result(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Say that the result of TASK at ROW was LABEL; without LABEL, that it is right."""
+    """Correct the result of TASK at ROW to LABEL; without LABEL, confirm it."""
     from agent.fleet.labelling import verdicts
 
     config, _ = open_for_reading(folder, db, device)
@@ -55,7 +52,7 @@ def result(
         if withdraw:
             verdicts.withdraw(tx, device, task, row, judge)
             document: dict[str, Any] = {"device": device, "task": task, "row": row, "verdict": None, "by": by}
-            sentence = f"{by} says nothing of row {row} any more"
+            sentence = f"verdict of {by} on row {row} withdrawn"
         else:
             given = verdicts.judge_result(tx, device, task, row, label, judge)
             document = {
@@ -70,16 +67,16 @@ def result(
 @verdict.command("alert", epilog="Example: outstation fleet verdict alert 3f9a false-alarm --label ABD --by eva")
 @click.argument("ref", metavar="ID")
 @click.argument("opinion", metavar="right|false-alarm", type=click.Choice(["right", "false-alarm"]))
-@click.option("--label", metavar="LABEL", help="What was true of the result that the alert is about.")
+@click.option("--label", metavar="LABEL", help="True label of the result that the alert is about.")
 @by_option
-@_note_option
+@note_option
 @db_option
 @fleet_option
 @json_option
 def alert(
     ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
 ) -> None:
-    """Say whether an alert was right. An alert about a result gives that result its label, too."""
+    """Confirm an alert or mark it as false. A verdict on an alert about a result also labels that result."""
     from agent.fleet.incidents import incidents
     from agent.fleet.labelling import verdicts
 
@@ -117,6 +114,6 @@ def _print(document: dict[str, Any]) -> None:
     if document["alerts"]:
         print_table(["alert", "verdict", "n"], [[*row.values()] for row in document["alerts"]], "")
     if document["disputed"]:
-        echo(f"{document['disputed']} results have verdicts that disagree; they count in no metric")
+        echo(f"{document['disputed']} results have conflicting verdicts; no metric counts them")
     for warning in document["warnings"]:
         echo(f"warning: {warning['summary']}")
