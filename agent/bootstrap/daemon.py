@@ -190,7 +190,7 @@ def build_daemon(
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
-        label_key.load_or_create(conf.data_dir),
+        label_key.FILE.load_or_create(conf.data_dir),
     )
     open_sink = open_sink or sinks.sink_opener(conf)
     if conf.privacy.encrypt:

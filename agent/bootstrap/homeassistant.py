@@ -43,7 +43,7 @@ def _own_verdicts(conf: Config) -> VerdictSink:
     section = conf.homeassistant
     assert section is not None
     by = section.verdicts
-    token = label_key.make_token(label_key.load_or_create(conf.data_dir), by)
+    token = label_key.make_token(label_key.FILE.load_or_create(conf.data_dir), by)
 
     def store(device: str, task: str, row: int, label: str) -> str:
         try:

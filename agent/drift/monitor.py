@@ -27,7 +27,8 @@ from agent.arrays import Float32s, Ints
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
-from agent.drift.baseline.learning import LearningState, calibrate_reference, compute_residuals
+from agent.drift.baseline.learning import calibrate_reference, compute_residuals
+from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary

@@ -14,7 +14,8 @@ from agent.alerts import Alert, MonitoredAlert
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard
-from agent.drift.baseline.learning import LearningState, infinities_to_nan
+from agent.drift.baseline.learning import infinities_to_nan
+from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
 from agent.drift.baseline.summary import Summary

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert, monitoring_kind
 from agent.arrays import Bools
-from agent.drift.baseline.learning import LearningState
+from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, Task

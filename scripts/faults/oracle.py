@@ -171,7 +171,7 @@ def _altered(world: World, body: dict[str, Any]) -> bool:
 def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -> str:
     """Compute the commitment of the device to rows of these values (n, fields)."""
     first, last = body["rows"]
-    secret = commitment_secret.load(world.device.data_dir)
+    secret = commitment_secret.FILE.load(world.device.data_dir)
     key = commitment.derive_key(secret, body["log"], body["task"], (first, last))
     rows = Rows(t, tuple(np.ascontiguousarray(column) for column in values.T))
     return rows.commit(key, [FieldConfig(name=name) for name in FIELDS], {})

@@ -70,6 +70,8 @@ def test_fixes_are_named_first_and_applied_only_on_request(home: Path) -> None:
     (home / "data").mkdir()
     (home / "data" / "intake.token").write_text("token")
     os.chmod(home / "data" / "intake.token", 0o640)
+    (home / "data" / "labels.key").write_bytes(bytes(32))
+    os.chmod(home / "data" / "labels.key", 0o640)
     os.rename(home / "device.key", home / "elsewhere.key")
     code, document = doctor(home)
     assert code == 1
@@ -79,6 +81,7 @@ def test_fixes_are_named_first_and_applied_only_on_request(home: Path) -> None:
     _, document = doctor(home, "--fix", "--yes")
     assert {fix["name"] for fix in document["applied"]} == {"permissions", "key"}
     assert stat.S_IMODE((home / "data" / "intake.token").stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / "data" / "labels.key").stat().st_mode) == 0o600
     assert stat.S_IMODE((home / "device.key").stat().st_mode) == 0o600
     assert doctor(home)[1]["fixes"] == []
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary as summaries
-from agent.drift.baseline.learning import MAX_WINDOWS, LearningState
+from agent.drift.baseline.learning_state import MAX_WINDOWS, LearningState
 from agent.drift.baseline.runs import Trace, count_repeated_rows
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary

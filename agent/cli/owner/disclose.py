@@ -35,7 +35,7 @@ def disclose(task: str, span: str, log: str | None, config_file: str | None) -> 
     if matched is None or int(matched[1]) > int(matched[2]):
         raise UsageError(f"--rows {span}: give the first and the last row, such as 1201-1400")
     rows = int(matched[1]), int(matched[2])
-    secret = commitment_secret.load(conf.data_dir)
+    secret = commitment_secret.FILE.load(conf.data_dir)
     with device.open_store_read_only(conf) as store:
         disclosure = build_disclosure(conf, store, secret, task, log or store.log_id, rows)
     emit(disclosure, True, lambda: None)

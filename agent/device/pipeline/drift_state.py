@@ -18,7 +18,7 @@ from agent.device.store.message_log import PendingMessage
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift import succession
-from agent.drift.baseline.learning import LearningState
+from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState, DriftWindowResult

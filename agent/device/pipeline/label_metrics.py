@@ -276,9 +276,8 @@ def _load_counted(
     return filter_valid(task, store.query(load, task.name, state.bundle, through, MAX_LABELS_PER_MESSAGE))
 
 
-def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> list[LabelledLoss]:
-    """Return the losses of the evaluable samples."""
-    evaluable = filter_evaluable(task, samples)
+def _compute_losses(task: LoadedTask, evaluable: Sequence[StoredLabel]) -> list[LabelledLoss]:
+    """Return the losses of samples that `filter_evaluable` returned."""
     if not evaluable:
         return []
     losses = to_labelled_predictions(task, evaluable).losses(build_label_schema(task).kind)

@@ -268,7 +268,7 @@ class RolloutExecutor:
             history.prune(self._store, self._conf.tasks, self._conf.data_dir)
 
     def _operator_rollback_state(self, old: RolloutState, now: ClockReading) -> RolloutState:
-        since, uptime_s = clock.to_rfc3339(now.wall_us), self._fact_collector.uptime_s(now)
+        since, uptime_s = clock.to_rfc3339(now.wall_us), self._store.uptime_s(now)
         return transitions.make_rolled_back(old, "operator", "an operator rolled it back", since, uptime_s)
 
 

@@ -14,7 +14,6 @@ from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.serving import ServingManager, TaskRollout
 from agent.device.rollout.state_machine import BundleAssessment, RolloutFacts, select_target_digest
 from agent.device.rollout.supply import BundleRequest
-from agent.device.store import retention
 from agent.device.store.store import Store
 from agent.model.activation import ProvenBundle
 from agent.wire.desired_state import DesiredBundle
@@ -29,7 +28,7 @@ class FactCollector:
 
     def collect(self, rollout: TaskRollout, now: ClockReading) -> RolloutFacts:
         """Return the facts, and continue to obtain the bundle that the next step needs."""
-        name, old, uptime_s = rollout.name, rollout.state, self.uptime_s(now)
+        name, old, uptime_s = rollout.name, rollout.state, self._store.uptime_s(now)
         desired = self._desired_state.find_desired(name)
         subject = desired if desired is not None or old is None else old.desired
         hold_off = rollout.hold_offs.get(subject.digest) if subject else None
@@ -51,10 +50,6 @@ class FactCollector:
             failure, completion = rollout.canary.check_failure(), rollout.canary.check_completion(hours)
             facts = replace(facts, failure=failure, completion=completion)
         return replace(facts, readiness=self._check_readiness(rollout, facts, past, now))
-
-    def uptime_s(self, now: ClockReading) -> float:
-        """Return the seconds that this device has been on, over all boots."""
-        return retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
 
     def _check_readiness(
         self, rollout: TaskRollout, facts: RolloutFacts, past: BundleHistory | None, now: ClockReading

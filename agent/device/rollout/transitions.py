@@ -21,7 +21,7 @@ from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import compute_hold_off
-from agent.device.store import retention, task_keys
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -196,7 +196,7 @@ def roll_back_after_crash(
     if old is None or old.phase != "canary" or old.desired.digest != previous.digest:
         return False
     detail = "the daemon ended while it loaded this bundle for its promotion"
-    uptime_s = retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
+    uptime_s = store.uptime_s(now)
     new = make_rolled_back(old, "crash", detail, clock.to_rfc3339(now.wall_us), uptime_s)
     log.error("task %s: %s", previous.task, detail)
     try:

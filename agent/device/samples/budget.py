@@ -11,14 +11,13 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.config import SamplesConfig
-from agent.device.store import retention
+from agent.config.day_window import DAY_S
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 
 Reason = Literal["alert", "uncertain", "requested"]
 
 _META = "samples budget"
-_DAY_S = 86_400.0
 # Of the bytes of a day, which all reasons together may have used after a message of this one.
 SHARES: dict[Reason, float] = {"uncertain": 0.5, "alert": 0.75, "requested": 1.0}
 COVERED, _DROPPED = "samples covered", "samples dropped."
@@ -53,7 +52,7 @@ def to_status(store: Store, config: SamplesConfig | None, now: ClockReading) -> 
     if config is None:
         return {}
     counters = store.counters()
-    uptime_s = retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
+    uptime_s = store.uptime_s(now)
     dropped = {name.removeprefix(_DROPPED): n for name, n in counters.items() if name.startswith(_DROPPED)}
     return {
         "samples": {
@@ -74,4 +73,4 @@ def _decode(text: str, uptime_s: float) -> SampleBudget:
         budget = msgspec.json.decode(text, type=SampleBudget) if text else SampleBudget(uptime_s)
     except msgspec.MsgspecError:
         budget = SampleBudget(uptime_s, 1 << 62)
-    return budget if 0 <= uptime_s - budget.began_s < _DAY_S else SampleBudget(uptime_s)
+    return budget if 0 <= uptime_s - budget.began_s < DAY_S else SampleBudget(uptime_s)

@@ -293,10 +293,16 @@ class LabelStore:
         excess = int(self._db.execute(sql, (task,)).fetchone()[0]) - retain
         if excess <= 0:
             return
+        excess = min(excess, limit)
+        old: list[int] = []
+        authored: list[int] = []
         sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number > 0 ORDER BY number"
-        records = [(number, _decode_record(data)) for number, data in self._db.execute(sql, (task,))]
-        by_rank = sorted((record is not None and bool(record.by), number) for number, record in records)
-        old = [number for _, number in by_rank[: min(excess, limit)]]
+        for number, data in self._db.execute(sql, (task,)):
+            record = _decode_record(data)
+            (authored if record is not None and record.by else old).append(number)
+            if len(old) == excess:
+                break
+        old += authored[: excess - len(old)]
         count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
         self._db.executemany(sql, ((task, number) for number in old[:count]))

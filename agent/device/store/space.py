@@ -29,7 +29,7 @@ from agent.device.store import retention, task_keys
 from agent.device.store.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
-from agent.device.store.retention import Growth, uptime_s
+from agent.device.store.retention import Growth
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction, TrimmedChunks
@@ -94,7 +94,7 @@ class SpaceManager:
         if self._last_acknowledgement is None or self._last_acknowledgement[0] != known:
             self._last_acknowledgement = known, now.boot_s
         try:
-            at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+            at_s = self._store.uptime_s(now)
             if self._growth.add_sample(at_s, self.undelivered_bytes()):
                 with self._store.transaction(vital=True) as tx:
                     tx.set_meta(retention.GROWTH, self._growth.to_json())

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self, TypeVar
 import msgspec
 
 from agent import clock, input_files
+from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
@@ -169,6 +170,10 @@ class Store:
 
     def get_meta(self, key: str, default: str) -> str:
         return self.query(meta.get, key, default)
+
+    def uptime_s(self, now: ClockReading) -> float:
+        """Return the seconds that the device was on, over all boots."""
+        return retention.uptime_s(self.get_meta(retention.UPTIME, ""), self.boot, now)
 
     def last_row(self, stream: str) -> int:
         """Return the number of the newest row of `stream`; 0 if there is none."""

@@ -109,7 +109,7 @@ class Acknowledgements:
                 deleted = set(tx.outbox.delete(self._confirmed_seqs))
                 record_proof(tx, self._proven_seq)
                 if known != self._saved:
-                    at_s = retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+                    at_s = tx.uptime_s(now)
                     if longer := retention.append_history(
                         tx.get_meta(retention.ACKNOWLEDGED_HISTORY, ""), at_s, known.through, self._keep_s
                     ):

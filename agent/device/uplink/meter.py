@@ -19,7 +19,6 @@ from typing import Any
 from agent.clock import ClockReading
 from agent.config.day_window import DAY_S
 from agent.config.metered import MeteredConfig
-from agent.device.store import retention
 from agent.device.store.eviction import EXPIRED_COUNTER
 from agent.device.store.store import Store
 from agent.errors import StorageFull
@@ -52,7 +51,7 @@ class TrafficMeter:
 
     def __init__(self, conf: MeteredConfig, store: Store, now: ClockReading) -> None:
         self._conf, self._store = conf, store
-        self._bytes_by_hour = load_bytes(store, uptime_s(store, now))
+        self._bytes_by_hour = load_bytes(store, store.uptime_s(now))
         self._booked = 0
         self._estimated = self._counted = 0
 
@@ -80,7 +79,7 @@ class TrafficMeter:
             return 0.0
         if self._conf.budget is None:
             return float("inf")
-        used = sum_of_day(self._bytes_by_hour, uptime_s(self._store, now)) - self._booked
+        used = sum_of_day(self._bytes_by_hour, self._store.uptime_s(now)) - self._booked
         return max(0.0, budget_share(self._conf.budget, urgent=urgent) - used)
 
     def _count(self, moved: int, now: ClockReading) -> None:
@@ -88,7 +87,7 @@ class TrafficMeter:
         self._booked -= more
         if self._booked >= 0:
             return
-        at_s = uptime_s(self._store, now)
+        at_s = self._store.uptime_s(now)
         hour, first = int(at_s // _HOUR_S), _first_hour(at_s)
         budget = self._conf.budget
         booking = _BOOKING_WITHOUT_BUDGET if budget is None else max(_MIN_BOOKING, int(budget) // _BOOKINGS)
@@ -122,13 +121,13 @@ def is_window_open(conf: MeteredConfig, store: Store, now: ClockReading) -> bool
     if not windows:
         return True
     if now.quality == "unsynced":
-        return uptime_s(store, now) % DAY_S < sum(window.duration_s for window in windows)
+        return store.uptime_s(now) % DAY_S < sum(window.duration_s for window in windows)
     return any(window.seconds_until_close(now) > 0 for window in windows)
 
 
 def build_status(conf: MeteredConfig, store: Store, now: ClockReading) -> dict[str, Any]:
     """Return the member `metered` of status and health: limits, bytes of the last 24 h, and what holds bulk back."""
-    at_s = uptime_s(store, now)
+    at_s = store.uptime_s(now)
     used = sum_of_day(load_bytes(store, at_s), at_s)
     is_open = is_window_open(conf, store, now)
     bulk = "sent" if is_open else "waits for a window"
@@ -142,10 +141,6 @@ def build_status(conf: MeteredConfig, store: Store, now: ClockReading) -> dict[s
         "bulk": bulk,
         "expired": store.counters().get(EXPIRED_COUNTER, 0),
     }
-
-
-def uptime_s(store: Store, now: ClockReading) -> float:
-    return retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
 
 
 def load_bytes(store: Store, at_s: float) -> dict[int, int]:

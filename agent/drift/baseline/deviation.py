@@ -23,6 +23,7 @@ from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
+from agent.drift.detectors.moments import mean_class_sd
 from agent.drift.detectors.registry import MOMENTS
 from agent.drift.numeric import control_limits
 from agent.drift.numeric.sums import fit_trend
@@ -257,7 +258,7 @@ def find_trends(values: Float64s, learned: Reference, steps: Sequence[Deviation]
     independent = _independent_windows(windows, _autocorrelation(residuals, 2))
     # Over windows that are numbered evenly from -0.5 to 0.5, whose mean square is about 1/12.
     error = np.sqrt((residuals**2).sum(0) / max(1, windows - 2) / independent * 12 * (windows - 1) / (windows + 1))
-    shift, sd = slope * _mean_class_sd(learned)[:fields], np.maximum(learned.sd, 1e-12)
+    shift, sd = slope * mean_class_sd(learned.class_n, learned.class_sd)[:fields], np.maximum(learned.sd, 1e-12)
     moved = (np.abs(shift) > MIN_SHIFT_SDS * sd) & (np.abs(slope) > _z_limit(fields, independent) * error)
     return [
         Deviation(learned.fields[i], TREND, float(shift[i]), float(shift[i] / sd[i]), 1.0, by_mean=True)
@@ -274,7 +275,7 @@ def find_steps(values: Float64s, t: Ints, learned: Reference) -> list[Deviation]
     # Means and spreads have memories of their own.
     kinds = np.split(_fill_gaps(values), 2, axis=1)
     step, at = (np.concatenate(parts) for parts in zip(*map(_fit_steps, kinds), strict=True))
-    class_sd, sd = _mean_class_sd(learned), np.maximum(learned.sd, 1e-12)
+    class_sd, sd = mean_class_sd(learned.class_n, learned.class_sd), np.maximum(learned.sd, 1e-12)
     shift = step[:fields] * class_sd[:fields]
     log_ratio = step[fields:] * (class_sd[fields:] if learned.windowed else 1.0) / 2
     moved, varies = np.abs(shift) > MIN_SHIFT_SDS * sd, np.abs(log_ratio) > math.log(MIN_RATIO)
@@ -330,12 +331,6 @@ def _estimate_wander(rest: Float64s) -> tuple[Float64s, Float64s]:
         wander = np.maximum(wander, size * blocks.var(0) * count / (count - 2) * factor)
         independent = np.minimum(independent, count / factor)
     return wander, independent
-
-
-def _mean_class_sd(learned: Reference) -> Float64s:
-    """Return the usual spread (D,) within a class."""
-    weight = learned.class_n / np.maximum(learned.class_n.sum(0), 1)
-    return np.asarray((weight * learned.class_sd).sum(0))
 
 
 def _one_per_field(deviations: Sequence[Deviation]) -> list[Deviation]:

@@ -19,7 +19,7 @@ from agent.arrays import Float64s
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
 
-# What `measure_symptoms` returns of each field, in this order.
+# Symptoms of a field in a drift window, in this order.
 MISSING, PILE_LOW, PILE_HIGH, OUTSIDE, SPIKES, SD = range(6)
 SYMPTOMS = 6
 TAIL_SHARE = 0.25  # of windows, whose excesses show the tail

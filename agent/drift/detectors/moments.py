@@ -68,6 +68,12 @@ def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHA
     return ClassStatistics(moments.n, np.where(rare, overall.mean, moments.mean), np.where(rare, overall_sd, sd))
 
 
+def mean_class_sd(class_n: Ints, class_sd: Float64s) -> Float64s:
+    """Return the usual spread (D,) within a class, of classes with `class_n` values (C, D) and `class_sd` (C, D)."""
+    weight = class_n / np.maximum(class_n.sum(0), 1)
+    return np.asarray((weight * class_sd).sum(0))
+
+
 def compute_test_values(
     moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
 ) -> tuple[Float64s, Float64s]:
@@ -191,8 +197,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
             usual = np.exp(baseline.mean[fields:]) - VARIANCE_PRIOR
             effects[:, fields:] -= np.log(np.maximum(usual, MIN_VARIANCE)) / 2
         values[find_untested(moments, windowed=task.windowed)] = np.nan
-        weight = baseline.class_n / np.maximum(baseline.class_n.sum(0), 1)
-        sd = (weight * baseline.class_sd).sum(0)
+        sd = mean_class_sd(baseline.class_n, baseline.class_sd)
         scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
         return Scores(values, effects, scale)
 

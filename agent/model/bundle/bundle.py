@@ -30,7 +30,7 @@ MAX_FILES = 32
 _TOO_LARGE = f"larger than the {MAX_BYTES >> 20} MiB that a bundle may have"
 # Signed in the place of a topic: the signature of a message cannot pass for that of a bundle.
 SIGNATURE_DOMAIN = "bundle"
-_UNREADABLE_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
+_UNREADABLE_ERRORS = (OSError, zlib.error, RuntimeError, EOFError, ValueError)
 
 
 class Bundle(msgspec.Struct, frozen=True):

@@ -83,7 +83,7 @@ def label_token(name: str, config_file: str | None, as_json: bool) -> None:
     the data folder and restart to revoke all tokens.
     """
     _, conf = device.load_config(config_file)
-    token = label_key.make_token(label_key.load(conf.data_dir), name)
+    token = label_key.make_token(label_key.FILE.load(conf.data_dir), name)
     emit({"by": name, "token": token}, as_json, lambda: echo(token))
 
 
