@@ -222,7 +222,7 @@ def test_a_list_that_is_given_again_completes_what_was_killed_and_makes_no_secon
         ("device\n", "names 0 devices"),
         ("device\nPi 1\n", r"devices\.csv:2: 'Pi 1' cannot name a device"),
         ("device\npi-1,x\n", "more cells than columns"),
-        ("device\npi-1\npi-2\npi-1\n", "pi-1 stands in it twice"),
+        ("device\npi-1\npi-2\npi-1\n", "lists pi-1 twice"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_refused_with_its_line(tmp_path: Path, text: str, problem: str) -> None:

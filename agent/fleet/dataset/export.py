@@ -18,13 +18,14 @@ import numpy as np
 
 from agent import durable_files
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
-from agent.datasets.parquet_table import PYARROW_MISSING
+from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.errors import StorageError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.fleet.dataset import card as cards
 from agent.fleet.dataset import gather
 from agent.fleet.dataset.card import DataCard
 from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, Selection
+from agent.fleet.export.export import to_parquet
 from agent.fleet.export.manifest import FILE_MODE, sha256
 from agent.indices import repeat
 from agent.text import csv_text
@@ -68,9 +69,8 @@ def export(
         gathered = gather.gather(db, selection, opener)
     if only_labelled:
         labelled = [each for each in gathered.recordings if any(label.label is not None for label in each.labels)]
-        gathered.left_out["without a label"] += sum(map(_count_samples, gathered.recordings)) - sum(
-            map(_count_samples, labelled)
-        )
+        before, after = (sum(len(each.samples) for each in group) for group in (gathered.recordings, labelled))
+        gathered.left_out["without a label"] += before - after
         gathered.recordings = labelled
     if not gathered.recordings:
         reasons = ", ".join(f"{n} {reason}" for reason, n in gathered.left_out.items() if n)
@@ -135,10 +135,6 @@ def _write_folder(out: Path, contents: dict[str, bytes]) -> None:
         raise
 
 
-def _count_samples(recording: Recording) -> int:
-    return len(recording.samples)
-
-
 def _name(recording: Recording) -> str:
     return f"{recording.device}/{recording.log}/{recording.first}"
 
@@ -154,9 +150,8 @@ def _text_rows(recording: Recording) -> Iterator[tuple[str, str]]:
 def _to_parquet(gathered: Gathered) -> bytes:
     try:
         import pyarrow as pa
-        from pyarrow import parquet
     except ImportError:
-        raise UsageError(f"{PYARROW_MISSING}: --format csv") from None
+        raise UsageError(f"{describe_missing_pyarrow()}: --format csv") from None
     recordings, texts = gathered.recordings, [pair for each in gathered.recordings for pair in _text_rows(each)]
     values = np.concatenate([recording.values for recording in recordings])
     columns: dict[str, Any] = {TIME_COLUMN: pa.array(np.concatenate([each.t for each in recordings]) / 1e6)}
@@ -167,9 +162,7 @@ def _to_parquet(gathered: Gathered) -> bytes:
     for name, entries in ((devices, [each.device for each in recordings]), (names, [*map(_name, recordings)])):
         columns[name] = pa.array(repeat(entries, counts).tolist(), pa.string())
     columns[sources] = pa.array([source or None for _, source in texts], pa.string())
-    buffer = io.BytesIO()
-    parquet.write_table(pa.table(columns), buffer, compression="zstd")
-    return buffer.getvalue()
+    return to_parquet(pa.table(columns))
 
 
 def _to_csv(gathered: Gathered) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -45,9 +46,9 @@ def read(file: Path) -> list[ListedDevice]:
             raise UsageError(f"{file}:{number}: {problem}")
         request = cells.get("request")
         listed.append(ListedDevice(device, file.parent / request if request else None, cells.get("thumbprint") or None))
-    names = [entry.device for entry in listed]
-    if twice := next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None:
-        raise UsageError(f"{file}: {twice} stands in it twice")
+    counts = Counter(entry.device for entry in listed)
+    if repeated := next((name for name, n in counts.items() if n > 1), None):
+        raise UsageError(f"{file}: lists {repeated} twice; remove one of the lines")
     if not 0 < len(listed) <= MAX_DEVICES:
         raise UsageError(f"{file}: names {len(listed)} devices; a list has 1 to {MAX_DEVICES}")
     return listed

@@ -181,11 +181,16 @@ def unmute(store: FleetStore, incident: Incident, *, by: str, note: str = "", no
         table.save_mute(db, incident.key, None, *_checked(by, note, now))
 
 
-def _checked(by: str, note: str, now: str) -> tuple[str, str, str]:
+def check_note(by: str, note: str) -> None:
+    """Raise UsageError for a name or a note that is too long."""
     if not by or len(by) > MAX_NAME or len(note) > MAX_NOTE or "\0" in by + note:
         raise UsageError(
             f"a name has 1 to {MAX_NAME} characters and a note at most {MAX_NOTE}, without NUL; shorten them"
         )
+
+
+def _checked(by: str, note: str, now: str) -> tuple[str, str, str]:
+    check_note(by, note)
     return by, now, note
 
 

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.fleet.database import task_logs
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import candidates as table
-from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance import label_candidates
 from agent.performance.label_candidates import Reason, UnlabelledResults
@@ -57,19 +57,16 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
     share = min(_MAX_ROWS, max(_MIN_ROWS, _READ_ROWS // max(1, len(pairs))))
     # Of many tasks, each gives a few, so that the list is full even if most have none.
     few = min(limit, max(len(label_candidates.REASONS), 4 * limit // max(1, len(pairs))))
-    by_task = [_choose(db, *pair, share, few, seed) for pair in pairs[: _READ_ROWS // _MIN_ROWS]]
+    pairs = pairs[: _READ_ROWS // _MIN_ROWS]
+    logs = zip(pairs, task_logs.find_newest_logs(db, pairs), strict=True)
+    by_task = [_choose(db, (*pair, log[0]), log[1], share, few, seed) for pair, log in logs if log is not None]
     in_turn = (request for turn in itertools.zip_longest(*by_task) for request in turn if request is not None)
     return [*itertools.islice(in_turn, limit)]
 
 
-def _choose(db: Connection, device: str, task: str, rows: int, limit: int, seed: int) -> list[LabelRequest]:
-    # Rows count anew in another log.
-    log = label_tables.find_newest_log(db, device, task)
-    if log is None:
-        return []
-    key: TaskLog = (device, task, log)
-    listed = table.load_newest(db, key, rows)[::-1]
-    labelled = table.load_labelled_rows(db, key, int(listed[0][0]) if listed else 0)
+def _choose(db: Connection, key: TaskLog, last_row: int, rows: int, limit: int, seed: int) -> list[LabelRequest]:
+    listed = table.load_newest(db, key, last_row, rows)[::-1]
+    labelled = table.load_labelled_rows(db, key, int(listed[0][0])) if listed else set()
     listed = [row for row in listed if row[0] not in labelled]
     if not listed:
         return []
@@ -80,6 +77,7 @@ def _choose(db: Connection, device: str, task: str, rows: int, limit: int, seed:
         drift=_drift(db, key, rows_of),
         predicted=[row[2] for row in listed],
     )
+    device, task, _ = key
     own_seed = zlib.crc32(f"{seed} {device} {task}".encode())
     chosen = label_candidates.choose(results, table.count_classes(db, key), limit, own_seed)
     return [_to_request(key, listed[each.index], each.reason, each.strength) for each in chosen]

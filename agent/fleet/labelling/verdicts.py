@@ -1,4 +1,4 @@
-"""Verdicts: what people who saw a result or an alert say of it.
+"""Verdicts of people on results and alerts that they saw.
 
 A verdict is a label whose author saw the prediction first, and who chose which results to look at. So it never counts
 as ground truth: its metrics have a source of their own, and no roll-out, alert or device acts on it. People who
@@ -7,6 +7,7 @@ disagree about a result leave its label open.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +20,7 @@ from agent.fleet.database.labelling import labels as label_tables
 from agent.fleet.database.labelling import verdicts as table
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.fleet.database.labelling.verdicts import AlertVerdict, Verdict
-from agent.fleet.incidents.incidents import MAX_NAME, MAX_NOTE, Incident
+from agent.fleet.incidents.incidents import Incident, check_note
 from agent.fleet.labelling.labels import compute_label_metrics, metric_rows
 from agent.performance.estimates import MetricEstimate
 from agent.performance.labels import MAX_LABEL
@@ -35,13 +36,6 @@ class Judge(msgspec.Struct, frozen=True):
     via: Literal["dashboard", "cli", "homeassistant"]
     now: str
     note: str = ""
-
-    def check(self) -> None:
-        """Raise UsageError for a name or a note that is too long."""
-        if not 0 < len(self.by) <= MAX_NAME or len(self.note) > MAX_NOTE or "\0" in self.by + self.note:
-            raise UsageError(
-                f"a name has 1 to {MAX_NAME} characters and a note at most {MAX_NOTE}, without NUL; shorten them"
-            )
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -74,11 +68,11 @@ def judge_result(
     alert: str | None = None,
     log: str | None = None,
 ) -> Judgement:
-    """Store what was true of a result, None for what it says; recompute the metrics of verdicts.
+    """Store the true label of a result, None to confirm the predicted one; recompute the metrics of verdicts.
 
     Without a log, the result is of the newest one that has this row. Raises UsageError.
     """
-    judge.check()
+    check_note(judge.by, judge.note)
     db.lock_devices([device])
     result = table.find_result(db, device, task, row, log)
     if result is None:
@@ -97,11 +91,11 @@ def judge_result(
 
 
 def withdraw(db: Connection, device: str, task: str, row: int, judge: Judge, log: str | None = None) -> None:
-    """Delete what `judge` said of a result. Raises UsageError if that was nothing."""
+    """Delete the verdict of `judge` on a result. Raises UsageError if there is none."""
     db.lock_devices([device])
     result = table.find_result(db, device, task, row, log)
     if result is None or not table.withdraw(db, (device, task, result[0]), row, judge.by):
-        raise UsageError(f"{judge.by} said nothing of row {row} of task {task!r} of {device}")
+        raise UsageError(f"{judge.by} gave no verdict on row {row} of task {task!r} of {device}")
     _replace_metrics(db, (device, task, result[0]), judge.now)
 
 
@@ -111,7 +105,7 @@ def judge_alert(db: Connection, incident: Incident, *, is_right: bool, text: str
     An alert about a result also gives that result its label: what it says if the alert is right, else `text`. Raises
     UsageError.
     """
-    judge.check()
+    check_note(judge.by, judge.note)
     row = alert_row(db, incident)
     if text is not None and row is None:
         raise UsageError(f"alert {incident.ref} is about no single result; a label needs one")
@@ -163,14 +157,10 @@ def _replace_metrics(db: Connection, key: TaskLog, now: str) -> None:
     """Compute the metrics of the newest bundle with results that verdicts agree on."""
     device, task, log = key
     rows, metrics = table.load_agreed_results(db, key), list[MetricEstimate]()
-    if rows:
-        newest = max(int(row[5]) for row in rows)
-        known = load_schema(db, key, newest)
-        if known is not None:
-            ref, schema = known
-            digests = {seq: label_tables.load_bundle(db, key, seq) for seq in {row[5] for row in rows}}
-            of_bundle = [row for row in rows if (bundle := digests[row[5]]) is not None and bundle[2] == ref.digest]
-            metrics = compute_label_metrics(schema, of_bundle)
+    *_, digest = max(rows, key=itemgetter(5), default=(None,))
+    if digest is not None:
+        schema = resolve_label_schema(db, key, digest, [])
+        metrics = compute_label_metrics(schema, [row for row in rows if row[6] == digest])
     label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
 
 

@@ -11,16 +11,20 @@ import pytest
 
 from agent import clock
 from agent.fleet.dashboard.state import feed
+from agent.fleet.database import task_logs
 from agent.fleet.database.dashboard import accounts, devices, history, messages, results
+from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MessageSender
 from tests.kit.dashboards import enrolled, health
 
+NOW = "2026-11-24T22:20:00.000000Z"
 # Tables that grow with the messages.
 LARGE = {"messages", "results", "drift_windows", "alerts", "metrics", "quality_messages", "rollout_devices", "anchors"}
 
 
 def statements() -> Iterator[tuple[str, str]]:
-    modules: list[ModuleType] = [accounts, devices, feed, history, messages, results]
+    modules: list[ModuleType] = [accounts, devices, feed, history, messages, results, task_logs]
     for module in modules:
         for name, value in vars(module).items():
             if isinstance(value, str) and name.strip("_").isupper() and re.search(r"\bSELECT\b", value):
@@ -50,22 +54,38 @@ def test_no_statement_scans_a_large_table(name: str, tmp_path_factory: pytest.Te
 
 def test_a_time_is_located_among_rows_without_reading_them_all(store: FleetStore) -> None:
     sender = enrolled(store, "pi-01", 1)
-    begin, step = 1_795_000_000_000_000, 1_000_000
-    rows = [("pi-01", "exercise", n, begin + n * step, "PEN", 0.5, None, sender.log, n) for n in range(1, 3001)]
-    columns = "device, task, row, t, label, score, value, log, seq"
-    with store.transaction() as db:
-        db.executemany(f"INSERT INTO results ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    store.ingest([Arrival(sender.verify(sender.results(3000, rows_at=(1, 3000))))], [], NOW)
     with store.snapshot() as db:
-        rows_read, sampled = results.load_series(db, "pi-01", "exercise", begin + 100 * step, begin + 110 * step, 800)
+        begin = db.execute("SELECT min(t) FROM results").fetchone()[0] - 1
+        rows_read, sampled = results.load_series(db, "pi-01", "exercise", begin + 100, begin + 110, 800)
         assert [row[0] for row in rows_read] == [*range(100, 111)]
         assert not sampled
         rows_read, sampled = results.load_series(db, "pi-01", "exercise", -(2**63), begin + 10**15, 100)
         assert sampled
         assert 100 <= len(rows_read) <= 101
         assert (rows_read[0][0], rows_read[-1][0]) == (1, 3000) or rows_read[-1][0] > 2960
-        late = results.load_series(db, "pi-01", "exercise", begin + 5000 * step, begin + 10**15, 100)
+        late = results.load_series(db, "pi-01", "exercise", begin + 5000, begin + 10**15, 100)
         assert late == ([], False)
         assert results.load_series(db, "pi-01", "other", 0, begin, 10) == ([], False)
+
+
+def test_after_a_card_was_replaced_the_results_of_the_new_log_are_shown(store: FleetStore) -> None:
+    old = enrolled(store, "pi-01", 1)
+    new = MessageSender(device="pi-01", key=old.key, log="6f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    store.ingest([Arrival(old.verify(old.results(500, rows_at=(1, 500))))], [], NOW)
+    store.ingest([Arrival(new.verify(new.results(30, rows_at=(1, 30))))], [], NOW)
+    with store.transaction() as db:
+        db.execute("UPDATE logs SET live = (log = ?)", (new.log,))
+        newest = results.load_newest(db, "pi-01", "exercise", 5)
+        assert [(row[0], row[5]) for row in newest] == [(n, new.log) for n in range(30, 25, -1)]
+        each = results.load_last_of_each(db, [("pi-01", "exercise"), ("pi-01", "other")])
+        assert each == [newest[0], None]
+        for points in (10, 100):
+            series, sampled = results.load_series(db, "pi-01", "exercise", -(2**63), 2**62, points)
+            assert {row[5] for row in series} == {new.log}
+            assert sampled is (points == 10)
+        db.execute("UPDATE logs SET live = FALSE")
+        assert {row[5] for row in results.load_newest(db, "pi-01", "exercise", 5)} == {new.log}
 
 
 def test_refused_sign_ins_are_bounded_in_number_and_age(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +128,6 @@ def test_sign_ins_of_an_account_are_bounded_and_decisions_stay(
 
 def test_the_state_of_a_device_is_the_same_in_both_databases(store: FleetStore) -> None:
     from agent.fleet.dashboard.state.fleet_state import FleetState
-    from agent.fleet.database.ingest import Arrival
 
     sender, state = enrolled(store, "pi-01", 1), FleetState()
     sent = [sender.results(), sender.drift("drift"), health(sender, waiting=5), sender.alert()]

@@ -116,7 +116,7 @@ def test_a_verdict_is_withdrawn_by_its_author_only(store: FleetStore) -> None:
         with store.transaction() as db:
             author = Judge(by, "dashboard", NOW)
             if by == "otto":
-                with pytest.raises(UsageError, match="otto said nothing"):
+                with pytest.raises(UsageError, match="otto gave no verdict"):
                     verdicts.withdraw(db, SENDER.device, SENDER.task, 5, author)
             else:
                 verdicts.withdraw(db, SENDER.device, SENDER.task, 5, author)

@@ -108,14 +108,13 @@ def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[s
 
 
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
-    """Return the newest results and what people say of them, by log and row."""
+    """Return the newest results, which are of one log, and the verdicts on them by row."""
     rows = result_statements.load_newest(db, device, task.name, _LISTED) if task else []
-    opinions: dict[tuple[str, int], list[Verdict]] = {}
-    for log in {row[5] for row in rows}:
-        key = (device, task.name if task else "", log)
-        by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows if row[5] == log])
-        opinions |= {(log, number): verdicts for number, verdicts in by_row.items()}
-    return {"results": rows, "verdicts": opinions}
+    verdicts_by_row: dict[int, list[Verdict]] = {}
+    if task and rows:
+        key = (device, task.name, rows[0][5])
+        verdicts_by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows])
+    return {"results": rows, "verdicts": verdicts_by_row}
 
 
 async def results(visit: Visit) -> Response:

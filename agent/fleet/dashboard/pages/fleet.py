@@ -39,7 +39,6 @@ class FleetQuery(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, query: QueryParams) -> FleetQuery:
-        n = query.get("n", "")
         return cls(
             query.get("q", "")[:100].strip(),
             views.choose(query.get("state"), STATES, ""),
@@ -48,7 +47,7 @@ class FleetQuery(msgspec.Struct, frozen=True):
             views.choose(query.get("sort"), SORTS, "alerts"),
             "1" if query.get("down") else "",
             views.choose(query.get("group"), GROUPS, ""),
-            min(max(int(n), PAGE_ROWS), MAX_ROWS) if n.isdecimal() and len(n) < 6 else PAGE_ROWS,
+            views.parse_limit(query, PAGE_ROWS, MAX_ROWS),
         )
 
     def path(self, **changes: object) -> str:

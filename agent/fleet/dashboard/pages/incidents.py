@@ -43,13 +43,12 @@ class InboxQuery(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, query: QueryParams) -> InboxQuery:
-        n = query.get("n", "")
         return cls(
             views.choose(query.get("status"), STATUSES, "open"),
             views.choose(query.get("severity"), SEVERITIES, "info"),
             query.get("device", "")[:64],
             query.get("task", "")[:64],
-            min(max(int(n), PAGE_ROWS), MAX_ROWS) if n.isdecimal() and len(n) < 6 else PAGE_ROWS,
+            views.parse_limit(query, PAGE_ROWS, MAX_ROWS),
         )
 
     def path(self, **changes: object) -> str:

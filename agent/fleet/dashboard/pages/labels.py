@@ -1,4 +1,4 @@
-"""Page *labels*: results that should get a label, what people said, and signs of feedback loops."""
+"""Page *labels*: results that should get a label, numbers of verdicts, and signs of feedback loops."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ class LabelsQuery(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, query: QueryParams) -> LabelsQuery:
-        n = query.get("n", "")
-        listed = min(max(int(n), _LISTED), _MAX_LISTED) if n.isdecimal() and len(n) < 6 else _LISTED
-        return cls(query.get("device", "")[:64], query.get("task", "")[:64], listed)
+        limit = views.parse_limit(query, _LISTED, _MAX_LISTED)
+        return cls(query.get("device", "")[:64], query.get("task", "")[:64], limit)
 
     def path(self, **changes: object) -> str:
         return views.query_path("/labels", {**msgspec.structs.asdict(self), **changes}, _DEFAULTS)

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState
 from agent.fleet.database.dashboard import results
@@ -41,8 +42,7 @@ async def show_one(visit: Visit) -> Response:
     running = _running(visit, name)
     if not running:
         raise HTTPException(404, f"no device reports a task {name[:64]!r}")
-    drift, n = query.get("drift", ""), query.get("n", "")
-    limit = min(int(n), _MAX_ROWS) if n.isdecimal() and len(n) < 6 else _PAGE_ROWS
+    drift, limit = query.get("drift", ""), views.parse_limit(query, _PAGE_ROWS, _MAX_ROWS)
     rows = [pair for pair in running if drift not in _ORDER or not drift or pair[1].drift == drift]
     rows.sort(key=lambda pair: (_ORDER.get(pair[1].drift, 9), pair[0].device))
     shown = rows[:limit]

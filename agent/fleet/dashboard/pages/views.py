@@ -139,5 +139,11 @@ def query_path(path: str, parameters: Mapping[str, object], defaults: Mapping[st
     return f"{path}?{urlencode(changed)}" if changed else path
 
 
+def parse_limit(query: Mapping[str, str], least: int, most: int) -> int:
+    """Return the number of listed rows in parameter `n`, within bounds."""
+    text = query.get("n", "")
+    return min(max(int(text), least), most) if text.isdecimal() and len(text) < 6 else least
+
+
 def choose(text: str | None, choices: Sequence[str], default: str) -> str:
     return text if text is not None and text in choices else default

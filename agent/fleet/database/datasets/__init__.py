@@ -1,1 +1,1 @@
-"""Statements on samples of readings, and on what a retraining set says of them."""
+"""Statements on samples of readings, and on the labels, drift and alerts of a retraining set."""

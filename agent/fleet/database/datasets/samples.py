@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from agent.fleet.database.dashboard import devices
 from agent.fleet.database.store import FleetStore
 
 COLUMNS = """s.device, s.task, s.stream, s.reason, s.subject, s.row, s.rows_first, s.rows_last, s.digits, s.model,
@@ -18,8 +19,6 @@ _NEWEST = f"""
 _COUNTS = """
     SELECT task, reason, count(*), sum(length(sealed)), min(time), max(time) FROM samples WHERE device = ?
     GROUP BY task, reason ORDER BY task, reason"""
-_NEWEST_HEALTH = """
-    SELECT payload FROM messages WHERE device = ? AND kind = 'health' ORDER BY received DESC, seq DESC LIMIT 1"""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -67,13 +66,14 @@ def count(store: FleetStore, device: str) -> list[SampleCount]:
 
 
 def load_declaration(store: FleetStore, device: str) -> dict[str, Any] | None:
-    """Return what the device's newest health message says of samples; None without consent."""
+    """Return member `samples` of the newest health message in the device's newest log; None without consent."""
     with store.snapshot() as db:
-        row = db.execute(_NEWEST_HEALTH, (device,)).fetchone()
-    if row is None:
+        [newest] = devices.load_newest_logs(db, [device])
+        health = None if newest is None else devices.load_newest_health(db, [(device, newest[0])])[0]
+    if health is None:
         return None
     try:
-        members = msgspec.json.decode(bytes(row[0]))
+        members = msgspec.json.decode(health[1])
     except msgspec.MsgspecError:
         return None
     declared = members.get("samples") if isinstance(members, dict) else None

@@ -15,7 +15,7 @@ _TASKS = """
       AND device NOT IN (SELECT device FROM retired_devices) ORDER BY device, task"""
 _NEWEST = """
     SELECT row, t, label, score, value, seq FROM results
-    WHERE device = ? AND task = ? AND log = ? ORDER BY row DESC LIMIT ?"""
+    WHERE device = ? AND task = ? AND log = ? AND row <= ? ORDER BY row DESC LIMIT ?"""
 _DRIFTED = """
     SELECT first, last, features FROM drift_windows
     WHERE task = ? AND device = ? AND state = 'drift' AND log = ? AND last >= ? ORDER BY "to" DESC LIMIT ?"""
@@ -34,9 +34,9 @@ def list_tasks(db: Connection, device: str | None, task: str | None) -> Sequence
     return db.execute(_TASKS, {"device": device, "task": task}).fetchall()
 
 
-def load_newest(db: Connection, key: TaskLog, limit: int) -> list[Row]:
-    """Return (row, t, label, score, value, seq) of the newest results, newest first."""
-    return db.execute(_NEWEST, (*key, limit)).fetchall()
+def load_newest(db: Connection, key: TaskLog, last_row: int, limit: int) -> list[Row]:
+    """Return (row, t, label, score, value, seq) of the newest results up to `last_row`, newest first."""
+    return db.execute(_NEWEST, (*key, last_row, limit)).fetchall()
 
 
 def load_drifted(db: Connection, key: TaskLog, since_row: int, limit: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Statements on verdicts: what people who saw a result or an alert say of it; each inside a transaction."""
+"""Statements on verdicts of people on results and alerts; each inside a transaction."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _SAVE_OF_ALERT = """
     INSERT INTO alert_verdicts (source, device, log, id, given_by, verdict, via, note, given)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, device, log, id, given_by) DO UPDATE SET
         verdict = excluded.verdict, via = excluded.via, note = excluded.note, given = excluded.given"""
-# Row, label of the agreement, predicted label, score, value, seq: as `load_labelled_results` of labels.
+# As `load_labelled_results` of labels, with the bundle. CROSS JOIN: SQLite then looks each verdict's result up, instead
+# of reading all results.
 _AGREED_RESULTS = """
-    SELECT v.label, 'verdict', r.label, r.score, r.value, r.seq FROM agreed_verdicts v
+    SELECT v.label, 'verdict', r.label, r.score, r.value, r.seq, p.digest FROM agreed_verdicts v
     CROSS JOIN results r
+    LEFT JOIN result_messages m ON m.device = r.device AND m.log = r.log AND m.seq = r.seq
+    LEFT JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
     WHERE r.device = v.device AND r.task = v.task AND r.row = v.row AND r.log = v.log
       AND v.device = ? AND v.task = ? AND v.log = ? ORDER BY v.row"""
 _RESULT = """
@@ -47,7 +50,6 @@ _DISPUTED = """
         WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
         GROUP BY device, task, log, row HAVING min(label) <> max(label)) disputed"""
 
-# CROSS JOIN: SQLite then looks each verdict's result up, instead of reading all results.
 # Labels and verdicts of people and programs, by author: how many, how many differ from the answer, and how many wrong
 # answers the scores let expect.
 _COMPARED = """
@@ -105,14 +107,14 @@ def find_result(db: Connection, device: str, task: str, row: int, log: str | Non
 
 
 def save(db: Connection, key: TaskLog, verdict: Verdict) -> None:
-    """Insert or replace what a person says of a result."""
+    """Insert or replace the verdict of a person on a result."""
     v = verdict
     values = (v.row, v.given_by, v.verdict, v.label, v.predicted, v.alert, v.via, v.note, v.given)
     db.execute(_SAVE, (*key, *values))
 
 
 def withdraw(db: Connection, key: TaskLog, row: int, by: str) -> bool:
-    """Delete what a person said of a result; return False if there was nothing."""
+    """Delete the verdict of a person on a result; return False if there is none."""
     sql = "DELETE FROM verdicts WHERE device = ? AND task = ? AND log = ? AND row = ? AND given_by = ?"
     return db.execute(sql, (*key, row, by)).rowcount > 0
 
@@ -130,7 +132,7 @@ def load_of_alert(db: Connection, key: IncidentKey) -> list[AlertVerdict]:
 
 
 def load_for_rows(db: Connection, key: TaskLog, rows: Sequence[int]) -> dict[int, list[Verdict]]:
-    """Return what people say of these results, by row."""
+    """Return the verdicts on these results, by row."""
     if not rows:
         return {}
     sql = f"""
@@ -143,7 +145,10 @@ def load_for_rows(db: Connection, key: TaskLog, rows: Sequence[int]) -> dict[int
 
 
 def load_agreed_results(db: Connection, key: TaskLog) -> list[Row]:
-    """Return (label, 'verdict', predicted label, score, value, seq) of each result whose verdicts agree, by row."""
+    """Return (label, 'verdict', predicted label, score, value, seq, bundle) of results whose verdicts agree, by row.
+
+    `bundle`: its digest; None if the message was pruned.
+    """
     return db.execute(_AGREED_RESULTS, key).fetchall()
 
 
