@@ -18,7 +18,7 @@ _MIN_PERIOD_S = 3600.0
 
 
 class StreamPrivacy(Section, frozen=True):
-    """Fields that are private, rounded or hashed; of none of the three a field leaves as it is.
+    """Fields that are private, rounded or hashed; all others leave as they are.
 
     - `allow`: if given, all other fields are private
     - `round`: field → step; its numbers leave as multiples of the step

@@ -305,24 +305,8 @@ class Daemon:
                 if substitute is None:
                     return
                 continue
-            except BadBundle as problem:
-                log.error("task %s: %s; its rows are kept, and it is retried when next due", task.name, problem)
-                self._stuck.add(task.name)
-                return
-            except StorageBusy as busy:
-                log.error("task %s: %s; it is retried when next due", task.name, busy)
-                return
-            except StorageFull as full:
-                log.error("task %s: %s; it is retried when next due", task.name, full)
-                self._crowded.add(task.name)
-                self._next_space_check = now.boot_s
-                return
-            except StorageError:
-                raise
             except Exception as error:
-                self._unfinished.add(task.name)
-                self._stuck.add(task.name)
-                self._back_off(task, "", error)
+                self._postpone_batch(task, error, now)
                 return
             self._stuck.discard(task.name)
             self._crowded.discard(task.name)
@@ -337,6 +321,24 @@ class Daemon:
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return
+
+    def _postpone_batch(self, task: LoadedTask, error: Exception, now: ClockReading) -> None:
+        """Keep the rows of a failed batch until the task is due again. Raises StorageError if the store failed."""
+        match error:
+            case BadBundle():
+                log.error("task %s: %s; its rows are kept, and it is retried when next due", task.name, error)
+                self._stuck.add(task.name)
+            case StorageBusy() | StorageFull():
+                log.error("task %s: %s; it is retried when next due", task.name, error)
+                if isinstance(error, StorageFull):
+                    self._crowded.add(task.name)
+                    self._next_space_check = now.boot_s
+            case StorageError():
+                raise error
+            case _:
+                self._unfinished.add(task.name)
+                self._stuck.add(task.name)
+                self._back_off(task, "", error)
 
     def _handle_model_failure(self, scheduled: ScheduledTask, failure: ModelProcessFailed) -> None:
         """Retry later; the second crash or hang in a row quarantines the bundle, and another one runs."""

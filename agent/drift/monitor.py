@@ -400,7 +400,7 @@ class DriftMonitor:
         learning, before = state.learning.add(state.open_summary, self.shipped.task, t=state.t), state.learning
         gathered, first = replace(state, learning=learning), not self._has_learned(state, before)
         more = learning.total_windows - self.learn_windows
-        # A reference that may need more windows is made anew each quarter of the windows.
+        # A reference that may need more windows is calibrated again after each quarter of the windows.
         if not self._has_learned(state, learning) or not (first or more % max(1, self.learn_windows // 4) == 0):
             return gathered, None, None
         fresh, shipped = replace(state, learning=self._empty_learning), replace(self.shipped, window=self.window)
@@ -415,7 +415,7 @@ class DriftMonitor:
         guard = state.guard.check(site, self.shipped, residuals, learning.t[:, 0], self.units, hold=self.hold_deviating)
         assert site.site is not None
         if site.site.needs_more_windows and not self._has_learned(state, learning, self.learn_extension):
-            # A change is told at once, however long learning goes on.
+            # A change is reported at once, however long learning goes on.
             return replace(gathered, guard=state.guard.announce_steps(guard)), None, None
         if state.is_inherited:
             # Sums towards alarms were measured from the inherited reference.

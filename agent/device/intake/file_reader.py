@@ -42,9 +42,6 @@ class FileLayout(msgspec.Struct, frozen=True):
     ignored: frozenset[str] = frozenset()
     separator: str = ""
 
-    def field_of(self, column: str) -> str:
-        return self.renamed.get(column, column)
-
 
 AS_STREAM = FileLayout()
 
@@ -100,7 +97,7 @@ def _find_columns(columns: Sequence[str], stream: StreamConfig, layout: FileLayo
     for column in columns:
         if column in layout.ignored:
             continue
-        field = layout.field_of(column)
+        field = layout.renamed.get(column, column)
         if field not in names:
             raise RowRejected(f"column {column[:40]!r} is not a field of this stream{did_you_mean(field, names)}")
         if field in sources:

@@ -25,7 +25,7 @@ def load(store: Store, task: str) -> TaskRuleStates:
     try:
         return TaskRuleStates() if stored is None else msgspec.msgpack.decode(stored, type=TaskRuleStates)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        log.error("task %s: the states of its alert rules cannot be read, so its rules start anew", task)
+        log.error("task %s: the states of its alert rules cannot be read, so its rules start again", task)
         return TaskRuleStates()
 
 

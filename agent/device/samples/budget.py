@@ -1,4 +1,4 @@
-"""Budget of samples: bytes a day of all tasks. A part is left for what is worth more than uncertain results.
+"""Budget of samples: bytes a day of all tasks, in part reserved for alerts and requests.
 
 A day is 24 h during which the device is on: a clock that is set, or a battery that is changed, opens no new budget.
 """

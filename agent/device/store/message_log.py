@@ -51,7 +51,7 @@ class MessageLog(msgspec.Struct):
     - `live_key`, if set, signs messages outside the log: it is the key before, until the collector knows the new one
     - `compress`: logged messages are sent as gzip
     - `secret`: keys of messages' commitments are derived from it
-    - `min_count`: nothing is said of fewer readings, or than the running bundle or the stream of the task demands
+    - `min_count`: least readings behind a number; the running bundle and the stream of the task may demand more
     - `privacy`: what may leave of the fields of each task's stream
     - `urgent_kinds`: the newest `max_urgent` messages of these kinds do not wait behind a backlog
     """
@@ -136,7 +136,7 @@ class MessageLog(msgspec.Struct):
         Of a device that joined a fleet, the device's id and the topic are others, too.
         """
         seq, prev = tx.log_head()
-        body, topic = json.loads(message.payload), str(self._topic_of(message))
+        body, topic = json.loads(message.payload), str(self._parse_topic(message))
         evidence = body.get("evidence")
         if isinstance(evidence, dict) and "seq" in evidence:
             body["evidence"] = {**evidence, "log": old_log}
@@ -164,11 +164,11 @@ class MessageLog(msgspec.Struct):
         return self._build_outgoing(topic, payload, token, message_id, time)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
-        topic = self._topic_of(message)
+        topic = self._parse_topic(message)
         outgoing = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time)
         return compress(outgoing) if self.compress else outgoing
 
-    def _topic_of(self, message: OutboxMessage) -> Topic:
+    def _parse_topic(self, message: OutboxMessage) -> Topic:
         parts = message.topic.split("/")
         return Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
 

@@ -178,14 +178,14 @@ class SpaceManager:
             return True
         if self._conf.buffer.when_full == "refuse":
             return False
-        if self._evict_readings_of(self._stuck(), now):
+        if self._evict_readings(self._stuck(), now):
             return True
         excess = self._store.used_bytes() - self._store.limit_bytes() * EVICTION_STOP
-        if self._store.backlog().bytes * _PAGE_OVERHEAD < excess and self._evict_readings_of(self._crowded(), now):
+        if self._store.backlog().bytes * _PAGE_OVERHEAD < excess and self._evict_readings(self._crowded(), now):
             return True
         return self._is_stalled(now) and any(self._evict_messages(kinds, now) for kinds in EVICTION_ORDER)
 
-    def _evict_readings_of(self, tasks: Collection[str], now: ClockReading) -> bool:
+    def _evict_readings(self, tasks: Collection[str], now: ClockReading) -> bool:
         streams = {self._conf.tasks[name].stream for name in tasks if name in self._conf.tasks}
         return any(self._evict_unused_rows(name, now) for name in sorted(streams))
 

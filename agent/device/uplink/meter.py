@@ -65,7 +65,7 @@ class TrafficMeter:
         self._count(self._estimated, now)
 
     def observe(self, connection_bytes: int, now: ClockReading) -> None:
-        """Count what the kernel says that the connection has moved so far. Raises StorageError."""
+        """Count the bytes that the connection has moved so far, by the kernel. Raises StorageError."""
         self._count(connection_bytes, now)
 
     def add_failed_connection(self, moved: int, now: ClockReading) -> None:
@@ -79,7 +79,7 @@ class TrafficMeter:
             return 0.0
         if self._conf.budget is None:
             return float("inf")
-        used = sum_of_day(self._bytes_by_hour, self._store.uptime_s(now)) - self._booked
+        used = sum_last_day(self._bytes_by_hour, self._store.uptime_s(now)) - self._booked
         return max(0.0, budget_share(self._conf.budget, urgent=urgent) - used)
 
     def _count(self, moved: int, now: ClockReading) -> None:
@@ -128,7 +128,7 @@ def is_window_open(conf: MeteredConfig, store: Store, now: ClockReading) -> bool
 def build_status(conf: MeteredConfig, store: Store, now: ClockReading) -> dict[str, Any]:
     """Return the member `metered` of status and health: limits, bytes of the last 24 h, and what holds bulk back."""
     at_s = store.uptime_s(now)
-    used = sum_of_day(load_bytes(store, at_s), at_s)
+    used = sum_last_day(load_bytes(store, at_s), at_s)
     is_open = is_window_open(conf, store, now)
     bulk = "sent" if is_open else "waits for a window"
     if is_open and conf.budget is not None and used >= budget_share(conf.budget, urgent=False):
@@ -155,7 +155,7 @@ def load_bytes(store: Store, at_s: float) -> dict[int, int]:
     return loaded
 
 
-def sum_of_day(bytes_by_hour: dict[int, int], at_s: float) -> int:
+def sum_last_day(bytes_by_hour: dict[int, int], at_s: float) -> int:
     """Return the bytes of the last 24 h, and of the begun hour before them."""
     return sum(size for hour, size in bytes_by_hour.items() if hour >= _first_hour(at_s))
 

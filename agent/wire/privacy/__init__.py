@@ -1,1 +1,1 @@
-"""Privacy of messages: the least count of readings behind a number, and what the owner of a field lets out."""
+"""Privacy of messages: the least count of readings behind a number, and the owner's rules for each field."""

@@ -1,4 +1,4 @@
-"""Field privacy: every outgoing message passes here, and says of a stream's fields what their owner lets out.
+"""Field privacy: the owner's rules for what leaves the device about a field, applied to every outgoing message.
 
 Of a private field no number leaves, of a rounded one multiples of its step, of a hashed category keyed hashes. Texts
 about such a field are replaced, as sentences hold numbers. A field that a bundle computes is private if any field of
@@ -23,7 +23,7 @@ _HASH_DIGITS = 12
 # Kinds about a task that the owner may keep on the device; of `results` the predictions stay.
 OPTIONAL_KINDS = frozenset({"drift", "quality", "shadow", "alerts", "samples"})
 # Subjects of drift alerts beside the fields. `joint` and `reference` are about all fields.
-_MODEL_SUBJECTS, _SUBJECTS_OF_ALL = frozenset({"output", "score", "rate"}), frozenset({"joint", "reference"})
+_MODEL_SUBJECTS, _JOINT_SUBJECTS = frozenset({"output", "score", "rate"}), frozenset({"joint", "reference"})
 _FIELD_ALERTS = frozenset({"drift", "fault", "model", "quality"})
 # Members of evidence that hold no number of a field.
 _PLACES = ("seq", "window", "rows", "site")
@@ -163,7 +163,7 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         if alert not in _FIELD_ALERTS or self.is_open:
             return body
         about_field = alert in ("drift", "fault") and subject not in _MODEL_SUBJECTS
-        is_protected = about_field and (subject in _SUBJECTS_OF_ALL or self.is_protected(subject))
+        is_protected = about_field and (subject in _JOINT_SUBJECTS or self.is_protected(subject))
         if is_protected or self._names_protected_field(body):
             return self._withhold_alert(body, "a field that its owner protects takes part")
         return body
@@ -177,7 +177,7 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
         return {**body, "summary": summary, "evidence": evidence}
 
     def _limit_report(self, body: Body) -> Body:
-        """Limit what an event, or an answer to a command, says of fields."""
+        """Limit what an event, or an answer to a command, reveals about fields."""
         if self.is_open:
             return body
         limited = {name: self._limit_value(value, name) for name, value in body.items()}

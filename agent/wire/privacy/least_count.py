@@ -1,4 +1,4 @@
-"""Least count: every outgoing message passes here, and says nothing of fewer readings than the least count.
+"""Least count: no number that leaves the device rests on fewer readings, in any outgoing message.
 
 A cell (bin, class, slice, moment) of fewer is merged into a neighbor or a rest, or left out; `withheld` counts what was
 left out. `k` is the least count everywhere; 1 lets everything pass. Results, one per model window, are the product and

@@ -106,7 +106,7 @@ class Program:
             self._signal_group(signal.SIGTERM)
             await self._wait_for_end()
             if self._errors is not None:
-                # What it said last, unless a process that it left behind keeps the pipe open.
+                # Its last errors, unless a process that it left behind keeps the pipe open.
                 await asyncio.wait([self._errors], timeout=_LAST_ERRORS_S)
         finally:
             # Before its exit code is collected: until then no other process gets the number of its group.
