@@ -82,7 +82,6 @@ def render_man_page(path: tuple[str, ...], command: click.Command) -> str:
     if isinstance(command, click.Group):
         below = command.list_commands(_context(command, path))
         lines += [".SH SEE ALSO", ",\n".join(f".BR {_roff('-'.join((*path, each)))} (1)" for each in below)]
-        lines[-1] = lines[-1].replace(" (1),", " (1),")
     elif len(path) > 1:
         lines += [".SH SEE ALSO", f".BR {_roff('-'.join(path[:-1]))} (1)"]
     return "\n".join(lines) + "\n"

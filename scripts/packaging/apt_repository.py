@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Sequence
+from email import message_from_string
 from email.utils import formatdate
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def make(folder: Path, packages: Sequence[Path], epoch: int, key: str = "") -> l
     stanzas: dict[tuple[str, str], list[str]] = {}
     for package in sorted((folder / "pool").rglob("*.deb")):
         fields = run(["dpkg-deb", "-f", str(package)]).stdout.strip()
-        architecture = run(["dpkg-deb", "-f", str(package), "Architecture"]).stdout.strip()
+        architecture = message_from_string(fields)["Architecture"]
         stanzas.setdefault((_suite_of(package), architecture), []).append(
             f"{fields}\nFilename: {package.relative_to(folder)}\nSize: {package.stat().st_size}\n"
             f"SHA256: {hashlib.sha256(package.read_bytes()).hexdigest()}\n"

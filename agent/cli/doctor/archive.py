@@ -1,4 +1,4 @@
-"""Support archive: what a helper needs to know of a device, without its secrets, readings, labels and names of files.
+"""Support archive: diagnostics of a device, without its secrets, readings, labels and names of files.
 
 Only what is listed here goes in: numbers that count, times, and texts of keys that hold neither secrets nor data.
 """
@@ -99,7 +99,7 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _describe_store(conf: Config) -> dict[str, Any]:
-    """Return status, counters and alerts as far as they say nothing of readings; why not, if there is no store."""
+    """Return status, counters and alerts without anything derived from readings; without a store, the problem."""
     try:
         with Store.open_read_only(conf.data_dir) as store:
             document = status.build_document(conf, store)

@@ -18,7 +18,7 @@ _LIFE_USED["0x0b"] = "more than 100 %"
 
 
 class Medium(msgspec.Struct, frozen=True):
-    """Block device below a folder. `life_used`: what an eMMC says of its wear, "" if it says nothing."""
+    """Block device below a folder. `life_used`: wear that an eMMC reports, "" if it reports none."""
 
     name: str
     size_bytes: int

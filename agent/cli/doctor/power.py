@@ -28,7 +28,7 @@ class Power(msgspec.Struct, frozen=True):
 
 
 def run_pmic() -> str:
-    """Return what the Pi's firmware says of its power supply chip; "" on any other machine."""
+    """Read the power supply chip by the Pi's firmware; return "" on any other machine."""
     try:
         done = subprocess.run(_PMIC_COMMAND, capture_output=True, text=True, timeout=_PMIC_TIMEOUT_S, check=False)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):

@@ -26,6 +26,7 @@ from agent.wire import keys
 if TYPE_CHECKING:
     from agent.fleet.config import FleetConfig
     from agent.fleet.enrolment.enrol import Enrolment
+    from agent.fleet.repository.create import CreatedRepository
     from agent.wire.enrolment_request import EnrolmentRequest
 
 
@@ -61,7 +62,6 @@ def init(
     Devices learn the repository's address and root of trust when they are enrolled, so each can be updated from its
     first day. Its root keys can change every other key: move them to separate offline media.
     """
-    from agent.fleet.enrolment import broker_config
     from agent.fleet.enrolment.enrol import init_fleet
     from agent.fleet.repository import create
     from agent.fleet.repository.layout import Layout
@@ -93,6 +93,20 @@ def init(
         made = create.create(folder, root_keys, roots=3, threshold=2)
     # Root keeps the root keys, which are elsewhere.
     give_tree(folder)
+    _emit_fleet(config, folder, broker, repository_url, made, as_json)
+
+
+def _emit_fleet(
+    config: FleetConfig,
+    folder: Path,
+    broker: BrokerConfig,
+    repository_url: str,
+    made: CreatedRepository | None,
+    as_json: bool,
+) -> None:
+    """Print a new fleet and the next steps; `made` is its repository, if it has one."""
+    from agent.fleet.enrolment import broker_config
+
     public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
     plugin = broker_config.find_plugin() if broker.tls else None
@@ -108,14 +122,15 @@ def init(
     }
     # As root, Mosquitto becomes the user mosquitto before it reads the folder.
     own = f"chown -R mosquitto: {conf.parent} && " if os.geteuid() == 0 else ""
-    lines = [f"Fleet {name} in {folder}. Start the broker with: {own}mosquitto -c {conf}"]
+    lines = [f"Fleet {config.fleet.name} in {folder}. Start the broker with: {own}mosquitto -c {conf}"]
     if plugin is not None and not plugin.exists():
         lines.append(
             f"Mosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
         )
     if made is not None:
         lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
-        lines.append(f"Move the root keys in {root_keys} to separate offline media: two of them change any other key.")
+        place = made.keys[0].parent
+        lines.append(f"Move the root keys in {place} to separate offline media: two of them change any other key.")
     lines.append(f"Next: outstation fleet token DEVICE --dir {folder}")
     emit(document, as_json, lambda: print_lines(*lines))
 

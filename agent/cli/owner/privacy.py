@@ -27,7 +27,7 @@ _ROWS = 40
 @config_option
 @json_option
 def privacy(config_file: str | None, as_json: bool) -> None:
-    """Print what leaves this device of each field, in which message, with an example.
+    """Print what leaves this device: the rule of each field, the messages that contain it, and an example.
 
     The examples are made-up readings that went through the rules of this config. [streams.NAME.privacy] sets the rules;
     readings themselves never leave, unless the owner consents to [samples].
@@ -82,7 +82,7 @@ def _name_rule(stream: StreamConfig, field: FieldConfig) -> str:
 def _list_examples(
     conf: Config, tasks: list[str], stream: StreamConfig, field: FieldConfig, rules: FieldPrivacy
 ) -> Iterator[dict[str, Any]]:
-    """Yield the messages that say something of a field, with what is left of a made-up one."""
+    """Yield the messages that contain a field, each with the protected form of a made-up value."""
     if not tasks:
         return
     now_us, name = clock.read().wall_us, field.name
