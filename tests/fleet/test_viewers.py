@@ -17,7 +17,7 @@ from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig, load
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import collectors, enrol, pki, viewers
+from agent.fleet.enrolment import clients, collectors, enrol, pki, viewers
 from agent.fleet.enrolment.broker_control import ACCESS_FILE
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def let_in(home: Path, name: str) -> BrokerConfig:
     done = call_outstation("fleet", "viewer", name, "--dir", str(home))
     assert done.returncode == 0, done.stderr
-    return load(home).broker_for(viewers.certificate_of(home, name))
+    return load(home).broker_for(clients.certificate_of(home, viewers.user_name(name)))
 
 
 def receives(broker: BrokerConfig, filters: list[str], home: Path) -> bool:

@@ -17,7 +17,8 @@ from agent.errors import UsageError
 from agent.fleet.bridge.stored_devices import StoredDevices
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment.homeassistant import BRIDGE, certificate_of
+from agent.fleet.enrolment import clients
+from agent.fleet.enrolment.homeassistant import BRIDGE
 from agent.fleet.labelling import verdicts
 
 
@@ -56,7 +57,7 @@ def _choose_broker(config: FleetConfig, section: HomeAssistantConfig) -> BrokerC
         return section.broker
     if config.ca is None:
         return config.broker
-    identity = certificate_of(Path(config.ca.cert_file).parent, BRIDGE)
+    identity = clients.certificate_of(Path(config.ca.cert_file).parent, BRIDGE)
     if not Path(identity.cert_file).exists():
         raise UsageError(
             "fleet.toml: [homeassistant] needs a certificate of its own at the fleet's broker; issue it by `outstation "

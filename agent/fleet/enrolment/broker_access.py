@@ -27,13 +27,14 @@ _ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsu
 _READ_BY_ALL = (f"{ALL_DEVICES}/{trust.KIND}", f"{ALL_DEVICES}/desired", f"{DEVICE_GROUP}/desired/+")
 
 Document = dict[str, Any]
+Access = Literal["device", "collector", "bridge", "homeassistant", "viewer", "none"]
 
 
 class AccessChange(msgspec.Struct, frozen=True):
     """Wanted access of a client; `none` withdraws all. `tasks`: those of a device, any without."""
 
     client: str
-    access: Literal["device", "collector", "bridge", "homeassistant", "viewer", "none"]
+    access: Access
     tasks: tuple[str, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Certificates of broker clients that are no devices: shut one out, or issue that of a role anew."""
+"""Certificates of broker clients that are no devices: issue, revoke and replace them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,38 @@ from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_access, broker_control, pki, revocation
-from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment.broker_access import Access, AccessChange
 from agent.fleet.enrolment.revocation import RevocationOutcome
 
 ROLES = ("collector", "operator", "commander", broker_access.ADMIN)
 
 
-def revoke(
-    folder: Path, config: FleetConfig, store: FleetStore, user: str, files: ClientCertificate
-) -> RevocationOutcome:
+def certificate_of(folder: Path, user: str) -> ClientCertificate:
+    return ClientCertificate(str(folder / f"{user}.crt"), str(folder / f"{user}-tls.key"))
+
+
+def add(folder: Path, config: FleetConfig, user: str, access: Access) -> tuple[list[Path], tuple[str, ...]]:
+    """Issue a client's certificate, once, and let it in at a broker with TLS.
+
+    Return the certificate, its key, and the steps left to the operator. Raises UsageError.
+    """
+    assert config.ca is not None
+    files = certificate_of(folder, user)
+    certificate, key = Path(files.cert_file), Path(files.tls_key_file)
+    if not certificate.exists():
+        authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+        issued = authority.issue_client(user, config.fleet.name)
+        durable_files.write(key, issued.key, 0o600)
+        durable_files.write(certificate, issued.certificate, 0o600)
+    return [certificate, key], broker_control.apply(folder, config, AccessChange(user, access)).steps
+
+
+def revoke(folder: Path, config: FleetConfig, store: FleetStore, user: str) -> RevocationOutcome:
     """Shut a client out: its certificate goes on the revocation list, its session ends, its files are removed.
 
     Raises UsageError and StorageError.
     """
+    files = certificate_of(folder, user)
     certificate = Path(files.cert_file)
     if config.ca is None or not certificate.exists():
         raise UsageError(f"{certificate}: no such file, so there is no {user}")

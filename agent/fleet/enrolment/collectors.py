@@ -6,12 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
 from agent.errors import UsageError
-from agent.fleet.config import ClientCertificate, FleetConfig, Identity
+from agent.fleet.config import FleetConfig, Identity
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, clients, pki
-from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment import clients
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.names import is_name
 
@@ -32,13 +30,13 @@ def resolve_identity(config: FleetConfig, name: str) -> Identity:
     configured = config.collector
     if configured.cert_file is None or Path(configured.cert_file).name != _INITIAL_CERTIFICATE:
         return configured
-    certificate, key = _certificate_files(Path(configured.cert_file).parent, name)
-    if not certificate.exists():
+    files = clients.certificate_of(Path(configured.cert_file).parent, user_name(name))
+    if not Path(files.cert_file).exists():
         raise UsageError(
-            f"{certificate}: no such file; the broker tells collectors apart by their certificates, and "
+            f"{files.cert_file}: no such file; the broker tells collectors apart by their certificates, and "
             f"`outstation fleet collector {name}` issues this one"
         )
-    return msgspec.structs.replace(configured, cert_file=str(certificate), tls_key_file=str(key))
+    return msgspec.structs.replace(configured, cert_file=files.cert_file, tls_key_file=files.tls_key_file)
 
 
 def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
@@ -49,22 +47,14 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedCollector:
         raise UsageError(f"a device is enrolled as {user!r}, the name of this collector at the broker; choose another")
     if config.ca is None:
         return AddedCollector(steps=[f"The broker is used without TLS, so no certificate is needed. {start}"])
-    certificate, key = _certificate_files(folder, name)
-    if not certificate.exists():
-        authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-        issued = authority.issue_client(user, config.fleet.name)
-        durable_files.write(key, issued.key, 0o600)
-        durable_files.write(certificate, issued.certificate, 0o600)
-    access = broker_control.apply(folder, config, AccessChange(user, "collector"))
-    return AddedCollector([certificate, key], [*access.steps, start])
+    files, steps = clients.add(folder, config, user, "collector")
+    return AddedCollector(files, [*steps, start])
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> RevocationOutcome:
     """Shut a collector out. Raises UsageError."""
     _check_name(name)
-    certificate, key = _certificate_files(folder, name)
-    files = ClientCertificate(cert_file=str(certificate), tls_key_file=str(key))
-    return clients.revoke(folder, config, store, user_name(name), files)
+    return clients.revoke(folder, config, store, user_name(name))
 
 
 def is_collector(folder: Path, name: str) -> bool:
@@ -78,7 +68,3 @@ def user_name(name: str) -> str:
 def _check_name(name: str) -> None:
     if not is_name(user_name(name)):
         raise UsageError(f"{name!r} cannot name a collector: use up to 54 of a-z 0-9 . _ -")
-
-
-def _certificate_files(folder: Path, name: str) -> tuple[Path, Path]:
-    return folder / f"{user_name(name)}.crt", folder / f"{user_name(name)}-tls.key"

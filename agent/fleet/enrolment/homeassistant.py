@@ -6,11 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
 from agent.errors import UsageError
-from agent.fleet.config import ClientCertificate, FleetConfig
-from agent.fleet.enrolment import broker_control, pki
-from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.config import FleetConfig
+from agent.fleet.enrolment import clients
 
 BRIDGE, HOME_ASSISTANT = "bridge", "homeassistant"
 
@@ -30,21 +28,11 @@ def add(folder: Path, config: FleetConfig) -> AddedClients:
     start = "Add a section [homeassistant] to fleet.toml, and start the collector again."
     if config.ca is None:
         return AddedClients(steps=[f"The broker is used without TLS, so no certificate is needed. {start}"])
-    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
     done = AddedClients()
     for name in (BRIDGE, HOME_ASSISTANT):
-        identity = certificate_of(folder, name)
-        if not Path(identity.cert_file).exists():
-            issued = authority.issue_client(name, config.fleet.name)
-            durable_files.write(Path(identity.tls_key_file), issued.key, 0o600)
-            durable_files.write(Path(identity.cert_file), issued.certificate, 0o600)
-        done.files.extend([Path(identity.cert_file), Path(identity.tls_key_file)])
-        access = AccessChange(name, "bridge" if name == BRIDGE else "homeassistant")
-        done.steps.extend(broker_control.apply(folder, config, access).steps)
+        files, steps = clients.add(folder, config, name, "bridge" if name == BRIDGE else "homeassistant")
+        done.files.extend(files)
+        done.steps.extend(steps)
     copy = f"Copy {HOME_ASSISTANT}.crt, {HOME_ASSISTANT}-tls.key and ca.pem to its MQTT integration."
     done.steps.extend([start, copy])
     return done
-
-
-def certificate_of(folder: Path, name: str) -> ClientCertificate:
-    return ClientCertificate(str(folder / f"{name}.crt"), str(folder / f"{name}-tls.key"))

@@ -1,9 +1,9 @@
 """Viewers: certificates and passwords that read the fleet's messages, for MQTT Explorer, mosquitto_sub or Node-RED.
 
 A viewer subscribes to the fleet's topics and publishes nothing. It cannot join the collectors' shared subscriptions,
-and so takes no message from them. The fleet's broker makes the name in a certificate the client id, so that nobody
-throws another one off: a certificate has one connection there. At the viewers' broker (`viewers_broker`) a certificate
-or a password has as many as one likes.
+and so takes no message from them. The fleet's broker makes the name in a certificate the client id, so that no client
+disconnects another one: a certificate has one connection there. At the viewers' broker (`viewers_broker`) a certificate
+or a password may have any number of connections.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
 from agent.errors import StorageError, UsageError
-from agent.fleet.config import ClientCertificate, FleetConfig
+from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import broker_control, clients, pki, viewers_broker
-from agent.fleet.enrolment.broker_access import AccessChange
+from agent.fleet.enrolment import clients, viewers_broker
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.names import is_name
@@ -49,23 +47,17 @@ def add(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
         raise UsageError(f"a device is enrolled as {user!r}, the name of this viewer at the broker; choose another")
     if config.ca is None:
         return AddedViewer(user, steps=[_WITHOUT_TLS])
-    files = certificate_of(folder, name)
-    certificate, key = Path(files.cert_file), Path(files.tls_key_file)
-    if not certificate.exists():
-        authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-        issued = authority.issue_client(user, config.fleet.name)
-        durable_files.write(key, issued.key, 0o600)
-        durable_files.write(certificate, issued.certificate, 0o600)
-    access = broker_control.apply(folder, config, AccessChange(user, "viewer"))
+    files, access_steps = clients.add(folder, config, user, "viewer")
+    certificate, key = files
     command = (
         f"mosquitto_sub -h {config.broker.host} -p {config.broker.port} --cafile {config.ca.cert_file} --cert "
         f"{certificate} --key {key} -V mqttv5 -v -t 'outstation/{config.fleet.name}/#'"
     )
-    steps = [*access.steps, f"Watch: {command}"]
+    steps = [*access_steps, f"Watch: {command}"]
     if (broker := ViewersBroker(folder, config)).exists:
         steps += broker.admit(user)
         steps.append(f"With port {broker.ports[0]} in its place, any number of programs watches at the same time.")
-    return AddedViewer(user, None, [certificate, key], steps)
+    return AddedViewer(user, None, files, steps)
 
 
 def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
@@ -88,11 +80,11 @@ def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> R
 
     The certificate comes first: it is revoked whatever state the viewers' broker is in.
     """
-    user, files, broker = _check_name(name), certificate_of(folder, name), ViewersBroker(folder, config)
-    has_certificate = Path(files.cert_file).exists()
+    user, broker = _check_name(name), ViewersBroker(folder, config)
+    has_certificate = Path(clients.certificate_of(folder, user).cert_file).exists()
     is_inside = broker.has(user)
     if has_certificate or not is_inside:
-        outcome = clients.revoke(folder, config, store, user, files)
+        outcome = clients.revoke(folder, config, store, user)
     else:
         outcome = RevocationOutcome([], [])
     if not is_inside:
@@ -107,11 +99,6 @@ def revoke(folder: Path, config: FleetConfig, store: FleetStore, name: str) -> R
     outcome.steps = (*steps, *outcome.steps)
     outcome.ended = outcome.ended if has_certificate else not steps
     return outcome
-
-
-def certificate_of(folder: Path, name: str) -> ClientCertificate:
-    user = user_name(name)
-    return ClientCertificate(cert_file=str(folder / f"{user}.crt"), tls_key_file=str(folder / f"{user}-tls.key"))
 
 
 def _check_name(name: str) -> str:

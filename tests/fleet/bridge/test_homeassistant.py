@@ -25,8 +25,7 @@ from agent.fleet.bridge.stored_devices import StoredDevices
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import homeassistant as clients
-from agent.fleet.enrolment import revocation
+from agent.fleet.enrolment import clients, homeassistant, revocation
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
 from agent.testing.fleet import LocalFleet
@@ -319,10 +318,10 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
     section = HomeAssistantConfig()
     with pytest.raises(UsageError, match="outstation fleet homeassistant"):
         build_publisher(secured, section, secured.fleet.db, lambda: True)
-    done = clients.add(folder, secured)
-    assert clients.add(folder, secured) == done, "the command can be repeated"
+    done = homeassistant.add(folder, secured)
+    assert homeassistant.add(folder, secured) == done, "the command can be repeated"
     config = PLACE.config_topic("pi.01")
-    home = connect(secured.broker_for(clients.certificate_of(folder, clients.HOME_ASSISTANT)))
+    home = connect(secured.broker_for(clients.certificate_of(folder, homeassistant.HOME_ASSISTANT)))
     with build_publisher(secured, section, secured.fleet.db, lambda: True):
         home.wait("discovery", lambda: home.documents.get(config))
         home.wait("its state", lambda: home.documents.get(f"{LATEST}/pi.01/_device"))
@@ -334,7 +333,7 @@ def test_at_the_fleets_broker_each_may_do_its_part_and_no_more(
         assert publish_one(home.link, OutgoingMessage(topic, b"{}")) == NOT_AUTHORIZED
     assert all(subscribe_anyway(home.link, [f"outstation/{FLEET}/#", "#"]))
     assert publish_one(home.link, OutgoingMessage(PLACE.press_topic("pi.01", "exercise"), b"confirm")) == 0
-    bridge = Link(secured.broker_for(clients.certificate_of(folder, clients.BRIDGE)), "x")
+    bridge = Link(secured.broker_for(clients.certificate_of(folder, homeassistant.BRIDGE)), "x")
     assert publish_one(bridge, OutgoingMessage(PLACE.event_topic("pi.01"), b"{}")) < 0x80
     # A button's press becomes a verdict: nobody but Home Assistant may press.
     presses = (PLACE.press_topic("pi.01", "exercise"), f"{PLACE.press_topic('pi.01', 'exercise')}/label")
