@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -113,6 +115,24 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatc
             pytest.fail(f"a test without the mark `process` starts {arguments[1]}; add what it uses to _MARKS")
 
         monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_processes_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End the model processes of a file's tests after the last one, and fail where something still holds one."""
+    yield
+    if _model_processes():
+        # As after a reload: a daemon and an error that a test keeps are cycles.
+        gc.collect()
+        # pytest keeps the last error, and with it what the failed test held.
+        assert not _model_processes() or request.session.testsfailed, "a model process is left running: close it"
+
+
+def _model_processes() -> list[str]:
+    """Return the commands of this process's children that run a model."""
+    pids = [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
+    commands = [Path("/proc", pid, "cmdline").read_text() for pid in pids]
+    return [command for command in commands if "agent.model.sandbox.worker" in command]
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def parse_components(payload: bytes) -> dict[str, str]:
     """Return component → platform of a discovery document of ours; none of anything else."""
     try:
         return {name: members.p for name, members in msgspec.json.decode(payload, type=_Discovery).cmps.items()}
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return {}
 
 
@@ -205,7 +205,7 @@ def parse_open(payload: bytes) -> frozenset[str] | None:
         return frozenset()
     try:
         return frozenset(msgspec.json.decode(payload, type=_Open).open)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -94,6 +95,8 @@ def main(args: list[str] | None = None) -> Any:
 
     An error is one line on standard error, whatever it is.
     """
+    # Python looks for cycles among all objects once more when it ends: 60 ms, and the memory is given back anyway.
+    atexit.register(gc.freeze)
     try:
         return cli.main(args, prog_name="outstation", standalone_mode=True)
     except BrokenPipeError:
@@ -105,9 +108,6 @@ def main(args: list[str] | None = None) -> Any:
         code, text = _describe_error(error, sys.argv[1:] if args is None else args)
         click.echo(f"outstation: {printable('; '.join(text.splitlines()))}", err=True)
         sys.exit(code)
-    finally:
-        # Python looks for cycles among all objects once more when it ends: 60 ms, and the memory is given back anyway.
-        gc.freeze()
 
 
 def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
@@ -126,7 +126,11 @@ def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
         return 1, f"{place}: {error.strerror}; see that it exists, is of the right kind, and is yours to use"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != __package__:
         package = error.name.partition(".")[0]
-        return 1, f"this command needs the package {package!r}, which is not installed; `pip install {package}`"
+        from agent.extras import find_extra, install_command
+
+        extra = find_extra(package)
+        command = install_command(extra) if extra else f"pip install {package}"
+        return 1, f"this command needs the package {package!r}, which is not installed: {command}"
     import traceback
 
     frame = traceback.extract_tb(error.__traceback__)[-1]

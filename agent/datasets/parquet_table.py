@@ -12,14 +12,18 @@ import numpy as np
 
 from agent.datasets.tables import START, ColumnType, FilePosition, TableBlock, TableOptions
 from agent.errors import RowRejected, UsageError
+from agent.extras import install_command
 
-PYARROW_MISSING = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV"
 _BLOCK_ROWS = 1 << 16
 # Values of a block, so that many columns need no more memory than few.
 _MAX_BLOCK_VALUES = 4_000_000
 _MAX_BLOCK_BYTES = 32 << 20
 # Longer than any text that a stream accepts: the rest would only take memory.
 _MAX_TEXT_CHARS = 4096
+
+
+def describe_missing_pyarrow() -> str:
+    return f"Parquet needs pyarrow: {install_command('parquet')}, or use CSV"
 
 
 class ParquetTable:
@@ -31,7 +35,7 @@ class ParquetTable:
             import pyarrow as pa
             from pyarrow import parquet
         except ImportError:
-            raise UsageError(f"{path}: {PYARROW_MISSING}") from None
+            raise UsageError(f"{path}: {describe_missing_pyarrow()}") from None
         self._pa: Any = pa
         self._options, self._source = options, file
         with self._reject_damage("not readable as Parquet"):

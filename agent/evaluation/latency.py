@@ -32,7 +32,7 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
         child = launch.run_module("agent.evaluation.latency", msgspec.msgpack.encode(work), _TIMEOUT_S)
         child.check_returncode()
         return msgspec.json.decode(child.stdout, type=list[BatchLatency])
-    except (subprocess.SubprocessError, msgspec.MsgspecError) as error:
+    except (subprocess.SubprocessError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadBundle(f"latency could not be measured: the child process failed ({error})") from None
 
 

@@ -6,6 +6,7 @@ import logging
 
 from agent.config.notify import AppriseTarget
 from agent.errors import UsageError
+from agent.extras import install_command
 from agent.notify.failures import SendFailed
 from agent.notify.message import Notification
 from agent.notify.secrets import read_secret
@@ -18,7 +19,7 @@ def load_service(target: AppriseTarget) -> tuple[object, str]:
     try:
         import apprise
     except ModuleNotFoundError:
-        fix = "install it: pip install 'outstation[notify]'"
+        fix = f"install it: {install_command('notify')}"
         raise UsageError(f"a target of kind apprise needs the package apprise; {fix}") from None
     # Its log has URLs with their credentials.
     logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.errors import UsageError
+from agent.extras import install_command
 
 SCALE = 2
 _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
@@ -16,7 +17,7 @@ def from_svg(svg: str) -> bytes:
         import resvg_py
     except ImportError:
         raise UsageError(
-            "PNG needs a library: pip install 'outstation[plot]'; or name a file that ends in .svg, which needs none"
+            f"PNG needs a library: {install_command('plot')}; or name a file that ends in .svg, which needs none"
         ) from None
     if not any(True for folder in _FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]")):
         # The library would silently omit all text.

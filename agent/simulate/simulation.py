@@ -23,6 +23,7 @@ from agent.config import BrokerConfig
 from agent.config import load as load_config
 from agent.datasets.recordings import load
 from agent.errors import OutstationError, UsageError
+from agent.extras import install_command
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
@@ -266,7 +267,7 @@ def _start_embedded_broker(folder: Path, port: int) -> Any:
     try:
         from iotcore import Broker as Embedded
     except ImportError:
-        raise UsageError("no MQTT broker: apt-get install mosquitto, or pip install 'outstation[demo]'") from None
+        raise UsageError(f"no MQTT broker: apt-get install mosquitto, or {install_command('demo')}") from None
     file = folder / "broker.toml"
     file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")
     broker = Embedded(config_path=str(file))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 from scripts.packaging.targets import Architecture, PackagingError, Suite, run
 
 _TYPES = "application/vnd.oci.image"
-_BLOCK = 1 << 20
 _USER = "outstation"
 # Documentation beside licences, and caches that differ from run to run.
 _DPKG_OPTIONS = (
@@ -34,12 +33,12 @@ def build(package: Path, suite: Suite, architecture: Architecture, version: str,
         folder = Path(name)
         root = folder / "root.tar"
         _make_root(package, suite, architecture, epoch, root)
-        layer, diff_id = folder / "layer", _digest(_read_blocks(root))
+        layer, diff_id = folder / "layer", _digest(root)
         _compress(root, layer)
         config = _encode(_describe(architecture, version, epoch, diff_id, _user_of(root)))
         blobs: dict[str, bytes | Path] = {
             f"sha256:{hashlib.sha256(config).hexdigest()}": config,
-            _digest(_read_blocks(layer)): layer,
+            _digest(layer): layer,
         }
         _write_layout(file, blobs, architecture, version, epoch)
     return file
@@ -152,23 +151,16 @@ def _encode(document: object) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _read_blocks(file: Path) -> Iterator[bytes]:
+def _digest(file: Path) -> str:
     with file.open("rb") as source:
-        while block := source.read(_BLOCK):
-            yield block
-
-
-def _digest(blocks: Iterator[bytes]) -> str:
-    total = hashlib.sha256()
-    for block in blocks:
-        total.update(block)
-    return f"sha256:{total.hexdigest()}"
+        return f"sha256:{hashlib.file_digest(source, 'sha256').hexdigest()}"
 
 
 def _compress(source: Path, target: Path) -> None:
     """Compress with gzip, without a name and a time."""
-    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
-    with target.open("wb") as out:
-        for block in _read_blocks(source):
-            out.write(packer.compress(block))
-        out.write(packer.flush())
+    with (
+        source.open("rb") as content,
+        target.open("wb") as out,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=out, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(content, packed, 1 << 20)

@@ -15,6 +15,7 @@ from agent.bridge.discovery import (
     discovery_document,
     latest_documents,
     parse_components,
+    parse_open,
     parse_time,
 )
 from agent.bridge.publisher import may_replace
@@ -150,12 +151,19 @@ def test_a_backlog_never_takes_the_place_of_what_is_newer_or_looks_new(
     assert may_replace(time_s * 1_000_000, there_us, 1_000_000_000, 600_000_000) is expected
 
 
+UNREADABLE = b'{"time":"\xff","cmps":{"x":{"p":"\xff"}},"open":["\xff"]}'
+
+
 @pytest.mark.parametrize(
-    "payload", [b"", b"{}", b"[]", b'{"time":3}', b'{"time":"yesterday"}', b"\xff", b'{"cmps":[1]}']
+    "payload", [b"", b"{}", b"[]", b'{"time":3}', b'{"time":"yesterday"}', b"\xff", b'{"cmps":[1]}', UNREADABLE]
 )
 def test_a_retained_document_of_somebody_else_counts_as_none(payload: bytes) -> None:
     assert parse_time(payload) is None
     assert parse_components(payload) == {}
+
+
+def test_open_alerts_of_an_unreadable_document_are_not_known() -> None:
+    assert parse_open(UNREADABLE) is None
 
 
 @pytest.mark.parametrize(

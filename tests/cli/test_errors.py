@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import io
 import logging
 import sys
@@ -18,6 +19,7 @@ from agent.cli.log_format import PrintableFormatter, RepeatHandler
 from agent.errors import StorageError
 from scripts.fuzzing import malformed, site
 from scripts.fuzzing.malformed import run_command
+from tests.kit.commands import call_outstation
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,12 @@ def test_malformed_input_is_answered_in_one_line(made: Path, part: str) -> None:
     results = list(malformed.run_cases(chosen, made, random))
     assert [(case.title, outcome.problem, outcome.errors) for case, outcome in results if outcome.problem] == []
     assert sum(outcome.code > 0 for _, outcome in results) >= 3, "these inputs are not wrong"
+
+
+def test_a_command_called_in_a_process_that_goes_on_exempts_nothing_from_garbage_collection(tmp_path: Path) -> None:
+    before = gc.get_freeze_count()
+    assert call_outstation("status", "-c", str(tmp_path / "no.toml")).returncode == 2
+    assert gc.get_freeze_count() == before
 
 
 def test_a_command_that_needs_a_missing_package_names_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

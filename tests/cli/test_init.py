@@ -15,6 +15,7 @@ from agent.cli import main
 from agent.cli.device.init import is_untouched
 from agent.wire import keys
 from tests.kit.commands import call_outstation
+from tests.kit.marks import root_only
 
 
 def init(*arguments: object) -> int:
@@ -106,7 +107,7 @@ def test_a_config_is_untouched_until_somebody_changes_it(tmp_path: Path, words: 
         assert not is_untouched(changed)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+@root_only
 def test_root_gives_the_keys_to_the_owner_of_the_data_folder_and_no_link_leads_elsewhere(tmp_path: Path) -> None:
     data, secret = tmp_path / "data", tmp_path / "secret.key"
     data.mkdir()
@@ -125,7 +126,7 @@ def test_root_gives_the_keys_to_the_owner_of_the_data_folder_and_no_link_leads_e
     assert secret.stat().st_uid == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+@root_only
 def test_root_gives_a_new_fleet_to_the_owner_of_its_folder_and_no_target_of_a_link(tmp_path: Path) -> None:
     fleet, secret = tmp_path / "fleet", tmp_path / "secret"
     (fleet / "broker").mkdir(parents=True)

@@ -25,6 +25,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.wire import keys
+from tests.kit.marks import root_only
 
 
 def run(*arguments: object) -> int:
@@ -281,7 +282,7 @@ def test_a_running_daemon_is_named_before_anything_is_written(
     assert not (home / "ca.pem").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+@root_only
 def test_what_root_writes_belongs_to_the_user_of_the_data_folder(tmp_path: Path) -> None:
     home, enrolment = tmp_path / "pi", tmp_path / "pi.tar.gz"
     (home / "data").mkdir(parents=True)

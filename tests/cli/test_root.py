@@ -14,12 +14,13 @@ import pytest
 
 from agent.cli.device.init import TEMPLATE
 from agent.cli.doctor.fixes import belongs_to_root
+from tests.kit.marks import root_only
 from tests.kit.stations import ROOT
 
 NOBODY = 65534
 pytestmark = [
     pytest.mark.attack("install"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user"),
+    root_only,
 ]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import itertools
 import json
-import os
 import random
 import sqlite3
 import subprocess
@@ -41,6 +40,7 @@ from agent.wire.jws import Signer
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import expand_integers
 from tests.kit.commands import audit_fleet, call_outstation
+from tests.kit.marks import root_only
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.
@@ -475,7 +475,7 @@ def test_a_full_store_rejects_producers_until_readings_were_processed(fleet: Loc
     assert audit_fleet(fleet.home)[0] == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@root_only
 def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet: LocalFleet) -> None:
     fleet.broker.start()
     fleet.collector.start()

@@ -299,6 +299,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("echo no such module >&2; exit 3", "the child process failed (3): no such module"),
         ("echo hello", "the child process returned invalid output"),
         ("", "the child process returned invalid output"),
+        (r"""printf '["\377", [], 1]\n'""", "the child process returned invalid output"),
         ("""echo '["x", [["load", true, "fine"]]]'; kill -SEGV $$""", "the runtime crashed on it (SIGSEGV)"),
     ],
 )
@@ -307,6 +308,13 @@ def test_however_the_child_dies_it_is_reported(child: Any, script: str, why: str
     report = probe.probe(around(model("classify_int8")))
     assert [(name, ok) for name, ok, _ in report.checks] == [("load", False)]
     assert why in report.checks[0][2]
+
+
+@pytest.mark.parametrize("script", ["echo hello", r"""printf '"\377"'"""])
+def test_invalid_output_of_an_inspection_is_no_inspection(child: Any, script: str) -> None:
+    child(script)
+    with pytest.raises(BadBundle, match="the child process returned invalid output"):
+        probe.inspect_model(model("classify_int8"))
 
 
 def test_a_child_that_stands_still_is_ended(child: Any, monkeypatch: pytest.MonkeyPatch) -> None:

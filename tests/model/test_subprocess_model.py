@@ -187,8 +187,12 @@ def test_only_the_end_of_a_long_stderr_is_stored(monkeypatch: pytest.MonkeyPatch
         there.invoke(CALM)
 
 
-def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "strange_child.py").write_text("import os, time; os.write(1, b'\\0\\3\\0\\0\\0abc'); time.sleep(60)")
+@pytest.mark.parametrize("body", [b"abc", b"\x81\xa7kernels\xa1\xff"])
+def test_what_answers_something_else_is_taken_for_a_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: bytes
+) -> None:
+    message = bytes([0, len(body), 0, 0, 0]) + body
+    (tmp_path / "strange_child.py").write_text(f"import os, time; os.write(1, {message!r}); time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(launch, "WORKER_MODULE", "strange_child")
     with SubprocessModel(tiny()) as there:

@@ -20,6 +20,7 @@ from agent.config import BrokerConfig
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker, free_port
 from scripts import lock
+from tests.kit.marks import root_only
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "outstation.service"
@@ -169,7 +170,7 @@ def test_a_changed_dependency_makes_the_locks_stale(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.attack("install")
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+@root_only
 def test_the_installer_gives_away_the_devices_own_files_only(tmp_path: Path) -> None:
     function = re.search(r"^give_files\(\) \{\n.*?^\}\n", INSTALL.read_text(), re.DOTALL | re.MULTILINE)
     assert function
@@ -187,7 +188,7 @@ def test_the_installer_gives_away_the_devices_own_files_only(tmp_path: Path) -> 
     assert modes["root.key"] == modes["notes.txt"] == (0, os.getegid(), 0o600)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="starts the broker as its own user")
+@root_only
 def test_the_broker_starts_from_a_fleet_folder_of_the_debian_package(program: Program) -> None:
     program("mosquitto")
     folders = (ROOT / "deploy" / "debian" / "outstation-fleet.tmpfiles").read_text()
@@ -207,7 +208,7 @@ def test_the_broker_starts_from_a_fleet_folder_of_the_debian_package(program: Pr
 
 
 @pytest.mark.attack("install", control=True)
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away as root")
+@root_only
 def test_a_chown_of_names_that_were_listed_before_gives_a_file_of_root_away(tmp_path: Path) -> None:
     """The former installer listed the files of a folder that the service's user could write to."""
     secret, folder = tmp_path / "shadow", tmp_path / "config"

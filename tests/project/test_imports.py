@@ -22,6 +22,7 @@ AGENT = ROOT / "agent"
 # A room is a package or module directly under agent/. It imports itself and lower floors.
 FLOORS = {
     "errors": 0,
+    "extras": 0,
     "quantities": 0,
     "alerts": 1,
     "arrays": 2,

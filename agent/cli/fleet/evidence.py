@@ -14,6 +14,7 @@ from agent import clock, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError
+from agent.extras import install_command
 from agent.quantities import parse_duration
 from agent.text import mask_password
 from agent.wire import keys
@@ -120,7 +121,7 @@ def _make_folder(
     try:
         from agent.fleet.evidence.make import EvidenceSources, write_folder
     except ImportError as error:
-        raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
+        raise UsageError(f"{error}; the bill of materials needs: {install_command('fleet')}") from None
     try:
         at = None if at is None else clock.to_rfc3339(clock.parse_rfc3339(at))
     except ValueError:
@@ -197,7 +198,7 @@ def _import_token() -> ModuleType:
     try:
         from agent.fleet.evidence.timestamps import token
     except ImportError as error:
-        raise UsageError(f"{error}; time stamps need: pip install 'outstation[fleet]'") from None
+        raise UsageError(f"{error}; time stamps need: {install_command('fleet')}") from None
     return token
 
 

@@ -20,6 +20,7 @@ from agent.cli.fleet.common import (
 )
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
+from agent.extras import install_command
 from agent.wire import keys
 
 
@@ -60,7 +61,7 @@ def _table_printer() -> Callable[..., None]:
     from agent.fleet.watch import show_table
 
     if find_spec("rich") is None:
-        raise UsageError("the table needs the package rich: pip install 'outstation[fleet]', or use --raw")
+        raise UsageError(f"the table needs the package rich: {install_command('fleet')}, or use --raw")
     return show_table
 
 

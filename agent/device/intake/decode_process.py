@@ -189,7 +189,7 @@ class DecodeProcess:
             raise self._make_death_error()
         try:
             return _ANSWERS.decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DecoderDied(f"the process that decodes it sent an invalid answer ({error})") from None
 
     def _make_death_error(self) -> DecoderDied:

@@ -41,7 +41,7 @@ def check_config(file: str, name: str, stream: StreamConfig, max_size: int) -> N
         return
     key = f"streams.{name}.source.image"
     if not images.is_pillow_installed():
-        raise ConfigError(file, key, images.PILLOW_MISSING)
+        raise ConfigError(file, key, images.describe_missing_pillow())
     # Other rows of the same commit take less than a quarter.
     size, limit = row_bytes(stream) * stream.media_format.height, Quota.from_max_size(max_size).transaction_bytes // 2
     if size > limit:

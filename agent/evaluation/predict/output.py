@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from agent import durable_files
 from agent.arrays import Ints
 from agent.datasets.blocks import FILE_COLUMN, TextColumn
-from agent.datasets.parquet_table import PYARROW_MISSING
+from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.datasets.readers import is_media
 from agent.errors import FileBusy, UsageError
 from agent.model.bundle.manifest import Manifest
@@ -80,7 +80,7 @@ class PartialOutput:
             self._arrow = pyarrow
         except ImportError:
             if not self._text:
-                raise UsageError(f"{out}: {PYARROW_MISSING}") from None
+                raise UsageError(f"{out}: {describe_missing_pyarrow()}") from None
         self._file = open_locked(self.path)
 
     @property

@@ -19,8 +19,8 @@ import numpy as np
 from agent.errors import OutstationError, UsageError
 from agent.evaluation.predict.ledger import FileJob
 from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS, WindowShard, Worker, WorkerConfig, WorkerResult
+from agent.extras import install_command
 
-NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
 _CONNECT_TIMEOUT_S = 5.0
 _NO_CLUSTER_HINT = (
     "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on one of its "
@@ -45,7 +45,8 @@ class RayCluster:
         try:
             import ray.data
         except ImportError as error:
-            raise UsageError(f"{NO_RAY} ({error})") from None
+            needed = f"--engine ray needs Ray, here and on every node: {install_command('ray')}"
+            raise UsageError(f"{needed} ({error})") from None
         self._ray: Any = ray
         self._address = address or os.environ.get("RAY_ADDRESS") or "auto"
         # Ray prints deaths of workers to stdout, which is for the result.

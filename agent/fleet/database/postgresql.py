@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from agent.extras import install_command
 from agent.fleet.database import postgresql_schema
 from agent.fleet.database.interface import Cursor, Row, TransactionConflict, Values, display_name
 from agent.fleet.database.postgresql_rows import PostgresqlConnection, to_psycopg
@@ -29,7 +30,7 @@ try:
     from psycopg import errors
 except ImportError as error:
     raise UsageError(
-        f"a database in PostgreSQL needs the library psycopg ({error}); install it: pip install 'outstation[postgres]'"
+        f"a database in PostgreSQL needs the library psycopg ({error}); install it: {install_command('postgres')}"
     ) from None
 
 logger = logging.getLogger(__name__)

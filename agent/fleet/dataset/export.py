@@ -18,7 +18,7 @@ import numpy as np
 
 from agent import durable_files
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
-from agent.datasets.parquet_table import PYARROW_MISSING
+from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.errors import StorageError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.fleet.dataset import card as cards
@@ -151,7 +151,7 @@ def _to_parquet(gathered: Gathered) -> bytes:
     try:
         import pyarrow as pa
     except ImportError:
-        raise UsageError(f"{PYARROW_MISSING}: --format csv") from None
+        raise UsageError(f"{describe_missing_pyarrow()}: --format csv") from None
     recordings, texts = gathered.recordings, [pair for each in gathered.recordings for pair in _text_rows(each)]
     values = np.concatenate([recording.values for recording in recordings])
     columns: dict[str, Any] = {TIME_COLUMN: pa.array(np.concatenate([each.t for each in recordings]) / 1e6)}

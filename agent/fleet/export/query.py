@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agent.errors import UsageError
+from agent.extras import install_command
 from agent.fleet.export import manifest as manifests
 from agent.fleet.export.tables import KINDS, arrow_schema
 
 if TYPE_CHECKING:
     import duckdb
 
-DUCKDB_MISSING = "SQL over an export needs duckdb, which is not installed: pip install 'outstation[sql]'"
 _FETCH_ROWS = 1000
 _OFFLINE: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,
@@ -32,7 +32,7 @@ class ExportQueries:
         try:
             import duckdb
         except ImportError:
-            raise UsageError(DUCKDB_MISSING) from None
+            raise UsageError(f"SQL over an export needs duckdb: {install_command('sql')}") from None
         manifest = manifests.load(folder)
         if manifest is None:
             raise UsageError(f"{folder}: no export here; `outstation fleet export --out DIR` makes one")

@@ -14,6 +14,7 @@ import msgspec
 
 from agent import clock
 from agent.errors import UsageError
+from agent.extras import install_command
 from agent.fleet.database.interface import Row
 from agent.fleet.database.projection import PROJECTIONS, RESULT_MESSAGES_TABLE, provenance_row, result_details
 from agent.wire.messages import LoggedPayload, ResultsPayload
@@ -21,7 +22,6 @@ from agent.wire.messages import LoggedPayload, ResultsPayload
 if TYPE_CHECKING:
     import pyarrow
 
-PYARROW_MISSING = "writing Parquet needs pyarrow, which is not installed: pip install 'outstation[sql]'"
 DAY_US = 86_400_000_000
 # A row is in the partition of its day only if that lies near the day of its arrival: a clock without battery, or a
 # hostile device, must not make thousands of files.
@@ -329,5 +329,5 @@ def _import_pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise UsageError(PYARROW_MISSING) from None
+        raise UsageError(f"writing Parquet needs pyarrow: {install_command('sql')}") from None
     return pyarrow

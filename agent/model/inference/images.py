@@ -14,12 +14,12 @@ import numpy as np
 from agent import input_files
 from agent.arrays import Float32s
 from agent.errors import UsageError
+from agent.extras import install_command
 from agent.media import ImageFormat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PILLOW_MISSING = "images need Pillow: pip install 'outstation[images]'"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # A small file may decode to any size; a larger file is not a plausible image.
 _MAX_PIXELS = 50_000_000
@@ -27,6 +27,10 @@ _MAX_BYTES = 64 << 20
 # Pillow's bytes of a pixel, and libjpeg's of one of a progressive JPEG, whose coefficients it holds.
 _PIXEL_BYTES, _COEFFICIENT_BYTES = 4, 6
 _EXIF_ORIENTATION = 0x0112
+
+
+def describe_missing_pillow() -> str:
+    return f"images need Pillow: {install_command('images')}"
 
 
 def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memory_bytes: int | None = None) -> Float32s:
@@ -39,7 +43,7 @@ def read_rows(path: Path, spec: ImageFormat, file: BinaryIO | None = None, memor
         from PIL import Image as pillow
         from PIL import ImageOps
     except ImportError:
-        raise UsageError(f"{path}: {PILLOW_MISSING}") from None
+        raise UsageError(f"{path}: {describe_missing_pillow()}") from None
     # Pillow's own limit only warns, below ours.
     pillow.MAX_IMAGE_PIXELS = None
     try:

@@ -102,7 +102,7 @@ def probe(
         return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, peak)
     except BadBundle as problem:
         return ProbeReport("", [("load", False, str(problem))])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return ProbeReport("", [("load", False, f"the child process returned invalid output ({error})")])
 
 
@@ -113,7 +113,10 @@ def inspect_model(content: bytes) -> ModelInspection:
     )
     if death:
         raise BadBundle(death)
-    inspection = msgspec.json.decode(output, type=ModelInspection | str)
+    try:
+        inspection = msgspec.json.decode(output, type=ModelInspection | str)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadBundle(f"the child process returned invalid output ({error})") from None
     if isinstance(inspection, str):
         raise BadBundle(inspection)
     return inspection

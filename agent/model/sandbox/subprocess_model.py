@@ -218,7 +218,7 @@ class SubprocessModel:
             raise ModelProcessFailed("error", body.decode(errors="replace"))
         try:
             self._loaded = msgspec.msgpack.decode(body, type=ModelInfo)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self.close()
             raise ModelProcessFailed("crash", f"its process sent an invalid start message ({error})") from None
 

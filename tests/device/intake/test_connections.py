@@ -21,6 +21,7 @@ from agent.device.intake import listener, server
 from agent.device.intake.listener import ConnectionTable, Refusal, User, load_token
 from agent.errors import UsageError
 from agent.testing.broker import free_port
+from tests.kit.marks import root_only
 from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
 
 pytestmark = pytest.mark.attack("connections")
@@ -297,7 +298,7 @@ print(s.makefile().readline(), end="")
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+@root_only
 def test_a_name_claimed_by_another_user_leaves_the_genuine_producer_alone(station: Station, tmp_path: Path) -> None:
     station.socket.chmod(0o666)
     for folder in tmp_path.parents:

@@ -19,12 +19,12 @@ from agent.device.intake.sources import watched_folder
 from agent.device.intake.sources.watched_folder import WatchedFolder, safe_name
 from agent.errors import UsageError
 from tests.device.intake.test_sources import put, taken, there, watching
+from tests.kit.marks import root_only
 from tests.kit.stations import ROOT, wait_for
 
 pytestmark = pytest.mark.attack("folders")
 
 SECRET = "the agent's own key\n"
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_a_link_in_the_place_of_a_working_folder_is_moved_aside(tmp_path: Path, 
     assert len(list((tmp_path / "in").glob(f"{name}.*"))) == 1
 
 
-@needs_root
+@root_only
 def test_a_working_folder_of_another_user_is_moved_aside(tmp_path: Path) -> None:
     done = tmp_path / "in" / "done"
     done.mkdir(parents=True)

@@ -22,6 +22,7 @@ from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import wait_until
 from tests.kit.commands import call_outstation
+from tests.kit.marks import root_only
 from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
@@ -140,7 +141,7 @@ def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Sit
     assert not file.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask for another user")
+@root_only
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_request_by_root_is_readable_by_the_daemon(tmp_path: Path, earlier: bool) -> None:
     os.chown(tmp_path, 65534, 65534)

@@ -79,7 +79,8 @@ def label_next(task: str, limit: int, seed: int, config_file: str | None, as_jso
 def label_token(name: str, config_file: str | None, as_json: bool) -> None:
     """Print the token with which NAME, a program or a person, authenticates labels.
 
-    Decisions use authenticated labels, so whoever holds the token can let a roll-out pass or fail. Delete labels.key in the data folder and restart to revoke all.
+    Decisions use authenticated labels, so whoever holds the token can let a roll-out pass or fail. Delete labels.key in
+    the data folder and restart to revoke all tokens.
     """
     _, conf = device.load_config(config_file)
     token = label_key.make_token(label_key.FILE.load(conf.data_dir), name)

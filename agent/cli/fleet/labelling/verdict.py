@@ -16,7 +16,8 @@ from agent.fleet import config as fleet_config
 def verdict() -> None:
     """Confirm or correct results and alerts, and list verdicts by person.
 
-    A verdict is a label by somebody who saw the answer first. It is counted separately from ground truth (`fleet label`).
+    A verdict is a label by somebody who saw the answer first. It is counted separately from ground truth (`fleet
+    label`).
     """
 
 

@@ -90,7 +90,7 @@ class FetchProcess:
         self._stdout.seek(0)
         try:
             response = msgspec.json.decode(self._stdout.read(MAX_RESPONSE_BYTES), type=FetchResponse)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             error = "Timeout" if self._killed else "WorkerCrashed"
             if self._killed:
                 detail = "the fetch worker did not end in time and was killed; the bytes so far are kept"
