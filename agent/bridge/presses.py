@@ -1,7 +1,7 @@
 """Presses of Home Assistant's buttons: somebody there confirms or corrects the newest answer of a task.
 
-MQTT does not tell who published a message, so the broker's access rules decide who may press. A press says nothing of
-which answer was on the screen: one that arrives just after another answer came is refused, as is a retained one.
+MQTT does not name the publisher of a message, so the broker's access rules decide who may press. A press does not name
+the answer on the screen: one that arrives just after the answer changed is refused, as is a retained one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PressReader:
             return self._refuse(where, "no answer of this task is shown")
         text = message.payload.decode(errors="replace").strip() if is_label else result.label
         if not 0 < len(text) <= MAX_LABEL or (not is_label and message.payload != CONFIRM):
-            return self._refuse(where, f"it says neither {CONFIRM.decode()!r} nor a label")
+            return self._refuse(where, f"its payload is neither {CONFIRM.decode()!r} nor a label")
         changed_s, former = self._changes.get((device, task), (float("-inf"), None))
         if self._now_s() - changed_s < SETTLE_S:
             return self._refuse(where, f"the answer was {former!r} less than {SETTLE_S:g} s before; press again")

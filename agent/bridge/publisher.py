@@ -67,7 +67,7 @@ def build_publisher(
     """Return the thread that publishes the documents. `open_source` is called on it.
 
     `cleans_up`: remove devices of the fleet that the source does not have. `is_active`: publish only while it is true.
-    `store_verdict` takes what somebody says there; None if nobody may.
+    `store_verdict` stores verdicts from there; None if Home Assistant may give none.
     """
     place = replace(place, takes_verdicts=store_verdict is not None)
     subscribed = [place.birth_topic, *(place.press_filters if store_verdict is not None else [])]
@@ -142,7 +142,7 @@ class Session:
             raise LinkDown(f"the broker confirmed nothing for {_RECEIPT_TIMEOUT_S:.0f} s")
 
     def announce_end(self) -> None:
-        """Say that nobody publishes any more. A broker that is slow is told by the Will of the next session."""
+        """Publish that this publisher is offline. If the broker is slow, the Will of the connection does it."""
         self._waiting = {self._place.status_topic: OFFLINE}
         self._in_flight.clear()
         self._send()
@@ -249,7 +249,7 @@ class Session:
         return result if result is not None and result.time_us == shown else None
 
     def _publish_again(self) -> None:
-        """Publish all documents anew: Home Assistant has started and may have lost what it knew."""
+        """Publish all documents again: Home Assistant has restarted and may have lost its entities."""
         logger.info("homeassistant: it has started; sending all documents again")
         own = {*self._states}
         again = {topic: payload for topic, payload in self._published.items() if self._belongs(topic, own)}

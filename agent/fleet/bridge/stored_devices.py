@@ -97,15 +97,17 @@ class StoredDevices:
         """Return the open alerts of each device that nobody muted, oldest first, and those cleared since."""
         self._next_alerts_s = time.monotonic() + _ALERTS_INTERVAL_S
         now = clock.to_rfc3339(clock.read().wall_us)
-        listed = list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS)
-        incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}
+        with self._store.snapshot():
+            listed = list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS)
+            incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}
+            gone = self._incidents.keys() - incidents.keys()
+            ends = {key: load_incident(self._store, self._incidents[key].key, now=now) for key in gone}
         alerts: dict[str, list[OpenAlert]] = {}
         cleared: dict[str, list[OpenAlert]] = {}
         for key, incident in incidents.items():
             shown = (incident.severity, incident.summary, incident.raised, incident.task)
             alerts.setdefault(incident.device, []).append(OpenAlert(*shown, key, incident.updated))
-        for key in self._incidents.keys() - incidents.keys():
-            end = load_incident(self._store, self._incidents[key].key, now=now)
+        for key, end in ends.items():
             # Raised again, muted or pruned are no end.
             if end is not None and end.status == "cleared" and _key(end) == key:
                 summary, at = end.cleared_summary or end.summary, end.cleared or now

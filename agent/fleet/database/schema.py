@@ -200,19 +200,19 @@ _OPERATORS = (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
         source TEXT NOT NULL, received TEXT NOT NULL, given_by TEXT NOT NULL, PRIMARY KEY (device, task, log, row)
     ) WITHOUT ROWID""",
-    # What a person who saw a result says of it; the last word of each person counts. verdict: confirmed or corrected;
+    # Verdict of a person who saw a result; the last one of each person counts. verdict: confirmed or corrected;
     # label: what was true; predicted: the label or the value of the result then. alert: the ID of the alert that it was
     # given about, NULL without one. via: dashboard, cli or homeassistant.
     """CREATE TABLE verdicts (
         device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, given_by TEXT NOT NULL,
         verdict TEXT NOT NULL, label TEXT NOT NULL, predicted TEXT NOT NULL, alert TEXT, via TEXT NOT NULL,
         note TEXT NOT NULL, given TEXT NOT NULL, PRIMARY KEY (device, task, log, row, given_by)) WITHOUT ROWID""",
-    # The label of each result that all its verdicts agree on; of others nobody knows what was true.
+    # The label of each result whose verdicts agree; the label of others is unknown.
     """CREATE VIEW agreed_verdicts AS
         SELECT device, task, log, row, min(label) AS label, min(predicted) AS predicted, count(*) AS people,
                max(given) AS given
         FROM verdicts GROUP BY device, task, log, row HAVING min(label) = max(label)""",
-    # What people say of an alert, by the key of its messages in table alerts. verdict: confirmed or false_alarm.
+    # Verdicts of people on an alert, by the key of its messages in table alerts. verdict: confirmed or false_alarm.
     """CREATE TABLE alert_verdicts (
         source TEXT NOT NULL, device TEXT NOT NULL, log TEXT NOT NULL, id TEXT NOT NULL, given_by TEXT NOT NULL,
         verdict TEXT NOT NULL, via TEXT NOT NULL, note TEXT NOT NULL, given TEXT NOT NULL,

@@ -1,4 +1,4 @@
-"""Data card of a retraining set: what is in it, who labelled it, what was left out, and what to be careful of."""
+"""Data card of a retraining set: its content, authors of labels, what was left out, and warnings."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) 
     labelled, people = counts["labelled"], counts["by_person"]
     warnings = [
         "Rows were chosen by the model's own alerts and uncertainty, and by what people asked for. They are no random "
-        "sample: make no drift reference from them, and measure no accuracy on them that is said of all data."
+        "sample: make no drift reference from them, and do not report accuracy on them as that of all data."
     ]
     if not licence:
         warnings.append("No licence is stated (--licence): nobody may assume that others may use these readings.")
@@ -156,7 +156,7 @@ def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) 
         )
     if confirmed := counts["by_source"].get(_CONFIRMED, 0):
         warnings.append(
-            f"{confirmed} labels only confirm what the model said. People who see an answer agree with it more readily."
+            f"{confirmed} labels only confirm the model's answer. People who see an answer agree with it more readily."
         )
     if unreadable := sum(gathered.left_out[name] for name in ("sealed to another key", "broken seal")):
         warnings.append(f"{unreadable} samples are sealed to a key that is not here (folder encryption/).")

@@ -36,7 +36,7 @@ def add(folder: Path, config: FleetConfig, user: str, access: Access) -> tuple[l
 
 
 def revoke(folder: Path, config: FleetConfig, store: FleetStore, user: str) -> RevocationOutcome:
-    """Shut a client out: its certificate goes on the revocation list, its session ends, its files are removed.
+    """Withdraw a client's access: revoke its certificate, end its session and remove its files.
 
     Raises UsageError and StorageError.
     """

@@ -168,7 +168,7 @@ def withdraw_acknowledgement(store: FleetStore, incident: Incident, *, by: str, 
 
 
 def mute(store: FleetStore, incident: Incident, *, until: str | None = None, by: str, note: str = "", now: str) -> None:
-    """Let nobody be told of an incident until a time, or until somebody unmutes it. Raises UsageError for the past."""
+    """Send no notifications of an incident until a time, or until it is unmuted. Raises UsageError for the past."""
     until = FOREVER if until is None else until
     if until <= now:
         raise UsageError(f"{until} is over; name a time to come")

@@ -17,7 +17,6 @@ from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance import label_candidates
 from agent.performance.label_candidates import Reason, UnlabelledResults
 
-MAX_LIMIT = 500
 # So many results are read for one list, of each task its share of them.
 _READ_ROWS, _MIN_ROWS, _MAX_ROWS = 100_000, 50, 5_000
 _MAX_WINDOWS = 200
@@ -117,4 +116,4 @@ class _DriftedField(msgspec.Struct):
 
 
 def to_document(requests: list[LabelRequest]) -> list[dict[str, Any]]:
-    return [msgspec.to_builtins(request) for request in requests]
+    return msgspec.to_builtins(requests)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Feedback loops at the collector: people or programs whose labels only repeat what the model answered.
 
-A person who confirms every result, though the model's own scores let expect wrong ones, does not look; a label that
-follows is the model's answer under another name. Chernoff's bound says how unlikely so few corrections are.
+A person who confirms every result, although the model's scores predict errors, does not check them: such labels only
+repeat the model's answers. Chernoff's bound gives the probability of so few corrections.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def find(db: Connection, device: str | None = None, task: str | None = None) -> 
         if Agreement(n, wrong, expected).is_implausible:
             noun = "verdicts" if origin == "verdicts" else "labels"
             summary = (
-                f"{by} contradicted {wrong} of {n} results of {task_name} at {name}, whose scores let expect about "
-                f"{expected:.0f} wrong ones: these {noun} seem to repeat the model's answers. Label some results "
+                f"{by} contradicted {wrong} of {n} results of {task_name} at {name}, whose scores predict about "
+                f"{expected:.0f} errors: these {noun} seem to repeat the model's answers. Label some results "
                 "without seeing the answer (`fleet label-next` lists random ones)."
             )
             head = {"kind": "agrees", "device": name, "task": task_name, "by": by, "origin": origin}

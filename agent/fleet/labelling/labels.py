@@ -70,8 +70,10 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     key = (device, task, log)
     results = _ResultIndex(label_tables.load_results(db, key))
     schemas = _BundleSchemas(db, key, [label.text for label in labels])
+    stored = label_tables.load_labels(db, key)
+    given: dict[int, tuple[str, str]] = {}
     rejected: dict[int, str] = {}
-    accepted = replaced = 0
+    replaced = 0
     for index, label in enumerate(labels):
         row, problem = results.find_row(label), None
         # PostgreSQL cannot store it in text.
@@ -87,9 +89,11 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
             )
             rejected[index] = problem or missing
             continue
-        former = label_tables.save_label(db, key, row, label.text, label.source, now, by)
-        replaced += former is not None and former != (label.text, label.source)
-        accepted += 1
+        former = given.get(row, stored.get(row))
+        given[row] = (label.text, label.source)
+        replaced += former is not None and former != given[row]
+    label_tables.save_labels(db, key, given, now, by)
+    accepted = len(labels) - len(rejected)
     rows = label_tables.load_labelled_results(db, key)
     judged = [row for row in rows if row[1] != MODEL]
     model = schemas.runs.get(max((row[5] for row in judged), default=0))

@@ -163,12 +163,12 @@ async def drift(visit: Visit) -> Response:
 
 
 async def judge(visit: Visit) -> Response:
-    """Store what the visitor says of a result: that it is right, or what was true; or take that back."""
+    """Store or withdraw the visitor's verdict on a result: it is right, or its true label is another."""
     visit.require("operator")
     device, form = _find(visit), await visit.form()
     task, row, action = form.get("task", "")[:64], form.get("row", ""), form.get("action", "")
     if not row.isdecimal() or len(row) > 15 or action not in ("confirm", "correct", "withdraw"):
-        raise HTTPException(400, "a verdict needs the row of a result, and says confirm, correct or withdraw")
+        raise HTTPException(400, "a verdict needs the row of a result and an action: confirm, correct or withdraw")
     log = form.get("log", "")[:64] or None
     text = form.get("label", "").strip() if action == "correct" else None
     author = Judge(visit.visitor.name, "dashboard", now_text(), form.get("note", "").strip()[:500])
@@ -176,7 +176,7 @@ async def judge(visit: Visit) -> Response:
     def write(db: Connection) -> str:
         if action == "withdraw":
             verdicts.withdraw(db, device.device, task, int(row), author, log)
-            return f"row {row}: taken back"
+            return f"row {row}: verdict withdrawn"
         given = verdicts.judge_result(db, device.device, task, int(row), text, author, log=log)
         return f"row {row} is {given.label}: {given.verdict}"
 

@@ -146,7 +146,7 @@ async def judge(visit: Visit) -> Response:
     ref, form, now = visit.request.path_params["ref"], await visit.form(), now_text()
     action, text = form.get("action", ""), form.get("label", "").strip()
     if action not in ("right", "false_alarm"):
-        raise HTTPException(400, "a verdict says right or false_alarm")
+        raise HTTPException(400, "a verdict on an alert is right or false_alarm")
     author = Judge(visit.visitor.name, "dashboard", now, form.get("note", "").strip()[:500])
 
     def write(store: FleetStore) -> str:

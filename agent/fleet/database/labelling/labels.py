@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent.fleet.database.interface import Connection, Row
@@ -73,14 +73,15 @@ def load_label_texts(db: Connection, key: TaskLog, *, except_source: str) -> lis
     return [row[0] for row in db.execute(sql, (*key, except_source))]
 
 
-def save_label(
-    db: Connection, key: TaskLog, row: int, text: str, source: str, now: str, by: str
-) -> tuple[str, str] | None:
-    """Insert or replace the label of a row; return (label, source) that it replaces."""
-    sql = "SELECT label, source FROM labels WHERE device = ? AND task = ? AND log = ? AND row = ?"
-    former = db.execute(sql, (*key, row)).fetchone()
-    db.execute(_UPSERT_LABEL, (*key, row, text, source, now, by))
-    return None if former is None else (former[0], former[1])
+def load_labels(db: Connection, key: TaskLog) -> dict[int, tuple[str, str]]:
+    """Return row → (label, source)."""
+    sql = "SELECT row, label, source FROM labels WHERE device = ? AND task = ? AND log = ?"
+    return {row: (text, source) for row, text, source in db.execute(sql, key)}
+
+
+def save_labels(db: Connection, key: TaskLog, labels: Mapping[int, tuple[str, str]], now: str, by: str) -> None:
+    """Insert or replace the labels of rows: row → (label, source)."""
+    db.executemany(_UPSERT_LABEL, [(*key, row, *label, now, by) for row, label in labels.items()])
 
 
 def load_labelled_results(db: Connection, key: TaskLog) -> list[Row]:

@@ -50,8 +50,8 @@ _DISPUTED = """
         WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
         GROUP BY device, task, log, row HAVING min(label) <> max(label)) disputed"""
 
-# Labels and verdicts of people and programs, by author: how many, how many differ from the answer, and how many wrong
-# answers the scores let expect.
+# Labels and verdicts of people and programs, by author: their number, how many differ from the answer, and how many
+# errors the scores predict.
 _COMPARED = """
     SELECT g.device, g.task, g.given_by, g.origin, count(*), sum(CASE WHEN g.label <> r.label THEN 1 ELSE 0 END),
            sum(1.0 - r.score)
