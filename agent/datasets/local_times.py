@@ -12,7 +12,7 @@ from agent.errors import UsageError
 
 
 class LocalTimes:
-    """Converter of a file's times from `zone`; their order decides between the two passes of an hour that comes twice."""
+    """Converter of a file's times from `zone`; their order decides between the passes of an hour that comes twice."""
 
     def __init__(self, zone: str) -> None:
         """Raise UsageError if this machine does not know the zone."""

@@ -42,7 +42,7 @@ _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 _FAST_KERNELS = "XNNPACK"
 # Operation that stands for those which a delegate took over. By itself the interpreter applies XNNPACK only.
 _DELEGATE_OP = "DELEGATE"
-# XNNPACK asks them for the processor's features; without an answer the interpreter does not apply it, and reports no error.
+# XNNPACK asks them for the features of the processor; without an answer the interpreter runs without it, silently.
 _PROCESSOR_FILES = ("/sys/devices/system/cpu/possible", "/sys/devices/system/cpu/present", "/proc/cpuinfo")
 _unreadable_files: list[str] = []
 
