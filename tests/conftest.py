@@ -64,6 +64,7 @@ _MARKS = {
         "tests.device.intake.test_sources",
         "tests.end_to_end.test_daemon",
         "tests.kit.exchanges",
+        "tests.kit.kills",
         "tests.kit.repositories",
         "tests.kit.rollouts",
         "tests.kit.stations.Killable",
