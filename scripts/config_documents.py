@@ -45,7 +45,7 @@ _FLEET = """\
 `fleet.toml` in the fleet's folder, which `outstation fleet init` writes. Fleet commands look for that folder at
 `--dir`, `$OUTSTATION_FLEET`, the current folder, and `/var/lib/outstation-fleet`. The file of a device has
 [a page](config.md)."""
-_UNITS = {
+_UNITS: dict[type, dict[str, float]] = {
     Duration: {"d": 86_400.0, "h": 3600.0, "min": 60.0, "s": 1.0},
     Size: {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1},
 }
@@ -147,7 +147,7 @@ def render_keys(kind: type[Section]) -> str:
         if field.required:
             default = "required"
         else:
-            value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()  # type: ignore[operator]
+            value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
             default = "–" if value in (None, "") else f"`{render_value(value)}`"
         text = " ".join(texts[field.name].split())
         lines.append(f"| `{field.encode_name}` | {describe(hints[field.name])} | {default} | {text} |")
@@ -205,9 +205,9 @@ def _list_structs(hint: Any, brackets: str = "") -> Iterator[tuple[type[Section]
         if issubclass(hint, Section):
             yield hint, brackets
         return
-    held = {list: "[]", tuple: "[]", dict: "{}"}.get(origin or Any, brackets)
+    containers: dict[Any, str] = {list: "[]", tuple: "[]", dict: "{}"}
     for argument in get_args(hint):
-        yield from _list_structs(argument, held)
+        yield from _list_structs(argument, containers.get(origin, brackets))
 
 
 def render_pages() -> dict[Path, str]:

@@ -64,7 +64,7 @@ def test_the_default_of_each_key_is_written_as_a_file_has_it(part: Part) -> None
     for field in msgspec.structs.fields(part.kind):
         default = field.default
         if default is msgspec.NODEFAULT and not field.required:
-            default = field.default_factory()  # type: ignore[operator]
+            default = field.default_factory()
         if default in (msgspec.NODEFAULT, None):
             continue
         read = tomllib.loads(f"key = {config_documents.render_value(default)}")["key"]
