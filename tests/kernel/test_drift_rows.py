@@ -14,10 +14,10 @@ STACKS = 250  # about 4,000 drift windows
 
 @pytest.fixture(scope="module")
 def compiled() -> Library:
-    found = library.kernel()
-    if found is None:
+    loaded = library.kernel()
+    if loaded is None:
         pytest.skip(f"the compiled kernel is missing: {library.describe()}")
-    return found
+    return loaded
 
 
 def test_drawn_windows_have_the_same_bits_as_by_numpy(compiled: Library) -> None:
