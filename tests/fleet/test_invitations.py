@@ -165,7 +165,7 @@ def test_another_invitation_ends_the_one_before(site: Site) -> None:
     assert site.ask(site.request()) is None
 
 
-def test_a_device_whose_other_key_is_enrolled_learns_why_it_is_refused(site: Site) -> None:
+def test_a_refused_device_receives_the_reason(site: Site) -> None:
     site.store.enrol("pi-07", keys.create().public, replace=False, now="2026-01-01T00:00:00Z")
     request = site.request()
     event = site.ask(request)
@@ -221,7 +221,7 @@ def test_a_fleet_without_access_rules_invites_nobody(tmp_path: Path) -> None:
         invitations.create(tmp_path / "home", config, "pi-07", NOW_US, DAY_US)
 
 
-def test_the_account_may_ask_and_hear_its_answer_and_nothing_else(tmp_path: Path) -> None:
+def test_the_account_can_only_ask_and_receive_its_answer(tmp_path: Path) -> None:
     folder, port = tmp_path / "acme", free_port()
     config = init_fleet(folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
     conf = keep_user_root(folder / "broker" / "mosquitto.conf")

@@ -73,8 +73,8 @@ def withdraw(folder: Path, config: FleetConfig, opened: OpenInvitation) -> Acces
 
 def list_open(folder: Path) -> list[OpenInvitation]:
     """Return the open invitations, also expired ones."""
-    found = (_load(path.parent) for path in sorted((folder / "devices").glob(f"*/{FILE}")))
-    return [opened for opened in found if opened is not None]
+    records = (_load(path.parent) for path in sorted((folder / "devices").glob(f"*/{FILE}")))
+    return [opened for opened in records if opened is not None]
 
 
 def _load(home: Path) -> OpenInvitation | None:
