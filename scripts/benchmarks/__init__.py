@@ -61,7 +61,7 @@ class Result(msgspec.Struct, frozen=True):
     @classmethod
     def timed(cls, name: str, pace: Rates, unit: str, target: float, note: str, *, less: bool = False) -> Result:
         """Return a result of `rates`, with its ratios by both clocks."""
-        return cls(name, *pace, unit, target, note, less, clock=pace.clock, other_ratio=pace.other_ratio)
+        return cls(name, pace.ours, pace.reference, unit, target, note, less, False, pace.clock, pace.other_ratio)
 
     @property
     def ratio(self) -> float:

@@ -29,6 +29,8 @@ _LARGE = 4096
 _TURN_WINDOWS, _ROUNDS = 64, 3
 _WIDTH, _HEIGHT, _PANEL_WIDTH, _TOP, _LEFT, _GAP = 760.0, 300.0, 300.0, 56.0, 58.0, 84.0
 _BOTTOM = 246.0
+# Of the device, and of the interpreter alone.
+_DASHES = ("none", "5 4")
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -133,10 +135,9 @@ def render_chart(by_backlog: Sequence[Point], by_batch: Sequence[Point]) -> str:
     for number, (title, points) in enumerate(panels):
         _draw_panel(draw, _LEFT + number * (_PANEL_WIDTH + _GAP), title, points, (low, high))
     draw.text(_LEFT, 20, "CPU µs a window, exercise model", PAGE_THEME.ink, size=14, weight=600)
-    for i, (name, dash) in enumerate((("device", ""), ("interpreter alone", "5 4"))):
+    for i, (name, dashes) in enumerate(zip(("device", "interpreter alone"), _DASHES, strict=True)):
         x = _WIDTH - 268 + 100 * i
-        dashes = {"stroke_dasharray": dash} if dash else {}
-        draw.line(x, 16, x + 26, 16, PAGE_THEME.series[i], stroke_width="2", **dashes)
+        draw.line(x, 16, x + 26, 16, PAGE_THEME.series[i], stroke_width="2", stroke_dasharray=dashes)
         draw.text(x + 32, 20, name, PAGE_THEME.muted, size=12)
     return draw.to_svg_document(_HEIGHT, PAGE_THEME.paper, adaptive_css())
 
@@ -162,9 +163,9 @@ def _draw_panel(draw: Drawing, left: float, title: str, points: Sequence[Point],
         draw.text(x, _BOTTOM + 16, f"{point.windows:,}", PAGE_THEME.muted, size=10.5, anchor="middle")
     draw.text(left + _PANEL_WIDTH / 2, _BOTTOM + 38, title, PAGE_THEME.ink, size=12, anchor="middle")
     lines = ([point.device_us for point in points], [point.interpreter_us for point in points])
-    for color, costs, attributes in zip(PAGE_THEME.series, lines, ({}, {"stroke_dasharray": "5 4"}), strict=False):
+    for color, dashes, costs in zip(PAGE_THEME.series, _DASHES, lines, strict=False):
         line = [(to_x(point.windows), to_y(us)) for point, us in zip(points, costs, strict=True)]
-        draw.path(line, color, stroke_width="2", **attributes)
+        draw.path(line, color, stroke_width="2", stroke_dasharray=dashes)
         for x, y in line:
             draw.circle(x, y, 3, color)
     for point in (points[0], points[-1]):
