@@ -26,6 +26,7 @@ QUIET, TRIALS = 3000, 30  # windows of each population and length; sites of each
 MOST_WATCHED = max(kit.watched for kit in KITS)
 MOST_REFUSALS = 5  # sites that may refuse to learn before a population counts as one that cannot be learned
 PER_1000 = 10.0
+MAX_BROKEN_SHARE = 0.1  # of trials in which `status` states that a change is found
 HEAD = f"""\
 `scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
 A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for more.
@@ -116,8 +117,9 @@ def measure(
             site_trials.watch_quiet(site, population, length, quiet)
         for change in CHANGES if number <= timed else ():
             if change.fields <= len(monitor.shipped.fields):
-                delay = site_trials.run_trial(site, population, length, change, number)
+                delay, is_stated = site_trials.run_trial(site, population, length, change, number)
                 delays[change.name].delays.append(delay)
+                delays[change.name].stated.append(is_stated)
     if rows_file and sites:
         peers.write_quiet(rows_file, sites, length, population.labels)
     return Measured(population.name, length, quiet, dict(delays), rows_file=rows_file if sites else None)
@@ -126,7 +128,8 @@ def measure(
 def table(measured: list[Measured], others: PeerCounts) -> str:
     """Render the tables in Markdown."""
     quiet = [_render_quiet(measured), _render_peers(measured, others)]
-    parts = [HEAD, *quiet, *(_render_delays(measured, length) for length in WINDOW_ROWS)]
+    delays = (_render_delays(measured, length) for length in WINDOW_ROWS)
+    parts = [HEAD, *quiet, *delays, _describe_statements(measured)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -183,6 +186,24 @@ def _render_delays(measured: list[Measured], length: int) -> str:
             cells = [case.delays[name].summarize(WATCHED) if name in case.delays else "" for name in names]
             lines.append(f"| {case.population} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _describe_statements(measured: list[Measured]) -> str:
+    """Say how often a change was missed that a site's `status` had stated to be found; "" without trials."""
+    stated, broken = 0, 0
+    often: list[str] = []
+    for case in measured:
+        for name, delays in case.delays.items():
+            promised, missed = sum(delays.stated), delays.broken_statements
+            stated, broken = stated + promised, broken + missed
+            if missed > MAX_BROKEN_SHARE * promised:
+                often.append(f"{case.population}, {case.rows} rows, {name} ({missed} of {promised})")
+    if not stated:
+        return ""
+    sentence = (
+        f"In {stated:,} of these trials `status` had stated that the change is found; {broken:,} of them missed it"
+    )
+    return sentence + (f". More than a tenth were missed with {'; '.join(often)}." if often else ".")
 
 
 def _results(measured: list[Measured]) -> Iterator[Result]:

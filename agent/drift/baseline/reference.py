@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Float32s, Float64s, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.baseline import runs, window_statistics
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -37,6 +37,7 @@ MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the fi
 MIN_VARIANCE_SHARE = 0.05  # of a class, that is left without a daily cycle
 _HOURS = np.arange(24, dtype=np.int64) * 3_600_000_000
 SCORE_CLIP = 1000.0  # in spreads of the reference
+MAX_LEVELS = 4  # distinct quantiles of a field whose readings repeat by nature
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
@@ -208,6 +209,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def bounds(self) -> Float64s:
         """(F, 33) boundaries between the 34 counts."""
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
+
+    @cached_property
+    def has_few_levels(self) -> Bools:
+        """(F,) fields of so few values that these repeat by nature, whatever they are."""
+        return np.asarray((np.diff(self.edges, axis=1) > 0).sum(1) < MAX_LEVELS)
 
     @cached_property
     def bin_cuts(self) -> Float64s:

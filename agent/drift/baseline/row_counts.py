@@ -58,7 +58,7 @@ def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCou
         longest=longest,
         extremes=extremes,
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
-        repeated=runs.count_repeated_rows(trace, reference.rest),
+        repeated=runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels),
     )
     return counted, Tail(trace.rows[-1, -2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
 

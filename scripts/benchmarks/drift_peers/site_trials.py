@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,16 +21,25 @@ WATCHED = 20  # windows within which a change has to be detected
 RAMP = 10  # windows
 
 
+class Trial(msgspec.Struct, frozen=True):
+    """What a change does to the first fields of a site: their first values, and by how much a correlation changes."""
+
+    values: Floats  # (fields,)
+    correlation: float
+
+
 class Change(msgspec.Struct, frozen=True):
     """Change of the first `fields` fields: `transform` maps their rows (n, `fields`), in sd from the mean.
 
     `missing` and `rate` are a share of rows and a factor on the sampling rate. A detection must name one of the fields,
-    or one of the `subjects`.
+    or one of the `subjects`. `is_stated` tells by the numbers of the fields in `status`, and those of the correlation,
+    whether the site says that it finds the change.
     """
 
     name: str
     fields: int
     transform: Callable[[Floats, int], Floats] | None = None
+    is_stated: Callable[[Sequence[dict[str, Any]], Trial], bool] = lambda stated, trial: True
     missing: float = 0.0
     rate: float = 1.0
     subjects: tuple[str, ...] = ()
@@ -51,16 +61,33 @@ def _stuck(z: Floats, rows: int) -> Floats:
     return np.repeat(z[:1], len(z), axis=0)
 
 
+def _finds_shift(sd: float) -> Callable[[Sequence[dict[str, Any]], Trial], bool]:
+    return lambda stated, trial: any((field["shift_sd"] or np.inf) <= sd for field in stated)
+
+
+def _finds_spread(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return (stated[0]["spread"] or np.inf) <= np.sqrt(1.5)
+
+
+def _finds_correlation(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return any((field["correlation"] or np.inf) <= abs(trial.correlation) for field in stated)
+
+
+def _finds_stuck(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return float(trial.values[0]) not in stated[0]["never_stuck_at"]
+
+
 SHIFTS = (0.25, 0.5, 1.0)
+RAMP_MEAN = 1 - RAMP / 2 / WATCHED  # sd, over the windows watched
 CHANGES = (
-    *(Change(f"+{sd:g} sd", 1, _shift(sd)) for sd in SHIFTS),
-    *(Change(f"+{sd:g} sd, four fields", 4, _shift(sd)) for sd in SHIFTS),
-    Change("variance × 1.5", 1, lambda z, rows: z * np.sqrt(1.5)),
-    Change("ramp to 1 sd", 1, _ramp),
-    Change("correlation + 0.5", 2, _correlated, subjects=("joint",)),
+    *(Change(f"+{sd:g} sd", 1, _shift(sd), _finds_shift(sd)) for sd in SHIFTS),
+    *(Change(f"+{sd:g} sd, four fields", 4, _shift(sd), _finds_shift(sd)) for sd in SHIFTS),
+    Change("variance × 1.5", 1, lambda z, rows: z * np.sqrt(1.5), _finds_spread),
+    Change("ramp to 1 sd", 1, _ramp, _finds_shift(RAMP_MEAN)),
+    Change("correlation + 0.5", 2, _correlated, _finds_correlation, subjects=("joint",)),
     Change("missing 3 %", 1, missing=0.03),
     Change("missing 10 %", 1, missing=0.1),
-    Change("stuck", 1, _stuck),
+    Change("stuck", 1, _stuck, _finds_stuck),
     Change("rate × 1.25", 1, rate=1.25, subjects=("rate",)),
 )
 
@@ -131,8 +158,10 @@ def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount
         count.kinds[describe(alert)] += 1
 
 
-def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> int | None:
-    """Return the windows until an alert names the change, which begins now; None for a miss."""
+def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> tuple[int | None, bool]:
+    """Return the windows until an alert names the change, which begins now, None for a miss; and whether the site says
+    beforehand that it finds it.
+    """
     end, learned = WATCHED * rows, site.state.site_reference
     assert learned is not None
     changed = site.rows[:end].copy()
@@ -143,13 +172,24 @@ def run_trial(site: Site, population: Population, rows: int, change: Change, see
         part[np.random.default_rng(seed).random(end) < change.missing] = np.nan
     t = site.t[0] + np.rint((site.t[:end] - site.t[0]) / change.rate).astype(np.int64)
     subjects = {*change.subjects, *learned.fields[: change.fields]}
+    numbers = learned.describe_smallest_changes()
+    assert numbers is not None
+    stated = [numbers["fields"][name] for name in learned.fields[: change.fields]]
+    is_stated = change.is_stated(stated, Trial(part[0], _correlation(part) - _correlation(site.learned)))
     state = site.state
     for window in range(WATCHED):
         now = slice(window * rows, (window + 1) * rows)
         state, results = feed(site.monitor, population, state, changed[now], t[now])
         if any(alert.subject in subjects for alert in raised_alerts(results)):
-            return window + 1
-    return None
+            return window + 1, is_stated
+    return None, is_stated
+
+
+def _correlation(rows: Floats) -> float:
+    """Return that of the first two fields; 0 where there is one, or one is constant."""
+    if rows.shape[1] < 2 or not rows[:, :2].std(0).all():
+        return 0.0
+    return float(np.corrcoef(rows[:, 0], rows[:, 1])[0, 1])
 
 
 def feed(
