@@ -200,9 +200,7 @@ def _describe_statements(measured: list[Measured]) -> str:
                 often.append(f"{case.population}, {case.rows} rows, {name} ({missed} of {promised})")
     if not stated:
         return ""
-    sentence = (
-        f"In {stated:,} of these trials `status` had stated that the change is found; {broken:,} of them missed it"
-    )
+    sentence = f"In {stated:,} of these trials `status` had stated that the change is found; {broken:,} missed it"
     return sentence + (f". More than a tenth were missed with {'; '.join(often)}." if often else ".")
 
 
