@@ -17,7 +17,7 @@ from scripts.benchmarks import Report, Result, benchmark, rows
 from scripts.benchmarks.drift_peers import peers, site_trials
 from scripts.benchmarks.drift_peers.counting import DetectionDelays
 from scripts.benchmarks.drift_peers.peers import KITS, Kit
-from scripts.benchmarks.drift_peers.populations import POPULATIONS, Population
+from scripts.benchmarks.drift_peers.populations import POPULATIONS, WINDOWS_PER_DAY, Population
 from scripts.benchmarks.drift_peers.site_trials import CHANGES, WATCHED, QuietCount
 from scripts.benchmarks.drift_peers.synthetic import Floats
 
@@ -26,6 +26,7 @@ QUIET, TRIALS = 3000, 30  # windows of each population and length; sites of each
 MOST_WATCHED = max(kit.watched for kit in KITS)
 MOST_REFUSALS = 5  # sites that may refuse to learn before a population counts as one that cannot be learned
 PER_1000 = 10.0
+HOUR_STEP = 7  # by which trials of one site begin later in the day than those of the site before
 MAX_BROKEN_SHARE = 0.1  # of trials in which `status` states that a change is found
 HEAD = f"""\
 `scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
@@ -115,6 +116,8 @@ def measure(
             sites.append((site.learned, site.rows[: population.watched * length]))
         if quiet.windows < windows:
             site_trials.watch_quiet(site, population, length, quiet)
+        if population.days and number <= timed:
+            site = site_trials.move_on(site, population, length, HOUR_STEP * number % WINDOWS_PER_DAY)
         for change in CHANGES if number <= timed else ():
             if change.fields <= len(monitor.shipped.fields):
                 delay, is_stated = site_trials.run_trial(site, population, length, change, number)

@@ -139,11 +139,12 @@ def learn(monitor: DriftMonitor, population: Population, rows: int, site: int, s
     learned = max(LEARN, int(population.days * WINDOWS_PER_DAY) + 1)
     windows = MOST_LEARNED * learned + population.watched
     data, t = _stream(population, (seed, 1 + site), windows, rows)
-    # All that no site learns without, then window by window.
+    # All that no site learns without, then window by window up to the first reference that may be enough.
     state, at, size = monitor.start(), 0, (learned - 2) * rows
     while state.site_reference is None and at < MOST_LEARNED * learned * rows:
         state, _ = feed(monitor, population, state, data[at : at + size], t[at : at + size])
-        at, size = at + size, rows
+        at += size
+        size = rows * (1 if at <= learned * rows else LEARN // 4 - at // rows % (LEARN // 4))
     if state.site_reference is None:
         return None
     return Site(monitor, state, data[at:], t[at:], data[:at])
@@ -156,6 +157,17 @@ def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount
     for alert in raised_alerts(results):
         count.alarms += 1
         count.kinds[describe(alert)] += 1
+
+
+def move_on(site: Site, population: Population, rows: int, windows: int) -> Site:
+    """Return the site so many quiet windows later, or as it is if they leave an alert open.
+
+    Sites of a population learn until the same hour of the day, and a change by night is another one than by day.
+    """
+    state, _ = feed(site.monitor, population, site.state, site.rows[: windows * rows], site.t[: windows * rows])
+    if state.suite.open_subjects.any() or state.faults.any_open or not windows:
+        return site
+    return Site(site.monitor, state, site.rows[windows * rows :], site.t[windows * rows :], site.learned)
 
 
 def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> tuple[int | None, bool]:
@@ -176,12 +188,13 @@ def run_trial(site: Site, population: Population, rows: int, change: Change, see
     assert numbers is not None
     stated = [numbers["fields"][name] for name in learned.fields[: change.fields]]
     is_stated = change.is_stated(stated, Trial(part[0], _correlation(part) - _correlation(site.learned)))
-    state = site.state
-    for window in range(WATCHED):
-        now = slice(window * rows, (window + 1) * rows)
+    state, first = site.state, site.state.index
+    for windows in (slice(0, 3), slice(3, WATCHED)):
+        now = slice(windows.start * rows, windows.stop * rows)
         state, results = feed(site.monitor, population, state, changed[now], t[now])
-        if any(alert.subject in subjects for alert in raised_alerts(results)):
-            return window + 1, is_stated
+        for result in results:
+            if any(alert.subject in subjects for alert in raised_alerts([result])):
+                return result.index - first + 1, is_stated
     return None, is_stated
 
 
