@@ -66,7 +66,7 @@ def _finds_shift(sd: float) -> Callable[[Sequence[dict[str, Any]], Trial], bool]
 
 
 def _finds_spread(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
-    return (stated[0]["spread"] or np.inf) <= np.sqrt(1.5)
+    return bool((stated[0]["spread"] or np.inf) <= np.sqrt(1.5))
 
 
 def _finds_correlation(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
