@@ -8,6 +8,7 @@ import pytest
 from agent.cli.device.learned import format_smallest_changes
 from agent.drift import DriftMonitor, DriftState, Reference, build_reference
 from agent.drift.baseline import sensitivity
+from agent.drift.detectors.moments import VARIANCE_PRIOR
 
 ROWS, LEARN, FIELDS = 60, 40, ("a", "b", "c")
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -70,6 +71,16 @@ def test_a_spread_is_detected_from_the_stated_size_on() -> None:
         rows[LEARN * ROWS :, 0] *= reference.site.sensitivity.ratio[0]
         detected += "a" in alarms(monitor, state, rows[LEARN * ROWS :])[1]
     assert detected >= 13
+
+
+def test_windows_of_little_spread_need_a_larger_factor() -> None:
+    even, uneven = np.full(40, 1.0), np.repeat([0.01, 1.99], 20)
+    values = np.log(np.stack([even, uneven], axis=1) + VARIANCE_PRIOR)
+    ratio = sensitivity.find_spread_ratio(values, np.full(2, 0.5))
+    grown = np.log(ratio**2 * np.stack([even, uneven], axis=1) + VARIANCE_PRIOR).mean(0) - values.mean(0)
+    assert grown == pytest.approx(0.5, abs=1e-6)
+    assert ratio[0] == pytest.approx(1.35, abs=0.01)
+    assert ratio[1] > 1.1 * ratio[0]
 
 
 def test_a_correlation_is_detected_from_the_stated_size_on() -> None:

@@ -108,7 +108,7 @@ def measure_sensitivity(
     if task.windowed:
         ratio = np.exp(value[fields:] * class_sd[fields:] / 2)
     else:
-        ratio = _find_ratio(mean[place][fields:] + scores.residuals[:, place][:, fields:], value[fields:])
+        ratio = find_spread_ratio(mean[place][fields:] + scores.residuals[:, place][:, fields:], value[fields:])
     finite = np.isfinite(score)
     return Sensitivity(
         np.where(finite[:fields], value[:fields] * class_sd[:fields], 0.0),
@@ -117,7 +117,7 @@ def measure_sensitivity(
     )
 
 
-def _find_ratio(values: Float64s, change: Float64s) -> Float64s:
+def find_spread_ratio(values: Float64s, change: Float64s) -> Float64s:
     """Return by which factor (F,) the spread must grow for the mean of values (K, F) to rise by `change` (F,).
 
     Values are log variances of windows with a prior. Windows of little spread show least of a factor.
