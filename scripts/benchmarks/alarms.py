@@ -31,10 +31,11 @@ MAX_BROKEN_SHARE = 0.1  # of trials in which `status` states that a change is fo
 HEAD = f"""\
 `scripts/bench alarms`: alarms of every kind together per 1000 quiet windows, of so many windows, by rows per window.
 A site learns from 40 windows, or three days where there is a cycle, and longer where the reference asks for more.
-The second table counts windows in which other detectors flag a column by their defaults, on the same rows: the site's
-learned rows are their reference.
-Then: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
-rows."""
+Below: median windows until an alarm names the change / how often none did within {WATCHED}; sd are those of a field's
+rows. Sites with a cycle meet the change at different hours."""
+OTHERS = """\
+The next table counts windows in which other detectors flag a column by their defaults, on the same rows: the site's
+learned rows are their reference."""
 SECTION = "Alarms in quiet windows, and delays"
 # Populations whose changes are timed: others repeat one of these.
 TIMED = (
@@ -130,7 +131,8 @@ def measure(
 
 def table(measured: list[Measured], others: PeerCounts) -> str:
     """Render the tables in Markdown."""
-    quiet = [_render_quiet(measured), _render_peers(measured, others)]
+    compared = _render_peers(measured, others)
+    quiet = [_render_quiet(measured), OTHERS if compared else "", compared]
     delays = (_render_delays(measured, length) for length in WINDOW_ROWS)
     parts = [HEAD, *quiet, *delays, _describe_statements(measured)]
     return "\n\n".join(part for part in parts if part)
