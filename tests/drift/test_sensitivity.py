@@ -110,8 +110,19 @@ def test_a_value_that_a_field_rests_at_is_stated_never_to_be_stuck() -> None:
     then[:, 0], then[10 : 10 + changes["fields"]["b"]["stuck_rows"], 1] = 0.0, 0.25
     assert "b" in alarms(monitor, state, then)[1]
     text = format_smallest_changes(changes)
-    assert text.endswith("stuck for 11 rows, but never at 0")
+    assert text.endswith("stuck for 15 rows, but never at 0")
     assert text.count("stuck for") == 3
+
+
+def test_a_field_that_is_stuck_for_the_stated_rows_is_found_wherever_its_windows_end() -> None:
+    monitor, rows, detected = monitor_of(steady(99, 60)), steady(1, LEARN + 2), 0
+    state, reference = learned(monitor, rows)
+    stuck = int(reference.stuck_rows[1])
+    for at in range(0, ROWS, 3):
+        then = rows[LEARN * ROWS :].copy()
+        then[at : at + stuck, 1] = then[at, 1]
+        detected += "b" in alarms(monitor, state, then)[1]
+    assert 18 <= detected <= 20
 
 
 def test_a_site_with_different_windows_says_which_shifts_it_misses() -> None:

@@ -7,6 +7,7 @@ keeps those and replaces the counts and the calibration.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
+from agent.drift.baseline.sensitivity import PROBABILITY
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors.detector import Baseline, Task
 from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
@@ -196,10 +198,13 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def stuck_rows(self) -> Ints:
-        """(F,) rows of one value, no rest value, from which on a field is stuck."""
+        """(F,) rows of one value, no rest value, from which on a field is found stuck in PROBABILITY of cases."""
         rows = self.window * self.window_rows
         within = runs.max_normal_run(self.longest, np.array([rows]))[0] + 1
-        return np.where(within > rows, runs.max_constant_run(self.longest) + 1, within)
+        # A run that lies in two windows may be too short in both; of many windows, those it fills count.
+        cut = np.maximum(within, 2 * within - 1 - round((1 - PROBABILITY) * rows))
+        filled = runs.max_constant_run(self.longest) // rows + 1
+        return np.where(within > rows, filled * rows + math.ceil(PROBABILITY * (rows - 1)), cut)
 
     @cached_property
     def digest(self) -> str:
