@@ -240,20 +240,25 @@ def _add_site_calibration(
         rest_lasts=cycle.rest_lasts,
         spread=cycle.spread if cycle.spread.any() else None,
     )
-    warnings = [reference.warning] if reference.warning else []
-    if not usual.is_settled:
-        warnings.append(
-            f"the learned windows show only {transitions} changes between modes of operation, and a mode that they "
-            "do not show will alarm; learn for longer"
-        )
-    warnings += sensitivity.find_warning(reference.fields, reference.sd)
     return replace(
         reference,
         test_mean=usual.mean,
         test_sd=np.where(usual.tested, usual.sd, UNTESTED_SD),
         site=site,
-        warning="; ".join(warnings) or None,
+        warning=_describe_site(reference, site),
     )
+
+
+def _describe_site(reference: Reference, site: SiteCalibration) -> str | None:
+    """Return the reference's warning, and what the site's tests will miss or alarm on."""
+    warnings = [reference.warning] if reference.warning else []
+    if not site.modes_settled:
+        warnings.append(
+            f"the learned windows show only {site.transitions} changes between modes of operation, and a mode that "
+            "they do not show will alarm; learn for longer"
+        )
+    warnings += site.sensitivity.find_warning(reference.fields, reference.sd)
+    return "; ".join(warnings) or None
 
 
 def _measure_sensitivity(
