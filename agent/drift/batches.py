@@ -25,7 +25,7 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-MAX_FIELDS_PER_PASS = 256  # of drift windows that are looked at together
+MAX_FIELDS_PER_PASS = 512  # of drift windows that are looked at together
 MAX_VALUES_PER_PASS = 1 << 16  # about: fewer cost more calls of Python, and more leave the cache and need more memory
 
 
