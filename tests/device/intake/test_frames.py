@@ -52,7 +52,7 @@ def outcome(parsed: ParsedLines) -> tuple[Any, ...]:
     return parsed.stream, rows, latest, parsed.rejected
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(data: st.DataObject) -> None:
     frames_parser, lines_parser = LineParser(STREAMS), LineParser(STREAMS)
