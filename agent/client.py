@@ -24,7 +24,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -61,16 +61,12 @@ _MAX_TIME_S = 1e12
 _TCP_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
-try:
-    # Several times as fast, where it is installed.
-    from msgspec.json import encode as _encode
-except ImportError:
 
-    def _encode(document: dict[str, Any]) -> bytes:
-        try:
-            return _to_json(document).encode()
-        except ValueError:
-            return _to_json(_without_nan(document)).encode()
+def _encode_plainly(document: dict[str, Any]) -> bytes:
+    try:
+        return _to_json(document).encode()
+    except ValueError:
+        return _to_json(_without_nan(document)).encode()
 
 
 def _without_nan(value: Any) -> Any:
@@ -80,6 +76,14 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_encode: Callable[[dict[str, Any]], bytes] = _encode_plainly
+# Several times as fast, where it is installed.
+with contextlib.suppress(ImportError):
+    import msgspec.json
+
+    _encode = msgspec.json.encode
 
 
 class FlushResult(NamedTuple):
@@ -367,7 +371,8 @@ class Client:
 
 def _encode_frame(stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> bytes | None:
     """Return arrays of equal length as a binary frame; None if a column is something else."""
-    heads, data, lengths = [stream.encode()], [], set()
+    heads, lengths = [stream.encode()], set()
+    data: list[bytes] = []
     for name, column in columns.items():
         if isinstance(column, Sequence) or column.ndim != 1 or column.dtype.str not in _FRAME_TYPES:
             return None

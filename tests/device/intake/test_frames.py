@@ -58,7 +58,7 @@ def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(d
     frames_parser, lines_parser = LineParser(STREAMS), LineParser(STREAMS)
     for number in range(1, 4):
         n = data.draw(st.integers(1, 5))
-        columns = {}
+        columns: dict[str, Any] = {}
         for name in data.draw(st.sampled_from([("ax", "ay"), ("ax",), ("ax", "ay", "az"), ("ay", "ax")])):
             kind = data.draw(st.sampled_from(TYPES))
             values = data.draw(st.lists(NUMBERS, min_size=n, max_size=n))
