@@ -35,7 +35,11 @@ if TYPE_CHECKING:
         """Numpy array, without a dependency on numpy."""
 
         @property
+        def data(self) -> Any: ...
+        @property
         def dtype(self) -> Any: ...
+        @property
+        def flags(self) -> Any: ...
         @property
         def ndim(self) -> int: ...
         def __len__(self) -> int: ...
@@ -372,35 +376,42 @@ class Client:
 def _encode_frame(stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> bytes | None:
     """Return arrays of equal length as a binary frame; None if a column is something else."""
     heads, lengths = [stream.encode()], set()
-    data: list[bytes] = []
+    data: list[Any] = []
+    times, data_bytes = b"", 0
     for name, column in columns.items():
-        if isinstance(column, Sequence) or column.ndim != 1 or column.dtype.str not in _FRAME_TYPES:
+        # Only arrays have a type; cheaper than to ask whether it is a sequence.
+        kind = _FRAME_TYPES.get(column.dtype.str) if hasattr(column, "dtype") and column.ndim == 1 else None
+        if kind is None:
             return None
-        lengths.add(len(column))
+        n = len(column)
+        lengths.add(n)
         if name == "t":
             times = _to_epoch_us(column)
-            if times is None:
+            if not times:
                 return None
-            data.insert(0, times)
             continue
         encoded = name.encode()
-        heads += [bytes((_FRAME_TYPES[column.dtype.str], len(encoded) & _MAX_NAME_BYTES)), encoded]
-        content = column.tobytes()
-        data.append(content + bytes(-len(content) % 8))
-    names = b"".join(heads)
+        heads += (bytes((kind, len(encoded) & _MAX_NAME_BYTES)), encoded)
+        # Joined from the array itself: to copy it twice would cost half of the time.
+        data.append(column.data if column.flags.c_contiguous else column.tobytes())
+        # Types 1 and 3 have four bytes; a column fills a multiple of eight.
+        if kind & 1 and n & 1:
+            data.append(bytes(4))
+        data_bytes += (n + 1) // 2 * 8 if kind & 1 else 8 * n
     count = len(heads) // 2
     if len(lengths) != 1 or not count or max(map(len, heads)) > _MAX_NAME_BYTES or count >= 1 << 16:
         return None
+    names = b"".join(heads)
     padding = bytes(-(_FRAME_HEAD.size + len(names)) % 8)
-    size = _FRAME_HEAD.size + len(names) + len(padding) + sum(map(len, data))
-    head = _FRAME_HEAD.pack(_FRAME_PREFIX, size - 8, lengths.pop(), "t" in columns, len(heads[0]), count)
-    return b"".join([head, names, padding, *data])
+    size = _FRAME_HEAD.size - 8 + len(names) + len(padding) + len(times) + data_bytes
+    head = _FRAME_HEAD.pack(_FRAME_PREFIX, size, lengths.pop(), times != b"", len(heads[0]), count)
+    return b"".join([head, names, padding, times, *data])
 
 
-def _to_epoch_us(seconds: Array) -> bytes | None:
-    """Return epoch seconds as int64 µs; None if one of them is far from any clock's time, or NaN."""
+def _to_epoch_us(seconds: Array) -> bytes:
+    """Return epoch seconds as int64 µs; nothing if one of them is far from any clock's time, or NaN."""
     numbers = seconds.astype("<f8")
     if not len(numbers) or not (numbers.min() > -_MAX_TIME_S and numbers.max() < _MAX_TIME_S):
-        return None
+        return b""
     microseconds: bytes = (numbers * 1e6).round().astype("<i8").tobytes()
     return microseconds

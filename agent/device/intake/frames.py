@@ -41,11 +41,11 @@ class FrameLayout(msgspec.Struct, frozen=True):
 
 
 class FrameColumns(msgspec.Struct, frozen=True):
-    """Columns of a frame, `n` values each, by field name; `t_us`: epoch µs."""
+    """Columns of a frame, `n` values each, by field name, in which NaN is missing; `t_us`: epoch µs."""
 
     n: int
     t_us: NDArray[np.int64] | None
-    values: dict[str, Any]
+    values: dict[str, NDArray[Any]]
 
 
 def read_layout(frame: bytes, last: FrameLayout | None) -> FrameLayout:
@@ -80,12 +80,13 @@ def read_columns(frame: bytes, layout: FrameLayout) -> FrameColumns:
     needed = layout.data_at + layout.has_times * 8 * n + sum(map(_align, sizes))
     if needed != len(frame):
         raise RowRejected(f"frame of {len(frame)} bytes, but {n} rows of its columns take {needed}")
-    at, t_us, values = layout.data_at, None, {}
+    at, t_us = layout.data_at, None
+    values: dict[str, NDArray[Any]] = {}
     if layout.has_times:
         t_us = np.frombuffer(frame, "<i8", n, at)
         at += 8 * n
     for (name, kind), size in zip(layout.columns, sizes, strict=True):
-        values[name] = decode_column(name, kind, memoryview(frame)[at : at + size])
+        values[name] = np.frombuffer(frame, f"<{kind}", n, at)
         at += _align(size)
     return FrameColumns(n, t_us, values)
 
@@ -105,13 +106,17 @@ def _align(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def decode_column(name: str, kind: NumberType, data: bytes | memoryview) -> Any:
+def decode_column(name: str, kind: NumberType, data: bytes) -> Any:
     """Decode little-endian numbers; with NaN a list, in which None is missing. Raises RowRejected."""
     width = int(kind[1])
     if len(data) % width:
         raise RowRejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
-    values = np.frombuffer(data, f"<{kind}")
+    return nan_to_none(np.frombuffer(data, f"<{kind}"))
+
+
+def nan_to_none(values: NDArray[Any]) -> Any:
+    """Return the values; with NaN a list, in which None is missing."""
     # The minimum is NaN if any value is: one pass. NaN does not equal itself.
-    if kind[0] == "f" and len(values) and (minimum := np.minimum.reduce(values)) != minimum:
+    if values.dtype.kind == "f" and len(values) and (minimum := np.minimum.reduce(values)) != minimum:
         return [None if value != value else value for value in values.tolist()]
     return values

@@ -91,7 +91,10 @@ class LineParser:
             self._frame_layout = layout = frames.read_layout(frame, self._frame_layout)
             decoder = self._find_decoder(layout.stream)
             columns = frames.read_columns(frame, layout)
-            raw = RawColumns(columns.n, columns.t_us, columns.values, t_in_us=True)
+            values: dict[str, Any] = columns.values
+            for name in decoder.integer_fields & values.keys():
+                values[name] = frames.nan_to_none(values[name])
+            raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True)
             return self._validate_block(decoder, raw, number, now_us)
         except RowRejected as reason:
             return ParsedLines("", None, [], {number: str(reason)})
@@ -183,6 +186,7 @@ class LineParser:
 class _StreamDecoder:
     def __init__(self, name: str, stream: StreamConfig) -> None:
         self.name, self.stream = name, stream
+        self.integer_fields = {f.name for f in stream.fields if f.type == "i64"}
         self.category_fields = [f.name for f in stream.fields if f.type == "category"]
 
     @cached_property

@@ -222,8 +222,14 @@ def _validate_numbers(
         parsed = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(parsed, np.int64 if whole else np.float64)
-    elif nan_is_missing and field.optional:
+    elif nan_is_missing:
         missing = np.isnan(numbers)
+        if not field.optional:
+            for index in np.flatnonzero(missing):
+                rejected.add(int(index), field.name, "is missing")
+        elif missing.any():
+            # One NaN of many, so that equal rows are equal bytes.
+            numbers = np.where(missing, np.array(np.nan, numbers.dtype), numbers)
     with np.errstate(invalid="ignore", over="ignore"):
         typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":
@@ -316,8 +322,10 @@ def _validate_times(
         return np.full(raw.n, now_us, np.int64), after_us, False
     if len(raw.t) != raw.n:
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
+    if raw.t_in_us and _are_in_order(raw.t, after_us) and raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000:
+        return raw.t, int(raw.t[-1]), True
     seconds = raw.t / 1e6 if raw.t_in_us else _validate_numbers(raw.t, _TIME_FIELD, rejected)
-    if not rejected and raw.n and (t := _convert_times(raw, seconds, after_us)) is not None:
+    if not (rejected or raw.t_in_us) and raw.n and (t := _convert_times(seconds, after_us)) is not None:
         return t, int(t[-1]), True
     with np.errstate(invalid="ignore"):
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
@@ -340,13 +348,16 @@ def _validate_times(
     return t, (int(before[-1]) if before[-1] != _MIN_TIME_US else None), given
 
 
-def _convert_times(raw: RawColumns, seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
+def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
     """Return epoch µs if all times are within limits and ascend, else None: each needs its own check."""
     if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= T_MAX_S):
         return None
-    t: NDArray[np.int64] = raw.t if raw.t_in_us else np.rint(seconds * 1e6).astype(np.int64)
-    in_order = (after_us is None or t[0] >= after_us) and bool((t[1:] >= t[:-1]).all())
-    return t if in_order else None
+    t = np.rint(seconds * 1e6).astype(np.int64)
+    return t if _are_in_order(t, after_us) else None
+
+
+def _are_in_order(t: NDArray[np.int64], after_us: int | None) -> bool:
+    return (after_us is None or t[0] >= after_us) and bool((t[1:] >= t[:-1]).all())
 
 
 def _reject_where(

@@ -70,6 +70,13 @@ def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(d
         assert outcome(frames_parser.parse_frame(frame(**columns), number, NOW_US)) == outcome(line)
 
 
+def test_a_view_with_gaps_is_sent_as_its_values() -> None:
+    table = np.arange(12, dtype="<f4").reshape(4, 3)
+    parsed = parse(frame(ax=table[:, 0], ay=table[::-1, 1]))
+    assert parsed.validated is not None
+    assert [column.tolist() for column in parsed.validated.rows.columns] == [[0, 3, 6, 9], [10, 7, 4, 1]]
+
+
 def test_times_of_a_frame_are_kept_to_the_microsecond_until_2100() -> None:
     micros = np.array([0, 1, NOW_US + 1, 4_102_444_799_999_999, 4_102_444_800_000_000])
     head = frame(ax=np.ones(5, "<f4"), ay=np.ones(5, "<f4"), t=np.zeros(5))
