@@ -35,15 +35,9 @@ if TYPE_CHECKING:
         """Numpy array, without a dependency on numpy."""
 
         @property
-        def data(self) -> Any: ...
-        @property
         def dtype(self) -> Any: ...
         @property
-        def flags(self) -> Any: ...
-        @property
         def ndim(self) -> int: ...
-        def __len__(self) -> int: ...
-        def astype(self, kind: str) -> Any: ...
         def tolist(self) -> Any: ...
         def tobytes(self) -> bytes: ...
 
@@ -373,7 +367,7 @@ class Client:
         return f"; {len(self._pending)} lines are not acknowledged; send them again" if self._pending else ""
 
 
-def _encode_frame(stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> bytes | None:
+def _encode_frame(stream: str, columns: Mapping[str, Any]) -> bytes | None:
     """Return arrays of equal length as a binary frame; None if a column is something else."""
     heads, lengths = [stream.encode()], set()
     data: list[Any] = []
@@ -408,7 +402,7 @@ def _encode_frame(stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> 
     return b"".join([head, names, padding, times, *data])
 
 
-def _to_epoch_us(seconds: Array) -> bytes:
+def _to_epoch_us(seconds: Any) -> bytes:
     """Return epoch seconds as int64 µs; nothing if one of them is far from any clock's time, or NaN."""
     numbers = seconds.astype("<f8")
     if not len(numbers) or not (numbers.min() > -_MAX_TIME_S and numbers.max() < _MAX_TIME_S):
