@@ -16,7 +16,7 @@ from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import Groups, GroupSums
 from agent.indices import bincount, repeat
-from agent.kernel import drift_rows
+from agent.kernel import drift_rows, group_sums
 from agent.kernel import library as kernel
 from agent.kernel.library import Library
 
@@ -64,6 +64,11 @@ def _count_compiled(
     counted = drift_rows.count(library, reference.row_limits, rows, tail.rows, tail.last, tail.run, sums)
     if counted is None:
         return None
+    repeated = counted.repeated
+    if repeated.any() and reference.has_few_levels.any():
+        # The library knows rest values only.
+        trace = Trace.from_rows(rows, tail.rows)
+        repeated = runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels)
     counts = RowCounts(
         counts=counted.bins,
         missing=counted.missing,
@@ -72,7 +77,7 @@ def _count_compiled(
         longest=counted.longest,
         extremes=Extremes(counted.extreme_values, counted.extreme_rows),
         steps=counted.sizes,
-        repeated=counted.repeated,
+        repeated=repeated,
         sums=GroupSums(counted.known, counted.total, counted.squares),
     )
     return counts, counted.open_run
@@ -97,7 +102,7 @@ def _count_by_numpy(
         longest=longest,
         extremes=extremes,
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
-        repeated=runs.count_repeated_rows(trace, reference.rest),
+        repeated=runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels),
         sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]], before),
     )
     return counted, run
@@ -119,9 +124,7 @@ def count_predictions(
     if top_scores is not None:
         if len(reference.score_edges):
             # An unknown score is neither certain nor in doubt.
-            known = ~np.isnan(top_scores)
-            bins = np.searchsorted(reference.score_edges, top_scores[known], side="right") + BINS * drift_window[known]
-            scores = bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
+            scores = _count_scores(top_scores.reshape(windows, -1), reference.score_edges)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
@@ -138,6 +141,17 @@ def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     count = reference.class_count
     first = repeat(np.arange(windows, dtype=np.int64) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
+
+
+def _count_scores(top_scores: Float64s, edges: Float64s) -> Ints:
+    """Return counts (W, 32) of scores (W, w) between the edges; NaN is left out."""
+    library = kernel.kernel()
+    if library is not None:
+        return group_sums.count_scores(library, top_scores, edges)
+    windows, each = top_scores.shape
+    drift_window = repeat(np.arange(windows, dtype=np.int64), each)[~np.isnan(top_scores.ravel())]
+    bins = np.searchsorted(edges, top_scores[~np.isnan(top_scores)], side="right") + BINS * drift_window
+    return bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
 
 
 def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
