@@ -102,9 +102,9 @@ def screen(
     measured = LatestTime(history.committed_us, history.late_run) if producer_latest is None else producer_latest
     if has_time is True and _follow_all_others(rows.t, history, measured, stream):
         last_us = int(rows.t[-1])
-        latest = last_us if history.latest_us is None else max(last_us, _not_after(history.latest_us, now))
+        after_us = last_us if history.latest_us is None else max(last_us, _not_after(history.latest_us, now))
         late_run = 0 if producer_latest is None and not is_recording else history.late_run
-        history = RowHistory(latest, history.committed_us, None, history.last, latest, 0, late_run)
+        history = RowHistory(after_us, history.committed_us, None, history.last, after_us, 0, late_run)
         return ScreenedRows({}, 0, history, measured if is_recording else LatestTime(last_us))
     rejected: dict[int, tuple[str, str]] = {}
     out_of_order = np.zeros(len(rows), bool)

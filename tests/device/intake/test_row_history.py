@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -51,6 +51,7 @@ def rejected(history: RowHistory, new: Rows, *arguments: Any, **options: Any) ->
     return {index: kind for index, (kind, _) in screened.rejected.items()}, screened.history
 
 
+QUALITIES: list[Literal["synced", "unsynced"]] = ["synced", "unsynced"]
 TIMES = st.lists(st.integers(0, 400), min_size=1, max_size=4).map(sorted)
 
 
@@ -59,7 +60,7 @@ def test_the_short_way_of_rows_after_all_others_decides_as_the_long_way(
     blocks: list[tuple[list[int], bool, int]], data: st.DataObject
 ) -> None:
     """A mask of times takes the long way, True the short one where it may."""
-    is_named, quality = data.draw(st.booleans()), data.draw(st.sampled_from(["synced", "unsynced"]))
+    is_named, quality = data.draw(st.booleans()), data.draw(st.sampled_from(QUALITIES))
     stream = data.draw(st.sampled_from([PAIR, StreamConfig(fields=PAIR.fields, duplicates="accept")]))
     short, long = RowHistory(), RowHistory()
     latest = LatestTime() if is_named else None
