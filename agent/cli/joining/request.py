@@ -9,7 +9,7 @@ import click
 from agent import durable_files
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.cli.output import echo, emit, json_option
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.names import is_name
 
 
@@ -35,7 +35,7 @@ def request(folder: Path, fleet: str, device: str, token: str | None, out: Path 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}") from None
+        raise UsageError(f"{folder}: {explain(error)}") from None
     paths = (folder / KEY_FILE, folder / TLS_KEY_FILE)
     key, tls_key = (
         keys.load_private(path) if path.exists() else keys.generate(path, write_public=path.name == KEY_FILE)
