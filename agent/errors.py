@@ -45,11 +45,11 @@ def explain(error: OSError) -> str:
     """Return what the system says and what to do about it; the caller names the file or address."""
     if isinstance(error, TimeoutError):
         return f"no answer in time; {_REMEDIES[errno.ETIMEDOUT]}"
-    said = error.strerror or str(error)
+    text = error.strerror or str(error)
     if type(error).__name__ == "gaierror":
-        return f"{said}; check the name of the machine, and this machine's DNS"
+        return f"{text}; check the name of the machine, and this machine's DNS"
     remedy = _REMEDIES.get(error.errno or 0)
-    return f"{said}; {remedy}" if remedy else said
+    return f"{text}; {remedy}" if remedy else text
 
 
 class OutstationError(Exception):

