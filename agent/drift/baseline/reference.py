@@ -29,12 +29,14 @@ from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.errors import BadBundle
 from agent.indices import repeat
+from agent.kernel.drift_rows import RowLimits
 from agent.performance import cbpe
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
 MIN_VARIANCE_SHARE = 0.05  # of a class, that is left without a daily cycle
+OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 _HOURS = np.arange(24, dtype=np.int64) * 3_600_000_000
 SCORE_CLIP = 1000.0  # in spreads of the reference
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
@@ -219,6 +221,18 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Cuts for float32 values: each cut is the least such number that is not smaller."""
         cuts = self.bin_cuts.astype(np.float32)
         return np.where(cuts < self.bin_cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
+
+    @cached_property
+    def far_limits(self) -> tuple[Float64s, Float64s]:
+        """(F,) limits beyond which a row is far outside."""
+        span = OUTSIDE_MARGIN * (self.high - self.low)
+        return self.low - span, self.high + span
+
+    @cached_property
+    def row_limits(self) -> RowLimits:
+        """Limits that rows are counted by, laid out for the compiled kernel."""
+        origin = self.origin[: len(self.fields)]
+        return RowLimits(self.bin_cuts_float32, *self.far_limits, self.jump, self.rest, origin)
 
     @cached_property
     def bin_shares(self) -> Float64s:
