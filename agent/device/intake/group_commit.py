@@ -33,6 +33,7 @@ _MAX_RUNS = 64
 _LABEL_BYTES = 1_000
 # Named producers of a stream whose latest time is remembered; of more, those that sent last.
 _MAX_PRODUCER_TIMES = 4096
+_PRODUCER_TIMES = "times:"  # and the stream: source whose positions are the latest times of named producers
 # (segment, quality) of the clock that gave the rows' times.
 ClockStamp = tuple[int, ClockQuality]
 
@@ -105,6 +106,10 @@ class _Histories(msgspec.Struct):
         """Return a copy, so that a failed transaction changes nothing."""
         streams = {name: history.begin_transaction() for name, history in self.streams.items()}
         return _Histories(streams, dict(self.producers))
+
+    def producer_time(self, tx: Transaction, stream: str, client: str) -> LatestTime:
+        known = self.producers.get((stream, client))
+        return known or LatestTime(tx.source_position(_PRODUCER_TIMES + stream, client) or None)
 
     def set_producer_time(self, stream: str, client: str, latest: LatestTime) -> None:
         self.producers.pop((stream, client), None)
@@ -223,11 +228,14 @@ class GroupCommit:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
                 histories = self._histories.begin_transaction()
-                before = dict(histories.streams)
+                before, producers = dict(histories.streams), dict(histories.producers)
                 outcomes = self._write(tx, batches, now, histories)
                 for stream, history in histories.streams.items():
                     if history is not before.get(stream) and history.latest_us is not None:
                         tx.set_latest_time(stream, history.latest_us)
+                for (stream, client), latest in histories.producers.items():
+                    if latest is not producers.get((stream, client)) and latest.us is not None:
+                        tx.set_source_position(_PRODUCER_TIMES + stream, client, latest.us, _MAX_PRODUCER_TIMES)
             # Only now: rows that were not stored must not count as sent before.
             self._histories = histories
             self._drained_counts.clear()
@@ -291,7 +299,7 @@ class GroupCommit:
             *(history, rows, block.validated.has_time, stream, block.now),
             lambda limit: self._load_recent(name, limit, pending),
             is_recording=block.is_recording,
-            producer_latest=None if client is None else histories.producers.get((name, client), LatestTime()),
+            producer_latest=None if client is None else histories.producer_time(tx, name, client),
             unknown=unknown,
         )
         histories.streams[name] = screened.history

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -294,15 +295,22 @@ def test_the_backlogs_of_two_named_producers_lose_nothing(declared: Callable[...
             assert "rows late.pair" not in station.store.counters()
 
 
-def test_a_named_producer_is_late_by_its_own_rows(declared: Callable[..., Station]) -> None:
-    with declared() as station:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_named_producer_is_late_by_its_own_rows(declared: Callable[..., Station], restarts: bool) -> None:
+    answers = []
+    with contextlib.ExitStack() as running:
+        station = running.enter_context(declared())
         for lines, t in enumerate((100, 30)):
+            if restarts and lines:
+                running.close()
+                station = running.enter_context(declared())
             with station.line() as line:
                 line.send({"client": "a"})
                 line.answer()
                 line.send(row(t, 1))
-                answer = line.through(lines + 1)
-        assert answer["rejected"][0]["reason"].startswith("late: ")
+                answers.append(line.through(lines + 1))
+    assert answers[0]["rejected"] == []
+    assert answers[1]["rejected"][0]["reason"].startswith("late: ")
 
 
 def test_sensors_beyond_max_categories_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
