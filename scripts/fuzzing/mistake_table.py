@@ -192,7 +192,7 @@ ROWS = (
     Mistake(
         "label exercise {l.csv}" + _HERE,
         1,
-        ("line 2"),
+        ("line 2",),
         "it knows PEN",
         files={"l.csv": "row,label\n100,PENN\n"},
     ),

@@ -41,7 +41,7 @@ def test_a_line_of_the_journal_is_the_programs_text_without_its_values() -> None
     assert shown[0] == LINES[0][1]
     assert (shown[1], entries[1].lines, entries[1].last_us) == ("…: …; trying again until it works", 2, T0 + 2)
     assert shown[2] == "…: cannot be moved: …; it stays where it is"
-    assert shown[3] == "…"
+    assert shown[3] == "…: …"
     assert shown[-1].startswith("not reloaded, the config before is in force again: ")
     assert shown[-1].endswith("must be between 0 s and 3650 d")
 

@@ -74,7 +74,7 @@ def summarize(lines: Iterable[bytes], texts: Sequence[tuple[str, ...]]) -> list[
     return entries
 
 
-def withhold_values(message: str, texts: Sequence[tuple[str, ...]], depth: int = 2) -> str:
+def withhold_values(message: str, texts: Sequence[tuple[str, ...]], depth: int = 4) -> str:
     """Return the text of the program that says most of `message`, or `…`; a value may hold a text in turn."""
     line = _HEAD.sub("", message[:_MAX_LINE_CHARS]).removeprefix("outstation: ")
     best, values = max(
@@ -83,7 +83,9 @@ def withhold_values(message: str, texts: Sequence[tuple[str, ...]], depth: int =
         default=((), []),
     )
     if not best:
-        return "…"
+        # What a line is about comes first: a file, a device, a key.
+        _, colon, rest = line.partition(": ")
+        return f"…: {withhold_values(rest, texts, depth - 1)}" if colon and depth else "…"
     shown = [
         withhold_values(value, texts, depth - 1) if depth and len(value) > _MIN_LETTERS else "…" for value in values
     ]
