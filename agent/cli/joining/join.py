@@ -90,7 +90,7 @@ def _join(plan: JoinPlan, replace: bool, as_json: bool) -> None:
     }
     lines = [f"{plan.device} joined fleet {plan.fleet}: {folder / joining.CONFIG_FILE}"]
     if plan.replaced:
-        lines.append(f"The former {', '.join(plan.replaced)} are kept as *{joining.FORMER}.")
+        lines.append(f"Kept as *{joining.FORMER}: the former {', '.join(plan.replaced)}.")
     if moved:
         lines.append("Its readings and results stay; the next start sends its stored messages to the fleet.")
     lines.append(f"Next: outstation check -c {folder / joining.CONFIG_FILE}")
