@@ -74,7 +74,10 @@ class Package(msgspec.Struct, frozen=True):
 PACKAGES = (
     Package(
         *("outstation", ("device", "images", "notify"), ("outstation.service",)),
-        (("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),),
+        tuple(
+            (f"deploy/{name}", f"usr/share/doc/outstation/examples/{name}")
+            for name in ("devices.conf", "credentials.conf")
+        ),
         has_program=True,
     ),
     Package(
