@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent import config
-from agent.bootstrap import device
+from agent.bootstrap import device, invited
+from agent.cli.doctor.fixes import find_fixes
 from agent.config import Config
 from agent.device.commands.wipe import MARKER
 from agent.errors import UsageError
@@ -67,6 +68,13 @@ def test_a_command_without_the_credentials_says_where_the_key_is(file: Path) -> 
     (file.parent / "device.key.cred").write_bytes(b"sealed")
     with pytest.raises(UsageError, match=r"only the service can open .*device\.key\.cred"):
         device.device_key_path(file, load(file))
+
+
+def test_no_other_key_is_made_beside_a_sealed_one(file: Path) -> None:
+    (file.parent / "device.key.cred").write_bytes(b"sealed")
+    with pytest.raises(UsageError, match="would shut the device out; first run: systemd-creds decrypt"):
+        invited.make_request(file.parent, "acme", "pi-07", None)
+    assert [fix.name for fix in find_fixes(file, load(file), None) if fix.name == "key"] == []
 
 
 def test_a_wipe_erases_the_sealed_key(file: Path, given: Path) -> None:
