@@ -70,7 +70,7 @@ def test_a_command_without_the_credentials_says_where_the_key_is(file: Path) -> 
         device.device_key_path(file, load(file))
 
 
-def test_no_other_key_is_made_beside_a_sealed_one(file: Path) -> None:
+def test_a_sealed_key_is_never_replaced_by_a_new_one(file: Path) -> None:
     (file.parent / "device.key.cred").write_bytes(b"sealed")
     with pytest.raises(UsageError, match="would shut the device out; first run: systemd-creds decrypt"):
         invited.make_request(file.parent, "acme", "pi-07", None)
