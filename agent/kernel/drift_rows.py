@@ -99,8 +99,8 @@ def count(
         else (np.array(part, kind).reshape(shape) for part, kind in zip(sums, (np.int64, float, float), strict=True))
     )
     cuts, bounds, rest, rest_begin, origin = limits.addresses
-    # A column, its order keys, and its sizes of steps.
-    scratch = np.empty(2 * n + 8)
+    # The rows as float32; a column, its order keys, and its sizes of steps.
+    scratch = np.empty(n * fields + 4 * (n + 2), np.float32)
     status = library.count_rows(
         *(windows, n, fields, len(before), address(rows), address(before), address(last), address(run)),
         *(cuts, bounds, rest, rest_begin, origin, address(counted), address(extremes)),

@@ -34,6 +34,18 @@ class Library:
     def count_rows(self) -> Function:
         return self._function("count_rows", 4, 15)
 
+    @cached_property
+    def add_groups(self) -> Function:
+        return self._function("add_groups", 2, 6)
+
+    @cached_property
+    def count_scores(self) -> Function:
+        return self._function("count_scores", 2, 3)
+
+    @cached_property
+    def sum_residuals(self) -> Function:
+        return self._function("sum_residuals", 3, 8)
+
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
         function = self._library[f"{name}_{self.variant}"]

@@ -20,7 +20,16 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "agent" / "kernel" / "kernel.c"
 LIBRARY = SOURCE.with_name("kernel.so")
 # Results have the same bits on all processors: no fused multiply-add, no relaxed arithmetic.
-FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-ffreestanding", "-fPIC", "-fvisibility=hidden")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-ffreestanding",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+)
 LINK = ("-shared", "-nostdlib", "-Wl,-s", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 # Machine of Python → target of Clang.
 TRIPLES = {

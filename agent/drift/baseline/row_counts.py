@@ -16,7 +16,7 @@ from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import Groups, GroupSums
 from agent.indices import bincount, repeat
-from agent.kernel import drift_rows
+from agent.kernel import drift_rows, group_sums
 from agent.kernel import library as kernel
 from agent.kernel.library import Library
 
@@ -119,9 +119,7 @@ def count_predictions(
     if top_scores is not None:
         if len(reference.score_edges):
             # An unknown score is neither certain nor in doubt.
-            known = ~np.isnan(top_scores)
-            bins = np.searchsorted(reference.score_edges, top_scores[known], side="right") + BINS * drift_window[known]
-            scores = bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
+            scores = _count_scores(top_scores.reshape(windows, -1), reference.score_edges)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
@@ -138,6 +136,17 @@ def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     count = reference.class_count
     first = repeat(np.arange(windows, dtype=np.int64) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
+
+
+def _count_scores(top_scores: Float64s, edges: Float64s) -> Ints:
+    """Return counts (W, 32) of scores (W, w) between the edges; NaN is left out."""
+    library = kernel.kernel()
+    if library is not None:
+        return group_sums.count_scores(library, top_scores, edges)
+    windows, each = top_scores.shape
+    drift_window = repeat(np.arange(windows, dtype=np.int64), each)[~np.isnan(top_scores.ravel())]
+    bins = np.searchsorted(edges, top_scores[~np.isnan(top_scores)], side="right") + BINS * drift_window
+    return bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
 
 
 def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:

@@ -160,7 +160,7 @@ def summarize_windows(
     answers = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
     summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
     # Sums begin with those so far: the bits are the same however the rows were cut.
-    summed = summed.reshape(windows * count, width).add(groups, stats.values - reference.origin)
+    summed = summed.reshape(windows * count, width).add(groups, stats.values, reference.origin)
     stack = Summary(
         reference=reference.digest,
         counts=of_rows.counts,
