@@ -29,6 +29,6 @@ def load_or_generate(path: Path, *, write_public: bool = True) -> SigningKey:
     if path.exists():
         return keys.load_private(path)
     if (sealed := sealed_path(path)).exists():
-        fix = f"systemd-creds decrypt {sealed} {path}"
+        fix = f"systemd-creds decrypt --name={path.name} {sealed} {path}"
         raise UsageError(f"{path}: is sealed in {sealed}, and another key would shut the device out; first run: {fix}")
     return keys.generate(path, write_public=write_public)
