@@ -74,9 +74,11 @@ class Package(msgspec.Struct, frozen=True):
 PACKAGES = (
     Package(
         *("outstation", ("device", "images", "notify"), ("outstation.service",)),
-        tuple(
-            (f"deploy/{name}", f"usr/share/doc/outstation/examples/{name}")
-            for name in ("devices.conf", "credentials.conf")
+        (
+            ("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),
+            ("deploy/credentials.conf", "usr/share/doc/outstation/examples/credentials.conf"),
+            # For sensor programs of the system's Python.
+            ("agent/client.py", "usr/lib/python3/dist-packages/outstation_client.py"),
         ),
         has_program=True,
     ),
