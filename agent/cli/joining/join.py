@@ -60,6 +60,8 @@ def join(
 
     text = sys.stdin.read(_MAX_CODE_CHARS) if code == "-" else code or ""
     invitation, broker = invited.parse_code(text, url)
+    # Before the operator's side lets it in.
+    joining.require_stopped(folder)
     request, key = invited.make_request(folder, invitation.fleet, invitation.device, invitation.token)
     echo(f"{invitation.device} asks fleet {invitation.fleet} at {broker.shown_url}; thumbprint {key.kid}", err=True)
     answer = invited.ask(invitation, broker, request, wait_s)
