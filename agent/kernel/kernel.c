@@ -398,3 +398,31 @@ int64_t EXPORT(sum_residuals)(int64_t n, int64_t fields, int64_t pairs, const do
     }
     return DONE;
 }
+
+/* Round n values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
+ * `numbers` is scale, zero, low, high, fill; `kind` of the output: 0 int8, 1 uint8, 2 int16.
+ */
+#define QUANTIZE(type)                                                                \
+    for (int64_t i = 0; i < n; i++) {                                                 \
+        float value = values[i] / scale;                                              \
+        /* Beyond all limits, and small enough that adding `magic` rounds. */         \
+        value = value < -reach ? -reach : value;                                      \
+        value = value > reach ? reach : value;                                        \
+        value = (value + magic) - magic + zero;                                       \
+        value = value < low ? low : value;                                            \
+        value = value > high ? high : value;                                          \
+        ((type *)out)[i] = (type)(int32_t)(value == value ? value : fill);            \
+    }
+
+int64_t EXPORT(quantize)(int64_t n, int64_t kind, const float *values, const float *numbers, void *out) {
+    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4];
+    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
+    if (kind == 0) {
+        QUANTIZE(int8_t)
+    } else if (kind == 1) {
+        QUANTIZE(uint8_t)
+    } else {
+        QUANTIZE(int16_t)
+    }
+    return DONE;
+}
