@@ -60,7 +60,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             worst += page.worst(runs)
         results += page.middle(runs)
         if write and report.section:
-            page.write_section(*report.section)
+            page.write_section(report.section)
         if not as_json:
             click.echo(report.text)
     if as_json:

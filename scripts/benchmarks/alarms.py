@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from agent.errors import BadBundle
-from scripts.benchmarks import Report, Result, benchmark, rows
+from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, rows
 from scripts.benchmarks.drift_peers import peers, site_trials
 from scripts.benchmarks.drift_peers.counting import DetectionDelays
 from scripts.benchmarks.drift_peers.peers import KITS, Kit
@@ -70,7 +70,7 @@ def alarms() -> Report:
         ]
         measured = list(pool.map(_measure_case, cases))
         tables = table(measured, count_peers(measured) if peers.installed() else {})
-    return Report(list(_results(measured)), tables, section=(SECTION, tables))
+    return Report(list(_results(measured)), tables, Section(catalogue.DRIFT, SECTION, tables))
 
 
 def count_peers(measured: Sequence[Measured]) -> PeerCounts:

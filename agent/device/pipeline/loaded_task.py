@@ -31,6 +31,9 @@ _BATCH_WINDOWS, _BATCH_ROWS, _UNTUNED_WINDOWS = 2048, 16_384, 512
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 # For an alert of a rule that fires and clears all the time.
 _ALERT_BYTES = 3_000
+# Drift windows that are judged together where rows come fast: each then costs a third. A task with a shorter deadline
+# does not wait for them.
+_GATHERED_WINDOWS, _MIN_GATHER_DEADLINE_S = 4, 1.0
 # The fixed parts of a smaller batch would count as those of its windows.
 _MIN_MEASURED_WINDOWS = 256
 # Time of a batch in the model: far below the watchdog's minute, even on a day when everything else is slow.
@@ -125,6 +128,14 @@ class LoadedTask:
         in_transaction = transaction_bytes // 2 // self.window_bytes
         windows = min(default, in_transaction, in_memory, in_time, self.deadline.max_windows) // self.batch_divisor
         return self.window_rows + max(0, self._align_to_drift_window(windows) - 1) * self.step
+
+    @property
+    def rows_to_gather(self) -> int:
+        """Return the rows that a run may wait for, a moment: those of several drift windows. 0 if it should not."""
+        if self.drift_state is None or (self.deadline.seconds or _MIN_GATHER_DEADLINE_S) < _MIN_GATHER_DEADLINE_S:
+            return 0
+        windows = _GATHERED_WINDOWS * self.drift_state.window - self.drift_state.open_summary.model_windows
+        return self.window_rows + (windows - 1) * self.step
 
     def record_transaction(self, windows: int, spent_bytes: int) -> None:
         """Plan the next batches by the bytes that results, drift windows and alerts of a committed batch took."""
