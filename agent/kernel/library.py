@@ -44,7 +44,11 @@ class Library:
 
     @cached_property
     def sum_residuals(self) -> Function:
-        return self._function("sum_residuals", 3, 8)
+        return self._function("sum_residuals", 3, 9)
+
+    @cached_property
+    def center_windows(self) -> Function:
+        return self._function("center_windows", 3, 4)
 
     @cached_property
     def quantize(self) -> Function:
