@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.alerts import DAMAGED_ROWS
@@ -39,8 +39,7 @@ from agent.model.inference.inference import InferenceResult
 from agent.performance import slices
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
+class BatchResult(msgspec.Struct, frozen=True):
     """Number of rows consumed, model windows, and alerts of a committed batch."""
 
     rows: int
@@ -48,8 +47,7 @@ class BatchResult:
     alerts: int
 
 
-@dataclass(frozen=True, slots=True)
-class _BatchInput:
+class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     """Everything that a batch reads: `features` (n, F) of its rows in physical units, and the history before them."""
 
     batch: RowBatch
@@ -65,8 +63,7 @@ class _BatchInput:
     labels_contradict: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _BatchOutput:
+class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
     drift: DriftState | None
     refusals: LearningRefusals
     rule_states: TaskRuleStates
