@@ -46,27 +46,32 @@ class Rows(msgspec.Struct, frozen=True):
     def slice(self, start: int, stop: int) -> Rows:
         return Rows(self.t[start:stop], tuple(c[start:stop] for c in self.columns))
 
-    def commit(self, key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
-        """Return the commitment to these rows under `key`; `texts` holds the category texts by code, by field."""
-        codes = {
-            field.name: [(code, texts[field.name][code]) for code in np.unique(column).tolist()]
-            for field, column in zip(fields, self.columns, strict=True)
-            if field.type == "category"
-        }
-        columns = [_little_endian(column) for column in self.columns]
-        return commitment.commit(key, [(f.name, f.type) for f in fields], _little_endian(self.t), columns, codes)
-
 
 EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) <= 1:
+        return parts[0] if parts else EMPTY_ROWS
     return Rows(
         np.concatenate([p.t for p in parts]),
         tuple(np.concatenate(columns) for columns in zip(*(p.columns for p in parts), strict=True)),
     )
+
+
+def commit(parts: Sequence[Rows], key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
+    """Return the commitment under `key` to rows in parts that follow one another, without joining them.
+
+    `texts` holds the category texts by code, by field.
+    """
+    columns = [[part.columns[index] for part in parts] for index in range(len(fields))]
+    codes = {
+        field.name: [(code, texts[field.name][code]) for code in np.unique(np.concatenate(pieces)).tolist()]
+        for field, pieces in zip(fields, columns, strict=True)
+        if field.type == "category"
+    }
+    t, *pieces = [[_little_endian(piece) for piece in column] for column in ([part.t for part in parts], *columns)]
+    return commitment.commit(key, [(f.name, f.type) for f in fields], t, pieces, codes)
 
 
 class PackedChunk(msgspec.Struct, frozen=True):
