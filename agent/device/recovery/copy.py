@@ -8,11 +8,12 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from agent import clock
 from agent.config import FieldConfig
-from agent.device.recovery import catch_up, findings
+from agent.device.recovery import catch_up, findings, replay
 from agent.device.recovery.findings import RecoveryFinding, missing_ranges
 from agent.device.recovery.raw_pages import DamagedDatabase
 from agent.device.store import meta, retention, row_crc, watermark
@@ -71,12 +72,15 @@ class StoreCopy:
         if self._old.incomplete_tables & {"chunks", "outbox"}:
             self._copy_orphaned_rows()
 
-    def complete(self, cause: str, quarantine: str) -> None:
-        """Repair what depends on lost rows, and add the finding, in one transaction."""
+    def complete(self, cause: str, quarantine: str, folder: Path) -> None:
+        """Apply the journal in `folder`, repair what depends on lost rows, and add the finding, in one transaction."""
         new, incomplete = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
+        for stream, first, last in replay.replay(new, folder).chunks:
+            _insert_range(self._rows.setdefault(stream, []), first, last)
+            self._next_rows[stream] = max(self._next_rows.get(stream, 1), last + 1)
         if "categories" in incomplete:
-            _repair_categories(new)
+            repair_categories(new)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
         try:
@@ -291,7 +295,7 @@ class StoreCopy:
         return meta.get(self._new, key, "")
 
 
-def _repair_categories(db: sqlite3.Connection) -> None:
+def repair_categories(db: sqlite3.Connection) -> None:
     """Give each used code without a text a placeholder, so that it never comes to mean another text."""
     for name, text in db.execute("SELECT name, fields FROM streams").fetchall():
         try:

@@ -178,6 +178,14 @@ INSERT_CHUNK = """
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
+UPDATE_NEXT_ROW = "UPDATE streams SET next_row = ? WHERE id = ?"
+UPDATE_LATEST_TIME = "UPDATE streams SET latest_t = ? WHERE name = ?"
+REPLACE_CATEGORY = "INSERT OR REPLACE INTO categories (stream, field, code, value, last_row) VALUES (?, ?, ?, ?, ?)"
+INCREMENT_COUNTER = "INSERT INTO counters (name, n) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n"
+EXTEND_SEGMENT = """
+    UPDATE clock_segments SET first_us = ?, last_us = ?, quality = ?, error_us = ? WHERE boot = ? AND segment = ?
+"""
+
 # Oldest used chunks by the index, then by time: reads `limit` of them, however many there are.
 # Whether a stored row, or one of this transaction, may have the code.
 SELECT_CATEGORIES = """

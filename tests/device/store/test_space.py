@@ -231,7 +231,7 @@ def test_evicted_unused_readings_are_declared_and_the_cursor_moves(make: Make) -
 
 def test_a_task_that_never_ran_begins_behind_what_was_given_up(make: Make) -> None:
     device = make(stuck={"exercise"})
-    device.feed(90_000)
+    device.feed(80_000)
     device.fill()
     device.turns(30)
     first = device.store.first_row("watch")
