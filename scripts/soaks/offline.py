@@ -59,7 +59,7 @@ def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], Non
 
 
 def size(rig: Rig) -> int:
-    names = ("outstation.db", "outstation.db-wal", "outstation.db-shm", "reserve")
+    names = ("outstation.db", "outstation.db-wal", "outstation.db-shm", "journal", "reserve")
     files = [rig.store.path.with_name(name) for name in names]
     return sum(file.stat().st_size for file in files if file.exists())
 

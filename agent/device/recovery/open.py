@@ -113,9 +113,11 @@ class _WriteAccess:
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
         if is_intact and (self.files is None or self.files.is_folder_in_place()):
             with contextlib.suppress(sqlite3.Error):
+                # In one commit with the small ones that are only in the journal; if it fails, they are replayed.
                 meta.put(db, findings.CLEAN_STOP, "1")
+                if db.in_transaction:
+                    db.execute("COMMIT")
                 migrate.drop_backups(self._folder)
-            self.watermark.sync()
         with contextlib.suppress(sqlite3.Error):
             db.close()
         self.watermark.close()
@@ -174,6 +176,9 @@ def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
             path, isolation_level=None, timeout=5.0, check_same_thread=False, factory=JournaledConnection
         )
         try:
+            if path.stat().st_size == 0:
+                # Nothing is lost with an empty database, so its first page needs no rollback journal on the disk.
+                connection.execute("PRAGMA journal_mode=MEMORY")
             for pragma, expected in pragmas:
                 connection.execute(f"PRAGMA {pragma}")
                 if expected is not None:

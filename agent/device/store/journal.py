@@ -26,7 +26,7 @@ from agent import durable_files
 from agent.device.store import meta, schema
 from agent.errors import StorageError
 
-FILE_NAME = "journal"
+FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"
 SIZE, _BLOCK = 64 << 10, 4096
 _BLOCKS = SIZE // _BLOCK
 # Number, length of the body, CRC-32 of the opening's id, number and body.
@@ -88,10 +88,11 @@ class Journal:
         try:
             if os.fstat(self._file).st_size != SIZE:
                 os.ftruncate(self._file, 0)
-                # Written through once: later writes change no metadata.
+                # Each block is there before it is needed: later writes change no metadata.
                 os.pwrite(self._file, bytes(SIZE), 0)
-                os.fsync(self._file)
-                durable_files.fsync(folder)
+                if (folder / WRITE_AHEAD_LOG).exists():
+                    # Else SQLite flushes the folder, when it makes its log.
+                    durable_files.fsync(folder)
         except BaseException:
             os.close(self._file)
             raise

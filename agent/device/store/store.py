@@ -475,8 +475,6 @@ class Store:
             if self._writer is None:
                 self._db.close()
             else:
-                with contextlib.suppress(StorageError):
-                    self.fold()
                 self._writer.close(self._db, is_intact=self._is_intact)
                 self._writer = None
             self._commits.close()

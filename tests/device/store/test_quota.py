@@ -50,7 +50,8 @@ class Mix:
 
     def weigh(self) -> None:
         path = self.device.store.path
-        files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")] + [path.with_name("reserve")]
+        files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        files += [path.with_name("reserve"), path.with_name("journal")]
         total = sum(file.stat().st_size for file in files if file.exists())
         assert total <= self.device.size, {file.name: file.stat().st_size for file in files if file.exists()}
         self.most = max(self.most, total)
