@@ -24,7 +24,8 @@ import click
 import msgspec
 import numpy as np
 
-from agent.device.recovery import open as opening
+from agent.device.recovery import catch_up
+from agent.device.recovery.open import open_store
 from agent.device.store import journal, small_commits
 from agent.device.store.journal import Journal
 from agent.device.store.rows import Rows
@@ -87,7 +88,7 @@ class Round:
             raise AssertionError(f"the store shows row {self.store.last_row('numbers')}, not {self.acknowledged}")
 
     def fail(self) -> None:
-        """Begin a commit that fails: in the code, for want of pages, or with an error after which SQLite rolls back all."""
+        """Begin a commit that fails: in the code, for want of room, or after SQLite has rolled back everything."""
         kind = self._random.randrange(3)
         first = self.acknowledged + 1
         values = np.arange(first, first + 3, dtype=np.int64)
@@ -178,14 +179,14 @@ def check(cut: PowerCut, random: Random, max_size: int) -> str:
     flipped = random.random() < 0.2
     if flipped:
         flip_bit(cut.folder / journal.FILE_NAME, random.randrange(8 * journal.SIZE))
-    problem = "" if flipped else _check_beside(cut)
+    problem = "" if flipped else _check_reader(cut)
     kills = 0 if random.random() < 0.7 else 1
     for _ in range(kills):
         _kill_at_opening(cut.folder, max_size)
     return problem or _check_opened(cut, max_size, flipped=flipped) or _check_opened(cut, max_size, flipped=flipped)
 
 
-def _check_beside(cut: PowerCut) -> str:
+def _check_reader(cut: PowerCut) -> str:
     """Check what a process sees that only reads, before any opening."""
     with Store.open_read_only(cut.folder) as store:
         last, rows = store.last_row("numbers"), served(store)
@@ -201,13 +202,13 @@ def _kill_at_opening(folder: Path, max_size: int) -> None:
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    catch_up = opening.catch_up.catch_up
-    opening.catch_up.catch_up = die  # type: ignore[assignment]
+    repair = catch_up.catch_up
+    catch_up.catch_up = die  # type: ignore[assignment]
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            opening.open_store(folder, max_size=max_size)
+            open_store(folder, max_size=max_size)
     finally:
-        opening.catch_up.catch_up = catch_up
+        catch_up.catch_up = repair
 
 
 def _check_opened(cut: PowerCut, max_size: int, *, flipped: bool) -> str:
@@ -227,8 +228,9 @@ def _check_opened(cut: PowerCut, max_size: int, *, flipped: bool) -> str:
             return f"rows {sorted(undeclared)[:5]} are lost without a word" if undeclared else ""
         if missing:
             return f"rows {sorted(missing)[:5]} are lost"
-        if store.source_position(_SOURCE, _ITEM) != last or store.counters().get(_COUNTER, 0) != last:
-            return f"position {store.source_position(_SOURCE, _ITEM)}, count {store.counters().get(_COUNTER, 0)} at row {last}"
+        counts = store.source_position(_SOURCE, _ITEM), store.counters().get(_COUNTER, 0)
+        if counts != (last, last):
+            return f"position and count are {counts} at row {last}"
         if store.last_row("others"):
             return "another stream has rows"
         return "damage is reported" if "damage" in str([m.get("summary") for m in messages.values()]) else ""

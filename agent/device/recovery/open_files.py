@@ -34,9 +34,8 @@ class OpenFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folder_id = _identify(folder)
-        self._file_ids = {
-            str(folder / name): _identify(folder / name) for name in (DATABASE, _WAL, _SHM, LOCK, FILE_NAME, journal.FILE_NAME)
-        }
+        names = (DATABASE, _WAL, _SHM, LOCK, FILE_NAME, journal.FILE_NAME)
+        self._file_ids = {str(folder / name): _identify(folder / name) for name in names}
 
     def require_in_place(self, db: sqlite3.Connection) -> None:
         """Raise StorageMoved if the folder is another one, StorageError if a file is; called before each transaction.

@@ -153,7 +153,7 @@ def encode(recorded: list[tuple[int, Any]]) -> bytes | None:
 
 
 def decode(body: bytes) -> Record:
-    """Raises ValueError if the body is none."""
+    """Decode a body. Raises ValueError if it is none."""
     record = _DECODER.decode(body)
     if any(not 0 <= code < len(_STATEMENTS) for code, _ in record):
         raise ValueError("a statement is not known")

@@ -152,7 +152,7 @@ class QuotaEnforcer:
             self._shm = None
 
     def check_disk_space(self, *, vital: bool) -> None:
-        """Raise StorageFull if the disk is full; a `vital` transaction may then use the reserve. Raises StorageError."""
+        """Raise StorageFull if the disk is full; a `vital` transaction may use the reserve. Raises StorageError."""
         whole, free = self._disk_space()
         size = self._reserve_size(whole)
         try:

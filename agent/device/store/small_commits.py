@@ -1,8 +1,8 @@
 """Small commits: transactions that are durable in the journal, and that the database gets many at a time.
 
 They stay in one open transaction of the connection, so every read of this process includes them. That transaction is
-committed (folded) with the next one that the journal cannot hold, when the journal is full, and at the end. SQLite rolls
-it back as a whole after some errors: then it is run again from the journal's records.
+committed (folded) with the next one that the journal cannot hold, when the journal is full, and at the end. After some
+errors SQLite rolls it back as a whole: then it is run again from the journal's records.
 """
 
 from __future__ import annotations

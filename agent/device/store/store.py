@@ -22,9 +22,9 @@ from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
-from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.journal import Journal
 from agent.device.store.journal_view import JournalView
+from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
