@@ -11,9 +11,9 @@ import numpy as np
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
+from agent.device.capacity.eviction import quarantine_damaged
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
-from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.outbox import MESSAGE_COLUMNS, OutboxMessage
 from agent.device.store.retention import AcknowledgedSeqs

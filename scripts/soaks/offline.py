@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.device.store.space import hours_until_eviction
+from agent.device.capacity.space import hours_until_eviction
 from agent.fleet.database.gap_ledger import EVICTED
 from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result

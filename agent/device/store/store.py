@@ -22,8 +22,7 @@ from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
-from agent.device.store.journal import Journal
-from agent.device.store.journal_view import JournalView
+from agent.device.store.journal import Journal, JournalView
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
@@ -212,9 +211,11 @@ class Store:
     def first_row(self, stream: str) -> int:
         """Return the number of the oldest stored row, or of the next row to come."""
         row = self._fetch_one(
-            "SELECT min(first_row) FROM chunks JOIN checked_streams s ON s.id = stream WHERE s.name = ?", stream
+            "SELECT first_row FROM chunks WHERE stream = (SELECT id FROM checked_streams WHERE name = ?) "
+            "ORDER BY first_row LIMIT 1",
+            stream,
         )
-        return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
+        return int(row[0]) if row else self.last_row(stream) + 1
 
     def cursor(self, task: str) -> int | None:
         """Return the last row that `task` consumed; None before its first batch."""
