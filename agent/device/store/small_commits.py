@@ -33,6 +33,8 @@ class SmallCommits:
     def begin(self, *, vital: bool, small: bool) -> Budget:
         """Begin a transaction. Raises StorageFull, StorageError, sqlite3.Error."""
         if self._open is not None:
+            # First, because a fold needs room, too.
+            self._enforcer.check_disk_space(vital=vital)
             needed = self._enforcer.quota.transaction_bytes // (2 if small else 1)
             if self._open.remaining < needed:
                 self.fold()
@@ -40,7 +42,6 @@ class SmallCommits:
             self._budget = self._enforcer.prepare_transaction(self._db, vital=vital, small=small)
             self._db.execute("BEGIN IMMEDIATE")
         else:
-            self._enforcer.check_disk_space(vital=vital)
             self._budget = self._open
             self._db.execute("SAVEPOINT part")
         self._changes = self._db.total_changes

@@ -22,7 +22,7 @@ from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.wire.messages import encode
-from tests.device.store.test_space import Device
+from tests.device.capacity.test_space import Device
 
 ROOT = Path(__file__).parents[3]
 STEPS = st.lists(
@@ -228,7 +228,7 @@ from pathlib import Path
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageFull
 from agent.wire.messages import encode
-from tests.device.store.test_space import Device
+from tests.device.capacity.test_space import Device
 
 folder = Path(sys.argv[1])
 device = Device(folder / "data", size=1 << 30)
