@@ -1,7 +1,7 @@
 """Group commit: rows of all producers wait for one transaction, and each producer gets the outcome of its own part.
 
-A commit writes a block of flash to the journal however small it is, and 28 KB or more to the database if it is larger. So
-a few rows wait for up to `[buffer] commit_every`.
+A commit writes a block of flash to the journal however small it is, and 28 KB or more to the database if it is larger.
+So a few rows wait for up to `[buffer] commit_every`.
 """
 
 from __future__ import annotations

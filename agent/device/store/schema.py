@@ -161,8 +161,8 @@ def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> Pragma
     ]
 
 
-# Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter. ORDER BY with
-# LIMIT uses the index also where `chunks` is a view (journal.py), min and max do not.
+# Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter.
+# ORDER BY with LIMIT uses the index also where `chunks` is a view (journal.py); min and max do not.
 # CAST: one flipped bit on the disk makes the blob a text that cannot be read.
 SELECT_CHUNKS = """
     SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, boot, clock, segment, boot_us FROM chunks

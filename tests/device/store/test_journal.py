@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from agent import clock
+from agent.device.intake.group_commit import GroupCommit, SourcePosition
 from agent.device.recovery.open import open_store
 from agent.device.store import journal
+from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
-from scripts.kit.stores import STREAMS, append, append_message, opened, pulled, served
+from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
 
 
 @pytest.fixture
@@ -62,6 +65,24 @@ def test_small_commits_leave_the_database_alone_and_are_seen_by_all_who_read(sto
         assert reader.first_row("numbers") == 1
         store.fold()
         assert served(reader) == {n: n for n in range(1, 60)}
+
+
+def test_what_the_intake_commits_goes_to_the_journal(store: Store) -> None:
+    group = GroupCommit(store, STREAMS)
+    now = clock.read()
+    sizes = []
+    for at in range(6):
+        # The first commit notes the segment of the clock, and goes to the database.
+        raw = RawColumns(2, [now.wall_us / 1e6 + at] * 2, {"n": [at, at + 100], "mode": ["low", f"new {at}"]})
+        checked = validate_columns(raw, NUMBERS, now.wall_us, None)
+        group.add_rows("producer", "numbers", checked, [at * 3 + 1, at * 3 + 2], now, client="gateway")
+        group.reject("producer", at * 3 + 3, "is no row")
+        group.advance("producer", at * 3 + 3, SourcePosition("socket", "gateway", at * 3 + 3))
+        assert group.commit(now)["producer"].accepted == 2
+        sizes.append(log_bytes(store))
+    assert sizes[0] == sizes[-1]
+    assert store.last_row("numbers") == 22
+    assert store.source_position("socket", "gateway") == 18
 
 
 def test_a_commit_of_a_thousand_rows_goes_past_the_journal(store: Store, tmp_path: Path) -> None:
