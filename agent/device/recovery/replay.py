@@ -9,6 +9,7 @@ import msgspec
 
 from agent import clock
 from agent.device.recovery import findings
+from agent.device.recovery.categories import repair_categories
 from agent.device.recovery.findings import RecoveryFinding
 from agent.device.store import journal, meta
 from agent.device.store.journal import INSERT_CHUNK_CODE, Record
@@ -55,9 +56,6 @@ def report(db: sqlite3.Connection, done: Replay) -> None:
     """Add a finding if records were missing or damaged, inside the caller's transaction."""
     if done.is_complete:
         return
-    # Imported here, 15 ms: few starts need it.
-    from agent.device.recovery.copy import repair_categories
-
     repair_categories(db)
     time = clock.to_rfc3339(clock.read().wall_us)
     findings.add(db, RecoveryFinding(summary=_SUMMARY, time=time, log=meta.get(db, "log", ""), rows=done.lost))
