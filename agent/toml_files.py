@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -64,6 +63,9 @@ def encode_key(name: str) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` if a known word is close, else a list of the known words."""
     names = list(known)
+    # Imported here: only mistakes need it.
+    import difflib
+
     close = difflib.get_close_matches(word, names, 1, 0.5)
     if close:
         return f"; did you mean {close[0]!r}?"

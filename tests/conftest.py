@@ -64,6 +64,7 @@ _MARKS = {
         "tests.device.intake.test_sources",
         "tests.end_to_end.test_daemon",
         "tests.kit.exchanges",
+        "tests.kit.kills",
         "tests.kit.repositories",
         "tests.kit.rollouts",
         "tests.kit.stations.Killable",
@@ -117,15 +118,23 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatc
         monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
 
 
+def pytest_collection_finish() -> None:
+    """Exempt all that lives until the end from garbage collection, which each file's end asks for."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def model_processes_end(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End the model processes of a file's tests after the last one, and fail where something still holds one."""
+def nothing_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Collect a file's garbage when its last test ends: what it left open fails that file, and not any later one."""
     yield
-    if _model_processes():
-        # As after a reload: a daemon and an error that a test keeps are cycles.
-        gc.collect()
-        # pytest keeps the last error, and with it what the failed test held.
-        assert not _model_processes() or request.session.testsfailed, "a model process is left running: close it"
+    for item in request.session.items:
+        # pytest keeps the arguments of the last test until it has ended.
+        if isinstance(item, pytest.Function) and item.funcargs and item.path == request.path:
+            item.funcargs.clear()
+    gc.collect()
+    # It also keeps the last error, and with it what the failed test held.
+    assert not _model_processes() or request.session.testsfailed, "a model process is left running: close it"
 
 
 def _model_processes() -> list[str]:

@@ -46,102 +46,251 @@ _MAX_RETENTION_S = 3650 * 86_400.0
 
 
 class DeviceConfig(Section, frozen=True):
+    """Name of the device, and its folder.
+
+    ```toml
+    [device]
+    id = "pi-07"
+    fleet = "acme"
+    groups = ["roof", "south"]
+    ```
+    """
+
     id: str
+    """Device id: a-z 0-9 - _ . , 1 to 64 characters; it is a level of every topic."""
     fleet: str
+    """Fleet name, same characters."""
     data_dir: str = "/var/lib/outstation"
-    # A group's desired state applies to this device; the first listed group wins.
+    """Folder of the store, the intake socket and installed bundles; on a local disk. If it is moved away, the daemon
+    stops with exit code 3 and leaves a note `<data_dir>.moved` beside it, or `<data_dir>.moved/note` if that is a
+    folder, as under the shipped unit. It starts again when the folder is back or the note is deleted. If the note
+    cannot be written, the message says so."""
     groups: Annotated[list[str], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+    """Groups this device belongs to; a group's desired state applies, and the first listed group wins."""
 
 
 class CollectorConfig(Section, frozen=True):
+    """Keys of the collector, and whose confirmation deletes a message.
+
+    ```toml
+    [collector]
+    delivery = "broker"                 # a device without a fleet
+    ```
+    """
+
     key: str = ""
-    # What messages are sealed to with [privacy] encrypt, until a trust document names another one.
+    """The collector's public key; only acknowledgements signed with it count."""
     encryption_key: str = ""
+    """The collectors' public X25519 key, for `[privacy] encrypt` and `[samples]`; the fleet's trust document may name a
+    newer one."""
     delivery: Literal["collector", "broker"] = "collector"
+    """Delete a message once the collector has acknowledged it; `"broker"`: once the broker has."""
 
 
 class OperatorsConfig(Section, frozen=True):
-    """Keys by role, until a trust document replaces them (see `agent.wire.trust`)."""
+    """Keys of people by role.
+
+    ```toml
+    [operators]
+    keys = ["B6pMmUwGkLtISEqevNHqOIXPij3Pb8HgNhgs7UHL5S8"]
+    wipe_delay = "24 h"
+    ```
+
+    The fleet's trust document replaces `keys`, `deployers`, `reporters` and `[collector] key` (see
+    [updates](../guides/updates.md)).
+    """
 
     keys: list[str] = msgspec.field(default_factory=list)
+    """Public keys of operators: they may sign all commands, desired state and bundles."""
     deployers: list[str] = msgspec.field(default_factory=list)
+    """Public keys that may sign desired state, and the commands `rollback` and `report`."""
     reporters: list[str] = msgspec.field(default_factory=list)
-    # A wipe that one operator's key confirms happens this much later, so that others can cancel it.
+    """Public keys that may sign the command `report`."""
     wipe_delay: Duration = Duration(3600.0)
+    """A `wipe` that one operator's key confirms happens this much later; `"0 s"`: at once."""
 
 
 class PublishersConfig(Section, frozen=True):
+    """Keys that sign bundles.
+
+    ```toml
+    [publishers]
+    keys = ["iELJoGOcScueykDd42222LBDL-IQOdcDBCZb5PXw2Tw"]
+    ```
+    """
+
     keys: list[str] = msgspec.field(default_factory=list)
+    """Public keys that may sign bundles, besides the operators' and the built-in one."""
 
 
 class BufferConfig(Section, frozen=True):
+    """Limits of the store.
+
+    ```toml
+    [buffer]
+    max_size = "8 GiB"
+    commit_every = "10 s"               # a tenth of the flash wear of a 1 Hz sensor
+    ```
+    """
+
     max_size: Size = Size(2**30)
+    """Limit of the store's size, never exceeded."""
     commit_every: Duration = Duration(1.0)
+    """Longest time a producer waits for its acknowledgement; 128 KiB of rows are committed at once."""
     keep_readings: Duration = Duration(24 * 3600.0)
+    """Retention of readings after all tasks have consumed them; shorter when space runs out."""
     keep_messages: Duration = Duration(48 * 3600.0)
+    """Retention of acknowledged messages, in case the collector is restored from a backup; shorter when space runs
+    out."""
     keep_results: Duration = Duration(7 * 86_400.0)
+    """Retention of predictions for labels that arrive later."""
     when_full: Literal["evict", "refuse"] = "evict"
+    """Delete the least important data and declare it; `"refuse"`: reject new readings."""
 
 
 class PrivacyConfig(Section, frozen=True):
-    """Limits of what leaves the device. A bundle may demand a larger `min_count`, never a smaller one."""
+    """Limits of what leaves the device.
+
+    ```toml
+    [privacy]
+    min_count = 20
+    encrypt = true
+    ```
+
+    See [concepts/privacy.md](../concepts/privacy.md).
+
+    What `encrypt = true` costs: nobody but the collectors, `outstation fleet watch` and the sender of a command can
+    read what this device sends, also what is retained (`state`, `keys`). A sealed message has 58 bytes more inside and
+    176 bytes of properties less. Sealing takes 109 µs of an x86 core, signing 44 µs. The journal, `[collector]
+    delivery` and resending do not change. Messages stay in the clear in the device's store, and in the collector's
+    database.
+    """
 
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    """Least number of readings that any number in a message rests on; a bundle can demand more, never less; `1`: no
+    limit."""
     values_in_logs: bool = False
-    # Seal messages to the collector's encryption key: the broker and its other clients cannot read them.
+    """Name the value of a rejected reading in its reason, and so in journals."""
     encrypt: bool = False
+    """Seal every message to the collectors' `[collector] encryption_key`: the broker and its other clients see topic,
+    size and time only."""
 
 
 class ThrottleConfig(Section, frozen=True):
-    """When tasks pause to protect the machine: degrees Celsius, battery percentage while discharging."""
+    """Limits at which tasks pause to protect the machine.
+
+    ```toml
+    [throttle]
+    max_temperature = 70.0              # in a closed case without a fan
+    min_battery = 40.0
+    ```
+    """
 
     max_temperature: Annotated[float, msgspec.Meta(gt=0, le=150)] = 80.0
+    """°C above which tasks pause."""
     min_battery: Annotated[float, msgspec.Meta(ge=0, le=95)] = 20.0
+    """Battery percentage below which tasks pause while it discharges."""
     throttled: Literal["wait", "ignore"] = "wait"
+    """Pause tasks while the firmware throttles the processor; or `"ignore"`."""
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
+    """Niceness of the inference thread relative to intake and uplink, 0 to 19; the installed service has `Nice=5` and
+    cannot change it."""
 
 
 class ModelsConfig(Section, frozen=True):
-    """Limits of model processes. `memory` is added to what Python and the runtime take; None means half the machine's.
+    """Limits of model processes.
 
-    `confinement`: "auto" confines where the machine can; "required" runs no model and decodes no file elsewhere; "off"
-    runs models in the daemon's own process.
+    ```toml
+    [models]
+    confinement = "required"
+    memory = "200 MiB"
+    ```
+
+    A task's model runs in a process of its own, which tasks of the same bundle share. That process computes and
+    answers; it has no files, network, keys or environment.
     """
 
     confinement: Literal["auto", "required", "off"] = "auto"
+    """Confine model processes where the machine can (Linux seccomp and libseccomp2); `"required"`: run no model and
+    decode no file elsewhere; `"off"`: run models in the daemon's own process."""
     memory: Size | None = None
+    """Memory of a model process beyond what Python and the runtime take, half of the machine's unless given; a bundle's
+    own limit counts if it is lower."""
 
 
 class IntakeConfig(Section, frozen=True):
+    """Further ways for producers to reach the intake.
+
+    ```toml
+    [intake]
+    tcp = "127.0.0.1:7071"              # for a container without access to the socket
+    ```
+    """
+
     tcp: str | None = None
-    # What producers on TCP must know; made on the first start.
+    """`"127.0.0.1:7071"`: also accept the socket protocol on this loopback address, from producers with the token."""
     token_file: str | None = None
+    """File with the token of TCP producers, at least 32 characters, readable by its owner only;
+    `<data_dir>/intake.token` unless given; the first start makes it."""
 
 
 class FieldConfig(Section, frozen=True):
+    """Field of a row.
+
+    ```toml
+    [streams.room]
+    fields = [
+      { name = "temperature", unit = "°C", min = -20, max = 60, max_step = 5 },
+      { name = "state", type = "category", optional = true, max_categories = 20 },
+    ]
+    ```
+    """
+
     name: str
+    """Field name."""
     unit: str = ""
+    """Unit, shown in alerts; lets drift detection recognise a changed unit."""
     min: float | None = None
+    """Rows with a smaller value are rejected."""
     max: float | None = None
-    # Largest change from one row to the next.
+    """Rows with a larger value are rejected."""
     max_step: float | None = None
+    """Largest change from one row to the next (step test); a row that jumps is rejected."""
     type: Literal["f32", "f64", "i64", "category"] = "f32"
+    """Type of its values; a `category` is text."""
     optional: bool = False
-    # Categories of a field of that type; further ones count as `(other)`.
+    """The value may be missing."""
     max_categories: Annotated[int, msgspec.Meta(ge=2, le=65_535)] = 1000
+    """Categories of a `category` field; further texts are stored as `(other)` and counted."""
 
 
 class StreamConfig(Section, frozen=True):
-    """A stream. `load` fills the fields of image and sound sources."""
+    """Stream of rows: its fields and its source.
+
+    ```toml
+    [streams.room]
+    fields = [
+      { name = "temperature", unit = "°C", min = -20, max = 60, max_step = 5 },
+      { name = "state", type = "category", optional = true },
+    ]
+    source = { kind = "mqtt", topic = "zigbee2mqtt/room", paths = { state = "$.occupancy" } }
+    ```
+    """
 
     fields: Annotated[list[FieldConfig], msgspec.Meta(min_length=1, max_length=MAX_FIELDS)] = msgspec.field(
         default_factory=list
     )
+    """Fields of a row, in order, at least one; image and sound sources define their own."""
     source: SourceConfig = msgspec.field(default_factory=SocketSource)
+    """Where rows come from: a table whose `kind` chooses one of the sources below; a socket unless given."""
     privacy: StreamPrivacy = msgspec.field(default_factory=StreamPrivacy)
+    """What leaves of its fields, see [streams.NAME.privacy](#streamsnameprivacy)."""
     duplicates: Literal["reject", "accept"] = "reject"
-    # Rows that are older than the stream's latest one by more than this are rejected, unless they come from files.
+    """What happens to [rows and files that come again](intake.md#rows-that-come-again-late-or-jump); `"accept"` for
+    sources that repeat rows on purpose."""
     allowed_lateness: Duration = Duration(60.0)
+    """Rows older than the stream's latest row by more than this are rejected; rows of files and replays may be
+    older."""
 
     @property
     def media_format(self) -> MediaFormat | None:
@@ -161,31 +310,81 @@ class StreamConfig(Section, frozen=True):
 
 
 class PublishBelow(Section, frozen=True):
+    """Limit of the score below which predictions are sent.
+
+    ```toml
+    [tasks.exercise]
+    stream = "watch"
+    bundle = "exercise"
+    publish = { below_score = 0.6 }
+    ```
+    """
+
     below_score: float
+    """Predictions with a lower score are sent."""
 
 
 class BinnedField(Section, frozen=True):
-    """A numeric field in bins: below the first of `edges`, between them, and from the last one on."""
+    """Numeric field in bins.
+
+    ```toml
+    [tasks.exercise]
+    stream = "watch"
+    bundle = "exercise"
+    slices = [{ field = "ax", edges = [-1, 0, 1] }]
+    ```
+    """
 
     field: str
+    """Name of the field."""
     edges: Annotated[list[float], msgspec.Meta(min_length=1, max_length=15)]
+    """Limits between bins: below the first one, between them, and from the last one on."""
 
 
 class TaskConfig(Section, frozen=True):
+    """Task: a bundle that runs over a stream.
+
+    ```toml
+    [tasks.exercise]
+    stream = "watch"
+    bundle = "exercise"
+    schedule = "when 500 rows"
+    deadline = "2 s"
+    publish = "changes"
+    slices = [{ field = "ax", edges = [-1, 0, 1] }]
+    ```
+    """
+
     stream: str
+    """Stream to consume; each row is used once."""
     bundle: str
+    """Name in the bundle store, or a path."""
     schedule: str = "every 60 s"
-    # Longest duration of a batch. A late batch is committed and counted, and the next ones are smaller.
+    """When batches run: an interval, a cron expression, or `"when 500 rows"`."""
     deadline: Duration | None = None
+    """Longest duration of a batch: a late batch is counted, and the next ones are smaller."""
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
+    """Predictions to send: all, only `"changes"`, none (`"summary"`), or those with a score below a limit: `{
+    below_score = 0.6 }`."""
     learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
+    """Drift windows from which the site's reference is learned."""
     learn_duration: Duration = Duration(0.0)
+    """Least time those windows must span."""
     learn_extension: Annotated[float, msgspec.Meta(ge=1, le=100)] = 4.0
-    on_deviation: Literal["continue", "hold"] = "continue"  # with a learned reference that deviates
+    """Up to how many times as long learning goes on where windows are so much like their neighbours, for weather or
+    long modes, that they tell too little of what is usual; 1: not at all."""
+    on_deviation: Literal["continue", "hold"] = "continue"
+    """A learned reference that deviates is used, with an alert; `"hold"`: drift is not tested until somebody accepts
+    it."""
     seasonality: Literal["auto", "hour", "week", "none"] | None = None
-    class_field: str | None = None  # category field with the classes of a model that has none; "" for none
+    """Daily cycle of the site's reference: `"hour"` follows the hour, `"week"` rest days too, `"none"` neither,
+    `"auto"` what the data support; without it the bundle decides."""
+    class_field: str | None = None
+    """Category field that provides classes for a model without them; `""` for none."""
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+    """Category fields, or binned ones `{ field = "ax", edges = [0, 1] }`, for metrics by slice."""
     alerts: list[AlertRuleConfig] = msgspec.field(default_factory=list)
+    """Rules for alerts on what the model says, see [tasks.NAME.alerts](#tasksnamealerts)."""
 
 
 class Config(Section, frozen=True):

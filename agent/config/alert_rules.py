@@ -71,25 +71,68 @@ class Confirmation(msgspec.Struct, frozen=True):
 
 
 class AlertRuleConfig(Section, frozen=True, rename={"for_": "for"}):
-    """Alert rule of a task: one condition, how often it must hold, and the alert's severity and sentence."""
+    """Alert rule of a task: one condition, how often it must hold, and the alert's severity and sentence.
+
+    ```toml
+    [[tasks.exercise.alerts]]
+    name = "fall"
+    label = "falling"
+    score = ">= 0.9"
+    for = "3 of 5"
+    hold = "10 min"
+    severity = "critical"
+    summary = "{device}: the wearer may have fallen at {time} ({score} sure)."
+    only_healthy = true
+    ```
+
+    A rule raises an alert of kind `result` and clears it again, in the commit of the results that it is about. Each
+    alert is raised once and cleared once, also if the device is switched off in between. `outstation check` explains
+    each rule in a sentence. A rule that can never fire, or never clear, is an error.
+
+    A rule has one condition; only `score` goes with a class. `for` counts in both directions. With `"3 of 5"` the alert
+    clears after 5 results in a row that do not meet the condition, and with `"10 min"` once results have not met it for
+    10 minutes. Times are those of the results. A gap between two results that is longer than `for` counts as half of
+    it.
+
+    With `only_healthy` a result counts once its drift window has closed, so such an alert comes up to a drift window
+    later. A result does not count if its drift window shows a sensor fault, or if the alert of one was open before it.
+    At most 512 results wait: of a longer drift window the earlier ones are judged by open alerts alone. A bundle
+    without a drift reference tells of no faults. Leave `only_healthy` out where an alert must not wait.
+
+    A rule follows the task, not the bundle: a roll-out of a bundle for which a rule can never fire is rejected on the
+    device. A rule whose text changed starts anew. A rule that was changed or removed clears its open alert at the next
+    start.
+    """
 
     name: str
+    """Name of the rule in the task, characters as of `id`; it is the alert's subject."""
     label: str | None = None
+    """Condition: the model names this class."""
     labels: Annotated[list[str], msgspec.Meta(min_length=1, max_length=256)] | None = None
+    """Condition: the model names one of these classes."""
     score: str | None = None
+    """Condition: the score, alone or of `label` or `labels`: `">= 0.9"`; signs are `>`, `>=`, `<`, `<=`."""
     value: str | None = None
-    # Name of the value of a model with several; the first one unless given.
+    """Condition: the value of a regression, or the distance of an anomaly model: `"> 80"`."""
     output: str | None = None
+    """With `value`: name of the value, of a model that predicts several; else the first."""
     anomaly: bool = False
+    """Condition: the value is above the threshold of the bundle."""
     unchanged: str | None = None
-    # Only at numbers beyond this one does an alert about a score or value clear.
+    """Condition: the class, or the value, has been the same for `"2 h"` or `"100 windows"`."""
     clear: str | None = None
+    """With `score` or `value`: the alert clears only with results beyond this limit: `"< 75"`."""
     for_: str | None = None
+    """`"3 of 5"`: in 3 of the newest 5 results; or a duration, such as `"10 min"`; else one result suffices."""
     hold: Duration = Duration(0.0)
+    """The alert stays raised at least this long, and is so not raised again within it."""
     severity: Severity = "warning"
+    """Severity of the alert."""
     summary: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
-    # Results of drift windows with a sensor fault, or with too much missing input, do not count.
+    """Your own sentence, in place of one that names the condition; `{device}`, `{task}`, `{label}`, `{score}`,
+    `{value}` and `{time}` are those of the result that raised the alert."""
     only_healthy: bool = False
+    """Results with a sensor fault, or with more missing input than the bundle allows, do not count."""
 
     @property
     def class_names(self) -> list[str]:

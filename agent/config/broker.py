@@ -20,15 +20,41 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class BrokerConfig(Section, frozen=True):
+    """Broker that takes the messages.
+
+    ```toml
+    [broker]
+    url = "mqtts://broker.example.org:8883"
+    ca_file = "ca.pem"
+    cert_file = "device.crt"
+    tls_key_file = "device-tls.key"
+    compress = true                     # the link is billed by the byte
+    ```
+
+    With `compress = true` the payload is gzip with content type `application/gzip`. The signature still covers the JSON
+    inside. The collector and `outstation fleet watch` decompress it and store the JSON. Other subscribers must
+    decompress it themselves: `mosquitto_sub … -N -C 1 | zcat`. Use it on links that are billed by the byte. `outstation
+    cost` counts bytes before compression.
+    """
+
     url: str = "mqtt://127.0.0.1:1883"
+    """Broker address; use `mqtts://` for any other machine."""
     ca_file: str | None = None
+    """CA that signed the broker's certificate; without it the system's CAs are used."""
     cert_file: str | None = None
+    """Client certificate of this device."""
     tls_key_file: str | None = None
+    """Private key of the client certificate."""
     username: str | None = None
+    """User name, for brokers that require one."""
     password: str | None = None
+    """Password, for brokers that require one."""
     allow_plaintext: bool = False
+    """Allow `mqtt://` to another machine: anybody on the network can read the messages, but not forge them."""
     max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
+    """Largest message; longer ones are split. AWS IoT Core accepts 128 KiB."""
     compress: bool = False
+    """Send logged messages as gzip, about a quarter of the bytes."""
 
     @property
     def shown_url(self) -> str:

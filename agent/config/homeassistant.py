@@ -23,19 +23,36 @@ NOT_AUTHENTICATED = (
 
 
 class HomeAssistantConfig(Section, frozen=True):
-    """`prefix`: Home Assistant's discovery prefix. `dashboard`: URL of `fleet dashboard`, to which its pages link.
+    """Publishing for Home Assistant.
 
-    Results that are older than `max_age` when they arrive are not published: Home Assistant would date them now.
-    `broker`: Home Assistant's broker, where it is another one. `verdicts`: the name under which presses of its buttons
-    are stored as verdicts; "" for no buttons.
+    ```toml
+    [homeassistant]
+    max_age = "10 min"
+
+    [homeassistant.broker]
+    url = "mqtt://127.0.0.1:1883"
+    username = "outstation"
+    password = "secret"
+    ```
+
+    Without this section nothing is published for it. A device needs it only where no collector publishes.
+    See [docs/guides/home-assistant.md](../guides/home-assistant.md).
     """
 
     enabled: bool = True
+    """False switches it off."""
     prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}\Z")] = DEFAULT_PREFIX
+    """Discovery prefix of Home Assistant."""
     dashboard: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    """URL of `fleet dashboard`, to which the device's page in Home Assistant links."""
     max_age: Duration = Duration(3600.0)
+    """A result that is older when it arrives is not published."""
     verdicts: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?\Z")] = ""
+    """Name under which [presses of its buttons](../guides/labels.md#home-assistant) are stored as verdicts; empty for
+    no buttons."""
     broker: BrokerConfig | None = None
+    """Home Assistant's broker, as section `[homeassistant.broker]` with the keys of `[broker]`; without it,
+    `[broker]`."""
 
 
 def with_absolute_paths(config: HomeAssistantConfig, base: Path) -> HomeAssistantConfig:

@@ -20,14 +20,36 @@ _MIN_AGE_S, _MAX_AGE_S = 3600.0, 365 * DAY_S
 
 
 class MeteredConfig(Section, frozen=True):
-    """Limits of what is sent and received.
+    """Limits of a connection that is billed by the byte. The section may be empty.
 
-    `budget`: bytes within 24 h. `windows`: when bulk may be sent. Bulk that waited for `max_age` is given up.
+    ```toml
+    [broker.metered]
+    budget = "5 MB"
+    windows = ["01:00-05:00"]
+    ```
+
+    - Alerts, audit messages and health messages, then one an hour, go at once, before everything else. Results, drift
+      windows and metrics are bulk. Bulk may use 80 % of the budget, and waits for a window.
+    - When the whole budget is used up, the device disconnects: being connected costs bytes, too. No message is lost.
+    - Bytes are those of the network: the kernel counts TCP/IP headers, TLS, repetitions and acknowledgements. Name
+      look-ups and failed attempts without an answer are not counted. The pings of an idle connection take 60 kB a day.
+    - 24 h are hours that the device was on, by the boot-time clock: neither a restart nor a clock that is set gives a
+      second budget.
+    - While the clock is not set, nobody knows when a window opens. Bulk then goes in the first part of each 24 h of
+      uptime, as long as all windows together.
+    - Given up are `results`, `shadow`, `samples` and `health` messages. Each is declared to the collector in a signed
+      audit message, event `evicted` with reason `expired`, and counted. The log stays complete, and `fleet audit`
+      passes. Their age is counted in uptime.
+    - `outstation status`, health messages (member `metered`) and `outstation check` show what was used, and what holds
+      bulk back. `check` warns if the messages of a day take more than the budget.
     """
 
     budget: Size | None = None
+    """Bytes within 24 h, both ways, such as `"5 MB"`; at least two messages of `max_message_bytes`."""
     windows: Annotated[list[str], msgspec.Meta(max_length=24)] = msgspec.field(default_factory=list)
+    """Times of the local day when bulk may be sent, such as `["01:00-05:00"]`; without any, at all times."""
     max_age: Duration | None = None
+    """Bulk that waited this long is given up, such as `"7 d"`; without it, everything waits."""
 
     @property
     def day_windows(self) -> list[DayWindow]:
@@ -36,9 +58,8 @@ class MeteredConfig(Section, frozen=True):
 
 
 class UplinkBrokerConfig(BrokerConfig, frozen=True):
-    """Section [broker] of a device."""
-
     metered: MeteredConfig | None = None
+    """Limits of a connection that is billed by the byte, see [broker.metered](#brokermetered)."""
 
 
 def check(file: str, broker: UplinkBrokerConfig) -> None:

@@ -33,12 +33,24 @@ Names = Annotated[list[str], msgspec.Meta(max_length=64)]
 
 
 class WebhookTarget(Section, frozen=True, tag_field="kind", tag="webhook"):
-    """A JSON document by HTTP POST. `secret_file`: shared secret of the signature; without one it is not signed."""
+    """JSON document by HTTP POST.
+
+    ```toml
+    [notify.targets.office]
+    kind = "webhook"
+    url = "https://example.org/alerts"
+    secret_file = "office.secret"
+    ```
+    """
 
     url: str
+    """Where the JSON document is posted."""
     secret_file: str | None = None
+    """File with the shared secret of the signature; without one it is not signed."""
     ca_file: str | None = None
+    """CA of the server's certificate; without it the system's CAs are used."""
     allow_plaintext: bool = False
+    """Allow `http://` to another machine."""
 
     def check(self, file: str, key: str) -> None:
         """Raise ConfigError for a URL that cannot be used, or that is not encrypted and leaves this machine."""
@@ -55,17 +67,37 @@ class WebhookTarget(Section, frozen=True, tag_field="kind", tag="webhook"):
 
 
 class EmailTarget(Section, frozen=True, tag_field="kind", tag="email"):
-    """Mail by SMTP. `security`: STARTTLS (port 587), TLS from the start (465), or none (25)."""
+    """Mail by SMTP.
+
+    ```toml
+    [notify.targets.me]
+    kind = "email"
+    host = "mail.example.org"
+    from = "pi-07@example.org"
+    to = ["me@example.org"]
+    username = "pi-07"
+    password_file = "mail.password"
+    ```
+    """
 
     host: str
+    """Mail server."""
     sender: str = msgspec.field(name="from")
+    """Address of the sender."""
     to: Annotated[list[str], msgspec.Meta(min_length=1, max_length=20)]
+    """Addresses, up to 20."""
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """Port of the server; without it 587 for STARTTLS, 465 for TLS, 25 for neither."""
     security: Literal["starttls", "tls", "none"] = "starttls"
+    """Encryption: STARTTLS, TLS from the start, or none, on this machine."""
     username: str | None = None
+    """User name, with `password_file`."""
     password_file: str | None = None
+    """File with the password."""
     ca_file: str | None = None
+    """CA of the server's certificate."""
     allow_plaintext: bool = False
+    """Allow `security = "none"` to another machine."""
 
     @property
     def effective_port(self) -> int:
@@ -86,19 +118,36 @@ class EmailTarget(Section, frozen=True, tag_field="kind", tag="email"):
 
 
 class AppriseTarget(Section, frozen=True, tag_field="kind", tag="apprise"):
-    """One of the services that Apprise knows; `url_file`: file with its URL, which holds its credentials."""
+    """One of the services that Apprise knows.
+
+    ```toml
+    [notify.targets.phone]
+    kind = "apprise"
+    url_file = "phone.url"
+    ```
+    """
 
     url_file: str
+    """File with one URL of Apprise, which holds credentials."""
 
     def check(self, file: str, key: str) -> None:
         """Do nothing: the file is read when it is used, so that `check` can name its problem."""
 
 
 class MqttTarget(Section, frozen=True, tag_field="kind", tag="mqtt"):
-    """A retained document with all open alerts. `topic` must not be in the fleet's own tree."""
+    """Retained document with all open alerts.
+
+    ```toml
+    [notify.targets.lamp]
+    kind = "mqtt"
+    topic = "house/alerts"
+    ```
+    """
 
     topic: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    """Topic of the retained document with all open alerts, outside `outstation/`."""
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    """Keys of [broker](#broker)."""
 
     def check(self, file: str, key: str) -> None:
         check_broker(file, self.broker, f"{key}.broker")
@@ -113,34 +162,77 @@ Target = WebhookTarget | EmailTarget | AppriseTarget | MqttTarget
 class NotifyRoute(Section, frozen=True):
     """Route of alerts to targets: those of at least `severity`, and matching an entry of each list that is given.
 
-    `kinds`: patterns of `alert` or `alert/subject`. `delivery`: at once, or in the digest of the day.
+    ```toml
+    [notify.targets.phone]
+    kind = "apprise"
+    url_file = "phone.url"
+
+    [[notify.routes]]
+    targets = ["phone"]
+    severity = "critical"
+    kinds = ["fault/*"]
+    quiet_hours = false
+    ```
     """
 
     targets: Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_TARGETS)]
+    """Names of targets."""
     severity: Literal["info", "warning", "critical"] = "warning"
+    """Least severity."""
     devices: Names = msgspec.field(default_factory=list)
+    """Patterns of device ids; without any, all."""
     groups: Names = msgspec.field(default_factory=list)
+    """Patterns of `[device] groups`."""
     kinds: Names = msgspec.field(default_factory=list)
+    """Patterns of `alert` or `alert/subject`, such as `"fault/a*"`."""
     delivery: Literal["now", "digest"] = "now"
+    """At once, or in the digest of the day."""
     quiet_hours: bool = True
+    """Obey the quiet hours."""
     recovery: bool = True
+    """Tell that an alert was cleared, too."""
     remind_every: Duration | None = None
+    """In place of that of `[notify]`."""
 
 
 class NotifyConfig(Section, frozen=True):
-    """The section. Without a route, every target gets alerts of at least severity warning.
+    """Notifications about alerts: whom, when, and how often.
 
-    `group_for`: a target gets at most one notification in this time; what comes meanwhile is joined. `quiet_hours`,
-    such as `"22:00-07:00"`, hold back what is not critical. `remind_every`: 0 for no reminders.
+    ```toml
+    [notify]
+    time_zone = "Europe/Berlin"
+    quiet_hours = "22:00-07:00"
+
+    [notify.targets.me]
+    kind = "email"
+    host = "mail.example.org"
+    from = "pi-07@example.org"
+    to = ["me@example.org"]
+
+    [[notify.routes]]
+    targets = ["me"]
+    severity = "critical"
+    ```
+
+    Tells people of this device's alerts, where there is no collector that does; the fleet has the same section in
+    fleet.toml. See [notify.md](../guides/notify.md).
     """
 
     targets: dict[str, Target] = msgspec.field(default_factory=dict)
+    """Whom to tell: tables `[notify.targets.NAME]`, whose `kind` chooses one of the targets below."""
     routes: Annotated[list[NotifyRoute], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=list)
+    """Which alerts go to which target, see [notify.routes](#notifyroutes); without one, warnings and critical alerts go
+    to every target."""
     time_zone: str = "UTC"
+    """Zone of quiet hours, digests and times in messages, such as `"Europe/Berlin"`."""
     quiet_hours: str | None = None
+    """Only critical alerts are told then: `"22:00-07:00"`."""
     digest_at: str = "08:00"
+    """When the digest of the day goes out."""
     group_for: Duration = Duration(30.0)
+    """A target gets at most one notification in this time; what comes meanwhile is joined."""
     remind_every: Duration = Duration(86_400.0)
+    """Reminder of an open alert that nobody acknowledged; `"0 s"` for none."""
 
     @property
     def secret_files(self) -> list[Path]:

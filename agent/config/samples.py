@@ -15,21 +15,37 @@ _MIN_MESSAGE_BYTES, _MAX_MESSAGE_BYTES = 2048, 1 << 19
 
 
 class SamplesConfig(Section, frozen=True):
-    """Without this section no reading leaves the device. `consent`: who agreed to what, and when.
+    """Consent to send readings around alerts and uncertain results.
 
-    A sample covers the model window of a result and `windows` more on either side, `digits` significant digits of each
-    value. `uncertain_below`: results with a lower score are sampled. `tasks`: all of them if empty.
+    ```toml
+    [samples]
+    consent = "J. Doe, owner of the site, 2026-11-01"
+    uncertain_below = 0.5
+    ```
+
+    Without this section no reading leaves the device. It needs `[collector] encryption_key`.
+    [Samples](../guides/samples.md) explains it.
     """
 
     consent: Annotated[str, msgspec.Meta(min_length=10, max_length=200)]
+    """Who agreed to send which readings, and when: It goes sealed with each sample, in the clear
+    in health, and into the data card."""
     tasks: list[str] = msgspec.field(default_factory=list)
+    """Tasks whose readings may be sent; all if empty."""
     on_alert: bool = True
+    """Send readings around a result with an alert, and at the end of a drift window with one."""
     on_request: bool = True
+    """Send readings around the result that `outstation fleet command DEVICE sample TASK ROW` names."""
     uncertain_below: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    """Send readings around results with a lower score; at most the four least certain of a batch."""
     windows: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
+    """Model windows sent on either side of the result's; for a model without windows, rows."""
     digits: Annotated[int, msgspec.Meta(ge=1, le=7)] = 4
+    """Significant digits of each value."""
     max_message: Size = Size(16 << 10)
+    """Largest message; a larger sample loses the rows far from its result."""
     max_per_day: Size = Size(256 << 10)
+    """Bytes of all samples in 24 h of uptime."""
 
     def covers(self, task: str) -> bool:
         return not self.tasks or task in self.tasks

@@ -46,12 +46,25 @@ class SocketSource(SourceSection, frozen=True, tag_field="kind", tag="socket"):
 
 
 class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
-    """Watched folder of tables with the stream's fields, or of images or sounds, which determine the fields."""
+    """Watched folder of tables with the stream's fields, or of images or sounds, which determine the fields.
+
+    ```toml
+    [streams.meter]
+    fields = [{ name = "power", unit = "W" }]
+    source = { kind = "files", folder = "/srv/meter", poll_interval = "1 min" }
+    ```
+
+    Tables are CSV, JSON Lines or Parquet. [Images and sounds](bundles.md#images-and-sounds-on-a-device) have a page.
+    """
 
     folder: str
+    """Folder to watch."""
     poll_interval: Duration = Duration(2.0)
+    """How often to look for new files."""
     image: ImageFormat | None = None
+    """How images become rows."""
     sound: SoundFormat | None = None
+    """How sounds become rows."""
 
     @property
     def media_format(self) -> MediaFormat | None:
@@ -71,47 +84,96 @@ class FilesSource(SourceSection, frozen=True, tag_field="kind", tag="files"):
 
 
 class HostSource(SourceSection, frozen=True, tag_field="kind", tag="host"):
-    """Metrics of this machine."""
+    """Metrics of this machine.
+
+    ```toml
+    [streams.host]
+    fields = [{ name = "temperature" }, { name = "load1" }]
+    source = { kind = "host", poll_interval = "1 min" }
+    ```
+
+    Fields by name: `temperature`, `cpu`, `load1`, `memory`, `disk`, `swap`, `uptime`.
+    """
 
     poll_interval: Duration = Duration(10.0)
+    """Time between rows."""
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         _check_poll_interval(file, key, self.poll_interval)
 
 
 class ReplayFault(Section, frozen=True):
-    """Fault that a replay injects into its recordings from row `from_row` on.
+    """Fault that a replay injects into its recordings.
 
-    `amount` is a factor (gain, scale), an addend (offset), the value (stuck), the limit of magnitudes (saturate), the
-    standard deviation (noise), the step size (quantize), or the height of spikes, one in a hundred rows. swap exchanges
-    two fields.
+    ```toml
+    [streams.watch]
+    fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }]
+    source = { kind = "replay", file = "exercise.npz", faults = [
+      { kind = "gain", fields = ["ax"], from_row = 20000, amount = 1.5 },
+    ] }
+    ```
     """
 
     kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
+    """Kind of the fault; `swap` exchanges two fields."""
     fields: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """Fields that it changes."""
     from_row: Annotated[int, msgspec.Meta(ge=1)]
+    """First row that it changes."""
     amount: float = 0.0
+    """Factor (gain, scale), addend (offset), value (stuck), limit of magnitudes (saturate), standard deviation (noise),
+    step size (quantize), or height of spikes, one in a hundred rows."""
 
 
 class RecordingFilter(Section, frozen=True):
-    """Scene: from row `from_row` on, a replay plays recordings whose `column` is `value`."""
+    """Scene: recordings that a replay plays from a row on.
+
+    ```toml
+    [streams.watch]
+    fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }]
+    source = { kind = "replay", file = "exercise.npz", scenes = [
+      { column = "placement", value = "wrist" },
+      { column = "placement", value = "ankle", from_row = 20000 },
+    ] }
+    ```
+    """
 
     column: str
+    """Column of the recordings."""
     value: str
+    """Recordings with this value in the column are played."""
     from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """First row of the scene; the next scene ends it."""
 
 
 class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
-    """Replay of recordings; `skip` rows if they have times; `scenes`, in order of `from_row`, if they have none."""
+    """Replay of recordings.
+
+    ```toml
+    [streams.watch]
+    fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }]
+    source = { kind = "replay", file = "exercise.npz", subject = 3, speed = 10 }
+    ```
+
+    The file is `.npz`, see the [demo](../start/demo.md#replay).
+    """
 
     file: str
+    """Recordings."""
     subject: int | None = None
+    """Replay this subject only."""
     speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Replay speed, as a multiple of the recorded one."""
     seed: int = 0
+    """Seed of the order of recordings."""
     rows: int | None = None
+    """Number of rows to replay."""
     faults: list[ReplayFault] = msgspec.field(default_factory=list)
+    """Injected faults, each from a given row on."""
     scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
+    """Which recordings to replay, in order of `from_row`, for recordings without times."""
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Rows to skip, for recordings with times."""
 
     @property
     def reads_recordings(self) -> bool:
@@ -136,16 +198,34 @@ class ReplaySource(SourceSection, frozen=True, tag_field="kind", tag="replay"):
 
 
 class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
-    """MQTT subscription; `paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time.
+    """Subscription at a local broker.
 
-    `session_expiry`: how long the broker holds messages for this device while it is away.
+    ```toml
+    [streams.room]
+    fields = [{ name = "temperature" }, { name = "humidity" }]
+    source = { kind = "mqtt", topic = "zigbee2mqtt/room", paths = { humidity = "$.data.humidity" } }
+    ```
+
+    Each message holds JSON: one object or value is one row, an array of objects is one row each. The device confirms a
+    message (QoS 1) after its rows are on disk; until then, and while the device is away, the broker keeps it. Messages
+    without a row are counted, rejected and confirmed. A power cut between commit and confirmation can deliver a message
+    twice: rows with their own times are then rejected as duplicates.
+
+    A broker limits unconfirmed messages, Mosquitto to 20 (`max_inflight_messages`): with `commit_every = "1 s"` that is
+    20 messages per second.
     """
 
     topic: str
+    """Topic filter: `+` matches one level, `#` all that follow."""
     broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    """Keys as in [broker](#broker)."""
     paths: dict[str, str] = msgspec.field(default_factory=dict)
+    """Field → singular JSONPath (RFC 9535) of its value: `$.data.temp`, `$.values[0]`, `$` for a message that is a
+    number; or a topic level, `topic[1]`. Other fields are members of the same name."""
     t: str | None = None
+    """JSONPath of the time in epoch seconds; without it the arrival time is used."""
     session_expiry: Duration = Duration(7 * 86_400.0)
+    """How long the broker keeps messages while the device is away."""
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         check_broker(file, self.broker, f"{key}.broker")
@@ -155,17 +235,36 @@ class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
 
 
 class ExecSource(SourceSection, frozen=True, tag_field="kind", tag="exec"):
-    """Program that prints a row on each line; with `every`, one that ends and is run again at this interval.
+    """Program that prints rows.
 
-    `timeout`: longest silence before the program is killed and started again; "0 s" for none. `max_rate`: lines a
-    second; a program that prints more is held back.
+    ```toml
+    [streams.air]
+    fields = [{ name = "pressure", unit = "hPa" }]
+    source = { kind = "exec", command = ["python3", "bme280.py"] }
+    ```
+
+    Each line that it prints is a row: a JSON object, `{"temperature": 21.5}`, or CSV whose first line names the
+    columns. `t` is optional, in epoch seconds or RFC 3339. [Programs for sensors](../guides/sensor-programs.md) has
+    scripts for I²C, 1-Wire, Modbus and serial ports.
+
+    A program that fails is started again after 1 s, then ever later, up to 60 s. `outstation status` counts restarts,
+    silences and floods. What it writes to stderr goes to the journal: 20 lines a minute, 300 characters each. A line
+    has at most 64 KiB. It ends with the daemon, together with the processes that it started; what it printed until then
+    is stored. Lines for which there is no time are counted and logged. It cannot gain privilege: `sudo` does not work
+    in it.
     """
 
     command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """Program and arguments, `["python3", "bme280.py"]`; no shell; it runs in the folder of this config."""
     format: Literal["json", "csv"] = "json"
+    """Format of a line."""
     every: Duration | None = None
+    """For a program that prints and ends: run it at this interval. Without it the program goes on, and an end is a
+    failure."""
     timeout: Duration = Duration(300.0)
+    """Longest silence; then the program is killed and started again. `"0 s"`: no limit."""
     max_rate: Annotated[float, msgspec.Meta(gt=0, le=100_000)] = 1000.0
+    """Lines a second; a program that prints more is held back at its pipe, and no line is lost meanwhile."""
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         if not self.command[0] or any("\0" in argument for argument in self.command):

@@ -14,16 +14,27 @@ from agent.toml_files import Section
 
 
 class SparkplugConfig(Section, frozen=True):
-    """`group` and `node`: ids of the edge node, the fleet's name without a group. `broker`: where it is another one.
+    """Edge node of [Sparkplug B](../guides/sparkplug.md), through which its hosts find the results.
 
-    A result that is older than `max_age` when it arrives is marked as historical.
+    ```toml
+    [sparkplug]
+    group = "plant-7"
+
+    [sparkplug.broker]
+    url = "mqtts://scada.example.org:8883"
+    ```
     """
 
     enabled: bool = True
+    """False switches it off."""
     group: Annotated[str, msgspec.Meta(pattern=r"^[^+/#\x00]{0,64}\Z")] = ""
+    """Group id; the fleet's name without it."""
     node: Annotated[str, msgspec.Meta(pattern=r"^[^+/#\x00]{1,64}\Z")] = "outstation"
+    """Id of the edge node."""
     max_age: Duration = Duration(600.0)
+    """A result that is older when it arrives is marked as historical."""
     broker: BrokerConfig | None = None
+    """Broker of the hosts, with the keys of [broker](config.md#broker); without it, the fleet's broker."""
 
 
 def with_absolute_paths(config: SparkplugConfig, base: Path) -> SparkplugConfig:

@@ -18,25 +18,37 @@ _MIN_PERIOD_S = 3600.0
 
 
 class StreamPrivacy(Section, frozen=True):
-    """Fields that are private, rounded or hashed; all others leave as they are.
+    """Rules for the stream's fields; without one they leave as they are.
 
-    - `allow`: if given, all other fields are private
-    - `round`: field → step; its numbers leave as multiples of the step
-    - `hash`: category fields whose texts leave as a keyed hash, with a new key each `hash_period`
-    - `messages`: if given, no other kind of message about the stream's tasks leaves
-    - `min_count`: least readings behind a number; `min_results`: least results of a class that a message lists
-    - `file_names`: the journal names the files of a watched folder, and the topics of messages
+    ```toml
+    [streams.watch.privacy]
+    private = ["wx", "wy", "wz"]
+    round = { ax = 0.1 }
+    messages = ["alerts", "drift"]
+    ```
+
+    [privacy.md](../concepts/privacy.md#fields) explains the rules; `outstation privacy` prints what leaves, with
+    examples.
     """
 
     allow: list[str] | None = None
+    """If given, fields that it does not name are private."""
     private: list[str] = msgspec.field(default_factory=list)
+    """Fields of which nothing leaves."""
     round: dict[str, float] = msgspec.field(default_factory=dict)
+    """Field → step: its numbers leave as multiples of the step."""
     hash: list[str] = msgspec.field(default_factory=list)
+    """Category fields whose texts leave as keyed hashes."""
     hash_period: Duration = Duration(30 * 86_400.0)
+    """How long a key of the hashes is used."""
     messages: list[OptionalKind] | None = None
+    """If given, the kinds about the stream's tasks that leave."""
     min_count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    """Least readings behind a number; the larger one of this and `[privacy] min_count` holds."""
     min_results: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    """Least results of a class in a message that lists them."""
     file_names: bool = True
+    """The journal names files of a watched folder, and topics of messages."""
 
     def private_fields(self, fields: Collection[str]) -> frozenset[str]:
         """Return the fields that never leave."""

@@ -22,16 +22,34 @@ _MAX_BUNDLE_BYTES = 256 << 20
 
 
 class UpdatesConfig(Section, frozen=True):
-    """`url` is http(s):// or a folder. `root` is the first trusted TUF root, from enrolment. Rates are per second."""
+    """Source of bundles, and limits of a download.
+
+    ```toml
+    [updates]
+    url = "https://models.example.org/repository"
+    window = "01:00-05:00"
+    max_rate = "100 KiB"
+    ```
+
+    Without this section the device fetches no bundles. See [docs/reference/updates-device.md](updates-device.md).
+    """
 
     url: str
+    """TUF repository: `https://…`, or a folder."""
     ca_file: str | None = None
+    """CA that signed the server's certificate."""
     root: str = "root.json"
+    """First trusted TUF root, given at enrolment."""
     poll_interval: Duration = Duration(6 * 3600.0)
+    """How often to check for new metadata."""
     window: str | None = None
+    """Time of day for downloads, local time: `"01:00-05:00"`."""
     max_rate: Size | None = None
+    """Download rate limit per second, as `"100 KiB"`."""
     max_size: Size = Size(64 << 20)
+    """Largest bundle archive."""
     allow_plaintext: bool = False
+    """Allow `http://` to another machine: downloads are still verified, but anybody on the network can see them."""
 
     @property
     def is_folder(self) -> bool:

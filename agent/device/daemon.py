@@ -238,7 +238,7 @@ class Daemon:
             if self._is_backing_off(name, now):
                 wait = min(wait, self._backoffs[name].until_s - now.boot_s)
                 continue
-            if scheduled.schedule.is_due(now, self._count_backlog(scheduled)):
+            if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
                 scheduled.schedule.record_run(now)
                 self._save_last_run(scheduled, now)
                 self._unfinished.add(name)
@@ -277,13 +277,16 @@ class Daemon:
         self._feed_watchdog()
 
     def _run_batches(self, scheduled: ScheduledTask, now: ClockReading) -> None:
-        """Run batches until the backlog is done or the time slice is over; the next ticks continue."""
+        """Run batches until the rows that wait are done or the time slice is over; the next ticks continue.
+
+        Rows that arrive meanwhile wait for the schedule: batches of a few rows each would cost more than the rows.
+        """
         name = scheduled.task.name
         self._unfinished.discard(name)
         if self._updater.rollouts.is_resuming(name):
             self._unfinished.add(name)
             return
-        end_s = self._now().boot_s + _TIME_SLICE_S
+        end_s, last_row = self._now().boot_s + _TIME_SLICE_S, self._store.last_row(scheduled.task.config.stream)
         substitute: LoadedTask | None = None
         while not self.signals.is_stopping:
             # A rollout may have replaced the task since the last batch.
@@ -318,6 +321,8 @@ class Daemon:
             self._feed_watchdog()
             if result.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
+            if (self._store.cursor(name) or 0) >= last_row:
+                return
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return

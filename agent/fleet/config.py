@@ -35,67 +35,97 @@ SYSTEM_FOLDER = Path("/var/lib/outstation-fleet")
 
 
 class Fleet(Section, frozen=True):
-    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions` applies when PostgreSQL tables are created.
+    """Name of the fleet, and its database.
 
-    `tasks`: the only tasks whose messages the broker takes, any without. It bounds what a hostile device can let the
-    broker retain. `share_group`: secret name of the shared subscriptions; the broker's access rules name it, too.
+    ```toml
+    [fleet]
+    name = "acme"
+    db = "postgresql://outstation@db.example.org/fleet"
+    partitions = 8
+    tasks = ["exercise"]
+    ```
     """
 
     name: str
+    """Name of the fleet; it is a level of every topic."""
     db: str = "fleet.db"
+    """Database: a path, `sqlite:///PATH` or `postgresql://…`."""
     partitions: int = 1
+    """Partitions of the tables; it applies when PostgreSQL tables are created."""
     tasks: Annotated[list[str], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=list)
+    """The only tasks whose messages the broker takes, any without. It bounds what a hostile device can let the broker
+    retain."""
     share_group: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{0,64}\Z")] = ""
+    """Secret name of the shared subscriptions; the broker's access rules name it, too."""
 
 
 class Identity(Section, frozen=True):
     """Signing key of a role, and its TLS certificate if the broker requires one."""
 
     key_file: str
+    """Private signing key."""
     cert_file: str | None = None
+    """Client certificate for the broker."""
     tls_key_file: str | None = None
+    """Private key of the client certificate."""
 
 
 class ClientCertificate(Section, frozen=True):
     """TLS certificate of a client that signs nothing."""
 
     cert_file: str
+    """Client certificate for the broker."""
     tls_key_file: str
+    """Private key of the client certificate."""
 
 
 class SigningIdentity(Identity, frozen=True):
-    """`former_keys`: public keys of the role before; the audit still accepts what they signed."""
+    """Signing key of a role whose former signatures stay valid, and its TLS certificate."""
 
     former_keys: tuple[str, ...] = ()
-
-
-class Operator(SigningIdentity, frozen=True):
-    """Signs rollout decisions, commands and checkpoints of audits."""
+    """Public keys of the role before; the audit still accepts what they signed."""
 
 
 class Authority(Section, frozen=True):
-    """The fleet's certificate authority; absent if the broker is used without TLS."""
+    """Certificate authority."""
 
     cert_file: str
+    """Certificate of the authority."""
     key_file: str
+    """Private key of the authority."""
 
 
 class MetricsConfig(Section, frozen=True):
-    """Section [metrics]: `listen` is the address of the collector's `/metrics`, none without.
+    """Metrics for [Prometheus](../guides/prometheus.md).
 
-    The bearer token in `token_file` also opens `/metrics` of the dashboard.
+    ```toml
+    [metrics]
+    listen = "127.0.0.1:9464"
+    ```
     """
 
     listen: str = ""
+    """Address and port of the collector's `/metrics`; none without."""
     token_file: str | None = None
+    """File with a bearer token of at least 32 characters, which also opens `/metrics` of the dashboard; needed where
+    `listen` is reachable from other machines."""
     cert_file: str | None = None
+    """Certificate, PEM: serve HTTPS, so that nobody reads the token on its way."""
     tls_key_file: str | None = None
+    """Private key of the certificate."""
 
 
 class Repository(Section, frozen=True):
-    """Source of bundles for devices: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
+    """Source of bundles for devices.
+
+    ```toml
+    [repository]
+    url = "https://models.example.org/repository"
+    ```
+    """
 
     url: str
+    """URL of `repository/` in the fleet's folder, or a folder on the devices."""
 
 
 class FleetConfig(Section, frozen=True):
@@ -103,14 +133,64 @@ class FleetConfig(Section, frozen=True):
 
     fleet: Fleet
     broker: BrokerConfig
+    """The fleet's broker, with the collector's certificate.
+
+    ```toml
+    [broker]
+    url = "mqtts://broker.example.org:8883"
+    ca_file = "ca.pem"
+    cert_file = "collector.crt"
+    tls_key_file = "collector-tls.key"
+    ```
+    """
     collector: SigningIdentity
-    """Signs acknowledgements, and statements of what `fleet prune` removed."""
-    operator: Operator
+    """Signs acknowledgements, and statements of what `fleet prune` removed.
+
+    ```toml
+    [collector]
+    key_file = "collector.key"
+    cert_file = "collector.crt"
+    tls_key_file = "collector-tls.key"
+    ```
+    """
+    operator: SigningIdentity
+    """Signs rollout decisions, commands and checkpoints of audits.
+
+    ```toml
+    [operator]
+    key_file = "operator.key"
+    cert_file = "operator.crt"
+    tls_key_file = "operator-tls.key"
+    ```
+    """
     commander: Identity | None = None
-    """The operator's second certificate, for commands: with TLS the broker accepts one connection per certificate."""
+    """The operator's second certificate, for commands: with TLS the broker accepts one connection per certificate.
+
+    ```toml
+    [commander]
+    key_file = "operator.key"
+    cert_file = "commander.crt"
+    tls_key_file = "commander-tls.key"
+    ```
+    """
     broker_admin: ClientCertificate | None = None
-    """Changes the broker's access rules; absent if the broker is used without TLS."""
+    """Changes the broker's access rules; absent if the broker is used without TLS.
+
+    ```toml
+    [broker_admin]
+    cert_file = "broker-admin.crt"
+    tls_key_file = "broker-admin-tls.key"
+    ```
+    """
     ca: Authority | None = None
+    """The fleet's certificate authority; absent if the broker is used without TLS.
+
+    ```toml
+    [ca]
+    cert_file = "ca.pem"
+    key_file = "ca.key"
+    ```
+    """
     repository: Repository | None = None
     quota: Quota = Quota()
     metrics: MetricsConfig = MetricsConfig()

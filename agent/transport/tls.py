@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
+import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from agent import input_files
+import msgspec
+
+from agent import durable_files, input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 
@@ -39,6 +44,15 @@ def create_context(broker: BrokerConfig) -> ssl.SSLContext:
             "check that they exist, belong together and can be read"
         ) from error
     return made
+
+
+@contextlib.contextmanager
+def client_files(broker: BrokerConfig, files: dict[str, bytes]) -> Iterator[BrokerConfig]:
+    """Provide the settings with files of these contents, by the names of their keys, until a connection is made."""
+    with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
+        for name, content in files.items():
+            durable_files.write(Path(folder) / name, content, 0o600)
+        yield msgspec.structs.replace(broker, **{name: str(Path(folder) / name) for name in files})
 
 
 def describe_expiry(broker: BrokerConfig) -> str:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -447,7 +448,12 @@ Body = (
     | CommandPayload
     | DesiredPayload
 )
-_DECODER = msgspec.json.Decoder(Body)
+
+
+@functools.cache
+def _decoder() -> msgspec.json.Decoder[Body]:
+    """Made when the first message comes: a device that only writes messages needs none."""
+    return msgspec.json.Decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
@@ -485,7 +491,7 @@ def verify_message(
 def decode(payload: bytes) -> Body:
     """Parse a payload. Raises MessageRefused."""
     try:
-        body: Body = _DECODER.decode(payload)
+        body: Body = _decoder().decode(payload)
         check_strict_json(payload)
         if _LONG_NUMBER in payload.translate(_DIGITS_TO_ZERO):
             _require_64_bit_numbers(msgspec.json.decode(payload))

@@ -9,9 +9,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
+
+Clock = Callable[[], float]
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """Units per second of two sides by `clock` ("CPU" or "wall"), and their ratio by the other clock, if measured."""
+
+    ours: float
+    reference: float
+    clock: str
+    other_ratio: float | None = None
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.ours, self.reference))
+
+    def to_costs(self, scale: float) -> Rates:
+        """Return the time per unit of both sides in 1/`scale` seconds, such as 1e6 for µs."""
+        other = None if self.other_ratio is None else 1 / self.other_ratio
+        return Rates(scale / self.ours, scale / self.reference, self.clock, other)
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -19,7 +38,8 @@ class Result(msgspec.Struct, frozen=True):
 
     By default more is better, and `target` is the smallest acceptable ratio. With `less`, less is better, and `target`
     is the largest acceptable ratio. Without a comparable implementation, `reference` is the limit and `target` is 1;
-    then the ratio depends on the machine.
+    then the ratio depends on the machine. `clock` ("CPU", "wall" or "") says how time was measured, and `other_ratio`
+    is the ratio by the other clock.
     """
 
     name: str
@@ -30,11 +50,18 @@ class Result(msgspec.Struct, frozen=True):
     note: str
     less: bool = False
     limit: bool = False
+    clock: str = ""
+    other_ratio: float | None = None
 
     @classmethod
-    def within(cls, name: str, ours: float, limit: float, unit: str, note: str) -> Result:
+    def within(cls, name: str, ours: float, limit: float, unit: str, note: str, clock: str = "") -> Result:
         """Return a result that must not exceed `limit`, without a reference implementation."""
-        return cls(name, ours, limit, unit, 1.0, note, less=True, limit=True)
+        return cls(name, ours, limit, unit, 1.0, note, less=True, limit=True, clock=clock)
+
+    @classmethod
+    def timed(cls, name: str, pace: Rates, unit: str, target: float, note: str, *, less: bool = False) -> Result:
+        """Return a result of `rates`, with its ratios by both clocks."""
+        return cls(name, pace.ours, pace.reference, unit, target, note, less, False, pace.clock, pace.other_ratio)
 
     @property
     def ratio(self) -> float:
@@ -45,15 +72,21 @@ class Result(msgspec.Struct, frozen=True):
         return self.ratio <= self.target if self.less else self.ratio >= self.target
 
 
-class Report(msgspec.Struct, frozen=True):
-    """Results of one benchmark, and the `text` that replaces them on screen.
+class Section(msgspec.Struct, frozen=True):
+    """Section that a benchmark writes: file below the checkout, title, text, and SVG files by their path."""
 
-    `section` is a section of BENCHMARKS.md: its title and text.
-    """
+    page: str
+    title: str
+    text: str
+    charts: dict[str, str] = {}
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Results of one benchmark, the `text` that replaces them on screen, and a section of a page."""
 
     results: Sequence[Result]
     text: str
-    section: tuple[str, str] | None = None
+    section: Section | None = None
 
 
 Measured = Callable[[], Result | Sequence[Result] | Report]
@@ -79,23 +112,30 @@ def benchmark(name: str, *, quick: bool = False) -> Callable[[Measured], Measure
 def rates(
     ours: Callable[[], int],
     reference: Callable[[], int],
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
     rounds: int = 7,
     prepare: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
+    cpu: Clock | None = None,
+) -> Rates:
     """Return the median units per second of both functions, by `clock`, in alternating calls.
 
     Each function returns the number of units that one call processed. `prepare` runs before each call of `ours` and is
-    not timed.
+    not timed. The other clock is the wall's beside `time.process_time`; beside the wall's it is `cpu`, which counts the
+    processor time of every process that works for either side.
     """
+    by_cpu = clock is time.process_time
+    clocks = (clock, time.perf_counter if by_cpu else cpu or clock)
     prepare()
     ours()
     reference()
-    seen: tuple[list[float], list[float]] = ([], [])
+    seen: tuple[list[list[float]], list[list[float]]] = ([], [])
     for _ in range(rounds):
         prepare()
         for side, work in enumerate((ours, reference)):
-            start = clock()
+            starts = [read() for read in clocks]
             done = work()
-            seen[side].append(done / (clock() - start))
-    return statistics.median(seen[0]), statistics.median(seen[1])
+            ends = [read() for read in clocks]
+            seen[side].append([done / (end - start) for start, end in zip(starts, ends, strict=True)])
+    (mine, mine_other), (theirs, theirs_other) = ([statistics.median(by) for by in zip(*s, strict=True)] for s in seen)
+    other = mine_other / theirs_other if by_cpu or cpu else None
+    return Rates(mine, theirs, "CPU" if by_cpu else "wall", other)

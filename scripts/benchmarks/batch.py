@@ -78,9 +78,8 @@ def batch_with_large_backlog() -> Result:
             few.fill(rows)
 
         pace = rates(lambda: _some(many), lambda: _some(few), rounds=5, prepare=prepare)
-    ours, reference = (1e3 / each for each in pace)
     note = f"{_MANY:,} rows waiting; reference: the same with {_FEW:,}"
-    return Result("backlog", ours, reference, "ms/batch", 1.2, note, less=True)
+    return Result.timed("backlog", pace.to_costs(1e3), "ms/batch", 1.2, note, less=True)
 
 
 def _some(device: Bed) -> int:
@@ -119,16 +118,13 @@ def sixteen_field_model() -> list[Result]:
                 _invoke(plain, row[None])
             return 5000
 
-        pace, single = rates(
-            device.work_off, one_by_one, time.process_time, rounds=3, prepare=lambda: device.fill(rows)
-        )
+        pace = rates(device.work_off, one_by_one, time.process_time, rounds=3, prepare=lambda: device.fill(rows))
     note = "store to committed results, drift of 16 fields included"
     return [
-        Result.within("tabular", 1e6 / pace, 3.0, "µs/row", note),
-        Result(
+        Result.within("tabular", 1e6 / pace.ours, 3.0, "µs/row", note, "CPU"),
+        Result.timed(
             "row at a time",
             pace,
-            single,
             "rows/s",
             20.0,
             "reference: quantize and invoke a row at a time, nothing else",
@@ -155,7 +151,7 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
         f"{description}, {count:,} windows waiting, drift and signature included; "
         "reference: set, invoke, get of prepared int8"
     )
-    return Result(name, *pace, "windows/s", target, note)
+    return Result.timed(name, pace, "windows/s", target, note)
 
 
 def _interpreter(device: Bed) -> Any:

@@ -58,10 +58,10 @@ def drift() -> Report:
 
 @benchmark("drift-cost")
 def drift_cost() -> list[Result]:
-    """Measure summaries and detectors on rows of 16 floats in batches of 500, against other libraries."""
+    """Measure summaries and detectors on rows of 16 floats that come fast, 500 at a time, against other libraries."""
     peers.installed()
     results = []
-    ours_once = cost.judged(cost.CASES[2])
+    ours_once = cost.judged(next(case for case in cost.CASES if case.called == cost.FAST))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.npz"
         peers.write(data, KINDS[0], [], sites=1)

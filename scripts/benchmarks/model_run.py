@@ -170,9 +170,9 @@ def measured(name: str, case: Case) -> Result:
         case.run(case.work)
         return case.windows
 
-    pace, loop = rates(predict, plain.run, rounds=ROUNDS)
+    pace = rates(predict, plain.run, rounds=ROUNDS)
     note = f"{case.windows:,} predictions bit-identical; interpreter alone {interpreter_rate(plain):,.0f} rows/s"
-    return Result(f"model-run-{name}", pace, loop, "rows/s", TARGET, note)
+    return Result.timed(f"model-run-{name}", pace, "rows/s", TARGET, note)
 
 
 def interpreter_rate(plain: Plain) -> float:

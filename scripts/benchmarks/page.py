@@ -1,4 +1,7 @@
-"""Committed benchmark results: the page in docs, and the ratios for regression checks."""
+"""Committed benchmark results: `figures.jsonl`, the pages that show them, and the ratios for regression checks.
+
+`python -m scripts.benchmarks.page` writes the pages again from `figures.jsonl`, for instance after a merge.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +11,113 @@ import platform
 import re
 import sqlite3
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from agent.model.inference import tuning
 from agent.model.inference.runtime_name import runtime_name
-from scripts.benchmarks import Result
+from scripts.benchmarks import Result, Section, catalogue
 
 ROOT = Path(__file__).parents[2]
-PAGE, RATIOS = ROOT / "BENCHMARKS.md", Path(__file__).with_name("ratios.json")
+FIGURES, RATIOS = (Path(__file__).with_name(name) for name in ("figures.jsonl", "ratios.json"))
 # A ratio one third worse than the committed one is a regression on any machine.
 FALLEN = 2 / 3
 
-_HEAD = """\
+_MAIN_HEAD = """\
 # Benchmarks
 
-`scripts/bench --write` measured these figures on {day} at commit {commit}. Each figure and its reference alternate in
-the same run, and the median of several counts. Absolute figures apply to this machine at that time only.
+Outstation beside the same work by hand or by another library. Both sides take turns in one run, and the median counts.
+**{met} of {count} targets are met.**
 
-{machine}
+- **ratio** is ours divided by the reference; **target** says how large (≥) or small (≤) it should be.
+- *CPU* counts processor time, *wall* also waiting. **other clock** is the ratio by the other one of the two.
+- **bound** is the best ratio that is possible: [what each figure compares](#what-is-compared) says why.
+- SQLite has `journal_mode=WAL` and `synchronous=FULL` on both sides. The WAL starts empty and grows, as after any
+  program's start; in rows with "WAL grown" both sides fill it before the measurement.
 
-| figure | ours | reference | unit | ratio | target | |
-|---|---:|---:|---|---:|---:|---|
+{machines}. Absolute figures apply to this machine at that time. More figures:
+[drift detection](docs/internals/drift-benchmarks.md), [others](docs/internals/other-benchmarks.md).
+
 """
-_ROW = re.compile(r"\| ([^|]+?) \| .*(?:met|\*\*missed\*\*) \|$")
-_NOTE = re.compile(r"- \*\*(.+?)\*\*: ")
+_DETAIL_HEADS = {
+    catalogue.DRIFT: """\
+# Drift detection, measured
+
+False alarms and delays on made data and on recordings, beside other libraries. [BENCHMARKS.md](../../BENCHMARKS.md)
+explains the columns and has the cost.
+
+""",
+    catalogue.OTHER: """\
+# Other benchmarks
+
+Figures that [BENCHMARKS.md](../../BENCHMARKS.md) leaves out, optimizations that were tried, and a large fleet.
+
+""",
+}
+_MAIN_COLUMNS = "| figure | ours | reference | unit | ratio | other clock | bound | target | |"
+_DETAIL_COLUMNS = "| figure | ours | reference | unit | ratio | target | | what is compared |"
+
+
+class Figure(Result, frozen=True):
+    """Result with the day, commit, load and machine of its measurement."""
+
+    measured: str = ""
+    machine: str = ""
 
 
 def write(results: Sequence[Result], worst: Sequence[Result], *, complete: bool) -> None:
-    """Write the page, and the worst observed ratio of each result as the baseline for later runs.
+    """Write the pages, and the worst observed ratio of each result as the baseline for later runs.
 
     Figures that were not measured this time stay, unless the run was `complete`.
     """
-    head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
-    rows = {result.name: _row(result) for result in results}
-    notes = {result.name: f"- **{result.name}**: {result.note}." for result in results}
-    ratios = {result.name: round(result.ratio, 4) for result in worst if not result.limit}
-    if not complete:
-        rows = _figures(_ROW) | rows
-        notes = _figures(_NOTE) | notes
-        ratios = json.loads(RATIOS.read_text(encoding="utf-8")) | ratios
-    figures = "\n".join([*rows.values(), "", *notes.values()])
-    PAGE.write_text(f"{head}{figures}\n{_sections()}", encoding="utf-8")
+    measured = f"{datetime.now(UTC).date()} at {_commit()}, load {os.getloadavg()[0]:.0f}"
+    figures = {} if complete else read_figures()
+    for result in results:
+        figures[result.name] = Figure(**msgspec.structs.asdict(result), measured=measured, machine=_machine())
+    ratios = {} if complete else json.loads(RATIOS.read_text(encoding="utf-8"))
+    ratios |= {result.name: round(result.ratio, 4) for result in worst if not result.limit}
+    # A figure is a line, so that measurements of different figures merge.
+    lines = (msgspec.json.encode(figures[name]) + b"\n" for name in sorted(figures))
+    FIGURES.write_bytes(b"".join(lines))
     RATIOS.write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
+    render()
 
 
-def write_section(title: str, text: str) -> None:
-    """Replace the section `title` of the page, or append it."""
-    page, mark = PAGE.read_text(encoding="utf-8"), f"\n## {title}\n"
-    before, _, rest = page.partition(mark)
+def read_figures() -> dict[str, Figure]:
+    """Return the committed figures by name, in the order of their names."""
+    if not FIGURES.exists():
+        return {}
+    figures = (msgspec.json.decode(line, type=Figure) for line in FIGURES.read_bytes().splitlines())
+    return {figure.name: figure for figure in figures}
+
+
+def render() -> None:
+    """Write the figures of every page; its sections stay."""
+    for path, text in render_pages().items():
+        (ROOT / path).write_text(text, encoding="utf-8")
+
+
+def render_pages() -> dict[str, str]:
+    """Return the text of every page by its path, with the sections that it has now."""
+    by_page: dict[str, list[Figure]] = {page: [] for page in (catalogue.MAIN, *_DETAIL_HEADS)}
+    for figure in read_figures().values():
+        by_page[catalogue.page_of(figure.name)].append(figure)
+    heads = {path: head + _detail_table(by_page[path]) for path, head in _DETAIL_HEADS.items()}
+    heads[catalogue.MAIN] = _main_table({figure.name: figure for figure in by_page[catalogue.MAIN]})
+    return {path: f"{head}\n{_sections(ROOT / path)}" for path, head in heads.items()}
+
+
+def write_section(section: Section) -> None:
+    """Replace a section of its page, or append it, and write its charts."""
+    path, mark = ROOT / section.page, f"\n## {section.title}\n"
+    before, _, rest = path.read_text(encoding="utf-8").partition(mark)
     _, following, after = rest.partition("\n## ")
-    PAGE.write_text(f"{before.rstrip()}\n{mark}\n{text}\n{following}{after}", encoding="utf-8")
+    path.write_text(f"{before.rstrip()}\n{mark}\n{section.text.rstrip()}\n{following}{after}", encoding="utf-8")
+    for name, svg in section.charts.items():
+        (ROOT / name).write_text(svg, encoding="utf-8")
 
 
 def find_regressions(results: Sequence[Result]) -> list[str]:
@@ -89,44 +147,65 @@ def worst(runs: Sequence[Sequence[Result]]) -> list[Result]:
     ]
 
 
-def _row(result: Result) -> str:
-    sign, verdict = ("≤", "met") if result.less else ("≥", "met")
-    if not result.met:
-        verdict = "**missed**"
+def _main_table(figures: dict[str, Figure]) -> str:
+    met, machines = sum(f.met for f in figures.values()), sorted({f.machine for f in figures.values()})
+    lines = [_MAIN_HEAD.format(met=met, count=len(figures), machines="; ".join(machines)) + _table_head(_MAIN_COLUMNS)]
+    notes = ["", "## What is compared", ""]
+    for title, group in catalogue.GROUPS.items():
+        listed = [(row, figures[row.name]) for row in group if row.name in figures]
+        if listed:
+            lines.append(f"| **{title}** |" + " |" * 8)
+        for row, figure in listed:
+            other = "" if figure.other_ratio is None else f"{figure.other_ratio:.3g}"
+            bound = "" if row.bound is None else f"{row.bound:.2g}"
+            lines.append(_row(figure, (other, bound), ()))
+            why = f" Bound: {row.why}." if row.why else ""
+            notes.append(f"- **{figure.name}** ({figure.measured}): {figure.note}.{why}")
+    return "\n".join([*lines, *notes, ""])
+
+
+def _detail_table(figures: Iterable[Figure]) -> str:
+    lines = [_row(figure, (), (f"{figure.note}; {figure.measured}",)) for figure in figures]
+    return "\n".join([_table_head(_DETAIL_COLUMNS), *lines, ""])
+
+
+def _table_head(columns: str) -> str:
+    names = columns.strip("|").split("|")
+    text_columns = {"figure", "unit", "what is compared", ""}
+    return f"{columns}\n|{'|'.join('---' if name.strip() in text_columns else '---:' for name in names)}|"
+
+
+def _row(figure: Figure, before_target: Sequence[str], after: Sequence[str]) -> str:
+    clock = f" {figure.clock}" if figure.clock else ""
     cells = (
-        result.name,
-        _number(result.ours),
-        _number(result.reference),
-        result.unit,
-        f"{result.ratio:.3g}",
-        f"{sign} {result.target:.3g}",
+        figure.name,
+        _number(figure.ours),
+        _number(figure.reference),
+        figure.unit,
+        f"{figure.ratio:.3g}{clock}",
+        *before_target,
+        f"{'≤' if figure.less else '≥'} {figure.target:.3g}",
+        "met" if figure.met else "**missed**",
+        *after,
     )
-    return f"| {' | '.join(cells)} | {verdict} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _figures(pattern: re.Pattern[str]) -> dict[str, str]:
-    """Return the lines of the page that match, by the name of their figure."""
-    lines = PAGE.read_text(encoding="utf-8").partition("\n## ")[0].splitlines()
-    matches = [pattern.match(line) for line in lines]
-    return {match[1]: match.string for match in matches if match}
-
-
-def _sections() -> str:
-    """Return the sections behind the figures: notes on missed targets, which are written by hand, and tables."""
-    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    _, mark, rest = text.partition("\n## ")
-    return mark + rest
+def _sections(path: Path) -> str:
+    """Return the sections behind the figures: text that is written by hand, and what benchmarks wrote."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    return "".join(section for section in sections if not section.startswith("## What is compared\n"))
 
 
 def _machine() -> str:
-    load = os.getloadavg()[0]
     return (
         f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
-        f"{runtime_name()}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
+        f"{runtime_name()}; SQLite {sqlite3.sqlite_version}"
     )
 
 
@@ -135,3 +214,7 @@ def _commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return completed.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    render()

@@ -120,7 +120,7 @@ def confined_batches() -> Result:
 
         pace = rates(confined.work_off, free.work_off, rounds=_BATCH_ROUNDS, prepare=prepare)
     note = f"exercise, {_BACKLOG:,} windows waiting; reference: the model in the daemon itself"
-    return Result("confinement", *pace, "windows/s", 0.9, note)
+    return Result.timed("confinement", pace, "windows/s", 0.9, note)
 
 
 def _median(

@@ -68,7 +68,7 @@ def buffer() -> Result:
 
         try:
             note = f"{_CHUNK} rows of {len(_AXES)} floats per commit, synchronous=FULL; reference: sqlite3 executemany"
-            return Result("buffer", *rates(ours, reference, time.process_time), "rows/CPU s", 2.0, note)
+            return Result.timed("buffer", rates(ours, reference, time.process_time), "rows/CPU s", 2.0, note)
         finally:
             store.close()
             plain.close()

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts.packaging import apt_repository, deb, image, wheels
+from scripts.packaging import apt_repository, deb, image, kernel, wheels
 from scripts.packaging.targets import (
     ARCHITECTURES,
     NO_ARMHF,
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     build.add_argument("--arch", action="append", help="amd64 or arm64; default: both")
     build.add_argument("--package", action="append", choices=[package.name for package in deb.PACKAGES])
     build.add_argument("--revision", type=int, default=1, help="of the packages of one version of the program")
-    commands.add_parser("dist", parents=[parent], help="wheel and sdist for a package index")
+    commands.add_parser("dist", parents=[parent], help="wheels and sdist for a package index")
     repository = commands.add_parser("apt", parents=[parent], help="repository for apt, of all packages in --out")
     repository.add_argument("folder", type=Path)
     repository.add_argument("--key", default="", help="key of gpg that signs the indices")
@@ -57,24 +57,24 @@ def build_debs(options: argparse.Namespace) -> list[Path]:
     if unknown := set(names) - set(ARCHITECTURES):
         raise PackagingError(f"{', '.join(sorted(unknown))}: no such architecture; choose amd64 or arm64")
     epoch = source_date()
-    with tempfile.TemporaryDirectory(prefix="outstation-wheel-") as folder:
-        wheel = wheels.build_wheel(Path(folder), epoch)
-        return [
-            file
-            for suite in options.suite or SUITES
-            for name in names
-            for file in deb.DebBuilder(SUITES[suite], ARCHITECTURES[name], options.revision, epoch, options.out).build(
-                wheel, options.package or ()
-            )
-        ]
+    made = []
+    for architecture in map(ARCHITECTURES.__getitem__, names):
+        with tempfile.TemporaryDirectory(prefix="outstation-wheel-") as folder:
+            machine = wheels.choose_machine(architecture.machine)
+            wheel = wheels.build_wheel(Path(folder), epoch, machine=machine)
+            for suite in options.suite or SUITES:
+                builder = deb.DebBuilder(SUITES[suite], architecture, options.revision, epoch, options.out)
+                made += builder.build(wheel, options.package or ())
+    return made
 
 
 def build_distributions(options: argparse.Namespace) -> list[Path]:
     options.out.mkdir(parents=True, exist_ok=True)
     made = []
     with tempfile.TemporaryDirectory(prefix="outstation-dist-") as folder:
-        for kind in ("wheel", "sdist"):
-            archive = wheels.build_wheel(Path(folder), source_date(), kind)
+        machines = dict.fromkeys([wheels.ANY_MACHINE, *map(wheels.choose_machine, kernel.TRIPLES)])
+        for kind, machine in (*(("wheel", machine) for machine in machines), ("sdist", wheels.ANY_MACHINE)):
+            archive = wheels.build_wheel(Path(folder), source_date(), kind, machine)
             made.append(Path(archive.rename(options.out / archive.name)))
     return made
 

@@ -13,8 +13,10 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.packaging import kernel
 from scripts.packaging.targets import ROOT, Architecture, PackagingError, Suite, run
 
+ANY_MACHINE = "none"  # as the build hook calls it
 LOCK = ROOT / "deploy" / "requirements.txt"
 _VERSION_MARKER = re.compile(r"python_version == '([\d.]+)'")
 # Never needed on a device: tests, type stubs, headers, GPUs, compilers for vendors' accelerators, and pip, which
@@ -52,8 +54,11 @@ def select_locked(lock: str, sections: Sequence[str], python: str, without: Sequ
     return "\n".join(requirements) + "\n"
 
 
-def build_wheel(folder: Path, epoch: int, kind: str = "wheel") -> Path:
-    """Build the program's wheel or sdist in `folder` with the locked build tools; equal sources give equal bytes."""
+def build_wheel(folder: Path, epoch: int, kind: str = "wheel", machine: str = ANY_MACHINE) -> Path:
+    """Build the program's wheel or sdist in `folder` with the locked build tools; equal sources give equal bytes.
+
+    A wheel for a `machine` has the compiled kernel for it; one for any machine has none.
+    """
     tools = folder / "build-tools"
     if not tools.exists():
         requirements = folder / "build-requirements.txt"
@@ -64,11 +69,25 @@ def build_wheel(folder: Path, epoch: int, kind: str = "wheel") -> Path:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     script = f"import os, hatchling.build as build; os.chdir({str(ROOT)!r}); build.build_{kind}({str(made)!r})"
-    environment = os.environ | {"PYTHONPATH": str(tools), "SOURCE_DATE_EPOCH": str(epoch)}
+    environment = os.environ | {
+        "PYTHONPATH": str(tools),
+        "SOURCE_DATE_EPOCH": str(epoch),
+        "OUTSTATION_KERNEL_MACHINE": machine,
+    }
     # Generated archives of another run must not become part of this one.
     run([sys.executable, "-c", script], env=environment)
     (archive,) = made.iterdir()
     return archive
+
+
+def choose_machine(machine: str) -> str:
+    """Return `machine`, or `ANY_MACHINE` with a warning if no compiler for it is here."""
+    try:
+        kernel.find_clang(machine)
+    except kernel.CompilerError as error:
+        print(f"without the compiled kernel: {error}", file=sys.stderr)
+        return ANY_MACHINE
+    return machine
 
 
 def unpack_program(wheel: Path, site: Path) -> None:

@@ -233,7 +233,8 @@ def test_a_backlog_leaves_time_for_commands_clock_health_and_other_tasks(
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
     monkeypatch.setattr(turned.daemon._remote_commands, "tick", lambda now: done.append("commands"))
     monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
@@ -245,6 +246,22 @@ def test_a_backlog_leaves_time_for_commands_clock_health_and_other_tasks(
     assert done.count("commands") == 101
     assert done.count("health") > 1
     assert turned.turn() > 0.0
+
+
+def test_rows_that_arrive_during_a_run_wait_for_the_next_one(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, arrivals = batch.run, [500] * 5
+
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
+        if task.name == "exercise" and arrivals:
+            turned.feed(arrivals.pop())
+        return real(task, *rest)
+
+    monkeypatch.setattr(batch, "run", run)
+    turned.feed(1000)
+    assert turned.turn() > 0, "nothing is left to do at once"
+    assert len(arrivals) == 4
+    turned.turn(60)
+    assert (turned.store.cursor("exercise"), len(arrivals)) == (2000, 3)
 
 
 def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +285,8 @@ def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: py
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded_task, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
     turned.feed(8000)
     turned.look_s = 0.5
     assert turned.turn() == 0.0

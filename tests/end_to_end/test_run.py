@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -93,7 +94,7 @@ def run_with_edits(home: Path, edits: Sequence[tuple[str, str]], monkeypatch: py
 
 
 def read_messages(home: Path) -> list[Any]:
-    with sqlite3.connect(home / "data" / "outstation.db") as db:
+    with contextlib.closing(sqlite3.connect(home / "data" / "outstation.db")) as db:
         return db.execute("SELECT count(*), min(seq), max(seq) FROM outbox").fetchall()
 
 

@@ -171,7 +171,7 @@ def running(
         listening.close()
 
 
-def wait_until_shown(dashboard: ServedDashboard, path: str, text: str, cookie: str = "", timeout_s: float = 10) -> str:
+def wait_until_shown(dashboard: ServedDashboard, path: str, text: str, cookie: str = "", timeout_s: float = 30) -> str:
     """Return the page once it contains `text`."""
     until = time.monotonic() + timeout_s
     while text not in (page := dashboard.get(path, cookie).text):

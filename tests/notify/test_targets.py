@@ -107,7 +107,7 @@ def test_a_webhook_that_never_ends_its_answer_is_given_up(
     began = time.monotonic()
     with pytest.raises(SendFailed):
         send(WebhookTarget(url=hook.url), message())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     hook.drip = False
 
 
@@ -246,14 +246,14 @@ def test_a_webhook_that_closes_after_its_answer_is_given_up_in_time(monkeypatch:
         began = time.monotonic()
         with pytest.raises(SendFailed):
             send(WebhookTarget(url=url), message())
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_a_webhook_that_accepts_and_never_ends_its_answer_has_accepted() -> None:
     with dripping_server(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n") as url:
         began = time.monotonic()
         send(WebhookTarget(url=url), message())
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 @contextlib.contextmanager
@@ -265,7 +265,7 @@ def dripping_server(head: bytes) -> Iterator[str]:
             with listening.accept()[0] as accepted, contextlib.suppress(OSError):
                 accepted.recv(65536)
                 accepted.sendall(head)
-                for _ in range(40):
+                for _ in range(200):
                     accepted.sendall(b"x")
                     time.sleep(0.2)
 

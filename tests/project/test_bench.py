@@ -13,15 +13,55 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from scripts.benchmarks import Report, Result, page
+from scripts.benchmarks import Rates, Report, Result, Section, alarms, catalogue, page, rates
 from scripts.benchmarks.__main__ import document, main
-from scripts.benchmarks.drift_peers import ours, peers, recordings, synthetic, tables, targets
+from scripts.benchmarks.cost_curve import Point, render_chart
+from scripts.benchmarks.drift_peers import ours, peers, recordings, site_trials, synthetic, tables, targets
 from scripts.benchmarks.drift_peers.counting import DetectionDelays, Row
 from scripts.benchmarks.drift_peers.peers import Kit
 from scripts.benchmarks.drift_peers.synthetic import KINDS
 
 MORE = Result("rate", 30.0, 20.0, "rows/s", 1.0, "more is better")
 LESS = Result("cost", 3.0, 2.0, "µs", 1.0, "less is better", less=True)
+
+
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder with the pages of an empty checkout."""
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "FIGURES", tmp_path / "figures.jsonl")
+    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
+    (tmp_path / "docs" / "internals").mkdir(parents=True)
+    return tmp_path
+
+
+def test_the_committed_pages_show_the_committed_figures_in_at_most_forty_rows() -> None:
+    for path, text in page.render_pages().items():
+        assert (page.ROOT / path).read_text(encoding="utf-8") == text, "run python -m scripts.benchmarks.page"
+    assert 30 <= len(catalogue.FIGURES) <= catalogue.MOST_ROWS
+    text = (page.ROOT / catalogue.MAIN).read_text(encoding="utf-8")
+    limits = text.partition("\n## What limits\n")[2].partition("\n## ")[0]
+    assert limits.count("\n1. ") == 1
+    assert "\n11. " not in limits
+
+
+def test_rates_have_both_clocks_and_costs_invert_them() -> None:
+    turns = iter(range(10**6))
+    busy, idle = (lambda: sum(range(200_000)) and 1), (lambda: sum(range(100_000)) and 1)
+    pace = rates(busy, idle, rounds=3, cpu=lambda: float(next(turns)))
+    assert (pace.clock, pace.other_ratio) == ("wall", 1.0)
+    cost = Rates(4.0, 2.0, "CPU", 4.0).to_costs(1e3)
+    assert cost == Rates(250.0, 500.0, "CPU", 0.25)
+    assert Result.timed("cost", cost, "ms", 1.0, "", less=True).ratio == 0.5
+
+
+def test_the_chart_has_a_point_for_each_size_and_side() -> None:
+    points = [Point(1, 5000.0, 40.0), Point(64, 300.0, 16.0), Point(4096, 200.0, 10.0)]
+    svg = render_chart(points, points[:2])
+    assert svg.count("<circle") == 10
+    assert svg.count("<path") == 4
+    assert "NaN" not in svg
+    assert "4,096" in svg
 
 
 def test_more_is_better_unless_less_is_set() -> None:
@@ -35,24 +75,51 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
     assert (shown.output, shown.exit_code) == ("a table\n", 1)
     document_list = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
     assert document_list == [document(MORE), document(LESS)]
-    assert list(document_list[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+    assert list(document_list[0]) == [
+        "name",
+        "ours",
+        "reference",
+        "unit",
+        "ratio",
+        "clock",
+        "other_ratio",
+        "target",
+        "met",
+        "note",
+    ]
 
 
 def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pages: Path,
 ) -> None:
-    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     page.write([MORE, LESS], [MORE, LESS], complete=True)
-    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## Limits\n\nNothing.\n")
+    page.write_section(Section(catalogue.OTHER, "Limits", "Nothing."))
     assert page.find_regressions([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
     assert [sentence.split(":")[0] for sentence in page.find_regressions([slower, dearer])] == ["rate", "cost"]
     assert page.find_regressions([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
-    page.write([MORE], [MORE], complete=True)
-    text = (tmp_path / "page.md").read_text()
-    assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in text
+    page.write([replace(MORE, clock="CPU")], [MORE], complete=True)
+    text = (pages / catalogue.OTHER).read_text()
+    assert "| rate | 30 | 20 | rows/s | 1.5 CPU | ≥ 1 | met |" in text
+    assert "| cost |" not in text
     assert text.endswith("\n## Limits\n\nNothing.\n"), "the hand-written section is kept"
+
+
+def test_a_figure_goes_to_its_page_with_the_bound_and_the_ratio_by_the_other_clock(pages: Path) -> None:
+    batch = Result("batch", 30.0, 100.0, "windows/s", 0.45, "exercise", clock="CPU", other_ratio=0.4)
+    alarms = replace(LESS, name="drift, smartwatch: false alarms")
+    page.write([batch, alarms, MORE], [], complete=True)
+    page.write_section(Section(catalogue.MAIN, "What limits", "1. Nothing.", {"chart.svg": "<svg/>"}))
+    page.write([replace(MORE, ours=25.0)], [], complete=False)
+    text = (pages / catalogue.MAIN).read_text()
+    assert "| batch | 30 | 100 | windows/s | 0.3 CPU | 0.4 | 0.62 | ≥ 0.45 | **missed** |" in text
+    assert "**0 of 1 targets are met.**" in text
+    assert text.count("## What is compared") == text.count("## What limits") == 1
+    assert text.endswith("\n## What limits\n\n1. Nothing.\n")
+    assert "| drift, smartwatch: false alarms |" in (pages / catalogue.DRIFT).read_text()
+    assert "| rate | 25 | 20 |" in (pages / catalogue.OTHER).read_text()
+    assert (pages / "chart.svg").read_text() == "<svg/>"
+    assert page.read_figures()["batch"].measured.count(" at ") == 1
 
 
 def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +133,7 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
         assert ("worse by more than a third" in shown.output) is bool(code)
 
 
-def test_the_page_has_the_median_run_and_the_baseline_the_worst(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
+def test_the_page_has_the_median_run_and_the_baseline_the_worst(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"both"})
     more, less, limit = (5.0, 40.0, 30.0), (3.0, 1.0, 8.0), replace(LESS, name="limit", limit=True)
     turns = iter(
@@ -78,7 +141,7 @@ def test_the_page_has_the_median_run_and_the_baseline_the_worst(
     )
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"both": lambda: next(turns)})
     CliRunner().invoke(main, ["--write"])
-    text, ratios = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "ratios.json").read_text())
+    text, ratios = (pages / catalogue.OTHER).read_text(), json.loads((pages / "ratios.json").read_text())
     assert "| rate | 30 | 20 |" in text
     assert "| cost | 3 | 2 |" in text
     assert ratios == {"rate": 0.25, "cost": 4.0}
@@ -105,6 +168,18 @@ def test_an_undetected_change_counts_as_missed_and_late() -> None:
     assert delays.delays == [3, 3, None]
     assert (delays.median, round(delays.missed)) == (3, 33)
     assert DetectionDelays([None, None, 2]).median == float("inf")
+
+
+def test_misses_of_changes_that_status_states_to_find_are_named() -> None:
+    delays = {
+        "+1 sd": DetectionDelays([None, None, 2], [True, False, True]),
+        "stuck": DetectionDelays([None, 1], [False, True]),
+    }
+    text = alarms.table([alarms.Measured("weather", 60, site_trials.QuietCount(), delays)], {})
+    assert text.endswith(
+        "In 3 of these trials `status` had stated that the change is found; 1 missed it. "
+        "More than a tenth were missed with weather, 60 rows, +1 sd (1 of 2)."
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))

@@ -89,5 +89,5 @@ def test_a_process_dies_at_its_step_once(when: str, tmp_path: Path, monkeypatch:
         assert launch.synchronous("FULL") == "FULL"  # type: ignore[func-returns-value]
         for do in commits:
             do()
-    wait_until("it dies", lambda: deaths == [when], 10)
+    wait_until("it dies", lambda: deaths == [when])
     assert mark.exists()

@@ -27,6 +27,7 @@ FLOORS = {
     "alerts": 1,
     "arrays": 2,
     "indices": 3,
+    "kernel": 4,
     "clock": 1,
     "jsonpath": 1,
     "media": 1,

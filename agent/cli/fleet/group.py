@@ -10,7 +10,6 @@ from agent.cli.fleet.collect import collect, collector, homeassistant, reissue
 from agent.cli.fleet.command import command, remove, revoke
 from agent.cli.fleet.disclosed import disclosed
 from agent.cli.fleet.drift import drift
-from agent.cli.fleet.enrol import enrol, enrol_list, init, renew, token
 from agent.cli.fleet.evidence import evidence
 from agent.cli.fleet.keys import keys
 from agent.cli.fleet.reports import accept_log, alerts, audit, devices, gaps
@@ -22,6 +21,12 @@ from agent.cli.groups import SentenceGroup
 
 # Commands in folders below this one, which import what commands here share.
 _BELOW = {
+    "init": "agent.cli.fleet.enrolment.enrol:init",
+    "token": "agent.cli.fleet.enrolment.enrol:token",
+    "invite": "agent.cli.fleet.enrolment.invite:invite",
+    "enrol": "agent.cli.fleet.enrolment.enrol:enrol",
+    "enrol-list": "agent.cli.fleet.enrolment.enrol:enrol_list",
+    "renew": "agent.cli.fleet.enrolment.enrol:renew",
     "dataset": "agent.cli.fleet.data.dataset:dataset",
     "label": "agent.cli.fleet.labelling.label:label",
     "label-next": "agent.cli.fleet.labelling.suggest:label_next",
@@ -55,7 +60,7 @@ def fleet() -> None:
 
 
 for _subcommand in (
-    *(init, token, enrol, enrol_list, renew, devices, collect, collector, homeassistant, reissue, viewer, watch),
+    *(devices, collect, collector, homeassistant, reissue, viewer, watch),
     *(alerts, gaps, audit, disclosed, drift, command, revoke, remove, accept_log, publish, repository, keys),
     *(rollout, evidence, simulate),
 ):

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from agent import durable_files
-from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
@@ -26,29 +25,20 @@ def request(folder: Path, fleet: str, device: str, token: str | None, out: Path 
     Keys that are there stay. The request holds their public halves. The operator answers with a file for
     `outstation join`.
     """
-    from agent.wire import enrolment_request, keys
+    from agent.bootstrap.invited import make_request
 
     for option, name in (("--fleet", fleet), ("--id", device)):
         if not is_name(name):
             raise UsageError(f"{option} {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     out = out or folder / f"{device}.request"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}") from None
-    paths = (folder / KEY_FILE, folder / TLS_KEY_FILE)
-    key, tls_key = (
-        keys.load_private(path) if path.exists() else keys.generate(path, write_public=path.name == KEY_FILE)
-        for path in paths
-    )
-    try:
-        durable_files.write(out, enrolment_request.build(fleet, device, key, tls_key, token))
+        content, key = make_request(folder, fleet, device, token)
     except ValueError as error:
         raise UsageError(f"--token: {error}; copy it completely") from None
-    document = {"request": str(out), "device": device, "fleet": fleet, "key": key.public.text}
-    document["thumbprint"] = key.public.kid
-    lines = [f"{out} written", f"key         {key.public.text}", f"thumbprint  {key.public.kid}"]
-    check = "" if token else f" --thumbprint {key.public.kid}"
+    durable_files.write(out, content)
+    document = {"request": str(out), "device": device, "fleet": fleet, "key": key.text, "thumbprint": key.kid}
+    lines = [f"{out} written", f"key         {key.text}", f"thumbprint  {key.kid}"]
+    check = "" if token else f" --thumbprint {key.kid}"
     lines.append(f"Next: outstation fleet enrol {device} --request {out.name}{check} --bundle-out {device}.tar.gz")
     lines[-1] += "  (at the operator)"
     emit(document, as_json, lambda: echo("\n".join(lines)))

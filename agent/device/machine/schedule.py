@@ -17,6 +17,8 @@ from agent.errors import ConfigError
 
 _STEP_US = 1_000_000
 _MAX_WAIT_S = 60.0
+# Least time between runs by row count, while a run pays more with more rows.
+_GATHER_S = 0.1
 _MAX_REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
 # crontab(5) counts from Sunday, APScheduler 3 from Monday: names are the same in both.
@@ -32,8 +34,11 @@ class Schedule(Protocol):
         """True if the wall time of each run must be saved, for `parse` after a restart."""
         ...
 
-    def is_due(self, now: ClockReading, backlog: int) -> bool:
-        """Return True if the task should run now, with `backlog` rows waiting."""
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        """Return True if the task should run now, with `backlog` rows waiting.
+
+        With fewer than `enough` rows, runs by row count keep a tenth of a second between them.
+        """
         ...
 
     def record_run(self, now: ClockReading) -> None:
@@ -76,7 +81,7 @@ class IntervalSchedule:
         self._seconds = seconds
         self._next: float | None = None
 
-    def is_due(self, now: ClockReading, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
         return self._next is None or now.boot_s >= self._next
 
     def record_run(self, now: ClockReading) -> None:
@@ -89,21 +94,31 @@ class IntervalSchedule:
 
 
 class RowCountSchedule:
-    """Schedule that runs as soon as `rows` rows wait."""
+    """Schedule that runs as soon as `rows` rows wait.
+
+    Only a stream that fills `rows` more than ten times a second waits: runs of few rows then cost more than the rows.
+    """
 
     needs_last_run = False
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
+        self._last_run: float | None = None
+        self._is_gathering = False
 
-    def is_due(self, now: ClockReading, backlog: int) -> bool:
-        return backlog >= self._rows
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        is_reached = backlog >= self._rows
+        self._is_gathering = is_reached and backlog < enough and self._gather_s(now) > 0
+        return is_reached and not self._is_gathering
 
     def record_run(self, now: ClockReading) -> None:
-        pass
+        self._last_run = now.boot_s
 
     def wait_s(self, now: ClockReading) -> float:
-        return _MAX_WAIT_S
+        return self._gather_s(now) if self._is_gathering else _MAX_WAIT_S
+
+    def _gather_s(self, now: ClockReading) -> float:
+        return 0.0 if self._last_run is None else max(0.0, self._last_run + _GATHER_S - now.boot_s)
 
 
 class CronSchedule:
@@ -137,7 +152,7 @@ class CronSchedule:
         if self._find_next(datetime(2024, 1, 1, tzinfo=UTC)) is None:
             raise ValueError("that time never comes")
 
-    def is_due(self, now: ClockReading, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
         if self._next is None:
             self._next = self._find_next(self._search_start(now, catch_up=True))
         # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.

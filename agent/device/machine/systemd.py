@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 
 
 def notify(state: str) -> None:
@@ -12,6 +11,9 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
+    # Imported here: `outstation batch` mostly runs without systemd.
+    import socket
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         # A service manager that does not read must not block the daemon.
         sock.settimeout(1.0)

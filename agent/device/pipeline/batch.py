@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.alerts import DAMAGED_ROWS
@@ -39,8 +39,7 @@ from agent.model.inference.inference import InferenceResult
 from agent.performance import slices
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
+class BatchResult(msgspec.Struct, frozen=True):
     """Number of rows consumed, model windows, and alerts of a committed batch."""
 
     rows: int
@@ -48,8 +47,7 @@ class BatchResult:
     alerts: int
 
 
-@dataclass(frozen=True, slots=True)
-class _BatchInput:
+class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     """Everything that a batch reads: `features` (n, F) of its rows in physical units, and the history before them."""
 
     batch: RowBatch
@@ -65,8 +63,7 @@ class _BatchInput:
     labels_contradict: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _BatchOutput:
+class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
     drift: DriftState | None
     refusals: LearningRefusals
     rule_states: TaskRuleStates
@@ -93,7 +90,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
             # A full store holds back a limited reserve, and used readings make way: a smaller batch may fit.
             if max_rows <= task.window_rows:
                 raise
-            task.batch_divisor *= 4
+            task.shrink_batches()
         else:
             task.batch_divisor = max(1, task.batch_divisor // 2)
             if result is not None:
@@ -313,9 +310,11 @@ def _commit(
             drift_state.save_refusals(tx, task.name, output.refusals)
         if output.rule_states is not source.rule_states:
             rule_store.save(tx, task.name, output.rule_states)
+        unspent_bytes = tx.remaining_bytes
         message_log.append_all(tx, output.messages, now)
         if output.predictions is not None:
             tx.labels.store_predictions(task.name, output.predictions, tx.uptime_s(now))
+        spent_bytes = unspent_bytes - tx.remaining_bytes
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
         if output.sample_requests:
             requests.add(tx, task.name, output.sample_requests)
@@ -325,6 +324,7 @@ def _commit(
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
+    task.record_transaction(len(source.cut.starts), spent_bytes)
     task.drift_state, task.closing_messages, task.is_crash_suspect = output.drift, None, False
     task.unsaved_basis = None
     task.last_label = output.last_label

@@ -58,9 +58,10 @@ def build_result_messages(
     hides_faults = privacy.keeps("drift") or privacy.keeps("alerts")
     named = [] if hides_faults else [name for name in faulty if not privacy.hides_numbers(name)]
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
-    max_results = columns.max_results(
-        message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES, model_scores, labels
-    )
+    lists_all = privacy.min_results <= 1 and bool(is_published.all())
+    listed = (ends + batch.first, batch.rows.t[ends]) if lists_all else (None, None)
+    max_bytes = message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES
+    max_results = columns.max_results(max_bytes, model_scores, labels, missing, *listed)
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + max_results)

@@ -15,6 +15,8 @@ from agent.wire.runs import MAX_RESULTS, JitteredTimes, LabelRun, TimeRun
 
 # Beyond 53 bits a step is no exact number for every reader of JSON.
 _MAX_SPAN = 2**53 - 1
+# A float of 6 digits with its comma: up to 1e16 it is written with all zeros.
+_LONG_NUMBER_BYTES = 20
 
 
 def build(
@@ -43,14 +45,31 @@ def build(
     return columns
 
 
-def max_results(max_bytes: int, model_scores: Scores, labels: list[str] | None) -> int:
+def max_results(
+    max_bytes: int,
+    model_scores: Scores,
+    labels: list[str] | None,
+    missing: NDArray[np.float32],
+    rows: NDArray[np.int64] | None,
+    times: NDArray[np.int64] | None,
+) -> int:
     """Return how many results fit into `max_bytes` bytes in any case, at least one.
 
-    A result costs two numbers of 16 digits, each of score, value and share missing, its label, and their commas.
+    `rows` and `times` (epoch µs) are those of all results; None if some of them may be left out. Without a regular
+    step each costs a number of 16 digits. With their commas, a score costs 4 decimals, a share missing 3, a value 6
+    digits with zeros around them.
     """
-    longest = max((_json_size(name) for name in set(labels or ())), default=0)
+    size = sum(0 if listed is not None and _is_regular(listed) else 17 for listed in (rows, times))
+    if labels is not None:
+        size += 2 + max(map(_json_size, set(labels)), default=0)
+    if model_scores.score is not None:
+        outside = (model_scores.score < 0) | (model_scores.score > 1)
+        size += _LONG_NUMBER_BYTES if outside.any() else 7
+    if model_scores.value is not None:
+        size += _LONG_NUMBER_BYTES
+    size += _LONG_NUMBER_BYTES * len(model_scores.extra_columns) + 6 * bool(missing.any())
     heads = sum(_json_size(name) + 4 for name in model_scores.extra_columns)
-    return min(MAX_RESULTS, max(1, (max_bytes - heads) // (56 + longest + 16 * len(model_scores.extra_columns))))
+    return min(MAX_RESULTS, max(1, (max_bytes - heads) // max(1, size)))
 
 
 def encode_runs(values: NDArray[np.int64]) -> list[int | TimeRun]:
@@ -91,6 +110,11 @@ def encode_labels(labels: list[str]) -> list[str | LabelRun]:
     """Return `labels` (n,) with each label that repeats as a run."""
     groups = ((label, len(list(same))) for label, same in groupby(labels))
     return [label if count == 1 else LabelRun(label, count) for label, count in groups]
+
+
+def _is_regular(values: NDArray[np.int64]) -> bool:
+    steps = np.diff(values)
+    return bool((steps[1:] == steps[:-1]).all()) and (len(values) == 0 or _span(values) <= _MAX_SPAN)
 
 
 def _span(values: NDArray[np.int64]) -> int:

@@ -23,13 +23,19 @@ from agent.model.inference import features
 from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel
 from agent.model.inference.tuning import Tuning
 
-# Model windows of a batch. The first limit matters only where they are short; the others before a model was tuned.
-_MAX_WINDOWS, _DEFAULT_WINDOWS, _DEFAULT_ROWS = 4096, 512, 25_600
-# Bytes that a transaction counts for a result, in its message and for labels; for each further column there; for a
-# drift window; and for each field of one.
+# Model windows of a batch, more of them where they are short, and at most so many before a model was tuned. Larger
+# batches save less than a hundredth.
+_BATCH_WINDOWS, _BATCH_ROWS, _UNTUNED_WINDOWS = 2048, 16_384, 512
+# Bytes that a transaction counts, until a batch shows how many they are: for a result, in its message and for labels;
+# for each further column there; for a drift window; and for each field of one.
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 # For an alert of a rule that fires and clears all the time.
 _ALERT_BYTES = 3_000
+# Drift windows that are judged together where rows come fast: each then costs a third. A task with a shorter deadline
+# does not wait for them.
+_GATHERED_WINDOWS, _MIN_GATHER_DEADLINE_S = 4, 1.0
+# The fixed parts of a smaller batch would count as those of its windows.
+_MIN_MEASURED_WINDOWS = 256
 # Time of a batch in the model: far below the watchdog's minute, even on a day when everything else is slow.
 _MAX_INFERENCE_S = 5.0
 
@@ -57,6 +63,7 @@ class LoadedTask:
     - `samples`: which of its readings may be sent; None without the owner's consent
     - `is_crash_suspect`: the daemon ended during the model's last run
     - `batch_divisor`: batches are this many times smaller, after one that found no room
+    - `window_bytes`: planned bytes of a model window in a transaction: the most there may be, then as measured
     """
 
     name: str
@@ -82,6 +89,7 @@ class LoadedTask:
     rules: Sequence[CompiledRule] = ()
     samples: SampledTask | None = None
     batch_divisor: int = 1
+    window_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.cost_meter, self.deadline = CostMeter(self.name), Deadline(self.name, self.config.deadline)
@@ -91,6 +99,7 @@ class LoadedTask:
         if media_format is not None:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
+        self.window_bytes = self._max_window_bytes
 
     @property
     def step(self) -> int:
@@ -113,12 +122,31 @@ class LoadedTask:
         """Return the rows of the largest batch: one model window, and what memory, time and the transaction allow."""
         in_memory = MAX_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
         max_s = min(_MAX_INFERENCE_S, self.deadline.seconds or _MAX_INFERENCE_S)
-        in_time = _DEFAULT_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
-        default = min(_MAX_WINDOWS, max(_DEFAULT_WINDOWS, _DEFAULT_ROWS // self.step))
+        in_time = _UNTUNED_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
+        default = max(_BATCH_WINDOWS, _BATCH_ROWS // self.step)
         # The other half is for alerts, and for the states of drift and labels.
-        in_transaction = transaction_bytes // 2 // self._max_window_bytes
+        in_transaction = transaction_bytes // 2 // self.window_bytes
         windows = min(default, in_transaction, in_memory, in_time, self.deadline.max_windows) // self.batch_divisor
         return self.window_rows + max(0, self._align_to_drift_window(windows) - 1) * self.step
+
+    @property
+    def rows_to_gather(self) -> int:
+        """Return the rows that a run may wait for, a moment: those of several drift windows. 0 if it should not."""
+        if self.drift_state is None or (self.deadline.seconds or _MIN_GATHER_DEADLINE_S) < _MIN_GATHER_DEADLINE_S:
+            return 0
+        windows = _GATHERED_WINDOWS * self.drift_state.window - self.drift_state.open_summary.model_windows
+        return self.window_rows + (windows - 1) * self.step
+
+    def record_transaction(self, windows: int, spent_bytes: int) -> None:
+        """Plan the next batches by the bytes that results, drift windows and alerts of a committed batch took."""
+        if windows >= _MIN_MEASURED_WINDOWS:
+            # Half of the plan before, too: after a calm batch there may be more alerts again.
+            self.window_bytes = max(1, self.window_bytes // 2, spent_bytes * 5 // 4 // windows)
+
+    def shrink_batches(self) -> None:
+        """Plan smaller batches, because the store had no room for one."""
+        self.window_bytes = max(self.window_bytes, self._max_window_bytes)
+        self.batch_divisor *= 4
 
     def _align_to_drift_window(self, windows: int) -> int:
         """Return at most `windows`, so that the last one closes a drift window if it can."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from itertools import combinations
-from statistics import median
 
 import msgspec
 
@@ -140,4 +139,7 @@ def _theil_sen_slope(samples: list[Sample]) -> float:
         return 0.0
     thinned = samples[:: max(1, len(samples) // 24)]
     slopes = [(b - a) / (t - s) for (s, a), (t, b) in combinations(thinned, 2) if t > s]
-    return median(slopes) if slopes else 0.0
+    if not slopes:
+        return 0.0
+    ordered, middle = sorted(slopes), len(slopes) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

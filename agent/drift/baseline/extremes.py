@@ -40,6 +40,8 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
                 )
         values = ends[..., :2]
         values[:, LOW] *= -1
+        # A zero is positive on both sides, whichever it was among equal ones.
+        values += 0.0
         values[np.isnan(values)] = -np.inf
         return cls(values.reshape(*count.shape, 2, 2), rows.reshape(*count.shape, 2, 2))
 

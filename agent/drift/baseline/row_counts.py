@@ -14,10 +14,11 @@ from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import ClassifiedWindows
 from agent.drift.detectors.registry import COUNTERS
-from agent.drift.numeric.sums import Groups
+from agent.drift.numeric.sums import Groups, GroupSums
 from agent.indices import bincount, repeat
-
-OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
+from agent.kernel import drift_rows, group_sums
+from agent.kernel import library as kernel
+from agent.kernel.library import Library
 
 
 class RowCounts(msgspec.Struct, frozen=True, eq=False):
@@ -31,6 +32,7 @@ class RowCounts(msgspec.Struct, frozen=True, eq=False):
     extremes: Extremes
     steps: Ints  # (W, F, 64)
     repeated: Ints  # (W,)
+    sums: GroupSums  # (W, 1, F) of values from their origin
 
 
 class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
@@ -41,8 +43,50 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
     detectors: dict[str, Ints]  # (W, C, …)
 
 
-def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCounts, Tail]:
-    """Count `rows` (W, n, F), n > 0, in physical units, NaN missing; if W is 1, the rows follow on from `tail`."""
+def count_rows(
+    reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None = None
+) -> tuple[RowCounts, Tail]:
+    """Count `rows` (W, n, F), n > 0, in physical units, NaN missing.
+
+    If W is 1, the rows follow on from `tail`, and sums from those `before`.
+    """
+    library = kernel.kernel()
+    counted = None if library is None else _count_compiled(library, reference, rows, tail, before)
+    counts, run = counted or _count_by_numpy(reference, rows, tail, before)
+    last_two = rows[-1] if rows.shape[1] > 1 else np.concatenate([tail.rows, rows[-1]])
+    return counts, Tail(last_two[-2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
+
+
+def _count_compiled(
+    library: Library, reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None
+) -> tuple[RowCounts, Ints] | None:
+    sums = None if before is None else (before.n, before.total, before.squares)
+    counted = drift_rows.count(library, reference.row_limits, rows, tail.rows, tail.last, tail.run, sums)
+    if counted is None:
+        return None
+    repeated = counted.repeated
+    if repeated.any() and reference.has_few_levels.any():
+        # The library knows rest values only.
+        trace = Trace.from_rows(rows, tail.rows)
+        repeated = runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels)
+    counts = RowCounts(
+        counts=counted.bins,
+        missing=counted.missing,
+        outside=counted.outside,
+        spikes=counted.spikes,
+        longest=counted.longest,
+        extremes=Extremes(counted.extreme_values, counted.extreme_rows),
+        steps=counted.sizes,
+        repeated=repeated,
+        sums=GroupSums(counted.known, counted.total, counted.squares),
+    )
+    return counts, counted.open_run
+
+
+def _count_by_numpy(
+    reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None
+) -> tuple[RowCounts, Ints]:
+    """Return the counts, and the run of the last value (W, F): the definition, which the library equals bit by bit."""
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail, reference.rest)
     ordered, exact = _sort_columns(rows)
@@ -58,9 +102,10 @@ def count_rows(reference: Reference, rows: Float64s, tail: Tail) -> tuple[RowCou
         longest=longest,
         extremes=extremes,
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
-        repeated=runs.count_repeated_rows(trace, reference.rest),
+        repeated=runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels),
+        sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]], before),
     )
-    return counted, Tail(trace.rows[-1, -2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
+    return counted, run
 
 
 def count_predictions(
@@ -79,9 +124,7 @@ def count_predictions(
     if top_scores is not None:
         if len(reference.score_edges):
             # An unknown score is neither certain nor in doubt.
-            known = ~np.isnan(top_scores)
-            bins = np.searchsorted(reference.score_edges, top_scores[known], side="right") + BINS * drift_window[known]
-            scores = bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
+            scores = _count_scores(top_scores.reshape(windows, -1), reference.score_edges)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
@@ -98,6 +141,17 @@ def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     count = reference.class_count
     first = repeat(np.arange(windows, dtype=np.int64) * count, len(classes) // windows)
     return Groups.from_ids(first + classes, windows * count)
+
+
+def _count_scores(top_scores: Float64s, edges: Float64s) -> Ints:
+    """Return counts (W, 32) of scores (W, w) between the edges; NaN is left out."""
+    library = kernel.kernel()
+    if library is not None:
+        return group_sums.count_scores(library, top_scores, edges)
+    windows, each = top_scores.shape
+    drift_window = repeat(np.arange(windows, dtype=np.int64), each)[~np.isnan(top_scores.ravel())]
+    bins = np.searchsorted(edges, top_scores[~np.isnan(top_scores)], side="right") + BINS * drift_window
+    return bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
 
 
 def _sort_columns(rows: Float64s) -> tuple[np.ndarray, bool]:
@@ -126,8 +180,7 @@ def _count_bins(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
 
 
 def _count_outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> Ints:
-    span = OUTSIDE_MARGIN * (reference.high - reference.low)
-    low, high = reference.low - span, reference.high + span
+    low, high = reference.far_limits
     out = np.zeros(ordered.shape[:2], np.int64)
     window, field = np.nonzero((extremes.low < low) | (extremes.high > high))
     if len(window):

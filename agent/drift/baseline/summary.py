@@ -153,12 +153,14 @@ def summarize_windows(
     window may go on: from `before`, a stack of one, and from the `tail` of its rows.
     """
     windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
-    of_rows, tail = row_counts.count_rows(reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail)
+    of_rows, tail = row_counts.count_rows(
+        reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail, before.row_sums if before else None
+    )
     groups = row_counts.group_by_class(reference, windows, classes)
     answers = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
     summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
     # Sums begin with those so far: the bits are the same however the rows were cut.
-    summed = summed.reshape(windows * count, width).add(groups, stats.values - reference.origin)
+    summed = summed.reshape(windows * count, width).add(groups, stats.values, reference.origin)
     stack = Summary(
         reference=reference.digest,
         counts=of_rows.counts,
@@ -168,7 +170,7 @@ def summarize_windows(
         longest=of_rows.longest,
         extremes=of_rows.extremes,
         steps=of_rows.steps,
-        row_sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]], before.row_sums if before else None),
+        row_sums=of_rows.sums,
         class_sums=summed.reshape(windows, count, width),
         output=answers.output,
         scores=answers.scores,

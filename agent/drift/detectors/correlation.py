@@ -31,6 +31,8 @@ from agent.drift.detectors.detector import (
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import Groups
 from agent.indices import take
+from agent.kernel import group_sums
+from agent.kernel import library as kernel
 
 MAX_PAIRS = 276  # all pairs of 24 fields; of more fields, those closest in the bundle's order
 MAX_CORRELATION = 0.9999  # larger ones count as this
@@ -128,6 +130,12 @@ class CorrelationDetector(ClassMeanDetector):
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         if task.windowed:
             return super().count(task, windows)
+        library = kernel.kernel()
+        if library is not None:
+            every = windows.values, windows.classes, windows.class_mean, windows.class_sd
+            groups, limits = windows.groups, (RESIDUAL_CLIP, RESIDUAL_SCALE)
+            sums = group_sums.sum_residuals(library, *every, groups.group_ids, len(groups.n), self.width(task), limits)
+            return sums.astype(np.int64)
         residuals = take(windows.class_mean, windows.classes, axis=0)
         np.subtract(windows.values, residuals, out=residuals)
         residuals /= take(windows.class_sd, windows.classes, axis=0)

@@ -10,6 +10,8 @@ import numpy as np
 
 from agent.arrays import Float64s, Ints
 from agent.indices import bincount, repeat, take
+from agent.kernel import group_sums
+from agent.kernel import library as kernel
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
@@ -72,15 +74,21 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     def reshape(self, *shape: int) -> GroupSums:
         return GroupSums(self.n.reshape(shape), self.total.reshape(shape), self.squares.reshape(shape))
 
-    def add(self, groups: Groups, values: Float64s) -> GroupSums:
-        """Add `values` (m, D) to their `groups`.
+    def add(self, groups: Groups, values: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
+        """Add `values` (m, D) less their `origin` to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
         """
+        library = kernel.kernel()
+        if library is not None:
+            origins = np.broadcast_to(origin, values.shape[1:])
+            sums = group_sums.add(library, values, origins, groups.group_ids, self.n, self.total, self.squares)
+            return GroupSums(*sums)
+        values = values - origin
         missing = np.isnan(values)
         if missing.any():
-            values = np.where(missing, 0.0, values)
+            values[missing] = 0.0
         before = np.concatenate([self.total, self.squares], axis=1)
         add_up = _sum_by_group if len(values) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
         both, width = add_up(before, groups, values), values.shape[1]

@@ -18,11 +18,21 @@ REFILL_S = 10.0
 
 
 class Quota(Section, frozen=True):
-    """Section [quota] of fleet.toml: what one device may send, a rate and `burst_s` seconds of it at once."""
+    """Limits of what a collector takes from [one device](../guides/collector.md#quotas).
+
+    ```toml
+    [quota]
+    messages_per_s = 20
+    bytes_per_s = 65536
+    ```
+    """
 
     messages_per_s: Annotated[float, msgspec.Meta(gt=0)] = 200.0
+    """Messages a second."""
     bytes_per_s: Annotated[int, msgspec.Meta(gt=0)] = 262_144
+    """Bytes a second."""
     burst_s: Annotated[float, msgspec.Meta(ge=1)] = 1000.0
+    """Seconds of both that may come at once, after an outage."""
 
 
 class _Bucket(msgspec.Struct):

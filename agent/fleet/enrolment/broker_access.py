@@ -1,13 +1,14 @@
 """Access rules of the broker: clients and roles of Mosquitto's dynamic-security plugin, and changes of them.
 
 Everything is denied that no role allows. The plugin has no pattern for user names, so each device has a role of its
-own, which names its topics. A withdrawn client stays in the document, disabled and without a role.
+own, which names its topics. A withdrawn client stays in the document, disabled and without a role; the account of an
+invitation is removed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -15,11 +16,13 @@ import msgspec
 from agent.bridge.discovery import Place
 from agent.config.homeassistant import DEFAULT_PREFIX
 from agent.fleet.collector.subscriptions import logged_filters
-from agent.wire import trust
+from agent.wire import invitation, trust
 from agent.wire.topics import ALL_DEVICES, DEVICE_ALERTS, DEVICE_GROUP, KINDS, ROOT
 
 # Client that may change the rules while the broker runs.
 ADMIN = "broker-admin"
+# Client that answers invited devices.
+REGISTRAR = "_registrar"
 CONTROL_TOPIC = "$CONTROL/dynamic-security/v1"
 _ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsubscribe")
 
@@ -27,11 +30,11 @@ _ACCESS_TYPES = ("publishClientSend", "publishClientReceive", "subscribe", "unsu
 _READ_BY_ALL = (f"{ALL_DEVICES}/{trust.KIND}", f"{ALL_DEVICES}/desired", f"{DEVICE_GROUP}/desired/+")
 
 Document = dict[str, Any]
-Access = Literal["device", "collector", "bridge", "homeassistant", "viewer", "none"]
+Access = Literal["device", "collector", "bridge", "homeassistant", "viewer", "joining", "none", "removed"]
 
 
 class AccessChange(msgspec.Struct, frozen=True):
-    """Wanted access of a client; `none` withdraws all. `tasks`: those of a device, any without."""
+    """Wanted access of a client; `none` withdraws all, `removed` also its name. `tasks`: of a device, any without."""
 
     client: str
     access: Access
@@ -52,6 +55,7 @@ def build_document(fleet: str, group: str) -> Document:
             _client("operator", ["operator"]),
             _client("commander", ["operator"]),
             _client(ADMIN, [ADMIN]),
+            _client(REGISTRAR, [REGISTRAR]),
         ],
         "groups": [],
         "roles": [
@@ -60,6 +64,11 @@ def build_document(fleet: str, group: str) -> Document:
             _role("operator", send=orders, receive=[tree]),
             _viewer_role(fleet),
             _admin_role(),
+            _role(
+                REGISTRAR,
+                send=[invitation.build_topic(fleet, "+", "answer")],
+                receive=[invitation.build_topic(fleet, "+", "request")],
+            ),
             *_homeassistant_roles(fleet),
         ],
     }
@@ -81,8 +90,8 @@ def fleet_tree(fleet: str) -> str:
 
 def is_in_force(change: AccessChange, client: dict[str, Any] | None) -> bool:
     """Return True if a client, as the document or the plugin lists it, has the wanted access."""
-    if client is None:
-        return False
+    if client is None or change.access == "removed":
+        return client is None and change.access == "removed"
     names = {role["rolename"] for role in client.get("roles", ())}
     return names == set(_role_names(change)) and bool(client.get("disabled")) == (change.access == "none")
 
@@ -98,8 +107,10 @@ def edit_document(document: Document, fleet: str, changes: Iterable[AccessChange
         own = _own_role_name(AccessChange(change.client, "device"))
         document["roles"] = [role for role in document["roles"] if role["rolename"].partition("/")[0] != own]
         document["clients"] = [client for client in document["clients"] if client["username"] != change.client]
-        if change.access == "device":
-            document["roles"].append(_device_role(fleet, change))
+        if change.access == "removed":
+            continue
+        if change.access in _OWN_ROLES:
+            document["roles"].append(_OWN_ROLES[change.access](fleet, change))
         client = _client(change.client, _role_names(change))
         document["clients"].append(client | ({"disabled": True} if change.access == "none" else {}))
     return bool(missing)
@@ -112,8 +123,10 @@ def build_creation(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     """
     roles = [{"rolename": name} for name in _role_names(change)]
     client = {"command": "createClient", "username": change.client, "roles": roles}
-    if change.access == "device":
-        return [{"command": "createRole", **_device_role(fleet, change)}, client]
+    if change.access == "removed":
+        return build_commands(change, fleet)
+    if change.access in _OWN_ROLES:
+        return [{"command": "createRole", **_OWN_ROLES[change.access](fleet, change)}, client]
     return [client]
 
 
@@ -121,8 +134,10 @@ def build_commands(change: AccessChange, fleet: str) -> list[dict[str, Any]]:
     """Return the plugin's commands for a change, whatever the client had before; some fail if nothing is to be done."""
     client, own = change.client, _own_role_name(change)
     roles = [{"rolename": name} for name in _role_names(change)]
-    if change.access == "device":
-        role = _device_role(fleet, change)
+    if change.access == "removed":
+        return [{"command": "deleteClient", "username": client}, {"command": "deleteRole", "rolename": own}]
+    if change.access in _OWN_ROLES:
+        role = _OWN_ROLES[change.access](fleet, change)
         commands = [{"command": "createRole", **role}, {"command": "modifyRole", **role}]
     else:
         commands = [{"command": "deleteRole", "rolename": own}]
@@ -145,6 +160,19 @@ def _device_role(fleet: str, change: AccessChange) -> dict[str, Any]:
         send += [f"{base}/{kind.name}/{task}" for task in tasks] if kind.per_task else [f"{base}/{kind.name}"]
     receive = [f"{base}/{kind.name}" for kind in KINDS.values() if kind.to_device]
     return _role(_own_role_name(change), send=send, receive=receive)
+
+
+def _joining_role(fleet: str, change: AccessChange) -> dict[str, Any]:
+    """Return the role of an invitation's account: it asks for its enrolment and hears the answer, and nothing else."""
+    request, answer = (invitation.build_topic(fleet, change.client, kind) for kind in ("request", "answer"))
+    return _role(_own_role_name(change), send=[request], receive=[answer])
+
+
+# Roles of one client, which name its topics.
+_OWN_ROLES: dict[str, Callable[[str, AccessChange], dict[str, Any]]] = {
+    "device": _device_role,
+    "joining": _joining_role,
+}
 
 
 def _viewer_role(fleet: str) -> dict[str, Any]:
@@ -189,6 +217,8 @@ def _homeassistant_roles(fleet: str) -> list[dict[str, Any]]:
 def _role_names(change: AccessChange) -> list[str]:
     if change.access == "device":
         return ["device", _own_role_name(change)]
+    if change.access == "joining":
+        return [_own_role_name(change)]
     return [] if change.access == "none" else [change.access]
 
 

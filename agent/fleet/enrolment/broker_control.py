@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -27,6 +26,7 @@ from agent.fleet.config import ClientCertificate, FleetConfig
 from agent.fleet.enrolment import broker_access
 from agent.fleet.enrolment.broker_access import CONTROL_TOPIC, AccessChange, Document
 from agent.fleet.enrolment.pki import CertificateAuthority
+from agent.transport import tls
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 
@@ -144,13 +144,10 @@ def end_session(config: FleetConfig, client: str, authority: CertificateAuthorit
     Raises LinkDown and StorageError.
     """
     certificate = authority.issue_client(client, config.fleet.name, _TAKEOVER_LIFETIME)
-    with tempfile.TemporaryDirectory() as made:
-        files = {"cert_file": certificate.certificate, "tls_key_file": certificate.key}
-        for name, data in files.items():
-            durable_files.write(Path(made) / name, data, 0o600)
-        paths = {name: str(Path(made) / name) for name in files}
+    files = {"cert_file": certificate.certificate, "tls_key_file": certificate.key}
+    with tls.client_files(config.broker, files) as broker:
         # A clean start discards the former session, and this one ends with its connection.
-        Link(msgspec.structs.replace(config.broker, **paths), client, timeout_s=_TIMEOUT_S).close()
+        Link(broker, client, timeout_s=_TIMEOUT_S).close()
 
 
 def _control(broker: BrokerConfig, fleet: str, changes: Iterable[AccessChange]) -> dict[AccessChange, str]:

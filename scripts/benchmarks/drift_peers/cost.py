@@ -21,6 +21,7 @@ from scripts.benchmarks.drift_peers.synthetic import ROWS
 
 ROUNDS = 7
 YARDSTICK = "ten bins, NumPy"
+FAST = "one prediction per row, 500 rows at a time, more than ten times a second"
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -32,13 +33,15 @@ class Case(msgspec.Struct, frozen=True):
     window: int = ROWS  # rows
 
 
-# Batches of a device that works off a backlog (at most 4096 single-row answers or 512 longer windows), and of live
-# readings.
+# Batches of a device that works off a backlog, and of live readings: rows that come fast, 500 at a time, are judged
+# four drift windows at a time, and others one by one.
 CASES = (
     Case("one prediction per row", 1, 4000),
     Case("one prediction per 100 rows", 100, 51_000),
     Case("one prediction per row, batches of 500 rows", 1, ROWS),
     Case("one prediction per 100 rows, batches of 500 rows", 100, ROWS),
+    Case(FAST, 1, 4 * ROWS),
+    Case("one prediction per 100 rows, 500 rows at a time, more than ten times a second", 100, 4 * ROWS),
     Case("one prediction per 100 rows, windows of 2,000 rows, one per batch", 100, 2000, window=2000),
 )
 

@@ -665,7 +665,7 @@ def test_a_deleted_socket_file_is_made_again_while_connections_go_on(
         station.socket.unlink()
         if put is not None:
             put(station.socket)
-        wait_for(lambda: connects(station.socket), "a producer connects", within_s=10)
+        wait_for(lambda: connects(station.socket), "a producer connects")
         line.send(*numbers(range(3, 5)))
         assert line.through(5)["accepted"] == 2
     with station.line() as line:
@@ -684,9 +684,9 @@ def test_a_folder_in_the_place_of_the_socket_is_named_until_it_is_removed(
 ) -> None:
     station.socket.unlink()
     station.socket.mkdir()
-    wait_for(lambda: "intake.sock: Is a directory" in caplog.text, "the folder is named", within_s=10)
+    wait_for(lambda: "intake.sock: Is a directory" in caplog.text, "the folder is named")
     station.socket.rmdir()
-    wait_for(lambda: connects(station.socket), "a producer connects", within_s=10)
+    wait_for(lambda: connects(station.socket), "a producer connects")
 
 
 def test_intake_fails_within_seconds_after_its_data_folder_was_moved_away(tmp_path: Path) -> None:
@@ -695,7 +695,7 @@ def test_intake_fails_within_seconds_after_its_data_folder_was_moved_away(tmp_pa
         line.through(3)
         (tmp_path / "data").rename(tmp_path / "former")
         # Without a row or a commit.
-        wait_for(lambda: bool(station.failures), "the intake fails", within_s=10)
+        wait_for(lambda: bool(station.failures), "the intake fails")
         assert isinstance(station.failures[0], StorageMoved)
         line.send(*numbers(range(3, 4)))
         line.hang_up()

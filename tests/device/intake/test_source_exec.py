@@ -217,7 +217,7 @@ def test_a_stop_ends_the_program_and_stores_what_it_printed(tmp_path: Path) -> N
     with running(tmp_path, script) as station:
         wait_for(lambda: station.store.last_row("sensor") == 1, "the row")
         begin = time.monotonic()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 15
     assert has_ended(int((tmp_path / "pid").read_text()))
 
 

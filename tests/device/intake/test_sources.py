@@ -37,6 +37,7 @@ from agent.device.recovery.open import open_store
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows, pack_chunk
 from agent.errors import ConfigError, UsageError
+from tests.kit.kills import kill_with_a_file_in_hand
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64", max=10**6)])
@@ -357,6 +358,7 @@ from pathlib import Path
 from agent.config import Duration, FieldConfig, StreamConfig
 from agent.config.sources import FilesSource
 from agent.device.intake.sources import files
+from tests.kit.kills import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
@@ -374,28 +376,13 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
     n = 40_000
     for index in range(3):
         put(tmp_path, f"{index}.csv", range(index * n, (index + 1) * n))
-    interrupted = kills = 0
-    for life in range(60):
-        command = [sys.executable, "-c", _WATCHER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            # The first ones die young, most with a file in hand; the later ones live long enough to finish.
-            time.sleep(rng.uniform(0.02, 0.12) if life < 8 else rng.random() * 0.04 * life)
-            process.kill()
-        kills += 1
-        interrupted += bool(there(tmp_path)["taking"])
-        # Two kills in a row set a file aside, as it might have caused them; somebody puts it back.
-        for name in there(tmp_path)["failed"]:
-            if name.endswith(".csv"):
-                (tmp_path / "in" / "failed" / name).rename(tmp_path / "in" / name)
-        if len(there(tmp_path)["done"]) == 3:
-            break
+    command = [sys.executable, "-c", _WATCHER, str(tmp_path)]
+    interrupted = kill_with_a_file_in_hand(command, tmp_path / "in", 3, 8, rng)
     store = open_store(tmp_path / "data")
     store.declare_streams({"numbers": NUMBERS})
     assert rows_of(store, "numbers", NUMBERS).columns[0].tolist() == list(range(3 * n))
     store.close()
-    assert interrupted > 0, f"{kills} kills, none in the middle of a file"
+    assert interrupted > 0, "no kill in the middle of a file"
 
 
 # --- host
@@ -608,6 +595,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import ReplaySource
 from agent.device.intake.sources.replay import ReplayPlayer
 from agent.device.intake.sources.watched_folder import WatchedFolder
+from tests.kit.kills import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])

@@ -8,10 +8,7 @@ import io
 import itertools
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +32,8 @@ from agent.device.store.rows import Rows
 from agent.errors import ConfigError, UsageError
 from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
-from tests.kit.stations import ROOT, Station, conf, rows_of, wait_for
+from tests.kit.kills import kill_with_a_file_in_hand
+from tests.kit.stations import Station, conf, rows_of, wait_for
 from tests.model.test_media import RATE, picture, read_samples, tone, write_wav
 
 SMALL = ImageFormat(width=8, height=6)
@@ -311,6 +309,7 @@ from pathlib import Path
 from agent.device.intake.sources import files
 from agent.config import Duration
 from tests.device.intake import test_sources_media as here
+from tests.kit.kills import kill_with_a_file_in_hand
 from tests.kit.stations import Station, conf
 
 files._SETTLED_S = 0.0
@@ -335,17 +334,8 @@ def test_media_files_are_ingested_once_over_repeated_kills(tmp_path: Path, kind:
             samples = np.random.default_rng(index).normal(0, 0.1, 60 * RATE)
             content = write_wav(tmp_path / "x.wav", samples).read_bytes()
             put(tmp_path, f"{index}.wav", content, 1_764_000_000 + index * 60)
-    interrupted = 0
-    for life in range(40):
-        command = [sys.executable, "-c", _WATCHER, str(tmp_path), kind]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0.01, 0.08) if life < 5 else 1.0)
-            process.send_signal(signal.SIGKILL)
-        interrupted += bool(names(tmp_path, "taking"))
-        if are_in(tmp_path, "done", count):
-            break
+    command = [sys.executable, "-c", _WATCHER, str(tmp_path), kind]
+    interrupted = kill_with_a_file_in_hand(command, tmp_path / "in", count, 5, rng)
     store, stream = open_store(tmp_path / "d"), stream_of(tmp_path, made)
     store.declare_streams({"camera": stream})
     rows = np.stack(rows_of(store, "camera", stream).columns, axis=1)

@@ -229,6 +229,22 @@ def test_at_the_very_microsecond_of_its_time_cron_runs_once() -> None:
     assert not task.is_due(machine.now, 0)
 
 
+def test_runs_by_row_count_of_a_fast_stream_follow_one_another_after_a_tenth_of_a_second_or_with_enough_rows() -> None:
+    task, machine = RowCountSchedule(500), Machine()
+    assert task.is_due(machine.now, 500, 2000), "the first run never waits"
+    task.record_run(machine.now)
+    machine.sleep(0.03)
+    assert not task.is_due(machine.now, 499, 2000)
+    assert task.wait_s(machine.now) > 1
+    assert not task.is_due(machine.now, 1999, 2000)
+    assert task.wait_s(machine.now) == pytest.approx(0.07)
+    assert task.is_due(machine.now, 2000, 2000)
+    machine.sleep(0.07)
+    assert task.is_due(machine.now, 500, 2000)
+    task.record_run(machine.now)
+    assert task.is_due(machine.now, 500)
+
+
 def test_only_cron_needs_its_last_run_remembered() -> None:
     result = [parse("f", "t", text) for text in ("every 60 s", "when 5 rows", "0 3 * * *")]
     assert [(type(task), task.needs_last_run) for task in result] == [

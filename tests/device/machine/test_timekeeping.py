@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from itertools import pairwise
@@ -147,7 +148,7 @@ def test_segments_of_boots_without_rows_are_deleted(station: Station) -> None:
         station.machine.reboot(60, 0)
         station.start()
     station.turn()
-    with sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True) as db:
+    with contextlib.closing(sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True)) as db:
         boots = [row[0] for row in db.execute("SELECT boot FROM clock_segments ORDER BY boot")]
     db.close()
     assert boots == [5, 6]
@@ -342,7 +343,7 @@ def test_a_producer_that_mixes_times_at_will_gets_no_chunk_for_each_row(station:
         station.machine.true_us += 1000
         station.stamp(None if i % 2 else 1_700_000_000.0)
     station.commit()
-    with sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True) as db:
+    with contextlib.closing(sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True)) as db:
         [(chunks, rows)] = db.execute("SELECT count(*), sum(n) FROM chunks").fetchall()
         given_too = db.execute("SELECT segment FROM chunks ORDER BY id DESC LIMIT 1").fetchone()
     db.close()

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.device.pipeline import columns
 from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
+from agent.model.inference.scores import Scores
 from agent.wire.messages import ResultColumns
 from agent.wire.runs import JitteredTimes, LabelRun
 
@@ -99,3 +101,25 @@ def test_jittered_times_read_back_and_are_never_longer_than_a_list(n: int, step:
     assert read([(1, 1, n)], written).expand_times() == times.tolist()
     assert len(msgspec.json.encode(written)) <= len(msgspec.json.encode(encode_runs(times)))
     assert len(msgspec.json.encode(written)) <= 17 * n + 2 + 34
+
+
+FLOATS = st.floats(width=64) | st.sampled_from([0.0, 1.0, -1234570000000000.0, -1.23457e-319])
+
+
+@given(st.data(), st.integers(1, 400), st.booleans(), st.booleans(), st.sampled_from([0.5, float("nan"), 3.0, -1e30]))
+def test_results_that_fit_in_any_case_never_exceed_the_message(
+    data: st.DataObject, n: int, is_regular: bool, has_gaps: bool, score: float
+) -> None:
+    noise = array(data.draw(st.lists(st.integers(0, 2**50), min_size=n, max_size=n)))
+    rows = np.arange(n, dtype=np.int64) if is_regular else np.cumsum(noise % 7 + 1)
+    times = NOW + (np.arange(n, dtype=np.int64) * 1000 if is_regular else noise)
+    labels = data.draw(st.lists(st.sampled_from(["up", 'q"|', "é"]), min_size=n, max_size=n))
+    value = np.resize(data.draw(st.lists(FLOATS, min_size=1, max_size=20)), n)
+    missing = np.where(noise % 2 == 0, 0.123, 0).astype(np.float32) * has_gaps
+    scores = Scores(np.zeros(n, np.int64), np.full(n, score), value, extra_columns={"value_x": value})
+    for max_bytes in (600, 5000):
+        count = min(n, columns.max_results(max_bytes, scores, labels, missing, rows, times))
+        part = slice(0, count)
+        listing = columns.build(scores, labels, missing, np.arange(count), rows[part], times[part])
+        # Names of columns and the ends of runs have a reserve of their own.
+        assert len(msgspec.json.encode(listing)) <= max_bytes + 300

@@ -70,6 +70,20 @@ def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Dev
     assert (shown["late"], shown["last"]) == (0, None)
 
 
+def test_a_run_may_wait_for_four_drift_windows_but_not_with_a_short_deadline(device: Device) -> None:
+    assert device.task.drift_state is not None
+    window = device.task.drift_state.window
+    assert device.task.rows_to_gather == 4 * window
+    device.feed(CLASSIFY.rows(7))
+    device.run_all()
+    assert device.task.rows_to_gather == 4 * window - 7
+    device.task.deadline = Deadline("tiny", 0.5)
+    assert device.task.rows_to_gather == 0
+    device.task.drift_state = None
+    device.task.deadline = Deadline("tiny", None)
+    assert device.task.rows_to_gather == 0
+
+
 def test_the_batch_after_a_late_one_is_expected_to_be_on_time(device: Device, took: Callable[..., None]) -> None:
     limit = device.task.deadline = Deadline("tiny", 1.0)
     took(limit, 2.0, 100)

@@ -106,7 +106,7 @@ def test_a_change_appears_without_a_reload(tab: Any, dashboard: ServedDashboard)
     assert tab.evaluate("window.sameDocument")
     newcomer = enrolled(dashboard.store, "live-02")
     dashboard.add(newcomer, health(newcomer))
-    tab.wait_for_selector("#d-live-02", timeout=10_000)
+    tab.wait_for_selector("#d-live-02", timeout=30_000)
 
 
 def test_focus_stays_where_it_is_while_rows_change(tab: Any, dashboard: ServedDashboard) -> None:
@@ -194,15 +194,15 @@ def test_a_lost_server_is_reported_and_the_page_comes_back(browser: Any, tmp_pat
         tab.goto(f"{dashboard.url}/fleet")
         file = Path(dashboard.dashboard.reader.location)
         aside = file.rename(file.with_suffix(".aside"))
-        tab.wait_for_selector("#notice:not([hidden])", timeout=10_000)
+        tab.wait_for_selector("#notice:not([hidden])", timeout=30_000)
         assert tab.locator("#d-pi-07").count() == 1
         aside.rename(file)
-        tab.wait_for_selector("#notice", state="hidden", timeout=10_000)
+        tab.wait_for_selector("#notice", state="hidden", timeout=30_000)
         tab.route("**/events", lambda route: route.abort())
         tab.reload()
-        tab.wait_for_selector("#lost:not([hidden])", timeout=20_000)
+        tab.wait_for_selector("#lost:not([hidden])", timeout=30_000)
         tab.unroute("**/events")
-        tab.wait_for_selector("#lost", state="hidden", timeout=20_000)
+        tab.wait_for_selector("#lost", state="hidden", timeout=30_000)
         tab.context.close()
 
 

@@ -27,12 +27,20 @@ function patchChildren(current, fresh) {
   while (place) { const next = place.nextElementSibling; place.remove(); place = next; }
 }
 
+const LEAVING_MS = 10000;
+let submitted = 0;
+addEventListener("submit", () => { submitted = Date.now(); });
+
 async function refresh() {
   if (reload.running) { reload.again = true; return; }
   reload.running = true;
   try {
     const response = await fetch(location.href, { headers: { accept: "text/html" }, cache: "no-store" });
-    if (response.redirected && new URL(response.url).pathname === "/login") { location.assign(response.url); return; }
+    if (response.redirected && new URL(response.url).pathname === "/login") {
+      // After a click on "Sign out" the answer to its form decides where to go.
+      if (Date.now() - submitted > LEAVING_MS) location.assign(response.url);
+      return;
+    }
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
     if (document.getElementById("error") && response.ok) { location.reload(); return; }
     if (!response.ok) return;

@@ -10,9 +10,22 @@ MIN_RETENTION_S = 86_400.0
 
 
 class Retention(Section, frozen=True):
-    """Retention of each table, counted from arrival; forever without a key. A pruned message takes its rows along."""
+    """Age at which [`fleet prune`](../guides/collector.md#retention) removes rows, counted from their arrival.
+
+    ```toml
+    [retention]
+    messages = "365 d"
+    results = "90 d"
+    ```
+
+    Without a key rows stay. A pruned message takes its rows along.
+    """
 
     messages: Duration | None = None
+    """Signed messages."""
     results: Duration | None = None
+    """Results."""
     drift_windows: Duration | None = None
+    """Drift windows."""
     samples: Duration | None = None
+    """Sealed readings that devices sent."""

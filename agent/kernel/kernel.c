@@ -1,0 +1,400 @@
+/* Statistics of drift windows, compiled. NumPy code beside each caller defines every number; these loops give the same
+ * bits, on every processor: sums in the order of rows, no fused multiply-add (-ffp-contract=off), no relaxed arithmetic.
+ *
+ * Arrays are contiguous and row-major; the caller allocates all of them. No function keeps a pointer, allocates or locks.
+ * VARIANT is appended to each name, so that one library holds the same code for several sets of instructions.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(SOURCE_DIGEST) && defined(WITH_AVX2)
+#include <cpuid.h>
+#endif
+
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#ifndef VARIANT
+#define VARIANT baseline
+#endif
+#define JOIN(a, b) a##_##b
+#define NAMED(a, b) JOIN(a, b)
+#define EXPORT(name) __attribute__((visibility("default"))) NAMED(name, VARIANT)
+
+#ifdef SOURCE_DIGEST
+/* The source that this was built from. */
+__attribute__((visibility("default"))) const char outstation_kernel_digest[] = SOURCE_DIGEST;
+
+/* Whether the variant avx2 is there and runs: processor and operating system both have to know its registers. */
+__attribute__((visibility("default"))) int64_t outstation_kernel_has_avx2(void) {
+#ifdef WITH_AVX2
+    unsigned a, b, c, d, low, high;
+    const unsigned needed = bit_OSXSAVE | bit_AVX;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & 6) == 6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) != 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
+enum { CUTS = 33, BINS = 34, SIZES = 64 };
+enum { DONE = 0, NOT_EXACT = 1 };
+static const double SPIKE_SDS = 10.0, NEIGHBOUR_SDS = 5.0;
+
+/* Order key of a value: whole numbers compare as the values do, and -0 as 0. A missing value is above all others. */
+static inline int32_t order_key(float value) {
+    int32_t bits;
+    float normal = value + 0.0f;
+    memcpy(&bits, &normal, sizeof bits);
+    bits ^= (int32_t)((uint32_t)(bits >> 31) & 0x7fffffffu);
+    return value == value ? bits : INT32_MAX;
+}
+
+/* Copy n values as float32; return whether all of them are exact. */
+static int copy_exact(const double *values, int64_t n, float *single) {
+    int32_t inexact = 0;
+    for (int64_t i = 0; i < n; i++) {
+        single[i] = (float)values[i];
+        inexact |= ((double)single[i] != values[i]) & (values[i] == values[i]);
+    }
+    return !inexact;
+}
+
+/* Count the keys below each cut, then the differences: below, in 32 bins, above. */
+static void count_bins(const int32_t *keys, int64_t n, int64_t known, const int32_t *cuts, int64_t *bins) {
+    int64_t under[CUTS + 2];
+    under[0] = 0;
+    under[CUTS + 1] = known;
+    for (int group = 0; group < CUTS; group += 3) {
+        const int32_t a = cuts[group], b = cuts[group + 1], c = cuts[group + 2];
+        int32_t below_a = 0, below_b = 0, below_c = 0;
+        for (int64_t i = 0; i < n; i++) {
+            below_a += keys[i] < a;
+            below_b += keys[i] < b;
+            below_c += keys[i] < c;
+        }
+        under[group + 1] = below_a;
+        under[group + 2] = below_b;
+        under[group + 3] = below_c;
+    }
+    for (int bin = 0; bin < BINS; bin++) bins[bin] = under[bin + 1] - under[bin];
+}
+
+static inline double key_value(int32_t key) {
+    int32_t bits = key ^ (int32_t)((uint32_t)(key >> 31) & 0x7fffffffu);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Find the two lowest and the two highest values, and how many rows have each. -inf with 0 rows where there is none. */
+static void find_extremes(const int32_t *keys, int64_t n, int64_t known, double *values, int64_t *rows) {
+    const double none = -__builtin_inf();
+    for (int i = 0; i < 4; i++) {
+        values[i] = none;
+        rows[i] = 0;
+    }
+    if (!known) return;
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t key = keys[i], value = key == INT32_MAX ? INT32_MIN : key;
+        low = key < low ? key : low;
+        high = value > high ? value : high;
+    }
+    int32_t next_low = INT32_MAX, next_high = INT32_MIN, lows = 0, highs = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t key = keys[i];
+        int32_t above = key == low ? INT32_MAX : key, below = key >= high ? INT32_MIN : key;
+        lows += key == low;
+        highs += key == high;
+        next_low = above < next_low ? above : next_low;
+        next_high = below > next_high ? below : next_high;
+    }
+    values[0] = -key_value(low) + 0.0;
+    rows[0] = lows;
+    values[2] = key_value(high) + 0.0;
+    rows[2] = highs;
+    if (low == high) return;
+    int32_t next_lows = 0, next_highs = 0;
+    for (int64_t i = 0; i < n; i++) {
+        next_lows += keys[i] == next_low;
+        next_highs += keys[i] == next_high;
+    }
+    values[1] = -key_value(next_low) + 0.0;
+    rows[1] = next_lows;
+    values[3] = key_value(next_high) + 0.0;
+    rows[3] = next_highs;
+}
+
+/* Count steps between n values by the power of two of their size; the first count is that of steps of 0. */
+static void count_sizes(const float *column, int64_t n, uint8_t *size, int64_t *counts) {
+    uint32_t table[4][SIZES + 1];
+    memset(table, 0, sizeof table);
+    for (int64_t i = 0; i + 1 < n; i++) {
+        double step = (double)column[i + 1] - column[i];
+        uint64_t bits;
+        memcpy(&bits, &step, sizeof bits);
+        int32_t exponent = (int32_t)((uint32_t)(bits >> 32) >> 20 & 0x7ff) - (1022 - 40);
+        exponent = exponent < 1 ? 1 : exponent;
+        exponent = exponent > SIZES - 1 ? SIZES - 1 : exponent;
+        exponent = step == 0 ? 0 : exponent;
+        size[i] = (uint8_t)(step == step ? exponent : SIZES);
+    }
+    int64_t i = 0;
+    for (; i + 4 < n; i += 4) {
+        table[0][size[i]]++;
+        table[1][size[i + 1]]++;
+        table[2][size[i + 2]]++;
+        table[3][size[i + 3]]++;
+    }
+    for (; i + 1 < n; i++) table[0][size[i]]++;
+    for (int j = 0; j < SIZES; j++)
+        counts[j] = (int64_t)table[0][j] + table[1][j] + table[2][j] + table[3][j];
+}
+
+static int is_among(double value, const double *values, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (values[i] == value) return 1;
+    return 0;
+}
+
+/* Find the longest run of one value and the run of the last one. `run` rows before had the value `last`, if any. */
+static void find_runs(const float *column, int64_t n, double last, int64_t run, const double *rest, int64_t rests,
+                      int64_t *longest, int64_t *open) {
+    int64_t most = 1, now = 1;
+    if (last == last && run > 1) now = run;
+    for (int64_t i = 0; i < n; i++) {
+        double value = column[i];
+        if (value != value) continue;
+        if (value - last == 0 && !is_among(value, rest, rests)) {
+            now++;
+            most = now > most ? now : most;
+        } else {
+            now = 1;
+        }
+        last = value;
+    }
+    *longest = most;
+    *open = now;
+}
+
+static int64_t count_spikes(const float *column, int64_t n, double jump) {
+    const double far = SPIKE_SDS * jump, near = NEIGHBOUR_SDS * jump;
+    int64_t spikes = 0;
+    for (int64_t i = 1; i + 1 < n; i++) {
+        const double left = column[i - 1], value = column[i], right = column[i + 1];
+        const double in = __builtin_fabs(value - left), out = __builtin_fabs(right - value);
+        const double across = __builtin_fabs(right - left);
+        spikes += (in > far) & (out > far) & (across <= near);
+    }
+    return spikes;
+}
+
+/* Count rows that equal the row before in all fields, unless all fields rest. */
+static int64_t count_repeated(const double *rows, const double *before, int64_t n, int64_t fields, const double *rest,
+                              const int64_t *rest_begin) {
+    int64_t repeated = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double *now = rows + i * fields, *earlier = i ? now - fields : before;
+        if (!earlier || now[0] - earlier[0] != 0) continue;
+        int64_t field = 1;
+        while (field < fields && now[field] - earlier[field] == 0) field++;
+        if (field < fields) continue;
+        for (field = 0; field < fields; field++)
+            if (!is_among(now[field], rest + rest_begin[field], rest_begin[field + 1] - rest_begin[field])) break;
+        repeated += field < fields;
+    }
+    return repeated;
+}
+
+/* Four fields side by side. Compilers lower this to the vectors that a processor has. */
+typedef double Quad __attribute__((vector_size(32), aligned(8), may_alias));
+typedef int64_t QuadMask __attribute__((vector_size(32), aligned(8), may_alias));
+
+static inline __attribute__((always_inline)) Quad known_or_zero(Quad value) {
+    return (Quad)((QuadMask)value & (QuadMask)(value == value));
+}
+
+/* Add values less their origin, and their squares, in the order of rows; a missing value adds nothing. */
+static void add_rows(const double *rows, int64_t n, int64_t fields, const double *origin, double *total,
+                     double *squares) {
+    int64_t f = 0;
+    for (; f + 8 <= fields; f += 8) {
+        const Quad from = *(const Quad *)(origin + f), next_from = *(const Quad *)(origin + f + 4);
+        Quad sum = *(const Quad *)(total + f), next_sum = *(const Quad *)(total + f + 4);
+        Quad square = *(const Quad *)(squares + f), next_square = *(const Quad *)(squares + f + 4);
+        for (int64_t i = 0; i < n; i++) {
+            const Quad *row = (const Quad *)(rows + i * fields + f);
+            const Quad value = known_or_zero(row[0] - from), next = known_or_zero(row[1] - next_from);
+            sum += value;
+            square += value * value;
+            next_sum += next;
+            next_square += next * next;
+        }
+        *(Quad *)(total + f) = sum;
+        *(Quad *)(total + f + 4) = next_sum;
+        *(Quad *)(squares + f) = square;
+        *(Quad *)(squares + f + 4) = next_square;
+    }
+    for (; f + 4 <= fields; f += 4) {
+        const Quad from = *(const Quad *)(origin + f);
+        Quad sum = *(const Quad *)(total + f), square = *(const Quad *)(squares + f);
+        for (int64_t i = 0; i < n; i++) {
+            const Quad value = known_or_zero(*(const Quad *)(rows + i * fields + f) - from);
+            sum += value;
+            square += value * value;
+        }
+        *(Quad *)(total + f) = sum;
+        *(Quad *)(squares + f) = square;
+    }
+    for (; f < fields; f++) {
+        double sum = total[f], square = squares[f];
+        for (int64_t i = 0; i < n; i++) {
+            double value = rows[i * fields + f] - origin[f];
+            value = value == value ? value : 0.0;
+            sum += value;
+            square += value * value;
+        }
+        total[f] = sum;
+        squares[f] = square;
+    }
+}
+
+/* Count the rows of drift windows; see `count_rows` in row_counts.py.
+ *
+ * `rows` (windows, n, fields), after `before` (earlier <= 2, fields) if there is one window; `last` and `run` (fields)
+ * end the rows before. Per field: `cuts` (33), `limits` (3): low, high, jump; `rest` from rest_begin[field] on.
+ * Out: `counted` holds per window and field 34 bins, missing, outside, spikes, longest, open run, 4 rows of extremes and
+ * 64 sizes (106 in all), then one count of repeated rows per window; `extremes` (windows, fields, 4); sums are added to.
+ * `scratch`: 4 * n * fields + 13 * (n + 2) bytes, aligned for float.
+ * Returns NOT_EXACT, with outputs undefined, if a value is no float32.
+ */
+int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t earlier, const double *rows,
+                           const double *before, const double *last, const int64_t *run, const float *cuts,
+                           const double *limits, const double *rest, const int64_t *rest_begin, const double *origin,
+                           int64_t *counted, double *extremes, int64_t *known, double *total, double *squares,
+                           float *scratch) {
+    enum { MISSING = BINS, OUTSIDE, SPIKE, LONGEST, OPEN, EXTREME_ROWS, SIZE = EXTREME_ROWS + 4, PER_FIELD = SIZE + SIZES };
+    float *single = scratch, *column = scratch + n * fields;
+    int32_t *keys = (int32_t *)(column + n + 2);
+    uint8_t *size = (uint8_t *)(keys + n + 2);
+    int64_t *repeated = counted + windows * fields * PER_FIELD;
+    for (int64_t window = 0; window < windows; window++) {
+        const double *first = rows + window * n * fields;
+        if (!copy_exact(first, n * fields, single)) return NOT_EXACT;
+        int64_t held = 0;
+        for (int64_t field = 0; field < fields; field++) {
+            int64_t *out = counted + (window * fields + field) * PER_FIELD;
+            double *ends = extremes + (window * fields + field) * 4;
+            const double low = limits[3 * field], high = limits[3 * field + 1], jump = limits[3 * field + 2];
+            int32_t cut_keys[CUTS];
+            for (int i = 0; i < CUTS; i++) cut_keys[i] = order_key(cuts[field * CUTS + i]);
+            for (int64_t i = 0; i < earlier; i++)
+                if (!copy_exact(before + i * fields + field, 1, column + i)) return NOT_EXACT;
+            for (int64_t i = 0; i < n; i++) column[earlier + i] = single[i * fields + field];
+            int32_t missing = 0;
+            for (int64_t i = 0; i < n; i++) {
+                keys[i] = order_key(column[earlier + i]);
+                missing += keys[i] == INT32_MAX;
+            }
+            count_bins(keys, n, n - missing, cut_keys, out);
+            out[MISSING] = missing;
+            known[window * fields + field] += n - missing;
+            find_extremes(keys, n, n - missing, ends, out + EXTREME_ROWS);
+            out[OUTSIDE] = 0;
+            if (-ends[0] < low || ends[2] > high)
+                for (int64_t i = 0; i < n; i++)
+                    out[OUTSIDE] += column[earlier + i] < low || column[earlier + i] > high;
+            int64_t begin = earlier ? earlier - 1 : 0;
+            count_sizes(column + begin, n + earlier - begin, size, out + SIZE);
+            int has_gaps = missing > 0 || (earlier && column[0] != column[0]) || column[begin] != column[begin];
+            out[LONGEST] = out[OPEN] = 1;
+            if (out[SIZE] || has_gaps || n + earlier < 2)
+                find_runs(column + earlier, n, last[field], run[field], rest + rest_begin[field],
+                          rest_begin[field + 1] - rest_begin[field], out + LONGEST, out + OPEN);
+            out[SPIKE] = 0;
+            if (jump > 0 && (earlier || !(ends[2] + ends[0] <= SPIKE_SDS * jump)))
+                out[SPIKE] = count_spikes(column, n + earlier, jump);
+            if (!field) held = out[SIZE];
+        }
+        repeated[window] = held ? count_repeated(first, earlier ? before + (earlier - 1) * fields : NULL, n, fields, rest,
+                                                 rest_begin)
+                                : 0;
+        add_rows(first, n, fields, origin, total + window * fields, squares + window * fields);
+    }
+    return DONE;
+}
+
+/* Add the values of n rows less their origin, and their squares, to the sums of each row's group, in the order of rows.
+ * `groups` (n) are below the caller's count; `known`, `total` and `squares` (groups, width) are added to.
+ */
+int64_t EXPORT(add_groups)(int64_t n, int64_t width, const double *values, const double *origin, const int64_t *groups,
+                           int64_t *known, double *total, double *squares) {
+    for (int64_t i = 0; i < n; i++) {
+        const double *row = values + i * width;
+        int64_t *count = known + groups[i] * width;
+        double *sum = total + groups[i] * width, *square = squares + groups[i] * width;
+        for (int64_t f = 0; f < width; f++) {
+            double value = row[f] - origin[f];
+            count[f] += value == value;
+            value = value == value ? value : 0.0;
+            sum[f] += value;
+            square[f] += value * value;
+        }
+    }
+    return DONE;
+}
+
+/* Count n values per drift window by the edges (31) below them: bins (windows, 32). NaN is left out. */
+int64_t EXPORT(count_scores)(int64_t windows, int64_t n, const double *values, const double *edges, int64_t *bins) {
+    enum { EDGES = 31 };
+    for (int64_t window = 0; window < windows; window++) {
+        const double *part = values + window * n;
+        int64_t *out = bins + window * (EDGES + 1), above[EDGES + 2];
+        above[0] = above[EDGES + 1] = 0;
+        for (int64_t i = 0; i < n; i++) above[0] += part[i] == part[i];
+        for (int edge = 0; edge < EDGES; edge++) {
+            int64_t count = 0;
+            for (int64_t i = 0; i < n; i++) count += part[i] >= edges[edge];
+            above[edge + 1] = count;
+        }
+        for (int bin = 0; bin <= EDGES; bin++) out[bin] = above[bin] - above[bin + 1];
+    }
+    return DONE;
+}
+
+/* Sum the products of rows' residuals, in whole steps, by group: see `quantize_residuals` and `sum_products` in
+ * correlation.py. Of each row: values less the mean of its class, in its sd, clipped to `limits[0]` sd, times
+ * `limits[1]`, rounded. Out (groups, 1 + 2 * fields + pairs): count, sums, squares, and products of pairs by rising
+ * distance; all exact, as they are whole numbers far below 2**53. `scratch` (fields).
+ */
+int64_t EXPORT(sum_residuals)(int64_t n, int64_t fields, int64_t pairs, const double *values, const int64_t *classes,
+                              const double *mean, const double *sd, const int64_t *groups, const double *limits,
+                              double *out, double *scratch) {
+    const double clip = limits[0], scale = limits[1], magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
+    for (int64_t i = 0; i < n; i++) {
+        const double *row = values + i * fields, *from = mean + classes[i] * fields, *by = sd + classes[i] * fields;
+        double *sums = out + groups[i] * (1 + 2 * fields + pairs), *square = sums + 1 + fields, *product = square + fields;
+        for (int64_t f = 0; f < fields; f++) {
+            double residual = (row[f] - from[f]) / by[f];
+            residual = residual < -clip ? -clip : residual;
+            residual = residual > clip ? clip : residual;
+            residual = residual == residual ? residual : 0.0;
+            scratch[f] = (residual * scale + magic) - magic;
+        }
+        sums[0] += 1.0;
+        for (int64_t f = 0; f < fields; f++) {
+            sums[1 + f] += scratch[f];
+            square[f] += scratch[f] * scratch[f];
+        }
+        int64_t left = pairs;
+        for (int64_t distance = 1; left > 0; distance++) {
+            int64_t here = fields - distance < left ? fields - distance : left;
+            for (int64_t f = 0; f < here; f++) product[f] += scratch[f] * scratch[f + distance];
+            product += here;
+            left -= here;
+        }
+    }
+    return DONE;
+}

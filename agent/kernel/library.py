@@ -1,0 +1,103 @@
+"""Kernel library: which compiled library runs here, or why none does.
+
+Loaded by ctypes, which NumPy has imported anyway, so that neither a parser of declarations nor another package is
+needed at start. The library names the source that it was built from; one of another source is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+SOURCE, NAME = FOLDER / "kernel.c", "kernel.so"
+SWITCH = "OUTSTATION_KERNEL"  # environment: "off" goes by NumPy, a variant's name selects it
+BASELINE, AVX2 = "baseline", "avx2"
+
+Function = Callable[..., int]
+
+
+class Library:
+    """Functions of one variant of the compiled library."""
+
+    def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        self._library = library
+        self.variant = variant
+
+    @cached_property
+    def count_rows(self) -> Function:
+        return self._function("count_rows", 4, 15)
+
+    @cached_property
+    def add_groups(self) -> Function:
+        return self._function("add_groups", 2, 6)
+
+    @cached_property
+    def count_scores(self) -> Function:
+        return self._function("count_scores", 2, 3)
+
+    @cached_property
+    def sum_residuals(self) -> Function:
+        return self._function("sum_residuals", 3, 8)
+
+    def _function(self, name: str, numbers: int, arrays: int) -> Function:
+        """Return a function of whole numbers, then of addresses."""
+        function = self._library[f"{name}_{self.variant}"]
+        function.argtypes = [ctypes.c_int64] * numbers + [ctypes.c_void_p] * arrays
+        function.restype = ctypes.c_int64
+        return function
+
+
+def digest_source(source: Path = SOURCE) -> str:
+    """Return the digest that a library built from this source has in it."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def load(path: Path = FOLDER / NAME, variant: str = "") -> Library:
+    """Load a library. Raises OSError that says why it cannot be used."""
+    if not path.exists():
+        raise OSError("not built: no C compiler was found at installation")
+    library = ctypes.CDLL(str(path))
+    built_from = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "outstation_kernel_digest"))).decode()
+    if built_from != digest_source():
+        raise OSError(f"{path} was built from another source: install the program again")
+    has_avx2 = library.outstation_kernel_has_avx2
+    has_avx2.restype = ctypes.c_int64
+    variants = [AVX2, BASELINE] if has_avx2() else [BASELINE]
+    if variant and variant not in variants:
+        raise OSError(f"this processor has no variant {variant!r}; it has {', '.join(variants)}")
+    return Library(library, variant or variants[0])
+
+
+@cache
+def _loaded() -> Library | str:
+    wanted = os.environ.get(SWITCH, "")
+    if wanted == "off":
+        return f"switched off by {SWITCH}"
+    try:
+        return load(variant=wanted)
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+
+
+def kernel() -> Library | None:
+    """Return the library; None if everything goes by NumPy."""
+    loaded = _loaded()
+    return loaded if isinstance(loaded, Library) else None
+
+
+def describe() -> str:
+    """Return what runs, such as "avx2", or why it is NumPy."""
+    loaded = _loaded()
+    return loaded.variant if isinstance(loaded, Library) else f"numpy ({loaded})"
+
+
+def address(array: np.ndarray) -> int:
+    """Return the address of a contiguous array's first item."""
+    return int(array.__array_interface__["data"][0])

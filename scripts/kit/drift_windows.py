@@ -1,0 +1,149 @@
+"""Drift windows of all kinds, drawn from a generator: what the compiled kernel must summarize as NumPy does.
+
+Values are noise, steps, ties, zeros of both signs, denormals, huge, missing, infinite or none of float32; windows have
+one row or many, one field or 64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from unittest.mock import patch
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float64s, Ints
+from agent.drift.baseline import summary
+from agent.drift.baseline.reference import BINS, Reference
+from agent.drift.state import Batch
+from agent.kernel import library
+from agent.kernel.library import Library
+
+_FIELDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 25, 64)
+_ROWS = (1, 1, 2, 3, 4, 5, 8, 16, 33)  # of a model window
+_MOST_VALUES = 6000
+
+
+class DriftWindows(NamedTuple):
+    """`windows` drift windows in a row, of `starts` model windows together, and where they are cut into two batches."""
+
+    reference: Reference
+    batch: Batch
+    windows: int
+    classes: Ints
+    cut: int  # model windows of a single drift window in the first batch
+
+
+def draw(rng: np.random.Generator) -> DriftWindows:
+    fields, window_rows = int(rng.choice(_FIELDS)), int(rng.choice(_ROWS))
+    window = int(rng.choice([1, 2, 3, 8, 20]))
+    most = max(1, _MOST_VALUES // (fields * window_rows * window))
+    windows = int(rng.integers(1, min(most, 40) + 1))
+    count, classes = windows * window, int(rng.choice([1, 2, 5]))
+    reference = draw_reference(rng, fields, classes, window_rows, window)
+    n = count * window_rows
+    with np.errstate(all="ignore"):
+        features = draw_values(rng, n, fields).astype(np.float32)
+    scored = bool(rng.integers(0, 2))
+    top = np.where(rng.random(count) < 0.1, np.nan, rng.random(count)) if scored else None
+    batch = Batch(
+        features, np.arange(count) * window_rows, rng.integers(0, classes, count), top, 0, np.arange(n) * 1000 + 1000
+    )
+    return DriftWindows(reference, batch, windows, rng.integers(0, classes, count), int(rng.integers(0, window + 1)))
+
+
+def draw_reference(rng: np.random.Generator, fields: int, classes: int, window_rows: int, window: int) -> Reference:
+    cuts = np.sort(rng.normal(0, 1, (fields, BINS + 1)), axis=1)
+    if rng.random() < 0.3:
+        cuts = np.round(cuts, 1)
+    rest = tuple(
+        tuple(rng.choice([0.0, 0.5, -1.0, 2.0], rng.integers(0, 3), replace=False).tolist()) for _ in range(fields)
+    )
+    width = 2 * fields if window_rows > 1 else fields
+    zero = np.zeros(fields, np.int64)
+    return Reference(
+        version=1,
+        made="shipped",
+        fields=tuple(f"f{i}" for i in range(fields)),
+        labels=tuple(f"c{i}" for i in range(classes)) if classes > 1 else (),
+        window=window,
+        window_rows=window_rows,
+        drift_windows=0,
+        warning=None,
+        edges=cuts[:, 1:-1],
+        low=cuts[:, 0],
+        high=cuts[:, -1],
+        counts=np.zeros((fields, BINS + 2), np.int64),
+        missing=zero,
+        n=zero,
+        mean=np.zeros(fields),
+        m2=np.ones(fields),
+        longest=zero,
+        jump=np.where(rng.random(fields) < 0.2, 0, rng.gamma(1, 0.1, fields)),
+        rest=rest,
+        origin=rng.normal(0, 1, width),
+        floor=rng.choice(np.array([1e-9, 0.01]), fields),
+        class_n=np.zeros((classes, width), np.int64),
+        class_mean=rng.normal(0, 1, (classes, width)),
+        class_sd=rng.gamma(2, 0.5, (classes, width)) + 1e-3,
+        test_mean=np.zeros(2 * fields),
+        test_sd=np.ones(2 * fields),
+        output=np.zeros(classes, np.int64),
+        score_edges=np.linspace(0, 1, BINS + 1)[1:-1],
+        score_n=np.zeros(BINS, np.int64),
+        score_correct=None,
+        known_as="drawn",
+    )
+
+
+def draw_values(rng: np.random.Generator, n: int, fields: int) -> Float64s:
+    values: Float64s = rng.normal(0, rng.choice([0.1, 1, 5]), (n, fields))
+    kind = int(rng.integers(0, 9))
+    if kind == 1:
+        values = np.round(values)
+    elif kind == 2:
+        values *= 1e-42
+    elif kind == 3:
+        values = rng.choice(np.array([0.0, -0.0, 0.5, 1.0]), values.shape)
+    elif kind == 4:
+        values = np.repeat(np.round(values[: 1 + n // 7], 1), 7, axis=0)[:n]
+    elif kind == 5:
+        values = rng.choice(np.array([0.5, 2.0, 3e38, -3e38, 1e-45, np.nan]), values.shape)
+    elif kind == 6:
+        values = np.cumsum(values, axis=0)
+    elif kind == 7:
+        values[:, rng.random(fields) < 0.5] = rng.choice([0.0, 0.5, 7.0, np.nan])
+    if rng.random() < 0.4:
+        values[rng.random(values.shape) < rng.choice([0.02, 0.5, 0.97])] = np.nan
+    if rng.random() < 0.15:
+        values[rng.random(values.shape) < 0.05] = rng.choice([np.inf, -np.inf])
+    if rng.random() < 0.2:
+        values[int(rng.integers(0, n)) :, int(rng.integers(0, fields))] = 0.5
+    return values
+
+
+def summarize(case: DriftWindows, compiled: Library | None) -> bytes:
+    """Summarize the windows together, and the first one in two batches, by the library or by NumPy."""
+    reference, batch = case.reference, case.batch
+    fields, each = len(reference.fields), len(batch.starts) // case.windows
+    with patch.object(library, "kernel", lambda: compiled), np.errstate(all="ignore"):
+        part = batch.slice_windows(slice(0, len(batch.starts)), reference)
+        rows = part.values.reshape(case.windows, -1, fields)
+        spans = np.zeros((case.windows, 0), np.int64)
+        args = part.stats, part.predicted, part.top_scores, case.classes
+        together, tail = summary.summarize_windows(reference, rows, spans, *args)
+        answers = [together.to_bytes(), msgspec.msgpack.encode(_raw(tail))]
+        before, end = None, None
+        for index in (slice(0, case.cut), slice(case.cut, each)):
+            if index.start < index.stop:
+                part = batch.slice_windows(index, reference)
+                args = part.stats, part.predicted, part.top_scores, case.classes[index]
+                before, end = summary.summarize_windows(
+                    reference, part.values[None], spans[:1], *args, before=before, tail=end
+                )
+                answers += [before.to_bytes(), msgspec.msgpack.encode(_raw(end))]
+        return b"".join(answers)
+
+
+def _raw(tail: msgspec.Struct) -> list[bytes]:
+    return [np.asarray(getattr(tail, name)).tobytes() for name in tail.__struct_fields__]
