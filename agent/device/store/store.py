@@ -12,10 +12,13 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from agent import clock, input_files
 from agent.clock import ClockReading
@@ -43,14 +46,15 @@ SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"
 INTAKE_SHARE = 0.9
 
 
-class RowBatch(msgspec.Struct, frozen=True):
+class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Rows `first`…`last` of a stream (row numbers count from 1); if they cannot be read, the reason.
 
+    `parts`: the rows in pieces that follow one another, as views of the stored chunks.
     `deleted`: they were used by other tasks, or evicted and declared; they are not damaged.
     """
 
     first: int
-    rows: Rows
+    parts: Sequence[Rows] = ()
     loss_reason: str | None = None
     lost_through: int = 0
     stamps: tuple[ClockStamp, ...] = ()
@@ -58,7 +62,31 @@ class RowBatch(msgspec.Struct, frozen=True):
 
     @property
     def last(self) -> int:
-        return self.lost_through if self.loss_reason else self.first + len(self.rows) - 1
+        return self.lost_through if self.loss_reason else self.first + len(self.t) - 1
+
+    @cached_property
+    def t(self) -> NDArray[np.int64]:
+        """Times (n,) of the rows, epoch µs."""
+        return np.concatenate([part.t for part in self.parts]) if self.parts else EMPTY_ROWS.t
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows in one piece: a copy of all columns."""
+        return concatenate(self.parts)
+
+    def column(self, index: int) -> NDArray[Any]:
+        """Return the values (n,) of one field."""
+        return np.concatenate([part.columns[index] for part in self.parts])
+
+    def slice_parts(self, start: int, stop: int) -> list[Rows]:
+        """Return rows from offset `start` to before `stop` in pieces."""
+        pieces, at = list[Rows](), 0
+        for part in self.parts:
+            piece = slice(max(0, start - at), max(0, min(len(part), stop - at)))
+            if piece.start < piece.stop:
+                pieces.append(part.slice(piece.start, piece.stop))
+            at += len(part)
+        return pieces
 
 
 class WriteAccess(Protocol):
@@ -269,7 +297,7 @@ class Store:
                 except ValueError as damage:
                     if parts:
                         break
-                    return RowBatch(first, EMPTY_ROWS, str(damage), self._chunk_end(stream, int(first_row)))
+                    return RowBatch(first, (), str(damage), self._chunk_end(stream, int(first_row)))
                 skip = first + count - int(first_row)
                 if skip < 0:
                     if parts:
@@ -284,7 +312,7 @@ class Store:
                 # The last rows may be in quarantine because another task found them damaged.
                 last = self.last_row(stream)
                 return self._missing_rows(stream, first, last) if last > after else None
-        return RowBatch(first, concatenate(parts), stamps=merge_stamps(stamps))
+        return RowBatch(first, parts, stamps=merge_stamps(stamps))
 
     def _missing_rows(self, stream: str, first: int, last: int) -> RowBatch:
         """Describe rows `first` to `last`, which are not stored, or the first of them with the same fate.
@@ -296,9 +324,9 @@ class Store:
         damaged = self._db.execute(schema.FIRST_QUARANTINED_RANGE, values).fetchone()
         if first <= deleted and (damaged is None or damaged[0] > first):
             end = min(last, deleted, damaged[0] - 1 if damaged else last)
-            return RowBatch(first, EMPTY_ROWS, "rows were deleted before this task read them", end, deleted=True)
+            return RowBatch(first, (), "rows were deleted before this task read them", end, deleted=True)
         end = min(last, damaged[1]) if damaged and damaged[1] < deleted else last
-        return RowBatch(first, EMPTY_ROWS, "rows were quarantined as damaged", end)
+        return RowBatch(first, (), "rows were quarantined as damaged", end)
 
     def _chunk_end(self, stream: str, first_row: int) -> int:
         """Return the last row of the chunk at `first_row`, from the chunk after it: its own count may be damaged."""

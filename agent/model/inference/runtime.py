@@ -104,6 +104,9 @@ class TfliteModel:
             return 0.0
         return float(self._output_details["quantization"][0] or 1.0)
 
+    def allocate(self, shape: tuple[int, ...]) -> Float32s:
+        return np.empty(shape, np.float32)
+
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …); NaN counts as 0 in a quantized input. Raises BadBundle."""
         count = len(windows)
