@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,7 +57,11 @@ def fleet_database() -> list[Result]:
         drift = time.perf_counter() - began
         assert len(summary.groups[0].devices) == _DEVICES
         store.close()
-    note = f"{report.messages:,} messages of {_DEVICES:,} devices, {processes} processes"
+    peaks = [resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    note = (
+        f"{report.messages:,} messages of {_DEVICES:,} devices, {processes} processes; "
+        f"at most {peaks[0]} MiB, its workers {peaks[1]} MiB each"
+    )
     return [
         Result.within("audit", full, 211e-6 * report.messages, "s", note),
         Result.within("audit from a checkpoint", again, 211e-6 * report.messages, "s", note),

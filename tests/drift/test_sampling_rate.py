@@ -81,9 +81,25 @@ def test_too_few_steps_tell_no_rate() -> None:
 def test_rows_that_repeat_are_counted_unless_all_of_their_fields_rest() -> None:
     rows = np.array([[0.0, 1], [0, 1], [0, 2], [0, 2], [0, 2], [np.nan, 2], [np.nan, 2]])
     trace = Trace.from_rows(np.stack([rows, rows[::-1]]))
-    assert count_repeated_rows(trace, ((), ())).tolist() == [3, 3]
-    assert count_repeated_rows(trace, ((0.0,), (2.0,))).tolist() == [1, 1]
-    assert count_repeated_rows(Trace.from_rows(rows[None, 1:], rows[:1]), ((), ())).tolist() == [3]
+    fine = np.zeros(2, np.bool_)
+    assert count_repeated_rows(trace, ((), ()), fine).tolist() == [3, 3]
+    assert count_repeated_rows(trace, ((0.0,), (2.0,)), fine).tolist() == [1, 1]
+    assert count_repeated_rows(trace, ((), (2.0,)), np.array([True, False])).tolist() == [1, 1]
+    assert count_repeated_rows(Trace.from_rows(rows[None, 1:], rows[:1]), ((), ()), fine).tolist() == [3]
+
+
+def test_switches_that_read_higher_are_shifted_and_no_rows_given_again() -> None:
+    rng = np.random.default_rng(4)
+    rows = (rng.random((60 * 60, 2)) < [0.5, 0.3]).astype(np.float32)
+    monitor = DriftMonitor(learning_reference(rows), labels=(), window=60)
+    rows[45 * 60 :, 0] += 0.5
+    t = np.arange(len(rows), dtype=np.int64) * 1_000_000
+    none = np.zeros(len(rows), np.int64)
+    _, results = monitor.process_batch(
+        monitor.start(), rows, np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t
+    )
+    raised = {(alert.subject, alert.alert) for result in results for alert in result.alerts}
+    assert raised == {("a", "drift")}
 
 
 @given(st.lists(st.integers(0, 400), max_size=5))

@@ -8,6 +8,7 @@ import pytest
 from agent.cli.device.learned import format_smallest_changes
 from agent.drift import DriftMonitor, DriftState, Reference, build_reference
 from agent.drift.baseline import sensitivity
+from agent.drift.detectors.moments import VARIANCE_PRIOR
 
 ROWS, LEARN, FIELDS = 60, 40, ("a", "b", "c")
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -72,6 +73,16 @@ def test_a_spread_is_detected_from_the_stated_size_on() -> None:
     assert detected >= 13
 
 
+def test_windows_of_little_spread_need_a_larger_factor() -> None:
+    even, uneven = np.full(40, 1.0), np.repeat([0.01, 1.99], 20)
+    values = np.log(np.stack([even, uneven], axis=1) + VARIANCE_PRIOR)
+    ratio = sensitivity.find_spread_ratio(values, np.full(2, 0.5))
+    grown = np.log(ratio**2 * np.stack([even, uneven], axis=1) + VARIANCE_PRIOR).mean(0) - values.mean(0)
+    assert grown == pytest.approx(0.5, abs=1e-6)
+    assert ratio[0] == pytest.approx(1.35, abs=0.01)
+    assert ratio[1] > 1.1 * ratio[0]
+
+
 def test_a_correlation_is_detected_from_the_stated_size_on() -> None:
     monitor, detected = monitor_of(steady(99, 60)), 0
     for seed in range(16):
@@ -99,8 +110,19 @@ def test_a_value_that_a_field_rests_at_is_stated_never_to_be_stuck() -> None:
     then[:, 0], then[10 : 10 + changes["fields"]["b"]["stuck_rows"], 1] = 0.0, 0.25
     assert "b" in alarms(monitor, state, then)[1]
     text = format_smallest_changes(changes)
-    assert text.endswith("stuck for 11 rows, but never at 0")
+    assert text.endswith("stuck for 15 rows, but never at 0")
     assert text.count("stuck for") == 3
+
+
+def test_a_field_that_is_stuck_for_the_stated_rows_is_found_wherever_its_windows_end() -> None:
+    monitor, rows, detected = monitor_of(steady(99, 60)), steady(1, LEARN + 2), 0
+    state, reference = learned(monitor, rows)
+    stuck = int(reference.stuck_rows[1])
+    for at in range(0, ROWS, 3):
+        then = rows[LEARN * ROWS :].copy()
+        then[at : at + stuck, 1] = then[at, 1]
+        detected += "b" in alarms(monitor, state, then)[1]
+    assert 18 <= detected <= 20
 
 
 def test_a_site_with_different_windows_says_which_shifts_it_misses() -> None:

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from scripts.benchmarks import Rates, Report, Result, Section, catalogue, page, rates
+from scripts.benchmarks import Rates, Report, Result, Section, alarms, catalogue, page, rates
 from scripts.benchmarks.__main__ import document, main
 from scripts.benchmarks.cost_curve import Point, render_chart
-from scripts.benchmarks.drift_peers import ours, peers, recordings, synthetic, tables, targets
+from scripts.benchmarks.drift_peers import ours, peers, recordings, site_trials, synthetic, tables, targets
 from scripts.benchmarks.drift_peers.counting import DetectionDelays, Row
 from scripts.benchmarks.drift_peers.peers import Kit
 from scripts.benchmarks.drift_peers.synthetic import KINDS
@@ -75,7 +75,18 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
     assert (shown.output, shown.exit_code) == ("a table\n", 1)
     document_list = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
     assert document_list == [document(MORE), document(LESS)]
-    assert list(document_list[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+    assert list(document_list[0]) == [
+        "name",
+        "ours",
+        "reference",
+        "unit",
+        "ratio",
+        "clock",
+        "other_ratio",
+        "target",
+        "met",
+        "note",
+    ]
 
 
 def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
@@ -157,6 +168,18 @@ def test_an_undetected_change_counts_as_missed_and_late() -> None:
     assert delays.delays == [3, 3, None]
     assert (delays.median, round(delays.missed)) == (3, 33)
     assert DetectionDelays([None, None, 2]).median == float("inf")
+
+
+def test_misses_of_changes_that_status_states_to_find_are_named() -> None:
+    delays = {
+        "+1 sd": DetectionDelays([None, None, 2], [True, False, True]),
+        "stuck": DetectionDelays([None, 1], [False, True]),
+    }
+    text = alarms.table([alarms.Measured("weather", 60, site_trials.QuietCount(), delays)], {})
+    assert text.endswith(
+        "In 3 of these trials `status` had stated that the change is found; 1 missed it. "
+        "More than a tenth were missed with weather, 60 rows, +1 sd (1 of 2)."
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))

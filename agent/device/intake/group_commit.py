@@ -33,6 +33,7 @@ _MAX_RUNS = 64
 _LABEL_BYTES = 1_000
 # Named producers of a stream whose latest time is remembered; of more, those that sent last.
 _MAX_PRODUCER_TIMES = 4096
+_PRODUCER_TIMES = "times:"  # and the stream: source whose positions are the latest times of named producers
 # (segment, quality) of the clock that gave the rows' times.
 ClockStamp = tuple[int, ClockQuality]
 
@@ -105,6 +106,10 @@ class _Histories(msgspec.Struct):
         """Return a copy, so that a failed transaction changes nothing."""
         streams = {name: history.begin_transaction() for name, history in self.streams.items()}
         return _Histories(streams, dict(self.producers))
+
+    def producer_time(self, tx: Transaction, stream: str, client: str) -> LatestTime:
+        known = self.producers.get((stream, client))
+        return known or LatestTime(tx.source_position(_PRODUCER_TIMES + stream, client) or None)
 
     def set_producer_time(self, stream: str, client: str, latest: LatestTime) -> None:
         self.producers.pop((stream, client), None)
@@ -223,11 +228,14 @@ class GroupCommit:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
                 histories = self._histories.begin_transaction()
-                before = dict(histories.streams)
+                before, producers = dict(histories.streams), dict(histories.producers)
                 outcomes = self._write(tx, batches, now, histories)
                 for stream, history in histories.streams.items():
                     if history is not before.get(stream) and history.latest_us is not None:
                         tx.set_latest_time(stream, history.latest_us)
+                for (stream, client), latest in histories.producers.items():
+                    if latest is not producers.get((stream, client)) and latest.us is not None:
+                        tx.set_source_position(_PRODUCER_TIMES + stream, client, latest.us, _MAX_PRODUCER_TIMES)
             # Only now: rows that were not stored must not count as sent before.
             self._histories = histories
             self._drained_counts.clear()
@@ -242,6 +250,7 @@ class GroupCommit:
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
         row_counts: Counter[str] = Counter()
+        stream_rows: Counter[str] = Counter()
         for block in (block for batch in batches.values() for block in batch.row_blocks):
             row_counts[block.stream] += len(block.validated.rows)
         for producer, batch in batches.items():
@@ -250,10 +259,11 @@ class GroupCommit:
                 rows, unknown = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
                 parts = by_stream.setdefault(block.stream, [])
                 if len(rows):
-                    rows = self._screen(tx, batch, block, rows, unknown, [rows for rows, _ in parts], histories)
+                    rows = self._screen(tx, batch, block, rows, unknown, parts, histories)
                 if len(rows):
                     parts.append((rows, _stamp(tx, rows, block.now)))
-                    ends[producer] = block.stream, sum(len(rows) for rows, _ in parts)
+                    stream_rows[block.stream] += len(rows)
+                    ends[producer] = block.stream, stream_rows[block.stream]
                     accepted += len(rows)
             counts[producer] = accepted + self._write_labels(tx, batch)
             tx.increment_counter("lines rejected", len(batch.rejected))
@@ -278,7 +288,7 @@ class GroupCommit:
         block: _RowBlock,
         rows: Rows,
         unknown: Mask,
-        pending: list[Rows],
+        pending: list[tuple[Rows, ClockStamp]],
         histories: _Histories,
     ) -> Rows:
         """Return the rows that the history of their stream accepts, and update it.
@@ -289,9 +299,9 @@ class GroupCommit:
         history = histories.streams.get(name) or RowHistory(tx.latest_time(name)).begin_transaction()
         screened = row_history.screen(
             *(history, rows, block.validated.has_time, stream, block.now),
-            lambda limit: self._load_recent(name, limit, pending),
+            lambda limit: self._load_recent(name, limit, [rows for rows, _ in pending]),
             is_recording=block.is_recording,
-            producer_latest=None if client is None else histories.producers.get((name, client), LatestTime()),
+            producer_latest=None if client is None else histories.producer_time(tx, name, client),
             unknown=unknown,
         )
         histories.streams[name] = screened.history

@@ -183,6 +183,12 @@ class Transaction:
             if max_items is not None:
                 self._db.execute(schema.PRUNE_SOURCE_POSITIONS, values)
 
+    def source_position(self, source: str, item: str) -> int:
+        """Return how far `source` has read `item`; 0 before its first position."""
+        query = "SELECT position FROM checked_source_positions WHERE source = ? AND item = ?"
+        row = self._db.execute(query, (source, item)).fetchone()
+        return int(row[0]) if row else 0
+
     def delete_source_position(self, source: str, item: str) -> None:
         self._db.execute("DELETE FROM source_positions WHERE source = ? AND item = ?", (source, item))
 

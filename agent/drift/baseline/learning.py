@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -19,11 +20,12 @@ from agent.drift.baseline.reference import (
     draft_reference,
     without_cycle,
 )
-from agent.drift.baseline.sensitivity import measure_sensitivity
+from agent.drift.baseline.sensitivity import Sensitivity, measure_sensitivity
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import summarize
 from agent.drift.baseline.transitions import MIN_STEP_SHARE, MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments
+from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import LearnedScores, LearnedWindows, Task
 from agent.drift.detectors.registry import (
     CORRELATION,
@@ -62,48 +64,57 @@ def calibrate_reference(
         seasonality = "none"
     learned = learning.learned_windows(shipped, class_moments, usual.sd, seasonality)
     values = np.nan_to_num(MOMENTS.learn_values(shipped.task, learned))
-    cycle = daily_cycle.can_fit_daily(learning.midpoints, seasonality)
-    residuals, every = _remove_cycle(values, learned)
-    hourly = every[:, : usual.sd.shape[1]]
+    residuals, cycle = _remove_cycle(values, learned)
     mean, sd = outliers.calibrate(residuals, shipped.fields)
-    total = learning.total
-    rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
-    warnings = (
-        [f"only {windows} drift windows: alarms are less reliable than with {RECOMMENDED_WINDOWS}"]
-        if windows < RECOMMENDED_WINDOWS
-        else []
-    )
-    if source == "site" and not cycle:
-        warnings += outliers.detect_step_change(values, shipped.fields)
-    spread = np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1)) if source == "shipped" else shipped.sd
     reference = replace(
-        shipped,
+        _count_rows(shipped, learning),
         made=source,
-        drift_windows=windows,
-        warning="; ".join(warnings) or None,
-        counts=total.counts,
-        missing=total.missing,
+        warning=_describe_windows(shipped, learned, values, source),
         missing_values=_learn_missing_values(shipped, learning),
-        fault_limits=_learn_fault_limits(shipped, learning, spread, class_moments, usual, hourly),
-        n=rows.n[0],
-        mean=rows.mean[0],
-        m2=rows.m2[0],
-        longest=np.maximum(shipped.longest, total.longest),
-        reach=_learn_reach(shipped, residuals, every),
+        reach=_learn_reach(shipped, residuals, cycle),
         class_n=usual.n,
         class_mean=usual.mean,
         class_sd=usual.sd,
         test_mean=mean,
         test_sd=sd,
+    )
+    spread = reference.sd if source == "shipped" else shipped.sd
+    hourly = cycle[:, : usual.sd.shape[1]]
+    limits = _learn_fault_limits(shipped, learning, spread, class_moments, usual, hourly)
+    reference = replace(reference, fault_limits=limits)
+    if source == "shipped":
+        return reference
+    transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
+    return _add_site_calibration(reference, shipped, learning, learned, number, transitions)
+
+
+def _count_rows(shipped: Reference, learning: LearningState) -> Reference:
+    """Return the reference with the rows, answers and scores of the gathered windows for its own."""
+    total = learning.total
+    rows = total.row_sums.moments(shipped.origin[: len(shipped.fields)])
+    return replace(
+        shipped,
+        drift_windows=learning.windows,
+        counts=total.counts,
+        missing=total.missing,
+        n=rows.n[0],
+        mean=rows.mean[0],
+        m2=rows.m2[0],
+        longest=np.maximum(shipped.longest, total.longest),
         output=total.output,
         score_n=total.scores,
         score_correct=None,  # no labels yet say which of these answers were right
     )
-    if source == "shipped":
-        return reference
-    accuracy = cbpe.expected_accuracy_spread(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
-    transitions = count_transitions(residuals[:, : len(shipped.fields)], learning.output.astype(np.int64))
-    return _add_site_calibration(reference, learning, learned, number, accuracy, transitions)
+
+
+def _describe_windows(shipped: Reference, learned: LearnedWindows, values: Float64s, source: str) -> str | None:
+    """Return what is wrong with the learned windows and their `values` (K, T), if anything is."""
+    windows, warnings = len(values), list[str]()
+    if windows < RECOMMENDED_WINDOWS:
+        warnings.append(f"only {windows} drift windows: alarms are less reliable than with {RECOMMENDED_WINDOWS}")
+    if source == "site" and not daily_cycle.can_fit_daily(learned.t, learned.seasonality):
+        warnings += outliers.detect_step_change(values, shipped.fields)
+    return "; ".join(warnings) or None
 
 
 def _learn_reach(shipped: Reference, residuals: Float64s, cycle: Float64s) -> Float64s | None:
@@ -172,67 +183,102 @@ def _remove_cycle(values: Float64s, learned: LearnedWindows) -> tuple[Float64s, 
     return fit.residuals, fit.cycle.evaluate(learned.t)
 
 
+class ScoreCalibration(msgspec.Struct, frozen=True, eq=False):
+    """What is usual of the T scores of all detectors, in K learned windows."""
+
+    tested: Bools  # (T,) have values in enough windows
+    mean: Float64s  # (T,)
+    sd: Float64s  # (T,)
+    residuals: Float64s  # (K, T) without cycle and modes
+    cycle: Cycle
+    modes: OperatingModes | None
+    is_settled: bool  # more windows would hardly show another mode
+
+    def scores(self, learned: LearnedWindows, layout: ScoreLayout, thinning: int) -> LearnedScores:
+        """Return the scores, one of `thinning` windows each, with the number of means that were fitted to them."""
+        coefficients = self.cycle.coefficients + (0 if self.modes is None else self.modes.coefficients - 1)
+        for detector in SCORED:
+            coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
+        return LearnedScores(self.residuals, self.sd, coefficients, self.cycle.hours, thinning, layout.slices)
+
+
 def _add_site_calibration(
     reference: Reference,
+    shipped: Reference,
     learning: LearningState,
     learned: LearnedWindows,
     number: int,
-    accuracy: tuple[float, float] | None,
     transitions: int,
 ) -> Reference:
+    """Add the calibration of a site whose windows show so many `transitions` between modes of operation."""
     task, layout = reference.task, reference.layout
     values = np.concatenate([detector.learn_values(task, learned) for detector in SCORED], axis=1)
-    tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
-    mean, sd, residuals, cycle, modes, settled = _calibrate_scores(task, layout, values, tested, learned, transitions)
-    coefficients = cycle.coefficients + (0 if modes is None else modes.coefficients - 1)
-    for detector in SCORED:
-        coefficients[layout[detector.name]] += learned.class_coefficients - 1 if detector.by_class else 0.0
-    scores = LearnedScores(residuals, sd, coefficients, cycle.hours, learning.thinning, layout.slices)
+    usual = _calibrate_scores(task, layout, values, learned, transitions)
+    scores = usual.scores(learned, layout, learning.thinning)
     limits = np.concatenate([detector.fit_limits(task, scores) for detector in SCORED])
     baselines = _learn_baselines(task, learned, scores)
-    share = reference.class_n.sum(1) / max(int(reference.class_n.sum()), 1)
-    sensitivity = measure_sensitivity(
-        task,
-        scores,
-        mean,
-        np.where(tested, sd, np.inf),
-        limits,
-        cycle,
-        moments.mean_class_sd(reference.class_n, reference.class_sd),
-        share @ baselines[CORRELATION.name].mean,
-    )
+    sensitivity = _measure_sensitivity(reference, usual, scores, limits, baselines)
+    cycle = usual.cycle
     site = SiteCalibration(
         baselines=baselines,
         limits=limits,
         sensitivity=sensitivity,
         independent_windows=_count_independent_windows(task, scores),
         transitions=transitions,
-        modes=modes,
-        modes_settled=settled,
+        modes=usual.modes,
+        modes_settled=usual.is_settled,
         waves=cycle.waves,
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
-        accuracy=accuracy,
+        accuracy=cbpe.expected_accuracy_spread(
+            shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64)
+        ),
         steps=learning.total.steps,
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,
         spread=cycle.spread if cycle.spread.any() else None,
     )
-    warnings = [reference.warning] if reference.warning else []
-    if not settled:
-        warnings.append(
-            f"the learned windows show only {transitions} changes between modes of operation, and a mode that they "
-            "do not show will alarm; learn for longer"
-        )
-    warnings += sensitivity.find_warning(reference.fields, reference.sd)
     return replace(
         reference,
-        test_mean=mean,
-        test_sd=np.where(tested, sd, UNTESTED_SD),
+        test_mean=usual.mean,
+        test_sd=np.where(usual.tested, usual.sd, UNTESTED_SD),
         site=site,
-        warning="; ".join(warnings) or None,
+        warning=_describe_site(reference, site),
+    )
+
+
+def _describe_site(reference: Reference, site: SiteCalibration) -> str | None:
+    """Return the reference's warning, and what the site's tests will miss or alarm on."""
+    warnings = [reference.warning] if reference.warning else []
+    if not site.modes_settled:
+        warnings.append(
+            f"the learned windows show only {site.transitions} changes between modes of operation, and a mode that "
+            "they do not show will alarm; learn for longer"
+        )
+    warnings += site.sensitivity.find_warning(reference.fields, reference.sd)
+    return "; ".join(warnings) or None
+
+
+def _measure_sensitivity(
+    reference: Reference,
+    usual: ScoreCalibration,
+    scores: LearnedScores,
+    limits: Float64s,
+    baselines: LearnedBaselines,
+) -> Sensitivity:
+    """Measure what the tests find with these `limits` (T,), by the classes as frequent as they were learned."""
+    share = reference.class_n.sum(1) / max(int(reference.class_n.sum()), 1)
+    return measure_sensitivity(
+        reference.task,
+        scores,
+        usual.mean,
+        np.where(usual.tested, usual.sd, np.inf),
+        limits,
+        usual.cycle,
+        moments.mean_class_sd(reference.class_n, reference.class_sd),
+        share @ baselines[CORRELATION.name].mean,
     )
 
 
@@ -252,13 +298,10 @@ def _count_independent_windows(task: Task, scores: LearnedScores) -> float:
 
 
 def _calibrate_scores(
-    task: Task, layout: ScoreLayout, values: Float64s, tested: Bools, learned: LearnedWindows, transitions: int
-) -> tuple[Float64s, Float64s, Float64s, daily_cycle.Cycle, OperatingModes | None, bool]:
-    """Return mean and sd (T,) of all detectors' values (K, T), residuals (K, T), the cycle and modes they are
-    without, and whether more windows would hardly show another mode.
-
-    `tested` (T,) have values in enough windows, among which there are so many `transitions`.
-    """
+    task: Task, layout: ScoreLayout, values: Float64s, learned: LearnedWindows, transitions: int
+) -> ScoreCalibration:
+    """Calibrate all detectors' values (K, T) of windows, among which there are so many `transitions`."""
+    tested = (~np.isnan(values)).sum(0) >= MIN_WINDOWS
     min_sd = np.empty(layout.test_count)
     for detector in SCORED:
         min_sd[layout[detector.name]] = detector.min_sd(task)
@@ -276,7 +319,7 @@ def _calibrate_scores(
         assigned, inside = candidates.of_window, (candidates.of_window >= 0)[:, None]
         modes, present = fit_modes(candidates, known - middle), present & inside
         known = np.where(inside, known - modes.offset[assigned], middle)
-    (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), daily_cycle.Cycle.empty(values.shape[1])
+    (mean, residuals), cycle = outliers.winsorize(known, middle, min_sd), Cycle.empty(values.shape[1])
     if daily_cycle.can_fit_daily(learned.t, learned.seasonality):
         fit = daily_cycle.fit(known, learned.t, learned.seasonality, min_sd)
         _, residuals = outliers.winsorize(fit.residuals, median(fit.residuals), min_sd)
@@ -292,7 +335,7 @@ def _calibrate_scores(
     # Windows without a value stand in the middle: they are no proof of a small spread.
     n = present.sum(0)
     sd = residuals.std(0, ddof=1) * np.sqrt((len(values) - 1) / np.maximum(n - 1, 1))
-    return mean, np.maximum(sd, min_sd), residuals, cycle, modes, settled
+    return ScoreCalibration(tested, mean, np.maximum(sd, min_sd), residuals, cycle, modes, settled)
 
 
 def build_reference(

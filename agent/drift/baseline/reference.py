@@ -7,6 +7,7 @@ keeps those and replaces the counts and the calibration.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Float32s, Float64s, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.drift.baseline import runs, window_statistics
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
+from agent.drift.baseline.sensitivity import PROBABILITY
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors.detector import Baseline, Task
 from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
@@ -39,6 +41,7 @@ MIN_VARIANCE_SHARE = 0.05  # of a class, that is left without a daily cycle
 OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
 _HOURS = np.arange(24, dtype=np.int64) * 3_600_000_000
 SCORE_CLIP = 1000.0  # in spreads of the reference
+MAX_LEVELS = 4  # distinct quantiles of a field whose readings repeat by nature
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
@@ -195,10 +198,13 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def stuck_rows(self) -> Ints:
-        """(F,) rows of one value, no rest value, from which on a field is stuck."""
+        """(F,) rows of one value, no rest value, from which on a field is found stuck in PROBABILITY of cases."""
         rows = self.window * self.window_rows
         within = runs.max_normal_run(self.longest, np.array([rows]))[0] + 1
-        return np.where(within > rows, runs.max_constant_run(self.longest) + 1, within)
+        # A run that lies in two windows may be too short in both; of many windows, those it fills count.
+        cut = np.maximum(within, 2 * within - 1 - round((1 - PROBABILITY) * rows))
+        filled = runs.max_constant_run(self.longest) // rows + 1
+        return np.where(within > rows, filled * rows + math.ceil(PROBABILITY * (rows - 1)), cut)
 
     @cached_property
     def digest(self) -> str:
@@ -210,6 +216,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def bounds(self) -> Float64s:
         """(F, 33) boundaries between the 34 counts."""
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
+
+    @cached_property
+    def has_few_levels(self) -> Bools:
+        """(F,) fields of so few values that these repeat by nature, whatever they are."""
+        return np.asarray((np.diff(self.edges, axis=1) > 0).sum(1) < MAX_LEVELS)
 
     @cached_property
     def bin_cuts(self) -> Float64s:

@@ -64,6 +64,11 @@ def _count_compiled(
     counted = drift_rows.count(library, reference.row_limits, rows, tail.rows, tail.last, tail.run, sums)
     if counted is None:
         return None
+    repeated = counted.repeated
+    if repeated.any() and reference.has_few_levels.any():
+        # The library knows rest values only.
+        trace = Trace.from_rows(rows, tail.rows)
+        repeated = runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels)
     counts = RowCounts(
         counts=counted.bins,
         missing=counted.missing,
@@ -72,7 +77,7 @@ def _count_compiled(
         longest=counted.longest,
         extremes=Extremes(counted.extreme_values, counted.extreme_rows),
         steps=counted.sizes,
-        repeated=counted.repeated,
+        repeated=repeated,
         sums=GroupSums(counted.known, counted.total, counted.squares),
     )
     return counts, counted.open_run
@@ -97,7 +102,7 @@ def _count_by_numpy(
         longest=longest,
         extremes=extremes,
         steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
-        repeated=runs.count_repeated_rows(trace, reference.rest),
+        repeated=runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels),
         sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]], before),
     )
     return counted, run

@@ -147,8 +147,11 @@ def count_spikes(trace: Trace, jump: Float64s, span: Float64s | None = None) -> 
     return out
 
 
-def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
-    """Count rows (W,) equal to the row before in all fields, unless all of them rest. A missing value equals none."""
+def count_repeated_rows(trace: Trace, rest: RestValues, few_levels: Bools) -> Ints:
+    """Count rows (W,) equal to the row before in all fields, unless all of them rest or have `few_levels` (F,).
+
+    A missing value equals none.
+    """
     # Most rows differ in the first field already.
     window, at = np.nonzero(trace.zero_steps[:, :, 0])
     same = trace.zero_steps[window, at].all(1)
@@ -156,5 +159,5 @@ def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
     if not len(window):
         return np.zeros(len(trace.rows), np.int64)
     rows = trace.rows[window, at + trace.rows.shape[1] - trace.steps_into.shape[1]]
-    resting = np.stack([np.isin(rows[:, i], values) for i, values in enumerate(rest)], axis=1)
+    resting = np.stack([np.isin(rows[:, i], values) for i, values in enumerate(rest)], axis=1) | few_levels
     return bincount(window[~resting.all(1)], minlength=len(trace.rows))

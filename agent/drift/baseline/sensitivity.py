@@ -25,6 +25,7 @@ _QUANTILE = 1.2816  # of PROBABILITY, standard normal
 LARGEST_SCORE = 6.0  # sd: a larger shift fills the clip of each window
 WARN_SD = 1.0  # of a field's rows: a site that finds larger shifts only says so
 NAMED = 3  # fields in a warning
+_LOG_RATIO_LIMIT, _STEPS = 5.0, 30  # of the search for a ratio of spreads, and its halvings
 
 
 class Sensitivity(msgspec.Struct, frozen=True, eq=False):
@@ -107,15 +108,28 @@ def measure_sensitivity(
     if task.windowed:
         ratio = np.exp(value[fields:] * class_sd[fields:] / 2)
     else:
-        level = mean[place][fields:]
-        variances = (np.maximum(np.exp(log) - VARIANCE_PRIOR, 1e-3) for log in (level + value[fields:], level))
-        ratio = np.sqrt(np.divide(*variances))
+        ratio = find_spread_ratio(mean[place][fields:] + scores.residuals[:, place][:, fields:], value[fields:])
     finite = np.isfinite(score)
     return Sensitivity(
         np.where(finite[:fields], value[:fields] * class_sd[:fields], 0.0),
         np.where(finite[fields:], ratio, 0.0),
         _measure_correlations(task, scores, sd, limits, cycle, correlation),
     )
+
+
+def find_spread_ratio(values: Float64s, change: Float64s) -> Float64s:
+    """Return by which factor (F,) the spread must grow for the mean of values (K, F) to rise by `change` (F,).
+
+    Values are log variances of windows with a prior. Windows of little spread show least of a factor.
+    """
+    variances = np.maximum(np.exp(values) - VARIANCE_PRIOR, 1e-3)
+    usual = np.log(variances + VARIANCE_PRIOR).mean(0)
+    low, high = np.zeros(len(change)), np.full(len(change), _LOG_RATIO_LIMIT)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        enough = np.log(np.exp(2 * middle) * variances + VARIANCE_PRIOR).mean(0) - usual >= change
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.asarray(np.exp(high))
 
 
 def _measure_correlations(

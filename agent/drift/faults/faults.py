@@ -185,15 +185,8 @@ def identify_faults(
     spoilt = indicators.find_spoilt(index) | stuck | another | np.array([excludes_window((part,)) for part in absent])
     if explained is not None:
         spoilt |= explained
-    # The model names wrong classes where a field is faulty, and sound fields fit no class then.
-    misnamed = bool(reference.labels) and bool((spoilt & ~known).any())
-    unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
-    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
     moved = known if exchanged is None else exchanged
-    if site is not None and (moved.any() or unfit.any()):
-        other, mirrored = swapped_channels.detect_swaps(
-            summary, site, indicators.usual[index], units, moved, unfit & ~spoilt
-        )
+    other, mirrored = _find_exchanged(indicators, index, summary, units, site, known, moved, spoilt)
     swapped = np.array([bool(name) for name in other])
     names = _name_kinds(indicators, index, summary, stuck, another, swapped, mirrored)
     longest = summary.longest if runs is None else np.maximum(summary.longest, runs.rows)
@@ -204,6 +197,30 @@ def identify_faults(
         "stuck": [f"{rows} rows" for rows in longest],
     }
     return _build_faults(absent, names, details, _measure_sizes(indicators, index, summary))
+
+
+def _find_exchanged(
+    indicators: FaultIndicators,
+    index: int,
+    summary: Summary,
+    units: Sequence[str],
+    site: Reference | None,
+    misread: Bools,
+    moved: Bools,
+    spoilt: Bools,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the field that each field (F,) changed places with in window `index`, or "", and whose sign is reversed.
+
+    Fields `misread` (F,) have been read wrongly up to now, of which those that `moved` may stay so; `spoilt` ones have
+    another fault.
+    """
+    fields = len(misread)
+    # The model names wrong classes where a field is faulty, and sound fields fit no class then.
+    misnamed = site is not None and bool(site.labels) and bool((spoilt & ~misread).any())
+    unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
+    if site is None or not (moved.any() or unfit.any()):
+        return ("",) * fields, np.zeros(fields, np.bool_)
+    return swapped_channels.detect_swaps(summary, site, indicators.usual[index], units, moved, unfit & ~spoilt)
 
 
 def _build_faults(

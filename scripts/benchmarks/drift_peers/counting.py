@@ -16,9 +16,13 @@ Flags = NDArray[np.bool_]  # (windows, subjects)
 
 
 class DetectionDelays(msgspec.Struct):
-    """Detection delays of trials with a change, in windows; 1 means the first window, None means a miss."""
+    """Detection delays of trials with a change, in windows; 1 means the first window, None means a miss.
+
+    `stated` tells of each trial whether the detector had said beforehand that it finds such a change, if it says so.
+    """
 
     delays: list[int | None] = msgspec.field(default_factory=list)
+    stated: list[bool] = msgspec.field(default_factory=list)
 
     def add(self, raised: Flags, subjects: Sequence[int]) -> None:
         hits = np.flatnonzero(raised[:, subjects].any(1))
@@ -38,6 +42,11 @@ class DetectionDelays(msgspec.Struct):
     def missed(self) -> float:
         """Return the share of misses in per cent."""
         return 100 * sum(delay is None for delay in self.delays) / len(self.delays)
+
+    @property
+    def broken_statements(self) -> int:
+        """Return the misses of changes that were to be found."""
+        return sum(delay is None and stated for delay, stated in zip(self.delays, self.stated, strict=True))
 
 
 class Row(msgspec.Struct):

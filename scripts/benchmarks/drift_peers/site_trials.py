@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,16 +21,25 @@ WATCHED = 20  # windows within which a change has to be detected
 RAMP = 10  # windows
 
 
+class Trial(msgspec.Struct, frozen=True):
+    """What a change does to the first fields of a site: their first values, and by how much a correlation changes."""
+
+    values: Floats  # (fields,)
+    correlation: float
+
+
 class Change(msgspec.Struct, frozen=True):
     """Change of the first `fields` fields: `transform` maps their rows (n, `fields`), in sd from the mean.
 
     `missing` and `rate` are a share of rows and a factor on the sampling rate. A detection must name one of the fields,
-    or one of the `subjects`.
+    or one of the `subjects`. `is_stated` tells by the numbers of the fields in `status`, and those of the correlation,
+    whether the site says that it finds the change.
     """
 
     name: str
     fields: int
     transform: Callable[[Floats, int], Floats] | None = None
+    is_stated: Callable[[Sequence[dict[str, Any]], Trial], bool] = lambda stated, trial: True
     missing: float = 0.0
     rate: float = 1.0
     subjects: tuple[str, ...] = ()
@@ -51,16 +61,33 @@ def _stuck(z: Floats, rows: int) -> Floats:
     return np.repeat(z[:1], len(z), axis=0)
 
 
+def _finds_shift(sd: float) -> Callable[[Sequence[dict[str, Any]], Trial], bool]:
+    return lambda stated, trial: any((field["shift_sd"] or np.inf) <= sd for field in stated)
+
+
+def _finds_spread(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return bool((stated[0]["spread"] or np.inf) <= np.sqrt(1.5))
+
+
+def _finds_correlation(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return any((field["correlation"] or np.inf) <= abs(trial.correlation) for field in stated)
+
+
+def _finds_stuck(stated: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return float(trial.values[0]) not in stated[0]["never_stuck_at"]
+
+
 SHIFTS = (0.25, 0.5, 1.0)
+RAMP_MEAN = 1 - RAMP / 2 / WATCHED  # sd, over the windows watched
 CHANGES = (
-    *(Change(f"+{sd:g} sd", 1, _shift(sd)) for sd in SHIFTS),
-    *(Change(f"+{sd:g} sd, four fields", 4, _shift(sd)) for sd in SHIFTS),
-    Change("variance × 1.5", 1, lambda z, rows: z * np.sqrt(1.5)),
-    Change("ramp to 1 sd", 1, _ramp),
-    Change("correlation + 0.5", 2, _correlated, subjects=("joint",)),
+    *(Change(f"+{sd:g} sd", 1, _shift(sd), _finds_shift(sd)) for sd in SHIFTS),
+    *(Change(f"+{sd:g} sd, four fields", 4, _shift(sd), _finds_shift(sd)) for sd in SHIFTS),
+    Change("variance × 1.5", 1, lambda z, rows: z * np.sqrt(1.5), _finds_spread),
+    Change("ramp to 1 sd", 1, _ramp, _finds_shift(RAMP_MEAN)),
+    Change("correlation + 0.5", 2, _correlated, _finds_correlation, subjects=("joint",)),
     Change("missing 3 %", 1, missing=0.03),
     Change("missing 10 %", 1, missing=0.1),
-    Change("stuck", 1, _stuck),
+    Change("stuck", 1, _stuck, _finds_stuck),
     Change("rate × 1.25", 1, rate=1.25, subjects=("rate",)),
 )
 
@@ -112,11 +139,12 @@ def learn(monitor: DriftMonitor, population: Population, rows: int, site: int, s
     learned = max(LEARN, int(population.days * WINDOWS_PER_DAY) + 1)
     windows = MOST_LEARNED * learned + population.watched
     data, t = _stream(population, (seed, 1 + site), windows, rows)
-    # All that no site learns without, then window by window.
+    # All that no site learns without, then window by window up to the first reference that may be enough.
     state, at, size = monitor.start(), 0, (learned - 2) * rows
     while state.site_reference is None and at < MOST_LEARNED * learned * rows:
         state, _ = feed(monitor, population, state, data[at : at + size], t[at : at + size])
-        at, size = at + size, rows
+        at += size
+        size = rows * (1 if at <= learned * rows else LEARN // 4 - at // rows % (LEARN // 4))
     if state.site_reference is None:
         return None
     return Site(monitor, state, data[at:], t[at:], data[:at])
@@ -131,8 +159,21 @@ def watch_quiet(site: Site, population: Population, rows: int, count: QuietCount
         count.kinds[describe(alert)] += 1
 
 
-def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> int | None:
-    """Return the windows until an alert names the change, which begins now; None for a miss."""
+def move_on(site: Site, population: Population, rows: int, windows: int) -> Site:
+    """Return the site so many quiet windows later, or as it is if they leave an alert open.
+
+    Sites of a population learn until the same hour of the day, and a change by night is another one than by day.
+    """
+    state, _ = feed(site.monitor, population, site.state, site.rows[: windows * rows], site.t[: windows * rows])
+    if state.suite.open_subjects.any() or state.faults.any_open or not windows:
+        return site
+    return Site(site.monitor, state, site.rows[windows * rows :], site.t[windows * rows :], site.learned)
+
+
+def run_trial(site: Site, population: Population, rows: int, change: Change, seed: int) -> tuple[int | None, bool]:
+    """Return the windows until an alert names the change, which begins now, None for a miss; and whether the site says
+    beforehand that it finds it.
+    """
     end, learned = WATCHED * rows, site.state.site_reference
     assert learned is not None
     changed = site.rows[:end].copy()
@@ -143,13 +184,25 @@ def run_trial(site: Site, population: Population, rows: int, change: Change, see
         part[np.random.default_rng(seed).random(end) < change.missing] = np.nan
     t = site.t[0] + np.rint((site.t[:end] - site.t[0]) / change.rate).astype(np.int64)
     subjects = {*change.subjects, *learned.fields[: change.fields]}
-    state = site.state
-    for window in range(WATCHED):
-        now = slice(window * rows, (window + 1) * rows)
+    numbers = learned.describe_smallest_changes()
+    assert numbers is not None
+    stated = [numbers["fields"][name] for name in learned.fields[: change.fields]]
+    is_stated = change.is_stated(stated, Trial(part[0], _correlation(part) - _correlation(site.learned)))
+    state, first = site.state, site.state.index
+    for windows in (slice(0, 3), slice(3, WATCHED)):
+        now = slice(windows.start * rows, windows.stop * rows)
         state, results = feed(site.monitor, population, state, changed[now], t[now])
-        if any(alert.subject in subjects for alert in raised_alerts(results)):
-            return window + 1
-    return None
+        for result in results:
+            if any(alert.subject in subjects for alert in raised_alerts([result])):
+                return result.index - first + 1, is_stated
+    return None, is_stated
+
+
+def _correlation(rows: Floats) -> float:
+    """Return that of the first two fields; 0 where there is one, or one is constant."""
+    if rows.shape[1] < 2 or not rows[:, :2].std(0).all():
+        return 0.0
+    return float(np.corrcoef(rows[:, 0], rows[:, 1])[0, 1])
 
 
 def feed(
