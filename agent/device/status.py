@@ -16,12 +16,13 @@ from agent.clock import ClockReading
 from agent.config import Config, StreamConfig
 from agent.config.sources import ExecSource
 from agent.device.bundles import history, overrides, rollout_state
+from agent.device.capacity import space
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.samples import budget
-from agent.device.store import cost, space, task_keys
+from agent.device.store import cost, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
