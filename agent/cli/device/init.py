@@ -49,7 +49,7 @@ keys = []                      # public keys that sign commands, and bundles
 
 [buffer]
 max_size = "1 GiB"
-commit_every = "1 s"           # longest wait of a producer; each commit writes about 28 KB to flash
+commit_every = "1 s"           # longest wait of a producer; each commit writes 4 KB to flash, and more each minute
 keep_readings = "24 h"         # after use; sooner when space is short
 keep_messages = "48 h"         # after delivery, in case the collector is restored from a backup; sooner likewise
 when_full = "evict"            # the least important data goes, and that is declared; or "refuse": intake rejects rows
