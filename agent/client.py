@@ -6,22 +6,41 @@
         answer = client.flush()
 
 `flush` returns once everything sent is on the daemon's disk. A client with a `name` reconnects after a lost connection,
-asks which lines were committed, and sends the rest: each line is processed exactly once.
+asks which lines were committed, and sends the rest: each line is processed exactly once. A frame of arrays counts as a
+line.
+
+This file needs the standard library of Python 3.9 only. `outstation client > outstation_client.py` copies it.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
+import math
 import re
 import select
 import socket
+import struct
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-import msgspec
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Protocol
+
+    class Array(Protocol):
+        """Numpy array, without a dependency on numpy."""
+
+        @property
+        def dtype(self) -> Any: ...
+        @property
+        def ndim(self) -> int: ...
+        def tolist(self) -> Any: ...
+        def tobytes(self) -> bytes: ...
+
 
 # More than the daemon commits at once, so that a fast producer never waits for the commit timer.
 _MAX_PENDING_LINES = 20_000
@@ -31,46 +50,49 @@ _RETRY_S = 0.1
 _POLL_EVERY_LINES = 64
 # Short lines occupy five times their length in the kernel; its default buffer holds about 160 of them.
 _SEND_BUFFER_BYTES = 1 << 20
-# As numpy names them. Packed columns are little-endian.
-_PACKED_DTYPES = frozenset({"<f4", "<f8", "<i4", "<i8"})
-_encode = msgspec.json.Encoder().encode
+# Type of a column in a frame, by numpy's name of it.
+_FRAME_TYPES = {"<f4": 1, "<f8": 2, "<i4": 3, "<i8": 4}
+_FRAME_PREFIX, _FRAME_HEAD = b"\x9cOF\x01", struct.Struct("<4sIIBBH")
+_MAX_NAME_BYTES = 255
+# Times beyond are sent as they are, so that the daemon names them.
+_MAX_TIME_S = 1e12
 _TCP_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
-class Array(Protocol):
-    """Numpy array, without a dependency on numpy."""
-
-    @property
-    def dtype(self) -> Any: ...
-    @property
-    def ndim(self) -> int: ...
-    def tolist(self) -> Any: ...
-    def tobytes(self) -> bytes: ...
+def _encode_plainly(document: dict[str, Any]) -> bytes:
+    try:
+        return _to_json(document).encode()
+    except ValueError:
+        return _to_json(_without_nan(document)).encode()
 
 
-class FlushResult(msgspec.Struct):
+def _without_nan(value: Any) -> Any:
+    """Replace numbers that JSON does not have by null: they are missing."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_encode: Callable[[dict[str, Any]], bytes] = _encode_plainly
+# Several times as fast, where it is installed.
+with contextlib.suppress(ImportError):
+    import msgspec.json
+
+    _encode = msgspec.json.encode
+
+
+class FlushResult(NamedTuple):
     """Outcome of the lines since the last `flush` or `answered`: accepted rows, and (line, reason) of rejected ones.
 
     Lines count from 1 per client; a named client continues the count for ever. Replies lost with a connection are
     missing here.
     """
 
-    accepted: int = 0
-    rejected: list[tuple[int, str]] = msgspec.field(default_factory=list)
-
-
-class _Rejection(msgspec.Struct):
-    line: int
-    reason: str
-
-
-class _Reply(msgspec.Struct):
-    through: int = 0
-    accepted: int = 0
-    rejected: list[_Rejection] = []
-    # Reason for which the daemon closes the connection.
-    error: str = ""
-    retry: bool = False
+    accepted: int
+    rejected: list[tuple[int, str]]
 
 
 class _Refused(PermissionError):
@@ -111,7 +133,8 @@ class Client:
         # The daemon's line numbers are lower by this if it lost count: its store was full, or is a new one.
         self._line_offset = 0
         self._greeted = False
-        self._result = FlushResult()
+        self._accepted = 0
+        self._rejected: list[tuple[int, str]] = []
         self._receive_buffer = b""
         self._lines_since_poll = 0
         self._socket = socket.socket(socket.AF_UNIX)
@@ -124,24 +147,29 @@ class Client:
 
     def send(self, stream: str, **row: Any) -> None:
         """Send one row; `t` in epoch seconds is optional."""
-        self._send_line(_encode({"stream": stream, **row}))
+        self._send(_encode({"stream": stream, **row}) + b"\n")
 
     def send_columns(self, stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> None:
-        """Send many rows as columns of one length: sequences or numpy arrays, at most 1 MiB per line.
+        """Send many rows as columns of one length: sequences or numpy arrays, at most 1 MiB at a time.
 
-        Arrays of float32, float64, int32 and int64 are sent as bytes, without conversion of each value.
+        Arrays of float32, float64, int32 and int64 are sent as bytes, without conversion of each value; NaN is a
+        missing value.
         """
-        packed: dict[str, tuple[str, bytes]] = {}
+        frame = _encode_frame(stream, columns)
+        if frame is not None:
+            self._send(frame)
+            return
+        packed: dict[str, tuple[str, str]] = {}
         plain: dict[str, list[Any]] = {}
         for name, column in columns.items():
             if isinstance(column, Sequence):
                 plain[name] = list(column)
-            elif (kind := column.dtype.str) in _PACKED_DTYPES and column.ndim == 1:
-                packed[name] = kind[1:], column.tobytes()
+            elif column.dtype.str in _FRAME_TYPES and column.ndim == 1:
+                packed[name] = column.dtype.str[1:], base64.b64encode(column.tobytes()).decode()
             else:
                 plain[name] = column.tolist()
         parts = {"columns": plain} if plain or not packed else {}
-        self._send_line(_encode({"stream": stream, **parts, **({"packed": packed} if packed else {})}))
+        self._send(_encode({"stream": stream, **parts, **({"packed": packed} if packed else {})}) + b"\n")
 
     def label(
         self,
@@ -160,7 +188,7 @@ class Client:
         """
         place = {"row": row} if row is not None else {"t": t}
         proof = {} if author is None else {"by": author[0], "token": author[1]}
-        self._send_line(_encode({"labels": task, **place, "label": label, "source": source, **proof}))
+        self._send(_encode({"labels": task, **place, "label": label, "source": source, **proof}) + b"\n")
 
     def flush(self) -> FlushResult:
         """Wait until all lines are committed, and return their outcome."""
@@ -174,7 +202,8 @@ class Client:
 
     def answered(self) -> FlushResult:
         """Return the outcome known so far since the last `flush` or `answered`, without waiting."""
-        answer, self._result = self._result, FlushResult()
+        answer = FlushResult(self._accepted, self._rejected)
+        self._accepted, self._rejected = 0, []
         return answer
 
     def close(self) -> None:
@@ -191,8 +220,8 @@ class Client:
         finally:
             self.close()
 
-    def _send_line(self, line: bytes) -> None:
-        line += b"\n"
+    def _send(self, line: bytes) -> None:
+        """Send a line with its newline, or a frame."""
         size = len(line)
         self._pending.append(line)
         self._pending_bytes += size
@@ -247,16 +276,16 @@ class Client:
         *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
             reply = self._decode_reply(line)
-            self._acknowledge_through(reply.through + self._line_offset)
-            self._result.accepted += reply.accepted
-            self._result.rejected += [(row.line + self._line_offset, row.reason) for row in reply.rejected]
+            self._acknowledge_through(reply["through"] + self._line_offset)
+            self._accepted += reply["accepted"]
+            self._rejected += [(item["line"] + self._line_offset, item["reason"]) for item in reply["rejected"]]
 
-    def _decode_reply(self, line: bytes) -> _Reply:
+    def _decode_reply(self, line: bytes) -> dict[str, Any]:
         """Decode a line of the daemon. Raises OSError if it closes the connection."""
-        reply = msgspec.json.decode(line, type=_Reply)
-        if reply.error:
-            kind = ConnectionRefusedError if reply.retry else _Refused
-            raise kind(reply.error)
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            kind = ConnectionRefusedError if reply["retry"] else _Refused
+            raise kind(reply["error"])
         return reply
 
     def _acknowledge_through(self, through: int) -> None:
@@ -310,7 +339,7 @@ class Client:
                 raise ConnectionResetError("the daemon closed the connection")
             received += data
         line, _, self._receive_buffer = received.partition(b"\n")
-        through = self._decode_reply(line).through
+        through = self._decode_reply(line)["through"]
         if not self._greeted:
             self._greeted = True
             self._sent = self._acknowledged = through
@@ -336,3 +365,47 @@ class Client:
 
     def _pending_note(self) -> str:
         return f"; {len(self._pending)} lines are not acknowledged; send them again" if self._pending else ""
+
+
+def _encode_frame(stream: str, columns: Mapping[str, Any]) -> bytes | None:
+    """Return arrays of equal length as a binary frame; None if a column is something else."""
+    heads, lengths = [stream.encode()], set()
+    data: list[Any] = []
+    times, data_bytes = b"", 0
+    for name, column in columns.items():
+        # Only arrays have a type; cheaper than to ask whether it is a sequence.
+        kind = _FRAME_TYPES.get(column.dtype.str) if hasattr(column, "dtype") and column.ndim == 1 else None
+        if kind is None:
+            return None
+        n = len(column)
+        lengths.add(n)
+        if name == "t":
+            times = _to_epoch_us(column)
+            if not times:
+                return None
+            continue
+        encoded = name.encode()
+        heads += (bytes((kind, len(encoded) & _MAX_NAME_BYTES)), encoded)
+        # Joined from the array itself: to copy it twice would cost half of the time.
+        data.append(column.data if column.flags.c_contiguous else column.tobytes())
+        # Types 1 and 3 have four bytes; a column fills a multiple of eight.
+        if kind & 1 and n & 1:
+            data.append(bytes(4))
+        data_bytes += (n + 1) // 2 * 8 if kind & 1 else 8 * n
+    count = len(heads) // 2
+    if len(lengths) != 1 or not count or max(map(len, heads)) > _MAX_NAME_BYTES or count >= 1 << 16:
+        return None
+    names = b"".join(heads)
+    padding = bytes(-(_FRAME_HEAD.size + len(names)) % 8)
+    size = _FRAME_HEAD.size - 8 + len(names) + len(padding) + len(times) + data_bytes
+    head = _FRAME_HEAD.pack(_FRAME_PREFIX, size, lengths.pop(), times != b"", len(heads[0]), count)
+    return b"".join([head, names, padding, times, *data])
+
+
+def _to_epoch_us(seconds: Any) -> bytes:
+    """Return epoch seconds as int64 µs; nothing if one of them is far from any clock's time, or NaN."""
+    numbers = seconds.astype("<f8")
+    if not len(numbers) or not (numbers.min() > -_MAX_TIME_S and numbers.max() < _MAX_TIME_S):
+        return b""
+    microseconds: bytes = (numbers * 1e6).round().astype("<i8").tobytes()
+    return microseconds

@@ -27,6 +27,7 @@ _COMMANDS = {
     "run": ("agent.cli.device.run:run", "Run the daemon in the foreground."),
     "batch": ("agent.cli.device.batch:batch", "Process the backlog of tasks once, and stop."),
     "ingest": ("agent.cli.device.ingest:ingest", "Add readings from CSV, JSON Lines or Parquet."),
+    "client": ("agent.cli.device.client:client", "Print the Python client as one file for other programs."),
     "label": ("agent.cli.device.labelling.label:label", "Add ground-truth labels to results."),
     "verdict": ("agent.cli.device.labelling.verdict:verdict", "Confirm or correct a result."),
     "label-next": ("agent.cli.device.labelling.verdict:label_next", "Show which results to label next."),

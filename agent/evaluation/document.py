@@ -5,8 +5,11 @@ Every `low` and `high` is an end of a 95 % interval, None if there is none.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+from agent.comparison.rules import RuleResult
 from agent.performance.estimates import MetricEstimate
 
 
@@ -151,6 +154,26 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: float
 
 
+class BundleComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Comparison with another bundle, paired on `windows` in `blocks`, by the rules of a roll-out."""
+
+    name: str
+    version: str
+    digest: str
+    windows: int
+    blocks: int
+    rules: list[RuleResult]
+
+
+class RequirementResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of a requirement for one quantity, or of one rule of a comparison."""
+
+    requirement: str
+    subject: str
+    state: Literal["passed", "failed", "undecided"]
+    summary: str
+
+
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """`metric` is the primary one, better in its `direction`; `machine` is where `latency` was measured."""
 
@@ -176,5 +199,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     float_comparison: FloatComparison | None = None
     machine: str = ""
     latency: list[BatchLatency] = []
+    against: BundleComparison | None = None
+    requirements: list[RequirementResult] = []
     warnings: list[str] = []
     notes: list[str] = []

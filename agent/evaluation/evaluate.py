@@ -23,6 +23,7 @@ from agent.evaluation import (
     metrics,
     predictions,
     sensitivity,
+    small_cells,
 )
 from agent.evaluation.bootstrap import BootstrapUnits
 from agent.evaluation.document import Evaluation
@@ -45,7 +46,7 @@ _MAX_NAMES = 8
 
 
 class EvaluationRequest(msgspec.Struct, frozen=True):
-    """Request to evaluate; columns by name."""
+    """Request to evaluate; columns by name. `min_count`: least windows behind a number; 0 shows all."""
 
     data: Path
     label: str = "label"
@@ -58,6 +59,7 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
     robustness: bool = False
     latency: bool = True
     seed: int = 0
+    min_count: int = 0
 
     @property
     def columns(self) -> list[str]:
@@ -131,6 +133,8 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         latencies = _measure_latency(context, context.bundle)
     comparison = _compare_float(context, request.float_model) if request.float_model is not None else None
     counts = _class_counts(labels, windows, kind)
+    if request.min_count:
+        counts = small_cells.large_counts(counts, request.min_count)
     accuracy = next((metric.value for metric in measured.metrics if metric.metric == "accuracy"), None)
     sliced = {name: windows.columns[name] for name in request.slices}
     evaluation = Evaluation(
@@ -156,10 +160,12 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         machine=tuning.describe_machine() if latencies else "",
         latency=latencies,
     )
+    if request.min_count:
+        evaluation = small_cells.withhold(evaluation, request.min_count)
     return msgspec.structs.replace(
         evaluation,
         warnings=_warnings(evaluation),
-        notes=_notes(context, sample, evaluation),
+        notes=[*_notes(context, sample, evaluation), *evaluation.notes],
         seconds=round(time.monotonic() - started_s, 2),
     )
 

@@ -133,7 +133,8 @@ def concatenate_results(results: Sequence[InferenceResult], starts: Ints, datase
     outputs = np.concatenate([result.outputs for result in results if result.outputs is not None])
     missing = np.concatenate([result.missing_share for result in results])
     joined = scores.concatenate([result.scores for result in results])
-    return InferenceResult(WindowCut(starts, len(dataset.values)), joined, missing, outputs)
+    seconds = sum(result.seconds for result in results)
+    return InferenceResult(WindowCut(starts, len(dataset.values)), joined, missing, outputs, seconds)
 
 
 def label_windows(

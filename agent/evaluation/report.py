@@ -33,6 +33,7 @@ _KIND_PHRASES = {
 }
 _CHART_STATES = {WORSE: "drift", SMALL: "unknown"}
 _SLICE_COLORS = {WORSE: "orange: worse than the rest", SMALL: "grey: too few to tell"}
+_STATE_CLASSES = {"passed": "ok", "failed": "warning", "undecided": "none"}
 _MAX_CLASSES = 20
 _MAX_LINES = 40
 
@@ -72,6 +73,18 @@ def _header(evaluation: Evaluation) -> Iterator[Markup]:
 
 def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _requirements_section(evaluation: Evaluation) -> Iterator[Markup]:
+    if not evaluation.requirements:
+        return
+    rows: list[list[Content]] = []
+    for result in evaluation.requirements:
+        badge = element("span", result.state, css_class=f"state {_STATE_CLASSES[result.state]}")
+        rows.append([badge, result.requirement, result.summary])
+    met = sum(result.state == "passed" for result in evaluation.requirements)
+    lead = f"{met} of {len(rows)} met."
+    yield section("Requirements", lead, table(["", "Requirement", "Result"], rows))
 
 
 def _data_checks_section(evaluation: Evaluation) -> Iterator[Markup]:
@@ -252,6 +265,7 @@ def _footer(evaluation: Evaluation) -> Iterator[Markup]:
 
 _SECTIONS = (
     _header,
+    _requirements_section,
     _data_checks_section,
     _metrics_section,
     _classes_section,

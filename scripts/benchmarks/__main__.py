@@ -86,9 +86,11 @@ def measured(name: str) -> Report:
 
 def line(result: Result) -> str:
     verdict = "met" if result.met else "MISSED"
+    other = "" if result.other_ratio is None else f", {result.other_ratio:.2f} by the other clock"
+    clocks = f" {result.clock}{other}" if result.clock else ""
     return (
         f"{result.name:24} {result.ours:14,.5g} {result.unit:12} reference {result.reference:14,.5g}   "
-        f"× {result.ratio:.2f} (target {result.target:g}: {verdict})\n{'':24} {result.note}"
+        f"× {result.ratio:.2f}{clocks} (target {result.target:g}: {verdict})\n{'':24} {result.note}"
     )
 
 
@@ -99,6 +101,8 @@ def document(result: Result) -> dict[str, Any]:
         "reference": round(result.reference, 3),
         "unit": result.unit,
         "ratio": round(result.ratio, 3),
+        "clock": result.clock,
+        "other_ratio": result.other_ratio and round(result.other_ratio, 3),
         "target": result.target,
         "met": result.met,
         "note": result.note,

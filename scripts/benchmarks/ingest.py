@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ import numpy as np
 from agent.client import Client
 from scripts.benchmarks import Result, benchmark, rates
 from scripts.benchmarks.device_task import device_process
+from scripts.kit.process_stats import cpu_s
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, LINE = 1_000_000, 1000
 JSON_ROWS = 200_000
 BEGIN_S = 1_764_022_680.0
-_COLUMNS = "columns of 1000 rows, acknowledged within 100 ms; reference: packed chunks, a commit for each"
+_COLUMNS = "frames of 1000 rows, acknowledged within 100 ms; reference: packed chunks, a commit for each"
 _LINES = "a line per row, acknowledged within 100 ms; reference: json.loads and executemany"
 
 
@@ -50,8 +52,11 @@ def through_client_and_socket() -> list[Result]:
                         client.send("rows", t=second, **row)
                 return client.flush().accepted
 
-            chunks = rates(columnar, lambda: _insert_chunks(plain, columns, t), rounds=5)
-            lines = rates(by_line, lambda: _insert_json(plain, text), rounds=5)
+            def cpu() -> float:
+                return time.process_time() + cpu_s(device.pid)
+
+            chunks = rates(columnar, lambda: _insert_chunks(plain, columns, t), rounds=5, cpu=cpu)
+            lines = rates(by_line, lambda: _insert_json(plain, text), rounds=5, cpu=cpu)
     return [
         Result.timed("ingest", chunks, "rows/s", 0.6, _COLUMNS),
         Result.timed("ingest, JSON", lines, "rows/s", 1.0, _LINES),

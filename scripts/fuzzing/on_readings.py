@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.client import _encode_frame
 from agent.config import FieldConfig, StreamConfig
 from agent.datasets.formats import open_file
 from agent.device.intake.file_reader import read_blocks
 from agent.device.intake.protocol import LineParser
+from agent.device.intake.splitter import Frame, Splitter
 from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
 from agent.errors import RowRejected
 from scripts.fuzzing import as_file, target, unique_keys
@@ -56,6 +58,36 @@ def taken_or_named(data: bytes) -> None:
     assert set(numbers) | set(bad) == set(range(1, len(given) + 1))
     for number in numbers:
         json.loads(given[number - 1], object_pairs_hook=unique_keys)
+
+
+def frames() -> list[bytes]:
+    numbers, times = np.array([0.5, 2.5], "<f4"), np.array([1.0 * T0, T0 + 1.0])
+    watch = {"ax": numbers, "ay": numbers}
+    encoded = [_encode_frame("watch", columns) or b"" for columns in (watch, watch | {"t": times})]
+    power = {"power": times, "count": np.array([1, 2], "<i8"), "heat": np.array([np.nan, 1], "<f4")}
+    encoded.append(_encode_frame("machine", power) or b"")
+    return [*encoded, encoded[0] + b'{"stream":"watch","ax":1,"ay":2}\n' + encoded[1] + encoded[0][:-1]]
+
+
+@target("frames", "each frame or line of a producer is accepted or rejected, however its bytes arrive", frames)
+def frames_and_lines(data: bytes) -> None:
+    whole, bytewise = Splitter(), Splitter()
+    items = whole.split(data)
+    pieces = [piece for at in range(len(data)) for piece in bytewise.split(data[at : at + 1])]
+    assert sum(len(item) if isinstance(item, list) else 1 for item in items) == sum(
+        len(piece) if isinstance(piece, list) else 1 for piece in pieces
+    )
+    assert [item for item in items if isinstance(item, Frame)] == [p for p in pieces if isinstance(p, Frame)]
+    assert (whole.partial, whole.is_dropping) == (bytewise.partial, bytewise.is_dropping)
+    assert len(whole.partial) <= len(data)
+    parser = LineParser(STREAMS)
+    for item in items:
+        if isinstance(item, Frame):
+            parsed = parser.parse_frame(item.content, 1, NOW_US)
+            alone = LineParser(STREAMS).parse_frame(item.content, 1, NOW_US)
+            assert parsed.rejected or (parsed.validated is not None and len(parsed.validated.rows))
+            assert not parsed.rejected or parsed.rejected.keys() == {1}
+            assert parsed.stream == alone.stream
 
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:

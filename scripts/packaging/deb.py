@@ -74,7 +74,11 @@ class Package(msgspec.Struct, frozen=True):
 PACKAGES = (
     Package(
         *("outstation", ("device", "images", "notify"), ("outstation.service",)),
-        (("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),),
+        (
+            ("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),
+            # For sensor programs of the system's Python.
+            ("agent/client.py", "usr/lib/python3/dist-packages/outstation_client.py"),
+        ),
         has_program=True,
     ),
     Package(

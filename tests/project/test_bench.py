@@ -75,7 +75,18 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
     assert (shown.output, shown.exit_code) == ("a table\n", 1)
     document_list = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
     assert document_list == [document(MORE), document(LESS)]
-    assert list(document_list[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+    assert list(document_list[0]) == [
+        "name",
+        "ours",
+        "reference",
+        "unit",
+        "ratio",
+        "clock",
+        "other_ratio",
+        "target",
+        "met",
+        "note",
+    ]
 
 
 def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from agent.cli.model.run import address_option, engine_option, load_bundle, open_cluster
 from agent.cli.output import echo, emit, json_option
@@ -38,6 +39,16 @@ _path = click.Path(path_type=Path)
 @click.option("--key", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
 @click.option("--html", type=_path, metavar="FILE", help="Write the report, one HTML file.")
 @click.option("--card", "folder", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    metavar="EXPR|FILE",
+    help='Requirement, such as "accuracy.low >= 0.9", or a TOML file of them; exit code 1 if one is not met.',
+)
+@click.option("--against", type=_path, metavar="BUNDLE", help="Compare with another bundle by the rules of a roll-out.")
+@click.option("--junit", type=_path, metavar="FILE", help="Write the requirements' results as JUnit XML.")
+@click.option("--privacy", is_flag=True, help="Leave out numbers of few windows, and names of files and rows.")
 @click.option("--about", type=_path, metavar="TOML", help="Author's texts for the cards, in [card] and [data].")
 @json_option
 def evaluate(
@@ -49,6 +60,10 @@ def evaluate(
     html: Path | None,
     folder: Path | None,
     about: Path | None,
+    required: tuple[str, ...],
+    against: Path | None,
+    junit: Path | None,
+    privacy: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -56,9 +71,14 @@ def evaluate(
 
     BUNDLE is a folder, a .zip, or the name of a built-in bundle. Every metric has a 95 % interval. DATA has the
     bundle's fields as columns, and the label of each row; a window has that of its last row.
+
+    A requirement names a quantity: a metric, class(LABEL).recall, slice(COL=VALUE).METRIC, float.difference,
+    fault(NAME, STRENGTH).METRIC, latency(BATCH).p95_ms, model.bytes or warnings. A * stands for any text, and .low and
+    .high for the ends of the 95 % interval. Exit code 1 if one is not met, or if a rule of --against does not pass.
     """
     from agent.cli.model import evaluation_tables
-    from agent.evaluation import cards, report
+    from agent.evaluation import against as comparison
+    from agent.evaluation import cards, gate, report, small_cells
     from agent.evaluation import evaluate as evaluation
 
     request = evaluation.EvaluationRequest(data=data, **settings)
@@ -68,8 +88,12 @@ def evaluate(
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
     texts = cards.read_texts(about) if about else cards.CardTexts()
+    chosen_gate = gate.read_gate(required)
     cluster_context = open_cluster(engine, address)
     loaded, inference, signature = load_bundle(bundle, public)
+    if privacy:
+        least = loaded.manifest.drift.min_count
+        request = msgspec.structs.replace(request, min_count=small_cells.MIN_COUNT if least is msgspec.UNSET else least)
     with cluster_context as cluster:
         if cluster is None:
             result = evaluation.evaluate(loaded, inference, signature, request, _show_step)
@@ -78,16 +102,27 @@ def evaluate(
 
             predict = ray_jobs.make_predictor(cluster, loaded)
             result = evaluation.evaluate(loaded, inference, signature, request, _show_step, predict)
+        if against is not None:
+            _show_step(f"comparing with {against}")
+            both = [(loaded, inference), load_bundle(against, public)[:2]]
+            new, old = (comparison.label_for(*each, request) for each in both)
+            compared = comparison.compare(new, old, chosen_gate.limits, request.group)
+            result = msgspec.structs.replace(result, against=compared)
     _show_step("")
+    result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     written = [write_text(html, report.render_html(result))] if html else []
     if folder is not None:
         for name, card in cards.build_cards(result, texts).items():
             written.append(write_text(folder / f"{name}.md", card.to_markdown()))
             written.append(write_text(folder / f"{name}.html", card.to_html()))
+    if junit is not None:
+        written.append(write_text(junit, gate.to_junit(result.requirements, loaded.manifest.name)))
     emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
         for path in written:
             echo(f"written: {path}")
+    if any(requirement.state != "passed" for requirement in result.requirements):
+        sys.exit(1)
 
 
 def _show_step(text: str) -> None:

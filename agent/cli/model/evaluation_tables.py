@@ -13,7 +13,7 @@ from agent.text import printable
 _MAX_CLASSES = 40
 _MAX_CONFUSION_CLASSES = 12
 _MAX_SUSPECTS = 5
-_STATE_COLORS = {"ok": "green", "warning": "yellow"}
+_STATE_COLORS = {"ok": "green", "warning": "yellow", "passed": "green", "failed": "red", "undecided": "yellow"}
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -48,6 +48,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
         print_table(["", evaluation.float_comparison.file], tables.float_comparison_rows(evaluation), "")
     _print_data_checks(evaluation)
     _print_latency(evaluation)
+    if evaluation.requirements:
+        _print_heading("Requirements")
+    for requirement in evaluation.requirements:
+        state = click.style(requirement.state.ljust(11), fg=_STATE_COLORS[requirement.state])
+        echo_styled(f"{state}  {printable(requirement.requirement)}: {printable(requirement.summary)}")
     for note in evaluation.notes:
         echo(note)
     for warning in evaluation.warnings:

@@ -1,6 +1,6 @@
-"""Producer connection: bytes to lines, lines to rows of the group commit, outcomes to answer lines.
+"""Producer connection: bytes to lines and frames, these to rows of the group commit, outcomes to answer lines.
 
-The first line must be a JSON object: no HTTP request begins with one, so a web page cannot send rows.
+The first line must be a JSON object or a frame: no HTTP request begins so, and a web page cannot send rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Annotated
 import msgspec
 
 from agent.clock import ClockReading
+from agent.device.intake.frames import MAGIC
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.listener import Refusal, User
-from agent.device.intake.protocol import BOM, MAX_LINE_BYTES, LineParser
+from agent.device.intake.protocol import BOM, MAX_LINE_BYTES, LineParser, ParsedLines
+from agent.device.intake.splitter import Frame, Oversized, Splitter
 from agent.strict_json import check_key_count
 
 CLIENT_SOURCE = "client"
@@ -27,7 +29,7 @@ FILE_SOURCE, MAX_FILES = "ingested file", 4096
 
 
 _OTHER_PROTOCOL = Refusal(
-    "this is not the intake protocol: the first line must be a JSON object; see docs/reference/intake.md"
+    "this is not the intake protocol: the first line must be a JSON object or a frame; see docs/reference/intake.md"
 )
 _NO_TOKEN = Refusal('the first line on TCP must be {"token":"…"}, with the content of the file intake.token_file names')
 
@@ -67,8 +69,7 @@ class ProducerConnection:
         self._group, self._reader, self._greet, self._writer = group, reader, greet, writer
         self.user, self._token = user, token
         self.last_read_s = asyncio.get_running_loop().time()
-        self._partial_line = b""
-        self._skipped_bytes = 0
+        self._splitter = Splitter()
         self._line_count = self._answered = 0
         self._started = False
         self._retired = self._is_cut_off = False
@@ -80,47 +81,37 @@ class ProducerConnection:
         return self._answered < self._line_count and not self._retired
 
     def held_bytes(self) -> int:
-        """Return the bytes of its unfinished line and of the answers that it has not read."""
-        return len(self._partial_line) + self._writer.transport.get_write_buffer_size()
+        """Return the bytes of its unfinished line or frame and of the answers that it has not read."""
+        return len(self._splitter.partial) + self._writer.transport.get_write_buffer_size()
 
     async def feed(self, data: bytes, now: ClockReading) -> int:
-        """Parse received bytes. Return their number, including the incomplete line of the last call. Raises Refusal."""
+        """Parse received bytes. Return their number, with the incomplete part of the last call. Raises Refusal."""
         self.last_read_s = asyncio.get_running_loop().time()
         if self._retired:
             return 0
         if not self._started:
-            _check_first_bytes(self._partial_line, data)
-        size = len(self._partial_line) + len(data)
-        lines, start = [], 0
-        # `find` is much faster than `split` on a long line, and as fast on short ones.
-        while (end := data.find(b"\n", start)) >= 0:
-            lines.append(data[start:end])
-            start = end + 1
-        if lines:
-            lines[0] = self._partial_line + lines[0]
-            self._partial_line = data[start:]
-        else:
-            self._partial_line += data
-        if self._skipped_bytes and lines:
-            self._reject_long_line(self._skipped_bytes + len(lines.pop(0)))
-            self._skipped_bytes = 0
-        if len(self._partial_line) > MAX_LINE_BYTES:
-            # Dropped: a line without an end must not fill the memory.
-            self._skipped_bytes += len(self._partial_line)
-            self._partial_line = b""
-        await self._parse_lines(lines, now)
+            _check_first_bytes(self._splitter.partial, data)
+        size = len(self._splitter.partial) + len(data)
+        for item in self._splitter.split(data):
+            if isinstance(item, list):
+                await self._parse_lines(item, now)
+            elif isinstance(item, Frame):
+                self._parse_frame(item.content, now)
+            else:
+                self._reject_oversized(item)
         return size
 
     async def end(self, now: ClockReading) -> None:
-        """Handle what came after the last newline: the producer has closed its side, or died. Raises Refusal.
+        """Handle what is unfinished: the producer has closed its side, or died. Raises Refusal.
 
-        A line without its newline counts only if it is a whole JSON object of a producer without a name. A named one
-        sends it again.
+        A frame counts only if it is whole. A line without its newline counts only if it is a whole JSON object of a
+        producer without a name. A named one sends it again.
         """
-        if self._retired or not (self._skipped_bytes or self._partial_line.strip()):
+        partial = self._splitter.partial
+        if self._retired or not (self._splitter.is_dropping or partial.strip()):
             return
-        if self.name is None and not self._skipped_bytes and _is_json_object(self._partial_line):
-            await self._parse_lines([self._partial_line], now)
+        if self.name is None and _is_json_object(partial):
+            await self._parse_lines([partial], now)
         elif self._token is not None and not self._started:
             raise _NO_TOKEN
         else:
@@ -130,8 +121,10 @@ class ProducerConnection:
     def report_cut_off_line(self) -> None:
         """Tell a producer without a name, which may still read, that its last line does not count."""
         if self._is_cut_off and self.name is None and not self._retired:
-            rejected = [(self._line_count + 1, "the connection ended inside this line; end each line with a newline")]
-            self.answer(CommitOutcome(self._line_count, 0, rejected))
+            kind = self._splitter.kind
+            advice = "end each line with a newline" if kind == "line" else "send all bytes of each frame"
+            reason = f"the connection ended inside this {kind}; {advice}"
+            self.answer(CommitOutcome(self._line_count, 0, [(self._line_count + 1, reason)]))
 
     def retire(self) -> None:
         """Close the connection after the answers are sent: the client continues in another one."""
@@ -170,7 +163,16 @@ class ProducerConnection:
         first = self._line_count + 1
         # Parsed to the end before anything joins the group: rows without their position would be stored twice.
         runs = _find_runs(lines, first)
-        parsed_runs = [parsed for number, run in runs for parsed in self._reader.parse(run, number, now.wall_us)]
+        self._add([parsed for number, run in runs for parsed in self._reader.parse(run, number, now.wall_us)], now)
+        self._advance(self._line_count + len(lines))
+
+    def _parse_frame(self, frame: bytes, now: ClockReading) -> None:
+        self._start_without_hello()
+        if not self._retired:
+            self._add([self._reader.parse_frame(frame, self._line_count + 1, now.wall_us)], now)
+            self._advance(self._line_count + 1)
+
+    def _add(self, parsed_runs: list[ParsedLines], now: ClockReading) -> None:
         for parsed in parsed_runs:
             for number, reason in parsed.rejected.items():
                 self._group.reject(self, number, reason)
@@ -183,7 +185,6 @@ class ProducerConnection:
                 )
             if parsed.label_batch is not None:
                 self._group.add_labels(self, parsed.label_batch, parsed.lines[0], now)
-        self._advance(self._line_count + len(lines))
 
     def _advance(self, line: int) -> None:
         self._line_count = line
@@ -208,18 +209,23 @@ class ProducerConnection:
             self.answer(CommitOutcome(self._line_count, 0, []))
         return bool(members)
 
-    def _reject_long_line(self, size: int) -> None:
+    def _reject_oversized(self, item: Oversized) -> None:
+        self._start_without_hello()
+        reason = f"{item.kind} of {item.size} bytes, the limit is {MAX_LINE_BYTES}; split it"
+        self._group.reject(self, self._line_count + 1, reason)
+        self._advance(self._line_count + 1)
+
+    def _start_without_hello(self) -> None:
+        """Begin with something else than a line. Raises Refusal if the first line must hold a token."""
         if not self._started and self._token is not None:
             raise _NO_TOKEN
         self._started = True
-        self._group.reject(self, self._line_count + 1, f"line of {size} bytes, the limit is {MAX_LINE_BYTES}; split it")
-        self._advance(self._line_count + 1)
 
 
 def _check_first_bytes(before: bytes, data: bytes) -> None:
-    """Check that a connection begins with a JSON object, after white space or a byte order mark. Raises Refusal."""
+    """Check that a connection begins with a frame or a JSON object, after white space or a BOM. Raises Refusal."""
     first = data.lstrip()
-    if first and not before.strip() and not first.startswith((b"{", BOM[:1])):
+    if first and not before.strip() and not first.startswith((b"{", BOM[:1], MAGIC[:1])):
         raise _OTHER_PROTOCOL
 
 

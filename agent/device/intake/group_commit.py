@@ -250,6 +250,7 @@ class GroupCommit:
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
         row_counts: Counter[str] = Counter()
+        stream_rows: Counter[str] = Counter()
         for block in (block for batch in batches.values() for block in batch.row_blocks):
             row_counts[block.stream] += len(block.validated.rows)
         for producer, batch in batches.items():
@@ -258,10 +259,11 @@ class GroupCommit:
                 rows, unknown = self._encode_categories(tx, block.stream, block.validated, row_counts[block.stream])
                 parts = by_stream.setdefault(block.stream, [])
                 if len(rows):
-                    rows = self._screen(tx, batch, block, rows, unknown, [rows for rows, _ in parts], histories)
+                    rows = self._screen(tx, batch, block, rows, unknown, parts, histories)
                 if len(rows):
                     parts.append((rows, _stamp(tx, rows, block.now)))
-                    ends[producer] = block.stream, sum(len(rows) for rows, _ in parts)
+                    stream_rows[block.stream] += len(rows)
+                    ends[producer] = block.stream, stream_rows[block.stream]
                     accepted += len(rows)
             counts[producer] = accepted + self._write_labels(tx, batch)
             tx.increment_counter("lines rejected", len(batch.rejected))
@@ -286,7 +288,7 @@ class GroupCommit:
         block: _RowBlock,
         rows: Rows,
         unknown: Mask,
-        pending: list[Rows],
+        pending: list[tuple[Rows, ClockStamp]],
         histories: _Histories,
     ) -> Rows:
         """Return the rows that the history of their stream accepts, and update it.
@@ -297,7 +299,7 @@ class GroupCommit:
         history = histories.streams.get(name) or RowHistory(tx.latest_time(name)).begin_transaction()
         screened = row_history.screen(
             *(history, rows, block.validated.has_time, stream, block.now),
-            lambda limit: self._load_recent(name, limit, pending),
+            lambda limit: self._load_recent(name, limit, [rows for rows, _ in pending]),
             is_recording=block.is_recording,
             producer_latest=None if client is None else histories.producer_time(tx, name, client),
             unknown=unknown,

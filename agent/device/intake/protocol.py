@@ -1,4 +1,4 @@
-"""Intake protocol: JSON lines to validated rows. Runs of valid lines are decoded at once, invalid ones one by one.
+"""Intake protocol: JSON lines and frames to validated rows. Runs of valid lines are decoded at once.
 
 The protocol is described in `docs/reference/intake.md`.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-import numpy as np
 
 from agent.config import StreamConfig
-from agent.device.intake import labels
+from agent.device.intake import frames, labels
+from agent.device.intake.frames import FrameLayout, NumberType, decode_column
 from agent.device.intake.labels import LabelBatch
 from agent.device.intake.row_history import summarize_reasons
 from agent.device.store.rows import RawColumns, ValidatedRows, validate_columns
@@ -61,6 +61,7 @@ class LineParser:
         self._latest: dict[str, int] = {}
         self._likely_decoder: _StreamDecoder | None = None
         self._columnar_decoder: _StreamDecoder | None = None
+        self._frame_layout: FrameLayout | None = None
 
     def forget_times(self) -> None:
         """Accept any times next: rows that were not stored come again."""
@@ -83,6 +84,28 @@ class LineParser:
                 yield self._parse_line(line, number, now_us)
             except RowRejected as reason:
                 yield ParsedLines("", None, [], {number: str(reason)})
+
+    def parse_frame(self, frame: bytes, number: int, now_us: int) -> ParsedLines:
+        """Parse a whole binary frame, which counts as line `number`."""
+        try:
+            self._frame_layout = layout = frames.read_layout(frame, self._frame_layout)
+            decoder = self._find_decoder(layout.stream)
+            columns = frames.read_columns(frame, layout)
+            values: dict[str, Any] = columns.values
+            for name in decoder.integer_fields & values.keys():
+                values[name] = frames.nan_to_none(values[name])
+            raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True)
+            return self._validate_block(decoder, raw, number, now_us)
+        except RowRejected as reason:
+            return ParsedLines("", None, [], {number: str(reason)})
+
+    def _find_decoder(self, stream: str) -> _StreamDecoder:
+        decoder = self._decoders.get(stream)
+        if decoder is None:
+            raise RowRejected(f"unknown stream {stream[:40]!r}{did_you_mean(stream, self._decoders)}")
+        if decoder.stream.media_format is not None:
+            raise RowRejected(f"stream {stream!r} takes whole files only; put them into its folder")
+        return decoder
 
     def _parse_run(self, lines: list[bytes]) -> tuple[_StreamDecoder, RawColumns] | None:
         """Decode all lines as rows of the last line's stream; None if that fails."""
@@ -109,11 +132,7 @@ class LineParser:
             raise RowRejected(_explain_json_error(line, error)) from None
         if isinstance(head.stream, msgspec.UnsetType):
             return _parse_labels(line, number, head)
-        decoder = self._decoders.get(head.stream)
-        if decoder is None:
-            raise RowRejected(f"unknown stream {head.stream[:40]!r}{did_you_mean(head.stream, self._decoders)}")
-        if decoder.stream.media_format is not None:
-            raise RowRejected(f"stream {decoder.name!r} takes whole files only; put them into its folder")
+        decoder = self._find_decoder(head.stream)
         by_columns = bool(bytes(head.columns)) or bool(bytes(head.packed))
         self._likely_decoder, self._columnar_decoder = (None, decoder) if by_columns else (decoder, None)
         try:
@@ -143,7 +162,10 @@ class LineParser:
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or lengths == {0}:
             raise RowRejected(f"columns must be of one length of at least 1, these have {sorted(lengths)}")
-        raw = RawColumns(lengths.pop(), t, values)
+        return self._validate_block(decoder, RawColumns(lengths.pop(), t, values), number, now_us)
+
+    def _validate_block(self, decoder: _StreamDecoder, raw: RawColumns, number: int, now_us: int) -> ParsedLines:
+        """Validate rows that came together, as one line: its reason names the rejected ones."""
         parsed = self._validate(decoder, raw, [number], now_us)
         rejected = parsed.validated.rejected if parsed.validated else {}
         if not rejected:
@@ -164,6 +186,7 @@ class LineParser:
 class _StreamDecoder:
     def __init__(self, name: str, stream: StreamConfig) -> None:
         self.name, self.stream = name, stream
+        self.integer_fields = {f.name for f in stream.fields if f.type == "i64"}
         self.category_fields = [f.name for f in stream.fields if f.type == "category"]
 
     @cached_property
@@ -285,18 +308,3 @@ def _explain_field_error(error: Exception, decoder: _StreamDecoder) -> str:
         return f"field {problem.split('`')[1]!r} is missing"
     text, _, path = problem.partition(" - at `$.")
     return f"{path.rstrip('`')}: {text[:1].lower()}{text[1:]}" if path else problem[:160]
-
-
-NumberType = Literal["f4", "f8", "i4", "i8"]
-
-
-def decode_column(name: str, kind: NumberType, data: bytes) -> Any:
-    """Decode base64-decoded little-endian numbers; with NaN a list, in which None is missing. Raises RowRejected."""
-    width = int(kind[1])
-    if len(data) % width:
-        raise RowRejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
-    values = np.frombuffer(data, f"<{kind}")
-    # The minimum is NaN if any value is: one pass. NaN does not equal itself.
-    if kind[0] == "f" and len(values) and (minimum := np.minimum.reduce(values)) != minimum:
-        return [None if value != value else value for value in values.tolist()]
-    return values

@@ -99,12 +99,18 @@ def screen(
     `producer_latest`: of a named producer, whose rows are late by its own rows only; None: by all rows of the stream.
     `unknown`: rows with a category that is stored as `(other)`, which cannot be duplicates.
     """
+    measured = LatestTime(history.committed_us, history.late_run) if producer_latest is None else producer_latest
+    if has_time is True and _follow_all_others(rows.t, history, measured, stream):
+        last_us = int(rows.t[-1])
+        after_us = last_us if history.latest_us is None else max(last_us, _not_after(history.latest_us, now))
+        late_run = 0 if producer_latest is None and not is_recording else history.late_run
+        history = RowHistory(after_us, history.committed_us, None, history.last, after_us, 0, late_run)
+        return ScreenedRows({}, 0, history, measured if is_recording else LatestTime(last_us))
     rejected: dict[int, tuple[str, str]] = {}
     out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
     latest, committed, hashes = history.latest_us, history.committed_us, history.hashes
     newest, newest_age = history.newest_us, history.newest_age + len(rows)
-    measured = LatestTime(committed, history.late_run) if producer_latest is None else producer_latest
     if given.any():
         t = rows.t[given]
         last_us = int(t[-1])
@@ -170,6 +176,18 @@ def hash_rows(rows: Rows) -> Hashes:
         hashes += bits
         hashes *= _MULTIPLIER
     return hashes
+
+
+def _follow_all_others(t: NDArray[np.int64], history: RowHistory, measured: LatestTime, stream: StreamConfig) -> bool:
+    """Return True if rows come after all others that are known, one after another: the usual case, decided in one pass.
+
+    Such rows are neither late, duplicates nor out of order. Rows with a `max_step` are left to the general case, and so
+    are those whose hashes are needed.
+    """
+    if history.newest_us is None or history.hashes is not None or not (t[1:] > t[:-1]).all():
+        return False
+    before = max(history.newest_us, history.committed_us or 0, measured.us or 0)
+    return bool(t[0] > before) and all(field.max_step is None for field in stream.fields)
 
 
 def _not_after(latest_us: int, now: ClockReading) -> int:

@@ -125,13 +125,15 @@ def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
 class RawColumns(msgspec.Struct, frozen=True):
     """Columns as a producer gave them, `n` values each, by field name; None is a missing value.
 
-    `t` epoch seconds; None, for all rows or for one, means now. `nan_is_missing`: NaN in an array is a missing value.
+    `t` epoch seconds; None, for all rows or for one, means now. `t_in_us`: it is an int64 array of epoch µs instead.
+    `nan_is_missing`: NaN in an array is a missing value.
     """
 
     n: int
     t: Any
     values: Mapping[str, Any]
     nan_is_missing: bool = False
+    t_in_us: bool = False
 
 
 class ValidatedRows(msgspec.Struct, frozen=True):
@@ -220,8 +222,14 @@ def _validate_numbers(
         parsed = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(parsed, np.int64 if whole else np.float64)
-    elif nan_is_missing and field.optional:
+    elif nan_is_missing:
         missing = np.isnan(numbers)
+        if not field.optional:
+            for index in np.flatnonzero(missing):
+                rejected.add(int(index), field.name, "is missing")
+        elif missing.any():
+            # One NaN of many, so that equal rows are equal bytes.
+            numbers = np.where(missing, np.array(np.nan, numbers.dtype), numbers)
     with np.errstate(invalid="ignore", over="ignore"):
         typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":
@@ -314,8 +322,10 @@ def _validate_times(
         return np.full(raw.n, now_us, np.int64), after_us, False
     if len(raw.t) != raw.n:
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
-    seconds = _validate_numbers(raw.t, _TIME_FIELD, rejected)
-    if not rejected and raw.n and (t := _convert_times(seconds, after_us)) is not None:
+    if raw.t_in_us and _are_in_order(raw.t, after_us) and raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000:
+        return raw.t, int(raw.t[-1]), True
+    seconds = raw.t / 1e6 if raw.t_in_us else _validate_numbers(raw.t, _TIME_FIELD, rejected)
+    if not (rejected or raw.t_in_us) and raw.n and (t := _convert_times(seconds, after_us)) is not None:
         return t, int(t[-1]), True
     with np.errstate(invalid="ignore"):
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
@@ -327,7 +337,8 @@ def _validate_times(
             "is after 2100; give seconds since 1970, not milliseconds",
         )
     given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= T_MAX_S)
-    t = np.where(given, np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64), np.int64(now_us))
+    times = raw.t if raw.t_in_us else np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64)
+    t = np.where(given, times, np.int64(now_us))
     given[list(rejected.reasons)] = False
     start = _MIN_TIME_US if after_us is None else np.int64(after_us)
     before = np.maximum.accumulate(np.concatenate([[start], np.where(given, t, _MIN_TIME_US)]))
@@ -342,8 +353,11 @@ def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.in
     if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= T_MAX_S):
         return None
     t = np.rint(seconds * 1e6).astype(np.int64)
-    in_order = (after_us is None or t[0] >= after_us) and bool((t[1:] >= t[:-1]).all())
-    return t if in_order else None
+    return t if _are_in_order(t, after_us) else None
+
+
+def _are_in_order(t: NDArray[np.int64], after_us: int | None) -> bool:
+    return (after_us is None or t[0] >= after_us) and bool((t[1:] >= t[:-1]).all())
 
 
 def _reject_where(

@@ -100,8 +100,8 @@ class StoredDevices:
         with self._store.snapshot():
             listed = list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS)
             incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}
-            gone = self._incidents.keys() - incidents.keys()
-            ends = {key: load_incident(self._store, self._incidents[key].key, now=now) for key in gone}
+            closed = self._incidents.keys() - incidents.keys()
+            ends = {key: load_incident(self._store, self._incidents[key].key, now=now) for key in closed}
         alerts: dict[str, list[OpenAlert]] = {}
         cleared: dict[str, list[OpenAlert]] = {}
         for key, incident in incidents.items():

@@ -181,7 +181,7 @@ def test_a_web_pages_post_is_refused_before_any_of_its_rows(station: Station, re
     with station.line() as line:
         line.socket.sendall(request_bytes)
         (answer,) = line.rest()
-    assert "not the intake protocol: the first line must be a JSON object" in answer["error"]
+    assert "not the intake protocol: the first line must be a JSON object or a frame" in answer["error"]
     with station.line() as line:
         line.send(ROW)
         line.answer()

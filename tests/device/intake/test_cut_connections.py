@@ -21,6 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.client import _encode_frame
+from agent.config import Duration, FieldConfig, StreamConfig
 from agent.device.intake.listener import load_token
 from agent.performance.labels import LabelSchema, LabelTarget
 from agent.testing.broker import free_port
@@ -85,6 +87,53 @@ def test_a_named_producer_that_dies_at_any_byte_sends_the_rest_and_nothing_is_lo
     assert sorted(counts(station)) == expected
     assert station.store.counters()["labels early.judge"] == length + 1
     assert station.store.counters()["lines rejected"] == length + 1
+
+
+def test_frames_and_lines_cut_at_any_byte_are_each_stored_once(tmp_path: Path) -> None:
+    def records(first: int) -> list[bytes]:
+        one, two = (np.arange(first + i, first + i + 2, dtype="<i8") for i in (0, 2))
+        frames = [_encode_frame("s", columns) or b"" for columns in ({"n": one}, {"n": two, "t": two + 1_764_000_000})]
+        return [frames[0], b'{"stream":"s","n":%d}\n' % (first + 4), frames[1]]
+
+    plain = StreamConfig(fields=[FieldConfig(name="n", type="i64")], allowed_lateness=Duration(1e9))
+    length = len(b"".join(records(10_000)))
+    with Station(conf(tmp_path, s=plain)) as station:
+        for start in range(0, length + 1, 150):
+            cuts = range(start, min(start + 150, length + 1))
+            with contextlib.ExitStack() as connections:
+                for cut in cuts:
+                    line = connections.enter_context(station.line())
+                    line.send({"client": f"cut-{cut}"})
+                    assert line.answer()["through"] == 0
+                    line.socket.sendall(b"".join(records(10_000 + 10 * cut))[:cut])
+            with contextlib.ExitStack() as connections:
+                returned = {cut: connections.enter_context(station.line()) for cut in cuts}
+                for cut, line in returned.items():
+                    line.send({"client": f"cut-{cut}"})
+                for cut, line in returned.items():
+                    sent = records(10_000 + 10 * cut)
+                    whole = sum(len(b"".join(sent[:n])) <= cut for n in range(1, 4))
+                    assert line.answer()["through"] == whole
+                    line.socket.sendall(b"".join(sent[whole:]))
+                    if whole < 3:
+                        assert line.through(3)["rejected"] == []
+        stored: list[int] = station.rows("s").columns[0].tolist()
+        assert sorted(stored) == [10_000 + 10 * cut + row for cut in range(length + 1) for row in range(5)]
+        assert station.failures == []
+
+
+def test_a_frame_that_is_cut_off_is_counted_and_reported_to_a_producer_that_still_reads(station: Station) -> None:
+    frame = _encode_frame("watch", {"ax": np.ones(3, "<f4"), "ay": np.ones(3, "<f4")}) or b""
+    for cut in range(1, len(frame)):
+        with station.line() as line:
+            line.socket.sendall(frame + frame[:cut])
+            line.hang_up()
+            first, last = line.rest()
+            assert (first["through"], first["accepted"], first["rejected"]) == (1, 3, [])
+            assert (last["through"], last["accepted"]) == (1, 0)
+            assert "the connection ended inside this frame; send all bytes" in last["rejected"][0]["reason"]
+    assert station.store.counters()["lines cut off"] == len(frame) - 1
+    assert station.store.last_row("watch") == 3 * (len(frame) - 1)
 
 
 def test_a_line_that_is_cut_off_is_counted_and_reported_to_a_producer_that_still_reads(station: Station) -> None:

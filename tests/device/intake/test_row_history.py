@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake import row_history
-from agent.device.intake.row_history import RowHistory, ScreenedRows, hash_rows, recent_rows, screen
+from agent.device.intake.row_history import LatestTime, RowHistory, ScreenedRows, hash_rows, recent_rows, screen
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns, Rows, validate_columns
 from agent.quantities import Duration
@@ -48,6 +49,44 @@ def screened_rows(
 def rejected(history: RowHistory, new: Rows, *arguments: Any, **options: Any) -> tuple[dict[int, str], RowHistory]:
     screened = screened_rows(history, new, *arguments, **options)
     return {index: kind for index, (kind, _) in screened.rejected.items()}, screened.history
+
+
+QUALITIES: list[Literal["synced", "unsynced"]] = ["synced", "unsynced"]
+TIMES = st.lists(st.integers(0, 400), min_size=1, max_size=4).map(sorted)
+
+
+@given(st.lists(st.tuples(TIMES, st.booleans(), st.sampled_from([-300, 0, 20_000])), min_size=1, max_size=8), st.data())
+def test_the_short_way_of_rows_after_all_others_decides_as_the_long_way(
+    blocks: list[tuple[list[int], bool, int]], data: st.DataObject
+) -> None:
+    """A mask of times takes the long way, True the short one where it may."""
+    is_named, quality = data.draw(st.booleans()), data.draw(st.sampled_from(QUALITIES))
+    stream = data.draw(st.sampled_from([PAIR, StreamConfig(fields=PAIR.fields, duplicates="accept")]))
+    short, long = RowHistory(), RowHistory()
+    latest = LatestTime() if is_named else None
+    stored: list[Rows] = []
+    for times, is_recording, ahead in blocks:
+        new = rows([20.0 * len(stored) + t for t in times], [1.0] * len(times))
+        now = ClockReading(NOW.wall_us - 10_000_000_000 + ahead * 1_000_000, 100.0, quality)
+        results = []
+        for history, has_time in ((short, True), (long, np.ones(len(times), bool))):
+            results.append(
+                screen(
+                    *(history.begin_transaction(), new, has_time, stream, now, lambda _: list(stored)),
+                    is_recording=is_recording,
+                    producer_latest=latest,
+                )
+            )
+        one, other = results
+        assert (one.rejected, one.out_of_order, one.latest) == (other.rejected, other.out_of_order, other.latest)
+        hashes = [None if r.history.hashes is None else r.history.hashes.tolist() for r in results]
+        assert hashes[0] == hashes[1]
+        without = [replace(result.history, hashes=None) for result in results]
+        assert without[0] == without[1]
+        short, long = one.history, other.history
+        latest = one.latest if is_named else None
+        accepted = np.setdiff1d(np.arange(len(times)), list(one.rejected))
+        stored.append(Rows(new.t[accepted], tuple(column[accepted] for column in new.columns)))
 
 
 # --- duplicates

@@ -1,0 +1,105 @@
+"""Comparison with another bundle on the same labelled windows, by the rules that decide a roll-out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Ints
+from agent.comparison import rules, tally
+from agent.comparison.paired_intervals import MIN_BLOCKS, ComparisonBlock
+from agent.comparison.rules import RuleLimits
+from agent.comparison.tally import OutputKind, Predictions
+from agent.datasets.blocks import TextColumn
+from agent.errors import UsageError
+from agent.evaluation import examples, predictions
+from agent.evaluation.document import BundleComparison
+from agent.evaluation.evaluate import EvaluationRequest
+from agent.evaluation.examples import LabelledWindows
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference.inference import Inference
+from agent.performance.metrics import LabelledPredictions
+
+# Labels of one message of a device: neighbouring windows make one block.
+_BLOCK_WINDOWS = 50
+
+
+class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
+    """A bundle, its running model, and its labelled windows of the data."""
+
+    bundle: Bundle
+    inference: Inference
+    windows: LabelledWindows
+
+    @property
+    def kind(self) -> OutputKind:
+        manifest = self.bundle.manifest
+        return OutputKind(manifest.label_kind, tuple(manifest.output.labels))
+
+    def predict(self, windows: LabelledWindows, end_row: Ints) -> tuple[Predictions, LabelledPredictions]:
+        """Return the predictions of a block, alone and paired with its labels."""
+        result = examples.predict(self.inference, windows.dataset, windows.starts)
+        scored = result.scores
+        is_multi_label = scored.predicted is not None
+        alone = Predictions(
+            end_row,
+            result.seconds,
+            None if is_multi_label else scored.label,
+            scored.predicted,
+            scored.anomaly,
+            scored.score,
+            scored.value,
+        )
+        return alone, predictions.pair_with_truth(self.bundle.manifest, result, windows.truth, windows.label_sets)
+
+
+def label_for(bundle: Bundle, inference: Inference, request: EvaluationRequest) -> ComparedBundle:
+    """Read the labelled windows that a bundle sees in the data of the request. Raises UsageError."""
+    dataset = examples.read(request.data, inference, request.columns)
+    windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
+    return ComparedBundle(bundle, inference, windows)
+
+
+def compare(new: ComparedBundle, old: ComparedBundle, limits: RuleLimits, group: str | None) -> BundleComparison:
+    """Compare the new bundle with the old one, limit by limit. Raises UsageError, BadBundle."""
+    ends, ours, theirs = np.intersect1d(_row_keys(new.windows), _row_keys(old.windows), return_indices=True)
+    if not len(ends):
+        raise UsageError("--against: the two bundles have no labelled window in common that ends at the same row")
+    blocks = []
+    names = new.windows.columns[group][ours] if group else np.zeros(len(ends), np.str_)
+    for name, chosen in _list_blocks(names):
+        # In turns, so that other load on the machine slows both.
+        new_predictions, new_paired = new.predict(new.windows.subset(ours[chosen]), ends[chosen])
+        old_predictions, old_paired = old.predict(old.windows.subset(theirs[chosen]), ends[chosen])
+        stats = tally.compare_batch(old.kind, old_predictions, new.kind, new_predictions)
+        if new_paired.value is not None and old_paired.value is not None and new_paired.predicted is None:
+            stats += tally.from_abs_errors(np.abs(old_paired.errors), np.abs(new_paired.errors))
+        elif new_paired.predicted is not None and old_paired.predicted is not None:
+            stats += tally.from_correctness(list(old_paired.right), list(new_paired.right))
+        blocks.append(ComparisonBlock(stats, name))
+    manifest = old.bundle.manifest
+    return BundleComparison(
+        name=manifest.name,
+        version=manifest.version,
+        digest=old.bundle.digest,
+        windows=len(ends),
+        blocks=len(blocks),
+        rules=rules.evaluate_rules(limits, blocks, new_is_other=True),
+    )
+
+
+def _row_keys(windows: LabelledWindows) -> Ints:
+    """Return (n,) a number for the last row of each window: rows of one file that both bundles read."""
+    dataset = windows.dataset
+    return (dataset.file_index[windows.last] << 40) + dataset.row_numbers[windows.last]
+
+
+def _list_blocks(names: TextColumn) -> Iterator[tuple[str, Ints]]:
+    """Yield the group and window indices of each block of neighbours."""
+    for name in np.unique(names):
+        own = np.flatnonzero(names == name)
+        count = min(len(own), max(MIN_BLOCKS, len(own) // _BLOCK_WINDOWS))
+        for block in np.array_split(own, count):
+            yield str(name), block

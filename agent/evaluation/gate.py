@@ -1,0 +1,195 @@
+"""Quality gate: requirements that an evaluation must meet before a model ships, for continuous integration.
+
+A requirement is `QUANTITY[.low|.high] OPERATOR NUMBER`, for example `accuracy.low >= 0.9`. A `*` in the quantity stands
+for any text: every quantity that matches must meet the requirement.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import msgspec
+
+from agent import config, toml_files
+from agent.comparison.rules import RuleLimits
+from agent.errors import UsageError
+from agent.evaluation.document import BundleComparison, Evaluation, IntervalEstimate, RequirementResult
+from agent.text import format_interval, format_value
+from agent.wire.desired_state import CanaryRules
+
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
+_PATTERN = re.compile(r"\s*(?P<quantity>\S.*?)\s*(?P<operator>>=|<=|==|>|<)\s*(?P<limit>[-+0-9._eE]+)\s*", re.DOTALL)
+_CLASS_METRICS = ("precision", "recall", "f1")
+_BOUNDS = {".low": "low", ".high": "high"}
+_DEFAULTS = CanaryRules()
+_OPTIONS = {
+    "slice(": "--slice COL measures slices; with --privacy small ones are left out",
+    "fault(": "--robustness measures faults",
+    "without(": "--ablate measures it",
+    "latency(": "--no-latency leaves it out",
+    "float.": "--float MODEL measures it",
+}
+
+
+class Requirement(msgspec.Struct, frozen=True):
+    """Limit of one quantity, or of all that its pattern matches; `bound`: value, or an end of the 95 % interval."""
+
+    text: str
+    quantity: str
+    bound: Literal["value", "low", "high"]
+    operator: str
+    limit: float
+
+    def matches(self, name: str) -> bool:
+        parts = [re.escape(part) for part in self.quantity.split("*")]
+        return re.fullmatch(".*".join(parts), name, re.DOTALL) is not None
+
+    def evaluate(self, name: str, estimate: IntervalEstimate) -> RequirementResult:
+        """Return the result for a quantity; one without a value, or without the interval asked for, is not met."""
+        value = getattr(estimate, self.bound)
+        shown = f"{name} is {format_value(estimate.value)} {format_interval(estimate.low, estimate.high)}".strip()
+        if value is None:
+            missing = "it has no value" if self.bound == "value" else f"it has no interval, so no {self.bound} end"
+            return RequirementResult(
+                requirement=self.text, subject=name, state="failed", summary=f"{shown}: {missing}."
+            )
+        is_met = _OPERATORS[self.operator](value, self.limit)
+        state: Literal["passed", "failed"] = "passed" if is_met else "failed"
+        return RequirementResult(requirement=self.text, subject=name, state=state, summary=f"{shown}.")
+
+
+class AgainstLimits(RuleLimits, frozen=True, forbid_unknown_fields=True):
+    """Limits for `--against`; by default those of a roll-out."""
+
+    max_accuracy_drop: float | None = _DEFAULTS.max_accuracy_drop
+    max_error_growth: float | None = _DEFAULTS.max_error_growth
+
+
+class GateFile(toml_files.Section, frozen=True):
+    """File of a gate: `require`, and the limits for `--against` in the table `against`."""
+
+    require: tuple[str, ...] = ()
+    against: AgainstLimits = AgainstLimits()
+
+
+class Gate(msgspec.Struct, frozen=True):
+    requirements: tuple[Requirement, ...] = ()
+    limits: RuleLimits = AgainstLimits()
+
+
+def read_gate(given: Sequence[str]) -> Gate:
+    """Read requirements, each as an expression or as a file with the ending .toml. Raises UsageError, ConfigError."""
+    requirements, limits = [], Gate().limits
+    for text in given:
+        if not text.endswith(".toml"):
+            requirements.append(parse_requirement(text, "--require"))
+            continue
+        content = config.read(Path(text), GateFile)
+        requirements += [parse_requirement(line, f"{text}: require") for line in content.require]
+        limits = content.against
+    return Gate(tuple(requirements), limits)
+
+
+def parse_requirement(text: str, where: str) -> Requirement:
+    """Raise UsageError."""
+    match = _PATTERN.fullmatch(text)
+    try:
+        limit = float(match["limit"]) if match else 0.0
+    except ValueError:
+        match = None
+    if match is None:
+        raise UsageError(
+            f'{where}: {text!r} is no requirement; write a quantity, an operator and a number: "accuracy.low >= 0.9"'
+        )
+    quantity, bound = match["quantity"], "value"
+    for ending, name in _BOUNDS.items():
+        if quantity.endswith(ending):
+            quantity, bound = quantity.removesuffix(ending), name
+    return Requirement(text.strip(), quantity, bound, match["operator"], limit)  # type: ignore[arg-type]
+
+
+def check(gate: Gate, evaluation: Evaluation) -> list[RequirementResult]:
+    """Return a result for each quantity that a requirement names, and for each rule of the comparison.
+
+    Raises UsageError for a requirement about a quantity that this evaluation does not have.
+    """
+    quantities = dict(list_quantities(evaluation))
+    results = []
+    for requirement in gate.requirements:
+        named = [name for name in quantities if requirement.matches(name)]
+        if not named:
+            raise UsageError(
+                f"--require {requirement.text!r}: this evaluation has no quantity {requirement.quantity!r}"
+                + _hint(requirement.quantity, quantities)
+            )
+        results += [requirement.evaluate(name, quantities[name]) for name in named]
+    return results + _rule_results(evaluation.against)
+
+
+def list_quantities(evaluation: Evaluation) -> Iterator[tuple[str, IntervalEstimate]]:
+    """Yield the name and estimate of everything that a requirement can name."""
+    metric = evaluation.metric
+    for each in evaluation.metrics:
+        yield each.metric, IntervalEstimate(value=each.value, low=each.low, high=each.high)
+    for label in evaluation.classes:
+        yield from ((f"class({label.label}).{name}", getattr(label, name)) for name in _CLASS_METRICS)
+    for part in evaluation.slices:
+        yield f"slice({part.slice}).{part.metric}", IntervalEstimate(value=part.value, low=part.low, high=part.high)
+    for curve in evaluation.robustness:
+        yield from ((f"fault({curve.fault}, {point.strength}).{metric}", point.value) for point in curve.points)
+    for importance in evaluation.field_importance:
+        yield f"without({', '.join(importance.fields)}).drop", importance.metric_drop
+    for latency in evaluation.latency:
+        for name in ("p50_ms", "p95_ms", "per_second", "memory_mib"):
+            yield f"latency({latency.batch}).{name}", IntervalEstimate(value=getattr(latency, name))
+    if (comparison := evaluation.float_comparison) is not None:
+        yield "float.difference", comparison.metric_difference
+        if comparison.agreement is not None:
+            yield "float.agreement", comparison.agreement
+    yield "model.bytes", IntervalEstimate(value=float(evaluation.model.bytes))
+    yield "warnings", IntervalEstimate(value=float(len(evaluation.warnings)))
+
+
+def to_junit(results: Sequence[RequirementResult], name: str) -> str:
+    """Return the results as a JUnit XML report, in the form that CI services read."""
+    failed = sum(result.state != "passed" for result in results)
+    suite = ElementTree.Element("testsuite", name=f"outstation {name}", tests=str(len(results)), failures=str(failed))
+    for result in results:
+        case = ElementTree.SubElement(suite, "testcase", classname=_xml_text(result.requirement))
+        case.set("name", _xml_text(result.subject))
+        if result.state != "passed":
+            ElementTree.SubElement(case, "failure", message=_xml_text(result.summary), type=result.state)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _rule_results(comparison: BundleComparison | None) -> list[RequirementResult]:
+    if comparison is None:
+        return []
+    against = f"against {comparison.name} {comparison.version}"
+    more = " More labelled data would decide it."
+    return [
+        RequirementResult(
+            requirement=against,
+            subject=rule.rule,
+            state=rule.state,
+            summary=rule.summary + (more if rule.state == "undecided" else ""),
+        )
+        for rule in comparison.rules
+    ]
+
+
+def _hint(quantity: str, names: Iterable[str]) -> str:
+    for start, option in _OPTIONS.items():
+        if quantity.startswith(start):
+            return f"; {option}"
+    return toml_files.did_you_mean(quantity, {re.sub(r"\(.*\)", "(*)", name) for name in names})
+
+
+def _xml_text(text: str) -> str:
+    """Replace the characters that XML 1.0 does not allow (section 2.2)."""
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", text)

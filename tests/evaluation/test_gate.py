@@ -1,0 +1,195 @@
+"""Quality gate of `model evaluate`: requirements, comparison with another bundle, small cells, and exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from agent.cli.model.group import model as command
+from agent.errors import ConfigError, UsageError
+from agent.evaluation import gate, small_cells
+from agent.evaluation.document import Evaluation
+from scripts.kit.bundles import CLASSIFY, LABELS, REGRESS, packed
+from tests.kit.evaluations import evaluated
+
+CENTRES = np.arange(2000) // 7 % 3
+
+
+def write_rows(path: Path, n: int = 1200, wrong: float = 0.0) -> Path:
+    """Rows of the tiny classifier, of which `wrong` have another label than it gives."""
+    rows, rng = CLASSIFY.rows(n, seed=5), np.random.default_rng(1)
+    given_labels = np.where(rng.random(n) < wrong, (CENTRES[:n] + 1) % 3, CENTRES[:n])
+    lines = [",".join([*CLASSIFY.fields, "label", "site"])]
+    for i, row in enumerate(rows):
+        lines.append(
+            ",".join([*(f"{v:.5f}" for v in row), LABELS[given_labels[i]], "s0" if i < 4 else f"s{1 + i % 2}"])
+        )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tabular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("tabular"), CLASSIFY)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tabular: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    data = write_rows(tmp_path_factory.mktemp("data") / "rows.csv", wrong=0.1)
+    return evaluated(tabular, data, slices=("site",), robustness=True)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, ["evaluate", *(str(arg) for arg in args), "--no-latency"])
+
+
+def check(evaluation: Evaluation, *texts: str) -> list[tuple[str, str]]:
+    return [(each.subject, each.state) for each in gate.check(gate.read_gate(texts), evaluation)]
+
+
+def test_a_requirement_is_met_by_the_value_or_by_an_end_of_the_interval(evaluation: Evaluation) -> None:
+    [accuracy] = [metric for metric in evaluation.metrics if metric.metric == "accuracy"]
+    assert accuracy.low is not None
+    assert accuracy.value is not None
+    assert accuracy.low < accuracy.value
+    between = (accuracy.low + accuracy.value) / 2
+    assert check(evaluation, f"accuracy >= {between}") == [("accuracy", "passed")]
+    assert check(evaluation, f"accuracy.low >= {between}") == [("accuracy", "failed")]
+    assert check(evaluation, f"accuracy.high<={between}") == [("accuracy", "failed")]
+
+
+def test_every_quantity_that_a_pattern_matches_must_meet_it(evaluation: Evaluation) -> None:
+    results = check(evaluation, "class(*).recall >= 0.5", "slice(site=s*).accuracy >= 1.1", "model.bytes > 1e9")
+    assert [subject for subject, _ in results] == [
+        *(f"class({label}).recall" for label in LABELS),
+        *(f"slice(site=s{i}).accuracy" for i in range(3)),
+        "model.bytes",
+    ]
+    assert [state for _, state in results] == ["passed"] * len(LABELS) + ["failed"] * 4
+
+
+def test_every_quantity_can_be_named(evaluation: Evaluation) -> None:
+    for name, estimate in gate.list_quantities(evaluation):
+        assert estimate.value is not None
+        assert check(evaluation, f"{name} >= {estimate.value!r}") == [(name, "passed")], name
+
+
+def test_a_quantity_without_a_value_or_interval_is_not_met(evaluation: Evaluation) -> None:
+    metrics = [replace(metric, value=None, low=None, high=None) for metric in evaluation.metrics]
+    emptied = replace(evaluation, metrics=metrics)
+    for text in ("accuracy >= 0", "accuracy <= 2", "accuracy.low <= 2"):
+        assert check(emptied, text) == [("accuracy", "failed")]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("accuracy", "is no requirement; write a quantity, an operator and a number"),
+        ("accuracy => 0.9", "did you mean 'accuracy'"),
+        (">= 0.9", "is no requirement"),
+        ("accuracy >= 0.9.1", "is no requirement"),
+        ("acuracy >= 0.9", "no quantity 'acuracy'; did you mean 'accuracy'"),
+        ("latency(1).p95_ms <= 3", "--no-latency leaves it out"),
+        ("slice(side=left).accuracy > 0", "--slice COL"),
+    ],
+)
+def test_a_requirement_that_cannot_be_checked_is_refused(evaluation: Evaluation, text: str, problem: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        gate.check(gate.read_gate([text]), evaluation)
+    assert problem in str(refused.value)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_requirement_or_is_refused(text: str) -> None:
+    try:
+        gate.parse_requirement(text, "--require")
+    except UsageError:
+        return
+
+
+def test_a_file_holds_requirements_and_limits(tmp_path: Path, evaluation: Evaluation) -> None:
+    file = tmp_path / "gate.toml"
+    file.write_text('require = ["accuracy >= 0.5", "warnings <= 9"]\n[against]\nmax_accuracy_drop = 0.01\n')
+    read = gate.read_gate([str(file), "model.bytes > 0"])
+    assert [each.text for each in read.requirements] == ["accuracy >= 0.5", "warnings <= 9", "model.bytes > 0"]
+    assert (read.limits.max_accuracy_drop, read.limits.max_error_growth) == (0.01, 0.1)
+    file.write_text("[against]\nmax_drop = 0.01\n")
+    with pytest.raises(ConfigError, match=r"gate\.toml.*max_drop"):
+        gate.read_gate([str(file)])
+
+
+def test_the_exit_code_and_the_reports_name_what_is_not_met(tabular: Path, tmp_path: Path) -> None:
+    data, junit, html = write_rows(tmp_path / "rows.csv"), tmp_path / "out" / "gate.xml", tmp_path / "report.html"
+    met = run(tabular, data, "--require", "accuracy >= 0.9")
+    assert met.exit_code == 0, met.output
+    out = ("--junit", junit, "--html", html)
+    failed = run(tabular, data, "--require", "accuracy >= 0.9", "--require", "model.bytes < 10", *out)
+    assert failed.exit_code == 1
+    assert "failed" in failed.output
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    [case] = [case for case in suite if case.find("failure") is not None]
+    assert (case.get("classname"), case.get("name")) == ("model.bytes < 10", "model.bytes")
+    assert "1 of 2 met" in html.read_text()
+
+
+def test_a_worse_bundle_fails_against_a_better_one_and_an_equal_one_passes(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.csv")
+    good, bad = (
+        packed(tmp_path / "good", CLASSIFY),
+        packed(tmp_path / "bad", replace(CLASSIFY, labels=LABELS[1:] + LABELS[:1])),
+    )
+    same = run(good, data, "--against", good)
+    assert same.exit_code == 0, same.output
+    worse = run(bad, data, "--against", good)
+    assert (worse.exit_code, "failed" in worse.output) == (1, True), worse.output
+    assert "Labelled accuracy, less that of the previous bundle: -" in worse.output
+
+
+def test_few_labels_decide_nothing(tabular: Path, tmp_path: Path) -> None:
+    few = run(tabular, write_rows(tmp_path / "rows.csv", n=8), "--against", tabular)
+    assert few.exit_code == 1
+    assert "More labelled data would decide it." in few.output
+
+
+def test_errors_of_numbers_are_compared(tmp_path: Path) -> None:
+    bundle, rows = packed(tmp_path / "b", REGRESS), REGRESS.rows(600, seed=3)
+    lines = [",".join([*REGRESS.fields, "label"])]
+    lines += [",".join([*(f"{v:.5f}" for v in row), f"{row.sum():.4f}"]) for row in rows]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    same = run(bundle, tmp_path / "rows.csv", "--against", bundle)
+    assert same.exit_code == 0, same.output
+    assert "Mean absolute error by labels, relative to the previous bundle: 1.000" in same.output
+
+
+# --- small cells
+
+
+@given(st.lists(st.integers(0, 60), max_size=12), st.integers(2, 20))
+def test_no_cell_follows_from_the_total_and_the_cells_shown(counts: list[int], min_count: int) -> None:
+    shown = list(small_cells._large_cells(counts, lambda n: n, min_count))
+    assert all(n >= min_count for n in shown)
+    rest = sum(counts) - sum(shown)
+    assert rest == 0 or rest >= min_count or not shown
+
+
+def test_privacy_leaves_out_small_slices_and_single_rows(tabular: Path, tmp_path: Path, evaluation: Evaluation) -> None:
+    assert {cell.slice: cell.n for cell in evaluation.slices}["site=s0"] == 4
+    data = write_rows(tmp_path / "rows.csv", wrong=0.1)
+    private = evaluated(tabular, data, slices=("site",), min_count=10)
+    # One more goes: the total less the two others would give the small one.
+    assert len(private.slices) == 1
+    assert private.suspects == []
+    assert private.data.files[0].file == "file 1"
+    assert "Privacy: numbers of fewer than 10 windows are left out" in private.notes[-1]
+    printed = run(tabular, write_rows(tmp_path / "rows.csv"), "--slice", "site", "--privacy", "--json")
+    assert printed.exit_code == 0, printed.output
+    assert "rows.csv" not in printed.output
+    assert "site=s0" not in printed.output
