@@ -7,6 +7,7 @@ OutstationError
 ├── RowRejected             a row or line of a producer
 ├── MessageRefused          a message that does not verify
 ├── BadBundle               a bundle that is damaged, unsigned or does not run here
+│   ├── UnknownBundle       named by a config or command, and not there; a UsageError, too
 │   └── ModelProcessFailed  a model in its own process crashed, hung or failed
 ├── FetchFailed             a bundle that cannot or must not be fetched
 ├── LinkDown                the broker or the network
@@ -19,7 +20,36 @@ OutstationError
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Literal
+
+_REMEDIES = {
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of this path is a file; name a folder",
+    errno.EEXIST: "name another one",
+    errno.EACCES: "run this with sudo, or change who may use it",
+    errno.EPERM: "run this with sudo, or change who may use it",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "free some space",
+    errno.ELOOP: "this link leads back to itself",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ECONNREFUSED: "nothing listens there: start the broker, or correct the address",
+    errno.ENETUNREACH: "check this machine's network",
+    errno.EHOSTUNREACH: "check this machine's network, and that the other machine is on",
+    errno.ETIMEDOUT: "check the address, and that a firewall lets this port through",
+}
+
+
+def explain(error: OSError) -> str:
+    """Return what the system says and what to do about it; the caller names the file or address."""
+    if isinstance(error, TimeoutError):
+        return f"no answer in time; {_REMEDIES[errno.ETIMEDOUT]}"
+    text = error.strerror or str(error)
+    if type(error).__name__ == "gaierror":
+        return f"{text}; check the name of the machine, and this machine's DNS"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{text}; {remedy}" if remedy else text
 
 
 class OutstationError(Exception):
@@ -64,6 +94,10 @@ class MessageRefused(OutstationError):
 
 class BadBundle(OutstationError):
     """A bundle that must not be activated."""
+
+
+class UnknownBundle(BadBundle, UsageError):
+    """A config or command names a bundle that does not exist."""
 
 
 class ModelProcessFailed(BadBundle):

@@ -43,5 +43,6 @@ def _parse_quantity(text: str, units: dict[str, Any]) -> float:
     match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
     unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
     if match is None or unit is None:
-        raise ValueError(f"{text!r} must be a number with a unit: {', '.join(units)}")
+        example = "512 MiB" if units is _SIZES else "10 s"
+        raise ValueError(f'{text!r} must be a number with a unit: {", ".join(units)}; such as "{example}"')
     return float(match[1]) * float(units[unit])

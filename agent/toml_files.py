@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 
 from agent import input_files
-from agent.errors import ConfigError
+from agent.errors import ConfigError, explain
 
 StructType = type[msgspec.Struct]
 DecodeHook = Callable[[type, Any], Any]
@@ -23,22 +23,81 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Section of a config file, which rejects unknown keys."""
 
 
-def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
-    """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError."""
+def read(
+    path: Path,
+    struct_type: type[S],
+    hook: DecodeHook,
+    *,
+    missing: str = "`outstation init` writes one, `-c` names another",
+    strangers: dict[str, str] | None = None,
+) -> S:
+    """Read a file as `struct_type`; `hook` decodes custom types. Raises ConfigError.
+
+    `missing`: what to do without the file. `strangers`: section of another kind of file → what that file is.
+    """
+    text = ""
     try:
-        document = tomllib.loads(input_files.read_text(path))
+        text = input_files.read_text(path)
+        document = tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigError(str(path), "", "no such file; `outstation init` writes one, `-c` names another") from None
+        raise ConfigError(str(path), "", f"no such file; {missing}") from None
     except OSError as error:
-        raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
+        raise ConfigError(str(path), "", f"cannot be read: {explain(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "", f"not valid TOML: {error}; save it as UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(path), "", _describe_syntax(str(error), text)) from error
     except RecursionError:
         raise ConfigError(str(path), "", "nested too deeply; no config file needs that") from None
+    for section, problem in (strangers or {}).items():
+        if section in document:
+            raise ConfigError(str(path), section, problem)
     try:
         return msgspec.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
+
+
+def _describe_syntax(problem: str, text: str) -> str:
+    """Return what is wrong with a file that is not TOML, with its line and what to do."""
+    place = re.search(r"\(at line (\d+), column \d+\)", problem)
+    lines = text.splitlines()
+    line = lines[int(place[1]) - 1].strip()[:80] if place and int(place[1]) <= len(lines) else ""
+    if line.startswith(">"):
+        fix = "remove the `>`, which is a prompt"
+    elif "twice" in problem or "overwrite" in problem:
+        fix = "keep one of the two"
+    else:
+        fix = 'texts stand in "quotes", lists in [ ], tables in { } on one line'
+    shown = f" in `{line}`" if line else ""
+    return f"not valid TOML: {problem}{shown}; {fix}"
+
+
+_TYPE_WORDS = {
+    "array": 'a list, such as ["a", "b"]',
+    "object": 'a table, such as { name = "a" }',
+    "str": 'a text in "quotes"',
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "nothing",
+}
+
+
+def _describe_type(problem: str) -> str:
+    """Translate msgspec's sentence about a type or a limit into the terms of TOML."""
+    if match := re.fullmatch(r"Expected `([^`]+)` of length (>=|<=|==) (\d+)", problem):
+        bound = {">=": "at least", "<=": "at most", "==": "exactly"}[match[2]]
+        unit = "characters" if match[1] == "str" else "entries"
+        return f"must have {bound} {match[3]} {unit if match[3] != '1' else unit.replace('ies', 'y').removesuffix('s')}"
+    if match := re.fullmatch(r"Expected `([^`]+)` (>=|<=|>|<) (.+)", problem):
+        bound = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}[match[2]]
+        return f"must be {bound} {match[3].removesuffix('.0')}"
+    if match := re.fullmatch(r"Expected `([^`]+)`, got `([^`]+)`", problem):
+        wanted = " or ".join(_TYPE_WORDS.get(word, word) for word in match[1].split(" | ") if word != "null")
+        present = {"array": "a list", "object": "a table", "str": "a text"}.get(match[2], _TYPE_WORDS.get(match[2]))
+        return f"must be {wanted}, not {present or match[2]}"
+    return problem[:1].lower() + problem[1:]
 
 
 def encode_value(value: Any) -> str:
@@ -103,9 +162,7 @@ def _to_config_error(
             key,
             f"{wrong[1]!r} is not a valid choice{did_you_mean(wrong[1], _literal_choices(struct_type, where))}",
         )
-    # TOML's terms, not JSON's.
-    problem = problem.replace("array", "list").replace("object", "table").replace("Object", "table")
-    return ConfigError(file, key, problem[:1].lower() + problem[1:])
+    return ConfigError(file, key, _describe_type(problem))
 
 
 def _find_invalid_entry(

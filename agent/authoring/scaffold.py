@@ -16,7 +16,7 @@ from agent import input_files
 from agent.datasets import training_data
 from agent.datasets.training_data import TableSummary
 from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
-from agent.errors import BadBundle, UsageError
+from agent.errors import BadBundle, UsageError, explain
 from agent.model.bundle.manifest import DriftSettings
 from agent.model.inference.tensors import ModelInspection, Tensor
 from agent.model.sandbox import probe
@@ -47,7 +47,7 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
     try:
         model = probe.inspect_model(content)
     except BadBundle as problem:
-        raise BadBundle(f"{tflite}: {problem}") from None
+        raise BadBundle(f"{tflite}: is no TFLite model that runs here: {problem}") from None
     folder = out.resolve().parent if out else Path.cwd()
     summary = None
     if table is not None:
@@ -66,7 +66,7 @@ def write_spec(scaffold: Scaffold, out: Path) -> None:
     except FileExistsError:
         raise UsageError(f"{out}: exists already; name another file with -o") from None
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{out}: cannot be written: {explain(error)}") from None
 
 
 class _KindGuess(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.config import BrokerConfig, check_broker
-from agent.errors import ConfigError, LinkDown, UsageError
+from agent.errors import ConfigError, LinkDown, UsageError, explain
 from agent.transport import tls
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
@@ -29,7 +29,7 @@ def make_request(folder: Path, fleet: str, device: str, token: str | None) -> tu
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}") from None
+        raise UsageError(f"{folder}: {explain(error)}") from None
     key, tls_key = (
         keys.load_private(path) if path.exists() else keys.generate(path, write_public=path.name == KEY_FILE)
         for path in (folder / KEY_FILE, folder / TLS_KEY_FILE)

@@ -27,7 +27,7 @@ from agent.device.recovery import new_log
 from agent.device.recovery.open import open_store
 from agent.device.recovery.open_files import LOCK
 from agent.device.store.store import DATABASE
-from agent.errors import ConfigError, StorageBusy, UsageError
+from agent.errors import ConfigError, StorageBusy, UsageError, explain
 from agent.toml_files import encode_value
 from agent.wire import keys
 
@@ -86,7 +86,11 @@ def read_enrolment(enrolment: Path) -> dict[str, bytes]:
                     raise UsageError(f"{enrolment}: {member.name!r} does not belong in an enrolment file")
                 members[member.name] = inside.read()
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise UsageError(f"{enrolment}: not readable as an enrolment file: {error}") from None
+        cause = explain(error) if isinstance(error, OSError) and error.errno else str(error)
+        raise UsageError(
+            f"{enrolment}: not readable as an enrolment file: {cause}; the operator makes one with "
+            "`outstation fleet enrol --bundle-out`"
+        ) from None
     if CONFIG_FILE not in members:
         raise UsageError(f"{enrolment}: no {CONFIG_FILE} in it; make it with `outstation fleet enrol --bundle-out`")
     return members

@@ -42,7 +42,9 @@ def parse_public_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]
     try:
         return [keys.parse_public_key(text) for text in texts]
     except ValueError as error:
-        raise ConfigError(str(file), key, f"not a base64url Ed25519 public key: {error}") from None
+        raise ConfigError(
+            str(file), key, f"not a base64url Ed25519 public key: {error}; copy the 43 characters of a .pub file"
+        ) from None
 
 
 def trusted_publishers(file: Path, conf: Config, store: Store | None) -> list[PublicKey]:

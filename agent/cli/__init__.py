@@ -8,12 +8,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 import click
 
 from agent import __version__
-from agent.errors import OutstationError, StorageMoved, UsageError
+from agent.errors import OutstationError, StorageMoved, UsageError, explain
 from agent.text import is_unicode, printable
 
 # Module and summary of each command: the list of commands loads none of them.
@@ -69,6 +69,8 @@ class _LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(f"no such command {args[0]!r}{_suggest_command(args[0])}", ctx)
         if args and args[0] in _RUN_MODELS and not {"-h", "--help"} & set(args):
             from agent.cli import spare
 
@@ -78,6 +80,20 @@ class _LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+def _suggest_command(word: str) -> str:
+    """Return a hint at the command that is meant, which may be one of a group, or ""."""
+    import difflib
+
+    if close := difflib.get_close_matches(word, _COMMANDS, 1):
+        return f"; did you mean {close[0]!r}?"
+    for group in ("fleet", "model"):
+        module, _, name = _COMMANDS[group][0].partition(":")
+        inner = getattr(importlib.import_module(module), name).list_commands(click.Context(cli))
+        if close := difflib.get_close_matches(word, inner, 1):
+            return f"; did you mean `outstation {group} {close[0]}`?"
+    return ""
 
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -92,7 +108,7 @@ def cli() -> None:
     """
 
 
-def main(args: list[str] | None = None) -> Any:
+def main(args: list[str] | None = None) -> NoReturn:
     """Exit 0 done, 1 done and the answer is bad, or not possible here, 2 wrong use or config, 3 data folder moved away.
 
     An error is one line on standard error, whatever it is.
@@ -102,7 +118,15 @@ def main(args: list[str] | None = None) -> Any:
     # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
     gc.disable()
     try:
-        return cli.main(args, prog_name="outstation", standalone_mode=True)
+        code = cli.main(args, prog_name="outstation", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(_describe_misuse(error), error.exit_code)
+    except click.Abort:
+        _fail("interrupted", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -110,10 +134,26 @@ def main(args: list[str] | None = None) -> Any:
         if os.environ.get(_TRACEBACK_VARIABLE):
             raise
         code, text = _describe_error(error, sys.argv[1:] if args is None else args)
-        click.echo(f"outstation: {printable('; '.join(text.splitlines()))}", err=True)
-        sys.exit(code)
+        _fail("; ".join(text.splitlines()), code)
     finally:
         gc.enable()
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    click.echo(f"outstation: {printable(text)}", err=True)
+    sys.exit(code)
+
+
+def _describe_misuse(error: click.ClickException) -> str:
+    """Return one line about a wrong command, option or argument, with a hint or the command that shows the use."""
+    text = error.format_message().rstrip(".")
+    text = text[:1].lower() + text[1:]
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else "outstation"
+    for before, after in ((". Did you mean", "; did you mean"), (". (Did you mean", "; did you mean"), ("?)", "?")):
+        text = text.replace(before, after)
+    help_hint = "" if "did you mean" in text else f"; `{command} --help` shows its use"
+    return f"{command.removeprefix('outstation').strip() or 'command'}: {text}{help_hint}"
 
 
 def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
@@ -129,7 +169,7 @@ def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:
         if not isinstance(error.filename, str | bytes):
             return 1, f"the system refuses: {error.strerror}; free what is short, and try again"
         place = os.fsdecode(error.filename)
-        return 1, f"{place}: {error.strerror}; see that it exists, is of the right kind, and is yours to use"
+        return 1, f"{place}: {explain(error)}"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != __package__:
         package = error.name.partition(".")[0]
         from agent.extras import find_extra, install_command

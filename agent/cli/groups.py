@@ -1,4 +1,4 @@
-"""Groups of commands whose list shows the whole first sentence of each command."""
+"""Groups of commands whose list shows the whole first sentence of each command, and that know what a typo means."""
 
 from __future__ import annotations
 
@@ -13,3 +13,16 @@ class SentenceGroup(click.Group):
         rows = [(name, command.get_short_help_str(limit=1000)) for name, command in commands if command is not None]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # Commands that are imported when they are used are unknown to click.
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-") and not ctx.resilient_parsing:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"no such command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)

@@ -83,13 +83,29 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
         echo_styled(click.style(text, bold=True) if number == 0 else text)
 
 
+# Part of a reason → what to do about such lines.
+_REMEDIES = {
+    "is missing": "`optional = true` for this field in the config allows missing values",
+    "runs backwards": "sort the file by t, or give its parts in order of time",
+    "is no number": "write numbers as 1.5, and times as 2026-11-27T10:00:00Z or seconds since 1970",
+    "is too large for": 'type = "f64" for this field in the config holds larger numbers',
+    "the header names": "give every line as many values as the first one, and quote texts that hold the separator",
+    "not one JSON object": 'write one object a line, with quoted names: {"ax": 1.5, "ay": 0.2}',
+    "is above max": "max and min are in the config; correct them, or the sensor",
+    "is below min": "max and min are in the config; correct them, or the sensor",
+    "does not exist yet": "label rows that are stored: `outstation results` shows them",
+}
+
+
 def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> None:
-    """Print how many lines of a file were accepted, and why the first others were not."""
+    """Print how many lines of a file were accepted, why the first others were not, and what to do."""
     echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
         echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
         echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")
+    for part in dict.fromkeys(part for reason in rejected.values() for part in _REMEDIES if part in reason):
+        echo(f"What to do: {_REMEDIES[part]}")
 
 
 def require_plot_format(file: Path | None) -> None:

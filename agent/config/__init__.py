@@ -416,6 +416,9 @@ class Config(Section, frozen=True):
         return self.data_dir / (self.intake.token_file or "intake.token")
 
 
+_STRANGERS = {
+    "fleet": "is a section of fleet.toml, which `outstation fleet` reads; -c names a device's outstation.toml",
+}
 C = TypeVar("C", bound=Section)
 
 
@@ -429,7 +432,7 @@ def find(explicit: str | None) -> Path:
 
 def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
-    config = read(path, Config)
+    config = toml_files.read(path, Config, decode_quantity, strangers=_STRANGERS)
     file = str(path)
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
@@ -474,9 +477,9 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     return _with_absolute_paths(config, path.resolve().parent)
 
 
-def read(path: Path, section: type[C]) -> C:
-    """Read a TOML file as `section`. Raises ConfigError."""
-    return toml_files.read(path, section, decode_quantity)
+def read(path: Path, section: type[C], strangers: dict[str, str] | None = None) -> C:
+    """Read a TOML file as `section`; see `toml_files.read`. Raises ConfigError."""
+    return toml_files.read(path, section, decode_quantity, strangers=strangers)
 
 
 def digest(config: Config) -> str:

@@ -16,6 +16,7 @@ from agent.toml_files import Section
 
 # Schemes of MQTT. A device may have other sinks, see `agent.bootstrap.sinks`.
 MQTT_SCHEMES = ("mqtt", "mqtts")
+_FORM = "mqtt://HOST[:PORT] or mqtts://HOST[:PORT], with a port up to 65535"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -100,7 +101,7 @@ def check_broker(
         usable = False
     check_no_password(file, f"{key}.url", broker.url, "set username and password in this section instead")
     if not usable:
-        raise ConfigError(file, f"{key}.url", f"{broker.shown_url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+        raise ConfigError(file, f"{key}.url", f"{broker.shown_url!r} is not {_FORM}")
     if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
         raise ConfigError(
             file, f"{key}.url", f"{broker.shown_url} is not encrypted; use mqtts://, or set allow_plaintext = true"

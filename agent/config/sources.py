@@ -229,6 +229,11 @@ class MqttSource(SourceSection, frozen=True, tag_field="kind", tag="mqtt"):
 
     def check(self, file: str, key: str, fields: Collection[str]) -> None:
         check_broker(file, self.broker, f"{key}.broker")
+        levels = self.topic.split("/")
+        misplaced = any(("#" in level or "+" in level) and level not in ("#", "+") for level in levels)
+        if not self.topic or misplaced or "#" in levels[:-1]:
+            problem = f"{self.topic!r} is no topic filter; + stands for one whole level, # for all levels at the end"
+            raise ConfigError(file, f"{key}.topic", problem)
 
     def with_absolute_paths(self, base: Path) -> Self:
         return msgspec.structs.replace(self, broker=self.broker.with_absolute_paths(base))

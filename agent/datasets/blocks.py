@@ -55,7 +55,7 @@ def require_columns(path: Path, columns: Sequence[str], required: Sequence[str])
     missing = [name for name in required if name not in columns]
     if missing:
         present = ", ".join(columns[:20]) + (", …" if len(columns) > 20 else "")
-        raise UsageError(f"{path}: no column {', '.join(missing)}; there is {present or 'none'}")
+        raise UsageError(f"{path}: no column {', '.join(missing)}; there is {present or 'none'}; give a file with it")
     twice = [name for name in required if columns.count(name) > 1]
     if twice:
         raise UsageError(f"{path}: column {twice[0]} is there twice; nobody can tell which one is meant")

@@ -31,6 +31,7 @@ _MAX_EXACT_INTEGER = 2**53
 _CLOSING_QUOTE = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
 # Longest text with a line break in it that is a value; beyond it a quote was not closed.
 _MAX_MULTILINE_CHARS = 64
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 _Columns = dict[str, np.ndarray[Any, Any]]
 
 
@@ -57,6 +58,10 @@ class CsvTable:
         self._separator = options.separator or _find_separator(text)
         header = next(csv.reader([text], delimiter=self._separator), [])
         self.columns = [name.strip() for name in header]
+        if "\0" in text:
+            raise RowRejected("this is no text; give CSV, JSON Lines or Parquet")
+        if self.columns and all(map(_NUMBER.fullmatch, self.columns)):
+            raise RowRejected("the first line has only numbers; it must name the columns, such as t,ax,ay")
 
     def read(self, columns: Mapping[str, ColumnType], position: FilePosition = START) -> Iterator[TableBlock]:
         last_skipped_line, pending = position.line, self._pending

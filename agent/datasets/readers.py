@@ -16,7 +16,7 @@ from agent.datasets.media import MediaReader
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.recordings import RecordingsReader
 from agent.datasets.tables import BLOCK_BYTES, DEFAULT_OPTIONS, START, ColumnType, FilePosition, Table, TableOptions
-from agent.errors import RowRejected, UsageError
+from agent.errors import RowRejected, UsageError, explain
 from agent.model.bundle.manifest import ModelInput
 
 SUFFIXES = (*formats.TABLE_SUFFIXES, ".npz")
@@ -47,7 +47,7 @@ def open_table(path: Path, options: TableOptions = DEFAULT_OPTIONS) -> Iterator[
     except RowRejected as problem:
         raise UsageError(f"{path}: {problem}") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
 
 
 def is_media(spec: ModelInput) -> bool:

@@ -23,7 +23,7 @@ from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
 from agent.datasets.blocks import MAX_TIME_S, RowBlock, TextColumn, require_columns
 from agent.datasets.tables import START, FilePosition
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.indices import repeat
 from agent.model.bundle.manifest import ModelInput
 from agent.model.sandbox import available_memory
@@ -189,6 +189,6 @@ def _open_arrays(path: Path, noun: str) -> Iterator[Any]:
             _require_memory(sum(member.file_size for member in arrays.zip.infolist()))
             yield arrays
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
     except _UNREADABLE_ERRORS as error:
         raise UsageError(f"{path}: not readable as {noun}: {error}") from None

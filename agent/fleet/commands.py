@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,9 @@ class CommandResult(msgspec.Struct, frozen=True):
 def parse_arguments(name: str, values: Sequence[str]) -> dict[str, str]:
     """Return the `args` of a command from positional values. Raises UsageError."""
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}; known commands are {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"unknown command {name!r}; known commands are {', '.join(COMMANDS)}{hint}")
     names = (*COMMANDS[name].required, *COMMANDS[name].optional)
     if len(values) > len(names):
         accepted = ", ".join(names) or "no arguments"

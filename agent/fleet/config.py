@@ -222,13 +222,16 @@ def find_folder(explicit: str | None) -> Path:
     return Path() if Path(FILE).exists() else SYSTEM_FOLDER
 
 
+_STRANGERS = {"device": "is a section of a device's outstation.toml; --dir names the folder of a fleet"}
+
+
 def load(folder: Path) -> FleetConfig:
     """Read and check the config in `folder`. Raises ConfigError."""
     path = folder / FILE
     if not path.exists():
         problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
         raise ConfigError(str(path), "", problem)
-    config = read(path, FleetConfig)
+    config = read(path, FleetConfig, _STRANGERS)
     check_name(str(path), "fleet.name", config.fleet.name)
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)

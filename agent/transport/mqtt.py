@@ -27,7 +27,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.config import BrokerConfig
-from agent.errors import LinkDown, PacketTooLarge
+from agent.errors import LinkDown, PacketTooLarge, explain
 from agent.transport import capabilities, tls
 from agent.transport.capabilities import BrokerUnsuitable, Capabilities
 from agent.transport.packets import (
@@ -258,7 +258,8 @@ class Link:
             )
         except (OSError, ValueError) as error:
             self._traffic_bytes = _FAILED_HANDSHAKE_BYTES if isinstance(error, ssl.SSLError) else 0
-            raise LinkDown(f"{broker.shown_url}: {error}") from error
+            cause = explain(error) if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else str(error)
+            raise LinkDown(f"{broker.shown_url}: {cause}") from error
         try:
             self._wait_until(
                 lambda: self._handshake.connected is not None, timeout_s, f"{broker.shown_url}: no CONNACK"

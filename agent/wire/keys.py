@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from agent import durable_files, input_files
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 
 # PKCS 8 of an Ed25519 key up to its 32 bytes (RFC 8410 section 7), and the PEM around it.
 _PKCS8_HEAD = bytes.fromhex("302e020100300506032b657004220420")
@@ -157,7 +157,7 @@ def generate(path: Path, *, write_public: bool = True) -> SigningKey:
     except FileExistsError:
         raise UsageError(f"{path}: a key exists already; move it away first to replace it") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot write the key: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot write the key: {explain(error)}") from None
     if write_public:
         public_key_path(path).write_text(key.public.text + "\n", encoding="ascii")
     return key
@@ -175,7 +175,7 @@ def load_private(path: Path) -> SigningKey:
     except FileNotFoundError:
         raise UsageError(f"{path}: no key here; make one with `outstation init` or `outstation model keygen`") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot be read: {explain(error)}") from error
     return parse_private(data, path)
 
 
@@ -246,8 +246,10 @@ def load_public(text_or_path: str) -> PublicKey:
             if isinstance(error, ValueError) and "PRIVATE KEY" in text:
                 hint = f"the private key, and the public one is needed: give {text_or_path}.pub"
                 raise UsageError(f"{text_or_path}: is {hint}") from None
+            cause = explain(error) if isinstance(error, OSError) else str(error)
             raise UsageError(
-                f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({error})"
+                f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({cause}); "
+                "give a file that ends in .pub, or the 43 characters in it"
             ) from None
 
 

@@ -92,6 +92,7 @@ class Outcome:
     code: int
     errors: str
     problem: str
+    output: str = ""
 
 
 def run_command(words: list[str], stdin: bytes = b"") -> Outcome:
@@ -133,7 +134,7 @@ def run_command(words: list[str], stdin: bytes = b"") -> Outcome:
             problem = "traceback"
         elif len(own) > 1 or (code and not errors.strip() and not written.getvalue()):
             problem = f"{len(own)} lines of error"
-    return Outcome(code, errors, problem)
+    return Outcome(code, errors, problem, written.getvalue().decode("utf-8", "replace"))
 
 
 # --- wrong files ---

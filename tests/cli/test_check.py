@@ -57,7 +57,7 @@ def finding(file: Path) -> tuple[int, dict[str, str]]:
 def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, stream: str, message: str) -> None:
     file = device(tmp_path, stream)
     code, check = finding(file)
-    assert (code, check["state"]) == (1, "failed")
+    assert (code, check["state"]) == (2, "failed")
     assert message in check["detail"]
     refused = run_outstation("run", "-c", str(file))
     assert refused.returncode == 2

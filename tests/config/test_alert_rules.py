@@ -43,7 +43,7 @@ def load(folder: Path, rule: str) -> config.Config:
         ('name = "x"\nanomaly = true\nscore = "> 0.5"', "alerts[0].anomaly", "score and anomaly"),
         ('name = "x"\nlabel = "a"\nlabels = ["b"]', "alerts[0].labels", "one condition"),
         ('name = "x"\nlabels = ["b", "b"]', "alerts[0].labels", "listed twice"),
-        ('name = "x"\nlabels = []', "alerts[0].labels", "length >= 1"),
+        ('name = "x"\nlabels = []', "alerts[0].labels", "at least 1 entry"),
         ('name = "x"\nscore = "0.9"', "alerts[0].score", 'such as ">= 0.9"'),
         ('name = "x"\nvalue = "== 3"', "alerts[0].value", "is no comparison"),
         ('name = "x"\nvalue = "> nan"', "alerts[0].value", "is no comparison"),

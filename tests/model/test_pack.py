@@ -246,7 +246,7 @@ def mistake(spec: Path, kind: type[OutstationError] = ConfigError) -> str:
         ('["left", "right", "rest"]', "[]", "labels: a classifier needs at least two output.labels"),
         ('["left", "right", "rest"]', '["a", "a", "b"]', "labels: a label is named twice"),
         ('["left", "right", "rest"]', '["a", "b", ""]', "labels: Expected `str` of length >= 1"),
-        ('["left", "right", "rest"]', '["a", "b", 3]', "expected `str`, got `int`"),
+        ('["left", "right", "rest"]', '["a", "b", 3]', "must be a text in \"quotes\", not a whole number"),
         ("[input]", "[input]\nmean = [1, 2]", "input: mean has 2 entries for 4 fields"),
         ("[input]", "[input]\nunits = ['g']", "input: units has 1 entries for 4 fields"),
         ("[input]", "[input]\nstd = [1, 1, 1, -1]", "input: every std must be above 0"),

@@ -39,7 +39,7 @@ from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.rules import compiler, sentences
 from agent.device.store.store import DATABASE, Store
 from agent.device.uplink import meter
-from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy
+from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy, UsageError
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
@@ -61,6 +61,10 @@ class CheckResult(msgspec.Struct, frozen=True):
     detail: str
 
 
+class ConfigFault(CheckResult, frozen=True):
+    """A failure whose cause is the config file."""
+
+
 @click.command(epilog="Example: outstation check -c /etc/outstation/outstation.toml")
 @config_option
 @click.option("--config-only", is_flag=True, help="Check the config file alone, as a reload does before it begins.")
@@ -68,18 +72,43 @@ class CheckResult(msgspec.Struct, frozen=True):
 def check(config_file: str | None, config_only: bool, as_json: bool) -> None:
     """Check config, keys, bundles on this processor, storage, clock, update repository and broker.
 
+    Exit 1 if something is wrong, 2 if that is the config.
+
     Each alert rule of a task (`[[tasks.NAME.alerts]]`) is explained: when its alert is raised and when it clears.
     """
     file, conf = device.load_config(config_file)
-    results = [CheckResult("config", "ok", str(file)), *([] if config_only else run_checks(file, conf))]
+    checks = _check_values(file, conf) if config_only else run_checks(file, conf)
+    results = [CheckResult("config", "ok", str(file)), *checks]
     emit([asdict(result) for result in results], as_json, lambda: _print(results))
     if any(result.state == "failed" for result in results):
-        sys.exit(1)
+        sys.exit(2 if any(isinstance(result, ConfigFault) for result in results) else 1)
+
+
+def _check_values(file: Path, conf: Config) -> Iterator[CheckResult]:
+    """Check keys, TLS files and schedules, which loading the config does not look at."""
+    if conf.collector.key:
+        yield _check_collector(file, conf)
+    yield _run_check("trusted keys", lambda: _check_keys(file, conf))
+    for key in ("ca_file", "cert_file", "tls_key_file"):
+        path = getattr(conf.broker, key)
+        if path is not None and not Path(path).is_file():
+            fix = "`outstation join` brings it; correct the path, or remove the key"
+            yield ConfigFault("broker", "failed", f"{file}: broker.{key}: no file {path}; {fix}")
+    for name, task in conf.tasks.items():
+        yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
+
+
+def _check_keys(file: Path, conf: Config) -> str:
+    lists = [(f"operators.{name}", getattr(conf.operators, name)) for name in ("keys", "deployers", "reporters")]
+    lists.append(("publishers.keys", conf.publishers.keys))
+    count = sum(len(tasks.parse_public_keys(file, key, texts)) for key, texts in lists)
+    return f"{count} of operators and publishers"
 
 
 def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
     yield _run_check("key", lambda: f"thumbprint {device.load_key_files(file, conf).load_active().public.kid}")
     yield _check_collector(file, conf)
+    yield _run_check("trusted keys", lambda: _check_keys(file, conf))
     if (end := read_end(conf)) is not None:
         yield _check_certificate(end)
     if conf.privacy.encrypt:
@@ -124,6 +153,8 @@ def _run_check(name: str, action: Callable[[], str | CheckResult]) -> CheckResul
     try:
         outcome = action()
         return CheckResult(name, "ok", outcome) if isinstance(outcome, str) else outcome
+    except UsageError as problem:
+        return ConfigFault(name, "failed", str(problem))
     except OutstationError as problem:
         return CheckResult(name, "failed", str(problem))
 

@@ -34,7 +34,7 @@ from agent.device.intake.group_commit import NOT_STORED, GroupCommit
 from agent.device.intake.row_history import is_row_reason
 from agent.device.machine.timekeeping import make_clock
 from agent.device.store.rows import ValidatedRows, validate_columns
-from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, StorageFull, UsageError
+from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, StorageFull, UsageError, explain
 from agent.text import printable
 from agent.toml_files import did_you_mean
 
@@ -137,7 +137,7 @@ def _ingest_file(
         try:
             source = open_files.enter_context(open_file(path if path is not None else 0))
         except OSError as error:
-            raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
+            raise UsageError(f"{path or 'stdin'}: {explain(error)}") from None
         key = _file_key(source, name, stream, layout, zone)
         may_repeat = not _is_regular(source) or stream.duplicates == "accept"
         target = open_files.enter_context(contextlib.closing(_open_sink(conf, name, key)))
@@ -165,7 +165,11 @@ def _ingest_file(
         if problem is not None:
             partial = f"; {accepted} rows before that were accepted" if accepted else ""
             fits = str(problem).startswith("column ") and not str(problem).endswith("twice")
-            hint = "; --map COLUMN=FIELD renames a column, --ignore COLUMN leaves one out" if fits else ""
+            hint = (
+                "; --map COLUMN=FIELD renames a column, --ignore COLUMN leaves one out, --sep names the separator"
+                if fits
+                else ""
+            )
             raise UsageError(f"{file}: {problem}{hint}{partial}")
         if may_repeat and target.is_complete:
             target.forget()

@@ -15,7 +15,7 @@ from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
 from agent.cli.output import echo, emit, json_option
-from agent.errors import ConfigError, UsageError
+from agent.errors import ConfigError, UsageError, explain
 from agent.names import is_name
 from agent.quantities import parse_duration
 from agent.wire import keys
@@ -153,9 +153,9 @@ def init(
         key = keys.load_private(path) if path.exists() else keys.generate(path)
         durable_files.write_new(file, text.encode(), 0o640)
     except FileExistsError as error:
-        raise UsageError(f"{error.filename}: exists already; move it away first") from None
+        raise UsageError(f"{error.filename}: exists already; move it away first, or name another folder") from None
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from None
+        raise UsageError(f"{error.filename}: {explain(error)}; name a folder that can be made") from None
     conf = config.load(file)
     give_files(folder, conf.data_dir, DEVICE_FILES)
     document: dict[str, Any] = {

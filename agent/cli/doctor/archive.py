@@ -21,7 +21,7 @@ from agent import __version__, clock, durable_files
 from agent.config import Config
 from agent.device import status
 from agent.device.store.store import Store
-from agent.errors import OutstationError, UsageError
+from agent.errors import OutstationError, UsageError, explain
 
 WITHHELD = "(withheld)"
 _MAX_ALERTS = 50
@@ -42,13 +42,20 @@ _ALERT_MEMBERS = ("task", "time", "alert", "subject", "state", "severity")
 _LIBRARIES = ("numpy", "msgspec", "paho-mqtt", "ai-edge-litert", "tflite-runtime", "cryptography", "pyarrow", "psutil")
 
 
-def write(path: Path, conf: Config, checks: Sequence[Mapping[str, Any]], wear: Mapping[str, Any]) -> list[str]:
+def write(
+    path: Path,
+    conf: Config,
+    checks: Sequence[Mapping[str, Any]],
+    wear: Mapping[str, Any],
+    journal: Mapping[str, Any],
+) -> list[str]:
     """Write the archive, readable by its owner only; return the names of its members. Raises UsageError."""
     members = {
         "machine.json": _describe_machine(),
         "checks.json": [{"name": check["name"], "state": check["state"]} for check in checks],
         "config.json": withhold_texts(msgspec.to_builtins(conf, enc_hook=float)),
         "flash.json": wear,
+        "journal.json": journal,
         **_describe_store(conf),
     }
     packed = io.BytesIO()
@@ -61,7 +68,7 @@ def write(path: Path, conf: Config, checks: Sequence[Mapping[str, Any]], wear: M
     try:
         durable_files.write(path, packed.getvalue(), 0o600)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name a file that this user can write") from None
+        raise UsageError(f"{path}: {explain(error)}; name a file that this user can write") from None
     return list(members)
 
 

@@ -14,7 +14,7 @@ from agent import config
 from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
-from agent.cli.doctor import archive, fixes, flash, power
+from agent.cli.doctor import archive, fixes, flash, journal, power
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option
 from agent.config import Config
 from agent.device.store import cost
@@ -41,6 +41,8 @@ def doctor(
     """
     if yes and not fix:
         raise UsageError("--yes needs --fix")
+    # Root may read the journal; loading the config gives up root's rights.
+    lines = {} if archive_file is None else journal.read()
     applied: list[fixes.Fix] = []
     if fix and os.geteuid() == 0:
         # Loading the config gives up root's rights, without which nobody changes root's files.
@@ -69,7 +71,8 @@ def doctor(
         "archive": None,
     }
     if archive_file is not None:
-        document["archive"] = {"file": str(archive_file), "members": archive.write(archive_file, conf, checks, wear)}
+        members = archive.write(archive_file, conf, checks, wear, lines)
+        document["archive"] = {"file": str(archive_file), "members": members}
     emit(document, as_json, lambda: _print(document))
     if left or any(check["state"] == "failed" for check in checks):
         sys.exit(1)

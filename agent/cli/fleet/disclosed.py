@@ -12,7 +12,7 @@ import msgspec
 from agent import input_files
 from agent.cli.fleet.common import fleet_option, open_for_reading
 from agent.cli.output import echo, emit, json_option
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.wire import messages
 from agent.wire.commitment import Disclosure
 from agent.wire.messages import ResultsPayload
@@ -68,6 +68,6 @@ def _read(file: Path) -> Disclosure:
             raise UsageError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, which no message covers")
         return msgspec.json.decode(input_files.read_bytes(file), type=Disclosure)
     except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
+        raise UsageError(f"{file}: {explain(error)}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: no disclosure of rows ({error}); make it with `outstation disclose`") from None

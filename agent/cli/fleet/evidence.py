@@ -13,7 +13,7 @@ import click
 from agent import clock, input_files
 from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
 from agent.cli.output import emit, json_option
-from agent.errors import MessageRefused, UsageError
+from agent.errors import MessageRefused, UsageError, explain
 from agent.extras import install_command
 from agent.quantities import parse_duration
 from agent.text import mask_password
@@ -171,7 +171,7 @@ def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], l
             with input_files.open_regular(path) as file:
                 heads.append((str(path), file.read(log_head.MAX_BYTES + 1)))
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
     return heads, [stamp.read(path) for path in paths if path.suffix == stamp.RESPONSE]
 
 

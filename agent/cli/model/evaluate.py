@@ -11,7 +11,7 @@ import msgspec
 
 from agent.cli.model.run import address_option, engine_option, load_bundle, open_cluster
 from agent.cli.output import echo, emit, json_option
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.text import printable
 
 _path = click.Path(path_type=Path)
@@ -136,5 +136,5 @@ def write_text(path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be written: {explain(error)}") from None
     return path

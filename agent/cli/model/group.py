@@ -15,7 +15,7 @@ from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.run import run
 from agent.cli.output import echo, echo_styled, emit, json_option
-from agent.errors import BadBundle, UsageError
+from agent.errors import BadBundle, UsageError, explain
 from agent.text import printable
 from agent.wire import keys
 
@@ -105,7 +105,7 @@ def make_reference(data: Path, bundle: Path | None, spec: Path | None, out: Path
     try:
         out.write_bytes(reference.to_json())
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{out}: cannot be written: {explain(error)}") from None
     windows, warning = reference.drift_windows, reference.warning
     document = {"file": str(out), "digest": reference.digest, "windows": windows, "warning": warning}
     text = f"{out} {reference.digest}, {windows} drift windows" + (f"\nwarning: {warning}" if warning else "")
@@ -130,7 +130,7 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     try:
         return runtime.load_model(draft, input_files.read_bytes(file)), draft
     except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
+        raise UsageError(f"{file}: {explain(error)}") from None
 
 
 @model.command(epilog="Example: outstation model sign exercise --key publisher.key")

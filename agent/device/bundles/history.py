@@ -23,7 +23,7 @@ from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import BadBundle, StorageFull
+from agent.errors import BadBundle, StorageFull, UnknownBundle
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 
@@ -67,7 +67,10 @@ def locate_bundle(conf: Config, store: Store | None, task: str) -> Path:
 
     Raises BadBundle.
     """
-    configured = builtin.locate_bundle(conf.tasks[task].bundle, conf.data_dir / "bundles")
+    try:
+        configured = builtin.locate_bundle(conf.tasks[task].bundle, conf.data_dir / "bundles")
+    except UnknownBundle as problem:
+        raise UnknownBundle(f"tasks.{task}.bundle: {problem}") from None
     override = None if store is None else overrides.load_bundle_override(store, task)
     if override is None:
         return configured

@@ -38,6 +38,8 @@ _CHANNEL_CALLS = ("recv", "recvfrom", "recvmsg", "send", "sendto")
 _TABLES = {
     "a.csv": b"n,s\n1,a\n",
     "b.csv": b't,n,s\n2026-01-01,1,"a"\nx,2,\xff\n',
+    # A name that is no field: the hint at a similar one needs a module of its own.
+    "c.csv": b"m,s\n1,a\n",
     "a.jsonl": b'{"t":"2026-01-01T00:00:00Z","n":1,"s":"a"}\n{"n":1,"n":2}\n{\n',
 }
 
@@ -120,7 +122,7 @@ def _import_decoders(setup: DecoderSetup) -> None:
     for name, content in samples.items():
         sample = os.memfd_create("sample", os.MFD_CLOEXEC)
         os.pwrite(sample, content, 0)
-        with open(sample, "rb") as file:
+        with open(sample, "rb") as file, contextlib.suppress(RowRejected):
             for _ in _read_blocks(Path(name), file, DecodeRequest(name, 0, 0, None), setup):
                 pass
 

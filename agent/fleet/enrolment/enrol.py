@@ -14,7 +14,7 @@ import msgspec
 
 from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
-from agent.errors import MessageRefused, UsageError
+from agent.errors import MessageRefused, UsageError, explain
 from agent.fleet import config as fleet_config
 from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.subscriptions import make_share_group
@@ -195,7 +195,7 @@ def read_request(path: Path) -> EnrolmentRequest:
         with input_files.open_regular(path) as file:
             return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
     except MessageRefused as refused:
         hint = "make it again with `outstation request` on the device"
         raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None

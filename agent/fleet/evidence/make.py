@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from agent import __version__, durable_files
-from agent.errors import StorageError, StorageFull, UsageError
+from agent.errors import StorageError, StorageFull, UsageError, explain
 from agent.evaluation.document import Evaluation
 from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.store import FleetStore
@@ -251,7 +251,7 @@ class FolderWriter:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(mode=0o755)
         except OSError as error:
-            raise UsageError(f"--out {out}: cannot be created: {error.strerror}") from None
+            raise UsageError(f"--out {out}: cannot be created: {explain(error)}") from None
 
     def write(self, path: str, parts: bytes | Iterable[bytes]) -> None:
         """Write a file and list it for the manifest."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent import durable_files, ranges
-from agent.errors import MessageRefused, StorageDamaged, StorageError, UsageError
+from agent.errors import MessageRefused, StorageDamaged, StorageError, UsageError, explain
 from agent.fleet.database.store import FleetStore
 from agent.fleet.export import manifest as manifests
 from agent.fleet.export.manifest import FILE_MODE, Chunk, ExportedFile, LogRange, Manifest
@@ -68,7 +68,7 @@ def export(
     except BlockingIOError:
         raise UsageError(f"{folder}: another export writes here; wait until it ends") from None
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{folder}: cannot be written: {explain(error)}") from error
 
 
 def _open_manifest(

@@ -23,6 +23,7 @@ from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, VERDICT, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
+from agent.toml_files import did_you_mean
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
 SOURCE = "collector"
@@ -66,7 +67,9 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
     db.lock_devices([device])
     log = label_tables.find_newest_log(db, device, task)
     if log is None:
-        raise ValueError(f"the collector has no results of task {task!r} of {device}")
+        rows = db.execute("SELECT DISTINCT task FROM results WHERE device = ?", (device,)).fetchall()
+        known = [str(name) for (name,) in rows]
+        raise ValueError(f"the collector has no results of task {task!r} of {device}{did_you_mean(task, known)}")
     key = (device, task, log)
     results = _ResultIndex(label_tables.load_results(db, key))
     schemas = _BundleSchemas(db, key, [label.text for label in labels])

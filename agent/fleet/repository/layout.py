@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from agent import durable_files
-from agent.errors import StorageBusy, UsageError
+from agent.errors import StorageBusy, UsageError, explain
 
 _ROOT_NAME = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
 
@@ -79,5 +79,5 @@ class Layout(msgspec.Struct, frozen=True):
             except BlockingIOError:
                 raise StorageBusy(f"{self.home}: another command is writing to the repository; try again") from None
             except OSError as error:
-                raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
+                raise UsageError(f"{self.home}: cannot be written to: {explain(error)}") from None
             yield

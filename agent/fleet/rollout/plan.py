@@ -40,6 +40,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Hours = Annotated[float, msgspec.Meta(ge=0, le=8760)]
 
 
+_MISSING = "a plan of a roll-out is a TOML file, see docs/guides/rollouts-operator.md"
+
+
 class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Conditions for the end of a step. None disables a limit.
 
@@ -165,7 +168,9 @@ class PlanFile:
 
 def read(source: Path) -> PlanFile:
     """Read and validate a plan file. Raises ConfigError with file, key and fix."""
-    content = toml_files.read(source, _PlanSections, _decode_hook)
+    content = toml_files.read(
+        source, _PlanSections, _decode_hook, missing="PLAN is a TOML file, see docs/guides/rollouts-operator.md"
+    )
     file = PlanFile(source, content)
     for key, problem in (*_check_rollout_section(content.rollout), *_check_steps(content)):
         raise file.config_error(key, problem)

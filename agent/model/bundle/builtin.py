@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.errors import BadBundle
+from agent.errors import UnknownBundle
+from agent.toml_files import did_you_mean
 from agent.wire.keys import PublicKey, parse_public_key
 
 _INSTALLED_DIR = Path(__file__).parents[2] / "shipped"
@@ -16,13 +17,19 @@ def bundles_dir() -> Path:
 
 
 def locate_bundle(name: str, local_dir: Path) -> Path:
-    """Locate a bundle: a path, a name in `<data_dir>/bundles/`, or a built-in bundle. Raises BadBundle."""
+    """Locate a bundle: a path, a name in `<data_dir>/bundles/`, or a built-in bundle. Raises UnknownBundle."""
     if "/" in name:
         return Path(name)
     for candidate in (local_dir / name, local_dir / f"{name}.zip", bundles_dir() / name):
         if candidate.exists():
             return candidate
-    raise BadBundle(f"no bundle {name!r} in {local_dir} or among the built-in ones; put it there, or give its path")
+    fix = f"put it there, or give its path{suggest_name(name)}"
+    raise UnknownBundle(f"no bundle {name!r} in {local_dir} or among the built-in ones; {fix}")
+
+
+def suggest_name(name: str) -> str:
+    """Return a hint at the built-in bundles, for a bundle that does not exist."""
+    return did_you_mean(name, [path.parent.name for path in bundles_dir().glob("*/manifest.json")])
 
 
 def read_smallest_model() -> bytes:

@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 
 from agent import input_files
-from agent.errors import BadBundle, MessageRefused
-from agent.model.bundle import manifest
+from agent.errors import BadBundle, MessageRefused, UnknownBundle
+from agent.model.bundle import builtin, manifest
 from agent.model.bundle.manifest import Manifest
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
@@ -113,7 +113,9 @@ def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
         elif path.is_file():
             yield from _iter_archive(path)
         else:
-            raise BadBundle(f"{path}: no such bundle")
+            raise UnknownBundle(
+                f"{path}: no such bundle; give its path, or the name of a built-in one{builtin.suggest_name(path.name)}"
+            )
     except zipfile.BadZipFile as error:
         if not zipfile.is_zipfile(path):
             made_by = "; `outstation model pack --from` makes one of a model" if path.suffix == ".tflite" else ""

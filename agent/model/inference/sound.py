@@ -19,7 +19,7 @@ import numpy as np
 
 from agent import input_files
 from agent.arrays import Float32s, Float64s
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.media import SoundFormat
 
 SUFFIXES = (".wav",)
@@ -58,7 +58,7 @@ class WavReader:
                 problem = f"{path}: not a readable WAV file ({error or 'truncated'}); convert it to PCM WAV"
                 raise UsageError(problem) from None
             if isinstance(error, OSError):
-                raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+                raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
             raise
 
     def read(self, start: int, stop: int) -> Float64s:

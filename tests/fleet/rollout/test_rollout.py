@@ -258,7 +258,7 @@ def test_status_text_names_devices_that_rejected(site: Site) -> None:
         (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
         (("start", "none.toml"), 2, "none.toml: no such file"),
         (("follow",), 2, "no rollout is open"),
-        (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
+        (("abort", "exercise-1-1"), 2, "missing argument 'REASON'"),
     ],
 )
 def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:

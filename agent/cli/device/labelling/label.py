@@ -21,7 +21,7 @@ from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.labels import LabelBatch
 from agent.device.machine import label_key
 from agent.device.machine.timekeeping import make_clock
-from agent.errors import OutstationError, RowRejected, StorageBusy, StorageError, UsageError
+from agent.errors import OutstationError, RowRejected, StorageBusy, StorageError, UsageError, explain
 from agent.model.bundle import bundle
 from agent.performance import labels
 from agent.performance.labels import Label, LabelSchema, LabelTarget
@@ -85,7 +85,7 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
     except RowRejected as problem:
         raise UsageError(f"{file}: {problem}") from None
     except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
+        raise UsageError(f"{file}: {explain(error)}") from None
 
 
 def _find_foreign_member(values: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import input_files
-from agent.errors import UsageError
+from agent.errors import UsageError, explain
 from agent.fleet.evidence.format.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
@@ -74,7 +74,7 @@ def _read_metadata_file(path: Path) -> bytes:
         with input_files.open_regular(path) as file:
             data = file.read(_MAX_METADATA_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
     if len(data) > _MAX_METADATA_BYTES:
         limit = _MAX_METADATA_BYTES >> 20
         raise UsageError(f"{path}: larger than {limit} MiB, the limit for repository metadata; restore the repository")
