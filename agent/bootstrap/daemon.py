@@ -187,8 +187,14 @@ def build_daemon(
 
     scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait)
     _record_bundles(conf, store, message_log, scheduled, now())
+
+    def on_rows_committed() -> None:
+        # Rows at a steady pace would otherwise wake the main loop for nothing, once a commit.
+        if any(entry.schedule.counts_rows for entry in scheduled):
+            signals.wake()
+
     intake = Intake(
-        *(conf, store, build_sources(file, conf, store), now, signals.wake, signals.fail),
+        *(conf, store, build_sources(file, conf, store), now, on_rows_committed, signals.fail),
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
         label_key.FILE.load_or_create(conf.data_dir),
     )

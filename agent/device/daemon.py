@@ -18,9 +18,11 @@ import msgspec
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import quarantine
+from agent.device.capacity.space import SpaceManager
 from agent.device.commands.executor import RemoteCommands
 from agent.device.health import BundleFailure, HealthReporter, interval_s
 from agent.device.intake.server import Intake
+from agent.device.machine import heap
 from agent.device.machine.systemd import notify
 from agent.device.machine.throttle import Throttle, lower_priority
 from agent.device.machine.timekeeping import Timekeeper
@@ -31,7 +33,6 @@ from agent.device.rollout.updater import BundleUpdater
 from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull, UsageError
@@ -43,6 +44,8 @@ _LABEL_INTERVAL_S = 5.0
 _MAX_WAIT_S = 5.0
 # A task processes its backlog for this long before commands, health, the clock and the other tasks get their turn.
 _TIME_SLICE_S = 1.0
+# Rows of one run after which its memory is given back.
+_MANY_ROWS = 20_000
 _LABELS_SUFFIX = " (evaluating its labels)"
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 3600.0
 
@@ -288,6 +291,7 @@ class Daemon:
             return
         end_s, last_row = self._now().boot_s + _TIME_SLICE_S, self._store.last_row(scheduled.task.config.stream)
         substitute: LoadedTask | None = None
+        rows = 0
         while not self.signals.is_stopping:
             # A rollout may have replaced the task since the last batch.
             task, substitute = substitute or scheduled.task, None
@@ -315,17 +319,24 @@ class Daemon:
             self._crowded.discard(task.name)
             self._clear_backoff(task.name, "")
             if result is None:
+                self._release_memory(rows)
                 return
+            rows += result.rows
             self._updater.rollouts.on_batch_committed(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if result.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
             if (self._store.cursor(name) or 0) >= last_row:
+                self._release_memory(rows)
                 return
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return
+
+    def _release_memory(self, rows: int) -> None:
+        if rows >= _MANY_ROWS and not self._unfinished:
+            heap.release_free()
 
     def _postpone_batch(self, task: LoadedTask, error: Exception, now: ClockReading) -> None:
         """Keep the rows of a failed batch until the task is due again. Raises StorageError if the store failed."""

@@ -25,8 +25,8 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-MAX_FIELDS_PER_PASS = 256  # of drift windows that are looked at together
-MAX_VALUES_PER_PASS = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
+MAX_FIELDS_PER_PASS = 512  # of drift windows that are looked at together
+MAX_VALUES_PER_PASS = 1 << 16  # about: fewer cost more calls of Python, and more leave the cache and need more memory
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -49,11 +49,11 @@ class Disclosure(msgspec.Struct, frozen=True):
         if len(self.columns) != len(self.fields) or {len(self.t), *map(len, self.columns)} != {count}:
             raise ValueError(f"rows {self.rows[0]} to {self.rows[1]} need {count} values of t and of each field")
         try:
-            columns = [self._pack(*column) for column in zip(self.fields, self.columns, strict=True)]
+            columns = [[self._pack(*column)] for column in zip(self.fields, self.columns, strict=True)]
             codes = {
                 name: sorted((code, text) for text, code in used.items()) for name, used in self.categories.items()
             }
-            return commit(b64url_decode(self.key), self.fields, struct.pack(f"<{count}q", *self.t), columns, codes)
+            return commit(b64url_decode(self.key), self.fields, [struct.pack(f"<{count}q", *self.t)], columns, codes)
         except (KeyError, TypeError, OverflowError, struct.error) as error:
             raise ValueError(f"a value is not of its field's type: {error}") from None
 
@@ -71,18 +71,21 @@ def derive_key(secret: bytes, log: str, task: str, rows: tuple[int, int]) -> byt
 def commit(
     key: bytes,
     fields: Sequence[tuple[str, str]],
-    t: Buffer,
-    columns: Sequence[Buffer],
+    t: Iterable[Buffer],
+    columns: Sequence[Iterable[Buffer]],
     codes: Mapping[str, Sequence[tuple[int, str]]],
 ) -> str:
     """Return the commitment to rows, given as the little-endian bytes of their times and of one column per field.
 
+    Times and columns may be in pieces that follow one another.
     `codes` holds the category codes in use with their texts, ascending, by field.
     """
     code = hmac.new(key, msgspec.json.encode(fields) + b"\n", "sha256")
-    code.update(t)
+    for piece in t:
+        code.update(piece)
     for (name, kind), column in zip(fields, columns, strict=True):
-        code.update(column)
+        for piece in column:
+            code.update(piece)
         if kind == "category":
             code.update(msgspec.json.encode(codes[name]) + b"\n")
     return _PREFIX + code.hexdigest()

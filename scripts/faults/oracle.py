@@ -19,7 +19,7 @@ import numpy as np
 from agent.arrays import Float32s, Ints
 from agent.config import FieldConfig
 from agent.device.machine import commitment_secret
-from agent.device.store.rows import Rows
+from agent.device.store.rows import Rows, commit
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
@@ -174,4 +174,4 @@ def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -
     secret = commitment_secret.FILE.load(world.device.data_dir)
     key = commitment.derive_key(secret, body["log"], body["task"], (first, last))
     rows = Rows(t, tuple(np.ascontiguousarray(column) for column in values.T))
-    return rows.commit(key, [FieldConfig(name=name) for name in FIELDS], {})
+    return commit([rows], key, [FieldConfig(name=name) for name in FIELDS], {})

@@ -29,6 +29,9 @@ class Echo:
 
     seconds = 0.0
 
+    def allocate(self, shape: tuple[int, ...]) -> Floats:
+        return np.empty(shape, np.float32)
+
     def invoke(self, windows: Floats) -> Floats:
         return windows.reshape(len(windows), int(np.prod(windows.shape[1:])))
 

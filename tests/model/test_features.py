@@ -128,6 +128,16 @@ def test_columns_of_any_type_become_float32_rows_in_the_order_given() -> None:
     np.testing.assert_array_equal(made, np.array([[1, 0.5, 7], [2, np.nan, 8]], np.float32))
 
 
+def test_rows_in_parts_become_the_bits_that_they_have_in_one_piece() -> None:
+    rng = np.random.default_rng(1)
+    columns = [rng.integers(-(2**62), 2**62, 1000), rng.normal(0, 1e30, 1000), rng.normal(0, 1, 1000).astype("<f4")]
+    for chosen in (columns, columns[:1], columns[1:], [columns[0], columns[2]]):
+        whole = np.stack(chosen, axis=1).astype(np.float32)
+        for cuts in ([], [1], [10, 11, 999]):
+            parts = [list(part) for part in zip(*(np.split(column, cuts) for column in chosen), strict=True)]
+            np.testing.assert_array_equal(features.stack_parts(parts), whole)
+
+
 def test_a_value_too_large_for_float32_becomes_infinite_without_a_warning() -> None:
     assert np.isinf(features.stack_columns([np.array([1e300])])).all()
 

@@ -20,11 +20,11 @@ SECRET = bytes(range(32))
 LOG = "7e57ab1e-0000-4000-8000-000000000000"
 FIELDS = [("x", "f32"), ("n", "i64"), ("who", "category")]
 TIMES = [1_000, 2_000]
-T = np.array(TIMES, "<i8").tobytes()
+T = [np.array(TIMES, "<i8").tobytes()]
 COLUMNS = [
-    np.array([1.5, np.nan], "<f4").tobytes(),
-    np.array([7, -8], "<i8").tobytes(),
-    np.array([2, 1], "<u2").tobytes(),
+    [np.array([1.5], "<f4").tobytes(), np.array([np.nan], "<f4").tobytes()],
+    [np.array([7, -8], "<i8").tobytes()],
+    [np.array([2, 1], "<u2").tobytes()],
 ]
 TEXTS = {"who": [(1, "patient 17"), (2, "patient 4")]}
 
@@ -43,13 +43,13 @@ def test_a_reading_of_few_possible_values_cannot_be_computed_back_from_its_messa
     """The unkeyed digest of one row gave way to a search over a sensor's values."""
     values = np.arange(-400, 1250, dtype=np.float32) / 10
     t, fields = np.array([1_764_022_680_000_000], "<i8"), [("temperature", "f32")]
-    signed = commitment.commit(key_of(rows=(1, 1)), fields, t, [values[631:632]], {})
-    guesses = {commitment.commit(b"", fields, t, [values[i : i + 1]], {}) for i in range(len(values))}
+    signed = commitment.commit(key_of(rows=(1, 1)), fields, [t], [[values[631:632]]], {})
+    guesses = {commitment.commit(b"", fields, [t], [[values[i : i + 1]]], {}) for i in range(len(values))}
     guesses |= {f"sha256:{hashlib.sha256(t.tobytes() + values[i].tobytes()).hexdigest()}" for i in range(len(values))}
     assert signed not in guesses
     # With the key of the message the same search succeeds.
     key = key_of(rows=(1, 1))
-    assert signed in {commitment.commit(key, fields, t, [values[i : i + 1]], {}) for i in range(len(values))}
+    assert signed in {commitment.commit(key, fields, [t], [[values[i : i + 1]]], {}) for i in range(len(values))}
 
 
 def test_a_disclosed_key_opens_no_other_message() -> None:

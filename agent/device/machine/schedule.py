@@ -34,6 +34,11 @@ class Schedule(Protocol):
         """True if the wall time of each run must be saved, for `parse` after a restart."""
         ...
 
+    @property
+    def counts_rows(self) -> bool:
+        """True if rows that arrive can make the task due; otherwise time alone does."""
+        ...
+
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
         """Return True if the task should run now, with `backlog` rows waiting.
 
@@ -75,7 +80,7 @@ def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedu
 class IntervalSchedule:
     """Schedule with a fixed interval in seconds; the first run is at once."""
 
-    needs_last_run = False
+    needs_last_run = counts_rows = False
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -99,7 +104,7 @@ class RowCountSchedule:
     Only a stream that fills `rows` more than ten times a second waits: runs of few rows then cost more than the rows.
     """
 
-    needs_last_run = False
+    needs_last_run, counts_rows = False, True
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -128,7 +133,7 @@ class CronSchedule:
     hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not.
     """
 
-    needs_last_run = True
+    needs_last_run, counts_rows = True, False
 
     def __init__(self, expression: str, last_us: int | None = None, zone: tzinfo | None = None) -> None:
         # Imported here, 40 ms and several MB: only cron expressions need it.

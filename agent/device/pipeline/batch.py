@@ -109,15 +109,15 @@ def _run_once(
         return None
     if batch.loss_reason:
         return _skip_lost(task, store, message_log, batch, now)
-    cut = features.cut_windows(batch.rows.t, task.inference.manifest.input.window)
+    cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
     if cut.consumed == 0:
         following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
         if following is None or following.loss_reason is None:
             return None
         # The rows after these cannot be read, so these will never fill a window.
-        cut = WindowCut(cut.starts, len(batch.rows))
+        cut = WindowCut(cut.starts, len(batch.t))
     source = _read(task, store, message_log, batch, cut)
-    rows, t, history = source.features, source.batch.rows.t, source.history
+    rows, t, history = source.features, batch.t, source.history
     if len(history):
         earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
         rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
@@ -142,7 +142,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
     return _BatchInput(
         batch,
         cut,
-        features.stack_columns([batch.rows.columns[i] for i in task.input_columns]),
+        features.stack_parts([[part.columns[i] for i in task.input_columns] for part in batch.parts]),
         load_history(task, store, batch.first - 1, task.inference.history_rows),
         _read_modes(task, store, batch, cut),
         _read_slices(task, store, batch, cut) if task.keep_results else {},
@@ -170,7 +170,7 @@ def load_history(task: LoadedTask, store: Store, last_row: int, count: int) -> R
 def _read_modes(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> Modes | None:
     if task.drift_monitor is None or not task.drift_monitor.class_field:
         return None
-    codes = batch.rows.columns[[f.name for f in task.stream.fields].index(task.drift_monitor.class_field)]
+    codes = batch.column([f.name for f in task.stream.fields].index(task.drift_monitor.class_field))
     texts = store.categories(task.config.stream, task.drift_monitor.class_field)
     return modes.modes_of_windows(codes, cut.starts, task.window_rows, texts)
 
@@ -181,7 +181,7 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
     by_name: dict[str, Sequence[str]] = {}
     for slicing in task.config.slices:
         name = slicing if isinstance(slicing, str) else slicing.field
-        column = batch.rows.columns[names.index(name)][ends]
+        column = batch.column(names.index(name))[ends]
         if isinstance(slicing, str):
             texts = store.categories(task.config.stream, name)
             by_name[name] = [texts[code] or slices.MISSING for code in column.tolist()]
@@ -216,7 +216,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
     model_scores, batch, predictions = results.scores, source.batch, None
     if len(model_scores) and task.keep_results:
         ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
-        rows, t = ends + batch.first, batch.rows.t[ends]
+        rows, t = ends + batch.first, batch.t[ends]
         predictions = StoredPredictions(
             task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
         )
@@ -264,7 +264,7 @@ def _evaluate_rules(
         return source.rule_states, []
     ends = source.cut.starts + task.window_rows - 1
     is_complete = results.missing_share <= task.bundle.manifest.input.max_missing
-    t = source.batch.rows.t[ends]
+    t = source.batch.t[ends]
     batch = BatchResults(results.scores, labels, ends + source.batch.first, t, is_complete)
     context = RuleContext(message_log.device, task.name, task.bundle.digest, task.drift_state, windows)
     return batch_rules.evaluate(task.rules, source.rule_states, context, batch)
@@ -286,7 +286,7 @@ def _update_drift(
         labels,
         None if certainty is None else certainty[:, None].astype(np.float32),
         rows=(batch.first, batch.last),
-        t=batch.rows.t,
+        t=batch.t,
         modes=source.modes,
     )
 

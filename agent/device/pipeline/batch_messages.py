@@ -20,9 +20,10 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules.batch_rules import ResultAlert
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
-from agent.device.store.rows import Rows
+from agent.device.store.rows import Rows, commit
 from agent.device.store.store import RowBatch
 from agent.drift.state import DriftState, DriftWindowResult, QuietRun
+from agent.kernel import library
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
@@ -59,7 +60,7 @@ def build_result_messages(
     named = [] if hides_faults else [name for name in faulty if not privacy.hides_numbers(name)]
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
     lists_all = privacy.min_results <= 1 and bool(is_published.all())
-    listed = (ends + batch.first, batch.rows.t[ends]) if lists_all else (None, None)
+    listed = (ends + batch.first, batch.t[ends]) if lists_all else (None, None)
     max_bytes = message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES
     max_results = columns.max_results(max_bytes, model_scores, labels, missing, *listed)
     first_row, count, done = 0, len(cut.starts), 0
@@ -69,9 +70,9 @@ def build_result_messages(
         published = np.flatnonzero(is_published[done:stop]) + done
         published = _leave_out_rare(published, labels, privacy.min_results)
         published_rows = ends[published] + batch.first
-        listing = columns.build(model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]])
+        listing = columns.build(model_scores, labels, missing, published, published_rows, batch.t[ends[published]])
         rows = [batch.first + first_row, batch.first + through - 1]
-        proof = _commit(task, message_log, (rows[0], rows[1]), batch.rows.slice(first_row, through), texts)
+        proof = _commit(task, message_log, (rows[0], rows[1]), batch.slice_parts(first_row, through), texts)
         body = _result_body(task, rows, stop - done, proof, listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
@@ -165,10 +166,14 @@ def _quiet_columns(quiet: QuietRun) -> dict[str, Any]:
 
 
 def _commit(
-    task: LoadedTask, message_log: MessageLog, rows: tuple[int, int], consumed: Rows, texts: Mapping[str, Sequence[str]]
+    task: LoadedTask,
+    message_log: MessageLog,
+    rows: tuple[int, int],
+    consumed: Sequence[Rows],
+    texts: Mapping[str, Sequence[str]],
 ) -> str:
     key = commitment.derive_key(message_log.secret, message_log.log_id, task.name, rows)
-    return consumed.commit(key, task.stream.fields, texts)
+    return commit(consumed, key, task.stream.fields, texts)
 
 
 def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns:
         "columns": columns,
         "made": {
             "agent": __version__,
-            "runtime": f"{runtime_name()} {task.model.kernels}",
+            "runtime": f"{runtime_name()} {task.model.kernels}, kernel {library.variant()}",
             "config": task.config_digest,
         },
     }

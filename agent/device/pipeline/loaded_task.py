@@ -35,7 +35,7 @@ _ALERT_BYTES = 3_000
 # does not wait for them.
 _GATHERED_WINDOWS, _MIN_GATHER_DEADLINE_S = 4, 1.0
 # The fixed parts of a smaller batch would count as those of its windows.
-_MIN_MEASURED_WINDOWS = 256
+_MIN_MEASURED_WINDOWS = 32
 # Time of a batch in the model: far below the watchdog's minute, even on a day when everything else is slow.
 _MAX_INFERENCE_S = 5.0
 

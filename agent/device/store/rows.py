@@ -46,27 +46,32 @@ class Rows(msgspec.Struct, frozen=True):
     def slice(self, start: int, stop: int) -> Rows:
         return Rows(self.t[start:stop], tuple(c[start:stop] for c in self.columns))
 
-    def commit(self, key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
-        """Return the commitment to these rows under `key`; `texts` holds the category texts by code, by field."""
-        codes = {
-            field.name: [(code, texts[field.name][code]) for code in np.unique(column).tolist()]
-            for field, column in zip(fields, self.columns, strict=True)
-            if field.type == "category"
-        }
-        columns = [_little_endian(column) for column in self.columns]
-        return commitment.commit(key, [(f.name, f.type) for f in fields], _little_endian(self.t), columns, codes)
-
 
 EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) <= 1:
+        return parts[0] if parts else EMPTY_ROWS
     return Rows(
         np.concatenate([p.t for p in parts]),
         tuple(np.concatenate(columns) for columns in zip(*(p.columns for p in parts), strict=True)),
     )
+
+
+def commit(parts: Sequence[Rows], key: bytes, fields: Sequence[FieldConfig], texts: Mapping[str, Sequence[str]]) -> str:
+    """Return the commitment under `key` to rows in parts that follow one another, without joining them.
+
+    `texts` holds the category texts by code, by field.
+    """
+    columns = [[part.columns[index] for part in parts] for index in range(len(fields))]
+    codes = {
+        field.name: [(code, texts[field.name][code]) for code in np.unique(np.concatenate(pieces)).tolist()]
+        for field, pieces in zip(fields, columns, strict=True)
+        if field.type == "category"
+    }
+    t, *pieces = [[_little_endian(piece) for piece in column] for column in ([part.t for part in parts], *columns)]
+    return commitment.commit(key, [(f.name, f.type) for f in fields], t, pieces, codes)
 
 
 class PackedChunk(msgspec.Struct, frozen=True):
@@ -322,11 +327,16 @@ def _validate_times(
         return np.full(raw.n, now_us, np.int64), after_us, False
     if len(raw.t) != raw.n:
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
-    if raw.t_in_us and _are_in_order(raw.t, after_us) and raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000:
-        return raw.t, int(raw.t[-1]), True
-    seconds = raw.t / 1e6 if raw.t_in_us else _validate_numbers(raw.t, _TIME_FIELD, rejected)
-    if not (rejected or raw.t_in_us) and raw.n and (t := _convert_times(seconds, after_us)) is not None:
-        return t, int(t[-1]), True
+    # A rejected row does not move the producer's time: then each row is looked at.
+    if raw.t_in_us:
+        seconds = raw.t / 1e6
+        within = raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000
+        if within and not rejected and _are_in_order(raw.t, after_us):
+            return raw.t, int(raw.t[-1]), True
+    else:
+        seconds = _validate_numbers(raw.t, _TIME_FIELD, rejected)
+        if not rejected and raw.n and (t := _convert_times(seconds, after_us)) is not None:
+            return t, int(t[-1]), True
     with np.errstate(invalid="ignore"):
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
         _reject_where(

@@ -44,6 +44,10 @@ class RunnableModel(Protocol):
     @property
     def output_range(self) -> tuple[float, float]: ...
 
+    def allocate(self, shape: tuple[int, ...]) -> Float32s:
+        """Return an array for the next windows (w, …): the model may read it where it is."""
+        ...
+
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows`. Raises BadBundle."""
         ...
@@ -96,7 +100,7 @@ class Inference:
         parts: list[Scores] = []
         outputs: list[Float32s] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = features.build_windows(columns, cut.starts[start : start + block], spec)
+            windows = features.build_windows(columns, cut.starts[start : start + block], spec, self.model.allocate)
             out = self.model.invoke(windows)
             parts.append(scores.from_outputs(out, self.manifest, windows))
             if with_outputs:

@@ -47,12 +47,17 @@ class SharedBuffer:
             os.ftruncate(self.fd, pages)
             # Without memory this raises, and the former map stays in use.
             grown = mmap.mmap(self.fd, pages)
-            self.map.close()
+            self._unmap()
             self.map, self.size = grown, pages
 
     def close(self) -> None:
-        self.map.close()
+        self._unmap()
         os.close(self.fd)
+
+    def _unmap(self) -> None:
+        # An array that is still in use keeps the former map until it goes.
+        with contextlib.suppress(BufferError):
+            self.map.close()
 
 
 class Worker:

@@ -49,10 +49,17 @@ class ModelProcess:
     def is_alive(self) -> bool:
         return self._child.poll() is None
 
+    def map_windows(self, shape: tuple[int, ...], output_values: int) -> Float32s:
+        """Return the shared memory of windows of a shape, with room for their outputs behind it."""
+        size = math.prod(shape)
+        self._shared.grow(size * 4 + output_values * 4)
+        return np.frombuffer(self._shared.map, np.float32, size).reshape(shape)
+
     def write_windows(self, windows: Float32s, output_values: int) -> None:
-        self._shared.grow(windows.size * 4 + output_values * 4)
-        target = np.frombuffer(self._shared.map, np.float32, windows.size)
-        np.copyto(target.reshape(windows.shape), windows)
+        """Copy windows into the shared memory, unless they were made there."""
+        target = self.map_windows(windows.shape, output_values)
+        if not np.may_share_memory(windows, target):
+            np.copyto(target, windows)
 
     def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Float32s:
         outputs = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)

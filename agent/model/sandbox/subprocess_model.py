@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
@@ -116,11 +117,25 @@ class SubprocessModel:
             self._pending.failure = ModelProcessFailed("error", "its process was ended before it answered")
         self._process, self._loaded, self._pending = None, None, None
 
-    def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
+    def allocate(self, shape: tuple[int, ...]) -> Float32s:
+        """Return an array for the next windows (w, …): memory that the process shares. Raises ModelProcessFailed.
+
+        It is theirs until the next request.
+        """
+        self._wait_idle()
+        outputs = shape[0] * self.wait_loaded().outputs
+        if self._process is None or (math.prod(shape) + outputs) * 4 > SHARED_BYTES:
+            return np.empty(shape, np.float32)
+        return self._process.map_windows(shape, outputs)
+
+    def _wait_idle(self) -> None:
         while self._pending is not None:
             # Another caller's request is answered first.
             self._collect_or_wait(self._pending)
+
+    def invoke(self, windows: Float32s) -> Float32s:
+        """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
+        self._wait_idle()
         request = self.submit(windows)
         while not request.is_done:
             self._collect_or_wait(request)

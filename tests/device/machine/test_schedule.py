@@ -245,12 +245,12 @@ def test_runs_by_row_count_of_a_fast_stream_follow_one_another_after_a_tenth_of_
     assert task.is_due(machine.now, 500)
 
 
-def test_only_cron_needs_its_last_run_remembered() -> None:
+def test_only_cron_needs_its_last_run_remembered_and_only_a_row_count_is_woken_by_rows() -> None:
     result = [parse("f", "t", text) for text in ("every 60 s", "when 5 rows", "0 3 * * *")]
-    assert [(type(task), task.needs_last_run) for task in result] == [
-        (IntervalSchedule, False),
-        (RowCountSchedule, False),
-        (CronSchedule, True),
+    assert [(type(task), task.needs_last_run, task.counts_rows) for task in result] == [
+        (IntervalSchedule, False, False),
+        (RowCountSchedule, False, True),
+        (CronSchedule, True, False),
     ]
 
 

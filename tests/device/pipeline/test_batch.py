@@ -24,6 +24,7 @@ from agent import clock, config
 from agent.device.pipeline.batch import BatchResult
 from agent.device.store import retention, task_keys, transaction
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.rows import commit
 from agent.errors import StorageError, StorageFull
 from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
@@ -118,7 +119,7 @@ def test_the_commitment_of_a_message_is_to_its_rows_under_its_own_key(make: Make
         taken = device.store.read_rows("watch", device.stream.fields, first - 1, last - first + 1)
         assert taken is not None
         key = commitment.derive_key(device.author.secret, result.log, "tiny", result.rows)
-        assert result.input == taken.rows.commit(key, device.stream.fields, {})
+        assert result.input == commit(taken.parts, key, device.stream.fields, {})
 
 
 def test_without_rows_there_is_no_batch(make: Make) -> None:

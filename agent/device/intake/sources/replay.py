@@ -97,9 +97,10 @@ class ReplayPlayer:
         begin, submitted = loop.time(), 0
         self._items = self._playlist.iter_items(first - 1)
         while self._source.rows is None or first <= self._source.rows:
-            allowed = int((loop.time() - begin) * pace) - submitted
+            elapsed_s = loop.time() - begin
+            allowed = int(elapsed_s * pace) - submitted
             if allowed <= 0:
-                await asyncio.sleep(_TICK_S)
+                await asyncio.sleep(max(_TICK_S, (submitted + 1) / pace - elapsed_s))
                 continue
             last = first + min(allowed, self._max_rows) - 1
             if self._source.rows is not None:
