@@ -40,6 +40,7 @@ from agent.device.rules import compiler, sentences
 from agent.device.store.store import DATABASE, Store
 from agent.device.uplink import meter
 from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy, UsageError, explain
+from agent.kernel import library
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
@@ -127,6 +128,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
+        yield CheckResult("kernel", "ok", f"statistics by {library.describe()}")
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
