@@ -4,6 +4,7 @@
 #   sudo deploy/install.sh                      from the checkout it lies in; a device without a fleet
 #   sudo deploy/install.sh --broker URL         the same, with a broker on another machine
 #   sudo deploy/install.sh outstation-….whl     from a wheel
+#   sudo deploy/install.sh --code CODE          joins with the code of `outstation fleet invite`; - reads it from standard input
 #   sudo deploy/install.sh --request FLEET/DEVICE --token TOKEN   makes the keys, and the request for the operator
 #   sudo deploy/install.sh --join FILE          joins with what `outstation fleet enrol --bundle-out` wrote; data stay.
 #                                               --replace: also where files differ; each is kept as NAME.before-join
@@ -32,11 +33,12 @@ systemd_runs() { [[ -d /run/systemd/system ]]; }
 version() { "$program/bin/python" -c 'import agent; print("version", agent.__version__)'; }
 
 main() {
-    local source="" join="" request="" token="" replace="" broker="" action=install
+    local source="" join=() request="" token="" replace="" broker="" action=install
     extras=$(cat "$program/.extras" 2>/dev/null || true)
     while [[ $# != 0 ]]; do
         case $1 in
-            --join) join=${2:-}; [[ -f $join && -r $join ]] || die "--join needs a file that can be read" 2; shift ;;
+            --join) join=("${2:-}"); [[ -f ${2:-} && -r ${2:-} ]] || die "--join needs a file that can be read" 2; shift ;;
+            --code) join=(--code "${2:-}"); [[ -n ${2:-} ]] || die "--code needs what fleet invite printed" 2; shift ;;
             --replace) replace=--replace ;;
             --request) request=${2:-}; [[ $request == ?*/?* ]] || die "--request needs FLEET/DEVICE, as acme/pi-07" 2; shift ;;
             --broker) broker=${2:-}; [[ -n $broker ]] || die "--broker needs a URL, as mqtt://127.0.0.1:1883" 2; shift ;;
@@ -63,7 +65,7 @@ main() {
                 say "the keys stay in $config; take the request to the operator, and run this again with --join"
                 exit 0
             fi
-            if [[ -n $join ]]; then join_fleet "$join" "$replace"; else make_config "$broker"; fi
+            if [[ ${#join[@]} != 0 ]]; then join_fleet "${join[@]}" ${replace:+"$replace"}; else make_config "$broker"; fi
             give_files
             install_service
             ;;
@@ -238,13 +240,13 @@ make_config() { # BROKER: for a device without a fleet
     fi
 }
 
-join_fleet() { # FILE --replace: while it joins, no daemon may use the data
+join_fleet() { # ARGUMENTS of `outstation join`: while it joins, no daemon may use the data
     local was_running=""
     if systemd_runs && systemctl -q is-active outstation; then
         was_running=yes
         systemctl stop outstation
     fi
-    "$program/bin/outstation" join "$1" --dir "$config" --data-dir "$data" ${2:+"$2"} || {
+    "$program/bin/outstation" join "$@" --dir "$config" --data-dir "$data" || {
         [[ -z $was_running ]] || systemctl start outstation
         die "the device did not join, see above"
     }

@@ -6,8 +6,10 @@ import hmac
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from agent import config
-from agent.bootstrap import sinks
+from agent.bootstrap import credentials, sinks
 from agent.bootstrap.owner import become_owner
 from agent.config import Config
 from agent.config.stream_privacy import StreamPrivacy
@@ -33,6 +35,9 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
     """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
     file = config.find(config_file)
     conf = config.load(file, sinks.SINKS)
+    if conf.broker.tls_key_file is not None:
+        tls_key_file = str(credentials.find_secret(Path(conf.broker.tls_key_file)))
+        conf = msgspec.structs.replace(conf, broker=msgspec.structs.replace(conf.broker, tls_key_file=tls_key_file))
     become_owner(conf.data_dir)
     if task is not None and task not in conf.tasks:
         raise UsageError(f"{file}: there is no task {task!r}{did_you_mean(task, conf.tasks)}")
@@ -73,11 +78,17 @@ def _may_exist(path: Path) -> bool:
 
 
 def device_key_path(file: Path, conf: Config) -> Path:
-    """Return the path of the device's first key, beside the config file or in the data folder. Raises UsageError."""
-    for folder in (file.resolve().parent, conf.data_dir):
-        if (folder / KEY_FILE).exists():
-            return folder / KEY_FILE
-    raise UsageError(f"{file.resolve().parent / KEY_FILE}: no device key; `outstation init` makes one")
+    """Return the path of the device's first key: a credential, beside the config file, or in the data folder.
+
+    Raises UsageError.
+    """
+    own = file.resolve().parent / KEY_FILE
+    for path in (credentials.find_secret(own), own, conf.data_dir / KEY_FILE):
+        if path.exists():
+            return path
+    if (sealed := credentials.sealed_path(own)).exists():
+        raise UsageError(f"{own}: no device key; only the service can open {sealed} (docs/guides/encryption.md)")
+    raise UsageError(f"{own}: no device key; `outstation init` makes one")
 
 
 def load_key_files(file: Path, conf: Config) -> KeyFiles:
@@ -130,5 +141,10 @@ def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:
     """Erase the device's data, keys and installation files, with the store closed; return the wipe marker's members."""
-    own_keys = [device_key_file, keys.public_key_path(device_key_file), *conf.notify.secret_files]
+    own = file.resolve().parent / KEY_FILE
+    own_keys = [device_key_file, keys.public_key_path(device_key_file)]
+    if device_key_file == credentials.find_secret(own) != own:
+        # systemd holds a credential in memory; what is on the disk is its encrypted file.
+        own_keys = [credentials.sealed_path(own), keys.public_key_path(own)]
+    own_keys += conf.notify.secret_files
     return wipe.erase(conf.data_dir, wipe.installation_files(file, conf), own_keys)

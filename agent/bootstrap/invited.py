@@ -6,13 +6,14 @@ import contextlib
 import time
 from pathlib import Path
 
+from agent.bootstrap import credentials
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, LinkDown, UsageError, explain
 from agent.transport import tls
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire import enrolment_request, invitation, keys
+from agent.wire import enrolment_request, invitation
 from agent.wire.invitation import Invitation
 from agent.wire.keys import PublicKey
 
@@ -31,7 +32,7 @@ def make_request(folder: Path, fleet: str, device: str, token: str | None) -> tu
     except OSError as error:
         raise UsageError(f"{folder}: {explain(error)}") from None
     key, tls_key = (
-        keys.load_private(path) if path.exists() else keys.generate(path, write_public=path.name == KEY_FILE)
+        credentials.load_or_generate(path, write_public=path.name == KEY_FILE)
         for path in (folder / KEY_FILE, folder / TLS_KEY_FILE)
     )
     return enrolment_request.build(fleet, device, key, tls_key, token), key.public

@@ -135,6 +135,12 @@ def plan(enrolment: Path, folder: Path, is_untouched: Callable[[str], bool], dat
     return JoinPlan(folder, files, replaced, sections, place, device["fleet"], device["id"])
 
 
+def require_stopped(folder: Path) -> None:
+    """Raise UsageError if a daemon uses the store of the device whose config is in `folder`, ConfigError."""
+    if (folder / CONFIG_FILE).exists():
+        _require_stopped(config.load(folder / CONFIG_FILE, sinks.SINKS).data_dir)
+
+
 def apply(plan: JoinPlan) -> bool:
     """Carry out a plan; return True if a store that was there moved into the fleet. Raises UsageError, StorageError."""
     durable_files.make_folder(plan.folder)

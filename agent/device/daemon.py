@@ -18,6 +18,7 @@ import msgspec
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import quarantine
+from agent.device.capacity.space import SpaceManager
 from agent.device.commands.executor import RemoteCommands
 from agent.device.health import BundleFailure, HealthReporter, interval_s
 from agent.device.intake.server import Intake
@@ -32,7 +33,6 @@ from agent.device.rollout.updater import BundleUpdater
 from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull, UsageError

@@ -14,11 +14,12 @@ from agent.alerts import BUNDLE_FAILED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
+from agent.device.capacity import space
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
 from agent.device.samples import budget
-from agent.device.store import retention, space, task_keys
+from agent.device.store import retention, task_keys
 from agent.device.store.cost import ProcessMeter
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

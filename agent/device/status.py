@@ -16,18 +16,20 @@ from agent.clock import ClockReading
 from agent.config import Config, StreamConfig
 from agent.config.sources import ExecSource
 from agent.device.bundles import history, overrides, rollout_state
+from agent.device.capacity import space
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.samples import budget
-from agent.device.store import cost, space, task_keys
+from agent.device.store import cost, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
+from agent.kernel import library
 from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
@@ -72,6 +74,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
             "max": int(conf.buffer.max_size),
             "hours": hours,
         },
+        "kernel": library.describe(),
         "condition": inspect_condition(store).document,
         "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),

@@ -156,8 +156,8 @@ def tampered(world: World, calls: str, how: str, *, files: Sequence[Path] = ()) 
 
 
 def database_files(world: World) -> list[Path]:
-    """Return the files that SQLite writes, existing or not."""
-    return [world.device.data_dir / name for name in ("outstation.db", "outstation.db-wal")]
+    """Return the files that commits are written to, existing or not."""
+    return [world.device.data_dir / name for name in ("outstation.db", "outstation.db-wal", "journal")]
 
 
 def stored_files(world: World) -> list[Path]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
+from agent.device.capacity.eviction import quarantine_damaged
 from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
-from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.outbox import MESSAGE_COLUMNS, OutboxMessage
 from agent.device.store.retention import AcknowledgedSeqs
@@ -38,11 +38,11 @@ def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
     return store, author
 
 
-def append(store: Store, stream: str, n: int) -> None:
-    """Append the next `n` rows; their value is their number."""
+def append(store: Store, stream: str, n: int, *, small: bool = False) -> None:
+    """Append the next `n` rows; their value is their number. `small`: as a commit for the journal."""
     first = store.last_row(stream) + 1
     values = np.arange(first, first + n, dtype=np.int64)
-    with store.transaction() as tx:
+    with store.transaction(small=small) as tx:
         codes = tx.assign_category_codes(stream, "mode", [MODES[int(v) % 2] for v in values], limit=1000, last_row=0)[0]
         tx.append(stream, Rows(values * 1000, (values, np.array(codes, np.uint16))), "synced")
 

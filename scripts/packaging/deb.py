@@ -76,6 +76,7 @@ PACKAGES = (
         *("outstation", ("device", "images", "notify"), ("outstation.service",)),
         (
             ("deploy/devices.conf", "usr/share/doc/outstation/examples/devices.conf"),
+            ("deploy/credentials.conf", "usr/share/doc/outstation/examples/credentials.conf"),
             # For sensor programs of the system's Python.
             ("agent/client.py", "usr/lib/python3/dist-packages/outstation_client.py"),
         ),

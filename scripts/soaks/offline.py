@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.device.store.space import hours_until_eviction
+from agent.device.capacity.space import hours_until_eviction
 from agent.fleet.database.gap_ledger import EVICTED
 from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result
@@ -59,7 +59,7 @@ def offline(folder: Path, seed: int, hours: float, announce: Callable[[str], Non
 
 
 def size(rig: Rig) -> int:
-    names = ("outstation.db", "outstation.db-wal", "outstation.db-shm", "reserve")
+    names = ("outstation.db", "outstation.db-wal", "outstation.db-shm", "journal", "reserve")
     files = [rig.store.path.with_name(name) for name in names]
     return sum(file.stat().st_size for file in files if file.exists())
 

@@ -14,6 +14,7 @@ from agent import clock, config
 from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
 from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
+from agent.device.capacity.space import SpaceManager
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch, loaded_task
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -21,7 +22,6 @@ from agent.device.recovery import open as recovery
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
-from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.testing.messages import new_key

@@ -116,6 +116,7 @@ def test_the_installer_tells_its_options() -> None:
     [
         (["--upgrade"], "--upgrade is no option"),
         (["--join"], "--join needs a file"),
+        (["--code"], "--code needs what fleet invite printed"),
         (["--join", "/nonexistent"], "--join needs a file"),
     ],
 )

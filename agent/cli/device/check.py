@@ -39,7 +39,8 @@ from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.rules import compiler, sentences
 from agent.device.store.store import DATABASE, Store
 from agent.device.uplink import meter
-from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy, UsageError
+from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy, UsageError, explain
+from agent.kernel import library
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
@@ -127,6 +128,7 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
+        yield CheckResult("kernel", "ok", f"statistics by {library.describe()}")
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
@@ -328,20 +330,14 @@ def _check_broker_reachable(conf: Config) -> str:
     try:
         socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
     except OSError as error:
-        raise LinkDown(f"{conf.broker.shown_url}: {error}; is the broker running and reachable?") from None
+        raise LinkDown(f"{conf.broker.shown_url}: {explain(error)}") from None
     return f"{conf.broker.shown_url} answers; see the log of the running daemon for its login"
 
 
 def _check_broker_login(conf: Config) -> CheckResult | str:
-    from agent.transport.capabilities import BrokerUnsuitable
     from agent.transport.mqtt import Link
 
-    try:
-        link = Link(choose_certificate(conf), conf.device.id, retains=True, timeout_s=5)
-    except BrokerUnsuitable:
-        raise
-    except LinkDown as down:
-        raise LinkDown(f"{down}; is the broker running and reachable?") from None
+    link = Link(choose_certificate(conf), conf.device.id, retains=True, timeout_s=5)
     link.close()
     limit, largest = link.max_packet, conf.broker.max_message_bytes
     text = f"{conf.broker.shown_url}, messages up to {min(limit, largest)} bytes"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import config, durable_files
+from agent.bootstrap import credentials
 from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
@@ -18,7 +19,6 @@ from agent.cli.output import echo, emit, json_option
 from agent.errors import ConfigError, UsageError, explain
 from agent.names import is_name
 from agent.quantities import parse_duration
-from agent.wire import keys
 
 if TYPE_CHECKING:
     from agent.cli.proposal.stream import ProposedStream
@@ -49,7 +49,7 @@ keys = []                      # public keys that sign commands, and bundles
 
 [buffer]
 max_size = "1 GiB"
-commit_every = "1 s"           # longest wait of a producer; each commit writes about 28 KB to flash
+commit_every = "1 s"           # longest wait of a producer; each commit writes 4 KB to flash, and more each minute
 keep_readings = "24 h"         # after use; sooner when space is short
 keep_messages = "48 h"         # after delivery, in case the collector is restored from a backup; sooner likewise
 when_full = "evict"            # the least important data goes, and that is declared; or "refuse": intake rejects rows
@@ -149,8 +149,7 @@ def init(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The config comes last: a killed call can be repeated.
-        path = folder / KEY_FILE
-        key = keys.load_private(path) if path.exists() else keys.generate(path)
+        key = credentials.load_or_generate(folder / KEY_FILE)
         durable_files.write_new(file, text.encode(), 0o640)
     except FileExistsError as error:
         raise UsageError(f"{error.filename}: exists already; move it away first, or name another folder") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent import durable_files, input_files
+from agent.bootstrap.credentials import sealed_path
 from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.bootstrap.owner import give_files
 from agent.config import Config
@@ -41,7 +42,7 @@ def find_fixes(file: Path, conf: Config, written_per_day: int | None) -> Iterato
     """Yield what can be fixed; nothing is changed until a fix is applied. `written_per_day`: bytes on flash."""
     folder = file.resolve().parent
     key = folder / KEY_FILE
-    if not key.exists() and not (conf.data_dir / KEY_FILE).exists():
+    if not any(path.exists() for path in (key, sealed_path(key), conf.data_dir / KEY_FILE)):
         make = partial(_make_key, key, conf.data_dir)
         yield Fix("key", key, f"{key} is missing", "make a key; a fleet has to enrol it", make)
     secrets = [folder / KEY_FILE, folder / TLS_KEY_FILE, conf.data_dir / KEY_FILE]

@@ -60,6 +60,8 @@ def join(
 
     text = sys.stdin.read(_MAX_CODE_CHARS) if code == "-" else code or ""
     invitation, broker = invited.parse_code(text, url)
+    # Before the operator's side lets it in.
+    joining.require_stopped(folder)
     request, key = invited.make_request(folder, invitation.fleet, invitation.device, invitation.token)
     echo(f"{invitation.device} asks fleet {invitation.fleet} at {broker.shown_url}; thumbprint {key.kid}", err=True)
     answer = invited.ask(invitation, broker, request, wait_s)
@@ -90,7 +92,7 @@ def _join(plan: JoinPlan, replace: bool, as_json: bool) -> None:
     }
     lines = [f"{plan.device} joined fleet {plan.fleet}: {folder / joining.CONFIG_FILE}"]
     if plan.replaced:
-        lines.append(f"The former {', '.join(plan.replaced)} are kept as *{joining.FORMER}.")
+        lines.append(f"Kept as *{joining.FORMER}: the former {', '.join(plan.replaced)}.")
     if moved:
         lines.append("Its readings and results stay; the next start sends its stored messages to the fleet.")
     lines.append(f"Next: outstation check -c {folder / joining.CONFIG_FILE}")

@@ -28,7 +28,7 @@ _KINDS: tuple[NumberType, ...] = get_args(NumberType)
 
 
 class FrameLayout(msgspec.Struct, frozen=True):
-    """What frames of one producer have in common: stream, and (name, type) of each column.
+    """Layout of frames that differ only in their numbers: stream, and (name, type) of each column.
 
     `key`: bytes of the head that say so. The columns begin at `data_at`.
     """

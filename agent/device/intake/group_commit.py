@@ -1,6 +1,7 @@
 """Group commit: rows of all producers wait for one transaction, and each producer gets the outcome of its own part.
 
-A commit costs about 28 KB of flash writes however small it is, so a few rows wait for up to `[buffer] commit_every`.
+A commit writes a block of flash to the journal however small it is, and 28 KB or more to the database if it is larger.
+So a few rows wait for up to `[buffer] commit_every`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agent.device.intake import labels, row_history
 from agent.device.intake.labels import LabelBatch
 from agent.device.intake.row_history import LatestTime, Mask, RowHistory
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
+from agent.device.store.journal import MAX_BODY
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.device.store.transaction import Transaction
@@ -223,10 +225,11 @@ class GroupCommit:
         what was written, and no producer may get an answer.
         """
         try:
-            needed = self._store.used_bytes() + sum(batch.size_bytes() for batch in batches.values())
+            size = sum(batch.size_bytes() for batch in batches.values())
+            needed = self._store.used_bytes() + size
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
-            with self._store.transaction() as tx:
+            with self._store.transaction(small=size < MAX_BODY) as tx:
                 histories = self._histories.begin_transaction()
                 before, producers = dict(histories.streams), dict(histories.producers)
                 outcomes = self._write(tx, batches, now, histories)

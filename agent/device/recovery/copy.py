@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.config import FieldConfig
-from agent.device.recovery import catch_up, findings
+from agent.device.recovery import catch_up, findings, replay
+from agent.device.recovery.categories import repair_categories
 from agent.device.recovery.findings import RecoveryFinding, missing_ranges
 from agent.device.recovery.raw_pages import DamagedDatabase
 from agent.device.store import meta, retention, row_crc, watermark
 from agent.device.store.outbox import message_crc
-from agent.device.store.rows import PackedChunk, is_intact, unpack_chunk
+from agent.device.store.rows import PackedChunk, is_intact
 from agent.device.store.watermark import WatermarkState
 from agent.text import is_unicode
 
@@ -34,10 +33,6 @@ _MESSAGE_COLUMNS = ("seq", "topic", "payload", "jws", "time", "crc")
 _INSERT_MESSAGE = f"INSERT INTO outbox ({', '.join(_MESSAGE_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?)"
 _COUNT_INDEXED = "SELECT count(*) FROM chunks INDEXED BY chunk_rows WHERE stream = ? AND first_row = ? AND id = ?"
 _FIRST_INDEXED = "SELECT stream, min(first_row) FROM chunks INDEXED BY chunk_rows GROUP BY stream"
-_SELECT_PACKED = """
-    SELECT n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, first_row, boot, clock, segment, boot_us
-    FROM chunks WHERE stream = (SELECT id FROM streams WHERE name = ?)
-"""
 
 
 class StoreCopy:
@@ -71,12 +66,15 @@ class StoreCopy:
         if self._old.incomplete_tables & {"chunks", "outbox"}:
             self._copy_orphaned_rows()
 
-    def complete(self, cause: str, quarantine: str) -> None:
-        """Repair what depends on lost rows, and add the finding, in one transaction."""
+    def complete(self, cause: str, quarantine: str, folder: Path) -> None:
+        """Apply the journal in `folder`, repair what depends on lost rows, and add the finding, in one transaction."""
         new, incomplete = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
+        for stream, first, last in replay.replay(new, folder).chunks:
+            _insert_range(self._rows.setdefault(stream, []), first, last)
+            self._next_rows[stream] = max(self._next_rows.get(stream, 1), last + 1)
         if "categories" in incomplete:
-            _repair_categories(new)
+            repair_categories(new)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
         try:
@@ -289,34 +287,6 @@ class StoreCopy:
 
     def _get_meta(self, key: str) -> str:
         return meta.get(self._new, key, "")
-
-
-def _repair_categories(db: sqlite3.Connection) -> None:
-    """Give each used code without a text a placeholder, so that it never comes to mean another text."""
-    for name, text in db.execute("SELECT name, fields FROM streams").fetchall():
-        try:
-            fields = [FieldConfig(name=field, type=kind) for field, kind in json.loads(text)]
-        except (ValueError, TypeError):
-            continue
-        for index, field in enumerate(fields):
-            if field.type == "category":
-                _repair_category_field(db, name, fields, index)
-
-
-def _repair_category_field(db: sqlite3.Connection, stream: str, fields: list[FieldConfig], index: int) -> None:
-    key = (stream, fields[index].name)
-    codes = {row[0] for row in db.execute("SELECT code FROM categories WHERE stream = ? AND field = ?", key)}
-    largest = max(codes, default=0)
-    for n, first_t, time_bytes, data, crc, *place in db.execute(_SELECT_PACKED, (stream,)):
-        packed = PackedChunk(n, first_t, time_bytes, data, crc, tuple(place))
-        with contextlib.suppress(ValueError):
-            largest = max(largest, int(unpack_chunk(packed, fields).columns[index].max()))
-    lost = sorted(set(range(1, largest + 1)) - codes)
-    db.executemany(
-        "INSERT INTO categories (stream, field, code, value, last_row) "
-        "VALUES (?, ?, ?, ?, (SELECT next_row FROM streams WHERE name = ?))",
-        [(*key, code, f"lost category {code}", stream) for code in lost],
-    )
 
 
 def _insert_range(ranges: list[tuple[int, int]], first: int, last: int) -> None:

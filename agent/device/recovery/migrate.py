@@ -30,7 +30,10 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         return
     before = _counts(db)
     if not before:
+        # One commit instead of five: a third of what making a store writes.
+        db.execute("BEGIN")
         apply(db)
+        db.execute("COMMIT")
         return
     backup = path.with_name(f"{path.name}.before-{__version__}")
     _back_up(db, backup)
@@ -59,7 +62,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def apply(db: sqlite3.Connection) -> None:
-    """Apply the pending steps, each in its own transaction."""
+    """Apply the pending steps, each in its own transaction or as part of the caller's."""
     # Imported here, 40 ms and several MB: only a new or older store needs it.
     from sqlite_utils import Database, Migrations
 

@@ -23,10 +23,11 @@ import msgspec
 
 from agent.alerts import NEW_LOG_STARTED
 from agent.clock import ClockReading
+from agent.device.capacity import eviction
 from agent.device.machine import keys
 from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
-from agent.device.store import eviction, retention
+from agent.device.store import retention
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store

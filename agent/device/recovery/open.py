@@ -18,9 +18,10 @@ from pathlib import Path
 
 from agent import clock
 from agent.device.machine.systemd import notify
-from agent.device.recovery import catch_up, findings, migrate, salvage
+from agent.device.recovery import catch_up, findings, migrate, replay, salvage
 from agent.device.recovery.open_files import LOCK, OpenFiles, require_not_moved
-from agent.device.store import meta, row_crc, schema
+from agent.device.store import journal, meta, row_crc, schema
+from agent.device.store.journal import Journal, JournaledConnection
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.store import (
     DATABASE,
@@ -66,13 +67,24 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
         enforcer.make_room()
         writer = _WriteAccess(folder, lock)
         undo.callback(writer.watermark.close)
+        # NORMAL and OFF are for tests of what a power cut takes: the journal would keep it.
+        file = _open_journal(folder) if synchronous == "FULL" else None
+        if file is not None:
+            undo.callback(file.close)
         db = _open_database(folder, pragmas, writer.watermark)
         undo.callback(db.close)
-        store = Store(path, db, enforcer, writer)
-        store.begin_boot(lambda db: catch_up.catch_up(db, writer.watermark.state))
+        store = Store(path, db, enforcer, writer, file)
+
+        def repair(db: sqlite3.Connection) -> None:
+            replay.report(db, replay.replay(db, folder))
+            if file is not None:
+                file.begin(db)
+            catch_up.catch_up(db, writer.watermark.state)
+
+        store.begin_boot(repair)
         # The first page says where the tables are: without it nothing else in the file could be read.
         with contextlib.suppress(OSError, sqlite3.Error):
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute("PRAGMA wal_checkpoint(RESTART)")
         with contextlib.suppress(OSError):
             writer.watermark.save_first_page(path)
         writer.files = OpenFiles(folder)
@@ -101,9 +113,11 @@ class _WriteAccess:
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
         if is_intact and (self.files is None or self.files.is_folder_in_place()):
             with contextlib.suppress(sqlite3.Error):
+                # In one commit with the small ones that are only in the journal; if it fails, they are replayed.
                 meta.put(db, findings.CLEAN_STOP, "1")
+                if db.in_transaction:
+                    db.execute("COMMIT")
                 migrate.drop_backups(self._folder)
-            self.watermark.sync()
         with contextlib.suppress(sqlite3.Error):
             db.close()
         self.watermark.close()
@@ -128,10 +142,24 @@ def _open_database(folder: Path, pragmas: schema.Pragmas, watermark: Watermark) 
         return _connect(path, pragmas)
 
 
-def _make_private(path: Path) -> None:
-    """Create the database for its user alone; for the group too if the folder lets the group in and nobody else."""
+def _open_journal(folder: Path) -> Journal | None:
+    """Open the journal; None on a disk without room for it. Raises StorageError."""
     try:
-        mode = 0o600 if path.parent.stat().st_mode & 0o007 else 0o640
+        return Journal(folder, _private_mode(folder))
+    except OSError as error:
+        log.warning("file %s in the data folder: %s; each commit goes to the database", journal.FILE_NAME, error)
+        return None
+
+
+def _private_mode(folder: Path) -> int:
+    """Return the mode of files for their user alone; for the group too if the folder lets it in and nobody else."""
+    return 0o600 if folder.stat().st_mode & 0o007 else 0o640
+
+
+def _make_private(path: Path) -> None:
+    """Create the database, and let nobody else read it."""
+    try:
+        mode = _private_mode(path.parent)
         if not path.exists():
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         elif path.stat().st_mode & 0o007:
@@ -144,8 +172,13 @@ def _make_private(path: Path) -> None:
 def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
     """Connect, set every pragma, read back those that safety depends on, and migrate the tables."""
     with translate_errors(path):
-        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        connection = sqlite3.connect(
+            path, isolation_level=None, timeout=5.0, check_same_thread=False, factory=JournaledConnection
+        )
         try:
+            if path.stat().st_size == 0:
+                # Nothing is lost with an empty database, so its first page needs no rollback journal on the disk.
+                connection.execute("PRAGMA journal_mode=MEMORY")
             for pragma, expected in pragmas:
                 connection.execute(f"PRAGMA {pragma}")
                 if expected is not None:

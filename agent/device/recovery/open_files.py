@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from agent import durable_files
-from agent.device.store import meta, watermark
+from agent.device.store import journal, meta, watermark
 from agent.device.store.store import DATABASE
 from agent.device.store.watermark import FILE_NAME
 from agent.errors import StorageError, StorageMoved
@@ -34,9 +34,8 @@ class OpenFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folder_id = _identify(folder)
-        self._file_ids = {
-            str(folder / name): _identify(folder / name) for name in (DATABASE, _WAL, _SHM, LOCK, FILE_NAME)
-        }
+        names = (DATABASE, _WAL, _SHM, LOCK, FILE_NAME, journal.FILE_NAME)
+        self._file_ids = {str(folder / name): _identify(folder / name) for name in names}
 
     def require_in_place(self, db: sqlite3.Connection) -> None:
         """Raise StorageMoved if the folder is another one, StorageError if a file is; called before each transaction.
@@ -95,6 +94,7 @@ class OpenFiles:
             return "another process could open the store" if name == LOCK else "lost commits would not be noticed"
         if name != DATABASE:
             try:
+                _fold(db)
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.Error as error:
                 return f"commits in it could not be saved: {error}"
@@ -103,6 +103,7 @@ class OpenFiles:
             self._delete_former_log()
             return "commits since that copy are not in it"
         try:
+            _fold(db)
             self._restore_database(db)
         except (sqlite3.Error, OSError) as error:
             return f"it could not be restored: {error}"
@@ -125,6 +126,12 @@ class OpenFiles:
             path = self._folder / name
             if _identify(path) == self._file_ids[str(path)]:
                 path.unlink()
+
+
+def _fold(db: sqlite3.Connection) -> None:
+    """Commit the small commits, which are in an open transaction. Raises sqlite3.Error."""
+    if db.in_transaction:
+        db.execute("COMMIT")
 
 
 class _Note(msgspec.Struct, frozen=True):

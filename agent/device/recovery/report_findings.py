@@ -13,9 +13,9 @@ import msgspec
 from agent import ranges
 from agent.alerts import STORE_DAMAGED
 from agent.clock import ClockReading
+from agent.device.capacity.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
-from agent.device.store.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageFull

@@ -93,7 +93,7 @@ def _build(folder: Path, place: Path, cause: str, saved: WatermarkState | None, 
         with _open_damaged(place, first_page) as old:
             copy = StoreCopy(DamagedDatabase(old), new, saved)
             copy.copy_tables()
-        copy.complete(cause, f"{QUARANTINE}/{place.name}")
+        copy.complete(cause, f"{QUARANTINE}/{place.name}", folder)
     durable_files.fsync(building)
     durable_files.rename(building, folder / DATABASE)
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.clock import ClockQuality, ClockReading
-from agent.device.store import meta
+from agent.device.store import meta, schema
 
 # Time services step by 0.4 s (timesyncd) or 1 s (chrony) and slew smaller errors; both clocks slew together.
 STEP_US = 500_000
@@ -164,8 +164,7 @@ class ClockSegments:
         if segment.fits(now):
             grown = replace(grown, quality=QUALITIES.index(now.quality), error_us=now.error_us)
         self._db.execute(
-            "UPDATE clock_segments SET first_us = ?, last_us = ?, quality = ?, error_us = ?"
-            " WHERE boot = ? AND segment = ?",
+            schema.EXTEND_SEGMENT,
             (grown.first_us, grown.last_us, grown.quality, grown.error_us, grown.boot, grown.number),
         )
         self._load_all()[grown.number] = grown

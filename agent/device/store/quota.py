@@ -7,6 +7,7 @@ The quota holds to the byte:
 - outstation.db-wal is checkpointed before a transaction if more than a quarter of it is used; a transaction counts what
   it writes and is refused before it would exceed `wal_bytes`
 - outstation.db-shm is one piece of 32 KiB for a log of up to 16 MiB
+- journal, of small commits, has a fixed size (`journal.SIZE`)
 - `reserve` is a file that occupies disk space: if others fill the disk, it is released to record acknowledgements and
   delete data, and allocated again when there is space
 """
@@ -27,7 +28,9 @@ from agent.errors import StorageError, StorageFull
 PAGE_SIZE = 4096
 _WAL_FRAME = PAGE_SIZE + 24
 _WAL_HEADER = 32
-_SHM = 32_768
+_SHM, _JOURNAL = 32_768, 65_536
+# Bytes of the log that small commits spend, as `Budget` counts them, until the journal is full.
+_SMALL_COMMITS = 2 * _JOURNAL
 _MAX_WAL, _MAX_RESERVE = 4 << 20, 2 << 20
 _MIN_RESERVED_PAGES, _MAX_RESERVED_PAGES = 16, 32
 # Pages of small tables, indexes and inner nodes that any transaction may touch.
@@ -37,7 +40,7 @@ _MX_FRAME_OFFSET, _MX_FRAME = 16, struct.Struct("=I")
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """Bytes of each part; together with the index they make `max_size`."""
+    """Bytes of each part; together with the index and the journal they make `max_size`."""
 
     database_bytes: int
     wal_bytes: int
@@ -47,7 +50,7 @@ class Quota(msgspec.Struct, frozen=True):
     def from_max_size(cls, max_size: int) -> Quota:
         wal = min(_MAX_WAL, max_size // 4)
         reserve = min(_MAX_RESERVE, max_size // 8)
-        return cls((max_size - wal - reserve - _SHM) // PAGE_SIZE * PAGE_SIZE, wal, reserve)
+        return cls((max_size - wal - reserve - _SHM - _JOURNAL) // PAGE_SIZE * PAGE_SIZE, wal, reserve)
 
     @property
     def reserved_pages(self) -> int:
@@ -101,13 +104,16 @@ class QuotaEnforcer:
 
     def make_room(self) -> None:
         """Make room to open the database: SQLite needs disk space for that, too."""
-        self._check_disk_space(vital=True)
+        self.check_disk_space(vital=True)
 
-    def prepare_transaction(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
-        """Make room for a transaction. Raises StorageFull, StorageError, sqlite3.Error."""
-        self._check_disk_space(vital=vital)
+    def prepare_transaction(self, db: sqlite3.Connection, *, vital: bool, small: bool = False) -> Budget:
+        """Make room for a transaction, of many commits if they are small.
+
+        Raises StorageFull, StorageError, sqlite3.Error.
+        """
+        self.check_disk_space(vital=vital)
         used = self._wal_frames() * _WAL_FRAME
-        if used > self.quota.wal_bytes // 4 and self._restart_wal(db):
+        if used > max(0, self.quota.wal_bytes // 4 - small * _SMALL_COMMITS) and self._restart_wal(db):
             # The index shows it only after the next transaction has begun to write.
             used = 0
         left = self.quota.wal_bytes - _WAL_HEADER - used - _BASE
@@ -145,7 +151,8 @@ class QuotaEnforcer:
             os.close(self._shm)
             self._shm = None
 
-    def _check_disk_space(self, *, vital: bool) -> None:
+    def check_disk_space(self, *, vital: bool) -> None:
+        """Raise StorageFull if the disk is full; a `vital` transaction may use the reserve. Raises StorageError."""
         whole, free = self._disk_space()
         size = self._reserve_size(whole)
         try:

@@ -327,11 +327,16 @@ def _validate_times(
         return np.full(raw.n, now_us, np.int64), after_us, False
     if len(raw.t) != raw.n:
         raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
-    if raw.t_in_us and _are_in_order(raw.t, after_us) and raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000:
-        return raw.t, int(raw.t[-1]), True
-    seconds = raw.t / 1e6 if raw.t_in_us else _validate_numbers(raw.t, _TIME_FIELD, rejected)
-    if not (rejected or raw.t_in_us) and raw.n and (t := _convert_times(seconds, after_us)) is not None:
-        return t, int(t[-1]), True
+    # A rejected row does not move the producer's time: then each row is looked at.
+    if raw.t_in_us:
+        seconds = raw.t / 1e6
+        within = raw.t[0] >= 0 and raw.t[-1] <= T_MAX_S * 1_000_000
+        if within and not rejected and _are_in_order(raw.t, after_us):
+            return raw.t, int(raw.t[-1]), True
+    else:
+        seconds = _validate_numbers(raw.t, _TIME_FIELD, rejected)
+        if not rejected and raw.n and (t := _convert_times(seconds, after_us)) is not None:
+            return t, int(t[-1]), True
     with np.errstate(invalid="ignore"):
         _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
         _reject_where(

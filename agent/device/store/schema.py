@@ -162,20 +162,30 @@ def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> Pragma
 
 
 # Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter.
+# ORDER BY with LIMIT uses the index also where `chunks` is a view (journal.py); min and max do not.
 # CAST: one flipped bit on the disk makes the blob a text that cannot be read.
 SELECT_CHUNKS = """
     SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, boot, clock, segment, boot_us FROM chunks
     WHERE stream = (SELECT id FROM checked_streams WHERE name = :stream)
       AND first_row + n > :after + 1
       AND first_row >= coalesce(
-        (SELECT max(first_row) FROM chunks
-         WHERE stream = (SELECT id FROM checked_streams WHERE name = :stream) AND first_row <= :after + 1), 0)
+        (SELECT first_row FROM chunks
+         WHERE stream = (SELECT id FROM checked_streams WHERE name = :stream) AND first_row <= :after + 1
+         ORDER BY first_row DESC LIMIT 1), 0)
     ORDER BY stream, first_row
 """
 
 INSERT_CHUNK = """
     INSERT INTO chunks (stream, first_row, n, first_t, time_bytes, data, crc, boot, clock, segment, boot_us)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+UPDATE_NEXT_ROW = "UPDATE streams SET next_row = ? WHERE id = ?"
+UPDATE_LATEST_TIME = "UPDATE streams SET latest_t = ? WHERE name = ?"
+REPLACE_CATEGORY = "INSERT OR REPLACE INTO categories (stream, field, code, value, last_row) VALUES (?, ?, ?, ?, ?)"
+INCREMENT_COUNTER = "INSERT INTO counters (name, n) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n"
+EXTEND_SEGMENT = """
+    UPDATE clock_segments SET first_us = ?, last_us = ?, quality = ?, error_us = ? WHERE boot = ? AND segment = ?
 """
 
 # Oldest used chunks by the index, then by time: reads `limit` of them, however many there are.

@@ -25,10 +25,12 @@ from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
+from agent.device.store.journal import Journal, JournalView
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
+from agent.device.store.small_commits import SmallCommits
 from agent.device.store.transaction import Transaction
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
@@ -108,9 +110,19 @@ class WriteAccess(Protocol):
 class Store:
     """Open store of a device. Thread-safe: every call takes the one lock."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection, quota: QuotaEnforcer, writer: WriteAccess | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite3.Connection,
+        quota: QuotaEnforcer,
+        writer: WriteAccess | None,
+        journal: Journal | None = None,
+        view: JournalView | None = None,
+    ) -> None:
         self.path, self.quota = path, quota.quota
         self._db, self._quota_enforcer, self._writer = db, quota, writer
+        self._commits = SmallCommits(db, quota, journal)
+        self._view = view
         self._lock = threading.RLock()
         self._is_intact = True
         self.log_id, self.boot = self.get_meta("log", ""), int(self.get_meta("boot", "0"))
@@ -136,7 +148,8 @@ class Store:
                 row_crc.install(db, writes=False)
                 if damage := row_crc.find_damage(db, large=False):
                     raise StorageDamaged(f"{path}: {damage}; {SALVAGED_LATER}")
-            return cls(path, db, QuotaEnforcer(path, Quota.from_max_size(max_size)), None)
+            enforcer = QuotaEnforcer(path, Quota.from_max_size(max_size))
+            return cls(path, db, enforcer, None, view=JournalView(folder, db))
         except BaseException:
             db.close()
             raise
@@ -144,28 +157,26 @@ class Store:
     # --- transactions ---
 
     @contextlib.contextmanager
-    def transaction(self, *, vital: bool = False, batch: bool = False) -> Iterator[Transaction]:
+    def transaction(self, *, vital: bool = False, batch: bool = False, small: bool = False) -> Iterator[Transaction]:
         """Run one transaction: commit when the block ends, roll back when it raises.
 
         A `vital` transaction, which makes room or records a delivery, may use the reserve on a full disk. A `batch`
-        may fill a part of the reserved pages. Raises StorageFull, StorageBusy or StorageError.
+        may fill a part of the reserved pages. A `small` one is committed to the journal if that can hold it. Raises
+        StorageFull, StorageBusy or StorageError.
         """
         with self._lock, self._translate_errors():
+            self.require_in_place()
+            budget = self._commits.begin(vital=vital, small=small)
             try:
-                if self._writer is not None:
-                    self._writer.require_in_place(self._db)
-                budget = self._quota_enforcer.prepare_transaction(self._db, vital=vital)
-                self._db.execute("BEGIN IMMEDIATE")
                 free_pages = self._quota_enforcer.free_pages(self._db)
                 tx = Transaction(self._db, self.boot, budget)
                 yield tx
                 tx.finish()
                 if not vital:
                     self._quota_enforcer.require_reserved_pages(self._db, free_pages, batch=batch)
-                self._db.execute("COMMIT")
+                self._commits.commit()
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                self._commits.roll_back()
                 raise
             if self._writer is not None:
                 self._writer.watermark.update(self._db, tx.progress)
@@ -176,9 +187,26 @@ class Store:
             if self._writer is not None:
                 self._writer.require_in_place(self._db)
 
+    def fold(self) -> None:
+        """Commit to the database what is only in the journal, for a reader with a connection of its own.
+
+        Raises StorageFull, StorageError.
+        """
+        with self._lock, self._translate_errors():
+            self.require_in_place()
+            self._commits.fold()
+
     def exclusive(self) -> contextlib.AbstractContextManager[object]:
         """Keep other threads from reading and writing; transactions of this thread may run inside."""
         return self._lock
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep other threads away, and let queries include what is only in the journal."""
+        with self._lock, self._translate_errors():
+            if self._view is not None:
+                self._view.refresh()
+            yield
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -211,9 +239,11 @@ class Store:
     def first_row(self, stream: str) -> int:
         """Return the number of the oldest stored row, or of the next row to come."""
         row = self._fetch_one(
-            "SELECT min(first_row) FROM chunks JOIN checked_streams s ON s.id = stream WHERE s.name = ?", stream
+            "SELECT first_row FROM chunks WHERE stream = (SELECT id FROM checked_streams WHERE name = ?) "
+            "ORDER BY first_row LIMIT 1",
+            stream,
         )
-        return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
+        return int(row[0]) if row else self.last_row(stream) + 1
 
     def cursor(self, task: str) -> int | None:
         """Return the last row that `task` consumed; None before its first batch."""
@@ -258,7 +288,7 @@ class Store:
         first, count = after + 1, 0
         query = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
         # Closed with the lock held: an open query would keep another thread's transaction from restarting the log.
-        with self._lock, self._translate_errors(), contextlib.closing(self._db.execute(*query)) as chunks:
+        with self._reading(), contextlib.closing(self._db.execute(*query)) as chunks:
             for first_row, n, first_t, time_bytes, data, crc, *place in chunks:
                 stream_id, boot, quality, segment, _ = place
                 try:
@@ -413,7 +443,7 @@ class Store:
 
     def query(self, query: Callable[..., T], *values: Any) -> T:
         """Run a query of `labels`, which takes the connection first."""
-        with self._lock, self._translate_errors():
+        with self._reading():
             return query(self._db, *values)
 
     # --- opening and closing ---
@@ -476,15 +506,16 @@ class Store:
             else:
                 self._writer.close(self._db, is_intact=self._is_intact)
                 self._writer = None
+            self._commits.close()
             self._quota_enforcer.close()
 
     def _fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        with self._lock, self._translate_errors():
+        with self._reading():
             row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
             return row
 
     def _fetch_all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, self._translate_errors():
+        with self._reading():
             return self._db.execute(sql, values).fetchall()
 
 

@@ -92,7 +92,7 @@ class Transaction:
                 *(self._boot, clock, segment, boot_us),
             ),
         )
-        self._db.execute("UPDATE streams SET next_row = ? WHERE id = ?", (first + packed.n, stream_id))
+        self._db.execute(schema.UPDATE_NEXT_ROW, (first + packed.n, stream_id))
         self.progress.rows[stream] = int(first) + packed.n
         return int(first) + packed.n - 1
 
@@ -102,7 +102,7 @@ class Transaction:
         return int(row[0]) if row and row[0] is not None else None
 
     def set_latest_time(self, stream: str, latest_us: int) -> None:
-        self._db.execute("UPDATE streams SET latest_t = ? WHERE name = ?", (latest_us, stream))
+        self._db.execute(schema.UPDATE_LATEST_TIME, (latest_us, stream))
 
     def next_row(self, stream: str) -> int:
         """Return the number that the next row of `stream` will get."""
@@ -138,10 +138,7 @@ class Transaction:
         for text, code in written.items():
             self._budget.spend(len(stream) + len(field) + len(text.encode()) + 16)
             through = last_row + _CATEGORY_LEASE_ROWS
-            self._db.execute(
-                "INSERT OR REPLACE INTO categories (stream, field, code, value, last_row) VALUES (?, ?, ?, ?, ?)",
-                (stream, field, code, text, through),
-            )
+            self._db.execute(schema.REPLACE_CATEGORY, (stream, field, code, text, through))
         return [codes.get(text, other) for text in texts], [i for i, text in enumerate(texts) if text not in codes]
 
     def quarantine_rows(self, stream: str, first: int, last: int) -> None:
@@ -263,10 +260,7 @@ class Transaction:
 
     def increment_counter(self, name: str, n: int) -> None:
         if n:
-            self._db.execute(
-                "INSERT INTO counters (name, n) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n",
-                (name, n),
-            )
+            self._db.execute(schema.INCREMENT_COUNTER, (name, n))
 
     def counter(self, name: str) -> int:
         row = self._db.execute("SELECT n FROM checked_counters WHERE name = ?", (name,)).fetchone()

@@ -115,11 +115,6 @@ class Watermark:
         page = os.pread(self._database, _FIRST_PAGE, 0)
         if page != self.first_page:
             self._write(_FIRST_PAGE_OFFSET, 1, page)
-            self.sync()
-
-    def sync(self) -> None:
-        with contextlib.suppress(OSError):
-            os.fsync(self._file)
 
     def close(self) -> None:
         """Close only after the connection."""

@@ -24,11 +24,11 @@ from collections.abc import Callable
 
 from agent import ranges
 from agent.clock import ClockReading, parse_rfc3339
+from agent.device.capacity.eviction import ACKNOWLEDGED_EARLIER, declare_messages
 from agent.device.machine.timekeeping import is_plausible_time
 from agent.device.recovery.catch_up import PREVIOUS_LOG
 from agent.device.recovery.new_log import record_proof, require_same_history
 from agent.device.store import retention
-from agent.device.store.eviction import ACKNOWLEDGED_EARLIER, declare_messages
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store

@@ -19,7 +19,7 @@ from typing import Any
 from agent.clock import ClockReading
 from agent.config.day_window import DAY_S
 from agent.config.metered import MeteredConfig
-from agent.device.store.eviction import EXPIRED_COUNTER
+from agent.device.capacity.eviction import EXPIRED_COUNTER
 from agent.device.store.store import Store
 from agent.errors import StorageFull
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from agent.clock import ClockReading
-from agent.device.store.eviction import quarantine_damaged
+from agent.device.capacity.eviction import quarantine_damaged
 from agent.device.store.message_log import RECENT_URGENT, MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store

@@ -14,6 +14,8 @@ import pytest
 from agent import durable_files
 from agent.config import BrokerConfig, Config
 from agent.config import DeviceConfig as DeviceSection
+from agent.device.capacity.eviction import quarantine_damaged
+from agent.device.capacity.space import SpaceManager
 from agent.device.commands.executor import CommandExecutor
 from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
@@ -21,10 +23,8 @@ from agent.device.machine import keys as keyfiles
 from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.recovery import findings, new_log
 from agent.device.recovery.open import open_store
-from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.space import SpaceManager
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector

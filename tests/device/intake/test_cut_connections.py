@@ -91,8 +91,9 @@ def test_a_named_producer_that_dies_at_any_byte_sends_the_rest_and_nothing_is_lo
 
 def test_frames_and_lines_cut_at_any_byte_are_each_stored_once(tmp_path: Path) -> None:
     def records(first: int) -> list[bytes]:
-        one, two = (np.arange(first + i, first + i + 2, dtype="<i8") for i in (0, 2))
-        frames = [_encode_frame("s", columns) or b"" for columns in ({"n": one}, {"n": two, "t": two + 1_764_000_000})]
+        numbers, more = (np.arange(first + i, first + i + 2, dtype="<i8") for i in (0, 2))
+        columns = ({"n": numbers}, {"n": more, "t": more + 1_764_000_000})
+        frames = [_encode_frame("s", each) or b"" for each in columns]
         return [frames[0], b'{"stream":"s","n":%d}\n' % (first + 4), frames[1]]
 
     plain = StreamConfig(fields=[FieldConfig(name="n", type="i64")], allowed_lateness=Duration(1e9))

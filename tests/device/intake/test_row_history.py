@@ -77,15 +77,19 @@ def test_the_short_way_of_rows_after_all_others_decides_as_the_long_way(
                     producer_latest=latest,
                 )
             )
-        one, other = results
-        assert (one.rejected, one.out_of_order, one.latest) == (other.rejected, other.out_of_order, other.latest)
+        shortly, at_length = results
+        assert (shortly.rejected, shortly.out_of_order, shortly.latest) == (
+            at_length.rejected,
+            at_length.out_of_order,
+            at_length.latest,
+        )
         hashes = [None if r.history.hashes is None else r.history.hashes.tolist() for r in results]
         assert hashes[0] == hashes[1]
         without = [replace(result.history, hashes=None) for result in results]
         assert without[0] == without[1]
-        short, long = one.history, other.history
-        latest = one.latest if is_named else None
-        accepted = np.setdiff1d(np.arange(len(times)), list(one.rejected))
+        short, long = shortly.history, at_length.history
+        latest = shortly.latest if is_named else None
+        accepted = np.setdiff1d(np.arange(len(times)), list(shortly.rejected))
         stored.append(Rows(new.t[accepted], tuple(column[accepted] for column in new.columns)))
 
 

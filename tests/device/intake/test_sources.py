@@ -245,7 +245,7 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
 @pytest.mark.usefixtures("quick")
 def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", range(60_000))
-    with watching(tmp_path, max_size=200 * PAGE_SIZE) as station:
+    with watching(tmp_path, max_size=216 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
         time.sleep(0.3)
         stored = station.store.last_row("numbers")
@@ -573,7 +573,7 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     monkeypatch.setattr("agent.device.intake.sources.replay._FULL_RETRY_S", 0.05)
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
-    with replaying(tmp_path / "b", source, max_size=200 * PAGE_SIZE) as station:
+    with replaying(tmp_path / "b", source, max_size=216 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
         result: list[float] = []
         for _ in range(1000):

@@ -149,11 +149,11 @@ def test_a_disk_that_fails_for_a_moment_is_not_a_moved_folder(
     store.close()
 
 
-@pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "lock", "watermark"])
+@pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "lock", "watermark", "journal"])
 def test_a_file_of_the_open_store_that_is_deleted_costs_no_row(tmp_path: Path, name: str) -> None:
     store, _ = opened(tmp_path)
     for _ in range(3):
-        append(store, "numbers", 20)
+        append(store, "numbers", 20, small=True)
     log = store.log_id
     (tmp_path / name).unlink()
     with pytest.raises(StorageError, match=f"{name}: deleted while the daemon had it open") as raised:

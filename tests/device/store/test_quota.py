@@ -22,7 +22,7 @@ from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.wire.messages import encode
-from tests.device.store.test_space import Device
+from tests.device.capacity.test_space import Device
 
 ROOT = Path(__file__).parents[3]
 STEPS = st.lists(
@@ -50,7 +50,8 @@ class Mix:
 
     def weigh(self) -> None:
         path = self.device.store.path
-        files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")] + [path.with_name("reserve")]
+        files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        files += [path.with_name("reserve"), path.with_name("journal")]
         total = sum(file.stat().st_size for file in files if file.exists())
         assert total <= self.device.size, {file.name: file.stat().st_size for file in files if file.exists()}
         self.most = max(self.most, total)
@@ -227,7 +228,7 @@ from pathlib import Path
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageFull
 from agent.wire.messages import encode
-from tests.device.store.test_space import Device
+from tests.device.capacity.test_space import Device
 
 folder = Path(sys.argv[1])
 device = Device(folder / "data", size=1 << 30)

@@ -18,8 +18,8 @@ from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import BrokerConfig, Duration, Size, UplinkBrokerConfig
 from agent.config.metered import MeteredConfig
-from agent.device.store.eviction import EXPIRED_COUNTER
-from agent.device.store.space import SpaceManager
+from agent.device.capacity.eviction import EXPIRED_COUNTER
+from agent.device.capacity.space import SpaceManager
 from agent.device.uplink import meter
 from agent.device.uplink.mqtt_sink import open_mqtt_sink, packet_size
 from agent.device.uplink.uplink import Uplink

@@ -131,7 +131,7 @@ def _emit_fleet(
         lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
         place = made.keys[0].parent
         lines.append(f"Move the root keys in {place} to separate offline media: two of them change any other key.")
-    lines.append(f"Next: outstation fleet token DEVICE --dir {folder}")
+    lines.append(f"Next: outstation fleet {'invite' if broker.tls else 'token'} DEVICE --dir {folder}")
     emit(document, as_json, lambda: print_lines(*lines))
 
 

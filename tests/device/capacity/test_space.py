@@ -14,14 +14,15 @@ import pytest
 from agent import config, ranges
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.device.capacity import space
+from agent.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
+from agent.device.capacity.space import SpaceManager
 from agent.device.recovery.open import open_store
-from agent.device.store import labels, retention, space
-from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
+from agent.device.store import labels, retention
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
-from agent.device.store.space import SpaceManager
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.errors import StorageFull
 from agent.testing.messages import new_key
@@ -231,7 +232,7 @@ def test_evicted_unused_readings_are_declared_and_the_cursor_moves(make: Make) -
 
 def test_a_task_that_never_ran_begins_behind_what_was_given_up(make: Make) -> None:
     device = make(stuck={"exercise"})
-    device.feed(90_000)
+    device.feed(80_000)
     device.fill()
     device.turns(30)
     first = device.store.first_row("watch")

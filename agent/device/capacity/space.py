@@ -25,8 +25,8 @@ from agent import ranges
 from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
+from agent.device.capacity.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
 from agent.device.store import retention, task_keys
-from agent.device.store.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import Growth

@@ -1,0 +1,292 @@
+"""Journal of small commits: a file of fixed size, written in place, that holds commits which the database lacks.
+
+A commit of ten rows changes four pages of the database, and ext4 journals the growth of the write-ahead log: 28 KB of
+flash. In the journal it takes one block. A record is one commit: the statements that it ran, with a number and a CRC.
+The newest block is written again with one record more, in the *other* of two places, so a torn write never touches a
+record that was acknowledged. The database holds the number of the last record that it includes, in the transaction that
+includes it, so no record is ever applied twice.
+
+Records are bound to one opening of the store: a journal left from another one is not applied.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import durable_files
+from agent.device.store import meta, schema
+from agent.errors import StorageError
+
+FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"
+SIZE, _BLOCK = 64 << 10, 4096
+_BLOCKS = SIZE // _BLOCK
+# Number, length of the body, CRC-32 of the opening's id, number and body.
+_HEADER = struct.Struct("<QII")
+MAX_BODY = _BLOCK - _HEADER.size
+# In table meta: id of the opening, and number of the last record that the database includes.
+_PROGRESS = "journal"
+# A statement's place is its code in the file: never reorder them, and have a new version apply those of earlier ones.
+_STATEMENTS = (
+    schema.INSERT_CHUNK,
+    schema.UPDATE_NEXT_ROW,
+    schema.UPDATE_LATEST_TIME,
+    schema.REPLACE_CATEGORY,
+    schema.UPDATE_SOURCE_POSITION,
+    schema.INSERT_SOURCE_POSITION,
+    schema.PRUNE_SOURCE_POSITIONS,
+    schema.INCREMENT_COUNTER,
+    schema.EXTEND_SEGMENT,
+)
+_CODES = {sql: code for code, sql in enumerate(_STATEMENTS)}
+INSERT_CHUNK_CODE = _CODES[schema.INSERT_CHUNK]
+# Statements of one record with their parameters.
+Record = list[tuple[int, list[Any] | dict[str, Any]]]
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
+_READING = ("SELECT", "PRAGMA")
+
+
+class JournaledConnection(sqlite3.Connection):
+    """Connection that records what a small transaction writes.
+
+    `recorded` is None while nothing is to be recorded, or after a statement that the journal cannot hold.
+    """
+
+    recorded: list[tuple[int, Any]] | None = None
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        cursor = super().execute(sql, parameters)
+        if self.recorded is not None and not sql.lstrip().startswith(_READING):
+            if (code := _CODES.get(sql)) is None:
+                self.recorded = None
+            else:
+                self.recorded.append((code, parameters))
+        return cursor
+
+    def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
+        self.recorded = None
+        return super().executemany(sql, parameters)
+
+
+class Journal:
+    """Journal file of the process that writes."""
+
+    def __init__(self, folder: Path, mode: int) -> None:
+        """Open or create the file. Raises OSError, and StorageError if something else has its name."""
+        path = folder / FILE_NAME
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        require_own_file(path)
+        self._file = os.open(path, flags, mode)
+        try:
+            if os.fstat(self._file).st_size != SIZE:
+                os.ftruncate(self._file, 0)
+                # Each block is there before it is needed: later writes change no metadata.
+                os.pwrite(self._file, bytes(SIZE), 0)
+                if (folder / WRITE_AHEAD_LOG).exists():
+                    # Else SQLite flushes the folder, when it makes its log.
+                    durable_files.fsync(folder)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._opening, self.number = "", 0
+        self.clear()
+
+    def begin(self, db: sqlite3.Connection) -> None:
+        """Bind the records that follow to this opening, in the transaction that includes those of the last one."""
+        self._opening, self.number = os.urandom(8).hex(), 0
+        self.write_progress(db)
+        self.clear()
+
+    def write_progress(self, db: sqlite3.Connection) -> None:
+        meta.put(db, _PROGRESS, f"{self._opening} {self.number}")
+
+    def clear(self) -> None:
+        """Forget all records: the database includes them."""
+        self.records: list[bytes] = []
+        self._block = b""
+        self._current: int | None = None
+        self._spare, self._unused = 0, 1
+
+    def append(self, body: bytes) -> bool:
+        """Write record `number` through to the disk. Return False if there is no place for it.
+
+        Raises OSError: it is then unknown whether the record is on the disk.
+        """
+        checksum = _record_crc(self._opening, self.number, body)
+        record = _HEADER.pack(self.number, len(body), checksum) + body
+        block = self._block + record
+        is_new = self._current is None or len(block) > _BLOCK
+        if is_new:
+            if self._unused == _BLOCKS:
+                return False
+            block = record
+        if os.pwrite(self._file, block.ljust(_BLOCK, b"\0"), self._spare * _BLOCK) != _BLOCK:
+            raise OSError("the block was written in part")
+        os.fdatasync(self._file)
+        if self._current is None or is_new:
+            self._current, self._spare, self._unused = self._spare, self._unused, self._unused + 1
+        else:
+            self._current, self._spare = self._spare, self._current
+        self._block = block
+        self.records.append(body)
+        return True
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def encode(recorded: list[tuple[int, Any]]) -> bytes | None:
+    """Encode what a transaction wrote as the body of a record; None if a block cannot hold it."""
+    try:
+        body = _ENCODER.encode(recorded)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return body if len(body) <= MAX_BODY else None
+
+
+def decode(body: bytes) -> Record:
+    """Decode a body. Raises ValueError if it is none."""
+    record = _DECODER.decode(body)
+    if any(not 0 <= code < len(_STATEMENTS) for code, _ in record):
+        raise ValueError("a statement is not known")
+    return record
+
+
+def apply(db: sqlite3.Connection, record: Record) -> None:
+    """Run a record's statements. Raises sqlite3.Error."""
+    for code, parameters in record:
+        db.execute(_STATEMENTS[code], parameters)
+
+
+def require_own_file(path: Path) -> None:
+    """Raise StorageError if a link, a pipe or a file with a second name stands at `path`."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise StorageError(f"{path}: not a file of the store's own; somebody put it there: move it away")
+
+
+def read_file(folder: Path) -> bytes:
+    """Return what the journal in `folder` holds, b"" if there is none. Raises StorageError, OSError."""
+    require_own_file(folder / FILE_NAME)
+    try:
+        file = os.open(folder / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.pread(file, SIZE, 0)
+    finally:
+        os.close(file)
+
+
+def pending(db: sqlite3.Connection, content: bytes) -> dict[int, bytes]:
+    """Return the records that the database does not include, body by number, in order. Raises sqlite3.Error."""
+    opening, _, number = meta.get(db, _PROGRESS, "").partition(" ")
+    included = int(number or 0)
+    records: dict[int, bytes] = {}
+    for block in (content[at : at + _BLOCK] for at in range(0, len(content), _BLOCK)):
+        at = 0
+        while at + _HEADER.size <= len(block):
+            number_, length, checksum = _HEADER.unpack_from(block, at)
+            at += _HEADER.size
+            body = block[at : at + length]
+            at += length
+            # A damaged record hides those behind it only if its length is damaged.
+            if number_ > included and len(body) == length and checksum == _record_crc(opening, number_, body):
+                records[number_] = body
+    return dict(sorted(records.items()))
+
+
+def included_through(db: sqlite3.Connection) -> int:
+    """Return the number of the last record that the database includes."""
+    return int(meta.get(db, _PROGRESS, "").partition(" ")[2] or 0)
+
+
+def include(db: sqlite3.Connection, number: int) -> None:
+    """Record that the database includes the records up to `number`."""
+    meta.put(db, _PROGRESS, f"{meta.get(db, _PROGRESS, '').partition(' ')[0]} {number}")
+
+
+def _record_crc(opening: str, number: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(f"{opening} {number} {len(body)}".encode()))
+
+
+# --- reading beside the process that writes ---
+
+_COPIED = ("streams", "categories", "source_positions", "counters", "clock_segments")
+# A chunk may have come into the database since the journal was read.
+_CHUNKS = """
+    CREATE TEMP VIEW chunks AS SELECT * FROM main.chunks
+    UNION ALL SELECT * FROM temp.journal_chunks AS added
+    WHERE NOT EXISTS (
+        SELECT 1 FROM main.chunks AS old WHERE old.stream = added.stream AND old.first_row = added.first_row)
+"""
+
+
+class JournalView:
+    """View of the journal for a process that only reads: its queries include the commits that the database lacks.
+
+    The journal changes the small tables in place, so the view has copies of them, which it makes anew when the journal
+    or the database has changed. Chunks are only added: the view joins those of the journal to those of the database.
+    """
+
+    def __init__(self, folder: Path, db: sqlite3.Connection) -> None:
+        self._folder, self._db = folder, db
+        self._seen: tuple[bytes, int] | None = None
+        self._is_installed = False
+
+    def refresh(self) -> None:
+        """Bring the view up to date. Raises StorageError, sqlite3.Error."""
+        try:
+            content = read_file(self._folder)
+        except OSError as error:
+            raise StorageError(f"{self._folder / FILE_NAME}: {error.strerror}") from error
+        # Read in this order: a commit that leaves the journal meanwhile is in the database.
+        seen = content, int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        if seen == self._seen:
+            return
+        self._db.execute("BEGIN")
+        try:
+            records = pending(self._db, content)
+            if records or self._is_installed:
+                self._copy_tables()
+                for body in records.values():
+                    apply(self._db, decode(body))
+        except ValueError:
+            # A record with a right CRC that is none: the next opening reports it.
+            pass
+        finally:
+            self._db.execute("COMMIT")
+        self._seen = seen
+
+    def _copy_tables(self) -> None:
+        if not self._is_installed:
+            sql = "SELECT sql FROM main.sqlite_master WHERE name = ?"
+            for table in (*_COPIED, "chunks"):
+                definition = self._db.execute(sql, (table,)).fetchone()[0]
+                name = "journal_chunks" if table == "chunks" else table
+                self._db.execute(definition.replace(f"TABLE {table}", f"TEMP TABLE {name}", 1))
+            for table in _COPIED:
+                self._db.execute(f"DROP VIEW checked_{table}")
+                self._db.execute(f"CREATE TEMP VIEW checked_{table} AS SELECT * FROM temp.{table}")
+            self._db.execute(_CHUNKS)
+            names = [str(row[1]) for row in self._db.execute("PRAGMA temp.table_info(journal_chunks)")]
+            self._db.execute(
+                "CREATE TEMP TRIGGER add_chunk INSTEAD OF INSERT ON chunks BEGIN INSERT INTO journal_chunks "
+                f"({', '.join(names)}) VALUES ({', '.join(f'new.{name}' for name in names)}); END"
+            )
+            self._is_installed = True
+        self._db.execute("DELETE FROM temp.journal_chunks")
+        for table in _COPIED:
+            self._db.execute(f"DELETE FROM temp.{table}")
+            self._db.execute(f"INSERT INTO temp.{table} SELECT * FROM main.{table}")

@@ -1,0 +1,139 @@
+"""Small commits: transactions that are durable in the journal, and that the database gets many at a time.
+
+They stay in one open transaction of the connection, so every read of this process includes them. That transaction is
+committed (folded) with the next one that the journal cannot hold, when the journal is full, and at the end. After some
+errors SQLite rolls it back as a whole: then it is run again from the journal's records.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+
+from agent.device.store import journal
+from agent.device.store.journal import Journal, JournaledConnection
+from agent.device.store.quota import Budget, QuotaEnforcer
+from agent.errors import StorageError
+
+log = logging.getLogger("outstation")
+
+
+class SmallCommits:
+    """Begin, commit and rollback of a store's transactions; without a journal, each is committed to the database."""
+
+    def __init__(self, db: sqlite3.Connection, enforcer: QuotaEnforcer, file: Journal | None) -> None:
+        self._db, self._enforcer, self._journal = db, enforcer, file
+        # After a failed write, until the database includes the number of the record.
+        self._is_uncertain = False
+        # Budget of the open transaction while small commits are in it.
+        self._open: Budget | None = None
+        self._budget = Budget(0)
+        self._changes = 0
+
+    def begin(self, *, vital: bool, small: bool) -> Budget:
+        """Begin a transaction. Raises StorageFull, StorageError, sqlite3.Error."""
+        if self._open is not None:
+            # First, because a fold needs room, too.
+            self._enforcer.check_disk_space(vital=vital)
+            needed = self._enforcer.quota.transaction_bytes // (2 if small else 1)
+            if self._open.remaining < needed:
+                self.fold()
+        if self._open is None:
+            self._budget = self._enforcer.prepare_transaction(self._db, vital=vital, small=small)
+            self._db.execute("BEGIN IMMEDIATE")
+        else:
+            self._budget = self._open
+            self._db.execute("SAVEPOINT part")
+        self._changes = self._db.total_changes
+        if small and self._journal is not None and isinstance(self._db, JournaledConnection):
+            self._db.recorded = []
+        return self._budget
+
+    def commit(self) -> None:
+        """Make the transaction durable. Raises StorageError, sqlite3.Error."""
+        recorded = self._stop_recording()
+        body = journal.encode(recorded) if recorded and not self._is_uncertain else None
+        if self._journal is not None and (body is not None or self._is_uncertain):
+            self._journal.number += body is not None
+            self._journal.write_progress(self._db)
+        if self._open is not None:
+            self._db.execute("RELEASE part")
+            if self._db.total_changes == self._changes:
+                return
+        if body is None or not self._append(body):
+            self._commit_all()
+
+    def roll_back(self) -> None:
+        """Undo the transaction, but not the small commits before it. Raises StorageError."""
+        self._stop_recording()
+        if self._open is None:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            return
+        try:
+            self._db.execute("ROLLBACK TO part")
+            self._db.execute("RELEASE part")
+        except sqlite3.Error:
+            # SQLite rolled back everything, or the error came after the part had ended.
+            self._restore()
+
+    def fold(self) -> None:
+        """Commit the small commits to the database. Raises StorageError, sqlite3.Error."""
+        if self._open is None or not self._db.in_transaction:
+            return
+        try:
+            self._commit_all()
+        except sqlite3.Error:
+            self._restore()
+            raise
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _append(self, body: bytes) -> bool:
+        """Write to the journal. Return False if the database has to be committed instead."""
+        assert self._journal is not None
+        try:
+            if self._journal.append(body):
+                self._open = self._budget
+                return True
+            return False
+        except OSError as error:
+            log.error("file %s in the data folder: %s; each commit goes to the database", journal.FILE_NAME, error)
+        # The record may be on the disk: no other commit may come before the database includes its number.
+        self._is_uncertain = True
+        try:
+            self._commit_all()
+        except sqlite3.Error as error:
+            raise StorageError(f"neither the journal nor the database could be written: {error}") from error
+        return True
+
+    def _commit_all(self) -> None:
+        self._db.execute("COMMIT")
+        self._open = None
+        if self._is_uncertain:
+            self._is_uncertain = False
+            self.close()
+        elif self._journal is not None:
+            self._journal.clear()
+
+    def _restore(self) -> None:
+        """Run the small commits again, in a new open transaction."""
+        assert self._journal is not None
+        try:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._db.execute("BEGIN IMMEDIATE")
+            for body in self._journal.records:
+                journal.apply(self._db, journal.decode(body))
+            self._journal.write_progress(self._db)
+        except sqlite3.Error as error:
+            raise StorageError(f"small commits wait in the journal, and the database takes none: {error}") from error
+
+    def _stop_recording(self) -> list[tuple[int, object]] | None:
+        if not isinstance(self._db, JournaledConnection):
+            return None
+        recorded, self._db.recorded = self._db.recorded, None
+        return recorded

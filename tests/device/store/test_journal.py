@@ -1,0 +1,282 @@
+"""The journal of small commits: what is acknowledged from it is there, whoever reads, and whatever fails."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import clock
+from agent.device.intake.group_commit import GroupCommit, SourcePosition
+from agent.device.recovery.open import open_store
+from agent.device.store import journal
+from agent.device.store.rows import RawColumns, validate_columns
+from agent.device.store.store import DATABASE, Store
+from agent.errors import StorageError, StorageMoved
+from scripts.faults import cuts
+from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store, _ = opened(tmp_path / "data")
+    # Its texts are then known, so that the commits that follow are small.
+    append(store, "numbers", 10)
+    yield store
+    store.close()
+
+
+def rows_of(folder: Path) -> int:
+    """Open a copy of a folder as after a power cut, and return how many rows it serves, all of them right."""
+    store, _ = opened(folder)
+    try:
+        rows = served(store)
+        assert rows == {n: n for n in range(1, len(rows) + 1)}
+        assert store.last_row("numbers") == len(rows)
+        return len(rows)
+    finally:
+        store.close()
+
+
+def log_bytes(store: Store) -> bytes:
+    return store.path.with_name(f"{DATABASE}-wal").read_bytes()
+
+
+@pytest.mark.parametrize("seed", [1, 5, 8])
+def test_power_cuts_at_each_write_lose_no_acknowledged_row(tmp_path: Path, seed: int) -> None:
+    assert cuts.run_round(tmp_path, seed, steps=25, share=0.2) == []
+
+
+def test_small_commits_leave_the_database_alone_and_are_seen_by_all_who_read(store: Store, tmp_path: Path) -> None:
+    before = log_bytes(store)
+    with Store.open_read_only(tmp_path / "data") as reader:
+        assert reader.last_row("numbers") == 10
+        for total in range(11, 60):
+            append(store, "numbers", 1, small=True)
+            assert store.last_row("numbers") == reader.last_row("numbers") == total
+        assert log_bytes(store) == before
+        assert served(store) == served(reader) == {n: n for n in range(1, 60)}
+        assert reader.first_row("numbers") == 1
+        store.fold()
+        assert served(reader) == {n: n for n in range(1, 60)}
+
+
+def test_what_the_intake_commits_goes_to_the_journal(store: Store) -> None:
+    group = GroupCommit(store, STREAMS)
+    now = clock.read()
+    sizes = []
+    for at in range(6):
+        # The first commit notes the segment of the clock, and goes to the database.
+        raw = RawColumns(2, [now.wall_us / 1e6 + at] * 2, {"n": [at, at + 100], "mode": ["low", f"new {at}"]})
+        checked = validate_columns(raw, NUMBERS, now.wall_us, None)
+        group.add_rows("producer", "numbers", checked, [at * 3 + 1, at * 3 + 2], now, client="gateway")
+        group.reject("producer", at * 3 + 3, "is no row")
+        group.advance("producer", at * 3 + 3, SourcePosition("socket", "gateway", at * 3 + 3))
+        assert group.commit(now)["producer"].accepted == 2
+        sizes.append(log_bytes(store))
+    assert sizes[0] == sizes[-1]
+    assert store.last_row("numbers") == 22
+    assert store.source_position("socket", "gateway") == 18
+
+
+def test_a_commit_of_a_thousand_rows_goes_past_the_journal(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    content = (tmp_path / "data" / journal.FILE_NAME).read_bytes()
+    append(store, "numbers", 1000, small=True)
+    assert (tmp_path / "data" / journal.FILE_NAME).read_bytes() == content
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 1015
+
+
+def test_a_transaction_without_a_change_does_not_fold(store: Store) -> None:
+    append(store, "numbers", 5, small=True)
+    before = log_bytes(store)
+    with store.transaction(vital=True) as tx:
+        tx.delete_state("judge", "nothing")
+    assert log_bytes(store) == before
+    with store.transaction(vital=True) as tx:
+        tx.save_state("judge", "drift", b"state")
+    assert log_bytes(store) != before
+
+
+def test_a_commit_that_fails_leaves_those_before_it(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    with contextlib.suppress(ZeroDivisionError), store.transaction(small=True) as tx:
+        tx.increment_counter("lines rejected", 1)
+        raise ZeroDivisionError
+    # After some errors SQLite rolls back everything.
+    with contextlib.suppress(ZeroDivisionError), store.transaction() as tx:
+        tx.connection.execute("ROLLBACK")
+        raise ZeroDivisionError
+    append(store, "numbers", 5, small=True)
+    assert len(served(store)) == 20
+    assert store.counters().get("lines rejected", 0) == 0
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 20
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_journal_that_cannot_be_written_costs_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    append(store, "numbers", 5, small=True)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the card fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        append(store, "numbers", 5, small=True)
+    append(store, "numbers", 5, small=True)
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 25
+
+
+def test_a_commit_that_neither_file_takes_is_not_acknowledged(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, "numbers", 5, small=True)
+    fdatasync = os.fdatasync
+
+    def fail(file: int) -> None:
+        fdatasync(file)
+        # The database fails, too: its transaction is gone.
+        store._db.execute("ROLLBACK")
+        raise OSError(errno.EIO, "the card fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(StorageError, match="neither the journal nor the database"):
+            append(store, "numbers", 5, small=True)
+    assert len(served(store)) == 15
+    # The failed record is on the disk, and must not be applied behind another commit.
+    for _ in range(3):
+        append(store, "numbers", 1, small=True)
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 18
+
+
+def test_without_room_for_the_journal_commits_go_to_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+
+    def full(file: int, data: bytes, offset: int) -> int:
+        if len(data) == journal.SIZE:
+            raise OSError(errno.ENOSPC, "no space")
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with open_store(tmp_path) as store:
+        store.declare_streams(STREAMS)
+        for _ in range(3):
+            append(store, "numbers", 5, small=True)
+        assert len(served(store)) == 15
+
+
+def make_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def make_second_name(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def make_pipe(path: Path, _victim: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("trap", [make_link, make_second_name, make_pipe])
+def test_what_somebody_put_in_its_place_is_neither_read_nor_written(
+    tmp_path: Path, trap: Callable[[Path, Path], None]
+) -> None:
+    folder, victim = tmp_path / "data", tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    store, _ = opened(folder)
+    store.close()
+    (folder / journal.FILE_NAME).unlink()
+    trap(folder / journal.FILE_NAME, victim)
+    with pytest.raises(StorageError, match="not a file of the store's own"):
+        opened(folder)
+    with pytest.raises(StorageError, match="not a file of the store's own"), Store.open_read_only(folder) as reader:
+        reader.last_row("numbers")
+    assert victim.read_bytes() == b"precious"
+    (folder / journal.FILE_NAME).unlink()
+    opened(folder)[0].close()
+    assert (folder / journal.FILE_NAME).stat().st_mode & 0o137 == 0
+
+
+def test_a_flipped_bit_costs_its_commit_alone_and_is_reported(store: Store, tmp_path: Path) -> None:
+    for _ in range(3):
+        append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    content = bytearray((copy / journal.FILE_NAME).read_bytes())
+    # The second record of the newest block, in each place that has it.
+    for start in range(0, journal.SIZE, 4096):
+        length = struct.unpack_from("<QII", content, start)[1]
+        content[start + 16 + length + 20] ^= 4
+    (copy / journal.FILE_NAME).write_bytes(content)
+    damaged, _ = opened(copy)
+    try:
+        assert set(served(damaged)) == set(range(1, 16)) | set(range(21, 26))
+        assert damaged.recent_alerts(1) or "The journal of small commits was damaged" in damaged.get_meta(
+            "last finding", ""
+        )
+    finally:
+        damaged.close()
+
+
+def test_records_of_another_opening_are_not_applied(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    old = (tmp_path / "data" / journal.FILE_NAME).read_bytes()
+    store.close()
+    (tmp_path / "data" / journal.FILE_NAME).write_bytes(old)
+    assert rows_of(tmp_path / "data") == 15
+
+
+def test_a_folder_that_is_moved_away_takes_the_small_commits_along(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    (tmp_path / "data").rename(tmp_path / "former")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(StorageMoved):
+        append(store, "numbers", 5, small=True)
+    store.close()
+    assert rows_of(tmp_path / "former") == 15
+
+
+def test_a_quota_that_was_lowered_keeps_no_acknowledged_row_out(tmp_path: Path) -> None:
+    store, _ = opened(tmp_path / "data", max_size=8 << 20)
+    append(store, "numbers", 60_000)
+    for _ in range(20):
+        append(store, "numbers", 200, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    store.close()
+    lowered, _ = opened(copy, max_size=1 << 20)
+    try:
+        assert lowered.last_row("numbers") == len(served(lowered)) == 64_000
+    finally:
+        lowered.close()
+
+
+def test_a_salvage_keeps_the_small_commits(store: Store, tmp_path: Path) -> None:
+    for _ in range(20):
+        append(store, "numbers", 10)
+    for _ in range(5):
+        append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy", None)
+    (copy / "damaged").write_text('{"cause": "test"}')
+    assert rows_of(copy) == 235
+
+
+def test_a_message_is_committed_with_the_small_commits_before_it(tmp_path: Path) -> None:
+    store, log = opened(tmp_path / "data")
+    append(store, "numbers", 10)
+    append(store, "numbers", 5, small=True)
+    append_message(store, log, "message", (1, 15))
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    (copy / journal.FILE_NAME).unlink()
+    assert rows_of(copy) == 15
+    store.close()
+    shutil.rmtree(copy)
