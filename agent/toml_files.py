@@ -65,17 +65,25 @@ def _describe_syntax(problem: str, text: str) -> str:
     line = lines[int(place[1]) - 1].strip()[:80] if place and int(place[1]) <= len(lines) else ""
     if line.startswith(">"):
         fix = "remove the `>`, which is a prompt"
+    elif re.search("[\u201c\u201d\u201e\u2018\u2019]", line):
+        fix = "replace the curly quotes with straight ones"
+    elif "Expected '='" in problem:
+        fix = "write KEY = VALUE"
+    elif "Expected ']'" in problem:
+        fix = "close the bracket; the name of a section has letters, digits, - and _ only"
     elif "twice" in problem or "overwrite" in problem:
         fix = "keep one of the two"
     else:
         fix = 'texts stand in "quotes", lists in [ ], tables in { } on one line'
-    shown = f" in `{line}`" if line else ""
+    # Never a value, which may be a password: this goes to journals.
+    key = re.match(r"(> *)?\[*[\w.-]{1,64}(?=\s*[=:])|(> *)?\[+[\w. -]{1,64}\]*|>", line)
+    shown = f", at `{key[0].strip()}`" if key else ""
     return f"not valid TOML: {problem}{shown}; {fix}"
 
 
 _TYPE_WORDS = {
     "array": 'a list, such as ["a", "b"]',
-    "object": 'a table, such as { name = "a" }',
+    "object": 'a table, such as { name = "a" } or { kind = "mqtt" }',
     "str": 'a text in "quotes"',
     "int": "a whole number",
     "float": "a number",
@@ -162,7 +170,10 @@ def _to_config_error(
             key,
             f"{wrong[1]!r} is not a valid choice{did_you_mean(wrong[1], _literal_choices(struct_type, where))}",
         )
-    return ConfigError(file, key, _describe_type(problem))
+    text = _describe_type(problem)
+    if re.fullmatch(r"(streams|tasks)\.\w+", key):
+        text += f"; a section has a name of its own: [{key.partition('.')[0]}.NAME]"
+    return ConfigError(file, key, text)
 
 
 def _find_invalid_entry(

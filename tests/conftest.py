@@ -60,6 +60,7 @@ _MARKS = {
         "scripts.faults.disk",
         "scripts.fuzzing.explore",
         "scripts.fuzzing.malformed.run_command",
+        "scripts.fuzzing.sanitized",
         "scripts.kit.postgres",
         "tests.device.intake.test_sources",
         "tests.end_to_end.test_daemon",

@@ -153,7 +153,10 @@ def _describe_misuse(error: click.ClickException) -> str:
     for before, after in ((". Did you mean", "; did you mean"), (". (Did you mean", "; did you mean"), ("?)", "?")):
         text = text.replace(before, after)
     help_hint = "" if "did you mean" in text else f"; `{command} --help` shows its use"
-    return f"{command.removeprefix('outstation').strip() or 'command'}: {text}{help_hint}"
+    if isinstance(error, click.NoSuchOption) and context and isinstance(context.command, click.Group):
+        help_hint = "; options follow the command, such as `outstation status --json`"
+    where = command.removeprefix("outstation").strip()
+    return f"{where}: {text}{help_hint}" if where else f"{text}{help_hint}"
 
 
 def _describe_error(error: Exception, args: Sequence[str]) -> tuple[int, str]:

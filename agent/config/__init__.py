@@ -360,7 +360,8 @@ class TaskConfig(Section, frozen=True):
     bundle: str
     """Name in the bundle store, or a path."""
     schedule: str = "every 60 s"
-    """When batches run: an interval, a cron expression, or `"when 500 rows"`."""
+    """When batches run: an interval, a cron expression, or `"when 500 rows"`. Where so many rows come more than ten
+    times a second, a run waits for four drift windows, or 100 ms after the last run."""
     deadline: Duration | None = None
     """Longest duration of a batch: a late batch is counted, and the next ones are smaller."""
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"

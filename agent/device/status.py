@@ -29,6 +29,7 @@ from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
+from agent.kernel import library
 from agent.model.bundle import bundle
 
 _MAX_ALERTS = 5
@@ -73,6 +74,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
             "max": int(conf.buffer.max_size),
             "hours": hours,
         },
+        "kernel": library.describe(),
         "condition": inspect_condition(store).document,
         "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),

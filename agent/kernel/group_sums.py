@@ -45,30 +45,41 @@ def sum_residuals(
     classes: Ints,
     mean: Float64s,
     sd: Float64s,
-    groups: Ints,
-    count: int,
-    pairs: int,
+    order: Ints,
+    counts: Ints,
     limits: tuple[float, float],
 ) -> Float64s:
-    """Sum products of residuals of `values` (m, F) per group (`count`, 1 + 2F + `pairs`), as whole numbers.
+    """Sum products of residuals of `values` (m, F) per group (G, 1 + F, 1 + F), in whole steps; the upper halves hold.
 
-    Residuals are from the `mean` of the row's class (C, F), in its `sd`. `limits` are the largest residual and the
-    steps in 1 sd.
+    The first of the fields is always 1. Residuals are from the `mean` of the row's class (C, F), in its `sd`. `order`
+    (m,) lists the rows by group, `counts` (G,) how many are in each. `limits` are the largest residual and the steps
+    in 1 sd.
     """
     rows, fields = values.shape
     values, mean, sd = _floats(values), _floats(mean), _floats(sd)
-    classes, groups = _indices(classes, len(mean)), _indices(groups, count)
-    if classes.shape != (rows,) or groups.shape != (rows,) or mean.shape != sd.shape or mean.shape[1:] != (fields,):
+    classes, order = _indices(classes, len(mean)), _indices(order, rows)
+    counts = np.ascontiguousarray(counts, np.int64)
+    if classes.shape != (rows,) or order.shape != (rows,) or mean.shape != sd.shape or mean.shape[1:] != (fields,):
         raise ValueError("values, classes and groups differ in shape")
-    if not 0 <= pairs <= fields * (fields - 1) // 2:
-        raise ValueError(f"{fields} fields have no {pairs} pairs")
-    bounds, scratch = np.array(limits, np.float64), np.empty(fields)
-    out = np.zeros((count, 1 + 2 * fields + pairs))
+    if counts.sum() != rows or (counts < 0).any():
+        raise ValueError("the groups do not hold each row once")
+    width = (fields + 4) // 4 * 4
+    bounds, scratch = np.array(limits, np.float64), np.empty(64 * width)
+    products = np.zeros((len(counts), width, width))
     library.sum_residuals(
-        *(rows, fields, pairs, address(values), address(classes), address(mean), address(sd)),
-        *(address(groups), address(bounds), address(out), address(scratch)),
+        *(rows, fields, width, address(values), address(classes), address(mean), address(sd), address(order)),
+        *(address(counts), address(bounds), address(products), address(scratch)),
     )
-    return out
+    return products[:, : 1 + fields, : 1 + fields]
+
+
+def center_windows(library: Library, windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
+    """Return means (w, F), centered values (w, n, F) and sums of their squares (w, F) of `windows` (w, n, F)."""
+    count, rows, fields = windows.shape
+    windows = _floats(windows)
+    mean, total, centered = np.empty((count, fields)), np.empty((count, fields)), np.empty(windows.shape)
+    library.center_windows(count, rows, fields, address(windows), address(mean), address(centered), address(total))
+    return mean, centered, total
 
 
 def _floats(values: Float64s) -> Float64s:

@@ -364,37 +364,125 @@ int64_t EXPORT(count_scores)(int64_t windows, int64_t n, const double *values, c
     return DONE;
 }
 
-/* Sum the products of rows' residuals, in whole steps, by group: see `quantize_residuals` and `sum_products` in
- * correlation.py. Of each row: values less the mean of its class, in its sd, clipped to `limits[0]` sd, times
- * `limits[1]`, rounded. Out (groups, 1 + 2 * fields + pairs): count, sums, squares, and products of pairs by rising
- * distance; all exact, as they are whole numbers far below 2**53. `scratch` (fields).
+/* Add the products of residuals (n, width), whose width is a multiple of 4, to those of fields i to i + 3 with fields j to
+ * j + 3: (width, width). They are whole numbers far below 2**53 in sum, so that their order does not matter.
  */
-int64_t EXPORT(sum_residuals)(int64_t n, int64_t fields, int64_t pairs, const double *values, const int64_t *classes,
-                              const double *mean, const double *sd, const int64_t *groups, const double *limits,
-                              double *out, double *scratch) {
+static void add_products(const double *residuals, int64_t n, int64_t width, int64_t i, int64_t j, double *products) {
+    Quad a = {0, 0, 0, 0}, b = a, c = a, d = a;
+    for (int64_t row = 0; row < n; row++) {
+        const double *left = residuals + row * width + i;
+        const Quad right = *(const Quad *)(residuals + row * width + j);
+        a += left[0] * right;
+        b += left[1] * right;
+        c += left[2] * right;
+        d += left[3] * right;
+    }
+    products += i * width + j;
+    *(Quad *)products += a;
+    *(Quad *)(products + width) += b;
+    *(Quad *)(products + 2 * width) += c;
+    *(Quad *)(products + 3 * width) += d;
+}
+
+/* Sum the products of rows' residuals, in whole steps, by group: see `quantize_residuals` and `sum_products` in
+ * correlation.py. Of each row: values less the mean of its class, in its sd, clipped to `limits[0]` sd, times `limits[1]`,
+ * rounded. `order` (n) lists rows by group, of which there are `counts` (groups). Out (groups, width, width): products of
+ * fields, and of a field that is always 1, which stands first; those of the upper half. `width`: 1 + fields, rounded up
+ * to 4. `scratch`: 64 * width.
+ */
+int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, const double *values, const int64_t *classes,
+                              const double *mean, const double *sd, const int64_t *order, const int64_t *counts,
+                              const double *limits, double *products, double *scratch) {
+    enum { BLOCK = 64 };
     const double clip = limits[0], scale = limits[1], magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
-    for (int64_t i = 0; i < n; i++) {
-        const double *row = values + i * fields, *from = mean + classes[i] * fields, *by = sd + classes[i] * fields;
-        double *sums = out + groups[i] * (1 + 2 * fields + pairs), *square = sums + 1 + fields, *product = square + fields;
-        for (int64_t f = 0; f < fields; f++) {
-            double residual = (row[f] - from[f]) / by[f];
-            residual = residual < -clip ? -clip : residual;
-            residual = residual > clip ? clip : residual;
-            residual = residual == residual ? residual : 0.0;
-            scratch[f] = (residual * scale + magic) - magic;
+    memset(scratch, 0, sizeof(double) * (size_t)(BLOCK * width));
+    for (int64_t begin = 0; begin < total; products += width * width, counts++) {
+        const int64_t end = begin + *counts;
+        while (begin < end) {
+            const int64_t n = end - begin < BLOCK ? end - begin : BLOCK;
+            for (int64_t i = 0; i < n; i++) {
+                const int64_t place = order[begin + i], class = classes[place];
+                const double *row = values + place * fields, *from = mean + class * fields, *by = sd + class * fields;
+                double *out = scratch + i * width;
+                out[0] = 1.0;
+                for (int64_t f = 0; f < fields; f++) {
+                    double residual = (row[f] - from[f]) / by[f];
+                    residual = residual < -clip ? -clip : residual;
+                    residual = residual > clip ? clip : residual;
+                    residual = residual == residual ? residual : 0.0;
+                    out[1 + f] = (residual * scale + magic) - magic;
+                }
+            }
+            for (int64_t i = 0; i < width; i += 4)
+                for (int64_t j = i; j < width; j += 4) add_products(scratch, n, width, i, j, products);
+            begin += n;
         }
-        sums[0] += 1.0;
-        for (int64_t f = 0; f < fields; f++) {
-            sums[1 + f] += scratch[f];
-            square[f] += scratch[f] * scratch[f];
+    }
+    return DONE;
+}
+
+/* Center the values of model windows (windows, n, fields): means, values less the mean, and sums of their squares. */
+int64_t EXPORT(center_windows)(int64_t windows, int64_t n, int64_t fields, const double *values, double *mean,
+                               double *centered, double *total) {
+    const double rows = (double)(int32_t)n;
+    for (int64_t window = 0; window < windows; window++) {
+        int64_t f = 0;
+        for (; f + 4 <= fields; f += 4) {
+            Quad sum = {0, 0, 0, 0}, square = sum;
+            for (int64_t i = 0; i < n; i++) sum += *(const Quad *)(values + i * fields + f);
+            sum /= rows;
+            for (int64_t i = 0; i < n; i++) {
+                const Quad value = *(const Quad *)(values + i * fields + f) - sum;
+                *(Quad *)(centered + i * fields + f) = value;
+                square += value * value;
+            }
+            *(Quad *)(mean + f) = sum;
+            *(Quad *)(total + f) = square;
         }
-        int64_t left = pairs;
-        for (int64_t distance = 1; left > 0; distance++) {
-            int64_t here = fields - distance < left ? fields - distance : left;
-            for (int64_t f = 0; f < here; f++) product[f] += scratch[f] * scratch[f + distance];
-            product += here;
-            left -= here;
+        for (; f < fields; f++) {
+            double sum = 0, square = 0;
+            for (int64_t i = 0; i < n; i++) sum += values[i * fields + f];
+            sum /= rows;
+            for (int64_t i = 0; i < n; i++) {
+                const double value = values[i * fields + f] - sum;
+                centered[i * fields + f] = value;
+                square += value * value;
+            }
+            mean[f] = sum;
+            total[f] = square;
         }
+        values += n * fields;
+        centered += n * fields;
+        mean += fields;
+        total += fields;
+    }
+    return DONE;
+}
+
+/* Round n values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
+ * `numbers` is scale, zero, low, high, fill; `kind` of the output: 0 int8, 1 uint8, 2 int16.
+ */
+#define QUANTIZE(type)                                                                \
+    for (int64_t i = 0; i < n; i++) {                                                 \
+        float value = values[i] / scale;                                              \
+        /* Beyond all limits, and small enough that adding `magic` rounds. */         \
+        value = value < -reach ? -reach : value;                                      \
+        value = value > reach ? reach : value;                                        \
+        value = (value + magic) - magic + zero;                                       \
+        value = value < low ? low : value;                                            \
+        value = value > high ? high : value;                                          \
+        ((type *)out)[i] = (type)(int32_t)(value == value ? value : fill);            \
+    }
+
+int64_t EXPORT(quantize)(int64_t n, int64_t kind, const float *values, const float *numbers, void *out) {
+    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4];
+    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
+    if (kind == 0) {
+        QUANTIZE(int8_t)
+    } else if (kind == 1) {
+        QUANTIZE(uint8_t)
+    } else {
+        QUANTIZE(int16_t)
     }
     return DONE;
 }

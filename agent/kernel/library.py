@@ -44,7 +44,15 @@ class Library:
 
     @cached_property
     def sum_residuals(self) -> Function:
-        return self._function("sum_residuals", 3, 8)
+        return self._function("sum_residuals", 3, 9)
+
+    @cached_property
+    def center_windows(self) -> Function:
+        return self._function("center_windows", 3, 4)
+
+    @cached_property
+    def quantize(self) -> Function:
+        return self._function("quantize", 2, 3)
 
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
@@ -66,7 +74,7 @@ def load(path: Path = FOLDER / NAME, variant: str = "") -> Library:
     library = ctypes.CDLL(str(path))
     built_from = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "outstation_kernel_digest"))).decode()
     if built_from != digest_source():
-        raise OSError(f"{path} was built from another source: install the program again")
+        raise OSError(f"{path.name} was built from another source: install the program again")
     has_avx2 = library.outstation_kernel_has_avx2
     has_avx2.restype = ctypes.c_int64
     variants = [AVX2, BASELINE] if has_avx2() else [BASELINE]
@@ -92,10 +100,16 @@ def kernel() -> Library | None:
     return loaded if isinstance(loaded, Library) else None
 
 
+def variant() -> str:
+    """Return the variant that runs, or "numpy"."""
+    library = kernel()
+    return "numpy" if library is None else library.variant
+
+
 def describe() -> str:
-    """Return what runs, such as "avx2", or why it is NumPy."""
+    """Return for people what computes, or why it is NumPy."""
     loaded = _loaded()
-    return loaded.variant if isinstance(loaded, Library) else f"numpy ({loaded})"
+    return f"the compiled kernel, {loaded.variant}" if isinstance(loaded, Library) else f"NumPy ({loaded})"
 
 
 def address(array: np.ndarray) -> int:

@@ -120,10 +120,10 @@ def rates(
     """Return the median units per second of both functions, by `clock`, in alternating calls.
 
     Each function returns the number of units that one call processed. `prepare` runs before each call of `ours` and is
-    not timed. The other clock is the wall's beside `time.process_time`; beside the wall's it is `cpu`, which counts the
-    processor time of every process that works for either side.
+    not timed. The other clock is the wall's beside one of processor time; beside the wall's it is `cpu`, which counts
+    the processor time of every process that works for either side.
     """
-    by_cpu = clock is time.process_time
+    by_cpu = clock is not time.perf_counter
     clocks = (clock, time.perf_counter if by_cpu else cpu or clock)
     prepare()
     ours()

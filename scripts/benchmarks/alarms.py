@@ -205,7 +205,12 @@ def _describe_statements(measured: list[Measured]) -> str:
                 often.append(f"{case.population}, {case.rows} rows, {name} ({missed} of {promised})")
     if not stated:
         return ""
-    sentence = f"In {stated:,} of these trials `status` had stated that the change is found; {broken:,} missed it"
+    sites = [len(delays.delays) for case in measured for delays in case.delays.values()]
+    least, most = min(sites), max(sites)
+    sentence = (
+        f"Each change met {least} to {most} sites of a kind. In {stated:,} of the {sum(sites):,} trials `status` had "
+        f"stated that the change is found; {broken:,} of these missed it"
+    )
     return sentence + (f". More than a tenth were missed with {'; '.join(often)}." if often else ".")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +117,7 @@ def sixteen_field_model() -> list[Result]:
                 _invoke(plain, row[None])
             return 5000
 
-        pace = rates(device.work_off, one_by_one, time.process_time, rounds=3, prepare=lambda: device.fill(rows))
+        pace = rates(device.work_off, one_by_one, device.cpu_s, rounds=3, prepare=lambda: device.fill(rows))
     note = "store to committed results, drift of 16 fields included"
     return [
         Result.within("tabular", 1e6 / pace.ours, 3.0, "µs/row", note, "CPU"),
@@ -146,10 +145,10 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
             _raw(plain, quantized[start : start + batch])
         return count // batch * batch
 
-    pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
+    pace = rates(device.work_off, bare, device.cpu_s, rounds=5, prepare=lambda: device.fill(rows))
     note = (
         f"{description}, {count:,} windows waiting, drift and signature included; "
-        "reference: set, invoke, get of prepared int8"
+        "processor time with that of the confined model; reference: set, invoke, get of prepared int8"
     )
     return Result.timed(name, pace, "windows/s", target, note)
 

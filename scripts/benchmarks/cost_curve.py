@@ -17,16 +17,16 @@ from agent.model.inference.runtime import TfliteModel
 from agent.render.svg import Drawing
 from agent.render.theme import PAGE_THEME, adaptive_css
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks import Report, Section, benchmark, catalogue, device_task
+from scripts.benchmarks import Report, Section, benchmark, catalogue, device_task, page
 from scripts.benchmarks.device_task import Bed, Floats
 
 CHART = "docs/images/benchmark-cost.svg"
 SECTION = "Cost by backlog and by batch size"
-BACKLOGS = (1, 4, 16, 64, 256, 1024, 4096)
+BACKLOGS = (1, 4, 16, 64, 256, 1024, 2048)
 DIVISORS = (512, 128, 32, 8, 2, 1)  # of the largest batch
-_LARGE = 4096
+_LARGE = 2048
 # Windows of a timed turn, so that a small backlog is timed long enough.
-_TURN_WINDOWS, _ROUNDS = 64, 3
+_TURN_WINDOWS, _ROUNDS = 32, 2
 _WIDTH, _HEIGHT, _PANEL_WIDTH, _TOP, _LEFT, _GAP = 760.0, 300.0, 300.0, 56.0, 58.0, 84.0
 _BOTTOM = 246.0
 # Of the device, and of the interpreter alone.
@@ -123,6 +123,7 @@ def render_text(by_backlog: Sequence[Point], by_batch: Sequence[Point]) -> str:
     for name, points in (("windows waiting", by_backlog), ("windows a batch", by_batch)):
         cells = [f"{point.windows:,}: {point.device_us:,.0f} ({point.interpreter_us:.0f})" for point in points]
         lines.append(f"- {name}: {' · '.join(cells)}")
+    lines += ["", f"Measured: {page.describe_run()}."]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.testing.broker import free_port
 from agent.testing.fleet import FLEET, DeviceProcess, field_tables
 from agent.wire import keys
+from scripts.kit.process_stats import running_s
 
 CHUNK = 8192
 Floats = NDArray[np.float32]
@@ -40,6 +43,12 @@ class Bed(msgspec.Struct):
 
     def fill(self, rows: Floats) -> None:
         _append(self.store, self.task.config.stream, rows, self.step_us)
+
+    def cpu_s(self) -> float:
+        """Return the processor time of this process and of the confined model's."""
+        model = self.task.model
+        pid = model.pid if isinstance(model, SubprocessModel) else None
+        return time.process_time() + (running_s(pid) if pid else 0.0)
 
     def work_off(self) -> int:
         """Run batches until the backlog is empty, and return the number of model windows."""

@@ -73,7 +73,7 @@ def write(results: Sequence[Result], worst: Sequence[Result], *, complete: bool)
 
     Figures that were not measured this time stay, unless the run was `complete`.
     """
-    measured = f"{datetime.now(UTC).date()} at {_commit()}, load {os.getloadavg()[0]:.0f}"
+    measured = describe_run()
     figures = {} if complete else read_figures()
     for result in results:
         figures[result.name] = Figure(**msgspec.structs.asdict(result), measured=measured, machine=_machine())
@@ -84,6 +84,11 @@ def write(results: Sequence[Result], worst: Sequence[Result], *, complete: bool)
     FIGURES.write_bytes(b"".join(lines))
     RATIOS.write_text(json.dumps(ratios, indent=2) + "\n", encoding="utf-8")
     render()
+
+
+def describe_run() -> str:
+    """Return day, commit and load of a measurement that ends now."""
+    return f"{datetime.now(UTC).date()} at {_commit()}, load {os.getloadavg()[0]:.0f}"
 
 
 def read_figures() -> dict[str, Figure]:

@@ -12,11 +12,13 @@ from pathlib import Path
 import click
 
 from scripts import fuzzing
-from scripts.fuzzing import Target
+from scripts.fuzzing import Target, sanitized
 from scripts.fuzzing.explore import ROOT, Crash, attempt, explore
+from scripts.packaging.kernel import CompilerError
 
 FOLDER = ROOT / "build" / "fuzz"
 HANGS_S = 60
+KERNEL = "kernel"  # the target of C code
 
 
 @click.command()
@@ -41,7 +43,10 @@ def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | 
     if file is not None:
         sys.exit(reproduce(chosen, file))
     guided = not plain and importlib.util.find_spec("atheris") is not None
-    crashes = [crash for target in chosen for crash in (with_atheris if guided else without)(target, seconds, seed)]
+    crashes = []
+    for target in chosen:
+        run = with_sanitizers if target.name == KERNEL else with_atheris if guided else without
+        crashes += run(target, seconds, seed)
     for crash in crashes:
         click.echo(f"{crash.target}: {crash.place}\n  {crash.write(FOLDER / 'crashes')}")
     sys.exit(1 if crashes else 0)
@@ -62,6 +67,16 @@ def without(target: Target, seconds: int, seed: int) -> list[Crash]:
         f"{target.name:14} {findings.runs:8} inputs, {len(findings.lines):4} lines, {len(findings.crashes)} crashes"
     )
     return list(findings.crashes.values())
+
+
+def with_sanitizers(target: Target, seconds: int, seed: int) -> list[Crash]:
+    try:
+        summary, crashes = sanitized.run(target, seed, seconds, FOLDER / "sanitized")
+    except CompilerError as error:
+        click.echo(f"{target.name}: without sanitizers: {error}", err=True)
+        return without(target, seconds, seed)
+    click.echo(summary)
+    return crashes
 
 
 def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:

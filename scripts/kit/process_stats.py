@@ -14,6 +14,12 @@ def cpu_s(pid: int, *, children: bool = False) -> float:
     return sum(map(int, fields[11 : 15 if children else 13])) / _TICKS_PER_S
 
 
+def running_s(pid: int) -> float:
+    """Return the processor time of a process in seconds, to the nanosecond; of its threads that run by now."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text(encoding="ascii").split()[0]) for thread in threads) / 1e9
+
+
 def memory_kb(pid: int, field: str, file: str = "status") -> int:
     """Return a field of `/proc/PID/FILE` in kB, such as VmHWM."""
     lines = Path(f"/proc/{pid}/{file}").read_text(encoding="ascii").splitlines()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,33 @@ PLATFORM = "manylinux_2_17_{machine}"
 class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
     """Hook that adds the compiled kernel to a wheel, or to the source tree if the installation is editable."""
 
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         kernel = runpy.run_path(str(Path(self.root) / "scripts" / "packaging" / "kernel.py"))
         wanted = os.environ.get("OUTSTATION_KERNEL_MACHINE", "")
         if wanted == "none":
             return
         machine, library = wanted or platform.machine(), kernel["LIBRARY"]
+        if version != "editable":
+            # The source tree may be read-only.
+            self._folder = tempfile.TemporaryDirectory(prefix="outstation-build-")
+            library = Path(self._folder.name) / "kernel.so"
         try:
             compiler = kernel["find_clang" if wanted else "find_compiler"](machine)
-            kernel["compile_kernel"](library if version == "editable" else self._built(machine), machine, compiler)
-        except kernel["CompilerError"] as error:
+            kernel["compile_kernel"](library, machine, compiler)
+        except (kernel["CompilerError"], OSError) as error:
             if wanted:
                 raise
             self.app.display_warning(f"without the compiled kernel, everything goes by NumPy: {error}")
-            library.unlink(missing_ok=True)
             return
         if version == "editable":
             return
-        build_data["force_include"][str(self._built(machine))] = "agent/kernel/kernel.so"
+        build_data["force_include"][str(library)] = "agent/kernel/kernel.so"
         tag = PLATFORM.format(machine=machine) if wanted else f"linux_{machine}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{tag}"
 
-    def _built(self, machine: str) -> Path:
-        return Path(self.root) / "build" / "kernel" / machine / "kernel.so"
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()

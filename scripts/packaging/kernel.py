@@ -68,8 +68,10 @@ def find_clang(machine: str) -> list[str]:
     raise CompilerError(f"no C compiler for {machine}: install Debian's packages clang and lld")
 
 
-def compile_kernel(output: Path, machine: str, compiler: Sequence[str]) -> None:
-    """Build the library. Raises CompilerError."""
+def compile_kernel(
+    output: Path, machine: str, compiler: Sequence[str], *, extra: Sequence[str] = (), link: Sequence[str] = LINK
+) -> None:
+    """Build the library, with `extra` flags of the compiler. Raises CompilerError."""
     variants = {"baseline": (), **VARIANTS.get(machine, {})}
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     with tempfile.TemporaryDirectory(prefix="outstation-kernel-") as folder:
@@ -79,8 +81,8 @@ def compile_kernel(output: Path, machine: str, compiler: Sequence[str]) -> None:
             if name == "baseline":
                 defined += [f'-DSOURCE_DIGEST="{digest}"', *(f"-DWITH_{other.upper()}" for other in variants)]
             objects.append(f"{name}.o")
-            _run([*compiler, *FLAGS, *flags, *defined, "-c", str(SOURCE), "-o", objects[-1]], folder)
-        _run([*compiler, *LINK, *objects, "-o", "kernel.so"], folder)
+            _run([*compiler, *FLAGS, *extra, *flags, *defined, "-c", str(SOURCE), "-o", objects[-1]], folder)
+        _run([*compiler, *link, *objects, "-o", "kernel.so"], folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         # Renamed, as a process may have the old one open.
         new = output.with_suffix(".new")

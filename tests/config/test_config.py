@@ -217,7 +217,7 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         ('[intake]\ntcp = "0.0.0.0:7071"', "intake.tcp", "must be a loopback address"),
         ('[intake]\ntcp = "127.0.0.1"', "intake.tcp", "must be a loopback address"),
         ('[intake]\ntcp = "127.0.0.1:70710"', "intake.tcp", "must be a loopback address"),
-        ("[streams]\nwatch = 3", "streams.watch", 'must be a table, such as { name = "a" }, not a whole number'),
+        ("[streams]\nwatch = 3", "streams.watch", "a section has a name of its own: [streams.NAME]"),
         ("[streams.watch]\nsource = { kind = 'socket' }", "streams.watch.fields", "this key is required; add it"),
         ("[streams.watch]\nfields = []", "streams.watch.fields", "must have at least 1 entry"),
         (
@@ -345,6 +345,10 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         config.load(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         config.load(tmp_path)
+    secret = mistake(tmp_path, '[broker]\npassword = "hunter2\n')
+    assert "line 2" in secret.problem
+    assert "`password`" in secret.problem
+    assert "hunter2" not in secret.problem
     assert "not valid TOML" in str(mistake(tmp_path, "[device\n"))
     (tmp_path / "outstation.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):

@@ -114,7 +114,7 @@ def test_a_value_that_a_field_rests_at_is_stated_never_to_be_stuck() -> None:
     assert text.count("stuck for") == 3
 
 
-def test_a_field_that_is_stuck_for_the_stated_rows_is_found_wherever_its_windows_end() -> None:
+def test_a_run_of_the_stated_rows_is_stuck_wherever_windows_end() -> None:
     monitor, rows, detected = monitor_of(steady(99, 60)), steady(1, LEARN + 2), 0
     state, reference = learned(monitor, rows)
     stuck = int(reference.stuck_rows[1])

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from agent.kernel import library
 from agent.kernel.library import Library
 from scripts.kit import drift_windows
 
 STACKS = 250  # about 4,000 drift windows
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Library:
-    loaded = library.kernel()
-    if loaded is None:
-        pytest.skip(f"the compiled kernel is missing: {library.describe()}")
-    return loaded
 
 
 def test_drawn_windows_have_the_same_bits_as_by_numpy(compiled: Library) -> None:

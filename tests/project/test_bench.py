@@ -177,7 +177,8 @@ def test_misses_of_changes_that_status_states_to_find_are_named() -> None:
     }
     text = alarms.table([alarms.Measured("weather", 60, site_trials.QuietCount(), delays)], {})
     assert text.endswith(
-        "In 3 of these trials `status` had stated that the change is found; 1 missed it. "
+        "Each change met 2 to 3 sites of a kind. In 3 of the 5 trials `status` had stated that the change is found; "
+        "1 of these missed it. "
         "More than a tenth were missed with weather, 60 rows, +1 sd (1 of 2)."
     )
 

@@ -40,6 +40,7 @@ from agent.device.rules import compiler, sentences
 from agent.device.store.store import DATABASE, Store
 from agent.device.uplink import meter
 from agent.errors import BadBundle, FetchFailed, LinkDown, OutstationError, StorageBusy, UsageError, explain
+from agent.kernel import library
 from agent.model.bundle import bundle
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import confinement
@@ -85,7 +86,7 @@ def check(config_file: str | None, config_only: bool, as_json: bool) -> None:
 
 
 def _check_values(file: Path, conf: Config) -> Iterator[CheckResult]:
-    """Check keys, TLS files and schedules, which loading the config does not look at."""
+    """Check keys, TLS files, sources and schedules, which loading the config does not look at."""
     if conf.collector.key:
         yield _check_collector(file, conf)
     yield _run_check("trusted keys", lambda: _check_keys(file, conf))
@@ -94,8 +95,16 @@ def _check_values(file: Path, conf: Config) -> Iterator[CheckResult]:
         if path is not None and not Path(path).is_file():
             fix = "`outstation join` brings it; correct the path, or remove the key"
             yield ConfigFault("broker", "failed", f"{file}: broker.{key}: no file {path}; {fix}")
+    yield from _check_sources(file, conf)
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
+
+
+def _check_sources(file: Path, conf: Config) -> Iterator[CheckResult]:
+    for name, stream in conf.streams.items():
+        if (module := source_module(stream.source)) is not None:
+            context = SourceContext(str(file), conf, name)
+            yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
 
 
 def _check_keys(file: Path, conf: Config) -> str:
@@ -119,14 +128,12 @@ def run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
         yield CheckResult("streams", "warning", "none: no readings come in; add a [streams.NAME] section")
     if not conf.tasks:
         yield CheckResult("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
-    for name, stream in conf.streams.items():
-        if (module := source_module(stream.source)) is not None:
-            context = SourceContext(str(file), conf, name)
-            yield _run_check(f"stream {name}", partial(module.check, context, stream.source))
+    yield from _check_sources(file, conf)
     for loop in feedback_loops.find(conf):
         yield CheckResult(f"feedback {loop.stream}", "warning", loop.summary)
     if conf.tasks:
         yield _check_confinement(conf)
+        yield CheckResult("kernel", "ok", f"statistics by {library.describe()}")
     for name, task in conf.tasks.items():
         yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]

@@ -6,6 +6,8 @@ from importlib import resources
 
 import click
 
+from agent.cli.output import echo
+
 
 @click.command(epilog="Example: outstation client > outstation_client.py")
 def client() -> None:
@@ -13,4 +15,4 @@ def client() -> None:
 
     It needs the standard library of Python 3.9 or newer only.
     """
-    click.echo((resources.files("agent") / "client.py").read_text(encoding="utf-8"), nl=False)
+    echo((resources.files("agent") / "client.py").read_text(encoding="utf-8"), nl=False)

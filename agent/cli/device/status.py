@@ -76,6 +76,8 @@ def print_document(document: dict[str, Any]) -> None:
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
     echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
+    if (kernel := document.get("kernel")) is not None:
+        echo(f"statistics by {kernel}")
     if (metered := document.get("metered")) is not None:
         echo(f"metered connection: {format_metered(metered)}")
     echo("")

@@ -87,6 +87,9 @@ def read_blocks(
             yield FileBlock(RawColumns(len(block.lines), t, columns), block.lines, rejected)
 
 
+_TIME_NAMES = ("time", "timestamp", "date", "datetime", "ts")
+
+
 def _find_columns(columns: Sequence[str], stream: StreamConfig, layout: FileLayout) -> dict[str, str]:
     """Return the column of each field that the file has. Raises RowRejected if the columns are not the stream's."""
     names = [*(field.name for field in stream.fields), "t"]
@@ -99,7 +102,9 @@ def _find_columns(columns: Sequence[str], stream: StreamConfig, layout: FileLayo
             continue
         field = layout.renamed.get(column, column)
         if field not in names:
-            raise RowRejected(f"column {column[:40]!r} is not a field of this stream{did_you_mean(field, names)}")
+            is_time = column.lower() in _TIME_NAMES and "t" not in columns
+            hint = f"; is it the time? --map {column}=t" if is_time else did_you_mean(field, names)
+            raise RowRejected(f"column {column[:40]!r} is not a field of this stream{hint}")
         if field in sources:
             raise RowRejected(f"column {field!r} is there twice")
         sources[field] = column

@@ -23,6 +23,7 @@ from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.rows import Rows, commit
 from agent.device.store.store import RowBatch
 from agent.drift.state import DriftState, DriftWindowResult, QuietRun
+from agent.kernel import library
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
@@ -185,7 +186,7 @@ def _result_body(task: LoadedTask, rows: list[int], n: int, proof: str, columns:
         "columns": columns,
         "made": {
             "agent": __version__,
-            "runtime": f"{runtime_name()} {task.model.kernels}",
+            "runtime": f"{runtime_name()} {task.model.kernels}, kernel {library.variant()}",
             "config": task.config_digest,
         },
     }

@@ -29,6 +29,7 @@ from agent.errors import StorageError
 FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"
 SIZE, _BLOCK = 64 << 10, 4096
 _BLOCKS = SIZE // _BLOCK
+_MAX_SIZE = 1 << 20  # of a file that another release may have written
 # Number, length of the body, CRC-32 of the opening's id, number and body.
 _HEADER = struct.Struct("<QII")
 MAX_BODY = _BLOCK - _HEADER.size
@@ -86,13 +87,9 @@ class Journal:
         require_own_file(path)
         self._file = os.open(path, flags, mode)
         try:
-            if os.fstat(self._file).st_size != SIZE:
-                os.ftruncate(self._file, 0)
-                # Each block is there before it is needed: later writes change no metadata.
-                os.pwrite(self._file, bytes(SIZE), 0)
-                if (folder / WRITE_AHEAD_LOG).exists():
-                    # Else SQLite flushes the folder, when it makes its log.
-                    durable_files.fsync(folder)
+            if _extend(self._file) and (folder / WRITE_AHEAD_LOG).exists():
+                # Else SQLite flushes the folder, when it makes its log.
+                durable_files.fsync(folder)
         except BaseException:
             os.close(self._file)
             raise
@@ -143,6 +140,20 @@ class Journal:
         os.close(self._file)
 
 
+def _extend(file: int) -> bool:
+    """Write zeros up to SIZE, so that later writes change no metadata. Return False if nothing was missing.
+
+    What is there stays: records of the last opening have yet to be replayed. Raises OSError.
+    """
+    size = os.fstat(file).st_size
+    if size >= SIZE:
+        return False
+    while size < SIZE:
+        # A disk that fills up takes a part without an error.
+        size += os.pwrite(file, bytes(SIZE - size), size)
+    return True
+
+
 def encode(recorded: list[tuple[int, Any]]) -> bytes | None:
     """Encode what a transaction wrote as the body of a record; None if a block cannot hold it."""
     try:
@@ -184,7 +195,7 @@ def read_file(folder: Path) -> bytes:
     except FileNotFoundError:
         return b""
     try:
-        return os.pread(file, SIZE, 0)
+        return os.pread(file, _MAX_SIZE, 0)
     finally:
         os.close(file)
 

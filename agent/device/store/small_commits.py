@@ -32,6 +32,7 @@ class SmallCommits:
 
     def begin(self, *, vital: bool, small: bool) -> Budget:
         """Begin a transaction. Raises StorageFull, StorageError, sqlite3.Error."""
+        self.require_complete()
         if self._open is not None:
             # First, because a fold needs room, too.
             self._enforcer.check_disk_space(vital=vital)
@@ -77,9 +78,18 @@ class SmallCommits:
             # SQLite rolled back everything, or the error came after the part had ended.
             self._restore()
 
+    def require_complete(self) -> None:
+        """Run the small commits again if SQLite has rolled them back: an error in a mere read does that, too.
+
+        Raises StorageError.
+        """
+        if self._open is not None and not self._db.in_transaction:
+            self._restore()
+
     def fold(self) -> None:
         """Commit the small commits to the database. Raises StorageError, sqlite3.Error."""
-        if self._open is None or not self._db.in_transaction:
+        self.require_complete()
+        if self._open is None:
             return
         try:
             self._commit_all()

@@ -206,6 +206,7 @@ class Store:
         with self._lock, self._translate_errors():
             if self._view is not None:
                 self._view.refresh()
+            self._commits.require_complete()
             yield
 
     @contextlib.contextmanager

@@ -184,7 +184,7 @@ def _remove_cycle(values: Float64s, learned: LearnedWindows) -> tuple[Float64s, 
 
 
 class ScoreCalibration(msgspec.Struct, frozen=True, eq=False):
-    """What is usual of the T scores of all detectors, in K learned windows."""
+    """Calibration of the T scores of all detectors, from K learned windows."""
 
     tested: Bools  # (T,) have values in enough windows
     mean: Float64s  # (T,)

@@ -96,7 +96,13 @@ def sum_products(residuals: Float64s, groups: Groups) -> Ints:
         part[:, 1:] = take(residuals, members, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
-    return take(products.reshape(len(groups.n), -1), _product_cells(fields), axis=1).astype(np.int64)
+    return _select_products(products)
+
+
+def _select_products(products: Float64s) -> Ints:
+    """Return the count, sums, squares and pairs (G, 1 + 2F + P) of products (G, 1 + F, 1 + F)."""
+    cells = _product_cells(products.shape[1] - 1)
+    return take(products.reshape(len(products), -1), cells, axis=1).astype(np.int64)
 
 
 @lru_cache(maxsize=16)
@@ -130,16 +136,16 @@ class CorrelationDetector(ClassMeanDetector):
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         if task.windowed:
             return super().count(task, windows)
-        library = kernel.kernel()
+        library, groups = kernel.kernel(), windows.groups
         if library is not None:
             every = windows.values, windows.classes, windows.class_mean, windows.class_sd
-            groups, limits = windows.groups, (RESIDUAL_CLIP, RESIDUAL_SCALE)
-            sums = group_sums.sum_residuals(library, *every, groups.group_ids, len(groups.n), self.width(task), limits)
-            return sums.astype(np.int64)
+            limits = RESIDUAL_CLIP, RESIDUAL_SCALE
+            products = group_sums.sum_residuals(library, *every, groups.order, groups.n, limits)
+            return _select_products(products)
         residuals = take(windows.class_mean, windows.classes, axis=0)
         np.subtract(windows.values, residuals, out=residuals)
         residuals /= take(windows.class_sd, windows.classes, axis=0)
-        return sum_products(quantize_residuals(residuals), windows.groups)
+        return sum_products(quantize_residuals(residuals), groups)
 
     def means(self, task: Task, counts: Ints) -> WeightedMeans:
         if task.windowed:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from agent.arrays import Float32s
 from agent.errors import BadBundle
 from agent.indices import repeat
+from agent.kernel import library as kernel
+from agent.kernel import quantization
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
@@ -205,19 +207,12 @@ class TfliteModel:
             floats: NDArray[Any] = values.astype(kind, copy=False)
             return floats
         scale, zero = self._input_details["quantization"]
-        limits = np.iinfo(kind)
-        # A 32-bit limit is not a float32: it would round up, beyond the type's range.
-        exact = np.float32 if kind.itemsize <= 2 else np.float64
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled = values / exact(scale or 1.0)
-            np.rint(scaled, out=scaled)
-            scaled += zero
-            np.clip(scaled, limits.min, limits.max, out=scaled)
-            # A sum is the cheapest test for NaN.
-            if math.isnan(scaled.sum()):
-                scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
-            quantized: NDArray[Any] = scaled.astype(kind)
-        return quantized
+        library = kernel.kernel()
+        if library is not None:
+            quantized = quantization.quantize(library, values, scale or 1.0, int(zero), kind)
+            if quantized is not None:
+                return quantized
+        return quantize_by_numpy(values, scale or 1.0, int(zero), kind)
 
     def _dequantize(self, raw: NDArray[Any]) -> Float32s:
         if raw.dtype.kind == "f":
@@ -229,13 +224,31 @@ class TfliteModel:
         return values
 
 
+def quantize_by_numpy(values: Float32s, scale: float, zero: int, kind: np.dtype[Any]) -> NDArray[Any]:
+    """Quantize `values`; the compiled kernel gives the same."""
+    limits = np.iinfo(kind)
+    # A 32-bit limit is not a float32: it would round up, beyond the type's range.
+    exact = np.float32 if kind.itemsize <= 2 else np.float64
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scaled = values / exact(scale)
+        np.rint(scaled, out=scaled)
+        scaled += zero
+        np.clip(scaled, limits.min, limits.max, out=scaled)
+        # A sum is the cheapest test for NaN.
+        if math.isnan(scaled.sum()):
+            scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
+        quantized: NDArray[Any] = scaled.astype(kind)
+    return quantized
+
+
 def detect_processor(content: bytes) -> None:
     """Let the runtime read the processor's features from files, by preparing the trusted model `content`.
 
     A confined process can read no files; the runtime would then choose its slowest kernels.
     """
-    # Errors name the runtime; its version is in a file, too.
+    # Errors name the runtime; its version is in a file, too, and so is the compiled kernel.
     runtime_name()
+    kernel.kernel()
     _unreadable_files[:] = [path for path in _PROCESSOR_FILES if not _is_readable(path)]
     if content:
         TfliteModel(content, 1)

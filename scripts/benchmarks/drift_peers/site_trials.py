@@ -22,7 +22,7 @@ RAMP = 10  # windows
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """What a change does to the first fields of a site: their first values, and by how much a correlation changes."""
+    """Trial of a change at a site: first values of its fields, and by how much their correlation changes."""
 
     values: Floats  # (fields,)
     correlation: float

@@ -52,7 +52,7 @@ def outcome(parsed: ParsedLines) -> tuple[Any, ...]:
     return parsed.stream, rows, latest, parsed.rejected
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(data: st.DataObject) -> None:
     frames_parser, lines_parser = LineParser(STREAMS), LineParser(STREAMS)
@@ -68,6 +68,13 @@ def test_a_frame_comes_to_exactly_what_the_same_columns_as_a_json_line_come_to(d
             columns["t"] = np.array(data.draw(st.lists(times, min_size=n, max_size=n)))
         [line] = lines_parser.parse([json_line(**columns)], number, NOW_US)
         assert outcome(frames_parser.parse_frame(frame(**columns), number, NOW_US)) == outcome(line)
+
+
+def test_a_rejected_row_of_a_frame_does_not_move_the_time_of_its_producer() -> None:
+    parser = LineParser(STREAMS)
+    bad = frame(ax=np.array([1, np.nan], "<f4"), ay=AY[:2], t=np.array([T0, T0 + 9]))
+    assert parse(bad, parser).rejected == {1: "row 2 of the columns: ax is missing"}
+    assert parse(frame(ax=AX[:1], ay=AY[:1], t=np.array([T0 + 5])), parser).rejected == {}
 
 
 def test_a_view_with_gaps_is_sent_as_its_values() -> None:

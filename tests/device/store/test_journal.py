@@ -17,7 +17,7 @@ from agent.device.intake.group_commit import GroupCommit, SourcePosition
 from agent.device.recovery.open import open_store
 from agent.device.store import journal
 from agent.device.store.rows import RawColumns, validate_columns
-from agent.device.store.store import DATABASE, Store
+from agent.device.store.store import DATABASE, Store, connect_read_only
 from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
 from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
@@ -174,6 +174,46 @@ def test_without_room_for_the_journal_commits_go_to_the_database(
         for _ in range(3):
             append(store, "numbers", 5, small=True)
         assert len(served(store)) == 15
+
+
+@pytest.mark.parametrize("size", [journal.SIZE - 1, journal.SIZE + 4096, 20 << 10])
+def test_a_journal_of_another_size_is_replayed(store: Store, tmp_path: Path, size: int) -> None:
+    for _ in range(5):
+        append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    os.truncate(copy / journal.FILE_NAME, size)
+    assert rows_of(copy) == 35
+
+
+def test_a_disk_that_takes_the_journal_in_parts_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite, sizes = os.pwrite, list[int]()
+
+    def take_a_part(file: int, data: bytes, offset: int) -> int:
+        sizes.append(len(data))
+        return pwrite(file, data[:8192], offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", take_a_part)
+        with open_store(tmp_path / "data"):
+            assert len(sizes) > 1
+    assert (tmp_path / "data" / journal.FILE_NAME).stat().st_size == journal.SIZE
+
+
+def test_a_read_error_that_ends_the_open_transaction_loses_no_small_commit(store: Store, tmp_path: Path) -> None:
+    for _ in range(5):
+        append(store, "numbers", 5, small=True)
+    # SQLite does so by itself after an error of the disk, also in a SELECT.
+    store._db.execute("ROLLBACK")
+    assert len(served(store)) == 35
+    store._db.execute("ROLLBACK")
+    append(store, "numbers", 5, small=True)
+    assert len(served(store)) == 40
+    store._db.execute("ROLLBACK")
+    store.fold()
+    with contextlib.closing(connect_read_only(store.path)) as other:
+        assert other.execute("SELECT sum(n) FROM chunks").fetchone() == (40,)
+    append(store, "numbers", 5, small=True)
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 45
 
 
 def make_link(path: Path, victim: Path) -> None:
