@@ -15,6 +15,7 @@ from agent.config.notify import DATABASE
 from agent.device import status
 from agent.device.bundles import history, overrides, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.capacity import space
 from agent.device.commands.actions import TaskActions
 from agent.device.commands.executor import CommandExecutor, RemoteCommands
 from agent.device.commands.key_rotation import KeyRotation
@@ -189,8 +190,8 @@ def build_daemon(
     _record_bundles(conf, store, message_log, scheduled, now())
 
     def on_rows_committed() -> None:
-        # Rows at a steady pace would otherwise wake the main loop for nothing, once a commit.
-        if any(entry.schedule.counts_rows for entry in scheduled):
+        # Rows at a steady pace would wake the main loop for nothing, once a commit; where space is short, it makes room.
+        if any(entry.schedule.counts_rows for entry in scheduled) or space.is_short(store):
             signals.wake()
 
     intake = Intake(

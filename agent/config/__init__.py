@@ -129,7 +129,7 @@ class BufferConfig(Section, frozen=True):
     ```toml
     [buffer]
     max_size = "8 GiB"
-    commit_every = "10 s"               # a tenth of the flash wear of a 1 Hz sensor
+    commit_every = "10 s"               # a third of the flash wear of a 1 Hz sensor
     ```
     """
 

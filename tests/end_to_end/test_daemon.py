@@ -15,7 +15,7 @@ from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
 from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device.capacity.space import SpaceManager
-from agent.device.daemon import Daemon
+from agent.device.daemon import Daemon, Signals
 from agent.device.pipeline import batch, loaded_task
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
@@ -219,6 +219,19 @@ def test_a_task_with_an_unexpected_error_backs_off_and_the_other_goes_on(
     assert turned.store.cursor("exercise") == 1000
     assert turned.alerts() == [("exercise", "raised"), ("exercise", "cleared")]
     assert turned.daemon._list_stalled_tasks() == set()
+
+
+def test_rows_wake_the_main_loop_where_a_task_counts_them_or_space_is_short(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakes: list[bool] = []
+    monkeypatch.setattr(Signals, "wake", lambda _: wakes.append(True))
+    committed = turned.daemon._intake._on_committed
+    committed()
+    assert wakes == []
+    monkeypatch.setattr(Store, "used_bytes", lambda store: int(store.limit_bytes() * 0.86))
+    committed()
+    assert wakes == [True]
 
 
 def test_a_backlog_leaves_time_for_commands_clock_health_and_other_tasks(

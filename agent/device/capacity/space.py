@@ -59,6 +59,11 @@ _CLEAR_SHARE, _CLEAR_AFTER_S = 0.35, 600.0
 _PAGE_OVERHEAD = 1.25
 
 
+def is_short(store: Store) -> bool:
+    """Return True if eviction has to begin. Somewhat later the intake refuses rows."""
+    return store.used_bytes() > store.limit_bytes() * EVICTION_START
+
+
 class SpaceManager:
     """Space management of the main loop.
 
@@ -86,7 +91,7 @@ class SpaceManager:
         self.is_evicting = False
 
     def is_short(self) -> bool:
-        return self._store.used_bytes() > self._store.limit_bytes() * EVICTION_START
+        return is_short(self._store)
 
     def tick(self, now: ClockReading) -> bool:
         """Delete what has expired, and evict if space is short. Return True to be called again at once."""

@@ -89,7 +89,8 @@ class ProducerConnection:
         self.last_read_s = asyncio.get_running_loop().time()
         if self._retired:
             return 0
-        if not self._started:
+        # Of a first line or frame beyond the limit, the rest is no beginning.
+        if not self._started and not self._splitter.is_dropping:
             _check_first_bytes(self._splitter.partial, data)
         size = len(self._splitter.partial) + len(data)
         for item in self._splitter.split(data):

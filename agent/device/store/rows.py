@@ -224,6 +224,8 @@ def _validate_numbers(
     missing = np.zeros(len(values), bool)
     if numbers is None:
         whole = field.type == "i64"
+        # Items of an array of float32 are no numbers of Python.
+        values = values.tolist() if isinstance(values, np.ndarray) else values
         parsed = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(parsed, np.int64 if whole else np.float64)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.client import _encode_frame
+from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.frames import MAGIC, read_columns, read_layout
 from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser, ParsedLines
 from agent.device.intake.splitter import Frame, Oversized, Splitter
@@ -75,6 +76,20 @@ def test_a_rejected_row_of_a_frame_does_not_move_the_time_of_its_producer() -> N
     bad = frame(ax=np.array([1, np.nan], "<f4"), ay=AY[:2], t=np.array([T0, T0 + 9]))
     assert parse(bad, parser).rejected == {1: "row 2 of the columns: ax is missing"}
     assert parse(frame(ax=AX[:1], ay=AY[:1], t=np.array([T0 + 5])), parser).rejected == {}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_numbers_of_any_type_are_whole_numbers_or_are_rejected_one_by_one(kind: str) -> None:
+    counts = {"meter": StreamConfig(fields=[FieldConfig(name="count", type="i64")])}
+    parsed = parse(frame("meter", count=np.array([1, 2, 3]).astype(kind)), LineParser(counts))
+    assert parsed.rejected == {}
+    assert parsed.validated is not None
+    assert parsed.validated.rows.columns[0].tolist() == [1, 2, 3]
+    if kind[1] == "f":
+        mixed = parse(frame("meter", count=np.array([1, 2.5, 3]).astype(kind)), LineParser(counts))
+        assert "row 2 of the columns: count is no whole number of 64 bits" in mixed.rejected[1]
+        assert mixed.validated is not None
+        assert mixed.validated.rows.columns[0].tolist() == [1, 3]
 
 
 def test_a_view_with_gaps_is_sent_as_its_values() -> None:

@@ -21,6 +21,7 @@ from agent import clock
 from agent.client import Client
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
+from agent.device.intake.frames import MAGIC
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
 from agent.device.intake.protocol import MAX_LINE_BYTES
 from agent.device.intake.source import SubmitRows
@@ -653,6 +654,19 @@ def make_file(path: Path) -> None:
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
+
+
+@pytest.mark.parametrize("kind", ["frame", "line"])
+def test_a_first_item_beyond_the_limit_that_comes_in_parts_costs_itself_alone(station: Station, kind: str) -> None:
+    size = 3 * MAX_LINE_BYTES
+    item = MAGIC + size.to_bytes(4, "little") + b"x" * size if kind == "frame" else b"{" + b" " * size + b"}\n"
+    with station.line() as line:
+        for start in range(0, len(item), 200_000):
+            line.socket.sendall(item[start : start + 200_000])
+        line.send(*numbers(range(1)))
+        answer = line.through(2)
+    assert answer["accepted"] == 1
+    assert "the limit is" in answer["rejected"][0]["reason"]
 
 
 @pytest.mark.parametrize("put", [None, make_file, make_socket])
