@@ -25,7 +25,7 @@ class SmallCommits:
         self._db, self._enforcer, self._journal = db, enforcer, file
         # After a failed write, until the database includes the number of the record.
         self._is_uncertain = False
-        # Its changes may be in the write-ahead log, and a crash would bring them back over a later record of the journal.
+        # The write-ahead log may hold it, and a crash would bring it back over a later record of the journal.
         self._has_commit_failed = False
         self._is_restored = True
         # Budget of the open transaction while small commits are in it.
@@ -113,7 +113,7 @@ class SmallCommits:
     def _append(self, body: bytes) -> bool:
         """Write to the journal. Return False if the database has to be committed instead."""
         assert self._journal is not None
-        # Whatever interrupts this, the record may be on the disk: no other may follow before the database has its number.
+        # If this is interrupted, the record may be on the disk: no other may follow before the database has its number.
         self._is_uncertain = True
         try:
             is_written = self._journal.append(body)

@@ -265,9 +265,10 @@ def test_small_commits_that_were_restored_in_part_are_restored_again(
             raise MemoryError
         apply(*record)
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(journal, "apply", fail)
-        store.last_row("numbers")
+        with pytest.raises(MemoryError):
+            store.last_row("numbers")
     append(store, "numbers", 5, small=True)
     assert store.last_row("numbers") == len(served(store)) == 40
     assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 40
@@ -281,9 +282,10 @@ def test_a_commit_that_fails_before_its_record_leaves_no_gap_in_the_numbers(
     def fail(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr(meta, "put", fail)
-        append(store, "numbers", 5, small=True)
+        with pytest.raises(StorageError):
+            append(store, "numbers", 5, small=True)
     append(store, "numbers", 5, small=True)
     restarted, _ = opened(pulled(tmp_path / "data", tmp_path / "copy"))
     with restarted:
