@@ -26,6 +26,10 @@ from scripts.faults import cuts
 from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
 
 
+# Of a record: id of the opening, number, length and CRC.
+HEADER = 24
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     store, _ = opened(tmp_path / "data")
@@ -359,8 +363,8 @@ def test_a_flipped_bit_costs_its_commit_alone_and_is_reported(store: Store, tmp_
     content = bytearray((copy / journal.FILE_NAME).read_bytes())
     # The second record of the newest block, in each place that has it.
     for start in range(0, journal.SIZE, 4096):
-        length = struct.unpack_from("<QII", content, start)[1]
-        content[start + 16 + length + 20] ^= 4
+        length = struct.unpack_from("<8sQI", content, start)[2]
+        content[start + HEADER + length + HEADER + 4] ^= 4
     (copy / journal.FILE_NAME).write_bytes(content)
     damaged, _ = opened(copy)
     try:
