@@ -65,10 +65,10 @@ class SmallCommits:
             self._db.execute("RELEASE part")
             if self._db.total_changes == self._changes:
                 return
-        if body is None:
-            self._commit_all()
-        elif not self._append(body):
-            self._commit_all()
+        if body is not None and self._append(body):
+            return
+        self._commit_all()
+        if body is not None and self._journal is not None:
             # Only now: after a failed COMMIT the next record has this number.
             self._journal.number += 1
 
