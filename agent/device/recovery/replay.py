@@ -14,7 +14,6 @@ from agent.device.recovery.categories import repair_categories
 from agent.device.recovery.findings import RecoveryFinding
 from agent.device.store import journal, meta
 from agent.device.store.journal import Record
-from agent.errors import StorageError
 
 _LAST_STORED = "SELECT first_row + n - 1 FROM chunks WHERE stream = ? ORDER BY first_row DESC LIMIT 1"
 _COUNT_SAME = "SELECT count(*) FROM chunks WHERE stream = ? AND first_row = ? AND crc = ?"
@@ -32,11 +31,7 @@ class Replay(msgspec.Struct):
 
 def replay(db: sqlite3.Connection, folder: Path) -> Replay:
     """Apply the journal's records inside the caller's transaction. Raises StorageError, sqlite3.Error."""
-    try:
-        content = journal.read_file(folder)
-    except OSError as error:
-        raise StorageError(f"{folder / journal.FILE_NAME}: {error.strerror}; it holds acknowledged rows") from error
-    done, pending = Replay(), journal.pending(db, content)
+    done, pending = Replay(), journal.pending(db, journal.read_file(folder))
     applied = pending.included
     # A quota that was lowered since the rows were acknowledged must not keep them out.
     pages = min(_MAX_PAGES, int(db.execute("PRAGMA max_page_count").fetchone()[0]))

@@ -257,16 +257,20 @@ def require_own_file(path: Path) -> None:
 
 
 def read_file(folder: Path) -> bytes:
-    """Return what the journal in `folder` holds, b"" if there is none. Raises StorageError, OSError."""
-    require_own_file(folder / FILE_NAME)
+    """Return what the journal in `folder` holds, b"" if there is none. Raises StorageError."""
+    path = folder / FILE_NAME
+    require_own_file(path)
     try:
-        file = os.open(folder / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.pread(file, _MAX_SIZE, 0)
+        finally:
+            os.close(file)
     except FileNotFoundError:
         return b""
-    try:
-        return os.pread(file, _MAX_SIZE, 0)
-    finally:
-        os.close(file)
+    except OSError as error:
+        problem = f"{path}: {error.strerror}; it may hold acknowledged rows"
+        raise StorageError(f"{problem}: make it readable, or move it away to lose them") from error
 
 
 def require_known_records(folder: Path) -> None:
@@ -353,10 +357,7 @@ class JournalView:
 
     def refresh(self) -> None:
         """Bring the view up to date. Raises StorageError, sqlite3.Error."""
-        try:
-            content = read_file(self._folder)
-        except OSError as error:
-            raise StorageError(f"{self._folder / FILE_NAME}: {error.strerror}") from error
+        content = read_file(self._folder)
         # Read in this order: a commit that leaves the journal meanwhile is in the database.
         seen = content, int(self._db.execute("PRAGMA data_version").fetchone()[0])
         if seen == self._seen:

@@ -519,6 +519,11 @@ class Store:
             if self._writer is None:
                 self._db.close()
             else:
+                try:
+                    self._commits.require_complete()
+                except (StorageError, sqlite3.Error, MemoryError):
+                    # The small commits are in the journal for the next start.
+                    self._is_intact = False
                 self._writer.close(self._db, is_intact=self._is_intact)
                 self._writer = None
             self._commits.close()
