@@ -234,7 +234,7 @@ def without_chunks(record: Record, streams: set[int]) -> Record:
 
 
 def apply(db: sqlite3.Connection, record: Record) -> None:
-    """Run a record's statements, inside a transaction: all or none. Raises ValueError for a wrong one, sqlite3.Error."""
+    """Run a record's statements inside a transaction, all or none. Raises ValueError if it is wrong, sqlite3.Error."""
     db.execute("SAVEPOINT record")
     try:
         for code, parameters in record:
@@ -368,7 +368,7 @@ class JournalView:
             if records.bodies or self._is_installed:
                 self._copy_tables()
             applied = records.included
-            for number, body in records.bodies.items():
+            for body in records.bodies.values():
                 # A record that is missing or wrong: the next opening reports it.
                 with contextlib.suppress(ValueError):
                     apply(self._db, decode(body))

@@ -27,7 +27,6 @@ from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
 from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
 
-
 # Of a record: id of the opening, number, length and CRC.
 HEADER = 24
 
