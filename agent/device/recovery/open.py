@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from agent import clock
@@ -106,9 +107,9 @@ class _WriteAccess:
     def record_damage(self, cause: str) -> None:
         salvage.write_damage_marker(self._folder, cause)
 
-    def require_in_place(self, db: sqlite3.Connection) -> None:
+    def require_in_place(self, db: sqlite3.Connection, fold: Callable[[], None]) -> None:
         if self.files is not None:
-            self.files.require_in_place(db)
+            self.files.require_in_place(db, fold)
 
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
         if is_intact and (self.files is None or self.files.is_folder_in_place()):

@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -37,10 +38,11 @@ class OpenFiles:
         names = (DATABASE, _WAL, _SHM, LOCK, FILE_NAME, journal.FILE_NAME)
         self._file_ids = {str(folder / name): _identify(folder / name) for name in names}
 
-    def require_in_place(self, db: sqlite3.Connection) -> None:
+    def require_in_place(self, db: sqlite3.Connection, fold: Callable[[], None]) -> None:
         """Raise StorageMoved if the folder is another one, StorageError if a file is; called before each transaction.
 
-        Before that, what is only in a deleted file is written to where the next start finds it.
+        Before that, what is only in a deleted file is written to where the next start finds it; `fold` commits the
+        small commits to the database.
         """
         if _identify(self._folder) != self._folder_id:
             raise StorageMoved(
@@ -52,7 +54,7 @@ class OpenFiles:
             if present == opened:
                 continue
             state = "deleted" if present is None else "replaced"
-            saved = self._save(db, Path(path).name, is_deleted=present is None)
+            saved = self._save(db, fold, Path(path).name, is_deleted=present is None)
             raise StorageError(
                 f"{path}: {state} while the daemon had it open; {saved}. The daemon stops, and the next start opens "
                 "what is there"
@@ -88,24 +90,24 @@ class OpenFiles:
                         return f"it was moved to {place}, with all acknowledged data"
         return "it was replaced or mounted over; all acknowledged data is in the former one"
 
-    def _save(self, db: sqlite3.Connection, name: str, *, is_deleted: bool) -> str:
+    def _save(self, db: sqlite3.Connection, fold: Callable[[], None], name: str, *, is_deleted: bool) -> str:
         """Save what a deleted or replaced file alone holds, and describe the outcome."""
         if name in (LOCK, FILE_NAME):
             return "another process could open the store" if name == LOCK else "lost commits would not be noticed"
         if name != DATABASE:
             try:
-                _fold(db)
+                fold()
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error as error:
+            except (sqlite3.Error, StorageError) as error:
                 return f"commits in it could not be saved: {error}"
             return "all commits in it were saved in the database"
         if not is_deleted:
             self._delete_former_log()
             return "commits since that copy are not in it"
         try:
-            _fold(db)
+            fold()
             self._restore_database(db)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, StorageError, OSError) as error:
             return f"it could not be restored: {error}"
         return "it was restored with all its contents"
 
@@ -126,12 +128,6 @@ class OpenFiles:
             path = self._folder / name
             if _identify(path) == self._file_ids[str(path)]:
                 path.unlink()
-
-
-def _fold(db: sqlite3.Connection) -> None:
-    """Commit the small commits, which are in an open transaction. Raises sqlite3.Error."""
-    if db.in_transaction:
-        db.execute("COMMIT")
 
 
 class _Note(msgspec.Struct, frozen=True):

@@ -87,6 +87,8 @@ class Journal:
         require_own_file(path)
         self._file = os.open(path, flags, mode)
         try:
+            if os.fstat(self._file).st_mode & 0o007:
+                os.fchmod(self._file, mode)
             if _extend(self._file) and (folder / WRITE_AHEAD_LOG).exists():
                 # Else SQLite flushes the folder, when it makes its log.
                 durable_files.fsync(folder)
@@ -99,11 +101,12 @@ class Journal:
     def begin(self, db: sqlite3.Connection) -> None:
         """Bind the records that follow to this opening, in the transaction that includes those of the last one."""
         self._opening, self.number = os.urandom(8).hex(), 0
-        self.write_progress(db)
+        self.write_progress(db, 0)
         self.clear()
 
-    def write_progress(self, db: sqlite3.Connection) -> None:
-        meta.put(db, _PROGRESS, f"{self._opening} {self.number}")
+    def write_progress(self, db: sqlite3.Connection, number: int) -> None:
+        """Record in `db` that it includes the records up to `number`."""
+        meta.put(db, _PROGRESS, f"{self._opening} {number}")
 
     def clear(self) -> None:
         """Forget all records: the database includes them."""
@@ -113,18 +116,19 @@ class Journal:
         self._spare, self._unused = 0, 1
 
     def append(self, body: bytes) -> bool:
-        """Write record `number` through to the disk. Return False if there is no place for it.
+        """Write the next record through to the disk. Return False if there is no place for it.
 
-        Raises OSError: it is then unknown whether the record is on the disk.
+        Raises OSError: it is then unknown whether the record is on the disk, and `number` counts it.
         """
-        checksum = _record_crc(self._opening, self.number, body)
-        record = _HEADER.pack(self.number, len(body), checksum) + body
+        number = self.number + 1
+        record = _HEADER.pack(number, len(body), _record_crc(self._opening, number, body)) + body
         block = self._block + record
         is_new = self._current is None or len(block) > _BLOCK
         if is_new:
             if self._unused == _BLOCKS:
                 return False
             block = record
+        self.number = number
         if os.pwrite(self._file, block.ljust(_BLOCK, b"\0"), self._spare * _BLOCK) != _BLOCK:
             raise OSError("the block was written in part")
         os.fdatasync(self._file)

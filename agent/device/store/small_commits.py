@@ -25,6 +25,9 @@ class SmallCommits:
         self._db, self._enforcer, self._journal = db, enforcer, file
         # After a failed write, until the database includes the number of the record.
         self._is_uncertain = False
+        # The write-ahead log may hold it, and a crash would bring it back over a later record of the journal.
+        self._has_commit_failed = False
+        self._is_restored = True
         # Budget of the open transaction while small commits are in it.
         self._open: Budget | None = None
         self._budget = Budget(0)
@@ -53,16 +56,21 @@ class SmallCommits:
     def commit(self) -> None:
         """Make the transaction durable. Raises StorageError, sqlite3.Error."""
         recorded = self._stop_recording()
-        body = journal.encode(recorded) if recorded and not self._is_uncertain else None
+        if self._is_uncertain or self._has_commit_failed:
+            recorded = None
+        body = journal.encode(recorded) if recorded else None
         if self._journal is not None and (body is not None or self._is_uncertain):
-            self._journal.number += body is not None
-            self._journal.write_progress(self._db)
+            self._journal.write_progress(self._db, self._journal.number + (body is not None))
         if self._open is not None:
             self._db.execute("RELEASE part")
             if self._db.total_changes == self._changes:
                 return
-        if body is None or not self._append(body):
-            self._commit_all()
+        if body is not None and self._append(body):
+            return
+        self._commit_all()
+        if body is not None and self._journal is not None:
+            # Only now: after a failed COMMIT the next record has this number.
+            self._journal.number += 1
 
     def roll_back(self) -> None:
         """Undo the transaction, but not the small commits before it. Raises StorageError."""
@@ -83,7 +91,7 @@ class SmallCommits:
 
         Raises StorageError.
         """
-        if self._open is not None and not self._db.in_transaction:
+        if self._open is not None and not (self._db.in_transaction and self._is_restored):
             self._restore()
 
     def fold(self) -> None:
@@ -105,15 +113,16 @@ class SmallCommits:
     def _append(self, body: bytes) -> bool:
         """Write to the journal. Return False if the database has to be committed instead."""
         assert self._journal is not None
+        # If this is interrupted, the record may be on the disk: no other may follow before the database has its number.
+        self._is_uncertain = True
         try:
-            if self._journal.append(body):
+            is_written = self._journal.append(body)
+            self._is_uncertain = False
+            if is_written:
                 self._open = self._budget
-                return True
-            return False
+            return is_written
         except OSError as error:
             log.error("file %s in the data folder: %s; each commit goes to the database", journal.FILE_NAME, error)
-        # The record may be on the disk: no other commit may come before the database includes its number.
-        self._is_uncertain = True
         try:
             self._commit_all()
         except sqlite3.Error as error:
@@ -121,8 +130,9 @@ class SmallCommits:
         return True
 
     def _commit_all(self) -> None:
+        self._has_commit_failed = True
         self._db.execute("COMMIT")
-        self._open = None
+        self._has_commit_failed, self._open = False, None
         if self._is_uncertain:
             self._is_uncertain = False
             self.close()
@@ -132,15 +142,17 @@ class SmallCommits:
     def _restore(self) -> None:
         """Run the small commits again, in a new open transaction."""
         assert self._journal is not None
+        self._is_restored = False
         try:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._db.execute("BEGIN IMMEDIATE")
             for body in self._journal.records:
                 journal.apply(self._db, journal.decode(body))
-            self._journal.write_progress(self._db)
+            self._journal.write_progress(self._db, self._journal.number)
         except sqlite3.Error as error:
             raise StorageError(f"small commits wait in the journal, and the database takes none: {error}") from error
+        self._is_restored = True
 
     def _stop_recording(self) -> list[tuple[int, object]] | None:
         if not isinstance(self._db, JournaledConnection):

@@ -98,8 +98,11 @@ class WriteAccess(Protocol):
         """Have the database salvaged at the next start."""
         ...
 
-    def require_in_place(self, db: sqlite3.Connection) -> None:
-        """Raise StorageMoved or StorageError if the store's paths lead elsewhere by now."""
+    def require_in_place(self, db: sqlite3.Connection, fold: Callable[[], None]) -> None:
+        """Raise StorageMoved or StorageError if the store's paths lead elsewhere by now.
+
+        `fold` commits the small commits to the database.
+        """
         ...
 
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
@@ -185,7 +188,7 @@ class Store:
         """Raise StorageMoved if the data folder is no longer the one opened, StorageError if a file of it is not."""
         with self._lock, self._translate_errors():
             if self._writer is not None:
-                self._writer.require_in_place(self._db)
+                self._writer.require_in_place(self._db, self._commits.fold)
 
     def fold(self) -> None:
         """Commit to the database what is only in the journal, for a reader with a connection of its own.

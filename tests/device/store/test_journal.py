@@ -6,16 +6,19 @@ import contextlib
 import errno
 import os
 import shutil
+import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import clock
 from agent.device.intake.group_commit import GroupCommit, SourcePosition
 from agent.device.recovery.open import open_store
-from agent.device.store import journal
+from agent.device.store import journal, meta
+from agent.device.store.journal import JournaledConnection
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import DATABASE, Store, connect_read_only
 from agent.errors import StorageError, StorageMoved
@@ -214,6 +217,107 @@ def test_a_read_error_that_ends_the_open_transaction_loses_no_small_commit(store
         assert other.execute("SELECT sum(n) FROM chunks").fetchone() == (40,)
     append(store, "numbers", 5, small=True)
     assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 45
+
+
+def fail_next(monkeypatch: pytest.MonkeyPatch, statement: str) -> None:
+    """Have the next run of a statement fail, as on a disk that fails, and end the open transaction."""
+    execute = JournaledConnection.execute
+
+    def fail(db: JournaledConnection, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        if sql != statement:
+            return execute(db, sql, parameters)
+        monkeypatch.setattr(JournaledConnection, "execute", execute)
+        execute(db, "ROLLBACK")
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(JournaledConnection, "execute", fail)
+
+
+@pytest.mark.parametrize("rows", [1000, 5])
+def test_after_a_failed_commit_the_journal_takes_nothing_until_a_commit_succeeded(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    path = tmp_path / "data" / journal.FILE_NAME
+    append(store, "numbers", 5, small=True)
+    content = path.read_bytes()
+    fail_next(monkeypatch, "COMMIT")
+    with pytest.raises(StorageError):
+        append(store, "numbers", rows)
+    # The write-ahead log may hold the commit, which a crash would bring back over a record of the journal.
+    append(store, "numbers", 5, small=True)
+    assert path.read_bytes() == content
+    append(store, "numbers", 5, small=True)
+    assert path.read_bytes() != content
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 25
+
+
+def test_small_commits_that_were_restored_in_part_are_restored_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        append(store, "numbers", 5, small=True)
+    store._db.execute("ROLLBACK")
+    apply, calls = journal.apply, list[int]()
+
+    def fail(*record: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        apply(*record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "apply", fail)
+        with pytest.raises(MemoryError):
+            store.last_row("numbers")
+    append(store, "numbers", 5, small=True)
+    assert store.last_row("numbers") == len(served(store)) == 40
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 40
+
+
+def test_a_commit_that_fails_before_its_record_leaves_no_gap_in_the_numbers(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, "numbers", 5, small=True)
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(meta, "put", fail)
+        with pytest.raises(StorageError):
+            append(store, "numbers", 5, small=True)
+    append(store, "numbers", 5, small=True)
+    restarted, _ = opened(pulled(tmp_path / "data", tmp_path / "copy"))
+    with restarted:
+        assert len(served(restarted)) == 20
+        assert restarted.get_meta("last finding", "") == ""
+
+
+@pytest.mark.parametrize("name", [journal.FILE_NAME, f"{DATABASE}-wal", DATABASE])
+def test_after_a_deleted_file_was_saved_reads_and_the_next_start_have_the_small_commits_once(
+    store: Store, tmp_path: Path, name: str
+) -> None:
+    append(store, "numbers", 5, small=True)
+    with store.transaction(small=True) as tx:
+        tx.increment_counter("lines rejected", 1)
+    (tmp_path / "data" / name).unlink()
+    with pytest.raises(StorageError, match="deleted while the daemon had it open"):
+        append(store, "numbers", 5, small=True)
+    assert store.last_row("numbers") == 15
+    assert store.counters()["lines rejected"] == 1
+    store.close()
+    restarted, _ = opened(tmp_path / "data")
+    with restarted:
+        assert len(served(restarted)) == 15
+        assert restarted.counters()["lines rejected"] == 1
+
+
+def test_a_journal_that_others_could_read_is_made_private(store: Store, tmp_path: Path) -> None:
+    store.close()
+    path = tmp_path / "data" / journal.FILE_NAME
+    path.chmod(0o644)
+    opened(tmp_path / "data")[0].close()
+    assert path.stat().st_mode & 0o007 == 0
 
 
 def make_link(path: Path, victim: Path) -> None:
