@@ -190,7 +190,7 @@ def build_daemon(
     _record_bundles(conf, store, message_log, scheduled, now())
 
     def on_rows_committed() -> None:
-        # Rows at a steady pace would wake the main loop for nothing, once a commit; where space is short, it makes room.
+        # At a steady pace rows would wake the main loop for nothing. Where space is short, that loop makes room.
         if any(entry.schedule.counts_rows for entry in scheduled) or space.is_short(store):
             signals.wake()
 

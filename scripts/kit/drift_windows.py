@@ -47,7 +47,12 @@ def draw(rng: np.random.Generator) -> DriftWindows:
     scored = bool(rng.integers(0, 2))
     top = np.where(rng.random(count) < 0.1, np.nan, rng.random(count)) if scored else None
     batch = Batch(
-        features, np.arange(count) * window_rows, rng.integers(0, classes, count), top, 0, np.arange(n) * 1000 + 1000
+        features,
+        np.arange(count, dtype=np.int64) * window_rows,
+        rng.integers(0, classes, count),
+        top,
+        0,
+        np.arange(n, dtype=np.int64) * 1000 + 1000,
     )
     return DriftWindows(reference, batch, windows, rng.integers(0, classes, count), int(rng.integers(0, window + 1)))
 
@@ -106,7 +111,7 @@ def draw_values(rng: np.random.Generator, n: int, fields: int) -> Float64s:
     elif kind == 3:
         values = rng.choice(np.array([0.0, -0.0, 0.5, 1.0]), values.shape)
     elif kind == 4:
-        values = np.repeat(np.round(values[: 1 + n // 7], 1), 7, axis=0)[:n]
+        values = np.round(values[: 1 + n // 7], 1)[np.arange(n) // 7]
     elif kind == 5:
         values = rng.choice(np.array([0.5, 2.0, 3e38, -3e38, 1e-45, np.nan]), values.shape)
     elif kind == 6:

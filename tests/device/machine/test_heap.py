@@ -16,9 +16,9 @@ def resident_mb() -> float:
 def test_memory_in_the_middle_of_the_heap_is_given_back() -> None:
     # Below the size that the C library maps by itself; every second array keeps the end of the heap in use.
     arrays = [np.ones(8000) for _ in range(2000)]
-    kept = arrays[1::2]
+    remaining = arrays[1::2]
     before = resident_mb()
     del arrays
     heap.release_free()
     assert resident_mb() < before - 40
-    assert len(kept) == 1000
+    assert len(remaining) == 1000

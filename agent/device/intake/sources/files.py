@@ -348,6 +348,9 @@ class FolderWatcher:
 
     async def _submit_file(self, file: int, name: str, submit_rows: SubmitRows, progress: _FileProgress) -> None:
         """Submit the rows after `progress`, and advance it."""
+        if progress.last_line and isinstance(self._stream.media_format, ImageFormat):
+            # An image is one commit. To decode it again would only count deaths of it.
+            return
         if progress.deaths >= MAX_DEATHS:
             raise UsageError(f"{progress.deaths} processes in a row ended while they read it; look for damage in it")
         async with contextlib.aclosing(self._read_blocks(file, name, progress)) as blocks:
