@@ -144,13 +144,17 @@ class Journal:
 
     def clear(self) -> None:
         """Forget all records: the database includes them."""
-        self.records: list[bytes] = []
+        self.records: dict[int, bytes] = {}
         self._block = b""
         self._current: int | None = None
         self._spare, self._unused = 0, 1
 
-    def append(self, body: bytes) -> bool:
-        """Write the next record through to the disk. Return False if there is no place for it.
+    def has_place(self, body: bytes) -> bool:
+        """Return True if the next record fits into the newest block, or a block is left."""
+        return self._unused < _BLOCKS or len(self._block) + _HEADER_SIZE + len(body) <= _BLOCK
+
+    def append(self, body: bytes) -> None:
+        """Write the next record, which has a place, through to the disk.
 
         Raises OSError: it is then unknown whether the record is on the disk, and `number` counts it.
         """
@@ -159,8 +163,6 @@ class Journal:
         block = self._block + record
         is_new = self._current is None or len(block) > _BLOCK
         if is_new:
-            if self._unused == _BLOCKS:
-                return False
             block = record
         self.number = number
         if os.pwrite(self._file, block.ljust(_BLOCK, b"\0"), self._spare * _BLOCK) != _BLOCK:
@@ -171,8 +173,7 @@ class Journal:
         else:
             self._current, self._spare = self._spare, self._current
         self._block = block
-        self.records.append(body)
-        return True
+        self.records[number] = body
 
     def close(self) -> None:
         os.close(self._file)
@@ -295,6 +296,11 @@ def pending(db: sqlite3.Connection, content: bytes) -> PendingRecords:
 def include(db: sqlite3.Connection, opening: str, number: int) -> None:
     """Record that the database includes the records of an opening up to `number`."""
     meta.put(db, _PROGRESS, f"{opening} {number}")
+
+
+def included_through(db: sqlite3.Connection) -> int:
+    """Return the number of the last record that the database includes."""
+    return int(meta.get(db, _PROGRESS, "").partition(" ")[2] or 0)
 
 
 def end_progress(db: sqlite3.Connection) -> None:

@@ -7,6 +7,7 @@ errors SQLite rolls it back as a whole: then it is run again from the journal's 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 
@@ -27,6 +28,7 @@ class SmallCommits:
         self._is_uncertain = False
         # The write-ahead log may hold it, and a crash would bring it back over a later record of the journal.
         self._has_commit_failed = False
+        # False while the open transaction may hold a part of what it should, or more.
         self._is_restored = True
         # Budget of the open transaction while small commits are in it.
         self._open: Budget | None = None
@@ -44,10 +46,11 @@ class SmallCommits:
                 self.fold()
         if self._open is None:
             self._budget = self._enforcer.prepare_transaction(self._db, vital=vital, small=small)
-            self._db.execute("BEGIN IMMEDIATE")
         else:
             self._budget = self._open
-            self._db.execute("SAVEPOINT part")
+        self._is_restored = False
+        self._db.execute("BEGIN IMMEDIATE" if self._open is None else "SAVEPOINT part")
+        self._is_restored = True
         self._changes = self._db.total_changes
         if small and self._journal is not None and isinstance(self._db, JournaledConnection):
             self._db.recorded = []
@@ -59,39 +62,40 @@ class SmallCommits:
         if self._is_uncertain or self._has_commit_failed:
             recorded = None
         body = journal.encode(recorded) if recorded else None
+        if body is not None and self._journal is not None and not self._journal.has_place(body):
+            body = None
         if self._journal is not None and (body is not None or self._is_uncertain):
             self._journal.write_progress(self._db, self._journal.number + (body is not None))
         if self._open is not None:
             self._db.execute("RELEASE part")
             if self._db.total_changes == self._changes:
                 return
-        if body is not None and self._append(body):
-            return
-        self._commit_all()
-        if body is not None and self._journal is not None:
-            # Only now: after a failed COMMIT the next record has this number.
-            self._journal.number += 1
+        if body is None:
+            self._commit_all()
+        else:
+            self._append(body)
 
     def roll_back(self) -> None:
-        """Undo the transaction, but not the small commits before it. Raises StorageError."""
+        """Undo the transaction, but not the small commits before it.
+
+        Raises StorageError, sqlite3.Error, MemoryError: `require_complete` then does it.
+        """
+        self._is_restored = False
         self._stop_recording()
-        if self._open is None:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            return
-        try:
-            self._db.execute("ROLLBACK TO part")
-            self._db.execute("RELEASE part")
-        except sqlite3.Error:
-            # SQLite rolled back everything, or the error came after the part had ended.
-            self._restore()
+        if self._open is not None:
+            # An error: SQLite rolled back everything, or the part has ended, or memory is short.
+            with contextlib.suppress(sqlite3.Error, MemoryError):
+                self._db.execute("ROLLBACK TO part")
+                self._db.execute("RELEASE part")
+                self._is_restored = True
+        self.require_complete()
 
     def require_complete(self) -> None:
         """Run the small commits again if SQLite has rolled them back: an error in a mere read does that, too.
 
-        Raises StorageError.
+        Raises StorageError, sqlite3.Error, MemoryError.
         """
-        if self._open is not None and not (self._db.in_transaction and self._is_restored):
+        if not self._is_restored or (self._open is not None and not self._db.in_transaction):
             self._restore()
 
     def fold(self) -> None:
@@ -101,7 +105,7 @@ class SmallCommits:
             return
         try:
             self._commit_all()
-        except sqlite3.Error:
+        except (sqlite3.Error, MemoryError):
             self._restore()
             raise
 
@@ -110,24 +114,22 @@ class SmallCommits:
             self._journal.close()
             self._journal = None
 
-    def _append(self, body: bytes) -> bool:
-        """Write to the journal. Return False if the database has to be committed instead."""
+    def _append(self, body: bytes) -> None:
+        """Write to the journal or, if that fails, to the database. Raises StorageError."""
         assert self._journal is not None
         # If this is interrupted, the record may be on the disk: no other may follow before the database has its number.
         self._is_uncertain = True
         try:
-            is_written = self._journal.append(body)
+            self._journal.append(body)
+            self._open = self._budget
             self._is_uncertain = False
-            if is_written:
-                self._open = self._budget
-            return is_written
+            return
         except OSError as error:
             log.error("file %s in the data folder: %s; each commit goes to the database", journal.FILE_NAME, error)
         try:
             self._commit_all()
         except sqlite3.Error as error:
             raise StorageError(f"neither the journal nor the database could be written: {error}") from error
-        return True
 
     def _commit_all(self) -> None:
         self._has_commit_failed = True
@@ -140,18 +142,23 @@ class SmallCommits:
             self._journal.clear()
 
     def _restore(self) -> None:
-        """Run the small commits again, in a new open transaction."""
-        assert self._journal is not None
+        """Run the small commits again, if there are any, in a new open transaction."""
         self._is_restored = False
-        try:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            self._db.execute("BEGIN IMMEDIATE")
-            for body in self._journal.records:
-                journal.apply(self._db, journal.decode(body))
-            self._journal.write_progress(self._db, self._journal.number)
-        except sqlite3.Error as error:
-            raise StorageError(f"small commits wait in the journal, and the database takes none: {error}") from error
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        if self._open is not None:
+            assert self._journal is not None
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                # A COMMIT that was interrupted may have included them.
+                included = journal.included_through(self._db)
+                for number, body in self._journal.records.items():
+                    if number > included:
+                        journal.apply(self._db, journal.decode(body))
+                self._journal.write_progress(self._db, self._journal.number)
+            except sqlite3.Error as error:
+                problem = "small commits wait in the journal, and the database takes none"
+                raise StorageError(f"{problem}: {error}") from error
         self._is_restored = True
 
     def _stop_recording(self) -> list[tuple[int, object]] | None:

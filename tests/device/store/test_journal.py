@@ -351,6 +351,56 @@ def test_small_commits_that_were_restored_in_part_are_no_clean_stop(
         assert restarted.counters()["lines rejected"] == 5
 
 
+def append_half(store: Store) -> None:
+    with store.transaction(small=True) as tx:
+        tx.append("numbers", Rows(np.array([1000]), (np.array([9]), np.array([0], np.uint16))), "synced")
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_when_memory_runs_out_in_a_rollback_nothing_of_the_failed_commit_stays(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    if is_open:
+        append(store, "numbers", 5, small=True)
+    before, execute = len(served(store)), JournaledConnection.execute
+
+    def fail(db: JournaledConnection, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        if sql.startswith("ROLLBACK"):
+            raise MemoryError
+        return execute(db, sql, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournaledConnection, "execute", fail)
+        with pytest.raises(MemoryError):
+            append_half(store)
+    assert len(served(store)) == before
+    append(store, "numbers", 5, small=True)
+    store.close()
+    assert rows_of(tmp_path / "data") == before + 5
+
+
+def test_a_commit_to_the_database_that_is_interrupted_includes_the_small_ones_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, "numbers", 5, small=True)
+    execute = JournaledConnection.execute
+
+    def interrupt(db: JournaledConnection, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        cursor = execute(db, sql, parameters)
+        if sql == "COMMIT":
+            raise KeyboardInterrupt
+        return cursor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournaledConnection, "execute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            append(store, "numbers", 1000)
+    append(store, "numbers", 5, small=True)
+    assert len(served(store)) == 1020
+    assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 1020
+
+
 def write_record(folder: Path, store: Store, number: int, record: object) -> None:
     """Write a record with a right CRC behind those of the store."""
     file = store._commits._journal
