@@ -156,7 +156,7 @@ class SmallCommits:
                     if number > included:
                         journal.apply(self._db, journal.decode(body))
                 self._journal.write_progress(self._db, self._journal.number)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, ValueError) as error:
                 problem = "small commits wait in the journal, and the database takes none"
                 raise StorageError(f"{problem}: {error}") from error
         self._is_restored = True
