@@ -105,6 +105,10 @@ class Round:
         kind = self._random.random()
         if kind < 0.8:
             self.commit(self._random.randint(1, 40))
+        elif kind < 0.82:
+            # The usual rhythm of a slow stream: a commit, then a batch.
+            self.commit(200)
+            self.store.fold()
         elif kind < 0.83:
             self.commit(self._random.choice((300, 1000)))
         elif kind < 0.88:
@@ -146,14 +150,12 @@ def cutting(this: Round) -> Iterator[None]:
     """Cut the power before, in and after each write of the journal, and each commit of the database."""
     append, commit_all = Journal.append, small_commits.SmallCommits._commit_all
 
-    def cut_append(self: Journal, body: bytes) -> bool:
+    def cut_append(self: Journal, body: bytes) -> None:
         file = this.live / journal.FILE_NAME
         before = file.read_bytes()
         this.cut("before the journal is written", file=journal.FILE_NAME, before=before)
-        is_written = append(self, body)
-        if is_written:
-            this.cut("while the journal is written", file=journal.FILE_NAME, before=before)
-        return is_written
+        append(self, body)
+        this.cut("while the journal is written", file=journal.FILE_NAME, before=before)
 
     def cut_commit(self: Any) -> None:
         wal = this.live / f"{DATABASE}-wal"

@@ -85,6 +85,9 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
             catch_up.catch_up(db, writer.watermark.state)
 
         store.begin_boot(repair)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.shrink()
         # The first page says where the tables are: without it nothing else in the file could be read.
         with contextlib.suppress(OSError, sqlite3.Error):
             db.execute("PRAGMA wal_checkpoint(RESTART)")

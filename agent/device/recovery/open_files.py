@@ -97,6 +97,8 @@ class OpenFiles:
         if name != DATABASE:
             try:
                 fold()
+                if name == journal.FILE_NAME:
+                    journal.end_progress(db)
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except (sqlite3.Error, StorageError) as error:
                 return f"commits in it could not be saved: {error}"

@@ -130,6 +130,9 @@ class Journal:
             os.close(self._file)
             raise
         self._opening, self.number = "", 0
+        # Of the newest block, and of the place where it is written next.
+        self._current: int | None = None
+        self._spare = 0
         self.clear()
 
     def begin(self, db: sqlite3.Connection) -> None:
@@ -143,15 +146,19 @@ class Journal:
         meta.put(db, _PROGRESS, f"{self._opening} {number}")
 
     def clear(self) -> None:
-        """Forget all records: the database includes them."""
+        """Forget all records, which the database includes. The newest stays in the file until the next is written."""
         self.records: dict[int, bytes] = {}
         self._block = b""
-        self._current: int | None = None
-        self._spare, self._unused = 0, 1
+        self._free = [number for number in range(_BLOCKS) if number not in (self._current, self._spare)]
+
+    def shrink(self) -> None:
+        """Cut a larger file to SIZE, once the database includes its records. Raises OSError."""
+        if os.fstat(self._file).st_size > SIZE:
+            os.ftruncate(self._file, SIZE)
 
     def has_place(self, body: bytes) -> bool:
-        """Return True if the next record fits into the newest block, or a block is left."""
-        return self._unused < _BLOCKS or len(self._block) + _HEADER_SIZE + len(body) <= _BLOCK
+        """Return True if the next record fits into the newest block, or a block is free."""
+        return bool(self._free) or len(self._block) + _HEADER_SIZE + len(body) <= _BLOCK
 
     def append(self, body: bytes) -> None:
         """Write the next record, which has a place, through to the disk.
@@ -160,18 +167,15 @@ class Journal:
         """
         number = self.number + 1
         record = _frame(self._opening, number, body)
-        block = self._block + record
-        is_new = self._current is None or len(block) > _BLOCK
-        if is_new:
-            block = record
+        is_full = len(self._block) + len(record) > _BLOCK
+        block = record if is_full else self._block + record
         self.number = number
         if os.pwrite(self._file, block.ljust(_BLOCK, b"\0"), self._spare * _BLOCK) != _BLOCK:
             raise OSError("the block was written in part")
         os.fdatasync(self._file)
-        if self._current is None or is_new:
-            self._current, self._spare, self._unused = self._spare, self._unused, self._unused + 1
-        else:
-            self._current, self._spare = self._spare, self._current
+        # The records of a full block have no other place.
+        next_spare = self._free.pop(0) if is_full or self._current is None else self._current
+        self._current, self._spare = self._spare, next_spare
         self._block = block
         self.records[number] = body
 

@@ -315,6 +315,7 @@ def test_after_a_deleted_file_was_saved_reads_and_the_next_start_have_the_small_
     with restarted:
         assert len(served(restarted)) == 15
         assert restarted.counters()["lines rejected"] == 1
+        assert restarted.get_meta("last finding", "") == ""
 
 
 def test_a_journal_that_others_could_read_is_made_private(store: Store, tmp_path: Path) -> None:
@@ -399,6 +400,35 @@ def test_a_commit_to_the_database_that_is_interrupted_includes_the_small_ones_on
     append(store, "numbers", 5, small=True)
     assert len(served(store)) == 1020
     assert rows_of(pulled(tmp_path / "data", tmp_path / "copy")) == 1020
+
+
+def test_a_torn_write_after_a_fold_is_no_damage(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "data" / journal.FILE_NAME
+    for _ in range(4):
+        append(store, "numbers", 150, small=True)
+        store.fold()
+    before = path.read_bytes()
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    append(store, "numbers", 150, small=True)
+    after = path.read_bytes()
+    changed = [at for at in range(0, journal.SIZE, 512) if before[at : at + 512] != after[at : at + 512]]
+    assert len(changed) > 1
+    # The power fails after the first of the sectors.
+    torn = bytearray(before)
+    torn[changed[0] : changed[0] + 512] = after[changed[0] : changed[0] + 512]
+    (copy / journal.FILE_NAME).write_bytes(torn)
+    restarted, _ = opened(copy)
+    with restarted:
+        assert len(served(restarted)) == 610
+        assert restarted.get_meta("last finding", "") == ""
+
+
+def test_a_journal_that_was_larger_has_its_size_after_the_opening(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    os.truncate(copy / journal.FILE_NAME, 1 << 30)
+    assert rows_of(copy) == 15
+    assert (copy / journal.FILE_NAME).stat().st_size == journal.SIZE
 
 
 def write_record(folder: Path, store: Store, number: int, record: object) -> None:
