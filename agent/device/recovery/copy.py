@@ -70,10 +70,11 @@ class StoreCopy:
         """Apply the journal in `folder`, repair what depends on lost rows, and add the finding, in one transaction."""
         new, incomplete = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
-        for stream, first, last in replay.replay(new, folder).chunks:
+        replayed = replay.replay(new, folder)
+        for stream, first, last in replayed.chunks:
             _insert_range(self._rows.setdefault(stream, []), first, last)
             self._next_rows[stream] = max(self._next_rows.get(stream, 1), last + 1)
-        if "categories" in incomplete:
+        if "categories" in incomplete or not replayed.is_complete:
             repair_categories(new)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
@@ -101,6 +102,8 @@ class StoreCopy:
             f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
             f"{quarantine} of the data folder."
         )
+        if not replayed.is_complete:
+            summary += " The journal of small commits was damaged, too: some of them are lost."
         if "meta" in incomplete:
             summary += " Some values of its table meta are lost, or rebuilt from the rest."
         if "source_positions" in incomplete:

@@ -80,6 +80,8 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
             replay.report(db, replay.replay(db, folder))
             if file is not None:
                 file.begin(db)
+            else:
+                journal.end_progress(db)
             catch_up.catch_up(db, writer.watermark.state)
 
         store.begin_boot(repair)

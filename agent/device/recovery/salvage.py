@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent import durable_files, input_files
 from agent.device.recovery import migrate
-from agent.device.store import row_crc
+from agent.device.store import journal, row_crc
 from agent.device.store.store import DATABASE
 from agent.device.store.watermark import WatermarkState
 from agent.errors import StorageError
@@ -27,6 +27,8 @@ _MAX_QUARANTINED = 2
 # Length of the file header on page 1, with counters that change all the time.
 _HEADER = 100
 _PATCHED = "patched.db"
+# Copy of the journal of small commits; `journal` is SQLite's.
+_SMALL_COMMITS = "small-commits"
 
 
 def write_damage_marker(folder: Path, cause: str) -> None:
@@ -43,6 +45,7 @@ def read_cause(folder: Path) -> str | None:
 
 def salvage(folder: Path, cause: str, saved: WatermarkState | None, first_page: bytes | None) -> None:
     """Replace the damaged database by an intact one. Raises StorageError if not even that is possible."""
+    journal.require_known_records(folder)
     marker = _read_marker(folder) or {"cause": cause}
     if "quarantine" not in marker:
         numbers = [int(path.name) for path in (folder / QUARANTINE).glob("*") if path.name.isdecimal()]
@@ -52,6 +55,9 @@ def salvage(folder: Path, cause: str, saved: WatermarkState | None, first_page: 
     try:
         if not ((place / DATABASE).exists() and (folder / DATABASE).exists()):
             place.mkdir(parents=True, exist_ok=True)
+            # The journal stays: the small commits in it are applied to the copy.
+            if content := journal.read_file(folder):
+                durable_files.write(place / _SMALL_COMMITS, content, 0o600)
             # The -shm is an index of the -wal and can be rebuilt. The database goes last: a kill here is then detected.
             (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
             # A journal beside the new database would be rolled back into it.

@@ -6,19 +6,21 @@ The newest block is written again with one record more, in the *other* of two pl
 record that was acknowledged. The database holds the number of the last record that it includes, in the transaction that
 includes it, so no record is ever applied twice.
 
-Records are bound to one opening of the store: a journal left from another one is not applied.
+Records are bound to one opening of the store: a journal left from another one is not applied. Each has the opening's id
+itself, so a record is intact or damaged whatever became of the database.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -30,9 +32,10 @@ FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"
 SIZE, _BLOCK = 64 << 10, 4096
 _BLOCKS = SIZE // _BLOCK
 _MAX_SIZE = 1 << 20  # of a file that another release may have written
-# Number, length of the body, CRC-32 of the opening's id, number and body.
-_HEADER = struct.Struct("<QII")
-MAX_BODY = _BLOCK - _HEADER.size
+# Id of the opening, number, length of the body; then the CRC-32 of these and the body.
+_RECORD, _CRC = struct.Struct("<8sQI"), struct.Struct("<I")
+_HEADER_SIZE = _RECORD.size + _CRC.size
+MAX_BODY = _BLOCK - _HEADER_SIZE
 # In table meta: id of the opening, and number of the last record that the database includes.
 _PROGRESS = "journal"
 # A statement's place is its code in the file: never reorder them, and have a new version apply those of earlier ones.
@@ -48,11 +51,20 @@ _STATEMENTS = (
     schema.EXTEND_SEGMENT,
 )
 _CODES = {sql: code for code, sql in enumerate(_STATEMENTS)}
-INSERT_CHUNK_CODE = _CODES[schema.INSERT_CHUNK]
 # Statements of one record with their parameters.
 Record = list[tuple[int, list[Any] | dict[str, Any]]]
+_Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+_PARAMETERS: dict[int, Any] = {
+    _CODES[schema.INSERT_CHUNK]: tuple[
+        _Integer, _Count, _Count, _Integer, _Integer, bytes, _Integer, _Integer, _Integer, _Integer, _Integer
+    ],
+    _CODES[schema.UPDATE_NEXT_ROW]: tuple[_Integer, _Integer],
+}
 _ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
 _READING = ("SELECT", "PRAGMA")
+# Errors of a statement with wrong parameters, not of the disk.
+_REFUSALS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
 
 class JournaledConnection(sqlite3.Connection):
@@ -75,6 +87,28 @@ class JournaledConnection(sqlite3.Connection):
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
         self.recorded = None
         return super().executemany(sql, parameters)
+
+
+class RecordedChunk(msgspec.Struct, frozen=True):
+    """Chunk that a record inserts, with rows `first` to `last`."""
+
+    stream: int
+    first: int
+    last: int
+    crc: int
+
+
+class PendingRecords(msgspec.Struct):
+    """Records that a database does not include, body by number, in order.
+
+    `opening`: their id; `included`: number of the last record that the database includes; `newest`: of the last record
+    in the file, 0 if there is none.
+    """
+
+    opening: str
+    included: int
+    newest: int
+    bodies: dict[int, bytes]
 
 
 class Journal:
@@ -121,7 +155,7 @@ class Journal:
         Raises OSError: it is then unknown whether the record is on the disk, and `number` counts it.
         """
         number = self.number + 1
-        record = _HEADER.pack(number, len(body), _record_crc(self._opening, number, body)) + body
+        record = _frame(self._opening, number, body)
         block = self._block + record
         is_new = self._current is None or len(block) > _BLOCK
         if is_new:
@@ -168,17 +202,48 @@ def encode(recorded: list[tuple[int, Any]]) -> bytes | None:
 
 
 def decode(body: bytes) -> Record:
-    """Decode a body. Raises ValueError if it is none."""
+    """Decode an intact body. Raises ValueError if it is none, StorageError if a newer version wrote it."""
     record = _DECODER.decode(body)
-    if any(not 0 <= code < len(_STATEMENTS) for code, _ in record):
-        raise ValueError("a statement is not known")
+    if any(code >= len(_STATEMENTS) for code, _ in record):
+        raise StorageError(
+            f"file {FILE_NAME} in the data folder: made by a newer version of outstation, and it holds acknowledged "
+            "rows; install that version again"
+        )
+    for code, parameters in record:
+        if code < 0:
+            raise ValueError("a statement is not known")
+        if expected := _PARAMETERS.get(code):
+            msgspec.convert(parameters, expected)
     return record
 
 
+def chunks(record: Record) -> list[RecordedChunk]:
+    """Return the chunks that a record inserts."""
+    inserted = [list(parameters) for code, parameters in record if code == _CODES[schema.INSERT_CHUNK]]
+    return [RecordedChunk(stream, first, first + n - 1, crc) for stream, first, n, _, _, _, crc, *_ in inserted]
+
+
+def without_chunks(record: Record, streams: set[int]) -> Record:
+    """Return a record without its chunks of these streams."""
+    place = {_CODES[schema.INSERT_CHUNK]: 0, _CODES[schema.UPDATE_NEXT_ROW]: 1}
+    return [
+        (code, parameters)
+        for code, parameters in record
+        if not (code in place and isinstance(parameters, list) and parameters[place[code]] in streams)
+    ]
+
+
 def apply(db: sqlite3.Connection, record: Record) -> None:
-    """Run a record's statements. Raises sqlite3.Error."""
-    for code, parameters in record:
-        db.execute(_STATEMENTS[code], parameters)
+    """Run a record's statements inside a transaction, all or none. Raises ValueError if it is wrong, sqlite3.Error."""
+    db.execute("SAVEPOINT record")
+    try:
+        for code, parameters in record:
+            db.execute(_STATEMENTS[code], parameters)
+    except (ValueError, TypeError, OverflowError, *_REFUSALS) as error:
+        db.execute("ROLLBACK TO record")
+        db.execute("RELEASE record")
+        raise ValueError(f"the database does not take it: {error}") from error
+    db.execute("RELEASE record")
 
 
 def require_own_file(path: Path) -> None:
@@ -192,48 +257,77 @@ def require_own_file(path: Path) -> None:
 
 
 def read_file(folder: Path) -> bytes:
-    """Return what the journal in `folder` holds, b"" if there is none. Raises StorageError, OSError."""
-    require_own_file(folder / FILE_NAME)
+    """Return what the journal in `folder` holds, b"" if there is none. Raises StorageError."""
+    path = folder / FILE_NAME
+    require_own_file(path)
     try:
-        file = os.open(folder / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.pread(file, _MAX_SIZE, 0)
+        finally:
+            os.close(file)
     except FileNotFoundError:
         return b""
-    try:
-        return os.pread(file, _MAX_SIZE, 0)
-    finally:
-        os.close(file)
+    except OSError as error:
+        problem = f"{path}: {error.strerror}; it may hold acknowledged rows"
+        raise StorageError(f"{problem}: make it readable, or move it away to lose them") from error
 
 
-def pending(db: sqlite3.Connection, content: bytes) -> dict[int, bytes]:
-    """Return the records that the database does not include, body by number, in order. Raises sqlite3.Error."""
+def require_known_records(folder: Path) -> None:
+    """Raise StorageError if the journal has a record of a newer version, whether the database includes it or not."""
+    for _, _, body in _intact_records(read_file(folder)):
+        with contextlib.suppress(ValueError):
+            decode(body)
+
+
+def pending(db: sqlite3.Connection, content: bytes) -> PendingRecords:
+    """Return the records that the database does not include. Raises StorageError, sqlite3.Error."""
+    intact = list(_intact_records(content))
     opening, _, number = meta.get(db, _PROGRESS, "").partition(" ")
-    included = int(number or 0)
-    records: dict[int, bytes] = {}
+    # The first block has the newest opening. A salvage may have lost the progress.
+    opening = opening or next((opening for opening, _, _ in intact), "")
+    bodies = {number: body for written, number, body in sorted(intact) if written == opening}
+    included = int(number) if number else _infer_included(db, bodies)
+    newest = max(bodies, default=0)
+    return PendingRecords(opening, included, newest, {n: body for n, body in bodies.items() if n > included})
+
+
+def include(db: sqlite3.Connection, opening: str, number: int) -> None:
+    """Record that the database includes the records of an opening up to `number`."""
+    meta.put(db, _PROGRESS, f"{opening} {number}")
+
+
+def end_progress(db: sqlite3.Connection) -> None:
+    """Record that commits go to the database alone."""
+    meta.delete(db, _PROGRESS)
+
+
+def _infer_included(db: sqlite3.Connection, bodies: dict[int, bytes]) -> int:
+    """Return the number of the last record that the database includes, from the rows that it has or had."""
+    next_rows = dict(db.execute("SELECT id, next_row FROM streams").fetchall())
+    for number, body in bodies.items():
+        with contextlib.suppress(ValueError):
+            if any(chunk.first >= next_rows.get(chunk.stream, chunk.first + 1) for chunk in chunks(decode(body))):
+                return number - 1
+    return max(bodies, default=0)
+
+
+def _frame(opening: str, number: int, body: bytes) -> bytes:
+    head = _RECORD.pack(bytes.fromhex(opening), number, len(body))
+    return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body
+
+
+def _intact_records(content: bytes) -> Iterator[tuple[str, int, bytes]]:
+    """Yield (opening, number, body) of each record with a right CRC."""
     for block in (content[at : at + _BLOCK] for at in range(0, len(content), _BLOCK)):
         at = 0
-        while at + _HEADER.size <= len(block):
-            number_, length, checksum = _HEADER.unpack_from(block, at)
-            at += _HEADER.size
-            body = block[at : at + length]
-            at += length
+        while at + _HEADER_SIZE <= len(block):
+            opening, number, length = _RECORD.unpack_from(block, at)
+            body = block[at + _HEADER_SIZE : at + _HEADER_SIZE + length]
             # A damaged record hides those behind it only if its length is damaged.
-            if number_ > included and len(body) == length and checksum == _record_crc(opening, number_, body):
-                records[number_] = body
-    return dict(sorted(records.items()))
-
-
-def included_through(db: sqlite3.Connection) -> int:
-    """Return the number of the last record that the database includes."""
-    return int(meta.get(db, _PROGRESS, "").partition(" ")[2] or 0)
-
-
-def include(db: sqlite3.Connection, number: int) -> None:
-    """Record that the database includes the records up to `number`."""
-    meta.put(db, _PROGRESS, f"{meta.get(db, _PROGRESS, '').partition(' ')[0]} {number}")
-
-
-def _record_crc(opening: str, number: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(f"{opening} {number} {len(body)}".encode()))
+            if length and block.startswith(_frame(opening.hex(), number, body), at):
+                yield opening.hex(), number, body
+            at += _HEADER_SIZE + length
 
 
 # --- reading beside the process that writes ---
@@ -253,19 +347,17 @@ class JournalView:
 
     The journal changes the small tables in place, so the view has copies of them, which it makes anew when the journal
     or the database has changed. Chunks are only added: the view joins those of the journal to those of the database.
+    `is_complete` is False if a record is missing.
     """
 
     def __init__(self, folder: Path, db: sqlite3.Connection) -> None:
         self._folder, self._db = folder, db
         self._seen: tuple[bytes, int] | None = None
-        self._is_installed = False
+        self._is_installed, self.is_complete = False, True
 
     def refresh(self) -> None:
         """Bring the view up to date. Raises StorageError, sqlite3.Error."""
-        try:
-            content = read_file(self._folder)
-        except OSError as error:
-            raise StorageError(f"{self._folder / FILE_NAME}: {error.strerror}") from error
+        content = read_file(self._folder)
         # Read in this order: a commit that leaves the journal meanwhile is in the database.
         seen = content, int(self._db.execute("PRAGMA data_version").fetchone()[0])
         if seen == self._seen:
@@ -273,13 +365,15 @@ class JournalView:
         self._db.execute("BEGIN")
         try:
             records = pending(self._db, content)
-            if records or self._is_installed:
+            if records.bodies or self._is_installed:
                 self._copy_tables()
-                for body in records.values():
+            applied = records.included
+            for body in records.bodies.values():
+                # A record that is missing or wrong: the next opening reports it.
+                with contextlib.suppress(ValueError):
                     apply(self._db, decode(body))
-        except ValueError:
-            # A record with a right CRC that is none: the next opening reports it.
-            pass
+                    applied += 1
+            self.is_complete = applied == max(records.bodies, default=applied)
         finally:
             self._db.execute("COMMIT")
         self._seen = seen

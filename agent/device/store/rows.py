@@ -21,12 +21,18 @@ from agent.toml_files import did_you_mean
 from agent.wire import commitment
 
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
+MAX_CODE = 2**16 - 1
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _MAX_SHORT_OFFSET = 2**32 - 1
 _MAX_EXACT_INT = 2**53
 _MAX_FLOAT = sys.float_info.max
 _MIN_TIME_US = np.int64(-(2**62))
 _TIME_FIELD = FieldConfig(name="t", type="f64", optional=True)
+
+
+def lost_category(code: int) -> str:
+    """Return the text that stands for a lost one."""
+    return f"lost category {code}"
 
 
 def row_bytes(stream: StreamConfig) -> int:

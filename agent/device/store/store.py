@@ -29,7 +29,15 @@ from agent.device.store.journal import Journal, JournalView
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
-from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
+from agent.device.store.rows import (
+    EMPTY_ROWS,
+    MAX_CODE,
+    PackedChunk,
+    Rows,
+    concatenate,
+    lost_category,
+    unpack_chunk,
+)
 from agent.device.store.small_commits import SmallCommits
 from agent.device.store.transaction import Transaction
 from agent.device.store.watermark import Watermark
@@ -281,8 +289,11 @@ class Store:
 
     def categories(self, stream: str, field: str) -> list[str]:
         """Return category texts by code; code 0 is a missing value."""
-        sql = "SELECT value FROM checked_categories WHERE stream = ? AND field = ? ORDER BY code"
-        return ["", *(str(row[0]) for row in self._fetch_all(sql, stream, field))]
+        sql = "SELECT code, value FROM checked_categories WHERE stream = ? AND field = ?"
+        texts = {int(code): str(value) for code, value in self._fetch_all(sql, stream, field)}
+        # A record that a damaged journal lacks may have held any text; the next start repairs them.
+        last = MAX_CODE if self._view is not None and not self._view.is_complete else max(texts, default=0)
+        return ["", *(texts.get(code) or lost_category(code) for code in range(1, min(last, MAX_CODE) + 1))]
 
     def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
         """Read up to about `limit` rows after row `after`, as contiguous columns; None if there are none.
@@ -513,6 +524,11 @@ class Store:
             if self._writer is None:
                 self._db.close()
             else:
+                try:
+                    self._commits.require_complete()
+                except (StorageError, sqlite3.Error, MemoryError):
+                    # The small commits are in the journal for the next start.
+                    self._is_intact = False
                 self._writer.close(self._db, is_intact=self._is_intact)
                 self._writer = None
             self._commits.close()

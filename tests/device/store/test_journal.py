@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from agent import clock
@@ -19,11 +21,14 @@ from agent.device.intake.group_commit import GroupCommit, SourcePosition
 from agent.device.recovery.open import open_store
 from agent.device.store import journal, meta
 from agent.device.store.journal import JournaledConnection
-from agent.device.store.rows import RawColumns, validate_columns
+from agent.device.store.rows import RawColumns, Rows, validate_columns
 from agent.device.store.store import DATABASE, Store, connect_read_only
 from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
 from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
+
+# Of a record: id of the opening, number, length and CRC.
+HEADER = 24
 
 
 @pytest.fixture
@@ -320,6 +325,226 @@ def test_a_journal_that_others_could_read_is_made_private(store: Store, tmp_path
     assert path.stat().st_mode & 0o007 == 0
 
 
+def test_small_commits_that_were_restored_in_part_are_no_clean_stop(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        with store.transaction(small=True) as tx:
+            tx.increment_counter("lines rejected", 1)
+    store._db.execute("ROLLBACK")
+    apply, calls = journal.apply, list[int]()
+
+    def fail(*record: Any) -> None:
+        calls.append(1)
+        if len(calls) % 5 == 3:
+            raise MemoryError
+        apply(*record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "apply", fail)
+        with pytest.raises(MemoryError):
+            store.last_row("numbers")
+        calls.clear()
+        store.close()
+    restarted, _ = opened(tmp_path / "data")
+    with restarted:
+        assert restarted.counters()["lines rejected"] == 5
+
+
+def write_record(folder: Path, store: Store, number: int, record: object) -> None:
+    """Write a record with a right CRC behind those of the store."""
+    file = store._commits._journal
+    assert file is not None
+    content = bytearray((folder / journal.FILE_NAME).read_bytes())
+    framed = journal._frame(file._opening, number, msgspec.msgpack.encode(record))
+    content[-4096 : -4096 + len(framed)] = framed
+    (folder / journal.FILE_NAME).write_bytes(content)
+
+
+def test_a_record_of_a_newer_version_is_refused_and_stays(store: Store, tmp_path: Path) -> None:
+    append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    known = (copy / journal.FILE_NAME).read_bytes()
+    write_record(copy, store, 2, [[99, ["unknown"]]])
+    unknown = (copy / journal.FILE_NAME).read_bytes()
+    with pytest.raises(StorageError, match="made by a newer version of outstation"):
+        opened(copy)
+    (copy / "damaged").write_text('{"cause": "test"}')
+    with pytest.raises(StorageError, match="made by a newer version of outstation"):
+        opened(copy)
+    assert not (copy / "quarantine").exists()
+    assert (copy / journal.FILE_NAME).read_bytes() == unknown
+    with (
+        pytest.raises(StorageError, match="made by a newer version of outstation"),
+        Store.open_read_only(copy) as reader,
+    ):
+        reader.last_row("numbers")
+    (copy / journal.FILE_NAME).write_bytes(known)
+    assert rows_of(copy) == 15
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [[0, [1]]],
+        [[7, ["a", 2**64 - 1]]],
+        [[0, ["x"] * 11]],
+        [[0, {"stream": 1}]],
+        [[1, [1, 2, 3]]],
+        [[7, [["a"], 1]]],
+        [[4, {"source": "a"}]],
+        [[7, ["half", 1]], [1, [2]]],
+        [[-1, []]],
+        ["none"],
+    ],
+)
+def test_a_wrong_record_with_a_right_crc_is_left_out_whole_and_reported(
+    store: Store, tmp_path: Path, record: object
+) -> None:
+    append(store, "numbers", 5, small=True)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    write_record(copy, store, 2, record)
+    with Store.open_read_only(copy) as reader:
+        assert reader.last_row("numbers") == 15
+        assert "half" not in reader.counters()
+    restarted, _ = opened(copy)
+    with restarted:
+        assert len(served(restarted)) == 15
+        assert "half" not in restarted.counters()
+        assert "The journal of small commits was damaged" in restarted.get_meta("last finding", "")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_damaged_row_of_progress_loses_no_small_commit(store: Store, tmp_path: Path, late: bool) -> None:
+    early = (tmp_path / "data" / "watermark").read_bytes()
+    for n in range(5):
+        append(store, "numbers", 5, small=True)
+        with store.transaction(small=True) as tx:
+            tx.increment_counter("lines rejected", 1)
+        if late and n == 2:
+            store.fold()
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    with contextlib.closing(sqlite3.connect(copy / DATABASE)) as db:
+        db.execute("UPDATE meta SET value = 'x' || substr(value, 2) WHERE key = 'journal'")
+        db.commit()
+    # As after a power cut, which takes what was not flushed.
+    (copy / "watermark").write_bytes(early)
+    salvaged, _ = opened(copy)
+    with salvaged:
+        assert served(salvaged) == {n: n for n in range(1, 36)}
+        assert salvaged.counters()["lines rejected"] == 5
+        content = (copy / "quarantine/1/small-commits").read_bytes()
+        assert content == (tmp_path / "data" / journal.FILE_NAME).read_bytes()
+
+
+def put_text(store: Store, text: str, limit: int = 1000) -> None:
+    """Append one row with a category's text, as a small commit."""
+    first = store.last_row("numbers") + 1
+    with store.transaction(small=True) as tx:
+        codes = tx.assign_category_codes("numbers", "mode", [text], limit=limit, last_row=first)[0]
+        rows = Rows(np.array([first * 1000]), (np.array([first]), np.array(codes, np.uint16)))
+        tx.append("numbers", rows, "synced")
+
+
+def texts_after(store: Store, after: int) -> dict[int, str]:
+    """Return row number → text of the readable rows after a row."""
+    texts, rows = store.categories("numbers", "mode"), dict[int, str]()
+    while (batch := store.read_rows("numbers", NUMBERS.fields, after, 1)) is not None:
+        if not batch.loss_reason:
+            rows[batch.first] = texts[int(batch.column(1)[0])]
+        after = batch.last
+    return rows
+
+
+def flip_first_record(folder: Path) -> None:
+    """Damage the first record in both places."""
+    content = bytearray((folder / journal.FILE_NAME).read_bytes())
+    for start in (0, 4096):
+        content[start + HEADER + 20] ^= 4
+    (folder / journal.FILE_NAME).write_bytes(content)
+
+
+@pytest.mark.parametrize("is_salvaged", [False, True])
+def test_a_lost_category_text_moves_no_other(store: Store, tmp_path: Path, is_salvaged: bool) -> None:
+    for text in ("red", "green", "blue", "red"):
+        put_text(store, text)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    flip_first_record(copy)
+    expected = {12: "green", 13: "blue", 14: "lost category 3"}
+    with Store.open_read_only(copy) as reader:
+        assert texts_after(reader, 10) == expected
+    if is_salvaged:
+        (copy / "damaged").write_text('{"cause": "test"}')
+    restarted, _ = opened(copy)
+    with restarted:
+        assert texts_after(restarted, 10) == expected
+        assert "The journal of small commits was damaged" in restarted.get_meta("last finding", "")
+
+
+def test_a_lost_text_of_a_reused_code_gives_way_to_no_older_one(store: Store, tmp_path: Path) -> None:
+    for _ in range(10):
+        append(store, "numbers", 1000)
+    with store.transaction() as tx:
+        tx.trim_rows("numbers", 9500, 2**62, 500)
+    # By the last rows of their codes, no stored row has one of the former texts.
+    first = store.last_row("numbers")
+    for _ in range(3):
+        put_text(store, "blue", limit=3)
+    assert set(texts_after(store, first).values()) == {"blue"}
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    flip_first_record(copy)
+    restarted, _ = opened(copy)
+    with restarted:
+        assert set(texts_after(restarted, first).values()) == {"lost category 1"}
+
+
+def test_a_record_keeps_the_rows_that_the_database_can_take(store: Store, tmp_path: Path) -> None:
+    append(store, "others", 10)
+    with store.transaction(small=True) as tx:
+        row = Rows(np.array([1000]), (np.array([11]), np.array([0], np.uint16)))
+        tx.append("numbers", row, "synced")
+        tx.append("others", row, "synced")
+        tx.set_source_position("socket", "gateway", 22)
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    with contextlib.closing(sqlite3.connect(copy / DATABASE)) as db:
+        db.execute("UPDATE streams SET next_row = 3 WHERE name = 'numbers'")
+        db.commit()
+    (copy / "watermark").unlink()
+    salvaged, _ = opened(copy)
+    with salvaged:
+        assert served(salvaged, "others")[11] == 11
+        assert salvaged.source_position("socket", "gateway") == 22
+        assert "The journal of small commits was damaged, too" in salvaged.get_meta("last finding", "")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_clean", [False, True])
+def test_after_an_unclean_stop_a_journal_that_is_gone_is_reported_once(
+    store: Store, tmp_path: Path, is_old: bool, is_clean: bool
+) -> None:
+    append(store, "numbers", 3, small=True)
+    old = (tmp_path / "data" / journal.FILE_NAME).read_bytes() if is_old else b""
+    for _ in range(3):
+        append(store, "numbers", 3, small=True)
+    store.fold()
+    watermark = (tmp_path / "data" / "watermark").read_bytes()
+    append(store, "numbers", 3, small=True)
+    if is_clean:
+        store.close()
+    copy = pulled(tmp_path / "data", tmp_path / "copy")
+    (copy / journal.FILE_NAME).write_bytes(old)
+    if not is_clean:
+        (copy / "watermark").write_bytes(watermark)
+    messages = set()
+    for _ in range(2):
+        restarted, _ = opened(copy)
+        with restarted:
+            finding = restarted.get_meta("last finding", "")
+            assert ("The journal of small commits was damaged" in finding) == (not is_clean)
+            messages.add(restarted.outbox_size()[1])
+    assert len(messages) == 1
+
+
 def make_link(path: Path, victim: Path) -> None:
     path.symlink_to(victim)
 
@@ -359,8 +584,8 @@ def test_a_flipped_bit_costs_its_commit_alone_and_is_reported(store: Store, tmp_
     content = bytearray((copy / journal.FILE_NAME).read_bytes())
     # The second record of the newest block, in each place that has it.
     for start in range(0, journal.SIZE, 4096):
-        length = struct.unpack_from("<QII", content, start)[1]
-        content[start + 16 + length + 20] ^= 4
+        length = struct.unpack_from("<8sQI", content, start)[2]
+        content[start + HEADER + length + HEADER + 4] ^= 4
     (copy / journal.FILE_NAME).write_bytes(content)
     damaged, _ = opened(copy)
     try:
