@@ -168,6 +168,7 @@ class Daemon:
         self._crowded: set[str] = set()
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
+        self._rows_since_release = 0
         self._backoffs: dict[str, _Backoff] = {}
         self._space = SpaceManager(
             conf, store, message_log, self._run_early, self._list_stalled_tasks, lambda: self._crowded
@@ -291,7 +292,6 @@ class Daemon:
             return
         end_s, last_row = self._now().boot_s + _TIME_SLICE_S, self._store.last_row(scheduled.task.config.stream)
         substitute: LoadedTask | None = None
-        rows = 0
         while not self.signals.is_stopping:
             # A rollout may have replaced the task since the last batch.
             task, substitute = substitute or scheduled.task, None
@@ -319,23 +319,24 @@ class Daemon:
             self._crowded.discard(task.name)
             self._clear_backoff(task.name, "")
             if result is None:
-                self._release_memory(rows)
+                self._release_memory()
                 return
-            rows += result.rows
+            self._rows_since_release += result.rows
             self._updater.rollouts.on_batch_committed(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if result.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
             if (self._store.cursor(name) or 0) >= last_row:
-                self._release_memory(rows)
+                self._release_memory()
                 return
             if self._now().boot_s >= end_s:
                 self._unfinished.add(task.name)
                 return
 
-    def _release_memory(self, rows: int) -> None:
-        if rows >= _MANY_ROWS and not self._unfinished:
+    def _release_memory(self) -> None:
+        if self._rows_since_release >= _MANY_ROWS and not self._unfinished:
+            self._rows_since_release = 0
             heap.release_free()
 
     def _postpone_batch(self, task: LoadedTask, error: Exception, now: ClockReading) -> None:

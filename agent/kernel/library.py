@@ -18,6 +18,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 SOURCE, NAME = FOLDER / "kernel.c", "kernel.so"
 SWITCH = "OUTSTATION_KERNEL"  # environment: "off" goes by NumPy, a variant's name selects it
+_DIGEST_BYTES = 32  # SHA-256 of the library, at the end of its file
 BASELINE, AVX2 = "baseline", "avx2"
 
 Function = Callable[..., int]
@@ -71,6 +72,10 @@ def load(path: Path = FOLDER / NAME, variant: str = "") -> Library:
     """Load a library. Raises OSError that says why it cannot be used."""
     if not path.exists():
         raise OSError("not built: no C compiler was found at installation")
+    content = path.read_bytes()
+    # A part of it that is missing would end the process by a signal.
+    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
+        raise OSError(f"{path} is damaged: install the program again")
     library = ctypes.CDLL(str(path))
     built_from = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "outstation_kernel_digest"))).decode()
     if built_from != digest_source():

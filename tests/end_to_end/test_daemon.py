@@ -14,8 +14,10 @@ from agent import clock, config
 from agent.bootstrap.daemon import build_daemon, load_scheduled_tasks
 from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
+from agent.device import daemon as daemon_module
 from agent.device.capacity.space import SpaceManager
 from agent.device.daemon import Daemon, Signals
+from agent.device.machine import heap
 from agent.device.pipeline import batch, loaded_task
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
@@ -275,6 +277,21 @@ def test_rows_that_arrive_during_a_run_wait_for_the_next_one(turned: Turned, mon
     assert len(arrivals) == 4
     turned.turn(60)
     assert (turned.store.cursor("exercise"), len(arrivals)) == (2000, 3)
+
+
+def test_the_memory_of_a_backlog_that_takes_several_time_slices_is_given_back(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases: list[int | None] = []
+    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(daemon_module, "_MANY_ROWS", 14_000)
+    monkeypatch.setattr(heap, "release_free", lambda: releases.append(turned.store.cursor("other")))
+    turned.feed(8000)
+    # One batch a slice: none of them has that many rows.
+    turned.look_s = 0.5
+    for _ in range(200):
+        turned.turn()
+    assert releases == [8000]
 
 
 def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,18 @@ def test_a_library_of_another_source_is_refused(built: Path, monkeypatch: pytest
         library.load(built)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_library_that_a_power_cut_left_in_part_is_refused(
+    built: Path, tmp_path: Path, share: float, zeros: bool
+) -> None:
+    content, path = built.read_bytes(), tmp_path / "kernel.so"
+    size = int(len(content) * share)
+    path.write_bytes(content[:size] + bytes(len(content) - size if zeros else 0))
+    with pytest.raises(OSError, match=r"kernel\.so is damaged: install the program again"):
+        library.load(path)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\x7fELF" + b"\0" * 60])
 def test_a_missing_or_damaged_library_is_an_error_that_says_so(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "kernel.so"

@@ -52,6 +52,8 @@ SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"
 
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
+# Rows of a chunk, on average, below which those of a batch are joined.
+_FEW_ROWS = 64
 
 
 class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -327,6 +329,9 @@ class Store:
                 # The last rows may be in quarantine because another task found them damaged.
                 last = self.last_row(stream)
                 return self._missing_rows(stream, first, last) if last > after else None
+        if len(parts) > 1 and count < _FEW_ROWS * len(parts):
+            # Each part costs as much as some rows: many small ones are one copy.
+            parts = [concatenate(parts)]
         return RowBatch(first, parts, stamps=merge_stamps(stamps))
 
     def _missing_rows(self, stream: str, first: int, last: int) -> RowBatch:
