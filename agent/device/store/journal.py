@@ -38,7 +38,8 @@ _HEADER_SIZE = _RECORD.size + _CRC.size
 MAX_BODY = _BLOCK - _HEADER_SIZE
 # In table meta: id of the opening, and number of the last record that the database includes.
 _PROGRESS = "journal"
-# A statement's place is its code in the file: never reorder them, and have a new version apply those of earlier ones.
+# A statement's place is its code in the file: never reorder them, and have a new version apply those of earlier ones. A
+# changed one, also with other parameters, is a new one: an older version then refuses it instead of leaving it out.
 _STATEMENTS = (
     schema.INSERT_CHUNK,
     schema.UPDATE_NEXT_ROW,
