@@ -18,7 +18,7 @@ from agent.device.store.journal import Record
 _LAST_STORED = "SELECT first_row + n - 1 FROM chunks WHERE stream = ? ORDER BY first_row DESC LIMIT 1"
 _COUNT_SAME = "SELECT count(*) FROM chunks WHERE stream = ? AND first_row = ? AND crc = ?"
 _MAX_PAGES = 2**30
-_SUMMARY = "The journal of small commits was damaged or is gone, or the disk lost writes that it had confirmed."
+_SUMMARY = "The journal of small commits was damaged or is missing, or the disk lost writes that it had confirmed."
 
 
 class Replay(msgspec.Struct):
@@ -40,9 +40,9 @@ def replay(db: sqlite3.Connection, folder: Path) -> Replay:
         with contextlib.suppress(ValueError):
             applied += _apply(db, journal.decode(body), done)
     # Its last record, or the one before if that could not be written, stays in the file until the next one.
-    is_gone = pending.newest < pending.included - 1 and not meta.get(db, findings.CLEAN_STOP, "")
-    done.is_complete = applied == max(pending.newest, pending.included) and not is_gone
-    if pending.bodies or is_gone:
+    is_missing = pending.newest < pending.included - 1 and not meta.get(db, findings.CLEAN_STOP, "")
+    done.is_complete = applied == max(pending.newest, pending.included) and not is_missing
+    if pending.bodies or is_missing:
         journal.include(db, pending.opening, pending.newest)
     db.execute(f"PRAGMA max_page_count = {pages}")
     return done

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import msgspec
 
 from agent import durable_files
-from agent.device.store import meta, schema
+from agent.device.store import meta, schema, watermark
 from agent.errors import StorageError
 
 FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"
@@ -63,6 +63,10 @@ _PARAMETERS: dict[int, Any] = {
 }
 _ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
 _READING = ("SELECT", "PRAGMA")
+_SELECT_NEXT_ROWS = """
+    SELECT id, fields, next_row, (SELECT first_row + n FROM chunks WHERE stream = s.id ORDER BY first_row DESC LIMIT 1)
+    FROM streams s
+"""
 # Errors of a statement with wrong parameters, not of the disk.
 _REFUSALS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 
@@ -314,7 +318,10 @@ def end_progress(db: sqlite3.Connection) -> None:
 
 def _infer_included(db: sqlite3.Connection, bodies: dict[int, bytes]) -> int:
     """Return the number of the last record that the database includes, from the rows that it has or had."""
-    next_rows = dict(db.execute("SELECT id, next_row FROM streams").fetchall())
+    next_rows = dict[int, int]()
+    for stream, fields, next_row, stored in db.execute(_SELECT_NEXT_ROWS).fetchall():
+        # A salvage has the row of a damaged stream from the watermark, which counts the journal's rows, too.
+        next_rows[stream] = (stored or 1) if watermark.is_placeholder(fields) else next_row
     for number, body in bodies.items():
         with contextlib.suppress(ValueError):
             if any(chunk.first >= next_rows.get(chunk.stream, chunk.first + 1) for chunk in chunks(decode(body))):

@@ -495,7 +495,10 @@ def test_a_wrong_record_with_a_right_crc_is_left_out_whole_and_reported(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_damaged_row_of_progress_loses_no_small_commit(store: Store, tmp_path: Path, late: bool) -> None:
+@pytest.mark.parametrize("is_stream_damaged", [False, True])
+def test_a_damaged_row_of_progress_loses_no_small_commit(
+    store: Store, tmp_path: Path, late: bool, is_stream_damaged: bool
+) -> None:
     early = (tmp_path / "data" / "watermark").read_bytes()
     for n in range(5):
         append(store, "numbers", 5, small=True)
@@ -506,9 +509,12 @@ def test_a_damaged_row_of_progress_loses_no_small_commit(store: Store, tmp_path:
     copy = pulled(tmp_path / "data", tmp_path / "copy")
     with contextlib.closing(sqlite3.connect(copy / DATABASE)) as db:
         db.execute("UPDATE meta SET value = 'x' || substr(value, 2) WHERE key = 'journal'")
+        if is_stream_damaged:
+            db.execute("UPDATE streams SET next_row = 3 WHERE name = 'numbers'")
         db.commit()
-    # As after a power cut, which takes what was not flushed.
-    (copy / "watermark").write_bytes(early)
+    if not is_stream_damaged:
+        # As after a power cut, which takes what was not flushed.
+        (copy / "watermark").write_bytes(early)
     salvaged, _ = opened(copy)
     with salvaged:
         assert served(salvaged) == {n: n for n in range(1, 36)}
@@ -599,7 +605,7 @@ def test_a_record_keeps_the_rows_that_the_database_can_take(store: Store, tmp_pa
 
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("is_clean", [False, True])
-def test_after_an_unclean_stop_a_journal_that_is_gone_is_reported_once(
+def test_after_an_unclean_stop_a_missing_journal_is_reported_once(
     store: Store, tmp_path: Path, is_old: bool, is_clean: bool
 ) -> None:
     append(store, "numbers", 3, small=True)
