@@ -93,7 +93,7 @@ def test_numbers_of_any_type_are_whole_numbers_or_are_rejected_one_by_one(kind: 
 
 
 def test_a_masked_array_is_no_frame() -> None:
-    masked = np.ma.masked_array(np.array([1, 7, 3], "<f4"), mask=[0, 1, 0])
+    masked = np.ma.masked_array(np.array([1, 7, 3], "<f4"), mask=[False, True, False])
     assert _encode_frame("watch", {"ax": masked, "ay": AY}) is None
     assert _frame_type(masked) == 0
 
