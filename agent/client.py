@@ -164,7 +164,7 @@ class Client:
         for name, column in columns.items():
             if isinstance(column, Sequence):
                 plain[name] = list(column)
-            elif column.dtype.str in _FRAME_TYPES and column.ndim == 1:
+            elif _frame_type(column):
                 packed[name] = column.dtype.str[1:], base64.b64encode(column.tobytes()).decode()
             else:
                 plain[name] = column.tolist()
@@ -374,8 +374,8 @@ def _encode_frame(stream: str, columns: Mapping[str, Any]) -> bytes | None:
     times, data_bytes = b"", 0
     for name, column in columns.items():
         # Only arrays have a type; cheaper than to ask whether it is a sequence.
-        kind = _FRAME_TYPES.get(column.dtype.str) if hasattr(column, "dtype") and column.ndim == 1 else None
-        if kind is None:
+        kind = _frame_type(column) if hasattr(column, "dtype") else 0
+        if not kind:
             return None
         n = len(column)
         lengths.add(n)
@@ -400,6 +400,13 @@ def _encode_frame(stream: str, columns: Mapping[str, Any]) -> bytes | None:
     size = _FRAME_HEAD.size - 8 + len(names) + len(padding) + len(times) + data_bytes
     head = _FRAME_HEAD.pack(_FRAME_PREFIX, size, lengths.pop(), times != b"", len(heads[0]), count)
     return b"".join([head, names, padding, times, *data])
+
+
+def _frame_type(column: Any) -> int:
+    """Return the type of an array in a frame; 0 if it has none, or a mask, under which values are missing."""
+    if column.ndim != 1 or hasattr(column, "mask"):
+        return 0
+    return _FRAME_TYPES.get(column.dtype.str, 0)
 
 
 def _to_epoch_us(seconds: Any) -> bytes:

@@ -47,7 +47,7 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
 def open_store(conf: Config) -> Store:
     """Open the device's store for writing. Raises StorageError, UsageError."""
     wipe.require_unwiped(conf.data_dir)
-    store = open.open_store(conf.data_dir, max_size=int(conf.buffer.max_size))
+    store = open.open_store(conf.data_dir, max_size=int(conf.buffer.max_size), with_journal=conf.buffer.journal)
     try:
         store.bind_device(conf.device.fleet, conf.device.id)
         store.declare_streams(conf.streams)

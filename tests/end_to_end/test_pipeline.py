@@ -395,6 +395,8 @@ def test_status_and_check_describe_a_running_daemon_undisturbed(running: Running
         "stream watch",
         "bundle exercise",
         "confinement",
+        "kernel",
+        "trusted keys",
         "storage",
         "store",
         "clock",

@@ -281,7 +281,7 @@ def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
 
 def _is_running(conf: Config) -> bool:
     try:
-        open_store(conf.data_dir, max_size=int(conf.buffer.max_size)).close()
+        open_store(conf.data_dir, max_size=int(conf.buffer.max_size), with_journal=conf.buffer.journal).close()
     except StorageBusy:
         return True
     except (OutstationError, OSError):
@@ -291,7 +291,7 @@ def _is_running(conf: Config) -> bool:
 
 def _check_storage(conf: Config) -> CheckResult:
     try:
-        with open_store(conf.data_dir, max_size=int(conf.buffer.max_size)) as store:
+        with open_store(conf.data_dir, max_size=int(conf.buffer.max_size), with_journal=conf.buffer.journal) as store:
             used = store.used_bytes()
     except (OutstationError, OSError) as problem:
         return CheckResult("storage", "failed", f"{problem}; check [device] data_dir and its owner")

@@ -54,8 +54,11 @@ _NETWORK_FILE_SYSTEMS = frozenset({
 })  # fmt: skip
 
 
-def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL") -> Store:
-    """Open the store in `folder` to write, sound and migrated. Raises StorageError, UsageError."""
+def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL", with_journal: bool = False) -> Store:
+    """Open the store in `folder` to write, sound and migrated. Raises StorageError, UsageError.
+
+    A journal that is there is replayed in any case; small commits go to it only `with_journal`.
+    """
     path = folder / DATABASE
     quota = Quota.from_max_size(max_size)
     pragmas = schema.pragmas(quota.database_bytes // PAGE_SIZE, quota.wal_bytes, synchronous)
@@ -69,7 +72,7 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
         writer = _WriteAccess(folder, lock)
         undo.callback(writer.watermark.close)
         # NORMAL and OFF are for tests of what a power cut takes: the journal would keep it.
-        file = _open_journal(folder) if synchronous == "FULL" else None
+        file = _open_journal(folder) if with_journal and synchronous == "FULL" else None
         if file is not None:
             undo.callback(file.close)
         db = _open_database(folder, pragmas, writer.watermark)

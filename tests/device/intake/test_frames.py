@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.client import _encode_frame
+from agent.client import _encode_frame, _frame_type
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.frames import MAGIC, read_columns, read_layout
 from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser, ParsedLines
@@ -90,6 +90,12 @@ def test_numbers_of_any_type_are_whole_numbers_or_are_rejected_one_by_one(kind: 
         assert "row 2 of the columns: count is no whole number of 64 bits" in mixed.rejected[1]
         assert mixed.validated is not None
         assert mixed.validated.rows.columns[0].tolist() == [1, 3]
+
+
+def test_a_masked_array_is_no_frame() -> None:
+    masked = np.ma.masked_array(np.array([1, 7, 3], "<f4"), mask=[False, True, False])
+    assert _encode_frame("watch", {"ax": masked, "ay": AY}) is None
+    assert _frame_type(masked) == 0
 
 
 def test_a_view_with_gaps_is_sent_as_its_values() -> None:
