@@ -61,10 +61,16 @@ class Payload(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """The place of the original in an old log."""
+    """The place of the original in an old log; `first`: the log of the first one, if it was reissued before."""
 
     log: Uuid
     seq: Positive
+    first: Uuid | None = None
+
+    @property
+    def first_log(self) -> str:
+        """The log in which the message was written: commitments of rows belong to it."""
+        return self.first or self.log
 
 
 class LoggedPayload(Payload, frozen=True, kw_only=True):

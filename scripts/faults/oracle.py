@@ -172,6 +172,9 @@ def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -
     """Compute the commitment of the device to rows of these values (n, fields)."""
     first, last = body["rows"]
     secret = commitment_secret.FILE.load(world.device.data_dir)
-    key = commitment.derive_key(secret, body["log"], body["task"], (first, last))
+    # Of a reissued message, the log in which it was first written.
+    origin = body.get("reissued") or {}
+    log = origin.get("first") or origin.get("log") or body["log"]
+    key = commitment.derive_key(secret, log, body["task"], (first, last))
     rows = Rows(t, tuple(np.ascontiguousarray(column) for column in values.T))
     return commit([rows], key, [FieldConfig(name=name) for name in FIELDS], {})

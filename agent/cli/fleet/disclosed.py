@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hmac
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -31,18 +33,11 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     """
     disclosure = _read(file)
     _, store = open_for_reading(folder, device=disclosure.device)
-    seqs = []
-    for _, log, seq, kind, _, payload, *_ in store.evidence(disclosure.device):
-        if (log, kind) == (disclosure.log, "results"):
-            body = messages.decode(payload)
-            if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):
-                seqs.append((seq, body))
+    try:
+        seqs = find_messages(disclosure, store.evidence(disclosure.device))
+    except UsageError as problem:
+        raise UsageError(f"{file}: {problem}") from None
     first, last = disclosure.rows
-    if not seqs:
-        raise UsageError(
-            f"{file}: no message of task {disclosure.task!r} in log {disclosure.log} covers exactly rows {first} to "
-            f"{last}; take them from `rows` of a message"
-        )
     try:
         computed = disclosure.commit()
     except ValueError as problem:
@@ -60,6 +55,36 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     text = f"{disclosure.device}, {disclosure.task}: rows {first} to {last} {verdict} of its message {seqs[0][0]}"
     emit(document, as_json, lambda: echo(text))
     sys.exit(0 if matches else 1)
+
+
+def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> list[tuple[int, ResultsPayload]]:
+    """Return seq and body of the messages whose rows are disclosed. Raises UsageError if there is none.
+
+    A reissued message has the commitment of the log in which it was first written.
+    """
+    matching, other_logs = [], set()
+    for _, log, seq, kind, _, payload, *_ in entries:
+        if kind != "results":
+            continue
+        body = messages.decode(payload)
+        if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):
+            written_in = body.reissued.first_log if body.reissued else str(log)
+            if written_in == disclosure.log:
+                matching.append((int(seq), body))
+            elif log == disclosure.log:
+                other_logs.add(written_in)
+    if matching:
+        return matching
+    first, last = disclosure.rows
+    if other_logs:
+        raise UsageError(
+            f"the message with rows {first} to {last} was first written in another log, whose commitment it has; "
+            f"run `outstation disclose {disclosure.task} --rows {first}-{last} --log {min(other_logs)}`"
+        )
+    raise UsageError(
+        f"no message of task {disclosure.task!r} in log {disclosure.log} covers exactly rows {first} to {last}; "
+        "take them from `rows` of a message"
+    )
 
 
 def _read(file: Path) -> Disclosure:

@@ -22,7 +22,7 @@ from agent.wire.commitment import Disclosure
 @click.command(epilog="Example: outstation disclose exercise --rows 1201-1400 > rows.json")
 @click.argument("task")
 @click.option("--rows", "span", metavar="A-B", required=True, help="First and last row, as `rows` in the message says.")
-@click.option("--log", metavar="LOG", help="The message's log, where that is not the current one.")
+@click.option("--log", metavar="LOG", help="Log in which the message was first written; default: the current one.")
 @config_option
 def disclose(task: str, span: str, log: str | None, config_file: str | None) -> None:
     """Print the rows behind one results message of TASK as JSON, with the key of its commitment.

@@ -146,7 +146,9 @@ class MessageLog(msgspec.Struct):
             place = (self.fleet, self.device, self.log_id, seq + 1)
             body["evidence"], key = key_rotation.build_evidence(*place, self.live_key.public, self.key), self.live_key
         body |= {"device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
-        body |= {"reissued": {"log": old_log, "seq": message.seq}}
+        earlier = body.get("reissued")
+        origin = {"log": old_log, "seq": message.seq}
+        body["reissued"] = {**origin, "first": earlier.get("first", earlier["log"])} if earlier else origin
         payload = messages.encode(body)
         token = jws.sign(key, topic, payload)
         tx.enqueue(OutboxMessage(seq + 1, topic, payload, token, message.time), log_chain.digest(payload))

@@ -10,8 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent import clock
+from agent.cli.fleet.disclosed import find_messages
 from agent.device.recovery.catch_up import UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.recovery.new_log import plan_move
@@ -29,6 +31,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
+from agent.wire.commitment import Disclosure
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
 from scripts.kit.stores import KEY, STREAMS, TASKS, alarms, append, append_message, opened, outbox_payloads
@@ -366,6 +369,11 @@ def test_a_device_that_joins_a_fleet_brings_all_its_stored_messages(tmp_path: Pa
     assert [body["rows"] for body in payloads.values() if body["kind"] == "results"][-1] == [46, 50]
     assert {body["device"] for body in payloads.values()} == {"pi-07"}
     assert payloads[1]["reissued"] == {"log": former, "seq": 1}
+    shown = Disclosure("pi-07", former, "judge", (46, 50), "", [], [], [], {})
+    evidence = list(collector.store.evidence("pi-07"))
+    assert [body.rows for _, body in find_messages(shown, evidence)] == [(46, 50)]
+    with pytest.raises(UsageError, match=f"--rows 46-50 --log {former}"):
+        find_messages(replace(shown, log=author.log_id), evidence)
     assert alarms(payloads) == []
     report = audit(collector.store)
     assert report.passed, report.to_dict()
