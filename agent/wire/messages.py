@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -454,12 +453,8 @@ Body = (
     | CommandPayload
     | DesiredPayload
 )
-
-
-@functools.cache
-def _decoder() -> msgspec.json.Decoder[Body]:
-    """Made when the first message comes: a device that only writes messages needs none."""
-    return msgspec.json.Decoder(Body)
+# Made here, by one thread: two threads that are the first to decode the same struct end the process (msgspec 0.22).
+_DECODER = msgspec.json.Decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
@@ -497,7 +492,7 @@ def verify_message(
 def decode(payload: bytes) -> Body:
     """Parse a payload. Raises MessageRefused."""
     try:
-        body: Body = _decoder().decode(payload)
+        body: Body = _DECODER.decode(payload)
         check_strict_json(payload)
         if _LONG_NUMBER in payload.translate(_DIGITS_TO_ZERO):
             _require_64_bit_numbers(msgspec.json.decode(payload))
