@@ -55,20 +55,19 @@ class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
         return alone, predictions.pair_with_truth(self.bundle.manifest, result, windows.truth, windows.label_sets)
 
 
-def label_for(bundle: Bundle, inference: Inference, request: EvaluationRequest) -> ComparedBundle:
-    """Read the labelled windows that a bundle sees in the data of the request. Raises UsageError."""
-    dataset = examples.read(request.data, inference, request.columns)
-    windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
-    return ComparedBundle(bundle, inference, windows)
-
-
-def compare(new: ComparedBundle, old: ComparedBundle, limits: RuleLimits, group: str | None) -> BundleComparison:
-    """Compare the new bundle with the old one, limit by limit. Raises UsageError, BadBundle."""
+def compare(
+    new_bundle: tuple[Bundle, Inference],
+    old_bundle: tuple[Bundle, Inference],
+    request: EvaluationRequest,
+    limits: RuleLimits,
+) -> BundleComparison:
+    """Compare a new bundle with an old one on the data of the request, limit by limit. Raises UsageError, BadBundle."""
+    new, old = _label_windows(*new_bundle, request), _label_windows(*old_bundle, request)
     ends, ours, theirs = np.intersect1d(_row_keys(new.windows), _row_keys(old.windows), return_indices=True)
     if not len(ends):
         raise UsageError("--against: the two bundles have no labelled window in common that ends at the same row")
     blocks = []
-    names = new.windows.columns[group][ours] if group else np.zeros(len(ends), np.str_)
+    names = new.windows.columns[request.group][ours] if request.group else np.zeros(len(ends), np.str_)
     for name, chosen in _list_blocks(names):
         # In turns, so that other load on the machine slows both.
         new_predictions, new_paired = new.predict(new.windows.subset(ours[chosen]), ends[chosen])
@@ -88,6 +87,12 @@ def compare(new: ComparedBundle, old: ComparedBundle, limits: RuleLimits, group:
         blocks=len(blocks),
         rules=rules.evaluate_rules(limits, blocks, new_is_other=True),
     )
+
+
+def _label_windows(bundle: Bundle, inference: Inference, request: EvaluationRequest) -> ComparedBundle:
+    dataset = examples.read(request.data, inference, request.columns)
+    windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
+    return ComparedBundle(bundle, inference, windows)
 
 
 def _row_keys(windows: LabelledWindows) -> Ints:

@@ -17,7 +17,7 @@ import msgspec
 
 from agent import config, toml_files
 from agent.comparison.rules import RuleLimits
-from agent.errors import UsageError
+from agent.errors import ConfigError, UsageError
 from agent.evaluation.document import BundleComparison, Evaluation, IntervalEstimate, RequirementResult
 from agent.text import format_interval, format_value
 from agent.wire.desired_state import CanaryRules
@@ -89,6 +89,8 @@ def read_gate(given: Sequence[str]) -> Gate:
         if not text.endswith(".toml"):
             requirements.append(parse_requirement(text, "--require"))
             continue
+        if not Path(text).is_file():
+            raise ConfigError(text, "", "no such file; it is the TOML file of --require, with `require = [...]`")
         content = config.read(Path(text), GateFile)
         requirements += [parse_requirement(line, f"{text}: require") for line in content.require]
         limits = content.against

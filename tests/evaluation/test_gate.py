@@ -120,6 +120,8 @@ def test_a_file_holds_requirements_and_limits(tmp_path: Path, evaluation: Evalua
     read = gate.read_gate([str(file), "model.bytes > 0"])
     assert [each.text for each in read.requirements] == ["accuracy >= 0.5", "warnings <= 9", "model.bytes > 0"]
     assert (read.limits.max_accuracy_drop, read.limits.max_error_growth) == (0.01, 0.1)
+    with pytest.raises(ConfigError, match=r"other\.toml: no such file; it is the TOML file of --require"):
+        gate.read_gate([str(tmp_path / "other.toml")])
     file.write_text("[against]\nmax_drop = 0.01\n")
     with pytest.raises(ConfigError, match=r"gate\.toml.*max_drop"):
         gate.read_gate([str(file)])

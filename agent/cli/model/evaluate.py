@@ -104,9 +104,8 @@ def evaluate(
             result = evaluation.evaluate(loaded, inference, signature, request, _show_step, predict)
         if against is not None:
             _show_step(f"comparing with {against}")
-            both = [(loaded, inference), load_bundle(against, public)[:2]]
-            new, old = (comparison.label_for(*each, request) for each in both)
-            compared = comparison.compare(new, old, chosen_gate.limits, request.group)
+            other = load_bundle(against, public)[:2]
+            compared = comparison.compare((loaded, inference), other, request, chosen_gate.limits)
             result = msgspec.structs.replace(result, against=compared)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
