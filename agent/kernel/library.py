@@ -48,8 +48,12 @@ class Library:
         return self._function("sum_residuals", 3, 9)
 
     @cached_property
-    def center_windows(self) -> Function:
-        return self._function("center_windows", 3, 4)
+    def measure_windows(self) -> Function:
+        return self._function("measure_windows", 5, 6)
+
+    @cached_property
+    def add_steps(self) -> Function:
+        return self._function("add_steps", 3, 4)
 
     @cached_property
     def quantize(self) -> Function:
