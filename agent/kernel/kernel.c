@@ -534,6 +534,95 @@ int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, const double
     return DONE;
 }
 
+/* Run two-sided CUSUMs of `tests` scores over windows, from the sums `before` (2, tests): see `run_windows` in cusum.py.
+ * `z` (windows, tests), of which what is not finite is left out. Out: `values` (windows, 2, tests), and which windows
+ * have a sum above its limit.
+ */
+int64_t EXPORT(run_cusums)(int64_t windows, int64_t tests, const double *z, const double *before, const double *slack,
+                           const double *limit, const double *clip, double *values, int64_t *exceeds) {
+    const double most = *clip;
+    for (int64_t window = 0; window < windows; window++, z += tests, before = values, values += 2 * tests) {
+        int64_t above = 0;
+        for (int64_t test = 0; test < tests; test++) {
+            const int is_tested = z[test] - z[test] == 0;
+            double score = z[test] < -most ? -most : z[test];
+            score = score > most ? most : score;
+            score = is_tested ? score : 0.0;
+            const double less = is_tested ? slack[test] : 0.0;
+            const double high = before[test] + score - less, low = before[tests + test] - score - less;
+            values[test] = high > 0 ? high : 0.0;
+            values[tests + test] = low > 0 ? low : 0.0;
+            above |= (values[test] > limit[test]) | (values[tests + test] > limit[test]);
+        }
+        exceeds[window] = above;
+    }
+    return DONE;
+}
+
+/* Add windows at `t` to the periods since each of the CUSUMs left zero: `count`, `effect` and `since` (2, tests). */
+int64_t EXPORT(extend_periods)(int64_t windows, int64_t tests, const double *z, const double *before,
+                               const double *values, const double *effects, const int64_t *t, int64_t *count,
+                               double *effect, int64_t *since) {
+    for (int64_t window = 0; window < windows; window++, z += tests, effects += tests, before = values, values += 2 * tests)
+        for (int64_t side = 0; side < 2; side++)
+            for (int64_t test = 0; test < tests; test++) {
+                const int64_t place = side * tests + test;
+                const int is_tested = z[test] - z[test] == 0, goes = values[place] > 0, went = before[place] > 0;
+                count[place] = goes ? count[place] + is_tested : 0;
+                effect[place] = goes ? effect[place] + (is_tested ? effects[test] : 0.0) : 0.0;
+                since[place] = goes ? (went ? since[place] : t[window]) : 0;
+            }
+    return DONE;
+}
+
+/* Run weighted means of scores over windows, from those `before` (scores): see `run_windows` in mewma.py. `z` and `effects`
+ * are `stride` apart; `numbers` is weight, clip, slack. Out: `means` (windows, scores) and a statistic of each.
+ */
+int64_t EXPORT(run_means)(int64_t windows, int64_t scores, int64_t stride, const double *z, const double *before,
+                          const double *numbers, double *means, double *statistics) {
+    const double weight = numbers[0], clip = numbers[1], slack = numbers[2];
+    for (int64_t window = 0; window < windows; window++, z += stride, before = means, means += scores) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < scores; i++) {
+            double score = z[i] < -clip ? -clip : z[i];
+            score = score > clip ? clip : score;
+            const double moved = before[i] + weight * (score - before[i]);
+            means[i] = z[i] - z[i] == 0 ? moved : before[i];
+            double beyond = __builtin_fabs(means[i]) - slack;
+            beyond = beyond > 0 ? beyond : 0.0;
+            sum += beyond * beyond;
+        }
+        statistics[window] = sum;
+    }
+    return DONE;
+}
+
+/* Add windows at `t` to the periods since each of the means changed its sign: `count`, `effect` and `since` (scores). */
+int64_t EXPORT(extend_signs)(int64_t windows, int64_t scores, int64_t stride, const double *z, const double *before,
+                             const double *means, const double *effects, const int64_t *t, int64_t *count,
+                             double *effect, int64_t *since) {
+    for (int64_t window = 0; window < windows; window++, z += stride, effects += stride, before = means, means += scores)
+        for (int64_t i = 0; i < scores; i++) {
+            const int is_tested = z[i] - z[i] == 0, goes_on = (means[i] > 0) == (before[i] > 0);
+            since[i] = goes_on && count[i] > 0 ? since[i] : t[window];
+            count[i] = (goes_on ? count[i] : 0) + is_tested;
+            effect[i] = (goes_on ? effect[i] : 0.0) + (is_tested ? effects[i] : 0.0);
+        }
+    return DONE;
+}
+
+/* Add scores (windows, fields), `stride` apart and NaN left out, to running means of float32 and their counts. */
+int64_t EXPORT(add_means)(int64_t windows, int64_t fields, int64_t stride, const double *z, int64_t *count, float *mean) {
+    for (int64_t window = 0; window < windows; window++, z += stride)
+        for (int64_t i = 0; i < fields; i++) {
+            const int is_tested = z[i] == z[i];
+            count[i] += is_tested;
+            const double so_far = mean[i], divisor = count[i] ? (double)(int32_t)count[i] : 1.0;
+            mean[i] = (float)(so_far + (is_tested ? (z[i] - so_far) / divisor : 0.0));
+        }
+    return DONE;
+}
+
 /* Round n values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
  * `numbers` is scale, zero, low, high, fill; `kind` of the output: 0 int8, 1 uint8, 2 int16.
  */

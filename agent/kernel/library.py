@@ -56,6 +56,26 @@ class Library:
         return self._function("add_steps", 3, 4)
 
     @cached_property
+    def run_cusums(self) -> Function:
+        return self._function("run_cusums", 2, 7)
+
+    @cached_property
+    def extend_periods(self) -> Function:
+        return self._function("extend_periods", 2, 8)
+
+    @cached_property
+    def run_means(self) -> Function:
+        return self._function("run_means", 3, 5)
+
+    @cached_property
+    def extend_signs(self) -> Function:
+        return self._function("extend_signs", 3, 8)
+
+    @cached_property
+    def add_means(self) -> Function:
+        return self._function("add_means", 3, 3)
+
+    @cached_property
     def quantize(self) -> Function:
         return self._function("quantize", 2, 3)
 
