@@ -104,9 +104,9 @@ def measure_windows(
     width = (fields + 6) // 4 * 4
     moments, spread = 2 * fields, 4 * fields if lags else 2 * fields
     out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 4) * width)
-    apart, bounds = np.array(lags or (0, 0), np.int64), np.array(limits, np.float64)
+    distances, bounds = np.array(lags or (0, 0), np.int64), np.array(limits, np.float64)
     library.measure_windows(
-        *(count, rows, fields, width, pairs, address(windows), address(floor), address(apart), address(bounds)),
+        *(count, rows, fields, width, pairs, address(windows), address(floor), address(distances), address(bounds)),
         *(address(out), address(scratch)),
     )
     return WindowNumbers(out[:, :fields], out[:, fields:moments], out[:, moments:spread], out[:, spread:])

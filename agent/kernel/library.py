@@ -143,4 +143,4 @@ def describe() -> str:
 
 def address(array: np.ndarray) -> int:
     """Return the address of a contiguous array's first item."""
-    return int(array.__array_interface__["data"][0])
+    return int(array.ctypes.data)

@@ -9,7 +9,7 @@ from agent.kernel.library import Library, address
 
 
 class Periods:
-    """How long each of the sums has gone on: windows, the sum of their effects, and the first one's begin."""
+    """Periods since each of the sums began: windows, the sum of their effects, and the begin of the first."""
 
     def __init__(self, windows: Ints, effect: Float64s, since: Ints) -> None:
         """Copy these arrays, of one shape."""
