@@ -38,7 +38,7 @@ _GOLDEN_COUNT = 32
 _MIN_HELD_OUT = 100
 # More empty values in a field of the reference are warned of.
 _MAX_EMPTY_SHARE = 0.2
-_UNSIGNED_WARNING = "not signed (--key): devices refuse it until `outstation model sign`"
+_UNSIGNED_WARNING = "not signed (--sign-with): devices refuse it until `outstation model sign`"
 _BUNDLE_FILES = frozenset(
     {"manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz", "MODEL_CARD.md", "DATA_CARD.md"}
 )
