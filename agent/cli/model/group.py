@@ -71,9 +71,12 @@ def pack(
         draft = scaffold.scaffold_spec(tflite, out, data)
         if out is not None:
             scaffold.write_spec(draft, out)
-        text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it." if out else draft.text
+        text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it.\n" if out else draft.text
         members = {"spec": str(out) if out else None, "kind": draft.kind, "text": draft.text}
-        emit(members, as_json, lambda: echo(text, nl=out is not None))
+        emit(members | {"warnings": draft.warnings}, as_json, lambda: echo(text, nl=False))
+        if not as_json:
+            for warning in draft.warnings:
+                click.echo(f"warning: {printable(warning)}", err=True)
         return
     if spec is None or out is None or data is not None:
         raise UsageError(
