@@ -36,9 +36,7 @@ def find_misfits(rows: Float32s, t: Ints, starts: Ints, spec: ModelInput, tensor
             "outside once scaled, so the model does not see them; give the mean and std of its training in [input]"
         )
     if flat := [
-        name
-        for name, width in zip(spec.columns, spread.tolist(), strict=True)
-        if 0 < width < tensor.quantization_step
+        name for name, width in zip(spec.columns, spread.tolist(), strict=True) if 0 < width < tensor.quantization_step
     ]:
         warnings.append(
             f"{_name(flat)}: all values lie within one step ({tensor.quantization_step:.3g}) of the model's quantized "

@@ -270,7 +270,8 @@ def test_wrong_use_is_one_sentence(
 def test_pack_warns_of_fields_that_the_quantized_input_cannot_hold_or_tell_apart(
     tmp_path: Path, offset: float, spread: float
 ) -> None:
-    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), readings(5000) * [1, 1, spread, 1] + [0, 0, offset, 0])
+    rows = readings(5000) * [1, 1, spread, 1] + [0, 0, offset, 0]
+    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), rows.astype(np.float32))
     model = MODELS / "sums_int8.tflite"
     out = tmp_path / "spec.toml"
     run("pack", "--from", model, "--data", tmp_path / "data.csv", "-o", out)
