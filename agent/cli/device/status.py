@@ -98,6 +98,8 @@ def print_document(document: dict[str, Any]) -> None:
         echo(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
         echo(f"tasks are paused: {pause_reason}\n")
+    if slow_reason := document["throttle"].get("slowed"):
+        echo(f"tasks are slowed down: {slow_reason}\n")
     _print_tasks(document["tasks"])
     echo("")
     for alert in document["alerts"]:

@@ -15,7 +15,7 @@ from agent.config import Config, parse_duration
 from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
-from agent.device.machine import schedule
+from agent.device.machine import schedule_text
 from agent.device.pipeline import label_metrics, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
@@ -105,7 +105,7 @@ class TaskActions:
         configured = self._conf.tasks[name].schedule
         wanted = configured if text == DEFAULT_SCHEDULE else text
         try:
-            new = schedule.parse(self._file, name, wanted)
+            new = schedule_text.parse(self._file, name, wanted, device=self._conf.device.id)
         except ConfigError as error:
             raise RowRejected(error.problem) from None
 
