@@ -196,7 +196,7 @@ def _split_columns(text: str) -> tuple[Path, list[str]]:
 def _print_scenario(document: dict[str, Any]) -> None:
     rows = []
     for event in document["events"]:
-        first = min(event["found"], key=lambda found: found["after"], default=None)
+        first = min(event["found"], key=lambda alert: alert["after"], default=None)
         answer = "nothing expected" if not event["expects"] else "MISSED"
         if first is not None:
             subject = f"{first['alert']} {first['subject']}".strip()

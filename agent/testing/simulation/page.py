@@ -26,9 +26,9 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
     lead = f"{report['devices']} devices for {format_span(report['simulated_seconds'])}, seed {report['seed']}."
     yield element("p", lead, css_class="muted")
     expected = sum(len(event["devices"]) or 1 for event in events if event["expects"])
-    found = sum(len(event["found"]) for event in events if event["expects"])
+    answered = sum(len(event["found"]) for event in events if event["expects"])
     tiles = {
-        "found of what should be": f"{found} of {expected}",
+        "found of what should be": f"{answered} of {expected}",
         "false alarms": f"{alarms['n']} (budget {alarms['budget']})",
         "audit": "passed" if audit["passed"] else "failed",
         "messages": f"{report['messages']:,}",

@@ -99,7 +99,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return an event with the first alert of each of its devices; add the alerts that it explains."""
     event = injected.event
-    found, missed = [], []
+    answers, missed = [], []
     devices = ["" if isinstance(event, CollectorOutage) else name for name in injected.devices] or [""]
     for device in devices:
         own = [alert for alert in alerts if _may_explain(scenario, injected, device, alert)]
@@ -108,7 +108,7 @@ def _describe(
         # An alert that names a field of the event tells more than one that comes with it.
         exact = [alert for alert in named if alert.subject in event.subjects] or named
         if exact:
-            found.append({**exact[0].to_dict(), "after": round(exact[0].at_s - event.at, 1)})
+            answers.append({**exact[0].to_dict(), "after": round(exact[0].at_s - event.at, 1)})
         elif event.expected_alerts:
             missed.append(device)
     settings = {
@@ -123,7 +123,7 @@ def _describe(
         "devices": injected.devices,
         "settings": settings,
         "expects": list(event.expected_alerts),
-        "found": found,
+        "found": answers,
         "missed": missed,
     }
 

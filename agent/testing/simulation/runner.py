@@ -77,7 +77,7 @@ class Injected(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a run was: injected events, messages with their digest, rows, audit, seconds and peak memory."""
+    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory."""
 
     injected: list[Injected]
     devices: list[str]
