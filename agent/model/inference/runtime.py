@@ -39,8 +39,15 @@ except ImportError:
 MAX_BATCH = 128
 # Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
 _QUANTIZE_BLOCK = 1 << 15
-# Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
-_STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
+# Operations of a stateful model, whose outputs depend on earlier inputs and on restarts: resource variables, and
+# recurrent layers, whose variable tensors the runtime resets at loading only.
+_STATE_OPS = frozenset(
+    {
+        *("VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "LSTM", "RNN", "SVDF"),
+        *("UNIDIRECTIONAL_SEQUENCE_LSTM", "UNIDIRECTIONAL_SEQUENCE_RNN"),
+        *("BIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_RNN"),
+    }
+)
 _FAST_KERNELS = "XNNPACK"
 # Operation that stands for those which a delegate took over. By itself the interpreter applies XNNPACK only.
 _DELEGATE_OP = "DELEGATE"
@@ -150,7 +157,8 @@ class TfliteModel:
         if used:
             raise BadBundle(
                 f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
-                "export it without state, with the history it needs as its input window"
+                "export it without state: the history it needs as its input window, recurrent layers of Keras with "
+                "stateful=False and unroll=True"
             )
         self._input_details = inputs[0]
         self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
