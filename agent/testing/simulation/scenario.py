@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -73,9 +73,8 @@ class SensorFault(Event, frozen=True, kw_only=True):
 
     @property
     def fault(self) -> ReplayFault:
-        return msgspec.convert(
-            {"kind": self.kind, "fields": self.fields, "from_row": 1, "amount": self.amount}, ReplayFault
-        )
+        kind: Any = self.kind
+        return ReplayFault(kind=kind, fields=self.fields, from_row=1, amount=self.amount)
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         if self.stream and self.stream not in fields:
