@@ -163,6 +163,7 @@ class Daemon:
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
         self._throttle = Throttle(conf.throttle)
+        self._rest_until_s = float("-inf")
         self._intake, self._uplink = intake, uplink
         # Tasks whose last batch found no room.
         self._crowded: set[str] = set()
@@ -225,8 +226,9 @@ class Daemon:
             self._uplink.wake()
         if self._updater.tick(now):
             self._uplink.wake()
-        wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        is_throttled = bool(self._throttle.tick(now).pause_reason)
+        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
+        is_throttled = bool(self._throttle.tick(now).pause_reason) or now.boot_s < self._rest_until_s
+        busy_s = 0.0
         for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
                 return 0.0
@@ -247,8 +249,15 @@ class Daemon:
                 self._save_last_run(scheduled, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
+                started_s = self._now().boot_s
                 self._run_batches(scheduled, now)
+                busy_s += self._now().boot_s - started_s
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
+        if busy_s and (rest_s := self._throttle.rest_s(busy_s)):
+            # Counted from the tick's own reading: in virtual time its clock alone moves.
+            self._rest_until_s = now.boot_s + busy_s + rest_s
+        if now.boot_s < self._rest_until_s:
+            wait = min(others_wait, self._rest_until_s - now.boot_s)
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()

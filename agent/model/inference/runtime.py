@@ -36,8 +36,15 @@ except ImportError:
 
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
-# Operations of a stateful model, whose outputs depend on earlier inputs and on restarts.
-_STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
+# Operations of a stateful model, whose outputs depend on earlier inputs and on restarts: resource variables, and
+# recurrent layers, whose variable tensors the runtime resets at loading only.
+_STATE_OPS = frozenset(
+    {
+        *("VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "LSTM", "RNN", "SVDF"),
+        *("UNIDIRECTIONAL_SEQUENCE_LSTM", "UNIDIRECTIONAL_SEQUENCE_RNN"),
+        *("BIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_RNN"),
+    }
+)
 _FAST_KERNELS = "XNNPACK"
 # Operation that stands for those which a delegate took over. By itself the interpreter applies XNNPACK only.
 _DELEGATE_OP = "DELEGATE"
@@ -134,7 +141,8 @@ class TfliteModel:
         if used:
             raise BadBundle(
                 f"the model keeps state between inferences ({', '.join(used)}), so a result depends on earlier rows; "
-                "export it without state, with the history it needs as its input window"
+                "export it without state: the history it needs as its input window, recurrent layers of Keras with "
+                "stateful=False and unroll=True"
             )
         self._input_details = inputs[0]
         self.input, self.output = _quantization(inputs[0]), _quantization(self._output_details)

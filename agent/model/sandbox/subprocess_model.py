@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import decoders
 from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
 from agent.model.bundle import builtin
@@ -302,7 +303,7 @@ class SubprocessModel:
             self.close()
             raise ModelProcessFailed("error", body.decode(errors="replace"))
         try:
-            self._loaded = msgspec.msgpack.decode(body, type=ModelInfo)
+            self._loaded = decoders.from_msgpack(body, ModelInfo)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self.close()
             raise ModelProcessFailed("crash", f"its process sent an invalid start message ({error})") from None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
+from agent import decoders
 from agent.errors import BadBundle
 from agent.model.inference.quantization import Quantization
 from agent.model.sandbox import confinement, memory
@@ -78,7 +79,7 @@ def main() -> None:
         return
     with open(job_fd, "rb") as file:
         file.seek(0)
-        job = msgspec.msgpack.decode(file.read(), type=WorkerJob)
+        job = decoders.from_msgpack(file.read(), WorkerJob)
     memory.limit_growth((job.memory_mib << 20) + SHARED_BYTES)
     # When the machine runs out of memory, the kernel kills this process before the daemon.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
