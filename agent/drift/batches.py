@@ -308,9 +308,9 @@ def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int)
 
 
 def _nearest_shares(sums: Float64s, limit: Float64s, gates: Mapping[str, GateRun]) -> Float64s | None:
-    """Return the largest of all sums, (W, 2, T) of limits (T,) and of `gates`, as a share of its limit (W,), 3 decimals.
+    """Return the largest of all sums, (W, 2, T) and of `gates`, as a share of its limit (W,), 3 decimals.
 
-    None if a gate waits.
+    `limit` (T,) is that of the sums. None if a gate waits.
     """
     nearest = (sums / limit).max((1, 2))
     for run in gates.values():
