@@ -261,7 +261,7 @@ def test_an_alarm_that_ends_by_itself_makes_its_test_more_cautious(monitor: Drif
         evidence = Evidence(z, z, charts, np.zeros((1, 32), np.int64))
         was_open = suite.open_subjects.any()
         suite = run_tests(tester, suite, evidence, np.array([1])).state_after(1)
-        ends += was_open and not suite.open_subjects.any()
+        ends += bool(was_open and not suite.open_subjects.any())
     assert ends == 1
     raised_by = run_tests(tester, suite, evidence, np.array([1])).cusum.limit / tester.limits.limit
     assert raised_by.tolist() == [1.25 if test == moved else 1.0 for test in range(len(raised_by))]
