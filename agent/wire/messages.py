@@ -37,6 +37,7 @@ from agent.wire.runs import (
     TimeRun,
 )
 from agent.wire.times import Rfc3339
+from agent.wire.usage import Usage
 
 MAX_PAYLOAD = 1 << 20
 # Fewer digits fit into 64 bits. Two passes in C cost less than a look at each number.
@@ -360,6 +361,8 @@ class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
     acknowledged: AcknowledgementRef | None = None
+    # About once an hour.
+    usage: Usage | None = None
     # The device promises the next health message after this many seconds.
     interval_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
     # [device] groups
