@@ -13,7 +13,7 @@ from agent.costs.chart import render_cost_chart
 from agent.costs.estimate import compare
 from agent.costs.prices import PriceList, shipped_text
 from agent.render import theme
-from agent.wire.usage import Usage
+from agent.usage import Usage
 
 _MOST_DEVICES = 10_000
 
@@ -25,8 +25,8 @@ devices_option = click.option(
 )
 
 
-def _show_prices(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
-    if is_asked and not ctx.resilient_parsing:
+def _show_prices(ctx: click.Context, _: click.Parameter, is_requested: bool) -> None:
+    if is_requested and not ctx.resilient_parsing:
         click.echo(shipped_text(), nl=False)
         ctx.exit()
 

@@ -20,6 +20,7 @@ import msgspec
 from agent import clock
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
+from agent.usage import Usage
 from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
@@ -37,7 +38,6 @@ from agent.wire.runs import (
     TimeRun,
 )
 from agent.wire.times import Rfc3339
-from agent.wire.usage import Usage
 
 MAX_PAYLOAD = 1 << 20
 # Fewer digits fit into 64 bits. Two passes in C cost less than a look at each number.

@@ -41,6 +41,8 @@ FLOORS = {
     "config": 2,
     "wire": 3,
     "render": 3,
+    "usage": 1,
+    "costs": 4,
     "performance": 4,
     "transport": 4,
     "drift": 5,

@@ -19,7 +19,7 @@ from agent.cli.fleet.common import db_option, device_option, fleet_option, open_
 from agent.cli.output import dark_option, echo, emit, json_option, plot_option, print_table
 from agent.costs.prices import load_prices
 from agent.errors import UsageError
-from agent.wire.usage import Usage, average_usage
+from agent.usage import Usage, average_usage
 
 
 @click.command(epilog="Example: outstation fleet cost --prices prices.toml --plot cost.svg")
