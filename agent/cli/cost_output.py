@@ -9,11 +9,11 @@ import click
 
 from agent.cli import plot_file
 from agent.cli.output import echo, print_table, require_plot_format
-from agent.costs.chart import render_cost_chart
 from agent.costs.estimate import compare
 from agent.costs.prices import PriceList, shipped_text
+from agent.costs.usage import Usage
 from agent.render import theme
-from agent.usage import Usage
+from agent.render.cost_chart import render_cost_chart
 
 _MOST_DEVICES = 10_000
 

@@ -7,7 +7,7 @@ import math
 import msgspec
 
 from agent.costs.prices import PriceList
-from agent.usage import MONTH_S, Usage
+from agent.costs.usage import MONTH_S, Usage
 
 _JOULES_PER_KWH = 3.6e6
 

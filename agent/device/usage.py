@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from agent.config import Config
+from agent.costs.usage import Usage
 from agent.device.store import cost
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
-from agent.usage import Usage
 
 # A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
 _RAW_ENVELOPE_BYTES = 800

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from agent.costs.usage import Usage
 from agent.fleet.database.dashboard import devices as statements
 from agent.fleet.database.dashboard.messages import to_bytes
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
-from agent.usage import Usage
 
 # A device states its usage once an hour, and its health each minute: more than an hour of messages is searched.
 _SEARCHED = 70

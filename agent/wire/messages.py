@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent import clock
+from agent.costs.usage import Usage
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
-from agent.usage import Usage
 from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.costs.chart import render_cost_chart
 from agent.costs.estimate import MONTH_S, Comparison, MonthlyCost, compare
 from agent.costs.prices import EdgePrices, PriceList, load_prices, shipped_text
+from agent.costs.usage import Usage, average_usage
 from agent.errors import ConfigError
+from agent.render.cost_chart import render_cost_chart
 from agent.render.theme import DARK_THEME
-from agent.usage import Usage, average_usage
 
 MONTH = Usage(seconds=MONTH_S, cpu_s=100, flash_bytes=2e12, air_bytes=1e9, raw_bytes=10 * 5120e6, inferences=1e6,
               energy_j=7.2e6)  # fmt: skip

@@ -18,8 +18,8 @@ from agent.cli.cost_output import (
 from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
 from agent.cli.output import dark_option, echo, emit, json_option, plot_option, print_table
 from agent.costs.prices import load_prices
+from agent.costs.usage import Usage, average_usage
 from agent.errors import UsageError
-from agent.usage import Usage, average_usage
 
 
 @click.command(epilog="Example: outstation fleet cost --prices prices.toml --plot cost.svg")
