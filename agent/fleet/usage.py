@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from agent import decoders
 from agent.costs.usage import Usage
 from agent.fleet.database.dashboard import devices as statements
 from agent.fleet.database.dashboard.messages import to_bytes
@@ -34,7 +35,7 @@ def _find_usage(db: Connection, device: str, log: str) -> Usage | None:
         payload = to_bytes(stored)
         if b'"usage"' in payload:
             try:
-                usage = msgspec.json.decode(payload, type=_Health).usage
+                usage = decoders.from_json(payload, _Health).usage
             except msgspec.MsgspecError:
                 continue
             if usage is not None and usage.seconds > 0:

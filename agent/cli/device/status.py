@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-import msgspec
 
+from agent import decoders
 from agent.bootstrap import device
 from agent.cli.device.learned import format_extension, format_smallest_changes
 from agent.cli.follow import format_reading
@@ -153,7 +153,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     )
     for task in tasks:
         lines = [
-            f"model runs: {msgspec.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
+            f"model runs: {decoders.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from agent import decoders
 from agent.config import Config
 from agent.device.machine import schedule_text
 from agent.device.machine.schedule import Schedule
@@ -55,7 +56,7 @@ def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us
 
 def load_bundle_override(store: Store, task: str) -> BundleOverride | None:
     stored = store.load_state(task, task_keys.BUNDLE_OVERRIDE)
-    return msgspec.json.decode(stored, type=BundleOverride) if stored else None
+    return decoders.from_json(stored, BundleOverride) if stored else None
 
 
 def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | None) -> None:
@@ -68,7 +69,7 @@ def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | 
 def load_quarantined(store: Store | Transaction, task: str) -> dict[str, QuarantinedBundle]:
     """Return the quarantined bundles of a task, by digest."""
     data = store.load_state(task, task_keys.QUARANTINED_BUNDLES) or b"{}"
-    return msgspec.json.decode(data, type=dict[str, QuarantinedBundle])
+    return decoders.from_json(data, dict[str, QuarantinedBundle])
 
 
 def save_quarantined(tx: Transaction, task: str, quarantined: dict[str, QuarantinedBundle]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
 from agent.device.bundles import history, overrides, quarantine
@@ -190,7 +191,7 @@ class TaskActions:
     def label(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         task = self._require_scheduled(args["task"]).task
         try:
-            columns = msgspec.json.decode(args["labels"].encode(), type=dict[str, list[Any]])
+            columns = decoders.from_json(args["labels"].encode(), dict[str, list[Any]])
         except msgspec.MsgspecError as error:
             raise RowRejected(f'labels: {error}; they are columns, as {{"row":[100],"label":["PEN"]}}') from None
         # The command is signed, so its key vouches for the name.
