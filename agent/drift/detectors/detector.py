@@ -334,6 +334,7 @@ class ChartWindows(msgspec.Struct, frozen=True):
     z: Float64s  # (W, T) scores of all detectors, NaN where nothing was tested
     effects: Float64s  # (W, T)
     evidence: AnyArray | None  # (W, …) of the chart
+    caution: Float64s  # (T,) factor on the limits
     open_fields: Bools  # (F,) fields with an open drift alert
     t: Ints  # (W,) begin of each, epoch µs
 
