@@ -143,9 +143,13 @@ class AlertLifecycle:
             self.subjects[field] for field in np.flatnonzero(before.suite.open_subjects[:fields]) if field != subject
         ]
         words = drifts.build_text(subject, now, self.units, self.roles, self.shipped)
-        # While most fields are sound they give the class, so another drift stands by itself.
-        follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
-        sentence = words.sentence + note + (alert_text.misclassification_note(earlier) if follows else "")
+        # While most fields are sound they give the class, so another drift stands by itself, unless all rows together
+        # contradict it.
+        others = [
+            self.subjects[field] for field in np.flatnonzero(now.suite.open_subjects[:fields]) if field != subject
+        ]
+        causes = others if _is_within_classes_only(words.evidence) else earlier if 2 * len(earlier) >= fields else []
+        sentence = words.sentence + note + (alert_text.misclassification_note(causes) if self.shipped.labels else "")
         evidence = words.evidence | {"site": now.tester.reference.digest, "after": earlier} | (more or {})
         return self._build_alert(before, "drift", subject, number, sentence, evidence, revision)
 
@@ -203,6 +207,22 @@ class AlertLifecycle:
         return replace(built, revision=revision)
 
 
+def _is_within_classes_only(evidence: dict[str, Any]) -> bool:
+    """Return True if rows of the same class changed, but all rows together less than half as much."""
+    if "overall_shift" not in evidence:
+        return False
+    if evidence["test"] == "spread":
+        within, overall = np.log(evidence["ratio"]), np.log(evidence["overall_ratio"])
+    else:
+        within, overall = evidence["shift"], evidence["overall_shift"]
+    return bool(overall * np.sign(within) < abs(within) / 2)
+
+
 def _with_effects(cusum: Cusum, effect: Float64s) -> Cusum:
-    """Return the CUSUMs with the effect (T,) of the newest windows in place of the mean since the change began."""
-    return Cusum(cusum.value, cusum.windows, cusum.windows * effect, cusum.since, cusum.alarm, cusum.clear_count)
+    """Return the CUSUMs with the effect (T,) of the newest windows in place of the mean since the change began.
+
+    The first window counts half, as `Alarm.mean_effect` expects.
+    """
+    return Cusum(
+        cusum.value, cusum.windows, (cusum.windows - 0.5) * effect, cusum.since, cusum.alarm, cusum.clear_count
+    )

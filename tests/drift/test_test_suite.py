@@ -87,6 +87,18 @@ def test_another_shape_of_the_same_mean_and_spread_is_detected() -> None:
     assert "values are spread otherwise than in this site's reference" in alert.summary
 
 
+def test_the_shift_of_a_field_is_told_without_bias_wherever_in_a_window_it_begins() -> None:
+    told = []
+    for seed, begin in enumerate(range(10, 200, 20)):
+        rows = table(seed + 1, LEARN + 6)
+        rows[LEARN * 200 + begin :, 3] += 2.0
+        shifts = [a.evidence["shift"] for a in raised(watch(rows)) if a.subject == "f3" and "shift" in a.evidence]
+        told += [shift / 2.0 for shift in shifts[:1]]
+    assert len(told) >= 8
+    assert np.median(told) == pytest.approx(1.0, abs=0.06)
+    assert min(told) > 0.75
+
+
 def test_a_ramp_is_distinguished_from_a_step() -> None:
     reported = {"step": 0, "ramp": 0}
     for seed in range(6):

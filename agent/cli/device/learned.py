@@ -29,7 +29,7 @@ def _format_change(numbers: dict[str, Any], *, pairs: bool) -> str:
     parts = [
         mean,
         f"spread × {spread:.2g}" if spread else "no spread",
-        *([f"correlation ±{together:.2g}" if together else "no correlation"] if pairs else []),
+        *([f"correlation by {together:.2g}" if together else "no correlation"] if pairs else []),
         f"stuck for {numbers['stuck_rows']} rows" + (f", but never at {at}" if at else ""),
     ]
     return ", ".join(parts)

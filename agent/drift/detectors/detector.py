@@ -234,9 +234,15 @@ class Alarm(msgspec.Struct, frozen=True):
         return text.format_windows(windows, since, self.t[1])
 
     def mean_effect(self, side: int, test: int) -> float:
-        """Return the effect per window since the change began, or that of the last window."""
-        windows = self.windows[side, test]
-        return float(self.effect[side, test] / windows if windows else self.all_effects[self.place][test])
+        """Return the effect since the change began, or that of the last window.
+
+        A change begins somewhere in its first window, which shows half of it on average: it counts half. Of two windows
+        the last one is the better estimate.
+        """
+        windows, last = self.windows[side, test], float(self.all_effects[self.place][test])
+        if windows > 2 or (windows and not np.isfinite(last)):
+            return float(self.effect[side, test] / (windows - 0.5))
+        return last
 
 
 class Detector(ABC):

@@ -42,6 +42,7 @@ from agent.drift.numeric.sums import GroupMoments
 # Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
 # would outweigh all others.
 MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
+_MAX_LOG_RATIO = 20.0
 MIN_VARIANCE = 1e-4  # of residuals, in squared class sd
 # Added to the variance of residuals, in squared class sd: that of a rare value is nearly nothing in many windows.
 VARIANCE_PRIOR = 0.25
@@ -208,18 +209,30 @@ class MomentsDetector(ScoreDetector, ChartDetector):
         cause = slow or guess_cause(change, alarm)
         growing = ", and goes on: a slow ramp" if change.is_ramp else ""
         period = alarm.format_windows(change.windows, change.since)
-        sentence = f"{name}: {change.describe(alarm.unit)} {period}{growing}; likely {cause}"
+        amount = change.describe(alarm.unit, has_classes=len(alarm.labels) > 1)
+        sentence = f"{name}: {amount} {period}{growing}; likely {cause}"
         return AlertText(sentence, change.to_evidence())
 
 
+# A change over all rows is named, too, where it differs from that within classes by this share, or this log ratio.
+MIN_OVERALL_SHARE, MIN_OVERALL_LOG_RATIO = 0.25, 0.1
+
+
 class FieldChange(msgspec.Struct, frozen=True):
-    """Change of one field: effects averaged over the windows since it began."""
+    """Change of one field: effects averaged over the windows since it began.
+
+    They are those within the classes that the model names. `overall_shift` and `overall_ratio` are those of all rows of
+    the newest window: a change of the sensor that makes the model name other classes shows in full there, and so does
+    another mix of classes.
+    """
 
     test: str  # mean | spread: the one with the larger sum
     windows: int
     since: int  # epoch µs
     cusum: float
     shift: float  # of the mean, physical units
+    overall_shift: float
+    overall_ratio: float
     shift_sd: float  # the same in sd of the site's rows
     ratio: float  # of the spread to the site's
     spread_changed: bool  # whether the spread's sum is half way to an alarm of its own
@@ -227,16 +240,27 @@ class FieldChange(msgspec.Struct, frozen=True):
 
     def to_evidence(self) -> dict[str, Any]:
         numbers = {"cusum": self.cusum, "shift": self.shift, "shift_sd": self.shift_sd, "ratio": self.ratio}
+        numbers |= {"overall_shift": self.overall_shift, "overall_ratio": self.overall_ratio}
         period = {"windows": self.windows, "since": self.since, "ramp": self.is_ramp}
         return {"test": self.test} | period | {name: round_significant(x, 4) for name, x in numbers.items()}
 
-    def describe(self, unit: str) -> str:
+    @property
+    def is_other_overall(self) -> bool:
+        """True if all rows together changed by another amount than rows of the same class."""
+        if self.test == "spread":
+            return bool(abs(np.log(self.overall_ratio / self.ratio)) > MIN_OVERALL_LOG_RATIO)
+        return abs(self.overall_shift - self.shift) > MIN_OVERALL_SHARE * abs(self.shift)
+
+    def describe(self, unit: str, *, has_classes: bool) -> str:
+        overall = has_classes and self.is_other_overall
         if self.test == "spread":
             digits = 3 if abs(self.ratio - 1) < 0.05 else 2
             verb = "fell" if self.ratio < 1 else "rose"
-            return f"spread {verb} to {self.ratio:.{digits}g} of this site's reference"
-        amount = f"{self.shift:+.2g}" + (f" {unit}" if unit else "")
-        return f"mean moved by {amount} ({abs(self.shift_sd):.2g} reference sd)"
+            more = f" within the model's classes (over all rows it is {self.overall_ratio:.2g})" if overall else ""
+            return f"spread {verb} to {self.ratio:.{digits}g} of this site's reference{more}"
+        name = f" {unit}" if unit else ""
+        more = f" within the model's classes, {self.overall_shift:+.2g}{name} over all rows" if overall else ""
+        return f"mean moved by {self.shift:+.2g}{name} ({abs(self.shift_sd):.2g} reference sd){more}"
 
 
 def measure_change(alarm: Alarm) -> FieldChange:
@@ -249,6 +273,7 @@ def measure_change(alarm: Alarm) -> FieldChange:
     on = [place for place in (mean, spread) if alarm.alarm[:, place[1]].any()] or [mean, spread]
     lead = max(on, key=lambda place: float(alarm.value[place]))
     shift, log_ratio = alarm.mean_effect(*mean), alarm.mean_effect(*spread)
+    overall_shift, overall_log_ratio = _measure_overall(alarm)
     sd = float(alarm.sd[alarm.subject])
     return FieldChange(
         test="mean" if lead == mean else "spread",
@@ -256,12 +281,33 @@ def measure_change(alarm: Alarm) -> FieldChange:
         since=int(alarm.since[lead]),
         cusum=float(alarm.value[lead]),
         shift=shift,
+        overall_shift=overall_shift,
+        overall_ratio=float(np.exp(np.clip(overall_log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))),
         shift_sd=shift / sd if sd > 0 else 0.0,
         ratio=float(np.exp(log_ratio)),
         spread_changed=bool(alarm.value[spread] > EARLY_DRIFT_SHARE * alarm.limit[spread[1]]),
         is_ramp=int(alarm.windows[lead]) >= MIN_RAMP_WINDOWS
         and is_ramp(alarm.state.recent_z[:, lead[1]].astype(np.float64)),
     )
+
+
+def _measure_overall(alarm: Alarm) -> tuple[float, float]:
+    """Return the shift of the mean, and the log ratio of the spread, of all rows of the window to the usual ones.
+
+    Usual is the mix of classes of the site's reference, with the means of this hour.
+    """
+    field, baseline = alarm.subject, alarm.baseline
+    n, usual_n = alarm.moments.n[:, field], baseline.class_n[:, field]
+    share, usual_share = n / max(int(n.sum()), 1), usual_n / max(int(usual_n.sum()), 1)
+    mean, usual = float(share @ alarm.moments.mean[:, field]), float(usual_share @ alarm.usual[:, field])
+    if alarm.moments.mean.shape[1] == 2 * len(alarm.fields):
+        # Statistics of model windows: the log variance stands behind the mean.
+        place = len(alarm.fields) + field
+        change = share @ alarm.moments.mean[:, place] - usual_share @ baseline.class_mean[:, place]
+        return mean - usual, float(change) / 2
+    variance = share @ (alarm.moments.m2[:, field] / np.maximum(n, 1) + (alarm.moments.mean[:, field] - mean) ** 2)
+    of_classes = baseline.class_sd[:, field] ** 2 + (alarm.usual[:, field] - usual) ** 2
+    return mean - usual, float(np.log(max(variance, 1e-30) / max(float(usual_share @ of_classes), 1e-30))) / 2
 
 
 def guess_cause(change: FieldChange, alarm: Alarm) -> str:

@@ -18,6 +18,7 @@ from agent.kernel import sequential_tests
 RAMP_WINDOWS = 16  # remembered
 MIN_RAMP_WINDOWS = 4  # a slope this long at least; a shorter one is a step
 MIN_RAMP_GAIN = 1.0  # by how much the slope's squared errors, in sd of a window, must be less
+MAX_RAMP_ERROR = 0.8  # of the step's squared errors: where windows vary much by themselves, less fits by chance
 HALF_DAY_US = 43_200_000_000
 MAX_HALF_DAYS = 14  # half days
 MIN_HALF_DAYS = MIN_RAMP_WINDOWS + 2  # half days that tell a slope
@@ -103,7 +104,7 @@ def is_ramp(z: Float64s) -> bool:
     place, begin = np.arange(len(z)), np.arange(len(z))[:, None]
     step = _least_squared_error(z, (place >= begin).astype(np.float64))
     slope = _least_squared_error(z, np.maximum(place - begin[:-MIN_RAMP_WINDOWS] + 1, 0).astype(np.float64))
-    return bool(step - slope > MIN_RAMP_GAIN)
+    return bool(step - slope > MIN_RAMP_GAIN and slope < MAX_RAMP_ERROR * step)
 
 
 def _least_squared_error(z: Float64s, shapes: Float64s) -> float:

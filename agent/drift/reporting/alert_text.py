@@ -101,8 +101,9 @@ def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
 
 
 def misclassification_note(drifted_fields: Sequence[str]) -> str:
-    """Note fields that drifted before: statistics are compared within the class that the model names."""
+    """Note other fields that drift: statistics are compared within the class that the model names."""
     if not drifted_fields:
         return ""
     names = ", ".join(drifted_fields)
-    return f" {names} drifted before: the model may name wrong classes since, and this may follow from it."
+    verb = "drifts" if len(drifted_fields) == 1 else "drift"
+    return f" {names} {verb}, too: the model may name wrong classes since, and this may follow from it."

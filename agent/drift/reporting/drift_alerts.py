@@ -95,7 +95,7 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
         "accuracy": {"before": round_significant(usual, 4), "now": expected, "within": round_significant(beyond, 2)}
     }
     if abs(expected - usual) <= beyond:
-        return f"; the model's expected accuracy {expected:.2f} is no worse than usual here ({usual:.2f})", numbers
+        return f"; the model's expected accuracy is {expected:.2f}, as usual here ({usual:.2f} ± {beyond:.2f})", numbers
     moved = "fell" if expected < usual else "rose"
     return f"; the model's expected accuracy {moved} from {usual:.2f} to {expected:.2f}", numbers
 

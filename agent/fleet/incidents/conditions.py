@@ -28,6 +28,8 @@ from agent.text import format_duration
 SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
 # Health messages that a backlog is judged by; so few waiting messages are no backlog.
 BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100
+# Of their intervals, in which health messages must have arrived to show a backlog that grows.
+_LIVE_SHARE = 0.5
 MAX_AHEAD_S, MAX_LATE_S, LATE_SPREAD_S, LATE_MESSAGES = 60.0, 600.0, 30.0, 3
 STORAGE_WARNING_H, STORAGE_CRITICAL_H, STORAGE_CLEAR_H = 24.0, 6.0, 36.0
 CERTIFICATE_WARNING_S, CERTIFICATE_CRITICAL_S = 30 * 86_400.0, 7 * 86_400.0
@@ -131,6 +133,9 @@ def check_backlog(view: DeviceView, *, is_open: bool) -> Condition | None:
     if not (grows and counts[0] >= counts[-1] + MIN_BACKLOG) and not (is_open and counts[0] >= counts[-1]):
         return None
     span_us = view.health[0].received - view.health[-1].received
+    if not is_open and span_us < _LIVE_SHARE * 1e6 * view.health[0].interval_s * (len(counts) - 1):
+        # They were written while the device could not send, and arrive together: the backlog is being delivered.
+        return None
     summary = (
         f"{counts[0]} messages wait on {view.device}, {counts[-1]} did {format_duration(span_us)} before: it sends "
         "more than its connection or its quota lets through."

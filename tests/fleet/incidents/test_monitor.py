@@ -169,6 +169,17 @@ def test_a_large_backlog_that_shrinks_is_none(store: FleetStore) -> None:
     assert fleet.messages() == []
 
 
+def test_a_backlog_from_before_a_device_joined_is_none_while_it_is_delivered(store: FleetStore) -> None:
+    fleet = Fleet(store)
+    for i in range(12):
+        fleet.health(outbox=200 + 20 * i, ahead_s=-60.0 * (12 - i))
+        fleet.run(1)
+    fleet.run(60)
+    assert "backlog" not in {
+        incident.id.split("/")[-1] for incident in incidents.list_incidents(store, now=fleet.time())
+    }
+
+
 @pytest.mark.parametrize(("ahead_s", "words"), [(600.0, "ahead of"), (-7200.0, "behind")])
 def test_a_wrong_clock_is_reported(store: FleetStore, ahead_s: float, words: str) -> None:
     fleet = Fleet(store)
