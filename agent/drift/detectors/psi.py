@@ -20,6 +20,7 @@ from agent.arrays import Bools, Float64s, Ints
 from agent.drift.detectors.class_share import share_text
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
 from agent.drift.detectors.detector import (
+    EARLY_DRIFT_SHARE,
     OUTPUT,
     SCORE,
     SUBJECTS,
@@ -34,6 +35,7 @@ from agent.drift.detectors.detector import (
     Task,
     round_significant,
 )
+from agent.drift.detectors.moments import MomentsDetector
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.divergence import smoothed_shares
 from agent.drift.numeric.outliers import largest_usual
@@ -139,6 +141,9 @@ class PsiDetector(ChartDetector):
     baseline_type = PsiBaseline
     state_type = PsiConfirmation
 
+    def __init__(self, moments: MomentsDetector) -> None:
+        self.moments = moments
+
     def start(self, task: Task) -> PsiConfirmation:
         return PsiConfirmation.empty(task.fields + 2)
 
@@ -195,6 +200,11 @@ class PsiDetector(ChartDetector):
             noun = "certainty is" if alarm.labels else "answers are"
             sentence = f"score: the model's {noun} spread otherwise than in this site's reference {period}"
             return AlertText(f"{sentence}; likely readings unlike those it was made from", evidence)
+        moments = alarm.for_detector(self.moments.name)
+        own = [alarm.subject, fields + alarm.subject]
+        if (moments.value[:, own] > EARLY_DRIFT_SHARE * moments.limit[own]).any():
+            # A mean or spread that is about to raise its own alarm says more.
+            return self.moments.describe(moments)
         sentence = f"{alarm.fields[alarm.subject]}: values are spread otherwise than in this site's reference {period}"
         return AlertText(f"{sentence}; likely another range, resolution or position", evidence)
 

@@ -32,7 +32,7 @@ DETECTORS: tuple[Detector, ...] = (
     ExpectedAccuracyDetector(),
     CLASS_SHARE,
     DispersionDetector(MOMENTS),
-    PsiDetector(),
+    PsiDetector(MOMENTS),
     MewmaDetector(
         "field_mewma",
         MOMENTS,
