@@ -35,7 +35,7 @@ from agent.drift.detectors.detector import (
     Task,
     round_significant,
 )
-from agent.drift.detectors.moments import MomentsDetector
+from agent.drift.detectors.moments import MomentsDetector, measure_change
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.divergence import smoothed_shares
 from agent.drift.numeric.outliers import largest_usual
@@ -200,13 +200,17 @@ class PsiDetector(ChartDetector):
             noun = "certainty is" if alarm.labels else "answers are"
             sentence = f"score: the model's {noun} spread otherwise than in this site's reference {period}"
             return AlertText(f"{sentence}; likely readings unlike those it was made from", evidence)
-        moments = alarm.for_detector(self.moments.name)
+        name, cause = alarm.fields[alarm.subject], "another range, resolution or position"
+        moments, amount = alarm.for_detector(self.moments.name), ""
         own = [alarm.subject, fields + alarm.subject]
         if (moments.value[:, own] > EARLY_DRIFT_SHARE * moments.limit[own]).any():
-            # A mean or spread that is about to raise its own alarm says more.
-            return self.moments.describe(moments)
-        sentence = f"{alarm.fields[alarm.subject]}: values are spread otherwise than in this site's reference {period}"
-        return AlertText(f"{sentence}; likely another range, resolution or position", evidence)
+            # Too early for an alarm of the mean or the spread, and so for its cause, but not for its size.
+            change = measure_change(moments)
+            amount = f"{change.describe(alarm.unit, has_classes=len(alarm.labels) > 1)}, "
+            evidence = change.to_evidence() | evidence
+            cause = f"offset, gain or {cause}"
+        sentence = f"{name}: {amount}values are spread otherwise than in this site's reference {period}"
+        return AlertText(f"{sentence}; likely {cause}", evidence)
 
 
 def compute_psi(reference_shares: Float64s, counts: Ints) -> Float64s:
