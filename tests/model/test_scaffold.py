@@ -267,7 +267,7 @@ def test_wrong_use_is_one_sentence(
 
 
 @pytest.mark.parametrize(("offset", "spread"), [(5e6, 1000.0), (0.5, 1e-6)])
-def test_pack_warns_of_fields_that_the_quantized_input_cannot_hold_or_tell_apart(
+def test_pack_warns_of_fields_that_the_quantized_input_clips_or_merges(
     tmp_path: Path, offset: float, spread: float
 ) -> None:
     rows = readings(5000) * [1, 1, spread, 1] + [0, 0, offset, 0]
