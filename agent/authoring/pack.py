@@ -135,7 +135,9 @@ def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
         return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
     try:
         windows = _select_golden_windows(job.path(job.spec.golden), job.draft.input)
-        vectors = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, runtime_name())
+        vectors = golden_vectors.from_outputs(
+            windows, job.model.invoke(windows), job.model.output_steps, job.model.output_sizes, runtime_name()
+        )
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "golden", str(problem)) from None
     files["golden.npz"] = golden_vectors.encode(vectors)

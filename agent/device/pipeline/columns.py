@@ -40,6 +40,8 @@ def build(
         columns["value"] = [float(f"{v:.6g}") for v in model_scores.value[indices]]
     for name, values in model_scores.extra_columns.items():
         columns[name] = [float(f"{v:.6g}") for v in values[indices]]
+    for name, texts in model_scores.label_columns.items():
+        columns[name] = encode_labels(texts[indices].tolist())
     if missing[indices].any():
         columns["missing"] = _round(missing[indices], 3)
     return columns
@@ -68,7 +70,8 @@ def max_results(
     if model_scores.value is not None:
         size += _LONG_NUMBER_BYTES
     size += _LONG_NUMBER_BYTES * len(model_scores.extra_columns) + 6 * bool(missing.any())
-    heads = sum(_json_size(name) + 4 for name in model_scores.extra_columns)
+    size += sum(2 + max(map(_json_size, set(texts.tolist())), default=0) for texts in model_scores.label_columns.values())
+    heads = sum(_json_size(name) + 4 for name in (*model_scores.extra_columns, *model_scores.label_columns))
     return min(MAX_RESULTS, max(1, (max_bytes - heads) // max(1, size)))
 
 

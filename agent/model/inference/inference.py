@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, scores
+from agent.model.inference import derived_features, features, joins, scores
 from agent.model.inference.features import WindowCut
+from agent.model.inference.joins import JoinedRows
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
 MAX_VALUES = 4_000_000
+NO_JOINED_ROWS: Mapping[str, JoinedRows] = {}
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
@@ -79,15 +83,29 @@ class Inference:
         """Rows before a window that its features read. Pass this many as `history_rows`, as far as they exist."""
         return self.manifest.input.history_rows
 
-    def run(self, rows: Float32s, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
+    def run(
+        self,
+        rows: Float32s,
+        t: Ints,
+        *,
+        history_rows: int = 0,
+        with_outputs: bool = False,
+        joined: Mapping[str, JoinedRows] = NO_JOINED_ROWS,
+    ) -> InferenceResult:
         """Run all whole windows of `rows` (n, F), in physical units with NaN for missing, at `t` (n,) epoch µs.
 
         The first `history_rows` rows are history: no window starts there, and `cut` counts from the row after them. A
         stream run piece by piece, each from the end of `cut.consumed` and with its history, gives the results of the
-        whole. Raises BadBundle.
+        whole. `joined` holds the rows of further inputs. Raises BadBundle.
         """
         cut = features.cut_windows(t[history_rows:], self.manifest.input.window)
+        if self.manifest.joined:
+            cut = self.join(cut, t[history_rows:], joined)
         return self.run_windows(rows, t, cut, history_rows=history_rows, with_outputs=with_outputs)
+
+    def join(self, cut: WindowCut, t: Ints, joined: Mapping[str, JoinedRows]) -> WindowCut:
+        """Return the windows of rows at `t` (n,) with the values of further inputs. Raises BadBundle."""
+        return replace(cut, joined=joins.join(self.manifest.joined, joined, t[cut.starts + self.rows - 1]))
 
     def run_windows(
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
@@ -100,12 +118,21 @@ class Inference:
         parts: list[Scores] = []
         outputs: list[Float32s] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = features.build_windows(columns, cut.starts[start : start + block], spec, self.model.allocate)
-            out = self.model.invoke(windows)
+            starts = cut.starts[start : start + block]
+            if cut.joined is None:
+                windows = given = features.build_windows(columns, starts, spec, self.model.allocate)
+            else:
+                windows = features.build_windows(columns, starts, spec)
+                further = cut.joined.values[start : start + block]
+                given = np.concatenate([windows.reshape(len(starts), -1), further], axis=1)
+            out = self.model.invoke(given)
             parts.append(scores.from_outputs(out, self.manifest, windows))
             if with_outputs:
                 outputs.append(out)
         missing_share = features.compute_missing_share(columns, cut.starts, spec)
+        if cut.joined is not None:
+            own, further = self.rows * columns.shape[1], cut.joined.values.shape[1]
+            missing_share = ((missing_share * own + cut.joined.missing) / (own + further)).astype(np.float32)
         all_outputs = np.concatenate(outputs) if with_outputs else None
         seconds = self.model.seconds - start_s
         return InferenceResult(cut, scores.concatenate(parts), missing_share, all_outputs, seconds)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from agent.indices import repeat
 from agent.kernel import library as kernel
 from agent.kernel import quantization
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import Tensor
+from agent.model.inference.tensors import Tensor, TensorSelection
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 
 # The package that `runtime_name` names, imported once.
@@ -35,6 +35,7 @@ except ImportError:
     np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
+ONE_TENSOR = TensorSelection()
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
 # Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
@@ -60,20 +61,23 @@ if TYPE_CHECKING:
 
 
 class TfliteModel:
-    """Loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs."""
+    """Loaded model. Not thread-safe. `seconds` is the time of all runs.
+
+    The values of several inputs, and of several outputs, follow one another in the order of their selection.
+    """
 
     def __init__(
-        self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
+        self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, tensors: TensorSelection = ONE_TENSOR
     ) -> None:
-        """Load a model; a damaged one may crash: probe it first. `output` is a name or index. Raises BadBundle."""
-        self._output_selector, self.seconds = output, 0.0
+        """Load a model; a damaged one may crash: probe it first. Raises BadBundle."""
+        self._tensors, self.seconds = tensors, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self.threads = content, min(threads, os.cpu_count() or 1)
         self._load()
         # Resizing a fixed batch can silently merge rows: only a batch that the model declares dynamic is resized.
-        self.has_dynamic_batch = int(self._input_details.get("shape_signature", self._input_details["shape"])[0]) == -1
-        self.has_dynamic_batch = self.has_dynamic_batch and self._can_resize()
+        is_dynamic = all(int(tensor.get("shape_signature", tensor["shape"])[0]) == -1 for tensor in self._inputs)
+        self.has_dynamic_batch = is_dynamic and self._can_resize()
         self.batch = self._allocated_batch
         self.set_batch_size(batch)
 
@@ -89,29 +93,23 @@ class TfliteModel:
 
     @property
     def input_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a quantized input; for a float input the range of most values."""
-        if self._input_dtype.kind == "f":
-            return -3.0, 3.0
-        scale, zero = self._input_details["quantization"]
-        limits = np.iinfo(self._input_dtype)
-        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+        """Lowest and highest value of quantized inputs, common to several; for float inputs that of most values."""
+        ranges = [_quantized_range(tensor) or (-3.0, 3.0) for tensor in self._inputs]
+        common = max(low for low, _ in ranges), min(high for _, high in ranges)
+        return common if common[0] < common[1] else ranges[0]
 
     @property
     def output_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a quantized output; no limits for a float output."""
-        dtype = np.dtype(self._output_details["dtype"])
-        if dtype.kind == "f":
-            return -math.inf, math.inf
-        scale, zero = self._output_details["quantization"]
-        limits = np.iinfo(dtype)
-        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+        """Lowest and highest value of the first output, if quantized; no limits for a float output."""
+        return _quantized_range(self._outputs[0]) or (-math.inf, math.inf)
 
     @property
-    def output_step(self) -> float:
-        """Difference between neighbouring outputs of a quantized model; 0 for floats."""
-        if np.dtype(self._output_details["dtype"]).kind == "f":
-            return 0.0
-        return float(self._output_details["quantization"][0] or 1.0)
+    def output_steps(self) -> list[float]:
+        """Difference between neighbouring values of each output tensor, if quantized; 0 for floats."""
+        return [
+            0.0 if np.dtype(tensor["dtype"]).kind == "f" else float(tensor["quantization"][0] or 1.0)
+            for tensor in self._outputs
+        ]
 
     def allocate(self, shape: tuple[int, ...]) -> Float32s:
         return np.empty(shape, np.float32)
@@ -123,12 +121,14 @@ class TfliteModel:
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
         start_s = time.perf_counter()
         rows = windows.reshape(count, *self.input_shape)
-        out = np.empty((count, self.outputs), self._output_details["dtype"])
+        raw = [np.empty((count, n), t["dtype"]) for t, n in zip(self._outputs, self.output_sizes, strict=True)]
         block = max(1, _QUANTIZE_BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
         with _runtime_errors():
             for start in range(0, count, block):
-                self._run_batches(self._quantize(rows[start : start + block]), out[start : start + block])
-        outputs = self._dequantize(out)
+                part = slice(start, start + block)
+                self._run_batches(self._quantize_inputs(rows[part]), [out[part] for out in raw])
+        parts = [_dequantize(out, tensor) for out, tensor in zip(raw, self._outputs, strict=True)]
+        outputs = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         self.seconds += time.perf_counter() - start_s
         return outputs
 
@@ -138,17 +138,25 @@ class TfliteModel:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        self._output_details = _select_output(outputs, self._output_selector)
-        if len(inputs) != 1:
-            raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
-        for tensor in (*inputs, self._output_details):
+        names = _signature_names(self._interpreter)
+        if len(self._tensors.inputs) != len(inputs):
+            raise BadBundle(
+                f"the model has {len(inputs)} inputs, of {_list_tensors(inputs)}, and the manifest describes "
+                f"{len(self._tensors.inputs)}; [inputs.NAME] of the SPEC describes each but the first"
+            )
+        self._inputs = _select(inputs, self._tensors.inputs, names["inputs"], "input")
+        self._outputs = _select(outputs, self._tensors.outputs, names["outputs"], "output")
+        for tensor in (*self._inputs, *self._outputs):
             kind = np.dtype(tensor["dtype"])
             if kind.kind not in "fiu":
                 raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
             if len(tensor["shape"]) == 0:
                 raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
-        if inputs[0]["shape"][0] < 1:
+        batches = {int(tensor["shape"][0]) for tensor in self._inputs}
+        if min(batches) < 1:
             raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
+        if len(batches) > 1:
+            raise BadBundle(f"the model's inputs have batches of {sorted(batches)} rows; give all the same, or a dynamic one")
         # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
         ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
         names = {op["op_name"] for op in ops}
@@ -160,36 +168,51 @@ class TfliteModel:
                 "export it without state: the history it needs as its input window, recurrent layers of Keras with "
                 "stateful=False and unroll=True"
             )
-        self._input_details = inputs[0]
-        self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
-        self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
-        self._allocated_batch = int(self._input_details["shape"][0])
+        shapes = [tuple(int(d) for d in tensor["shape"][1:]) for tensor in self._inputs]
+        self.input_sizes = [math.prod(shape) for shape in shapes]
+        self.input_shape = shapes[0] if len(shapes) == 1 else (sum(self.input_sizes),)
+        self._input_shapes = shapes
+        self._allocated_batch = int(self._inputs[0]["shape"][0])
         with _runtime_errors():
             # Only a run shows the output's shape reliably.
-            self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self._input_dtype)).shape[1]
+            self.output_sizes = [out.shape[1] for out in self._run_batch(self._zeros(self._allocated_batch))]
+        self.outputs = sum(self.output_sizes)
 
-    def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
-        """Write the raw outputs of quantized `rows` into `out`, batch by batch."""
-        for start in range(0, len(rows), self.batch):
-            part = rows[start : start + self.batch]
-            count = len(part)
+    def _zeros(self, batch: int) -> list[NDArray[Any]]:
+        return [
+            np.zeros((batch, *shape), tensor["dtype"])
+            for tensor, shape in zip(self._inputs, self._input_shapes, strict=True)
+        ]
+
+    def _run_batches(self, inputs: list[NDArray[Any]], outs: list[NDArray[Any]]) -> None:
+        """Write the raw outputs of quantized `inputs` into `outs`, batch by batch."""
+        total = len(outs[0])
+        for start in range(0, total, self.batch):
+            parts = [rows[start : start + self.batch] for rows in inputs]
+            count = min(self.batch, total - start)
             if self.has_dynamic_batch:
                 # A shorter last batch is resized for 5 to 20 µs; padding would cost the time of its rows.
                 self._resize(count)
             elif count < self._allocated_batch:
-                part = np.concatenate([part, repeat(part[-1:], self._allocated_batch - count, axis=0)])
-            out[start : start + count] = self._run_batch(part)[:count]
+                lacking = self._allocated_batch - count
+                parts = [np.concatenate([part, repeat(part[-1:], lacking, axis=0)]) for part in parts]
+            for out, raw in zip(outs, self._run_batch(parts), strict=True):
+                out[start : start + count] = raw[:count]
 
-    def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:
-        """Return the raw outputs (B, K) of one batch, in the tensor's type."""
-        self._interpreter.set_tensor(self._input_details["index"], part)
+    def _run_batch(self, parts: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the raw outputs (B, K) of one batch, in each tensor's type."""
+        for tensor, part in zip(self._inputs, parts, strict=True):
+            self._interpreter.set_tensor(tensor["index"], part)
         self._interpreter.invoke()
-        raw: NDArray[Any] = self._interpreter.get_tensor(self._output_details["index"])
-        if raw.ndim == 0 or len(raw) != len(part):
-            raise BadBundle(
-                f"the model returns {list(raw.shape)} for a batch of {len(part)}; its first dimension must count rows"
-            )
-        return raw.reshape(len(part), -1)
+        outs, batch = [], len(parts[0])
+        for tensor in self._outputs:
+            raw: NDArray[Any] = self._interpreter.get_tensor(tensor["index"])
+            if raw.ndim == 0 or len(raw) != batch:
+                raise BadBundle(
+                    f"the model returns {list(raw.shape)} for a batch of {batch}; its first dimension must count rows"
+                )
+            outs.append(raw.reshape(batch, -1))
+        return outs
 
     def _can_resize(self) -> bool:
         """Return True if the dynamic batch that the model declares works; else reload the model."""
@@ -197,7 +220,7 @@ class TfliteModel:
             with _runtime_errors():
                 # Two rows: thirty-two of a large model would delay each start by seconds.
                 self._resize(2)
-                self._run_batch(np.zeros((2, *self.input_shape), self._input_dtype))
+                self._run_batch(self._zeros(2))
         except BadBundle:
             self._load()
             return False
@@ -205,31 +228,53 @@ class TfliteModel:
 
     def _resize(self, size: int) -> None:
         if size != self._allocated_batch:
-            self._interpreter.resize_tensor_input(self._input_details["index"], [size, *self.input_shape], strict=True)
+            for tensor, shape in zip(self._inputs, self._input_shapes, strict=True):
+                self._interpreter.resize_tensor_input(tensor["index"], [size, *shape], strict=True)
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
 
-    def _quantize(self, values: Float32s) -> NDArray[Any]:
-        kind = self._input_dtype
-        if kind.kind == "f":
-            floats: NDArray[Any] = values.astype(kind, copy=False)
-            return floats
-        scale, zero = self._input_details["quantization"]
-        library = kernel.kernel()
-        if library is not None:
-            quantized = quantization.quantize(library, values, scale or 1.0, int(zero), kind)
-            if quantized is not None:
-                return quantized
-        return quantize_by_numpy(values, scale or 1.0, int(zero), kind)
+    def _quantize_inputs(self, rows: Float32s) -> list[NDArray[Any]]:
+        """Return the values `rows` (n, …) of each input in its type and shape."""
+        if len(self._inputs) == 1:
+            return [_quantize(rows, self._inputs[0])]
+        splits = np.split(rows, np.cumsum(self.input_sizes)[:-1], axis=1)
+        return [
+            _quantize(np.ascontiguousarray(part), tensor).reshape(len(rows), *shape)
+            for part, tensor, shape in zip(splits, self._inputs, self._input_shapes, strict=True)
+        ]
 
-    def _dequantize(self, raw: NDArray[Any]) -> Float32s:
-        if raw.dtype.kind == "f":
-            return raw.astype(np.float32, copy=False)
-        scale, zero = self._output_details["quantization"]
-        values: Float32s = raw.astype(np.float32)
-        values -= zero
-        values *= np.float32(scale or 1.0)
-        return values
+
+def _quantized_range(tensor: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the lowest and highest value of a quantized tensor; None for floats."""
+    kind = np.dtype(tensor["dtype"])
+    if kind.kind == "f":
+        return None
+    (scale, zero), limits = tensor["quantization"], np.iinfo(kind)
+    return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+
+
+def _quantize(values: Float32s, tensor: dict[str, Any]) -> NDArray[Any]:
+    kind = np.dtype(tensor["dtype"])
+    if kind.kind == "f":
+        floats: NDArray[Any] = values.astype(kind, copy=False)
+        return floats
+    scale, zero = tensor["quantization"]
+    library = kernel.kernel()
+    if library is not None:
+        quantized = quantization.quantize(library, values, scale or 1.0, int(zero), kind)
+        if quantized is not None:
+            return quantized
+    return quantize_by_numpy(values, scale or 1.0, int(zero), kind)
+
+
+def _dequantize(raw: NDArray[Any], tensor: dict[str, Any]) -> Float32s:
+    if raw.dtype.kind == "f":
+        return raw.astype(np.float32, copy=False)
+    scale, zero = tensor["quantization"]
+    values: Float32s = raw.astype(np.float32)
+    values -= zero
+    values *= np.float32(scale or 1.0)
+    return values
 
 
 def quantize_by_numpy(values: Float32s, scale: float, zero: int, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -282,9 +327,9 @@ def explain_kernels(model: TfliteModel) -> str:
 
 
 def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:
-    """Load the model with the manifest's output, and batch size and threads of `tuning`. Raises BadBundle."""
+    """Load the model with the manifest's tensors, and batch size and threads of `tuning`. Raises BadBundle."""
     batch, threads = (tuning.batch, tuning.threads) if tuning else (DEFAULT_BATCH, 1)
-    return TfliteModel(content, batch, threads, manifest.output.tensor)
+    return TfliteModel(content, batch, threads, manifest.tensors)
 
 
 def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
@@ -308,18 +353,43 @@ def _to_tensor(detail: Any) -> Tensor:
     return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
 
 
-def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
-    """Return the output that the manifest names, or the only one. Raises BadBundle, which lists the outputs."""
-    if selector is None and len(outputs) == 1:
-        return outputs[0]
-    if isinstance(selector, int) and 0 <= selector < len(outputs):
-        return outputs[selector]
-    matches = [tensor for tensor in outputs if tensor["name"] == selector]
+def _signature_names(interpreter: Any) -> dict[str, dict[str, int]]:
+    """Return the names that the model's first signature gives its tensors, by "inputs" and "outputs"."""
+    # Both runtimes have this method, unofficially. Without it tensors are selected by their own names.
+    signatures = getattr(interpreter, "_get_full_signature_list", dict)()
+    first = next(iter(signatures.values()), {})
+    return {key: dict(first.get(key, {})) for key in ("inputs", "outputs")}
+
+
+def _select(
+    tensors: list[Any], selectors: Sequence[str | int | None], names: Mapping[str, int], noun: str
+) -> list[Any]:
+    """Return the tensors that the manifest names, None for the one left. Raises BadBundle, which lists the tensors."""
+    chosen = [None if selector is None else _find(tensors, selector, names, noun) for selector in selectors]
+    taken = [int(tensor["index"]) for tensor in chosen if tensor is not None]
+    if len(set(taken)) != len(taken):
+        raise BadBundle(f"an {noun} of the model is named twice: {_list_tensors(tensors)}")
+    left = [tensor for tensor in tensors if int(tensor["index"]) not in taken]
+    if None in chosen and len(left) != 1:
+        raise BadBundle(
+            f"the model has {len(tensors)} {noun}s; select one with [{noun}] tensor, of {_list_tensors(tensors)}"
+        )
+    return [left[0] if tensor is None else tensor for tensor in chosen]
+
+
+def _find(tensors: list[Any], selector: str | int, names: Mapping[str, int], noun: str) -> Any:
+    if isinstance(selector, int) and 0 <= selector < len(tensors):
+        return tensors[selector]
+    matches = [tensor for tensor in tensors if tensor["name"] == selector or tensor["index"] == names.get(str(selector))]
     if len(matches) == 1:
         return matches[0]
-    available = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
-    problem = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
-    raise BadBundle(f"the model has {problem}; select one with [output] tensor, of {available}")
+    raise BadBundle(
+        f"the model has no {noun} {selector!r}; select one with [{noun}] tensor, of {_list_tensors(tensors)}"
+    )
+
+
+def _list_tensors(tensors: Sequence[Any]) -> str:
+    return ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(tensors))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from agent.errors import BadBundle
+from agent.model.inference.tensors import TensorSelection
 from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
 
@@ -44,7 +45,7 @@ class WorkerJob(msgspec.Struct):
     content: bytes
     batch: int
     threads: int
-    output: str | int | None
+    tensors: TensorSelection
     memory_mib: int
     policy: ModelPolicy
     trusted_content: bytes
@@ -83,7 +84,7 @@ def main() -> None:
     try:
         runtime.detect_processor(job.trusted_content)
         is_confined = confinement.confine_by(job.policy)
-        model = runtime.TfliteModel(job.content, job.batch, job.threads, job.output)
+        model = runtime.TfliteModel(job.content, job.batch, job.threads, job.tensors)
     except (BadBundle, ConfinementError) as problem:
         text = str(problem).encode()[:MAX_TEXT_BYTES]
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)
