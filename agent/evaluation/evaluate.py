@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -60,6 +60,7 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
     latency: bool = True
     seed: int = 0
     min_count: int = 0
+    joined: Mapping[str, Path] = examples.NO_FILES
 
     @property
     def columns(self) -> list[str]:
@@ -93,7 +94,7 @@ def evaluate(
     """Evaluate a loaded bundle; `on_step` receives what comes next. Raises UsageError, BadBundle."""
     started_s = time.monotonic()
     on_step("reading the data")
-    dataset = examples.read(request.data, inference, request.columns)
+    dataset = examples.read(request.data, inference, request.columns, request.joined)
     windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
     on_step(f"predicting {len(windows):,} windows")
     result = predict(inference, dataset, windows.starts)
@@ -190,12 +191,13 @@ def _check_leakage(context: _Context, sample: WindowSample) -> list[document.Che
     request, windows, train = context.request, context.windows, None
     if request.train is not None:
         try:
-            train = examples.read(request.train, context.inference, [request.group] if request.group else [])
+            group = [request.group] if request.group else []
+            train = examples.read(request.train, context.inference, group, request.joined)
         except UsageError:
             if request.group is None:
                 raise
             # Training data need not name the groups.
-            train = examples.read(request.train, context.inference, [])
+            train = examples.read(request.train, context.inference, [], request.joined)
     training = leakage.training_rows(context.dataset, request.split, train)
     checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
     return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]

@@ -99,7 +99,7 @@ def test_golden_vectors_come_back_and_have_one_spelling() -> None:
     back = golden_vectors.decode(data)
     np.testing.assert_array_equal(back.inputs, INPUTS)
     np.testing.assert_array_equal(back.expected, OUTPUTS)
-    assert (back.runtime, back.tolerance) == (LITERT, 2 * STEP)
+    assert (back.runtime, float(back.tolerance)) == (LITERT, 2 * STEP)
     assert golden_vectors.encode(back) == data
 
 
@@ -250,6 +250,10 @@ def test_golden_vectors_of_the_other_runtime_pass_here() -> None:
         outputs = loaded.invoke(inputs)
         off = outputs + np.float32(loaded.output_steps[0]) * (np.arange(outputs.size).reshape(outputs.shape) % 5 == 0)
         vectors = golden_vectors.from_outputs(
-            inputs, off, loaded.output_steps, loaded.output_sizes, OTHER if runtime_name().startswith("ai-edge") else LITERT
+            inputs,
+            off,
+            loaded.output_steps,
+            loaded.output_sizes,
+            OTHER if runtime_name().startswith("ai-edge") else LITERT,
         )
         vectors.compare(outputs, runtime_name(), classes=recipe.kind == "classify")

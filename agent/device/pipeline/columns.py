@@ -70,7 +70,8 @@ def max_results(
     if model_scores.value is not None:
         size += _LONG_NUMBER_BYTES
     size += _LONG_NUMBER_BYTES * len(model_scores.extra_columns) + 6 * bool(missing.any())
-    size += sum(2 + max(map(_json_size, set(texts.tolist())), default=0) for texts in model_scores.label_columns.values())
+    for texts in model_scores.label_columns.values():
+        size += 2 + max(map(_json_size, set(texts.tolist())), default=0)
     heads = sum(_json_size(name) + 4 for name in (*model_scores.extra_columns, *model_scores.label_columns))
     return min(MAX_RESULTS, max(1, (max_bytes - heads) // max(1, size)))
 

@@ -94,10 +94,11 @@ def from_outputs(
     if not np.isfinite(outputs).all():
         raise BadBundle("the model's outputs for the golden data are not finite; check the data")
     parts = np.split(outputs, np.cumsum(sizes)[:-1], axis=1)
-    near = [_TOLERANCE_STEPS * step if step else _float_tolerance(part) for part, step in zip(parts, steps, strict=True)]
+    pairs = list(zip(parts, steps, strict=True))
+    near = [_TOLERANCE_STEPS * step if step else _float_tolerance(part) for part, step in pairs]
     far = [
         max(_OTHER_RUNTIME_SHARE * float(np.ptp(part)), 2 * _TOLERANCE_STEPS * step, _float_tolerance(part))
-        for part, step in zip(parts, steps, strict=True)
+        for part, step in pairs
     ]
     tolerance, other = (
         np.asarray(limits[0]) if len(parts) == 1 else repeat(np.asarray(limits), sizes)

@@ -207,8 +207,8 @@ class JoinedInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """Further model input: `fields` of another stream or of the same one, joined to each window at its last row's time.
 
     It holds the newest `rows` rows up to that time, oldest first; with `period_s` the newest row at each of as many
-    times, `period_s` apart. Rows without a value do not count, and values older than `max_age_s` are missing. Values are
-    scaled to (x - mean) / std. `tensor` is the name or index of the model's input, by default the name of this one.
+    times, `period_s` apart. Rows without a value do not count, and values older than `max_age_s` are missing. Values
+    are scaled to (x - mean) / std. `tensor` is the name or index of the model's input, by default the name of this one.
     """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=512)]

@@ -96,4 +96,4 @@ def _scale(spec: JoinedInput, values: Float32s) -> Float32s:
     std = np.tile(np.asarray(spec.std or [1.0] * len(spec.fields), np.float32), spec.rows)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (values - mean) / std
-    return np.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.nan_to_num(scaled, copy=False, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32, copy=False)

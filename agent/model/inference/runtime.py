@@ -22,7 +22,7 @@ from agent.indices import repeat
 from agent.kernel import library as kernel
 from agent.kernel import quantization
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import Tensor, TensorSelection
+from agent.model.inference.tensors import ONE_TENSOR, Tensor, TensorSelection
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 
 # The package that `runtime_name` names, imported once.
@@ -35,7 +35,6 @@ except ImportError:
     np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
-ONE_TENSOR = TensorSelection()
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
 # Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
@@ -111,6 +110,10 @@ class TfliteModel:
             for tensor in self._outputs
         ]
 
+    def describe_input(self) -> Tensor:
+        """Return the first input that the manifest describes."""
+        return _to_tensor(self._inputs[0])
+
     def allocate(self, shape: tuple[int, ...]) -> Float32s:
         return np.empty(shape, np.float32)
 
@@ -138,14 +141,14 @@ class TfliteModel:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        names = _signature_names(self._interpreter)
+        aliases = _signature_names(self._interpreter)
         if len(self._tensors.inputs) != len(inputs):
             raise BadBundle(
                 f"the model has {len(inputs)} inputs, of {_list_tensors(inputs)}, and the manifest describes "
                 f"{len(self._tensors.inputs)}; [inputs.NAME] of the SPEC describes each but the first"
             )
-        self._inputs = _select(inputs, self._tensors.inputs, names["inputs"], "input")
-        self._outputs = _select(outputs, self._tensors.outputs, names["outputs"], "output")
+        self._inputs = _select(inputs, self._tensors.inputs, aliases["inputs"], "input")
+        self._outputs = _select(outputs, self._tensors.outputs, aliases["outputs"], "output")
         for tensor in (*self._inputs, *self._outputs):
             kind = np.dtype(tensor["dtype"])
             if kind.kind not in "fiu":
@@ -156,7 +159,7 @@ class TfliteModel:
         if min(batches) < 1:
             raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
         if len(batches) > 1:
-            raise BadBundle(f"the model's inputs have batches of {sorted(batches)} rows; give all the same, or a dynamic one")
+            raise BadBundle(f"the inputs have batches of {sorted(batches)} rows; give all the same, or a dynamic one")
         # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
         ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
         names = {op["op_name"] for op in ops}
@@ -356,8 +359,8 @@ def _to_tensor(detail: Any) -> Tensor:
 def _signature_names(interpreter: Any) -> dict[str, dict[str, int]]:
     """Return the names that the model's first signature gives its tensors, by "inputs" and "outputs"."""
     # Both runtimes have this method, unofficially. Without it tensors are selected by their own names.
-    signatures = getattr(interpreter, "_get_full_signature_list", dict)()
-    first = next(iter(signatures.values()), {})
+    signatures: dict[str, dict[str, dict[str, int]]] = getattr(interpreter, "_get_full_signature_list", dict)()
+    first: dict[str, dict[str, int]] = next(iter(signatures.values()), {})
     return {key: dict(first.get(key, {})) for key in ("inputs", "outputs")}
 
 
@@ -380,7 +383,8 @@ def _select(
 def _find(tensors: list[Any], selector: str | int, names: Mapping[str, int], noun: str) -> Any:
     if isinstance(selector, int) and 0 <= selector < len(tensors):
         return tensors[selector]
-    matches = [tensor for tensor in tensors if tensor["name"] == selector or tensor["index"] == names.get(str(selector))]
+    index = names.get(str(selector))
+    matches = [tensor for tensor in tensors if tensor["name"] == selector or tensor["index"] == index]
     if len(matches) == 1:
         return matches[0]
     raise BadBundle(

@@ -22,8 +22,8 @@ class Scores(msgspec.Struct, frozen=True):
 
     For a multi-label model `label` is the most probable one, `predicted` (w, K) the predicted ones, and `score` the
     probability that all of them are correct if labels were independent. `anomaly` (w,) marks values above the
-    threshold. `extra_columns` are a probability per label (`score_LABEL`), further values (`value_NAME`), and scores and
-    values of further outputs, whose labels as text are in `label_columns`.
+    threshold. `extra_columns` are a probability per label (`score_LABEL`), further values (`value_NAME`), and scores
+    and values of further outputs, whose labels as text are in `label_columns`.
     """
 
     label: Ints | None
@@ -71,7 +71,8 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
         for column, values in zip(
             output_columns(name, spec), [values for values in found if values is not None], strict=True
         ):
-            (label_columns if values.dtype.kind == "U" else columns)[column] = values
+            target: dict[str, Any] = label_columns if values.dtype.kind == "U" else columns
+            target[column] = values
     return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns)
 
 

@@ -15,6 +15,9 @@ class TensorSelection(msgspec.Struct, frozen=True):
     outputs: tuple[str | int | None, ...] = (None,)
 
 
+ONE_TENSOR = TensorSelection()
+
+
 class Tensor(msgspec.Struct, frozen=True):
     """Input or output. `shape` is of one inference; `batch` 0 is any; `limits` are a quantized tensor's range."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.model.inference.tensors import TensorSelection
+from agent.model.inference.tensors import ONE_TENSOR, TensorSelection
 
 # Without a tuning: dense models have most of their gain at this size, and convolutions gain nothing beyond it.
 DEFAULT_BATCH = 32
@@ -33,7 +33,7 @@ class Tuning(msgspec.Struct, frozen=True):
     threads: int
     rows_per_s: float
     inexact_batches: list[int] = []
-    tensors: TensorSelection = TensorSelection()
+    tensors: TensorSelection = ONE_TENSOR
     verified_for: str = ""
 
     @property
@@ -48,7 +48,7 @@ class Tuning(msgspec.Struct, frozen=True):
 
 
 def find_known(
-    known: Sequence[Tuning], content: bytes, runtime: str, tensors: TensorSelection = TensorSelection()
+    known: Sequence[Tuning], content: bytes, runtime: str, tensors: TensorSelection = ONE_TENSOR
 ) -> Tuning | None:
     """Return the known tuning for these `tensors` of the model on this runtime and machine, if there is one."""
     target = (model_digest(content), tensors, runtime, describe_machine())

@@ -177,8 +177,8 @@ def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     for (name, further), size in zip(content.further.items(), model.output_sizes[1:], strict=True):
         if size != further.values:
             raise BadBundle(
-                f"the model's output {name!r} has {size} values, [outputs.{name}] describes {further.values}; name each "
-                'label or value, or write size = 1 for two labels of one sigmoid'
+                f"the model's output {name!r} has {size} values, [outputs.{name}] describes {further.values}; name "
+                "each label or value, or write size = 1 for two labels of one sigmoid"
             )
     outputs = model.output_sizes[0]
     if wanted != have:
@@ -280,7 +280,8 @@ def _inspect_in_child(content: bytes) -> ModelInspection | str:
     try:
         inputs, outputs = runtime.list_tensors(content)
         every_input = tuple(range(len(inputs)))
-        models = [runtime.TfliteModel(content, tensors=TensorSelection(every_input, (i,))) for i in range(len(outputs))]
+        selections = [TensorSelection(every_input, (i,)) for i in range(len(outputs))]
+        models = [runtime.TfliteModel(content, tensors=tensors) for tensors in selections]
         return ModelInspection(inputs, outputs, [_measure_output(model) for model in models])
     except BadBundle as problem:
         return str(problem)
