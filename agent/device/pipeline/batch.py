@@ -17,6 +17,7 @@ from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
+from agent.device.pipeline.joined_streams import JoinedBatch
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
@@ -61,6 +62,7 @@ class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     refusals: LearningRefusals
     rule_states: TaskRuleStates
     labels_contradict: bool
+    joined: JoinedBatch | None
 
 
 class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
@@ -110,13 +112,19 @@ def _run_once(
     if batch.loss_reason:
         return _skip_lost(task, store, message_log, batch, now)
     cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
+    joined: JoinedBatch | None = None
+    if task.joined_reader is not None:
+        joined = task.joined_reader.join(store, cut, batch.t, batch.first, now)
+        if joined.cut.consumed == 0 and len(cut.starts):
+            return None
+        cut = joined.cut
     if cut.consumed == 0:
         following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
         if following is None or following.loss_reason is None:
             return None
         # The rows after these cannot be read, so these will never fill a window.
         cut = WindowCut(cut.starts, len(batch.t))
-    source = _read(task, store, message_log, batch, cut)
+    source = _read(task, store, message_log, batch, cut, joined)
     rows, t, history = source.features, batch.t, source.history
     if len(history):
         earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
@@ -135,7 +143,14 @@ def _run_once(
 # --- read ---
 
 
-def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut) -> _BatchInput:
+def _read(
+    task: LoadedTask,
+    store: Store,
+    message_log: MessageLog,
+    batch: RowBatch,
+    cut: WindowCut,
+    joined: JoinedBatch | None,
+) -> _BatchInput:
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
     state = task.drift_state
     is_learning = state is not None and (state.site_reference is None or state.is_inherited)
@@ -151,6 +166,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
         rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
         state is not None and label_metrics.contradict_certainty(task, store),
+        joined,
     )
 
 
@@ -209,6 +225,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
         [change for change in result_alerts if change.index >= 0],
+        source.joined.rows if source.joined is not None else {},
     )
     drift_messages, refusals = batch_messages.build_drift_messages(
         task, windows, source.refusals, labels_contradict=source.labels_contradict
@@ -319,11 +336,15 @@ def _commit(
         if output.sample_requests:
             requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx)
+        if task.joined_reader is not None and source.joined is not None:
+            task.joined_reader.save(tx, source.joined)
         if task.is_crash_suspect:
             tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
+    if task.joined_reader is not None and source.joined is not None:
+        task.joined_reader.confirm(source.joined)
     task.record_transaction(len(source.cut.starts), spent_bytes)
     task.drift_state, task.closing_messages, task.is_crash_suspect = output.drift, None, False
     task.unsaved_basis = None

@@ -16,12 +16,15 @@ from typing import Annotated, Any
 import msgspec
 
 from agent.fleet.database.interface import Row
+from agent.wire import runs
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
     DriftPayload,
+    Label,
+    LabelRun,
     Magnitude,
     Payload,
     QualityPayload,
@@ -43,7 +46,7 @@ ALERTS_TABLE, INCIDENTS_TABLE = "alerts", "incidents"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
 _MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
-_OUTPUT_NAMES = ("value_", "score_")
+_OUTPUT_NAMES = ("value_", "score_", "label_")
 _OUTPUT_PREFIXES = tuple(f'"{name}'.encode() for name in _OUTPUT_NAMES)
 
 # Table → rows, with columns in the order of `schema`.
@@ -71,6 +74,7 @@ class _RawColumns(msgspec.Struct):
 
 
 _COLUMNS_DECODER = msgspec.json.Decoder(_RawColumns)
+_LABELS_DECODER = msgspec.json.Decoder(list[Label | LabelRun])
 _NUMBERS_DECODER = msgspec.json.Decoder(list[Magnitude | None])
 
 
@@ -134,18 +138,22 @@ def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[floa
 
 
 def _further_outputs(payload: bytes, count: int) -> list[str] | None:
-    """Return the JSON of columns value_NAME and score_LABEL for each of `count` results; None without such columns."""
+    """Return the JSON of columns value_NAME, score_LABEL and label_NAME of each of `count` results; None without."""
     if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
         return None
     columns = _COLUMNS_DECODER.decode(payload).columns
-    outputs: dict[str, list[float | None]] = {}
+    outputs: dict[str, list[Any]] = {}
     for name, column in columns.items():
         if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
             continue
         with contextlib.suppress(msgspec.MsgspecError):
-            numbers = _NUMBERS_DECODER.decode(column)
-            if len(numbers) == count:
-                outputs[name] = numbers
+            if name.startswith("label_"):
+                labels = _LABELS_DECODER.decode(column)
+                entries = runs.expand_labels(labels) if runs.count_entries(labels) == count else []
+            else:
+                entries = _NUMBERS_DECODER.decode(column)
+            if len(entries) == count:
+                outputs[name] = entries
     if not outputs:
         return None
     names = [*outputs]

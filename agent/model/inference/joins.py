@@ -73,7 +73,7 @@ def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
     is_known = (index >= 0) & (elapsed >= 0) & (elapsed <= spec.max_age_s * 1e6)
     taken = np.full((len(ends_us), spec.rows, len(spec.fields)), np.nan, np.float32)
     taken[is_known] = values[index[is_known]]
-    return taken.reshape(len(ends_us), -1)
+    return taken.reshape(len(ends_us), spec.size)
 
 
 def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:
@@ -96,4 +96,5 @@ def _scale(spec: JoinedInput, values: Float32s) -> Float32s:
     std = np.tile(np.asarray(spec.std or [1.0] * len(spec.fields), np.float32), spec.rows)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (values - mean) / std
-    return np.nan_to_num(scaled, copy=False, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32, copy=False)
+    filled: Float32s = np.nan_to_num(scaled, copy=False, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32, copy=False)
+    return filled
