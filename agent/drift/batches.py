@@ -269,7 +269,7 @@ def advance_tests(
     before_alarm = tests.windows_before_alarm
     windows, nearest = max(1, before_alarm), None
     if plain and before_alarm:
-        nearest = _nearest_shares(tests.cusum.values[:windows], tester, runs)
+        nearest = _nearest_shares(tests.cusum.values[:windows], tester.limits.limit * suite.caution, runs)
     return AdvancedTests(windows, tests.state_after(windows), _gates_after(runs, windows), False, nearest)
 
 
@@ -307,12 +307,12 @@ def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int)
     )
 
 
-def _nearest_shares(sums: Float64s, tester: DriftTester, gates: Mapping[str, GateRun]) -> Float64s | None:
+def _nearest_shares(sums: Float64s, limit: Float64s, gates: Mapping[str, GateRun]) -> Float64s | None:
     """Return the largest of all sums, (W, 2, T) and of `gates`, as a share of its limit (W,), 3 decimals.
 
-    None if a gate waits.
+    `limit` (T,) is that of the sums. None if a gate waits.
     """
-    nearest = (sums / tester.limits.limit).max((1, 2))
+    nearest = (sums / limit).max((1, 2))
     for run in gates.values():
         shares = run.nearest_shares(len(sums))
         if shares is None:

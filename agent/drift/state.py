@@ -105,7 +105,9 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
         """Return True if the state has the tests of this task."""
         tests = get_layout(task).test_count
         site_fits = self.site_reference is None or len(self.site_reference.test_mean) == tests
-        return site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == tests
+        return (
+            site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == len(self.suite.ended) == tests
+        )
 
     def to_bytes(self) -> bytes:
         return arrays.to_compressed_bytes(self)

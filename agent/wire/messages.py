@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
+from agent.costs.usage import Usage
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, runs, topics
@@ -369,6 +370,8 @@ class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
     acknowledged: AcknowledgementRef | None = None
+    # About once an hour.
+    usage: Usage | None = None
     # The device promises the next health message after this many seconds.
     interval_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
     # [device] groups
@@ -463,7 +466,7 @@ Body = (
     | DesiredPayload
 )
 # Made here, by one thread: two threads that are the first to decode the same struct end the process (msgspec 0.22).
-_DECODER = msgspec.json.Decoder(Body)
+_DECODER = decoders.json_decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):

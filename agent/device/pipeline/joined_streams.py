@@ -104,9 +104,7 @@ class JoinedReader:
             self._positions = load_positions(store, self._task)
         return self._positions
 
-    def _count_ready(
-        self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, now: ClockReading
-    ) -> int:
+    def _count_ready(self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, now: ClockReading) -> int:
         """Return how many of the first windows need not wait."""
         ready = len(times)
         for name, part in parts.items():
@@ -156,7 +154,7 @@ class JoinedReader:
 
 
 class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
-    """Rows from `first` on with the fields' `matrix`; `latest_us`: the latest time among them; `is_cut`: more follow."""
+    """Rows from `first` on with the fields' `matrix`; `latest_us`: their latest time; `is_cut`: more follow."""
 
     first: int
     rows: Rows

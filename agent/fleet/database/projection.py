@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from agent import decoders
 from agent.fleet.database.interface import Row
 from agent.wire import runs
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
@@ -73,9 +74,9 @@ class _RawColumns(msgspec.Struct):
     columns: dict[str, msgspec.Raw]
 
 
-_COLUMNS_DECODER = msgspec.json.Decoder(_RawColumns)
-_LABELS_DECODER = msgspec.json.Decoder(list[Label | LabelRun])
-_NUMBERS_DECODER = msgspec.json.Decoder(list[Magnitude | None])
+_COLUMNS_DECODER = decoders.json_decoder(_RawColumns)
+_LABELS_DECODER = decoders.json_decoder(list[Label | LabelRun])
+_NUMBERS_DECODER = decoders.json_decoder(list[Magnitude | None])
 
 
 class FieldMoments(msgspec.Struct, frozen=True):
@@ -220,7 +221,7 @@ def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     if body.event != ROLLOUT_EVENT:
         return []
     try:
-        change = msgspec.convert(body.evidence, PhaseChange)
+        change = decoders.convert(body.evidence, PhaseChange)
         # A number too large for JSON is no evidence.
         numbers = _to_json(change.numbers)
     except (msgspec.MsgspecError, ValueError):
@@ -233,7 +234,7 @@ def _reference_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     if body.event not in (LEARNED_EVENT, ACCEPTED_EVENT):
         return []
     try:
-        reference = msgspec.convert(body.evidence, LearnedReference)
+        reference = decoders.convert(body.evidence, LearnedReference)
     except msgspec.ValidationError:
         return []
     head = (body.device, reference.task, body.event, reference.site, _to_json(reference.fields))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
 from agent.model.inference.tensors import TensorSelection
@@ -391,7 +392,7 @@ def output_columns(name: str, output: FurtherOutput) -> list[str]:
 def decode(data: bytes) -> Manifest:
     """Decode and validate manifest.json. Raises BadBundle."""
     try:
-        manifest_format = msgspec.json.decode(data, type=_FormatHeader).format
+        manifest_format = decoders.from_json(data, _FormatHeader).format
     except (msgspec.MsgspecError, ValueError, RecursionError):
         manifest_format = FORMAT  # the error is reported below
     if manifest_format > FORMAT:
@@ -400,7 +401,7 @@ def decode(data: bytes) -> Manifest:
             "update the agent"
         )
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = decoders.from_json(data, Manifest)
         check_strict_json(data)
         return manifest
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

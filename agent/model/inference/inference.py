@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, joins, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.joins import JoinedRows
+from agent.model.inference.model_windows import InputMemory, WindowBuilder
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
@@ -31,7 +34,7 @@ class InferenceResult(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
-class RunnableModel(Protocol):
+class RunnableModel(InputMemory, Protocol):
     """A loaded model: `TfliteModel` in this process, or `SubprocessModel`."""
 
     seconds: float
@@ -48,12 +51,15 @@ class RunnableModel(Protocol):
     @property
     def output_range(self) -> tuple[float, float]: ...
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        """Return an array for the next windows (w, …): the model may read it where it is."""
+    @property
+    def output(self) -> Quantization: ...
+
+    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs (w, K) of windows (w, n), both in their tensors' numbers. Raises BadBundle."""
         ...
 
     def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows`. Raises BadBundle."""
+        """Return the outputs (w, K) of `windows` (w, …). Raises BadBundle."""
         ...
 
 
@@ -62,6 +68,7 @@ class Inference:
 
     def __init__(self, manifest: Manifest, model: RunnableModel) -> None:
         self.manifest, self.model = manifest, model
+        self._builder = WindowBuilder(manifest)
 
     @property
     def fields(self) -> list[str]:
@@ -111,28 +118,26 @@ class Inference:
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
-        spec = self.manifest.input
-        columns = derived_features.compute(rows, t, spec, history_rows)
-        start_s = self.model.seconds
+        model = self.model
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
+        start_s = model.seconds
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
         parts: list[Scores] = []
+        missing: list[Float32s] = []
         outputs: list[Float32s] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            starts = cut.starts[start : start + block]
-            if cut.joined is None:
-                windows = given = features.build_windows(columns, starts, spec, self.model.allocate)
-            else:
-                windows = features.build_windows(columns, starts, spec)
-                further = cut.joined.values[start : start + block]
-                given = np.concatenate([windows.reshape(len(starts), -1), further], axis=1)
-            out = self.model.invoke(given)
-            parts.append(scores.from_outputs(out, self.manifest, windows))
+            part = slice(start, start + block)
+            joined = None if cut.joined is None else cut.joined[part]
+            windows = self._builder.build(columns, cut.starts[part], model, joined)
+            numbers = model.run(windows.numbers)
+            parts.append(windows.score(numbers, model.output))
+            missing.append(windows.missing_share)
             if with_outputs:
-                outputs.append(out)
-        missing_share = features.compute_missing_share(columns, cut.starts, spec)
-        if cut.joined is not None:
-            own, further = self.rows * columns.shape[1], cut.joined.values.shape[1]
-            missing_share = ((missing_share * own + cut.joined.missing) / (own + further)).astype(np.float32)
+                outputs.append(model.output.dequantize(numbers))
         all_outputs = np.concatenate(outputs) if with_outputs else None
-        seconds = self.model.seconds - start_s
-        return InferenceResult(cut, scores.concatenate(parts), missing_share, all_outputs, seconds)
+        seconds = model.seconds - start_s
+        return InferenceResult(cut, scores.concatenate(parts), _concatenate(missing), all_outputs, seconds)
+
+
+def _concatenate(parts: list[Float32s]) -> Float32s:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

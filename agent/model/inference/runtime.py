@@ -1,6 +1,5 @@
-"""TFLite runtime: float windows in, float outputs out, in true batches. The only importer of a TFLite package.
-
-Quantization by the tensor's own scale and zero point: q = round(x / scale) + zero_point, clipped to its type.
+"""TFLite runtime: windows in, outputs out, in true batches, quantized as the tensors say. The only importer of a TFLite
+package.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from agent.arrays import Float32s
 from agent.errors import BadBundle
 from agent.indices import repeat
 from agent.kernel import library as kernel
-from agent.kernel import quantization
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ONE_TENSOR, Tensor, TensorSelection
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
@@ -35,10 +34,9 @@ except ImportError:
     np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
+_FLOATS = Quantization("float32")
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
-# Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
-_QUANTIZE_BLOCK = 1 << 15
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts: resource variables, and
 # recurrent layers, whose variable tensors the runtime resets at loading only.
 _STATE_OPS = frozenset(
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
 class TfliteModel:
     """Loaded model. Not thread-safe. `seconds` is the time of all runs.
 
-    The values of several inputs, and of several outputs, follow one another in the order of their selection.
+    The values of several inputs, and of several outputs, follow one another in the order of their selection, as floats.
     """
 
     def __init__(
@@ -92,46 +90,37 @@ class TfliteModel:
 
     @property
     def input_range(self) -> tuple[float, float]:
-        """Lowest and highest value of quantized inputs, common to several; for float inputs that of most values."""
-        ranges = [_quantized_range(tensor) or (-3.0, 3.0) for tensor in self._inputs]
-        common = max(low for low, _ in ranges), min(high for _, high in ranges)
-        return common if common[0] < common[1] else ranges[0]
+        return self.input.input_range
 
     @property
     def output_range(self) -> tuple[float, float]:
-        """Lowest and highest value of the first output, if quantized; no limits for a float output."""
-        return _quantized_range(self._outputs[0]) or (-math.inf, math.inf)
+        return self.output.range
 
     @property
     def output_steps(self) -> list[float]:
         """Difference between neighbouring values of each output tensor, if quantized; 0 for floats."""
-        return [
-            0.0 if np.dtype(tensor["dtype"]).kind == "f" else float(tensor["quantization"][0] or 1.0)
-            for tensor in self._outputs
-        ]
+        return [0.0 if kind.is_float else kind.scale for kind in self._output_kinds]
 
     def describe_input(self) -> Tensor:
         """Return the first input that the manifest describes."""
         return _to_tensor(self._inputs[0])
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        return np.empty(shape, np.float32)
+    def allocate(self, count: int) -> NDArray[Any]:
+        return np.empty((count, math.prod(self.input_shape)), self.input.dtype)
 
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …); NaN counts as 0 in a quantized input. Raises BadBundle."""
-        count = len(windows)
-        if windows.size != count * math.prod(self.input_shape):
+        if windows.size != len(windows) * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
+        return self.output.dequantize(self.run(self.input.quantize(windows)))
+
+    def run(self, windows: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return the outputs (w, K) of windows, both in their tensors' numbers; `out` takes them. Raises BadBundle."""
         start_s = time.perf_counter()
-        rows = windows.reshape(count, *self.input_shape)
-        raw = [np.empty((count, n), t["dtype"]) for t, n in zip(self._outputs, self.output_sizes, strict=True)]
-        block = max(1, _QUANTIZE_BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
+        rows = windows.reshape(len(windows), *self.input_shape)
+        outputs = np.empty((len(rows), self.outputs), self.output.dtype) if out is None else out
         with _runtime_errors():
-            for start in range(0, count, block):
-                part = slice(start, start + block)
-                self._run_batches(self._quantize_inputs(rows[part]), [out[part] for out in raw])
-        parts = [_dequantize(out, tensor) for out, tensor in zip(raw, self._outputs, strict=True)]
-        outputs = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            self._run_batches(rows, outputs)
         self.seconds += time.perf_counter() - start_s
         return outputs
 
@@ -171,51 +160,62 @@ class TfliteModel:
                 "export it without state: the history it needs as its input window, recurrent layers of Keras with "
                 "stateful=False and unroll=True"
             )
-        shapes = [tuple(int(d) for d in tensor["shape"][1:]) for tensor in self._inputs]
-        self.input_sizes = [math.prod(shape) for shape in shapes]
-        self.input_shape = shapes[0] if len(shapes) == 1 else (sum(self.input_sizes),)
-        self._input_shapes = shapes
+        self._input_kinds = [_quantization(tensor) for tensor in self._inputs]
+        self._output_kinds = [_quantization(tensor) for tensor in self._outputs]
+        # Several tensors are quantized here, each by its own scale.
+        self.input = self._input_kinds[0] if len(self._inputs) == 1 else _FLOATS
+        self.output = self._output_kinds[0] if len(self._outputs) == 1 else _FLOATS
+        self._input_shapes = [tuple(int(d) for d in tensor["shape"][1:]) for tensor in self._inputs]
+        self.input_sizes = [math.prod(shape) for shape in self._input_shapes]
+        self.input_shape = self._input_shapes[0] if len(self._inputs) == 1 else (sum(self.input_sizes),)
         self._allocated_batch = int(self._inputs[0]["shape"][0])
         with _runtime_errors():
             # Only a run shows the output's shape reliably.
-            self.output_sizes = [out.shape[1] for out in self._run_batch(self._zeros(self._allocated_batch))]
+            self._run_batch(np.zeros((self._allocated_batch, *self.input_shape), self.input.dtype))
+            self.output_sizes = [raw.shape[1] for raw in self._read_outputs(self._allocated_batch)]
         self.outputs = sum(self.output_sizes)
 
-    def _zeros(self, batch: int) -> list[NDArray[Any]]:
-        return [
-            np.zeros((batch, *shape), tensor["dtype"])
-            for tensor, shape in zip(self._inputs, self._input_shapes, strict=True)
-        ]
-
-    def _run_batches(self, inputs: list[NDArray[Any]], outs: list[NDArray[Any]]) -> None:
-        """Write the raw outputs of quantized `inputs` into `outs`, batch by batch."""
-        total = len(outs[0])
-        for start in range(0, total, self.batch):
-            parts = [rows[start : start + self.batch] for rows in inputs]
-            count = min(self.batch, total - start)
+    def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write the raw outputs of quantized `rows` into `out`, batch by batch."""
+        for start in range(0, len(rows), self.batch):
+            part = rows[start : start + self.batch]
+            count = len(part)
             if self.has_dynamic_batch:
                 # A shorter last batch is resized for 5 to 20 µs; padding would cost the time of its rows.
                 self._resize(count)
             elif count < self._allocated_batch:
-                lacking = self._allocated_batch - count
-                parts = [np.concatenate([part, repeat(part[-1:], lacking, axis=0)]) for part in parts]
-            for out, raw in zip(outs, self._run_batch(parts), strict=True):
-                out[start : start + count] = raw[:count]
+                part = np.concatenate([part, repeat(part[-1:], self._allocated_batch - count, axis=0)])
+            out[start : start + count] = self._run_batch(part)[:count]
 
-    def _run_batch(self, parts: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Return the raw outputs (B, K) of one batch, in each tensor's type."""
-        for tensor, part in zip(self._inputs, parts, strict=True):
-            self._interpreter.set_tensor(tensor["index"], part)
+    def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs (B, K) of one batch, in the numbers of `output`."""
+        if len(self._inputs) == 1:
+            self._interpreter.set_tensor(self._inputs[0]["index"], part)
+        else:
+            splits = np.split(part, np.cumsum(self.input_sizes)[:-1], axis=1)
+            for tensor, kind, shape, values in zip(
+                self._inputs, self._input_kinds, self._input_shapes, splits, strict=True
+            ):
+                numbers = kind.quantize(np.ascontiguousarray(values))
+                self._interpreter.set_tensor(tensor["index"], numbers.reshape(len(part), *shape))
         self._interpreter.invoke()
-        outs, batch = [], len(parts[0])
+        raw = self._read_outputs(len(part))
+        if len(raw) == 1:
+            return raw[0]
+        kinds = self._output_kinds
+        return np.concatenate([kind.dequantize(numbers) for kind, numbers in zip(kinds, raw, strict=True)], axis=1)
+
+    def _read_outputs(self, batch: int) -> list[NDArray[Any]]:
+        """Return the numbers (B, K) of each output tensor."""
+        outputs = []
         for tensor in self._outputs:
             raw: NDArray[Any] = self._interpreter.get_tensor(tensor["index"])
             if raw.ndim == 0 or len(raw) != batch:
                 raise BadBundle(
                     f"the model returns {list(raw.shape)} for a batch of {batch}; its first dimension must count rows"
                 )
-            outs.append(raw.reshape(batch, -1))
-        return outs
+            outputs.append(raw.reshape(batch, -1))
+        return outputs
 
     def _can_resize(self) -> bool:
         """Return True if the dynamic batch that the model declares works; else reload the model."""
@@ -223,7 +223,7 @@ class TfliteModel:
             with _runtime_errors():
                 # Two rows: thirty-two of a large model would delay each start by seconds.
                 self._resize(2)
-                self._run_batch(self._zeros(2))
+                self._run_batch(np.zeros((2, *self.input_shape), self.input.dtype))
         except BadBundle:
             self._load()
             return False
@@ -235,66 +235,6 @@ class TfliteModel:
                 self._interpreter.resize_tensor_input(tensor["index"], [size, *shape], strict=True)
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
-
-    def _quantize_inputs(self, rows: Float32s) -> list[NDArray[Any]]:
-        """Return the values `rows` (n, …) of each input in its type and shape."""
-        if len(self._inputs) == 1:
-            return [_quantize(rows, self._inputs[0])]
-        splits = np.split(rows, np.cumsum(self.input_sizes)[:-1], axis=1)
-        return [
-            _quantize(np.ascontiguousarray(part), tensor).reshape(len(rows), *shape)
-            for part, tensor, shape in zip(splits, self._inputs, self._input_shapes, strict=True)
-        ]
-
-
-def _quantized_range(tensor: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the lowest and highest value of a quantized tensor; None for floats."""
-    kind = np.dtype(tensor["dtype"])
-    if kind.kind == "f":
-        return None
-    (scale, zero), limits = tensor["quantization"], np.iinfo(kind)
-    return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
-
-
-def _quantize(values: Float32s, tensor: dict[str, Any]) -> NDArray[Any]:
-    kind = np.dtype(tensor["dtype"])
-    if kind.kind == "f":
-        floats: NDArray[Any] = values.astype(kind, copy=False)
-        return floats
-    scale, zero = tensor["quantization"]
-    library = kernel.kernel()
-    if library is not None:
-        quantized = quantization.quantize(library, values, scale or 1.0, int(zero), kind)
-        if quantized is not None:
-            return quantized
-    return quantize_by_numpy(values, scale or 1.0, int(zero), kind)
-
-
-def _dequantize(raw: NDArray[Any], tensor: dict[str, Any]) -> Float32s:
-    if raw.dtype.kind == "f":
-        return raw.astype(np.float32, copy=False)
-    scale, zero = tensor["quantization"]
-    values: Float32s = raw.astype(np.float32)
-    values -= zero
-    values *= np.float32(scale or 1.0)
-    return values
-
-
-def quantize_by_numpy(values: Float32s, scale: float, zero: int, kind: np.dtype[Any]) -> NDArray[Any]:
-    """Quantize `values`; the compiled kernel gives the same."""
-    limits = np.iinfo(kind)
-    # A 32-bit limit is not a float32: it would round up, beyond the type's range.
-    exact = np.float32 if kind.itemsize <= 2 else np.float64
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        scaled = values / exact(scale)
-        np.rint(scaled, out=scaled)
-        scaled += zero
-        np.clip(scaled, limits.min, limits.max, out=scaled)
-        # A sum is the cheapest test for NaN.
-        if math.isnan(scaled.sum()):
-            scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
-        quantized: NDArray[Any] = scaled.astype(kind)
-    return quantized
 
 
 def detect_processor(content: bytes) -> None:
@@ -342,6 +282,11 @@ def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
         interpreter.allocate_tensors()
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     return [_to_tensor(detail) for detail in inputs], [_to_tensor(detail) for detail in outputs]
+
+
+def _quantization(detail: Any) -> Quantization:
+    scale, zero = detail["quantization"]
+    return Quantization(np.dtype(detail["dtype"]).name, float(scale or 1.0), int(zero))
 
 
 def _to_tensor(detail: Any) -> Tensor:
