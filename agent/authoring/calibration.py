@@ -32,6 +32,9 @@ from agent.performance.metrics import LabelledPredictions, compute_value
 # With fewer labelled results the accuracy of a score is unknown.
 MIN_LABELLED_RESULTS = 40
 _BINS, _MIN_PER_BIN = 32, 10
+# Share of residuals beyond each bound.
+_TAIL = 0.025
+MIN_BOUNDED_RESIDUALS = 100
 # Neighbouring results are alike, so halves are made of blocks, not of single results.
 _BLOCKS = 20
 _TEMPERATURES = (0.05, 20.0)
@@ -241,6 +244,8 @@ def calibrate_output(job: PackJob) -> CalibrationResult:
     if job.draft.kind in ("anomaly", "embedding"):
         key = "output.calibration_data" if job.spec.output.calibration_data else "reference"
         fit = _fit_anomaly_output
+    elif job.draft.kind == "regress" and job.spec.output.held_out is not None:
+        key, fit = "output.held_out", _fit_residual_bounds
     elif job.spec.output.calibration_data is None:
         return plain
     else:
@@ -273,6 +278,34 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     if left_out:
         calibrated.notes.append(f"left out {left_out} of {len(known)} windows of {path.name} without a label")
     return calibrated
+
+
+def _fit_residual_bounds(job: PackJob) -> CalibrationResult:
+    """Bound the residuals of held-out data by split conformal prediction (Lei et al. 2018)."""
+    assert job.spec.output.held_out is not None
+    path = job.path(job.spec.output.held_out)
+    data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
+    if data.label is None:
+        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; bounds of residuals need the true values")
+    result = job.run(job.draft, path, data)
+    assert result.scores.value is not None
+    residuals = data.window_labels(result.cut.starts, job.draft.input.rows) - result.scores.value
+    low, high = conformal_bounds(residuals[np.isfinite(residuals)], path.name)
+    output = msgspec.structs.replace(job.draft.output, residual_bounds=(low, high))
+    return CalibrationResult(output, [f"the truth lies within {low:+.4g} and {high:+.4g} of 95 of 100 values"], [])
+
+
+def conformal_bounds(residuals: Float64s, name: str) -> tuple[float, float]:
+    """Return bounds that a further residual lies within with a probability of at least 95 %. Raises UsageError.
+
+    That holds for residuals that are exchangeable with these; drift breaks it.
+    """
+    n = len(residuals)
+    if n < MIN_BOUNDED_RESIDUALS:
+        raise UsageError(f"{name}: {n} labelled windows; bounds of residuals take {MIN_BOUNDED_RESIDUALS}")
+    ordered = np.sort(residuals)
+    rank = math.floor((n + 1) * _TAIL)
+    return float(ordered[rank - 1]), float(ordered[n - rank])
 
 
 def _fit_anomaly_output(job: PackJob) -> CalibrationResult:

@@ -223,7 +223,7 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
         raise ConfigError(str(job.file), "output.held_out", "score_table says the same; give one of them")
     if output.score_table is not None:
         reference = _with_score_table(job, reference, job.path(output.score_table))
-    elif output.held_out is not None:
+    elif output.held_out is not None and job.draft.kind != "regress":
         reference = _with_held_out(job, reference, job.path(output.held_out))
     elif job.draft.label_kind == "classify" and (
         output.calibration_data is not None or training_data.has_labels(path, job.draft.input)

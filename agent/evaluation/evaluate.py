@@ -35,6 +35,7 @@ from agent.model.inference import tuning
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.performance import slices
+from agent.performance.estimates import MetricEstimate
 from agent.performance.metrics import LabelledPredictions, display_name, primary
 from agent.text import format_value
 
@@ -147,7 +148,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         intervals=context.units.description,
         metric=primary(kind).name,
         direction=primary(kind).direction,
-        metrics=measured.metrics,
+        metrics=[*measured.metrics, *_measure_coverage(context)],
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
@@ -169,6 +170,18 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         notes=[*_notes(context, sample, evaluation), *evaluation.notes],
         seconds=round(time.monotonic() - started_s, 2),
     )
+
+
+def _measure_coverage(context: _Context) -> list[MetricEstimate]:
+    """Return how often the truth lies within the bounds of the residuals, if the bundle has them."""
+    bounds, paired = context.bundle.manifest.output.residual_bounds, context.predictions
+    if bounds is None or paired.value is None:
+        return []
+    residuals = paired.truth - paired.value
+    is_inside = (residuals >= bounds[0]) & (residuals <= bounds[1])
+    share = context.units.sums(is_inside.astype(np.float64))[:, 0] / context.units.total
+    interval = bootstrap.proportion_interval(share, float(len(residuals)), context.units)
+    return [MetricEstimate("coverage", interval.value, interval.low, interval.high, len(residuals))]
 
 
 def _compare_float(context: _Context, file: Path) -> document.FloatComparison:

@@ -48,6 +48,7 @@ class OutputColumns:
             "score" if kind == "classify" else "value",
         ]
         self.names += [f"score_{label}" for label in output.labels if output.multi_label]
+        self.names += ["value_low", "value_high"] if output.residual_bounds is not None else []
         self.names += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
         self.names += [column for name, spec in manifest.further.items() for column in output_columns(name, spec)]
         self.names += [f"raw_{i}" for i in range(self._raw_count)]

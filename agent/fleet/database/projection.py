@@ -24,8 +24,6 @@ from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
     DriftPayload,
-    Label,
-    LabelRun,
     Magnitude,
     Payload,
     QualityPayload,
@@ -35,6 +33,7 @@ from agent.wire.messages import (
     ShadowPayload,
     VerifiedMessage,
 )
+from agent.wire.runs import Label, LabelRun
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
@@ -148,11 +147,11 @@ def _further_outputs(payload: bytes, count: int) -> list[str] | None:
         if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
             continue
         with contextlib.suppress(msgspec.MsgspecError):
-            if name.startswith("label_"):
-                labels = _LABELS_DECODER.decode(column)
-                entries = runs.expand_labels(labels) if runs.count_entries(labels) == count else []
-            else:
+            entries: list[Any] = []
+            if not name.startswith("label_"):
                 entries = _NUMBERS_DECODER.decode(column)
+            elif runs.count_entries(labels := _LABELS_DECODER.decode(column)) == count:
+                entries = [*runs.expand_labels(labels)]
             if len(entries) == count:
                 outputs[name] = entries
     if not outputs:

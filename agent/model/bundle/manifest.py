@@ -243,7 +243,8 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     model with several. With `multi_label` every label is independent, and predicted above its threshold (`thresholds`,
     one per label; else `threshold`, else 0.5). A binary classifier predicts its second label above `threshold`. `names`
     and `units` describe the values of kind regress. For kinds anomaly and embedding, values above `threshold` are
-    anomalies. The value of an embedding is its `distance` to `centroid`.
+    anomalies. The value of an embedding is its `distance` to `centroid`. The truth of a value of kind regress lies
+    within `residual_bounds` of it in 95 of 100 cases.
     """
 
     labels: list[Label] = []
@@ -258,8 +259,13 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: Numbers = []
     isotonic: IsotonicCalibration | None = None
+    residual_bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if (bounds := self.residual_bounds) is not None and not -math.inf < bounds[0] <= bounds[1] < math.inf:
+            raise ValueError(f"residual_bounds {list(bounds)} must be finite and ascend")
+        if self.residual_bounds is not None and {"low", "high"} & set(self.names[1:]):
+            raise ValueError("names: low and high are the bounds of the first value; rename the others")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
         if len(set(self.names)) != len(self.names):

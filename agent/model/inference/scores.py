@@ -105,7 +105,11 @@ def _score(outputs: Float32s, manifest: Manifest, inputs: Float32s | None) -> Sc
         return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
     if manifest.kind == "regress":
         extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
-        return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
+        value = outputs[:, 0].astype(np.float64)
+        if output.residual_bounds is not None:
+            low, high = output.residual_bounds
+            extra_columns = {"value_low": value + low, "value_high": value + high, **extra_columns}
+        return Scores(None, None, value, extra_columns=extra_columns)
     return from_values(compute_values(outputs, manifest, inputs), output)
 
 
