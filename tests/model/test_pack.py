@@ -390,7 +390,7 @@ def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measur
     spec.write_text(spec.read_text().replace("[output]", '[output]\nheld_out = "heldout.csv"'))
     pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bundle")
     low, high = bundle.read(tmp_path / "bundle", [KEY.public]).manifest.output.residual_bounds or (0.0, 0.0)
-    assert (low, high) == (pytest.approx(0.3 - 1.96 * 0.5, abs=0.15), pytest.approx(0.3 + 1.96 * 0.5, abs=0.15))
+    assert [low, high] == pytest.approx([0.3 - 1.96 * 0.5, 0.3 + 1.96 * 0.5], abs=0.15)
     measured = {m.metric: m for m in evaluated(tmp_path / "bundle", tmp_path / "fresh.csv").metrics}
     assert measured["coverage"].value == pytest.approx(0.95, abs=0.02)
     out = tmp_path / "out.csv"
