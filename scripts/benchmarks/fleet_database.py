@@ -28,6 +28,7 @@ from scripts import benchmarks
 from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, page
 
 T = TypeVar("T")
+_write_lock: Lock  # of the database, in each process that fills it
 
 _DEVICES = 1_000
 # `scripts/bench fleet-database --rows 1000000` is the size of a large fleet.
@@ -111,7 +112,7 @@ def _make_fleet(folder: Path, messages: int, processes: int) -> None:
 
 
 def _use_lock(lock: Lock) -> None:
-    global _write_lock  # of the database, among the processes that fill it
+    global _write_lock
     _write_lock = lock
 
 
