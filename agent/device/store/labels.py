@@ -526,7 +526,7 @@ def _pack_steps(values: NDArray[np.int64], kind: str) -> bytes:
 def _unpack_steps(data: bytes, kind: str, n: int, first: int) -> NDArray[np.int64]:
     steps = np.frombuffer(data, kind).astype(np.int64)
     if len(steps) == 1:
-        return first + steps[0] * np.arange(n, dtype=np.int64)
+        return np.asarray(first + steps[0] * np.arange(n, dtype=np.int64))
     return np.cumsum(np.concatenate([[first], steps]), dtype=np.int64)
 
 
