@@ -41,7 +41,7 @@ def build(
     for name, values in model_scores.extra_columns.items():
         columns[name] = _round_to_digits(values[indices])
     for name, texts in model_scores.label_columns.items():
-        columns[name] = encode_labels(texts[indices].tolist())
+        columns[name] = encode_labels(texts.tolist(), indices)
     if missing[indices].any():
         columns["missing"] = _round(missing[indices], 3)
     return columns
