@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference import tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import TensorSelection
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 from agent.model.sandbox import autotune, memory, probe
 from scripts.kit.bundles import CLASSIFY, Recipe, around, model

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from agent import decoders
 from agent.arrays import Float32s, Ints
 from agent.clock import ClockReading
 from agent.config import StreamConfig
@@ -166,6 +167,6 @@ class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
 def load_positions(store: Store, task: str) -> dict[str, int]:
     """Return the first row of each joined input's stream that `task` still needs."""
     try:
-        return msgspec.json.decode(store.load_state(task, task_keys.JOINED_ROWS) or b"{}", type=dict[str, int])
+        return decoders.from_json(store.load_state(task, task_keys.JOINED_ROWS) or b"{}", dict[str, int])
     except msgspec.MsgspecError:
         return {}

@@ -11,7 +11,7 @@ import msgspec
 from agent import decoders
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
-from agent.model.inference.tensors import TensorSelection
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR
 from agent.strict_json import check_strict_json

@@ -20,9 +20,10 @@ from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
 from agent.indices import repeat
 from agent.kernel import library as kernel
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import ONE_TENSOR, Tensor, TensorSelection
+from agent.model.inference.tensors import Tensor
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 
 # The package that `runtime_name` names, imported once.

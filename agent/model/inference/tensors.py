@@ -8,16 +8,6 @@ from typing import Annotated
 import msgspec
 
 
-class TensorSelection(msgspec.Struct, frozen=True):
-    """Tensors of a model by name or index, in the order of their values; None is the only one, or the one left."""
-
-    inputs: tuple[str | int | None, ...] = (None,)
-    outputs: tuple[str | int | None, ...] = (None,)
-
-
-ONE_TENSOR = TensorSelection()
-
-
 class Tensor(msgspec.Struct, frozen=True):
     """Input or output. `shape` is of one inference; `batch` 0 is any; `limits` are a quantized tensor's range."""
 

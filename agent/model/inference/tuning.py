@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.model.inference.tensors import ONE_TENSOR, TensorSelection
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
 
 # Without a tuning: dense models have most of their gain at this size, and convolutions gain nothing beyond it.
 DEFAULT_BATCH = 32

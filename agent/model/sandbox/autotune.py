@@ -17,9 +17,9 @@ import numpy as np
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import ONE_TENSOR, TensorSelection
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning, count_cores, describe_machine, model_digest
 from agent.model.sandbox import memory
 

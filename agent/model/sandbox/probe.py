@@ -28,8 +28,9 @@ from agent.indices import repeat
 from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.tensors import ModelInspection, OutputStats, TensorSelection
+from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 from agent.model.sandbox import child_process, confinement, launch, memory
 from agent.model.sandbox.confinement import ModelPolicy

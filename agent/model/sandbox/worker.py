@@ -22,8 +22,8 @@ import numpy as np
 
 from agent import decoders
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference.quantization import Quantization
-from agent.model.inference.tensors import TensorSelection
 from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
 
