@@ -499,7 +499,9 @@ def digest(config: Config) -> str:
     """Return `sha256:…` of the parsed config, without the broker's password and what only tells others of results."""
     broker = msgspec.structs.replace(config.broker, password=None)
     silent = {"updates": None, "homeassistant": None, "notify": NotifyConfig()}
-    shown = msgspec.structs.replace(config, broker=broker, **silent)
+    # The same device in another folder gives the same results.
+    device = msgspec.structs.replace(config.device, data_dir="")
+    shown = msgspec.structs.replace(config, broker=broker, device=device, **silent)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 

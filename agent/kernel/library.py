@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.arrays import Float32s, Float64s
+
 FOLDER = Path(__file__).parent
 SOURCE, NAME = FOLDER / "kernel.c", "kernel.so"
 SWITCH = "OUTSTATION_KERNEL"  # environment: "off" goes by NumPy, a variant's name selects it
@@ -33,11 +35,11 @@ class Library:
 
     @cached_property
     def count_rows(self) -> Function:
-        return self._function("count_rows", 4, 15)
+        return self._function("count_rows", 4, 16)
 
     @cached_property
     def add_groups(self) -> Function:
-        return self._function("add_groups", 2, 6)
+        return self._function("add_groups", 2, 7)
 
     @cached_property
     def count_scores(self) -> Function:
@@ -48,12 +50,48 @@ class Library:
         return self._function("sum_residuals", 3, 9)
 
     @cached_property
-    def center_windows(self) -> Function:
-        return self._function("center_windows", 3, 4)
+    def measure_windows(self) -> Function:
+        return self._function("measure_windows", 5, 6)
+
+    @cached_property
+    def add_steps(self) -> Function:
+        return self._function("add_steps", 3, 4)
+
+    @cached_property
+    def run_cusums(self) -> Function:
+        return self._function("run_cusums", 2, 7)
+
+    @cached_property
+    def extend_periods(self) -> Function:
+        return self._function("extend_periods", 2, 8)
+
+    @cached_property
+    def run_means(self) -> Function:
+        return self._function("run_means", 3, 5)
+
+    @cached_property
+    def extend_signs(self) -> Function:
+        return self._function("extend_signs", 3, 8)
+
+    @cached_property
+    def add_means(self) -> Function:
+        return self._function("add_means", 3, 3)
 
     @cached_property
     def quantize(self) -> Function:
         return self._function("quantize", 2, 3)
+
+    @cached_property
+    def stack_columns(self) -> Function:
+        return self._function("stack_columns", 2, 3)
+
+    @cached_property
+    def build_windows(self) -> Function:
+        return self._function("build_windows", 4, 7)
+
+    @cached_property
+    def mean_errors(self) -> Function:
+        return self._function("mean_errors", 4, 8)
 
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
@@ -119,4 +157,13 @@ def describe() -> str:
 
 def address(array: np.ndarray) -> int:
     """Return the address of a contiguous array's first item."""
-    return int(array.__array_interface__["data"][0])
+    return int(array.ctypes.data)
+
+
+def to_singles(values: Float32s | Float64s) -> Float32s | None:
+    """Return values as the library reads them; None if one is not exact as float32."""
+    if values.dtype == np.float32:
+        return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values.astype(np.float32))
+    return single if ((single == values) | np.isnan(values)).all() else None

@@ -228,7 +228,7 @@ def test_rows_wake_the_main_loop_where_a_task_counts_them_or_space_is_short(
 ) -> None:
     wakes: list[bool] = []
     monkeypatch.setattr(Signals, "wake", lambda _: wakes.append(True))
-    committed = turned.daemon._intake._on_committed
+    committed = turned.daemon.intake._on_committed
     committed()
     assert wakes == []
     monkeypatch.setattr(Store, "used_bytes", lambda store: int(store.limit_bytes() * 0.86))

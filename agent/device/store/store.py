@@ -528,6 +528,10 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def simulate_disk(self, *, is_full: bool) -> None:
+        """Let the store see a full disk, or the real one again."""
+        self._quota_enforcer.is_disk_full = is_full
+
     def close(self) -> None:
         with self._lock:
             if self._writer is None:

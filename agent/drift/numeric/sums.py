@@ -8,7 +8,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.indices import bincount, repeat, take
 from agent.kernel import group_sums
 from agent.kernel import library as kernel
@@ -16,19 +16,22 @@ from agent.kernel import library as kernel
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
 
-class Groups(msgspec.Struct, frozen=True, eq=False):
+class Groups(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Groups of m consecutive items."""
 
-    group_ids: Ints  # (m,) the group of each
-    order: Ints  # (m,) places by group, in each of them as they came
-    n: Ints  # (count,) how many are in each
+    group_ids: Ints  # (m,) the group of each, one of `count`
+    count: int
 
-    @classmethod
-    def from_ids(cls, group_ids: Ints, count: int) -> Groups:
-        """Group items by the group of each, one of `count`."""
+    @cached_property
+    def order(self) -> Ints:
+        """(m,) places by group, in each of them as they came."""
         # Few groups are few bits, which are sorted many times faster.
-        order = np.argsort(group_ids.astype(np.min_scalar_type(count)), kind="stable")
-        return cls(group_ids, order, bincount(group_ids, minlength=count))
+        return np.argsort(self.group_ids.astype(np.min_scalar_type(self.count)), kind="stable")
+
+    @cached_property
+    def n(self) -> Ints:
+        """(count,) how many are in each."""
+        return bincount(self.group_ids, minlength=self.count)
 
     def iter_groups(self) -> Iterator[tuple[int, Ints]]:
         """Yield each group that is not empty, and the places of its items."""
@@ -74,7 +77,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     def reshape(self, *shape: int) -> GroupSums:
         return GroupSums(self.n.reshape(shape), self.total.reshape(shape), self.squares.reshape(shape))
 
-    def add(self, groups: Groups, values: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
+    def add(self, groups: Groups, values: Float32s | Float64s, origin: Float64s | float = 0.0) -> GroupSums:
         """Add `values` (m, D) less their `origin` to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
@@ -85,13 +88,13 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
             origins = np.broadcast_to(origin, values.shape[1:])
             sums = group_sums.add(library, values, origins, groups.group_ids, self.n, self.total, self.squares)
             return GroupSums(*sums)
-        values = values - origin
-        missing = np.isnan(values)
+        shifted: Float64s = np.subtract(values, origin, dtype=np.float64)
+        missing = np.isnan(shifted)
         if missing.any():
-            values[missing] = 0.0
+            shifted[missing] = 0.0
         before = np.concatenate([self.total, self.squares], axis=1)
-        add_up = _sum_by_group if len(values) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
-        both, width = add_up(before, groups, values), values.shape[1]
+        add_up = _sum_by_group if len(shifted) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
+        both, width = add_up(before, groups, shifted), shifted.shape[1]
         n = self.n + groups.n[:, None]
         if missing.any():
             np.subtract.at(n, groups.group_ids, missing)
@@ -140,7 +143,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 def sum_sequentially(values: Float64s) -> Float64s:
     """Sum `values` (m, ...) in the order they come."""
-    rows = values.reshape(len(values), -1)
+    rows = np.ascontiguousarray(values.reshape(len(values), -1))
     if rows.shape[1] == 1:
         # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
         rows = repeat(rows, 2, axis=1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
+from agent.errors import ModelProcessFailed
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
+from agent.model.inference.model_windows import InputMemory, ModelWindows, WindowBuilder
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
@@ -27,7 +31,21 @@ class InferenceResult(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
-class RunnableModel(Protocol):
+class ModelRun(Protocol):
+    """Run of a model: started, done in `seconds`, or failed."""
+
+    seconds: float
+    failure: ModelProcessFailed | None
+
+
+class StartedWindows(msgspec.Struct, frozen=True, eq=False):
+    """Windows that a model computes."""
+
+    windows: ModelWindows
+    run: ModelRun
+
+
+class RunnableModel(InputMemory, Protocol):
     """A loaded model: `TfliteModel` in this process, or `SubprocessModel`."""
 
     seconds: float
@@ -44,12 +62,24 @@ class RunnableModel(Protocol):
     @property
     def output_range(self) -> tuple[float, float]: ...
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        """Return an array for the next windows (w, …): the model may read it where it is."""
+    @property
+    def output(self) -> Quantization: ...
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a started run goes on while this process does something else."""
+        ...
+
+    def start_run(self, windows: NDArray[Any]) -> ModelRun:
+        """Start to compute windows (w, n), in the input's numbers. Raises BadBundle."""
+        ...
+
+    def wait(self, run: Any) -> NDArray[Any]:
+        """Return the outputs (w, K) of a run, in the tensor's numbers. Raises BadBundle."""
         ...
 
     def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows`. Raises BadBundle."""
+        """Return the outputs (w, K) of `windows` (w, …). Raises BadBundle."""
         ...
 
 
@@ -58,6 +88,7 @@ class Inference:
 
     def __init__(self, manifest: Manifest, model: RunnableModel) -> None:
         self.manifest, self.model = manifest, model
+        self._builder = WindowBuilder(manifest)
 
     @property
     def fields(self) -> list[str]:
@@ -93,19 +124,37 @@ class Inference:
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
-        spec = self.manifest.input
-        columns = derived_features.compute(rows, t, spec, history_rows)
-        start_s = self.model.seconds
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
-        parts: list[Scores] = []
-        outputs: list[Float32s] = []
+        results: list[InferenceResult] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = features.build_windows(columns, cut.starts[start : start + block], spec, self.model.allocate)
-            out = self.model.invoke(windows)
-            parts.append(scores.from_outputs(out, self.manifest, windows))
-            if with_outputs:
-                outputs.append(out)
-        missing_share = features.compute_missing_share(columns, cut.starts, spec)
-        all_outputs = np.concatenate(outputs) if with_outputs else None
-        seconds = self.model.seconds - start_s
-        return InferenceResult(cut, scores.concatenate(parts), missing_share, all_outputs, seconds)
+            windows = self._builder.build(columns, cut.starts[start : start + block], self.model)
+            results.append(self.finish(self.start(windows), cut, with_outputs=with_outputs))
+        return results[0] if len(results) == 1 else _join(results)
+
+    def prepare(self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0) -> ModelWindows:
+        """Build windows of at most MAX_VALUES values for `start`, with arguments of `run_windows`. Raises BadBundle."""
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
+        return self._builder.build(columns, cut.starts, self.model)
+
+    def start(self, windows: ModelWindows) -> StartedWindows:
+        """Start to run windows. Raises BadBundle."""
+        return StartedWindows(windows, self.model.start_run(windows.numbers))
+
+    def finish(self, started: StartedWindows, cut: WindowCut, *, with_outputs: bool = False) -> InferenceResult:
+        """Wait for the outputs of windows that were started, and compute the scores. Raises BadBundle."""
+        numbers, output = self.model.wait(started.run), self.model.output
+        outputs = output.dequantize(numbers) if with_outputs else None
+        model_scores = started.windows.score(numbers, output)
+        return InferenceResult(cut, model_scores, started.windows.missing_share, outputs, started.run.seconds)
+
+
+def _join(results: list[InferenceResult]) -> InferenceResult:
+    outputs = [result.outputs for result in results if result.outputs is not None]
+    return InferenceResult(
+        results[0].cut,
+        scores.concatenate([result.scores for result in results]),
+        np.concatenate([result.missing_share for result in results]),
+        np.concatenate(outputs) if outputs else None,
+        sum(result.seconds for result in results),
+    )
