@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import Alert
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -25,8 +25,8 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-MAX_FIELDS_PER_PASS = 512  # of drift windows that are looked at together
-MAX_VALUES_PER_PASS = 1 << 16  # about: fewer cost more calls of Python, and more leave the cache and need more memory
+MAX_FIELDS_PER_PASS = 1024  # of drift windows that are looked at together
+MAX_VALUES_PER_PASS = 1 << 18  # about: fewer cost more calls of Python, and more leave the cache and need more memory
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
@@ -82,7 +82,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         )
         return stack
 
-    def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
+    def _gather_rows(self, values: Float32s, begin: Ints) -> Float32s:
         """Return the rows (W, n, F)."""
         windows, fields = len(begin), values.shape[1]
         if (begin[1:] - begin[:-1] == self.n).all():

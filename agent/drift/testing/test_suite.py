@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
@@ -187,7 +187,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         more = np.broadcast_to(usual - site.test_mean, values.shape)[:, place]
         return np.asarray(site.class_mean + more[:, None] * site.class_sd)
 
-    def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
+    def assign_classes(self, state: SuiteState, values: Float32s | Float64s, predicted: Ints) -> Ints:
         """Return the class (w,) that each model window with statistics (w, D) is compared with.
 
         It is the class that the model named. While a field drifts, it is the likeliest class by the other fields: the
