@@ -28,6 +28,7 @@ ROWS = {"exercise": (3_200, 32), "machine": (500, 100), "solar": (500, 500)}
 # More than 2**31 µs in a batch of some: a 32-bit machine must count them as well.
 STEP_S = {"exercise": 0.02, "machine": 0.5, "solar": 900.0}
 _BEGIN_S = 1_764_590_400
+_PROBE_RETRIES = 3
 
 
 def run(*arguments: str | Path) -> str:
@@ -77,6 +78,17 @@ def _read_golden() -> GoldenVectors:
     return golden_vectors.decode((MODELS / "exercise" / "golden.npz").read_bytes())
 
 
+def run_batch(config: Path) -> None:
+    """Run all tasks; again where a probe exceeds its limit of wall-clock time, as on an emulated, busy processor."""
+    for _ in range(_PROBE_RETRIES):
+        try:
+            run("batch", "-c", config)
+            return
+        except subprocess.CalledProcessError:
+            continue
+    run("batch", "-c", config)
+
+
 def main(folder: Path) -> None:
     """Raise SystemExit if a task has not the results that its rows give."""
     run("init", folder)
@@ -85,7 +97,7 @@ def main(folder: Path) -> None:
         file.writelines(write_rows(folder, bundle) for bundle in ROWS)
     for bundle in ROWS:
         run("ingest", bundle, folder / f"{bundle}.csv", "-c", config)
-    run("batch", "-c", config)
+    run_batch(config)
     status = json.loads(run("status", "--json", "-c", config))
     windows = {task["task"]: task["windows"] for task in status["tasks"]}
     print(f"windows: {windows}")
