@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import decoders
 from agent.strict_json import check_strict_json
 
 MAX_BYTES = 64 << 20
@@ -45,7 +46,7 @@ def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
 
 def from_json(data: bytes, kind: type[T]) -> T:
     """Decode JSON. Raises ValueError that names the invalid member."""
-    value = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    value = _decode_checked(decoders.json_decoder(kind, dec_hook=_from_list).decode, data)
     _decode_checked(check_strict_json, data)
     return value
 
@@ -56,7 +57,7 @@ def to_bytes(value: object) -> bytes:
 
 def from_bytes(data: bytes, kind: type[T]) -> T:
     """Decode MessagePack. Raises ValueError that names the invalid member."""
-    return _decode_checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
+    return _decode_checked(decoders.msgpack_decoder(kind, dec_hook=_from_raw).decode, data)
 
 
 def to_compressed_bytes(value: object) -> bytes:
@@ -100,7 +101,7 @@ def _to_typed_map(kind: Any, value: Any, hook: Callable[[Any, Any], Any]) -> Any
     types: Mapping[str, Any] = kind.value_types()
     if not isinstance(value, dict) or value.keys() != types.keys():
         raise ValueError(f"expected the members {', '.join(types)}")
-    return kind({name: msgspec.convert(value[name], types[name], dec_hook=hook) for name in types})
+    return kind({name: decoders.convert(value[name], types[name], dec_hook=hook) for name in types})
 
 
 def _from_list(kind: Any, value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -56,6 +58,21 @@ class ClockReading(msgspec.Struct, frozen=True):
         return self.wall_us - self.boot_us
 
 
+# Clock and boot id of a simulated machine.
+_simulated: tuple[Callable[[], ClockReading], Callable[[], str]] | None = None
+
+
+@contextmanager
+def simulated(read_clock: Callable[[], ClockReading], read_boot_id: Callable[[], str]) -> Iterator[None]:
+    """Replace the clocks and the boot id that this process reads, for simulations."""
+    global _simulated
+    before, _simulated = _simulated, (read_clock, read_boot_id)
+    try:
+        yield
+    finally:
+        _simulated = before
+
+
 def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReading:
     """Read both clocks at one moment.
 
@@ -63,6 +80,8 @@ def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReadin
     latest time from a time service, unless a time service confirms it now. Below BUILD_FLOOR_US it is always
     `unsynced`.
     """
+    if _simulated is not None:
+        return _simulated[0]()
     error = sync_error_us()
     wall, boot_s = _read_both_clocks()
     if error is not None:
@@ -86,11 +105,13 @@ def _read_both_clocks() -> tuple[int, float]:
 
 def boot_seconds() -> float:
     """Return seconds since boot, sleep included. Steps of the wall clock do not change it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if _simulated is None else _simulated[0]().boot_s
 
 
 def boot_id() -> str:
     """Return the kernel's id of this boot, or ""."""
+    if _simulated is not None:
+        return _simulated[1]()
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

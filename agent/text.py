@@ -90,3 +90,11 @@ def format_duration(us: float) -> str:
         if us >= size:
             return f"{us / size:.3g} {unit}"
     return f"{us:.3g} µs"
+
+
+def format_span(seconds: float) -> str:
+    """Return seconds as `2 h 05 min`, `3 min 20 s` or `8 s`."""
+    whole = round(seconds)
+    if abs(whole) >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if abs(whole) >= 60 else f"{whole} s"

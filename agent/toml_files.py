@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.errors import ConfigError, explain
 
 StructType = type[msgspec.Struct]
@@ -53,7 +53,7 @@ def read(
         if section in document:
             raise ConfigError(str(path), section, problem)
     try:
-        return msgspec.convert(document, struct_type, dec_hook=hook)
+        return decoders.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
         raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
 
@@ -190,7 +190,7 @@ def _find_invalid_entry(
         for part in reversed(outer):
             alone = {part: alone}
         try:
-            msgspec.convert({**document, **alone}, struct_type, dec_hook=hook)
+            decoders.convert({**document, **alone}, struct_type, dec_hook=hook)
         except msgspec.ValidationError as error:
             if str(error) == message:
                 return str(name)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
-from agent.authoring import calibration
+from agent.authoring import calibration, input_range
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
@@ -38,7 +38,7 @@ _GOLDEN_COUNT = 32
 _MIN_HELD_OUT = 100
 # More empty values in a field of the reference are warned of.
 _MAX_EMPTY_SHARE = 0.2
-_UNSIGNED_WARNING = "not signed (--key): devices refuse it until `outstation model sign`"
+_UNSIGNED_WARNING = "not signed (--sign-with): devices refuse it until `outstation model sign`"
 _BUNDLE_FILES = frozenset(
     {"manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz", "MODEL_CARD.md", "DATA_CARD.md"}
 )
@@ -155,7 +155,10 @@ def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
 
 def build_reference(path: Path, model: TfliteModel, draft: Manifest) -> Reference:
     """Build the drift reference. Raises UsageError, BadBundle."""
-    run = _run_model(path, model, draft)
+    return _learn_reference(_run_model(path, model, draft), draft)
+
+
+def _learn_reference(run: _ModelRun, draft: Manifest) -> Reference:
     seasonality = "auto" if draft.drift.seasonality is msgspec.UNSET else draft.drift.seasonality
     return learning.build_reference(
         run.data.features,
@@ -193,10 +196,13 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
         return ["no reference data: devices will not monitor this model for drift"]
     path, output = job.path(job.spec.reference), job.spec.output
     try:
-        reference = build_reference(path, job.model, job.draft)
+        run = _run_model(path, job.model, job.draft)
+        reference = _learn_reference(run, job.draft)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "reference", str(problem)) from None
     warnings = [reference.warning] if reference.warning else []
+    [tensor], _ = runtime.list_tensors(files["model.tflite"])
+    warnings += input_range.find_misfits(run.data.features, run.data.t, run.starts, job.draft.input, tensor)
     if output.score_table is not None and output.held_out is not None:
         raise ConfigError(str(job.file), "output.held_out", "score_table says the same; give one of them")
     if output.score_table is not None:

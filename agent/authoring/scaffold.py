@@ -31,11 +31,12 @@ _ROW_DRIFT_WINDOW = 250
 
 
 class Scaffold(msgspec.Struct, frozen=True):
-    """Text of a SPEC, the guessed kind of model, and the reason for it."""
+    """Text of a SPEC, the guessed kind of model and the reason for it, and warnings of what does not fit."""
 
     text: str
     kind: str
     rationale: str
+    warnings: list[str]
 
 
 def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffold:
@@ -55,7 +56,8 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
         summary = replace(summary, path=os.path.relpath(table.resolve(), folder))
     guess = guess_kind(model)
     text = render_spec(model, os.path.relpath(tflite.resolve(), folder), tflite.stem, summary)
-    return Scaffold(text, guess.kind, guess.rationale)
+    scaling = propose_scaling(model.inputs[0], summary)
+    return Scaffold(text, guess.kind, guess.rationale, [scaling.warning] if scaling and scaling.warning else [])
 
 
 def write_spec(scaffold: Scaffold, out: Path) -> None:
@@ -143,6 +145,51 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
     return "\n".join(lines) + "\n"
 
 
+class ScalingProposal(msgspec.Struct, frozen=True):
+    """Scaling (x - mean) / std proposed from data; `warning` says that the data do not fit the input without it."""
+
+    mean: list[float]
+    std: list[float]
+    warning: str
+
+
+def propose_scaling(tensor: Tensor, table: TableSummary | None) -> ScalingProposal | None:
+    """Propose the scaling that the model was probably trained with; None without data of the input's columns.
+
+    A quantized input holds the values of its training. Data far outside were scaled there: to mean 0 and deviation 1 if
+    the input can hold that, else from their own range to that of the input.
+    """
+    _, width, _ = infer_window_shape(tensor.shape)
+    if table is None or len(table.columns) != width or _image_line(tensor) is not None:
+        return None
+    standard = [(scale.mean, scale.std or 1.0) for scale in table.scales]
+    if tensor.limits is None or all(_is_inside(scale.usual, tensor.limits) for scale in table.scales):
+        return ScalingProposal(*_transpose(standard), warning="")
+    low, high = tensor.limits
+    outside = [
+        f"{name} has {scale.low:.4g} to {scale.high:.4g}"
+        for name, scale in zip(table.columns, table.scales, strict=True)
+        if not _is_inside(scale.usual, tensor.limits)
+    ]
+    scaled = [tuple((edge - scale.mean) / (scale.std or 1.0) for edge in scale.usual) for scale in table.scales]
+    if not all(_is_inside((first, last), tensor.limits) for first, last in scaled):
+        spans = [(scale.high - scale.low) / (high - low) or 1.0 for scale in table.scales]
+        standard = [(scale.low - low * span, span) for scale, span in zip(table.scales, spans, strict=True)]
+    warning = (
+        f"the model's input holds {low:.4g} to {high:.4g} and clips other values, but {'; '.join(outside[:8])}: it was "
+        "trained on scaled values. mean and std are proposed from these data; those of the training are better"
+    )
+    return ScalingProposal(*_transpose(standard), warning=warning)
+
+
+def _is_inside(span: tuple[float, float], limits: tuple[float, float]) -> bool:
+    return limits[0] <= span[0] and span[1] <= limits[1]
+
+
+def _transpose(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [_round(mean) for mean, _ in pairs], [_round(std) for _, std in pairs]
+
+
 def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     if (image := _image_line(tensor)) is not None:
         return ["[input]", image, "# If the data are rows instead: fields, and window = { rows, step }."]
@@ -163,19 +210,15 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     if tensor.limits:
         low, high = tensor.limits
         lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
-        outside = [
-            f"{name} has {scale.low:.4g} to {scale.high:.4g}"
-            for name, scale in zip(columns, table.scales if table else (), strict=False)
-            if scale.low < low or scale.high > high
-        ]
-        if outside:
-            lines.append(f"# The data do not fit, so the model was trained on scaled values: {'; '.join(outside[:8])}.")
-    if columns and table:
-        lines.append("# Of these data, if the model was trained on (x - mean) / std; better those of its training:")
-        lines.append(f"# mean = {encode_value([_round(scale.mean) for scale in table.scales])}")
-        lines.append(f"# std = {encode_value([_round(scale.std) or 1.0 for scale in table.scales])}")
-    else:
+    if (scaling := propose_scaling(tensor, table)) is None:
         lines.append("# mean = […] and std = […], one for each field, if the model was trained on (x - mean) / std.")
+        return lines
+    if scaling.warning:
+        lines.append("# These data do not fit without scaling. Replace mean and std by those of the training if known.")
+    else:
+        lines.append("# Of these data, if the model was trained on (x - mean) / std; better those of its training:")
+    prefix = "" if scaling.warning else "# "
+    lines += [f"{prefix}mean = {encode_value(scaling.mean)}", f"{prefix}std = {encode_value(scaling.std)}"]
     return lines
 
 

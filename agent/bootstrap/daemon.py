@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.bootstrap import device, rollout, sinks
-from agent.bootstrap.tasks import load_task, open_crash_marker, parse_public_keys
+from agent.bootstrap.tasks import Activate, load_task, open_crash_marker, parse_public_keys
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.config.notify import DATABASE
@@ -43,6 +43,7 @@ from agent.device.store.store import Store
 from agent.device.uplink.sink import OpenSink
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ConfigError
+from agent.model import activation
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey
 from agent.wire.trust import COLLECTOR, DEPLOYER, OPERATOR, REPORTER
@@ -54,6 +55,7 @@ def load_scheduled_tasks(
     store: Store,
     marker: CrashMarker | None = None,
     on_wait: Callable[[], None] = lambda: None,
+    activate: Activate = activation.activate,
 ) -> tuple[list[ScheduledTask], list[BundleFailure]]:
     """Load all tasks; return those that run, and the failures of bundles that do not. Raises ConfigError.
 
@@ -67,7 +69,7 @@ def load_scheduled_tasks(
     for name, task in conf.tasks.items():
         loaded: LoadedTask | None
         try:
-            loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait)
+            loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait, activate=activate)
         except BadBundle as problem:
             loaded = _load_previous(file, conf, store, name, marker, on_wait)
             fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
@@ -171,8 +173,9 @@ def build_daemon(
     now: Callable[[], ClockReading] | None = None,
     open_sink: OpenSink | None = None,
     pause: Callable[[float], object] | None = None,
+    activate: Activate = activation.activate,
 ) -> Daemon:
-    """Build the daemon. A simulation gives its own clock, sink and pause. Raises UsageError, ConfigError."""
+    """Build the daemon. A simulation gives its own clock, sink and models. Raises UsageError, ConfigError."""
     message_log = device.open_message_log(file, conf, store)
     now = now or make_clock(store)
     trusted = _open_trusted_keys(file, conf, store, message_log, now)
@@ -186,7 +189,7 @@ def build_daemon(
     def on_model_wait() -> None:
         signals.on_model_wait()
 
-    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait)
+    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait, activate)
     _record_bundles(conf, store, message_log, scheduled, now())
 
     def on_rows_committed() -> None:
@@ -208,7 +211,7 @@ def build_daemon(
         pause=pause,
     )
 
-    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait)
+    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait, activate=activate)
 
     def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
         listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)

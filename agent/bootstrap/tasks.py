@@ -36,6 +36,9 @@ from agent.toml_files import did_you_mean
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 
+# Signature of `activation.activate`; a simulation shares the models of many devices.
+Activate = Callable[..., LoadedBundle]
+
 
 def parse_public_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]:
     """Parse public keys of the config. Raises ConfigError."""
@@ -83,6 +86,7 @@ def load_task(
     marker: CrashMarker | None = None,
     known_tunings: Sequence[Tuning] = (),
     on_wait: Callable[[], None] = lambda: None,
+    activate: Activate = activation.activate,
 ) -> LoadedTask:
     """Verify, probe and load a task's bundle, or the one at `path`. Raises ConfigError, BadBundle.
 
@@ -101,7 +105,7 @@ def load_task(
         # Tasks of one bundle are probed and tuned once, and share its process.
         others = (other for other in conf.tasks if other != name)
         known_tunings = [tuning for task in (name, *others) for tuning in tuning_cache.load(store, task)]
-    active = activation.activate(
+    active = activate(
         path, trusted_publishers(file, conf, store), known_tunings, guard_run, model_policy(conf), on_wait
     )
     if store and active.tuning:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from agent import __version__, clock
+from agent import __version__, clock, decoders
 from agent.bridge.device_state import (
     MAX_TEXT,
     DeviceReport,
@@ -186,7 +186,7 @@ def build_components(place: Place, state: DeviceState) -> dict[str, dict[str, An
 def parse_components(payload: bytes) -> dict[str, str]:
     """Return component → platform of a discovery document of ours; none of anything else."""
     try:
-        return {name: members.p for name, members in msgspec.json.decode(payload, type=_Discovery).cmps.items()}
+        return {name: members.p for name, members in decoders.from_json(payload, _Discovery).cmps.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return {}
 
@@ -194,7 +194,7 @@ def parse_components(payload: bytes) -> dict[str, str]:
 def parse_time(payload: bytes) -> int | None:
     """Return `time` of a document of ours, epoch µs; None of anything else."""
     try:
-        return clock.parse_rfc3339(msgspec.json.decode(payload, type=_Dated).time)
+        return clock.parse_rfc3339(decoders.from_json(payload, _Dated).time)
     except (msgspec.MsgspecError, ValueError):
         return None
 
@@ -204,7 +204,7 @@ def parse_open(payload: bytes) -> frozenset[str] | None:
     if not payload:
         return frozenset()
     try:
-        return frozenset(msgspec.json.decode(payload, type=_Open).open)
+        return frozenset(decoders.from_json(payload, _Open).open)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 

@@ -35,6 +35,7 @@ _COMMANDS = {
     "status": ("agent.cli.device.status:status", "Show backlog, tasks, bundles, outbox, clock and alerts."),
     "results": ("agent.cli.device.results:results", "Show what the models said last, and follow it."),
     "tail": ("agent.cli.device.tail:tail", "Show the newest readings of a stream, and follow them."),
+    "db": ("agent.cli.database.device:database_group", "Look into the store: tables, rows, SQL, readings as CSV."),
     "metrics": ("agent.cli.metrics:metrics", "Show numbers of this device for Prometheus."),
     "privacy": ("agent.cli.owner.privacy:privacy", "Show what leaves the device of each field, with an example."),
     "disclose": ("agent.cli.owner.disclose:disclose", "Show an auditor the rows behind a signed message."),

@@ -30,7 +30,10 @@ def check_signature(path: Path, loaded_bundle: Bundle, trusted: list[PublicKey] 
     if trusted is not None:
         return True, f"by {loaded_bundle.signer}"
     if loaded_bundle.signer not in {key.kid for key in own}:
-        return True, f"{UNVERIFIED} {loaded_bundle.signer}, not verified: give the publisher's public key with --key"
+        return (
+            True,
+            f"{UNVERIFIED} {loaded_bundle.signer}, not verified: give the publisher's public key with --publisher",
+        )
     try:
         return True, f"by {bundles.read(path, own).signer}"
     except BadBundle as problem:

@@ -180,12 +180,14 @@ class PrivacyConfig(Section, frozen=True):
 
 
 class ThrottleConfig(Section, frozen=True):
-    """Limits at which tasks pause to protect the machine.
+    """Limits at which tasks slow down, then pause, to protect the machine.
 
     ```toml
     [throttle]
-    max_temperature = 70.0              # in a closed case without a fan
+    slow_temperature = 60.0             # in a closed case without a fan
+    max_temperature = 70.0
     min_battery = 40.0
+    duty_cycle = 0.1
     ```
     """
 
@@ -193,6 +195,12 @@ class ThrottleConfig(Section, frozen=True):
     """°C above which tasks pause."""
     min_battery: Annotated[float, msgspec.Meta(ge=0, le=95)] = 20.0
     """Battery percentage below which tasks pause while it discharges."""
+    slow_temperature: Annotated[float, msgspec.Meta(gt=0, le=150)] = 75.0
+    """°C above which tasks slow down; from `max_temperature` on they pause anyway."""
+    slow_battery: Annotated[float, msgspec.Meta(ge=0, le=95)] = 30.0
+    """Battery percentage below which tasks slow down while it discharges."""
+    duty_cycle: Annotated[float, msgspec.Meta(ge=0.01, le=1)] = 0.25
+    """Share of the time in which slowed tasks run: 0.25 rests three seconds after each second of work."""
     throttled: Literal["wait", "ignore"] = "wait"
     """Pause tasks while the firmware throttles the processor; or `"ignore"`."""
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
@@ -363,8 +371,9 @@ class TaskConfig(Section, frozen=True):
     bundle: str
     """Name in the bundle store, or a path."""
     schedule: str = "every 60 s"
-    """When batches run: an interval, a cron expression, or `"when 500 rows"`. Where so many rows come more than ten
-    times a second, a run waits for four drift windows, or 100 ms after the last run."""
+    """When batches run: an interval, a cron expression, or `"when 500 rows"`, several joined by `or`; each with time
+    zone, dates and jitter as the guide "schedules" explains. Where so many rows come more than ten times a second, a
+    run waits for four drift windows, or 100 ms after the last run."""
     deadline: Duration | None = None
     """Longest duration of a batch: a late batch is counted, and the next ones are smaller."""
     publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
@@ -490,7 +499,9 @@ def digest(config: Config) -> str:
     """Return `sha256:…` of the parsed config, without the broker's password and what only tells others of results."""
     broker = msgspec.structs.replace(config.broker, password=None)
     silent = {"updates": None, "homeassistant": None, "notify": NotifyConfig()}
-    shown = msgspec.structs.replace(config, broker=broker, **silent)
+    # The same device in another folder gives the same results.
+    device = msgspec.structs.replace(config.device, data_dir="")
+    shown = msgspec.structs.replace(config, broker=broker, device=device, **silent)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.datasets import tables
 from agent.datasets.tables import START, ColumnType, FilePosition, RowRejection, TableBlock, TableOptions
 from agent.errors import RowRejected
@@ -22,7 +23,7 @@ class JsonLinesTable:
     def __init__(self, file: BufferedReader[Any], options: TableOptions) -> None:
         """Raise RowRejected if the first line never ends, OSError."""
         self._file, self._options = file, options
-        self._decoder = msgspec.json.Decoder(dict[str, Any])
+        self._decoder = decoders.json_decoder(dict[str, Any])
         first = tables.read_first_line(file)
         self._first_line = first.removeprefix(tables.BYTE_ORDER_MARK)
         self._mark_bytes = len(first) - len(self._first_line)

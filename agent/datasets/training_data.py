@@ -118,15 +118,16 @@ def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints
 
 
 class ColumnScale(msgspec.Struct, frozen=True):
-    """Range, mean and standard deviation of a column; all 0.0 without a number in it."""
+    """Range, usual range (99 % of the values), mean and standard deviation; all 0.0 of a column without a number."""
 
     low: float
     high: float
+    usual: tuple[float, float]
     mean: float
     std: float
 
 
-_NO_SCALE = ColumnScale(0.0, 0.0, 0.0, 0.0)
+_NO_SCALE = ColumnScale(0.0, 0.0, (0.0, 0.0), 0.0, 0.0)
 
 
 class TableSummary(msgspec.Struct, frozen=True):
@@ -173,8 +174,9 @@ def _measure_scale(values: NDArray[np.float64]) -> ColumnScale:
     if not len(known):
         return _NO_SCALE
     low, high = float(known.min()), float(known.max())
+    first, last = np.quantile(known, (0.005, 0.995)).tolist()
     # The computed deviation of a constant is not exactly 0.
-    return ColumnScale(low, high, float(known.mean()), float(known.std()) if high > low else 0.0)
+    return ColumnScale(low, high, (first, last), float(known.mean()), float(known.std()) if high > low else 0.0)
 
 
 def _is_number(text: str) -> bool:

@@ -71,6 +71,11 @@ class Signals(msgspec.Struct):
         if self._wake_queue.empty():
             self._wake_queue.put(None)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Return True if `wake` was not called since the last `wait`."""
+        return self._wake_queue.empty()
+
     def wait(self, timeout_s: float) -> None:
         """Return at the next `wake`, at once after one since the last `wait`, or after `timeout_s`."""
         with contextlib.suppress(queue.Empty):
@@ -134,6 +139,9 @@ class ReadingSender(Protocol):
 class Daemon:
     """Main loop of a device. Its parts are built by `agent.bootstrap.daemon`.
 
+    `run` runs all of it. A simulation calls `begin`, then `tick` and the turns of `uplink` on one thread, and commits
+    rows to `intake.group_commit`.
+
     `make_updater` and `make_commands` build what acts on the daemon itself. `reload_task` loads the bundle that should
     run for a task now, or raises BadBundle. The list of scheduled tasks is shared:
     tasks that rollouts or operators add appear in it.
@@ -163,7 +171,8 @@ class Daemon:
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
         self._throttle = Throttle(conf.throttle)
-        self._intake, self._uplink = intake, uplink
+        self._rest_until_s = float("-inf")
+        self.intake, self.uplink = intake, uplink
         # Tasks whose last batch found no room.
         self._crowded: set[str] = set()
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
@@ -182,7 +191,7 @@ class Daemon:
             report=self._health_reporter.write_health,
             clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
             halt=self.signals.request_stop,
-            reconnect=self._uplink.reconnect,
+            reconnect=self.uplink.reconnect,
         )
         self._updater = make_updater(self._runtime, self._on_model_wait)
         self._remote_commands = make_commands(self._runtime, self._updater)
@@ -195,11 +204,9 @@ class Daemon:
 
     def run(self) -> None:
         """Run until stopped. Raises the error that stopped intake or uplink, or StorageError."""
-        self._health_reporter.write_event("started", "The daemon started.")
-        self._health_reporter.report_bundles(self._bundle_failures)
-        self._remote_commands.start(self._now(), self.signals.wake)
-        self._intake.start()
-        self._uplink.start()
+        self.begin()
+        self.intake.start()
+        self.uplink.start()
         # After intake and uplink have started: threads inherit the priority.
         lower_priority(self._conf.throttle)
         if self._notifier is not None:
@@ -218,15 +225,22 @@ class Daemon:
         if self.signals.failure is not None:
             raise self.signals.failure
 
+    def begin(self) -> None:
+        """Write what a start reports. Raises StorageError."""
+        self._health_reporter.write_event("started", "The daemon started.")
+        self._health_reporter.report_bundles(self._bundle_failures)
+        self._remote_commands.start(self._now(), self.signals.wake)
+
     def tick(self, now: ClockReading) -> float:
         """Do the work that is due at `now`; return the seconds until more may be due."""
         self._timekeeper.tick(now)
         if self._remote_commands.tick(now):
-            self._uplink.wake()
+            self.uplink.wake()
         if self._updater.tick(now):
-            self._uplink.wake()
-        wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        is_throttled = bool(self._throttle.tick(now).pause_reason)
+            self.uplink.wake()
+        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
+        is_throttled = bool(self._throttle.tick(now).pause_reason) or now.boot_s < self._rest_until_s
+        busy_s = 0.0
         for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
                 return 0.0
@@ -247,19 +261,26 @@ class Daemon:
                 self._save_last_run(scheduled, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
+                started_s = self._now().boot_s
                 self._run_batches(scheduled, now)
+                busy_s += self._now().boot_s - started_s
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
+        if busy_s and (rest_s := self._throttle.rest_s(busy_s)):
+            # Counted from the tick's own reading: in virtual time its clock alone moves.
+            self._rest_until_s = now.boot_s + busy_s + rest_s
+        if now.boot_s < self._rest_until_s:
+            wait = min(others_wait, self._rest_until_s - now.boot_s)
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
         if self._sampler is not None:
             sampled = (scheduled.task.samples for scheduled in self._scheduled_tasks)
             if self._sampler.tick((task for task in sampled if task is not None), now):
-                self._uplink.wake()
+                self.uplink.wake()
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + interval_s(self._conf)
             self._health_reporter.write_health()
-            self._uplink.wake()
+            self.uplink.wake()
         # While space is short, intake rejects rows.
         if now.boot_s >= self._next_space_check or (not self._space.is_evicting and self._space.is_short()):
             more = self._space.tick(now)
@@ -271,7 +292,7 @@ class Daemon:
     def _feed_watchdog(self) -> None:
         """Feed the watchdog of systemd if intake and uplink are alive; called when batches have just made progress."""
         now = self._now()
-        if self._intake.is_alive(now) and self._uplink.is_alive(now):
+        if self.intake.is_alive(now) and self.uplink.is_alive(now):
             notify("WATCHDOG=1")
 
     def _on_model_wait(self) -> None:
@@ -323,7 +344,7 @@ class Daemon:
                 return
             self._rows_since_release += result.rows
             self._updater.rollouts.on_batch_committed(name, self._now())
-            self._uplink.wake()
+            self.uplink.wake()
             self._feed_watchdog()
             if result.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
@@ -447,12 +468,12 @@ class Daemon:
             tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
 
     def _shut_down(self) -> None:
-        self._intake.stop()
+        self.intake.stop()
         if self._notifier is not None:
             self._notifier.stop()
         if isinstance(self.signals.failure, StorageError):
             self._updater.abort()
-            self._uplink.stop(0.0)
+            self.uplink.stop(0.0)
             return
         self._updater.stop(self._now())
         self._health_reporter.write_health()
@@ -460,9 +481,9 @@ class Daemon:
         summary = "The daemon stopped to reload its config." if is_reload else "The daemon was stopped."
         self._health_reporter.write_event("stopped", summary)
         if self._remote_commands.is_wipe_requested:
-            self._uplink.wake()
+            self.uplink.wake()
             self._remote_commands.wait_for_wipe(self._now, time.sleep)
-        self._uplink.stop()
+        self.uplink.stop()
         if self._remote_commands.is_wipe_requested:
             self._store.close()
             self._remote_commands.erase()

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from agent import __version__
+from agent import __version__, decoders
 from agent.alerts import BUNDLE_FAILED
 from agent.clock import ClockReading
 from agent.config import Config
@@ -145,7 +145,7 @@ def quote_acknowledgement(store: Store) -> AcknowledgementRef | None:
     if not text:
         return None
     stored = json.loads(text)
-    ack = msgspec.json.decode(stored["payload"], type=AckPayload)
+    ack = decoders.from_json(stored["payload"], AckPayload)
     return AcknowledgementRef(jws.claimed_kid(stored["jws"]), ack.log, ack.through, ack.time, ack.digest)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent import clock
+from agent import clock, decoders
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store.clock_segments import QUALITIES, ClockStamp
 from agent.device.store.outbox import OutboxMessage
@@ -59,7 +59,7 @@ def expand_results(message: OutboxMessage) -> list[dict[str, Any]]:
     """Return the results that a message lists; none for a message whose bytes are damaged."""
     try:
         body = msgspec.json.decode(message.payload)
-        columns = msgspec.convert(body["columns"], ResultColumns)
+        columns = decoders.convert(body["columns"], ResultColumns)
         lists = {name: getattr(columns, name) for name in ("score", "value", "missing")}
         lists |= {name: cells for name, cells in body["columns"].items() if name.startswith(("value_", "score_"))}
         rows, labels = columns.expand_rows(), columns.expand_labels()

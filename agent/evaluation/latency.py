@@ -9,6 +9,7 @@ import time
 import msgspec
 import numpy as np
 
+from agent import decoders
 from agent.arrays import Float32s, Ints
 from agent.errors import BadBundle
 from agent.evaluation.document import BatchLatency
@@ -31,7 +32,7 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
     try:
         child = launch.run_module("agent.evaluation.latency", msgspec.msgpack.encode(work), _TIMEOUT_S)
         child.check_returncode()
-        return msgspec.json.decode(child.stdout, type=list[BatchLatency])
+        return decoders.from_json(child.stdout, list[BatchLatency])
     except (subprocess.SubprocessError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadBundle(f"latency could not be measured: the child process failed ({error})") from None
 
@@ -39,7 +40,7 @@ def measure(bundle: Bundle, rows: Float32s, t: Ints) -> list[BatchLatency]:
 def main() -> None:
     from agent.model.inference import inference, runtime
 
-    work = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=tuple[bytes, bytes, bytes, bytes, bytes])
+    work = decoders.from_msgpack(sys.stdin.buffer.read(), tuple[bytes, bytes, bytes, bytes, bytes])
     head, model, trusted, rows, t = work
     manifest = manifests.decode(head)
     # A confined process can read no file: the runtime, NumPy and `memory` read theirs before.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.labelling import labels
@@ -91,7 +92,7 @@ def resolve_label_schema(db: Connection, key: TaskLog, digest: str, texts: Seque
         try:
             body = decode(payload)
             evidence = body.evidence if isinstance(body, AuditPayload) else None
-            activation = msgspec.convert(evidence, _ActivationEvidence)
+            activation = decoders.convert(evidence, _ActivationEvidence)
         except (MessageRefused, msgspec.ValidationError):
             # Another event, or a version that did not declare labels.
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from agent.arrays import Float64s, Ints
@@ -73,13 +75,55 @@ def sum_residuals(
     return products[:, : 1 + fields, : 1 + fields]
 
 
-def center_windows(library: Library, windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
-    """Return means (w, F), centered values (w, n, F) and sums of their squares (w, F) of `windows` (w, n, F)."""
+class WindowNumbers(NamedTuple):
+    """Statistics of w model windows, NaN where unknown."""
+
+    mean: Float64s  # (w, F)
+    variance: Float64s
+    variograms: Float64s  # (w, 2F), or (w, 0) without lags
+    correlations: Float64s  # (w, P)
+
+
+def measure_windows(
+    library: Library,
+    windows: Float64s,
+    floor: Float64s,
+    pairs: int,
+    lags: tuple[int, int] | None,
+    limits: tuple[float, float],
+) -> WindowNumbers:
+    """Measure model `windows` (w, n, F), NaN missing, whose fields move if their mean square exceeds `floor` (F,).
+
+    `pairs` of fields, by distance; values `lags` rows apart; `limits` are the steps in 1 sd and the largest
+    correlation.
+    """
     count, rows, fields = windows.shape
-    windows = _floats(windows)
-    mean, total, centered = np.empty((count, fields)), np.empty((count, fields)), np.empty(windows.shape)
-    library.center_windows(count, rows, fields, address(windows), address(mean), address(centered), address(total))
-    return mean, centered, total
+    windows, floor = _floats(windows), _floats(floor)
+    if floor.shape != (fields,) or not 0 <= pairs <= fields * (fields - 1) // 2 or min(lags or (1,)) < 1 or not rows:
+        raise ValueError("fields, pairs and lags of model windows do not agree")
+    width = (fields + 6) // 4 * 4
+    moments, spread = 2 * fields, 4 * fields if lags else 2 * fields
+    out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 4) * width)
+    distances, bounds = np.array(lags or (0, 0), np.int64), np.array(limits, np.float64)
+    library.measure_windows(
+        *(count, rows, fields, width, pairs, address(windows), address(floor), address(distances), address(bounds)),
+        *(address(out), address(scratch)),
+    )
+    return WindowNumbers(out[:, :fields], out[:, fields:moments], out[:, moments:spread], out[:, spread:])
+
+
+def sum_steps(library: Library, values: Float64s, scale: float, groups: Ints, count: int) -> Float64s:
+    """Return counts and sums (G, 2X) of `values` (m, X) in steps of 1 / `scale`, by group (m,) of so many."""
+    rows, width = values.shape
+    if values.strides[1] != values.itemsize or values.dtype != np.float64 or values.strides[0] % values.itemsize:
+        values = _floats(values)
+    groups = _indices(groups, count)
+    if groups.shape != (rows,):
+        raise ValueError("values and groups differ in shape")
+    sums, scales = np.zeros((count, 2 * width)), np.array([scale])
+    stride = values.strides[0] // values.itemsize
+    library.add_steps(rows, width, stride, address(values), address(scales), address(groups), address(sums))
+    return sums
 
 
 def _floats(values: Float64s) -> Float64s:

@@ -421,50 +421,253 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
     return DONE;
 }
 
-/* Center the values of model windows (windows, n, fields): means, values less the mean, and sums of their squares. */
-int64_t EXPORT(center_windows)(int64_t windows, int64_t n, int64_t fields, const double *values, double *mean,
-                               double *centered, double *total) {
-    const double rows = (double)(int32_t)n;
-    for (int64_t window = 0; window < windows; window++) {
-        int64_t f = 0;
-        for (; f + 4 <= fields; f += 4) {
-            Quad sum = {0, 0, 0, 0}, square = sum;
-            for (int64_t i = 0; i < n; i++) sum += *(const Quad *)(values + i * fields + f);
-            sum /= rows;
+/* Compute statistics of model windows (windows, n, fields) without the logarithms: see `ModelWindows` in detector.py.
+ *
+ * Out (windows, 2 * fields + 2 * fields + pairs), the second part only with lags: means; variances, at least `floor`; mean
+ * square differences of values `lags` rows apart, as shares of the mean square; correlations of the first `pairs` pairs
+ * of fields by distance, of values rounded to steps of the field's sd / `limits[0]`, of at most `limits[1]`. NaN where
+ * half of the values are missing or, but for means and variances, a field does not move more than its `floor`.
+ * `scratch`: (2 * n + 4) * `width`, which is fields + 3, rounded up to 4.
+ */
+int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int64_t width, int64_t pairs,
+                                const double *values, const double *floor, const int64_t *lags, const double *limits,
+                                double *out, double *scratch) {
+    enum { COUNT, SQUARE, SCALE, LEAST, ROWS };
+    const double unknown = __builtin_nan(""), steps = limits[0], most = limits[1], rows = (double)(int32_t)n;
+    const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
+    double *by_field = scratch, *padded = scratch + ROWS * width, *whole = padded + n * width;
+    memset(scratch, 0, sizeof(double) * (size_t)(width * (ROWS + 2 * n)));
+    memcpy(by_field + LEAST * width, floor, sizeof(double) * (size_t)fields);
+    for (int64_t window = 0; window < windows; window++, values += n * fields, out += pairs + (lags[0] ? 4 : 2) * fields) {
+        for (int64_t i = 0; i < n; i++) memcpy(padded + i * width, values + i * fields, sizeof(double) * (size_t)fields);
+        for (int64_t f = 0; f < fields; f += 4) {
+            Quad mean = {0, 0, 0, 0}, square = mean, scale;
+            QuadMask count = {0, 0, 0, 0};
             for (int64_t i = 0; i < n; i++) {
-                const Quad value = *(const Quad *)(values + i * fields + f) - sum;
-                *(Quad *)(centered + i * fields + f) = value;
+                const Quad value = *(const Quad *)(padded + i * width + f);
+                mean += known_or_zero(value);
+                count -= value == value;
+            }
+            for (int lane = 0; lane < 4; lane++) mean[lane] /= count[lane] ? (double)(int32_t)count[lane] : 1.0;
+            for (int64_t i = 0; i < n; i++) {
+                const Quad value = known_or_zero(*(const Quad *)(padded + i * width + f) - mean);
+                *(Quad *)(whole + i * width + f) = value;
                 square += value * value;
             }
-            *(Quad *)(mean + f) = sum;
-            *(Quad *)(total + f) = square;
-        }
-        for (; f < fields; f++) {
-            double sum = 0, square = 0;
-            for (int64_t i = 0; i < n; i++) sum += values[i * fields + f];
-            sum /= rows;
-            for (int64_t i = 0; i < n; i++) {
-                const double value = values[i * fields + f] - sum;
-                centered[i * fields + f] = value;
-                square += value * value;
+            for (int lane = 0; lane < 4; lane++) {
+                const double least = by_field[LEAST * width + f + lane], mean_square = square[lane] / rows;
+                const int is_known = 2 * count[lane] > n, moves = is_known && mean_square > least;
+                scale[lane] = moves ? steps / __builtin_sqrt(mean_square) : unknown;
+                by_field[SQUARE * width + f + lane] = moves ? mean_square : unknown;
+                if (f + lane >= fields) break;
+                double variance = square[lane] / (count[lane] ? (double)(int32_t)count[lane] : 1.0);
+                variance = variance > least ? variance : least;
+                out[f + lane] = is_known ? mean[lane] : unknown;
+                out[fields + f + lane] = is_known ? variance : unknown;
             }
-            mean[f] = sum;
-            total[f] = square;
+            for (int64_t i = 0; i < n; i++) {
+                Quad *place = (Quad *)(whole + i * width + f);
+                *place = (*place * scale + magic) - magic;
+            }
         }
-        values += n * fields;
-        centered += n * fields;
-        mean += fields;
-        total += fields;
+        double *place = out + 2 * fields;
+        for (int which = 0; which < 2 && lags[0]; which++, place += fields)
+            for (int64_t f = 0; f < fields; f += 4) {
+                Quad square = {0, 0, 0, 0};
+                QuadMask count = {0, 0, 0, 0};
+                for (int64_t i = lags[which]; i < n; i++) {
+                    const double *later = padded + i * width + f;
+                    const Quad step = *(const Quad *)later - *(const Quad *)(later - lags[which] * width);
+                    const Quad known = known_or_zero(step);
+                    square += known * known;
+                    count -= step == step;
+                }
+                for (int lane = 0; lane < 4 && f + lane < fields; lane++) {
+                    const double moved = square[lane] / (count[lane] ? (double)(int32_t)count[lane] : 1.0);
+                    place[f + lane] = moved > 0 ? moved / by_field[SQUARE * width + f + lane] : unknown;
+                }
+            }
+        const double scale = rows * (steps * steps);
+        for (int64_t distance = 1, left = pairs; left > 0; distance++) {
+            const int64_t here = left < fields - distance ? left : fields - distance;
+            for (int64_t f = 0; f < here; f += 4) {
+                /* Whole numbers below 2**53 in sum: their order does not matter. */
+                Quad sum = {0, 0, 0, 0}, other = sum;
+                int64_t i = 0;
+                for (; i + 2 <= n; i += 2) {
+                    const double *row = whole + i * width + f;
+                    sum += *(const Quad *)row * *(const Quad *)(row + distance);
+                    other += *(const Quad *)(row + width) * *(const Quad *)(row + width + distance);
+                }
+                if (i < n) sum += *(const Quad *)(whole + i * width + f) * *(const Quad *)(whole + i * width + f + distance);
+                sum += other;
+                for (int lane = 0; lane < 4 && f + lane < here; lane++) {
+                    double share = sum[lane] / scale;
+                    share = share < -most ? -most : share;
+                    place[f + lane] = share > most ? most : share;
+                }
+            }
+            place += here;
+            left -= here;
+        }
     }
     return DONE;
 }
 
-/* Round n values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
- * `numbers` is scale, zero, low, high, fill; `kind` of the output: 0 int8, 1 uint8, 2 int16.
+/* Add values (n, width), `stride` apart and NaN left out, in whole steps of 1 / scale, to each row's group: counts, then
+ * sums (groups, 2 * width).
  */
-#define QUANTIZE(type)                                                                \
+int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, const double *values, const double *scale,
+                          const int64_t *groups, double *sums) {
+    const double by = *scale, magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
+    const double reach = 1125899906842624.0;              /* 2**50, from where on values are whole */
+    for (int64_t i = 0; i < n; i++) {
+        const double *row = values + i * stride;
+        double *count = sums + groups[i] * 2 * width, *sum = count + width;
+        for (int64_t f = 0; f < width; f++) {
+            const double value = row[f] * by, rounded = (value + magic) - magic;
+            const double step = __builtin_fabs(value) < reach ? rounded : value;
+            count[f] += value == value ? 1.0 : 0.0;
+            sum[f] += value == value ? step : 0.0;
+        }
+    }
+    return DONE;
+}
+
+/* Run two-sided CUSUMs of `tests` scores over windows, from the sums `before` (2, tests): see `run_windows` in cusum.py.
+ * `z` (windows, tests), of which what is not finite is left out. Out: `values` (windows, 2, tests), and which windows
+ * have a sum above its limit.
+ */
+int64_t EXPORT(run_cusums)(int64_t windows, int64_t tests, const double *z, const double *before, const double *slack,
+                           const double *limit, const double *clip, double *values, int64_t *exceeds) {
+    const double most = *clip;
+    for (int64_t window = 0; window < windows; window++, z += tests, before = values, values += 2 * tests) {
+        int64_t above = 0;
+        for (int64_t test = 0; test < tests; test++) {
+            const int is_tested = z[test] - z[test] == 0;
+            double score = z[test] < -most ? -most : z[test];
+            score = score > most ? most : score;
+            score = is_tested ? score : 0.0;
+            const double less = is_tested ? slack[test] : 0.0;
+            const double high = before[test] + score - less, low = before[tests + test] - score - less;
+            values[test] = high > 0 ? high : 0.0;
+            values[tests + test] = low > 0 ? low : 0.0;
+            above |= (values[test] > limit[test]) | (values[tests + test] > limit[test]);
+        }
+        exceeds[window] = above;
+    }
+    return DONE;
+}
+
+/* Add windows at `t` to the periods since each of the CUSUMs left zero: `count`, `effect` and `since` (2, tests). */
+int64_t EXPORT(extend_periods)(int64_t windows, int64_t tests, const double *z, const double *before,
+                               const double *values, const double *effects, const int64_t *t, int64_t *count,
+                               double *effect, int64_t *since) {
+    for (int64_t window = 0; window < windows; window++, z += tests, effects += tests, before = values, values += 2 * tests)
+        for (int64_t side = 0; side < 2; side++)
+            for (int64_t test = 0; test < tests; test++) {
+                const int64_t place = side * tests + test;
+                const int is_tested = z[test] - z[test] == 0, goes = values[place] > 0, went = before[place] > 0;
+                count[place] = goes ? count[place] + is_tested : 0;
+                effect[place] = goes ? effect[place] + (is_tested ? effects[test] : 0.0) : 0.0;
+                since[place] = goes ? (went ? since[place] : t[window]) : 0;
+            }
+    return DONE;
+}
+
+/* Run weighted means of scores over windows, from those `before` (scores): see `run_windows` in mewma.py. `z` and `effects`
+ * are `stride` apart; `numbers` is weight, clip, slack. Out: `means` (windows, scores) and a statistic of each.
+ */
+int64_t EXPORT(run_means)(int64_t windows, int64_t scores, int64_t stride, const double *z, const double *before,
+                          const double *numbers, double *means, double *statistics) {
+    const double weight = numbers[0], clip = numbers[1], slack = numbers[2];
+    for (int64_t window = 0; window < windows; window++, z += stride, before = means, means += scores) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < scores; i++) {
+            double score = z[i] < -clip ? -clip : z[i];
+            score = score > clip ? clip : score;
+            const double moved = before[i] + weight * (score - before[i]);
+            means[i] = z[i] - z[i] == 0 ? moved : before[i];
+            double beyond = __builtin_fabs(means[i]) - slack;
+            beyond = beyond > 0 ? beyond : 0.0;
+            sum += beyond * beyond;
+        }
+        statistics[window] = sum;
+    }
+    return DONE;
+}
+
+/* Add windows at `t` to the periods since each of the means changed its sign: `count`, `effect` and `since` (scores). */
+int64_t EXPORT(extend_signs)(int64_t windows, int64_t scores, int64_t stride, const double *z, const double *before,
+                             const double *means, const double *effects, const int64_t *t, int64_t *count,
+                             double *effect, int64_t *since) {
+    for (int64_t window = 0; window < windows; window++, z += stride, effects += stride, before = means, means += scores)
+        for (int64_t i = 0; i < scores; i++) {
+            const int is_tested = z[i] - z[i] == 0, goes_on = (means[i] > 0) == (before[i] > 0);
+            since[i] = goes_on && count[i] > 0 ? since[i] : t[window];
+            count[i] = (goes_on ? count[i] : 0) + is_tested;
+            effect[i] = (goes_on ? effect[i] : 0.0) + (is_tested ? effects[i] : 0.0);
+        }
+    return DONE;
+}
+
+/* Add scores (windows, fields), `stride` apart and NaN left out, to running means of float32 and their counts. */
+int64_t EXPORT(add_means)(int64_t windows, int64_t fields, int64_t stride, const double *z, int64_t *count, float *mean) {
+    for (int64_t window = 0; window < windows; window++, z += stride)
+        for (int64_t i = 0; i < fields; i++) {
+            const int is_tested = z[i] == z[i];
+            count[i] += is_tested;
+            const double so_far = mean[i], divisor = count[i] ? (double)(int32_t)count[i] : 1.0;
+            mean[i] = (float)(so_far + (is_tested ? (z[i] - so_far) / divisor : 0.0));
+        }
+    return DONE;
+}
+
+/* A number of a producer's column, wherever it begins. */
+typedef float LooseFloat __attribute__((aligned(1), may_alias));
+typedef double LooseDouble __attribute__((aligned(1), may_alias));
+typedef uint16_t LooseCode __attribute__((aligned(1), may_alias));
+
+#define STACK(type)                                                                        \
+    for (int64_t i = 0; i < count; i++) to[i * fields] = (float)((const type *)from)[first + i];
+
+/* Stack `fields` columns of n values as float32: out (n, fields). `columns` holds their addresses, `kinds` their types:
+ * 0 float32, 1 float64, 2 uint16.
+ */
+int64_t EXPORT(stack_columns)(int64_t n, int64_t fields, const int64_t *columns, const int64_t *kinds, float *out) {
+    enum { VALUES = 2048 };
+    int64_t block = VALUES;
+    while (block > 8 && block * fields > VALUES) block >>= 1;
+    for (int64_t first = 0; first < n; first += block) {
+        const int64_t count = n - first < block ? n - first : block;
+        for (int64_t field = 0; field < fields; field++) {
+            const void *from = (const void *)(uintptr_t)columns[field];
+            float *to = out + first * fields + field;
+            if (kinds[field] == 0) {
+                STACK(LooseFloat)
+            } else if (kinds[field] == 1) {
+                STACK(LooseDouble)
+            } else {
+                STACK(LooseCode)
+            }
+        }
+    }
+    return DONE;
+}
+
+enum { INT8, UINT8, INT16, FLOAT32 };
+
+static inline float scaled(float value, float mean, float std) {
+    value = (value - mean) / std;
+    return value - value == 0 ? value : 0.0f;
+}
+
+/* Round values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
+ * `numbers` is scale, zero, low, high, fill.
+ */
+#define QUANTIZE(type, real)                                                          \
     for (int64_t i = 0; i < n; i++) {                                                 \
-        float value = values[i] / scale;                                              \
+        float value = (real) / scale;                                                 \
         /* Beyond all limits, and small enough that adding `magic` rounds. */         \
         value = value < -reach ? -reach : value;                                      \
         value = value > reach ? reach : value;                                        \
@@ -473,16 +676,104 @@ int64_t EXPORT(center_windows)(int64_t windows, int64_t n, int64_t fields, const
         value = value > high ? high : value;                                          \
         ((type *)out)[i] = (type)(int32_t)(value == value ? value : fill);            \
     }
+#define QUANTIZE_NUMBERS                                                                                       \
+    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4]; \
+    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
 
 int64_t EXPORT(quantize)(int64_t n, int64_t kind, const float *values, const float *numbers, void *out) {
-    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4];
-    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
-    if (kind == 0) {
-        QUANTIZE(int8_t)
-    } else if (kind == 1) {
-        QUANTIZE(uint8_t)
+    QUANTIZE_NUMBERS
+    if (kind == INT8) {
+        QUANTIZE(int8_t, values[i])
+    } else if (kind == UINT8) {
+        QUANTIZE(uint8_t, values[i])
     } else {
-        QUANTIZE(int16_t)
+        QUANTIZE(int16_t, values[i])
+    }
+    return DONE;
+}
+
+/* Build a model's input: windows of n values each, which begin at row `starts` (windows) of `rows` (_, columns), scaled
+ * as (value - mean) / std with `mean` and `std` (n); what is not finite becomes 0. Then they are quantized as by
+ * `quantize`, unless `kind` is FLOAT32. Out: out (windows, n), and how many values of each window are not finite.
+ */
+int64_t EXPORT(build_windows)(int64_t windows, int64_t n, int64_t columns, int64_t kind, const float *rows,
+                              const int64_t *starts, const float *mean, const float *std, const float *numbers,
+                              char *out, int64_t *missing) {
+    QUANTIZE_NUMBERS
+    for (int64_t window = 0; window < windows; window++) {
+        const float *values = rows + starts[window] * columns;
+        int32_t unknown = 0;
+        for (int64_t i = 0; i < n; i++) unknown += !(values[i] - values[i] == 0);
+        missing[window] = unknown;
+        if (kind == INT8) {
+            QUANTIZE(int8_t, scaled(values[i], mean[i], std[i]))
+            out += n;
+        } else if (kind == UINT8) {
+            QUANTIZE(uint8_t, scaled(values[i], mean[i], std[i]))
+            out += n;
+        } else if (kind == INT16) {
+            QUANTIZE(int16_t, scaled(values[i], mean[i], std[i]))
+            out += 2 * n;
+        } else {
+            for (int64_t i = 0; i < n; i++) ((float *)out)[i] = scaled(values[i], mean[i], std[i]);
+            out += 4 * n;
+        }
+    }
+    return DONE;
+}
+
+/* Sum n values in the order of NumPy's sum of contiguous values: by eight in blocks of up to 128, blocks by halves. */
+static double sum_pairwise(const double *values, int64_t n) {
+    if (n < 8) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += values[i];
+        return sum;
+    }
+    if (n > 128) {
+        const int64_t half = n / 2 - n / 2 % 8;
+        return sum_pairwise(values, half) + sum_pairwise(values + half, n - half);
+    }
+    Quad low = *(const Quad *)values, high = *(const Quad *)(values + 4);
+    int64_t i = 8;
+    for (; i + 8 <= n; i += 8) {
+        low += *(const Quad *)(values + i);
+        high += *(const Quad *)(values + i + 4);
+    }
+    double sum = ((low[0] + low[1]) + (low[2] + low[3])) + ((high[0] + high[1]) + (high[2] + high[3]));
+    for (; i < n; i++) sum += values[i];
+    return sum;
+}
+
+#define SQUARE(type)                                                                          \
+    for (int64_t i = 0; i < n; i++) {                                                         \
+        const float output = ((float)((const type *)outputs)[i] - zero) * scale;              \
+        const double error = (double)output - (double)scaled(values[i], mean[i], std[i]);     \
+        scratch[i] = error * error;                                                           \
+    }
+
+/* Mean squared differences (windows) between a model's outputs (windows, n), in numbers of `kind`, and its input, which is
+ * given as to `build_windows`. `numbers` is scale, zero of the outputs. `scratch`: n.
+ */
+int64_t EXPORT(mean_errors)(int64_t windows, int64_t n, int64_t columns, int64_t kind, const float *rows,
+                            const int64_t *starts, const float *mean, const float *std, const float *numbers,
+                            const char *outputs, double *scratch, double *errors) {
+    const float scale = numbers[0], zero = numbers[1];
+    for (int64_t window = 0; window < windows; window++) {
+        const float *values = rows + starts[window] * columns;
+        if (kind == INT8) {
+            SQUARE(int8_t)
+            outputs += n;
+        } else if (kind == UINT8) {
+            SQUARE(uint8_t)
+            outputs += n;
+        } else if (kind == INT16) {
+            SQUARE(int16_t)
+            outputs += 2 * n;
+        } else {
+            SQUARE(float)
+            outputs += 4 * n;
+        }
+        errors[window] = sum_pairwise(scratch, n) / (double)(int32_t)n;
     }
     return DONE;
 }

@@ -48,12 +48,48 @@ class Library:
         return self._function("sum_residuals", 3, 9)
 
     @cached_property
-    def center_windows(self) -> Function:
-        return self._function("center_windows", 3, 4)
+    def measure_windows(self) -> Function:
+        return self._function("measure_windows", 5, 6)
+
+    @cached_property
+    def add_steps(self) -> Function:
+        return self._function("add_steps", 3, 4)
+
+    @cached_property
+    def run_cusums(self) -> Function:
+        return self._function("run_cusums", 2, 7)
+
+    @cached_property
+    def extend_periods(self) -> Function:
+        return self._function("extend_periods", 2, 8)
+
+    @cached_property
+    def run_means(self) -> Function:
+        return self._function("run_means", 3, 5)
+
+    @cached_property
+    def extend_signs(self) -> Function:
+        return self._function("extend_signs", 3, 8)
+
+    @cached_property
+    def add_means(self) -> Function:
+        return self._function("add_means", 3, 3)
 
     @cached_property
     def quantize(self) -> Function:
         return self._function("quantize", 2, 3)
+
+    @cached_property
+    def stack_columns(self) -> Function:
+        return self._function("stack_columns", 2, 3)
+
+    @cached_property
+    def build_windows(self) -> Function:
+        return self._function("build_windows", 4, 7)
+
+    @cached_property
+    def mean_errors(self) -> Function:
+        return self._function("mean_errors", 4, 8)
 
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
@@ -119,4 +155,4 @@ def describe() -> str:
 
 def address(array: np.ndarray) -> int:
     """Return the address of a contiguous array's first item."""
-    return int(array.__array_interface__["data"][0])
+    return int(array.ctypes.data)

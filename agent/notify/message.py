@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.notify.alert_state import SEVERITY_RANK, AlertState
 from agent.notify.queue import Pending
 from agent.text import printable
@@ -52,7 +52,7 @@ def encode(message: Notification) -> bytes:
 
 
 def decode(body: bytes) -> Notification:
-    return msgspec.json.decode(body, type=Notification)
+    return decoders.from_json(body, Notification)
 
 
 def shorten(text: str, limit: int) -> str:

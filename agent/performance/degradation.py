@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import alerts, clock
+from agent import alerts, clock, decoders
 from agent.alerts import OWN_LABELS, Alert
 from agent.performance import intervals
 
@@ -153,7 +153,7 @@ class DegradationState(msgspec.Struct):
     def from_bytes(cls, data: bytes) -> DegradationState:
         """Raise ValueError."""
         try:
-            return msgspec.json.decode(data, type=cls)
+            return decoders.from_json(data, cls)
         except msgspec.MsgspecError as error:
             raise ValueError(str(error)) from None
 
@@ -170,7 +170,7 @@ class _OpenTracks(msgspec.Struct):
     is_estimate_wrong: bool = False
 
 
-_OPEN_TRACKS = msgspec.json.Decoder(_OpenTracks)
+_OPEN_TRACKS = decoders.json_decoder(_OpenTracks)
 
 
 def contradict_certainty(stored: bytes, bundle: str) -> bool:

@@ -63,7 +63,7 @@ class RolloutDriver(msgspec.Struct):
         self.fleet.prepare()
         self.run_command("fleet", "repository", "init", "--demo")
         if self.target.bundle_path is not None:
-            trust = [word for key in self.trusted_keys for word in ("--key", key.text)]
+            trust = [word for key in self.trusted_keys for word in ("--publisher", key.text)]
             self.run_command("fleet", "publish", str(self.target.bundle_path), *trust)
         cuts, rates = self.disturbances.download_cuts, self.disturbances.slow_rates
         connections = {name: DeviceConnection(planned_cuts=count) for name, count in cuts.items()}

@@ -52,6 +52,7 @@ class LinkConditions(msgspec.Struct, frozen=True):
 class _Mailbox(msgspec.Struct):
     """The session of one client: `pending` holds (due time, message); `unacknowledged` was delivered."""
 
+    client: str
     filters: Sequence[str] = ()
     persistent: bool = False
     pending: list[tuple[float, IncomingMessage]] = msgspec.field(default_factory=list)
@@ -63,18 +64,27 @@ class _Mailbox(msgspec.Struct):
 
 
 class LossyBroker:
-    """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits."""
+    """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits.
+
+    `client_conditions` are those of single clients, and `offline` the clients without a network. `on_due` is called
+    with a client and the time at which its link has something to receive.
+    """
 
     def __init__(self, seed: int, conditions: LinkConditions, *, window: int = 100, max_packet: int = 1 << 20) -> None:
         self.rng = random.Random(seed)
         self.conditions, self.window, self.max_packet = conditions, window, max_packet
         self.clock_s = 1000.0
+        self.client_conditions: dict[str, LinkConditions] = {}
+        self.offline: set[str] = set()
+        self.on_due: Callable[[str, float], object] = lambda client, due_s: None
         self.tick_callbacks: list[Callable[[], object]] = []
         self.reason_code: Callable[[OutgoingMessage], int] = lambda _: 0
         self.published: list[OutgoingMessage] = []
         self.connects: Counter[str] = Counter()
         self.max_in_flight: dict[str, int] = {}
         self._mailboxes: dict[str, _Mailbox] = {}
+        # Matching all filters of a thousand clients with each message would take longer than everything else.
+        self._receivers: dict[str, list[_Mailbox]] = {}
         self._retained: dict[str, OutgoingMessage] = {}
         self._message_id = 0
 
@@ -93,13 +103,14 @@ class LossyBroker:
     ) -> LossyLink:
         """Connect a client; the parameters are those of `agent.transport.mqtt.Link`. Raises LinkDown."""
         self.connects[client] += 1
-        if self.happens(self.conditions.disconnect):
+        if client in self.offline or self.happens(self.conditions_of(client).disconnect):
             raise LinkDown("lossy link: no connection")
         box = self._mailboxes.get(client)
         if box is not None and box.link is not None:
             box.link.disconnect("taken over")
         if box is None or not session_expiry_s:
-            box = self._mailboxes[client] = _Mailbox()
+            box = self._mailboxes[client] = _Mailbox(client)
+        self._receivers.clear()
         box.filters, box.persistent = tuple(subscribe), session_expiry_s > 0
         # The broker delivers unacknowledged messages again (MQTT 5, section 4.4).
         box.pending = [*((self.clock_s, old) for old in box.unacknowledged.values()), *box.pending]
@@ -108,21 +119,29 @@ class LossyBroker:
         for message in self._retained.values():
             if box.matches(message.topic):
                 box.pending.append((self.clock_s, self._delivery(message, retained=True)))
+        if box.pending:
+            self.on_due(client, self.clock_s)
         return box.link
 
-    def publish(self, message: OutgoingMessage) -> int:
-        """Route a message and return its reason code."""
+    def publish(self, message: OutgoingMessage, loss: float = 0.0) -> int:
+        """Route a message and return its reason code; `loss` is the probability on the sender's side."""
         code = self.reason_code(message)
         if code >= 0x80:
             return code
         self.published.append(message)
         if message.retain:
             self._retained[message.topic] = message
-        boxes = [box for box in self._mailboxes.values() if box.matches(message.topic)]
+        boxes = self._receivers.get(message.topic)
+        if boxes is None:
+            boxes = [box for box in self._mailboxes.values() if box.matches(message.topic)]
+            self._receivers[message.topic] = boxes
         for box in boxes:
-            if not self.happens(self.conditions.loss):
-                for _ in range(1 + self.happens(self.conditions.duplication)):
-                    box.pending.append((self.delivery_time(), self._delivery(message, retained=False)))
+            conditions = self.conditions_of(box.client)
+            if not self.happens(max(conditions.loss, loss)):
+                for _ in range(1 + self.happens(conditions.duplication)):
+                    due_s = self.delivery_time(box.client)
+                    box.pending.append((due_s, self._delivery(message, retained=False)))
+                    self.on_due(box.client, due_s)
         return code or (0 if boxes else NO_SUBSCRIBERS)
 
     def inject(self, client: str, delivery: IncomingMessage) -> None:
@@ -132,6 +151,7 @@ class LossyBroker:
     def restart(self) -> None:
         """Restart the broker without its sessions and retained messages."""
         boxes, self._mailboxes, self._retained = self._mailboxes, {}, {}
+        self._receivers.clear()
         for box in boxes.values():
             if box.link is not None:
                 box.link.disconnect("the broker died", will=False)
@@ -148,13 +168,27 @@ class LossyBroker:
         """End the connection of a mailbox; a session without expiry ends with it."""
         mailbox.link = None
         if not mailbox.persistent:
-            self._mailboxes = {name: other for name, other in self._mailboxes.items() if other is not mailbox}
+            if self._mailboxes.get(mailbox.client) is mailbox:
+                del self._mailboxes[mailbox.client]
+            self._receivers.clear()
 
     def happens(self, probability: float) -> bool:
         return probability > 0 and self.rng.random() < probability
 
-    def delivery_time(self) -> float:
-        return self.clock_s + (self.rng.uniform(0, self.conditions.delay_s) if self.conditions.delay_s else 0.0)
+    def conditions_of(self, client: str) -> LinkConditions:
+        """Return the conditions of a client's link."""
+        return self.client_conditions.get(client, self.conditions)
+
+    def set_offline(self, client: str, *, is_offline: bool) -> None:
+        """Cut a client's network, or restore it. The broker publishes its Will."""
+        (self.offline.add if is_offline else self.offline.discard)(client)
+        box = self._mailboxes.get(client)
+        if is_offline and box is not None and box.link is not None:
+            box.link.disconnect("no network")
+
+    def delivery_time(self, client: str) -> float:
+        delay_s = self.conditions_of(client).delay_s
+        return self.clock_s + (self.rng.uniform(0, delay_s) if delay_s else 0.0)
 
     def _delivery(self, message: OutgoingMessage, *, retained: bool) -> IncomingMessage:
         self._message_id += 1
@@ -179,7 +213,8 @@ class LossyLink:
 
     def send(self, message: OutgoingMessage) -> int:
         self._require_connected()
-        if self._broker.happens(self._broker.conditions.disconnect):
+        conditions = self._broker.conditions_of(self._client)
+        if self._broker.happens(conditions.disconnect):
             if self._broker.rng.random() < 0.5:
                 self._broker.publish(message)
             self.disconnect("connection lost")
@@ -190,12 +225,18 @@ class LossyLink:
         self.traffic_bytes += _size(message.topic, message.payload, *properties)
         peaks = self._broker.max_in_flight
         peaks[self._client] = max(peaks.get(self._client, 0), self._in_flight)
-        if self._broker.happens(self._broker.conditions.silent_refusal):
+        if self._broker.happens(conditions.silent_refusal):
             return self._token
-        code = self._broker.publish(message)
-        if not self._broker.conditions.no_receipts:
-            receipt = PublishReceipt(self._token, code, f"reason 0x{code:02x}")
-            self._receipts.append((self._broker.delivery_time(), receipt))
+        # Conditions of all links count once, on the side of the receiver.
+        is_own = self._client in self._broker.client_conditions
+        code = self._broker.publish(message, conditions.loss if is_own else 0.0)
+        if not conditions.no_receipts:
+            receipt, due_s = (
+                PublishReceipt(self._token, code, f"reason 0x{code:02x}"),
+                self._broker.delivery_time(self._client),
+            )
+            self._receipts.append((due_s, receipt))
+            self._broker.on_due(self._client, due_s)
         return self._token
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
@@ -209,7 +250,7 @@ class LossyLink:
         self._broker.advance(timeout_s, is_ready)
         self._is_woken = False
         self._require_connected()
-        if self._broker.happens(self._broker.conditions.disconnect):
+        if self._broker.happens(self._broker.conditions_of(self._client).disconnect):
             self.disconnect("connection lost")
             self._require_connected()
         self._receipts, receipts = self._take_due(self._receipts)
@@ -224,6 +265,7 @@ class LossyLink:
 
     def wake(self) -> None:
         self._is_woken = True
+        self._broker.on_due(self._client, self._broker.clock_s)
 
     def close(self) -> None:
         self.disconnect("closed", will=False)
@@ -247,7 +289,7 @@ class LossyLink:
     def _take_due(self, entries: list[tuple[float, T]]) -> tuple[list[tuple[float, T]], list[T]]:
         """Split (due time, event) entries into those that stay and the events to receive now, by time."""
         ready = [i for i, (due, _) in enumerate(entries) if due <= self._broker.clock_s]
-        if len(ready) > 1 and self._broker.happens(self._broker.conditions.partial_receive):
+        if len(ready) > 1 and self._broker.happens(self._broker.conditions_of(self._client).partial_receive):
             ready = ready[: self._broker.rng.randrange(1, len(ready))]
         chosen = {*ready}
         events = sorted((entries[i] for i in ready), key=lambda entry: entry[0])

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
+
 MAX_CONTENT_BYTES = 8 << 20
 MAX_SAMPLE_ROWS, MAX_SAMPLE_FIELDS = 1 << 18, 4096
 # Epoch µs of the years 1 to 9999.
@@ -56,6 +58,6 @@ def decode(data: bytes) -> SampleContent:
         text = inflater.decompress(data, MAX_CONTENT_BYTES)
         if not inflater.eof or inflater.unused_data:
             raise ValueError(f"it is cut, has an appendix, or is larger than {MAX_CONTENT_BYTES} bytes")
-        return msgspec.json.decode(text, type=SampleContent)
+        return decoders.from_json(text, SampleContent)
     except (zlib.error, msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from None

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.names import is_name
 from agent.strict_json import check_strict_json
@@ -82,7 +83,7 @@ def parse(data: bytes) -> EnrolmentRequest:
         raise MessageRefused("too large", f"the limit is {MAX_BYTES} bytes")
     payload, separator, token = data.removesuffix(b"\n").partition(b"\n")
     try:
-        body = msgspec.json.decode(payload, type=RequestBody)
+        body = decoders.from_json(payload, RequestBody)
         check_strict_json(payload)
         key = keys.parse_public_key(body.key)
         text = token.decode("ascii")

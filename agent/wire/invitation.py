@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from agent import decoders
 from agent.names import is_name
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 
@@ -78,7 +79,7 @@ def parse(code: str) -> Invitation:
         check, content = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
         if check != hashlib.sha256(content).digest()[:_CHECK_BYTES]:
             raise ValueError("characters are missing or wrong")
-        invitation = msgspec.msgpack.decode(content, type=Invitation)
+        invitation = decoders.from_msgpack(content, Invitation)
         _ = invitation.client_files
         secret = b64url_decode(invitation.token)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:

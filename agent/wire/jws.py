@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import msgspec
 from cryptography.exceptions import InvalidSignature
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
 from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
@@ -93,7 +94,7 @@ def _parse_token(tokens: Sequence[str]) -> tuple[JwsHeader, str, bytes]:
 def _parse_header(text: str) -> JwsHeader:
     # A signer's header is the same for all messages of a topic.
     data = b64url_decode(text)
-    header = msgspec.json.decode(data, type=JwsHeader)
+    header = decoders.from_json(data, JwsHeader)
     check_strict_json(data)
     if header.b64 or header.crit != ["b64"]:
         raise ValueError('b64 must be false and crit ["b64"]')

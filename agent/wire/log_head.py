@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockQuality
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
@@ -61,9 +62,9 @@ def verify(data: bytes) -> VerifiedHead:
     if len(data) > MAX_BYTES:
         raise MessageRefused("too large", f"the limit is {MAX_BYTES} bytes")
     try:
-        signed = msgspec.json.decode(data, type=SignedHead)
+        signed = decoders.from_json(data, SignedHead)
         payload = signed.payload.encode()
-        head = msgspec.json.decode(payload, type=LogHead)
+        head = decoders.from_json(payload, LogHead)
         check_strict_json(payload)
         key = parse_public_key(head.key)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, runs, topics
@@ -454,7 +454,7 @@ Body = (
     | DesiredPayload
 )
 # Made here, by one thread: two threads that are the first to decode the same struct end the process (msgspec 0.22).
-_DECODER = msgspec.json.Decoder(Body)
+_DECODER = decoders.json_decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):

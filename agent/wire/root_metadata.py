@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cryptography.exceptions import InvalidSignature
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
 from agent.wire.keys import PublicKey, b64url_encode, parse_public_key
@@ -112,9 +113,9 @@ def parse(data: bytes) -> RootMetadata:
     if len(data) > MAX_ROOT_BYTES:
         raise MessageRefused("too large", f"a root of {len(data)} bytes, the limit is {MAX_ROOT_BYTES}")
     try:
-        file = msgspec.json.decode(data, type=_File)
+        file = decoders.from_json(data, _File)
         check_strict_json(data)
-        signed = msgspec.json.decode(file.signed, type=_Signed)
+        signed = decoders.from_json(file.signed, _Signed)
         root = RootMetadata(
             data=data,
             version=signed.version,
@@ -133,7 +134,7 @@ def parse(data: bytes) -> RootMetadata:
 def read_version(data: bytes) -> int:
     """Return the version that a root claims, before its signatures are verified. Raises MessageRefused."""
     try:
-        return msgspec.json.decode(msgspec.json.decode(data, type=_File).signed, type=_Signed).version
+        return decoders.from_json(decoders.from_json(data, _File).signed, _Signed).version
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageRefused("malformed root", str(error)[:200]) from None
 

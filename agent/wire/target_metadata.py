@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from agent import decoders
 from agent.errors import BadBundle
 
 MEMBER = "outstation"
@@ -55,7 +56,7 @@ def decode(custom: object) -> TargetMetadata:
     """Return the metadata in a target's `custom`. Raises BadBundle."""
     try:
         member: Any = custom[MEMBER] if isinstance(custom, dict) else None
-        return msgspec.convert(member, TargetMetadata)
+        return decoders.convert(member, TargetMetadata)
     except (msgspec.ValidationError, KeyError) as error:
         raise BadBundle(f"the repository does not describe this target ({error}); publish the bundle again") from None
 

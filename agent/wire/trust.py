@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.strict_json import check_strict_json
 from agent.wire import topics
@@ -85,7 +86,7 @@ def topic_for(fleet: str) -> str:
 def read_trust(root: RootMetadata) -> Trust | None:
     """Return the trust document of a root, None if it has none. Raises MessageRefused."""
     try:
-        return msgspec.json.decode(root.member, type=Trust | None)
+        return decoders.from_json(root.member, Trust | None)
     except (msgspec.MsgspecError, ValueError) as error:
         raise MessageRefused("malformed trust", f"root {root.version}: {str(error)[:200]}") from None
 
@@ -107,7 +108,7 @@ def decode_message(payload: bytes) -> TrustMessage:
     if len(payload) > MAX_TRUST_BYTES:
         raise MessageRefused("too large", f"{len(payload)} bytes, the limit is {MAX_TRUST_BYTES}")
     try:
-        message = msgspec.json.decode(payload, type=TrustMessage)
+        message = decoders.from_json(payload, TrustMessage)
         check_strict_json(payload)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageRefused("malformed payload", str(error)[:200]) from None

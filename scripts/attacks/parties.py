@@ -165,7 +165,7 @@ class Parties:
     def verify(self, folder: Path, *, with_head: bool) -> Any:
         """Verify an evidence folder with the key that the root names, and with the device's head or without."""
         head = ("--witness", str(self.head)) if with_head else ()
-        return self.run_json("evidence", "verify", str(folder), "--key", self.operator_key_of_root().text, *head)
+        return self.run_json("evidence", "verify", str(folder), "--operator", self.operator_key_of_root().text, *head)
 
     def read_readings(self) -> list[str]:
         """Return the readings behind one message of `pi-08`, which only the device discloses, with 8 digits or more.

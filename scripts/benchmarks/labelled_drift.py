@@ -241,7 +241,7 @@ window = {recording.window}
 """,
         encoding="utf-8",
     )
-    _run("model", "pack", str(spec), "-o", str(folder / "bundle"), "--key", str(key_file))
+    _run("model", "pack", str(spec), "-o", str(folder / "bundle"), "--sign-with", str(key_file))
     return folder / "bundle", answers
 
 

@@ -24,7 +24,7 @@ import click
 import msgspec
 import numpy as np
 
-from agent.device.recovery import catch_up
+from agent.device.recovery import catch_up, findings
 from agent.device.recovery.open import open_store
 from agent.device.store import journal, small_commits
 from agent.device.store.journal import Journal
@@ -235,7 +235,8 @@ def _check_opened(cut: PowerCut, max_size: int, *, flipped: bool) -> str:
             return f"position and count are {counts} at row {last}"
         if store.last_row("others"):
             return "another stream has rows"
-        return "damage is reported" if "damage" in str([m.get("summary") for m in messages.values()]) else ""
+        finding = store.get_meta(findings.LAST_FINDING, "")
+        return f"a finding, though nothing is damaged: {finding}" if finding else ""
     finally:
         store.close()
 

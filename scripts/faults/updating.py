@@ -103,7 +103,7 @@ class Updating:
         # Large enough that its transfer takes a while.
         (folder / "DATA.md").write_text(self._world.rng.randbytes(_PADDING).hex(), encoding="ascii")
         pack.write_bundle(pack.pack(spec, bundles.KEY), folder / "bundle")
-        self._operate("publish", str(folder / "bundle"), "--key", bundles.KEY.public.text)
+        self._operate("publish", str(folder / "bundle"), "--publisher", bundles.KEY.public.text)
         plan = folder / "plan.toml"
         plan.write_text(_PLAN.format(name=self.name, task=TASK, path="bundle"), encoding="utf-8")
         self._operate("rollout", "start", str(plan))

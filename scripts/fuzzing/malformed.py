@@ -50,12 +50,13 @@ evidence {out}
 _ON_FILES = """
 init {new} / init {new} --standalone / join {device/device.key} --dir {new}
 request {new} --fleet acme --id pi-09 --out {out.json}
-model check {bundle} / model check {bundle} --key {publisher.key.pub} / model config {bundle} / model keygen {new.key}
-model sign {bundle} --key {publisher.key} / model pack {bundle/manifest.json}
+model check {bundle} / model check {bundle} --publisher {publisher.key.pub} / model keygen {new.key}
+model config {bundle}
+model sign {bundle} --sign-with {publisher.key} / model pack {bundle/manifest.json}
 model evaluate {bundle} {rows.csv} --no-latency --html {out.html} --card {out.md}
 model run {bundle} {rows.csv} -o {out.csv} / model reference {rows.csv} --bundle {bundle} -o {out.json}
-fleet repository sign-root {labels.csv} --key {publisher.key} / fleet init {new} --broker mqtt://127.0.0.1:1
-fleet evidence verify {fleet} --key {publisher.key.pub} / fleet simulate --rollout {rows.csv} --dir {new}
+fleet repository sign-root {labels.csv} --sign-with {publisher.key} / fleet init {new} --broker mqtt://127.0.0.1:1
+fleet evidence verify {fleet} --operator {publisher.key.pub} / fleet simulate --rollout {rows.csv} --dir {new}
 """
 
 

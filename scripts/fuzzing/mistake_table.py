@@ -245,10 +245,12 @@ MODELS = (
     _bare("model run exercise {labels.csv} -o {o.csv}", "labels.csv / ax", "row, label"),
     _bare("model evaluate exercise {rows.csv}", "rows.csv / no column label", "there is ax"),
     _bare("model evaluate {bundle} {rows.csv} --label lable", "rows.csv / lable", "ax"),
-    _bare("model evaluate {bundle} {rows.csv} --key {publisher.key}", "publisher.key / private", "publisher.key.pub"),
-    _bare("model check {bundle} --key {publisher.key}", "publisher.key / private", "publisher.key.pub", 2),
-    _bare("model sign {bundle} --key {publisher.key.pub}", "publisher.key.pub / public", "private"),
-    _bare("model sign {bundle} --key {none.key}", "none.key", "model keygen"),
+    _bare(
+        "model evaluate {bundle} {rows.csv} --publisher {publisher.key}", "publisher.key / private", "publisher.key.pub"
+    ),
+    _bare("model check {bundle} --publisher {publisher.key}", "publisher.key / private", "publisher.key.pub", 2),
+    _bare("model sign {bundle} --sign-with {publisher.key.pub}", "publisher.key.pub / public", "private"),
+    _bare("model sign {bundle} --sign-with {none.key}", "none.key", "model keygen"),
     _bare("model keygen {publisher.key}", "publisher.key", "move it away"),
     _bare("model config {rows.csv}", "rows.csv", "a folder or a .zip", 1),
     _bare("model evaluate exercise {none.csv}", "none.csv", "no such file"),
@@ -259,8 +261,8 @@ FLEETS = (
     _bare("fleet init {f1} --broker mqtt://192.168.1.5", "--broker / 192.168.1.5", "mqtts://"),
     _bare("fleet devices --dir {nowhere}", "fleet.toml", "--dir"),
     Mistake("fleet enrol pi@7" + _FLEET, 2, ("pi@7",), "a-z 0-9"),
-    _fleet("enrol pi-07 --key D4_SFV4mHymIhim3gTLxzdVjDJWmTnIkEn0UPJLEJUs", "pi-07 / another key", "--replace"),
-    _fleet("enrol pi-08 --key abc", "abc / Ed25519", "ends in .pub"),
+    _fleet("enrol pi-07 --device-key D4_SFV4mHymIhim3gTLxzdVjDJWmTnIkEn0UPJLEJUs", "pi-07 / another key", "--replace"),
+    _fleet("enrol pi-08 --device-key abc", "abc / Ed25519", "ends in .pub"),
     _fleet("enrol pi-08 --request {rows.csv}", "rows.csv", "outstation request"),
     _fleet("enrol-list {rows.csv} --out {out}", "rows.csv", "device"),
     _fleet("drift --since yesterday", "--since / yesterday", "24 h"),
@@ -286,7 +288,9 @@ FLEETS = (
     _fleet("alerts acknowledge abc", "abc", "fleet alerts"),
     _fleet("label pi-07 exercis {labels.csv}", "exercis", "exercise"),
     _fleet("evidence --out {bundle}", "bundle", "new folder"),
-    _bare("fleet evidence verify {bundle} --key {publisher.key.pub}", "manifest.jws / unknown key", "do not rely", 1),
+    _bare(
+        "fleet evidence verify {bundle} --operator {publisher.key.pub}", "manifest.jws / unknown key", "do not rely", 1
+    ),
     _fleet("viewer pi@7", "pi@7", "a-z 0-9"),
     _fleet("export --out {rows.csv}", "rows.csv", "name another", code=1),
     _fleet("notify test nobody", "fleet.toml / target", "[notify"),

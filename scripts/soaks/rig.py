@@ -71,7 +71,7 @@ class Rig:
             open_sink=lambda topics, will: MqttSink(self.air.connect(None, DEVICE, subscribe=topics, will=will)),
             pause=self.air.advance,
         )
-        self._uplink = self.daemon._uplink
+        self._uplink = self.daemon.uplink
         self.sensor = Sensor(GroupCommit(self.store, conf.streams), LineParser(conf.streams), self.air, rate, commit_s)
         self._collector = Collector(FLEET, BrokerConfig(), self.fleet, load_private(home / "collector.key"))
         self._collector_link: LossyLink | None = None
@@ -81,7 +81,7 @@ class Rig:
     def run(self, seconds: float) -> None:
         """Advance the simulated time, then send the waiting messages. Raises errors that are fatal to the daemon."""
         end = self.air.clock_s + seconds
-        self.daemon._remote_commands.start(self.air.now(), self.daemon.signals.wake)
+        self.daemon.begin()
 
         def watch() -> None:
             if self.air.clock_s >= end and not self.sensor.ended:

@@ -130,7 +130,7 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
         (["init", "{folder}/x", "--name", "No Name"], "--name"),
         (["init", "{folder}/x", "--broker", "http://broker"], "--broker"),
         (["init", "{folder}/x", "--broker", "mqtt://broker"], "is not encrypted"),
-        (["enrol", "pi-07", "--key", "nonsense", "--dir", "{folder}"], "nonsense"),
+        (["enrol", "pi-07", "--device-key", "nonsense", "--dir", "{folder}"], "nonsense"),
         (["enrol", "collector", "--dir", "{folder}"], "role"),
         (["enrol", "pi-07", "--dir", "{folder}"], "no private key stays in the fleet's folder"),
         (["enrol", "pi-07", "--thumbprint", "x", "--dir", "{folder}"], "add --request"),
@@ -333,7 +333,7 @@ def test_an_operator_lists_the_logs_of_a_device_and_accepts_one(tmp_path: Path) 
     folder = tmp_path / "acme"
     document("init", folder, "--broker", "mqtt://127.0.0.1:1")
     device = MessageSender()
-    document("enrol", device.device, "--dir", folder, "--key", device.key.public.text)
+    document("enrol", device.device, "--dir", folder, "--device-key", device.key.public.text)
     clone = MessageSender(key=device.key)
     store = FleetStore(folder / "fleet.db")
     for sender in (device, clone):

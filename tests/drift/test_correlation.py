@@ -37,17 +37,14 @@ def test_residuals_of_rows_add_up_to_the_bit_in_any_parts_and_order(
     rows = correlation.quantize_residuals(raw)
     bounds = [0, *sorted(cuts), 400]
     groups = np.random.default_rng(seed).integers(0, 3, 400)
-    parts = [correlation.sum_products(rows[a:b], Groups.from_ids(groups[a:b], 3)) for a, b in pairwise(bounds)]
+    parts = [correlation.sum_products(rows[a:b], Groups(groups[a:b], 3)) for a, b in pairwise(bounds)]
     shuffled = [parts[i] for i in order if i < len(parts)]
-    assert (
-        sum(shuffled, np.zeros_like(parts[0])).tolist()
-        == correlation.sum_products(rows, Groups.from_ids(groups, 3)).tolist()
-    )
+    assert sum(shuffled, np.zeros_like(parts[0])).tolist() == correlation.sum_products(rows, Groups(groups, 3)).tolist()
 
 
 def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
-    one_class = Groups.from_ids(np.zeros(len(rows), np.int64), 1)
+    one_class = Groups(np.zeros(len(rows), np.int64), 1)
     sums = correlation.sum_products(correlation.quantize_residuals(rows), one_class)
     result = correlation.CorrelationDetector().means(Task(3, 0, 1, window_rows=1, window=2000), sums)
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
@@ -58,10 +55,8 @@ def test_z_is_that_of_the_correlation_coefficient() -> None:
 def test_model_windows_tell_the_same_z_on_average() -> None:
     windows = correlated(np.random.default_rng(1), 50 * 100, 0.6).reshape(50, 100, 3)
     centred = windows - windows.mean(1, keepdims=True)
-    each = correlation.correlate_windows(centred, (centred**2).mean(1), np.full(3, 1e-9))
-    result = class_means.means_from_sums(
-        class_means.sum_by_group(each, Groups.from_ids(np.zeros(len(each), np.int64), 1))
-    )
+    each = np.arctanh(correlation.correlate_windows(centred, (centred**2).mean(1)))
+    result = class_means.means_from_sums(class_means.sum_by_group(each, Groups(np.zeros(len(each), np.int64), 1)))
     expected = [np.arctanh(np.asarray(np.corrcoef(window.T))[0, 2]) for window in windows]
     assert result.mean[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
 
@@ -69,10 +64,9 @@ def test_model_windows_tell_the_same_z_on_average() -> None:
 def test_a_field_that_does_not_move_tells_no_correlation() -> None:
     still = np.random.default_rng(1).normal(size=(4, 100, 3))
     still[:, :, 1] = 0.0
-    each = correlation.correlate_windows(still, (still**2).mean(1), np.full(3, 1e-9))
-    result = class_means.means_from_sums(
-        class_means.sum_by_group(each, Groups.from_ids(np.zeros(len(each), np.int64), 1))
-    )
+    moving = np.where(np.arange(3) == 1, np.nan, (still**2).mean(1))
+    each = np.arctanh(correlation.correlate_windows(still, moving))
+    result = class_means.means_from_sums(class_means.sum_by_group(each, Groups(np.zeros(len(each), np.int64), 1)))
     assert result.weight[0].tolist() == [0.0, 0.0, 4.0]
     reported = class_means.compute_deviations(result, np.zeros((1, 3)))
     assert np.isnan(reported).tolist() == [True, True, False]

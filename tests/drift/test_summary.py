@@ -254,10 +254,10 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
         rng.integers(0, 2, 300),
     )
     values[::7, 0] = np.nan
-    whole = GroupSums.zeros(2, columns).add(Groups.from_ids(groups, 2), values)
+    whole = GroupSums.zeros(2, columns).add(Groups(groups, 2), values)
     parts = GroupSums.zeros(2, columns)
     for begin, end in pairwise([0, *sorted(cuts), 300]):
-        parts = parts.add(Groups.from_ids(groups[begin:end], 2), np.asarray(values[begin:end], order=order))
+        parts = parts.add(Groups(groups[begin:end], 2), np.asarray(values[begin:end], order=order))
     assert parts.total.tobytes() == whole.total.tobytes()
     assert parts.squares.tobytes() == whole.squares.tobytes()
     assert parts.n.tolist() == whole.n.tolist()
@@ -266,7 +266,7 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
         GroupSums.from_rows(np.asarray(values.reshape(3, 100, columns), order=order)),
     )
     for number in range(3):
-        alone = first.add(Groups.from_ids(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
+        alone = first.add(Groups(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
         assert at_once.total[number].tobytes() == alone.total.tobytes()
         assert at_once.squares[number].tobytes() == alone.squares.tobytes()
         assert at_once.n[number].tolist() == alone.n.tolist()

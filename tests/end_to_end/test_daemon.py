@@ -228,7 +228,7 @@ def test_rows_wake_the_main_loop_where_a_task_counts_them_or_space_is_short(
 ) -> None:
     wakes: list[bool] = []
     monkeypatch.setattr(Signals, "wake", lambda _: wakes.append(True))
-    committed = turned.daemon._intake._on_committed
+    committed = turned.daemon.intake._on_committed
     committed()
     assert wakes == []
     monkeypatch.setattr(Store, "used_bytes", lambda store: int(store.limit_bytes() * 0.86))
@@ -312,6 +312,34 @@ def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: py
     turned.turn(after_s=10.0)
     assert turned.store.cursor("exercise") == turned.store.cursor("other") == 1000
     assert turned.alerts() == []
+
+
+def test_a_warm_machine_works_off_its_backlog_in_a_quarter_of_the_time(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heat, busy_s, real = [78.0], [0.0], batch.run
+
+    def run(task: LoadedTask, *rest: Any) -> batch.BatchResult | None:
+        turned.boot_s += 0.6
+        busy_s[0] += 0.6
+        return real(task, *rest)
+
+    monkeypatch.setattr(batch, "run", run)
+    monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
+    monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(turned.daemon._throttle, "_read_temperature", lambda: heat[0])
+    turned.feed(32_000)
+    start_s = turned.boot_s
+    while turned.store.cursor("other") != 32_000:
+        wait = turned.turn()
+        assert wait <= 5.0, "commands and health do not wait for the rest"
+        turned.boot_s += wait
+    assert turned.store.cursor("exercise") == 32_000
+    assert busy_s[0] / (turned.boot_s - start_s) == pytest.approx(0.25, abs=0.04)
+    assert turned.daemon._throttle.status.to_dict() == {
+        "temperature": 78.0,
+        "slowed": "78 °C; more than 75 °C ([throttle] slow_temperature), until 70 °C",
+    }
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:

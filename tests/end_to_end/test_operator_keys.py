@@ -50,7 +50,9 @@ def change_trust(fleet: LocalFleet, *words: str) -> None:
     code, text = run(fleet, "keys", *words, "--sign-with", str(fleet.folder / "stick" / "root-1.key"))
     assert (code, "needs 1 more signatures" in text) == (1, True), text
     draft = str(fleet.home / "repository" / "root.json.draft")
-    assert run(fleet, "repository", "sign-root", "--key", str(fleet.folder / "stick" / "root-2.key"), draft)[0] == 0
+    assert (
+        run(fleet, "repository", "sign-root", "--sign-with", str(fleet.folder / "stick" / "root-2.key"), draft)[0] == 0
+    )
     assert run(fleet, "repository", "refresh")[0] == 0
     code, text = run(fleet, "keys", "publish")
     assert code == 0, text

@@ -132,7 +132,7 @@ def test_the_head_of_a_running_device_agrees_with_its_operators_evidence(running
     home, out, key = running.fleet.home, tmp_path / "out", running.fleet.home / "operator.key.pub"
     made = call_outstation("fleet", "evidence", "--out", str(out), "--dir", str(home))
     assert made.returncode == 0, made.stdout + made.stderr
-    verify = ("fleet", "evidence", "verify", str(out), "--key", str(key), "--witness", str(tmp_path / "head.json"))
+    verify = ("fleet", "evidence", "verify", str(out), "--operator", str(key), "--witness", str(tmp_path / "head.json"))
     report = json.loads(call_outstation(*verify, "--json").stdout)
     assert (report["problems"], report["witnesses"], report["unchecked_stamps"]) == ([], 1, 0)
     assert report["chained_messages"] >= signed["seq"] > 0

@@ -64,7 +64,7 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
     end = time.monotonic() + 60
     while not until(site):
         assert time.monotonic() < end, f"it stands {site.standing}"
-        receivers = site.daemon._uplink._receivers
+        receivers = site.daemon.uplink._receivers
         [desires] = [receiver for receiver in receivers if isinstance(receiver, DesiredStateStore)]
         desires.accept(delivery)
         desires.apply_pending(site.now)

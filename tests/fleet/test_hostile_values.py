@@ -212,7 +212,7 @@ def test_no_hostile_member_keeps_evidence_from_being_made_and_verified(hostile: 
     made = run(hostile, "evidence", "--out", str(out))
     assert made.exit_code in (0, 1), made.output
     key = hostile.operator.public.text
-    checked = CliRunner().invoke(commands, ["evidence", "verify", str(out), "--key", key])
+    checked = CliRunner().invoke(commands, ["evidence", "verify", str(out), "--operator", key])
     assert checked.exit_code in (0, 1), checked.output
     assert "audit.json" in checked.output or checked.exit_code == 0
 

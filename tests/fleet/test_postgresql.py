@@ -440,7 +440,7 @@ def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, p
     config = folder / "fleet.toml"
     config.write_text(config.read_text().replace('"fleet.db"', f'"{postgres_url}"'), encoding="utf-8")
     sender = MessageSender()
-    run("enrol", "pi-07", "--key", sender.key.public.text, "--dir", folder, "--bundle-out", folder / "pi.tar.gz")
+    run("enrol", "pi-07", "--device-key", sender.key.public.text, "--dir", folder, "--bundle-out", folder / "pi.tar.gz")
     store = FleetStore(postgres_url)
     evicted = [
         sender.results(),

@@ -146,7 +146,7 @@ class Site(Device):
         self.desire_tasks({"sort": self.wanted(text, strategy, rollout, **more)})
 
     def desire_tasks(self, tasks: Mapping[str, Any]) -> None:
-        receivers = self.daemon._uplink._receivers
+        receivers = self.daemon.uplink._receivers
         [desires] = [receiver for receiver in receivers if isinstance(receiver, DesiredStateStore)]
         desires.accept(signed(self.operator.key, next(self._counters), tasks))
         desires.apply_pending(self.now)

@@ -54,9 +54,9 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
     output = json.loads(run("keygen", key, "--json").output)
     assert output["key"] == keys.load_private(key).public.text
     spec = write_spec(folder(tmp_path, "source"))
-    done = json.loads(run("pack", spec, "-o", tmp_path / "tiny", "--key", key, "--json").output)
+    done = json.loads(run("pack", spec, "-o", tmp_path / "tiny", "--sign-with", key, "--json").output)
     assert done["warnings"] == []
-    result = run("check", tmp_path / "tiny", "--key", f"{key}.pub", "--json")
+    result = run("check", tmp_path / "tiny", "--publisher", f"{key}.pub", "--json")
     document = json.loads(result.output)
     assert result.exit_code == 0
     assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", runtime_name())
@@ -66,14 +66,14 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
 
 
 def test_a_person_reads_the_same_in_lines(made: Path) -> None:
-    result = run("check", made, "--key", KEY.public.text)
+    result = run("check", made, "--publisher", KEY.public.text)
     lines = result.output.splitlines()
     assert lines[0].startswith("tiny 1.0.0 sha256:")
     assert [line.split(":")[0] for line in lines[1:]] == [
         f"ok       {name}" for name in ("signature", "hashes", "load", "shapes", "batch", "golden", "reference")
     ]
     assert f"{made} sha256:" in run("pack", made.parent / "bundle.toml", "-o", made).output
-    assert f"signed by {KEY.public.kid}" in run("sign", made, "--key", key_file(made.parent)).output
+    assert f"signed by {KEY.public.kid}" in run("sign", made, "--sign-with", key_file(made.parent)).output
 
 
 def key_file(folder: Path) -> Path:
@@ -85,12 +85,12 @@ def key_file(folder: Path) -> Path:
 def test_without_a_key_the_signature_is_only_claimed(made: Path) -> None:
     ok, detail = checks(run("check", made, "--json"))["signature"]
     assert ok
-    assert detail == f"claims {KEY.public.kid}, not verified: give the publisher's public key with --key"
+    assert detail == f"claims {KEY.public.kid}, not verified: give the publisher's public key with --publisher"
 
 
 def test_the_wrong_key_fails_the_check_and_what_it_says_is_not_believed(made: Path) -> None:
     other = keys.generate(made.parent / "other.key")
-    result = run("check", made, "--key", other.public.text, "--json")
+    result = run("check", made, "--publisher", other.public.text, "--json")
     assert result.exit_code == 1
     assert "unknown key" in checks(result)["signature and hashes"][1]
     document = json.loads(result.output)
@@ -103,8 +103,8 @@ def test_usage_errors_exit_with_2_and_failures_with_1_in_one_line(
     (made / "model.tflite").write_bytes(b"")
     for arguments, code in (
         (["pack", str(made / "no.toml"), "-o", str(made)], 2),
-        (["sign", str(made), "--key", str(made / "no.key")], 2),
-        (["sign", str(made), "--key", str(key_file(made.parent))], 1),
+        (["sign", str(made), "--sign-with", str(made / "no.key")], 2),
+        (["sign", str(made), "--sign-with", str(key_file(made.parent))], 1),
         (["check", str(made)], 1),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -116,7 +116,7 @@ def test_usage_errors_exit_with_2_and_failures_with_1_in_one_line(
 
 
 def test_a_key_that_is_none_is_wrong_use(made: Path) -> None:
-    result = run("check", made, "--key", "nonsense")
+    result = run("check", made, "--publisher", "nonsense")
     assert isinstance(result.exception, UsageError)
 
 
@@ -199,10 +199,10 @@ def test_a_lone_signature_in_the_way_is_no_reason_to_fail(tmp_path: Path) -> Non
 def test_signing_replaces_a_signature_and_covers_only_what_is_whole(made: Path) -> None:
     key = key_file(made.parent)
     (made / "manifest.jws").write_text("damaged")
-    assert run("sign", made, "--key", key).exit_code == 0
+    assert run("sign", made, "--sign-with", key).exit_code == 0
     assert bundle.read(made, [KEY.public]).signer == KEY.public.kid
     (made / "DATA_CARD.md").write_text("changed")
-    assert isinstance(run("sign", made, "--key", key).exception, BadBundle)
+    assert isinstance(run("sign", made, "--sign-with", key).exception, BadBundle)
 
 
 def test_only_a_folder_is_signed(made: Path) -> None:
@@ -211,14 +211,14 @@ def test_only_a_folder_is_signed(made: Path) -> None:
     with zipfile.ZipFile(zipped, "w") as out:
         out.write(made / "manifest.json", "manifest.json")
     for path, why in ((zipped, "sign the folder, then zip it"), (made / "nowhere", "no such folder")):
-        result = run("sign", path, "--key", key)
+        result = run("sign", path, "--sign-with", key)
         assert isinstance(result.exception, UsageError)
         assert why in str(result.exception)
 
 
 def test_a_key_is_needed_to_sign_and_must_be_one(made: Path) -> None:
     assert run("sign", made).exit_code == 2
-    assert isinstance(run("sign", made, "--key", made / "MODEL_CARD.md").exception, UsageError)
+    assert isinstance(run("sign", made, "--sign-with", made / "MODEL_CARD.md").exception, UsageError)
     assert isinstance(run("keygen", made / "manifest.json").exception, UsageError)
 
 

@@ -36,18 +36,20 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_printed_sections_make_a_device_that_runs_the_bundle(tmp_path: Path, tiny: Path) -> None:
     assert CliRunner().invoke(init, [str(tmp_path / "pi"), "--id", "pi-07"]).exit_code == 0
     file = tmp_path / "pi" / "outstation.toml"
-    text = print_config(tiny, "--name", "v1.sorter", "--key", KEY.public.text)
+    text = print_config(tiny, "--name", "v1.sorter", "--publisher", KEY.public.text)
     file.write_text(file.read_text() + text)
     conf = config.load(file)
     task = tasks.load_task(file, conf, None, "v1.sorter")
     assert task.bundle.manifest.name == "tiny"
     assert [field.name for field in conf.streams["v1.sorter"].fields] == list(CLASSIFY.fields)
-    assert json.loads(print_config(tiny, "--name", "v1.sorter", "--key", KEY.public.text, "--json"))["text"] == text
+    assert (
+        json.loads(print_config(tiny, "--name", "v1.sorter", "--publisher", KEY.public.text, "--json"))["text"] == text
+    )
 
 
 def test_a_key_that_did_not_sign_it_is_not_written(tiny: Path) -> None:
     with pytest.raises(BadBundle):
-        print_config(tiny, "--key", new_key(5).public.text)
+        print_config(tiny, "--publisher", new_key(5).public.text)
 
 
 @pytest.mark.parametrize(

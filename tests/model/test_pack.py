@@ -191,7 +191,9 @@ def test_what_a_bundle_lacks_is_a_warning(tmp_path: Path, lines: list[str], warn
 def test_a_complete_bundle_has_no_warnings_but_that_it_is_unsigned(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     assert pack.pack(spec, KEY).warnings == []
-    assert pack.pack(spec, None).warnings == ["not signed (--key): devices refuse it until `outstation model sign`"]
+    assert pack.pack(spec, None).warnings == [
+        "not signed (--sign-with): devices refuse it until `outstation model sign`"
+    ]
 
 
 def test_few_reference_data_are_a_warning_and_very_few_a_mistake(tmp_path: Path) -> None:

@@ -309,9 +309,11 @@ def test_the_signature_is_printed_and_required_with_a_key(tabular: Path, tmp_pat
     source = write_csv(tmp_path / "rows.csv", TABULAR, readings(5))
     columns = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--json").stdout)
     assert "not verified" in columns["signature"]
-    columns = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--key", KEY.public.text, "--json").stdout)
+    columns = json.loads(
+        run(tabular, source, "-o", tmp_path / "a.csv", "--publisher", KEY.public.text, "--json").stdout
+    )
     assert columns["signature"] == f"by {KEY.public.kid}"
-    refused = run(tabular, source, "-o", tmp_path / "b.csv", "--key", new_key(12).public.text)
+    refused = run(tabular, source, "-o", tmp_path / "b.csv", "--publisher", new_key(12).public.text)
     assert isinstance(refused.exception, BadBundle)
     assert not (tmp_path / "b.csv").exists()
 

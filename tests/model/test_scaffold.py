@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agent.authoring import pack, scaffold
 from agent.cli.model.group import model as command
+from agent.datasets.training_data import ColumnScale, TableSummary
 from agent.errors import OutstationError
 from agent.model import activation
 from agent.model.bundle.manifest import ResourceLimits
@@ -214,16 +215,25 @@ def test_a_table_names_the_fields_and_labels(tmp_path: Path) -> None:
     assert run("pack", out, "-o", tmp_path / "bundle").exit_code == 0
 
 
-def test_data_that_the_input_cannot_hold_are_named_with_their_scale(tmp_path: Path) -> None:
+def test_data_that_the_input_cannot_hold_get_a_scaling_that_it_can(tmp_path: Path) -> None:
     scaled = readings(600) * [1, 1, 1000, 0] + [0, 0, 5e6, 7]
     write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), scaled.astype(np.float32))
-    text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
-    [warning] = [line for line in text.splitlines() if "The data do not fit" in line]
-    assert "c has" in warning
-    assert "a has" not in warning
-    proposed = tomllib.loads(text.replace("# mean", "mean").replace("# std", "std").replace("mean = […]", "# mean"))
+    result = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv")
+    assert "clips other values, but c has" in result.stderr
+    proposed = tomllib.loads(result.stdout)
     assert proposed["input"]["mean"][2] == pytest.approx(5e6, rel=0.01)
     assert proposed["input"]["std"][3] == 1.0
+
+
+@pytest.mark.parametrize("limits", [(0.0, 1.0), (-1.0, 1.0), (-4.0, 4.0)])
+def test_the_proposed_scaling_maps_the_data_into_the_input(limits: tuple[float, float]) -> None:
+    scales = [ColumnScale(10.0, 50.0, (11.0, 49.0), 20.0, 10.0), ColumnScale(7.0, 7.0, (7.0, 7.0), 7.0, 0.0)]
+    table = TableSummary("data.csv", ["a", "b"], scales, 100, [])
+    scaling = scaffold.propose_scaling(Tensor("x", (2,), 0, "int8", limits), table)
+    assert scaling is not None
+    for scale, mean, std in zip(scales, scaling.mean, scaling.std, strict=True):
+        assert limits[0] <= (scale.usual[0] - mean) / std <= (scale.usual[1] - mean) / std <= limits[1]
+    assert (scaling.mean[0] == 20.0) == (limits == (-4.0, 4.0))
 
 
 def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Path) -> None:
@@ -254,3 +264,20 @@ def test_wrong_use_is_one_sentence(
     Path("empty.csv").write_text("a,b\n")
     assert why in refused("pack", *arguments)
     assert Path("there.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(5e6, 1000.0), (0.5, 1e-6)])
+def test_pack_warns_of_fields_that_the_quantized_input_cannot_hold_or_tell_apart(
+    tmp_path: Path, offset: float, spread: float
+) -> None:
+    rows = readings(5000) * [1, 1, spread, 1] + [0, 0, offset, 0]
+    write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), rows.astype(np.float32))
+    model = MODELS / "sums_int8.tflite"
+    out = tmp_path / "spec.toml"
+    run("pack", "--from", model, "--data", tmp_path / "data.csv", "-o", out)
+    text = re.sub(r"(?m)^(mean|std) = .*$", "", out.read_text())
+    out.write_text(text)
+    [warning] = [each for each in pack.pack(out, None).warnings if "of its training in [input]" in each]
+    assert ("c 100%" if spread > 1 else "c: all values lie within one step") in warning
+    out.write_text(text.replace("[input]", f"[input]\nmean = [0, 0, {offset}, 0]\nstd = [1, 1, {spread}, 1]"))
+    assert not [each for each in pack.pack(out, None).warnings if "of its training in [input]" in each]

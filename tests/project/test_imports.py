@@ -29,7 +29,7 @@ FLOORS = {
     "indices": 3,
     "kernel": 4,
     "clock": 1,
-    "jsonpath": 1,
+    "decoders": 0,
     "media": 1,
     "names": 1,
     "strict_json": 1,
@@ -248,6 +248,22 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_no_folder_imports_itself_through_others() -> None:
     inside = {folder for cycle in cycles(folder_arrows(all_imports(), MODULES)) for folder in cycle}
     assert inside == FOLDER_CYCLES
+
+
+def test_only_decoders_makes_msgspec_read_a_type() -> None:
+    """Two threads that are the first to do so end the process; see agent/decoders.py."""
+    reading = {"msgspec.convert", "msgspec.json.Decoder", "msgspec.msgpack.Decoder"}
+    decoding = {"msgspec.json.decode", "msgspec.msgpack.decode", "msgspec.toml.decode", "msgspec.yaml.decode"}
+    outside = []
+    for name, path in MODULES.items():
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls if name != "agent.decoders" else []:
+            called, words = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+            if called in reading or (called in decoding and "type" in words):
+                outside.append(f"{name} (line {call.lineno}) calls {called}")
+    assert outside == []
+    froms = {each for each in all_imports() if each.target in {"msgspec.json", "msgspec.msgpack"}}
+    assert {each.module for each in froms} <= {"agent.client"}, "name them in full, or this test does not see them"
 
 
 def test_a_folder_holds_few_modules() -> None:

@@ -86,4 +86,4 @@ def test_a_fleet_loses_nothing_while_its_collectors_are_killed(tmp_path: Path) -
     assert result.figures["audit_passed"]
     assert result.figures["kills"] >= 2
     assert result.figures["messages"] > 40
-    assert result.figures["change_s"]["n"] >= 2
+    assert result.figures["change_s"]["n"] >= 1

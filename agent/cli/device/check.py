@@ -27,7 +27,7 @@ from agent.device.bundles import history
 from agent.device.intake import feedback_loops
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
-from agent.device.machine import schedule
+from agent.device.machine import schedule_text
 from agent.device.machine.certificate import choose_certificate, read_end
 from agent.device.machine.timekeeping import build_report, make_clock, trusted_time_us
 from agent.device.pipeline import tuning_cache
@@ -251,7 +251,7 @@ def _check_confinement(conf: Config) -> CheckResult:
 
 
 def _check_schedule(file: Path, name: str, text: str) -> str:
-    schedule.parse(str(file), name, text)
+    schedule_text.parse(str(file), name, text)
     return text
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-import msgspec
 
+from agent import decoders
 from agent.bootstrap import device
 from agent.cli.device.learned import format_extension, format_smallest_changes
 from agent.cli.follow import format_reading
@@ -98,6 +98,8 @@ def print_document(document: dict[str, Any]) -> None:
         echo(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
         echo(f"tasks are paused: {pause_reason}\n")
+    if slow_reason := document["throttle"].get("slowed"):
+        echo(f"tasks are slowed down: {slow_reason}\n")
     _print_tasks(document["tasks"])
     echo("")
     for alert in document["alerts"]:
@@ -151,7 +153,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     )
     for task in tasks:
         lines = [
-            f"model runs: {msgspec.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
+            f"model runs: {decoders.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),

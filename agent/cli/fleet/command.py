@@ -72,7 +72,7 @@ def command(
 
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
 @click.argument("device")
-@click.option("--key", "kid", metavar="KID", help="Revoke only the key with this thumbprint.")
+@click.option("--kid", metavar="KID", help="Revoke only the key with this thumbprint.")
 @fleet_option
 @json_option
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:

@@ -6,16 +6,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent import clock
 from agent.bootstrap.owner import become_owner
 from agent.cli.output import echo, emit
-from agent.config import parse_duration
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -65,20 +62,6 @@ def open_for_reading(
     if device is not None and device not in (known := store.enrolled_devices()):
         raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
     return config, store
-
-
-def parse_since(option: str, text: str, now_us: int) -> str:
-    """Return a time, or the time a duration ago, as RFC 3339. Raises UsageError."""
-    try:
-        return clock.to_rfc3339(now_us - int(float(parse_duration(text)) * 1e6))
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f'{option} {text!r}: use a duration ("24 h", "7 d") or time (2026-11-24T22:18:00Z)') from None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_option, open_for_reading
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError, explain
@@ -91,7 +91,7 @@ def _read(file: Path) -> Disclosure:
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise UsageError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, which no message covers")
-        return msgspec.json.decode(input_files.read_bytes(file), type=Disclosure)
+        return decoders.from_json(input_files.read_bytes(file), Disclosure)
     except OSError as error:
         raise UsageError(f"{file}: {explain(error)}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

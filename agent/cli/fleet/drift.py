@@ -14,11 +14,11 @@ from agent.cli.fleet.common import (
     db_option,
     fleet_option,
     open_for_reading,
-    parse_since,
     processes_option,
     progress_bar,
 )
 from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
+from agent.cli.time_option import parse_since
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
 from agent.toml_files import did_you_mean

@@ -81,7 +81,7 @@ def evidence(
             raise UsageError(f"--out before {ctx.invoked_subcommand} would write a folder; leave it out")
         return
     if out is None:
-        raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --key PUB")
+        raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --operator PUB")
     made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, folder)
     facts = made.facts
     document = {
@@ -274,12 +274,14 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     if not document["passed"]:
         yield "  the audit FAILED: the page lists the problems; see `outstation fleet audit`"
     yield f"Read it: {document['out']}/index.html"
-    yield f"Check it anywhere: outstation fleet evidence verify {document['out']} --key OPERATOR.pub"
+    yield f"Check it anywhere: outstation fleet evidence verify {document['out']} --operator OPERATOR.pub"
 
 
-@evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --key operator.key.pub")
+@evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --operator operator.key.pub")
 @click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--key", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
+@click.option(
+    "--operator", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it."
+)
 @click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
               help="A head that you got from a device (`outstation head --json`), not from the operator; or a time "
                    "stamp (.tsr, with .json and .tsq beside it) that you got before the folder.")  # fmt: skip
@@ -303,7 +305,7 @@ def verify(
 
     if not key_texts:
         raise UsageError(
-            "--key PUB is missing: the public key of the operator who signed the folder, obtained independently of the "
+            "--operator PUB is missing: the public key of the operator who signed the folder, not obtained from the "
             "folder (operator.key.pub in the fleet's folder)"
         )
     heads, stamps = _read_witnesses(witnesses)

@@ -24,9 +24,11 @@ _sign_with = click.option("--sign-with", multiple=True, type=_path, metavar="FIL
                           help="A private key that is not in the fleet's folder, as on a USB stick.")  # fmt: skip
 
 
-@click.command("publish", epilog="Example: outstation fleet publish exercise --key publisher.key.pub")
+@click.command("publish", epilog="Example: outstation fleet publish exercise --publisher publisher.key.pub")
 @click.argument("bundle", type=_path)
-@click.option("--key", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file.")
+@click.option(
+    "--publisher", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file."
+)
 @click.option("--no-probe", is_flag=True,
               help="Do not load the bundle first; publish its memory limit in place of the measured need.")  # fmt: skip
 @_sign_with
@@ -42,7 +44,7 @@ def publish(
 ) -> None:
     """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
 
-    It must be signed by a --key, by the publisher of the built-in bundles, or by the fleet's operator. No device runs
+    A --publisher, the publisher of the built-in bundles, or the fleet's operator must have signed it. No device runs
     it before a rollout. Publishing the same bundle again changes nothing; another one needs another version.
     """
     from agent.fleet.repository import publish as publishing
@@ -184,10 +186,10 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
 
 
 @repository.command(
-    "rotate", epilog="Example: outstation fleet repository rotate root --key root-2 --sign-with root-1.key"
+    "rotate", epilog="Example: outstation fleet repository rotate root --old root-2 --sign-with root-1.key"
 )
 @click.argument("role")
-@click.option("--key", "old", metavar="NAME", help="The key to replace, if the role has several.")
+@click.option("--old", "old", metavar="NAME", help="The key to replace, if the role has several.")
 @click.option("--new", metavar="PUB", help="The new public key, as text or in a file; default a new key.")
 @_sign_with
 @fleet_option
@@ -235,10 +237,12 @@ def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder
 
 
 @repository.command(
-    "sign-root", epilog="Example: outstation fleet repository sign-root --key root-2.key root.json.draft"
+    "sign-root", epilog="Example: outstation fleet repository sign-root --sign-with root-2.key root.json.draft"
 )
 @click.argument("file", type=_path)
-@click.option("--key", required=True, type=_path, metavar="FILE", help="The root key, on the machine that has it.")
+@click.option(
+    "--sign-with", "key", required=True, type=_path, metavar="FILE", help="The root key, on the machine that has it."
+)
 @json_option
 def sign_root(file: Path, key: Path, as_json: bool) -> None:
     """Sign a draft of the root, on any machine.

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 _path = click.Path(path_type=Path)
 
 
-@click.command("config", epilog="Example: outstation model config theirs --key publisher.key.pub >> outstation.toml")
+@click.command(
+    "config", epilog="Example: outstation model config theirs --publisher publisher.key.pub >> outstation.toml"
+)
 @click.argument("bundle", type=_path)
 @click.option("--name", help="Name of stream and task; default the bundle's name.")
 @click.option(
-    "--key", "public", help="Publisher's public key, text or file, for [publishers]; the bundle must be signed by it."
+    "--publisher",
+    "public",
+    help="Publisher's public key, text or file, for [publishers]; the bundle must be signed by it.",
 )
 @json_option
 def config_command(bundle: Path, name: str | None, public: str | None, as_json: bool) -> None:

@@ -36,7 +36,7 @@ _path = click.Path(path_type=Path)
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Seed of all random draws.")
 @engine_option
 @address_option
-@click.option("--key", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
+@click.option("--publisher", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
 @click.option("--html", type=_path, metavar="FILE", help="Write the report, one HTML file.")
 @click.option("--card", "folder", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
 @click.option(

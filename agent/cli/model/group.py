@@ -51,10 +51,10 @@ def keygen(file: Path, as_json: bool) -> None:
     )
 
 
-@model.command(epilog="Example: outstation model pack bundle.toml -o exercise --key publisher.key")
+@model.command(epilog="Example: outstation model pack bundle.toml -o exercise --sign-with publisher.key")
 @click.argument("spec", type=_path, required=False)
 @click.option("-o", "--out", type=_path, help="Folder or .zip of the bundle; with --from the SPEC to write.")
-@click.option("--key", "key_file", type=_path, help="Publisher's key; without it the bundle stays unsigned.")
+@click.option("--sign-with", "key_file", type=_path, help="Publisher's key; without it the bundle stays unsigned.")
 @click.option("--from", "tflite", type=_path, help="Write a SPEC to complete for this .tflite instead.")
 @click.option("--data", type=_path, help="With --from: CSV, JSON Lines or Parquet of the model's fields.")
 @json_option
@@ -71,9 +71,12 @@ def pack(
         draft = scaffold.scaffold_spec(tflite, out, data)
         if out is not None:
             scaffold.write_spec(draft, out)
-        text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it." if out else draft.text
+        text = f"{out} written, kind {draft.kind}: {draft.rationale}. Check every line of it.\n" if out else draft.text
         members = {"spec": str(out) if out else None, "kind": draft.kind, "text": draft.text}
-        emit(members, as_json, lambda: echo(text, nl=out is not None))
+        emit(members | {"warnings": draft.warnings}, as_json, lambda: echo(text, nl=False))
+        if not as_json:
+            for warning in draft.warnings:
+                click.echo(f"warning: {printable(warning)}", err=True)
         return
     if spec is None or out is None or data is not None:
         raise UsageError(
@@ -133,9 +136,9 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
         raise UsageError(f"{file}: {explain(error)}") from None
 
 
-@model.command(epilog="Example: outstation model sign exercise --key publisher.key")
+@model.command(epilog="Example: outstation model sign exercise --sign-with publisher.key")
 @click.argument("bundle", type=_path)
-@click.option("--key", "key_file", required=True, type=_path, help="Publisher's key.")
+@click.option("--sign-with", "key_file", required=True, type=_path, help="Publisher's key.")
 @json_option
 def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
     """Sign a bundle folder, after checking its files against its manifest."""
@@ -151,9 +154,9 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
     emit(document, as_json, lambda: echo(f"{bundle} {digest}\nsigned by {key.public.kid}"))
 
 
-@model.command(epilog="Example: outstation model check exercise --key publisher.key.pub")
+@model.command(epilog="Example: outstation model check exercise --publisher publisher.key.pub")
 @click.argument("bundle", type=_path)
-@click.option("--key", "public", help="Publisher's public key, as text or in a file.")
+@click.option("--publisher", "public", help="Publisher's public key, as text or in a file.")
 @json_option
 def check(bundle: Path, public: str | None, as_json: bool) -> None:
     """Check BUNDLE, a path or the name of a built-in bundle: signature, hashes, golden vectors in a child process."""

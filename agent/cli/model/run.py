@@ -43,7 +43,7 @@ address_option = click.option(
 @click.option("--raw", is_flag=True, help="Add the model's outputs as columns raw_0, raw_1, …")
 @engine_option
 @address_option
-@click.option("--key", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
+@click.option("--publisher", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(
     bundle: Path, data: Path, out: Path, raw: bool, engine: str, address: str | None, public: str | None, as_json: bool

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
@@ -51,7 +51,7 @@ class BundleHistory(msgspec.Struct, frozen=True):
 
 def load_history(store: Store, task: str) -> BundleHistory | None:
     stored = store.load_state(task, task_keys.BUNDLE_HISTORY)
-    return msgspec.json.decode(stored, type=BundleHistory) if stored else None
+    return decoders.from_json(stored, BundleHistory) if stored else None
 
 
 def copies_folder(data_dir: Path) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from agent import decoders
 from agent.config import Config
-from agent.device.machine import schedule
+from agent.device.machine import schedule_text
+from agent.device.machine.schedule import Schedule
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -40,21 +42,21 @@ def load_schedule(store: Store, task: str) -> str | None:
     return None if text is None else text.decode()
 
 
-def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> schedule.Schedule:
+def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> Schedule:
     """Return the schedule that an operator set, or the configured one. Raises ConfigError if that is malformed."""
     text = load_schedule(store, task)
     if text is not None:
         try:
-            return schedule.parse(file, task, text, last_us)
+            return schedule_text.parse(file, task, text, last_us, conf.device.id)
         except ConfigError:
             # A schedule that an earlier version took must not keep the device from starting.
             pass
-    return schedule.parse(file, task, conf.tasks[task].schedule, last_us)
+    return schedule_text.parse(file, task, conf.tasks[task].schedule, last_us, conf.device.id)
 
 
 def load_bundle_override(store: Store, task: str) -> BundleOverride | None:
     stored = store.load_state(task, task_keys.BUNDLE_OVERRIDE)
-    return msgspec.json.decode(stored, type=BundleOverride) if stored else None
+    return decoders.from_json(stored, BundleOverride) if stored else None
 
 
 def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | None) -> None:
@@ -67,7 +69,7 @@ def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | 
 def load_quarantined(store: Store | Transaction, task: str) -> dict[str, QuarantinedBundle]:
     """Return the quarantined bundles of a task, by digest."""
     data = store.load_state(task, task_keys.QUARANTINED_BUNDLES) or b"{}"
-    return msgspec.json.decode(data, type=dict[str, QuarantinedBundle])
+    return decoders.from_json(data, dict[str, QuarantinedBundle])
 
 
 def save_quarantined(tx: Transaction, task: str, quarantined: dict[str, QuarantinedBundle]) -> None:

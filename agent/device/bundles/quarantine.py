@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.alerts import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
@@ -107,7 +107,7 @@ def is_suspected(store: Store, task: str, digest: str) -> bool:
 
 def _load_crash_count(store: Store, task: str) -> _CrashCount | None:
     stored = store.load_state(task, task_keys.CRASH_COUNT)
-    return msgspec.json.decode(stored, type=_CrashCount) if stored else None
+    return decoders.from_json(stored, _CrashCount) if stored else None
 
 
 def _count_crash(conf: Config, store: Store, message_log: MessageLog, crash: CrashRecord, now: ClockReading) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -64,7 +65,7 @@ def load_state(store: Store, task: str) -> RolloutState | None:
     """Return the state; None if no bundle was desired yet, or if it cannot be read."""
     stored = store.load_state(task, task_keys.ROLLOUT_STATE)
     try:
-        return msgspec.json.decode(stored, type=RolloutState) if stored else None
+        return decoders.from_json(stored, RolloutState) if stored else None
     except msgspec.MsgspecError as damage:
         log.error("task %s: its rollout state cannot be read (%s); the rollout begins again", task, damage)
         return None
@@ -86,7 +87,7 @@ def save_state(tx: Transaction, task: str, state: RolloutState | None) -> None:
 def load_hold_offs(store: Store | Transaction, task: str) -> dict[str, HoldOff]:
     """Return hold-offs by the bundle's digest, also those that have ended."""
     try:
-        return msgspec.json.decode(store.load_state(task, task_keys.HOLD_OFFS) or b"{}", type=dict[str, HoldOff])
+        return decoders.from_json(store.load_state(task, task_keys.HOLD_OFFS) or b"{}", dict[str, HoldOff])
     except msgspec.MsgspecError:
         return {}
 

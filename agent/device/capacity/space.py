@@ -9,7 +9,8 @@ Eviction starts when `EVICTION_START` of the room that quota and disk leave is i
 5. evict messages of the outbox by `EVICTION_ORDER`, but only while nothing is acknowledged: if messages are being
    delivered and a producer is too fast, the intake refuses its rows instead (`INTAKE_SHARE` in store.py)
 Whatever goes before it was delivered, used or kept as long as configured is declared in the same transaction (see
-`eviction`). `[buffer] when_full = "refuse"` leaves out steps 3 to 5.
+`eviction`). `[buffer] when_full = "refuse"` leaves out steps 3 to 5. So does a disk that other programs have filled:
+pages that SQLite frees give it no room, and no batch or row is committed before it has some.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class SpaceManager:
             if not self._run_early(now):
                 self._next_early_run_s = now.boot_s + _EARLY_RUN_INTERVAL_S
             return True
-        if self._conf.buffer.when_full == "refuse":
+        if self._conf.buffer.when_full == "refuse" or self._store.is_disk_full():
             return False
         if self._evict_readings(self._stuck(), now):
             return True

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.config import Config, parse_duration
 from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
-from agent.device.machine import schedule
+from agent.device.machine import schedule_text
 from agent.device.pipeline import label_metrics, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
@@ -104,7 +105,7 @@ class TaskActions:
         configured = self._conf.tasks[name].schedule
         wanted = configured if text == DEFAULT_SCHEDULE else text
         try:
-            new = schedule.parse(self._file, name, wanted)
+            new = schedule_text.parse(self._file, name, wanted, device=self._conf.device.id)
         except ConfigError as error:
             raise RowRejected(error.problem) from None
 
@@ -190,7 +191,7 @@ class TaskActions:
     def label(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         task = self._require_scheduled(args["task"]).task
         try:
-            columns = msgspec.json.decode(args["labels"].encode(), type=dict[str, list[Any]])
+            columns = decoders.from_json(args["labels"].encode(), dict[str, list[Any]])
         except msgspec.MsgspecError as error:
             raise RowRejected(f'labels: {error}; they are columns, as {{"row":[100],"label":["PEN"]}}') from None
         # The command is signed, so its key vouches for the name.

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from agent import clock, durable_files, input_files
+from agent import clock, decoders, durable_files, input_files
 from agent.alerts import WIPE_PENDING
 from agent.clock import ClockReading
 from agent.config import Config
@@ -65,7 +65,7 @@ class Wipe:
         self._halt, self._delay_s = halt, delay_s
         self._confirmation: tuple[str, float] | None = None
         text = store.get_meta(_PENDING, "")
-        self._pending = msgspec.json.decode(text, type=_PendingWipe) if text else None
+        self._pending = decoders.from_json(text, _PendingWipe) if text else None
         # Without a time service, the delay begins anew with each start.
         self._pending_since_s: float | None = None
         self._next_try_s = float("-inf")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.device.intake.frames import MAGIC
 from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
@@ -194,7 +195,7 @@ class ProducerConnection:
     async def _read_hello(self, line: bytes) -> bool:
         """Read the name and the token, if the line is a greeting. Raises Refusal."""
         try:
-            hello = msgspec.json.decode(line, type=_Hello)
+            hello = decoders.from_json(line, _Hello)
             members = [text for text in (hello.client, hello.token) if text is not None]
             check_key_count(line, len(members) + (hello.forget is not None), members)
         except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -232,7 +233,7 @@ def _check_first_bytes(before: bytes, data: bytes) -> None:
 
 def _is_json_object(line: bytes) -> bool:
     try:
-        msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        decoders.from_json(line, dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
     return True

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import decoders
 from agent.config import StreamConfig
 from agent.datasets.formats import PARQUET_SUFFIXES
 from agent.device.intake import decoded_blocks
@@ -41,7 +42,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-_ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_ANSWERS: msgspec.msgpack.Decoder[Answer] = decoders.msgpack_decoder(Answer)
 
 
 class DecoderDied(UsageError):

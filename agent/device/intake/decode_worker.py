@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgspec
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake import decoded_blocks, file_reader, media_reader
 from agent.device.intake.decoded_blocks import DecodedBlock, DecodeEnd, DecodeRequest, DecoderSetup
@@ -49,7 +49,7 @@ def main() -> None:
     data = decoded_blocks.receive(channel)
     if data is None:
         return
-    setup = msgspec.msgpack.decode(data, type=DecoderSetup)
+    setup = decoders.from_msgpack(data, DecoderSetup)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != setup.parent_pid:
         return
@@ -68,7 +68,7 @@ def main() -> None:
     # Ready.
     decoded_blocks.send(channel, DecodeEnd())
     while (received := decoded_blocks.receive_with_file(channel)) is not None:
-        request = msgspec.msgpack.decode(received[0], type=DecodeRequest)
+        request = decoders.from_msgpack(received[0], DecodeRequest)
         with open(received[1], "rb") as file:
             decoded_blocks.send(channel, _decode(channel, file, request, setup))
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.device.intake.row_history import summarize_reasons
 from agent.device.machine import label_key
@@ -49,7 +50,7 @@ class LabelBatch(msgspec.Struct, frozen=True):
 
 def parse_line(line: bytes) -> LabelBatch:
     """Parse a JSON line with "labels". Raises RowRejected, and msgspec's errors or ValueError if it is malformed."""
-    decoded = msgspec.json.decode(line, type=_Line)
+    decoded = decoders.from_json(line, _Line)
     single = {name: value for name in _COLUMNS if (value := getattr(decoded, name)) is not msgspec.UNSET}
     claim = _read_claim(decoded)
     if isinstance(decoded.columns, msgspec.UnsetType):

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.config import StreamConfig
 from agent.device.intake import frames, labels
 from agent.device.intake.frames import FrameLayout, NumberType, decode_column
@@ -127,7 +128,7 @@ class LineParser:
         if (decoder := self._columnar_decoder) is not None and (decoded := decoder.decode_columns(line)) is not None:
             return self._parse_columns(decoder, decoded, line, number, now_us)
         try:
-            head = msgspec.json.decode(line, type=_LineHead)
+            head = decoders.from_json(line, _LineHead)
         except _DECODE_ERRORS as error:
             raise RowRejected(_explain_json_error(line, error)) from None
         if isinstance(head.stream, msgspec.UnsetType):
@@ -205,18 +206,18 @@ class _StreamDecoder:
 
     @cached_property
     def row_decoder(self) -> msgspec.json.Decoder[Any]:
-        return msgspec.json.Decoder(self._row_type)
+        return decoders.json_decoder(self._row_type)
 
     @cached_property
     def run_decoder(self) -> msgspec.json.Decoder[Any]:
-        return msgspec.json.Decoder(list[self._row_type])  # type: ignore[name-defined]
+        return decoders.json_decoder(list[self._row_type])  # type: ignore[name-defined]
 
     @cached_property
     def columns_decoder(self) -> msgspec.json.Decoder[Any]:
         absent = msgspec.UnsetType
         fields: list[Any] = [("stream", str), ("columns", dict[str, list[Any]] | absent, msgspec.UNSET)]
         fields.append(("packed", dict[str, tuple[NumberType, bytes]] | absent, msgspec.UNSET))
-        return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
+        return decoders.json_decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
     def decode_columns(self, line: bytes) -> Any:
         """Decode the line as columns of this stream; None if it is something else."""

@@ -76,7 +76,7 @@ class Intake:
     ) -> None:
         self._conf, self._store, self._sources, self._now = conf, store, sources, now
         self._on_committed, self._on_failed = on_committed, on_failed
-        self._group_commit = GroupCommit(store, conf.streams, label_targets, label_key)
+        self.group_commit = GroupCommit(store, conf.streams, label_targets, label_key)
         self._answer_callbacks: dict[object, Callable[[CommitOutcome], None]] = {}
         self._connections_by_client: dict[str, ProducerConnection] = {}
         self._table = ConnectionTable(raise_descriptor_limit())
@@ -154,7 +154,7 @@ class Intake:
         return Listener(
             bound,
             lambda connected, user: self._accept(connected, user, token),
-            lambda: self._group_commit.count("connections delayed"),
+            lambda: self.group_commit.count("connections delayed"),
         )
 
     async def _run_heartbeat(self) -> None:
@@ -210,15 +210,15 @@ class Intake:
         future: asyncio.Future[CommitOutcome] = asyncio.get_running_loop().create_future()
         self._answer_callbacks[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
         numbers = list(lines) or list(range(1, raw.n + 1))
-        self._group_commit.add_rows(
+        self.group_commit.add_rows(
             *(producer, stream, validated, [n for i, n in enumerate(numbers) if i not in validated.rejected], now),
             is_recording=self._conf.streams[stream].source.reads_recordings,
         )
         for index, reason in validated.rejected.items():
-            self._group_commit.reject(producer, numbers[index], reason)
+            self.group_commit.reject(producer, numbers[index], reason)
         for number, reason in refused.items():
-            self._group_commit.reject(producer, number, reason)
-        self._group_commit.advance(producer, max([*numbers[-1:], *refused]), position)
+            self.group_commit.reject(producer, number, reason)
+        self.group_commit.advance(producer, max([*numbers[-1:], *refused]), position)
         self._schedule_commit()
         return await future
 
@@ -237,7 +237,7 @@ class Intake:
         self._open_connections.discard(connected)
         self._open_connections.add(writer)
         producer = ProducerConnection(
-            self._group_commit,
+            self.group_commit,
             LineParser(self._conf.streams, show_values=self._conf.privacy.values_in_logs),
             self._greet,
             writer,
@@ -296,7 +296,7 @@ class Intake:
         if older is not None:
             older.retire()
         await self._commit_early(
-            lambda: self._background_write is not None or self._group_commit.holds_position(client_source(name), name)
+            lambda: self._background_write is not None or self.group_commit.holds_position(client_source(name), name)
         )
         if self._has_failed:
             raise StorageError("the store failed; the position of this client is unknown")
@@ -322,11 +322,9 @@ class Intake:
                 await waiter
 
     def _schedule_commit(self) -> None:
-        if self._group_commit.is_full:
+        if self.group_commit.is_full:
             self._commit_in_background()
-        elif self._group_commit and (
-            self._timer is None or self._is_stopping or self._group_commit.is_worth_committing
-        ):
+        elif self.group_commit and (self._timer is None or self._is_stopping or self.group_commit.is_worth_committing):
             loop = asyncio.get_running_loop()
             now = loop.time()
             if self._is_stopping:
@@ -337,7 +335,7 @@ class Intake:
             if self._timer is not None:
                 self._timer.cancel()
             due_s = self._commit_due_s
-            if self._group_commit.is_worth_committing:
+            if self.group_commit.is_worth_committing:
                 due_s = min(due_s, now + _QUIET_S)
             self._timer = loop.call_at(due_s, self._commit)
 
@@ -345,8 +343,8 @@ class Intake:
         """Write and answer everything that has arrived, unless the store has failed."""
         self._cancel_timer()
         self._answer_background_write()
-        if self._group_commit and not self._has_failed:
-            self._commit_and_answer(lambda: self._group_commit.commit(self._now()))
+        if self.group_commit and not self._has_failed:
+            self._commit_and_answer(lambda: self.group_commit.commit(self._now()))
 
     def _commit_in_background(self) -> None:
         """Write in the second thread while more is read, after waiting for its current write."""
@@ -354,7 +352,7 @@ class Intake:
         self._answer_background_write()
         if self._has_failed:
             return
-        write = self._writer.submit(self._group_commit.write, self._group_commit.drain(), self._now())
+        write = self._writer.submit(self.group_commit.write, self.group_commit.drain(), self._now())
         self._background_write, loop = write, asyncio.get_running_loop()
 
         def notify(_: object) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from agent import clock, input_files
+from agent import clock, decoders, input_files
 
 log = logging.getLogger("outstation")
 
@@ -73,7 +73,7 @@ def decode(data: bytes, boot: str, record_type: type[Record]) -> Record | None:
     if magic != _MAGIC or len(body) != length or zlib.crc32(body) != crc:
         return None
     try:
-        of_boot, record = msgspec.json.decode(body, type=tuple[str, record_type])  # type: ignore[valid-type]
+        of_boot, record = decoders.from_json(body, tuple[str, record_type])  # type: ignore[valid-type]
     except msgspec.MsgspecError:
         return None
     return record if of_boot == boot else None

@@ -2,18 +2,20 @@
 
 Intervals use the boot-time clock. Cron needs wall time: APScheduler computes the next time, again after each step of
 the wall clock. One run catches up on all missed times. For times that a cron expression missed while the daemon was
-off, the time of the last run must be saved and passed to `parse`.
+off, the time of the last run must be saved and passed to `CronSchedule`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol
 
-from agent import clock, config
+import msgspec
+
+from agent import clock
 from agent.clock import ClockReading
-from agent.errors import ConfigError
 
 _STEP_US = 1_000_000
 _MAX_WAIT_S = 60.0
@@ -31,7 +33,7 @@ _DAY_PATTERN = re.compile(
 class Schedule(Protocol):
     @property
     def needs_last_run(self) -> bool:
-        """True if the wall time of each run must be saved, for `parse` after a restart."""
+        """True if the wall time of each run must be saved, for the schedule that is made after a restart."""
         ...
 
     @property
@@ -55,38 +57,18 @@ class Schedule(Protocol):
         ...
 
 
-def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedule:
-    """Parse `"every 60 s"`, `"when 500 rows"` or a cron expression of five fields (local time). Raises ConfigError.
-
-    `last_us` is the wall time of the last run before this start, epoch µs, if known.
-    """
-    key = f"tasks.{task}.schedule"
-    try:
-        if text.startswith("every "):
-            seconds = config.parse_duration(text.removeprefix("every "))
-            if seconds <= 0:
-                raise ValueError("an interval must be positive")
-            return IntervalSchedule(seconds)
-        rows = re.fullmatch(r"when (\d+) rows?", text)
-        if rows:
-            return RowCountSchedule(max(1, int(rows[1])))
-        return CronSchedule(text, last_us)
-    except ValueError as error:
-        raise ConfigError(
-            file, key, f'{text!r}: {error}; write "every 60 s", "when 500 rows" or a cron expression'
-        ) from None
-
-
 class IntervalSchedule:
-    """Schedule with a fixed interval in seconds; the first run is at once."""
+    """Schedule with a fixed interval in seconds; the first run is `delay_s` after the first look."""
 
     needs_last_run = counts_rows = False
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, delay_s: float = 0.0) -> None:
+        self._seconds, self._delay_s = seconds, delay_s
         self._next: float | None = None
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        if self._next is None and self._delay_s:
+            self._next = now.boot_s + self._delay_s
         return self._next is None or now.boot_s >= self._next
 
     def record_run(self, now: ClockReading) -> None:
@@ -130,12 +112,22 @@ class CronSchedule:
     """Schedule of a cron expression, in local time or in `zone`, as in crontab(5). Raises ValueError.
 
     When the clocks go back, a time with a fixed hour comes once; also when a wall clock is set back by less than three
-    hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not.
+    hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not. No time is before
+    `start` or at or after `end`; each run is `delay_us` after its time.
     """
 
     needs_last_run, counts_rows = True, False
 
-    def __init__(self, expression: str, last_us: int | None = None, zone: tzinfo | None = None) -> None:
+    def __init__(
+        self,
+        expression: str,
+        last_us: int | None = None,
+        zone: tzinfo | None = None,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        delay_us: int = 0,
+    ) -> None:
         # Imported here, 40 ms and several MB: only cron expressions need it.
         from apscheduler.triggers.cron import CronTrigger
 
@@ -151,13 +143,20 @@ class CronSchedule:
             CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone) for d, w in days
         ]
         self._has_fixed_hour = not hour.startswith("*")
-        self._last = last_us
+        self._delay_us = delay_us
+        self._end: datetime | None = None
+        self._last = None if last_us is None else last_us - delay_us
         self._next: datetime | None = None
         self._last_now: ClockReading | None = None
         if self._find_next(datetime(2024, 1, 1, tzinfo=UTC)) is None:
             raise ValueError("that time never comes")
+        # After that check: a range that is over is no error, or a device could not start with it.
+        for trigger in self._triggers:
+            trigger.start_date = start
+        self._end = end
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        now = self._shift(now)
         if self._next is None:
             self._next = self._find_next(self._search_start(now, catch_up=True))
         # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
@@ -167,6 +166,7 @@ class CronSchedule:
         return self._next is not None and clock.to_datetime(now.wall_us) >= self._next
 
     def record_run(self, now: ClockReading) -> None:
+        now = self._shift(now)
         self._last = now.wall_us
         self._next = self._find_next(clock.to_datetime(now.wall_us) + _TICK)
 
@@ -181,13 +181,69 @@ class CronSchedule:
 
     def wait_s(self, now: ClockReading) -> float:
         if self._next is None:
-            return 0.0
+            # No time is left before the end of the range; only a step of the clock can change that.
+            return _MAX_WAIT_S if self._last_now is not None else 0.0
+        now = self._shift(now)
         return min(_MAX_WAIT_S, max(0.0, (self._next - clock.to_datetime(now.wall_us)).total_seconds()))
+
+    def _shift(self, now: ClockReading) -> ClockReading:
+        """Return the reading as it was before the delay, so that each time comes later by it."""
+        return msgspec.structs.replace(now, wall_us=now.wall_us - self._delay_us) if self._delay_us else now
 
     def _find_next(self, moment: datetime) -> datetime | None:
         """Return the first time at or after `moment`."""
         times = [_next_fire_time(trigger, moment, self._has_fixed_hour) for trigger in self._triggers]
-        return min((time for time in times if time is not None), default=None)
+        # The trigger's own end_date would be returned as a time of its own where the search starts after it.
+        return min(
+            (time for time in times if time is not None and (self._end is None or time < self._end)), default=None
+        )
+
+
+class DateRangeSchedule:
+    """Schedule that is due only from wall time `start` to before `end`; None leaves that side open."""
+
+    def __init__(self, schedule: Schedule, start: datetime | None, end: datetime | None) -> None:
+        self._schedule, self._start, self._end = schedule, start, end
+        self.needs_last_run, self.counts_rows = schedule.needs_last_run, schedule.counts_rows
+
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        return self._contains(now) and self._schedule.is_due(now, backlog, enough)
+
+    def record_run(self, now: ClockReading) -> None:
+        self._schedule.record_run(now)
+
+    def wait_s(self, now: ClockReading) -> float:
+        if self._contains(now):
+            return self._schedule.wait_s(now)
+        if self._start is None:
+            return _MAX_WAIT_S
+        until_start_s = (self._start - clock.to_datetime(now.wall_us)).total_seconds()
+        return min(_MAX_WAIT_S, until_start_s) if until_start_s > 0 else _MAX_WAIT_S
+
+    def _contains(self, now: ClockReading) -> bool:
+        moment = clock.to_datetime(now.wall_us)
+        return (self._start is None or moment >= self._start) and (self._end is None or moment < self._end)
+
+
+class AnySchedule:
+    """Schedule that is due when any of `schedules` is; a run counts for all of them."""
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        self._schedules = tuple(schedules)
+        self.needs_last_run = any(schedule.needs_last_run for schedule in schedules)
+        self.counts_rows = any(schedule.counts_rows for schedule in schedules)
+
+    def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        # Every schedule is queried: each keeps its last look for `wait_s`.
+        due = [schedule.is_due(now, backlog, enough) for schedule in self._schedules]
+        return any(due)
+
+    def record_run(self, now: ClockReading) -> None:
+        for schedule in self._schedules:
+            schedule.record_run(now)
+
+    def wait_s(self, now: ClockReading) -> float:
+        return min(schedule.wait_s(now) for schedule in self._schedules)
 
 
 def _next_fire_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:

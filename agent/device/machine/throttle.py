@@ -1,4 +1,6 @@
-"""Throttle: pauses tasks while the machine is too hot, throttled by its firmware, or on a low battery.
+"""Throttle: slows tasks down, then pauses them, while the machine is hot or on a low battery.
+
+A slowed machine runs tasks for a share of the time, the duty cycle: heat falls even while a backlog waits.
 
 Sources: Linux sysfs, Documentation/ABI/testing/sysfs-class-thermal and sysfs-class-power; the Raspberry Pi firmware's
 `get_throttled` (bit 0 under-voltage, 2 throttled, 3 soft temperature limit, each as it is now).
@@ -36,16 +38,22 @@ _THROTTLE_FLAGS = {
 class ThermalPowerStatus(msgspec.Struct, frozen=True):
     """Temperature of the hottest sensor (°C) and level of the emptiest discharging battery (%); None if unknown.
 
-    `pause_reason`: why tasks are paused, "" if they are not.
+    `pause_reason`: why tasks are paused, "" if they are not; `slow_reason`: why they are slowed down.
     """
 
     temperature: float | None = None
     battery: float | None = None
     pause_reason: str = ""
+    slow_reason: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Return the known members for health and status."""
-        members = {"temperature": self.temperature, "battery": self.battery, "resting": self.pause_reason or None}
+        members = {
+            "temperature": self.temperature,
+            "battery": self.battery,
+            "resting": self.pause_reason or None,
+            "slowed": self.slow_reason or None,
+        }
         return {name: value for name, value in members.items() if value is not None}
 
 
@@ -61,27 +69,24 @@ class Throttle:
         if now.boot_s < self._next_check_s:
             return self.status
         self._next_check_s = now.boot_s + _CHECK_INTERVAL_S
-        before = self.status
-        measured = ThermalPowerStatus(self._read_temperature(), self._read_battery())
-        reason = self._find_pause_reason(measured, is_paused=bool(before.pause_reason))
-        self.status = ThermalPowerStatus(measured.temperature, measured.battery, reason)
-        if bool(before.pause_reason) != bool(self.status.pause_reason):
-            after = self.status.pause_reason
-            log.warning("tasks %s", f"pause: {after}" if after else f"resume; the cause was: {before.pause_reason}")
+        before, conf = self.status, self._conf
+        temperature, battery = self._read_temperature(), self._read_battery()
+        pause_limits = (conf.max_temperature, "max_temperature"), (conf.min_battery, "min_battery")
+        reason = _compare_limits(temperature, battery, *pause_limits, is_beyond=bool(before.pause_reason))
+        if not reason and conf.throttled == "wait":
+            reason = self._describe_throttling()
+        slow_limits = (conf.slow_temperature, "slow_temperature"), (conf.slow_battery, "slow_battery")
+        # After a pause tasks begin slowly, or they would heat the machine up to the next one.
+        was_slow = bool(before.slow_reason or before.pause_reason)
+        slow = "" if reason else _compare_limits(temperature, battery, *slow_limits, is_beyond=was_slow)
+        self.status = ThermalPowerStatus(temperature, battery, reason, slow)
+        _log_change("pause", before.pause_reason, reason)
+        _log_change("slow down", before.slow_reason, slow)
         return self.status
 
-    def _find_pause_reason(self, measured: ThermalPowerStatus, *, is_paused: bool) -> str:
-        hottest = self._conf.max_temperature - (_TEMPERATURE_HYSTERESIS if is_paused else 0.0)
-        if measured.temperature is not None and measured.temperature > hottest:
-            most = self._conf.max_temperature
-            limits = f"more than {most:g} °C ([throttle] max_temperature), until {most - _TEMPERATURE_HYSTERESIS:g} °C"
-            return f"{measured.temperature:.0f} °C; {limits}"
-        emptiest = self._conf.min_battery + (_BATTERY_HYSTERESIS if is_paused else 0.0)
-        if measured.battery is not None and measured.battery < emptiest:
-            least = self._conf.min_battery
-            limits = f"less than {least:g} % ([throttle] min_battery), until {least + _BATTERY_HYSTERESIS:g} %"
-            return f"battery at {measured.battery:.0f} %; {limits}"
-        return self._describe_throttling() if self._conf.throttled == "wait" else ""
+    def rest_s(self, busy_s: float) -> float:
+        """Return how long all tasks rest after they ran for `busy_s` seconds: 0 unless slowed down."""
+        return busy_s * (1.0 / self._conf.duty_cycle - 1.0) if self.status.slow_reason else 0.0
 
     def _read_temperature(self) -> float | None:
         low, high = _PLAUSIBLE_TEMPERATURES
@@ -116,6 +121,31 @@ class Throttle:
             return path.read_text(encoding="ascii", errors="replace").strip()
         except OSError:
             return ""
+
+
+def _compare_limits(
+    temperature: float | None,
+    battery: float | None,
+    most: tuple[float, str],
+    least: tuple[float, str],
+    *,
+    is_beyond: bool,
+) -> str:
+    """Return which of the limits, each with its config key, is passed; one that `is_beyond` ends with hysteresis."""
+    limit, key = most
+    end = limit - _TEMPERATURE_HYSTERESIS
+    if temperature is not None and temperature > (end if is_beyond else limit):
+        return f"{temperature:.0f} °C; more than {limit:g} °C ([throttle] {key}), until {end:g} °C"
+    limit, key = least
+    end = limit + _BATTERY_HYSTERESIS
+    if battery is not None and battery < (end if is_beyond else limit):
+        return f"battery at {battery:.0f} %; less than {limit:g} % ([throttle] {key}), until {end:g} %"
+    return ""
+
+
+def _log_change(action: str, before: str, after: str) -> None:
+    if bool(before) != bool(after):
+        log.warning("tasks %s", f"{action}: {after}" if after else f"no longer {action}; the cause was: {before}")
 
 
 def lower_priority(conf: config.ThrottleConfig) -> None:

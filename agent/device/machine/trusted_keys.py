@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.clock import ClockReading
 from agent.device.machine.timekeeping import trusted_time_us
 from agent.device.store.message_log import MessageLog
@@ -279,7 +279,7 @@ def _load_root(store: Store, anchor_file: Path) -> tuple[str, bytes]:
 
 def _read_stored(store: Store) -> _StoredRoot | None:
     try:
-        return msgspec.json.decode(store.get_meta(_META_KEY, "null"), type=_StoredRoot | None)
+        return decoders.from_json(store.get_meta(_META_KEY, "null"), _StoredRoot | None)
     except msgspec.MsgspecError as damage:
         log.error("the stored root cannot be read (%s); it comes again when connected", damage)
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from agent import arrays
+from agent import arrays, decoders
 from agent.alerts import LEARNING_REFUSED, Alert
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
@@ -162,7 +162,7 @@ def _load_basis(store: Store, task: str, suffix: str) -> StoredBasis | None:
     if stored is None:
         return None
     try:
-        basis = msgspec.msgpack.decode(stored, type=StoredBasis)
+        basis = decoders.from_msgpack(stored, StoredBasis)
         Reference.from_json(basis.reference)
     except (msgspec.MsgspecError, BadBundle):
         return None
@@ -196,7 +196,7 @@ def load_for_display(store: Store, task: str) -> DriftState | None:
 
 def load_refusals(store: Store, task: str) -> LearningRefusals:
     stored = store.load_state(task, task_keys.LEARNING_REFUSED_ALERT)
-    return msgspec.json.decode(stored, type=LearningRefusals) if stored else LearningRefusals()
+    return decoders.from_json(stored, LearningRefusals) if stored else LearningRefusals()
 
 
 def save_refusals(tx: Transaction, task: str, refusals: LearningRefusals) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent import clock
+from agent import clock, decoders
 from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -346,7 +346,7 @@ def to_labelled_predictions(task: LoadedTask, samples: Sequence[StoredLabel]) ->
 def _load_published(task: LoadedTask, store: Store) -> Partitions:
     stored = store.load_state(task.name, task_keys.PUBLISHED_CELLS)
     try:
-        return msgspec.msgpack.decode(stored, type=Partitions) if stored else {}
+        return decoders.from_msgpack(stored, Partitions) if stored else {}
     except msgspec.MsgspecError:
         return {}
 

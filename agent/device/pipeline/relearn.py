@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -86,7 +86,7 @@ def pending_request(store: Store, task: str) -> RelearnRequest | None:
         if content is None:
             continue
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
-            request = msgspec.json.decode(content, type=RelearnRequest)
+            request = decoders.from_json(content, RelearnRequest)
             if request.id.encode() != done:
                 return request
     return None

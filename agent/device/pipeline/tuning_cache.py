@@ -6,6 +6,7 @@ import contextlib
 
 import msgspec
 
+from agent import decoders
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.errors import StorageBusy, StorageFull
@@ -18,7 +19,7 @@ _MAX_ENTRIES = 4
 def load(store: Store, task: str) -> list[Tuning]:
     """Return the stored tunings, newest first."""
     try:
-        return msgspec.json.decode(store.load_state(task, task_keys.TUNINGS) or b"[]", type=list[Tuning])
+        return decoders.from_json(store.load_state(task, task_keys.TUNINGS) or b"[]", list[Tuning])
     except msgspec.MsgspecError:
         return []
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from agent import clock, ranges
+from agent import clock, decoders, ranges
 from agent.device.recovery import findings
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
 from agent.device.store import meta, retention, watermark
@@ -187,7 +187,7 @@ def raise_cursors(db: sqlite3.Connection) -> None:
     consumed: dict[str, tuple[int, int]] = {}
     for (payload,) in db.execute("SELECT payload FROM outbox WHERE topic LIKE '%/results/%'"):
         with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
-            message = msgspec.json.decode(payload, type=_ResultsMessage)
+            message = decoders.from_json(payload, _ResultsMessage)
             if message.kind == "results":
                 first, last = consumed.get(message.task, message.rows)
                 consumed[message.task] = min(first, message.rows[0]), max(last, message.rows[1])

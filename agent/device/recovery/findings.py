@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent import ranges
+from agent import decoders, ranges
 from agent.device.store import meta
 
 # Names in table meta: unreported findings, the last finding, how the store was closed, and the `NewLogPlan`.
@@ -51,7 +51,7 @@ class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
     joined: bool = False
 
 
-_FINDINGS_DECODER = msgspec.json.Decoder(list[RecoveryFinding])
+_FINDINGS_DECODER = decoders.json_decoder(list[RecoveryFinding])
 
 
 def decode(text: str) -> list[RecoveryFinding]:

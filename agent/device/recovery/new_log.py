@@ -21,6 +21,7 @@ import uuid
 
 import msgspec
 
+from agent import decoders
 from agent.alerts import NEW_LOG_STARTED
 from agent.clock import ClockReading
 from agent.device.capacity import eviction
@@ -116,7 +117,7 @@ def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> N
     text = store.get_meta(NEW_LOG, "")
     if not text:
         return
-    plan = msgspec.json.decode(text, type=NewLogPlan)
+    plan = decoders.from_json(text, NewLogPlan)
     if not plan.new:
         plan = _create_log(store, plan)
     store.log_id = message_log.log_id = plan.new

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.device.store import journal, meta, watermark
 from agent.device.store.store import DATABASE
 from agent.device.store.watermark import FILE_NAME
@@ -149,7 +149,7 @@ def require_not_moved(folder: Path) -> None:
     try:
         with contextlib.suppress(msgspec.MsgspecError), note.open("rb") as file:
             # A damaged note is a note.
-            log_id = msgspec.json.decode(file.read(_MAX_NOTE), type=_Note).log
+            log_id = decoders.from_json(file.read(_MAX_NOTE), _Note).log
         if _identify(folder / FILE_NAME) is not None:
             state = watermark.load(folder)
         if state is not None and state.log == log_id:

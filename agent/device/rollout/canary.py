@@ -10,6 +10,7 @@ from typing import cast
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.comparison import paired_intervals, rules
 from agent.comparison.rules import RuleResult
@@ -191,9 +192,7 @@ class CanaryRun:
 def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgress:
     fresh = CanaryProgress(state.desired.rollout, state.desired.digest, state.phase)
     try:
-        saved = msgspec.json.decode(
-            store.load_state(task, task_keys.CANARY_PROGRESS) or b"null", type=CanaryProgress | None
-        )
+        saved = decoders.from_json(store.load_state(task, task_keys.CANARY_PROGRESS) or b"null", CanaryProgress | None)
     except msgspec.MsgspecError:
         return fresh
     key = (fresh.rollout, fresh.digest, fresh.phase)

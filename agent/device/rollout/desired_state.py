@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.store import task_keys
@@ -145,7 +146,7 @@ class DesiredStateStore:
         if saved is None:
             return
         try:
-            message = msgspec.msgpack.decode(saved, type=_AcceptedMessage)
+            message = decoders.from_msgpack(saved, _AcceptedMessage)
         except msgspec.MsgspecError as damage:
             log.error(
                 "the stored desired state of %s cannot be read (%s); it comes again when connected", topic, damage

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import arrays
+from agent import arrays, decoders
 from agent.alerts import LEARNING_REFUSED, Alert, continue_number, monitoring_kind
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
@@ -197,7 +197,7 @@ def _save(tx: Transaction, task: str, state: DriftState) -> None:
 
 def _load_refusals(tx: Transaction, task: str, suffix: str) -> LearningRefusals:
     stored = tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT + suffix)
-    return msgspec.json.decode(stored, type=LearningRefusals) if stored else LearningRefusals()
+    return decoders.from_json(stored, LearningRefusals) if stored else LearningRefusals()
 
 
 def _save_refusals(tx: Transaction, task: str, refusals: LearningRefusals, suffix: str) -> None:

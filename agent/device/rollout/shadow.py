@@ -14,6 +14,7 @@ from contextlib import suppress
 import msgspec
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.comparison import tally
@@ -272,7 +273,7 @@ def _restore_state(store: Store, task: LoadedTask, other: LoadedTask, rollout: s
     fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, last_label=newest_label)
     saved = store.load_state(task.name, task_keys.SHADOW_STATE)
     with suppress(msgspec.MsgspecError, ValueError):
-        state = fresh if saved is None else msgspec.msgpack.decode(saved, type=ShadowState)
+        state = fresh if saved is None else decoders.from_msgpack(saved, ShadowState)
         if (state.rollout, state.task_digest, state.other_digest) == (rollout, fresh.task_digest, fresh.other_digest):
             return state
     return fresh

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
-from agent import clock
+from agent import clock, decoders
 from agent.alerts import BUNDLE_REJECTED, ROLLED_BACK
 from agent.clock import ClockReading
 from agent.config import Config
@@ -149,7 +148,7 @@ def end_canary(
     """Return to the previous bundle. `incumbent` is None at a start, before the bundle is loaded."""
     saved_drift.restore(tx, message_log, task, now)
     stored = canary_state.previous_history
-    past = msgspec.json.decode(stored, type=BundleHistory) if stored else None
+    past = decoders.from_json(stored, BundleHistory) if stored else None
     if incumbent is not None:
         canary_history = BundleHistory(_to_bundle_ref(canary_state))
         bundle_history.record_activation(tx, message_log, task, incumbent, canary_history, reason, now)

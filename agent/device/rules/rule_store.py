@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.config import TaskConfig
 from agent.device.rules import batch_rules
@@ -23,7 +24,7 @@ def load(store: Store, task: str) -> TaskRuleStates:
     """Return the states of a task's rules; a state that cannot be read is that of no rule. Raises StorageError."""
     stored = store.load_state(task, task_keys.ALERT_RULES)
     try:
-        return TaskRuleStates() if stored is None else msgspec.msgpack.decode(stored, type=TaskRuleStates)
+        return TaskRuleStates() if stored is None else decoders.from_msgpack(stored, TaskRuleStates)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         log.error("task %s: the states of its alert rules cannot be read, so its rules start again", task)
         return TaskRuleStates()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.clock import ClockReading
 from agent.config import SamplesConfig
 from agent.config.day_window import DAY_S
@@ -70,7 +71,7 @@ def to_status(store: Store, config: SamplesConfig | None, now: ClockReading) -> 
 def _decode(text: str, uptime_s: float) -> SampleBudget:
     """Return the budget of the current day; one that cannot be read is used up, until the day after."""
     try:
-        budget = msgspec.json.decode(text, type=SampleBudget) if text else SampleBudget(uptime_s)
+        budget = decoders.from_json(text, SampleBudget) if text else SampleBudget(uptime_s)
     except msgspec.MsgspecError:
         budget = SampleBudget(uptime_s, 1 << 62)
     return budget if 0 <= uptime_s - budget.began_s < DAY_S else SampleBudget(uptime_s)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from agent import decoders
 from agent.device.samples import budget
 from agent.device.samples.budget import Reason
 from agent.device.store import task_keys
@@ -84,7 +85,7 @@ def finish(tx: Transaction, task: str, request: SampleRequest, sent: tuple[int, 
 
 def _decode(stored: bytes | None, task: str) -> RequestQueue:
     try:
-        return RequestQueue() if stored is None else msgspec.msgpack.decode(stored, type=RequestQueue)
+        return RequestQueue() if stored is None else decoders.from_msgpack(stored, RequestQueue)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         log.error("task %s: its sample requests cannot be read, so they are dropped", task)
         return RequestQueue()

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.device.store import meta, schema, watermark
 from agent.errors import StorageError
 
@@ -62,7 +62,7 @@ _PARAMETERS: dict[int, Any] = {
     ],
     _CODES[schema.UPDATE_NEXT_ROW]: tuple[_Integer, _Integer],
 }
-_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), decoders.msgpack_decoder(Record)
 _READING = ("SELECT", "PRAGMA")
 _SELECT_NEXT_ROWS = """
     SELECT id, fields, next_row, (SELECT first_row + n FROM chunks WHERE stream = s.id ORDER BY first_row DESC LIMIT 1)
@@ -223,7 +223,7 @@ def decode(body: bytes) -> Record:
         if code < 0:
             raise ValueError("a statement is not known")
         if expected := _PARAMETERS.get(code):
-            msgspec.convert(parameters, expected)
+            decoders.convert(parameters, expected)
     return record
 
 

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import decoders
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
 
@@ -480,7 +481,7 @@ def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
     if data[: _CRC.size] != _CRC.pack(zlib.crc32(body, first & 0xFFFFFFFF)):
         raise ValueError("CRC does not match")
     try:
-        packed = msgspec.msgpack.decode(zlib.decompress(body), type=_PackedPredictions)
+        packed = decoders.from_msgpack(zlib.decompress(body), _PackedPredictions)
     except (zlib.error, msgspec.MsgspecError) as error:
         raise ValueError(str(error)) from None
     slices = {
@@ -516,6 +517,6 @@ def _finite_or_none(value: Any) -> float | None:
 def _decode_record(data: bytes) -> _LabelRecord | None:
     """Decode a label; None if the disk has changed it."""
     try:
-        return msgspec.msgpack.decode(data, type=_LabelRecord)
+        return decoders.from_msgpack(data, _LabelRecord)
     except (msgspec.MsgspecError, ValueError):
         return None

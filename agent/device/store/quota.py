@@ -100,6 +100,8 @@ class QuotaEnforcer:
         self._path, self.quota = path, quota
         self._wal = path.with_name(path.name + "-wal")
         self._shm: int | None = None
+        # In a simulation of a full disk.
+        self.is_disk_full = False
         self._reserve = DiskReserve(path.with_name("reserve"))
 
     def make_room(self) -> None:
@@ -194,7 +196,7 @@ class QuotaEnforcer:
             disk = os.statvfs(self._path.parent)
         except OSError as error:
             raise StorageError(f"{self._path.parent}: {error.strerror}; check [device] data_dir") from error
-        return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+        return disk.f_blocks * disk.f_frsize, 0 if self.is_disk_full else disk.f_bavail * disk.f_frsize
 
 
 class DiskReserve:

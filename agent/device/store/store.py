@@ -444,6 +444,15 @@ class Store:
         self.require_in_place()
         return self._quota_enforcer.limit_bytes(int((self._fetch_one("PRAGMA page_count") or (0,))[0]))
 
+    def is_disk_full(self) -> bool:
+        """Return True if the disk lacks the room without which only vital transactions run. Raises StorageError."""
+        with self._lock:
+            try:
+                self._quota_enforcer.check_disk_space(vital=False)
+            except StorageFull:
+                return True
+            return False
+
     def recent_alerts(self, limit: int) -> list[dict[str, Any]]:
         """Return the newest alerts, newest first."""
         rows = self._fetch_all("SELECT body FROM checked_alerts ORDER BY rowid DESC LIMIT ?", limit)
@@ -518,6 +527,10 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def simulate_disk(self, *, is_full: bool) -> None:
+        """Let the store see a full disk, or the real one again."""
+        self._quota_enforcer.is_disk_full = is_full
 
     def close(self) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent import decoders
 from agent.device.store import meta
 
 log = logging.getLogger("outstation")
@@ -62,7 +63,7 @@ class TransactionProgress(msgspec.Struct):
     needs_refresh: bool = False
 
 
-_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(WatermarkState)
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), decoders.msgpack_decoder(WatermarkState)
 
 
 class Watermark:

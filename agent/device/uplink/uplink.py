@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from agent import config
@@ -133,11 +133,20 @@ class Uplink:
 
     def run(self) -> None:
         """Connect again and again until stopped, then once more to announce it. Raises StorageError."""
+        for wait_s in self.turns():
+            if wait_s:
+                self._pause(wait_s)
+
+    def turns(self) -> Generator[float, None, None]:
+        """Do the work of `run`, and yield after each turn the seconds until the next one. Raises StorageError.
+
+        A turn waits for what comes in as long as `receive` of the sink does.
+        """
         attempt = 0
         while not self._is_drain_over():
             began = self._extend_heartbeat(0.0)
             try:
-                if self._run_session():
+                if (yield from self._session_turns()):
                     return
             except LinkDown as down:
                 if self._meter is not None and down.traffic_bytes:
@@ -152,7 +161,7 @@ class Uplink:
                 self._refusals.flush(self._now())
                 wait = backoff(attempt, random.random())
                 self._extend_heartbeat(wait)
-                self._pause(wait)
+                yield wait
 
     def _is_drain_over(self) -> bool:
         return self._stopping.is_set() and self._now().boot_s >= self._drain_until_s
@@ -163,7 +172,7 @@ class Uplink:
         except Exception as error:
             self._on_failed(error)
 
-    def _run_session(self) -> bool:
+    def _session_turns(self) -> Generator[float, None, bool]:
         """Run one session until the sink is lost or the device stops; return False to open another at once."""
         now = self._now()
         self._require_room(now, CONNECTION_BYTES)
@@ -191,12 +200,14 @@ class Uplink:
                 if self._reconnecting.is_set() and not self._stopping.is_set():
                     sink.close()
                     return False
+                yield 0.0
             now = self._now()
             session.enqueue_live(
                 self._message_log.build_live_message("state", {"state": "stopped", "boot": self._message_log.boot}, now)
             )
             while not session.is_live_confirmed() and self._now().boot_s < now.boot_s + _GOODBYE_TIMEOUT_S:
                 session.tick(self._now(), is_stopping=True)
+                yield 0.0
             sink.close()
             return True
         except PacketTooLarge as refused:

@@ -140,7 +140,7 @@ def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     """Group model windows by drift window and class."""
     count = reference.class_count
     first = repeat(np.arange(windows, dtype=np.int64) * count, len(classes) // windows)
-    return Groups.from_ids(first + classes, windows * count)
+    return Groups(first + classes, windows * count)
 
 
 def _count_scores(top_scores: Float64s, edges: Float64s) -> Ints:

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
+from agent.drift.detectors import correlation, variogram
 from agent.drift.detectors.detector import ModelWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.sums import sum_sequentially
@@ -34,42 +35,46 @@ def compute_statistics(rows: Float64s, starts: Ints, window_rows: int, floor: Fl
     fields = rows.shape[1]
     if not len(starts):
         return WindowStatistics(np.empty((0, 2 * fields)), {})
-    n = np.full((len(starts), fields), window_rows)
-    mean, centered, total = _center_windows(windows)
-    if np.isnan(mean).any():
-        missing = np.isnan(windows)
-        n = np.maximum(window_rows - missing.sum(1), 1)
-        mean = np.where(missing, 0.0, windows).sum(1) / n
-        centered = np.where(missing, 0.0, windows - mean[:, None, :])
-        total = (centered**2).sum(1)
-    values = np.concatenate([mean, np.log(np.maximum(total / n, floor))], axis=1)
-    enough = n * 2 > window_rows
-    square = total / window_rows
-    if not enough.all():
-        values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
-        square = np.where(enough, square, np.nan)
-    shared = ModelWindows(windows, centered, square, floor)
-    measured = ((counter.name, counter.measure(shared)) for counter in COUNTERS)
-    return WindowStatistics(values, {name: numbers for name, numbers in measured if numbers is not None})
-
-
-def _center_windows(windows: Float64s) -> tuple[Float64s, Float64s, Float64s]:
-    """Return means (w, F), centered values and sums of squares of model windows (w, rows, F) without missing values."""
-    rows = windows.shape[1]
-    if windows.shape[2] == 1 or not windows.flags.c_contiguous:
-        # numpy adds up a contiguous column pairwise.
-        mean = windows.sum(1) / rows
-        centred = windows - mean[:, None, :]
-        return mean, centred, (centred**2).sum(1)
     library = kernel.kernel()
-    if library is not None:
-        return group_sums.center_windows(library, windows)
-    # The same bits, several times as fast: windows side by side are few long rows.
+    if library is None:
+        numbers = _measure_by_numpy(windows, floor)
+    else:
+        lags = variogram.lags(window_rows) if variogram.values_width(fields, window_rows) else None
+        limits = correlation.steps_per_sd(window_rows), correlation.MAX_CORRELATION
+        pairs = len(correlation.field_pairs(fields))
+        numbers = group_sums.measure_windows(library, windows, floor, pairs, lags, limits)
+    values = np.concatenate([numbers.mean, np.log(numbers.variance)], axis=1)
+    moments = ModelWindows(numbers.correlations, numbers.variograms)
+    measured = ((counter.name, counter.measure(moments)) for counter in COUNTERS)
+    return WindowStatistics(values, {name: measures for name, measures in measured if measures is not None})
+
+
+def _measure_by_numpy(windows: Float64s, floor: Float64s) -> group_sums.WindowNumbers:
+    """Measure model windows (w, rows, F): the definition, which the library equals bit by bit."""
+    rows = windows.shape[1]
+    # Windows side by side are few long rows.
     side_by_side = windows.transpose(1, 0, 2).copy()
-    mean = sum_sequentially(side_by_side) / rows
+    known = np.full(side_by_side.shape[1:], rows)
+    missing = np.isnan(side_by_side)
+    if missing.any():
+        side_by_side[missing] = 0.0
+        known -= missing.sum(0)
+    n = np.maximum(known, 1)
+    mean = sum_sequentially(side_by_side) / n
     side_by_side -= mean
+    if missing.any():
+        side_by_side[missing] = 0.0
+    centered = side_by_side.transpose(1, 0, 2).copy()
     np.multiply(side_by_side, side_by_side, out=side_by_side)
-    return mean, windows - mean[:, None, :], sum_sequentially(side_by_side)
+    squares = sum_sequentially(side_by_side)
+    enough, mean_square = 2 * known > rows, squares / rows
+    moving = np.where(enough & (mean_square > floor), mean_square, np.nan)
+    return group_sums.WindowNumbers(
+        np.where(enough, mean, np.nan),
+        np.where(enough, np.maximum(squares / n, floor), np.nan),
+        variogram.compute_variograms(windows, moving),
+        correlation.correlate_windows(centered, moving),
+    )
 
 
 def _gather_windows(rows: Float64s, starts: Ints, window_rows: int) -> Float64s:

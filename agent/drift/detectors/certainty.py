@@ -23,7 +23,7 @@ class CertaintyDetector(ClassMeanDetector):
 
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         if windows.top_scores is None:
-            return np.zeros((len(windows.groups.n), 2), np.int64)
+            return np.zeros((windows.groups.count, 2), np.int64)
         return sum_by_group(windows.top_scores[:, None], windows.groups)
 
     def describe(self, alarm: Alarm) -> AlertText:

@@ -26,6 +26,8 @@ from agent.drift.detectors.detector import (
 )
 from agent.drift.numeric.sums import Groups
 from agent.indices import repeat, sum_runs, take
+from agent.kernel import group_sums
+from agent.kernel import library as kernel
 
 SCALE = 2.0**20
 
@@ -39,9 +41,13 @@ class WeightedMeans(msgspec.Struct, frozen=True, eq=False):
 
 def sum_by_group(values: Float64s, groups: Groups) -> Ints:
     """Return counts and sums (G, 2X) of the values (w, X) of model windows in these groups; NaN is left out."""
-    out = np.zeros((len(groups.n), 2 * values.shape[1]), np.int64)
+    count, width = groups.count, values.shape[1]
     if not values.size:
-        return out
+        return np.zeros((count, 2 * width), np.int64)
+    library = kernel.kernel()
+    if library is not None:
+        return group_sums.sum_steps(library, values, SCALE, groups.group_ids, count).astype(np.int64)
+    out = np.zeros((count, 2 * width), np.int64)
     known = ~np.isnan(values)
     steps = np.concatenate([known, np.rint(np.where(known, values, 0.0) * SCALE)], axis=1)
     present = np.flatnonzero(groups.n)
@@ -84,7 +90,7 @@ def _mean_or_overall(weight: Float64s, total: Float64s, min_weight: float) -> Fl
 def count_measured(counter: Counter, task: Task, windows: ClassifiedWindows) -> Ints:
     """Return counts and sums (G, `count_width`) of what a counter measured; zeros for single rows."""
     if counter.name not in windows.measures:
-        return np.zeros((len(windows.groups.n), counter.count_width(task)), np.int64)
+        return np.zeros((windows.groups.count, counter.count_width(task)), np.int64)
     return sum_by_group(windows.measures[counter.name], windows.groups)
 
 

@@ -56,22 +56,28 @@ def pair_members(fields: int) -> tuple[Ints, Ints]:
     return first, second
 
 
-def correlate_windows(centred: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
-    """Return Fisher's z (w, P) of each pair in model windows (w, rows, F) of centered values; missing values are 0.
+def steps_per_sd(rows: int) -> float:
+    """Return the steps in 1 sd that values of model windows are rounded to: sums of their products are exact."""
+    return 2.0 ** ((52 - rows.bit_length()) // 2)
 
-    `mean_square` (w, F); NaN where a field does not move more than `floor` (F,).
+
+def correlate_windows(centered: Float64s, mean_square: Float64s) -> Float64s:
+    """Return correlations (w, P) of each pair in model windows (w, rows, F) of centered values; missing values are 0.
+
+    `mean_square` (w, F); NaN where a field does not move.
     """
-    fields = centred.shape[2]
+    rows, fields = centered.shape[1:]
     left, right = pair_members(fields)
+    steps = steps_per_sd(rows)
+    whole = centered * (steps / np.sqrt(mean_square))[:, None]
+    np.rint(whole, out=whole)
     # All products at once are cheaper than those of pairs alone, where nearly all are wanted.
     if fields**2 < 4 * len(left):
-        products = np.matmul(centred.transpose(0, 2, 1), centred)[:, left, right]
+        products = np.matmul(whole.transpose(0, 2, 1), whole)[:, left, right]
     else:
-        products = np.einsum("wrp,wrp->wp", centred[:, :, left], centred[:, :, right])
-    products /= centred.shape[1]
-    moving = np.where(mean_square > floor, mean_square, np.nan)
-    correlation = products / np.sqrt(moving[:, left] * moving[:, right])
-    return np.asarray(np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION)))
+        products = np.einsum("wrp,wrp->wp", whole[:, :, left], whole[:, :, right])
+    products /= rows * (steps * steps)
+    return np.asarray(np.minimum(np.maximum(products, -MAX_CORRELATION), MAX_CORRELATION))
 
 
 def quantize_residuals(residuals: Float64s) -> Float64s:
@@ -131,7 +137,7 @@ class CorrelationDetector(ClassMeanDetector):
         return 2 * pairs if task.windowed else 1 + 2 * task.fields + pairs
 
     def measure(self, windows: ModelWindows) -> Float64s | None:
-        return correlate_windows(windows.centered, windows.mean_square, windows.floor)
+        return np.asarray(np.arctanh(windows.correlations))
 
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         if task.windowed:

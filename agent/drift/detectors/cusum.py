@@ -9,6 +9,9 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.kernel import library as kernel
+from agent.kernel import sequential_tests
+from agent.kernel.sequential_tests import Periods
 
 K = 1.0  # slack: half the shift to find fast
 H = 5.0  # alarm limit
@@ -63,16 +66,14 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         to_clear: int = WINDOWS_TO_CLEAR,
     ) -> CusumSequence:
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, T)."""
-        tested = np.isfinite(z)
-        sided = np.where(tested, np.minimum(np.maximum(z, -Z_CLIP), Z_CLIP), 0.0)[:, None] * _SIDES
-        # A test that is left out stays as it is.
-        less = np.where(tested, slack, 0.0)[:, None]
-        values, value = np.empty_like(sided), self.value
-        for after, more, allowed in zip(values, sided, less, strict=True):
-            np.add(value, more, out=after)
-            np.subtract(after, allowed, out=after)
-            value = np.maximum(0.0, after, out=after)
-        return CusumSequence(self, tested, sided <= slack, values, effects, limit, t, to_clear)
+        slack, limit = (np.broadcast_to(part, z.shape[1:]) for part in (slack, limit))
+        library = kernel.kernel()
+        if library is None:
+            values = _run_by_numpy(z, self.value, slack)
+            exceeds = np.asarray((values > limit).any((1, 2)))
+        else:
+            values, exceeds = sequential_tests.run_cusums(library, z, self.value, slack, limit, Z_CLIP)
+        return CusumSequence(self, z, slack, values, exceeds, effects, limit, t, to_clear)
 
     def open_alarm(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
         """Open an alarm on evidence other than the sum, over so many `windows`."""
@@ -94,38 +95,68 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
     """
 
     before: Cusum
-    tested: Bools  # (W, T)
-    within_slack: Bools  # (W, 2, T)
+    z: Float64s  # (W, T)
+    slack: Float64s  # (T,)
     values: Float64s  # (W, 2, T) after each
+    exceeds_limit: Bools  # (W,) windows in which a sum exceeds its limit
     effects: Float64s  # (W, T)
-    limit: Float64s | float
+    limit: Float64s  # (T,)
     t: Ints  # (W,)
     to_clear: int
 
-    @property
-    def exceeds_limit(self) -> Bools:
-        """(W,) windows in which a sum exceeds its limit."""
-        return np.asarray((self.values > self.limit).any((1, 2)))
-
     def state_after(self, count: int) -> Cusum:
         """Return the state after `count` windows."""
-        before, tested, values = self.before, self.tested[:count], self.values[:count]
+        before, z, values, effects, t = self.before, self.z[:count], self.values[:count], self.effects[:count], self.t
+        tested = np.isfinite(z)
         if not tested.any():
             return before
         alarm, clear_count = before.alarm, before.clear_count
         if alarm.any():
-            clear_count = np.where(tested[0], np.where(alarm & self.within_slack[0], clear_count + 1, 0), clear_count)
+            calm = _sided_scores(z[:1])[0] <= self.slack
+            clear_count = np.where(tested[0], np.where(alarm & calm, clear_count + 1, 0), clear_count)
             cleared = alarm & (clear_count >= self.to_clear)
             values, alarm = np.where(cleared, 0.0, values), alarm & ~cleared
-        windows, effect, since, was_going = before.windows, before.effect, before.since, before.value > 0
-        effects = np.where(tested, self.effects[:count], 0.0)
-        for going, counted, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
-            windows = np.where(going, windows + counted, 0)
-            effect = np.where(going, effect + more, 0.0)
-            since = np.where(going, np.where(was_going, since, t), 0)
-            was_going = going
+        library = kernel.kernel()
+        if library is None:
+            windows, effect, since = _extend_by_numpy(before, tested, values, effects, t)
+        else:
+            periods = Periods(before.windows, before.effect, before.since)
+            periods.extend_cusums(library, z, before.value, values, effects, t[:count])
+            windows, effect, since = periods.windows, periods.effect, periods.since
         alarm = alarm | (values[-1] > self.limit)
         return Cusum(values[-1], windows, effect, since, alarm, np.where(alarm, clear_count, 0))
+
+
+def _sided_scores(z: Float64s) -> Float64s:
+    """Return the clipped scores (W, 2, T) of each side; 0 where nothing was tested."""
+    clipped = np.where(np.isfinite(z), np.minimum(np.maximum(z, -Z_CLIP), Z_CLIP), 0.0)
+    return np.asarray(clipped[:, None] * _SIDES)
+
+
+def _run_by_numpy(z: Float64s, value: Float64s, slack: Float64s) -> Float64s:
+    """Return the sums (W, 2, T): the definition, which the library equals bit by bit."""
+    sided = _sided_scores(z)
+    # A test that is left out stays as it is.
+    less, values = np.where(np.isfinite(z), slack, 0.0)[:, None], np.empty_like(sided)
+    for after, more, allowed in zip(values, sided, less, strict=True):
+        np.add(value, more, out=after)
+        np.subtract(after, allowed, out=after)
+        value = np.maximum(0.0, after, out=after)
+    return values
+
+
+def _extend_by_numpy(
+    before: Cusum, tested: Bools, values: Float64s, effects: Float64s, t: Ints
+) -> tuple[Ints, Float64s, Ints]:
+    """Return windows, effects and begin (2, T) since each sum left zero: the definition, as above."""
+    windows, effect, since, was_going = before.windows, before.effect, before.since, before.value > 0
+    counted_effects = np.where(tested, effects, 0.0)
+    for going, counted, more, begin in zip(values > 0, tested, counted_effects, t.tolist(), strict=False):
+        windows = np.where(going, windows + counted, 0)
+        effect = np.where(going, effect + more, 0.0)
+        since = np.where(going, np.where(was_going, since, begin), 0)
+        was_going = going
+    return windows, effect, since
 
 
 def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:

@@ -59,12 +59,10 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class ModelWindows(msgspec.Struct, frozen=True):
-    """Rows of model windows (w, n, F) in physical units, NaN missing, and what several detectors need of them."""
+    """Second moments of w model windows, NaN where a field does not move or half of its values are missing."""
 
-    rows: Float64s
-    centered: Float64s  # less each window's mean; missing values are 0
-    mean_square: Float64s  # (w, F) about the mean; NaN where half of a window's values are missing
-    floor: Float64s  # (F,) least mean square that counts as movement
+    correlations: Float64s  # (w, P) of pairs of fields
+    variograms: Float64s  # (w, 2F) mean square differences at two lags, as shares of the mean square; (w, 0) if short
 
 
 class ClassifiedWindows(msgspec.Struct, frozen=True):

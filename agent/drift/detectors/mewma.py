@@ -11,7 +11,6 @@ variables, Australian Journal of Statistics 30.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -33,6 +32,10 @@ from agent.drift.detectors.detector import (
 )
 from agent.drift.detectors.psi import gamma_quantile
 from agent.drift.numeric.control_limits import ScoreNoise
+from agent.drift.numeric.sums import sum_sequentially
+from agent.kernel import library as kernel
+from agent.kernel import sequential_tests
+from agent.kernel.sequential_tests import Periods
 
 WEIGHT = 0.3  # of the newest window
 SLACK = 0.2  # sd that a mean may be off for long: K windows give no better estimate
@@ -67,57 +70,76 @@ class Mewma(msgspec.Struct, frozen=True, eq=False):
 
     def run_windows(self, z: Float64s, effects: Float64s, t: Ints) -> MewmaSequence:
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, S)."""
-        tested, clipped = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
-        every, means, mean = bool(tested.all()), np.empty_like(clipped), self.mean
-        for after, scores, known in zip(means, clipped, tested, strict=True):
-            np.subtract(scores, mean, out=after)
-            np.multiply(WEIGHT, after, out=after)
-            np.add(mean, after, out=after)
-            if not every:
-                after[:] = np.where(known, after, mean)
-            mean = after
-        return MewmaSequence(self, tested, means, effects, t)
+        library = kernel.kernel()
+        if library is None:
+            means = _run_by_numpy(z, self.mean)
+            return MewmaSequence(self, z, means, _statistics(means), effects, t)
+        means, statistics = sequential_tests.run_means(library, z, self.mean, (WEIGHT, CLIP, SLACK))
+        return MewmaSequence(self, z, means, statistics, effects, t)
 
     @property
     def statistic(self) -> float:
         """Sum of squares of the means beyond the slack."""
-        return _statistics(self.mean[None])[0]
+        return float(_statistics(self.mean[None])[0])
 
     def reset_except(self, scores: Bools) -> Mewma:
         """Reset all scores but these (S,)."""
         return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in astuple(self)))
 
 
-class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
+class MewmaSequence(msgspec.Struct, frozen=True, eq=False):
     """Means over W consecutive windows."""
 
     before: Mewma
-    tested: Bools  # (W, S)
+    z: Float64s  # (W, S)
     means: Float64s  # (W, S) after each
+    statistics: Float64s  # (W,) after each; see `Mewma.statistic`
     effects: Float64s  # (W, S)
     t: Ints  # (W,)
 
-    @cached_property
-    def statistics(self) -> list[float]:
-        """Statistic after each window; see `Mewma.statistic`."""
-        return _statistics(self.means)
-
     def state_after(self, count: int) -> Mewma:
         """Return the state after `count` windows."""
-        before, tested = self.before, self.tested[:count]
-        windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
-        effects = np.where(tested, self.effects[:count], 0.0)
-        for now, counted, more, t in zip(self.means > 0, tested, effects, self.t.tolist(), strict=False):
-            goes_on = now == was
-            since = np.where(goes_on & (windows > 0), since, t)
-            windows = np.where(goes_on, windows, 0) + counted
-            total = np.where(goes_on, total, 0.0) + more
-            was = now
-        return Mewma(self.means[count - 1], windows, total, since)
+        before, z, means, effects, t = self.before, self.z[:count], self.means[:count], self.effects[:count], self.t
+        library = kernel.kernel()
+        if library is None:
+            return _extend_by_numpy(before, z, means, effects, t)
+        periods = Periods(before.windows, before.effect, before.since)
+        periods.extend_means(library, z, before.mean, means, effects, t[:count])
+        return Mewma(means[-1], periods.windows, periods.effect, periods.since)
 
 
-def _statistics(means: Float64s) -> list[float]:
-    return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
+def _run_by_numpy(z: Float64s, mean: Float64s) -> Float64s:
+    """Return the means (W, S): the definition, which the library equals bit by bit."""
+    tested, clipped = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+    every, means = bool(tested.all()), np.empty_like(clipped)
+    for after, scores, known in zip(means, clipped, tested, strict=True):
+        np.subtract(scores, mean, out=after)
+        np.multiply(WEIGHT, after, out=after)
+        np.add(mean, after, out=after)
+        if not every:
+            after[:] = np.where(known, after, mean)
+        mean = after
+    return means
+
+
+def _extend_by_numpy(before: Mewma, z: Float64s, means: Float64s, effects: Float64s, t: Ints) -> Mewma:
+    """Return the state after windows with these `means` (W, S): the definition, as above."""
+    tested = np.isfinite(z)
+    windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
+    counted_effects = np.where(tested, effects, 0.0)
+    for now, counted, more, begin in zip(means > 0, tested, counted_effects, t.tolist(), strict=False):
+        goes_on = now == was
+        since = np.where(goes_on & (windows > 0), since, begin)
+        windows = np.where(goes_on, windows, 0) + counted
+        total = np.where(goes_on, total, 0.0) + more
+        was = now
+    return Mewma(means[-1], windows, total, since)
+
+
+def _statistics(means: Float64s) -> Float64s:
+    """Return the sums of squares (W,) of means (W, S) beyond the slack, in the order of scores."""
+    beyond = np.maximum(np.abs(means) - SLACK, 0.0).T
+    return sum_sequentially(beyond * beyond) if len(beyond) else np.zeros(len(means))
 
 
 class MewmaBaseline(msgspec.Struct, frozen=True, eq=False):
@@ -131,8 +153,8 @@ class MewmaRun(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def windows_before_alarm(self) -> int:
-        exceeds = [statistic > self.limit for statistic in self.charted.statistics]
-        return exceeds.index(True) if True in exceeds else len(exceeds)
+        exceeds = self.charted.statistics > self.limit
+        return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
 
     def state_after(self, windows: int) -> Mewma:
         """Return the state, restarted once it exceeds the limit."""

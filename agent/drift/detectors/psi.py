@@ -58,6 +58,11 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         zero = np.zeros(subjects, np.int64)
         return cls(np.zeros((2, subjects), np.int64), np.zeros(subjects, np.bool_), zero, zero, zero)
 
+    @property
+    def is_idle(self) -> bool:
+        """True if windows within the limits change nothing."""
+        return not (self.exceeded_at.any() or self.alarm.any())
+
     def update(self, exceeded: Bools, tested: Bools, t: int, *, to_clear: int = WINDOWS_TO_CLEAR) -> PsiConfirmation:
         """Add a window that began at `t`; subjects that were not `tested` stay as they are.
 
@@ -107,8 +112,10 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     def states(self) -> list[PsiConfirmation]:
         """State after each window, up to the first with an open alarm."""
         now, states = self.before, []
-        for exceeded, tested, t in zip(self.exceeded, self.tested, self.t.tolist(), strict=True):
-            now = now.update(exceeded, tested, t, to_clear=self.to_clear)
+        columns = self.exceeded, self.exceeded.any(1).tolist(), self.tested, self.t.tolist()
+        for exceeded, any_exceeded, tested, t in zip(*columns, strict=True):
+            if any_exceeded or not now.is_idle:
+                now = now.update(exceeded, tested, t, to_clear=self.to_clear)
             states.append(now)
             if now.alarm.any():
                 break

@@ -79,7 +79,7 @@ class SamplingRateDetector(Detector):
         return 2 * variogram.values_width(task.fields, task.window_rows)
 
     def measure(self, windows: ModelWindows) -> Float64s | None:
-        return variogram.compute_log_variogram(windows.rows, windows.mean_square, windows.floor)
+        return np.asarray(np.log(windows.variograms))
 
     def count(self, task: Task, windows: ClassifiedWindows) -> Ints:
         return class_means.count_measured(self, task, windows)

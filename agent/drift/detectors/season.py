@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float32s, Float64s, Ints
+from agent.kernel import library as kernel
+from agent.kernel import sequential_tests
 
 RAMP_WINDOWS = 16  # remembered
 MIN_RAMP_WINDOWS = 4  # a slope this long at least; a shorter one is a step
@@ -40,11 +42,14 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
 
     def _add_half_day(self, half_day_number: int, z: Float64s) -> SlowTrend:
         """Add scores (W, F) of windows in one half day."""
-        tested = ~np.isnan(z)
-        known = np.where(tested, z, 0.0)
         half_day, n, mean = self._open_half_day(half_day_number, z.shape[1])
+        library = kernel.kernel()
+        if library is not None:
+            sequential_tests.add_means(library, z, n[-1], mean[-1])
+            return SlowTrend(half_day, n, mean)
+        tested = ~np.isnan(z)
         counts, last = n[-1] + np.cumsum(tested, axis=0), mean[-1]
-        for count, counted, score in zip(counts, tested, known, strict=True):
+        for count, counted, score in zip(counts, tested, np.where(tested, z, 0.0), strict=True):
             last += np.where(counted, (score - last) / np.maximum(count, 1), 0.0)
         n[-1] = counts[-1]
         return SlowTrend(half_day, n, mean)

@@ -18,6 +18,7 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors import class_means
 from agent.drift.detectors.class_means import WeightedMeans
+from agent.drift.numeric.sums import sum_sequentially
 
 MIN_WINDOW_ROWS = 4  # of a model window
 MIN_SLOPE = 0.1  # of the logarithms: a field with less, such as noise, does not show speed
@@ -35,29 +36,27 @@ def values_width(fields: int, window_rows: int) -> int:
     return 2 * fields if window_rows >= MIN_WINDOW_ROWS else 0
 
 
-def compute_log_variogram(windows: Float64s, mean_square: Float64s, floor: Float64s) -> Float64s:
-    """Return logarithms (w, `values_width`) in model windows (w, rows, F), at the short lag, then at the long one.
+def compute_variograms(windows: Float64s, mean_square: Float64s) -> Float64s:
+    """Return variograms (w, `values_width`) of model windows (w, rows, F), at the short lag, then at the long one.
 
-    `mean_square` (w, F) about the mean; `floor` (F,) the least of them that is a movement. NaN if unknown.
+    `mean_square` (w, F) about the mean, NaN where a field does not move. NaN if unknown.
     """
     if not values_width(windows.shape[2], windows.shape[1]):
         return np.empty((len(windows), 0))
-    moving = np.where(mean_square > floor, mean_square, np.nan)
-    return np.asarray(
-        np.log(
-            np.concatenate([_mean_square_differences(windows, lag) / moving for lag in lags(windows.shape[1])], axis=1)
-        )
-    )
+    shares = [_mean_square_differences(windows, lag) / mean_square for lag in lags(windows.shape[1])]
+    return np.concatenate(shares, axis=1)
 
 
 def _mean_square_differences(windows: Float64s, lag: int) -> Float64s:
     """(w, F) mean squares of differences; NaN for none."""
     step = windows[:, lag:] - windows[:, :-lag]
-    squares = np.einsum("wrf,wrf->wf", step, step) / step.shape[1]
-    if np.isnan(squares).any():
-        known = ~np.isnan(step)
-        filled = np.where(known, step, 0.0)
-        squares = np.einsum("wrf,wrf->wf", filled, filled) / np.maximum(known.sum(1), 1)
+    known = np.full(step.shape[::2], step.shape[1])
+    missing = np.isnan(step)
+    if missing.any():
+        step[missing] = 0.0
+        known = np.maximum(known - missing.sum(1), 1)
+    np.multiply(step, step, out=step)
+    squares = sum_sequentially(step.transpose(1, 0, 2)) / known
     return np.where(squares > 0, squares, np.nan)
 
 

@@ -16,19 +16,22 @@ from agent.kernel import library as kernel
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
 
-class Groups(msgspec.Struct, frozen=True, eq=False):
+class Groups(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Groups of m consecutive items."""
 
-    group_ids: Ints  # (m,) the group of each
-    order: Ints  # (m,) places by group, in each of them as they came
-    n: Ints  # (count,) how many are in each
+    group_ids: Ints  # (m,) the group of each, one of `count`
+    count: int
 
-    @classmethod
-    def from_ids(cls, group_ids: Ints, count: int) -> Groups:
-        """Group items by the group of each, one of `count`."""
+    @cached_property
+    def order(self) -> Ints:
+        """(m,) places by group, in each of them as they came."""
         # Few groups are few bits, which are sorted many times faster.
-        order = np.argsort(group_ids.astype(np.min_scalar_type(count)), kind="stable")
-        return cls(group_ids, order, bincount(group_ids, minlength=count))
+        return np.argsort(self.group_ids.astype(np.min_scalar_type(self.count)), kind="stable")
+
+    @cached_property
+    def n(self) -> Ints:
+        """(count,) how many are in each."""
+        return bincount(self.group_ids, minlength=self.count)
 
     def iter_groups(self) -> Iterator[tuple[int, Ints]]:
         """Yield each group that is not empty, and the places of its items."""
@@ -140,7 +143,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 def sum_sequentially(values: Float64s) -> Float64s:
     """Sum `values` (m, ...) in the order they come."""
-    rows = values.reshape(len(values), -1)
+    rows = np.ascontiguousarray(values.reshape(len(values), -1))
     if rows.shape[1] == 1:
         # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
         rows = repeat(rows, 2, axis=1)

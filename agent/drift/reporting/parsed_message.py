@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent import decoders
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
@@ -132,11 +133,11 @@ class _QuietEnds(msgspec.Struct, frozen=True, gc=False):
         runs.check_range(self.to, -(2**63), 2**63 - 1)
 
 
-_FIELDS = msgspec.json.Decoder(dict[str, FieldReport])
-_OUTPUT = msgspec.json.Decoder(_Output)
-_JOINT = msgspec.json.Decoder(_Joint | None)
-_ESTIMATE = msgspec.json.Decoder(_Estimate | None)
-_WINDOWS = msgspec.json.Decoder(_QuietEnds | None)
+_FIELDS = decoders.json_decoder(dict[str, FieldReport])
+_OUTPUT = decoders.json_decoder(_Output)
+_JOINT = decoders.json_decoder(_Joint | None)
+_ESTIMATE = decoders.json_decoder(_Estimate | None)
+_WINDOWS = decoders.json_decoder(_QuietEnds | None)
 
 
 def parse_members(

@@ -104,7 +104,7 @@ def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, op
     moving = open_now | (begins > EARLY_DRIFT_SHARE)
     if not moving.any():
         return None
-    held = np.zeros(sequence.tested.shape, np.bool_)
+    held = np.zeros(sequence.z.shape, np.bool_)
     near = open_now.any() | (begins.max(1) > NEAR_LIMIT_SHARE)
     for detector in SCORED:
         waiting = detector.suspended(tester.reference.task, moving, near)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.datasets.tables import RowRejection
 
 MAX_LISTED_REJECTS = 100  # rejected rows that are listed; all are counted
@@ -61,7 +61,7 @@ class RunLedger:
         with contextlib.suppress(FileNotFoundError):
             for line in self._path.read_bytes().splitlines():
                 with contextlib.suppress(msgspec.MsgspecError):
-                    entry = msgspec.json.decode(line, type=_LedgerEntry)
+                    entry = decoders.from_json(line, _LedgerEntry)
                     self._finished[entry.identity] = entry.totals
 
     def get(self, job: FileJob) -> RunTotals | None:

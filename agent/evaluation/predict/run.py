@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.arrays import Ints
 from agent.datasets import media, readers
 from agent.datasets.blocks import FILE_COLUMN, RowBlock, TextColumn
@@ -46,7 +46,7 @@ class _Checkpoint(msgspec.Struct):
     def load(cls, sidecar: Path, identity: str, size: int) -> _Checkpoint:
         """Return the checkpoint of the same work, if the `size` bytes of its output are still there; else a new one."""
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            state = msgspec.msgpack.decode(sidecar.read_bytes(), type=cls)
+            state = decoders.from_msgpack(sidecar.read_bytes(), cls)
             if state.identity == identity and size >= state.written:
                 return state
         return cls(identity)
@@ -174,6 +174,6 @@ def checkpoint_path(out: Path) -> Path:
 def checkpoint_rows(sidecar: Path) -> int:
     """Return the rows that a run, perhaps in another process, had read at its last checkpoint."""
     try:
-        return msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint).totals.rows
+        return decoders.from_msgpack(sidecar.read_bytes(), _Checkpoint).totals.rows
     except (OSError, msgspec.MsgspecError):
         return 0

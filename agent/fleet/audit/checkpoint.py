@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.coverage import CoverageState
 from agent.fleet.database.store import DeviceRange
@@ -100,10 +100,10 @@ class CheckpointFolder:
             raise UsageError(self._describe(str(error))) from None
 
     def _read(self, file: Path) -> Checkpoint:
-        signed = msgspec.json.decode(file.read_bytes(), type=_Signed)
+        signed = decoders.from_json(file.read_bytes(), _Signed)
         payload = signed.payload.encode()
         jws.verify([signed.jws], _TOPIC.format(self._fleet), payload, self._signers.get)
-        return msgspec.json.decode(payload, type=Checkpoint)
+        return decoders.from_json(payload, Checkpoint)
 
     def _describe(self, problem: str) -> str:
         return f"{self.path / _FILE}: cannot be believed: {problem}; audit everything with --full"
@@ -129,7 +129,7 @@ class CheckpointFolder:
 def load_states(db: sqlite3.Connection) -> dict[tuple[str, str], LogState]:
     """Return the state of each log in a part."""
     rows = db.execute("SELECT device, log, state FROM audited ORDER BY device, log")
-    return {(device, log): msgspec.json.decode(state, type=LogState) for device, log, state in rows}
+    return {(device, log): decoders.from_json(state, LogState) for device, log, state in rows}
 
 
 def save_states(db: sqlite3.Connection, states: dict[tuple[Any, Any], LogState]) -> None:

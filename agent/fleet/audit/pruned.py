@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.fleet.audit.checkpoint import LogState
 from agent.fleet.database.alerts import ALERT_COLUMNS
@@ -86,7 +87,7 @@ class PrunedDevice:
 
     def read_state(self) -> PrunedState:
         """Return a copy of the state: an audit changes its own."""
-        return msgspec.json.decode(self._state, type=PrunedState)
+        return decoders.from_json(self._state, PrunedState)
 
     def read_bases(self) -> dict[LogId, LogBase]:
         """Return where the audit of each log begins."""
@@ -132,7 +133,7 @@ def sign(key: SigningKey, statement: Statement) -> tuple[bytes, str]:
 def verify_statement(payload: bytes, token: str, find_signer: Callable[[str], jws.Signer | None]) -> Statement:
     """Return a statement that a collector signed. Raises MessageRefused."""
     try:
-        statement = msgspec.json.decode(payload, type=Statement)
+        statement = decoders.from_json(payload, Statement)
         jws.verify([token], _TOPIC.format(statement.fleet), payload, find_signer)
     except (msgspec.MsgspecError, TypeError, AttributeError) as error:
         raise MessageRefused("malformed payload", str(error)) from None

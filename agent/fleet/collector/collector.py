@@ -145,8 +145,8 @@ class Collector:
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
                     logger.warning("%s; trying again until it works", error)
-                end = time.monotonic() + delay
-                while not self._stopping and time.monotonic() < end:
+                end = clock.boot_seconds() + delay
+                while not self._stopping and clock.boot_seconds() < end:
                     time.sleep(0.1)
 
     def stop(self) -> None:
@@ -158,11 +158,11 @@ class Collector:
     def tick(self, link: CollectorLink, timeout_s: float) -> None:
         """Receive for `timeout_s`, store the messages, then acknowledge them to the broker and to their devices."""
         self._receive(link, timeout_s)
-        self.statistics.set_held(len(self._held), time.monotonic())
-        if self._held and time.monotonic() >= self._retry_at:
+        self.statistics.set_held(len(self._held), clock.boot_seconds())
+        if self._held and clock.boot_seconds() >= self._retry_at:
             self._store_held(link)
         # Gaps that were reported a while ago and are still open are requested.
-        if due := self._pending_gaps.due_logs(time.monotonic()):
+        if due := self._pending_gaps.due_logs(clock.boot_seconds()):
             try:
                 self._acknowledge(due)
             except StorageError as error:
@@ -187,8 +187,8 @@ class Collector:
             while not self._stopping:
                 self.tick(link, 1.0)
                 retry.reset()
-            deadline = time.monotonic() + CLOSE_TIMEOUT_S
-            while self.acknowledger.has_pending and time.monotonic() < deadline:
+            deadline = clock.boot_seconds() + CLOSE_TIMEOUT_S
+            while self.acknowledger.has_pending and clock.boot_seconds() < deadline:
                 self.tick(link, 0.1)
             retries = f", {self.store.retry_count} transactions retried" if self.store.retry_count else ""
             logger.info("stopped; %d messages stored since the start%s", self.stored_count, retries)
@@ -205,12 +205,12 @@ class Collector:
     def _read_acknowledgements(self, logs: Sequence[LogId]) -> list[Acknowledgement]:
         if self.share is None:
             return self.store.acknowledgements(logs)
-        now_s = time.monotonic()
+        now_s = clock.boot_seconds()
         return self.store.acknowledgements(logs, lambda *progress: self._pending_gaps.trim(now_s, *progress))
 
     def _receive(self, link: CollectorLink, timeout_s: float) -> None:
         if self._held:
-            timeout_s = min(timeout_s, max(0.0, self._retry_at - time.monotonic()))
+            timeout_s = min(timeout_s, max(0.0, self._retry_at - clock.boot_seconds()))
         events = link.receive(timeout_s)
         while events:
             for event in events:
@@ -234,14 +234,14 @@ class Collector:
             acknowledgements = self._read_acknowledgements(touched)
         except StorageError as error:
             delay = self._retry.next_delay()
-            self._retry_at = time.monotonic() + delay
+            self._retry_at = clock.boot_seconds() + delay
             self.statistics.storage_failures += 1
             logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
             return
         self._retry.reset()
         del self._held[: len(batch)]
         self.statistics.waiting_since_s = None
-        self.statistics.set_held(len(self._held), time.monotonic())
+        self.statistics.set_held(len(self._held), clock.boot_seconds())
         for held in batch:
             link.acknowledge(held.delivery)
         if not self._broker.tls:
@@ -305,7 +305,7 @@ class Collector:
             if not self._broker.tls:
                 return _Held(delivery, False, refusal)
         if self._quotas is None or self._quotas.admit(
-            _device_of(delivery), len(delivery.payload), self.keyring.devices, time.monotonic()
+            _device_of(delivery), len(delivery.payload), self.keyring.devices, clock.boot_seconds()
         ):
             return _Held(delivery, refusal is None, refusal)
         return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
@@ -334,16 +334,16 @@ class Collector:
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
         """Log at most one line per interval; the database counts refusals and keeps samples."""
         self._unreported_refusals += len(refusals)
-        if not self._unreported_refusals or time.monotonic() < self._next_refusal_log:
+        if not self._unreported_refusals or clock.boot_seconds() < self._next_refusal_log:
             return
         last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
         logger.warning("refused %d messages%s; see table refusal_samples", self._unreported_refusals, last)
-        self._unreported_refusals, self._next_refusal_log = 0, time.monotonic() + REFUSAL_LOG_INTERVAL_S
+        self._unreported_refusals, self._next_refusal_log = 0, clock.boot_seconds() + REFUSAL_LOG_INTERVAL_S
 
     def _run_upkeep(self) -> None:
-        if self._upkeep is None or time.monotonic() < self._next_upkeep:
+        if self._upkeep is None or clock.boot_seconds() < self._next_upkeep:
             return
-        self._next_upkeep = time.monotonic() + UPKEEP_S
+        self._next_upkeep = clock.boot_seconds() + UPKEEP_S
         try:
             self._upkeep()
         except OutstationError as error:

@@ -7,7 +7,6 @@ watches for refused messages, for fleet-wide drift, and for incidents of single 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from agent import clock
@@ -61,8 +60,8 @@ class LeaderTasks:
         """Do what is due; `is_caught_up` unless received messages wait for the database."""
         self._incidents.watch(clock.read())
         try:
-            if self._store.shared and time.monotonic() >= self._next_check_s:
-                self._next_check_s = time.monotonic() + LEADER_CHECK_S
+            if self._store.shared and clock.boot_seconds() >= self._next_check_s:
+                self._next_check_s = clock.boot_seconds() + LEADER_CHECK_S
                 self.collector_count = self._store.join_collectors()
                 was_leader, self.is_leader = self.is_leader, self._store.acquire_leadership(LEADER_JOB)
                 if self.is_leader != was_leader:

@@ -8,7 +8,7 @@ import msgspec
 
 
 class CollectorStatistics(msgspec.Struct):
-    """`outcomes`: messages by outcome of ingest; `waiting_since_s`: monotonic time since when one waits, or None."""
+    """`outcomes`: messages by outcome of ingest; `waiting_since_s`: boot time since when one waits, or None."""
 
     outcomes: Counter[str] = msgspec.field(default_factory=lambda: Counter(new=0, duplicate=0, conflict=0, live=0))
     refusals: Counter[str] = msgspec.field(default_factory=Counter)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from agent import decoders
 from agent.fleet.database.interface import Row
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.keys import b64url_decode, b64url_encode
@@ -70,8 +71,8 @@ class _RawColumns(msgspec.Struct):
     columns: dict[str, msgspec.Raw]
 
 
-_COLUMNS_DECODER = msgspec.json.Decoder(_RawColumns)
-_NUMBERS_DECODER = msgspec.json.Decoder(list[Magnitude | None])
+_COLUMNS_DECODER = decoders.json_decoder(_RawColumns)
+_NUMBERS_DECODER = decoders.json_decoder(list[Magnitude | None])
 
 
 class FieldMoments(msgspec.Struct, frozen=True):
@@ -212,7 +213,7 @@ def _phase_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     if body.event != ROLLOUT_EVENT:
         return []
     try:
-        change = msgspec.convert(body.evidence, PhaseChange)
+        change = decoders.convert(body.evidence, PhaseChange)
         # A number too large for JSON is no evidence.
         numbers = _to_json(change.numbers)
     except (msgspec.MsgspecError, ValueError):
@@ -225,7 +226,7 @@ def _reference_rows(body: AuditPayload, _payload: bytes) -> list[Row]:
     if body.event not in (LEARNED_EVENT, ACCEPTED_EVENT):
         return []
     try:
-        reference = msgspec.convert(body.evidence, LearnedReference)
+        reference = decoders.convert(body.evidence, LearnedReference)
     except msgspec.ValidationError:
         return []
     head = (body.device, reference.task, body.event, reference.site, _to_json(reference.fields))

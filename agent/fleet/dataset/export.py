@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from agent import durable_files
+from agent import decoders, durable_files
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.errors import StorageError, UsageError
@@ -95,7 +95,7 @@ def export(
 def check(folder: Path) -> list[str]:
     """Return what of a set differs from its manifest. Raises UsageError."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=DatasetManifest)
+        manifest = decoders.from_json((folder / MANIFEST).read_bytes(), DatasetManifest)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(f"{folder / MANIFEST}: cannot be read as the manifest of a dataset: {error}") from None
     if manifest.format != FORMAT:

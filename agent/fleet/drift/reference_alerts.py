@@ -11,7 +11,7 @@ from itertools import groupby
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.clock import ClockReading
 from agent.fleet.database.alerts import reference_alert_row
 from agent.fleet.database.ingest import Arrival
@@ -22,7 +22,7 @@ from agent.wire.messages import AuditPayload
 
 POLL_INTERVAL_S = 60.0
 MAX_NAMED_FIELDS = 5
-_FIELDS = msgspec.json.Decoder(dict[str, FieldMoments])
+_FIELDS = decoders.json_decoder(dict[str, FieldMoments])
 
 
 class ReferenceAlerts:

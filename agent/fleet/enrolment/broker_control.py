@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from agent import durable_files, input_files
+from agent import decoders, durable_files, input_files
 from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageError
 from agent.fleet.config import ClientCertificate, FleetConfig
@@ -215,7 +215,7 @@ def _edit_file(path: Path, fleet: str, changes: Iterable[AccessChange]) -> None:
 def _load_pending(folder: Path) -> list[AccessChange]:
     path = folder / PENDING_FILE
     try:
-        return msgspec.json.decode(input_files.read_bytes(path), type=list[AccessChange])
+        return decoders.from_json(input_files.read_bytes(path), list[AccessChange])
     except FileNotFoundError:
         return []
     except (OSError, msgspec.DecodeError) as error:

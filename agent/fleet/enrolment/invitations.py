@@ -14,7 +14,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from agent import durable_files, input_files
+from agent import decoders, durable_files, input_files
 from agent.errors import UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrolment import broker_control, join_tokens, pki
@@ -79,7 +79,7 @@ def list_open(folder: Path) -> list[OpenInvitation]:
 
 def _load(home: Path) -> OpenInvitation | None:
     try:
-        return msgspec.json.decode(input_files.read_bytes(home / FILE), type=OpenInvitation)
+        return decoders.from_json(input_files.read_bytes(home / FILE), OpenInvitation)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

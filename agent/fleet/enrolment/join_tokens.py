@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files, input_files
+from agent import decoders, durable_files, input_files
 from agent.errors import UsageError
 from agent.wire.enrolment_request import EnrolmentRequest
 from agent.wire.keys import b64url_encode
@@ -53,7 +53,7 @@ def authenticate(home: Path, request: EnrolmentRequest, thumbprint: str | None, 
         return
     path = home / TOKEN_FILE
     try:
-        issued = msgspec.json.decode(input_files.read_bytes(path), type=_JoinToken)
+        issued = decoders.from_json(input_files.read_bytes(path), _JoinToken)
     except FileNotFoundError:
         raise UsageError(
             f"device {device!r} has no join token here, but its request was made with one; {again}"

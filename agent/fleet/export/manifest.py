@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import durable_files, ranges
+from agent import decoders, durable_files, ranges
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.export.tables import KINDS, NO_DAY, Filters
 from agent.wire import jws
@@ -107,7 +107,7 @@ class Manifest(_Content):
             file = folder / _chunk_path(number)
             try:
                 data = file.read_bytes()
-                chunk = msgspec.json.decode(data, type=Chunk)
+                chunk = decoders.from_json(data, Chunk)
             except (OSError, msgspec.MsgspecError) as error:
                 raise UsageError(f"{file}: cannot be read: {error}; export to a new folder") from None
             if (chunk.number, chunk.prev) != (number, digest):
@@ -125,7 +125,7 @@ class Manifest(_Content):
 def load(folder: Path) -> Manifest | None:
     """Return the manifest in a folder; None if there is none. Raises UsageError."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+        manifest = decoders.from_json((folder / MANIFEST).read_bytes(), Manifest)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError) as error:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from agent.errors import UsageError
 from agent.extras import install_command
 from agent.fleet.export import manifest as manifests
@@ -89,12 +87,3 @@ class ExportQueries:
             self._db.execute(f'CREATE VIEW "{name}" AS SELECT * EXCLUDE (kind) FROM {source}')
         except self._duckdb.Error as error:
             raise UsageError(f"the export cannot be read: {error}; see `outstation fleet audit --export`") from None
-
-
-def to_json_value(value: Any) -> Any:
-    """Return a value of a query as JSON holds it; numbers that JSON has no form for become null."""
-    if isinstance(value, dict):
-        return {str(key): to_json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json_value(item) for item in value]
-    return msgspec.to_builtins(value, str_keys=True) if not isinstance(value, bytes) else value.hex()

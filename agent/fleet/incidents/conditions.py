@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.alerts import (
     BACKLOG_GROWS,
     CLOCK_AT_COLLECTOR,
@@ -88,7 +88,7 @@ class DeviceView(msgspec.Struct, frozen=True):
 def parse_health(payload: bytes, received: str) -> HealthReport | None:
     """Return the report; None if a member that the schema leaves free is of another type."""
     try:
-        report = msgspec.json.decode(payload, type=HealthReport)
+        report = decoders.from_json(payload, HealthReport)
         clock.parse_rfc3339(report.time)
         return msgspec.structs.replace(report, received=clock.parse_rfc3339(received))
     except (msgspec.MsgspecError, ValueError):

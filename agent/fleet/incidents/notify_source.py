@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.alerts import TARGET_FAILS
 from agent.fleet.database.incidents import device_status, incident_rows
 from agent.fleet.database.interface import IncidentKey
@@ -79,7 +79,7 @@ class FleetAlertSource:
         with self._store.snapshot() as db:
             for status in device_status.load_status(db):
                 try:
-                    groups[status.device] = msgspec.json.decode(status.health or b"{}", type=_Groups).groups
+                    groups[status.device] = decoders.from_json(status.health or b"{}", _Groups).groups
                 except msgspec.MsgspecError:
                     continue
         return groups

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from agent import decoders
 from agent.arrays import Float64s, Ints
 from agent.fleet.database import task_logs
 from agent.fleet.database.interface import Connection, Row
@@ -104,7 +105,7 @@ def _drift(db: Connection, key: TaskLog, rows: Ints) -> Float64s:
 
 def _largest_psi(features: str) -> float:
     try:
-        fields = msgspec.json.decode(features, type=dict[str, _DriftedField])
+        fields = decoders.from_json(features, dict[str, _DriftedField])
     except msgspec.MsgspecError:
         return _LEAST_DRIFT
     return max(field.psi or _LEAST_DRIFT for field in [_DriftedField(), *fields.values()] if field.state == "drift")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import UsageError
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRef, resolve_label_schema
 from agent.fleet.database.dashboard import messages
@@ -127,7 +128,7 @@ def alert_row(db: Connection, incident: Incident) -> int | None:
         return None
     payload = messages.load_payload(db, incident.device, incident.log, incident.raised_seq)
     try:
-        return msgspec.json.decode(payload or b"", type=_AlertBody).evidence.row
+        return decoders.from_json(payload or b"", _AlertBody).evidence.row
     except msgspec.MsgspecError:
         return None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from agent import clock
 from agent.fleet.collector.quota import Quota
 from agent.fleet.collector.statistics import CollectorStatistics
 from agent.fleet.metrics.device_families import bound_reasons
@@ -38,7 +38,7 @@ def build_families(fleet: str, collector: str, statistics: CollectorStatistics, 
     )
     failures.add_metric(labels, statistics.storage_failures)
     waiting_since = statistics.waiting_since_s
-    lag_s = max(0.0, time.monotonic() - waiting_since) if waiting_since is not None else 0.0
+    lag_s = max(0.0, clock.boot_seconds() - waiting_since) if waiting_since is not None else 0.0
     yield from (messages, refused, failures)
     yield gauge("connected", "1 if the collector is connected to the broker.", float(statistics.is_connected))
     yield gauge("held_messages", "Messages received and not stored yet.", statistics.held)

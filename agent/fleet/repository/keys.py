@@ -111,6 +111,6 @@ def select_key(candidates: dict[str, str], requested: str | None, error_context:
     if len(matches) != 1:
         known = ", ".join(sorted(candidates.values()))
         raise UsageError(
-            f"{error_context}{'' if requested is None else f', none is {requested!r}'}; name one with --key: {known}"
+            f"{error_context}{'' if requested is None else f', none is {requested!r}'}; name one with --old: {known}"
         )
     return matches[0]

@@ -70,7 +70,7 @@ def read(folder: Path, now: datetime | None = None) -> RepositoryStatus:
     if draft is not None:
         reminders.append(
             f"root {draft.version} needs {draft.signatures_missing} more signatures ({', '.join(draft.may_sign)}): "
-            f"outstation fleet repository sign-root --key FILE {layout.draft}"
+            f"outstation fleet repository sign-root --sign-with FILE {layout.draft}"
             if draft.signatures_missing
             else f"root {draft.version} has enough signatures; put it in force: outstation fleet repository refresh"
         )

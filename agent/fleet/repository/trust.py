@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 from tuf.api.metadata import Root
 
+from agent import decoders
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
@@ -23,7 +24,7 @@ def read_keys(root: Root) -> list[TrustedKey] | None:
     """Return the keys of the trust document, None if the root has none. Raises StorageError."""
     member = root.unrecognized_fields.get(MEMBER)
     try:
-        return None if member is None else msgspec.convert(member, Trust).keys
+        return None if member is None else decoders.convert(member, Trust).keys
     except (msgspec.ValidationError, ValueError) as error:
         raise StorageError(f"root {root.version}: its trust document is malformed: {error}; restore a backup") from None
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws
@@ -65,7 +66,7 @@ def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) 
     """Return the verified decision. Raises MessageRefused."""
     jws.verify([token], signing_topic(rollout), payload, find_signer)
     try:
-        body = msgspec.json.decode(payload, type=DecisionBody)
+        body = decoders.from_json(payload, DecisionBody)
         check_strict_json(payload)
     except (DuplicateKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageRefused("malformed payload", str(error)[:200]) from None

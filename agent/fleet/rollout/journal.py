@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.errors import StorageError, UsageError
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
@@ -97,7 +98,7 @@ def save_desired(db: Connection, row: DesiredMessage) -> None:
 def _rollout_from_row(row: Sequence[Any]) -> Rollout:
     name, _task, _bundle, _version, _digest, topic, started, state, step, text = row
     try:
-        plan = msgspec.json.decode(text, type=RolloutPlan)
+        plan = decoders.from_json(text, RolloutPlan)
     except (msgspec.MsgspecError, TypeError, ValueError) as error:
         raise StorageError(f"table rollouts: plan of {name!r} was altered ({error}); restore the database") from None
     if type(step) is not int or not 1 <= step <= len(plan.steps):

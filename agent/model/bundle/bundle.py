@@ -102,7 +102,7 @@ def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: S
     except MessageRefused as refusal:
         raise BadBundle(
             f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "
-            "([publishers] keys, [operators] keys, or --key)"
+            "([publishers] keys, [operators] keys, or --publisher)"
         ) from None
 
 

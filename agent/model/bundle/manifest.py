@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
 from agent.names import is_name
@@ -302,7 +303,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def decode(data: bytes) -> Manifest:
     """Decode and validate manifest.json. Raises BadBundle."""
     try:
-        manifest_format = msgspec.json.decode(data, type=_FormatHeader).format
+        manifest_format = decoders.from_json(data, _FormatHeader).format
     except (msgspec.MsgspecError, ValueError, RecursionError):
         manifest_format = FORMAT  # the error is reported below
     if manifest_format > FORMAT:
@@ -311,7 +312,7 @@ def decode(data: bytes) -> Manifest:
             "update the agent"
         )
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = decoders.from_json(data, Manifest)
         check_strict_json(data)
         return manifest
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

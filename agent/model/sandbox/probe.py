@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent import decoders
 from agent.errors import BadBundle
 from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
@@ -93,13 +94,13 @@ def probe(
         report, _, tuned = output.partition(b"\n")
         if death and (known_tunings is None or not report):
             raise BadBundle(death)
-        runtime, checks, peak = msgspec.json.decode(report, type=tuple[str, list[Check], int])
+        runtime, checks, peak = decoders.from_json(report, tuple[str, list[Check], int])
         if death:
             # A batch that was too large is no failure: the model itself passed.
             if death != _out_of_memory_detail(limits):
                 checks.append(("autotune", False, death))
             return ProbeReport(runtime, checks, peak_memory=peak)
-        return ProbeReport(runtime, checks, msgspec.json.decode(tuned, type=Tuning) if tuned else None, peak)
+        return ProbeReport(runtime, checks, decoders.from_json(tuned, Tuning) if tuned else None, peak)
     except BadBundle as problem:
         return ProbeReport("", [("load", False, str(problem))])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -114,7 +115,7 @@ def inspect_model(content: bytes) -> ModelInspection:
     if death:
         raise BadBundle(death)
     try:
-        inspection = msgspec.json.decode(output, type=ModelInspection | str)
+        inspection = decoders.from_json(output, ModelInspection | str)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadBundle(f"the child process returned invalid output ({error})") from None
     if isinstance(inspection, str):
@@ -237,7 +238,7 @@ def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
 
 
 def main() -> None:
-    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
+    request = decoders.from_msgpack(sys.stdin.buffer.read(), _ProbeRequest)
     if "manifest.json" not in request.files:
         _give_up_rights(request, ResourceLimits())
         sys.stdout.buffer.write(msgspec.json.encode(_inspect_in_child(request.files["model.tflite"])))

@@ -145,7 +145,7 @@ def test_a_lack_of_descriptors_delays_connections_and_is_counted(
             try:
                 late.connect(str(station.socket))
                 late.sendall(ONE_ROW)
-                wait_for(lambda: bool(station.intake._group_commit._counts["connections delayed"] > 1), "two tries")
+                wait_for(lambda: bool(station.intake.group_commit._counts["connections delayed"] > 1), "two tries")
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, before)
             assert b'"accepted":1' in late.recv(4096)

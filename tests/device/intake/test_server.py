@@ -163,7 +163,7 @@ def test_lines_are_read_during_a_write_and_answered_in_order(tmp_path: Path, mon
         line.send(many)
         wait_for(lambda: station.intake._background_write is not None, "the first is being written")
         line.send(ROW)
-        wait_for(lambda: bool(station.intake._group_commit), "the second is read")
+        wait_for(lambda: bool(station.intake.group_commit), "the second is read")
         assert station.commits == 0
         slow.set()
         assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
@@ -345,7 +345,7 @@ def test_lines_in_flight_count_before_a_client_gets_its_position(tmp_path: Path)
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
         assert first.answer()["through"] == 0
-        wait_for(lambda: bool(station.intake._group_commit), "the lines are under way")
+        wait_for(lambda: bool(station.intake.group_commit), "the lines are under way")
         second.send({"client": "g"})
         assert second.answer()["through"] == 5
         second.send(*numbers(range(5, 7)))
@@ -537,7 +537,7 @@ def test_stopping_commits_and_answers_what_waits(tmp_path: Path) -> None:
     station.intake.start()
     with station.line() as line:
         line.send(ROW, ROW)
-        wait_for(lambda: bool(station.intake._group_commit), "the lines are under way")
+        wait_for(lambda: bool(station.intake.group_commit), "the lines are under way")
         began = time.monotonic()
         station.intake.stop()
         assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]

@@ -268,11 +268,11 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
         with here.start() as station:
             subscribed(station)
             here.publish("site/cellar/climate", message_body(value))
-            wait_for(lambda: bool(station.intake._group_commit), "the row waits")
+            wait_for(lambda: bool(station.intake.group_commit), "the row waits")
     with here.start() as station:
         subscribed(station)
         here.publish("site/cellar/climate", message_body(3))
-        wait_for(lambda: bool(station.intake._group_commit), "the row waits")
+        wait_for(lambda: bool(station.intake.group_commit), "the row waits")
         assert rows(station) == [1.0, 2.0]
     assert here.stored() == [1.0, 2.0, 3.0]
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.clock import ClockReading
-from agent.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule, parse
+from agent.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule
+from agent.device.machine.schedule_text import parse
 from agent.errors import ConfigError
 
 VIENNA = ZoneInfo("Europe/Vienna")
@@ -335,3 +336,109 @@ def test_any_text_is_a_schedule_of_its_kind_or_refused_by_its_key(text: str) -> 
     schedule.record_run(machine.now)
     assert not schedule.is_due(machine.now, 10**9)
     assert schedule.wait_s(machine.now) > 0
+
+
+def test_alternatives_are_due_when_any_of_them_is() -> None:
+    task, machine = parse("f", "t", "every 10 min or when 500 rows"), Machine()
+    assert (task.needs_last_run, task.counts_rows) == (False, True)
+    assert len(machine.run(task, 0)) == 1
+    assert not task.is_due(machine.now, 499)
+    assert task.is_due(machine.now, 500)
+    task.record_run(machine.now)
+    assert machine.run(task, 600) == ["Tue 03-10 12:10+0100"], "rows leave the beat of the interval alone"
+
+
+def test_a_cron_time_follows_the_zone_that_it_names_over_a_change_of_its_offset() -> None:
+    machine = Machine(datetime(2026, 3, 28, 0, 0, tzinfo=VIENNA))
+    assert machine.run(parse("f", "t", "0 9 * * * in Asia/Tokyo"), 2 * DAY) == [
+        "Sat 03-28 01:00+0100", "Sun 03-29 01:00+0100"
+    ]  # fmt: skip
+    machine = Machine(datetime(2026, 3, 28, 0, 0, tzinfo=VIENNA))
+    assert machine.run(parse("f", "t", "0 9 * * * in Europe/Vienna"), 2 * DAY) == [
+        "Sat 03-28 09:00+0100", "Sun 03-29 09:00+0200"
+    ]  # fmt: skip
+
+
+RANGE = "in Europe/Vienna from 2026-03-12 until 2026-03-13"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"0 12 * * * {RANGE}", ["Thu 03-12 12:00+0100", "Fri 03-13 12:00+0100"]),
+        (
+            f"every 12 h {RANGE}",
+            [f"{day} {time}+0100" for day in ("Thu 03-12", "Fri 03-13") for time in ("00:00", "12:00")],
+        ),
+        (f"0 0 * * * {RANGE}T00:00", ["Thu 03-12 00:00+0100"]),
+    ],
+)  # fmt: skip
+def test_a_date_range_contains_its_last_day_and_ends_before_a_time(text: str, expected: list[str]) -> None:
+    assert Machine().run(parse("f", "t", text), 7 * DAY) == expected
+
+
+def test_rows_wait_outside_a_date_range() -> None:
+    task, machine = parse("f", "t", f"when 5 rows {RANGE}"), Machine()
+    assert not task.is_due(machine.now, 5)
+    machine.sleep(2 * DAY)
+    assert task.is_due(machine.now, 5)
+    machine.sleep(2 * DAY)
+    assert not task.is_due(machine.now, 5)
+    assert task.wait_s(machine.now) == 60
+
+
+@pytest.mark.parametrize("moment", ["2026-03-13T12:00:00", "2026-03-14T00:00:00", "2026-09-01T12:00:00"])
+def test_a_range_that_is_over_starts_with_no_run_and_catches_up_on_a_missed_one(moment: str) -> None:
+    wall = datetime.fromisoformat(moment).replace(tzinfo=VIENNA)
+    text = f"* * * * * {RANGE}T12:00"
+    assert Machine(wall).run(parse("f", "t", text), HOUR) == []
+    missed = parse("f", "t", text, round(datetime(2026, 3, 13, 11, tzinfo=VIENNA).timestamp() * 1e6))
+    assert len(Machine(wall).run(missed, HOUR)) == 1
+
+
+@pytest.mark.parametrize("text", ["0 3 * * * in Europe/Vienna jitter 20 min", "every 6 h jitter 20 min"])
+def test_a_jitter_spreads_a_fleet_and_leaves_each_device_its_beat(text: str) -> None:
+    delays = []
+    for number in range(40):
+        machine = Machine(datetime(2026, 11, 25, 3, tzinfo=VIENNA))
+        ran = machine.run(parse("f", "t", text, device=f"pi-{number}"), 12 * HOUR - 1)
+        if "every" in text:
+            first, second = (datetime.strptime(each[-10:-5], "%H:%M") for each in ran)
+            assert second - first == timedelta(hours=6)
+        delays.append(int(ran[0][-7:-5]))
+    assert 0 <= min(delays) <= 2
+    assert 17 <= max(delays) < 20
+    assert len(set(delays)) > 10
+
+
+def test_a_delayed_cron_time_comes_once_over_restarts_and_steps() -> None:
+    text = "0 3 * * * in Europe/Vienna jitter 6 h"
+    machine = Machine(datetime(2026, 11, 25, 2, tzinfo=VIENNA))
+    [ran] = machine.run(parse("f", "t", text, device="pi"), 12 * HOUR)
+    last_us = round(datetime.strptime(f"2026 {ran}", "%Y %a %m-%d %H:%M%z").timestamp() * 1e6) + 60_000_000
+    assert machine.run(parse("f", "t", text, last_us, "pi"), 10 * HOUR) == []
+    machine.step(-HOUR)
+    assert len(machine.run(parse("f", "t", text, last_us, "pi"), DAY)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("every 60 s or", "'60 s or' must be a number"),
+        ("every 60 s or every 0 s", "an interval must be positive"),
+        ("0 3 * * * in Mars/Olympus", "'Mars/Olympus' is no time zone here"),
+        ("0 3 * * * in ../../etc/passwd", "is no time zone here"),
+        ("every 60 s in Europe/Vienna", "belongs to a cron expression or to dates"),
+        ("when 5 rows jitter 5 s", "no time that a jitter could delay"),
+        ("0 3 * * * jitter 5", "must be a number with a unit"),
+        ("0 3 * * * from tomorrow", "'tomorrow' is no date"),
+        ("0 3 * * * from 2026-02-30", "'2026-02-30' is no date"),
+        ("0 3 * * * until 9999-12-31", "'9999-12-31' is no date"),
+        ("0 3 * * * from 2026-03-02 until 2026-03-01", "ends before it begins"),
+        ("0 3 * * * from 2026-03-02 from 2026-03-01", "may each come once"),
+    ],
+)
+def test_a_bad_clause_is_named_with_what_to_write(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("outstation.toml", "exercise", text)
+    assert reason in caught.value.problem

@@ -39,6 +39,10 @@ class Machine:
         self._now += 10.0
         return self._care.tick(at(self._now)).pause_reason
 
+    @property
+    def status(self) -> throttle.ThermalPowerStatus:
+        return self._care.status
+
     def shown(self) -> dict[str, object]:
         self._now += 10.0
         return self._care.tick(at(self._now)).to_dict()
@@ -63,6 +67,26 @@ def test_a_battery_counts_while_it_is_being_emptied(tmp_path: Path) -> None:
         in machine.battery("24", "Discharging").resting()
     )
     assert machine.battery("24", "Charging").resting() == ""
+
+
+def test_tasks_slow_down_before_they_pause(tmp_path: Path) -> None:
+    heat, machine = "class/thermal/thermal_zone0/temp", Machine(tmp_path)
+    states = []
+    for reading in ("75000", "76000", "71000", "81000", "76000", "74000", "70000"):
+        machine.put(heat, reading).resting()
+        status = machine.status
+        states.append("pause" if status.pause_reason else "slow" if status.slow_reason else "run")
+    assert states == ["run", "slow", "slow", "pause", "pause", "slow", "run"]
+    machine.put(heat, "40000").battery("29", "Discharging")
+    assert machine.shown()["slowed"] == "battery at 29 %; less than 30 % ([throttle] slow_battery), until 35 %"
+
+
+def test_slowed_tasks_rest_for_their_share_of_the_time(tmp_path: Path) -> None:
+    care = Throttle(config.ThrottleConfig(duty_cycle=0.2), tmp_path)
+    assert care.rest_s(2.0) == 0.0
+    Machine(tmp_path).put("class/thermal/thermal_zone0/temp", "78000")
+    care.tick(at(1000.0))
+    assert care.rest_s(2.0) == pytest.approx(8.0)
 
 
 def test_only_current_throttling_of_a_raspberry_pi_counts(tmp_path: Path) -> None:

@@ -245,8 +245,8 @@ def test_output_drift_alone_counts_for_incomparable_bundles(site: Site, monkeypa
 
 def test_a_store_failure_ends_model_processes_without_a_write(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its threads never began here.
-    monkeypatch.setattr(site.daemon._intake, "stop", lambda: None)
-    monkeypatch.setattr(site.daemon._uplink, "stop", lambda drain_s: None)
+    monkeypatch.setattr(site.daemon.intake, "stop", lambda: None)
+    monkeypatch.setattr(site.daemon.uplink, "stop", lambda drain_s: None)
     assert site.batch() == "1"
     site.desire("2", "shadow")
     site.until_phase("shadow")

@@ -261,6 +261,31 @@ print(held * 512)
 device.store.close()
 """
 
+_CROWDED_ON_A_FULL_DISK = """\
+import sys
+from pathlib import Path
+from tests.device.capacity.test_space import Device
+
+folder = Path(sys.argv[1])
+device = Device(folder / "data", size=1 << 30)
+device.feed(1000)
+with open(folder / "ballast", "wb", buffering=0) as ballast:
+    try:
+        while True:
+            ballast.write(b"x" * 4096)
+    except OSError:
+        pass
+device.stuck = device.crowded = {"exercise"}
+device.turns(120)
+assert device.space.is_evicting, "the disk was not full"
+assert device.store.first_row("watch") == 1, "readings went, though that makes no room on the disk"
+(folder / "ballast").unlink()
+device.turns(120)
+device.feed(1000)
+print(device.store.first_row("watch"), device.store.last_row("watch"), device.space.is_evicting)
+device.store.close()
+"""
+
 _STARTED_ON_A_FULL_DISK = """\
 import sys
 from pathlib import Path
@@ -345,6 +370,10 @@ def on_a_small_disk(folder: Path, code: str) -> str:
 
 def test_a_full_disk_still_records_deliveries_and_makes_room(tmp_path: Path) -> None:
     assert int(on_a_small_disk(tmp_path, _ON_A_FULL_DISK)) == 2 << 20
+
+
+def test_no_reading_is_evicted_while_others_fill_the_disk(tmp_path: Path) -> None:
+    assert on_a_small_disk(tmp_path, _CROWDED_ON_A_FULL_DISK) == "1 2000 False"
 
 
 def test_a_device_starts_on_a_full_disk_and_records_what_is_acknowledged(tmp_path: Path) -> None:

@@ -86,7 +86,12 @@ def test_a_copy_verifies_with_only_the_folder_and_the_key(story: Story, folder: 
     subprocess.run(["cp", "-r", str(folder), str(alone / "received")], check=True)
     command = [sys.executable, "-P", "-m", "agent", "fleet", "evidence", "verify", "received", "--json"]
     done = subprocess.run(
-        [*command, "--key", story.operator.public.text], cwd=alone, env={}, capture_output=True, text=True, check=False
+        [*command, "--operator", story.operator.public.text],
+        cwd=alone,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -444,17 +449,17 @@ def test_command_output_says_what_to_do(story: Story, tmp_path: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     assert "Check it anywhere: outstation fleet evidence verify" in result.stdout
     key = story.home / "operator.key.pub"
-    result = run("verify", tmp_path / "out", "--key", key)
+    result = run("verify", tmp_path / "out", "--operator", key)
     assert result.stdout.splitlines()[-1] == "VERIFIED"
     (tmp_path / "out" / "running.json").unlink()
-    result = run("verify", tmp_path / "out", "--key", key)
+    result = run("verify", tmp_path / "out", "--operator", key)
     assert result.exit_code == 1
     assert "running.json: is listed in the manifest but missing" in result.stdout
     assert result.stdout.splitlines()[-1] == "WRONG: do not rely on this folder"
     for args, words in (
         ((), "--out DIR is missing"),
-        (("verify", tmp_path / "out"), "--key PUB is missing"),
-        (("verify", tmp_path / "nothing", "--key", key), "no such folder"),
+        (("verify", tmp_path / "out"), "--operator PUB is missing"),
+        (("verify", tmp_path / "nothing", "--operator", key), "no such folder"),
         (("--out", tmp_path / "x", "--at", "yesterday", "--dir", story.home), "write a time with its time zone"),
     ):
         wrong = run(*args)

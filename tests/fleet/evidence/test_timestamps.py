@@ -246,7 +246,7 @@ def test_the_commands_stamp_include_and_verify(desk: Desk, authority: Authority,
     made = call_outstation(*arguments[:2], *arguments[3:5], "--out", str(tmp_path / "e"), "--witness", f"{out}.tsr")
     assert made.returncode == 0, made.stderr
     cut = show(desk, (device, messages[:-3]))
-    keys = ("--key", str(home / "operator.key.pub"), "--key", OPERATOR["key"].public.text)
+    keys = ("--operator", str(home / "operator.key.pub"), "--operator", OPERATOR["key"].public.text)
     for path, words, code in ((tmp_path / "e", "VERIFIED", 0), (folder, "VERIFIED", 0), (cut, "cut off", 1)):
         trusted = ("--witness", f"{out}.tsr", "--timestamp-ca", str(authority.root), "--timestamp-policy", POLICY)
         run = call_outstation("fleet", "evidence", "verify", str(path), *keys, *trusted)

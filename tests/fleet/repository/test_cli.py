@@ -134,7 +134,7 @@ def test_a_bundle_of_another_publisher_needs_its_key(desk: Operator, made: Path)
     desk.run("repository", "init", "--demo")
     code, _, err = desk.run("publish", made)
     assert (code, "not signed by any of the 2 trusted publisher keys" in err) == (1, True)
-    assert desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["signer"] == KEY.public.kid
+    assert desk.document("publish", made, "--publisher", KEY.public.text, "--no-probe")["signer"] == KEY.public.kid
 
 
 def test_the_operators_public_key_is_enough_to_publish(desk: Operator, tmp_path: Path, made: Path) -> None:
@@ -156,7 +156,7 @@ def test_root_keys_on_two_machines_sign_one_draft(desk: Operator, tmp_path: Path
     carried = tmp_path / "stick.json"
     shutil.copy(draft, carried)
     for number in (1, 2):
-        signed = desk.document("repository", "sign-root", "--key", tmp_path / f"root-{number}.key", carried)
+        signed = desk.document("repository", "sign-root", "--sign-with", tmp_path / f"root-{number}.key", carried)
         assert signed["signatures"] == number
         status = desk.document("repository", "status", code=1)
         assert "needs 2 more signatures (root-1, root-2)" in status["reminders"][0]
@@ -184,7 +184,9 @@ def test_a_root_key_generated_elsewhere_is_added_by_public_key(desk: Operator, t
     code, _, err = desk.run("repository", "rotate", "root", "--new", elsewhere.public.text)
     # The new key must sign, too.
     assert code == 1
-    desk.run("repository", "sign-root", "--key", tmp_path / "vault.key", desk.folder / "repository" / "root.json.draft")
+    desk.run(
+        "repository", "sign-root", "--sign-with", tmp_path / "vault.key", desk.folder / "repository" / "root.json.draft"
+    )
     assert desk.document("repository", "refresh")["root"] == 2
     assert not list((desk.folder / "repository-keys").glob("root-2*"))
     assert desk.document("repository", "status")["roles"][0]["keys"][0]["key"] == elsewhere.public.text
@@ -195,11 +197,11 @@ def test_a_root_key_generated_elsewhere_is_added_by_public_key(desk: Operator, t
     ("words", "error"),
     [
         (["rotate", "tiny"], "no role 'tiny' in the repository"),
-        (["rotate", "root"], "root has 2 keys; name one with --key: root-1, root-2"),
-        (["rotate", "root", "--key", "root-9"], "none is 'root-9'"),
+        (["rotate", "root"], "root has 2 keys; name one with --old: root-1, root-2"),
+        (["rotate", "root", "--old", "root-9"], "none is 'root-9'"),
         (["revoke", "exercise"], "no bundle 'exercise'"),
         (["init", "--demo"], "so it is not replaced"),
-        (["sign-root", "--key", "nothing.key", "fleet.toml"], "cannot be read"),
+        (["sign-root", "--sign-with", "nothing.key", "fleet.toml"], "cannot be read"),
     ],
 )
 def test_wrong_use_gives_one_line_and_changes_nothing(desk: Operator, words: list[str], error: str) -> None:
@@ -211,7 +213,7 @@ def test_wrong_use_gives_one_line_and_changes_nothing(desk: Operator, words: lis
 
 
 def test_without_a_repository_errors_name_the_command_that_creates_one(desk: Operator, made: Path) -> None:
-    words: list[list[object]] = [["publish", made, "--key", KEY.public.text, "--no-probe"]]
+    words: list[list[object]] = [["publish", made, "--publisher", KEY.public.text, "--no-probe"]]
     words += [["repository", *rest] for rest in (["status"], ["refresh"], ["rotate", "root"], ["revoke", "tiny"])]
     for command in words:
         code, _, err = desk.run(*command)
@@ -223,7 +225,7 @@ def test_sign_root_signs_only_a_root(desk: Operator, tmp_path: Path) -> None:
     key = desk.folder / "repository-keys" / "root-1.key"
     for file in (desk.folder / "repository" / "metadata" / "timestamp.json", desk.folder / "fleet.toml"):
         before = file.read_bytes()
-        code, _, err = desk.run("repository", "sign-root", "--key", key, file)
+        code, _, err = desk.run("repository", "sign-root", "--sign-with", key, file)
         assert code == 2
         assert "root" in err
         assert file.read_bytes() == before
@@ -243,7 +245,7 @@ def test_enrolment_gives_a_device_the_newest_root_and_the_url(desk: Operator, tm
         assert config["updates"] == {"url": url, "root": "root.json", "allow_plaintext": True}
         root = (tmp_path / "device" / "root.json").read_bytes()
         assert root == (desk.folder / "repository" / "metadata" / "2.root.json").read_bytes()
-        target = desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["target"]
+        target = desk.document("publish", made, "--publisher", KEY.public.text, "--no-probe")["target"]
         assert Client(tmp_path / "trust", config["updates"]["url"], root).fetch_target(target)
 
 
@@ -275,7 +277,7 @@ def test_a_second_url_does_not_overwrite_the_first(desk: Operator) -> None:
 
 def test_a_copy_is_complete_and_never_replaced_by_an_older_one(desk: Operator, tmp_path: Path, made: Path) -> None:
     desk.run("repository", "init", "--demo")
-    trusted = ["--key", KEY.public.text, "--no-probe"]
+    trusted = ["--publisher", KEY.public.text, "--no-probe"]
     first = desk.document("publish", made, *trusted)
     shutil.copytree(desk.folder, tmp_path / "old")
     stick = tmp_path / "stick"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, parse_since, print_lines
+from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines
 from agent.cli.output import emit, json_option
+from agent.cli.time_option import parse_since
 from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:

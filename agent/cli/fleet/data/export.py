@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,21 +15,20 @@ from agent.cli.fleet.common import (
     device_option,
     fleet_option,
     open_for_reading,
-    parse_since,
     print_lines,
     progress_bar,
 )
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.output import emit, json_option
+from agent.cli.row_output import csv_option, print_rows, require_one_format
+from agent.cli.time_option import parse_since
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.text import csv_text, format_value
 
 if TYPE_CHECKING:
     from agent.fleet.export.export import ExportSummary
 
 # Names of `export.tables.KINDS`, which a command that does not export need not import.
 _KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "shadows", "rollout_devices")
-_MAX_ROWS = 1000
 
 
 @click.command("export", epilog="Example: outstation fleet export --out export --kind results --since 2026-11-01")
@@ -90,7 +87,7 @@ def _summary_lines(out: Path, summary: ExportSummary) -> Iterator[str]:
 @click.argument("query", required=False)
 @click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path), default=Path("export"),
               help="Folder of `fleet export`; default ./export.")  # fmt: skip
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV; text that a spreadsheet would run is quoted.")
+@csv_option
 @fleet_option
 @json_option
 def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None, as_json: bool) -> None:
@@ -100,23 +97,13 @@ def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None
     """
     from agent.fleet.export.query import ExportQueries
 
-    if as_csv and as_json:
-        raise UsageError("--csv and --json: choose one of them")
+    require_one_format(as_csv, as_json)
     if not (export_folder / "manifest.json").exists():
         raise UsageError(f"{export_folder}: no export here; {_shell_hint(folder)}")
     text = sys.stdin.read() if query == "-" else query or "SHOW TABLES"
     queries = ExportQueries(export_folder)
     click.get_current_context().call_on_close(queries.close)
-    names, rows = queries.query(text)
-    if as_csv:
-        _print_csv(names, rows)
-    elif as_json:
-        _print_json(names, rows)
-    else:
-        listed = [*islice(rows, _MAX_ROWS)]
-        print_table(names, [[_to_cell(value) for value in row] for row in listed], "No row.")
-        if next(rows, None) is not None:
-            echo(f"… more than {_MAX_ROWS} rows; --csv or --json print all", err=True)
+    print_rows(*queries.query(text), as_csv=as_csv, as_json=as_json)
 
 
 def _shell_hint(folder: str | None) -> str:
@@ -130,42 +117,3 @@ def _shell_hint(folder: str | None) -> str:
         return make
     program = "psql" if is_postgresql(location) else "sqlite3 -readonly"
     return f"{make}; or open the database itself: {program} '{display_name(location)}'"
-
-
-def _print_csv(names: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([csv_text(name) for name in names])
-    for row in rows:
-        writer.writerow(["" if v is None else v if isinstance(v, int | float) else csv_text(_to_text(v)) for v in row])
-
-
-def _print_json(names: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
-    """Print a JSON array, an object a row, without holding all rows."""
-    import msgspec
-
-    from agent.fleet.export.query import to_json_value
-    from agent.text import printable_json
-
-    separator = "["
-    for row in rows:
-        values = {name: to_json_value(value) for name, value in zip(names, row, strict=True)}
-        click.echo(separator + printable_json(msgspec.json.encode(values).decode()), nl=False)
-        separator = ",\n"
-    echo("[]" if separator == "[" else "]")
-
-
-def _to_cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return format_value(value)
-    return "" if value is None else value if isinstance(value, int) else _to_text(value)
-
-
-def _to_text(value: Any) -> str:
-    import datetime
-    import json
-
-    from agent.fleet.export.query import to_json_value
-
-    if isinstance(value, datetime.datetime):
-        return value.isoformat()
-    return json.dumps(to_json_value(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)

@@ -188,7 +188,9 @@ def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool
     help="What `outstation request` wrote on the device: its public keys. No private key leaves the device.",
 )
 @click.option("--thumbprint", metavar="KID", help="With --request: its key's thumbprint, as the device printed it.")
-@click.option("--key", metavar="PUB", help="The device's public key, or a file with it; default a new key.")
+@click.option(
+    "--device-key", "key", metavar="PUB", help="The device's public key, or a file with it; default a new key."
+)
 @click.option("--replace", is_flag=True, help="Revoke the device's key and TLS certificate, and enrol the new key.")
 @click.option(
     "--keep-backlog",
@@ -229,7 +231,7 @@ def enrol(
             if given:
                 raise UsageError(f"{option} applies to what --replace replaces; add --replace")
     if request_file is not None and key is not None:
-        raise UsageError("--request has the device's key already; leave --key out")
+        raise UsageError("--request has the device's key already; leave --device-key out")
     if thumbprint is not None and request_file is None:
         raise UsageError("--thumbprint is that of the key in a request; add --request")
     if bundle_out is not None and bundle_out.exists():

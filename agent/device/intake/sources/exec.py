@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.config import FieldConfig, StreamConfig
 from agent.config.sources import ExecSource
 from agent.datasets.tables import ColumnType, keep_invalid_values, time_or_value
@@ -232,7 +233,7 @@ class _RowParser:
         self._fields, self._is_csv = fields, is_csv
         self._known = [*(field.name for field in fields), "t"]
         self._columns: list[str] | None = None
-        self._decoder = msgspec.json.Decoder(dict[str, Any])
+        self._decoder = decoders.json_decoder(dict[str, Any])
 
     def begin(self) -> None:
         """Expect the first line of a program."""

@@ -18,11 +18,11 @@ from typing import Any
 
 import msgspec
 
-from agent import jsonpath
 from agent.config import StreamConfig
 from agent.config.sources import MqttSource
 from agent.device.intake.group_commit import CommitOutcome
 from agent.device.intake.source import SourceContext, SubmitRows
+from agent.device.intake.sources import jsonpath
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import ConfigError, LinkDown

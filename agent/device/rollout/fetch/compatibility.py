@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.wire.target_metadata import TargetMetadata
 
 # Free disk left after the archive and its unpacked bundle. The store has a reserve of its own.
@@ -30,7 +31,7 @@ def find_incompatibility(custom: dict[str, Any], length: int, missing_bytes: int
     `missing_bytes` of its archive's `length` bytes are still to be downloaded.
     """
     try:
-        metadata = msgspec.convert(custom, TargetMetadata)
+        metadata = decoders.convert(custom, TargetMetadata)
     except msgspec.ValidationError as error:
         return f"its target metadata are incomplete ({error}); publish it again with `outstation fleet publish`"
     for field in metadata.fields:

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from agent import clock
+from agent import clock, decoders
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig
 from agent.config.day_window import DAY_S
@@ -89,7 +89,7 @@ class FetchProcess:
         """Return the response of an ended worker; without one, the cause of its death as an error."""
         self._stdout.seek(0)
         try:
-            response = msgspec.json.decode(self._stdout.read(MAX_RESPONSE_BYTES), type=FetchResponse)
+            response = decoders.from_json(self._stdout.read(MAX_RESPONSE_BYTES), FetchResponse)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             error = "Timeout" if self._killed else "WorkerCrashed"
             if self._killed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent import decoders
 from agent.errors import FetchFailed
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def raise_floors(floors: VersionFloors, observed: Mapping[str, VersionFloor], ex
 def load(store: Store) -> VersionFloors:
     """Load the floors of this device. Raises StorageError."""
     text = store.get_meta(_META_KEY, "")
-    return msgspec.json.decode(text, type=VersionFloors) if text else VersionFloors()
+    return decoders.from_json(text, VersionFloors) if text else VersionFloors()
 
 
 def save(tx: Transaction, floors: VersionFloors) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.device.rollout.fetch import compatibility, transport, version_floors
 from agent.device.rollout.fetch.download import Download
 from agent.device.rollout.fetch.protocol import FetchRequest, FetchResponse, SignedTarget
@@ -153,7 +153,7 @@ def _apply_limits(request: FetchRequest) -> None:
 
 
 def main() -> None:
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=FetchRequest)
+    request = decoders.from_json(sys.stdin.buffer.read(), FetchRequest)
     _apply_limits(request)
     sys.stdout.buffer.write(msgspec.json.encode(handle_request(request)))
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.strict_json import check_strict_json
@@ -77,7 +78,7 @@ class EvidenceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     files: Annotated[list[FileEntry], msgspec.Meta(max_length=READ_LIMITS.files)]
 
 
-_DECODER = msgspec.json.Decoder(EvidenceManifest)
+_DECODER = decoders.json_decoder(EvidenceManifest)
 
 
 def encode(manifest: EvidenceManifest) -> bytes:

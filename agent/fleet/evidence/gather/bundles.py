@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent import input_files
+from agent import decoders, input_files
 from agent.errors import BadBundle, MessageRefused, UsageError
 from agent.evaluation.document import Evaluation
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleCard
@@ -73,7 +73,7 @@ def read_evaluation(path: Path) -> tuple[bytes, Evaluation]:
     """Return the bytes and the content of an evaluation document. Raises UsageError."""
     try:
         data = input_files.read_bytes(path)
-        return data, msgspec.json.decode(data, type=Evaluation)
+        return data, decoders.from_json(data, Evaluation)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(
             f"--evaluation {path}: not the output of `outstation model evaluate --json`: {error}"
@@ -112,7 +112,7 @@ def _add_bundle(
     metrics: list[Metric] = []
     if evaluation is not None:
         files["evaluation.json"] = evaluation[0]
-        metrics = [msgspec.convert(m.to_dict(), Metric) for m in evaluation[1].metrics]
+        metrics = [decoders.convert(m.to_dict(), Metric) for m in evaluation[1].metrics]
     card = BundleCard(
         name=manifest.name,
         version=manifest.version,

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from agent import decoders
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, BundleUsage, MessageRef, ModelRef, RunningTask
 from agent.fleet.evidence.gather.decisions import name_activator
 from agent.wire.messages import AuditPayload, HealthPayload
@@ -113,7 +114,7 @@ class _AgentVersion(msgspec.Struct):
 def parse_agent_version(payload: bytes) -> str:
     """Return the agent version in a `health` message, "" if it has none."""
     try:
-        return msgspec.json.decode(payload, type=_AgentVersion).agent[:64]
+        return decoders.from_json(payload, _AgentVersion).agent[:64]
     except msgspec.MsgspecError:
         return ""
 
@@ -121,6 +122,6 @@ def parse_agent_version(payload: bytes) -> str:
 def parse_model_ref(value: object) -> ModelRef | None:
     """Return a model reported in a message, None if it is absent or malformed."""
     try:
-        return msgspec.convert(value, ModelRef)
+        return decoders.convert(value, ModelRef)
     except msgspec.ValidationError:
         return None

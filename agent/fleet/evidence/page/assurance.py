@@ -230,7 +230,7 @@ def render_frameworks(points: Sequence[PointSupport]) -> Markup:
 
 def render_verification_steps(facts: EvidenceFacts) -> Markup:
     lead = "Nobody has to trust this page. Use any machine with the agent, this folder and the operator's public key:"
-    command = element("pre", element("code", "outstation fleet evidence verify FOLDER --key OPERATOR.pub"))
+    command = element("pre", element("code", "outstation fleet evidence verify FOLDER --operator OPERATOR.pub"))
     text = (
         "The command needs no database, config or network. It checks the signature of the manifest, every file against "
         "the manifest, the device signature of each message, that the folder's claims match those messages, and the "

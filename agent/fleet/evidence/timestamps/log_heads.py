@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused, UsageError
 from agent.fleet.database.interface import Row
 from agent.strict_json import check_strict_json
@@ -54,7 +55,7 @@ def encode(fleet: str, rows: Iterable[Row]) -> bytes:
 def decode(data: bytes) -> LogHeads:
     """Parse a document. Raises MessageRefused and no other exception."""
     try:
-        heads = msgspec.json.decode(data, type=LogHeads)
+        heads = decoders.from_json(data, LogHeads)
         check_strict_json(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageRefused("malformed heads", str(error)[:200]) from None

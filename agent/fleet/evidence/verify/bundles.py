@@ -6,6 +6,7 @@ import hashlib
 
 import msgspec
 
+from agent import decoders
 from agent.errors import MessageRefused
 from agent.fleet.evidence.format.contents import BundleCard
 from agent.fleet.evidence.verify.reader import FolderReader
@@ -44,7 +45,7 @@ def check_bundle(where: str, card: BundleCard, reader: FolderReader, publishers:
             if kid != card.signer:
                 add_problem(where, f"names {card.signer[:64]} as the signer, but {kid} signed")
     try:
-        head = msgspec.json.decode(data, type=_ManifestHead)
+        head = decoders.from_json(data, _ManifestHead)
         check_strict_json(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         add_problem(f"{folder}/manifest.json", f"is not a bundle manifest: {str(error)[:200]}")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from agent import decoders
 from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.strict_json import check_strict_json
@@ -103,7 +104,7 @@ class FolderReader(msgspec.Struct):
 
     def _decode(self, path: str, data: bytes, type_: type[T]) -> T | None:
         try:
-            record = msgspec.json.decode(data, type=type_)
+            record = decoders.from_json(data, type_)
             check_strict_json(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             self.report.add_problem(path, f"is malformed: {str(error)[:200]}")

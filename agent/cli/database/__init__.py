@@ -1,0 +1,1 @@
+"""Commands that look into the SQLite databases of a device and of a fleet, read only."""

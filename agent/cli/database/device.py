@@ -1,0 +1,128 @@
+"""Commands `outstation db`: tables, rows, SQL and readings of the device's store, beside a running daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import sqlite_utils
+
+from agent import clock
+from agent.bootstrap import device
+from agent.cli.database.inspection import (
+    limit_option,
+    open_database,
+    order_option,
+    print_query,
+    print_schema,
+    print_table_rows,
+    print_tables,
+    where_option,
+)
+from agent.cli.groups import SentenceGroup
+from agent.cli.output import config_option, json_option
+from agent.cli.row_output import csv_option, print_rows, require_one_format
+from agent.cli.time_option import parse_since
+from agent.config import StreamConfig
+from agent.device import newest
+from agent.device.store import row_crc
+from agent.device.store.store import DATABASE, Store, connect_read_only
+from agent.errors import UsageError
+from agent.toml_files import did_you_mean
+
+
+@click.group("db", cls=SentenceGroup)
+def database_group() -> None:
+    """Look into the device's store, read only, beside a running daemon."""
+
+
+@database_group.command(epilog="Example: outstation db tables")
+@config_option
+@json_option
+def tables(config_file: str | None, as_json: bool) -> None:
+    """List tables and views with their rows and columns."""
+    print_tables(_open(config_file), as_json)
+
+
+@database_group.command(epilog="Example: outstation db schema alerts")
+@click.argument("table", required=False)
+@config_option
+def schema(table: str | None, config_file: str | None) -> None:
+    """Show the SQL of TABLE, or of the whole database."""
+    print_schema(_open(config_file), table)
+
+
+@database_group.command(epilog='Example: outstation db rows alerts --order "rowid desc" --csv')
+@click.argument("table")
+@where_option
+@order_option
+@limit_option
+@csv_option
+@config_option
+@json_option
+def rows(
+    table: str,
+    where: str | None,
+    order: str | None,
+    limit: int,
+    as_csv: bool,
+    config_file: str | None,
+    as_json: bool,
+) -> None:
+    """Show rows of TABLE, which may be a view."""
+    print_table_rows(_open(config_file), table, where=where, order=order, limit=limit, as_csv=as_csv, as_json=as_json)
+
+
+@database_group.command(epilog='Example: outstation db query "SELECT task, count(*) FROM predictions GROUP BY task"')
+@click.argument("sql")
+@csv_option
+@config_option
+@json_option
+def query(sql: str, as_csv: bool, config_file: str | None, as_json: bool) -> None:
+    """Run one SQL statement that reads; `-` takes it from standard input."""
+    print_query(_open(config_file), sql, as_csv=as_csv, as_json=as_json)
+
+
+@database_group.command(epilog='Example: outstation db readings watch --since "2 h" --csv > watch.csv')
+@click.argument("stream")
+@click.option("--since", metavar="TIME", help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
+@click.option("--until", metavar="TIME", help="Only readings before this time.")
+@csv_option
+@config_option
+@json_option
+def readings(
+    stream: str, since: str | None, until: str | None, as_csv: bool, config_file: str | None, as_json: bool
+) -> None:
+    """Show the readings of STREAM, oldest first: `tail` follows the newest."""
+    require_one_format(as_csv, as_json)
+    file, conf = device.load_config(config_file)
+    if stream not in conf.streams:
+        raise UsageError(f"{file}: there is no stream {stream!r}{did_you_mean(stream, conf.streams)}")
+    now_us = clock.read().wall_us
+    begin = parse_since("--since", since, now_us) if since else ""
+    end = parse_since("--until", until, now_us) if until else "~"
+    settings = conf.streams[stream]
+    names = [field.name for field in settings.fields]
+    with device.open_store_read_only(conf) as store:
+        cells = (
+            [row["row"], row["time"], row["clock"], *row["values"].values()]
+            for row in _iterate_readings(store, stream, settings)
+            if begin <= row["time"] < end
+        )
+        print_rows(["row", "time", "clock", *names], cells, as_csv=as_csv, as_json=as_json)
+
+
+def _iterate_readings(store: Store, stream: str, settings: StreamConfig) -> Iterator[dict[str, Any]]:
+    last = store.first_row(stream) - 1
+    while new := newest.read_new_readings(store, stream, settings, last):
+        yield from new
+        last = new[-1]["row"]
+
+
+def _open(config_file: str | None) -> sqlite_utils.Database:
+    _, conf = device.load_config(config_file)
+    device.open_store_read_only(conf).close()
+    connection = connect_read_only(conf.data_dir / DATABASE)
+    row_crc.install(connection, writes=False)
+    return open_database(connection)

@@ -1,0 +1,225 @@
+"""Simulated device: the real store, daemon and uplink of one device, driven in turns at simulated times."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
+from agent.bootstrap.tasks import Activate
+from agent.config import Config
+from agent.device.daemon import Daemon
+from agent.device.intake import labels as label_lines
+from agent.device.store.rows import RawColumns, validate_columns
+from agent.device.store.store import Store
+from agent.device.uplink.mqtt_sink import MqttSink
+from agent.device.uplink.sink import Receipt, Sink
+from agent.testing.lossy_link import LossyBroker
+from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.machine import Machine, MachineRoom
+from agent.transport.packets import IncomingMessage, OutgoingMessage
+
+_METER = "simulation"
+_MAX_WAITING_LABELS = 100_000
+
+
+class DueLabel(msgspec.Struct, frozen=True):
+    """A label that arrives at `due_s`, of a row of a task's stream."""
+
+    due_s: float
+    task: str
+    row: int
+    label: Any
+
+
+# Returns the labels of a block whose first row in the store has this number, from the stream's name.
+FindLabels = Callable[[str, Block, int], list[DueLabel]]
+
+
+class TurnSink(MqttSink):
+    """Sink that returns what is there instead of waiting: time passes between the turns."""
+
+    def receive(self, timeout_s: float) -> list[IncomingMessage | Receipt]:
+        return super().receive(0.0)
+
+
+class SimulatedDevice:
+    """A device in `home`, which enrolment filled: `start` it, `cut_power`. All turns read its own machine's clock."""
+
+    _conf: Config
+
+    def __init__(
+        self,
+        name: str,
+        home: Path,
+        room: MachineRoom,
+        air: LossyBroker,
+        feeds: Mapping[str, Feed],
+        activate: Activate,
+        find_labels: FindLabels,
+    ) -> None:
+        self.name, self.machine, self.rows, self.rejected = name, Machine(), 0, 0
+        self.silenced: set[str] = set()
+        self.is_disk_full = False
+        self._home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
+        self._activate, self._find_labels = activate, find_labels
+        self._labels: deque[DueLabel] = deque()
+        self._store: Store | None = None
+        self._daemon: Daemon | None = None
+        self._uplink_turns: Generator[float, None, None] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._daemon is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Return True if the uplink has a session that what comes in may wake."""
+        return self._daemon is not None and self._daemon.uplink.state == "connected"
+
+    @property
+    def wants_tick(self) -> bool:
+        """Return True if something has woken the daemon since its last turn."""
+        return self._daemon is not None and not self._daemon.signals.is_quiet
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None
+        return self._store
+
+    @property
+    def commit_interval_s(self) -> float:
+        return max(1.0, float(self._conf.buffer.commit_every))
+
+    def start(self) -> None:
+        """Boot the machine and start the daemon. Raises UsageError, ConfigError, StorageError."""
+        self.machine.boot_at_s = self._room.now_s
+        with self._room.run_as(self.machine):
+            file, self._conf = load_config(str(self._home / "outstation.toml"))
+            self._store = open_store(self._conf)
+            self._store.simulate_disk(is_full=self.is_disk_full)
+            self._daemon = build_daemon(
+                *(file, self._conf, self._store),
+                now=self._room.read,
+                open_sink=self._open_sink,
+                activate=self._activate,
+            )
+            self._daemon.begin()
+        self._uplink_turns = self._daemon.uplink.turns()
+        for feed in self._feeds.values():
+            feed.skip(self._room.now_s)
+
+    def cut_power(self) -> None:
+        """Kill the daemon: what it had not committed is gone, and its files stay as they are at this moment."""
+        data, cut = self._conf.data_dir, self._home / "cut"
+        shutil.copytree(data, cut, ignore=shutil.ignore_patterns("*.sock"))
+        self.close()
+        shutil.rmtree(data)
+        cut.rename(data)
+        self.machine.boot += 1
+
+    def close(self) -> None:
+        """End the connection and close the files."""
+        if self._uplink_turns is not None:
+            with self._room.run_as(self.machine):
+                self._uplink_turns.close()
+        self._uplink_turns = self._daemon = None
+        if self._store is not None:
+            with self._room.run_as(self.machine):
+                self._store.close()
+            self._store = None
+
+    def set_disk_full(self, *, is_full: bool) -> None:
+        self.is_disk_full = is_full
+        if self._store is not None:
+            self._store.simulate_disk(is_full=is_full)
+
+    def tick(self) -> float:
+        """Run a turn of the daemon; return the seconds until the next one. Raises the error that stopped it."""
+        assert self._daemon is not None
+        with self._room.run_as(self.machine):
+            self._daemon.signals.wait(0.0)
+            wait_s = self._daemon.tick(self._room.read())
+        if self._daemon.signals.failure is not None:
+            raise self._daemon.signals.failure
+        return wait_s
+
+    def turn_uplink(self) -> float:
+        """Run a turn of the uplink; return the seconds until the next one, unless something comes in before."""
+        assert self._uplink_turns is not None
+        with self._room.run_as(self.machine):
+            return next(self._uplink_turns, float("inf"))
+
+    def commit_rows(self) -> None:
+        """Commit the rows and labels that are due."""
+        assert self._daemon is not None
+        with self._room.run_as(self.machine):
+            for stream, feed in self._feeds.items():
+                if stream in self.silenced:
+                    feed.skip(self._room.now_s)
+                    continue
+                while (block := feed.take(self._room.now_s)) is not None:
+                    if not self._commit_block(stream, block):
+                        feed.put_back(block)
+                        break
+            self._commit_labels()
+
+    def stop_feeds(self) -> None:
+        """Send no more rows and labels."""
+        self._feeds.clear()
+        self._labels.clear()
+
+    def has_unsent(self) -> bool:
+        """Return True if messages wait for their acknowledgement."""
+        return bool(self.store.unacknowledged_messages(0, 1))
+
+    def _open_sink(self, topics: Sequence[str], will: OutgoingMessage) -> Sink:
+        return TurnSink(self._air.connect(None, self.name, subscribe=topics, will=will))
+
+    def _commit_block(self, stream: str, block: Block) -> bool:
+        """Commit rows as the intake does; return False if the store is full."""
+        assert self._daemon is not None
+        now, group = self._room.read(), self._daemon.intake.group_commit
+        offset_us = self._room.start_us + self.machine.offset_us
+        t = np.rint(block.due_s * 1e6).astype(np.int64) + offset_us
+        raw = RawColumns(len(t), t, block.columns, nan_is_missing=True, t_in_us=True)
+        validated = validate_columns(raw, self._conf.streams[stream], now.wall_us, None)
+        numbers = [i for i in range(1, raw.n + 1) if i - 1 not in validated.rejected]
+        # Recordings: rows of a clock that was set back are older than those before.
+        group.add_rows(self, stream, validated, numbers, now, is_recording=True)
+        for index, reason in validated.rejected.items():
+            group.reject(self, index + 1, reason)
+        group.advance(self, raw.n)
+        outcome = group.commit(now)[self]
+        if outcome.is_store_full:
+            return False
+        self.rows += outcome.accepted
+        self.rejected += len(outcome.rejected)
+        if outcome.accepted == raw.n and len(self._labels) < _MAX_WAITING_LABELS:
+            self._labels.extend(self._find_labels(stream, block, outcome.last_row - raw.n + 1))
+        return True
+
+    def _commit_labels(self) -> None:
+        due: dict[str, list[DueLabel]] = {}
+        while self._labels and self._labels[0].due_s <= self._room.now_s:
+            label = self._labels.popleft()
+            due.setdefault(label.task, []).append(label)
+        assert self._daemon is not None
+        now, group = self._room.read(), self._daemon.intake.group_commit
+        for task, labels in due.items():
+            columns = {
+                "row": [label.row for label in labels],
+                "label": [label.label for label in labels],
+                "source": ["system"] * len(labels),
+            }
+            batch = msgspec.structs.replace(label_lines.parse_columns(task, columns), by=_METER)
+            group.add_labels(self, batch, 1, now)
+            group.advance(self, 1)
+            group.commit(now)

@@ -1,0 +1,84 @@
+"""Simulated machines of one process: which clock, boot id, keys and random ids the code of a device or collector gets.
+
+One thread runs all machines in turn. Keys and ids come from the seed, which makes every message repeatable; so nothing
+that is made here may be used outside a simulation.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from agent import clock
+from agent.clock import ClockReading
+from agent.wire import keys
+from agent.wire.keys import SigningKey
+
+# The clock error that a time service reports.
+_SYNC_ERROR_US = 5_000
+# Seconds from a machine's boot until its programs start.
+_BOOT_S = 20.0
+
+
+class Machine(msgspec.Struct):
+    """Clock of one machine: when it booted, and how far its wall clock is from the true time."""
+
+    boot_at_s: float = 0.0
+    boot: int = 1
+    offset_us: int = 0
+    is_synced: bool = True
+
+
+class MachineRoom:
+    """All machines of a simulation. `now_s`: simulated time; `current`: the machine whose code runs."""
+
+    def __init__(self, seed: int, start_us: int) -> None:
+        self.rng = random.Random(f"simulation/{seed}")
+        self.start_us, self.now_s = start_us, 0.0
+        self.current = self.collector = Machine()
+
+    def read(self) -> ClockReading:
+        """Read the clock of the current machine."""
+        machine = self.current
+        wall_us = self.start_us + round(self.now_s * 1e6) + machine.offset_us
+        boot_s = self.now_s - machine.boot_at_s + _BOOT_S
+        if not machine.is_synced:
+            return ClockReading(wall_us, boot_s, "unsynced")
+        return ClockReading(wall_us, boot_s, "synced", _SYNC_ERROR_US)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let this process read clocks, keys and ids from here, until the context ends."""
+        state = random.getstate()
+        random.seed(self.rng.random())
+        with (
+            clock.simulated(self.read, lambda: f"boot-{self.current.boot}"),
+            mock.patch.object(uuid, "uuid4", self._make_uuid),
+            mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
+            mock.patch.object(keys, "create", self._make_key),
+        ):
+            try:
+                yield
+            finally:
+                random.setstate(state)
+
+    @contextmanager
+    def run_as(self, machine: Machine) -> Iterator[None]:
+        before, self.current = self.current, machine
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def _make_uuid(self) -> uuid.UUID:
+        return uuid.UUID(int=self.rng.getrandbits(128), version=4)
+
+    def _make_key(self) -> SigningKey:
+        return SigningKey(Ed25519PrivateKey.from_private_bytes(self.rng.randbytes(32)))

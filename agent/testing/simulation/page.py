@@ -1,0 +1,150 @@
+"""HTML page of a simulation's report: a timeline of what was injected and found, false alarms, and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agent.render import html as page
+from agent.render.escaping import html_text
+from agent.render.html import Content, Markup, element, section, table
+from agent.text import format_span
+
+_ROW, _LEFT, _WIDTH, _BAR = 30, 210, 940, 12
+_MAX_ROWS, _MAX_NAMES, _TICKS = 200, 3, 6
+_TIMELINE_CSS = ".timeline{min-width:640px;max-width:none}.timeline text{font-size:12.5px;fill:var(--ink)}"
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Return a self-contained page of a report (`agent.testing.simulation.report`)."""
+    return page.render_document("Simulated fleet", [*_build(report)], _TIMELINE_CSS)
+
+
+def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
+    events, alarms, audit = report["events"], report["false_alarms"], report["audit"]
+    yield element("h1", "Simulated fleet")
+    lead = f"{report['devices']} devices for {format_span(report['simulated_seconds'])}, seed {report['seed']}."
+    yield element("p", lead, css_class="muted")
+    expected = sum(len(event["devices"]) or 1 for event in events if event["expects"])
+    answered = sum(len(event["found"]) for event in events if event["expects"])
+    tiles = {
+        "found of what should be": f"{answered} of {expected}",
+        "false alarms": f"{alarms['n']} (budget {alarms['budget']})",
+        "audit": "passed" if audit["passed"] else "failed",
+        "messages": f"{report['messages']:,}",
+        "messages a second": f"{report['messages_per_second']:,.0f}",
+        "peak memory": f"{report['peak_bytes'] / 2**20:,.0f} MiB",
+    }
+    boxes = (
+        element("div", element("span", name), element("b", value), css_class="tile") for name, value in tiles.items()
+    )
+    yield element("div", *boxes, css_class="tiles")
+    yield _verdict(report)
+    if events:
+        intro = (
+            "A bar is the time of an event; a dot is the first alert about it at a device, a ring one of the collector."
+        )
+        yield section("Timeline", intro, element("div", _timeline(report), css_class="scroll"))
+        yield section(
+            "Injected and found", "", table(["at", "event", "devices", "found", "after", "by"], [*_event_rows(events)])
+        )
+    if alarms["alerts"]:
+        rows = [
+            [format_span(alarm["at"]), alarm["device"] or "the fleet", alarm["by"], alarm["summary"]]
+            for alarm in alarms["alerts"][:_MAX_ROWS]
+        ]
+        intro = (
+            f"Alerts that no event explains; the first {_MAX_ROWS}."
+            if alarms["n"] > _MAX_ROWS
+            else "Alerts that no event explains."
+        )
+        yield section("False alarms", intro, table(["at", "device", "by", "alert"], rows))
+    problems = [f"{each['device']} seq {each['seq']}: {each['reason']}" for each in audit["invalid"][:_MAX_ROWS]]
+    text = f"{audit['messages']:,} signed messages of {audit['devices']} devices were verified again."
+    yield section("Audit", text, *([page.bullet_list(problems)] if problems else []))
+    yield element(
+        "footer",
+        f"{report['rows']:,} rows. Digest of all published messages: ",
+        element("code", report["messages_digest"]),
+    )
+
+
+def _verdict(report: Mapping[str, Any]) -> Markup:
+    problems = []
+    if report["missed"]:
+        problems.append(f"{report['missed']} expected alerts did not come.")
+    if report["false_alarms"]["n"] > report["false_alarms"]["budget"]:
+        problems.append("There were more false alarms than the budget.")
+    if not report["audit"]["passed"]:
+        problems.append("The audit failed.")
+    if report["undelivered"]:
+        problems.append(f"Messages of {len(report['undelivered'])} devices were not delivered.")
+    if not problems:
+        return element(
+            "div",
+            "Everything was found, within the budget of false alarms, and nothing was lost.",
+            css_class="notice ok",
+        )
+    return element("div", page.bullet_list(problems), css_class="notice")
+
+
+def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
+    for event in events[:_MAX_ROWS]:
+        first = min(event["found"], key=lambda each: float(each["after"]), default=None)
+        answer: list[Content] = [element("span", "nothing expected", css_class="state none"), "", ""]
+        if first is not None:
+            named = f"{first['alert']} {first['subject']}"
+            answer = [element("span", named, css_class="state ok"), format_span(first["after"]), first["by"]]
+        if event["missed"]:
+            missed = "missed" if first is None else f"missed at {len(event['missed'])}"
+            answer[0] = element("span", missed, css_class="state warning")
+        settings = ", ".join(f"{name} {_format_setting(value)}" for name, value in event["settings"].items())
+        label = element("div", event["kind"], element("div", settings, css_class="muted"))
+        yield [format_span(event["at"]), label, _name_devices(event["devices"]), *answer]
+
+
+def _format_setting(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _name_devices(devices: list[str]) -> str:
+    rest = len(devices) - _MAX_NAMES
+    return (", ".join(devices[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")) or "the collector"
+
+
+def _timeline(report: Mapping[str, Any]) -> Markup:
+    """Return a drawing with a row for each event: its time, and the moments at which it was found."""
+    events = report["events"][:_MAX_ROWS]
+    whole_s = max(float(report["simulated_seconds"]), 1.0)
+    height = _ROW * (len(events) + 1)
+
+    def x(seconds: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - 20) * min(1.0, max(0.0, seconds / whole_s))
+
+    parts = []
+    for tick in range(_TICKS + 1):
+        at = whole_s * tick / _TICKS
+        anchor = "end" if tick == _TICKS else "middle"
+        parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="0" y2="{height - _ROW}" stroke="var(--grid)"/>')
+        parts.append(
+            f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="{anchor}" style="fill:var(--muted)">'
+            f"{html_text(format_span(at))}</text>"
+        )
+    for number, event in enumerate(events):
+        middle = _ROW * number + _ROW / 2
+        begin, end = x(event["at"]), x(event["at"] + event["lasts"] if event["lasts"] is not None else whole_s)
+        color = "var(--drift)" if event["missed"] else "var(--reference-edge)"
+        name = f"{event['kind']}  {_name_devices(event['devices'][:1])}"
+        parts.append(f'<text x="0" y="{middle + 4:.1f}">{html_text(name)}</text>')
+        parts.append(
+            f'<rect x="{begin:.1f}" y="{middle - _BAR / 2:.1f}" width="{max(3.0, end - begin):.1f}" height="{_BAR}" '
+            f'rx="3" fill="{color}"/>'
+        )
+        for each in event["found"]:
+            fill = "var(--ok)" if each["by"] == "device" else "var(--paper)"
+            parts.append(
+                f'<circle cx="{x(each["at"]):.1f}" cy="{middle:.1f}" r="5.5" fill="{fill}" stroke="var(--ok)" '
+                f'stroke-width="2.5"><title>{html_text(each["summary"])}</title></circle>'
+            )
+    head = f'<svg class="timeline" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Timeline of events">'
+    return Markup(head + "".join(parts) + "</svg>")

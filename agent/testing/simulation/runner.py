@@ -1,0 +1,418 @@
+"""Runner of a scenario: all devices and the collector in turn, at the moments of a virtual clock."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import heapq
+import itertools
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent import durable_files
+from agent.config import BrokerConfig
+from agent.device.intake.sources.recordings import Playlist
+from agent.errors import LinkDown
+from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.encryption_keys import EncryptionKeys
+from agent.fleet.collector.subscriptions import topic_filters
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
+from agent.model import activation
+from agent.model.activation import LoadedBundle
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.testing.lossy_link import LossyBroker, LossyLink
+from agent.testing.simulation.device import DueLabel, SimulatedDevice
+from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.machine import MachineRoom
+from agent.testing.simulation.scenario import (
+    AnyEvent,
+    BadNetwork,
+    CollectorOutage,
+    FullDisk,
+    LateLabels,
+    Outage,
+    PowerCut,
+    Scenario,
+    SensorFault,
+    Silence,
+    SkewedClock,
+    WrongLabels,
+)
+from agent.testing.simulation.setup import Setup
+from agent.wire import keys
+
+FLEET = "sim"
+_COLLECTOR = "collector"
+# No machine of the fleet is the broker's.
+_BROKER = BrokerConfig(url="mqtt://127.0.0.1:1")
+_SESSION_S = 7 * 86_400
+# A link without anything to receive, and the collector, get a turn this often.
+_IDLE_S, _COLLECT_S = 5.0, 1.0
+_PROGRESS_S = 0.5
+# The model is the user's own, and a process for each of a thousand devices would be too many.
+_IN_PROCESS = ModelPolicy("off")
+# Descriptors of a device's files, and of everything else.
+_DEVICE_FILES, _OTHER_FILES = 8, 200
+# Called with the simulated seconds so far and in all, and the messages published.
+Progress = Callable[[int, int, int], None]
+
+
+class Injected(msgspec.Struct, frozen=True):
+    """An event of the scenario, and the devices at which it happened."""
+
+    event: AnyEvent
+    devices: list[str]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory."""
+
+    injected: list[Injected]
+    devices: list[str]
+    messages: int
+    digest: str
+    rows: int
+    rejected: int
+    undelivered: list[str]
+    audit: AuditReport
+    simulated_s: float
+    real_s: float
+    peak_bytes: int
+
+
+class Simulation:
+    """A fleet in `folder`. `run` it once; the caller closes it."""
+
+    def __init__(self, folder: Path, scenario: Scenario, setup: Setup, progress: Progress = lambda *_: None) -> None:
+        self.folder, self.home, self._scenario, self._setup, self._progress = (
+            folder,
+            folder / "fleet",
+            scenario,
+            setup,
+            progress,
+        )
+        self.room = MachineRoom(scenario.seed, scenario.start_us)
+        self.air = LossyBroker(scenario.seed, scenario.network)
+        self.air.on_due = self._on_due
+        self.devices: dict[str, SimulatedDevice] = {}
+        self.messages = 0
+        self._digest = hashlib.sha256()
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._uplink_due: dict[str, float] = {}
+        self._daemon_due: dict[str, float] = {}
+        self._collector_due_s = float("inf")
+        self._bundles: dict[Path, LoadedBundle] = {}
+        self._names = scenario.device_names()
+        self._store: FleetStore | None = None
+        self._collector: Collector | None = None
+        self._collector_link: LossyLink | None = None
+        self._label_rng = random.Random(f"labels/{scenario.seed}")
+        self._report_s = self._began_s = 0.0
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            device.close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    @property
+    def store(self) -> FleetStore:
+        assert self._store is not None
+        return self._store
+
+    @property
+    def database(self) -> Path:
+        return self.home / "fleet.db"
+
+    def run(self) -> Outcome:
+        """Run the scenario and audit what the collector stored. Raises OutstationError."""
+        self._began_s = time.monotonic()
+        with self.room.installed(), _open_files(len(self._names)):
+            self._prepare()
+            self._advance(self._scenario.duration)
+            for device in self.devices.values():
+                device.stop_feeds()
+            self._drain()
+            undelivered = [name for name, device in self.devices.items() if device.is_on and device.has_unsent()]
+            report = audit(self.store)
+        return Outcome(
+            injected=[Injected(event, self._scenario.select(event, self._names)) for event in self._scenario.events],
+            devices=[*self._names],
+            messages=self.messages,
+            digest=f"sha256:{self._digest.hexdigest()}",
+            rows=sum(device.rows for device in self.devices.values()),
+            rejected=sum(device.rejected for device in self.devices.values()),
+            undelivered=undelivered,
+            audit=report,
+            simulated_s=self.room.now_s,
+            real_s=time.monotonic() - self._began_s,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    # --- preparation ---
+
+    def _prepare(self) -> None:
+        """Create fleet, collector and devices, and queue when they start and what happens to them."""
+        fleet = init_fleet(self.home, FLEET, _BROKER)
+        self._store = store = FleetStore(self.database)
+        key = keys.load_private(self.home / "collector.key")
+        self._collector = Collector(FLEET, _BROKER, store, key, encryption_keys=EncryptionKeys(self.home))
+        for number, (name, group) in enumerate(self._names.items()):
+            home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
+            file = home / "outstation.toml"
+            durable_files.write(file, self._setup.device_toml(file.read_text(encoding="utf-8")).encode(), 0o600)
+            start_s = self.room.rng.uniform(0.0, float(self._scenario.groups[group].start_within))
+            feeds = self._make_feeds(name, number, start_s)
+            self.devices[name] = SimulatedDevice(
+                *(name, home, self.room, self.air, feeds, self._activate, self._find_labels)
+            )
+            self._at(start_s, partial(self._start, name))
+        for event in self._scenario.events:
+            self._at(event.at, partial(self._apply, event, begins=True))
+            if event.lasts is not None:
+                self._at(event.end_s, partial(self._apply, event, begins=False))
+        self._schedule_collector(0.0)
+        gc.freeze()
+
+    def _make_feeds(self, name: str, number: int, start_s: float) -> dict[str, Feed]:
+        feeds = {}
+        for stream, file in self._setup.recordings.items():
+            subjects = file.subjects
+            playlist = Playlist(
+                file.recordings, subjects[number % len(subjects)], self._scenario.seed * 10_000 + number
+            )
+            fields = self._setup.fields[stream]
+            faults = [
+                event
+                for event in self._scenario.events
+                if isinstance(event, SensorFault)
+                and event.stream in ("", stream)
+                and {*event.fields} <= {*fields}
+                and name in self._scenario.select(event, self._names)
+            ]
+            feeds[stream] = Feed(fields, file, playlist, start_s, faults)
+        return feeds
+
+    def _activate(self, path: Path, publishers: Any, *_: Any) -> LoadedBundle:
+        """Verify, probe and load a bundle once for all devices, with the same batches on any machine."""
+        if path not in self._bundles:
+            loaded = activation.activate(path, publishers, policy=_IN_PROCESS)
+            tuning = None if loaded.tuning is None else replace(loaded.tuning, batch=1, threads=1)
+            proven = activation.ProvenBundle(loaded.bundle, loaded.reference, tuning)
+            self._bundles[path] = activation.load_bundle(proven, policy=_IN_PROCESS)
+        return self._bundles[path]
+
+    def _find_labels(self, stream: str, block: Block, first_row: int) -> list[DueLabel]:
+        due = []
+        for task, settings in self._scenario.labels.items():
+            if self._setup.config.tasks[task].stream != stream:
+                continue
+            values = _label_values(self._setup.recordings[stream].recordings, settings, block)
+            for i in range(-first_row % settings.every, len(block.due_s), settings.every):
+                if (value := values[i]) is not None:
+                    value = self._distort(task, value, float(block.due_s[i]), settings, stream)
+                    due.append(DueLabel(float(block.due_s[i] + settings.delay), task, first_row + i, value))
+        return due
+
+    def _distort(self, task: str, value: Any, now_s: float, settings: LateLabels, stream: str) -> Any:
+        """Return another label than the recording's while an event says so."""
+        for event in self._scenario.events:
+            if not isinstance(event, WrongLabels) or event.task != task or not event.at <= now_s < event.end_s:
+                continue
+            current = next((n for n, device in self.devices.items() if device.machine is self.room.current), "")
+            if current not in self._scenario.select(event, self._names) or self._label_rng.random() >= event.share:
+                continue
+            if isinstance(value, str):
+                others = [name for name in self._setup.recordings[stream].recordings.labels if name != value]
+                return self._label_rng.choice(others) if others else value
+            return value * 2
+        return value
+
+    # --- the loop ---
+
+    def _at(self, due_s: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (max(due_s, self.room.now_s), next(self._order), do))
+
+    def _advance(self, until_s: float) -> None:
+        """Run everything that is due up to a moment."""
+        while self._queue and self._queue[0][0] <= until_s:
+            due_s, _, do = heapq.heappop(self._queue)
+            self.room.now_s = self.air.clock_s = due_s
+            do()
+            self._record_published()
+            if (now := time.monotonic()) >= self._report_s:
+                self._report_s = now + _PROGRESS_S
+                self._progress(round(due_s), round(max(self._scenario.duration, due_s)), self.messages)
+        self.room.now_s = self.air.clock_s = until_s
+
+    def _drain(self) -> None:
+        """Go on until all devices have everything acknowledged, at most as long as the scenario says."""
+        end_s = self._scenario.duration + self._scenario.drain
+        while self.room.now_s < end_s:
+            self._advance(min(end_s, self.room.now_s + _IDLE_S))
+            if not any(device.is_on and device.has_unsent() for device in self.devices.values()):
+                return
+
+    def _record_published(self) -> None:
+        published = self.air.published
+        for message in published:
+            for part in (
+                message.topic.encode(),
+                message.payload,
+                *(f"{k}={v}".encode() for k, v in message.properties),
+            ):
+                self._digest.update(len(part).to_bytes(4, "big") + part)
+        self.messages += len(published)
+        published.clear()
+
+    def _start(self, name: str) -> None:
+        device = self.devices[name]
+        device.start()
+        boot = device.machine.boot
+        self._schedule_daemon(name, self.room.now_s)
+        self._schedule_uplink(name, self.room.now_s)
+        # Not all in the same moment: a real fleet does not, either.
+        self._at(self.room.now_s + self.room.rng.random(), lambda: self._turn_feed(name, boot))
+
+    def _turn_feed(self, name: str, boot: int) -> None:
+        device = self.devices[name]
+        if not device.is_on or device.machine.boot != boot:
+            return
+        device.commit_rows()
+        if device.wants_tick:
+            self._schedule_daemon(name, self.room.now_s)
+        self._at(self.room.now_s + device.commit_interval_s, lambda: self._turn_feed(name, boot))
+
+    def _schedule_daemon(self, name: str, due_s: float) -> None:
+        if due_s < self._daemon_due.get(name, float("inf")):
+            self._daemon_due[name] = due_s
+            self._at(due_s, lambda: self._turn_daemon(name, due_s))
+
+    def _turn_daemon(self, name: str, due_s: float) -> None:
+        if self._daemon_due.get(name) != due_s:
+            return
+        del self._daemon_due[name]
+        device = self.devices[name]
+        if device.is_on:
+            # At least a millisecond, so that a daemon with more to do lets the others run.
+            self._schedule_daemon(name, self.room.now_s + max(0.001, device.tick()))
+
+    def _schedule_uplink(self, name: str, due_s: float) -> None:
+        if due_s < self._uplink_due.get(name, float("inf")):
+            self._uplink_due[name] = due_s
+            self._at(due_s, lambda: self._turn_uplink(name, due_s))
+
+    def _turn_uplink(self, name: str, due_s: float) -> None:
+        if self._uplink_due.get(name) != due_s:
+            return
+        del self._uplink_due[name]
+        device = self.devices[name]
+        if device.is_on:
+            wait_s = device.turn_uplink()
+            self._schedule_uplink(name, self.room.now_s + (wait_s or _IDLE_S))
+            if device.wants_tick:
+                self._schedule_daemon(name, self.room.now_s)
+
+    def _on_due(self, client: str, due_s: float) -> None:
+        if client == _COLLECTOR:
+            self._schedule_collector(max(due_s, self.room.now_s + _COLLECT_S))
+        elif client in self.devices and self.devices[client].is_connected:
+            self._schedule_uplink(client, max(due_s, self.room.now_s))
+
+    def _schedule_collector(self, due_s: float) -> None:
+        if due_s < self._collector_due_s:
+            self._collector_due_s = due_s
+            self._at(due_s, lambda: self._turn_collector(due_s))
+
+    def _turn_collector(self, due_s: float) -> None:
+        if self._collector_due_s != due_s:
+            return
+        self._collector_due_s = float("inf")
+        assert self._collector is not None
+        try:
+            if self._collector_link is None:
+                self._collector_link = self.air.connect(
+                    None, _COLLECTOR, subscribe=topic_filters(FLEET), session_expiry_s=_SESSION_S
+                )
+            self._collector.tick(self._collector_link, 0.0)
+        except LinkDown:
+            self._collector.acknowledger.requeue_in_flight()
+            self._collector_link = None
+        self._schedule_collector(self.room.now_s + _IDLE_S)
+
+    # --- events ---
+
+    def _apply(self, event: AnyEvent, *, begins: bool) -> None:
+        """Begin or end an event. Those of sensors and labels are in the feeds."""
+        if isinstance(event, CollectorOutage):
+            self.air.set_offline(_COLLECTOR, is_offline=begins)
+        for name in self._scenario.select(event, self._names):
+            device = self.devices[name]
+            match event:
+                case Outage():
+                    self.air.set_offline(name, is_offline=begins)
+                case BadNetwork():
+                    if begins:
+                        self.air.client_conditions[name] = event.conditions
+                    else:
+                        self.air.client_conditions.pop(name, None)
+                case SkewedClock():
+                    device.machine.offset_us += event.offset_us if begins else -event.offset_us
+                    device.machine.is_synced = event.synced or not begins
+                case FullDisk():
+                    device.set_disk_full(is_full=begins)
+                case Silence():
+                    streams = {event.stream} if event.stream else {*self._setup.recordings}
+                    device.silenced = device.silenced | streams if begins else device.silenced - streams
+                case PowerCut():
+                    self._cut_power(name, event, begins=begins)
+
+    def _cut_power(self, name: str, event: PowerCut, *, begins: bool) -> None:
+        device = self.devices[name]
+        if begins and device.is_on:
+            device.cut_power()
+            self._uplink_due.pop(name, None)
+            self._daemon_due.pop(name, None)
+        if not device.is_on and (not begins or event.lasts is None):
+            self._start(name)
+
+
+def _label_values(recordings: Any, settings: LateLabels, block: Block) -> list[Any]:
+    """Return the label of each row of a block; None where the recording has none."""
+    rows = block.source_rows
+    if settings.column == "label" and recordings.labels:
+        codes = recordings.label[np.searchsorted(recordings.starts, rows, side="right") - 1]
+        return [recordings.labels[code] for code in codes]
+    column = recordings.columns.get(settings.column)
+    if column is None and settings.column in recordings.fields:
+        column = recordings.rows[:, recordings.fields.index(settings.column)]
+    if column is None or len(column) != len(recordings.rows):
+        return [None] * len(rows)
+    return [None if value != value else value for value in column[rows].tolist()]
+
+
+@contextmanager
+def _open_files(devices: int) -> Iterator[None]:
+    """Raise the limit of open files to what so many devices need, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = devices * _DEVICE_FILES + _OTHER_FILES
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

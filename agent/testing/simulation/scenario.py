@@ -1,0 +1,310 @@
+"""Scenario of a simulated fleet: groups of devices, events at some of them, and labels that arrive late, in TOML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from agent import clock, config
+from agent.config import Duration
+from agent.config.sources import ReplayFault
+from agent.errors import ConfigError
+from agent.names import is_name
+from agent.testing.lossy_link import LinkConditions
+from agent.toml_files import Section, did_you_mean
+
+MAX_DEVICES = 10_000
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+# Alerts that name what an event of a sensor may be found by.
+_SENSOR_ALERTS = ("drift", "fault")
+
+
+class Event(Section, frozen=True):
+    """Something that happens to devices from `at` on, for `lasts`; None: to the end.
+
+    `devices` are names or patterns, such as `hall-*`; without them all devices of `group`, or of the fleet. `expect`:
+    kinds of alerts of which one must be raised; an empty list: none may be.
+    """
+
+    at: Duration
+    lasts: Duration | None = None
+    devices: list[str] = msgspec.field(default_factory=list)
+    group: str = ""
+    expect: list[str] | None = None
+    default_expect: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def kind(self) -> str:
+        return str(self.__struct_config__.tag)
+
+    @property
+    def end_s(self) -> float:
+        return float("inf") if self.lasts is None else self.at + self.lasts
+
+    @property
+    def expected_alerts(self) -> Sequence[str]:
+        return self.default_expect if self.expect is None else self.expect
+
+    def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
+        """Check what the types of the keys cannot; `fields` by stream. Raises ConfigError."""
+
+    @property
+    def subjects(self) -> Sequence[str]:
+        """Subjects of alerts that name this event; empty: any."""
+        return ()
+
+
+class SensorFault(Event, frozen=True, kw_only=True):
+    """Event of a sensor: `fields` of a `stream`; `over`: the time in which it grows to its `amount`."""
+
+    fields: Annotated[list[str], msgspec.Meta(min_length=1)]
+    stream: str = ""
+    amount: float = 0.0
+    over: Duration = Duration(0.0)
+    default_expect: ClassVar[tuple[str, ...]] = _SENSOR_ALERTS
+
+    @property
+    def subjects(self) -> Sequence[str]:
+        return self.fields
+
+    @property
+    def fault(self) -> ReplayFault:
+        kind: Any = self.kind
+        return ReplayFault(kind=kind, fields=self.fields, from_row=1, amount=self.amount)
+
+    def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
+        if self.stream and self.stream not in fields:
+            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+        known = [name for stream, names in fields.items() if self.stream in ("", stream) for name in names]
+        for name in self.fields:
+            if name not in known:
+                raise ConfigError(file, f"{key}.fields", f"no field {name!r}{did_you_mean(name, known)}")
+        if self.kind == "swap" and len(set(self.fields)) != 2:
+            raise ConfigError(file, f"{key}.fields", f"swap needs two fields, not {len(set(self.fields))}")
+        if self.kind in ("quantize", "saturate") and not self.amount > 0:
+            raise ConfigError(file, f"{key}.amount", f"{self.kind} needs an amount above 0")
+
+
+class Gain(SensorFault, frozen=True, tag_field="kind", tag="gain"):
+    """Readings times `amount`."""
+
+
+class Offset(SensorFault, frozen=True, tag_field="kind", tag="offset"):
+    """Readings plus `amount`."""
+
+
+class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
+    """Readings that are always `amount`."""
+
+
+class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
+    """Readings without a value; the fields must be optional."""
+
+
+class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
+    """One reading in a hundred is higher by `amount`."""
+
+
+class Saturate(SensorFault, frozen=True, tag_field="kind", tag="saturate"):
+    """Readings cut off at ± `amount`."""
+
+
+class Noise(SensorFault, frozen=True, tag_field="kind", tag="noise"):
+    """Readings plus noise with the standard deviation `amount`."""
+
+
+class Quantize(SensorFault, frozen=True, tag_field="kind", tag="quantize"):
+    """Readings rounded to steps of `amount`."""
+
+
+class Swap(SensorFault, frozen=True, tag_field="kind", tag="swap"):
+    """Two fields exchanged."""
+
+
+class Silence(Event, frozen=True, tag_field="kind", tag="silence"):
+    """A sensor that sends no rows; `stream`: one of them, or all."""
+
+    stream: str = ""
+
+    def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
+        if self.stream and self.stream not in fields:
+            raise ConfigError(file, f"{key}.stream", f"no stream {self.stream!r}{did_you_mean(self.stream, fields)}")
+
+
+class Outage(Event, frozen=True, tag_field="kind", tag="outage"):
+    """A device without a network."""
+
+    default_expect: ClassVar[tuple[str, ...]] = ("connection",)
+
+
+class BadNetwork(Event, frozen=True, tag_field="kind", tag="network"):
+    """A network that loses, repeats and delays messages and breaks connections, each with a probability."""
+
+    loss: Share = 0.0
+    duplication: Share = 0.0
+    disconnect: Share = 0.0
+    delay: Duration = Duration(0.0)
+
+    @property
+    def conditions(self) -> LinkConditions:
+        return LinkConditions(self.loss, self.duplication, float(self.delay), disconnect=self.disconnect)
+
+
+class CollectorOutage(Event, frozen=True, tag_field="kind", tag="collector-outage"):
+    """A collector without a network."""
+
+
+class SkewedClock(Event, frozen=True, tag_field="kind", tag="clock"):
+    """A wall clock that is `ahead` or `behind`; `synced`: a time service confirms it all the same."""
+
+    ahead: Duration = Duration(0.0)
+    behind: Duration = Duration(0.0)
+    synced: bool = True
+    default_expect: ClassVar[tuple[str, ...]] = ("clock",)
+
+    @property
+    def offset_us(self) -> int:
+        return round((self.ahead - self.behind) * 1e6)
+
+
+class PowerCut(Event, frozen=True, tag_field="kind", tag="power-cut"):
+    """A device that loses its power: its daemon is killed, and starts again when the power is back."""
+
+
+class FullDisk(Event, frozen=True, tag_field="kind", tag="full-disk"):
+    """A disk without free bytes."""
+
+    default_expect: ClassVar[tuple[str, ...]] = ("storage",)
+
+
+class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong-labels"):
+    """Labels of a `task` of which the share `share` names another class: the input means something else now."""
+
+    task: str
+    share: Share = 1.0
+    default_expect: ClassVar[tuple[str, ...]] = ("quality",)
+
+
+AnyEvent = (
+    Gain | Offset | Stuck | Missing | Spikes | Saturate | Noise | Quantize | Swap | Silence | Outage | BadNetwork
+    | CollectorOutage | SkewedClock | PowerCut | FullDisk | WrongLabels
+)  # fmt: skip
+
+
+class Group(Section, frozen=True):
+    """Group of `devices`; each starts at a moment within `start_within`, which the seed selects."""
+
+    devices: Annotated[int, msgspec.Meta(ge=1, le=MAX_DEVICES)]
+    start_within: Duration = Duration(0.0)
+
+
+class LateLabels(Section, frozen=True):
+    """Labels of a task, from a `column` of the recording, each `every` rows, `delay` after the row."""
+
+    column: str = "label"
+    delay: Duration = Duration(0.0)
+    every: Annotated[int, msgspec.Meta(ge=1)] = 100
+
+
+class Budget(Section, frozen=True):
+    """Most false alarms: alerts that no event explains."""
+
+    false_alarms: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Scenario(Section, frozen=True, kw_only=True):
+    """A scenario: `duration` of simulated time from `start` on, then up to `drain` until everything is delivered.
+
+    `grace`: time after the end of an event in which an alert still belongs to it.
+    """
+
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    start: str = "2026-06-01T06:00:00Z"
+    duration: Duration
+    drain: Duration = Duration(600.0)
+    grace: Duration = Duration(1800.0)
+    groups: dict[str, Group] = msgspec.field(default_factory=lambda: {"sim": Group(devices=4)})
+    network: LinkConditions = LinkConditions()
+    events: list[AnyEvent] = msgspec.field(default_factory=list)
+    labels: dict[str, LateLabels] = msgspec.field(default_factory=dict)
+    budget: Budget = Budget()
+
+    @property
+    def start_us(self) -> int:
+        return clock.parse_rfc3339(self.start)
+
+    def device_names(self) -> dict[str, str]:
+        """Return the group of each device, by its name."""
+        names: dict[str, str] = {}
+        for group, settings in self.groups.items():
+            digits = max(2, len(str(settings.devices)))
+            names |= {f"{group}-{n:0{digits}}": group for n in range(1, settings.devices + 1)}
+        return names
+
+    def select(self, event: Event, names: dict[str, str]) -> list[str]:
+        """Return the devices of an event, in order."""
+        if isinstance(event, CollectorOutage):
+            return []
+        return [
+            name
+            for name, group in names.items()
+            if event.group in ("", group)
+            and (not event.devices or any(fnmatchcase(name, pattern) for pattern in event.devices))
+        ]
+
+
+def load(file: Path, fields: dict[str, list[str]], tasks: Sequence[str], devices: int | None = None) -> Scenario:
+    """Read a scenario; `fields` by stream and the names of `tasks` of the config. Raises ConfigError.
+
+    `devices` replaces the number of devices of the only group.
+    """
+    read = config.read(file, Scenario)
+    if devices is not None:
+        if len(read.groups) != 1:
+            raise ConfigError(str(file), "groups", f"--devices needs one group, here are {len(read.groups)}")
+        [(name, group)] = read.groups.items()
+        read = msgspec.structs.replace(read, groups={name: msgspec.structs.replace(group, devices=devices)})
+    check(read, str(file), fields, tasks)
+    return read
+
+
+def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Sequence[str]) -> None:
+    """Check a scenario against streams and tasks. Raises ConfigError."""
+    try:
+        start_us = scenario.start_us
+    except ValueError as problem:
+        raise ConfigError(file, "start", f'{problem}; write "2026-06-01T06:00:00Z"') from None
+    if start_us < clock.BUILD_FLOOR_US:
+        floor = clock.to_rfc3339(clock.BUILD_FLOOR_US)
+        raise ConfigError(file, "start", f"before {floor}, when this program was built: no device would believe it")
+    for name in scenario.groups:
+        if not is_name(name):
+            raise ConfigError(file, f"groups.{name}", "must be 1-60 of a-z 0-9 . _ - , first a letter or digit")
+    names = scenario.device_names()
+    if len(names) > MAX_DEVICES:
+        raise ConfigError(file, "groups", f"{len(names)} devices; at most {MAX_DEVICES} run in one simulation")
+    for i, event in enumerate(scenario.events, 1):
+        _check_event(scenario, file, f"events[{i}]", event, names)
+        event.check(file, f"events[{i}]", fields)
+        if isinstance(event, WrongLabels) and event.task not in scenario.labels:
+            raise ConfigError(file, f"events[{i}].task", f"no [labels.{event.task}] in this scenario")
+    for task in scenario.labels:
+        if task not in tasks:
+            raise ConfigError(file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks)}")
+
+
+def _check_event(scenario: Scenario, file: str, key: str, event: AnyEvent, names: dict[str, str]) -> None:
+    if event.group and event.group not in scenario.groups:
+        raise ConfigError(file, f"{key}.group", f"no group {event.group!r}{did_you_mean(event.group, scenario.groups)}")
+    for pattern in event.devices:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = next(iter(names))
+            raise ConfigError(file, f"{key}.devices", f"no device {pattern!r}; the first one is {known!r}")
+    if event.at >= scenario.duration:
+        raise ConfigError(file, f"{key}.at", f"after the end of the scenario, duration = {scenario.duration:g} s")
+    if not isinstance(event, CollectorOutage) and not scenario.select(event, names):
+        raise ConfigError(file, f"{key}.devices", f"none of them is in group {event.group!r}")

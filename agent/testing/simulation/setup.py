@@ -1,0 +1,132 @@
+"""Setup of a simulated fleet: the config of its devices, their bundles and their recordings."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import config, input_files
+from agent.bootstrap import sinks
+from agent.config import Config
+from agent.errors import ConfigError, UsageError
+from agent.model.bundle import builtin
+from agent.testing.simulation import feed
+from agent.testing.simulation.feed import RecordingFile
+from agent.toml_files import did_you_mean, encode_key, encode_value
+from agent.wire.keys import PublicKey
+
+# Sections that enrolment writes, and those that would start threads or connections of their own.
+_REPLACED = ("device", "broker", "collector", "operators", "updates", "homeassistant", "notify", "intake")
+# The config without --config: the built-in task on its recordings.
+_DEFAULT_CONFIG = """\
+[device]
+id = "sim"
+fleet = "sim"
+
+[streams.watch]
+fields = [
+  { name = "ax", unit = "g" }, { name = "ay", unit = "g" }, { name = "az", unit = "g" },
+  { name = "wx", unit = "rad/s" }, { name = "wy", unit = "rad/s" }, { name = "wz", unit = "rad/s" },
+]
+
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+schedule = "every 60 s"
+learn_windows = 40
+
+[buffer]
+commit_every = "10 s"
+"""
+
+
+class Setup(msgspec.Struct, frozen=True, eq=False):
+    """Config of all devices, as a document and parsed; recordings by stream."""
+
+    document: dict[str, Any]
+    config: Config
+    recordings: dict[str, RecordingFile]
+
+    @property
+    def fields(self) -> dict[str, list[str]]:
+        """Fields of each stream."""
+        return {name: [field.name for field in stream.fields] for name, stream in self.config.streams.items()}
+
+    def device_toml(self, enrolled: str) -> str:
+        """Return a device's config: `enrolled`, which enrolment wrote, and the sections of this setup."""
+        own = tomllib.loads(enrolled)
+        # Random bytes: what is sealed to it is another one each time.
+        if not self.config.privacy.encrypt and self.config.samples is None:
+            own["collector"].pop("encryption_key", None)
+        own["device"]["groups"] = self.config.device.groups
+        sections = {**own, **{name: self.document[name] for name in self.document if name not in _REPLACED}}
+        if isinstance(metered := self.document.get("broker", {}).get("metered"), dict):
+            sections["broker"]["metered"] = metered
+        return "\n".join(_render_section(name, members) for name, members in sections.items())
+
+
+def _render_section(name: str, members: Mapping[str, Any]) -> str:
+    lines = [f"{encode_key(key)} = {encode_value(value)}" for key, value in members.items()]
+    return "\n".join([f"[{encode_key(name)}]", *lines, ""])
+
+
+def load(
+    file: Path | None,
+    folder: Path,
+    bundles: Mapping[str, str],
+    recordings: Mapping[str, tuple[Path, Sequence[str]]],
+    publishers: Sequence[PublicKey],
+) -> Setup:
+    """Read a device's config; `bundles` by task replace those of the config, "" being the only task.
+
+    `recordings`: file and columns by stream. Without a `file`, the config is that of the built-in exercise task,
+    written to `folder`. Raises ConfigError, UsageError.
+    """
+    if file is None:
+        file = folder / "simulated.toml"
+        file.write_text(_DEFAULT_CONFIG, encoding="utf-8")
+        recordings = recordings or {"watch": (builtin.recordings_dir() / "exercise.npz", ())}
+    parsed = config.load(file, sinks.SINKS)
+    document = tomllib.loads(input_files.read_text(file))
+    document["models"] = {**document.get("models", {}), "confinement": "off"}
+    listed = [*parsed.publishers.keys, *(key.text for key in publishers)]
+    if listed:
+        document["publishers"] = {**document.get("publishers", {}), "keys": listed}
+    _replace_bundles(document, parsed, bundles)
+    for name, stream in parsed.streams.items():
+        if stream.media_format is not None:
+            problem = "images and sounds cannot be simulated; give the stream fields and a recording of their rows"
+            raise ConfigError(str(file), f"streams.{name}.source", problem)
+        document["streams"][name].pop("source", None)
+    return Setup(document, parsed, _load_recordings(file, parsed, recordings))
+
+
+def _replace_bundles(document: dict[str, Any], parsed: Config, bundles: Mapping[str, str]) -> None:
+    chosen = {name: task.bundle for name, task in parsed.tasks.items()}
+    for task, bundle in bundles.items():
+        if not task and len(chosen) != 1:
+            raise UsageError(f"--bundle {bundle}: the config has {len(chosen)} tasks; write --bundle TASK={bundle}")
+        name = task or next(iter(chosen))
+        if name not in chosen:
+            raise UsageError(f"--bundle {task}={bundle}: no task {task!r} in the config{did_you_mean(task, chosen)}")
+        path = builtin.resolve_path(Path(bundle))
+        chosen[name] = bundle if path == Path(bundle) and not path.exists() else str(path.resolve())
+    for name, bundle in chosen.items():
+        document["tasks"][name]["bundle"] = bundle
+
+
+def _load_recordings(
+    file: Path, parsed: Config, recordings: Mapping[str, tuple[Path, Sequence[str]]]
+) -> dict[str, RecordingFile]:
+    for name in recordings:
+        if name not in parsed.streams:
+            hint = did_you_mean(name, parsed.streams)
+            raise UsageError(f"--recording {name}=…: no stream {name!r} in {file}{hint}")
+    used = {task.stream for task in parsed.tasks.values()}
+    if missing := sorted(used - recordings.keys()):
+        raise UsageError(f"{file}: stream {missing[0]!r} has no recording; add --recording {missing[0]}=FILE")
+    return {name: feed.load(path, parsed.streams[name], columns) for name, (path, columns) in recordings.items()}

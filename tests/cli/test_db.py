@@ -1,0 +1,119 @@
+"""Commands `outstation db` and `fleet db`: databases are read, beside their writers, and never changed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.bootstrap.device import load_config
+from agent.cli import cli
+from agent.fleet.database.store import FleetStore
+
+CONFIG = """
+[device]
+id = "pi-07"
+fleet = "acme"
+data_dir = "data"
+[streams.room]
+fields = [{ name = "temperature" }, { name = "state", type = "category" }]
+"""
+ROWS = [(f"2026-11-20T10:00:0{second}Z", 20.5 + second, text) for second, text in enumerate(("on", "off", "=1+1"))]
+
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("device")
+    file = folder / "outstation.toml"
+    file.write_text(CONFIG, encoding="utf-8")
+    table = "t,temperature,state\n" + "".join(f"{t},{value},{text}\n" for t, value, text in ROWS)
+    (folder / "rows.csv").write_text(table, encoding="utf-8")
+    run(file, "ingest", "room", str(folder / "rows.csv"))
+    return file
+
+
+def run(file: Path, *args: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, [*args, "-c", str(file)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def refuse(file: Path, *args: str) -> str:
+    result = CliRunner().invoke(cli, [*args, "-c", str(file)])
+    assert result.exception is not None
+    return str(result.exception)
+
+
+def test_readings_come_back_as_csv_with_their_times_and_no_formula(device: Path) -> None:
+    rows = [*csv.DictReader(io.StringIO(run(device, "db", "readings", "room", "--csv")))]
+    assert [(row["row"], row["temperature"]) for row in rows] == [("1", "20.5"), ("2", "21.5"), ("3", "22.5")]
+    assert [row["time"] for row in rows] == [t.replace("Z", ".000000Z") for t, _, _ in ROWS]
+    assert [row["state"] for row in rows] == ["on", "off", "'=1+1"]
+
+
+def test_readings_of_a_range_of_time(device: Path) -> None:
+    text = run(device, "db", "readings", "room", "--since", ROWS[1][0], "--until", ROWS[2][0], "--json")
+    [row] = json.loads(text)
+    assert row.pop("clock") in ("synced", "restored", "unsynced")
+    assert row == {"row": 2, "time": "2026-11-20T10:00:01.000000Z", "temperature": 21.5, "state": "off"}
+
+
+def test_tables_schema_and_rows_of_the_store(device: Path) -> None:
+    tables = {entry.get("table"): entry for entry in json.loads(run(device, "db", "tables", "--json"))}
+    assert tables["streams"]["rows"] == 1
+    assert "CREATE TABLE" in run(device, "db", "schema", "chunks")
+    [row] = json.loads(run(device, "db", "rows", "categories", "--where", "value = 'off'", "--json"))
+    assert (row["stream"], row["field"], row["code"]) == ("room", "state", 2)
+    assert "bytes" in run(device, "db", "rows", "chunks")
+    assert run(device, "db", "query", "SELECT count(*) AS n FROM checked_categories", "--csv") == "n\n3\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("rows", "stream"), "did you mean 'streams'"),
+        (("rows", "streams", "--where", "nonsense"), "no such column: nonsense"),
+        (("query", "SELEC 1"), "syntax error"),
+        (("query", "DELETE FROM streams"), "readonly database"),
+        (("query", "ATTACH '/tmp/other.db' AS other"), "not authorized"),
+        (("query", "SELECT 1; SELECT 2"), "one statement at a time"),
+        (("query", "PRAGMA query_only = 0"), "returns no rows"),
+        (("readings", "rom"), "did you mean 'room'"),
+        (("readings", "room", "--csv", "--json"), "choose one of them"),
+    ],
+)
+def test_what_is_refused_is_named_and_changes_nothing(device: Path, args: tuple[str, ...], reason: str) -> None:
+    before = sorted((path.name, path.read_bytes()) for path in (device.parent / "data").glob("outstation.db"))
+    assert reason in refuse(device, "db", *args)
+    assert sorted((path.name, path.read_bytes()) for path in (device.parent / "data").glob("outstation.db")) == before
+
+
+def test_a_query_runs_beside_an_open_transaction_of_the_writer(device: Path) -> None:
+    _, conf = load_config(str(device))
+    writer = sqlite3.connect(conf.data_dir / "outstation.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert json.loads(run(device, "db", "query", "SELECT 1 AS one", "--json")) == [{"one": 1}]
+    writer.execute("ROLLBACK")
+    writer.close()
+
+
+def test_the_collectors_database_is_read_where_it_is_sqlite(tmp_path: Path) -> None:
+    def run_fleet(*args: str) -> Result:
+        return CliRunner().invoke(cli, ["fleet", *args, "--dir", str(tmp_path / "acme")])
+
+    assert CliRunner().invoke(cli, ["fleet", "init", str(tmp_path / "acme")]).exit_code == 0
+    assert "no database yet" in str(run_fleet("db", "tables").exception)
+    FleetStore(tmp_path / "acme" / "fleet.db").close()
+    assert "messages" in run_fleet("db", "tables").output
+    assert json.loads(run_fleet("db", "query", "SELECT count(*) AS n FROM messages", "--json").output) == [{"n": 0}]
+    refusal = run_fleet("db", "tables", "--db", "postgresql://someone:secret@127.0.0.1/fleet")
+    assert "is PostgreSQL: open it with psql" in str(refusal.exception)
+    assert "secret" not in str(refusal.exception)

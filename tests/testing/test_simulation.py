@@ -1,0 +1,103 @@
+"""Simulated fleets on a virtual clock: what is injected is found, nothing is lost, and a seed repeats every byte."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.errors import ConfigError, UsageError
+from agent.fleet.database.store import FleetStore
+from agent.testing.simulation import report, scenario, setup
+from agent.testing.simulation.page import render
+from agent.testing.simulation.runner import Outcome, Simulation
+from agent.testing.simulation.scenario import Scenario
+
+_FIELDS = {"watch": ["ax", "ay", "az", "wx", "wy", "wz"]}
+
+
+def read(folder: Path, text: str) -> Scenario:
+    file = folder / "scenario.toml"
+    file.write_text(text, encoding="utf-8")
+    return scenario.load(file, _FIELDS, ["exercise"])
+
+
+def simulate(folder: Path, text: str) -> tuple[Outcome, dict[str, Any]]:
+    """Run a scenario with the built-in task; return its outcome and its report."""
+    folder.mkdir()
+    chosen = read(folder, text)
+    with contextlib.closing(Simulation(folder, chosen, setup.load(None, folder, {}, {}, ()))) as simulation:
+        outcome = simulation.run()
+        return outcome, report.build(chosen, outcome, simulation.store)
+
+
+_ROUGH = """
+seed = 5
+duration = "8 min"
+drain = "10 min"
+groups.hall = { devices = 3, start_within = "30 s" }
+network = { loss = 0.1, duplication = 0.1, delay_s = 2.0, disconnect = 0.01 }
+events = [
+  { kind = "power-cut", devices = ["hall-01"], at = "3 min", lasts = "40 s" },
+  { kind = "outage", devices = ["hall-02"], at = "2 min", lasts = "5 min" },
+  { kind = "collector-outage", at = "50 s", lasts = "30 s" },
+  { kind = "clock", devices = ["hall-03"], at = "3 min", ahead = "3 h" },
+]
+"""
+
+
+@pytest.mark.process
+def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> None:
+    first, document = simulate(tmp_path / "a", _ROUGH)
+    again, repeated = simulate(tmp_path / "b", _ROUGH)
+    assert first.audit.passed, first.audit.to_dict()
+    assert first.undelivered == []
+    assert first.messages > 60
+    assert (again.digest, again.messages, again.rows) == (first.digest, first.messages, first.rows)
+    assert repeated["events"] == document["events"]
+    answers = {event["kind"]: {(each["device"], each["by"]) for each in event["found"]} for event in document["events"]}
+    assert answers["outage"] == {("hall-02", "collector")}
+    assert answers["clock"] == {("hall-03", "device")}
+    assert (document["passed"], document["false_alarms"]["n"]) == (True, 0)
+    with contextlib.closing(FleetStore(tmp_path / "a" / "fleet" / "fleet.db", read_only=True)) as store:
+        boot = "CAST(json_extract(CAST(payload AS TEXT), '$.boot') AS INTEGER)"
+        boots = store._fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
+        unexplained = report.build(read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store)
+        assert {device for device, _ in store.newest_logs()} == {*first.devices}
+        assert len(store.newest_logs()) == len(first.devices)
+    # The killed device went on from its store: the same log, the next boot.
+    assert [tuple(row) for row in boots] == [("hall-01", 1), ("hall-01", 2), ("hall-02", 1), ("hall-03", 1)]
+    assert (unexplained["passed"], unexplained["false_alarms"]["n"]) == (False, 3)
+    assert "more false alarms than the budget" in render(unexplained)
+
+
+@pytest.mark.parametrize(
+    ("rest", "problem"),
+    [
+        ('events = [{ kind = "gain", at = "2 h", fields = ["ax"] }]', r"events\[1\]\.at: after the end"),
+        ('events = [{ kind = "gain", at = "2 s", fields = ["xa"] }]', r"events\[1\]\.fields: no field 'xa'"),
+        ('events = [{ kind = "outage", at = "2 s", group = "si" }]', r"events\[1\]\.group: no group 'si'"),
+        ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[1\]\.devices: no device"),
+        ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
+        ('start = "2020-01-01T00:00:00Z"', "start: before"),
+        ("labels.sense = {}", r"labels\.sense: no task 'sense'"),
+        ("seeds = 3", "seeds"),
+    ],
+)
+def test_an_error_of_a_scenario_is_one_line_with_file_and_key(tmp_path: Path, rest: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read(tmp_path, f'duration = "1 h"\n{rest}')
+    assert str(caught.value).startswith(str(tmp_path / "scenario.toml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("t,a,b\n" + "".join(f"{i},{i % 7},{i % 5}\n" for i in range(100)), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"rows\.csv: 2 columns are named, the stream has 6 fields"):
+        setup.load(None, tmp_path, {}, {"watch": (table, ["a", "b"])}, ())
+    with pytest.raises(UsageError, match="no stream 'wach'"):
+        setup.load(None, tmp_path, {}, {"wach": (table, ["a"])}, ())
