@@ -20,7 +20,6 @@ from pathlib import Path
 
 import msgspec
 
-from scripts import lock
 from scripts.packaging import sbom, wheels
 from scripts.packaging.targets import ROOT, Architecture, PackagingError, Suite, program_version, run
 
@@ -71,7 +70,8 @@ class Package(msgspec.Struct, frozen=True):
     def select_libraries(self, python: str, architecture: Architecture) -> str:
         """Return the locked libraries of this package, without those of the package that it depends on."""
         base = () if self.has_program else PACKAGES[0].sections
-        sections = [s for s in self.sections if not (architecture.compiled and s in lock.NOT_FOR_ARM)]
+        # Most extras have a library without wheels for 32-bit ARM.
+        sections = ("device",) if architecture.compiled else self.sections
         locked = (ROOT / "deploy" / architecture.lock).read_text(encoding="utf-8")
         return wheels.select_locked(locked, sections, python, base)
 
