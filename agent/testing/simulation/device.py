@@ -31,16 +31,16 @@ _MAX_WAITING_LABELS = 100_000
 
 
 class DueLabel(msgspec.Struct, frozen=True):
-    """A label that arrives at `due_s`, of a row of a task's stream."""
+    """A label of a task that arrives at `due_s`; `t`: epoch seconds of its row on the device's clock."""
 
     due_s: float
     task: str
-    row: int
+    t: float
     label: Any
 
 
-# Returns the labels of a block whose first row in the store has this number, from the stream's name.
-FindLabels = Callable[[str, Block, int], list[DueLabel]]
+# Returns task, row index, delay and value of the labels of a stream's block, from the stream's name.
+FindLabels = Callable[[str, Block], list[tuple[str, int, float, Any]]]
 
 
 class TurnSink(MqttSink):
@@ -65,7 +65,8 @@ class SimulatedDevice:
         activate: Activate,
         find_labels: FindLabels,
     ) -> None:
-        self.name, self.machine, self.rows, self.rejected = name, Machine(), 0, 0
+        self.name, self.machine = name, Machine()
+        self.rows = self.rejected = self.labels = self.rejected_labels = 0
         self.silenced: set[str] = set()
         self.is_disk_full = False
         self._home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
@@ -202,8 +203,9 @@ class SimulatedDevice:
             return False
         self.rows += outcome.accepted
         self.rejected += len(outcome.rejected)
-        if outcome.accepted == raw.n and len(self._labels) < _MAX_WAITING_LABELS:
-            self._labels.extend(self._find_labels(stream, block, outcome.last_row - raw.n + 1))
+        if len(self._labels) < _MAX_WAITING_LABELS:
+            for task, index, delay_s, value in self._find_labels(stream, block):
+                self._labels.append(DueLabel(float(block.due_s[index]) + delay_s, task, t[index] / 1e6, value))
         return True
 
     def _commit_labels(self) -> None:
@@ -215,11 +217,13 @@ class SimulatedDevice:
         now, group = self._room.read(), self._daemon.intake.group_commit
         for task, labels in due.items():
             columns = {
-                "row": [label.row for label in labels],
+                "t": [label.t for label in labels],
                 "label": [label.label for label in labels],
                 "source": ["system"] * len(labels),
             }
             batch = msgspec.structs.replace(label_lines.parse_columns(task, columns), by=_METER)
             group.add_labels(self, batch, 1, now)
             group.advance(self, 1)
-            group.commit(now)
+            outcome = group.commit(now)[self]
+            self.labels += outcome.accepted
+            self.rejected_labels += len(labels) - outcome.accepted

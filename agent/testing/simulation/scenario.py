@@ -176,9 +176,9 @@ class PowerCut(Event, frozen=True, tag_field="kind", tag="power-cut"):
 
 
 class FullDisk(Event, frozen=True, tag_field="kind", tag="full-disk"):
-    """A disk without free bytes."""
+    """A disk without free bytes: the device cannot write a message about it, either, before it has evicted data."""
 
-    default_expect: ClassVar[tuple[str, ...]] = ("storage",)
+    default_expect: ClassVar[tuple[str, ...]] = ("storage", "connection")
 
 
 class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong-labels"):
