@@ -623,12 +623,51 @@ int64_t EXPORT(add_means)(int64_t windows, int64_t fields, int64_t stride, const
     return DONE;
 }
 
-/* Round n values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
- * `numbers` is scale, zero, low, high, fill; `kind` of the output: 0 int8, 1 uint8, 2 int16.
+/* A number of a producer's column, wherever it begins. */
+typedef float LooseFloat __attribute__((aligned(1), may_alias));
+typedef double LooseDouble __attribute__((aligned(1), may_alias));
+typedef uint16_t LooseCode __attribute__((aligned(1), may_alias));
+
+#define STACK(type)                                                                        \
+    for (int64_t i = 0; i < count; i++) to[i * fields] = (float)((const type *)from)[first + i];
+
+/* Stack `fields` columns of n values as float32: out (n, fields). `columns` holds their addresses, `kinds` their types:
+ * 0 float32, 1 float64, 2 uint16.
  */
-#define QUANTIZE(type)                                                                \
+int64_t EXPORT(stack_columns)(int64_t n, int64_t fields, const int64_t *columns, const int64_t *kinds, float *out) {
+    enum { VALUES = 2048 };
+    int64_t block = VALUES;
+    while (block > 8 && block * fields > VALUES) block >>= 1;
+    for (int64_t first = 0; first < n; first += block) {
+        const int64_t count = n - first < block ? n - first : block;
+        for (int64_t field = 0; field < fields; field++) {
+            const void *from = (const void *)(uintptr_t)columns[field];
+            float *to = out + first * fields + field;
+            if (kinds[field] == 0) {
+                STACK(LooseFloat)
+            } else if (kinds[field] == 1) {
+                STACK(LooseDouble)
+            } else {
+                STACK(LooseCode)
+            }
+        }
+    }
+    return DONE;
+}
+
+enum { INT8, UINT8, INT16, FLOAT32 };
+
+static inline float scaled(float value, float mean, float std) {
+    value = (value - mean) / std;
+    return value - value == 0 ? value : 0.0f;
+}
+
+/* Round values / scale to whole numbers, half to even, add `zero`, clip to `low` and `high`; NaN becomes `fill`.
+ * `numbers` is scale, zero, low, high, fill.
+ */
+#define QUANTIZE(type, real)                                                          \
     for (int64_t i = 0; i < n; i++) {                                                 \
-        float value = values[i] / scale;                                              \
+        float value = (real) / scale;                                                 \
         /* Beyond all limits, and small enough that adding `magic` rounds. */         \
         value = value < -reach ? -reach : value;                                      \
         value = value > reach ? reach : value;                                        \
@@ -637,16 +676,104 @@ int64_t EXPORT(add_means)(int64_t windows, int64_t fields, int64_t stride, const
         value = value > high ? high : value;                                          \
         ((type *)out)[i] = (type)(int32_t)(value == value ? value : fill);            \
     }
+#define QUANTIZE_NUMBERS                                                                                       \
+    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4]; \
+    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
 
 int64_t EXPORT(quantize)(int64_t n, int64_t kind, const float *values, const float *numbers, void *out) {
-    const float scale = numbers[0], zero = numbers[1], low = numbers[2], high = numbers[3], fill = numbers[4];
-    const float reach = 1048576.0f, magic = 12582912.0f; /* 2**20, 1.5 * 2**23 */
-    if (kind == 0) {
-        QUANTIZE(int8_t)
-    } else if (kind == 1) {
-        QUANTIZE(uint8_t)
+    QUANTIZE_NUMBERS
+    if (kind == INT8) {
+        QUANTIZE(int8_t, values[i])
+    } else if (kind == UINT8) {
+        QUANTIZE(uint8_t, values[i])
     } else {
-        QUANTIZE(int16_t)
+        QUANTIZE(int16_t, values[i])
+    }
+    return DONE;
+}
+
+/* Build a model's input: windows of n values each, which begin at row `starts` (windows) of `rows` (_, columns), scaled
+ * as (value - mean) / std with `mean` and `std` (n); what is not finite becomes 0. Then they are quantized as by
+ * `quantize`, unless `kind` is FLOAT32. Out: out (windows, n), and how many values of each window are not finite.
+ */
+int64_t EXPORT(build_windows)(int64_t windows, int64_t n, int64_t columns, int64_t kind, const float *rows,
+                              const int64_t *starts, const float *mean, const float *std, const float *numbers,
+                              char *out, int64_t *missing) {
+    QUANTIZE_NUMBERS
+    for (int64_t window = 0; window < windows; window++) {
+        const float *values = rows + starts[window] * columns;
+        int32_t unknown = 0;
+        for (int64_t i = 0; i < n; i++) unknown += !(values[i] - values[i] == 0);
+        missing[window] = unknown;
+        if (kind == INT8) {
+            QUANTIZE(int8_t, scaled(values[i], mean[i], std[i]))
+            out += n;
+        } else if (kind == UINT8) {
+            QUANTIZE(uint8_t, scaled(values[i], mean[i], std[i]))
+            out += n;
+        } else if (kind == INT16) {
+            QUANTIZE(int16_t, scaled(values[i], mean[i], std[i]))
+            out += 2 * n;
+        } else {
+            for (int64_t i = 0; i < n; i++) ((float *)out)[i] = scaled(values[i], mean[i], std[i]);
+            out += 4 * n;
+        }
+    }
+    return DONE;
+}
+
+/* Sum n values in the order of NumPy's sum of contiguous values: by eight in blocks of up to 128, blocks by halves. */
+static double sum_pairwise(const double *values, int64_t n) {
+    if (n < 8) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += values[i];
+        return sum;
+    }
+    if (n > 128) {
+        const int64_t half = n / 2 - n / 2 % 8;
+        return sum_pairwise(values, half) + sum_pairwise(values + half, n - half);
+    }
+    Quad low = *(const Quad *)values, high = *(const Quad *)(values + 4);
+    int64_t i = 8;
+    for (; i + 8 <= n; i += 8) {
+        low += *(const Quad *)(values + i);
+        high += *(const Quad *)(values + i + 4);
+    }
+    double sum = ((low[0] + low[1]) + (low[2] + low[3])) + ((high[0] + high[1]) + (high[2] + high[3]));
+    for (; i < n; i++) sum += values[i];
+    return sum;
+}
+
+#define SQUARE(type)                                                                          \
+    for (int64_t i = 0; i < n; i++) {                                                         \
+        const float output = ((float)((const type *)outputs)[i] - zero) * scale;              \
+        const double error = (double)output - (double)scaled(values[i], mean[i], std[i]);     \
+        scratch[i] = error * error;                                                           \
+    }
+
+/* Mean squared differences (windows) between a model's outputs (windows, n), in numbers of `kind`, and its input, which is
+ * given as to `build_windows`. `numbers` is scale, zero of the outputs. `scratch`: n.
+ */
+int64_t EXPORT(mean_errors)(int64_t windows, int64_t n, int64_t columns, int64_t kind, const float *rows,
+                            const int64_t *starts, const float *mean, const float *std, const float *numbers,
+                            const char *outputs, double *scratch, double *errors) {
+    const float scale = numbers[0], zero = numbers[1];
+    for (int64_t window = 0; window < windows; window++) {
+        const float *values = rows + starts[window] * columns;
+        if (kind == INT8) {
+            SQUARE(int8_t)
+            outputs += n;
+        } else if (kind == UINT8) {
+            SQUARE(uint8_t)
+            outputs += n;
+        } else if (kind == INT16) {
+            SQUARE(int16_t)
+            outputs += 2 * n;
+        } else {
+            SQUARE(float)
+            outputs += 4 * n;
+        }
+        errors[window] = sum_pairwise(scratch, n) / (double)(int32_t)n;
     }
     return DONE;
 }

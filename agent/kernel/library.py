@@ -79,6 +79,18 @@ class Library:
     def quantize(self) -> Function:
         return self._function("quantize", 2, 3)
 
+    @cached_property
+    def stack_columns(self) -> Function:
+        return self._function("stack_columns", 2, 3)
+
+    @cached_property
+    def build_windows(self) -> Function:
+        return self._function("build_windows", 4, 7)
+
+    @cached_property
+    def mean_errors(self) -> Function:
+        return self._function("mean_errors", 4, 8)
+
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""
         function = self._library[f"{name}_{self.variant}"]

@@ -136,7 +136,7 @@ def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description:
     count = len(rows) // device.task.window_rows
     ready = features.build_windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)
     model = TfliteModel(device.task.bundle.model_bytes)
-    quantized = model._quantize(ready.reshape(count, *model.input_shape))
+    quantized = model.input.quantize(ready.reshape(count, *model.input_shape))
     plain = _interpreter(device)
     batch = min(MAX_BATCH, count)
 

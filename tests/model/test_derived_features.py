@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from agent.model.bundle.manifest import DerivedFeature, Manifest, ModelInput, ModelOutput, WindowSpec
 from agent.model.inference import derived_features, features
 from agent.model.inference.inference import Inference
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime import TfliteModel
 
 Floats = NDArray[np.float32]
@@ -28,12 +29,16 @@ class Echo:
     """Stands for a model: answers with what it was given, so that every bit of it is compared."""
 
     seconds = 0.0
+    input = output = Quantization("float32")
 
-    def allocate(self, shape: tuple[int, ...]) -> Floats:
-        return np.empty(shape, np.float32)
+    def __init__(self, spec: ModelInput) -> None:
+        self.input_shape = (spec.rows * len(spec.columns),)
 
-    def invoke(self, windows: Floats) -> Floats:
-        return windows.reshape(len(windows), int(np.prod(windows.shape[1:])))
+    def allocate(self, count: int) -> Floats:
+        return np.empty((count, *self.input_shape), np.float32)
+
+    def run(self, windows: Floats) -> Floats:
+        return windows
 
 
 def feature(function: Any, field: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
@@ -94,7 +99,7 @@ def inference(spec: ModelInput) -> Inference:
         output=ModelOutput(centroid=[0.0] * (spec.rows * len(spec.columns))),
         files={},
     )
-    return Inference(manifest, cast(TfliteModel, Echo()))
+    return Inference(manifest, cast(TfliteModel, Echo(spec)))
 
 
 @settings(max_examples=100)

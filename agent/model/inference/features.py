@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.indices import repeat
+from agent.kernel import library, model_input
 from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
 
 
@@ -65,35 +66,30 @@ def stack_columns(columns: Sequence[NDArray[Any]]) -> Float32s:
 def stack_parts(parts: Sequence[Sequence[NDArray[Any]]]) -> Float32s:
     """Stack the field columns of rows in parts that follow one another to (n, F) float32, in one copy."""
     rows = np.empty((sum(len(columns[0]) for columns in parts), len(parts[0])), np.float32)
-    at = 0
+    compiled, at = library.kernel(), 0
     for columns in parts:
         below = at + len(columns[0])
         # As if they were stacked in their common type: beside floats, large integers are rounded twice.
         is_mixed = len({column.dtype.kind for column in columns}) > 1
         alike = [column.astype(np.float64) if is_mixed and column.dtype.kind == "i" else column for column in columns]
-        with np.errstate(over="ignore"):
-            np.stack(alike, axis=1, out=rows[at:below], casting="same_kind")
+        if compiled is None or not model_input.stack_columns(compiled, alike, rows[at:below]):
+            with np.errstate(over="ignore"):
+                np.stack(alike, axis=1, out=rows[at:below], casting="same_kind")
         at = below
     return rows
 
 
-def build_windows(
-    columns: Float32s, starts: Ints, spec: ModelInput, allocate: Callable[[tuple[int, ...]], Float32s] | None = None
-) -> Float32s:
-    """Build scaled input (w, rows, C), or (w, C), from features (n, C). A missing or huge value becomes the mean.
-
-    `allocate` returns an array for windows of a shape, if they are not to be in one of their own.
-    """
+def build_windows(columns: Float32s, starts: Ints, spec: ModelInput) -> Float32s:
+    """Build scaled input (w, rows, C), or (w, C), from features (n, C). A missing or huge value becomes the mean."""
     windows = slice_windows(columns, starts, spec)
     if spec.scaling == "window":
         windows = _standardize_windows(windows)
     elif spec.mean or spec.std:
         mean = np.asarray(spec.mean or 0.0, np.float32)
         std = np.asarray(spec.std or 1.0, np.float32)
-        scaled = np.empty(windows.shape, np.float32) if allocate is None else allocate(windows.shape)
         with np.errstate(over="ignore"):
-            np.subtract(windows, mean, out=scaled)
-            windows = np.divide(scaled, std, out=scaled)
+            windows = windows - mean
+            windows = np.divide(windows, std, out=windows)
     return windows if _is_finite(windows) else np.nan_to_num(windows, nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
+from agent.model.inference.model_windows import InputMemory, WindowBuilder
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
@@ -27,7 +30,7 @@ class InferenceResult(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
-class RunnableModel(Protocol):
+class RunnableModel(InputMemory, Protocol):
     """A loaded model: `TfliteModel` in this process, or `SubprocessModel`."""
 
     seconds: float
@@ -44,12 +47,15 @@ class RunnableModel(Protocol):
     @property
     def output_range(self) -> tuple[float, float]: ...
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        """Return an array for the next windows (w, …): the model may read it where it is."""
+    @property
+    def output(self) -> Quantization: ...
+
+    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs (w, K) of windows (w, n), both in their tensors' numbers. Raises BadBundle."""
         ...
 
     def invoke(self, windows: Float32s) -> Float32s:
-        """Return the outputs (w, K) of `windows`. Raises BadBundle."""
+        """Return the outputs (w, K) of `windows` (w, …). Raises BadBundle."""
         ...
 
 
@@ -58,6 +64,7 @@ class Inference:
 
     def __init__(self, manifest: Manifest, model: RunnableModel) -> None:
         self.manifest, self.model = manifest, model
+        self._builder = WindowBuilder(manifest)
 
     @property
     def fields(self) -> list[str]:
@@ -93,19 +100,24 @@ class Inference:
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
-        spec = self.manifest.input
-        columns = derived_features.compute(rows, t, spec, history_rows)
-        start_s = self.model.seconds
+        model = self.model
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
+        start_s = model.seconds
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
         parts: list[Scores] = []
+        missing: list[Float32s] = []
         outputs: list[Float32s] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = features.build_windows(columns, cut.starts[start : start + block], spec, self.model.allocate)
-            out = self.model.invoke(windows)
-            parts.append(scores.from_outputs(out, self.manifest, windows))
+            windows = self._builder.build(columns, cut.starts[start : start + block], model)
+            numbers = model.run(windows.numbers)
+            parts.append(windows.score(numbers, model.output))
+            missing.append(windows.missing_share)
             if with_outputs:
-                outputs.append(out)
-        missing_share = features.compute_missing_share(columns, cut.starts, spec)
+                outputs.append(model.output.dequantize(numbers))
         all_outputs = np.concatenate(outputs) if with_outputs else None
-        seconds = self.model.seconds - start_s
-        return InferenceResult(cut, scores.concatenate(parts), missing_share, all_outputs, seconds)
+        seconds = model.seconds - start_s
+        return InferenceResult(cut, scores.concatenate(parts), _concatenate(missing), all_outputs, seconds)
+
+
+def _concatenate(parts: list[Float32s]) -> Float32s:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

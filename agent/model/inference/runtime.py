@@ -1,6 +1,5 @@
-"""TFLite runtime: float windows in, float outputs out, in true batches. The only importer of a TFLite package.
-
-Quantization by the tensor's own scale and zero point: q = round(x / scale) + zero_point, clipped to its type.
+"""TFLite runtime: windows in, outputs out, in true batches, quantized as the tensors say. The only importer of a TFLite
+package.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from agent.arrays import Float32s
 from agent.errors import BadBundle
 from agent.indices import repeat
 from agent.kernel import library as kernel
-from agent.kernel import quantization
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
@@ -37,8 +36,6 @@ except ImportError:
 
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
-# Values quantized at once: they fit the cache of a small processor, and keep the calls of numpy few.
-_QUANTIZE_BLOCK = 1 << 15
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts: resource variables, and
 # recurrent layers, whose variable tensors the runtime resets at loading only.
 _STATE_OPS = frozenset(
@@ -89,46 +86,33 @@ class TfliteModel:
 
     @property
     def input_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a quantized input; for a float input the range of most values."""
-        if self._input_dtype.kind == "f":
-            return -3.0, 3.0
-        scale, zero = self._input_details["quantization"]
-        limits = np.iinfo(self._input_dtype)
-        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+        return self.input.input_range
 
     @property
     def output_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a quantized output; no limits for a float output."""
-        dtype = np.dtype(self._output_details["dtype"])
-        if dtype.kind == "f":
-            return -math.inf, math.inf
-        scale, zero = self._output_details["quantization"]
-        limits = np.iinfo(dtype)
-        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+        return self.output.range
 
     @property
     def output_step(self) -> float:
         """Difference between neighbouring outputs of a quantized model; 0 for floats."""
-        if np.dtype(self._output_details["dtype"]).kind == "f":
-            return 0.0
-        return float(self._output_details["quantization"][0] or 1.0)
+        return 0.0 if self.output.is_float else self.output.scale
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        return np.empty(shape, np.float32)
+    def allocate(self, count: int) -> NDArray[Any]:
+        return np.empty((count, math.prod(self.input_shape)), self.input.dtype)
 
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …); NaN counts as 0 in a quantized input. Raises BadBundle."""
-        count = len(windows)
-        if windows.size != count * math.prod(self.input_shape):
+        if windows.size != len(windows) * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
+        return self.output.dequantize(self.run(self.input.quantize(windows)))
+
+    def run(self, windows: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return the outputs (w, K) of windows, both in their tensors' numbers; `out` takes them. Raises BadBundle."""
         start_s = time.perf_counter()
-        rows = windows.reshape(count, *self.input_shape)
-        out = np.empty((count, self.outputs), self._output_details["dtype"])
-        block = max(1, _QUANTIZE_BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
+        rows = windows.reshape(len(windows), *self.input_shape)
+        outputs = np.empty((len(rows), self.outputs), self.output.dtype) if out is None else out
         with _runtime_errors():
-            for start in range(0, count, block):
-                self._run_batches(self._quantize(rows[start : start + block]), out[start : start + block])
-        outputs = self._dequantize(out)
+            self._run_batches(rows, outputs)
         self.seconds += time.perf_counter() - start_s
         return outputs
 
@@ -161,12 +145,12 @@ class TfliteModel:
                 "stateful=False and unroll=True"
             )
         self._input_details = inputs[0]
-        self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
+        self.input, self.output = _quantization(inputs[0]), _quantization(self._output_details)
         self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
         self._allocated_batch = int(self._input_details["shape"][0])
         with _runtime_errors():
             # Only a run shows the output's shape reliably.
-            self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self._input_dtype)).shape[1]
+            self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self.input.dtype)).shape[1]
 
     def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
         """Write the raw outputs of quantized `rows` into `out`, batch by batch."""
@@ -197,7 +181,7 @@ class TfliteModel:
             with _runtime_errors():
                 # Two rows: thirty-two of a large model would delay each start by seconds.
                 self._resize(2)
-                self._run_batch(np.zeros((2, *self.input_shape), self._input_dtype))
+                self._run_batch(np.zeros((2, *self.input_shape), self.input.dtype))
         except BadBundle:
             self._load()
             return False
@@ -208,45 +192,6 @@ class TfliteModel:
             self._interpreter.resize_tensor_input(self._input_details["index"], [size, *self.input_shape], strict=True)
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
-
-    def _quantize(self, values: Float32s) -> NDArray[Any]:
-        kind = self._input_dtype
-        if kind.kind == "f":
-            floats: NDArray[Any] = values.astype(kind, copy=False)
-            return floats
-        scale, zero = self._input_details["quantization"]
-        library = kernel.kernel()
-        if library is not None:
-            quantized = quantization.quantize(library, values, scale or 1.0, int(zero), kind)
-            if quantized is not None:
-                return quantized
-        return quantize_by_numpy(values, scale or 1.0, int(zero), kind)
-
-    def _dequantize(self, raw: NDArray[Any]) -> Float32s:
-        if raw.dtype.kind == "f":
-            return raw.astype(np.float32, copy=False)
-        scale, zero = self._output_details["quantization"]
-        values: Float32s = raw.astype(np.float32)
-        values -= zero
-        values *= np.float32(scale or 1.0)
-        return values
-
-
-def quantize_by_numpy(values: Float32s, scale: float, zero: int, kind: np.dtype[Any]) -> NDArray[Any]:
-    """Quantize `values`; the compiled kernel gives the same."""
-    limits = np.iinfo(kind)
-    # A 32-bit limit is not a float32: it would round up, beyond the type's range.
-    exact = np.float32 if kind.itemsize <= 2 else np.float64
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        scaled = values / exact(scale)
-        np.rint(scaled, out=scaled)
-        scaled += zero
-        np.clip(scaled, limits.min, limits.max, out=scaled)
-        # A sum is the cheapest test for NaN.
-        if math.isnan(scaled.sum()):
-            scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
-        quantized: NDArray[Any] = scaled.astype(kind)
-    return quantized
 
 
 def detect_processor(content: bytes) -> None:
@@ -294,6 +239,11 @@ def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
         interpreter.allocate_tensors()
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     return [_to_tensor(detail) for detail in inputs], [_to_tensor(detail) for detail in outputs]
+
+
+def _quantization(detail: Any) -> Quantization:
+    scale, zero = detail["quantization"]
+    return Quantization(np.dtype(detail["dtype"]).name, float(scale or 1.0), int(zero))
 
 
 def _to_tensor(detail: Any) -> Tensor:

@@ -64,7 +64,11 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
     if manifest.kind == "regress":
         extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
         return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
-    value = compute_values(outputs, manifest, inputs)
+    return from_values(compute_values(outputs, manifest, inputs), output)
+
+
+def from_values(value: Float64s, output: ModelOutput) -> Scores:
+    """Mark the anomaly values (w,) above the threshold."""
     anomaly = None if output.threshold is None else value > output.threshold
     return Scores(None, None, value, anomaly=anomaly)
 

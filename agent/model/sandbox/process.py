@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from agent.arrays import Float32s
 from agent.model.sandbox import launch
 from agent.model.sandbox.worker import MAX_TEXT_BYTES, REQUEST_HEADER, WorkerJob
 
@@ -49,27 +49,19 @@ class ModelProcess:
     def is_alive(self) -> bool:
         return self._child.poll() is None
 
-    def map_windows(self, shape: tuple[int, ...], output_values: int) -> Float32s:
-        """Return the shared memory of windows of a shape, with room for their outputs behind it."""
-        size = math.prod(shape)
-        self._shared.grow(size * 4 + output_values * 4)
-        return np.frombuffer(self._shared.map, np.float32, size).reshape(shape)
+    def grow_memory(self, size: int) -> None:
+        """Have the shared memory hold `size` bytes. Raises OSError; it then stays as it was."""
+        self._shared.grow(size)
 
-    def write_windows(self, windows: Float32s, output_values: int) -> None:
-        """Copy windows into the shared memory, unless they were made there."""
-        target = self.map_windows(windows.shape, output_values)
-        if not np.may_share_memory(windows, target):
-            np.copyto(target, windows)
+    def map_numbers(self, shape: tuple[int, int], dtype: np.dtype[Any], begin: int) -> NDArray[Any]:
+        """Return an array of this shape and type in the shared memory, from byte `begin` on."""
+        return np.frombuffer(self._shared.map, dtype, math.prod(shape), begin).reshape(shape)
 
-    def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Float32s:
-        outputs = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)
-        return outputs.reshape(shape).copy()
-
-    def submit(self, count: int) -> None:
-        """Request the outputs of `count` windows. Raises WorkerExited."""
+    def submit(self, count: int, begin: int) -> None:
+        """Request the outputs of the `count` windows at byte `begin`. Raises WorkerExited."""
         assert self._child.stdin is not None
         try:
-            os.write(self._child.stdin.fileno(), REQUEST_HEADER.pack(count, self._shared.size))
+            os.write(self._child.stdin.fileno(), REQUEST_HEADER.pack(count, begin, self._shared.size))
         except BrokenPipeError:
             raise WorkerExited from None
 

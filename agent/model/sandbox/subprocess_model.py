@@ -6,20 +6,32 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent import decoders
 from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
 from agent.model.bundle import builtin
 from agent.model.bundle.bundle import Bundle
+from agent.model.inference.quantization import Quantization
 from agent.model.inference.tuning import DEFAULT_BATCH, Tuning
 from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.process import ModelProcess, WorkerExited
-from agent.model.sandbox.worker import RESPONSE_HEADER, SHARED_BYTES, STARTED_HEADER, STATUS_OK, ModelInfo, WorkerJob
+from agent.model.sandbox.worker import (
+    ALIGNMENT,
+    RESPONSE_HEADER,
+    SHARED_BYTES,
+    STARTED_HEADER,
+    STATUS_OK,
+    ModelInfo,
+    WorkerJob,
+    outputs_offset,
+)
 
 # A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
@@ -62,6 +74,7 @@ class SubprocessModel:
         self._process: ModelProcess | None = None
         self._loaded: ModelInfo | None = None
         self._pending: ModelRequest | None = None
+        self._allocated: tuple[int, NDArray[Any]] | None = None
         self.start()
 
     def __enter__(self) -> SubprocessModel:
@@ -91,12 +104,24 @@ class SubprocessModel:
         return self.wait_loaded().kernels
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.wait_loaded().input_shape
+
+    @property
+    def input(self) -> Quantization:
+        return self.wait_loaded().input
+
+    @property
+    def output(self) -> Quantization:
+        return self.wait_loaded().output
+
+    @property
     def input_range(self) -> tuple[float, float]:
-        return self.wait_loaded().input_range
+        return self.input.input_range
 
     @property
     def output_range(self) -> tuple[float, float]:
-        return self.wait_loaded().output_range
+        return self.output.range
 
     def start(self) -> None:
         """Start the process if none runs, without waiting for it. Raises ModelProcessFailed."""
@@ -116,18 +141,32 @@ class SubprocessModel:
             self._finalizer.detach()
         if self._pending is not None:
             self._pending.failure = ModelProcessFailed("error", "its process was ended before it answered")
-        self._process, self._loaded, self._pending = None, None, None
+        self._process, self._loaded, self._pending, self._allocated = None, None, None, None
 
-    def allocate(self, shape: tuple[int, ...]) -> Float32s:
-        """Return an array for the next windows (w, …): memory that the process shares. Raises ModelProcessFailed.
+    def allocate(self, count: int) -> NDArray[Any]:
+        """Return an array for windows (w, n), in the input's numbers: memory that the process shares.
 
-        It is theirs until the next request.
+        It is theirs until they are run, or another one is allocated. Raises ModelProcessFailed.
         """
-        self._wait_idle()
-        outputs = shape[0] * self.wait_loaded().outputs
-        if self._process is None or (math.prod(shape) + outputs) * 4 > SHARED_BYTES:
-            return np.empty(shape, np.float32)
-        return self._process.map_windows(shape, outputs)
+        loaded = self.wait_loaded()
+        assert self._process is not None
+        shape, dtype = (count, math.prod(loaded.input_shape)), loaded.input.dtype
+        busy, begin = self._pending, 0
+        # A request that the process computes keeps its memory.
+        if busy is not None and self._end_of_outputs(count, begin) > busy.begin:
+            begin = -(-busy.end // ALIGNMENT) * ALIGNMENT
+        if (end := self._end_of_outputs(count, begin)) > SHARED_BYTES:
+            return np.empty(shape, dtype)
+        self._process.grow_memory(end)
+        windows = self._process.map_numbers(shape, dtype, begin)
+        self._allocated = begin, windows
+        return windows
+
+    def _end_of_outputs(self, count: int, begin: int) -> int:
+        """Return the end of what a request for windows at byte `begin` takes of the shared memory."""
+        loaded = self.wait_loaded()
+        windows = count * math.prod(loaded.input_shape) * loaded.input.dtype.itemsize
+        return outputs_offset(begin, windows) + count * loaded.outputs * loaded.output.dtype.itemsize
 
     def _wait_idle(self) -> None:
         while self._pending is not None:
@@ -137,10 +176,28 @@ class SubprocessModel:
     def invoke(self, windows: Float32s) -> Float32s:
         """Return the outputs (w, K) of `windows` (w, …), as `TfliteModel` does. Raises ModelProcessFailed."""
         self._wait_idle()
-        request = self.submit(windows)
+        return self._finish(self.submit(windows)).take_outputs()
+
+    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs (w, K) of `windows` (w, n), both in their tensors' numbers. Raises ModelProcessFailed."""
+        return self.wait(self.start_run(windows))
+
+    def start_run(self, windows: NDArray[Any]) -> ModelRequest:
+        """Have the process compute `windows`, quantized, once it is idle; `wait` returns the outputs.
+
+        Raises ModelProcessFailed.
+        """
+        self._wait_idle()
+        return self._send(windows)
+
+    def wait(self, request: ModelRequest) -> NDArray[Any]:
+        """Return the outputs of `request`, in the tensor's numbers. Raises ModelProcessFailed."""
+        return self._finish(request).take_numbers()
+
+    def _finish(self, request: ModelRequest) -> ModelRequest:
         while not request.is_done:
             self._collect_or_wait(request)
-        return request.take_outputs()
+        return request
 
     def poll_ready(self, timeout_s: float = 0.0) -> bool:
         """Return True if it is loaded and idle; start it if needed. Raises ModelProcessFailed."""
@@ -159,17 +216,27 @@ class SubprocessModel:
         width = math.prod(loaded.input_shape)
         if windows.size != len(windows) * width:
             raise BadBundle(f"the model takes {list(loaded.input_shape)} values, got {list(windows.shape[1:])}")
+        return self._send(loaded.input.quantize(windows.reshape(len(windows), width)))
+
+    def _send(self, windows: NDArray[Any]) -> ModelRequest:
+        loaded, count = self.wait_loaded(), len(windows)
+        begin, allocated = self._allocated or (0, None)
+        if allocated is not windows:
+            begin = 0
+            if self._end_of_outputs(count, begin) > SHARED_BYTES:
+                # The process alone says how many outputs its model has.
+                raise ModelProcessFailed("error", f"{count} windows of {loaded.outputs} outputs need too much")
+            # No request is pending: this is where its memory begins.
+            np.copyto(self.allocate(count), windows)
+        end = self._end_of_outputs(count, begin)
         process = self._process
         assert process is not None
-        if (windows.size + len(windows) * loaded.outputs) * 4 > SHARED_BYTES:
-            # The process alone says how many outputs its model has.
-            raise ModelProcessFailed("error", f"{len(windows)} windows of {loaded.outputs} outputs need too much")
         try:
-            process.write_windows(windows, len(windows) * loaded.outputs)
-            process.submit(len(windows))
+            process.submit(count, begin)
         except WorkerExited:
-            raise self._make_crash_error(f"within {len(windows)} windows") from None
-        self._pending = ModelRequest(len(windows), time.monotonic() + self.call_timeout_s)
+            raise self._make_crash_error(f"within {count} windows") from None
+        self._pending = ModelRequest(count, begin, end, time.monotonic() + self.call_timeout_s, loaded.output)
+        self._allocated = None
         return self._pending
 
     def poll(self, request: ModelRequest, timeout_s: float = 0.0) -> Float32s | None:
@@ -202,9 +269,10 @@ class SubprocessModel:
             pending.failure = ModelProcessFailed("error", error.decode(errors="replace"))
             return
         self.seconds += seconds
-        width = math.prod(loaded.input_shape)
         pending.seconds = seconds
-        pending.outputs = process.read_outputs(pending.count * width, (pending.count, loaded.outputs))
+        shape, dtype = (pending.count, loaded.outputs), loaded.output.dtype
+        begin = pending.end - pending.count * loaded.outputs * dtype.itemsize
+        pending.numbers = process.map_numbers(shape, dtype, begin).copy()
 
     def _collect_or_wait(self, request: ModelRequest) -> None:
         self._collect(max(0.0, min(_POLL_INTERVAL_S, request.deadline_s - time.monotonic())))
@@ -213,6 +281,8 @@ class SubprocessModel:
 
     def wait_loaded(self) -> ModelInfo:
         """Wait for the start and return the model's properties. Raises ModelProcessFailed."""
+        if self._pending is not None and self._loaded is not None:
+            return self._loaded
         while not self.poll_ready(_POLL_INTERVAL_S) and self._loaded is None:
             self._on_wait()
         assert self._loaded is not None
@@ -248,26 +318,36 @@ class SubprocessModel:
         assert self._process is not None
         code, stderr = self._process.kill()
         self._finalizer.detach()
-        self._process, self._loaded, self._pending = None, None, None
+        self._process, self._loaded, self._pending, self._allocated = None, None, None, None
         return ModelProcessFailed("crash", f"{probe.describe_death(code, stderr, self._limits)}, {when}")
 
 
 class ModelRequest(msgspec.Struct, eq=False):
-    """A request for the outputs of `count` windows, due at `deadline_s` (monotonic), and its answer or failure."""
+    """A request for the outputs of `count` windows, due at `deadline_s` (monotonic), and its answer or failure.
+
+    Its windows and outputs take bytes `begin` to `end` of the shared memory.
+    """
 
     count: int
+    begin: int
+    end: int
     deadline_s: float
-    outputs: Float32s | None = None
+    quantization: Quantization
+    numbers: NDArray[Any] | None = None
     seconds: float = 0.0  # of the model
     failure: ModelProcessFailed | None = None
 
     @property
     def is_done(self) -> bool:
-        return self.outputs is not None or self.failure is not None
+        return self.numbers is not None or self.failure is not None
 
     def take_outputs(self) -> Float32s:
         """Return the outputs of a request that is done. Raises its failure."""
+        return self.quantization.dequantize(self.take_numbers())
+
+    def take_numbers(self) -> NDArray[Any]:
+        """Return the outputs of a request that is done, in the tensor's numbers. Raises its failure."""
         if self.failure is not None:
             raise self.failure
-        assert self.outputs is not None
-        return self.outputs
+        assert self.numbers is not None
+        return self.numbers

@@ -1,8 +1,8 @@
 """Worker of a subprocess model: the child's side of the protocol over its stdin and stdout.
 
 It gives up the rights that computation does not need (`confinement`), loads the model, and sends STARTED_HEADER with
-the model's properties, or an error. For each REQUEST_HEADER it reads windows from the shared memory, writes the outputs
-behind them, and sends RESPONSE_HEADER: status, seconds, and an error text.
+the model's properties, or an error. For each REQUEST_HEADER it reads quantized windows from the shared memory, writes
+the outputs behind them as they are, and sends RESPONSE_HEADER: status, seconds, and an error text.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import numpy as np
 
 from agent import decoders
 from agent.errors import BadBundle
+from agent.model.inference.quantization import Quantization
 from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
 
 if TYPE_CHECKING:
     from agent.model.inference.runtime import TfliteModel
 
-STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQ"), struct.Struct("<BdI")
+STARTED_HEADER, REQUEST_HEADER, RESPONSE_HEADER = struct.Struct("<BI"), struct.Struct("<QQQ"), struct.Struct("<BdI")
 STATUS_OK, STATUS_FAILED = 0, 1
 MAX_TEXT_BYTES = 2000
 # Address space for the shared memory: windows and outputs of a batch, mapped twice while it grows.
 SHARED_BYTES = 128 << 20
+ALIGNMENT = 64
 _PR_SET_PDEATHSIG = 1
 
 
@@ -54,8 +56,8 @@ class WorkerJob(msgspec.Struct):
 class ModelInfo(msgspec.Struct, frozen=True):
     input_shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=8)]
     outputs: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
-    input_range: tuple[float, float]
-    output_range: tuple[float, float]
+    input: Quantization
+    output: Quantization
     is_confined: bool
     kernels: Annotated[str, msgspec.Meta(max_length=40)]
 
@@ -91,7 +93,7 @@ def main() -> None:
         return
     info = msgspec.msgpack.encode(
         ModelInfo(
-            *(model.input_shape, model.outputs, model.input_range, model.output_range),
+            *(model.input_shape, model.outputs, model.input, model.output),
             *(is_confined, model.kernels),
         )
     )
@@ -103,20 +105,26 @@ def _serve(model: TfliteModel, shared_fd: int, response_fd: int) -> None:
     width = int(np.prod(model.input_shape))
     size, mapped = 0, None
     while header := _read_exactly(REQUEST_HEADER.size):
-        count, required = REQUEST_HEADER.unpack(header)
+        count, begin, required = REQUEST_HEADER.unpack(header)
         if mapped is None or required != size:
             size, mapped = required, mmap.mmap(shared_fd, required)
-        values = np.frombuffer(mapped, np.float32, count * (width + model.outputs))
+        windows = np.frombuffer(mapped, model.input.dtype, count * width, begin).reshape(count, width)
+        begin = outputs_offset(begin, windows.nbytes)
+        outputs = np.frombuffer(mapped, model.output.dtype, count * model.outputs, begin).reshape(count, model.outputs)
         start_s = time.perf_counter()
         try:
-            outputs = model.invoke(values[: count * width].reshape(count, *model.input_shape))
+            model.run(windows, outputs)
         except BadBundle as problem:
             text = str(problem).encode()[:MAX_TEXT_BYTES]
             _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_FAILED, 0.0, len(text)) + text)
             continue
         seconds = time.perf_counter() - start_s
-        values[count * width :].reshape(outputs.shape)[:] = outputs
         _write_all(response_fd, RESPONSE_HEADER.pack(STATUS_OK, seconds, 0))
+
+
+def outputs_offset(begin: int, windows_bytes: int) -> int:
+    """Return where the outputs of windows that begin at `begin` are in the shared memory: behind them, aligned."""
+    return -(-(begin + windows_bytes) // ALIGNMENT) * ALIGNMENT
 
 
 def _read_exactly(size: int) -> bytes:
