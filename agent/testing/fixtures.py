@@ -64,8 +64,8 @@ def outstation_broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
 def outstation_fleet(tmp_path: Path) -> Iterator[Callable[..., SimulatedFleet]]:
     """Provide `fleet(devices=20, scenario=…)`: a simulated fleet on a virtual clock; its audit ends the test.
 
-    The parameters are those of `agent.testing.simulated_fleet.SimulatedFleet`, and `audit=False` for a test that damages
-    messages on purpose.
+    The parameters are those of `agent.testing.simulated_fleet.SimulatedFleet`, and `audit=False` for a test that
+    damages messages on purpose.
     """
     from agent.testing.simulated_fleet import SimulatedFleet
 

@@ -33,7 +33,9 @@ def describe_fleet(store: FleetStore, is_on: Mapping[str, bool], log: Iterable[s
     alerts = store.alerts(closed=True)
     lines.append(f"alerts: {len(alerts) or 'none'}")
     for row in alerts[-_MAX_ALERTS:]:
-        lines.append(f"  {row['time']} {row['device']} {row['state']} {row['alert']} {row['subject']}: {row['summary']}")
+        lines.append(
+            f"  {row['time']} {row['device']} {row['state']} {row['alert']} {row['subject']}: {row['summary']}"
+        )
     tail = [*log]
     if tail:
         lines += ["log:", *(f"  {line}" for line in tail)]

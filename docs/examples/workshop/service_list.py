@@ -1,6 +1,6 @@
 """Service list of a workshop: which machines need a technician, from the database of the fleet's collector.
 
-    python service_list.py acme/fleet.db
+python service_list.py acme/fleet.db
 """
 
 from __future__ import annotations
