@@ -25,6 +25,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import meter
+from agent.device.usage import measure_usage
 from agent.errors import StorageFull
 from agent.wire import jws
 from agent.wire.messages import AcknowledgementRef, AckPayload
@@ -34,6 +35,8 @@ log = logging.getLogger("outstation")
 _INTERVAL_S, _METERED_INTERVAL_S = 60.0, 3600.0
 # A quotation has 222 bytes: 5 kB a day.
 _QUOTE_INTERVAL_S = 3600.0
+# A statement of usage has 150 bytes.
+_USAGE_INTERVAL_S = 3600.0
 
 ModelsByTask = Mapping[str, Mapping[str, Any]]
 
@@ -60,7 +63,7 @@ class HealthReporter:
     ) -> None:
         self._conf, self._store, self._message_log, self._models, self._now = conf, store, message_log, models, now
         self._process_meter = ProcessMeter()
-        self._next_quote_s = float("-inf")
+        self._next_quote_s = self._next_usage_s = float("-inf")
         # Further members of a health message.
         self.extra_members: Callable[[ClockReading], Mapping[str, Any]] = lambda now: {}
 
@@ -75,6 +78,9 @@ class HealthReporter:
             if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
                 self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
                 body["acknowledged"] = quoted
+            if now.boot_s >= self._next_usage_s and (spent := measure_usage(self._conf, self._store)).seconds > 0:
+                self._next_usage_s = now.boot_s + _USAGE_INTERVAL_S
+                body["usage"] = spent
             if (metered := self._conf.broker.metered) is not None:
                 body["metered"] = meter.build_status(metered, self._store, now)
             body |= budget.to_status(self._store, self._conf.samples, now)

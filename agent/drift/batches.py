@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts import Alert
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -25,8 +25,8 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-MAX_FIELDS_PER_PASS = 512  # of drift windows that are looked at together
-MAX_VALUES_PER_PASS = 1 << 16  # about: fewer cost more calls of Python, and more leave the cache and need more memory
+MAX_FIELDS_PER_PASS = 1024  # of drift windows that are looked at together
+MAX_VALUES_PER_PASS = 1 << 18  # about: fewer cost more calls of Python, and more leave the cache and need more memory
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
@@ -82,7 +82,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
         )
         return stack
 
-    def _gather_rows(self, values: Float64s, begin: Ints) -> Float64s:
+    def _gather_rows(self, values: Float32s, begin: Ints) -> Float32s:
         """Return the rows (W, n, F)."""
         windows, fields = len(begin), values.shape[1]
         if (begin[1:] - begin[:-1] == self.n).all():
@@ -269,7 +269,7 @@ def advance_tests(
     before_alarm = tests.windows_before_alarm
     windows, nearest = max(1, before_alarm), None
     if plain and before_alarm:
-        nearest = _nearest_shares(tests.cusum.values[:windows], tester, runs)
+        nearest = _nearest_shares(tests.cusum.values[:windows], tester.limits.limit * suite.caution, runs)
     return AdvancedTests(windows, tests.state_after(windows), _gates_after(runs, windows), False, nearest)
 
 
@@ -307,12 +307,12 @@ def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int)
     )
 
 
-def _nearest_shares(sums: Float64s, tester: DriftTester, gates: Mapping[str, GateRun]) -> Float64s | None:
+def _nearest_shares(sums: Float64s, limit: Float64s, gates: Mapping[str, GateRun]) -> Float64s | None:
     """Return the largest of all sums, (W, 2, T) and of `gates`, as a share of its limit (W,), 3 decimals.
 
-    None if a gate waits.
+    `limit` (T,) is that of the sums. None if a gate waits.
     """
-    nearest = (sums / tester.limits.limit).max((1, 2))
+    nearest = (sums / limit).max((1, 2))
     for run in gates.values():
         shares = run.nearest_shares(len(sums))
         if shares is None:

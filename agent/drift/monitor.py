@@ -325,6 +325,7 @@ class DriftMonitor:
         )
         status = SuiteStatus(
             cusum_sums=after.suite.cusum.value,
+            caution=after.suite.caution,
             layout=after.suite.layout,
             drifting=after.suite.open_subjects.tolist(),
             faults=tuple(several[-1].name if several else None for several in identified),

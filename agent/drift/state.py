@@ -14,7 +14,6 @@ from agent.alerts import Alert, MonitoredAlert
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard
-from agent.drift.baseline.learning import infinities_to_nan
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import Tail
@@ -105,7 +104,9 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
         """Return True if the state has the tests of this task."""
         tests = get_layout(task).test_count
         site_fits = self.site_reference is None or len(self.site_reference.test_mean) == tests
-        return site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == tests
+        return (
+            site_fits and self.suite.task == task and len(self.suite.cusum.alarm[0]) == len(self.suite.ended) == tests
+        )
 
     def to_bytes(self) -> bytes:
         return arrays.to_compressed_bytes(self)
@@ -186,7 +187,10 @@ class Batch(msgspec.Struct, frozen=True):
     def slice_windows(self, index: slice, shipped: Reference) -> BatchPart:
         """Return a part with these model windows."""
         begin, end = int(self.starts[index][0]), int(self.starts[index][-1]) + shipped.window_rows
-        values, starts = infinities_to_nan(self.features[begin:end]), self.starts[index] - begin
+        values, starts = np.ascontiguousarray(self.features[begin:end], np.float32), self.starts[index] - begin
+        finite = np.isfinite(values)
+        if not finite.all():
+            values = np.where(finite, values, np.float32(np.nan))
         return BatchPart(
             values=values,
             starts=starts,
@@ -202,7 +206,7 @@ class Batch(msgspec.Struct, frozen=True):
 class BatchPart(msgspec.Struct, frozen=True):
     """Part of a batch, with statistics of its model windows."""
 
-    values: Float64s  # (n, F)
+    values: Float32s  # (n, F) infinities are missing values
     starts: Ints  # (w,)
     stats: WindowStatistics
     predicted: Ints  # (w,)

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.arrays import Float32s, Float64s, Ints
-from agent.kernel.library import Library, address
+from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.kernel.library import Library, address, to_singles
 
 _BINS, _SIZES, _SINGLE = 34, 64, 5
 # After the bins: missing, outside, spikes, longest, the open run; four rows of extremes; then sizes.
 _EXTREMES, _SIZE = _BINS + _SINGLE, _BINS + _SINGLE + 4
 _PER_FIELD = _SIZE + _SIZES
-_DONE = 0
 
 
 class RowLimits:
@@ -29,14 +28,15 @@ class RowLimits:
         high: Float64s,
         jump: Float64s,
         rest: Sequence[Sequence[float]],
+        few_levels: Bools,
         origin: Float64s,
     ) -> None:
-        """`cuts` (F, 33); rows beyond `low` or `high` (F,) are far outside; `jump`, `rest` and `origin` of each field.
+        """`cuts` (F, 33); rows beyond `low` or `high` (F,) are far outside; the others are of each field, too.
 
         Raises ValueError if the shapes differ.
         """
         self.fields = len(low)
-        shapes = {part.shape for part in (low, high, jump, origin)}
+        shapes = {part.shape for part in (low, high, jump, few_levels, origin)}
         if shapes != {(self.fields,)} or cuts.shape != (self.fields, _BINS - 1) or len(rest) != self.fields:
             raise ValueError("limits of drift rows do not agree on the number of fields")
         begin = np.cumsum([0, *(len(values) for values in rest)])
@@ -45,6 +45,7 @@ class RowLimits:
             np.ascontiguousarray(np.stack([low, high, jump], axis=1), np.float64),
             np.array([value for values in rest for value in values], np.float64),
             begin.astype(np.int64),
+            few_levels.astype(np.int64),
             np.ascontiguousarray(origin, np.float64),
         )
         self.addresses = tuple(address(part) for part in self._arrays)
@@ -71,7 +72,7 @@ class CountedRows(NamedTuple):
 def count(
     library: Library,
     limits: RowLimits,
-    rows: Float64s,
+    rows: Float32s | Float64s,
     before: Float64s,
     last: Float64s,
     run: Ints,
@@ -87,7 +88,9 @@ def count(
         raise ValueError("drift rows do not have the fields of their limits")
     if n == 0 or len(before) > 2 or (len(before) and windows > 1):
         raise ValueError("drift rows to count are none, or follow on from too many")
-    rows, before = np.ascontiguousarray(rows, np.float64), np.ascontiguousarray(before, np.float64)
+    singles, earlier = to_singles(rows), to_singles(before)
+    if singles is None or earlier is None:
+        return None
     last, run = np.ascontiguousarray(last, np.float64), np.ascontiguousarray(run, np.int64)
     columns = windows * fields
     counted = np.empty(columns * _PER_FIELD + windows, np.int64)
@@ -98,16 +101,13 @@ def count(
         if sums is None
         else (np.array(part, kind).reshape(shape) for part, kind in zip(sums, (np.int64, float, float), strict=True))
     )
-    cuts, bounds, rest, rest_begin, origin = limits.addresses
-    # The rows as float32; a column, its order keys, and its sizes of steps.
-    scratch = np.empty(n * fields + 4 * (n + 2), np.float32)
-    status = library.count_rows(
-        *(windows, n, fields, len(before), address(rows), address(before), address(last), address(run)),
-        *(cuts, bounds, rest, rest_begin, origin, address(counted), address(extremes)),
+    # A column, its order keys, and its sizes of steps.
+    scratch = np.empty(3 * (n + 2), np.float32)
+    library.count_rows(
+        *(windows, n, fields, len(before), address(singles), address(earlier), address(last), address(run)),
+        *(*limits.addresses, address(counted), address(extremes)),
         *(address(known), address(total), address(squares), address(scratch)),
     )
-    if status != _DONE:
-        return None
     each = counted[: columns * _PER_FIELD].reshape(windows, fields, _PER_FIELD)
     missing, outside, spikes, longest, open_run = (each[..., _BINS + i] for i in range(_SINGLE))
     return CountedRows(

@@ -6,16 +6,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.kernel.library import Library, address
 
 
 def add(
-    library: Library, values: Float64s, origin: Float64s, groups: Ints, n: Ints, total: Float64s, squares: Float64s
+    library: Library,
+    values: Float32s | Float64s,
+    origin: Float64s,
+    groups: Ints,
+    n: Ints,
+    total: Float64s,
+    squares: Float64s,
 ) -> tuple[Ints, Float64s, Float64s]:
     """Add `values` (m, D) less their `origin` (D,) to the sums (G, D) of their `groups` (m,); return the new sums."""
     rows, width = values.shape
-    values, origin, groups = _floats(values), _floats(origin), _indices(groups, len(n))
+    values = np.ascontiguousarray(values, None if values.dtype == np.float32 else np.float64)
+    origin, groups = _floats(origin), _indices(groups, len(n))
     n, total, squares = np.array(n, np.int64), np.array(total, np.float64), np.array(squares, np.float64)
     if (
         origin.shape != (width,)
@@ -24,8 +31,9 @@ def add(
         or not len(n) == len(total) == len(squares)
     ):
         raise ValueError("values, groups and sums differ in shape")
+    either = (0, address(values)) if values.dtype == np.float32 else (address(values), 0)
     library.add_groups(
-        *(rows, width, address(values), address(origin), address(groups)),
+        *(rows, width, *either, address(origin), address(groups)),
         *(address(n), address(total), address(squares)),
     )
     return n, total, squares
@@ -43,7 +51,7 @@ def count_scores(library: Library, scores: Float64s, edges: Float64s) -> Ints:
 
 def sum_residuals(
     library: Library,
-    values: Float64s,
+    values: Float32s,
     classes: Ints,
     mean: Float64s,
     sd: Float64s,
@@ -58,7 +66,7 @@ def sum_residuals(
     in 1 sd.
     """
     rows, fields = values.shape
-    values, mean, sd = _floats(values), _floats(mean), _floats(sd)
+    values, mean, sd = np.ascontiguousarray(values, np.float32), _floats(mean), _floats(sd)
     classes, order = _indices(classes, len(mean)), _indices(order, rows)
     counts = np.ascontiguousarray(counts, np.int64)
     if classes.shape != (rows,) or order.shape != (rows,) or mean.shape != sd.shape or mean.shape[1:] != (fields,):
@@ -86,7 +94,7 @@ class WindowNumbers(NamedTuple):
 
 def measure_windows(
     library: Library,
-    windows: Float64s,
+    windows: Float32s,
     floor: Float64s,
     pairs: int,
     lags: tuple[int, int] | None,
@@ -98,7 +106,7 @@ def measure_windows(
     correlation.
     """
     count, rows, fields = windows.shape
-    windows, floor = _floats(windows), _floats(floor)
+    windows, floor = np.ascontiguousarray(windows, np.float32), _floats(floor)
     if floor.shape != (fields,) or not 0 <= pairs <= fields * (fields - 1) // 2 or min(lags or (1,)) < 1 or not rows:
         raise ValueError("fields, pairs and lags of model windows do not agree")
     width = (fields + 6) // 4 * 4

@@ -39,7 +39,7 @@ __attribute__((visibility("default"))) int64_t outstation_kernel_has_avx2(void) 
 #endif
 
 enum { CUTS = 33, BINS = 34, SIZES = 64 };
-enum { DONE = 0, NOT_EXACT = 1 };
+enum { DONE = 0 };
 static const double SPIKE_SDS = 10.0, NEIGHBOUR_SDS = 5.0;
 
 /* Order key of a value: whole numbers compare as the values do, and -0 as 0. A missing value is above all others. */
@@ -49,16 +49,6 @@ static inline int32_t order_key(float value) {
     memcpy(&bits, &normal, sizeof bits);
     bits ^= (int32_t)((uint32_t)(bits >> 31) & 0x7fffffffu);
     return value == value ? bits : INT32_MAX;
-}
-
-/* Copy n values as float32; return whether all of them are exact. */
-static int copy_exact(const double *values, int64_t n, float *single) {
-    int32_t inexact = 0;
-    for (int64_t i = 0; i < n; i++) {
-        single[i] = (float)values[i];
-        inexact |= ((double)single[i] != values[i]) & (values[i] == values[i]);
-    }
-    return !inexact;
 }
 
 /* Count the keys below each cut, then the differences: below, in 32 bins, above. */
@@ -191,18 +181,20 @@ static int64_t count_spikes(const float *column, int64_t n, double jump) {
     return spikes;
 }
 
-/* Count rows that equal the row before in all fields, unless all fields rest. */
-static int64_t count_repeated(const double *rows, const double *before, int64_t n, int64_t fields, const double *rest,
-                              const int64_t *rest_begin) {
+/* Count rows that equal the row before in all fields, unless each of them rests or has few levels. */
+static int64_t count_repeated(const float *rows, const float *before, int64_t n, int64_t fields, const double *rest,
+                              const int64_t *rest_begin, const int64_t *few_levels) {
     int64_t repeated = 0;
     for (int64_t i = 0; i < n; i++) {
-        const double *now = rows + i * fields, *earlier = i ? now - fields : before;
-        if (!earlier || now[0] - earlier[0] != 0) continue;
+        const float *now = rows + i * fields, *earlier = i ? now - fields : before;
+        if (!earlier || now[0] != earlier[0]) continue;
         int64_t field = 1;
-        while (field < fields && now[field] - earlier[field] == 0) field++;
+        while (field < fields && now[field] == earlier[field]) field++;
         if (field < fields) continue;
         for (field = 0; field < fields; field++)
-            if (!is_among(now[field], rest + rest_begin[field], rest_begin[field + 1] - rest_begin[field])) break;
+            if (!few_levels[field] &&
+                !is_among(now[field], rest + rest_begin[field], rest_begin[field + 1] - rest_begin[field]))
+                break;
         repeated += field < fields;
     }
     return repeated;
@@ -216,8 +208,14 @@ static inline __attribute__((always_inline)) Quad known_or_zero(Quad value) {
     return (Quad)((QuadMask)value & (QuadMask)(value == value));
 }
 
+/* Four values as double. */
+static inline __attribute__((always_inline)) Quad load(const float *values) {
+    typedef float Singles __attribute__((vector_size(16), aligned(4), may_alias));
+    return __builtin_convertvector(*(const Singles *)values, Quad);
+}
+
 /* Add values less their origin, and their squares, in the order of rows; a missing value adds nothing. */
-static void add_rows(const double *rows, int64_t n, int64_t fields, const double *origin, double *total,
+static void add_rows(const float *rows, int64_t n, int64_t fields, const double *origin, double *total,
                      double *squares) {
     int64_t f = 0;
     for (; f + 8 <= fields; f += 8) {
@@ -225,8 +223,8 @@ static void add_rows(const double *rows, int64_t n, int64_t fields, const double
         Quad sum = *(const Quad *)(total + f), next_sum = *(const Quad *)(total + f + 4);
         Quad square = *(const Quad *)(squares + f), next_square = *(const Quad *)(squares + f + 4);
         for (int64_t i = 0; i < n; i++) {
-            const Quad *row = (const Quad *)(rows + i * fields + f);
-            const Quad value = known_or_zero(row[0] - from), next = known_or_zero(row[1] - next_from);
+            const float *row = rows + i * fields + f;
+            const Quad value = known_or_zero(load(row) - from), next = known_or_zero(load(row + 4) - next_from);
             sum += value;
             square += value * value;
             next_sum += next;
@@ -241,7 +239,7 @@ static void add_rows(const double *rows, int64_t n, int64_t fields, const double
         const Quad from = *(const Quad *)(origin + f);
         Quad sum = *(const Quad *)(total + f), square = *(const Quad *)(squares + f);
         for (int64_t i = 0; i < n; i++) {
-            const Quad value = known_or_zero(*(const Quad *)(rows + i * fields + f) - from);
+            const Quad value = known_or_zero(load(rows + i * fields + f) - from);
             sum += value;
             square += value * value;
         }
@@ -264,25 +262,23 @@ static void add_rows(const double *rows, int64_t n, int64_t fields, const double
 /* Count the rows of drift windows; see `count_rows` in row_counts.py.
  *
  * `rows` (windows, n, fields), after `before` (earlier <= 2, fields) if there is one window; `last` and `run` (fields)
- * end the rows before. Per field: `cuts` (33), `limits` (3): low, high, jump; `rest` from rest_begin[field] on.
- * Out: `counted` holds per window and field 34 bins, missing, outside, spikes, longest, open run, 4 rows of extremes and
- * 64 sizes (106 in all), then one count of repeated rows per window; `extremes` (windows, fields, 4); sums are added to.
- * `scratch`: 4 * n * fields + 13 * (n + 2) bytes, aligned for float.
- * Returns NOT_EXACT, with outputs undefined, if a value is no float32.
+ * end the rows before. Per field: `cuts` (33), `limits` (3): low, high, jump; `rest` from rest_begin[field] on; whether it
+ * has few levels. Out: `counted` holds per window and field 34 bins, missing, outside, spikes, longest, open run, 4 rows
+ * of extremes and 64 sizes (106 in all), then one count of repeated rows per window; `extremes` (windows, fields, 4);
+ * sums are added to. `scratch`: 9 * (n + 2) bytes, aligned for float.
  */
-int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t earlier, const double *rows,
-                           const double *before, const double *last, const int64_t *run, const float *cuts,
-                           const double *limits, const double *rest, const int64_t *rest_begin, const double *origin,
-                           int64_t *counted, double *extremes, int64_t *known, double *total, double *squares,
-                           float *scratch) {
+int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t earlier, const float *rows,
+                           const float *before, const double *last, const int64_t *run, const float *cuts,
+                           const double *limits, const double *rest, const int64_t *rest_begin,
+                           const int64_t *few_levels, const double *origin, int64_t *counted, double *extremes,
+                           int64_t *known, double *total, double *squares, float *scratch) {
     enum { MISSING = BINS, OUTSIDE, SPIKE, LONGEST, OPEN, EXTREME_ROWS, SIZE = EXTREME_ROWS + 4, PER_FIELD = SIZE + SIZES };
-    float *single = scratch, *column = scratch + n * fields;
+    float *column = scratch;
     int32_t *keys = (int32_t *)(column + n + 2);
     uint8_t *size = (uint8_t *)(keys + n + 2);
     int64_t *repeated = counted + windows * fields * PER_FIELD;
     for (int64_t window = 0; window < windows; window++) {
-        const double *first = rows + window * n * fields;
-        if (!copy_exact(first, n * fields, single)) return NOT_EXACT;
+        const float *first = rows + window * n * fields;
         int64_t held = 0;
         for (int64_t field = 0; field < fields; field++) {
             int64_t *out = counted + (window * fields + field) * PER_FIELD;
@@ -290,9 +286,8 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
             const double low = limits[3 * field], high = limits[3 * field + 1], jump = limits[3 * field + 2];
             int32_t cut_keys[CUTS];
             for (int i = 0; i < CUTS; i++) cut_keys[i] = order_key(cuts[field * CUTS + i]);
-            for (int64_t i = 0; i < earlier; i++)
-                if (!copy_exact(before + i * fields + field, 1, column + i)) return NOT_EXACT;
-            for (int64_t i = 0; i < n; i++) column[earlier + i] = single[i * fields + field];
+            for (int64_t i = 0; i < earlier; i++) column[i] = before[i * fields + field];
+            for (int64_t i = 0; i < n; i++) column[earlier + i] = first[i * fields + field];
             int32_t missing = 0;
             for (int64_t i = 0; i < n; i++) {
                 keys[i] = order_key(column[earlier + i]);
@@ -319,7 +314,7 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
             if (!field) held = out[SIZE];
         }
         repeated[window] = held ? count_repeated(first, earlier ? before + (earlier - 1) * fields : NULL, n, fields, rest,
-                                                 rest_begin)
+                                                 rest_begin, few_levels)
                                 : 0;
         add_rows(first, n, fields, origin, total + window * fields, squares + window * fields);
     }
@@ -327,16 +322,18 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
 }
 
 /* Add the values of n rows less their origin, and their squares, to the sums of each row's group, in the order of rows.
- * `groups` (n) are below the caller's count; `known`, `total` and `squares` (groups, width) are added to.
+ * `groups` (n) are below the caller's count; `known`, `total` and `squares` (groups, width) are added to. Values are
+ * `singles`, or `values` if there are none.
  */
-int64_t EXPORT(add_groups)(int64_t n, int64_t width, const double *values, const double *origin, const int64_t *groups,
-                           int64_t *known, double *total, double *squares) {
+int64_t EXPORT(add_groups)(int64_t n, int64_t width, const double *values, const float *singles, const double *origin,
+                           const int64_t *groups, int64_t *known, double *total, double *squares) {
     for (int64_t i = 0; i < n; i++) {
         const double *row = values + i * width;
+        const float *single = singles + i * width;
         int64_t *count = known + groups[i] * width;
         double *sum = total + groups[i] * width, *square = squares + groups[i] * width;
         for (int64_t f = 0; f < width; f++) {
-            double value = row[f] - origin[f];
+            double value = (singles ? (double)single[f] : row[f]) - origin[f];
             count[f] += value == value;
             value = value == value ? value : 0.0;
             sum[f] += value;
@@ -390,7 +387,7 @@ static void add_products(const double *residuals, int64_t n, int64_t width, int6
  * fields, and of a field that is always 1, which stands first; those of the upper half. `width`: 1 + fields, rounded up
  * to 4. `scratch`: 64 * width.
  */
-int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, const double *values, const int64_t *classes,
+int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, const float *values, const int64_t *classes,
                               const double *mean, const double *sd, const int64_t *order, const int64_t *counts,
                               const double *limits, double *products, double *scratch) {
     enum { BLOCK = 64 };
@@ -402,7 +399,8 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
             const int64_t n = end - begin < BLOCK ? end - begin : BLOCK;
             for (int64_t i = 0; i < n; i++) {
                 const int64_t place = order[begin + i], class = classes[place];
-                const double *row = values + place * fields, *from = mean + class * fields, *by = sd + class * fields;
+                const double *from = mean + class * fields, *by = sd + class * fields;
+                const float *row = values + place * fields;
                 double *out = scratch + i * width;
                 out[0] = 1.0;
                 for (int64_t f = 0; f < fields; f++) {
@@ -430,7 +428,7 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
  * `scratch`: (2 * n + 4) * `width`, which is fields + 3, rounded up to 4.
  */
 int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int64_t width, int64_t pairs,
-                                const double *values, const double *floor, const int64_t *lags, const double *limits,
+                                const float *values, const double *floor, const int64_t *lags, const double *limits,
                                 double *out, double *scratch) {
     enum { COUNT, SQUARE, SCALE, LEAST, ROWS };
     const double unknown = __builtin_nan(""), steps = limits[0], most = limits[1], rows = (double)(int32_t)n;
@@ -439,7 +437,8 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
     memset(scratch, 0, sizeof(double) * (size_t)(width * (ROWS + 2 * n)));
     memcpy(by_field + LEAST * width, floor, sizeof(double) * (size_t)fields);
     for (int64_t window = 0; window < windows; window++, values += n * fields, out += pairs + (lags[0] ? 4 : 2) * fields) {
-        for (int64_t i = 0; i < n; i++) memcpy(padded + i * width, values + i * fields, sizeof(double) * (size_t)fields);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t f = 0; f < fields; f++) padded[i * width + f] = values[i * fields + f];
         for (int64_t f = 0; f < fields; f += 4) {
             Quad mean = {0, 0, 0, 0}, square = mean, scale;
             QuadMask count = {0, 0, 0, 0};

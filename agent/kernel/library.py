@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.arrays import Float32s, Float64s
+
 FOLDER = Path(__file__).parent
 SOURCE, NAME = FOLDER / "kernel.c", "kernel.so"
 SWITCH = "OUTSTATION_KERNEL"  # environment: "off" goes by NumPy, a variant's name selects it
@@ -33,11 +35,11 @@ class Library:
 
     @cached_property
     def count_rows(self) -> Function:
-        return self._function("count_rows", 4, 15)
+        return self._function("count_rows", 4, 16)
 
     @cached_property
     def add_groups(self) -> Function:
-        return self._function("add_groups", 2, 6)
+        return self._function("add_groups", 2, 7)
 
     @cached_property
     def count_scores(self) -> Function:
@@ -156,3 +158,12 @@ def describe() -> str:
 def address(array: np.ndarray) -> int:
     """Return the address of a contiguous array's first item."""
     return int(array.ctypes.data)
+
+
+def to_singles(values: Float32s | Float64s) -> Float32s | None:
+    """Return values as the library reads them; None if one is not exact as float32."""
+    if values.dtype == np.float32:
+        return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values.astype(np.float32))
+    return single if ((single == values) | np.isnan(values)).all() else None

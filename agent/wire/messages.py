@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent import clock, decoders
+from agent.costs.usage import Usage
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, runs, topics
@@ -360,6 +361,8 @@ class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
     tasks: dict[ShortText, dict[str, Any]] = {}
     wall_clock: dict[ShortText, Any] = {}
     acknowledged: AcknowledgementRef | None = None
+    # About once an hour.
+    usage: Usage | None = None
     # The device promises the next health message after this many seconds.
     interval_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] | None = None
     # [device] groups

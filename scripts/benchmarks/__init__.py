@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -73,12 +74,16 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct, frozen=True):
-    """Section that a benchmark writes: file below the checkout, title, text, and SVG files by their path."""
+    """Section that a benchmark writes: file below the checkout, title, text, and SVG files by their path.
+
+    `bullets` by the path of another page replace the list item there that begins with the same words in bold.
+    """
 
     page: str
     title: str
     text: str
     charts: dict[str, str] = {}
+    bullets: dict[str, str] = {}
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -95,6 +100,8 @@ BENCHMARKS: dict[str, Measured] = {}
 QUICK: set[str] = set()
 # Number of rows requested with `--rows`, or None for the benchmark's default.
 rows: int | None = None
+# Folder given with `--folder`, in which long benchmarks keep finished parts and made data, and go on from these.
+folder: Path | None = None
 
 
 def benchmark(name: str, *, quick: bool = False) -> Callable[[Measured], Measured]:

@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,11 +29,18 @@ _WRITTEN_RUNS = 3
 @click.option(
     "--rows",
     type=click.IntRange(min=100),
-    help="Rows per model in model-run (default 1000), messages in fleet-database (50000).",
+    help="Rows per model in model-run (default 1000), messages in fleet-database (50000), windows in alarms (3000).",
 )
-def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the finished parts of alarms and the data of fleet-database here, and go on from these.",
+)
+def main(
+    names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None, folder: Path | None
+) -> None:
     """Run all benchmarks, or those called NAME. Example: scripts/bench signing."""
-    benchmarks.rows = rows
+    benchmarks.rows, benchmarks.folder = rows, folder
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
             importlib.import_module(f"{benchmarks.__name__}.{module.name}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import pickle
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ import click
 import msgspec
 
 from agent.errors import BadBundle
-from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, rows
+from scripts import benchmarks
+from scripts.benchmarks import Report, Result, Section, benchmark, catalogue, page
 from scripts.benchmarks.drift_peers import peers, site_trials
 from scripts.benchmarks.drift_peers.counting import DetectionDelays
 from scripts.benchmarks.drift_peers.peers import KITS, Kit
@@ -45,6 +47,13 @@ TIMED = (
 )
 
 
+README_ITEM = """\
+- **Drift with few false alarms.** On {met} of {count} kinds of quiet data at most 10 in 1000 windows \
+alarm{others} ([measured](docs/internals/drift-benchmarks.md)). \
+Sensor faults are told apart from drift, and `status` names the smallest change that is found."""
+# Code that decides about alarms: parts that other code measured are measured again.
+MEASURED_CODE = ("agent/drift", "agent/kernel", "scripts/benchmarks/drift_peers")
+
 # Name of the detector, population, rows of a window → windows watched, windows with a flag.
 PeerCounts = dict[tuple[str, str, int], tuple[int, int]]
 
@@ -63,24 +72,53 @@ class Measured(msgspec.Struct):
 @benchmark("alarms")
 def alarms() -> Report:
     """Count alarms in quiet windows of each population, and time changes."""
-    windows = rows or QUIET
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
-        numbers = itertools.count()
+    windows = benchmarks.rows or QUIET
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(2) as pool:
+        parts = (benchmarks.folder or Path(temporary)) / _digest_code()
+        parts.mkdir(parents=True, exist_ok=True)
         cases = [
-            (population.name, length, windows, Path(folder) / f"{next(numbers)}.npz")
-            for population in POPULATIONS
+            (population.name, length, windows, parts / f"{windows}-{number}-{length}.npz")
             for length in WINDOW_ROWS
+            for number, population in enumerate(POPULATIONS)
         ]
-        measured = list(pool.map(_measure_case, cases))
-        tables = table(measured, count_peers(measured) if peers.installed() else {})
-    return Report(list(_results(measured)), tables, Section(catalogue.DRIFT, SECTION, tables))
+        by_length = list(pool.map(_measure_case, cases))
+        measured = [case for number in range(len(POPULATIONS)) for case in by_length[number :: len(POPULATIONS)]]
+        tables = table(measured, count_peers(measured, parts) if peers.installed() else {})
+    section = Section(catalogue.DRIFT, SECTION, tables, bullets={"README.md": render_readme_item(measured)})
+    return Report(list(_results(measured)), tables, section)
 
 
-def count_peers(measured: Sequence[Measured]) -> PeerCounts:
-    """Count the windows in which other detectors flag a column, two detectors at a time."""
+def render_readme_item(measured: Sequence[Measured]) -> str:
+    """Render the list item of the README about false alarms."""
+    worst: dict[str, float] = defaultdict(float)
+    for case in measured:
+        worst[case.population] = max(worst[case.population], case.quiet.per_1000)
+    beyond = [name for name, most in worst.items() if most > PER_1000]
+    others = f"; on {' and '.join(beyond)}, up to {max(worst.values()):.0f}" if beyond else ""
+    return README_ITEM.format(met=len(worst) - len(beyond), count=len(worst), others=others)
+
+
+def _digest_code() -> str:
+    """Return a digest of the code that decides about alarms."""
+    digest = hashlib.sha256()
+    for folder in MEASURED_CODE:
+        for file in sorted((page.ROOT / folder).rglob("*.[pc]*")):
+            if file.suffix in (".py", ".c"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def count_peers(measured: Sequence[Measured], parts: Path) -> PeerCounts:
+    """Count the windows in which other detectors flag a column, two detectors at a time.
+
+    The counts of each detector go to `parts`, and are taken from there if a run before this one finished them.
+    """
 
     def count(kit: Kit) -> PeerCounts:
-        counts: PeerCounts = {}
+        finished = parts / f"{kit.name}-{len(measured)}-{measured[0].quiet.windows}.pickle"
+        counts: PeerCounts = pickle.loads(finished.read_bytes()) if finished.exists() else {}
+        if counts:
+            return counts
         try:
             with peers.started(kit, None) as peer:
                 for case in measured:
@@ -88,6 +126,8 @@ def count_peers(measured: Sequence[Measured]) -> PeerCounts:
                         counts[kit.called, case.population, case.rows] = peer.count_quiet(case.rows_file)
         except click.ClickException as problem:
             click.echo(f"skipped: {problem.message}", err=True)
+            return counts
+        finished.write_bytes(pickle.dumps(counts))
         return counts
 
     with ThreadPoolExecutor(2) as pool:
@@ -140,8 +180,14 @@ def table(measured: list[Measured], others: PeerCounts) -> str:
 
 def _measure_case(case: tuple[str, int, int, Path]) -> Measured:
     name, length, windows, file = case
+    finished = file.with_suffix(".pickle")
+    if finished.exists():
+        known: Measured = pickle.loads(finished.read_bytes())
+        return known
     population = next(population for population in POPULATIONS if population.name == name)
-    return measure(population, length, windows, rows_file=file)
+    measured = measure(population, length, windows, -(-TRIALS * windows // QUIET), rows_file=file)
+    finished.write_bytes(pickle.dumps(measured))
+    return measured
 
 
 def _render_quiet(measured: list[Measured]) -> str:

@@ -11,10 +11,12 @@ import platform
 import re
 import sqlite3
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import msgspec
 
 from agent.model.inference import tuning
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 FIGURES, RATIOS = (Path(__file__).with_name(name) for name in ("figures.jsonl", "ratios.json"))
 # A ratio one third worse than the committed one is a regression on any machine.
 FALLEN = 2 / 3
+LINE = 119  # characters
 
 _MAIN_HEAD = """\
 # Benchmarks
@@ -123,6 +126,23 @@ def write_section(section: Section) -> None:
     path.write_text(f"{before.rstrip()}\n{mark}\n{section.text.rstrip()}\n{following}{after}", encoding="utf-8")
     for name, svg in section.charts.items():
         (ROOT / name).write_text(svg, encoding="utf-8")
+    for name, item in section.bullets.items():
+        _replace_item(ROOT / name, item)
+
+
+def _replace_item(path: Path, item: str) -> None:
+    """Replace the list item that begins with the same words in bold. Raises ClickException if there is none."""
+    begin = item[: item.index("**", item.index("**") + 2)]
+    wrapped = textwrap.fill(item, LINE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    text, count = re.subn(
+        rf"^{re.escape(begin)}.*?(?=^\S|^$|\Z)",
+        lambda _: f"{wrapped}\n",
+        path.read_text(encoding="utf-8"),
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    if not count:
+        raise click.ClickException(f"{path}: no list item begins with {begin!r}; add one")
+    path.write_text(text, encoding="utf-8")
 
 
 def find_regressions(results: Sequence[Result]) -> list[str]:

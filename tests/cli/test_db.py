@@ -96,7 +96,7 @@ def test_what_is_refused_is_named_and_changes_nothing(device: Path, args: tuple[
     assert sorted((path.name, path.read_bytes()) for path in (device.parent / "data").glob("outstation.db")) == before
 
 
-def test_a_query_runs_beside_an_open_transaction_of_the_writer(device: Path) -> None:
+def test_a_query_needs_no_lock_that_the_writer_holds(device: Path) -> None:
     _, conf = load_config(str(device))
     writer = sqlite3.connect(conf.data_dir / "outstation.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")

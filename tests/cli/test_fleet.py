@@ -107,6 +107,25 @@ def test_what_was_collected_is_reported_for_programs_and_people(folder: Path) ->
     assert "missing" in run("gaps", "--dir", folder).stdout
 
 
+def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated_their_usage(folder: Path) -> None:
+    usage = {"seconds": 86_400, "cpu_s": 864, "flash_bytes": 1e9, "air_bytes": 1e6, "raw_bytes": 1e8, "inferences": 1e4}
+    sender = MessageSender()
+    collected(folder, sender, sender.append("health", outbox=0, usage=usage), *(sender.health() for _ in range(60)))
+    collected(folder, MessageSender(device="pi-08"))
+    report = document("cost", "--dir", folder)
+    assert [(each["device"], each["month"] is None) for each in report["devices"]] == [
+        ("pi-07", False),
+        ("pi-08", True),
+    ]
+    assert report["fleet"]["devices"] == 2
+    assert report["fleet"]["inferences"] == round(1e4 * 30.4375)
+    text = run("cost", "--dir", folder).stdout
+    assert "304,375" in text
+    assert "energy is not measured here" in text
+    refusal = run("cost", "--device", "pi-08", "--dir", folder).exception
+    assert "each states it with its second health message" in str(refusal)
+
+
 def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder: Path) -> None:
     sender = MessageSender()
     collected(folder, sender, sender.results(), sender.results())

@@ -11,6 +11,8 @@ from msgspec.structs import replace
 
 from agent.alerts import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift.testing.sequence import run_tests
+from agent.drift.testing.test_suite import Evidence
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, LEVEL, ROWS, WINDOW, Readings, feed, readings, reference
 
@@ -246,3 +248,23 @@ def test_a_site_reference_that_does_not_hold_together_is_refused(
     part[name] = value
     with pytest.raises(BadBundle, match=f"malformed|site.{member}"):
         Reference.from_json(json.dumps(document).encode())
+
+
+def test_an_alarm_that_ends_by_itself_makes_its_test_more_cautious(monitor: DriftMonitor, learned: DriftState) -> None:
+    assert learned.site_reference is not None
+    tester, suite, ends = monitor._get_tester(learned.site_reference), learned.suite, 0
+    moved = suite.layout["moments"].start
+    for score in [4.0] * 4 + [0.0] * 10:
+        z = np.zeros((1, suite.layout.test_count))
+        z[0, moved] = score
+        charts = dict.fromkeys(suite.charts) | {"psi": np.zeros((1, 5))}
+        evidence = Evidence(z, z, charts, np.zeros((1, 32), np.int64))
+        was_open = suite.open_subjects.any()
+        suite = run_tests(tester, suite, evidence, np.array([1])).state_after(1)
+        ends += bool(was_open and not suite.open_subjects.any())
+    assert ends == 1
+    raised_by = run_tests(tester, suite, evidence, np.array([1])).cusum.limit / tester.limits.limit
+    assert raised_by.tolist() == [1.25 if test == moved else 1.0 for test in range(len(raised_by))]
+    assert replace(suite, ended=suite.ended * 9).caution[moved] == 2.0
+    learned_again = monitor.relearn(replace(learned, suite=suite))[0]
+    assert not learned_again.suite.ended.any()

@@ -122,6 +122,24 @@ def test_a_figure_goes_to_its_page_with_the_bound_and_the_ratio_by_the_other_clo
     assert page.read_figures()["batch"].measured.count(" at ") == 1
 
 
+def test_the_readme_names_the_kinds_of_quiet_data_that_alarm_too_often(pages: Path) -> None:
+    readme = pages / "README.md"
+    readme.write_text("- **First.** One.\n- **Drift with few false alarms.** Old\n  words.\n- **Last.** Two.\n\nEnd.\n")
+    counts = {"weather": 10, "codes": 2, "household": 12}
+    measured = [
+        alarms.Measured(name, 60, site_trials.QuietCount(windows=1000, alarms=count), {})
+        for name, count in counts.items()
+    ]
+    page.write([MORE], [], complete=True)
+    item = alarms.render_readme_item(measured)
+    page.write_section(Section(catalogue.OTHER, "Alarms", "Table.", bullets={"README.md": item}))
+    first, _, rest = readme.read_text().partition("\n")
+    changed, _, last = rest.partition("\n- ")
+    assert (first, last) == ("- **First.** One.", "**Last.** Two.\n\nEnd.\n")
+    assert changed.split() == item.split()
+    assert " 2 of 3 kinds of quiet data at most 10 in 1000 windows alarm; on household, up to 12 (" in item
+
+
 def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"rate": lambda: MORE, "cost": lambda: LESS})

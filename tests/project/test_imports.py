@@ -41,6 +41,7 @@ FLOORS = {
     "config": 2,
     "wire": 3,
     "render": 3,
+    "costs": 2,
     "performance": 4,
     "transport": 4,
     "drift": 5,

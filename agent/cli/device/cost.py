@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.cli.cost_output import (
+    describe_money,
+    devices_option,
+    format_bytes,
+    prices_option,
+    save_chart,
+    show_prices_option,
+    to_money,
+)
+from agent.cli.output import config_option, dark_option, echo, emit, json_option, plot_option, print_table
 from agent.config import Config
+from agent.costs.prices import load_prices
+from agent.device import usage
 from agent.device.store import cost as costs
 from agent.device.store.cost import ProcessCost, TaskCost
-from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
 
 _DAY_S = 86_400
-# A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
-_RAW_ENVELOPE_BYTES = 800
 
 
 @click.command(epilog="Example: outstation cost exercise")
 @click.argument("task", required=False)
 @config_option
+@prices_option
+@show_prices_option
+@devices_option
+@plot_option
+@dark_option
 @json_option
-def cost(task: str | None, config_file: str | None, as_json: bool) -> None:
+def cost(
+    task: str | None,
+    config_file: str | None,
+    prices_file: Path | None,
+    devices: int,
+    plot: Path | None,
+    dark: bool,
+    as_json: bool,
+) -> None:
     """Show processor time, flash writes, network bytes and energy, by task and per 1000 inferences.
 
     The daemon has counted them since the store was made. Flash counts what the kernel wrote for the daemon; a file
     system's journal comes on top. Energy is the machine's, in proportion to the daemon's share of its busy time.
+
+    The month in money is compared with the same readings sent to a cloud endpoint, at its published prices.
     """
+    prices = load_prices(prices_file)
     _, conf = device.load_config(config_file, task)
     with device.open_store_read_only(conf) as store:
         document = build_document(conf, store, [task] if task else list(conf.tasks))
-    emit(document, as_json, lambda: _print(document))
+        spent = usage.measure_usage(conf, store)
+    month = spent.per_month() if spent.seconds > 0 else None
+    document["month"] = None if month is None else to_money(month, prices, devices)
+    if month is not None and plot is not None:
+        document["plot"] = save_chart(month, prices, plot, dark=dark)
+
+    def print_all() -> None:
+        _print(document)
+        if month is not None:
+            echo("")
+            describe_money(month, prices, devices)
+
+    emit(document, as_json, print_all)
 
 
 def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, Any]:
-    """Return what `cost --json` prints."""
+    """Return the costs that `cost --json` prints, without money."""
     counters = store.counters()
     process, task_costs = costs.read_process_cost(counters), {n: costs.read_task_cost(counters, n) for n in conf.tasks}
     task_bytes = sum(task.sent_bytes for task in task_costs.values())
     sent_bytes = process.sent_bytes + task_bytes
     # A task's share of the flash writes: the bytes of its messages among all messages and readings.
-    total = sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items()) + task_bytes
+    total = usage.stored_bytes(conf, store) + task_bytes
     shares = {name: task.sent_bytes / total if total else 0.0 for name, task in task_costs.items()}
     per_day: dict[str, float | None] = {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
     if process.seconds > 0:
@@ -69,10 +106,7 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
     energy = process.own_energy_j
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)
-    # What sending the rows themselves would take, packed in messages of the largest size.
-    size = row_bytes(conf.streams[conf.tasks[name].stream])
-    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
-    raw = task.rows * size + -(-task.rows // rows_per_message) * _RAW_ENVELOPE_BYTES
+    raw = usage.raw_bytes(conf, name, task.rows)
     per_1000 = 1000 / task.windows if task.windows else None
     return {
         "task": name,
@@ -102,7 +136,7 @@ def _print(document: dict[str, Any]) -> None:
         return
     echo(
         f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {day['cpu_s']:,.0f} s of "
-        f"processor, {_format_bytes(day['flash_bytes'])} on flash, {_format_bytes(day['air_bytes'])} on the air\n"
+        f"processor, {format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
     )
     columns, tasks = ["task", "inferences", "cpu s", "flash", "air", "J"], document["tasks"]
     print_table(columns, [_row(task["task"], task["inferences"], task) for task in tasks], "No tasks.")
@@ -112,17 +146,10 @@ def _print(document: dict[str, Any]) -> None:
         print_table(columns, rows, "")
     for task in tasks:
         if task["raw"]["times"]:
-            size, times = _format_bytes(task["raw"]["bytes"]), task["raw"]["times"]
+            size, times = format_bytes(task["raw"]["bytes"]), task["raw"]["times"]
             echo(f"\n{task['task']}: sending the rows themselves would take {size}, {times:g} times as much")
 
 
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:
     joules = "-" if costs["energy_j"] is None else f"{costs['energy_j']:g}"
-    return [name, count, costs["cpu_s"], _format_bytes(costs["flash_bytes"]), _format_bytes(costs["air_bytes"]), joules]
-
-
-def _format_bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
+    return [name, count, costs["cpu_s"], format_bytes(costs["flash_bytes"]), format_bytes(costs["air_bytes"]), joules]

@@ -8,15 +8,14 @@ from typing import Any
 
 import msgspec
 
-from agent import durable_files
 from agent.arrays import Ints
+from agent.cli import plot_file
 from agent.drift.baseline.reference import Reference
 from agent.drift.reporting.drift_message import STATES_BY_SEVERITY
 from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
-from agent.errors import StorageError, UsageError
 from agent.model.bundle.bundle import Bundle
-from agent.render import axes, drift_plot, png
+from agent.render import axes, drift_plot
 from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
 
 _STATISTICS = ("mean", "spread")
@@ -38,14 +37,7 @@ class FieldScale(msgspec.Struct, frozen=True):
 
 def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
     """Write the plot as SVG or PNG. Raises UsageError if the file cannot be written."""
-    svg = drift_plot.render_drift(picture, dark=dark)
-    data = svg.encode() if file.suffix == ".svg" else png.from_svg(svg)
-    if not file.parent.is_dir():
-        raise UsageError(f"--plot {file}: cannot be written: there is no folder {file.parent}")
-    try:
-        durable_files.write(file, data)
-    except StorageError as error:
-        raise UsageError(f"--plot {error}") from None
+    plot_file.write(file, drift_plot.render_drift(picture, dark=dark))
 
 
 def plot_device(

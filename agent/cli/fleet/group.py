@@ -27,6 +27,7 @@ _BELOW = {
     "enrol": "agent.cli.fleet.enrolment.enrol:enrol",
     "enrol-list": "agent.cli.fleet.enrolment.enrol:enrol_list",
     "renew": "agent.cli.fleet.enrolment.enrol:renew",
+    "cost": "agent.cli.fleet.cost:cost",
     "db": "agent.cli.database.fleet:database_group",
     "dataset": "agent.cli.fleet.data.dataset:dataset",
     "label": "agent.cli.fleet.labelling.label:label",

@@ -243,7 +243,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def row_limits(self) -> RowLimits:
         """Limits that rows are counted by, laid out for the compiled kernel."""
         origin = self.origin[: len(self.fields)]
-        return RowLimits(self.bin_cuts_float32, *self.far_limits, self.jump, self.rest, origin)
+        limits = self.bin_cuts_float32, *self.far_limits, self.jump
+        return RowLimits(*limits, self.rest, self.has_few_levels, origin)
 
     @cached_property
     def bin_shares(self) -> Float64s:
@@ -342,7 +343,7 @@ def draft_reference(
     )
 
 
-def _reject_empty(values: Float64s, fields: Sequence[str]) -> None:
+def _reject_empty(values: Float32s | Float64s, fields: Sequence[str]) -> None:
     empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
     if empty:
         raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import resolution as steps
 from agent.drift.baseline import runs
 from agent.drift.baseline.extremes import Extremes
@@ -44,7 +44,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
 
 
 def count_rows(
-    reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None = None
+    reference: Reference, rows: Float32s | Float64s, tail: Tail, before: GroupSums | None = None
 ) -> tuple[RowCounts, Tail]:
     """Count `rows` (W, n, F), n > 0, in physical units, NaN missing.
 
@@ -53,22 +53,17 @@ def count_rows(
     library = kernel.kernel()
     counted = None if library is None else _count_compiled(library, reference, rows, tail, before)
     counts, run = counted or _count_by_numpy(reference, rows, tail, before)
-    last_two = rows[-1] if rows.shape[1] > 1 else np.concatenate([tail.rows, rows[-1]])
-    return counts, Tail(last_two[-2:].copy(), runs.last_values(rows[-1], tail.last), run[-1])
+    last_two = rows[-1][-2:] if rows.shape[1] > 1 else np.concatenate([tail.rows, rows[-1]])[-2:]
+    return counts, Tail(last_two.astype(np.float64), runs.last_values(rows[-1], tail.last), run[-1])
 
 
 def _count_compiled(
-    library: Library, reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None
+    library: Library, reference: Reference, rows: Float32s | Float64s, tail: Tail, before: GroupSums | None
 ) -> tuple[RowCounts, Ints] | None:
     sums = None if before is None else (before.n, before.total, before.squares)
     counted = drift_rows.count(library, reference.row_limits, rows, tail.rows, tail.last, tail.run, sums)
     if counted is None:
         return None
-    repeated = counted.repeated
-    if repeated.any() and reference.has_few_levels.any():
-        # The library knows rest values only.
-        trace = Trace.from_rows(rows, tail.rows)
-        repeated = runs.count_repeated_rows(trace, reference.rest, reference.has_few_levels)
     counts = RowCounts(
         counts=counted.bins,
         missing=counted.missing,
@@ -77,16 +72,17 @@ def _count_compiled(
         longest=counted.longest,
         extremes=Extremes(counted.extreme_values, counted.extreme_rows),
         steps=counted.sizes,
-        repeated=repeated,
+        repeated=counted.repeated,
         sums=GroupSums(counted.known, counted.total, counted.squares),
     )
     return counts, counted.open_run
 
 
 def _count_by_numpy(
-    reference: Reference, rows: Float64s, tail: Tail, before: GroupSums | None
+    reference: Reference, rows: Float32s | Float64s, tail: Tail, before: GroupSums | None
 ) -> tuple[RowCounts, Ints]:
     """Return the counts, and the run of the last value (W, F): the definition, which the library equals bit by bit."""
+    rows = rows.astype(np.float64, copy=False)
     trace = Trace.from_rows(rows, tail.rows)
     longest, run = runs.longest_runs(trace, tail, reference.rest)
     ordered, exact = _sort_columns(rows)

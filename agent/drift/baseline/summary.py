@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import row_counts, window_statistics
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.reference import BINS, Reference
@@ -136,7 +136,7 @@ def select_window(stack: Summary, number: int) -> Summary:
 
 def summarize_windows(
     reference: Reference,
-    rows: Float64s,
+    rows: Float32s | Float64s,
     spans: Ints,
     stats: WindowStatistics,
     predicted: Ints,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.detectors import correlation, variogram
 from agent.drift.detectors.detector import ModelWindows
 from agent.drift.detectors.registry import COUNTERS
@@ -20,11 +20,11 @@ class WindowStatistics(msgspec.Struct, frozen=True, eq=False):
     For single rows the statistics are the rows' values, and nothing is measured.
     """
 
-    values: Float64s
+    values: Float32s | Float64s
     measures: dict[str, Float64s]
 
 
-def compute_statistics(rows: Float64s, starts: Ints, window_rows: int, floor: Float64s) -> WindowStatistics:
+def compute_statistics(rows: Float32s | Float64s, starts: Ints, window_rows: int, floor: Float64s) -> WindowStatistics:
     """Compute the statistics of model windows; NaN where half of a window's values are missing.
 
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
@@ -36,13 +36,14 @@ def compute_statistics(rows: Float64s, starts: Ints, window_rows: int, floor: Fl
     if not len(starts):
         return WindowStatistics(np.empty((0, 2 * fields)), {})
     library = kernel.kernel()
-    if library is None:
-        numbers = _measure_by_numpy(windows, floor)
+    singles = None if library is None else kernel.to_singles(windows)
+    if library is None or singles is None:
+        numbers = _measure_by_numpy(windows.astype(np.float64, copy=False), floor)
     else:
         lags = variogram.lags(window_rows) if variogram.values_width(fields, window_rows) else None
         limits = correlation.steps_per_sd(window_rows), correlation.MAX_CORRELATION
         pairs = len(correlation.field_pairs(fields))
-        numbers = group_sums.measure_windows(library, windows, floor, pairs, lags, limits)
+        numbers = group_sums.measure_windows(library, singles, floor, pairs, lags, limits)
     values = np.concatenate([numbers.mean, np.log(numbers.variance)], axis=1)
     moments = ModelWindows(numbers.correlations, numbers.variograms)
     measured = ((counter.name, counter.measure(moments)) for counter in COUNTERS)
@@ -77,7 +78,7 @@ def _measure_by_numpy(windows: Float64s, floor: Float64s) -> group_sums.WindowNu
     )
 
 
-def _gather_windows(rows: Float64s, starts: Ints, window_rows: int) -> Float64s:
+def _gather_windows(rows: Float32s | Float64s, starts: Ints, window_rows: int) -> Float32s | Float64s:
     """Return the rows (w, `window_rows`, F) of model windows."""
     if len(starts) and rows.flags.c_contiguous and bool((starts[1:] - starts[:-1] == window_rows).all()):
         # Back to back: no copy.

@@ -143,8 +143,9 @@ class CorrelationDetector(ClassMeanDetector):
         if task.windowed:
             return super().count(task, windows)
         library, groups = kernel.kernel(), windows.groups
-        if library is not None:
-            every = windows.values, windows.classes, windows.class_mean, windows.class_sd
+        singles = None if library is None else kernel.to_singles(windows.values)
+        if library is not None and singles is not None:
+            every = singles, windows.classes, windows.class_mean, windows.class_sd
             limits = RESIDUAL_CLIP, RESIDUAL_SCALE
             products = group_sums.sum_residuals(library, *every, groups.order, groups.n, limits)
             return _select_products(products)

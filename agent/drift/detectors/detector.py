@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import text
-from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.control_limits import ScoreNoise
@@ -68,7 +68,7 @@ class ModelWindows(msgspec.Struct, frozen=True):
 class ClassifiedWindows(msgspec.Struct, frozen=True):
     """Model windows with the class that each is compared with."""
 
-    values: Float64s  # (w, D) statistics: means and log variances, or the values of single rows
+    values: Float32s | Float64s  # (w, D) statistics: means and log variances, or the values of single rows
     measures: Mapping[str, Float64s]  # (w, X) what each detector measured, by detector
     top_scores: Float64s | None  # (w,) scaled; not finite where the model gave none
     classes: Ints  # (w,)
@@ -334,6 +334,7 @@ class ChartWindows(msgspec.Struct, frozen=True):
     z: Float64s  # (W, T) scores of all detectors, NaN where nothing was tested
     effects: Float64s  # (W, T)
     evidence: AnyArray | None  # (W, …) of the chart
+    caution: Float64s  # (T,) factor on the limits
     open_fields: Bools  # (F,) fields with an open drift alert
     t: Ints  # (W,) begin of each, epoch µs
 

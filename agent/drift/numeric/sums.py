@@ -8,7 +8,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.indices import bincount, repeat, take
 from agent.kernel import group_sums
 from agent.kernel import library as kernel
@@ -77,7 +77,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     def reshape(self, *shape: int) -> GroupSums:
         return GroupSums(self.n.reshape(shape), self.total.reshape(shape), self.squares.reshape(shape))
 
-    def add(self, groups: Groups, values: Float64s, origin: Float64s | float = 0.0) -> GroupSums:
+    def add(self, groups: Groups, values: Float32s | Float64s, origin: Float64s | float = 0.0) -> GroupSums:
         """Add `values` (m, D) less their `origin` to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
@@ -88,13 +88,13 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
             origins = np.broadcast_to(origin, values.shape[1:])
             sums = group_sums.add(library, values, origins, groups.group_ids, self.n, self.total, self.squares)
             return GroupSums(*sums)
-        values = values - origin
-        missing = np.isnan(values)
+        shifted: Float64s = np.subtract(values, origin, dtype=np.float64)
+        missing = np.isnan(shifted)
         if missing.any():
-            values[missing] = 0.0
+            shifted[missing] = 0.0
         before = np.concatenate([self.total, self.squares], axis=1)
-        add_up = _sum_by_group if len(values) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
-        both, width = add_up(before, groups, values), values.shape[1]
+        add_up = _sum_by_group if len(shifted) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
+        both, width = add_up(before, groups, shifted), shifted.shape[1]
         n = self.n + groups.n[:, None]
         if missing.any():
             np.subtract.at(n, groups.group_ids, missing)

@@ -132,6 +132,7 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
     """State of the tests after the last drift window of a message."""
 
     cusum_sums: Float64s  # (2, T)
+    caution: Float64s  # (T,) factor on their limits
     layout: ScoreLayout
     drifting: list[bool]  # of each subject
     faults: tuple[str | None, ...]  # the fault of each field
@@ -142,16 +143,17 @@ class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
 def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester | None) -> dict[str, Any]:
     """Add sums, limits and states, of each field and overall, to the members of a message."""
     layout, faults, fields = status.layout, status.faults, len(status.faults)
-    certainty, pair = (_find_nearest_test(status, tester, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
+    limit = tester.limits.limit * status.caution if tester else None
+    certainty, pair = (_find_nearest_test(status, limit, fields + SUBJECTS.index(name)) for name in (SCORE, JOINT))
     tests = [*layout.field_tests.ravel().tolist(), *(test for test in (certainty, pair) if test is not None)]
     raw = status.cusum_sums
-    if tester:
+    if limit is not None:
         # A field has one limit, that of its mean; its spread's sums are scaled to it.
         mean, spread = layout.field_tests[:, 0], layout.field_tests[:, 1]
         raw = raw.copy()
-        raw[:, spread] *= tester.limits.limit[mean] / tester.limits.limit[spread]
+        raw[:, spread] *= limit[mean] / limit[spread]
     rounded = to_compact_numbers(np.round(raw[:, tests].T, 2))
-    limits = tester.limits.limit[tests].round(2).tolist() if tester else [None] * len(tests)
+    limits = [None] * len(tests) if limit is None else limit[tests].round(2).tolist()
     sums = dict(zip(tests, zip(rounded, limits, strict=True), strict=True))
     score_sums, score_limit = ([0, 0], None) if certainty is None else sums[certainty]
     joint_sums, joint_limit = ([0], None) if pair is None else sums[pair]
@@ -178,13 +180,13 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
     }
 
 
-def _find_nearest_test(status: SuiteStatus, tester: DriftTester | None, subject: int) -> int | None:
-    """Return the test of a subject whose sum is nearest to its limit; None if the subject has no test."""
+def _find_nearest_test(status: SuiteStatus, limit: Float64s | None, subject: int) -> int | None:
+    """Return the test of a subject whose sum is nearest to its `limit` (T,); None if the subject has no test."""
     tests = status.layout.tests[subject]
     if len(tests) < 2:
         return int(tests[0]) if len(tests) else None
     highest = status.cusum_sums[:, tests].max(0)
-    return int(tests[(highest / tester.limits.limit[tests] if tester else highest).argmax()])
+    return int(tests[(highest if limit is None else highest / limit[tests]).argmax()])
 
 
 def _field_sums(layout: ScoreLayout, tests: list[int], sums: dict[int, tuple[Any, float | None]]) -> dict[str, Any]:

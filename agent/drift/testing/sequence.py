@@ -35,11 +35,13 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
         """Return the state after `windows` windows, of which only the last may have an open alarm."""
         before, evidence = self.before, self.evidence[:windows]
         sums, z = self.cusum.state_after(windows), evidence.z[-1]
+        ended = before.ended + (before.cusum.alarm & ~sums.alarm).any(0)
         for run in self.charts.values():
             sums = run.open_alarm(sums, windows, z)
         after = SuiteState(
             before.task,
             sums,
+            ended,
             ChartStates({name: run.state_after(windows) for name, run in self.charts.items()}),
             np.concatenate([before.recent_scores, evidence.scores])[windows:],
         )
@@ -64,14 +66,16 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
 def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> SuiteRun:
     """Run all tests over W windows that began at `t` (W,) epoch µs."""
     open_now, baselines = before.open_fields, tester.reference.baselines
+    limit = tester.limits.limit * before.caution
 
     def run_cusums(z: Float64s) -> cusum.CusumSequence:
-        slack, limit = tester.limits.slack, tester.limits.limit
         to_clear = tester.reference.task.windows_to_clear
-        return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t, to_clear=to_clear)
+        return before.cusum.run_windows(
+            z, evidence.effects, slack=tester.limits.slack, limit=limit, t=t, to_clear=to_clear
+        )
 
     z, ahead = evidence.z, run_cusums(evidence.z)
-    held = _find_suspended_tests(tester, ahead, open_now)
+    held = _find_suspended_tests(tester, ahead, limit, open_now)
     if held is not None:
         # Fields are never held, so what they have gathered stays as it was found.
         z = np.where(held, np.nan, z)
@@ -87,6 +91,7 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
                 z,
                 effects,
                 evidence.charts[chart.name],
+                before.caution,
                 open_now,
                 t,
             ),
@@ -96,9 +101,11 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
     return SuiteRun(tester, before, evidence, ahead, charts)
 
 
-def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, open_now: Bools) -> Bools | None:
-    """Return which tests (W, T) wait, as fields that they depend on move; None for none."""
-    layout, limit = tester.reference.layout, tester.limits.limit
+def _find_suspended_tests(
+    tester: DriftTester, sequence: cusum.CusumSequence, limit: Float64s, open_now: Bools
+) -> Bools | None:
+    """Return which tests (W, T) wait, as fields that they depend on move; None for none. `limit` is theirs (T,)."""
+    layout = tester.reference.layout
     values = np.concatenate([sequence.before.value[None], sequence.values[:-1]])
     begins = (values.max(1) / limit)[:, layout.field_tests].max(-1)
     moving = open_now | (begins > EARLY_DRIFT_SHARE)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
@@ -25,6 +25,8 @@ from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, Task
 from agent.drift.detectors.registry import CHARTS, MOMENTS, SCORED, ChartStates, ScoreLayout, get_layout
 from agent.performance import cbpe
 
+# Of its limit, by which each alarm of a test that ended by itself makes that test more cautious, and the most.
+CAUTION_STEP, MAX_CAUTION = 0.25, 2.0
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
 
 
@@ -33,6 +35,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     task: Task
     cusum: Cusum
+    ended: Ints  # (T,) alarms that ended by themselves since the reference was learned
     charts: ChartStates
     recent_scores: Ints  # (POOLED_WINDOWS, 32) predictions by certainty, of the last windows
 
@@ -41,6 +44,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
         return cls(
             task,
             Cusum.zeros(get_layout(task).test_count),
+            np.zeros(get_layout(task).test_count, np.int64),
             ChartStates({chart.name: chart.start(task) for chart in CHARTS}),
             np.zeros((cbpe.POOLED_WINDOWS, BINS), np.int64),
         )
@@ -48,6 +52,11 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     @property
     def layout(self) -> ScoreLayout:
         return get_layout(self.task)
+
+    @cached_property
+    def caution(self) -> Float64s:
+        """(T,) factor on the limits: alarms that end by themselves show that a site varies more than it was learned."""
+        return np.asarray(np.minimum(1 + CAUTION_STEP * self.ended, MAX_CAUTION))
 
     @cached_property
     def open_subjects(self) -> Bools:
@@ -178,7 +187,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         more = np.broadcast_to(usual - site.test_mean, values.shape)[:, place]
         return np.asarray(site.class_mean + more[:, None] * site.class_sd)
 
-    def assign_classes(self, state: SuiteState, values: Float64s, predicted: Ints) -> Ints:
+    def assign_classes(self, state: SuiteState, values: Float32s | Float64s, predicted: Ints) -> Ints:
         """Return the class (w,) that each model window with statistics (w, D) is compared with.
 
         It is the class that the model named. While a field drifts, it is the likeliest class by the other fields: the

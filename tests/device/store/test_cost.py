@@ -94,9 +94,16 @@ def test_the_command_shows_costs_by_task(turned: Turned) -> None:
     assert (item["inferences"], item["rows"]) == (90, 9000)
     assert item["per_1000"]["air_bytes"] == pytest.approx(item["air_bytes"] / 90 * 1000, abs=1)
     assert item["raw"]["bytes"] > 9000 * 32
-    shown = CliRunner().invoke(cli, requested)
+    assert reported["month"]["inferences"] > 90
+    assert reported["month"]["raw_bytes"] > reported["month"]["air_bytes"] > 0
+    assert reported["month"]["break_even"] == 1
+    plot = turned.file.with_name("cost.svg")
+    shown = CliRunner().invoke(cli, [*requested, "--devices", "100", "--plot", str(plot)])
     assert shown.exit_code == 0
     assert "on the air" in shown.output
+    assert "Not counted, as the price list has no price: energy, air, flash, the collector." in shown.output
+    assert "cheaper for a fleet of any size" in shown.output
+    assert "<svg" in plot.read_text(encoding="utf-8")
     status = json.loads(CliRunner().invoke(cli, ["status", "--json", "-c", str(turned.file)]).output)
     assert status["store"]["written_per_day"] == reported["per_day"]["flash_bytes"] > 0
     assert "MB written a day" in CliRunner().invoke(cli, ["status", "-c", str(turned.file)]).output

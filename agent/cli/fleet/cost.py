@@ -1,0 +1,84 @@
+"""Command `outstation fleet cost`: usage and money of the fleet in a month, beside a cloud endpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.cli.cost_output import (
+    describe_money,
+    format_bytes,
+    prices_option,
+    save_chart,
+    show_prices_option,
+    to_money,
+)
+from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
+from agent.cli.output import dark_option, echo, emit, json_option, plot_option, print_table
+from agent.costs.prices import load_prices
+from agent.costs.usage import Usage, average_usage
+from agent.errors import UsageError
+
+
+@click.command(epilog="Example: outstation fleet cost --prices prices.toml --plot cost.svg")
+@device_option
+@prices_option
+@show_prices_option
+@plot_option
+@dark_option
+@db_option
+@fleet_option
+@json_option
+def cost(
+    device: str | None,
+    prices_file: Path | None,
+    plot: Path | None,
+    dark: bool,
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
+
+    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others.
+    """
+    from agent.fleet.usage import load_usages
+
+    prices = load_prices(prices_file)
+    _, store = open_for_reading(folder, db, device)
+    usages = load_usages(store, device)
+    months = {name: None if usage is None else usage.per_month() for name, usage in usages.items()}
+    try:
+        mean = average_usage([month for month in months.values() if month is not None])
+    except ValueError as error:
+        raise UsageError(f"{error}: each states it with its second health message, and then once an hour") from None
+    document: dict[str, Any] = {
+        "devices": [{"device": name, "month": month} for name, month in months.items()],
+        "fleet": to_money(mean, prices, len(usages)),
+    }
+    if plot is not None:
+        document["plot"] = save_chart(mean, prices, plot, dark=dark)
+
+    def print_all() -> None:
+        columns = ["device", "inferences", "processor h", "flash", "air", "kWh"]
+        print_table(columns, [_to_cells(name, month) for name, month in months.items()], "No device.")
+        echo("")
+        describe_money(mean, prices, len(usages))
+
+    emit(document, as_json, print_all)
+
+
+def _to_cells(name: str, month: Usage | None) -> list[Any]:
+    if month is None:
+        return [name, *["-"] * 5]
+    energy = "-" if month.energy_j is None else f"{month.energy_j / 3.6e6:.3f}"
+    return [
+        name,
+        f"{month.inferences:,.0f}",
+        f"{month.cpu_s / 3600:.1f}",
+        format_bytes(month.flash_bytes),
+        format_bytes(month.air_bytes),
+        energy,
+    ]

@@ -1,0 +1,46 @@
+"""Usage of the device since its store was made: what health messages report, and estimates begin with."""
+
+from __future__ import annotations
+
+from agent.config import Config
+from agent.costs.usage import Usage
+from agent.device.store import cost
+from agent.device.store.rows import row_bytes
+from agent.device.store.store import Store
+
+# A message that carried raw rows: signature, topic and properties beside as many rows as the broker takes.
+_RAW_ENVELOPE_BYTES = 800
+
+
+def stored_bytes(conf: Config, store: Store) -> int:
+    """Return the bytes of all readings that the store ever took, without those that compression saves."""
+    return sum(store.last_row(name) * row_bytes(stream) for name, stream in conf.streams.items())
+
+
+def raw_bytes(conf: Config, task: str, rows: int) -> int:
+    """Return what sending `rows` rows of a task's stream would take, packed in messages of the largest size."""
+    size = row_bytes(conf.streams[conf.tasks[task].stream])
+    rows_per_message = max(1, (conf.broker.max_message_bytes - _RAW_ENVELOPE_BYTES) // size)
+    return rows * size + -(-rows // rows_per_message) * _RAW_ENVELOPE_BYTES
+
+
+def measure_usage(conf: Config, store: Store) -> Usage:
+    """Return the usage of all tasks since the store was made; readings of a stream count once, however many use it."""
+    counters = store.counters()
+    process, task_costs = (
+        cost.read_process_cost(counters),
+        {name: cost.read_task_cost(counters, name) for name in conf.tasks},
+    )
+    raw: dict[str, int] = {}
+    for name, task in task_costs.items():
+        stream = conf.tasks[name].stream
+        raw[stream] = max(raw.get(stream, 0), raw_bytes(conf, name, task.rows))
+    return Usage(
+        seconds=round(process.seconds, 1),
+        cpu_s=round(process.cpu_s, 2),
+        flash_bytes=process.written_bytes,
+        air_bytes=process.sent_bytes + sum(task.sent_bytes for task in task_costs.values()),
+        raw_bytes=sum(raw.values()),
+        inferences=sum(task.windows for task in task_costs.values()),
+        energy_j=None if process.own_energy_j is None else round(process.own_energy_j, 1),
+    )

@@ -1,0 +1,43 @@
+"""Usage of the fleet's devices, from the newest health message of each that states it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from agent import decoders
+from agent.costs.usage import Usage
+from agent.fleet.database.dashboard import devices as statements
+from agent.fleet.database.dashboard.messages import to_bytes
+from agent.fleet.database.interface import Connection
+from agent.fleet.database.store import FleetStore
+
+# A device states its usage once an hour, and its health each minute: more than an hour of messages is searched.
+_SEARCHED = 70
+
+
+class _Health(msgspec.Struct, frozen=True):
+    usage: Usage | None = None
+
+
+def load_usages(store: FleetStore, device: str | None = None) -> dict[str, Usage | None]:
+    """Return the usage of each device; None for one that has not stated it in its newest log within the last hour."""
+    with store.snapshot() as db:
+        names = [row[0] for row in statements.load_heads(db) if device in (None, row[0])]
+        logs = statements.load_newest_logs(db, names)
+        return {
+            name: None if log is None else _find_usage(db, name, log[0]) for name, log in zip(names, logs, strict=True)
+        }
+
+
+def _find_usage(db: Connection, device: str, log: str) -> Usage | None:
+    """Return the usage in the newest health message that states it: of all, one is decoded."""
+    for _, stored in statements.load_health_history(db, device, log, _SEARCHED):
+        payload = to_bytes(stored)
+        if b'"usage"' in payload:
+            try:
+                usage = decoders.from_json(payload, _Health).usage
+            except msgspec.MsgspecError:
+                continue
+            if usage is not None and usage.seconds > 0:
+                return usage
+    return None
