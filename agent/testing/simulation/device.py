@@ -17,6 +17,7 @@ from agent.bootstrap.tasks import Activate
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.intake import labels as label_lines
+from agent.device.machine.throttle import Throttle
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.device.uplink.mqtt_sink import MqttSink
@@ -28,6 +29,7 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 
 _METER = "simulation"
 _MAX_WAITING_LABELS = 100_000
+_DISK_BYTES = 1 << 40
 
 
 class DueLabel(msgspec.Struct, frozen=True):
@@ -105,13 +107,15 @@ class SimulatedDevice:
         with self._room.run_as(self.machine):
             file, self._conf = load_config(str(self._home / "outstation.toml"))
             self._store = open_store(self._conf)
-            self._store.simulate_disk(is_full=self.is_disk_full)
+            self._simulate_disk()
             self._daemon = build_daemon(
                 *(file, self._conf, self._store),
                 now=self._room.read,
                 open_sink=self._open_sink,
                 activate=self._activate,
             )
+            # This machine's temperature is not the device's.
+            self._daemon.throttle = Throttle(self._conf.throttle, self._home / "no-sensors")
             self._daemon.begin()
         self._uplink_turns = self._daemon.uplink.turns()
         for feed in self._feeds.values():
@@ -140,7 +144,11 @@ class SimulatedDevice:
     def set_disk_full(self, *, is_full: bool) -> None:
         self.is_disk_full = is_full
         if self._store is not None:
-            self._store.simulate_disk(is_full=is_full)
+            self._simulate_disk()
+
+    def _simulate_disk(self) -> None:
+        # The same on any machine: messages of health say when it will be full.
+        self.store.simulate_disk(_DISK_BYTES, 0 if self.is_disk_full else _DISK_BYTES // 2)
 
     def tick(self) -> float:
         """Run a turn of the daemon; return the seconds until the next one. Raises the error that stopped it."""
