@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
+from agent.errors import ModelProcessFailed
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
-from agent.model.inference.model_windows import InputMemory, WindowBuilder
+from agent.model.inference.model_windows import InputMemory, ModelWindows, WindowBuilder
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
@@ -28,6 +29,20 @@ class InferenceResult(msgspec.Struct, frozen=True):
     missing_share: Float32s
     outputs: Float32s | None
     seconds: float = 0.0
+
+
+class ModelRun(Protocol):
+    """Run of a model: started, done in `seconds`, or failed."""
+
+    seconds: float
+    failure: ModelProcessFailed | None
+
+
+class StartedWindows(msgspec.Struct, frozen=True, eq=False):
+    """Windows that a model computes."""
+
+    windows: ModelWindows
+    run: ModelRun
 
 
 class RunnableModel(InputMemory, Protocol):
@@ -50,8 +65,17 @@ class RunnableModel(InputMemory, Protocol):
     @property
     def output(self) -> Quantization: ...
 
-    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
-        """Return the outputs (w, K) of windows (w, n), both in their tensors' numbers. Raises BadBundle."""
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a started run goes on while this process does something else."""
+        ...
+
+    def start_run(self, windows: NDArray[Any]) -> ModelRun:
+        """Start to compute windows (w, n), in the input's numbers. Raises BadBundle."""
+        ...
+
+    def wait(self, run: Any) -> NDArray[Any]:
+        """Return the outputs (w, K) of a run, in the tensor's numbers. Raises BadBundle."""
         ...
 
     def invoke(self, windows: Float32s) -> Float32s:
@@ -100,24 +124,37 @@ class Inference:
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
-        model = self.model
         columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
-        start_s = model.seconds
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
-        parts: list[Scores] = []
-        missing: list[Float32s] = []
-        outputs: list[Float32s] = []
+        results: list[InferenceResult] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = self._builder.build(columns, cut.starts[start : start + block], model)
-            numbers = model.run(windows.numbers)
-            parts.append(windows.score(numbers, model.output))
-            missing.append(windows.missing_share)
-            if with_outputs:
-                outputs.append(model.output.dequantize(numbers))
-        all_outputs = np.concatenate(outputs) if with_outputs else None
-        seconds = model.seconds - start_s
-        return InferenceResult(cut, scores.concatenate(parts), _concatenate(missing), all_outputs, seconds)
+            windows = self._builder.build(columns, cut.starts[start : start + block], self.model)
+            results.append(self.finish(self.start(windows), cut, with_outputs=with_outputs))
+        return results[0] if len(results) == 1 else _join(results)
+
+    def prepare(self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0) -> ModelWindows:
+        """Build windows of at most MAX_VALUES values for `start`, with arguments of `run_windows`. Raises BadBundle."""
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
+        return self._builder.build(columns, cut.starts, self.model)
+
+    def start(self, windows: ModelWindows) -> StartedWindows:
+        """Start to run windows. Raises BadBundle."""
+        return StartedWindows(windows, self.model.start_run(windows.numbers))
+
+    def finish(self, started: StartedWindows, cut: WindowCut, *, with_outputs: bool = False) -> InferenceResult:
+        """Wait for the outputs of windows that were started, and compute the scores. Raises BadBundle."""
+        numbers, output = self.model.wait(started.run), self.model.output
+        outputs = output.dequantize(numbers) if with_outputs else None
+        model_scores = started.windows.score(numbers, output)
+        return InferenceResult(cut, model_scores, started.windows.missing_share, outputs, started.run.seconds)
 
 
-def _concatenate(parts: list[Float32s]) -> Float32s:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _join(results: list[InferenceResult]) -> InferenceResult:
+    outputs = [result.outputs for result in results if result.outputs is not None]
+    return InferenceResult(
+        results[0].cut,
+        scores.concatenate([result.scores for result in results]),
+        np.concatenate([result.missing_share for result in results]),
+        np.concatenate(outputs) if outputs else None,
+        sum(result.seconds for result in results),
+    )

@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s
-from agent.errors import BadBundle
+from agent.errors import BadBundle, ModelProcessFailed
 from agent.indices import repeat
 from agent.kernel import library as kernel
 from agent.model.inference.quantization import Quantization
@@ -54,6 +55,14 @@ _unreadable_files: list[str] = []
 
 if TYPE_CHECKING:
     from agent.model.bundle.manifest import Manifest
+
+
+class FinishedRun(msgspec.Struct, eq=False):
+    """Outputs (w, K) of a run, in the tensor's numbers, and the time it took."""
+
+    numbers: NDArray[Any]
+    seconds: float
+    failure: ModelProcessFailed | None = None
 
 
 class TfliteModel:
@@ -97,6 +106,10 @@ class TfliteModel:
         """Difference between neighbouring outputs of a quantized model; 0 for floats."""
         return 0.0 if self.output.is_float else self.output.scale
 
+    @property
+    def runs_beside(self) -> bool:
+        return False
+
     def allocate(self, count: int) -> NDArray[Any]:
         return np.empty((count, math.prod(self.input_shape)), self.input.dtype)
 
@@ -105,6 +118,14 @@ class TfliteModel:
         if windows.size != len(windows) * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, got {list(windows.shape[1:])}")
         return self.output.dequantize(self.run(self.input.quantize(windows)))
+
+    def start_run(self, windows: NDArray[Any]) -> FinishedRun:
+        """Return the run of `windows`, quantized, with its outputs. Raises BadBundle."""
+        before_s = self.seconds
+        return FinishedRun(self.run(windows), self.seconds - before_s)
+
+    def wait(self, run: FinishedRun) -> NDArray[Any]:
+        return run.numbers
 
     def run(self, windows: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return the outputs (w, K) of windows, both in their tensors' numbers; `out` takes them. Raises BadBundle."""
