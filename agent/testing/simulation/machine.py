@@ -78,7 +78,7 @@ class MachineRoom:
             mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
             mock.patch.object(keys, "create", self._make_key),
             # What this process and its batches take says nothing about a device, and differs each time.
-            mock.patch.object(cost.ProcessMeter, "tick", lambda *_: None),
+            mock.patch.object(cost.ProcessMeter, "tick", return_value=None),
             mock.patch.object(batch, "time", _StoppedTime),
         ):
             try:
