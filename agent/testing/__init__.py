@@ -4,7 +4,7 @@
     simulated_fleet.py  many devices and a collector on a virtual clock
     fleet.py            broker, collector and device daemons, each in a process
     broker.py           a Mosquitto broker that a test can kill and start again
-    lossy_link.py       a broker in memory whose links lose, delay, repeat, reorder and split messages, from a seed
+    simulation/         what simulates it, with a broker in memory whose links lose, delay, repeat and split messages
     messages.py         a simulated device: signed, chained messages without any code of the device
     process.py          processes of the `outstation` command
     reasons.py          what a failed wait prints

@@ -17,9 +17,9 @@ import pytest
 if TYPE_CHECKING:
     from agent.testing.broker import MosquittoBroker
     from agent.testing.fleet import LocalFleet
-    from agent.testing.lossy_link import LossyBroker
     from agent.testing.messages import MessageSender
     from agent.testing.simulated_fleet import SimulatedFleet
+    from agent.testing.simulation.lossy_link import LossyBroker
 
 
 def _skip_or_fail(missing: Exception) -> None:
@@ -113,6 +113,6 @@ def outstation_sender() -> Callable[[str], MessageSender]:
 @pytest.fixture
 def lossy_link() -> Callable[..., LossyBroker]:
     """Provide `broker(seed, **conditions)`: a broker in memory whose links misbehave by chance."""
-    from agent.testing.lossy_link import LinkConditions, LossyBroker
+    from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker
 
     return lambda seed, **conditions: LossyBroker(seed, LinkConditions(**conditions))

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from agent.quantities import parse_duration
-from agent.testing.lossy_link import LossyLink
 from agent.testing.reasons import describe_fleet, match_alert
 from agent.testing.simulation import report, scenario, setup
+from agent.testing.simulation.lossy_link import LossyLink
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
 

@@ -10,9 +10,9 @@ import pytest
 from agent.config import BrokerConfig
 from agent.testing.broker import MosquittoBroker
 from agent.testing.fleet import LocalFleet
-from agent.testing.lossy_link import LossyBroker
 from agent.testing.messages import MessageSender
 from agent.testing.process import MissingProgram, find_program, wait_until
+from agent.testing.simulation.lossy_link import LossyBroker
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 

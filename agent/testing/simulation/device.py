@@ -22,8 +22,8 @@ from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.sink import Receipt, Sink
-from agent.testing.lossy_link import LossyBroker
 from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.lossy_link import LossyBroker
 from agent.testing.simulation.machine import Machine, MachineRoom
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 

@@ -31,9 +31,9 @@ from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.model.sandbox.confinement import ModelPolicy
-from agent.testing.lossy_link import LossyBroker, LossyLink
 from agent.testing.simulation.device import SimulatedDevice
 from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
 from agent.testing.simulation.machine import MachineRoom
 from agent.testing.simulation.scenario import (
     AnyEvent,

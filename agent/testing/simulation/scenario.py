@@ -14,7 +14,7 @@ from agent.config import Duration
 from agent.config.sources import ReplayFault
 from agent.errors import ConfigError
 from agent.names import is_name
-from agent.testing.lossy_link import LinkConditions
+from agent.testing.simulation.lossy_link import LinkConditions
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
