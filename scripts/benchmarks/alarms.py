@@ -39,7 +39,7 @@ Below: median windows until an alarm names the change / how often none did withi
 rows. Sites with a cycle meet the change at different hours."""
 OTHERS = """\
 The next table counts, per 1000, windows in which other detectors flag a column by their defaults, on rows of the same
-sites: the learned rows are their reference. KS and Evidently saw 120 windows of each kind and length, the others 600."""
+sites: the learned rows are their reference. KS and Evidently saw 120 windows of each kind and length, others 600."""
 SECTION = "Alarms in quiet windows, and delays"
 # Populations whose changes are timed: others repeat one of these.
 TIMED = (
