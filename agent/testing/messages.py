@@ -81,7 +81,7 @@ class MessageSender(msgspec.Struct):
         columns = {
             "row": encode_runs(np.array([first + i * (last - first + 1) // max(n, 1) for i in range(n)], np.int64)),
             "t": encode_times(1_764_022_680_000_000 + first + np.arange(n)),
-            "label": encode_labels([("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)]),
+            "label": encode_labels([("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)], np.arange(n)),
             "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
         }
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}

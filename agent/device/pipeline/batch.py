@@ -1,11 +1,13 @@
 """Batch: one run of a task over the rows that wait for it: read, compute, commit.
 
 A batch reads rows and their history, computes results, drift windows and all messages without touching the store, and
-commits cursor, drift state, stored predictions and messages in one transaction.
+commits cursor, drift state, stored predictions and messages in one transaction. Of a backlog, the model's process
+computes the next batch meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +19,8 @@ from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
-from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.pipeline.joined_streams import JoinedBatch
+from agent.device.pipeline.loaded_task import LoadedTask, StartedBatch
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.batch_rules import ResultAlert, RuleContext, TaskRuleStates
@@ -36,6 +39,7 @@ from agent.errors import StorageFull
 from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
+from agent.model.inference.model_windows import ModelWindows
 from agent.performance import slices
 
 
@@ -48,12 +52,11 @@ class BatchResult(msgspec.Struct, frozen=True):
 
 
 class _BatchInput(msgspec.Struct, frozen=True, eq=False):
-    """Everything that a batch reads: `features` (n, F) of its rows in physical units, and the history before them."""
+    """Everything that a batch reads: `features` (n, F) of its rows in physical units."""
 
     batch: RowBatch
     cut: WindowCut
     features: Float32s
-    history: Rows
     modes: Modes | None
     slices: Mapping[str, Sequence[str]]
     texts: Mapping[str, Sequence[str]]
@@ -61,6 +64,7 @@ class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     refusals: LearningRefusals
     rule_states: TaskRuleStates
     labels_contradict: bool
+    joined: JoinedBatch | None
 
 
 class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
@@ -104,25 +108,34 @@ def _run_once(
 ) -> BatchResult | None:
     cursor = store.cursor(task.name)
     after = store.first_row(task.config.stream) - 1 if cursor is None else cursor
-    batch = store.read_rows(task.config.stream, task.stream.fields, after, max_rows)
-    if batch is None:
-        return None
-    if batch.loss_reason:
-        return _skip_lost(task, store, message_log, batch, now)
-    cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
-    if cut.consumed == 0:
-        following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
-        if following is None or following.loss_reason is None:
+    started = _take_started(task, store, after, max_rows)
+    if started is None:
+        batch = store.read_rows(task.config.stream, task.stream.fields, after, max_rows)
+        if batch is None:
             return None
-        # The rows after these cannot be read, so these will never fill a window.
-        cut = WindowCut(cut.starts, len(batch.t))
-    source = _read(task, store, message_log, batch, cut)
-    rows, t, history = source.features, batch.t, source.history
-    if len(history):
-        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
-        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
+        if batch.loss_reason:
+            return _skip_lost(task, store, message_log, batch, now)
+        cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
+        joined: JoinedBatch | None = None
+        if task.joined_reader is not None:
+            joined = task.joined_reader.join(store, cut, batch.t, batch.first, now)
+            if joined.cut.consumed == 0 and len(cut.starts):
+                return None
+            cut = joined.cut
+        if cut.consumed == 0:
+            following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
+            if following is None or following.loss_reason is None:
+                return None
+            # The rows after these cannot be read, so these will never fill a window.
+            cut = WindowCut(cut.starts, len(batch.t), cut.joined)
+        started = msgspec.structs.replace(_prepare(task, store, batch, cut).start(task), joined=joined)
+    following_batch = _prepare_next(task, store, started, max_rows)
     with task.crash_guard():
-        results = task.inference.run_windows(rows, t, source.cut, history_rows=len(history))
+        results = task.inference.finish(started.run, started.cut)
+    if following_batch is not None:
+        task.started = following_batch.start(task)
+    batch, cut = started.batch, started.cut
+    source = _read(task, store, message_log, started)
     if task.batch_observer is not None:
         task.batch_observer.before_commit(task, results)
     output = _compute(task, source, results, message_log)
@@ -135,15 +148,62 @@ def _run_once(
 # --- read ---
 
 
-def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBatch, cut: WindowCut) -> _BatchInput:
+class _PreparedBatch(msgspec.Struct, frozen=True, eq=False):
+    batch: RowBatch
+    cut: WindowCut
+    features: Float32s
+    windows: ModelWindows
+
+    def start(self, task: LoadedTask) -> StartedBatch:
+        with task.crash_guard():
+            return StartedBatch(self.batch, self.cut, self.features, task.inference.start(self.windows))
+
+
+def _prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) -> _PreparedBatch:
+    """Build the features and the model's windows of a batch."""
+    values = features.stack_parts([[part.columns[i] for i in task.input_columns] for part in batch.parts])
+    history = load_history(task, store, batch.first - 1, task.inference.history_rows)
+    rows, t = values, batch.t
+    if len(history):
+        earlier = features.stack_columns([history.columns[i] for i in task.input_columns])
+        rows, t = np.concatenate([earlier, rows]), np.concatenate([history.t, t])
+    return _PreparedBatch(batch, cut, values, task.inference.prepare(rows, t, cut, history_rows=len(history)))
+
+
+def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> _PreparedBatch | None:
+    """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
+    # A batch that joins streams waits for their rows.
+    is_backlog = len(current.batch.t) >= max_rows and task.joined_reader is None
+    if not (is_backlog and task.model.runs_beside and len(os.sched_getaffinity(0)) > 1):
+        return None
+    limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
+    after = current.batch.first + current.cut.consumed - 1
+    batch = store.read_rows(task.config.stream, task.stream.fields, after, limit)
+    if batch is None or batch.loss_reason:
+        return None
+    cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
+    return _prepare(task, store, batch, cut) if cut.consumed else None
+
+
+def _take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
+    """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
+    started, task.started = task.started, None
+    if started is None or started.batch.first != after + 1 or len(started.batch.t) > max_rows:
+        return None
+    # Evicted rows are declared as lost, and whoever ended the model's process did not mean the batch.
+    is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None
+    return None if is_lost else started
+
+
+def _read(task: LoadedTask, store: Store, message_log: MessageLog, started: StartedBatch) -> _BatchInput:
+    batch, cut = started.batch, started.cut
     announced = store.query(lambda db: ClockSegments(db, store.boot).last_announced_key())
     state = task.drift_state
     is_learning = state is not None and (state.site_reference is None or state.is_inherited)
     return _BatchInput(
         batch,
         cut,
-        features.stack_parts([[part.columns[i] for i in task.input_columns] for part in batch.parts]),
-        load_history(task, store, batch.first - 1, task.inference.history_rows),
+        started.features,
         _read_modes(task, store, batch, cut),
         _read_slices(task, store, batch, cut) if task.keep_results else {},
         {f.name: store.categories(task.config.stream, f.name) for f in task.stream.fields if f.type == "category"},
@@ -151,6 +211,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, batch: RowBat
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
         rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
         state is not None and label_metrics.contradict_certainty(task, store),
+        started.joined,
     )
 
 
@@ -209,6 +270,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
         [change for change in result_alerts if change.index >= 0],
+        source.joined.rows if source.joined is not None else {},
     )
     drift_messages, refusals = batch_messages.build_drift_messages(
         task, windows, source.refusals, labels_contradict=source.labels_contradict
@@ -319,11 +381,15 @@ def _commit(
         if output.sample_requests:
             requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx)
+        if task.joined_reader is not None and source.joined is not None:
+            task.joined_reader.save(tx, source.joined)
         if task.is_crash_suspect:
             tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
+    if task.joined_reader is not None and source.joined is not None:
+        task.joined_reader.confirm(source.joined)
     task.record_transaction(len(source.cut.starts), spent_bytes)
     task.drift_state, task.closing_messages, task.is_crash_suspect = output.drift, None, False
     task.unsaved_basis = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -33,13 +33,15 @@ def build(
     """
     columns: dict[str, Any] = {"row": encode_runs(rows), "t": encode_times(times)}
     if labels is not None:
-        columns["label"] = encode_labels([labels[i] for i in indices.tolist()])
+        columns["label"] = encode_labels(labels, indices)
     if model_scores.score is not None:
         columns["score"] = _round(model_scores.score[indices], 4)
     if model_scores.value is not None:
-        columns["value"] = [float(f"{v:.6g}") for v in model_scores.value[indices]]
+        columns["value"] = _round_to_digits(model_scores.value[indices])
     for name, values in model_scores.extra_columns.items():
-        columns[name] = [float(f"{v:.6g}") for v in values[indices]]
+        columns[name] = _round_to_digits(values[indices])
+    for name, texts in model_scores.label_columns.items():
+        columns[name] = encode_labels(texts.tolist(), indices)
     if missing[indices].any():
         columns["missing"] = _round(missing[indices], 3)
     return columns
@@ -68,7 +70,9 @@ def max_results(
     if model_scores.value is not None:
         size += _LONG_NUMBER_BYTES
     size += _LONG_NUMBER_BYTES * len(model_scores.extra_columns) + 6 * bool(missing.any())
-    heads = sum(_json_size(name) + 4 for name in model_scores.extra_columns)
+    for texts in model_scores.label_columns.values():
+        size += 2 + max(map(_json_size, set(texts.tolist())), default=0)
+    heads = sum(_json_size(name) + 4 for name in (*model_scores.extra_columns, *model_scores.label_columns))
     return min(MAX_RESULTS, max(1, (max_bytes - heads) // max(1, size)))
 
 
@@ -106,10 +110,19 @@ def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTime
     return jittered if len(msgspec.json.encode(jittered)) < len(msgspec.json.encode(items)) else items
 
 
-def encode_labels(labels: list[str]) -> list[str | LabelRun]:
-    """Return `labels` (n,) with each label that repeats as a run."""
-    groups = ((label, len(list(same))) for label, same in groupby(labels))
-    return [label if count == 1 else LabelRun(label, count) for label, count in groups]
+def encode_labels(labels: Sequence[str], indices: NDArray[np.int64]) -> list[str | LabelRun]:
+    """Return the labels at `indices` (n,), with each label that repeats as a run."""
+    listed = np.array(labels, object)[indices]
+    starts = np.concatenate([[0], np.flatnonzero(listed[1:] != listed[:-1]) + 1])[: len(listed)]
+    counts = np.diff(starts, append=len(listed))
+    items: list[str | LabelRun] = listed[starts].tolist()
+    # Whoever has many labels has few texts: runs of one label and length are one object.
+    made: dict[tuple[str, int], LabelRun] = {}
+    repeated = np.flatnonzero(counts > 1)
+    for index, count in zip(repeated.tolist(), counts[repeated].tolist(), strict=True):
+        run = str(items[index]), count
+        items[index] = made.get(run) or made.setdefault(run, LabelRun(*run))
+    return items
 
 
 def _is_regular(values: NDArray[np.int64]) -> bool:
@@ -123,6 +136,11 @@ def _span(values: NDArray[np.int64]) -> int:
 
 def _json_size(text: str) -> int:
     return len(json.dumps(text, ensure_ascii=False).encode())
+
+
+def _round_to_digits(values: NDArray[Any]) -> list[float]:
+    """Return `values` with 6 significant digits, by way of their decimals."""
+    return [*map(float, ("%.6g " * len(values) % tuple(values.tolist())).split())]
 
 
 def _round(values: NDArray[Any], digits: int) -> list[float]:

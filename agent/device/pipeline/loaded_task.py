@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from agent import config
+from agent.arrays import Float32s
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
+from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
 from agent.device.rules.compiler import CompiledRule
 from agent.device.samples.selection import SampledTask
 from agent.device.store.cost import CostMeter
@@ -19,8 +23,10 @@ from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
 from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.manifest import output_columns
 from agent.model.inference import features
-from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel
+from agent.model.inference.features import WindowCut
+from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel, StartedWindows
 from agent.model.inference.tuning import Tuning
 
 # Model windows of a batch, more of them where they are short, and at most so many before a model was tuned. Larger
@@ -53,6 +59,16 @@ class BatchObserver(Protocol):
         """Handle the committed batch. Raises StorageError; failures of the other bundle are recorded, not raised."""
 
 
+class StartedBatch(msgspec.Struct, frozen=True, eq=False):
+    """Batch that was read and given to the model: `features` (n, F) of its rows in physical units."""
+
+    batch: RowBatch
+    cut: WindowCut
+    features: Float32s
+    run: StartedWindows
+    joined: JoinedBatch | None = None
+
+
 @dataclass
 class LoadedTask:
     """A task with its bundle loaded.
@@ -62,6 +78,7 @@ class LoadedTask:
     - `crash_guard` surrounds each run of the model
     - `samples`: which of its readings may be sent; None without the owner's consent
     - `is_crash_suspect`: the daemon ended during the model's last run
+    - `started`: the next batch, which the model computes already
     - `batch_divisor`: batches are this many times smaller, after one that found no room
     - `window_bytes`: planned bytes of a model window in a transaction: the most there may be, then as measured
     """
@@ -87,8 +104,11 @@ class LoadedTask:
     deadline: Deadline = field(init=False)
     last_label: str = ""
     rules: Sequence[CompiledRule] = ()
+    joined_streams: Mapping[str, JoinedStream] = field(default_factory=dict)
+    joined_reader: JoinedReader | None = field(init=False)
     samples: SampledTask | None = None
     batch_divisor: int = 1
+    started: StartedBatch | None = None
     window_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +120,7 @@ class LoadedTask:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
         self.window_bytes = self._max_window_bytes
+        self.joined_reader = JoinedReader(self.name, self.inference, self.joined_streams) if manifest.joined else None
 
     @property
     def step(self) -> int:
@@ -118,16 +139,21 @@ class LoadedTask:
         """Have messages about this task obey its bundle's least count, where that is larger than the device's."""
         message_log.bundle_min_counts[self.name] = self.bundle.manifest.drift.min_count or 1
 
-    def max_batch_rows(self, transaction_bytes: int) -> int:
-        """Return the rows of the largest batch: one model window, and what memory, time and the transaction allow."""
-        in_memory = MAX_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
+    def max_batch_rows(self, transaction_bytes: int, *, windows_ahead: int = 0) -> int:
+        """Return the rows of the largest batch: one model window, and what memory, time and the transaction allow.
+
+        `windows_ahead`: model windows that are not committed yet.
+        """
+        spec = self.bundle.manifest
+        further = sum(joined.size for joined in spec.joined.values())
+        in_memory = MAX_VALUES // (self.window_rows * len(spec.input.columns) + further)
         max_s = min(_MAX_INFERENCE_S, self.deadline.seconds or _MAX_INFERENCE_S)
         in_time = _UNTUNED_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
         default = max(_BATCH_WINDOWS, _BATCH_ROWS // self.step)
         # The other half is for alerts, and for the states of drift and labels.
         in_transaction = transaction_bytes // 2 // self.window_bytes
         windows = min(default, in_transaction, in_memory, in_time, self.deadline.max_windows) // self.batch_divisor
-        return self.window_rows + max(0, self._align_to_drift_window(windows) - 1) * self.step
+        return self.window_rows + max(0, self._align_to_drift_window(windows, windows_ahead) - 1) * self.step
 
     @property
     def rows_to_gather(self) -> int:
@@ -148,11 +174,11 @@ class LoadedTask:
         self.window_bytes = max(self.window_bytes, self._max_window_bytes)
         self.batch_divisor *= 4
 
-    def _align_to_drift_window(self, windows: int) -> int:
+    def _align_to_drift_window(self, windows: int, ahead: int) -> int:
         """Return at most `windows`, so that the last one closes a drift window if it can."""
         if self.drift_state is None:
             return windows
-        excess = (self.drift_state.open_summary.model_windows + windows) % self.drift_state.window
+        excess = (self.drift_state.open_summary.model_windows + ahead + windows) % self.drift_state.window
         return windows - excess if excess < windows else windows
 
     @property
@@ -160,6 +186,7 @@ class LoadedTask:
         """Bytes that one model window takes at most in a transaction."""
         manifest = self.bundle.manifest
         columns = len(manifest.output.labels) if manifest.output.multi_label else len(manifest.output.names)
+        columns += sum(len(output_columns(name, spec)) for name, spec in manifest.further.items())
         drift = (_DRIFT_BYTES + _FIELD_BYTES * len(manifest.input.fields)) // manifest.drift.window
         alerts = int(_ALERT_BYTES * sum(rule.alerts_per_window for rule in self.rules))
         return _RESULT_BYTES + _COLUMN_BYTES * columns + (drift if self.drift_monitor else 0) + alerts

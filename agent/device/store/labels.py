@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -63,7 +63,10 @@ class PredictionRow(msgspec.Struct, frozen=True):
 
 
 class _PackedPredictions(msgspec.Struct, array_like=True):
+    """Columns of `n` results: byte planes; of `row` and `t` the steps, a single one where all are equal."""
+
     bundle: str
+    n: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     first_t: int
     row: bytes
     t: bytes
@@ -463,15 +466,18 @@ def pack_predictions(predictions: StoredPredictions) -> bytes:
         slices[name] = (known, np.array(codes, "<u2").tobytes())
     packed = _PackedPredictions(
         predictions.bundle,
+        len(predictions.row),
         int(predictions.t[0]),
-        (predictions.row - predictions.row[0]).astype("<u4").tobytes(),
-        np.diff(predictions.t, prepend=predictions.t[0]).astype("<i8").tobytes(),
-        b"" if predictions.predicted_class is None else predictions.predicted_class.astype("<u2").tobytes(),
-        b"" if predictions.score is None else predictions.score.astype("<f4").tobytes(),
-        b"" if predictions.value is None else predictions.value.astype("<f8").tobytes(),
+        _pack_steps(predictions.row, "<u4"),
+        _pack_steps(predictions.t, "<i8"),
+        _pack_planes(predictions.predicted_class, "<u2"),
+        _pack_planes(predictions.score, "<f4"),
+        _pack_planes(predictions.value, "<f8"),
         slices,
     )
-    data = zlib.compress(msgspec.msgpack.encode(packed), 1)
+    # Runs only: a search for longer matches takes three times as long, and finds few among scores.
+    compressor = zlib.compressobj(1, zlib.DEFLATED, strategy=zlib.Z_RLE)
+    data = compressor.compress(msgspec.msgpack.encode(packed)) + compressor.flush()
     return _CRC.pack(zlib.crc32(data, int(predictions.row[0]) & 0xFFFFFFFF)) + data
 
 
@@ -489,13 +495,39 @@ def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
     }
     return StoredPredictions(
         packed.bundle,
-        np.frombuffer(packed.row, "<u4").astype(np.int64) + first,
-        np.cumsum(np.frombuffer(packed.t, "<i8"), dtype=np.int64) + packed.first_t,
-        np.frombuffer(packed.predicted_class, "<u2").astype(np.int64) if packed.predicted_class else None,
-        np.frombuffer(packed.score, "<f4").astype(np.float64) if packed.score else None,
-        np.frombuffer(packed.value, "<f8") if packed.value else None,
+        _unpack_steps(packed.row, "<u4", packed.n, first),
+        _unpack_steps(packed.t, "<i8", packed.n, packed.first_t),
+        None if not packed.predicted_class else _unpack_planes(packed.predicted_class, "<u2").astype(np.int64),
+        None if not packed.score else _unpack_planes(packed.score, "<f4").astype(np.float64),
+        None if not packed.value else _unpack_planes(packed.value, "<f8"),
         slices,
     )
+
+
+def _pack_planes(values: NDArray[Any] | None, kind: str) -> bytes:
+    """Return the first bytes of all values, then the second ones: the high bytes of neighbours are alike."""
+    if values is None:
+        return b""
+    width = np.dtype(kind).itemsize
+    return np.ascontiguousarray(values, kind).view(np.uint8).reshape(len(values), width).T.tobytes()
+
+
+def _unpack_planes(data: bytes, kind: str) -> NDArray[Any]:
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(kind).itemsize, -1)
+    return np.ascontiguousarray(planes.T).view(kind)[:, 0]
+
+
+def _pack_steps(values: NDArray[np.int64], kind: str) -> bytes:
+    steps = np.diff(values)
+    is_regular = len(steps) > 1 and bool((steps[1:] == steps[:-1]).all())
+    return (steps[:1] if is_regular else steps).astype(kind).tobytes()
+
+
+def _unpack_steps(data: bytes, kind: str, n: int, first: int) -> NDArray[np.int64]:
+    steps = np.frombuffer(data, kind).astype(np.int64)
+    if len(steps) == 1:
+        return np.asarray(first + steps[0] * np.arange(n, dtype=np.int64))
+    return np.cumsum(np.concatenate([[first], steps]), dtype=np.int64)
 
 
 def _select_row(predictions: StoredPredictions, index: int) -> PredictionRow:

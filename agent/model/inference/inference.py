@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
+from agent.errors import ModelProcessFailed
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, scores
+from agent.model.inference import derived_features, features, joins, scores
 from agent.model.inference.features import WindowCut
-from agent.model.inference.model_windows import InputMemory, WindowBuilder
+from agent.model.inference.joins import JoinedRows
+from agent.model.inference.model_windows import InputMemory, ModelWindows, WindowBuilder
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
 MAX_VALUES = 4_000_000
+NO_JOINED_ROWS: Mapping[str, JoinedRows] = {}
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
@@ -28,6 +33,20 @@ class InferenceResult(msgspec.Struct, frozen=True):
     missing_share: Float32s
     outputs: Float32s | None
     seconds: float = 0.0
+
+
+class ModelRun(Protocol):
+    """Run of a model: started, done in `seconds`, or failed."""
+
+    seconds: float
+    failure: ModelProcessFailed | None
+
+
+class StartedWindows(msgspec.Struct, frozen=True, eq=False):
+    """Windows that a model computes."""
+
+    windows: ModelWindows
+    run: ModelRun
 
 
 class RunnableModel(InputMemory, Protocol):
@@ -50,8 +69,17 @@ class RunnableModel(InputMemory, Protocol):
     @property
     def output(self) -> Quantization: ...
 
-    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
-        """Return the outputs (w, K) of windows (w, n), both in their tensors' numbers. Raises BadBundle."""
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a started run goes on while this process does something else."""
+        ...
+
+    def start_run(self, windows: NDArray[Any]) -> ModelRun:
+        """Start to compute windows (w, n), in the input's numbers. Raises BadBundle."""
+        ...
+
+    def wait(self, run: Any) -> NDArray[Any]:
+        """Return the outputs (w, K) of a run, in the tensor's numbers. Raises BadBundle."""
         ...
 
     def invoke(self, windows: Float32s) -> Float32s:
@@ -86,38 +114,67 @@ class Inference:
         """Rows before a window that its features read. Pass this many as `history_rows`, as far as they exist."""
         return self.manifest.input.history_rows
 
-    def run(self, rows: Float32s, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
+    def run(
+        self,
+        rows: Float32s,
+        t: Ints,
+        *,
+        history_rows: int = 0,
+        with_outputs: bool = False,
+        joined: Mapping[str, JoinedRows] = NO_JOINED_ROWS,
+    ) -> InferenceResult:
         """Run all whole windows of `rows` (n, F), in physical units with NaN for missing, at `t` (n,) epoch µs.
 
         The first `history_rows` rows are history: no window starts there, and `cut` counts from the row after them. A
         stream run piece by piece, each from the end of `cut.consumed` and with its history, gives the results of the
-        whole. Raises BadBundle.
+        whole. `joined` holds the rows of further inputs. Raises BadBundle.
         """
         cut = features.cut_windows(t[history_rows:], self.manifest.input.window)
+        if self.manifest.joined:
+            cut = self.join(cut, t[history_rows:], joined)
         return self.run_windows(rows, t, cut, history_rows=history_rows, with_outputs=with_outputs)
+
+    def join(self, cut: WindowCut, t: Ints, joined: Mapping[str, JoinedRows]) -> WindowCut:
+        """Return the windows of rows at `t` (n,) with the values of further inputs. Raises BadBundle."""
+        return replace(cut, joined=joins.join(self.manifest.joined, joined, t[cut.starts + self.rows - 1]))
 
     def run_windows(
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
     ) -> InferenceResult:
         """Run windows that are cut already. Raises BadBundle."""
-        model = self.model
         columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
-        start_s = model.seconds
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
-        parts: list[Scores] = []
-        missing: list[Float32s] = []
-        outputs: list[Float32s] = []
+        results: list[InferenceResult] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = self._builder.build(columns, cut.starts[start : start + block], model)
-            numbers = model.run(windows.numbers)
-            parts.append(windows.score(numbers, model.output))
-            missing.append(windows.missing_share)
-            if with_outputs:
-                outputs.append(model.output.dequantize(numbers))
-        all_outputs = np.concatenate(outputs) if with_outputs else None
-        seconds = model.seconds - start_s
-        return InferenceResult(cut, scores.concatenate(parts), _concatenate(missing), all_outputs, seconds)
+            part = slice(start, start + block)
+            joined = None if cut.joined is None else cut.joined[part]
+            windows = self._builder.build(columns, cut.starts[part], self.model, joined)
+            results.append(self.finish(self.start(windows), cut, with_outputs=with_outputs))
+        return results[0] if len(results) == 1 else _join(results)
+
+    def prepare(self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0) -> ModelWindows:
+        """Build windows of at most MAX_VALUES values for `start`, with arguments of `run_windows`. Raises BadBundle."""
+        columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
+        return self._builder.build(columns, cut.starts, self.model, cut.joined)
+
+    def start(self, windows: ModelWindows) -> StartedWindows:
+        """Start to run windows. Raises BadBundle."""
+        return StartedWindows(windows, self.model.start_run(windows.numbers))
+
+    def finish(self, started: StartedWindows, cut: WindowCut, *, with_outputs: bool = False) -> InferenceResult:
+        """Wait for the outputs of windows that were started, and compute the scores. Raises BadBundle."""
+        numbers, output = self.model.wait(started.run), self.model.output
+        outputs = output.dequantize(numbers) if with_outputs else None
+        model_scores = started.windows.score(numbers, output)
+        return InferenceResult(cut, model_scores, started.windows.missing_share, outputs, started.run.seconds)
 
 
-def _concatenate(parts: list[Float32s]) -> Float32s:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _join(results: list[InferenceResult]) -> InferenceResult:
+    outputs = [result.outputs for result in results if result.outputs is not None]
+    return InferenceResult(
+        results[0].cut,
+        scores.concatenate([result.scores for result in results]),
+        np.concatenate([result.missing_share for result in results]),
+        np.concatenate(outputs) if outputs else None,
+        sum(result.seconds for result in results),
+    )

@@ -65,7 +65,7 @@ class SubprocessModel:
             content=bundle.model_bytes,
             batch=batch,
             threads=threads,
-            output=bundle.manifest.output.tensor,
+            tensors=bundle.manifest.tensors,
             memory_mib=self._limits.memory_mib,
             policy=policy,
             trusted_content=builtin.read_smallest_model(),
@@ -178,9 +178,9 @@ class SubprocessModel:
         self._wait_idle()
         return self._finish(self.submit(windows)).take_outputs()
 
-    def run(self, windows: NDArray[Any]) -> NDArray[Any]:
-        """Return the outputs (w, K) of `windows` (w, n), both in their tensors' numbers. Raises ModelProcessFailed."""
-        return self.wait(self.start_run(windows))
+    @property
+    def runs_beside(self) -> bool:
+        return True
 
     def start_run(self, windows: NDArray[Any]) -> ModelRequest:
         """Have the process compute `windows`, quantized, once it is idle; `wait` returns the outputs.

@@ -57,7 +57,7 @@ def test_times_that_jitter_are_offsets_from_a_grid() -> None:
 
 
 def test_labels_that_repeat_are_counted() -> None:
-    assert encode_labels(["up", "up", "up", "down", "up"]) == [LabelRun("up", 3), "down", "up"]
+    assert encode_labels(["up", "up", "up", "down", "up"], np.arange(5)) == [LabelRun("up", 3), "down", "up"]
 
 
 def runs_one_by_one(values: list[int]) -> list[Any]:
@@ -90,7 +90,7 @@ def test_any_rows_times_and_labels_read_back_as_they_were(rows: list[int], data:
     near = st.integers(NOW, NOW + 50)
     times = data.draw(st.lists(near | st.integers(-(2**63), 2**63 - 1), min_size=n, max_size=n))
     labels = data.draw(st.lists(st.sampled_from(["", "up", "down", 'q"|\\', "é"]), min_size=n, max_size=n))
-    columns = read(encode_runs(array(rows)), encode_times(array(times)), encode_labels(labels))
+    columns = read(encode_runs(array(rows)), encode_times(array(times)), encode_labels(labels, np.arange(len(labels))))
     assert (columns.expand_rows(), columns.expand_times(), columns.expand_labels()) == (rows, times, labels)
 
 
