@@ -165,7 +165,7 @@ def _prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) ->
 def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> _PreparedBatch | None:
     """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
     is_backlog = len(current.batch.t) >= max_rows
-    if not (is_backlog and task.model.runs_beside and len(os.sched_getaffinity(0)) > 1):
+    if not (is_backlog and task.model.is_concurrent and len(os.sched_getaffinity(0)) > 1):
         return None
     limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
     after = current.batch.first + current.cut.consumed - 1

@@ -107,7 +107,7 @@ class TfliteModel:
         return 0.0 if self.output.is_float else self.output.scale
 
     @property
-    def runs_beside(self) -> bool:
+    def is_concurrent(self) -> bool:
         return False
 
     def allocate(self, count: int) -> NDArray[Any]:
