@@ -8,10 +8,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 import msgspec
+from msgspec.structs import replace
 
 from agent.errors import BadBundle
 from scripts import benchmarks
@@ -83,7 +85,7 @@ def alarms() -> Report:
         ]
         by_length = list(pool.map(_measure_case, cases))
         measured = [case for number in range(len(POPULATIONS)) for case in by_length[number :: len(POPULATIONS)]]
-        tables = table(measured, count_peers(measured, parts) if peers.installed() else {})
+        tables = table(measured, count_peers(measured) if peers.installed() else {})
     section = Section(catalogue.DRIFT, SECTION, tables, bullets={"README.md": render_readme_item(measured)})
     return Report(list(_results(measured)), tables, section)
 
@@ -98,6 +100,13 @@ def render_readme_item(measured: Sequence[Measured]) -> str:
     return README_ITEM.format(met=len(worst) - len(beyond), count=len(worst), others=others)
 
 
+def _write_whole(file: Path, data: bytes) -> None:
+    """Write a part so that a run that is killed leaves none behind."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(data)
+    partial.rename(file)
+
+
 def _digest_code() -> str:
     """Return a digest of the code that decides about alarms."""
     digest = hashlib.sha256()
@@ -108,26 +117,28 @@ def _digest_code() -> str:
     return digest.hexdigest()[:12]
 
 
-def count_peers(measured: Sequence[Measured], parts: Path) -> PeerCounts:
+def count_peers(measured: Sequence[Measured]) -> PeerCounts:
     """Count the windows in which other detectors flag a column, two detectors at a time.
 
-    The counts of each detector go to `parts`, and are taken from there if a run before this one finished them.
+    Each count goes beside its rows, and is taken from there if a run before this one finished it.
     """
 
     def count(kit: Kit) -> PeerCounts:
-        finished = parts / f"{kit.name}-{len(measured)}-{measured[0].quiet.windows}.pickle"
-        counts: PeerCounts = pickle.loads(finished.read_bytes()) if finished.exists() else {}
-        if counts:
-            return counts
+        counts: PeerCounts = {}
         try:
-            with peers.started(kit, None) as peer:
+            with ExitStack() as stack:
+                peer: peers.Peer | None = None
                 for case in measured:
-                    if case.rows_file:
-                        counts[kit.called, case.population, case.rows] = peer.count_quiet(case.rows_file)
+                    if case.rows_file is None:
+                        continue
+                    finished = case.rows_file.with_suffix(f".{kit.name}.json")
+                    if not finished.exists():
+                        peer = peer or stack.enter_context(peers.started(kit, None))
+                        _write_whole(finished, msgspec.json.encode(peer.count_quiet(case.rows_file)))
+                    key = kit.called, case.population, case.rows
+                    counts[key] = msgspec.json.decode(finished.read_bytes(), type=tuple[int, int])
         except click.ClickException as problem:
             click.echo(f"skipped: {problem.message}", err=True)
-            return counts
-        finished.write_bytes(pickle.dumps(counts))
         return counts
 
     with ThreadPoolExecutor(2) as pool:
@@ -183,10 +194,10 @@ def _measure_case(case: tuple[str, int, int, Path]) -> Measured:
     finished = file.with_suffix(".pickle")
     if finished.exists():
         known: Measured = pickle.loads(finished.read_bytes())
-        return known
+        return replace(known, rows_file=known.rows_file and file)
     population = next(population for population in POPULATIONS if population.name == name)
     measured = measure(population, length, windows, -(-TRIALS * windows // QUIET), rows_file=file)
-    finished.write_bytes(pickle.dumps(measured))
+    _write_whole(finished, pickle.dumps(measured))
     return measured
 
 

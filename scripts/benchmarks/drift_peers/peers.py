@@ -48,7 +48,7 @@ RIVER = Kit("adwin", "ADWIN (river)")
 WHYLOGS = Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs")
 EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2, watched=120)
 KITS = (
-    Kit("ks", "KS, Bonferroni (SciPy)", timed=4, watched=240),
+    Kit("ks", "KS, Bonferroni (SciPy)", timed=4, watched=120),
     Kit("psi", "PSI ≥ 0.1 (NumPy)"),
     RIVER,
     EVIDENTLY,
