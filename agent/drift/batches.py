@@ -25,8 +25,10 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-MAX_FIELDS_PER_PASS = 1024  # of drift windows that are looked at together
-MAX_VALUES_PER_PASS = 1 << 18  # about: fewer cost more calls of Python, and more leave the cache and need more memory
+# Fields of drift windows that are looked at together: fewer cost more calls of Python, more need more memory. Wide rows
+# are looked at in so many windows, if these have no more fields than the second number.
+MAX_FIELDS_PER_PASS, MAX_WIDE_FIELDS_PER_PASS, WIDE_WINDOWS = 512, 2048, 16
+MAX_VALUES_PER_PASS = 1 << 17  # about
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
@@ -168,7 +170,8 @@ def find_complete_windows(
 
     None if the next one ends later, has gaps or is too large.
     """
-    most = max(1, MAX_FIELDS_PER_PASS // batch.features.shape[1])
+    fields = batch.features.shape[1]
+    most = max(1, MAX_FIELDS_PER_PASS // fields, min(WIDE_WINDOWS, MAX_WIDE_FIELDS_PER_PASS // fields))
     count = min((len(batch.starts) - first) // window, most)
     if count == 0:
         return None
@@ -191,13 +194,21 @@ def max_rows_per_pass(batch: Batch) -> int:
     return max(1, MAX_VALUES_PER_PASS // int(batch.features.shape[1]))
 
 
-class WindowAnalysis(msgspec.Struct, frozen=True):
+class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
     """Analysis of W drift windows, which does not depend on earlier windows."""
 
     summaries: Summary
     indicators: FaultIndicators
     gates: dict[str, Sequence[GateObservation]]  # what each gate observed
     evidence: Evidence | None  # against the site's reference
+
+    @cached_property
+    def faulty(self) -> list[bool]:
+        """(W,) True if there is any sign of a fault."""
+        signs: list[bool] = self.indicators.has_indication.tolist()
+        for observations in self.gates.values():
+            signs = [sign or bool(seen.fault) for sign, seen in zip(signs, observations, strict=True)]
+        return signs
 
     @classmethod
     def from_summaries(
@@ -299,12 +310,8 @@ def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int)
     is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
     if is_open or state.is_inherited or state.suite.open_subjects.any():
         return 0
-    observations = zip(*(each[first:] for each in analysis.gates.values()), strict=True)
-    signs = zip(analysis.indicators.has_indication[first:].tolist(), observations, strict=True)
-    faulty = (sign or any(observation.fault for observation in seen) for sign, seen in signs)
-    return next(
-        (number for number, is_faulty in enumerate(faulty) if is_faulty), len(analysis.indicators.stuck) - first
-    )
+    faulty = analysis.faulty[first:]
+    return faulty.index(True) if True in faulty else len(faulty)
 
 
 def _nearest_shares(sums: Float64s, limit: Float64s, gates: Mapping[str, GateRun]) -> Float64s | None:

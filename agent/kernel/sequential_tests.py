@@ -25,7 +25,7 @@ class Periods:
         self, library: Library, z: Float64s, before: Float64s, values: Float64s, effects: Float64s, t: Ints
     ) -> None:
         """Add windows with sums `values` (W, 2, T), after those `before` (2, T), of scores and effects (W, T)."""
-        z, before, values, effects = (_floats(part) for part in (z, before, values, effects))
+        z, before, values, effects = _floats(z), _floats(before), _floats(values), _floats(effects)
         t = np.ascontiguousarray(t, np.int64)
         windows, _, tests = values.shape
         if not z.shape == effects.shape == (windows, tests) or before.shape != (2, tests) or t.shape != (windows,):
@@ -56,7 +56,7 @@ def run_cusums(
     library: Library, z: Float64s, before: Float64s, slack: Float64s, limit: Float64s, clip: float
 ) -> tuple[Float64s, Bools]:
     """Return the sums (W, 2, T) over windows with scores `z` (W, T), and which windows exceed a limit (W,)."""
-    z, before, slack, limit = (_floats(part) for part in (z, before, slack, limit))
+    z, before, slack, limit = _floats(z), _floats(before), _floats(slack), _floats(limit)
     windows, tests = z.shape
     _require(before.shape == (2, tests) and slack.shape == limit.shape == (tests,))
     values, exceeds, bound = np.empty((windows, 2, tests)), np.empty(windows, np.int64), np.array([clip])

@@ -66,7 +66,10 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         to_clear: int = WINDOWS_TO_CLEAR,
     ) -> CusumSequence:
         """Run over W consecutive windows that began at `t` (W,), with scores and effects (W, T)."""
-        slack, limit = (np.broadcast_to(part, z.shape[1:]) for part in (slack, limit))
+        if not isinstance(slack, np.ndarray):
+            slack = np.full(z.shape[1], slack)
+        if not isinstance(limit, np.ndarray):
+            limit = np.full(z.shape[1], limit)
         library = kernel.kernel()
         if library is None:
             values = _run_by_numpy(z, self.value, slack)

@@ -112,6 +112,8 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     def states(self) -> list[PsiConfirmation]:
         """State after each window, up to the first with an open alarm."""
         now, states = self.before, []
+        if now.is_idle and not self.exceeded.any():
+            return [now] * len(self.exceeded)
         columns = self.exceeded, self.exceeded.any(1).tolist(), self.tested, self.t.tolist()
         for exceeded, any_exceeded, tested, t in zip(*columns, strict=True):
             if any_exceeded or not now.is_idle:

@@ -191,11 +191,13 @@ def _find_nearest_test(status: SuiteStatus, limit: Float64s | None, subject: int
 
 def _field_sums(layout: ScoreLayout, tests: list[int], sums: dict[int, tuple[Any, float | None]]) -> dict[str, Any]:
     """Return the sums of a field's mean and spread with the mean's limit, then those of other detectors of fields."""
-    (mean, (sums_of_mean, limit)), (spread, (sums_of_spread, _)), *others = (
-        (name, sums[test]) for name, test in zip(layout.field_sums, tests, strict=True)
-    )
-    own = {mean: sums_of_mean, spread: sums_of_spread, "limit": limit}
-    return own | {name: {"cusum": both, "limit": limit} for name, (both, limit) in others}
+    mean, spread, *others = layout.field_sums
+    sums_of_mean, limit = sums[tests[0]]
+    own = {mean: sums_of_mean, spread: sums[tests[1]][0], "limit": limit}
+    for name, test in zip(others, tests[2:], strict=True):
+        both, limit = sums[test]
+        own[name] = {"cusum": both, "limit": limit}
+    return own
 
 
 def worst_state(states: Set[str]) -> str:
