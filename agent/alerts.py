@@ -470,8 +470,9 @@ CERTIFICATE_ENDS = AlertKind(
     "A TLS certificate is valid for less than 30 days. The broker refuses it afterwards. The alert is critical from "
     "7 days on.",
     "Certificates have an end so that a stolen one does not serve for ever.",
-    "Delete the file that the summary names and issue another one: `outstation fleet enrol DEVICE` for a device, whose "
-    "`device.crt` you then copy there, `outstation fleet collector NAME` for a collector.",
+    "Of a device: `outstation fleet renew DEVICE` while it is connected; afterwards as in the guide about joining a "
+    "fleet. Of others: `outstation fleet reissue collector`, `operator`, `commander` or `broker-admin`; of a further "
+    "collector, delete the file that the summary names and run `outstation fleet collector NAME`.",
     "Once a certificate that lasts longer is in use.",
 )
 OUTLIER_DEVICE = AlertKind(

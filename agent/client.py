@@ -6,8 +6,8 @@
         answer = client.flush()
 
 `flush` returns once everything sent is on the daemon's disk. A client with a `name` reconnects after a lost connection,
-asks which lines were committed, and sends the rest: each line is processed exactly once. A frame of arrays counts as a
-line.
+asks which lines were committed, and sends the rest: each line is processed exactly once. While the daemon is away,
+`send` keeps up to 20,000 lines or 16 MiB in memory, then waits. A frame of arrays counts as a line.
 
 This file needs the standard library of Python 3.9 only. `outstation client > outstation_client.py` copies it.
 """
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
         def tobytes(self) -> bytes: ...
 
 
-# More than the daemon commits at once, so that a fast producer never waits for the commit timer.
+# More than the daemon commits at once, so that a fast producer never waits for the commit timer. They also bound the
+# memory while the daemon is away.
 _MAX_PENDING_LINES = 20_000
 _MAX_PENDING_BYTES = 1 << 24
 _RETRY_S = 0.1
@@ -103,13 +104,14 @@ class Client:
     """A producer. Not thread-safe.
 
     `address` is the daemon's socket file, or `127.0.0.1:PORT` with the `token` of the daemon's `intake.token_file`.
-    `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` must exceed the daemon's `commit_every`.
-    With `reconnect` False, a lost connection is an error at once; a new client of the same name continues after
-    `through`. With `forget` True, the daemon forgets the lines of this name before, and counts from 1.
+    `name`, 1 to 64 characters, belongs to one producer at a time. `patience_s` bounds the wait for an answer, and must
+    exceed the daemon's `commit_every`. `outage_s` bounds how long a named client goes on without the daemon. With
+    `reconnect` False, a lost connection is an error at once; a new client of the same name continues after `through`.
+    With `forget` True, the daemon forgets the lines of this name before, and counts from 1.
 
-    Raises ConnectionError if the daemon is away: with a name after `patience_s`; without one at once, because the fate
-    of the last lines is then unknown. Raises PermissionError if the daemon refuses the producer, and RuntimeError if
-    another producer uses the name.
+    Raises ConnectionError if the daemon is away: with a name after `patience_s` at the start and `outage_s` later;
+    without one at once, because the fate of the last lines is then unknown. Raises PermissionError if the daemon
+    refuses the producer, and RuntimeError if another producer uses the name.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Client:
         name: str | None = None,
         token: str | None = None,
         patience_s: float = 30.0,
+        outage_s: float = 3600.0,
         reconnect: bool = True,
         forget: bool = False,
     ) -> None:
@@ -126,6 +129,11 @@ class Client:
             raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
         self._address, self._name, self._token, self._patience_s = str(address), name, token, patience_s
         self._reconnects, self._forgets = reconnect and name is not None, forget
+        self._outage_s = outage_s
+        self._is_connected = False
+        # Monotonic s, until the daemon answers again.
+        self._outage_end: float | None = None
+        self._next_attempt = 0.0
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._sent = 0
@@ -193,11 +201,12 @@ class Client:
     def flush(self) -> FlushResult:
         """Wait until all lines are committed, and return their outcome."""
         while self._acknowledged < self._sent:
+            self._resume(wait=True)
             try:
                 self._wait_ready(select.POLLIN)
                 self._read_replies()
             except OSError as error:
-                self._reconnect(error)
+                self._note_loss(error)
         return self.answered()
 
     def answered(self) -> FlushResult:
@@ -227,17 +236,22 @@ class Client:
         self._pending_bytes += size
         self._sent += 1
         self._lines_since_poll += 1
+        if not self._is_connected:
+            self._resume(wait=False)
+            return
         try:
             sent = self._try_send(line)
             if sent < size or self._lines_since_poll >= _POLL_EVERY_LINES:
                 self._send_all(memoryview(line)[sent:])
-            while self._pending and (
-                len(self._pending) >= _MAX_PENDING_LINES or self._pending_bytes >= _MAX_PENDING_BYTES
-            ):
+            while self._is_full():
                 self._wait_ready(select.POLLIN)
                 self._read_replies()
         except OSError as error:
-            self._reconnect(error)
+            self._note_loss(error)
+            self._resume(wait=False)
+
+    def _is_full(self) -> bool:
+        return len(self._pending) >= _MAX_PENDING_LINES or self._pending_bytes >= _MAX_PENDING_BYTES
 
     def _send_all(self, rest: memoryview) -> None:
         """Send, and read replies meanwhile: two sides that only write would deadlock."""
@@ -276,6 +290,7 @@ class Client:
         *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
             reply = self._decode_reply(line)
+            self._outage_end = None
             self._acknowledge_through(reply["through"] + self._line_offset)
             self._accepted += reply["accepted"]
             self._rejected += [(item["line"] + self._line_offset, item["reason"]) for item in reply["rejected"]]
@@ -327,6 +342,9 @@ class Client:
         self._socket.settimeout(0.0)
         if self._pending:
             self._send_all(memoryview(b"".join(self._pending)))
+        else:
+            self._outage_end = None
+        self._is_connected = True
 
     def _handshake(self) -> None:
         """Send the client's name and token, and receive how many of its lines are committed."""
@@ -349,13 +367,39 @@ class Client:
         self._line_offset = max(self._line_offset, self._acknowledged - through)
         self._acknowledge_through(through + self._line_offset)
 
-    def _reconnect(self, cause: OSError) -> None:
+    def _note_loss(self, cause: OSError) -> None:
+        """Close a lost connection. Raises PermissionError or ConnectionError if the client must not reconnect."""
         if not self._reconnects or isinstance(cause, _Refused):
             # Replies from before the end say which lines are stored.
             with contextlib.suppress(OSError):
                 self._read_replies()
             self._fail(cause)
-        self._connect()
+        self._socket.close()
+        self._is_connected = False
+        if self._outage_end is None:
+            self._outage_end = time.monotonic() + self._outage_s
+        elif time.monotonic() >= self._outage_end:
+            # The daemon accepted connections, and answered none of the lines.
+            self._fail(cause)
+
+    def _resume(self, *, wait: bool) -> None:
+        """Reconnect. While the daemon is away, return if more lines fit into memory, unless `wait`."""
+        while not self._is_connected:
+            now = time.monotonic()
+            if now >= self._next_attempt:
+                self._next_attempt = now + _RETRY_S
+                try:
+                    self._open_socket()
+                    return
+                except _Refused as error:
+                    self._fail(error)
+                except OSError as error:
+                    self._socket.close()
+                    if self._outage_end is not None and now >= self._outage_end:
+                        self._fail(error)
+            if not wait and not self._is_full():
+                return
+            time.sleep(_RETRY_S)
 
     def _fail(self, cause: OSError) -> NoReturn:
         """Close the connection for good. Raises PermissionError or ConnectionError."""

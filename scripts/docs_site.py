@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
+INDEX = Path("docs/index.md")
 DEFAULT = ROOT / "build" / "site"
 # Order of the navigation.
 FOLDERS = ("start", "guides", "concepts", "reference", "internals")
@@ -33,6 +34,7 @@ body { margin: 0; font: 16px/1.55 system-ui, sans-serif; display: grid; grid-tem
 nav { padding: 1rem; border-right: 1px solid var(--line); position: sticky; top: 0; height: 100vh; overflow: auto }
 nav ul { list-style: none; padding: 0; margin: 0 0 1rem } nav h2 { font-size: .8rem; margin: 0 }
 nav [aria-current] { font-weight: 700 } nav input { width: 100%; font: inherit; padding: .3rem }
+#found small { display: block; opacity: .75; overflow-wrap: anywhere }
 main { padding: 1rem 2rem 4rem; max-width: 60rem } a { color: var(--link) }
 pre { background: var(--soft); padding: .75rem; overflow: auto } code { font: .9em ui-monospace, monospace }
 table { border-collapse: collapse; display: block; overflow: auto } img { max-width: 100%; background: #fff }
@@ -48,11 +50,16 @@ box.addEventListener('input', () => {
   const hits = PAGES.map(([url, title, text]) => {
     const low = (title + ' ' + text).toLowerCase();
     if (!words.every(word => low.includes(word))) return null;
-    return [words.filter(word => title.toLowerCase().includes(word)).length, url, title];
+    const at = Math.max(0, text.toLowerCase().indexOf(words[0]));
+    const from = at < 50 ? 0 : text.indexOf(' ', at - 50) + 1;
+    const excerpt = (from ? '… ' : '') + text.slice(from, at + 70) + (text.length > at + 70 ? ' …' : '');
+    return [words.filter(word => title.toLowerCase().includes(word)).length, url, title, excerpt];
   }).filter(Boolean).sort((a, b) => b[0] - a[0]).slice(0, 12);
-  for (const [, url, title] of hits) {
+  for (const [, url, title, excerpt] of hits) {
     const link = document.createElement('a'), item = document.createElement('li');
-    link.href = TOP + url; link.textContent = title; item.append(link); list.append(item);
+    const around = document.createElement('small');
+    link.href = TOP + url; link.textContent = title; around.textContent = excerpt;
+    item.append(link, around); list.append(item);
   }
 });
 """
@@ -66,7 +73,8 @@ class Page:
         text = (ROOT / path).read_text(encoding="utf-8")
         parser = MarkdownIt("commonmark", {"html": False}).enable("table")
         tokens = parser.parse(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
-        self.links: set[Path] = set()
+        # In the order of the page.
+        self.links: dict[Path, None] = {}
         for at, token in enumerate(tokens):
             if token.type == "heading_open":
                 token.attrs["id"] = _anchor(tokens[at + 1].content)
@@ -76,7 +84,10 @@ class Page:
             (tokens[at + 1].content for at, t in enumerate(tokens) if t.type == "heading_open"), path.stem
         )
         self.html = parser.renderer.render(tokens, parser.options, {})
-        self.text = " ".join(token.content for token in tokens if token.type in ("inline", "fence"))
+        # Without the marks of links and emphasis, since the search shows parts of it.
+        blocks = (token for token in tokens if token.type in ("inline", "fence"))
+        parts = ("".join(map(_read_text, token.children or (token,))) for token in blocks)
+        self.text = " ".join(" ".join(parts).split())
 
     @property
     def url(self) -> str:
@@ -93,7 +104,7 @@ class Page:
         resolved = place.resolve().relative_to(ROOT)
         if (ROOT / resolved).is_dir():
             resolved, path = resolved / "README.md", f"{path.rstrip('/')}/README.md"
-        self.links.add(resolved)
+        self.links[resolved] = None
         token.attrs[name] = re.sub(r"\.md$", ".html", path) + mark + anchor
 
 
@@ -108,7 +119,10 @@ def build(out: Path) -> list[Page]:
             known[path] = page = Page(path)
             waiting += [link for link in page.links if link.suffix == ".md"]
             files |= {link for link in page.links if link.suffix != ".md"}
-    pages = [known[path] for path in sorted(known, key=lambda path: (path.name != "index.md", path))]
+    # In the order of the index; what it does not name comes last.
+    listed = [INDEX, *known[INDEX].links]
+    order = {path: listed.index(path) if path in listed else len(listed) for path in known}
+    pages = [known[path] for path in sorted(known, key=lambda path: (order[path], path))]
     for page in pages:
         target = out / page.url
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +154,10 @@ def _render(page: Page, pages: list[Page]) -> str:
         f"{''.join(groups)}</nav><main>{page.html}</main>"
         f'<script>const TOP = "{top}"</script><script src="{top}search.js"></script></html>\n'
     )
+
+
+def _read_text(token: Token) -> str:
+    return {"softbreak": " ", "hardbreak": " ", "image": ""}.get(token.type, token.content)
 
 
 def _anchor(title: str) -> str:

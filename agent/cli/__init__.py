@@ -105,7 +105,7 @@ def cli() -> None:
     \b
     Try it:    outstation demo
     One Pi:    outstation init DIR --standalone; outstation check; outstation run
-    A fleet:   outstation fleet init DIR; outstation fleet token DEVICE; outstation fleet collect
+    A fleet:   outstation fleet init DIR; outstation fleet collect; outstation fleet invite DEVICE
     """
 
 

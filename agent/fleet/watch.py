@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,6 +39,11 @@ TAKEN_OVER = "taken over"
 _AGE_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"))
 # Title, head and caption of the table.
 _LINES_AROUND = 6
+_COLUMNS = ("device", "state", "seen", "drift", "alerts")
+# Columns by what a line must say first: which device, when it was seen, its state.
+_COLUMN_PRIORITY = (0, 2, 1, 3, 4)
+# Characters between columns and at both ends.
+_GAPS_WIDTH = 3 * (len(_COLUMNS) - 1) + 2
 _SEVERITIES = ("info", "warning", "critical")
 _SEVERITY_STYLES = {"info": "", "warning": "yellow", "critical": "bold red"}
 _STATE_STYLES = {"online": "green", "offline": "red", "revoked": "red", "stopped": "dim", "enrolled": "dim"}
@@ -182,15 +187,17 @@ def show_table(watcher: FleetWatcher, source: DeliverySource) -> None:
         problem = text
 
     console = Console()
-    with Live(render_table(watcher, "connecting"), console=console, auto_refresh=False, transient=False) as live:
+    first = render_table(watcher, "connecting", width=console.width)
+    with Live(first, console=console, auto_refresh=False, transient=False) as live:
         for group in source(set_problem):
             for delivery in group:
                 watcher.verify(delivery)
-            live.update(render_table(watcher, problem, console.height - _LINES_AROUND), refresh=True)
+            table = render_table(watcher, problem, console.height - _LINES_AROUND, console.width)
+            live.update(table, refresh=True)
 
 
-def render_table(watcher: FleetWatcher, problem: str, most: int | None = None) -> Table:
-    """Return a row for each device, in 80 characters; what does not fit ends in dots.
+def render_table(watcher: FleetWatcher, problem: str, most: int | None = None, width: int = 80) -> Table:
+    """Return a row for each device, in `width` characters; the sentence about alerts is cut first, and ends in dots.
 
     Of more than `most` devices, those with the worst alerts are shown.
     """
@@ -209,19 +216,38 @@ def render_table(watcher: FleetWatcher, problem: str, most: int | None = None) -
     # A plain string would be read as markup.
     note = Text(printable(caption), "dim italic") if caption else None
     table = Table(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, widest in (("device", 16), ("state", 16), ("seen", 8), ("drift", 18), ("alerts", None)):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=widest, ratio=None if widest else 1)
     now_us = clock.read().wall_us
-    for device, view in devices:
-        cells = (
-            (device, ""),
-            _format_state(view),
-            (_format_age(view, now_us), ""),
-            _format_drift(view),
-            _format_alerts(view),
-        )
-        table.add_row(*(Text(printable(text), style) for text, style in cells))
+    rows = [
+        [
+            Text(printable(text), style)
+            for text, style in (
+                (device, ""),
+                _format_state(view),
+                (_format_age(view, now_us), ""),
+                _format_drift(view),
+                _format_alerts(view),
+            )
+        ]
+        for device, view in devices
+    ]
+    longest = [max((cells[at].cell_len for cells in rows), default=0) for at in range(len(_COLUMNS))]
+    widths = _allocate_widths(longest, width)
+    for name, size in zip(_COLUMNS, widths, strict=True):
+        if size:
+            table.add_column(name, no_wrap=True, overflow="ellipsis", width=size)
+    for cells in rows:
+        table.add_row(*(cell for cell, size in zip(cells, widths, strict=True) if size))
     return table
+
+
+def _allocate_widths(longest: Sequence[int], width: int) -> list[int]:
+    """Return the width of each column; rich would take from every column, and leave none for the device."""
+    widest = (max(16, width // 5), 16, 6, 18, width)
+    left, widths = width - _GAPS_WIDTH, [0] * len(_COLUMNS)
+    for at in _COLUMN_PRIORITY:
+        widths[at] = max(0, min(left, widest[at], max(longest[at], len(_COLUMNS[at]))))
+        left -= widths[at]
+    return widths
 
 
 def _rank(view: DeviceView) -> int:

@@ -26,7 +26,7 @@ class LabelMeter:
         client: Callable[[], Client] | None = None,
     ) -> None:
         self._task, self._measured, self._values = task, measured, values
-        self._connect = client or (lambda: Client(socket, name="meter"))
+        self._connect = client or (lambda: Client(socket, name="meter", outage_s=30.0))
         self._client: Client | None = None
         self._author: tuple[str, str] | None = None
         self._data_dir = socket.parent if client is None else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import socket
 import threading
 import time
@@ -171,10 +173,63 @@ def test_a_named_client_resends_each_line_exactly_once(tmp_path: Path) -> None:
             assert later.through == 300
 
 
-def test_patience_ends(tmp_path: Path) -> None:
+def test_a_named_client_sends_while_the_daemon_is_away_and_loses_nothing(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=0.05)
+    killable.start()
+    client = Client(killable.socket, name="g")
+    number(client, 0)
+    killable.kill()
+    began = time.monotonic()
+    for n in range(1, 1000):
+        number(client, n)
+    assert time.monotonic() - began < 5
+    killable.start()
+    client.flush()
+    client.close()
+    killable.kill()
+    with Station(conf(tmp_path)) as station:
+        assert counts(station) == list(range(1000))
+
+
+def test_the_memory_of_a_client_without_a_daemon_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.client._MAX_PENDING_LINES", 50)
     killable = Killable(tmp_path, commit_every_s=30)
     killable.start()
-    client = Client(killable.socket, name="g", patience_s=0.4)
+    client = Client(killable.socket, name="g", outage_s=3.0)
+    killable.kill()
+    began = time.monotonic()
+    for n in range(49):
+        number(client, n)
+    assert time.monotonic() - began < 3.0
+    with pytest.raises(ConnectionError, match="50 lines are not acknowledged; send them again"):
+        number(client, 49)
+    assert time.monotonic() - began >= 3.0
+    client.close()
+
+
+def test_ctrl_c_ends_the_wait_for_the_daemon(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=30)
+    killable.start()
+    waits = threading.Event()
+
+    def interrupt() -> None:
+        assert waits.wait(30)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    client = Client(killable.socket, name="g")
+    number(client, 1)
+    killable.kill()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), client:
+        waits.set()
+    thread.join(30)
+
+
+def test_an_outage_ends(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=30)
+    killable.start()
+    client = Client(killable.socket, name="g", outage_s=0.4)
     number(client, 1)
     killable.kill()
     with pytest.raises(ConnectionError, match="1 lines are not acknowledged; send them again"):
@@ -182,6 +237,23 @@ def test_patience_ends(tmp_path: Path) -> None:
     killable.start()
     killable.kill()
     client.close()
+
+
+def test_a_daemon_that_only_accepts_connections_does_not_hold_a_client_for_ever(tmp_path: Path) -> None:
+    def greet(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+
+    with agent(tmp_path, *[greet] * 4) as path:
+        client = Client(path, name="g", patience_s=0.3, outage_s=0.2)
+        number(client, 1)
+        with pytest.raises(ConnectionError, match="1 lines are not acknowledged"):
+            client.flush()
+        client.close()
+        for _ in range(4):
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as spare:
+                spare.connect(str(path))
+                spare.sendall(b"{}\n")
 
 
 def test_a_row_with_a_lost_reply_is_not_resent(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_people_read_the_same(site: Site) -> None:
     for line in (
         "open drift  ax: spread fell to 0.6 of the reference.",
         "open fault  wz: repeats one value.",
-        "learning its reference: 3 of 20 drift windows",
+        "learning its reference: 3 of at least 20, at most 80 drift windows, about ",
         "by labels of 60 results (",
     ):
         assert line in text, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def load(store: FleetStore) -> FleetWatcher:
 def draw(watcher: FleetWatcher, *, width: int = 80, color: bool = False) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=color, color_system="standard" if color else None)
-    console.print(watch.render_table(watcher, ""))
+    console.print(watch.render_table(watcher, "", width=width))
     return out.getvalue()
 
 
@@ -99,6 +100,18 @@ def test_every_line_fits_into_eighty_characters_and_long_text_ends_in_dots(store
     lines = draw(load(store)).splitlines()
     assert max(map(len, lines)) <= 80
     assert any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_a_long_alert_leaves_device_state_and_age_whole(store: FleetStore, width: int) -> None:
+    sender = enrol(store, "pi-11")
+    alert = sender.alert("exercise/ax/drift/1", subject="ax", summary="ax: spread fell to 0.6 of this site's. " * 20)
+    add(store, sender, sender.state("online"), alert)
+    lines = draw(load(store), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(line.split()[:3] == ["device", "state", "seen"] for line in lines)
+    [row] = [line for line in lines if "pi-11" in line]
+    assert re.match(r" pi-11 +online(, unsynced)? +\d+ \w+ +drift ax", row), row
 
 
 def test_in_a_small_terminal_the_devices_with_the_worst_alerts_are_shown(store: FleetStore) -> None:

@@ -70,3 +70,20 @@ def test_every_page_is_reached_from_the_first_one(site: tuple[Path, list[Page]])
             reached.add(path)
             waiting += by_path[path].links
     assert {path.as_posix() for path in by_path.keys() - reached} == set()
+
+
+def test_the_navigation_has_the_order_of_the_index_and_no_title_twice(site: tuple[Path, list[Page]]) -> None:
+    out, pages = site
+    html = (out / "docs" / "index.html").read_text(encoding="utf-8")
+    start = html.partition("<h2>START</h2>")[2].partition("</ul>")[0]
+    assert re.findall(r"start/([\w-]+)\.html", start) == [
+        "demo",
+        "first-pi",
+        "first-fleet",
+        "own-model",
+        "integration-test",
+    ]
+    titles = [page.title for page in pages]
+    assert sorted({title for title in titles if titles.count(title) > 1}) == []
+    text = next(page.text for page in pages if page.path == Path("docs/start/first-pi.md"))
+    assert "reports drift. A drift window has" in text

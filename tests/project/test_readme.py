@@ -132,12 +132,12 @@ def test_the_blocks_of_the_readme_work_in_order(tmp_path: Path) -> None:
 
 def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path) -> None:
     theirs = THIRD_PARTY / "mlperf_kws_int8.tflite"
-    shutil.copy(theirs if theirs.exists() else MODELS / "foreign_keywords.tflite", tmp_path / "theirs.tflite")
+    shutil.copy(theirs if theirs.exists() else MODELS / "foreign_keywords.tflite", tmp_path / "mymodel.tflite")
     # Half a minute of cepstral features, in the authors' layout, as a table.
     cepstra = np.random.default_rng(0).normal(0, 20, (49 * 30, 10))
     lines = [",".join(f"{value:.3f}" for value in (1_764_022_680 + i / 50, *row)) for i, row in enumerate(cepstra)]
     (tmp_path / "readings.csv").write_text("\n".join(["t,c0,c1,c2,c3,c4,c5,c6,c7,c8,c9", *lines]) + "\n")
-    [block] = [candidate for candidate in blocks(README) if "--from theirs.tflite" in candidate.script]
+    [block] = [candidate for candidate in blocks(README) if "--from mymodel.tflite" in candidate.script]
     # The first line creates the model file that the block assumes.
     first, *rest = block.script.splitlines()
     assert first.startswith("cp ")
@@ -149,7 +149,7 @@ def test_a_third_party_model_runs_by_the_ten_lines_of_the_readme(tmp_path: Path)
         code, output = shell.run("outstation status -c site/outstation.toml --json 2>/dev/null")
     finally:
         shell.close()
-    [task] = [candidate for candidate in json.loads(output)["tasks"] if candidate["task"] == "theirs"]
+    [task] = [candidate for candidate in json.loads(output)["tasks"] if candidate["task"] == "mymodel"]
     assert task["row"] == len(cepstra)
 
 

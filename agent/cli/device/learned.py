@@ -1,11 +1,11 @@
-"""Learned reference as text: the smallest changes that its drift tests find, and why learning goes on."""
+"""Learned reference as text: the smallest changes that its drift tests find, and the progress of learning."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from agent.text import printable
+from agent.text import format_span, printable
 
 
 def format_smallest_changes(changes: dict[str, Any], most: int | None = None) -> str:
@@ -35,8 +35,19 @@ def _format_change(numbers: dict[str, Any], *, pairs: bool) -> str:
     return ", ".join(parts)
 
 
-def format_extension(learning: dict[str, Any]) -> str:
-    """Return why learning goes on beyond its windows and time; empty if it does not."""
-    if learning["windows"] < learning["of"] or learning["seconds"] < learning["for_s"]:
-        return ""
-    return f"; goes on for up to {learning['times']:g} times as long, as windows are too alike or show too few modes"
+def format_learning(learning: dict[str, Any]) -> str:
+    """Return how many drift windows are learned of how many, and the time that is left at the rate so far."""
+    windows, seconds, times = learning["windows"], learning["seconds"], learning["times"]
+    least, least_s = learning["of"], learning["for_s"]
+    most = f", at most {math.ceil(times * least)}" if times > 1 else ""
+    text = f"{windows} of at least {least}{most} drift windows"
+    text += f" and {format_span(least_s)} of readings" if least_s else ""
+    is_extended = windows >= least and seconds >= least_s
+    if is_extended:
+        least, least_s = times * least, times * least_s
+    if windows and seconds > 0:
+        left_s = max(seconds / windows * (least - windows), least_s - seconds, 0.0)
+        minutes = max(1, math.ceil(left_s / 60))
+        left = f"{minutes} min" if minutes < 60 else format_span(60 * minutes)
+        text += f", {'at most' if is_extended else 'about'} {left} left"
+    return text + ("; goes on, as windows are too alike or show too few modes" if is_extended else "")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device, tasks
-from agent.cli.device.learned import format_extension, format_smallest_changes
+from agent.cli.device.learned import format_learning, format_smallest_changes
 from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_option, echo, emit, json_option
 from agent.config import Config, parse_duration
@@ -137,6 +137,4 @@ def _format_reference(document: dict[str, Any]) -> str:
     if learning is None:
         windows = f"{RECOMMENDED_WINDOWS} drift windows (at least {MIN_WINDOWS})"
         return f"{task}: nothing learned yet; drift is tested once {windows} are learned{waits}"
-    span = f" and {learning['for_s']:.0f} s of readings" if learning["for_s"] else ""
-    progress = f"{learning['windows']} of {learning['of']} drift windows{span}{format_extension(learning)}"
-    return f"{task}: learning, {progress}{waits}"
+    return f"{task}: learning, {format_learning(learning)}{waits}"

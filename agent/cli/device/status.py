@@ -10,7 +10,7 @@ import click
 
 from agent import decoders
 from agent.bootstrap import device
-from agent.cli.device.learned import format_extension, format_smallest_changes
+from agent.cli.device.learned import format_learning, format_smallest_changes
 from agent.cli.follow import format_reading
 from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
 from agent.config import StreamConfig
@@ -212,9 +212,7 @@ def _format_reference_state(reference: dict[str, Any]) -> str:
 def _format_reference(reference: dict[str, Any]) -> list[str]:
     lines = []
     if (learning := reference["learning"]) is not None:
-        span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
-        span += format_extension(learning)
-        lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
+        lines.append(f"learning its reference: {format_learning(learning)}")
     if (site := reference["site"]) is not None:
         modes = f"compared within {site['modes']} operating modes; " if site["modes"] > 1 else ""
         lines.append(modes + format_smallest_changes(site["smallest_changes"], _MAX_FIELDS))

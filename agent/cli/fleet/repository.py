@@ -158,7 +158,8 @@ def _print_status(report: RepositoryStatus) -> None:
     echo()
     rows = []
     for role in report.roles:
-        names = ", ".join(key.name if key.has_private_key else f"{key.name} (elsewhere)" for key in role.keys)
+        away = " (not in the fleet's folder)"
+        names = ", ".join(key.name + ("" if key.has_private_key else away) for key in role.keys)
         names = names if len(role.keys) == 1 else f"{role.threshold} of {names}"
         rows.append([role.role, role.version, role.expires, role.days_left, names])
     print_table(["role", "version", "expires", "days", "keys"], rows, "")

@@ -21,7 +21,7 @@ _path = click.Path(path_type=Path)
 
 
 @click.command(
-    "config", epilog="Example: outstation model config theirs --publisher publisher.key.pub >> outstation.toml"
+    "config", epilog="Example: outstation model config mymodel --publisher publisher.key.pub >> outstation.toml"
 )
 @click.argument("bundle", type=_path)
 @click.option("--name", help="Name of stream and task; default the bundle's name.")

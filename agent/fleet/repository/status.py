@@ -66,7 +66,10 @@ def read(folder: Path, now: datetime | None = None) -> RepositoryStatus:
     reminders = [_format_reminder(role) for role in roles if role.expires_soon]
     if any(layout.initial_root_keys.glob("root-*.key")):
         place = layout.initial_root_keys
-        reminders.append(f"the root keys are on this machine: move each key in {place} to an offline medium of its own")
+        reminders.append(
+            f"the root keys are outside the fleet's folder, but still on this machine: move each key in {place} to an "
+            "offline medium of its own"
+        )
     if draft is not None:
         reminders.append(
             f"root {draft.version} needs {draft.signatures_missing} more signatures ({', '.join(draft.may_sign)}): "

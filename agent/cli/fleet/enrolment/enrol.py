@@ -128,7 +128,12 @@ def _emit_fleet(
             f"Mosquitto's plugin {plugin} is not on this machine: correct the line `plugin` for the broker's machine."
         )
     if made is not None:
-        lines.append(f"Serve {folder / 'repository'} at {repository_url}: devices fetch their bundles there.")
+        served = folder.resolve() / "repository"
+        lines.append(
+            f"Devices on this machine fetch their bundles from {served}; for others, --repository URL."
+            if repository_url == str(served)
+            else f"Serve {served} at {repository_url}: devices fetch their bundles there."
+        )
         place = made.keys[0].parent
         lines.append(f"Move the root keys in {place} to separate offline media: two of them change any other key.")
     lines.append(f"Next: outstation fleet {'invite' if broker.tls else 'token'} DEVICE --dir {folder}")
