@@ -7,7 +7,10 @@ import sys
 
 # Environment of the Debian packages. That of deploy/install.sh lists its extras in a file.
 _PACKAGED, _LIST = "/opt/outstation", ".extras"
-_IN_FLEET_PACKAGE = ("fleet", "plot", "postgres")
+_PACKAGES = {
+    **dict.fromkeys(("fleet", "plot", "postgres"), "outstation-fleet"),
+    **dict.fromkeys(("parquet", "sql"), "outstation-extras"),
+}
 # Extras that include others.
 _UNIONS = ("demo", "dev")
 
@@ -22,8 +25,8 @@ def install_command(extra: str) -> str:
         pass
     if sys.prefix != _PACKAGED:
         return f"pip install 'outstation[{extra}]'"
-    if extra in _IN_FLEET_PACKAGE:
-        return "sudo apt-get install outstation-fleet"
+    if package := _PACKAGES.get(extra):
+        return f"sudo apt-get install {package}"
     return f"no package has it; python3 -m venv VENV && VENV/bin/pip install 'outstation[{extra}]'"
 
 

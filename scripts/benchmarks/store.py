@@ -108,7 +108,7 @@ def written_bytes_per_row_later() -> Result:
     """Measure the same when both write-ahead logs have their full size, as after some time of running."""
     each, alone = _compare(grown=True)
     note = f"as flash, {each * 86_400 / 1e6:,.0f} MB a day, but both write-ahead logs had their full size before"
-    return Result("flash-grown", each, alone, "bytes/row", 0.07, note, less=True)
+    return Result("flash, WAL grown", each, alone, "bytes/row", 0.07, note, less=True)
 
 
 def _compare(*, grown: bool) -> tuple[float, float]:

@@ -208,7 +208,7 @@ def _kill_at_opening(folder: Path, max_size: int) -> None:
     catch_up.catch_up = die  # type: ignore[assignment]
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            open_store(folder, max_size=max_size, with_journal=True)
+            open_store(folder, max_size=max_size)
     finally:
         catch_up.catch_up = repair
 

@@ -104,7 +104,8 @@ class Declarations:
             if self._forgot(left, right[1]):
                 return _END
             return self._declared(task, left[0], (left[1] + 1, right[1] - 1))
-        if left is not None and self._logs[right[0]].follows:
+        # Of the previous log, nothing may have arrived.
+        if self._logs[right[0]].follows:
             return _END
         before = self._declared(task, left[0], (left[1] + 1, _END)) if left else 0
         return before + self._declared(task, right[0], (1, right[1] - 1))
@@ -116,7 +117,7 @@ class Declarations:
         # A run of a log may cover lost rows, which have no results.
         declared = {log for log, _ in self._places[task].values()}
         later = [name for name in self._logs if name not in declared]
-        if left is not None and any(self._logs[name].follows for name in later):
+        if any(self._logs[name].follows for name in later):
             return _END
         if left is not None and self._forgot(left, _END):
             return _END

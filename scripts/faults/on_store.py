@@ -15,7 +15,7 @@ from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
 from scripts.faults.world import World
 
-_DATABASE, _WAL = "outstation.db", "outstation.db-wal"
+_DATABASE, _WAL, _JOURNAL = "outstation.db", "outstation.db-wal", "journal"
 _PAGE = 4096
 _HEADER_BYTES = 100
 _NEW_RESULTS = 200
@@ -76,6 +76,18 @@ def bit_flip_in_wal(world: World, rng: Random) -> None:
 def wal_deleted(world: World, rng: Random) -> None:
     with _off(world, rng) as data:
         (data / _WAL).unlink()
+
+
+@fault(damages=True)
+def bit_flip_in_journal(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        flip_bit(data / _JOURNAL, rng.randrange(8 * (data / _JOURNAL).stat().st_size))
+
+
+@fault(damages=True)
+def journal_deleted(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        (data / _JOURNAL).unlink()
 
 
 @fault(damages=True)

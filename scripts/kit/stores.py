@@ -29,8 +29,8 @@ MODES = ("low", "high")
 
 
 def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
-    """Open the store and its message log as the daemon does, with a journal of small commits."""
-    store = open_store(folder, **{"with_journal": True, **options})
+    """Open the store and its message log as the daemon does."""
+    store = open_store(folder, **options)
     store.bind_device("acme", "pi-07")
     store.declare_streams(STREAMS)
     author = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)

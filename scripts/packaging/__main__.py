@@ -11,7 +11,7 @@ from pathlib import Path
 from scripts.packaging import apt_repository, deb, image, kernel, wheels
 from scripts.packaging.targets import (
     ARCHITECTURES,
-    NO_ARMHF,
+    DEFAULT_ARCHITECTURES,
     ROOT,
     SUITES,
     PackagingError,
@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
     parent.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the results; default dist/")
     build = commands.add_parser("deb", parents=[parent], help="Debian packages, each with its bill of materials")
     build.add_argument("--suite", choices=SUITES, action="append", help="default: all")
-    build.add_argument("--arch", action="append", help="amd64 or arm64; default: both")
+    build.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: amd64 and arm64")
+    build.add_argument("--wheels", type=Path, help="folder of the compiled wheels for armhf, from scripts/test_arm")
     build.add_argument("--package", action="append", choices=[package.name for package in deb.PACKAGES])
     build.add_argument("--revision", type=int, default=1, help="of the packages of one version of the program")
     commands.add_parser("dist", parents=[parent], help="wheels and sdist for a package index")
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     repository.add_argument("--key", default="", help="key of gpg that signs the indices")
     container = commands.add_parser("image", parents=[parent], help="container image, of a package in --out")
     container.add_argument("--suite", choices=SUITES, default="trixie")
-    container.add_argument("--arch", choices=ARCHITECTURES, default="amd64")
+    container.add_argument("--arch", choices=DEFAULT_ARCHITECTURES, default="amd64")
     options = parser.parse_args(arguments)
     actions = {"deb": build_debs, "dist": build_distributions, "apt": make_repository, "image": build_image}
     try:
@@ -51,19 +52,26 @@ def main(arguments: list[str]) -> int:
 
 
 def build_debs(options: argparse.Namespace) -> list[Path]:
-    names = options.arch or list(ARCHITECTURES)
-    if "armhf" in names:
-        raise PackagingError(NO_ARMHF)
-    if unknown := set(names) - set(ARCHITECTURES):
-        raise PackagingError(f"{', '.join(sorted(unknown))}: no such architecture; choose amd64 or arm64")
     epoch = source_date()
     made = []
-    for architecture in map(ARCHITECTURES.__getitem__, names):
+    for architecture in map(ARCHITECTURES.__getitem__, options.arch or DEFAULT_ARCHITECTURES):
+        suites = options.suite or architecture.suites
+        if unfit := set(suites) - set(architecture.suites):
+            raise PackagingError(
+                f"{architecture.name}: no package for {', '.join(unfit)}, only for {architecture.suites[0]}"
+            )
+        if architecture.compiled and not options.wheels:
+            raise PackagingError(
+                f"{architecture.name}: {', '.join(architecture.compiled)} have no wheels; compile them with `sudo "
+                f"scripts/test_arm {architecture.machine} --wheels DIR`, and give the folder with --wheels DIR"
+            )
         with tempfile.TemporaryDirectory(prefix="outstation-wheel-") as folder:
             machine = wheels.choose_machine(architecture.machine)
             wheel = wheels.build_wheel(Path(folder), epoch, machine=machine)
-            for suite in options.suite or SUITES:
-                builder = deb.DebBuilder(SUITES[suite], architecture, options.revision, epoch, options.out)
+            for suite in suites:
+                builder = deb.DebBuilder(
+                    SUITES[suite], architecture, options.revision, epoch, options.out, options.wheels
+                )
                 made += builder.build(wheel, options.package or ())
     return made
 

@@ -1,6 +1,7 @@
-"""Debian packages: `outstation` (a device) and `outstation-fleet` (collector and dashboard), made by dpkg-deb.
+"""Debian packages, made by dpkg-deb: `outstation` (a device), `outstation-fleet` (collector and dashboard), and
+`outstation-extras` (Parquet and SQL).
 
-Both share one environment in /opt/outstation, whose interpreter is Debian's. The files of a package are those of its
+All share one environment in /opt/outstation, whose interpreter is Debian's. The files of a package are those of its
 wheels, the units in `deploy/`, and what `deploy/debian/` holds under its name.
 """
 
@@ -43,7 +44,8 @@ _LIBRARIES = {
         ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1", "libresolv.so.2"),
         "libc6",
     ),
-    **dict.fromkeys(("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"), "libc6"),
+    **dict.fromkeys(("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "ld-linux-armhf.so.3"), "libc6"),
+    "libffi.so.8": "libffi8",
     "libstdc++.so.6": "libstdc++6",
     "libgcc_s.so.1": "libgcc-s1",
     "libz.so.1": "zlib1g",
@@ -61,14 +63,17 @@ class Package(msgspec.Struct, frozen=True):
 
     name: str
     sections: tuple[str, ...]
-    units: tuple[str, ...]
+    units: tuple[str, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     has_program: bool = False
 
-    def select_libraries(self, python: str) -> str:
+    def select_libraries(self, python: str, architecture: Architecture) -> str:
         """Return the locked libraries of this package, without those of the package that it depends on."""
         base = () if self.has_program else PACKAGES[0].sections
-        return wheels.select_locked(wheels.LOCK.read_text(encoding="utf-8"), self.sections, python, base)
+        # Most extras have a library without wheels for 32-bit ARM.
+        sections = ("device",) if architecture.compiled else self.sections
+        locked = (ROOT / "deploy" / architecture.lock).read_text(encoding="utf-8")
+        return wheels.select_locked(locked, sections, python, base)
 
 
 PACKAGES = (
@@ -87,19 +92,31 @@ PACKAGES = (
         ("outstation-collect.service", "outstation-dashboard.service"),
         (("deploy/debian/outstation-dashboard.default", "etc/default/outstation-dashboard"),),
     ),
+    Package("outstation-extras", ("parquet", "sql")),
 )
 
 
 class DebBuilder:
     """Builder of the packages of one suite and architecture, in `out`."""
 
-    def __init__(self, suite: Suite, architecture: Architecture, revision: int, epoch: int, out: Path) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        architecture: Architecture,
+        revision: int,
+        epoch: int,
+        out: Path,
+        compiled: Path | None = None,
+    ) -> None:
+        """`compiled` is the folder of wheels for libraries that have none in the package index."""
         self._suite, self._architecture, self._epoch, self._out = suite, architecture, epoch, out
+        self._compiled = compiled
         self.version = f"{program_version()}-{revision}+deb{suite.release}"
 
     def build(self, wheel: Path, names: Iterable[str] = ()) -> list[Path]:
         """Build the packages called `names`, or all; return their files, each with its bill of materials."""
-        wanted = set(names) or {package.name for package in PACKAGES}
+        # Libraries of the other packages have no wheels for 32-bit ARM either.
+        wanted = set(names) or {p.name for p in PACKAGES if p.has_program or not self._architecture.compiled}
         with tempfile.TemporaryDirectory(prefix="outstation-deb-") as folder:
             return [self._build(package, wheel, Path(folder)) for package in PACKAGES if package.name in wanted]
 
@@ -107,20 +124,22 @@ class DebBuilder:
         root = folder / package.name
         site = root / _PREFIX / "lib" / f"python{self._suite.python}" / "site-packages"
         site.mkdir(parents=True)
-        wheels.install_locked(
-            site, package.select_libraries(self._suite.python), self._suite, self._architecture, folder
-        )
+        locked = package.select_libraries(self._suite.python, self._architecture)
+        if self._compiled is not None:
+            locked = wheels.install_compiled(site, locked, self._compiled, self._architecture)
+        wheels.install_locked(site, locked, self._suite, self._architecture, folder)
         libraries = find_libraries(site, bundled_in=[folder])
         if package.has_program:
-            wheels.unpack_program(wheel, site)
+            wheels.unpack(wheel, site)
             self._make_environment(root)
             _write_shell_files(root)
         for unit in package.units:
             _copy(ROOT / "deploy" / unit, root / "usr/lib/systemd/system" / unit)
         for source, target in package.files:
             _copy(ROOT / source, root / target)
-        _copy(PARTS / f"{package.name}.sysusers", root / "usr/lib/sysusers.d" / f"{package.name}.conf")
-        _copy(PARTS / f"{package.name}.tmpfiles", root / "usr/lib/tmpfiles.d" / f"{package.name}.conf")
+        if package.units:
+            _copy(PARTS / f"{package.name}.sysusers", root / "usr/lib/sysusers.d" / f"{package.name}.conf")
+            _copy(PARTS / f"{package.name}.tmpfiles", root / "usr/lib/tmpfiles.d" / f"{package.name}.conf")
         documents = root / "usr/share/doc" / package.name
         documents.mkdir(parents=True, exist_ok=True)
         (documents / "copyright").write_text(describe_licences(site, self._suite.python), encoding="utf-8")
@@ -141,7 +160,9 @@ class DebBuilder:
         prefix, python = root / _PREFIX, self._suite.python
         (prefix / "bin").mkdir()
         (prefix / "pyvenv.cfg").write_text(
-            f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {python}\n", encoding="utf-8"
+            f"home = /usr/bin\ninclude-system-site-packages = {str(bool(self._architecture.debian)).lower()}\n"
+            f"version = {python}\n",
+            encoding="utf-8",
         )
         (prefix / "bin" / "python").symlink_to(f"/usr/bin/python{python}")
         program = prefix / "bin" / "outstation"
@@ -157,6 +178,7 @@ class DebBuilder:
         return entry.encode()
 
     def _write_control(self, package: Package, root: Path, libraries: set[str]) -> None:
+        libraries = libraries | {name for _, name in self._architecture.debian}
         size = sum(path.lstat().st_size + 1023 >> 10 for path in root.rglob("*") if not path.is_dir())
         values = {
             "VERSION": self.version,

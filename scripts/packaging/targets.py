@@ -10,10 +10,6 @@ from pathlib import Path
 import msgspec
 
 ROOT = Path(__file__).parents[2]
-NO_ARMHF = (
-    "armhf: no package, because cffi, msgspec and psutil have no wheels for 32-bit ARM; on Debian 12 "
-    "`sudo deploy/install.sh` compiles them, which needs a compiler and Debian's numpy"
-)
 
 
 class PackagingError(Exception):
@@ -34,11 +30,18 @@ class Suite(msgspec.Struct, frozen=True):
 
 
 class Architecture(msgspec.Struct, frozen=True):
-    """A processor: Debian's name, Python's, and that of container images."""
+    """A processor: Debian's name, Python's, and that of container images.
+
+    `compiled` are libraries without wheels for it; `debian` maps libraries that Debian provides to their packages.
+    """
 
     name: str
     machine: str
     image: str
+    lock: str = "requirements.txt"
+    suites: tuple[str, ...] = ("bookworm", "trixie")
+    compiled: tuple[str, ...] = ()
+    debian: tuple[tuple[str, str], ...] = ()
 
     @property
     def platforms(self) -> list[str]:
@@ -51,8 +54,21 @@ class Architecture(msgspec.Struct, frozen=True):
 
 
 SUITES = {suite.name: suite for suite in (Suite("bookworm", 12, "3.11"), Suite("trixie", 13, "3.13"))}
-ARCHITECTURES = {arch.name: arch for arch in (Architecture("amd64", "x86_64", "amd64"),
-                                              Architecture("arm64", "aarch64", "arm64"))}  # fmt: skip
+ARCHITECTURES = {
+    arch.name: arch
+    for arch in (
+        Architecture("amd64", "x86_64", "amd64"),
+        Architecture("arm64", "aarch64", "arm64"),
+        Architecture(
+            *("armhf", "armv7l", "arm", "requirements-armv7.txt"),
+            # The last TFLite runtime for 32 bits is for Python 3.11.
+            suites=("bookworm",),
+            compiled=("cffi", "msgspec", "psutil"),
+            debian=(("numpy", "python3-numpy"),),
+        ),
+    )
+}
+DEFAULT_ARCHITECTURES = ("amd64", "arm64")  # those whose libraries all have wheels
 
 
 def program_version() -> str:

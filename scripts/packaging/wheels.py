@@ -19,11 +19,12 @@ from scripts.packaging.targets import ROOT, Architecture, PackagingError, Suite,
 ANY_MACHINE = "none"  # as the build hook calls it
 LOCK = ROOT / "deploy" / "requirements.txt"
 _VERSION_MARKER = re.compile(r"python_version == '([\d.]+)'")
-# Never needed on a device: tests, type stubs, headers, GPUs, compilers for vendors' accelerators, and pip, which
-# sqlite-utils would install plugins with.
-_UNUSED_NAMES = ("tests", "*.pyi", "*.pxd", "*.a", "*.h", ".gitignore")
+# Never needed on a device: tests, type stubs, headers, GPUs, compilers for vendors' accelerators, pip, which
+# sqlite-utils would install plugins with, and Arrow's remote procedure calls and cloud storage.
+_UNUSED_NAMES = ("tests", "*.pyi", "*.pxd", "*.pyx", "*.pxi", "*.a", "*.h", ".gitignore")
 _UNUSED = ("bin", "pip", "pip-*.dist-info", "numpy/f2py", "ai_edge_litert/aot", "ai_edge_litert/tools",
-           "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*")  # fmt: skip
+           "ai_edge_litert/vendors", "ai_edge_litert/*WebGpu*", "pyarrow/include", "pyarrow/src", "pyarrow/*_flight*",
+           "pyarrow/*_s3*", "pyarrow/_gcsfs*", "pyarrow/_azurefs*", "_duckdb-stubs")  # fmt: skip
 
 
 def select_locked(lock: str, sections: Sequence[str], python: str, without: Sequence[str] = ()) -> str:
@@ -90,10 +91,31 @@ def choose_machine(machine: str) -> str:
     return machine
 
 
-def unpack_program(wheel: Path, site: Path) -> None:
-    """Unpack the program's wheel into a site-packages folder."""
+def unpack(wheel: Path, site: Path) -> None:
+    """Unpack a wheel into a site-packages folder."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+
+
+def install_compiled(site: Path, locked: str, folder: Path, architecture: Architecture) -> str:
+    """Unpack the wheels of the libraries that the package index has only as sources.
+
+    Return `locked` without them, and without what Debian provides. Raises PackagingError if `folder` has not those of
+    the locked versions.
+    """
+    provided = {name for name, _ in architecture.debian}
+    blocks = re.findall(r"^(\S+)==(\S+) \\\n((?: .+\n)+)", locked, re.MULTILINE)
+    for name, version, _ in blocks:
+        if name in architecture.compiled:
+            wheels = sorted(folder.glob(f"{name}-{version}-*.whl"))
+            if len(wheels) != 1:
+                raise PackagingError(f"{folder}: has not one wheel of {name} {version}, which the lock names")
+            unpack(wheels[0], site)
+    return "".join(
+        f"{name}=={version} \\\n{hashes}"
+        for name, version, hashes in blocks
+        if name not in provided and name not in architecture.compiled
+    )
 
 
 def install_locked(site: Path, locked: str, suite: Suite, architecture: Architecture, folder: Path) -> None:

@@ -105,6 +105,13 @@ def test_a_new_log_declares_the_rows_between_the_old_one_and_itself() -> None:
     assert undeclared(30, old, Log("b").event("new log", old="a").run(11, 20).run(26, 30)) == 5
 
 
+def test_a_new_log_declares_the_rows_of_an_old_one_that_never_arrived() -> None:
+    assert undeclared(30, Log("b").event("new log", old="a").run(21, 30)) == 0
+    assert undeclared(30, Log("b").event("new log", old="a")) == 0
+    assert undeclared(30, Log("b").event("new log", old="a").run(11, 15).run(21, 30)) == 5
+    assert undeclared(30, Log("b").event("new log", old="a").run(11, 20)) == 10
+
+
 def test_a_new_log_declares_the_rows_after_the_old_one() -> None:
     old = Log("a").run(1, 10).run(11, 20)
     again = Log("b").event("new log", old="a").run(11, 20)

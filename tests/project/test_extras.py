@@ -25,7 +25,8 @@ def test_the_installer_is_called_with_the_extras_that_are_there(
 def test_the_debian_package_is_named_where_it_has_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", "/opt/outstation")
     assert install_command("plot") == "sudo apt-get install outstation-fleet"
-    assert "venv" in install_command("sql")
+    assert install_command("sql") == "sudo apt-get install outstation-extras"
+    assert "venv" in install_command("ray")
 
 
 def test_a_missing_module_is_looked_up_among_the_extras() -> None:

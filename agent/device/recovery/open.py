@@ -54,10 +54,10 @@ _NETWORK_FILE_SYSTEMS = frozenset({
 })  # fmt: skip
 
 
-def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL", with_journal: bool = False) -> Store:
+def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL", with_journal: bool = True) -> Store:
     """Open the store in `folder` to write, sound and migrated. Raises StorageError, UsageError.
 
-    A journal that is there is replayed in any case; small commits go to it only `with_journal`.
+    A journal that is there is replayed in any case; no small commit goes to it without `with_journal`.
     """
     path = folder / DATABASE
     quota = Quota.from_max_size(max_size)

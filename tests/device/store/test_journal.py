@@ -177,7 +177,7 @@ def test_without_room_for_the_journal_commits_go_to_the_database(
         return pwrite(file, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with open_store(tmp_path, with_journal=True) as store:
+    with open_store(tmp_path) as store:
         store.declare_streams(STREAMS)
         for _ in range(3):
             append(store, "numbers", 5, small=True)
@@ -202,7 +202,7 @@ def test_a_disk_that_takes_the_journal_in_parts_gets_the_rest(tmp_path: Path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", take_a_part)
-        with open_store(tmp_path / "data", with_journal=True):
+        with open_store(tmp_path / "data"):
             assert len(sizes) > 1
     assert (tmp_path / "data" / journal.FILE_NAME).stat().st_size == journal.SIZE
 

@@ -121,18 +121,21 @@ def test_when_memory_is_refused_at_random_each_acknowledged_row_is_there_once(
 ) -> None:
     sqlite.sqlite3_memory_used.restype = ctypes.c_int64
     sqlite.sqlite3_hard_heap_limit64.argtypes = [ctypes.c_int64]
+    sqlite.sqlite3_soft_heap_limit64.argtypes = [ctypes.c_int64]
     for number in range(_STEPS):
-        if work.random.random() < 0.3:
+        if number == 0 or work.random.random() < 0.3:
             room = work.random.choice((0, 200, 1000, 3000, 8000, 20_000))
-            sqlite.sqlite3_hard_heap_limit64(sqlite.sqlite3_memory_used() + room)
+            sqlite.sqlite3_hard_heap_limit64(sqlite.sqlite3_memory_used() + room * bool(number))
         try:
-            work.step()
+            work.commit(1500) if number == 0 else work.step()
         finally:
+            # A hard limit lowers the soft one, too.
             sqlite.sqlite3_hard_heap_limit64(0)
+            sqlite.sqlite3_soft_heap_limit64(0)
+        assert work.errors
         work.check(work.store)
         if number % 20 == 0:
             work.check_after_a_power_cut(tmp_path / "copy")
-    assert work.errors
     work.restart()
     work.check(work.store)
 
@@ -172,24 +175,21 @@ def test_when_the_card_fails_at_random_each_acknowledged_row_is_there_once(
     called = _Write(write_log)
     assert vfs.contents.set_system_call(vfs, b"pwrite64", ctypes.cast(called, ctypes.c_void_p)) == 0
     try:
+        is_log_failing = True
         for number in range(_STEPS):
-            if number % 16 == 15:
-                fails.update(journal=False, log=False)
-                work.restart()
-            fails["journal"] = work.random.random() < 0.1
-            if work.random.random() < 0.2:
-                fails["log"] = work.random.random() < 0.4
-            work.step()
+            fails.update(journal=work.random.random() < 0.1, log=is_log_failing)
+            work.commit(1500) if number == 0 else work.step()
+            assert work.errors
+            fails.update(journal=False, log=False)
             work.check(work.store)
             if number % 20 == 10:
-                was_failing = fails["log"]
-                fails.update(journal=False, log=False)
                 work.check_after_a_power_cut(tmp_path / "copy")
-                fails["log"] = was_failing
+            if number % 16 == 15:
+                work.restart()
+            if work.random.random() < 0.3:
+                is_log_failing = work.random.random() < 0.5
     finally:
-        fails.update(journal=False, log=False)
         vfs.contents.set_system_call(vfs, b"pwrite64", None)
-    assert work.errors
 
 
 def test_a_write_of_the_journal_that_the_power_cut_tears_costs_nothing(tmp_path: Path) -> None:

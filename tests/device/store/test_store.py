@@ -140,7 +140,8 @@ def test_a_visitor_who_may_write_takes_nothing_along_when_leaving(tmp_path: Path
 
 def locked(path: Path) -> bool:
     """Return True if any process holds a lock on a file."""
-    return f":{path.stat().st_ino} " in Path("/proc/locks").read_text(encoding="ascii")
+    # The kernel leaves out a lock now and then while other processes take and drop theirs.
+    return any(f":{path.stat().st_ino} " in Path("/proc/locks").read_text(encoding="ascii") for _ in range(50))
 
 
 def test_the_locks_that_keep_other_programs_from_deleting_the_log_stay(tmp_path: Path) -> None:
