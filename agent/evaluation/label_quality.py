@@ -45,7 +45,7 @@ def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[
 
 
 def check_label_order(labels: list[str], kind: str, predictions: LabelledPredictions) -> list[CheckResult]:
-    """Warn if another order of the labels fits the data clearly better; nothing for models that name no single class."""
+    """Warn if another order of the labels fits the data clearly better; nothing unless the model names one class."""
     if kind != "classify" or predictions.predicted is None:
         return []
     better = describe_better_order(labels, *predictions.classes)
