@@ -8,7 +8,7 @@ the effect on new data: each half is calibrated by what was learned from the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Float64s
 from agent.authoring.spec import Spec
-from agent.datasets import training_data
+from agent.datasets import joined_rows, training_data
 from agent.datasets.blocks import LABEL_COLUMN
-from agent.datasets.training_data import LabelParser
+from agent.datasets.training_data import LabelParser, TrainingData
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle.manifest import IsotonicCalibration, Manifest, ModelOutput
 from agent.model.inference import scores
-from agent.model.inference.inference import Inference
+from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions, compute_value
@@ -32,6 +32,9 @@ from agent.performance.metrics import LabelledPredictions, compute_value
 # With fewer labelled results the accuracy of a score is unknown.
 MIN_LABELLED_RESULTS = 40
 _BINS, _MIN_PER_BIN = 32, 10
+# Share of residuals beyond each bound.
+_TAIL = 0.025
+MIN_BOUNDED_RESIDUALS = 100
 # Neighbouring results are alike, so halves are made of blocks, not of single results.
 _BLOCKS = 20
 _TEMPERATURES = (0.05, 20.0)
@@ -211,6 +214,29 @@ class PackJob(msgspec.Struct, frozen=True):
     def path(self, name: str) -> Path:
         return self.file.parent / name
 
+    @property
+    def joined_files(self) -> dict[str, Path]:
+        """Files of further inputs."""
+        return {name: self.path(section.data) for name, section in self.spec.inputs.items() if section.data is not None}
+
+    def run(self, draft: Manifest, path: Path, data: TrainingData, *, with_outputs: bool = False) -> InferenceResult:
+        """Run the model over data read from `path`. Raises UsageError, BadBundle."""
+        return run_model(self.model, draft, path, data, self.joined_files, with_outputs=with_outputs)
+
+
+def run_model(
+    model: TfliteModel,
+    draft: Manifest,
+    path: Path,
+    data: TrainingData,
+    joined_files: Mapping[str, Path],
+    *,
+    with_outputs: bool = False,
+) -> InferenceResult:
+    """Run a model over data read from `path`, with the rows of further inputs. Raises UsageError, BadBundle."""
+    joined = joined_rows.read(draft, path, joined_files)
+    return Inference(draft, model).run(data.features, data.t, with_outputs=with_outputs, joined=joined)
+
 
 def calibrate_output(job: PackJob) -> CalibrationResult:
     """Return the output, completed from data: calibrated scores, or a centroid and a threshold. Raises ConfigError."""
@@ -218,6 +244,8 @@ def calibrate_output(job: PackJob) -> CalibrationResult:
     if job.draft.kind in ("anomaly", "embedding"):
         key = "output.calibration_data" if job.spec.output.calibration_data else "reference"
         fit = _fit_anomaly_output
+    elif job.draft.kind == "regress" and job.spec.output.held_out is not None:
+        key, fit = "output.held_out", _fit_residual_bounds
     elif job.spec.output.calibration_data is None:
         return plain
     else:
@@ -239,16 +267,45 @@ def _calibrate_scores(job: PackJob) -> CalibrationResult:
     data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
     if data.label is None:
         raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; calibration needs the true labels")
-    result = Inference(job.draft, job.model).run(data.features, data.t, with_outputs=True)
+    result = job.run(job.draft, path, data, with_outputs=True)
     assert result.outputs is not None
     truth = data.window_labels(result.cut.starts, job.draft.input.rows)
     known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
     method = job.spec.output.calibration_method
-    calibrated = calibrate_scores(result.outputs[known], truth[known], job.draft, method)
+    outputs, *_ = scores.split_outputs(result.outputs, job.draft)
+    calibrated = calibrate_scores(outputs[known], truth[known], job.draft, method)
     left_out = int((~known).sum())
     if left_out:
         calibrated.notes.append(f"left out {left_out} of {len(known)} windows of {path.name} without a label")
     return calibrated
+
+
+def _fit_residual_bounds(job: PackJob) -> CalibrationResult:
+    """Bound the residuals of held-out data by split conformal prediction (Lei et al. 2018)."""
+    assert job.spec.output.held_out is not None
+    path = job.path(job.spec.output.held_out)
+    data = training_data.read(path, job.draft.input, LabelParser.from_manifest(job.draft))
+    if data.label is None:
+        raise UsageError(f"{path}: no column {LABEL_COLUMN} in it; bounds of residuals need the true values")
+    result = job.run(job.draft, path, data)
+    assert result.scores.value is not None
+    residuals = data.window_labels(result.cut.starts, job.draft.input.rows) - result.scores.value
+    low, high = conformal_bounds(residuals[np.isfinite(residuals)], path.name)
+    output = msgspec.structs.replace(job.draft.output, residual_bounds=(low, high))
+    return CalibrationResult(output, [f"the truth lies within {low:+.4g} and {high:+.4g} of 95 of 100 values"], [])
+
+
+def conformal_bounds(residuals: Float64s, name: str) -> tuple[float, float]:
+    """Return bounds that a further residual lies within with a probability of at least 95 %. Raises UsageError.
+
+    That holds for residuals that are exchangeable with these; drift breaks it.
+    """
+    n = len(residuals)
+    if n < MIN_BOUNDED_RESIDUALS:
+        raise UsageError(f"{name}: {n} labelled windows; bounds of residuals take {MIN_BOUNDED_RESIDUALS}")
+    ordered = np.sort(residuals)
+    rank = math.floor((n + 1) * _TAIL)
+    return float(ordered[rank - 1]), float(ordered[n - rank])
 
 
 def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
@@ -270,10 +327,12 @@ def _fit_anomaly_output(job: PackJob) -> CalibrationResult:
     starts = training_data.find_window_starts(path, data, draft.input)
     if is_embedding and not output.centroid:
         # A placeholder: only the vectors are used.
-        origin = msgspec.structs.replace(output, centroid=[0.0] * job.model.outputs)
+        origin = msgspec.structs.replace(output, centroid=[0.0] * job.model.output_sizes[0])
         draft = msgspec.structs.replace(draft, output=origin)
-    result = Inference(draft, job.model).run(data.features, data.t, with_outputs=is_embedding)
+    result = job.run(draft, path, data, with_outputs=is_embedding)
     values, vectors = result.scores.value, result.outputs
+    if vectors is not None:
+        vectors = scores.split_outputs(vectors, draft)[0]
     assert values is not None
     if data.label is not None:
         normal = data.window_labels(starts, draft.input.rows) == 0

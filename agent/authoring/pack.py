@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from agent.authoring import calibration, input_range
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
-from agent.datasets import recordings, training_data
+from agent.datasets import joined_rows, recordings, training_data
 from agent.datasets.training_data import LabelParser, TrainingData
 from agent.drift.baseline import learning
 from agent.drift.baseline.reference import Reference
@@ -27,8 +28,7 @@ from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, runtime
-from agent.model.inference.inference import Inference
+from agent.model.inference import derived_features, features, joins, runtime
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
@@ -158,28 +158,38 @@ def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if job.spec.golden is None:
         return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
     try:
-        windows = _select_golden_windows(job.path(job.spec.golden), job.draft.input)
-        vectors = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, runtime_name())
+        windows = _select_golden_windows(job, job.path(job.spec.golden))
+        vectors = golden_vectors.from_outputs(
+            windows, job.model.invoke(windows), job.model.output_steps, job.model.output_sizes, runtime_name()
+        )
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "golden", str(problem)) from None
     files["golden.npz"] = golden_vectors.encode(vectors)
     return []
 
 
-def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> Float32s:
-    """Return scaled input windows: ready-made ones of an `.npz`, or windows cut from rows."""
+def _select_golden_windows(job: PackJob, path: Path) -> Float32s:
+    """Return scaled model inputs: ready-made windows of an `.npz`, or windows cut from rows."""
+    spec = job.draft.input
     ready = recordings.load_windows(path, spec) if path.suffix == ".npz" else None
     if ready is not None:
+        if job.draft.joined:
+            raise UsageError(f"{path}: ready windows have no times to join further inputs by; give rows with times")
         return features.build_windows(ready, np.arange(0, len(ready), spec.rows), spec)
     data = training_data.read(path, spec)
     starts = training_data.find_window_starts(path, data, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN_COUNT, len(starts)), dtype=np.int64)]
-    return features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
+    windows = features.build_windows(derived_features.compute(data.features, data.t, spec), picked, spec)
+    rows = joined_rows.read(job.draft, path, job.joined_files)
+    joined = joins.join(job.draft.joined, rows, data.t[picked + spec.rows - 1])
+    if joined is None:
+        return windows
+    return np.concatenate([windows.reshape(len(picked), -1), joined.values], axis=1)
 
 
 def build_reference(path: Path, model: TfliteModel, draft: Manifest) -> Reference:
     """Build the drift reference. Raises UsageError, BadBundle."""
-    return _learn_reference(_run_model(path, model, draft), draft)
+    return _learn_reference(_run_model(path, model, draft, {}), draft)
 
 
 def _learn_reference(run: _ModelRun, draft: Manifest) -> Reference:
@@ -207,10 +217,16 @@ class _ModelRun(msgspec.Struct, frozen=True):
     score: Float64s | None
 
 
-def _run_model(path: Path, model: TfliteModel, draft: Manifest, labels: LabelParser | None = None) -> _ModelRun:
+def _run_model(
+    path: Path,
+    model: TfliteModel,
+    draft: Manifest,
+    joined_files: Mapping[str, Path],
+    labels: LabelParser | None = None,
+) -> _ModelRun:
     data = training_data.read(path, draft.input, labels)
     starts = training_data.find_window_starts(path, data, draft.input)
-    scores = Inference(draft, model).run(data.features, data.t).scores
+    scores = calibration.run_model(model, draft, path, data, joined_files).scores
     predicted = scores.label if scores.label is not None else np.zeros(len(starts), np.int64)
     return _ModelRun(data, starts, predicted, scores.value if scores.score is None else scores.score)
 
@@ -220,18 +236,18 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
         return ["no reference data: devices will not monitor this model for drift"]
     path, output = job.path(job.spec.reference), job.spec.output
     try:
-        run = _run_model(path, job.model, job.draft)
+        run = _run_model(path, job.model, job.draft, job.joined_files)
         reference = _learn_reference(run, job.draft)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "reference", str(problem)) from None
     warnings = [reference.warning] if reference.warning else []
-    [tensor], _ = runtime.list_tensors(files["model.tflite"])
+    tensor = job.model.describe_input()
     warnings += input_range.find_misfits(run.data.features, run.data.t, run.starts, job.draft.input, tensor)
     if output.score_table is not None and output.held_out is not None:
         raise ConfigError(str(job.file), "output.held_out", "score_table says the same; give one of them")
     if output.score_table is not None:
         reference = _with_score_table(job, reference, job.path(output.score_table))
-    elif output.held_out is not None:
+    elif output.held_out is not None and job.draft.kind != "regress":
         reference, order_warnings = _with_held_out(job, reference, job.path(output.held_out))
         warnings += order_warnings
     elif job.draft.label_kind == "classify" and (
@@ -275,7 +291,7 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Refe
     if job.draft.label_kind != "classify":
         raise ConfigError(str(job.file), key, "only a model that names one class has scores that are right or wrong")
     try:
-        run = _run_model(path, job.model, job.draft, LabelParser.from_manifest(job.draft))
+        run = _run_model(path, job.model, job.draft, job.joined_files, LabelParser.from_manifest(job.draft))
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), key, str(problem)) from None
     if run.data.label is None or run.score is None:

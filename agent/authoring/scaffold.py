@@ -136,9 +136,11 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
         *_input_lines(tensor, table),
+        *([f"tensor = 0  # {tensor.name}"] if len(inspection.inputs) > 1 else []),
         "",
         *_output_lines(inspection, guess),
         "",
+        *_further_lines(inspection),
         "[drift]",
         f"window = {drift_window}  # model windows (rows, of a model that answers each row) that are tested together",
     ]
@@ -220,6 +222,25 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
     prefix = "" if scaling.warning else "# "
     lines += [f"{prefix}mean = {encode_value(scaling.mean)}", f"{prefix}std = {encode_value(scaling.std)}"]
     return lines
+
+
+def _further_lines(inspection: ModelInspection) -> list[str]:
+    """Return a section for each input but the first, and a hint at further outputs."""
+    lines = []
+    for index, tensor in enumerate(inspection.inputs[1:], 1):
+        rows, width, _ = infer_window_shape(tensor.shape)
+        lines += [
+            f"[inputs.input-{index}]  # joined to each window by time; rename it",
+            f"tensor = {index}  # {tensor.name}",
+            f"fields = {encode_value([f'in{index}_{i}' for i in range(width)])}  # use the names of its stream",
+            f"rows = {rows}",
+            "max_age_s = 3600.0  # older values are missing",
+            "",
+        ]
+    for index, tensor in enumerate(inspection.outputs[1:], 1):
+        lines.append(f"# [outputs.output-{index}]  # to report it, too: kind, and names or labels")
+        lines.append(f"# tensor = {index}  # {tensor.name}")
+    return [*lines, ""] if inspection.outputs[1:] else lines
 
 
 def _round(value: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +42,37 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
     max_missing: float = 0.0
     image: ImageFormat | None = None
     sound: SoundFormat | None = None
+    tensor: str | int | None = None
+
+
+class SpecJoinedInput(config.Section, frozen=True, kw_only=True):
+    """Section [inputs.NAME]; `data` is the file of its rows, without it they are in the same files as the first's."""
+
+    fields: list[str]
+    max_age_s: float
+    rows: int = 1
+    period_s: float | None = None
+    units: list[str] = msgspec.field(default_factory=list)
+    mean: list[float] = msgspec.field(default_factory=list)
+    std: list[float] = msgspec.field(default_factory=list)
+    tensor: str | int | None = None
+    data: str | None = None
+
+
+class SpecFurtherOutput(config.Section, frozen=True, kw_only=True):
+    """Section [outputs.NAME]."""
+
+    kind: Literal["classify", "regress", "anomaly"]
+    labels: list[str] = msgspec.field(default_factory=list)
+    activation: Literal["none", "softmax", "sigmoid"] = "none"
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    threshold: float | None = None
+    tensor: str | int | None = None
+    size: int = 0
+    multi_label: bool = False
+    thresholds: list[float] = msgspec.field(default_factory=list)
+    names: list[str] = msgspec.field(default_factory=list)
+    units: list[str] = msgspec.field(default_factory=list)
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
@@ -79,6 +111,8 @@ class Spec(config.Section, frozen=True, kw_only=True):
     created: str | None = None
     input: SpecInput
     output: SpecOutput = msgspec.field(default_factory=SpecOutput)
+    inputs: dict[str, SpecJoinedInput] = msgspec.field(default_factory=dict)
+    outputs: dict[str, SpecFurtherOutput] = msgspec.field(default_factory=dict)
     drift: manifest.DriftSettings = manifest.DriftSettings()
     limits: manifest.ResourceLimits = manifest.ResourceLimits()
     reference: str | None = None
@@ -135,6 +169,8 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "input": _select_members(spec_input, manifest.ModelInput)
         | {"fields": fields, "std": std, "window": msgspec.to_builtins(window)},
         "output": _select_members(spec.output, manifest.ModelOutput) | {"labels": spec.labels},
+        **_select_named("inputs", spec.inputs, manifest.JoinedInput),
+        **_select_named("outputs", spec.outputs, manifest.FurtherOutput),
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
         "files": {},
@@ -144,7 +180,7 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     except BadBundle as problem:
         text, _, path = str(problem).removeprefix("manifest.json: ").partition(" - at `$")
         key = path.rstrip("`").lstrip(".").replace("[...]", "")
-        if key.startswith("output") or "labels" in text:
+        if key.partition(".")[0] == "output" or (not spec.outputs and "labels" in text):
             # Reading the SPEC has checked the rest of [output].
             key = "labels"
         raise ConfigError(str(file), key or text.partition(" ")[0], text) from None
@@ -160,3 +196,11 @@ def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) 
     """Return the values of a section that a struct of the manifest has by the same names."""
     values: dict[str, Any] = msgspec.to_builtins(section)
     return {name: values[name] for name in struct_type.__struct_fields__ if name in values}
+
+
+def _select_named(
+    key: str, sections: Mapping[str, config.Section], struct_type: type[msgspec.Struct]
+) -> dict[str, dict[str, Any]]:
+    """Return the member `key` of the manifest; a manifest without further inputs or outputs has none."""
+    members = {name: _select_members(section, struct_type) for name, section in sections.items()}
+    return {key: members} if members else {}

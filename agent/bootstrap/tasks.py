@@ -16,6 +16,7 @@ from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import load_operators
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.drift_state import RestoredDrift
+from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import transitions
 from agent.device.rules import compiler
@@ -149,6 +150,7 @@ def build_task(
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         rules=rules,
         samples=sampled,
+        joined_streams=_select_joined_streams(conf, name, active.bundle.manifest),
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 
@@ -157,6 +159,7 @@ def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> 
     """Check that the task's stream and alert rules fit its bundle. Raises ConfigError."""
     stream = conf.tasks[name].stream
     _check_media_format(file, conf, name, loaded_bundle.manifest)
+    _check_joined_streams(file, conf, name, loaded_bundle.manifest)
     compiler.compile_rules(str(file), name, conf.tasks[name].alerts, loaded_bundle.manifest)
     numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
     for field in loaded_bundle.manifest.input.fields:
@@ -167,6 +170,38 @@ def check_fields(file: Path, conf: Config, name: str, loaded_bundle: Bundle) -> 
                 f"bundle {loaded_bundle.manifest.name} needs numeric field {field!r}, stream {stream!r} has none"
                 f"{did_you_mean(field, numeric)}",
             )
+
+
+def _select_joined_streams(conf: Config, name: str, manifest: Manifest) -> dict[str, JoinedStream]:
+    """Return the stream of each further input; without one in the config it is the task's own."""
+    task = conf.tasks[name]
+    own = config.JoinedStreamConfig(stream=task.stream)
+    chosen = {joined: task.inputs.get(joined, own) for joined in manifest.joined}
+    return {
+        joined: JoinedStream(source.stream, conf.streams[source.stream], float(source.wait))
+        for joined, source in chosen.items()
+    }
+
+
+def _check_joined_streams(file: Path, conf: Config, name: str, manifest: Manifest) -> None:
+    """Check that the streams of further inputs have their fields. Raises ConfigError."""
+    task = conf.tasks[name]
+    if unknown := [joined for joined in task.inputs if joined not in manifest.joined]:
+        raise ConfigError(
+            str(file),
+            f"tasks.{name}.inputs.{unknown[0]}",
+            f"bundle {manifest.name} has no such further input{did_you_mean(unknown[0], [*manifest.joined])}",
+        )
+    for joined, source in _select_joined_streams(conf, name, manifest).items():
+        numeric = {f.name for f in source.config.fields if f.type != "category"}
+        for field in manifest.joined[joined].fields:
+            if field not in numeric:
+                raise ConfigError(
+                    str(file),
+                    f"tasks.{name}.inputs",
+                    f"input {joined!r} of bundle {manifest.name} needs numeric field {field!r}, stream "
+                    f'{source.name!r} has none; name its stream: inputs = {{ {joined} = {{ stream = "…" }} }}',
+                )
 
 
 def _check_media_format(file: Path, conf: Config, name: str, manifest: Manifest) -> None:

@@ -352,6 +352,23 @@ class BinnedField(Section, frozen=True):
     """Limits between bins: below the first one, between them, and from the last one on."""
 
 
+class JoinedStreamConfig(Section, frozen=True):
+    """Stream that a further input of a task's bundle is joined from, by time.
+
+    ```toml
+    [tasks.pump.inputs.weather]
+    stream = "weather"
+    wait = "30 s"
+    ```
+    """
+
+    stream: str
+    """Stream with the input's fields."""
+    wait: Duration = Duration(10.0)
+    """How long a window waits for the stream's next row: only then is it certain that no earlier row still comes. Rows
+    that come later are left out."""
+
+
 class TaskConfig(Section, frozen=True):
     """Task: a bundle that runs over a stream.
 
@@ -396,6 +413,9 @@ class TaskConfig(Section, frozen=True):
     """Category field that provides classes for a model without them; `""` for none."""
     slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
     """Category fields, or binned ones `{ field = "ax", edges = [0, 1] }`, for metrics by slice."""
+    inputs: Annotated[dict[str, JoinedStreamConfig], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=dict)
+    """Streams of the bundle's further inputs, see [tasks.NAME.inputs.NAME](#tasksnameinputsname); without an entry the
+    task's own stream."""
     alerts: list[AlertRuleConfig] = msgspec.field(default_factory=list)
     """Rules for alerts on what the model says, see [tasks.NAME.alerts](#tasksnamealerts)."""
 
@@ -483,6 +503,13 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
             raise ConfigError(file, f"tasks.{name}.stream", f"unknown stream {task.stream!r}{hint}")
         if task.deadline is not None and task.deadline <= 0:
             raise ConfigError(file, f"tasks.{name}.deadline", "must be positive; omit it for no deadline")
+        for joined, source in task.inputs.items():
+            key = f"tasks.{name}.inputs.{joined}"
+            if source.stream not in config.streams:
+                hint = did_you_mean(source.stream, config.streams)
+                raise ConfigError(file, f"{key}.stream", f"unknown stream {source.stream!r}{hint}")
+            if not 0.0 <= source.wait <= _MAX_RETENTION_S:
+                raise ConfigError(file, f"{key}.wait", "must be between 0 s and 3650 d")
         _check_slices(file, name, task, config.streams[task.stream])
         alert_rules.check(file, name, task.alerts)
         if task.class_field:

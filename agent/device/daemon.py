@@ -170,7 +170,7 @@ class Daemon:
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
-        self._throttle = Throttle(conf.throttle)
+        self.throttle = Throttle(conf.throttle)
         self._rest_until_s = float("-inf")
         self.intake, self.uplink = intake, uplink
         # Tasks whose last batch found no room.
@@ -196,7 +196,7 @@ class Daemon:
         self._updater = make_updater(self._runtime, self._on_model_wait)
         self._remote_commands = make_commands(self._runtime, self._updater)
         self._health_reporter.extra_members = lambda now: {
-            "throttle": self._throttle.status.to_dict(),
+            "throttle": self.throttle.status.to_dict(),
             "units": self._list_units(),
             **self._updater.report(now),
         }
@@ -239,7 +239,7 @@ class Daemon:
         if self._updater.tick(now):
             self.uplink.wake()
         wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        is_throttled = bool(self._throttle.tick(now).pause_reason) or now.boot_s < self._rest_until_s
+        is_throttled = bool(self.throttle.tick(now).pause_reason) or now.boot_s < self._rest_until_s
         busy_s = 0.0
         for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
@@ -265,7 +265,7 @@ class Daemon:
                 self._run_batches(scheduled, now)
                 busy_s += self._now().boot_s - started_s
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
-        if busy_s and (rest_s := self._throttle.rest_s(busy_s)):
+        if busy_s and (rest_s := self.throttle.rest_s(busy_s)):
             # Counted from the tick's own reading: in virtual time its clock alone moves.
             self._rest_until_s = now.boot_s + busy_s + rest_s
         if now.boot_s < self._rest_until_s:

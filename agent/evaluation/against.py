@@ -90,7 +90,7 @@ def compare(
 
 
 def _label_windows(bundle: Bundle, inference: Inference, request: EvaluationRequest) -> ComparedBundle:
-    dataset = examples.read(request.data, inference, request.columns)
+    dataset = examples.read(request.data, inference, request.columns, request.joined)
     windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
     return ComparedBundle(bundle, inference, windows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,6 +35,7 @@ from agent.model.inference import tuning
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.performance import slices
+from agent.performance.estimates import MetricEstimate
 from agent.performance.metrics import LabelledPredictions, display_name, primary
 from agent.text import format_value
 
@@ -60,6 +61,7 @@ class EvaluationRequest(msgspec.Struct, frozen=True):
     latency: bool = True
     seed: int = 0
     min_count: int = 0
+    joined: Mapping[str, Path] = examples.NO_FILES
 
     @property
     def columns(self) -> list[str]:
@@ -93,7 +95,7 @@ def evaluate(
     """Evaluate a loaded bundle; `on_step` receives what comes next. Raises UsageError, BadBundle."""
     started_s = time.monotonic()
     on_step("reading the data")
-    dataset = examples.read(request.data, inference, request.columns)
+    dataset = examples.read(request.data, inference, request.columns, request.joined)
     windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
     on_step(f"predicting {len(windows):,} windows")
     result = predict(inference, dataset, windows.starts)
@@ -148,7 +150,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         intervals=context.units.description,
         metric=primary(kind).name,
         direction=primary(kind).direction,
-        metrics=measured.metrics,
+        metrics=[*measured.metrics, *_measure_coverage(context)],
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
@@ -172,6 +174,18 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
     )
 
 
+def _measure_coverage(context: _Context) -> list[MetricEstimate]:
+    """Return how often the truth lies within the bounds of the residuals, if the bundle has them."""
+    bounds, paired = context.bundle.manifest.output.residual_bounds, context.predictions
+    if bounds is None or paired.value is None:
+        return []
+    residuals = paired.truth - paired.value
+    is_inside = (residuals >= bounds[0]) & (residuals <= bounds[1])
+    share = context.units.sums(is_inside.astype(np.float64))[:, 0] / context.units.total
+    interval = bootstrap.proportion_interval(share, float(len(residuals)), context.units)
+    return [MetricEstimate("coverage", interval.value, interval.low, interval.high, len(residuals))]
+
+
 def _compare_float(context: _Context, file: Path) -> document.FloatComparison:
     context.on_step("predicting with the float model")
     bundle = float_comparison.load_float_bundle(file, context.bundle)
@@ -192,12 +206,13 @@ def _check_leakage(context: _Context, sample: WindowSample) -> list[document.Che
     request, windows, train = context.request, context.windows, None
     if request.train is not None:
         try:
-            train = examples.read(request.train, context.inference, [request.group] if request.group else [])
+            group = [request.group] if request.group else []
+            train = examples.read(request.train, context.inference, group, request.joined)
         except UsageError:
             if request.group is None:
                 raise
             # Training data need not name the groups.
-            train = examples.read(request.train, context.inference, [])
+            train = examples.read(request.train, context.inference, [], request.joined)
     training = leakage.training_rows(context.dataset, request.split, train)
     checks = leakage.check_train_test(windows, context.inference.rows, request.group, training)
     return checks if windows.label_sets is not None else [*checks, leakage.check_target_leakage(sample)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.datasets import readers
+from agent.datasets import joined_rows, readers
 from agent.datasets.blocks import FILE_COLUMN, TIME_COLUMN, TextColumn
 from agent.errors import UsageError
 from agent.evaluation.predictions import evaluation_kind
@@ -19,13 +19,18 @@ from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
+from agent.model.inference.joins import JoinedRows
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
+NO_FILES: Mapping[str, Path] = {}
 TRAINING_SPLITS = frozenset({"train", "training", "fit"})
 
 
 class Dataset(msgspec.Struct, frozen=True, eq=False):
-    """All rows of some files: `values` (n, F), `t` (n,) epoch µs, `file_index` (n,), text `columns` (n,)."""
+    """All rows of some files: `values` (n, F), `t` (n,) epoch µs, `file_index` (n,), text `columns` (n,).
+
+    `joined` holds the rows of further inputs for each file.
+    """
 
     files: list[Path]
     values: Float32s
@@ -35,6 +40,7 @@ class Dataset(msgspec.Struct, frozen=True, eq=False):
     columns: dict[str, TextColumn]
     has_time: bool
     rejected_count: int
+    joined: Sequence[Mapping[str, JoinedRows]] = ()
 
     def file_slices(self) -> list[slice]:
         ends = np.searchsorted(self.file_index, np.arange(len(self.files) + 1))
@@ -67,7 +73,9 @@ class LabelledWindows(msgspec.Struct, frozen=True, eq=False):
         )
 
 
-def read(path: Path, inference: Inference, text_columns: Sequence[str]) -> Dataset:
+def read(
+    path: Path, inference: Inference, text_columns: Sequence[str], joined_files: Mapping[str, Path] = NO_FILES
+) -> Dataset:
     """Read all rows at `path`, a file or a folder, with further columns as text. Raises UsageError."""
     spec = inference.manifest.input
     files = readers.list_sources(path, spec)
@@ -98,6 +106,7 @@ def read(path: Path, inference: Inference, text_columns: Sequence[str]) -> Datas
         {name: np.concatenate(column) for name, column in columns.items()},
         has_time,
         rejected,
+        [joined_rows.read(inference.manifest, file, joined_files) for file in files],
     )
 
 
@@ -121,11 +130,18 @@ def cut_windows(dataset: Dataset, inference: Inference, split: str | None = None
 def predict(inference: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
     """Return the result for windows at ascending `starts`, with raw outputs; each file is a stream of its own."""
     results = []
-    for part in dataset.file_slices():
-        own = starts[(starts >= part.start) & (starts < part.stop)] - part.start
-        cut = WindowCut(own, len(own))
+    for i, part in enumerate(dataset.file_slices()):
+        cut = cut_at(inference, dataset, starts, i)
         results.append(inference.run_windows(dataset.values[part], dataset.t[part], cut, with_outputs=True))
     return concatenate_results(results, starts, dataset)
+
+
+def cut_at(inference: Inference, dataset: Dataset, starts: Ints, file: int) -> WindowCut:
+    """Return the windows of one file at `starts`, with the values of further inputs."""
+    part = dataset.file_slices()[file]
+    own = starts[(starts >= part.start) & (starts < part.stop)] - part.start
+    cut = WindowCut(own, len(own))
+    return inference.join(cut, dataset.t[part], dataset.joined[file]) if inference.manifest.joined else cut
 
 
 def concatenate_results(results: Sequence[InferenceResult], starts: Ints, dataset: Dataset) -> InferenceResult:

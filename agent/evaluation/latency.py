@@ -17,6 +17,7 @@ from agent.model.bundle import builtin
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.features import WindowCut
+from agent.model.inference.joins import JoinedValues
 from agent.model.sandbox import confinement, launch, memory
 from agent.model.sandbox.confinement import ModelPolicy
 
@@ -54,7 +55,10 @@ def main() -> None:
     for batch in BATCH_SIZES:
         row_count = run.history_rows + run.rows * batch
         block, block_t = np.resize(values, (row_count, values.shape[1])), np.resize(times, row_count)
-        cut = WindowCut(run.history_rows + run.rows * np.arange(batch, dtype=np.int64), row_count)
+        joined = None
+        if further := sum(spec.size for spec in manifest.joined.values()):
+            joined = JoinedValues(np.zeros((batch, further), np.float32), np.zeros(batch, np.int64))
+        cut = WindowCut(run.history_rows + run.rows * np.arange(batch, dtype=np.int64), row_count, joined)
         started_s = time.perf_counter()
         durations: list[float] = []
         while len(durations) < _WARMUP_RUNS + _MIN_RUNS or (

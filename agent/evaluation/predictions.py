@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
 from agent.model.inference.inference import Inference, InferenceResult
+from agent.model.inference.joins import JoinedRows
 from agent.performance.metrics import LabelledPredictions
 
 
@@ -21,12 +24,14 @@ class StreamingPredictor:
         self.row_numbers: Ints = np.empty(0, np.int64)
         self.history_rows = 0
 
-    def feed(self, rows: Float32s, t: Ints, row_numbers: Ints, *, raw: bool) -> tuple[Ints, InferenceResult]:
+    def feed(
+        self, rows: Float32s, t: Ints, row_numbers: Ints, joined: Mapping[str, JoinedRows], *, raw: bool
+    ) -> tuple[Ints, InferenceResult]:
         """Return (number of each window's last row, result) of all windows that are complete now."""
         if len(self.rows):
             rows, t = np.concatenate([self.rows, rows]), np.concatenate([self.t, t])
             row_numbers = np.concatenate([self.row_numbers, row_numbers])
-        result = self._inference.run(rows, t, history_rows=self.history_rows, with_outputs=raw)
+        result = self._inference.run(rows, t, history_rows=self.history_rows, with_outputs=raw, joined=joined)
         last = row_numbers[self.history_rows + result.cut.starts + self._inference.rows - 1]
         done = self.history_rows + result.cut.consumed
         start = max(0, done - self._inference.history_rows)
@@ -57,5 +62,5 @@ def pair_with_truth(
     predicted = scored.label if scored.anomaly is None else scored.anomaly.astype(np.int64)
     probabilities = None
     if manifest.kind == "classify" and result.outputs is not None:
-        probabilities = scores.compute_probabilities(result.outputs, manifest.output)
+        probabilities = scores.compute_probabilities(scores.split_outputs(result.outputs, manifest)[0], manifest.output)
     return LabelledPredictions(truth, predicted, scored.score, scored.value, probabilities)

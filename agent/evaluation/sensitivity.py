@@ -16,13 +16,15 @@ import numpy as np
 from numpy.random import Generator
 
 from agent.arrays import Float32s, Float64s, Ints
-from agent.evaluation import metrics
+from agent.evaluation import examples, metrics
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval
 from agent.evaluation.document import FieldImportance, RobustnessCurve, RobustnessPoint
 from agent.evaluation.examples import LabelledWindows
 from agent.evaluation.predictions import evaluation_kind, pair_with_truth
+from agent.model.inference import joins
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference
+from agent.model.inference.joins import JoinedValues
 from agent.performance.metrics import primary
 
 REPEATS = 5
@@ -42,6 +44,7 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
     t: Ints
     starts: Ints
     baseline: Float64s
+    joined: JoinedValues | None = None
 
     @property
     def kind(self) -> str:
@@ -50,7 +53,7 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
     def reevaluate(self, windows: Float32s) -> Float64s:
         """Return the primary metric (1 + replicates,) with other values in the windows."""
         rows, labelled = windows.reshape(-1, windows.shape[2]), self.labelled
-        result = self.inference.run_windows(rows, self.t, WindowCut(self.starts, len(rows)))
+        result = self.inference.run_windows(rows, self.t, WindowCut(self.starts, len(rows), self.joined))
         predictions = pair_with_truth(self.inference.manifest, result, labelled.truth, labelled.label_sets)
         return metrics.primary_metric(self.kind, predictions, self.units)
 
@@ -72,7 +75,10 @@ def draw_sample(inference: Inference, labelled: LabelledWindows, units: Bootstra
     extents = np.maximum(labelled.starts[:, None] + np.arange(-history, rows), 0)
     windows, t = labelled.dataset.values[extents], labelled.dataset.t[extents].reshape(-1)
     starts = np.arange(len(labelled), dtype=np.int64) * (history + rows) + history
-    sample = WindowSample(inference, labelled, units, windows, t, starts, np.empty(0))
+    files = range(len(labelled.dataset.files) if inference.manifest.joined else 0)
+    cuts = [examples.cut_at(inference, labelled.dataset, labelled.starts, i) for i in files]
+    joined = joins.concatenate([cut.joined for cut in cuts])
+    sample = WindowSample(inference, labelled, units, windows, t, starts, np.empty(0), joined)
     return msgspec.structs.replace(sample, baseline=sample.reevaluate(windows))
 
 

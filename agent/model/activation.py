@@ -69,7 +69,7 @@ def probe_bundle(
     agent.
     """
     passed = f"{verified.digest} {__version__}"
-    tuning = find_known(known_tunings, verified.model_bytes, runtime_name(), verified.manifest.output.tensor)
+    tuning = find_known(known_tunings, verified.model_bytes, runtime_name(), verified.manifest.tensors)
     if tuning is None or tuning.verified_for != passed:
         report = probe.probe(verified, known_tunings, policy)
         report.raise_for_failure()

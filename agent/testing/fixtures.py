@@ -1,66 +1,118 @@
-"""Pytest fixtures of the test kit. A test session asks for them by `pytest_plugins = ["agent.testing.fixtures"]`.
+"""Pytest plugin of the test kit: fixtures of brokers, simulated fleets, collectors and lossy links.
 
-A test that needs a program which is not installed is skipped; where the variable CI is set it fails.
+Where the package is installed, pytest loads it by itself. It imports nothing before a test asks for a fixture. A test
+that needs a program which is not installed is skipped; where the variable CI is set it fails.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from agent.testing.broker import MosquittoBroker
-from agent.testing.fleet import LocalFleet
-from agent.testing.lossy_link import LinkConditions, LossyBroker
-from agent.testing.messages import MessageSender
-from agent.testing.process import MissingProgram
+if TYPE_CHECKING:
+    from agent.testing.broker import MosquittoBroker
+    from agent.testing.fleet import LocalFleet
+    from agent.testing.messages import MessageSender
+    from agent.testing.simulated_fleet import SimulatedFleet
+    from agent.testing.simulation.lossy_link import LossyBroker
 
 
-def _skip_or_fail(missing: MissingProgram) -> None:
+def _skip_or_fail(missing: Exception) -> None:
     (pytest.fail if os.environ.get("CI") else pytest.skip)(str(missing))
+
+
+def _is_missing_program(error: Exception) -> bool:
+    # Its module, which may not even be loaded, imports what no other test session needs.
+    return type(error).__name__ == "MissingProgram"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     try:
         yield
-    except MissingProgram as missing:
-        _skip_or_fail(missing)
+    except Exception as error:
+        if not _is_missing_program(error):
+            raise
+        _skip_or_fail(error)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     try:
         yield
-    except MissingProgram as missing:
-        _skip_or_fail(missing)
+    except Exception as error:
+        if not _is_missing_program(error):
+            raise
+        _skip_or_fail(error)
 
 
 @pytest.fixture
 def outstation_broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
     """Provide a running broker."""
+    from agent.testing.broker import MosquittoBroker
+
     with MosquittoBroker(tmp_path) as broker:
         yield broker
 
 
 @pytest.fixture
-def outstation_fleet(tmp_path: Path) -> Iterator[LocalFleet]:
-    """Provide a fleet whose broker and collector run; `add_device(name)` enrols a device daemon."""
-    with LocalFleet(tmp_path) as fleet:
-        fleet.broker.start()
+def outstation_fleet(tmp_path: Path) -> Iterator[Callable[..., SimulatedFleet]]:
+    """Provide `fleet(devices=20, scenario=…)`: a simulated fleet on a virtual clock; its audit ends the test.
+
+    The parameters are those of `agent.testing.simulated_fleet.SimulatedFleet`, and `audit=False` for a test that
+    damages messages on purpose.
+    """
+    from agent.testing.simulated_fleet import SimulatedFleet
+
+    audited: list[SimulatedFleet] = []
+    count = 0
+    with ExitStack() as stack:
+
+        def make(*, audit: bool = True, **options: Any) -> SimulatedFleet:
+            nonlocal count
+            count += 1
+            folder = tmp_path / f"simulated-{count}"
+            fleet = stack.enter_context(closing(SimulatedFleet(folder, **options)))
+            if audit:
+                audited.append(fleet)
+            return fleet
+
+        yield make
+        for fleet in audited:
+            fleet.verify()
+
+
+@pytest.fixture
+def collector(tmp_path: Path, outstation_broker: MosquittoBroker) -> Iterator[LocalFleet]:
+    """Provide a fleet of real processes whose broker and collector run; `add_device(name)` enrols a device daemon.
+
+    The audit ends the test.
+    """
+    from agent.testing.fleet import LocalFleet
+
+    with LocalFleet(tmp_path, mosquitto=outstation_broker) as fleet:
         fleet.collector.start()
         yield fleet
+        code, report = fleet.audit()
+        assert code == 0, f"the audit fails: {report}"
 
 
 @pytest.fixture
 def outstation_sender() -> Callable[[str], MessageSender]:
-    """Provide `sender(name)`: a simulated device that signs a chained log of messages."""
+    """Provide `sender(name)`: a simulated device that signs a chained log of messages, without code of the device."""
+    from agent.testing.messages import MessageSender
+
     return lambda device: MessageSender(device)
 
 
 @pytest.fixture
-def outstation_lossy_broker() -> Callable[..., LossyBroker]:
+def lossy_link() -> Callable[..., LossyBroker]:
     """Provide `broker(seed, **conditions)`: a broker in memory whose links misbehave by chance."""
+    from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker
+
     return lambda seed, **conditions: LossyBroker(seed, LinkConditions(**conditions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model.bundle import builtin
+from agent.quantities import parse_duration
 from agent.testing.broker import MosquittoBroker, free_port, keep_user_root
-from agent.testing.process import OutstationProcess, run_outstation, wait_until
+from agent.testing.process import TIMEOUT_S, OutstationProcess, run_outstation, wait_until
+from agent.testing.reasons import describe_fleet, match_alert
 
 FLEET = "acme"
+_LOG_LINES = 30
 RECORDINGS = builtin.recordings_dir() / "exercise.npz"
 FIELDS = ("ax", "ay", "az", "wx", "wy", "wz")
 
@@ -133,6 +137,34 @@ class LocalFleet:
     def last_result_row(self, device: str, task: str = "exercise") -> int:
         """Return the last row whose results the collector has."""
         return last_result_row(Path(self.config.fleet.db), device, task)
+
+    def alerts(self, device: str = "") -> list[dict[str, Any]]:
+        """Return all alerts that the collector has, raised and cleared, oldest first."""
+        store = self.open_store()
+        try:
+            return store.alerts(device or None, closed=True)
+        finally:
+            store.close()
+
+    def wait_for(
+        self, alert: str, *, device: str = "", within: str = f"{TIMEOUT_S:g} s", state: str = "raised"
+    ) -> dict[str, Any]:
+        """Wait until the collector has an alert of a kind or subject, and return it.
+
+        Raises AssertionError with what the collector has instead, and the end of its log.
+        """
+        deadline = time.monotonic() + parse_duration(within)
+        while not (matches := match_alert(self.alerts(device), alert, state)):
+            if time.monotonic() > deadline:
+                log = self.collector.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+                store = self.open_store()
+                try:
+                    seen = describe_fleet(store, {each.name: each.is_running for each in self.devices}, log)
+                finally:
+                    store.close()
+                raise AssertionError(f"alert {alert!r} {state} did not come within {within}\n{seen}")
+            time.sleep(0.1)
+        return matches[0]
 
     def audit(self) -> tuple[int, Any]:
         """Run `fleet audit --json` and return its exit code and report."""

@@ -98,6 +98,13 @@ class ResultMaker(msgspec.Struct, frozen=True):
     config: ShortText | None = None
 
 
+class JoinedRange(msgspec.Struct, frozen=True):
+    """Rows of the stream that a further input of the model was joined from, by time."""
+
+    stream: ShortText
+    rows: tuple[Positive, Positive]
+
+
 class ResultColumns(msgspec.Struct, frozen=True):
     """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
 
@@ -156,6 +163,8 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
     incomplete: Natural = 0
     # Fields with a sensor fault while these results were computed.
     faults: Annotated[list[ShortText], msgspec.Meta(max_length=64)] = []
+    # Further inputs by name.
+    joined: Annotated[dict[ShortText, JoinedRange], msgspec.Meta(max_length=8)] = {}
     # Runs of rows stamped by one clock: first row, boot, clock segment (0: the producer's clock), and quality
     # (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None

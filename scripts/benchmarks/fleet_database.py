@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from agent import clock
-from agent.fleet.audit.audit import audit, audit_from_checkpoint
+from agent.fleet.audit.audit import audit_from_checkpoint
 from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
@@ -53,9 +53,7 @@ def fleet_database() -> Report:
         _make_fleet(folder, max(1, count // _DEVICES), processes)
         store, key = FleetStore(folder / "fleet.db"), new_key(10_000)
         checkpoints = CheckpointFolder(Path(temporary) / "audit", FLEET, [key.public])
-        one, one_cpu, _ = _time(lambda: audit(store, processes=1))
-        full, full_cpu, report = _time(lambda: audit(store, processes=processes))
-        audit_from_checkpoint(store, checkpoints, key, processes=processes)
+        full, full_cpu, (report, _) = _time(lambda: audit_from_checkpoint(store, checkpoints, key, processes=processes))
         again, again_cpu, (later, checkpoint) = _time(
             lambda: audit_from_checkpoint(store, checkpoints, key, processes=processes)
         )
@@ -72,7 +70,6 @@ def fleet_database() -> Report:
     memory = f"at most {peaks[0]} MiB, its workers {peaks[1]} MiB each"
     drift_note = f"{_DEVICES:,} devices, {summary.groups[0].windows:,} windows, {processes} processes"
     results = [
-        Result.within("audit, one process", one, _LIMIT_S * report.messages, "s", _note(size, one_cpu)),
         Result.within(
             "audit", full, _LIMIT_S * report.messages, "s", _note(f"{size}, {processes} processes; {memory}", full_cpu)
         ),

@@ -113,7 +113,7 @@ def vectors() -> list[bytes]:
     inputs = np.arange(12, dtype=np.float32).reshape(3, 4)
     return [
         golden_vectors.encode(
-            golden_vectors.from_outputs(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64")
+            golden_vectors.from_outputs(inputs, inputs[:, :2] / np.float32(9), [0.1], [2], "litert 2.1 x86_64")
         )
     ]
 

@@ -222,3 +222,47 @@ def npz(**arrays: Any) -> bytes:
             np.save(member, np.asarray(array))
             archive.writestr(f"{name}.npy", member.getvalue())
     return file.getvalue()
+
+
+def write_joined_spec(folder: Path, model_name: str = "joined_int8") -> Path:
+    """Write the SPEC of a model of rows and weather, which has a file of its own, with states, wear and flags."""
+    (folder / "model.tflite").write_bytes(model(model_name))
+    write_csv(folder / "reference.csv", WINDOWED, waves(1600))
+    weather = waves(60, seed=2)[:, :1]
+    write_csv(folder / "weather.csv", ("air",), weather, step_s=0.31)
+    spec = folder / "bundle.toml"
+    spec.write_text(
+        f"""
+        name = "joined"
+        version = "1.0"
+        created = "2026-11-24T00:00:00Z"
+        kind = "classify"
+        model = "model.tflite"
+        labels = {json.dumps(LABELS)}
+        reference = "reference.csv"
+        golden = "reference.csv"
+        [input]
+        fields = {json.dumps(WINDOWED)}
+        window = {{ rows = {WINDOW}, step = 4, max_gap_s = 0.5 }}
+        tensor = "rows"
+        [inputs.weather]
+        fields = ["air"]
+        rows = 3
+        max_age_s = 2.0
+        mean = [0.5]
+        std = [2.0]
+        data = "weather.csv"
+        [output]
+        tensor = "state"
+        [outputs.wear]
+        kind = "regress"
+        [outputs.flags]
+        kind = "classify"
+        labels = ["hot", "wet"]
+        multi_label = true
+        [drift]
+        window = 10
+        """,
+        encoding="utf-8",
+    )
+    return spec

@@ -60,7 +60,7 @@ def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVect
     model = runtime.load_model(shipped.manifest, shipped.model_bytes)
     expected = model.invoke(calm)
     return golden_vectors.from_outputs(
-        calm, expected[:, ::-1] if wrong else expected, model.output_step, vectors.runtime
+        calm, expected[:, ::-1] if wrong else expected, model.output_steps, model.output_sizes, vectors.runtime
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.device.capacity.space import hours_until_eviction
 from agent.fleet.database.gap_ledger import EVICTED
-from agent.testing.lossy_link import LinkConditions
+from agent.testing.simulation.lossy_link import LinkConditions
 from scripts.soaks import Result
 from scripts.soaks.rig import TASK, Rig
 

@@ -27,7 +27,7 @@ from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.testing.fleet import FIELDS, field_tables
-from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
+from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"

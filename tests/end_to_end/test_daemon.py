@@ -296,7 +296,7 @@ def test_the_memory_of_a_backlog_that_takes_several_time_slices_is_given_back(
 
 def test_tasks_wait_while_the_machine_is_too_hot(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
     heat = [91.0]
-    monkeypatch.setattr(turned.daemon._throttle, "_read_temperature", lambda: heat[0])
+    monkeypatch.setattr(turned.daemon.throttle, "_read_temperature", lambda: heat[0])
     turned.feed(1000)
     for _ in range(12):
         turned.turn(after_s=10.0)
@@ -327,7 +327,7 @@ def test_a_warm_machine_works_off_its_backlog_in_a_quarter_of_the_time(
     monkeypatch.setattr(batch, "run", run)
     monkeypatch.setattr(loaded_task, "_BATCH_WINDOWS", 4)
     monkeypatch.setattr(loaded_task, "_BATCH_ROWS", 4)
-    monkeypatch.setattr(turned.daemon._throttle, "_read_temperature", lambda: heat[0])
+    monkeypatch.setattr(turned.daemon.throttle, "_read_temperature", lambda: heat[0])
     turned.feed(32_000)
     start_s = turned.boot_s
     while turned.store.cursor("other") != 32_000:
@@ -336,7 +336,7 @@ def test_a_warm_machine_works_off_its_backlog_in_a_quarter_of_the_time(
         turned.boot_s += wait
     assert turned.store.cursor("exercise") == 32_000
     assert busy_s[0] / (turned.boot_s - start_s) == pytest.approx(0.25, abs=0.04)
-    assert turned.daemon._throttle.status.to_dict() == {
+    assert turned.daemon.throttle.status.to_dict() == {
         "temperature": 78.0,
         "slowed": "78 °C; more than 75 °C ([throttle] slow_temperature), until 70 °C",
     }

@@ -41,26 +41,26 @@ def expected_states(hits: list[bool]) -> list[str]:
     return states
 
 
-def test_alerts_reach_the_collector_once_each_although_the_daemon_is_killed(outstation_fleet: LocalFleet) -> None:
+def test_alerts_reach_the_collector_once_each_although_the_daemon_is_killed(collector: LocalFleet) -> None:
     labels = bundle.read(builtin.bundles_dir() / "exercise", None).manifest.output.labels
     rules = [CLASS_RULE.format(number=number, label=label) for number, label in enumerate(labels)]
     rules += [SCORE_RULE.format(number=number, limit=limit) for number, limit in enumerate(LIMITS)]
-    device = outstation_fleet.add_device("pi-07").add_replay_stream(ROWS, speed=20)
+    device = collector.add_device("pi-07").add_replay_stream(ROWS, speed=20)
     device.add_task("exercise", extra_toml="".join(rules))
     checked = run_outstation("check", "-c", str(device.config))
     assert f"2 of the last 3 results have label '{labels[0]}'" in checked.stdout
     device.start_and_wait()
     for share in (0.2, 0.5):
-        wait_until("results arrive", lambda rows=share * ROWS: outstation_fleet.last_result_row("pi-07") >= rows)  # type: ignore[misc]
+        wait_until("results arrive", lambda rows=share * ROWS: collector.last_result_row("pi-07") >= rows)  # type: ignore[misc]
         device.kill()
         device.start_and_wait()
-    wait_until("all results arrive", lambda: outstation_fleet.last_result_row("pi-07") >= ROWS - 200, timeout_s=90)
+    wait_until("all results arrive", lambda: collector.last_result_row("pi-07") >= ROWS - 200, timeout_s=90)
     assert device.stop() == 0
-    results = outstation_fleet.query(RESULTS)
+    results = collector.query(RESULTS)
     expected = {f"class-{n}": expected_states([x == label for _, x, _ in results]) for n, label in enumerate(labels)}
     expected |= {f"score-{n}": expected_states([s < limit for *_, s in results]) for n, limit in enumerate(LIMITS)}
     by_rule: dict[str, list[tuple[Any, ...]]] = {name: [] for name in expected}
-    for row in outstation_fleet.query(ALERTS):
+    for row in collector.query(ALERTS):
         by_rule[row[0].split("/")[1]].append(row)
     assert {name: [state for _, state, *_ in alerts] for name, alerts in by_rule.items()} == expected
     for name, alerts in by_rule.items():
@@ -70,5 +70,5 @@ def test_alerts_reach_the_collector_once_each_although_the_daemon_is_killed(outs
     summaries = [row[3] for row in by_rule["class-2"] if row[1:3] == ("raised", "critical")]
     assert summaries
     assert summaries[0].startswith(f"pi-07: {labels[2]} (0.")
-    code, report = outstation_fleet.audit()
+    code, report = collector.audit()
     assert (code, report["passed"]) == (0, True)

@@ -26,8 +26,8 @@ from agent.fleet.collector.quota import Quota
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.repository import trust as repository_trust
-from agent.testing.lossy_link import LossyBroker, LossyLink
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
+from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
 from agent.transport import sealing
 from agent.transport.packets import SEALED, IncomingMessage, OutgoingMessage, compress
 from agent.transport.sealing import Opener

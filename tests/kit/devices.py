@@ -16,6 +16,7 @@ from agent import config
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, drift_state
 from agent.device.pipeline.batch import BatchResult
+from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.rules import compiler
@@ -48,6 +49,7 @@ class Device:
     max_bytes: int = 120_000
     max_size: int = 2**30
     alerts: list[config.AlertRuleConfig] = field(default_factory=list)
+    joined_streams: dict[str, JoinedStream] = field(default_factory=dict)
     store: Store = field(init=False)
     task: LoadedTask = field(init=False)
     author: MessageLog = field(init=False)
@@ -61,7 +63,8 @@ class Device:
 
     def open(self) -> None:
         self.store = open_store(self.folder, max_size=self.max_size)
-        self.store.declare_streams({"watch": self.stream})
+        further = {source.name: source.config for source in self.joined_streams.values()}
+        self.store.declare_streams({"watch": self.stream, **further})
         manifest = self.active.bundle.manifest
         restored = None
         if self.active.reference is not None:
@@ -79,6 +82,7 @@ class Device:
             closing_messages=None if restored is None else restored.messages,
             unsaved_basis=None if restored is None else restored.basis,
             rules=compiler.compile_rules("outstation.toml", "tiny", self.alerts, manifest, active.model),
+            joined_streams=self.joined_streams,
         )
         self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 
@@ -95,8 +99,8 @@ class Device:
         with self.store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(columns)), "synced")
 
-    def run(self) -> BatchResult | None:
-        return batch.run(self.task, self.store, self.author, NOW)
+    def run(self, now: ClockReading = NOW) -> BatchResult | None:
+        return batch.run(self.task, self.store, self.author, now)
 
     def run_all(self) -> list[BatchResult]:
         done = []

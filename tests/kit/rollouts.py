@@ -77,7 +77,7 @@ def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
     loaded = runtime.TfliteModel(content)
     expected = loaded.invoke(calm)
     vectors = golden_vectors.from_outputs(
-        calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime_name()
+        calm, expected[:, ::-1] if wrong else expected, loaded.output_steps, loaded.output_sizes, runtime_name()
     )
     files = {"model.tflite": content, "golden.npz": golden_vectors.encode(vectors)}
     for name, data in files.items():

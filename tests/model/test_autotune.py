@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference import tuning
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
@@ -19,6 +20,7 @@ from scripts.kit.bundles import CLASSIFY, Recipe, around, model
 PLENTY = 1 << 30
 # So that a busy machine leaves nothing out; a trial that has settled ends before.
 MINUTE_S = 60.0
+SUMS = TensorSelection(outputs=("sums",))
 
 
 def rows(name: str, count: int = autotune.SAMPLE_ROWS) -> Any:
@@ -38,14 +40,14 @@ class Slow(TfliteModel):
     unequal: tuple[int, ...] = ()
     runs = 0
 
-    def _run_batch(self, part: Any) -> Any:
+    def _run_batch(self, parts: Any) -> Any:
         type(self).runs += 1
-        seconds = self.run_s + self.row_s * len(part) / (self.gain if self.threads > 1 else 1.0)
+        seconds = self.run_s + self.row_s * len(parts[0]) / (self.gain if self.threads > 1 else 1.0)
         end = time.thread_time() + seconds
         while time.thread_time() < end:
             pass
-        out = super()._run_batch(part)
-        return out + np.float32(1e-6) if len(part) in self.unequal else out
+        [out] = super()._run_batch(parts)
+        return [out + np.float32(1e-6) if len(parts[0]) in self.unequal else out]
 
 
 @pytest.fixture
@@ -113,10 +115,10 @@ def test_a_model_too_slow_for_a_trial_is_run_by_single_rows(slow: type[Slow]) ->
 def test_a_size_that_cannot_be_run_ends_the_search_and_not_the_trial(slow: type[Slow]) -> None:
     run = slow._run_batch
 
-    def refusing(self: Slow, part: Any) -> Any:
-        if len(part) > 8:
+    def refusing(self: Slow, parts: Any) -> Any:
+        if len(parts[0]) > 8:
             raise BadBundle("not so many")
-        return run(self, part)
+        return run(self, parts)
 
     slow.run_s = 0.001
     slow._run_batch = refusing  # type: ignore[method-assign]
@@ -158,7 +160,7 @@ def test_what_was_chosen_before_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
+    "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"tensors": SUMS}]
 )
 def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
     result = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
@@ -169,12 +171,12 @@ def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str
 def test_a_choice_names_the_output_it_was_made_for() -> None:
     content = model("each_label_and_sums")
     given = np.random.default_rng(1).normal(
-        0, 1, (autotune.SAMPLE_ROWS, *TfliteModel(content, output="sums").input_shape)
+        0, 1, (autotune.SAMPLE_ROWS, *TfliteModel(content, tensors=SUMS).input_shape)
     )
-    result = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
-    assert result.output == "sums"
-    assert tuning.find_known([result], content, runtime_name(), "sums") == result
-    assert tuning.find_known([result], content, runtime_name(), "each") is None
+    result = autotune.tune(content, given.astype(np.float32), PLENTY, tensors=SUMS)
+    assert result.tensors == SUMS
+    assert tuning.find_known([result], content, runtime_name(), SUMS) == result
+    assert tuning.find_known([result], content, runtime_name(), TensorSelection(outputs=("each",))) is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:

@@ -28,7 +28,7 @@ OUTPUTS = (np.random.default_rng(3).dirichlet([0.3] * 3, 32) / STEP).round().ast
 
 
 def made(runtime: str = LITERT) -> GoldenVectors:
-    return golden_vectors.from_outputs(INPUTS, OUTPUTS, STEP, runtime)
+    return golden_vectors.from_outputs(INPUTS, OUTPUTS, [STEP], [OUTPUTS.shape[1]], runtime)
 
 
 def test_the_same_outputs_pass_and_are_counted() -> None:
@@ -77,7 +77,7 @@ def test_rows_swapped_or_not_a_number_are_refused_on_any_runtime() -> None:
 
 def test_outputs_of_floats_may_differ_by_the_order_of_their_sums() -> None:
     outputs = np.linspace(-4000, 4000, 32, dtype=np.float32)[:, None]
-    vectors = golden_vectors.from_outputs(INPUTS, outputs, 0.0, LITERT)
+    vectors = golden_vectors.from_outputs(INPUTS, outputs, [0.0], [outputs.shape[1]], LITERT)
     assert vectors.tolerance == pytest.approx(0.4)
     vectors.compare(outputs + np.float32(0.05), LITERT, classes=False)
     with pytest.raises(BadBundle, match="is allowed on"):
@@ -85,13 +85,13 @@ def test_outputs_of_floats_may_differ_by_the_order_of_their_sums() -> None:
 
 
 def test_outputs_that_are_all_alike_still_have_a_tolerance() -> None:
-    vectors = golden_vectors.from_outputs(INPUTS, np.zeros((32, 1), np.float32), 0.0, LITERT)
+    vectors = golden_vectors.from_outputs(INPUTS, np.zeros((32, 1), np.float32), [0.0], [1], LITERT)
     assert "of 1e-06 allowed" in vectors.compare(np.zeros((32, 1), np.float32), LITERT, classes=False)
 
 
 def test_a_model_that_answers_no_number_makes_no_golden_vectors() -> None:
     with pytest.raises(BadBundle, match="not finite"):
-        golden_vectors.from_outputs(INPUTS, np.full((32, 1), np.inf, np.float32), 0.0, LITERT)
+        golden_vectors.from_outputs(INPUTS, np.full((32, 1), np.inf, np.float32), [0.0], [1], LITERT)
 
 
 def test_golden_vectors_come_back_and_have_one_spelling() -> None:
@@ -99,7 +99,7 @@ def test_golden_vectors_come_back_and_have_one_spelling() -> None:
     back = golden_vectors.decode(data)
     np.testing.assert_array_equal(back.inputs, INPUTS)
     np.testing.assert_array_equal(back.expected, OUTPUTS)
-    assert (back.runtime, back.tolerance) == (LITERT, 2 * STEP)
+    assert (back.runtime, float(back.tolerance)) == (LITERT, 2 * STEP)
     assert golden_vectors.encode(back) == data
 
 
@@ -248,8 +248,12 @@ def test_golden_vectors_of_the_other_runtime_pass_here() -> None:
     for recipe in (CLASSIFY, replace(ANOMALY, model="regress_int8")):
         loaded = TfliteModel(model(recipe.model))
         outputs = loaded.invoke(inputs)
-        off = outputs + np.float32(loaded.output_step) * (np.arange(outputs.size).reshape(outputs.shape) % 5 == 0)
+        off = outputs + np.float32(loaded.output_steps[0]) * (np.arange(outputs.size).reshape(outputs.shape) % 5 == 0)
         vectors = golden_vectors.from_outputs(
-            inputs, off, loaded.output_step, OTHER if runtime_name().startswith("ai-edge") else LITERT
+            inputs,
+            off,
+            loaded.output_steps,
+            loaded.output_sizes,
+            OTHER if runtime_name().startswith("ai-edge") else LITERT,
         )
         vectors.compare(outputs, runtime_name(), classes=recipe.kind == "classify")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from agent.authoring import pack
+from agent.cli.model.group import model as command
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
@@ -19,6 +21,7 @@ from scripts.kit.bundles import (
     CLASSIFY,
     KEY,
     RECIPES,
+    REGRESS,
     Recipe,
     activated,
     change,
@@ -27,8 +30,10 @@ from scripts.kit.bundles import (
     packed,
     readings,
     waves,
+    write_csv,
     write_spec,
 )
+from tests.kit.evaluations import evaluated
 
 # --- packing ---
 
@@ -373,3 +378,22 @@ def test_a_file_in_the_way_is_never_deleted(tmp_path: Path) -> None:
         pack.write_bundle(made, tmp_path / "notes.zip")
     with pytest.raises(UsageError, match="cannot be written: File exists"):
         pack.write_bundle(made, tmp_path / "CARD.md" / "below")
+
+
+def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measures_them(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, REGRESS)
+    random = np.random.default_rng(4)
+    for name, seed in (("heldout", 7), ("fresh", 8)):
+        rows = readings(1500, seed)
+        truth = rows @ np.array([0.5, -1.0, 0.25, 2.0]) + random.normal(0.3, 0.5, len(rows))
+        write_csv(tmp_path / f"{name}.csv", (*REGRESS.fields, "label"), np.column_stack([rows, truth]))
+    spec.write_text(spec.read_text().replace("[output]", '[output]\nheld_out = "heldout.csv"'))
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bundle")
+    low, high = bundle.read(tmp_path / "bundle", [KEY.public]).manifest.output.residual_bounds or (0.0, 0.0)
+    assert [low, high] == pytest.approx([0.3 - 1.96 * 0.5, 0.3 + 1.96 * 0.5], abs=0.15)
+    measured = {m.metric: m for m in evaluated(tmp_path / "bundle", tmp_path / "fresh.csv").metrics}
+    assert measured["coverage"].value == pytest.approx(0.95, abs=0.02)
+    out = tmp_path / "out.csv"
+    arguments = ["run", str(tmp_path / "bundle"), str(tmp_path / "fresh.csv"), "-o", str(out)]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    assert out.read_text().splitlines()[0] == "row,value,value_low,value_high"

@@ -164,7 +164,7 @@ def test_outputs_are_in_the_units_of_the_model() -> None:
     rows = readings(50)
     loaded = TfliteModel(content("regress_int8"))
     expected = rows @ np.array([0.5, -1, 0.25, 2], np.float32)
-    np.testing.assert_allclose(loaded.invoke(rows)[:, 0], expected, atol=2 * loaded.output_step)
+    np.testing.assert_allclose(loaded.invoke(rows)[:, 0], expected, atol=2 * loaded.output_steps[0])
 
 
 def test_an_integer_input_and_a_float_input_agree() -> None:
@@ -180,7 +180,7 @@ def test_an_integer_input_and_a_float_input_agree() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("two_inputs", "2 inputs, but only one is supported"),
+        ("two_inputs", "2 inputs, of 0: 'serving_default_b:0' [1, 2], 1: "),
         ("two_outputs", "2 outputs; select one with [output] tensor, of 0: "),
         ("stateful", "keeps state between inferences (ASSIGN_VARIABLE, READ_VARIABLE, VAR_HANDLE)"),
         ("flex", "uses TensorFlow operations, which it lacks; convert it with TFLITE_BUILTINS only"),

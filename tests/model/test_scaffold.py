@@ -147,7 +147,7 @@ def test_a_model_that_cannot_run_is_refused_with_reason_and_fix(
     assert name in message
 
 
-@pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "not a model", "empty"])
+@pytest.mark.parametrize("name", ["flex", "stateful", "endless", "not a model", "empty"])
 def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -225,6 +225,16 @@ def test_data_that_the_input_cannot_hold_get_a_scaling_that_it_can(tmp_path: Pat
     assert proposed["input"]["std"][3] == 1.0
 
 
+def test_each_input_of_several_gets_a_section_and_the_spec_packs_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.tflite").write_bytes((MODELS / "joined_int8.tflite").read_bytes())
+    assert run("pack", "--from", tmp_path / "model.tflite", "-o", tmp_path / "spec.toml").exit_code == 0
+    message = tomllib.loads((tmp_path / "spec.toml").read_text())
+    assert [message["input"]["tensor"], message["inputs"]["input-1"]["tensor"]] == [0, 1]
+    assert run("pack", tmp_path / "spec.toml", "-o", tmp_path / "out").exit_code == 0
+    config = run("config", tmp_path / "out", "--name", "pump").output
+    assert tomllib.loads(config)["tasks"]["pump"]["inputs"]["input-1"] == {"stream": "input-1"}
+
+
 @pytest.mark.parametrize("limits", [(0.0, 1.0), (-1.0, 1.0), (-4.0, 4.0)])
 def test_the_proposed_scaling_maps_the_data_into_the_input(limits: tuple[float, float]) -> None:
     scales = [ColumnScale(10.0, 50.0, (11.0, 49.0), 20.0, 10.0), ColumnScale(7.0, 7.0, (7.0, 7.0), 7.0, 0.0)]
@@ -267,7 +277,7 @@ def test_wrong_use_is_one_sentence(
 
 
 @pytest.mark.parametrize(("offset", "spread"), [(5e6, 1000.0), (0.5, 1e-6)])
-def test_pack_warns_of_fields_that_the_quantized_input_cannot_hold_or_tell_apart(
+def test_pack_warns_of_fields_that_the_quantized_input_clips_or_merges(
     tmp_path: Path, offset: float, spread: float
 ) -> None:
     rows = readings(5000) * [1, 1, spread, 1] + [0, 0, offset, 0]

@@ -1,6 +1,6 @@
 """Makes the tiny models beside this file; the result is committed, so run this only to add one.
 
-    .venv-models/bin/python tests/models/make.py     (scripts/build_models makes .venv-models)
+    .venv-models/bin/python tests/models/make.py [NAME …]     (scripts/build_models makes .venv-models)
 
 Weights are written down, not trained: the classifier names the nearest of three centres, the autoencoder keeps the
 slow half of a window, the regression is a weighted sum. What the models answer can be checked by hand.
@@ -9,6 +9,7 @@ slow half of a window, the regression is a weighted sum. What the models answer 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,26 @@ def two_inputs() -> Any:
     return tf.keras.Model([a, b], tf.keras.layers.Add(name="sum")([a, b]))
 
 
+def joined() -> Any:
+    """Rows (8, 2) and weather (3, 1) → three states, wear, and two flags.
+
+    The states are those of `classifier` for the mean row and the mean weather; wear is the weather's last value less
+    its first; a flag is the sigmoid of a column's mean.
+    """
+    rows, weather = tf.keras.Input((ROWS, FIELDS), name="rows"), tf.keras.Input((3, 1), name="weather")
+    mean = tf.keras.layers.GlobalAveragePooling1D(name="mean")(rows)
+    air = tf.keras.layers.GlobalAveragePooling1D(name="air")(weather)
+    both = tf.keras.layers.Concatenate(name="both")([mean, air])
+    state = tf.keras.layers.Dense(3, activation="softmax", name="state")(both)
+    wear = tf.keras.layers.Dense(1, use_bias=False, name="wear")(tf.keras.layers.Flatten(name="flat")(weather))
+    flags = tf.keras.layers.Dense(2, activation="sigmoid", use_bias=False, name="flags")(mean)
+    model = tf.keras.Model([rows, weather], {"state": state, "wear": wear, "flags": flags})
+    model.get_layer("state").set_weights([CENTRES.T[:3], -np.square(CENTRES).sum(1) / 2])
+    model.get_layer("wear").set_weights([np.array([[-1], [0], [1]], np.float32)])
+    model.get_layer("flags").set_weights([np.eye(2, dtype=np.float32)])
+    return model
+
+
 def two_outputs() -> Any:
     x = tf.keras.Input((2,), name="x")
     return tf.keras.Model(x, [tf.keras.layers.ReLU(name="up")(x), tf.keras.layers.ReLU(max_value=1, name="low")(x)])
@@ -84,11 +105,20 @@ def function(call: Callable[[Any], Any], batch: int | None) -> Any:
     return tf.lite.TFLiteConverter.from_concrete_functions([traced.get_concrete_function()])
 
 
-def quantized(model: Any, shape: tuple[int, ...], kind: Any) -> bytes:
-    def representative() -> Iterator[list[Any]]:
+def quantized(model: Any, shapes: tuple[Any, ...], kind: Any) -> bytes:
+    """Quantize a model of one input of `shapes`, or of several."""
+    inputs = shapes if isinstance(shapes[0], tuple) else (shapes,)
+
+    def representative() -> Iterator[Any]:
         random = np.random.default_rng(1)
         for _ in range(200):
-            yield [np.clip(random.normal(0, 1.5, (1, *shape)), -4, 4).astype(np.float32)]
+            values = [np.clip(random.normal(0, 1.5, (1, *shape)), -4, 4).astype(np.float32) for shape in inputs]
+            # The converter orders several inputs by itself.
+            yield (
+                values
+                if len(values) == 1
+                else {tensor.name: value for tensor, value in zip(model.inputs, values, strict=True)}
+            )
 
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -134,6 +164,8 @@ def main() -> None:
         "anomaly_int8": quantized(autoencoder(), (ROWS, FIELDS), tf.int8),
         "two_inputs": floating(two_inputs()),
         "two_outputs": floating(two_outputs()),
+        "joined_float32": floating(joined()),
+        "joined_int8": quantized(joined(), ((ROWS, FIELDS), (3, 1)), tf.int8),
         "fixed_batch": bytes(function(lambda x: tf.nn.relu(x @ CENTRES.T), 1).convert()),
         "mixes_rows": bytes(function(lambda x: x - tf.reduce_mean(x, axis=0, keepdims=True), None).convert()),
         "loses_rows": bytes(function(lambda x: tf.reduce_sum(x, axis=0, keepdims=True), None).convert()),
@@ -145,6 +177,8 @@ def main() -> None:
         "flex": flex(),
     }
     for name, content in made.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         (HERE / f"{name}.tflite").write_bytes(content)
         print(f"{name}.tflite {len(content):,} bytes")
 

@@ -17,7 +17,7 @@ def test_reversed_labels_are_named_with_both_accuracies() -> None:
     assert text.startswith("with labels in the order [ok, blocked] accuracy would be 0.98, as they are it is 0.02")
 
 
-def test_a_permutation_of_many_labels_is_found_among_errors() -> None:
+def test_a_permutation_of_many_labels_is_named_despite_errors() -> None:
     rng = np.random.default_rng(3)
     truth = rng.integers(0, 7, 2000)
     order = rng.permutation(7)

@@ -21,6 +21,12 @@ from agent.wire.keys import PublicKey
 
 _PLACEHOLDER = "-"
 _DEFAULT_DEVICES, _MAX_PROCESSES = 8, 200
+# Parameter → option that runs real processes and a real broker.
+_PROCESS_OPTIONS = {
+    "plan": "--rollout",
+    "broker": "--broker",
+    **{name: f"--{name}" for name in ("duration", "speed", "away", "cut", "slow", "worse")},
+}
 _MAX_SENTENCES = 8
 
 
@@ -105,6 +111,7 @@ def simulate(
     exit_on_signals()
     publishers = tuple(keys.load_public(text) for text in publisher_keys)
     if scenario_file is not None:
+        _refuse_options_of_processes()
         own = _ScenarioOptions(scenario_file, config_file, bundles, recordings, publishers, devices, seed)
         with open_folder(folder) as home:
             passed = _run_scenario(home, own, report_file, as_json=as_json)
@@ -128,6 +135,14 @@ def simulate(
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
+
+
+def _refuse_options_of_processes() -> None:
+    """Raise UsageError for an option that a scenario would ignore."""
+    context = click.get_current_context()
+    for name, option in _PROCESS_OPTIONS.items():
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option} runs devices in processes of their own; leave it or --scenario out")
 
 
 class _ScenarioOptions(msgspec.Struct, frozen=True):

@@ -47,6 +47,9 @@ def config_command(bundle: Path, name: str | None, public: str | None, as_json: 
         f"stream = {encode_value(name)}",
         f"bundle = {encode_value(str(bundle.resolve()))}",
     ]
+    for joined, spec in manifest.joined.items():
+        lines += [f"[tasks.{encode_key(name)}.inputs.{encode_key(joined)}]", f"stream = {encode_value(joined)}"]
+        lines += [f"[streams.{encode_key(joined)}]", _format_fields(spec.fields, spec.units)]
     text = "\n".join(lines) + "\n"
     emit({"text": text}, as_json, lambda: echo(text, nl=False))
 
@@ -59,9 +62,12 @@ def _format_stream(bundle: Path, name: str, spec: ModelInput) -> str:
             f"{bundle}: needs {len(spec.fields)} fields, a stream has {config.MAX_FIELDS} at most; pack it with a "
             "window of rows of fewer fields, or with image or sound"
         )
-    units = spec.units or [""] * len(spec.fields)
+    return _format_fields(spec.fields, spec.units)
+
+
+def _format_fields(names: list[str], units: list[str]) -> str:
     fields = [
         f"  {{ name = {encode_value(field)}{f', unit = {encode_value(unit)}' if unit else ''} }},"
-        for field, unit in zip(spec.fields, units, strict=True)
+        for field, unit in zip(names, units or [""] * len(names), strict=True)
     ]
     return "\n".join(["fields = [", *fields, "]"])

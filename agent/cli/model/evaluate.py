@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from agent.cli.model.run import address_option, engine_option, load_bundle, open_cluster
+from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError, explain
 from agent.text import printable
@@ -34,6 +34,7 @@ _path = click.Path(path_type=Path)
 @click.option("--robustness", is_flag=True, help="Inject noise, gain, missing, stuck, swapped and saturated fields.")
 @click.option("--no-latency", "latency", flag_value=False, default=True, help="Do not measure latency.")
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Seed of all random draws.")
+@join_option
 @engine_option
 @address_option
 @click.option("--publisher", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")

@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 _path = click.Path(path_type=Path)
 _MAX_SHOWN = 10
 
+
+def _parse_joined(_ctx: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Path]:
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, file) in zip(texts, pairs, strict=True) if not (name and file)]:
+        raise UsageError(f"--join {wrong[0]}: write NAME=FILE, the input's name and the file of its rows")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+join_option = click.option(
+    *("--join", "joined"), multiple=True, metavar="NAME=FILE", callback=_parse_joined,
+    help="File with the rows of a further input; without it they are in DATA.",
+)  # fmt: skip
 engine_option = click.option(
     "--engine",
     type=click.Choice(["here", "ray"]),
@@ -41,12 +53,21 @@ address_option = click.option(
 @click.argument("data", type=_path)
 @click.option("-o", "--out", required=True, type=_path, help="Output file, .csv or .parquet; a folder if DATA is one.")
 @click.option("--raw", is_flag=True, help="Add the model's outputs as columns raw_0, raw_1, …")
+@join_option
 @engine_option
 @address_option
 @click.option("--publisher", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(
-    bundle: Path, data: Path, out: Path, raw: bool, engine: str, address: str | None, public: str | None, as_json: bool
+    bundle: Path,
+    data: Path,
+    out: Path,
+    raw: bool,
+    joined: dict[str, Path],
+    engine: str,
+    address: str | None,
+    public: str | None,
+    as_json: bool,
 ) -> None:
     """Predict each row or window of DATA with BUNDLE.
 
@@ -66,7 +87,9 @@ def run(
     many = data.is_dir() and not readers.is_media(inference.manifest.input)
     if not many and out.suffix not in output.OUTPUT_SUFFIXES:
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.OUTPUT_SUFFIXES)}")
-    predictor = BatchPredictor(loaded, inference, raw=raw)
+    if joined and engine != "here":
+        raise UsageError("--join is not for --engine ray: there the files of DATA hold all fields")
+    predictor = BatchPredictor(loaded, inference, raw=raw, joined=joined)
     started_s = time.monotonic()
     with cluster_context as cluster, ProgressBar("rows") as bar:
         if cluster is None:

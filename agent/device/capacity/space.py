@@ -27,6 +27,7 @@ from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.capacity.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
+from agent.device.pipeline.joined_streams import load_positions
 from agent.device.store import retention, task_keys
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
@@ -134,7 +135,17 @@ class SpaceManager:
 
     def _used_through(self, stream: str) -> int:
         # Rows of a stream without a task count as used.
-        return min(self._cursors(stream).values(), default=self._store.last_row(stream))
+        used = [*self._cursors(stream).values(), *self._joined_through(stream).values()]
+        return min(used, default=self._store.last_row(stream))
+
+    def _joined_through(self, stream: str) -> dict[str, int]:
+        """Return the last row that each task no longer needs of a stream that one of its inputs is joined from."""
+        return {
+            name: load_positions(self._store, name).get(joined, 1) - 1
+            for name, task in self._conf.tasks.items()
+            for joined, source in task.inputs.items()
+            if source.stream == stream
+        }
 
     def _cursors(self, stream: str) -> dict[str, int]:
         return {name: self._store.cursor(name) or 0 for name, task in self._conf.tasks.items() if task.stream == stream}
@@ -192,7 +203,8 @@ class SpaceManager:
         return self._is_stalled(now) and any(self._evict_messages(kinds, now) for kinds in EVICTION_ORDER)
 
     def _evict_readings(self, tasks: Collection[str], now: ClockReading) -> bool:
-        streams = {self._conf.tasks[name].stream for name in tasks if name in self._conf.tasks}
+        known = [self._conf.tasks[name] for name in tasks if name in self._conf.tasks]
+        streams = {task.stream for task in known} | {source.stream for task in known for source in task.inputs.values()}
         return any(self._evict_unused_rows(name, now) for name in sorted(streams))
 
     def _delete_delivered(self) -> bool:
@@ -223,6 +235,9 @@ class SpaceManager:
             for task in behind:
                 # Evicted rows count as consumed, so that no batch meets the gap.
                 tx.advance_cursor(task, chunks.last + 1, chunks.last)
+            # A task that joins these rows has no cursor on them; it goes on with the rows that are left.
+            joined = self._joined_through(stream).items()
+            behind |= {task: row for task, row in joined if row < min(chunks.last, behind.get(task, chunks.last))}
             used = min(behind.values(), default=chunks.last)
             if chunks.first <= used:
                 self._declare_used(tx, stream, chunks, used, now)

@@ -19,6 +19,7 @@ from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
 from agent.device.pipeline.drift_state import LearningRefusals
+from agent.device.pipeline.joined_streams import JoinedBatch
 from agent.device.pipeline.loaded_task import LoadedTask, StartedBatch
 from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
@@ -63,6 +64,7 @@ class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     refusals: LearningRefusals
     rule_states: TaskRuleStates
     labels_contradict: bool
+    joined: JoinedBatch | None
 
 
 class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
@@ -114,13 +116,19 @@ def _run_once(
         if batch.loss_reason:
             return _skip_lost(task, store, message_log, batch, now)
         cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
+        joined: JoinedBatch | None = None
+        if task.joined_reader is not None:
+            joined = task.joined_reader.join(store, cut, batch.t, batch.first, now)
+            if joined.cut.consumed == 0 and len(cut.starts):
+                return None
+            cut = joined.cut
         if cut.consumed == 0:
             following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)
             if following is None or following.loss_reason is None:
                 return None
             # The rows after these cannot be read, so these will never fill a window.
-            cut = WindowCut(cut.starts, len(batch.t))
-        started = _prepare(task, store, batch, cut).start(task)
+            cut = WindowCut(cut.starts, len(batch.t), cut.joined)
+        started = msgspec.structs.replace(_prepare(task, store, batch, cut).start(task), joined=joined)
     following_batch = _prepare_next(task, store, started, max_rows)
     with task.crash_guard():
         results = task.inference.finish(started.run, started.cut)
@@ -164,7 +172,8 @@ def _prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) ->
 
 def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> _PreparedBatch | None:
     """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
-    is_backlog = len(current.batch.t) >= max_rows
+    # A batch that joins streams waits for their rows.
+    is_backlog = len(current.batch.t) >= max_rows and task.joined_reader is None
     if not (is_backlog and task.model.runs_beside and len(os.sched_getaffinity(0)) > 1):
         return None
     limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
@@ -202,6 +211,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, started: Star
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
         rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
         state is not None and label_metrics.contradict_certainty(task, store),
+        started.joined,
     )
 
 
@@ -260,6 +270,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         source.current_segment,
         batch_messages.find_faulty_fields((task.drift_state, drift), windows),
         [change for change in result_alerts if change.index >= 0],
+        source.joined.rows if source.joined is not None else {},
     )
     drift_messages, refusals = batch_messages.build_drift_messages(
         task, windows, source.refusals, labels_contradict=source.labels_contradict
@@ -370,11 +381,15 @@ def _commit(
         if output.sample_requests:
             requests.add(tx, task.name, output.sample_requests)
         task.cost_meter.write_counters(tx)
+        if task.joined_reader is not None and source.joined is not None:
+            task.joined_reader.save(tx, source.joined)
         if task.is_crash_suspect:
             tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
+    if task.joined_reader is not None and source.joined is not None:
+        task.joined_reader.confirm(source.joined)
     task.record_transaction(len(source.cut.starts), spent_bytes)
     task.drift_state, task.closing_messages, task.is_crash_suspect = output.drift, None, False
     task.unsaved_basis = None

@@ -32,6 +32,7 @@ from agent.wire import commitment
 # The message's header, then its other members beside the columns.
 _HEAD_BYTES, _MEMBER_BYTES, _FAULTS_BYTES = 2_000, 1_200, 500
 _MAX_FAULTS = 64
+_NOT_JOINED: Mapping[str, tuple[str, int, int]] = {}
 
 
 def build_result_messages(
@@ -44,11 +45,13 @@ def build_result_messages(
     current_segment: tuple[int, int] | None,
     faulty: Sequence[str] = (),
     alerts: Sequence[ResultAlert] = (),
+    joined: Mapping[str, tuple[str, int, int]] = _NOT_JOINED,
 ) -> Iterator[PendingMessage]:
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
     Each has the `alerts` that its results raised or cleared behind it. `faulty` are the fields with a sensor fault
-    meanwhile. `texts` holds the texts of category codes by field.
+    meanwhile. `texts` holds the texts of category codes by field. `joined` are stream, first and last row that each
+    further input was joined from.
     `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
@@ -78,6 +81,8 @@ def build_result_messages(
             body["incomplete"] = incomplete
         if named:
             body["faults"] = named
+        if joined:
+            body["joined"] = {name: {"stream": stream, "rows": [a, b]} for name, (stream, a, b) in joined.items()}
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)

@@ -40,6 +40,8 @@ def build(
         columns["value"] = _round_to_digits(model_scores.value[indices])
     for name, values in model_scores.extra_columns.items():
         columns[name] = _round_to_digits(values[indices])
+    for name, texts in model_scores.label_columns.items():
+        columns[name] = encode_labels(texts.tolist(), indices)
     if missing[indices].any():
         columns["missing"] = _round(missing[indices], 3)
     return columns
@@ -68,7 +70,9 @@ def max_results(
     if model_scores.value is not None:
         size += _LONG_NUMBER_BYTES
     size += _LONG_NUMBER_BYTES * len(model_scores.extra_columns) + 6 * bool(missing.any())
-    heads = sum(_json_size(name) + 4 for name in model_scores.extra_columns)
+    for texts in model_scores.label_columns.values():
+        size += 2 + max(map(_json_size, set(texts.tolist())), default=0)
+    heads = sum(_json_size(name) + 4 for name in (*model_scores.extra_columns, *model_scores.label_columns))
     return min(MAX_RESULTS, max(1, (max_bytes - heads) // max(1, size)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from agent import config
 from agent.arrays import Float32s
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
+from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
 from agent.device.rules.compiler import CompiledRule
 from agent.device.samples.selection import SampledTask
 from agent.device.store.cost import CostMeter
@@ -22,6 +23,7 @@ from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState
 from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.manifest import output_columns
 from agent.model.inference import features
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel, StartedWindows
@@ -64,6 +66,7 @@ class StartedBatch(msgspec.Struct, frozen=True, eq=False):
     cut: WindowCut
     features: Float32s
     run: StartedWindows
+    joined: JoinedBatch | None = None
 
 
 @dataclass
@@ -101,6 +104,8 @@ class LoadedTask:
     deadline: Deadline = field(init=False)
     last_label: str = ""
     rules: Sequence[CompiledRule] = ()
+    joined_streams: Mapping[str, JoinedStream] = field(default_factory=dict)
+    joined_reader: JoinedReader | None = field(init=False)
     samples: SampledTask | None = None
     batch_divisor: int = 1
     started: StartedBatch | None = None
@@ -115,6 +120,7 @@ class LoadedTask:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
         self.window_bytes = self._max_window_bytes
+        self.joined_reader = JoinedReader(self.name, self.inference, self.joined_streams) if manifest.joined else None
 
     @property
     def step(self) -> int:
@@ -138,7 +144,9 @@ class LoadedTask:
 
         `windows_ahead`: model windows that are not committed yet.
         """
-        in_memory = MAX_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
+        spec = self.bundle.manifest
+        further = sum(joined.size for joined in spec.joined.values())
+        in_memory = MAX_VALUES // (self.window_rows * len(spec.input.columns) + further)
         max_s = min(_MAX_INFERENCE_S, self.deadline.seconds or _MAX_INFERENCE_S)
         in_time = _UNTUNED_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
         default = max(_BATCH_WINDOWS, _BATCH_ROWS // self.step)
@@ -178,6 +186,7 @@ class LoadedTask:
         """Bytes that one model window takes at most in a transaction."""
         manifest = self.bundle.manifest
         columns = len(manifest.output.labels) if manifest.output.multi_label else len(manifest.output.names)
+        columns += sum(len(output_columns(name, spec)) for name, spec in manifest.further.items())
         drift = (_DRIFT_BYTES + _FIELD_BYTES * len(manifest.input.fields)) // manifest.drift.window
         alerts = int(_ALERT_BYTES * sum(rule.alerts_per_window for rule in self.rules))
         return _RESULT_BYTES + _COLUMN_BYTES * columns + (drift if self.drift_monitor else 0) + alerts

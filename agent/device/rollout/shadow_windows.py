@@ -22,6 +22,7 @@ from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, scores
+from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import MAX_VALUES
 from agent.model.inference.scores import Scores
 from agent.performance import cbpe
@@ -59,7 +60,14 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     limit = max(1, MAX_VALUES // (length * table.shape[1]))
     starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
     values = features.build_windows(table, starts, spec)
-    return AlignedWindows(source_batch.first + ends, source_batch.rows.t[ends], values)
+    t = source_batch.rows.t
+    if task.joined_reader is not None:
+        # The batch has waited for its own inputs; windows of this bundle are joined with what is there.
+        before_batch = rows.t[before:]
+        joined = task.joined_reader.join(store, WindowCut(starts, len(before_batch)), before_batch, 1).cut.joined
+        assert joined is not None
+        values = np.concatenate([values.reshape(len(starts), -1), joined.values], axis=1)
+    return AlignedWindows(source_batch.first + ends, t[ends], values)
 
 
 def build_output_kind(manifest: Manifest) -> OutputKind:

@@ -100,8 +100,8 @@ class QuotaEnforcer:
         self._path, self.quota = path, quota
         self._wal = path.with_name(path.name + "-wal")
         self._shm: int | None = None
-        # In a simulation of a full disk.
-        self.is_disk_full = False
+        # Bytes of the file system and free ones, in a simulation.
+        self.simulated_disk: tuple[int, int] | None = None
         self._reserve = DiskReserve(path.with_name("reserve"))
 
     def make_room(self) -> None:
@@ -192,11 +192,13 @@ class QuotaEnforcer:
 
     def _disk_space(self) -> tuple[int, int]:
         """Return the bytes of the file system, and those that are available to us."""
+        if self.simulated_disk is not None:
+            return self.simulated_disk
         try:
             disk = os.statvfs(self._path.parent)
         except OSError as error:
             raise StorageError(f"{self._path.parent}: {error.strerror}; check [device] data_dir") from error
-        return disk.f_blocks * disk.f_frsize, 0 if self.is_disk_full else disk.f_bavail * disk.f_frsize
+        return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 
 class DiskReserve:

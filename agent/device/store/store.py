@@ -528,9 +528,9 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def simulate_disk(self, *, is_full: bool) -> None:
-        """Let the store see a full disk, or the real one again."""
-        self._quota_enforcer.is_disk_full = is_full
+    def simulate_disk(self, size: int, free: int) -> None:
+        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one."""
+        self._quota_enforcer.simulated_disk = (size, free)
 
     def close(self) -> None:
         with self._lock:

@@ -29,6 +29,9 @@ RELEARN_REQUEST_DONE = "relearn request done"
 ENDED_DRIFT = "ended drift"
 SAVED_SUFFIX = " before canary"
 
+# First rows of joined streams that the task still needs.
+JOINED_ROWS = "joined rows"
+
 # Labels: windows that gather, the last `quality` message, and the labels behind each of its numbers.
 LABEL_METRICS = "label metrics"
 LAST_LABEL_METRICS = "last label metrics"

@@ -23,7 +23,7 @@ from agent.datasets.blocks import FILE_COLUMN, TextColumn
 from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.datasets.readers import is_media
 from agent.errors import FileBusy, UsageError
-from agent.model.bundle.manifest import Manifest
+from agent.model.bundle.manifest import Manifest, output_columns
 from agent.model.inference import scores
 from agent.model.inference.inference import InferenceResult
 from agent.text import csv_text
@@ -48,12 +48,15 @@ class OutputColumns:
             "score" if kind == "classify" else "value",
         ]
         self.names += [f"score_{label}" for label in output.labels if output.multi_label]
+        self.names += ["value_low", "value_high"] if output.residual_bounds is not None else []
         self.names += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
+        self.names += [column for name, spec in manifest.further.items() for column in output_columns(name, spec)]
         self.names += [f"raw_{i}" for i in range(self._raw_count)]
 
     def build(self, row_numbers: Ints, result: InferenceResult, files: TextColumn | None) -> list[Column]:
         scored = result.scores
         columns: dict[str, Any] = {"row": row_numbers, FILE_COLUMN: files, **scored.extra_columns}
+        columns |= scored.label_columns
         columns |= {"score": scored.score, "value": scored.value}
         if "label" in self.names:
             columns["label"] = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from agent import durable_files
 from agent.arrays import Ints
 from agent.errors import BadBundle, UsageError
-from agent.evaluation.examples import Dataset, concatenate_results
+from agent.evaluation.examples import Dataset, concatenate_results, cut_at
 from agent.evaluation.predict import output, run
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.ray_cluster import RayCluster
@@ -57,11 +57,11 @@ def predict_file(
 def make_predictor(cluster: RayCluster, bundle: Bundle) -> Callable[[Inference, Dataset, Ints], InferenceResult]:
     """Return `examples.predict` by a worker for each file; the rows are sent, so workers need no shared storage."""
 
-    def predict(_: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
+    def predict(inference: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
         shards = []
         for i, part in enumerate(dataset.file_slices()):
-            own = starts[(starts >= part.start) & (starts < part.stop)] - part.start
-            shards.append(WindowShard(i, dataset.values[part], dataset.t[part], own))
+            cut = cut_at(inference, dataset, starts, i)
+            shards.append(WindowShard(i, dataset.values[part], dataset.t[part], cut.starts, cut.joined))
         results: dict[int, InferenceResult] = {}
         for answer in cluster.map(_worker_config(bundle, True, Path(), ""), shards):
             if answer.result is None:

@@ -22,6 +22,7 @@ from agent.model import activation
 from agent.model.bundle import bundle as bundles
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
+from agent.model.inference.joins import JoinedValues
 from agent.model.inference.runtime_name import runtime_name
 
 # A worker that the cluster has given up may still write; wait for its end.
@@ -55,6 +56,7 @@ class WindowShard(msgspec.Struct, frozen=True, eq=False):
     rows: Float32s
     t: Ints
     starts: Ints
+    joined: JoinedValues | None = None
 
 
 class WorkerResult(msgspec.Struct, frozen=True, eq=False):
@@ -80,7 +82,7 @@ class Worker:
         try:
             if isinstance(item, FileJob):
                 return self._predict_file(item)
-            cut = WindowCut(item.starts, len(item.starts))
+            cut = WindowCut(item.starts, len(item.starts), item.joined)
             result = self._ensure_loaded().inference.run_windows(item.rows, item.t, cut, with_outputs=True)
             return WorkerResult(index=item.index, result=result)
         except OutstationError as problem:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -14,16 +14,18 @@ import numpy as np
 
 from agent import decoders, durable_files
 from agent.arrays import Ints
-from agent.datasets import media, readers
+from agent.datasets import joined_rows, media, readers
 from agent.datasets.blocks import FILE_COLUMN, RowBlock, TextColumn
 from agent.datasets.tables import BLOCK_BYTES, FilePosition
 from agent.errors import UsageError
+from agent.evaluation.examples import NO_FILES
 from agent.evaluation.predict import output
 from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.output import OutputColumns, PartialOutput
 from agent.evaluation.predictions import StreamingPredictor
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import Inference
+from agent.model.inference.joins import JoinedRows
 from agent.model.inference.runtime_name import runtime_name
 
 CHECKPOINT_INTERVAL_S = 2.0
@@ -70,8 +72,15 @@ class BatchPredictor:
     """Bundle to run over files; with `raw` the model's outputs are written, too."""
 
     def __init__(
-        self, bundle: Bundle, inference: Inference, *, raw: bool = False, block_bytes: int = BLOCK_BYTES
+        self,
+        bundle: Bundle,
+        inference: Inference,
+        *,
+        raw: bool = False,
+        block_bytes: int = BLOCK_BYTES,
+        joined: Mapping[str, Path] = NO_FILES,
     ) -> None:
+        self.joined = joined
         self.inference, self._digest, self.raw, self._block_bytes = inference, bundle.digest, raw, block_bytes
         self._columns = OutputColumns(inference.manifest, inference.model.outputs, raw=raw)
 
@@ -79,6 +88,7 @@ class BatchPredictor:
         """Return a digest of everything that the output depends on."""
         spec = self.inference.manifest.input
         files = media.list_files(source, spec) if readers.is_media(spec) and source.is_dir() else [source]
+        files = [*files, *(file / source.name if file.is_dir() else file for file in self.joined.values())]
         stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
         parts = [str(source.resolve()), stats, self._digest, runtime_name(), self.raw]
         return hashlib.sha256(json.dumps([*parts, out.suffix, self._block_bytes]).encode()).hexdigest()
@@ -91,6 +101,7 @@ class BatchPredictor:
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = readers.open_reader(source, self.inference.manifest.input, block_bytes=self._block_bytes)
+        joined = joined_rows.read(self.inference.manifest, source, self.joined)
         sidecar = checkpoint_path(out)
         part = PartialOutput(out, self._columns)
         try:
@@ -100,7 +111,7 @@ class BatchPredictor:
             stream = state.restore_stream(self.inference)
             saved_s = time.monotonic()
             for block in reader.blocks(state.position):
-                self._process_block(block, stream, state, part, source)
+                self._process_block(block, joined, stream, state, part, source)
                 # Its arrays are freed before the next block is read.
                 del block
                 progress(reader.progress(state.position), reader.size, state.totals.rows)
@@ -115,9 +126,15 @@ class BatchPredictor:
         return state.totals
 
     def _process_block(
-        self, block: RowBlock, stream: StreamingPredictor, state: _Checkpoint, part: PartialOutput, source: Path
+        self,
+        block: RowBlock,
+        joined: Mapping[str, JoinedRows],
+        stream: StreamingPredictor,
+        state: _Checkpoint,
+        part: PartialOutput,
+        source: Path,
     ) -> None:
-        rows, result = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+        rows, result = stream.feed(block.rows, block.t, block.row_numbers, joined, raw=self.raw)
         part.write(rows, result, self._file_names(block, rows, source))
         state.totals.results += len(rows)
         state.totals.incomplete += int((result.missing_share > self.inference.manifest.input.max_missing).sum())

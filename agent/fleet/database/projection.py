@@ -17,6 +17,7 @@ import msgspec
 
 from agent import decoders
 from agent.fleet.database.interface import Row
+from agent.wire import runs
 from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import (
@@ -32,6 +33,7 @@ from agent.wire.messages import (
     ShadowPayload,
     VerifiedMessage,
 )
+from agent.wire.runs import Label, LabelRun
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
@@ -44,7 +46,7 @@ ALERTS_TABLE, INCIDENTS_TABLE = "alerts", "incidents"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
 _MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
-_OUTPUT_NAMES = ("value_", "score_")
+_OUTPUT_NAMES = ("value_", "score_", "label_")
 _OUTPUT_PREFIXES = tuple(f'"{name}'.encode() for name in _OUTPUT_NAMES)
 
 # Table → rows, with columns in the order of `schema`.
@@ -72,6 +74,7 @@ class _RawColumns(msgspec.Struct):
 
 
 _COLUMNS_DECODER = decoders.json_decoder(_RawColumns)
+_LABELS_DECODER = decoders.json_decoder(list[Label | LabelRun])
 _NUMBERS_DECODER = decoders.json_decoder(list[Magnitude | None])
 
 
@@ -135,18 +138,22 @@ def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[floa
 
 
 def _further_outputs(payload: bytes, count: int) -> list[str] | None:
-    """Return the JSON of columns value_NAME and score_LABEL for each of `count` results; None without such columns."""
+    """Return the JSON of columns value_NAME, score_LABEL and label_NAME of each of `count` results; None without."""
     if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
         return None
     columns = _COLUMNS_DECODER.decode(payload).columns
-    outputs: dict[str, list[float | None]] = {}
+    outputs: dict[str, list[Any]] = {}
     for name, column in columns.items():
         if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
             continue
         with contextlib.suppress(msgspec.MsgspecError):
-            numbers = _NUMBERS_DECODER.decode(column)
-            if len(numbers) == count:
-                outputs[name] = numbers
+            entries: list[Any] = []
+            if not name.startswith("label_"):
+                entries = _NUMBERS_DECODER.decode(column)
+            elif runs.count_entries(labels := _LABELS_DECODER.decode(column)) == count:
+                entries = [*runs.expand_labels(labels)]
+            if len(entries) == count:
+                outputs[name] = entries
     if not outputs:
         return None
     names = [*outputs]

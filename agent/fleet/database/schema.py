@@ -77,7 +77,7 @@ _PROJECTIONS = (
         value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
     "CREATE INDEX results_by_row ON results (device, task, row)",
     # What few results have. missing: share of the input that was missing beyond the bundle's limit, else 0 or NULL.
-    # outputs: JSON object of the columns value_NAME and score_LABEL, NULL without them.
+    # outputs: JSON object of the columns value_NAME, score_LABEL and label_NAME, NULL without them.
     """CREATE TABLE result_details (
         device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, row INTEGER NOT NULL, missing REAL, outputs TEXT,
         PRIMARY KEY (device, log, seq, row)) WITHOUT ROWID""",

@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
             Column("value", "real", "predicted value, in the model's unit"),
             *_PLACE,
             Column("missing", "real", "share of the input that was missing", "1"),
-            Column("outputs", "outputs", "further outputs: value_NAME in the model's unit, score_LABEL"),
+            Column("outputs", "outputs", "further outputs: value_NAME in the model's unit, score_LABEL, label_NAME"),
             _FAULTS,
             *_PROVENANCE,
         ),

@@ -16,14 +16,16 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.arrays import Float32s
+from agent.arrays import Float32s, Float64s
 from agent.errors import BadBundle
+from agent.indices import repeat
 
 # In steps of a quantized output for a deterministic runtime; as a share of the outputs' range for others.
 _TOLERANCE_STEPS = 2
@@ -44,13 +46,16 @@ _UNREADABLE_ERRORS = (
 
 
 class GoldenVectors(msgspec.Struct, frozen=True):
-    """`inputs` (g, …) scaled model input; `expected` (g, K) outputs of `runtime`; tolerances are absolute."""
+    """`inputs` (g, …) scaled model input; `expected` (g, K) outputs of `runtime`.
+
+    Tolerances are absolute: one number, or (K,) if the model has several output tensors.
+    """
 
     inputs: Float32s
     expected: Float32s
     runtime: str
-    tolerance: float
-    other_runtime_tolerance: float
+    tolerance: Float64s
+    other_runtime_tolerance: Float64s
 
     def compare(self, outputs: Float32s, runtime: str, *, classes: bool) -> str:
         """Return a sentence about the largest difference. Raises BadBundle if outputs or classes differ too much."""
@@ -61,14 +66,19 @@ class GoldenVectors(msgspec.Struct, frozen=True):
                 f"golden outputs have shape {list(outputs.shape)}, the vectors expect {list(self.expected.shape)}"
             )
         difference = outputs.astype(np.float64) - self.expected
-        worst, rms = float(np.abs(difference).max()), float(np.sqrt(np.square(difference).mean()))
         cause = "this CPU and runtime do not compute what the publisher's did"
-        if not worst <= allowed:
-            raise BadBundle(f"an output is off by {worst:.4g}, {allowed:.4g} is allowed on {runtime}: {cause}")
-        if rms > _RMS_SHARE * allowed:
-            limit = f"{_RMS_SHARE * allowed:.4g} is allowed on {runtime}"
-            raise BadBundle(f"outputs are off by {rms:.4g} (root mean square), {limit}: {cause}")
-        summary = f"{len(outputs)} vectors, largest difference {worst:.2g} of {allowed:.2g} allowed"
+        limits = np.broadcast_to(allowed, outputs.shape[1:])
+        # Output tensors of one tolerance are judged together.
+        for limit in sorted(set(limits.tolist())):
+            part = difference[:, limits == limit]
+            worst, rms = float(np.abs(part).max()), float(np.sqrt(np.square(part).mean()))
+            if not worst <= limit:
+                raise BadBundle(f"an output is off by {worst:.4g}, {limit:.4g} is allowed on {runtime}: {cause}")
+            if rms > _RMS_SHARE * limit:
+                share = f"{_RMS_SHARE * limit:.4g} is allowed on {runtime}"
+                raise BadBundle(f"outputs are off by {rms:.4g} (root mean square), {share}: {cause}")
+        worst, limit = float(np.abs(difference).max()), float(limits.max())
+        summary = f"{len(outputs)} vectors, largest difference {worst:.2g} of {limit:.2g} allowed"
         if not classes or outputs.shape[1] < 2:
             return summary
         changed = int((outputs.argmax(axis=1) != self.expected.argmax(axis=1)).sum())
@@ -77,13 +87,24 @@ class GoldenVectors(msgspec.Struct, frozen=True):
         return f"{summary}, {changed} with another class" if changed else summary
 
 
-def from_outputs(inputs: Float32s, outputs: Float32s, step: float, runtime: str) -> GoldenVectors:
-    """Make vectors from outputs that are quantized in steps of `step` (0: floats). Raises BadBundle."""
+def from_outputs(
+    inputs: Float32s, outputs: Float32s, steps: Sequence[float], sizes: Sequence[int], runtime: str
+) -> GoldenVectors:
+    """Make vectors from outputs (g, K) of tensors of `sizes`, quantized in `steps` (0: floats). Raises BadBundle."""
     if not np.isfinite(outputs).all():
         raise BadBundle("the model's outputs for the golden data are not finite; check the data")
-    far = max(_OTHER_RUNTIME_SHARE * float(np.ptp(outputs)), 2 * _TOLERANCE_STEPS * step, _float_tolerance(outputs))
-    near = _TOLERANCE_STEPS * step if step else _float_tolerance(outputs)
-    return GoldenVectors(inputs, outputs, runtime, near if runtime.startswith(_DETERMINISTIC_RUNTIMES) else far, far)
+    parts = np.split(outputs, np.cumsum(sizes)[:-1], axis=1)
+    pairs = list(zip(parts, steps, strict=True))
+    near = [_TOLERANCE_STEPS * step if step else _float_tolerance(part) for part, step in pairs]
+    far = [
+        max(_OTHER_RUNTIME_SHARE * float(np.ptp(part)), 2 * _TOLERANCE_STEPS * step, _float_tolerance(part))
+        for part, step in pairs
+    ]
+    tolerance, other = (
+        np.asarray(limits[0]) if len(parts) == 1 else repeat(np.asarray(limits), sizes)
+        for limits in (near if runtime.startswith(_DETERMINISTIC_RUNTIMES) else far, far)
+    )
+    return GoldenVectors(inputs, outputs, runtime, tolerance, other)
 
 
 def _float_tolerance(outputs: Float32s) -> float:
@@ -114,7 +135,7 @@ def decode(data: bytes) -> GoldenVectors:
             # `encode` compresses nothing; a compressed member could expand to any size.
             if sum(member.file_size for member in arrays.zip.infolist()) > len(data):
                 raise ValueError("its members are compressed")
-            tolerance, other_runtime_tolerance = (float(x) for x in arrays["tolerance"])
+            tolerance, other_runtime_tolerance = np.asarray(_require_array(arrays["tolerance"]), np.float64)
             inputs, expected = (_require_array(arrays[name]) for name in ("inputs", "expected"))
             runtime = _require_array(arrays["runtime"])
             # numpy accepts numbers that are no characters as text.
@@ -129,7 +150,10 @@ def decode(data: bytes) -> GoldenVectors:
         "expected": golden.expected.dtype == np.float32 and golden.expected.ndim == 2,
         "as many inputs as outputs, and at least one": (0,) < golden.expected.shape[:1] == golden.inputs.shape[:1],
         "runtime": bool(golden.runtime.split()),
-        "tolerance": 0 <= golden.tolerance < np.inf and 0 <= golden.other_runtime_tolerance < np.inf,
+        "tolerance": all(
+            limit.shape in ((), golden.expected.shape[1:]) and bool(((limit >= 0) & (limit < np.inf)).all())
+            for limit in (np.asarray(golden.tolerance), np.asarray(golden.other_runtime_tolerance))
+        ),
     }
     broken = [name for name, holds in rules.items() if not holds]
     if broken:

@@ -11,6 +11,7 @@ import msgspec
 from agent import decoders
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR
 from agent.strict_json import check_strict_json
@@ -109,7 +110,7 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     and divides by its standard deviation there. `image` or `sound` says what rows are made of. `max_gap_s` bounds the
     history of derived features without a window. `definition` is the version of how features are computed. A result
     whose share of missing values exceeds `max_missing` reports that share. `roles` say what fields are, so that an
-    alert names no cause that they cannot have.
+    alert names no cause that they cannot have. `tensor` is the name or index of the input of a model with several.
     """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
@@ -126,6 +127,7 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     image: ImageFormat | None = None
     sound: SoundFormat | None = None
+    tensor: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.definition > FEATURE_DEFINITION:
@@ -202,6 +204,38 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return self.window.rows if self.window else 1
 
 
+class JoinedInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Further model input: `fields` of another stream or of the same one, joined to each window at its last row's time.
+
+    It holds the newest `rows` rows up to that time, oldest first; with `period_s` the newest row at each of as many
+    times, `period_s` apart. Rows without a value do not count, and values older than `max_age_s` are missing. Values
+    are scaled to (x - mean) / std. `tensor` is the name or index of the model's input, by default the name of this one.
+    """
+
+    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=512)]
+    max_age_s: Annotated[float, msgspec.Meta(gt=0, le=31_622_400)]
+    rows: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    period_s: Annotated[float, msgspec.Meta(gt=0, le=31_622_400)] | None = None
+    units: list[str] = []
+    mean: Numbers = []
+    std: Numbers = []
+    tensor: str | int | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.fields)) != len(self.fields):
+            raise ValueError("inputs: a field is named twice")
+        for name in ("units", "mean", "std"):
+            if len(getattr(self, name)) not in (0, len(self.fields)):
+                raise ValueError(f"inputs: {name} has {len(getattr(self, name))} entries for {len(self.fields)} fields")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or any(not s > 0 for s in self.std):
+            raise ValueError("inputs: mean and std must be finite numbers, and every std above 0")
+
+    @property
+    def size(self) -> int:
+        """Values of one inference."""
+        return self.rows * len(self.fields)
+
+
 class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Model output: how a tensor becomes labels, scores and values.
 
@@ -209,7 +243,8 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     model with several. With `multi_label` every label is independent, and predicted above its threshold (`thresholds`,
     one per label; else `threshold`, else 0.5). A binary classifier predicts its second label above `threshold`. `names`
     and `units` describe the values of kind regress. For kinds anomaly and embedding, values above `threshold` are
-    anomalies. The value of an embedding is its `distance` to `centroid`.
+    anomalies. The value of an embedding is its `distance` to `centroid`. The truth of a value of kind regress lies
+    within `residual_bounds` of it in 95 of 100 cases.
     """
 
     labels: list[Label] = []
@@ -224,8 +259,13 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: Numbers = []
     isotonic: IsotonicCalibration | None = None
+    residual_bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if (bounds := self.residual_bounds) is not None and not -math.inf < bounds[0] <= bounds[1] < math.inf:
+            raise ValueError(f"residual_bounds {list(bounds)} must be finite and ascend")
+        if self.residual_bounds is not None and {"low", "high"} & set(self.names[1:]):
+            raise ValueError("names: low and high are the bounds of the first value; rename the others")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
         if len(set(self.names)) != len(self.names):
@@ -246,6 +286,27 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
         if self.multi_label and self.isotonic is not None:
             raise ValueError("isotonic needs one label per result; calibrate a multi-label model by temperature")
+
+
+class FurtherOutput(ModelOutput, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Further model output with a kind of its own; `size`: its values, if they are not one for each label or name.
+
+    `tensor` is by default the name of this output.
+    """
+
+    kind: Literal["classify", "regress", "anomaly"]
+    size: Annotated[int, msgspec.Meta(ge=0, le=65_536)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "classify" and len(self.labels) < (1 if self.multi_label else 2):
+            raise ValueError("outputs: a classifier needs at least two labels")
+        if self.kind != "classify" and (self.multi_label or self.labels):
+            raise ValueError("outputs: labels and multi_label are for kind classify")
+
+    @property
+    def values(self) -> int:
+        return self.size or max(1, len(self.labels if self.kind == "classify" else self.names))
 
 
 class ResourceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -276,6 +337,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kind: Literal["classify", "regress", "anomaly", "embedding"]
     input: ModelInput
     output: ModelOutput
+    inputs: Annotated[dict[str, JoinedInput], msgspec.Meta(max_length=8)] | msgspec.UnsetType = msgspec.UNSET
+    outputs: Annotated[dict[str, FurtherOutput], msgspec.Meta(max_length=16)] | msgspec.UnsetType = msgspec.UNSET
     drift: DriftSettings = DriftSettings()
     limits: ResourceLimits = ResourceLimits()
     files: dict[str, Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]]
@@ -291,6 +354,29 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("multi_label is for kind classify")
         if self.kind == "embedding" and self.output.threshold is not None and not self.output.centroid:
             raise ValueError("output: an embedding with a threshold needs the centroid that distances are from")
+        for name in (*self.joined, *self.further):
+            if not is_name(name):
+                raise ValueError(f"inputs and outputs: name {name!r} must be 1-64 of a-z 0-9 . _ -")
+        names = [column for name, output in self.further.items() for column in output_columns(name, output)]
+        names += [f"value_{name}" for name in self.output.names[1:]] + [f"score_{name}" for name in self.output.labels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"outputs: two results would have one column name, of {sorted(names)[:20]}; rename one")
+
+    @property
+    def joined(self) -> dict[str, JoinedInput]:
+        """Further inputs by name, in the order of their values."""
+        return {} if self.inputs is msgspec.UNSET else dict(sorted(self.inputs.items()))
+
+    @property
+    def further(self) -> dict[str, FurtherOutput]:
+        """Further outputs by name, in the order of their values."""
+        return {} if self.outputs is msgspec.UNSET else dict(sorted(self.outputs.items()))
+
+    @property
+    def tensors(self) -> TensorSelection:
+        inputs = [name if spec.tensor is None else spec.tensor for name, spec in self.joined.items()]
+        outputs = [name if spec.tensor is None else spec.tensor for name, spec in self.further.items()]
+        return TensorSelection((self.input.tensor, *inputs), (self.output.tensor, *outputs))
 
     @property
     def label_kind(self) -> Literal["classify", "several", "regress", "anomaly"]:
@@ -298,6 +384,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.kind == "embedding":
             return "anomaly"
         return "several" if self.output.multi_label else self.kind
+
+
+def output_columns(name: str, output: FurtherOutput) -> list[str]:
+    """Return the names of the result columns of a further output."""
+    if output.kind != "classify":
+        labels = [f"label_{name}"] if output.kind == "anomaly" and output.threshold is not None else []
+        return [*labels, f"value_{name}", *(f"value_{name}_{other}" for other in output.names[1:])]
+    scores = [f"score_{name}_{label}" for label in output.labels] if output.multi_label else []
+    return [f"label_{name}", f"score_{name}", *scores]
 
 
 def decode(data: bytes) -> Manifest:

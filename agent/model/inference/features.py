@@ -15,13 +15,18 @@ from agent.arrays import Float32s, Ints
 from agent.indices import repeat
 from agent.kernel import library, model_input
 from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
+from agent.model.inference.joins import JoinedValues
 
 
 class WindowCut(msgspec.Struct, frozen=True):
-    """Windows of a piece of a stream: row offsets `starts` (w,). The first `consumed` rows are not needed again."""
+    """Windows of a piece of a stream: row offsets `starts` (w,). The first `consumed` rows are not needed again.
+
+    `joined` holds the windows' values of further inputs.
+    """
 
     starts: Ints
     consumed: int
+    joined: JoinedValues | None = None
 
 
 def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.errors import ModelProcessFailed
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, scores
+from agent.model.inference import derived_features, features, joins, scores
 from agent.model.inference.features import WindowCut
+from agent.model.inference.joins import JoinedRows
 from agent.model.inference.model_windows import InputMemory, ModelWindows, WindowBuilder
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
 # Values of all windows that are computed together, 16 MB of float32: windows that overlap repeat their rows.
 MAX_VALUES = 4_000_000
+NO_JOINED_ROWS: Mapping[str, JoinedRows] = {}
 
 
 class InferenceResult(msgspec.Struct, frozen=True):
@@ -110,15 +114,29 @@ class Inference:
         """Rows before a window that its features read. Pass this many as `history_rows`, as far as they exist."""
         return self.manifest.input.history_rows
 
-    def run(self, rows: Float32s, t: Ints, *, history_rows: int = 0, with_outputs: bool = False) -> InferenceResult:
+    def run(
+        self,
+        rows: Float32s,
+        t: Ints,
+        *,
+        history_rows: int = 0,
+        with_outputs: bool = False,
+        joined: Mapping[str, JoinedRows] = NO_JOINED_ROWS,
+    ) -> InferenceResult:
         """Run all whole windows of `rows` (n, F), in physical units with NaN for missing, at `t` (n,) epoch µs.
 
         The first `history_rows` rows are history: no window starts there, and `cut` counts from the row after them. A
         stream run piece by piece, each from the end of `cut.consumed` and with its history, gives the results of the
-        whole. Raises BadBundle.
+        whole. `joined` holds the rows of further inputs. Raises BadBundle.
         """
         cut = features.cut_windows(t[history_rows:], self.manifest.input.window)
+        if self.manifest.joined:
+            cut = self.join(cut, t[history_rows:], joined)
         return self.run_windows(rows, t, cut, history_rows=history_rows, with_outputs=with_outputs)
+
+    def join(self, cut: WindowCut, t: Ints, joined: Mapping[str, JoinedRows]) -> WindowCut:
+        """Return the windows of rows at `t` (n,) with the values of further inputs. Raises BadBundle."""
+        return replace(cut, joined=joins.join(self.manifest.joined, joined, t[cut.starts + self.rows - 1]))
 
     def run_windows(
         self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0, with_outputs: bool = False
@@ -128,14 +146,16 @@ class Inference:
         block = max(1, MAX_VALUES // (self.rows * columns.shape[1]))
         results: list[InferenceResult] = []
         for start in range(0, max(1, len(cut.starts)), block):
-            windows = self._builder.build(columns, cut.starts[start : start + block], self.model)
+            part = slice(start, start + block)
+            joined = None if cut.joined is None else cut.joined[part]
+            windows = self._builder.build(columns, cut.starts[part], self.model, joined)
             results.append(self.finish(self.start(windows), cut, with_outputs=with_outputs))
         return results[0] if len(results) == 1 else _join(results)
 
     def prepare(self, rows: Float32s, t: Ints, cut: WindowCut, *, history_rows: int = 0) -> ModelWindows:
         """Build windows of at most MAX_VALUES values for `start`, with arguments of `run_windows`. Raises BadBundle."""
         columns = derived_features.compute(rows, t, self.manifest.input, history_rows)
-        return self._builder.build(columns, cut.starts, self.model)
+        return self._builder.build(columns, cut.starts, self.model, cut.joined)
 
     def start(self, windows: ModelWindows) -> StartedWindows:
         """Start to run windows. Raises BadBundle."""

@@ -15,6 +15,7 @@ from agent.kernel import library, model_input
 from agent.kernel.model_input import Scaling
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, scores
+from agent.model.inference.joins import JoinedValues
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.scores import Scores
 
@@ -44,9 +45,13 @@ class WindowBuilder:
         spec = self.manifest.input
         return Scaling(len(spec.columns), spec.rows, spec.mean, spec.std)
 
-    def build(self, columns: Float32s, starts: Ints, model: InputMemory) -> ModelWindows:
-        """Build the windows of features (n, C) that begin at `starts` (w,). Raises BadBundle."""
+    def build(
+        self, columns: Float32s, starts: Ints, model: InputMemory, joined: JoinedValues | None = None
+    ) -> ModelWindows:
+        """Build the windows of features (n, C) that begin at `starts` (w,), before `joined` ones. Raises BadBundle."""
         spec = self.manifest.input
+        if joined is not None:
+            return self._build_joined(columns, starts, model, joined)
         if math.prod(model.input_shape) != spec.rows * columns.shape[1]:
             shape = [columns.shape[1]] if spec.window is None else [spec.rows, columns.shape[1]]
             raise BadBundle(f"the model takes {list(model.input_shape)} values, got {shape}")
@@ -59,6 +64,17 @@ class WindowBuilder:
         numbers = model.allocate(len(starts))
         missing = model_input.build_windows(compiled, columns, starts, self.scaling, (kind.scale, kind.zero), numbers)
         return ModelWindows(self, columns, starts, numbers, (missing / self.scaling.values).astype(np.float32))
+
+    def _build_joined(self, columns: Float32s, starts: Ints, model: InputMemory, joined: JoinedValues) -> ModelWindows:
+        spec = self.manifest.input
+        own, further = spec.rows * columns.shape[1], joined.values.shape[1]
+        if math.prod(model.input_shape) != own + further:
+            raise BadBundle(f"the model takes {math.prod(model.input_shape)} values, got {own} and {further} joined")
+        values = features.build_windows(columns, starts, spec)
+        missing_share = features.compute_missing_share(columns, starts, spec)
+        missing_share = ((missing_share * own + joined.missing) / (own + further)).astype(np.float32)
+        numbers = np.concatenate([values.reshape(len(starts), own), joined.values], axis=1)
+        return ModelWindows(self, columns, starts, numbers, missing_share, values)
 
 
 class ModelWindows:
@@ -79,6 +95,14 @@ class ModelWindows:
     def score(self, outputs: NDArray[Any], output: Quantization) -> Scores:
         """Compute the scores of `outputs` (w, K), in the tensor's numbers."""
         manifest, compiled = self._builder.manifest, library.kernel()
+        if manifest.joined or manifest.further:
+            values = None
+            if manifest.kind == "anomaly":
+                is_built = self._values is not None
+                values = (
+                    self._values if is_built else features.build_windows(self._columns, self._starts, manifest.input)
+                )
+            return scores.from_outputs(output.dequantize(outputs), manifest, values)
         if manifest.kind != "anomaly" or outputs.size != self.numbers.size:
             return scores.from_outputs(output.dequantize(outputs), manifest)
         is_scaled = self._values is None

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +20,7 @@ from agent.arrays import Float32s
 from agent.errors import BadBundle, ModelProcessFailed
 from agent.indices import repeat
 from agent.kernel import library as kernel
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
 from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import Tensor
@@ -35,6 +36,7 @@ except ImportError:
     np.finfo(np.float64)
     from tflite_runtime.interpreter import Interpreter
 
+_FLOATS = Quantization("float32")
 # The runtime never frees the memory of a large batch.
 MAX_BATCH = 128
 # Operations of a stateful model, whose outputs depend on earlier inputs and on restarts: resource variables, and
@@ -66,20 +68,23 @@ class FinishedRun(msgspec.Struct, eq=False):
 
 
 class TfliteModel:
-    """Loaded model with one input and one output. Not thread-safe. `seconds` is the time of all runs."""
+    """Loaded model. Not thread-safe. `seconds` is the time of all runs.
+
+    The values of several inputs, and of several outputs, follow one another in the order of their selection, as floats.
+    """
 
     def __init__(
-        self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
+        self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, tensors: TensorSelection = ONE_TENSOR
     ) -> None:
-        """Load a model; a damaged one may crash: probe it first. `output` is a name or index. Raises BadBundle."""
-        self._output_selector, self.seconds = output, 0.0
+        """Load a model; a damaged one may crash: probe it first. Raises BadBundle."""
+        self._tensors, self.seconds = tensors, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self.threads = content, min(threads, os.cpu_count() or 1)
         self._load()
         # Resizing a fixed batch can silently merge rows: only a batch that the model declares dynamic is resized.
-        self.has_dynamic_batch = int(self._input_details.get("shape_signature", self._input_details["shape"])[0]) == -1
-        self.has_dynamic_batch = self.has_dynamic_batch and self._can_resize()
+        is_dynamic = all(int(tensor.get("shape_signature", tensor["shape"])[0]) == -1 for tensor in self._inputs)
+        self.has_dynamic_batch = is_dynamic and self._can_resize()
         self.batch = self._allocated_batch
         self.set_batch_size(batch)
 
@@ -102,9 +107,13 @@ class TfliteModel:
         return self.output.range
 
     @property
-    def output_step(self) -> float:
-        """Difference between neighbouring outputs of a quantized model; 0 for floats."""
-        return 0.0 if self.output.is_float else self.output.scale
+    def output_steps(self) -> list[float]:
+        """Difference between neighbouring values of each output tensor, if quantized; 0 for floats."""
+        return [0.0 if kind.is_float else kind.scale for kind in self._output_kinds]
+
+    def describe_input(self) -> Tensor:
+        """Return the first input that the manifest describes."""
+        return _to_tensor(self._inputs[0])
 
     @property
     def runs_beside(self) -> bool:
@@ -143,17 +152,25 @@ class TfliteModel:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        self._output_details = _select_output(outputs, self._output_selector)
-        if len(inputs) != 1:
-            raise BadBundle(f"the model has {len(inputs)} inputs, but only one is supported; join them in the model")
-        for tensor in (*inputs, self._output_details):
+        aliases = _signature_names(self._interpreter)
+        if len(self._tensors.inputs) != len(inputs):
+            raise BadBundle(
+                f"the model has {len(inputs)} inputs, of {_list_tensors(inputs)}, and the manifest describes "
+                f"{len(self._tensors.inputs)}; [inputs.NAME] of the SPEC describes each but the first"
+            )
+        self._inputs = _select(inputs, self._tensors.inputs, aliases["inputs"], "input")
+        self._outputs = _select(outputs, self._tensors.outputs, aliases["outputs"], "output")
+        for tensor in (*self._inputs, *self._outputs):
             kind = np.dtype(tensor["dtype"])
             if kind.kind not in "fiu":
                 raise BadBundle(f"tensor {tensor['name']!r} has type {kind.name}; only numbers are supported")
             if len(tensor["shape"]) == 0:
                 raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
-        if inputs[0]["shape"][0] < 1:
+        batches = {int(tensor["shape"][0]) for tensor in self._inputs}
+        if min(batches) < 1:
             raise BadBundle("the model has batches of 0 rows; give its input a batch of 1, or a dynamic one")
+        if len(batches) > 1:
+            raise BadBundle(f"the inputs have batches of {sorted(batches)} rows; give all the same, or a dynamic one")
         # Both runtimes have this method, unofficially. Without it the probe detects state by running the model.
         ops: list[dict[str, Any]] = getattr(self._interpreter, "_get_ops_details", list)()
         names = {op["op_name"] for op in ops}
@@ -165,13 +182,20 @@ class TfliteModel:
                 "export it without state: the history it needs as its input window, recurrent layers of Keras with "
                 "stateful=False and unroll=True"
             )
-        self._input_details = inputs[0]
-        self.input, self.output = _quantization(inputs[0]), _quantization(self._output_details)
-        self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
-        self._allocated_batch = int(self._input_details["shape"][0])
+        self._input_kinds = [_quantization(tensor) for tensor in self._inputs]
+        self._output_kinds = [_quantization(tensor) for tensor in self._outputs]
+        # Several tensors are quantized here, each by its own scale.
+        self.input = self._input_kinds[0] if len(self._inputs) == 1 else _FLOATS
+        self.output = self._output_kinds[0] if len(self._outputs) == 1 else _FLOATS
+        self._input_shapes = [tuple(int(d) for d in tensor["shape"][1:]) for tensor in self._inputs]
+        self.input_sizes = [math.prod(shape) for shape in self._input_shapes]
+        self.input_shape = self._input_shapes[0] if len(self._inputs) == 1 else (sum(self.input_sizes),)
+        self._allocated_batch = int(self._inputs[0]["shape"][0])
         with _runtime_errors():
             # Only a run shows the output's shape reliably.
-            self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self.input.dtype)).shape[1]
+            self._run_batch(np.zeros((self._allocated_batch, *self.input_shape), self.input.dtype))
+            self.output_sizes = [raw.shape[1] for raw in self._read_outputs(self._allocated_batch)]
+        self.outputs = sum(self.output_sizes)
 
     def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
         """Write the raw outputs of quantized `rows` into `out`, batch by batch."""
@@ -186,15 +210,34 @@ class TfliteModel:
             out[start : start + count] = self._run_batch(part)[:count]
 
     def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:
-        """Return the raw outputs (B, K) of one batch, in the tensor's type."""
-        self._interpreter.set_tensor(self._input_details["index"], part)
+        """Return the outputs (B, K) of one batch, in the numbers of `output`."""
+        if len(self._inputs) == 1:
+            self._interpreter.set_tensor(self._inputs[0]["index"], part)
+        else:
+            splits = np.split(part, np.cumsum(self.input_sizes)[:-1], axis=1)
+            for tensor, kind, shape, values in zip(
+                self._inputs, self._input_kinds, self._input_shapes, splits, strict=True
+            ):
+                numbers = kind.quantize(np.ascontiguousarray(values))
+                self._interpreter.set_tensor(tensor["index"], numbers.reshape(len(part), *shape))
         self._interpreter.invoke()
-        raw: NDArray[Any] = self._interpreter.get_tensor(self._output_details["index"])
-        if raw.ndim == 0 or len(raw) != len(part):
-            raise BadBundle(
-                f"the model returns {list(raw.shape)} for a batch of {len(part)}; its first dimension must count rows"
-            )
-        return raw.reshape(len(part), -1)
+        raw = self._read_outputs(len(part))
+        if len(raw) == 1:
+            return raw[0]
+        kinds = self._output_kinds
+        return np.concatenate([kind.dequantize(numbers) for kind, numbers in zip(kinds, raw, strict=True)], axis=1)
+
+    def _read_outputs(self, batch: int) -> list[NDArray[Any]]:
+        """Return the numbers (B, K) of each output tensor."""
+        outputs = []
+        for tensor in self._outputs:
+            raw: NDArray[Any] = self._interpreter.get_tensor(tensor["index"])
+            if raw.ndim == 0 or len(raw) != batch:
+                raise BadBundle(
+                    f"the model returns {list(raw.shape)} for a batch of {batch}; its first dimension must count rows"
+                )
+            outputs.append(raw.reshape(batch, -1))
+        return outputs
 
     def _can_resize(self) -> bool:
         """Return True if the dynamic batch that the model declares works; else reload the model."""
@@ -210,7 +253,8 @@ class TfliteModel:
 
     def _resize(self, size: int) -> None:
         if size != self._allocated_batch:
-            self._interpreter.resize_tensor_input(self._input_details["index"], [size, *self.input_shape], strict=True)
+            for tensor, shape in zip(self._inputs, self._input_shapes, strict=True):
+                self._interpreter.resize_tensor_input(tensor["index"], [size, *shape], strict=True)
             self._interpreter.allocate_tensors()
             self._allocated_batch = size
 
@@ -248,9 +292,9 @@ def explain_kernels(model: TfliteModel) -> str:
 
 
 def load_model(manifest: Manifest, content: bytes, tuning: Tuning | None = None) -> TfliteModel:
-    """Load the model with the manifest's output, and batch size and threads of `tuning`. Raises BadBundle."""
+    """Load the model with the manifest's tensors, and batch size and threads of `tuning`. Raises BadBundle."""
     batch, threads = (tuning.batch, tuning.threads) if tuning else (DEFAULT_BATCH, 1)
-    return TfliteModel(content, batch, threads, manifest.output.tensor)
+    return TfliteModel(content, batch, threads, manifest.tensors)
 
 
 def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
@@ -279,18 +323,44 @@ def _to_tensor(detail: Any) -> Tensor:
     return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
 
 
-def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
-    """Return the output that the manifest names, or the only one. Raises BadBundle, which lists the outputs."""
-    if selector is None and len(outputs) == 1:
-        return outputs[0]
-    if isinstance(selector, int) and 0 <= selector < len(outputs):
-        return outputs[selector]
-    matches = [tensor for tensor in outputs if tensor["name"] == selector]
+def _signature_names(interpreter: Any) -> dict[str, dict[str, int]]:
+    """Return the names that the model's first signature gives its tensors, by "inputs" and "outputs"."""
+    # Both runtimes have this method, unofficially. Without it tensors are selected by their own names.
+    signatures: dict[str, dict[str, dict[str, int]]] = getattr(interpreter, "_get_full_signature_list", dict)()
+    first: dict[str, dict[str, int]] = next(iter(signatures.values()), {})
+    return {key: dict(first.get(key, {})) for key in ("inputs", "outputs")}
+
+
+def _select(
+    tensors: list[Any], selectors: Sequence[str | int | None], names: Mapping[str, int], noun: str
+) -> list[Any]:
+    """Return the tensors that the manifest names, None for the one left. Raises BadBundle, which lists the tensors."""
+    chosen = [None if selector is None else _find(tensors, selector, names, noun) for selector in selectors]
+    taken = [int(tensor["index"]) for tensor in chosen if tensor is not None]
+    if len(set(taken)) != len(taken):
+        raise BadBundle(f"an {noun} of the model is named twice: {_list_tensors(tensors)}")
+    left = [tensor for tensor in tensors if int(tensor["index"]) not in taken]
+    if None in chosen and len(left) != 1:
+        raise BadBundle(
+            f"the model has {len(tensors)} {noun}s; select one with [{noun}] tensor, of {_list_tensors(tensors)}"
+        )
+    return [left[0] if tensor is None else tensor for tensor in chosen]
+
+
+def _find(tensors: list[Any], selector: str | int, names: Mapping[str, int], noun: str) -> Any:
+    if isinstance(selector, int) and 0 <= selector < len(tensors):
+        return tensors[selector]
+    index = names.get(str(selector))
+    matches = [tensor for tensor in tensors if tensor["name"] == selector or tensor["index"] == index]
     if len(matches) == 1:
         return matches[0]
-    available = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
-    problem = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
-    raise BadBundle(f"the model has {problem}; select one with [output] tensor, of {available}")
+    raise BadBundle(
+        f"the model has no {noun} {selector!r}; select one with [{noun}] tensor, of {_list_tensors(tensors)}"
+    )
+
+
+def _list_tensors(tensors: Sequence[Any]) -> str:
+    return ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(tensors))
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.model.bundle.manifest import Manifest, ModelOutput
+from agent.model.bundle.manifest import Manifest, ModelOutput, output_columns
 from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 
 NORMAL, ANOMALY = "normal", "anomaly"
@@ -21,7 +22,8 @@ class Scores(msgspec.Struct, frozen=True):
 
     For a multi-label model `label` is the most probable one, `predicted` (w, K) the predicted ones, and `score` the
     probability that all of them are correct if labels were independent. `anomaly` (w,) marks values above the
-    threshold. `extra_columns` are a probability per label (`score_LABEL`) or further values (`value_NAME`).
+    threshold. `extra_columns` are a probability per label (`score_LABEL`), further values (`value_NAME`), and scores
+    and values of further outputs, whose labels as text are in `label_columns`.
     """
 
     label: Ints | None
@@ -30,6 +32,7 @@ class Scores(msgspec.Struct, frozen=True):
     predicted: Bools | None = None
     anomaly: Bools | None = None
     extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
+    label_columns: Mapping[str, NDArray[np.str_]] = msgspec.field(default_factory=dict)
 
     def slice(self, part: slice) -> Scores:
         return Scores(
@@ -39,6 +42,7 @@ class Scores(msgspec.Struct, frozen=True):
             predicted=None if self.predicted is None else self.predicted[part],
             anomaly=None if self.anomaly is None else self.anomaly[part],
             extra_columns={name: column[part] for name, column in self.extra_columns.items()},
+            label_columns={name: column[part] for name, column in self.label_columns.items()},
         )
 
     def __len__(self) -> int:
@@ -52,6 +56,44 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
     The value of an autoencoder is its mean squared error against `inputs` (w, …); that of any other anomaly model is
     its first output.
     """
+    further = manifest.further
+    if not further:
+        return _score(outputs, manifest, inputs)
+    own, *parts = split_outputs(outputs, manifest)
+    first = _score(own, manifest, inputs)
+    columns, label_columns = dict(first.extra_columns), dict(first.label_columns)
+    for (name, spec), part in zip(further.items(), parts, strict=True):
+        head = further_manifest(manifest, name)
+        scored = _score(part, head, None)
+        texts = to_texts(scored, head)
+        found = [None if texts is None else np.array(texts, np.str_), scored.score, scored.value]
+        found += list(scored.extra_columns.values())
+        for column, values in zip(
+            output_columns(name, spec), [values for values in found if values is not None], strict=True
+        ):
+            target: dict[str, Any] = label_columns if values.dtype.kind == "U" else columns
+            target[column] = values
+    return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns)
+
+
+def split_outputs(outputs: Float32s, manifest: Manifest) -> list[Float32s]:
+    """Return the outputs (w, K) of the first output and of each further one."""
+    sizes = [spec.values for spec in manifest.further.values()]
+    ends = np.cumsum([outputs.shape[1] - sum(sizes), *sizes])
+    return np.split(outputs, ends[:-1], axis=1)
+
+
+def further_manifest(manifest: Manifest, name: str) -> Manifest:
+    """Return the manifest of a model that has only the further output `name`."""
+    spec = manifest.further[name]
+    members = {field: getattr(spec, field) for field in ModelOutput.__struct_fields__}
+    drift = msgspec.structs.replace(manifest.drift, class_field=msgspec.UNSET)
+    return msgspec.structs.replace(
+        manifest, kind=spec.kind, output=ModelOutput(**members), outputs=msgspec.UNSET, drift=drift
+    )
+
+
+def _score(outputs: Float32s, manifest: Manifest, inputs: Float32s | None) -> Scores:
     output = manifest.output
     if manifest.kind == "classify":
         p = compute_probabilities(outputs, output)
@@ -63,7 +105,11 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
         return Scores(p.argmax(axis=1), score, None, predicted=predicted, extra_columns=extra_columns)
     if manifest.kind == "regress":
         extra_columns = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
-        return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=extra_columns)
+        value = outputs[:, 0].astype(np.float64)
+        if output.residual_bounds is not None:
+            low, high = output.residual_bounds
+            extra_columns = {"value_low": value + low, "value_high": value + high, **extra_columns}
+        return Scores(None, None, value, extra_columns=extra_columns)
     return from_values(compute_values(outputs, manifest, inputs), output)
 
 
@@ -133,6 +179,9 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         anomaly=column("anomaly"),
         extra_columns={
             name: np.concatenate([part.extra_columns[name] for part in parts]) for name in parts[0].extra_columns
+        },
+        label_columns={
+            name: np.concatenate([part.label_columns[name] for part in parts]) for name in parts[0].label_columns
         },
     )
 

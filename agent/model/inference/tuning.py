@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
+
 # Without a tuning: dense models have most of their gain at this size, and convolutions gain nothing beyond it.
 DEFAULT_BATCH = 32
 # Time limit of a measurement.
@@ -18,7 +20,7 @@ MAX_TUNING_S = 2.0
 
 
 class Tuning(msgspec.Struct, frozen=True):
-    """Tuning of one model (its SHA-256) and output, on one runtime and machine.
+    """Tuning of one model (its SHA-256) and its tensors, on one runtime and machine.
 
     `inexact_batches` are batch sizes whose outputs differ in bits from those of single rows. `verified_for` is the
     bundle that passed its probe with this tuning, and the agent's version.
@@ -31,13 +33,13 @@ class Tuning(msgspec.Struct, frozen=True):
     threads: int
     rows_per_s: float
     inexact_batches: list[int] = []
-    output: str | int | None = None
+    tensors: TensorSelection = ONE_TENSOR
     verified_for: str = ""
 
     @property
-    def target(self) -> tuple[str, str | int | None, str, str]:
-        """Model, output, runtime and machine that it is for."""
-        return self.model, self.output, self.runtime, self.machine
+    def target(self) -> tuple[str, TensorSelection, str, str]:
+        """Model, tensors, runtime and machine that it is for."""
+        return self.model, self.tensors, self.runtime, self.machine
 
     def __str__(self) -> str:
         rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"
@@ -45,9 +47,11 @@ class Tuning(msgspec.Struct, frozen=True):
         return f"{rows} on {threads}, {self.rows_per_s:,.0f} rows/s"
 
 
-def find_known(known: Sequence[Tuning], content: bytes, runtime: str, output: str | int | None = None) -> Tuning | None:
-    """Return the known tuning for this model and `output` on this runtime and machine, if there is one."""
-    target = (model_digest(content), output, runtime, describe_machine())
+def find_known(
+    known: Sequence[Tuning], content: bytes, runtime: str, tensors: TensorSelection = ONE_TENSOR
+) -> Tuning | None:
+    """Return the known tuning for these `tensors` of the model on this runtime and machine, if there is one."""
+    target = (model_digest(content), tensors, runtime, describe_machine())
     return next((tuning for tuning in known if tuning.target == target), None)
 
 

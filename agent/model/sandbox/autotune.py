@@ -17,6 +17,7 @@ import numpy as np
 
 from agent.arrays import Float32s
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import ONE_TENSOR, TensorSelection
 from agent.model.inference.runtime import MAX_BATCH, TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning, count_cores, describe_machine, model_digest
@@ -35,10 +36,10 @@ _MEASURE_S, _MAX_REPEATS = 0.002, 50
 
 
 def tune(
-    content: bytes, rows: Float32s, max_bytes: int, seconds: float = MAX_TUNING_S, output: str | int | None = None
+    content: bytes, rows: Float32s, max_bytes: int, seconds: float = MAX_TUNING_S, tensors: TensorSelection = ONE_TENSOR
 ) -> Tuning:
     """Measure the model on `rows`, with at most `max_bytes` for a batch. Raises BadBundle if it does not run."""
-    tuner = _Tuner(content, np.resize(rows, (SAMPLE_ROWS, *rows.shape[1:])), max_bytes, seconds, output)
+    tuner = _Tuner(content, np.resize(rows, (SAMPLE_ROWS, *rows.shape[1:])), max_bytes, seconds, tensors)
     for batch in BATCH_SIZES if tuner.has_dynamic_batch else BATCH_SIZES[:1]:
         if not tuner.try_candidate(batch, 1):
             break
@@ -57,7 +58,7 @@ def tune(
         best.threads,
         round(best.rows_per_s, 1),
         tuner.inexact_batches,
-        output,
+        tensors,
     )
 
 
@@ -77,11 +78,11 @@ class _Candidate(msgspec.Struct):
 
 class _Tuner:
     def __init__(
-        self, content: bytes, rows: Float32s, max_bytes: int, seconds: float, output: str | int | None
+        self, content: bytes, rows: Float32s, max_bytes: int, seconds: float, tensors: TensorSelection
     ) -> None:
-        self._content, self._rows, self._max_bytes, self._output = content, rows, max_bytes, output
+        self._content, self._rows, self._max_bytes, self._tensors = content, rows, max_bytes, tensors
         self._start_s, self._seconds = time.perf_counter(), seconds
-        self._models = {1: TfliteModel(content, 1, output=output)}
+        self._models = {1: TfliteModel(content, 1, tensors=tensors)}
         self._candidates: list[_Candidate] = []
         self.inexact_batches: list[int] = []
         self.has_dynamic_batch = self._models[1].has_dynamic_batch
@@ -104,7 +105,7 @@ class _Tuner:
         before = memory.resident_bytes()
         try:
             if threads not in self._models:
-                self._models[threads] = TfliteModel(self._content, batch, threads, self._output)
+                self._models[threads] = TfliteModel(self._content, batch, threads, self._tensors)
             model = self._models[threads]
             model.set_batch_size(batch)
             equal = np.array_equal(model.invoke(self._compared_rows), self._expected, equal_nan=True)

@@ -24,9 +24,11 @@ import msgspec
 
 from agent import decoders
 from agent.errors import BadBundle
+from agent.indices import repeat
 from agent.model.bundle import builtin, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest, ResourceLimits
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tensors import ModelInspection, OutputStats
 from agent.model.inference.tuning import MAX_TUNING_S, Tuning
@@ -167,25 +169,38 @@ def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
 
 def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     spec, output = content.input, content.output
-    wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
+    wanted, (have, *joined) = spec.rows * len(spec.columns), model.input_sizes
+    for (name, other), size in zip(content.joined.items(), joined, strict=True):
+        if size != other.size:
+            raise BadBundle(
+                f"the model's input {name!r} takes {size} values, [inputs.{name}] has {other.rows} rows x "
+                f"{len(other.fields)} fields = {other.size}; correct it and pack the bundle again"
+            )
+    for (name, further), size in zip(content.further.items(), model.output_sizes[1:], strict=True):
+        if size != further.values:
+            raise BadBundle(
+                f"the model's output {name!r} has {size} values, [outputs.{name}] describes {further.values}; name "
+                "each label or value, or write size = 1 for two labels of one sigmoid"
+            )
+    outputs = model.output_sizes[0]
     if wanted != have:
         noun = "features" if spec.derived or spec.feature_order else "fields"
         raise BadBundle(
             f"the model takes {have} values {list(model.input_shape)}, the manifest's input has "
             f"{spec.rows} rows x {len(spec.columns)} {noun} = {wanted}; correct [input] and pack it again"
         )
-    labels, actual = len(output.labels), f"the model has {model.outputs} outputs"
-    is_binary = model.outputs == 1 and labels == 2 and not output.multi_label
-    if content.kind == "classify" and model.outputs != labels and not is_binary:
+    labels, actual = len(output.labels), f"the model has {outputs} outputs"
+    is_binary = outputs == 1 and labels == 2 and not output.multi_label
+    if content.kind == "classify" and outputs != labels and not is_binary:
         raise BadBundle(f"{actual}, the manifest names {labels} labels; name each class")
-    if content.kind == "regress" and model.outputs != max(1, len(output.names)):
+    if content.kind == "regress" and outputs != max(1, len(output.names)):
         values = "one value" if not output.names else f"the {len(output.names)} values of [output] names"
         raise BadBundle(f"{actual}, kind regress reports {values}; name each output in [output] names")
-    if content.kind == "anomaly" and model.outputs not in (1, wanted):
+    if content.kind == "anomaly" and outputs not in (1, wanted):
         raise BadBundle(f"{actual}; kind anomaly needs one score, or {wanted} outputs for its {wanted} inputs")
-    if content.kind == "embedding" and output.centroid and model.outputs != len(output.centroid):
+    if content.kind == "embedding" and output.centroid and outputs != len(output.centroid):
         raise BadBundle(f"{actual}, the manifest's centroid has {len(output.centroid)}; pack it again")
-    return f"{wanted} values in, {model.outputs} out"
+    return f"{sum(model.input_sizes)} values in, {model.outputs} out"
 
 
 def _sample_rows(model: TfliteModel, vectors: GoldenVectors | None, count: int) -> Float32s:
@@ -212,8 +227,10 @@ def _check_batching(model: TfliteModel, vectors: GoldenVectors | None) -> str:
     together = model.invoke(rows)
     alone = np.concatenate([model.invoke(rows[i : i + 1]) for i in reversed(range(len(rows)))])[::-1]
     difference = float(np.abs(together - alone).max())
-    allowed = model.output_step or 1e-4 * max(1.0, float(np.abs(alone).max()))
-    if not difference <= allowed:
+    floats = 1e-4 * np.maximum(1.0, np.abs(alone).max(axis=0))
+    steps = repeat(np.asarray(model.output_steps), model.output_sizes)
+    allowed = np.where(steps > 0, steps, floats)
+    if not (np.abs(together - alone) <= allowed).all():
         raise BadBundle(
             f"a row's output depends on other rows (off by {difference:.4g}): the model keeps state or "
             "mixes the rows of a batch, so its results would depend on how readings are batched"
@@ -263,9 +280,10 @@ def _inspect_in_child(content: bytes) -> ModelInspection | str:
     from agent.model.inference import runtime
 
     try:
-        models = [runtime.TfliteModel(content, output=0)]
         inputs, outputs = runtime.list_tensors(content)
-        models += [runtime.TfliteModel(content, output=i) for i in range(1, len(outputs))]
+        every_input = tuple(range(len(inputs)))
+        selections = [TensorSelection(every_input, (i,)) for i in range(len(outputs))]
+        models = [runtime.TfliteModel(content, tensors=tensors) for tensors in selections]
         return ModelInspection(inputs, outputs, [_measure_output(model) for model in models])
     except BadBundle as problem:
         return str(problem)
@@ -290,12 +308,12 @@ def _tune(files: dict[str, bytes], known_tunings: list[Tuning], batch_bytes: int
     from agent.model.sandbox import autotune
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    known = find_known(known_tunings, content, runtime_name(), spec.output.tensor)
+    known = find_known(known_tunings, content, runtime_name(), spec.tensors)
     if known is not None:
         return known
     vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     rows = _sample_rows(runtime.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
-    return autotune.tune(content, rows, batch_bytes, output=spec.output.tensor)
+    return autotune.tune(content, rows, batch_bytes, tensors=spec.tensors)
 
 
 def _give_up_rights(request: _ProbeRequest, limits: ResourceLimits) -> int:

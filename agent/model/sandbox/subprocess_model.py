@@ -65,7 +65,7 @@ class SubprocessModel:
             content=bundle.model_bytes,
             batch=batch,
             threads=threads,
-            output=bundle.manifest.output.tensor,
+            tensors=bundle.manifest.tensors,
             memory_mib=self._limits.memory_mib,
             policy=policy,
             trusted_content=builtin.read_smallest_model(),

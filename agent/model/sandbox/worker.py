@@ -22,6 +22,7 @@ import numpy as np
 
 from agent import decoders
 from agent.errors import BadBundle
+from agent.model.bundle.tensor_selection import TensorSelection
 from agent.model.inference.quantization import Quantization
 from agent.model.sandbox import confinement, memory
 from agent.model.sandbox.confinement import ConfinementError, ModelPolicy
@@ -47,7 +48,7 @@ class WorkerJob(msgspec.Struct):
     content: bytes
     batch: int
     threads: int
-    output: str | int | None
+    tensors: TensorSelection
     memory_mib: int
     policy: ModelPolicy
     trusted_content: bytes
@@ -86,7 +87,7 @@ def main() -> None:
     try:
         runtime.detect_processor(job.trusted_content)
         is_confined = confinement.confine_by(job.policy)
-        model = runtime.TfliteModel(job.content, job.batch, job.threads, job.output)
+        model = runtime.TfliteModel(job.content, job.batch, job.threads, job.tensors)
     except (BadBundle, ConfinementError) as problem:
         text = str(problem).encode()[:MAX_TEXT_BYTES]
         _write_all(response_fd, STARTED_HEADER.pack(STATUS_FAILED, len(text)) + text)

@@ -17,30 +17,32 @@ from agent.bootstrap.tasks import Activate
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.intake import labels as label_lines
+from agent.device.machine.throttle import Throttle
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.sink import Receipt, Sink
-from agent.testing.lossy_link import LossyBroker
 from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.lossy_link import LossyBroker
 from agent.testing.simulation.machine import Machine, MachineRoom
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 
 _METER = "simulation"
 _MAX_WAITING_LABELS = 100_000
+_DISK_BYTES = 1 << 40
 
 
 class DueLabel(msgspec.Struct, frozen=True):
-    """A label that arrives at `due_s`, of a row of a task's stream."""
+    """A label of a task that arrives at `due_s`; `t`: epoch seconds of its row on the device's clock."""
 
     due_s: float
     task: str
-    row: int
+    t: float
     label: Any
 
 
-# Returns the labels of a block whose first row in the store has this number, from the stream's name.
-FindLabels = Callable[[str, Block, int], list[DueLabel]]
+# Returns task, row index, delay and value of the labels of a stream's block, from the stream's name.
+FindLabels = Callable[[str, Block], list[tuple[str, int, float, Any]]]
 
 
 class TurnSink(MqttSink):
@@ -65,7 +67,8 @@ class SimulatedDevice:
         activate: Activate,
         find_labels: FindLabels,
     ) -> None:
-        self.name, self.machine, self.rows, self.rejected = name, Machine(), 0, 0
+        self.name, self.machine = name, Machine()
+        self.rows = self.rejected = self.labels = self.rejected_labels = 0
         self.silenced: set[str] = set()
         self.is_disk_full = False
         self._home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
@@ -104,13 +107,15 @@ class SimulatedDevice:
         with self._room.run_as(self.machine):
             file, self._conf = load_config(str(self._home / "outstation.toml"))
             self._store = open_store(self._conf)
-            self._store.simulate_disk(is_full=self.is_disk_full)
+            self._simulate_disk()
             self._daemon = build_daemon(
                 *(file, self._conf, self._store),
                 now=self._room.read,
                 open_sink=self._open_sink,
                 activate=self._activate,
             )
+            # This machine's temperature is not the device's.
+            self._daemon.throttle = Throttle(self._conf.throttle, self._home / "no-sensors")
             self._daemon.begin()
         self._uplink_turns = self._daemon.uplink.turns()
         for feed in self._feeds.values():
@@ -139,7 +144,11 @@ class SimulatedDevice:
     def set_disk_full(self, *, is_full: bool) -> None:
         self.is_disk_full = is_full
         if self._store is not None:
-            self._store.simulate_disk(is_full=is_full)
+            self._simulate_disk()
+
+    def _simulate_disk(self) -> None:
+        # The same on any machine: messages of health say when it will be full.
+        self.store.simulate_disk(_DISK_BYTES, 0 if self.is_disk_full else _DISK_BYTES // 2)
 
     def tick(self) -> float:
         """Run a turn of the daemon; return the seconds until the next one. Raises the error that stopped it."""
@@ -202,8 +211,9 @@ class SimulatedDevice:
             return False
         self.rows += outcome.accepted
         self.rejected += len(outcome.rejected)
-        if outcome.accepted == raw.n and len(self._labels) < _MAX_WAITING_LABELS:
-            self._labels.extend(self._find_labels(stream, block, outcome.last_row - raw.n + 1))
+        if len(self._labels) < _MAX_WAITING_LABELS:
+            for task, index, delay_s, value in self._find_labels(stream, block):
+                self._labels.append(DueLabel(float(block.due_s[index]) + delay_s, task, t[index] / 1e6, value))
         return True
 
     def _commit_labels(self) -> None:
@@ -215,11 +225,13 @@ class SimulatedDevice:
         now, group = self._room.read(), self._daemon.intake.group_commit
         for task, labels in due.items():
             columns = {
-                "row": [label.row for label in labels],
+                "t": [label.t for label in labels],
                 "label": [label.label for label in labels],
                 "source": ["system"] * len(labels),
             }
             batch = msgspec.structs.replace(label_lines.parse_columns(task, columns), by=_METER)
             group.add_labels(self, batch, 1, now)
             group.advance(self, 1)
-            group.commit(now)
+            outcome = group.commit(now)[self]
+            self.labels += outcome.accepted
+            self.rejected_labels += len(labels) - outcome.accepted

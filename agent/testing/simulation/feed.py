@@ -73,8 +73,12 @@ def _load_table(path: Path, columns: Sequence[str]) -> Recordings:
 
 
 class Block(msgspec.Struct, frozen=True, eq=False):
-    """Rows that are due: simulated times (n,), columns by field, and the rows of the recordings (n,)."""
+    """Rows that are due: simulated times (n,), columns by field, and the rows of the recordings (n,).
 
+    `first`: number of the first row, from 1.
+    """
+
+    first: int
     due_s: Float64s
     columns: dict[str, Float64s]
     source_rows: NDArray[np.int64]
@@ -138,7 +142,7 @@ class Feed:
         self._count += n
         for fault in self._faults:
             columns = _inject(columns, fault, due_s, first)
-        return Block(due_s, columns, np.arange(begin, begin + n))
+        return Block(first, due_s, columns, np.arange(begin, begin + n))
 
 
 def _inject(columns: dict[str, Float64s], fault: SensorFault, due_s: Float64s, first: int) -> dict[str, Float64s]:

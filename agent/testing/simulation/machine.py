@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent import clock
 from agent.clock import ClockReading
+from agent.device.pipeline import batch
+from agent.device.store import cost
 from agent.wire import keys
 from agent.wire.keys import SigningKey
 
@@ -34,6 +36,18 @@ class Machine(msgspec.Struct):
     boot: int = 1
     offset_us: int = 0
     is_synced: bool = True
+
+
+class _StoppedTime:
+    """Functions of module `time` by which batches measure themselves."""
+
+    @staticmethod
+    def thread_time_ns() -> int:
+        return 0
+
+    @staticmethod
+    def monotonic() -> float:
+        return 0.0
 
 
 class MachineRoom:
@@ -63,6 +77,9 @@ class MachineRoom:
             mock.patch.object(uuid, "uuid4", self._make_uuid),
             mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
             mock.patch.object(keys, "create", self._make_key),
+            # What this process and its batches take says nothing about a device, and differs each time.
+            mock.patch.object(cost.ProcessMeter, "tick", return_value=None),
+            mock.patch.object(batch, "time", _StoppedTime),
         ):
             try:
                 yield

@@ -11,8 +11,13 @@ from agent.render.html import Content, Markup, element, section, table
 from agent.text import format_span
 
 _ROW, _LEFT, _WIDTH, _BAR = 30, 210, 940, 12
-_MAX_ROWS, _MAX_NAMES, _TICKS = 200, 3, 6
-_TIMELINE_CSS = ".timeline{min-width:640px;max-width:none}.timeline text{font-size:12.5px;fill:var(--ink)}"
+_MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
+# Seconds between ticks of the time axis.
+_TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200, 86_400, 7 * 86_400, 30 * 86_400)
+_TIMELINE_CSS = (
+    "td:first-child{white-space:nowrap}.timeline{min-width:640px;max-width:none}"
+    ".timeline text{font-size:12.5px;fill:var(--ink)}"
+)
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -28,8 +33,8 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
     expected = sum(len(event["devices"]) or 1 for event in events if event["expects"])
     answered = sum(len(event["found"]) for event in events if event["expects"])
     tiles = {
-        "found of what should be": f"{answered} of {expected}",
-        "false alarms": f"{alarms['n']} (budget {alarms['budget']})",
+        "expected and found": f"{answered} of {expected}",
+        f"false alarms, budget {alarms['budget']}": f"{alarms['n']}",
         "audit": "passed" if audit["passed"] else "failed",
         "messages": f"{report['messages']:,}",
         "messages a second": f"{report['messages_per_second']:,.0f}",
@@ -72,7 +77,7 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
 def _verdict(report: Mapping[str, Any]) -> Markup:
     problems = []
     if report["missed"]:
-        problems.append(f"{report['missed']} expected alerts did not come.")
+        problems.append(f"Expected alerts that did not come: {report['missed']}.")
     if report["false_alarms"]["n"] > report["false_alarms"]["budget"]:
         problems.append("There were more false alarms than the budget.")
     if not report["audit"]["passed"]:
@@ -122,12 +127,11 @@ def _timeline(report: Mapping[str, Any]) -> Markup:
         return _LEFT + (_WIDTH - _LEFT - 20) * min(1.0, max(0.0, seconds / whole_s))
 
     parts = []
-    for tick in range(_TICKS + 1):
-        at = whole_s * tick / _TICKS
-        anchor = "end" if tick == _TICKS else "middle"
+    step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
+    for at in range(0, int(whole_s) + 1, step_s):
         parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="0" y2="{height - _ROW}" stroke="var(--grid)"/>')
         parts.append(
-            f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="{anchor}" style="fill:var(--muted)">'
+            f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="middle" style="fill:var(--muted)">'
             f"{html_text(format_span(at))}</text>"
         )
     for number, event in enumerate(events):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import heapq
 import itertools
@@ -32,9 +31,9 @@ from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.model.sandbox.confinement import ModelPolicy
-from agent.testing.lossy_link import LossyBroker, LossyLink
-from agent.testing.simulation.device import DueLabel, SimulatedDevice
+from agent.testing.simulation.device import SimulatedDevice
 from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
 from agent.testing.simulation.machine import MachineRoom
 from agent.testing.simulation.scenario import (
     AnyEvent,
@@ -85,6 +84,8 @@ class Outcome(msgspec.Struct, frozen=True):
     digest: str
     rows: int
     rejected: int
+    labels: int
+    rejected_labels: int
     undelivered: list[str]
     audit: AuditReport
     simulated_s: float
@@ -120,6 +121,8 @@ class Simulation:
         self._collector: Collector | None = None
         self._collector_link: LossyLink | None = None
         self._label_rng = random.Random(f"labels/{scenario.seed}")
+        self._condition: Callable[[], bool] = lambda: False
+        self._is_met = False
         self._report_s = self._began_s = 0.0
 
     def close(self) -> None:
@@ -138,12 +141,36 @@ class Simulation:
     def database(self) -> Path:
         return self.home / "fleet.db"
 
+    @property
+    def now_s(self) -> float:
+        """Simulated seconds since the start."""
+        return self.room.now_s
+
     def run(self) -> Outcome:
         """Run the scenario and audit what the collector stored. Raises OutstationError."""
+        self.start()
+        self.advance(self._scenario.duration)
+        return self.finish()
+
+    def start(self) -> None:
+        """Create the fleet; its devices start as time passes. Raises OutstationError."""
         self._began_s = time.monotonic()
-        with self.room.installed(), _open_files(len(self._names)):
+        with self._running():
             self._prepare()
-            self._advance(self._scenario.duration)
+
+    def advance(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> bool:
+        """Let simulated time pass, at most until the collector has stored what makes `condition` true; return it."""
+        with self._running():
+            self._condition, self._is_met = condition, False
+            try:
+                self._advance(self.room.now_s + seconds)
+            finally:
+                self._condition = lambda: False
+            return self._is_met
+
+    def finish(self) -> Outcome:
+        """End the feeds, wait until everything is acknowledged, and audit."""
+        with self._running():
             for device in self.devices.values():
                 device.stop_feeds()
             self._drain()
@@ -156,12 +183,20 @@ class Simulation:
             digest=f"sha256:{self._digest.hexdigest()}",
             rows=sum(device.rows for device in self.devices.values()),
             rejected=sum(device.rejected for device in self.devices.values()),
+            labels=sum(device.labels for device in self.devices.values()),
+            rejected_labels=sum(device.rejected_labels for device in self.devices.values()),
             undelivered=undelivered,
             audit=report,
             simulated_s=self.room.now_s,
             real_s=time.monotonic() - self._began_s,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Let this process be the machines of the simulation, with enough files."""
+        with self.room.installed(), _open_files(len(self._names)):
+            yield
 
     # --- preparation ---
 
@@ -186,7 +221,6 @@ class Simulation:
             if event.lasts is not None:
                 self._at(event.end_s, partial(self._apply, event, begins=False))
         self._schedule_collector(0.0)
-        gc.freeze()
 
     def _make_feeds(self, name: str, number: int, start_s: float) -> dict[str, Feed]:
         feeds = {}
@@ -216,19 +250,20 @@ class Simulation:
             self._bundles[path] = activation.load_bundle(proven, policy=_IN_PROCESS)
         return self._bundles[path]
 
-    def _find_labels(self, stream: str, block: Block, first_row: int) -> list[DueLabel]:
-        due = []
+    def _find_labels(self, stream: str, block: Block) -> list[tuple[str, int, float, Any]]:
+        """Return task, row index, delay and value of each label of a block."""
+        chosen = []
         for task, settings in self._scenario.labels.items():
             if self._setup.config.tasks[task].stream != stream:
                 continue
             values = _label_values(self._setup.recordings[stream].recordings, settings, block)
-            for i in range(-first_row % settings.every, len(block.due_s), settings.every):
+            for i in range(-block.first % settings.every, len(block.due_s), settings.every):
                 if (value := values[i]) is not None:
-                    value = self._distort(task, value, float(block.due_s[i]), settings, stream)
-                    due.append(DueLabel(float(block.due_s[i] + settings.delay), task, first_row + i, value))
-        return due
+                    value = self._distort(task, value, float(block.due_s[i]), stream)
+                    chosen.append((task, i, float(settings.delay), value))
+        return chosen
 
-    def _distort(self, task: str, value: Any, now_s: float, settings: LateLabels, stream: str) -> Any:
+    def _distort(self, task: str, value: Any, now_s: float, stream: str) -> Any:
         """Return another label than the recording's while an event says so."""
         for event in self._scenario.events:
             if not isinstance(event, WrongLabels) or event.task != task or not event.at <= now_s < event.end_s:
@@ -249,7 +284,7 @@ class Simulation:
 
     def _advance(self, until_s: float) -> None:
         """Run everything that is due up to a moment."""
-        while self._queue and self._queue[0][0] <= until_s:
+        while self._queue and self._queue[0][0] <= until_s and not self._is_met:
             due_s, _, do = heapq.heappop(self._queue)
             self.room.now_s = self.air.clock_s = due_s
             do()
@@ -257,11 +292,13 @@ class Simulation:
             if (now := time.monotonic()) >= self._report_s:
                 self._report_s = now + _PROGRESS_S
                 self._progress(round(due_s), round(max(self._scenario.duration, due_s)), self.messages)
-        self.room.now_s = self.air.clock_s = until_s
+        if not self._is_met:
+            self.room.now_s = self.air.clock_s = until_s
 
     def _drain(self) -> None:
         """Go on until all devices have everything acknowledged, at most as long as the scenario says."""
-        end_s = self._scenario.duration + self._scenario.drain
+        self._is_met = False
+        end_s = self.room.now_s + self._scenario.drain
         while self.room.now_s < end_s:
             self._advance(min(end_s, self.room.now_s + _IDLE_S))
             if not any(device.is_on and device.has_unsent() for device in self.devices.values()):
@@ -348,7 +385,9 @@ class Simulation:
                 self._collector_link = self.air.connect(
                     None, _COLLECTOR, subscribe=topic_filters(FLEET), session_expiry_s=_SESSION_S
                 )
+            stored = self._collector.stored_count
             self._collector.tick(self._collector_link, 0.0)
+            self._is_met = self._is_met or (self._collector.stored_count > stored and self._condition())
         except LinkDown:
             self._collector.acknowledger.requeue_in_flight()
             self._collector_link = None

@@ -14,7 +14,7 @@ from agent.config import Duration
 from agent.config.sources import ReplayFault
 from agent.errors import ConfigError
 from agent.names import is_name
-from agent.testing.lossy_link import LinkConditions
+from agent.testing.simulation.lossy_link import LinkConditions
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
@@ -176,9 +176,9 @@ class PowerCut(Event, frozen=True, tag_field="kind", tag="power-cut"):
 
 
 class FullDisk(Event, frozen=True, tag_field="kind", tag="full-disk"):
-    """A disk without free bytes."""
+    """A disk without free bytes: the device cannot write a message about it, either, before it has evicted data."""
 
-    default_expect: ClassVar[tuple[str, ...]] = ("storage",)
+    default_expect: ClassVar[tuple[str, ...]] = ("storage", "connection")
 
 
 class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong-labels"):

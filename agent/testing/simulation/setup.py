@@ -66,12 +66,21 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         sections = {**own, **{name: self.document[name] for name in self.document if name not in _REPLACED}}
         if isinstance(metered := self.document.get("broker", {}).get("metered"), dict):
             sections["broker"]["metered"] = metered
-        return "\n".join(_render_section(name, members) for name, members in sections.items())
+        return render_toml(sections)
 
 
-def _render_section(name: str, members: Mapping[str, Any]) -> str:
-    lines = [f"{encode_key(key)} = {encode_value(value)}" for key, value in members.items()]
-    return "\n".join([f"[{encode_key(name)}]", *lines, ""])
+def render_toml(document: Mapping[str, Any]) -> str:
+    """Return a document as TOML: a section for each table of it, and the values before them."""
+    lines = [f"{encode_key(key)} = {encode_value(value)}" for key, value in document.items() if not _is_section(value)]
+    for name, members in document.items():
+        if _is_section(members):
+            lines += ["", f"[{encode_key(name)}]"]
+            lines += [f"{encode_key(key)} = {encode_value(value)}" for key, value in members.items()]
+    return "\n".join([*lines, ""])
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def load(

@@ -29,8 +29,8 @@ from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
-from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.testing.messages import new_key
+from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.jws import Signer

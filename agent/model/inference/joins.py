@@ -1,0 +1,100 @@
+"""Point-in-time joins: the values of further model inputs at the time of each window.
+
+A window whose last row is of time T gets rows up to T only. Of a stream whose clock stepped back the last row up to T
+counts, wherever it stands. The same rows give the same bits, whole or in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float32s, Ints
+from agent.errors import BadBundle
+from agent.model.bundle.manifest import JoinedInput
+
+
+class JoinedRows(msgspec.Struct, frozen=True, eq=False):
+    """Rows of the fields of a joined input: `values` (m, F) in physical units, NaN missing; `t` (m,) epoch µs."""
+
+    values: Float32s
+    t: Ints
+
+
+class JoinedValues(msgspec.Struct, frozen=True, eq=False):
+    """Scaled values (w, V) of all joined inputs for w windows; `missing` (w,) counts those that are missing."""
+
+    values: Float32s
+    missing: Ints
+
+    def __getitem__(self, selection: slice | Ints) -> JoinedValues:
+        return JoinedValues(self.values[selection], self.missing[selection])
+
+
+def join(inputs: Mapping[str, JoinedInput], rows: Mapping[str, JoinedRows], ends_us: Ints) -> JoinedValues | None:
+    """Return the joined inputs at the times `ends_us` (w,) of windows' last rows; None without such inputs."""
+    if not inputs:
+        return None
+    parts, missing = [], np.zeros(len(ends_us), np.int64)
+    for name, spec in inputs.items():
+        if name not in rows:
+            raise BadBundle(f"the model's input {name!r} has no data; give rows of its fields {', '.join(spec.fields)}")
+        taken = take_rows(spec, rows[name], ends_us)
+        missing += np.count_nonzero(~np.isfinite(taken), axis=1)
+        parts.append(_scale(spec, taken))
+    return JoinedValues(np.concatenate(parts, axis=1), missing)
+
+
+def concatenate(parts: Sequence[JoinedValues | None]) -> JoinedValues | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return JoinedValues(
+        np.concatenate([part.values for part in known]), np.concatenate([part.missing for part in known])
+    )
+
+
+def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
+    """Return the values (w, rows · F) of one joined input in physical units; NaN where they are missing."""
+    has_value = np.isfinite(rows.values).any(axis=1)
+    values, t = rows.values[has_value], rows.t[has_value]
+    place = _last_up_to(t, ends_us)[:, None]
+    age = np.arange(spec.rows - 1, -1, -1)
+    if spec.period_s is None:
+        index = place - age
+    else:
+        at = ends_us[:, None] - np.rint(age * (spec.period_s * 1e6)).astype(np.int64)
+        index = np.minimum(_last_up_to(t, at.reshape(-1)).reshape(at.shape), place)
+    safe = np.maximum(index, 0)
+    # A row after one that is older or newer may itself be of another time, where the clock stepped back.
+    elapsed = ends_us[:, None] - (t[safe] if len(t) else np.zeros_like(safe))
+    is_known = (index >= 0) & (elapsed >= 0) & (elapsed <= spec.max_age_s * 1e6)
+    taken = np.full((len(ends_us), spec.rows, len(spec.fields)), np.nan, np.float32)
+    taken[is_known] = values[index[is_known]]
+    return taken.reshape(len(ends_us), spec.size)
+
+
+def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:
+    """Return how many of the rows at `t` (m,) no window that ends at `end_us` or later needs."""
+    oldest_us = end_us - round(spec.max_age_s * 1e6)
+    last = int(_last_up_to(t, np.array([end_us]))[0])
+    by_age = int(np.argmax(t >= oldest_us)) if (t >= oldest_us).any() else len(t)
+    return max(0, min(by_age, last))
+
+
+def _last_up_to(t: Ints, times: Ints) -> Ints:
+    """Return the index of the last row with a time up to each of `times`; -1 if there is none."""
+    # The earliest time from each row on ascends, also where the clock stepped back.
+    ascending = np.minimum.accumulate(t[::-1])[::-1]
+    return np.searchsorted(ascending, times, side="right") - 1
+
+
+def _scale(spec: JoinedInput, values: Float32s) -> Float32s:
+    mean = np.tile(np.asarray(spec.mean or [0.0] * len(spec.fields), np.float32), spec.rows)
+    std = np.tile(np.asarray(spec.std or [1.0] * len(spec.fields), np.float32), spec.rows)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (values - mean) / std
+    filled: Float32s = np.nan_to_num(scaled, copy=False, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32, copy=False)
+    return filled
