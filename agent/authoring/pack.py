@@ -276,7 +276,7 @@ def _find_gaps(reference: Reference) -> list[str]:
 def _check_label_order(job: PackJob, path: Path) -> list[str]:
     """Return a warning if the labels of the reference data fit another order of the model's labels clearly better."""
     try:
-        run = _run_model(path, job.model, job.draft, LabelParser.from_manifest(job.draft))
+        run = _run_model(path, job.model, job.draft, job.joined_files, LabelParser.from_manifest(job.draft))
     except (UsageError, BadBundle):
         # The column may hold something else: it is no label yet to the SPEC.
         return []
