@@ -77,9 +77,9 @@ def fleet_database() -> Report:
         Result.within("fleet drift", drift, 1.0, "s", _note(drift_note, drift_cpu)),
     ]
     lines = [f"| {result.name} | {result.ours:.2f} s | {result.note} |" for result in results]
-    table = "\n".join(
-        ["| command | time | of what |", "|---|---:|---|", *lines, "", f"Measured {page.describe_run()}."]
-    )
+    head = ["| command | time by the clock | of what |", "|---|---:|---|"]
+    measured = f"Measured {page.describe_run()}. On busy processors, compare processor times."
+    table = "\n".join([*head, *lines, "", measured])
     return Report(results, table, Section(catalogue.OTHER, "A large fleet database", f"{_SECTION_HEAD}\n\n{table}"))
 
 
