@@ -32,6 +32,7 @@ from agent.model.inference import derived_features, features, joins, runtime
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
+from agent.performance.label_order import describe_better_order
 from agent.wire.keys import SigningKey
 
 _GOLDEN_COUNT = 32
@@ -71,6 +72,7 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
         *_add_golden_vectors(job, files),
         *_add_reference(job, files),
         *_add_cards(spec_file, spec, files),
+        *_find_placeholders(draft),
     ]
     head = manifest.encode(specs.finish_manifest(job.draft, files))
     files["manifest.json"] = head
@@ -78,7 +80,29 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED_WARNING)
-    return PackedBundle(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", calibrated.notes)
+    return PackedBundle(
+        files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", [*calibrated.notes, *_note_scaling(draft)]
+    )
+
+
+def _find_placeholders(draft: Manifest) -> list[str]:
+    """Return a warning for names of labels that a proposed SPEC left open."""
+    labels = draft.output.labels
+    if not labels or labels != [f"class {i}" for i in range(len(labels))]:
+        return []
+    return [
+        f'labels are placeholders ("{labels[0]}" …): results name them; give the names in the order of the training'
+    ]
+
+
+def _note_scaling(draft: Manifest) -> list[str]:
+    """Return a note if nothing scales the inputs: right for some models, and easily forgotten for others."""
+    model_input = draft.input
+    if model_input.mean or model_input.scaling == "window" or model_input.image or model_input.sound:
+        return []
+    return [
+        "no mean and std in [input]: the model gets the values as they are, so it must have been trained on such values"
+    ]
 
 
 def reuse_signature(packed: PackedBundle, out: Path) -> None:
@@ -224,7 +248,8 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
     if output.score_table is not None:
         reference = _with_score_table(job, reference, job.path(output.score_table))
     elif output.held_out is not None and job.draft.kind != "regress":
-        reference = _with_held_out(job, reference, job.path(output.held_out))
+        reference, order_warnings = _with_held_out(job, reference, job.path(output.held_out))
+        warnings += order_warnings
     elif job.draft.label_kind == "classify" and (
         output.calibration_data is not None or training_data.has_labels(path, job.draft.input)
     ):
@@ -232,6 +257,8 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
             "labels are not used to estimate accuracy: [output] held_out names labelled data that the model was not "
             "trained on"
         )
+        if training_data.has_labels(path, job.draft.input):
+            warnings += _check_label_order(job, path)
     files["reference.json"] = reference.to_json()
     return [*warnings, *_find_gaps(reference)]
 
@@ -246,8 +273,20 @@ def _find_gaps(reference: Reference) -> list[str]:
     ]
 
 
-def _with_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:
-    """Add the accuracy of each score from held-out data with a column `label`."""
+def _check_label_order(job: PackJob, path: Path) -> list[str]:
+    """Return a warning if the labels of the reference data fit another order of the model's labels clearly better."""
+    try:
+        run = _run_model(path, job.model, job.draft, job.joined_files, LabelParser.from_manifest(job.draft))
+    except (UsageError, BadBundle):
+        # The column may hold something else: it is no label yet to the SPEC.
+        return []
+    truth = run.data.window_labels(run.starts, job.draft.input.rows)
+    better = describe_better_order(job.draft.output.labels, truth[truth >= 0], run.predicted[truth >= 0])
+    return [f"{path}: {better}"] if better else []
+
+
+def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Reference, list[str]]:
+    """Add the accuracy of each score from held-out data with a column `label`; warn if the labels' order is wrong."""
     key = "output.held_out"
     if job.draft.label_kind != "classify":
         raise ConfigError(str(job.file), key, "only a model that names one class has scores that are right or wrong")
@@ -265,9 +304,10 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:
         raise ConfigError(
             str(job.file), key, f"{path}: {int(known.sum())} labelled windows; an estimate takes {_MIN_HELD_OUT}"
         )
-    return learning.with_score_accuracy(
-        reference, run.score[known].astype(np.float64), run.predicted[known] == truth[known]
-    )
+    better = describe_better_order(job.draft.output.labels, truth[known], run.predicted[known])
+    is_right = run.predicted[known] == truth[known]
+    filled = learning.with_score_accuracy(reference, run.score[known].astype(np.float64), is_right)
+    return filled, [f"{path}: {better}"] if better else []
 
 
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:

@@ -120,6 +120,8 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
     sample = sensitivity.draw_sample(context.inference, windows, context.units)
     context.on_step("looking for leakage")
     leakage_checks = _check_leakage(context, sample)
+    label_kind = context.bundle.manifest.label_kind
+    order_checks = label_quality.check_label_order(labels, label_kind, context.predictions)
     noise_checks, suspects = label_quality.check_label_noise(labels, context.predictions, windows)
     importance: list[document.FieldImportance] = []
     robustness: list[document.RobustnessCurve] = []
@@ -156,7 +158,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         field_importance=importance,
         robustness=robustness,
         leakage=leakage_checks,
-        label_checks=[*label_quality.check_class_balance(counts, accuracy), *noise_checks],
+        label_checks=[*order_checks, *label_quality.check_class_balance(counts, accuracy), *noise_checks],
         suspects=suspects,
         float_comparison=comparison,
         machine=tuning.describe_machine() if latencies else "",

@@ -11,10 +11,11 @@ import numpy as np
 from agent.evaluation.document import CheckResult, SuspectLabel, passed, warning
 from agent.evaluation.examples import LabelledWindows
 from agent.indices import bincount
+from agent.performance.label_order import describe_better_order
 from agent.performance.metrics import LabelledPredictions
 
 CLASS_IMBALANCE, SMALL_CLASS, MAJORITY_BASELINE = "class imbalance", "small class", "majority baseline"
-LABEL_NOISE = "label noise"
+LABEL_NOISE, LABEL_ORDER = "label noise", "label order"
 _MAX_CLASS_RATIO = 10
 _MIN_CLASS_WINDOWS = 20
 _MAX_SUSPECTS = 20
@@ -41,6 +42,14 @@ def check_class_balance(counts: dict[str, int], accuracy: float | None) -> list[
         warnings.append(warning(MAJORITY_BASELINE, text))
     summary = f"Classes have {counts[least]} to {counts[most]} windows."
     return warnings or [passed(CLASS_IMBALANCE, summary)]
+
+
+def check_label_order(labels: list[str], kind: str, predictions: LabelledPredictions) -> list[CheckResult]:
+    """Warn if another order of the labels fits the data clearly better; nothing unless the model names one class."""
+    if kind != "classify" or predictions.predicted is None:
+        return []
+    better = describe_better_order(labels, *predictions.classes)
+    return [] if better is None else [warning(LABEL_ORDER, f"{better[0].upper()}{better[1:]}.")]
 
 
 def check_label_noise(

@@ -19,6 +19,7 @@ from PIL import Image
 from agent import config
 from agent.config import BrokerConfig
 from agent.device.store.store import Store
+from agent.fleet.rollout.plan import read as read_plan
 from agent.testing.broker import MosquittoBroker
 from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
@@ -27,6 +28,7 @@ from tests.kit.commands import call_outstation
 from tests.kit.stations import ROOT, wait_for
 
 GUIDES = ROOT / "docs" / "guides"
+FIRST_PI = ROOT / "docs" / "start" / "first-pi.md"
 SENSORS, PROGRAMS = GUIDES / "sensors.md", GUIDES / "sensor-programs.md"
 BLOCK = re.compile(r"<!-- (\w+)(?:: ([^\n]+))? -->\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -138,6 +140,26 @@ def test_the_streams_of_the_sensor_programs_are_valid(tmp_path: Path) -> None:
         HEAD.format(url="mqtt://127.0.0.1:1883") + "".join(toml), encoding="utf-8"
     )
     assert set(config.load(tmp_path / "outstation.toml").streams) == {"air", "pipe", "meter", "scale"}
+
+
+def test_the_unit_of_the_first_sensor_is_valid(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("no systemd-analyze here")
+    [unit] = [text for language, text in FENCE.findall(FIRST_PI.read_text(encoding="utf-8")) if language == "ini"]
+    file = tmp_path / "sensor.service"
+    file.write_text(unit.replace("/opt/outstation/bin/python", sys.executable), encoding="utf-8")
+    done = subprocess.run([analyze, "verify", "--man=no", str(file)], capture_output=True, text=True, check=False)
+    assert [line for line in done.stderr.splitlines() if "sensor.service" in line] == []
+
+
+def test_the_plan_for_a_small_fleet_is_valid(tmp_path: Path) -> None:
+    page = (SENSORS.parents[1] / "start" / "own-model.md").read_text(encoding="utf-8")
+    [text] = [text for language, text in FENCE.findall(page) if language == "toml" and "[rollout]" in text]
+    (tmp_path / "plan.toml").write_text(text, encoding="utf-8")
+    plan = read_plan(tmp_path / "plan.toml").to_plan("mymodel", "0.1.0", "sha256:" + "0" * 64)
+    assert [step.strategy for step in plan.steps] == ["shadow", "all"]
+    assert (plan.steps[0].promote.min_devices, plan.device_rules.min_hours) == (1, 0.1)
 
 
 def test_the_script_for_1_wire_prints_a_row_of_what_the_kernel_reads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "workshop"
 
 
-def test_the_tests_of_the_example_application_pass(tmp_path: Path) -> None:
+def test_the_example_applications_tests_pass(tmp_path: Path) -> None:
     """One command in the application's own folder, with no config of ours."""
     folder = tmp_path / "workshop"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -25,7 +25,7 @@ def test_the_tests_of_the_example_application_pass(tmp_path: Path) -> None:
     assert "3 passed" in done.stdout
 
 
-def test_the_plugin_loads_nothing_before_a_fixture_is_asked_for() -> None:
+def test_the_plugin_loads_nothing_before_a_fixture_is_requested() -> None:
     heavy = "{'numpy', 'cryptography', 'paho', 'agent.config', 'agent.testing.broker'}"
     script = f"import sys, pytest, agent.testing.fixtures; print(sorted({heavy} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

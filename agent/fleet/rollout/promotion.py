@@ -93,7 +93,9 @@ def evaluate_step(
         for device in devices.selected
     )
     if rollout.next_step is None and in_progress:
-        blockers.append(f"devices in progress: {in_progress}")
+        rules = rollout.plan.device_rules
+        required = f"each tries the bundle for at least {rules.min_hours:g} h and {rules.min_batches} batches"
+        blockers.append(f"devices in progress: {in_progress}; {required} ([device_rules])")
     blockers += _find_undecided_rules(rollout, devices, results)
     has_failed_rule = any(result.state == "failed" for result in results) and len(messages) >= needed
     outcome: StepOutcome = "wait"

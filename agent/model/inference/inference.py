@@ -70,8 +70,8 @@ class RunnableModel(InputMemory, Protocol):
     def output(self) -> Quantization: ...
 
     @property
-    def runs_beside(self) -> bool:
-        """Whether a started run goes on while this process does something else."""
+    def is_concurrent(self) -> bool:
+        """Return True if a started run continues while this process computes something else."""
         ...
 
     def start_run(self, windows: NDArray[Any]) -> ModelRun:

@@ -116,7 +116,7 @@ class TfliteModel:
         return _to_tensor(self._inputs[0])
 
     @property
-    def runs_beside(self) -> bool:
+    def is_concurrent(self) -> bool:
         return False
 
     def allocate(self, count: int) -> NDArray[Any]:

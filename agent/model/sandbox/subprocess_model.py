@@ -179,7 +179,7 @@ class SubprocessModel:
         return self._finish(self.submit(windows)).take_outputs()
 
     @property
-    def runs_beside(self) -> bool:
+    def is_concurrent(self) -> bool:
         return True
 
     def start_run(self, windows: NDArray[Any]) -> ModelRequest:

@@ -55,13 +55,13 @@ def bodies(device: Device) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("recipe", [CLASSIFY, ANOMALY])
 def test_messages_are_those_of_one_core(make: Make, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    beside = make(recipe)
-    results = beside.run_all()
+    concurrent = make(recipe)
+    results = concurrent.run_all()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     alone = make(recipe)
     assert alone.run_all() == results
     assert alone.task.started is None
-    assert bodies(beside) == bodies(alone)
+    assert bodies(concurrent) == bodies(alone)
 
 
 def test_the_next_batch_is_started_until_the_backlog_ends(make: Make) -> None:
@@ -71,7 +71,7 @@ def test_the_next_batch_is_started_until_the_backlog_ends(make: Make) -> None:
     assert started == [True, True, True, False]
 
 
-def test_a_started_batch_whose_rows_were_deleted_meanwhile_has_no_results(make: Make) -> None:
+def test_a_started_batch_of_deleted_rows_has_no_results(make: Make) -> None:
     device = make(CLASSIFY)
     device.feed(CLASSIFY.rows(BATCH))
     device.run()

@@ -224,7 +224,10 @@ def test_the_last_step_waits_for_devices_in_progress_only(six: Fleet) -> None:
         db.execute("UPDATE devices SET last_seen = ?", (clock.to_rfc3339(NOW_US + HOUR_US * 7 // 2),))
         db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
     verdict = six.look(4.0).verdict
-    assert (verdict.outcome, verdict.blockers) == ("wait", ["devices in progress: 1"])
+    assert (verdict.outcome, verdict.blockers) == (
+        "wait",
+        ["devices in progress: 1; each tries the bundle for at least 1 h and 20 batches ([device_rules])"],
+    )
     assert six.look(4.6).verdict.outcome == "finish"
 
 

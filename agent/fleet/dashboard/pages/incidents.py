@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 from starlette.datastructures import QueryParams
@@ -182,7 +182,10 @@ def _load_surroundings(db: Connection, incident: Incident) -> dict[str, Any]:
     evidence = as_object(decode_object(payload).get("evidence")) if payload and incident.source == "device" else {}
     windows = []
     if incident.task and incident.device:
-        near = history.load_windows_around(db, incident.device, incident.task, incident.raised, _WINDOWS)
+        # Windows end at the times of rows, which a replay or a late upload has long before the message.
+        begin_us = evidence.get("since")
+        began = clock.to_rfc3339(begin_us) if _is_time(begin_us) else incident.raised
+        near = history.load_windows_around(db, incident.device, incident.task, began, _WINDOWS)
         windows = [_summarize(window, incident.subject) for window in near]
     shown = {key: _as_shown(value) for key, value in [*evidence.items()][:_MAX_EVIDENCE]}
     row = verdicts.alert_row(db, incident)
@@ -214,7 +217,14 @@ def _summarize(window: dict[str, Any], field: str) -> dict[str, Any]:
     }
 
 
+def _is_time(value: object) -> TypeGuard[int]:
+    """Return True for epoch µs from 2001 to 2286; counts of rows and windows are far smaller."""
+    return isinstance(value, int) and 10**15 <= value < 10**16
+
+
 def _as_shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if _is_time(value):
+        return clock.to_rfc3339(value)[:19] + "Z"
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

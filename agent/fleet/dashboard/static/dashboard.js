@@ -147,7 +147,14 @@ async function drawChart() {
   points = await response.json();
   if (!points.t.length) { chart?.destroy(); chart = null; say("No result in this time range.", holder.dataset.all, "Show all results"); return; }
   const series = [{ label: "UTC", value: (_, t) => (t == null ? "–" : clockText(t, 0)) }], data = [points.t];
-  const add = (name, values, options) => { if (values) { series.push({ label: name, width: 1.5, points: { size: 5 }, ...options }); data.push(values); } };
+  // A line across a time without results would look like results.
+  const steps = points.t.slice(1).map((t, i) => t - points.t[i]).sort((a, b) => a - b), longest = 10 * (steps[steps.length >> 1] ?? 0);
+  const gaps = (plot, _, first, last, nulls) => {
+    for (let i = first + 1; i <= last; i++)
+      if (longest && points.t[i] - points.t[i - 1] > longest) nulls.push([plot.valToPos(points.t[i - 1], "x", true), plot.valToPos(points.t[i], "x", true)]);
+    return nulls.sort((a, b) => a[0] - b[0]);
+  };
+  const add = (name, values, options) => { if (values) { series.push({ label: name, width: 1.5, points: { size: 5 }, gaps, ...options }); data.push(values); } };
   add("label", points.label, { stroke: color("--series-0"), paths: () => null, points: { show: true, size: 5, fill: color("--series-0") }, scale: "label", value: (_, v) => points.labels[v] ?? "–" });
   add("value", points.value, { stroke: color("--series-0"), scale: "y" });
   add("score", points.score, { stroke: color("--series-1"), scale: "score" });
