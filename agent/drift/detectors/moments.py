@@ -305,7 +305,9 @@ def _measure_overall(alarm: Alarm) -> tuple[float, float]:
         place = len(alarm.fields) + field
         change = share @ alarm.moments.mean[:, place] - usual_share @ baseline.class_mean[:, place]
         return mean - usual, float(change) / 2
-    variance = float(share @ (alarm.moments.m2[:, field] / np.maximum(n, 1) + (alarm.moments.mean[:, field] - mean) ** 2))
+    variance = float(
+        share @ (alarm.moments.m2[:, field] / np.maximum(n, 1) + (alarm.moments.mean[:, field] - mean) ** 2)
+    )
     of_classes = baseline.class_sd[:, field] ** 2 + (alarm.usual[:, field] - usual) ** 2
     return mean - usual, float(np.log(max(variance, 1e-30) / max(float(usual_share @ of_classes), 1e-30))) / 2
 
