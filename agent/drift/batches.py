@@ -27,7 +27,7 @@ from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
 # Fields of drift windows that are looked at together: fewer cost more calls of Python, more need more memory. Wide rows
 # are looked at in so many windows, if these have no more fields than the second number.
-MAX_FIELDS_PER_PASS, MAX_WIDE_FIELDS_PER_PASS, WIDE_WINDOWS = 512, 2048, 16
+MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 512, 2048, 16
 MAX_VALUES_PER_PASS = 1 << 17  # about
 
 
@@ -171,7 +171,7 @@ def find_complete_windows(
     None if the next one ends later, has gaps or is too large.
     """
     fields = batch.features.shape[1]
-    most = max(1, MAX_FIELDS_PER_PASS // fields, min(WIDE_WINDOWS, MAX_WIDE_FIELDS_PER_PASS // fields))
+    most = max(1, MAX_FIELDS_PER_PASS // fields, min(LARGE_PASS_WINDOWS, MAX_FIELDS_PER_LARGE_PASS // fields))
     count = min((len(batch.starts) - first) // window, most)
     if count == 0:
         return None

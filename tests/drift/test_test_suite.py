@@ -87,16 +87,16 @@ def test_another_shape_of_the_same_mean_and_spread_is_detected() -> None:
     assert "values are spread otherwise than in this site's reference" in alert.summary
 
 
-def test_the_shift_of_a_field_is_told_without_bias_wherever_in_a_window_it_begins() -> None:
-    told = []
+def test_the_shift_of_a_field_is_estimated_without_bias_from_any_row_on() -> None:
+    ratios = []
     for seed, begin in enumerate(range(10, 200, 20)):
         rows = table(seed + 1, LEARN + 6)
         rows[LEARN * 200 + begin :, 3] += 0.8
         shifts = [a.evidence["shift"] for a in raised(watch(rows)) if a.subject == "f3" and "shift" in a.evidence]
-        told += [shift / 0.8 for shift in shifts[:1]]
-    assert len(told) >= 8
-    assert np.median(told) == pytest.approx(1.0, abs=0.06)
-    assert min(told) > 0.75
+        ratios += [shift / 0.8 for shift in shifts[:1]]
+    assert len(ratios) >= 8
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.06)
+    assert min(ratios) > 0.75
 
 
 def test_a_ramp_is_distinguished_from_a_step() -> None:

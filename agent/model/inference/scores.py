@@ -66,10 +66,10 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
         head = further_manifest(manifest, name)
         scored = _score(part, head, None)
         texts = to_texts(scored, head)
-        found = [None if texts is None else np.array(texts, np.str_), scored.score, scored.value]
-        found += list(scored.extra_columns.values())
+        cells = [None if texts is None else np.array(texts, np.str_), scored.score, scored.value]
+        cells += list(scored.extra_columns.values())
         for column, values in zip(
-            output_columns(name, spec), [values for values in found if values is not None], strict=True
+            output_columns(name, spec), [values for values in cells if values is not None], strict=True
         ):
             target: dict[str, Any] = label_columns if values.dtype.kind == "U" else columns
             target[column] = values

@@ -207,10 +207,10 @@ def test_a_write_of_the_journal_that_the_power_cut_tears_costs_nothing(tmp_path:
         with restarted:
             assert len(served(restarted)) in (rows, store.last_row("numbers"))
             assert restarted.get_meta(LAST_FINDING, "") == ""
-        what = random.random()
-        if what < 0.4:
+        action = random.random()
+        if action < 0.4:
             store.fold()
-        elif what < 0.45:
+        elif action < 0.45:
             store.close()
             store, _ = opened(folder)
     store.close()
