@@ -1,7 +1,10 @@
 """Pytest plugin of the test kit: fixtures of brokers, simulated fleets, collectors and lossy links.
 
-Where the package is installed, pytest loads it by itself. It imports nothing before a test asks for a fixture. A test
-that needs a program which is not installed is skipped; where the variable CI is set it fails.
+A test session loads it by `pytest_plugins = ["agent.testing.fixtures"]` in its `conftest.py`. It has no entry point: pytest
+would import `agent` in every session of the environment, also where a project has an `agent` package of its own.
+
+It imports no kit before a test asks for a fixture. A test that needs a program which is not installed is skipped; where
+the variable CI is set it fails.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agent.testing.process import MissingProgram
+
 if TYPE_CHECKING:
     from agent.testing.broker import MosquittoBroker
     from agent.testing.fleet import LocalFleet
@@ -22,33 +27,24 @@ if TYPE_CHECKING:
     from agent.testing.simulation.lossy_link import LossyBroker
 
 
-def _skip_or_fail(missing: Exception) -> None:
+def _skip_or_fail(missing: MissingProgram) -> None:
     (pytest.fail if os.environ.get("CI") else pytest.skip)(str(missing))
-
-
-def _is_missing_program(error: Exception) -> bool:
-    # Its module, which may not even be loaded, imports what no other test session needs.
-    return type(error).__name__ == "MissingProgram"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     try:
         yield
-    except Exception as error:
-        if not _is_missing_program(error):
-            raise
-        _skip_or_fail(error)
+    except MissingProgram as missing:
+        _skip_or_fail(missing)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     try:
         yield
-    except Exception as error:
-        if not _is_missing_program(error):
-            raise
-        _skip_or_fail(error)
+    except MissingProgram as missing:
+        _skip_or_fail(missing)
 
 
 @pytest.fixture

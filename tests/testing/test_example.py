@@ -6,7 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.testing import fixtures
+from agent.testing.process import MissingProgram
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "workshop"
 
@@ -15,7 +23,7 @@ def test_the_example_applications_tests_pass(tmp_path: Path) -> None:
     """One command in the application's own folder, with no config of ours."""
     folder = tmp_path / "workshop"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "agent.testing.fixtures", "--rootdir", str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [*command, "--basetemp", str(tmp_path / "t"), str(folder)],
@@ -33,3 +41,29 @@ def test_the_plugin_loads_nothing_before_a_fixture_is_requested() -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_only_a_session_that_names_the_plugin_loads_it() -> None:
+    """An entry point would import `agent` in every session, and hide a project's package of that name."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "pytest11" not in project.get("entry-points", {})
+
+
+@pytest.mark.parametrize("hook", [fixtures.pytest_runtest_setup, fixtures.pytest_runtest_call])
+def test_only_the_kits_own_exception_skips_a_test(
+    hook: Callable[[Any], Generator[None, None, None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_in_test(error: Exception) -> None:
+        running = hook(None)
+        next(running)
+        running.throw(error)
+
+    monkeypatch.delenv("CI", raising=False)
+    namesake = type("MissingProgram", (Exception,), {})
+    with pytest.raises(namesake):
+        raise_in_test(namesake("of another project"))
+    with pytest.raises(pytest.skip.Exception, match="mosquitto"):
+        raise_in_test(MissingProgram("mosquitto is not installed"))
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="mosquitto"):
+        raise_in_test(MissingProgram("mosquitto is not installed"))
