@@ -110,8 +110,9 @@ class Client:
     With `forget` True, the daemon forgets the lines of this name before, and counts from 1.
 
     Raises ConnectionError if the daemon is away: with a name after `patience_s` at the start and `outage_s` later;
-    without one at once, because the fate of the last lines is then unknown. Raises PermissionError if the daemon
-    refuses the producer, and RuntimeError if another producer uses the name.
+    without one at once, because the fate of the last lines is then unknown. A named client may go on afterwards: it has
+    not kept the row of the `send` that raised, and sends earlier rows once the daemon answers. Raises PermissionError
+    if the daemon refuses the producer, and RuntimeError if another producer uses the name.
     """
 
     def __init__(
@@ -201,12 +202,7 @@ class Client:
     def flush(self) -> FlushResult:
         """Wait until all lines are committed, and return their outcome."""
         while self._acknowledged < self._sent:
-            self._resume(wait=True)
-            try:
-                self._wait_ready(select.POLLIN)
-                self._read_replies()
-            except OSError as error:
-                self._note_loss(error)
+            self._await_replies()
         return self.answered()
 
     def answered(self) -> FlushResult:
@@ -230,28 +226,54 @@ class Client:
             self.close()
 
     def _send(self, line: bytes) -> None:
-        """Send a line with its newline, or a frame."""
+        """Send a line with its newline, or a frame. Where the daemon is away for too long, the line is not kept."""
+        if not self._is_connected:
+            self._reconnect()
+        while self._must_wait():
+            self._await_replies()
         size = len(line)
         self._pending.append(line)
         self._pending_bytes += size
         self._sent += 1
         self._lines_since_poll += 1
         if not self._is_connected:
-            self._resume(wait=False)
             return
         try:
             sent = self._try_send(line)
             if sent < size or self._lines_since_poll >= _POLL_EVERY_LINES:
                 self._send_all(memoryview(line)[sent:])
-            while self._is_full():
-                self._wait_ready(select.POLLIN)
-                self._read_replies()
+        except OSError as error:
+            # The daemon may have the line: it is kept, and a later call raises if the daemon stays away.
+            self._note_loss(error)
+            self._reconnect()
+
+    def _must_wait(self) -> bool:
+        """Return whether no further line fits into memory, or the outage lasts too long for another."""
+        if len(self._pending) >= _MAX_PENDING_LINES or self._pending_bytes >= _MAX_PENDING_BYTES:
+            return True
+        return self._is_overdue()
+
+    def _await_replies(self) -> None:
+        """Wait for a reply, or for the daemon. Raises ConnectionError if it answers no line for `outage_s`."""
+        if self._is_connected:
+            cause = self._read_next_replies()
+        elif (cause := self._reconnect()) is None and not self._is_connected:
+            time.sleep(_RETRY_S)
+        if cause is not None and self._is_overdue():
+            self._fail(cause)
+
+    def _read_next_replies(self) -> OSError | None:
+        """Wait for replies and read them; return why the connection was lost instead."""
+        try:
+            self._wait_ready(select.POLLIN)
+            self._read_replies()
         except OSError as error:
             self._note_loss(error)
-            self._resume(wait=False)
+            return error
+        return None
 
-    def _is_full(self) -> bool:
-        return len(self._pending) >= _MAX_PENDING_LINES or self._pending_bytes >= _MAX_PENDING_BYTES
+    def _is_overdue(self) -> bool:
+        return self._outage_end is not None and time.monotonic() >= self._outage_end
 
     def _send_all(self, rest: memoryview) -> None:
         """Send, and read replies meanwhile: two sides that only write would deadlock."""
@@ -290,7 +312,6 @@ class Client:
         *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
             reply = self._decode_reply(line)
-            self._outage_end = None
             self._acknowledge_through(reply["through"] + self._line_offset)
             self._accepted += reply["accepted"]
             self._rejected += [(item["line"] + self._line_offset, item["reason"]) for item in reply["rejected"]]
@@ -304,6 +325,8 @@ class Client:
         return reply
 
     def _acknowledge_through(self, through: int) -> None:
+        if through > self._acknowledged:
+            self._outage_end = None
         for _ in range(min(len(self._pending), through - self._acknowledged)):
             self._pending_bytes -= len(self._pending.popleft())
         self._acknowledged = max(self._acknowledged, through)
@@ -369,37 +392,36 @@ class Client:
 
     def _note_loss(self, cause: OSError) -> None:
         """Close a lost connection. Raises PermissionError or ConnectionError if the client must not reconnect."""
+        # Replies from before the loss say which lines are stored, and that an earlier outage is over.
+        with contextlib.suppress(OSError):
+            self._read_replies()
         if not self._reconnects or isinstance(cause, _Refused):
-            # Replies from before the end say which lines are stored.
-            with contextlib.suppress(OSError):
-                self._read_replies()
             self._fail(cause)
         self._socket.close()
         self._is_connected = False
+        self._begin_outage()
+
+    def _begin_outage(self) -> None:
+        """Start the clock of `outage_s`, unless no line was acknowledged since it was started."""
         if self._outage_end is None:
             self._outage_end = time.monotonic() + self._outage_s
-        elif time.monotonic() >= self._outage_end:
-            # The daemon accepted connections, and answered none of the lines.
-            self._fail(cause)
 
-    def _resume(self, *, wait: bool) -> None:
-        """Reconnect. While the daemon is away, return if more lines fit into memory, unless `wait`."""
-        while not self._is_connected:
-            now = time.monotonic()
-            if now >= self._next_attempt:
-                self._next_attempt = now + _RETRY_S
-                try:
-                    self._open_socket()
-                    return
-                except _Refused as error:
-                    self._fail(error)
-                except OSError as error:
-                    self._socket.close()
-                    if self._outage_end is not None and now >= self._outage_end:
-                        self._fail(error)
-            if not wait and not self._is_full():
-                return
-            time.sleep(_RETRY_S)
+    def _reconnect(self) -> OSError | None:
+        """Try to connect, unless the last attempt was just now; return why it failed."""
+        now = time.monotonic()
+        if now < self._next_attempt:
+            return None
+        self._next_attempt = now + _RETRY_S
+        try:
+            self._open_socket()
+        except _Refused as error:
+            self._fail(error)
+        except OSError as error:
+            self._socket.close()
+            # A reply may have ended the outage before the daemon was lost again.
+            self._begin_outage()
+            return error
+        return None
 
     def _fail(self, cause: OSError) -> NoReturn:
         """Close the connection for good. Raises PermissionError or ConnectionError."""
@@ -408,7 +430,11 @@ class Client:
         raise kind(f"{self._address}: {cause.strerror or cause}{self._pending_note()}") from cause
 
     def _pending_note(self) -> str:
-        return f"; {len(self._pending)} lines are not acknowledged; send them again" if self._pending else ""
+        if not self._pending:
+            return ""
+        # Whoever goes on with this client must not send them twice.
+        unless = ", unless you go on with this client: it sends them itself" if self._reconnects else ""
+        return f"; {len(self._pending)} lines are not acknowledged; send them again{unless}"
 
 
 def _encode_frame(stream: str, columns: Mapping[str, Any]) -> bytes | None:

@@ -198,10 +198,11 @@ def test_the_memory_of_a_client_without_a_daemon_is_bounded(tmp_path: Path, monk
     client = Client(killable.socket, name="g", outage_s=4.0)
     killable.kill()
     began = time.monotonic()
-    for n in range(49):
+    for n in range(50):
         number(client, n)
-    with pytest.raises(ConnectionError, match="50 lines are not acknowledged; send them again"):
-        number(client, 49)
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="50 lines are not acknowledged; send them again"):
+            number(client, 50)
     assert time.monotonic() - began >= 4.0
     client.close()
 
@@ -253,6 +254,158 @@ def test_a_daemon_that_only_accepts_connections_does_not_hold_a_client_for_ever(
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as spare:
                 spare.connect(str(path))
                 spare.sendall(b"{}\n")
+
+
+class Clock:
+    """Clock of the client that only its own waits and the test move."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        # The daemon's thread needs a turn, too.
+        threading.Event().wait(0.001)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("agent.client.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("later_s", [3590.0, 7200.0], ids=["within outage_s", "after outage_s"])
+def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, clock: Clock, later_s: float) -> None:
+    """A slow producer's: it reads the replies to its few lines only when it next waits."""
+    first_lost, answered, lose_again, second_lost = (threading.Event() for _ in range(4))
+
+    def lose_first(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        connection.close()
+        first_lost.set()
+
+    def answer_and_lose(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        lines(connection, 1)
+        answer(connection, 1, 1)
+        answered.set()
+        lose_again.wait(60)
+        path.rename(tmp_path / "away")
+        connection.close()
+        second_lost.set()
+
+    def answer_rest(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 1)
+        lines(connection, 2)
+        answer(connection, 3, 2)
+
+    with agent(tmp_path, lose_first, answer_and_lose, answer_rest) as path:
+        with Client(path, name="slow") as client:
+            assert first_lost.wait(60)
+            number(client, 1)
+            assert answered.wait(60)
+            clock.now_s += later_s
+            lose_again.set()
+            assert second_lost.wait(60)
+            number(client, 2)
+            clock.now_s += 100
+            number(client, 3)
+            (tmp_path / "away").rename(path)
+            assert client.flush().rejected == []
+            assert client.through == 3
+
+
+def test_a_daemon_that_dies_while_lines_are_resent_does_not_hold_a_client_for_ever(tmp_path: Path, clock: Clock) -> None:
+    lost = threading.Event()
+
+    def lose_first(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        path.rename(tmp_path / "away")
+        connection.close()
+        lost.set()
+
+    def die_after_one_line(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        connection.recv(1)
+        answer(connection, 1, 1)
+        # The client reads the reply: the lines it resends do not fit into the socket.
+        threading.Event().wait(0.1)
+        path.unlink()
+
+    with agent(tmp_path, lose_first, die_after_one_line) as path:
+        client = Client(path, name="g", outage_s=5.0)
+        assert lost.wait(60)
+        for _ in range(4):
+            client.send("machine", mode="x" * 1_000_000)
+        (tmp_path / "away").rename(path)
+        with pytest.raises(ConnectionError, match=r"[34] lines are not acknowledged"):
+            client.flush()
+        client.close()
+
+
+def test_a_send_that_raises_after_an_outage_does_not_keep_its_row(tmp_path: Path, clock: Clock) -> None:
+    lost = threading.Event()
+    received: list[bytes] = []
+
+    def lose_first(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        path.rename(tmp_path / "away")
+        connection.close()
+        lost.set()
+
+    def receive_all(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        for through in (1, 2):
+            received.extend(lines(connection, 1))
+            answer(connection, through, 1)
+
+    with agent(tmp_path, lose_first, receive_all) as path:
+        client = Client(path, name="g", outage_s=1.0)
+        assert lost.wait(60)
+        number(client, 1)
+        clock.now_s += 2
+        for _ in range(3):
+            with pytest.raises(ConnectionError, match="; 1 lines are not acknowledged; send them again, unless"):
+                number(client, 2)
+        (tmp_path / "away").rename(path)
+        number(client, 2)
+        assert client.flush() == FlushResult(2, [])
+        client.close()
+    assert [msgspec.json.decode(line)["count"] for line in received] == [1, 2]
+
+
+def test_a_flush_does_not_wait_for_replies_to_lines_that_were_committed_before(tmp_path: Path) -> None:
+    flushed = threading.Event()
+
+    def commit_without_reply(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        lines(connection, 1)
+
+    def greet(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 1)
+        flushed.wait(60)
+
+    with agent(tmp_path, commit_without_reply, greet) as path:
+        client = Client(path, name="g", patience_s=20.0)
+        number(client, 1)
+        began = time.monotonic()
+        client.flush()
+        assert time.monotonic() - began < 15
+        flushed.set()
+        client.close()
 
 
 def test_a_row_with_a_lost_reply_is_not_resent(tmp_path: Path) -> None:
