@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,17 @@ def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -
         setup.load(None, tmp_path, {}, {"watch": (table, ["a", "b"])}, ())
     with pytest.raises(UsageError, match="no stream 'wach'"):
         setup.load(None, tmp_path, {}, {"wach": (table, ["a"])}, ())
+
+
+def test_the_limit_of_open_files_stays_raised_between_the_steps(tmp_path: Path) -> None:
+    """The devices' files stay open, and the test opens files of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    chosen = read(tmp_path, 'duration = "1 h"\ngroups.hall = { devices = 100 }')
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+        with contextlib.closing(Simulation(tmp_path, chosen, setup.load(None, tmp_path, {}, {}, ()))) as simulation:
+            with simulation._running():
+                pass
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -124,6 +124,7 @@ class Simulation:
         self._condition: Callable[[], bool] = lambda: False
         self._is_met = False
         self._report_s = self._began_s = 0.0
+        _raise_file_limit(len(self._names))
 
     def close(self) -> None:
         for device in self.devices.values():
@@ -194,8 +195,8 @@ class Simulation:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Let this process be the machines of the simulation, with enough files."""
-        with self.room.installed(), _open_files(len(self._names)):
+        """Let this process be the machines of the simulation."""
+        with self.room.installed():
             yield
 
     # --- preparation ---
@@ -444,14 +445,14 @@ def _label_values(recordings: Any, settings: LateLabels, block: Block) -> list[A
     return [None if value != value else value for value in column[rows].tolist()]
 
 
-@contextmanager
-def _open_files(devices: int) -> Iterator[None]:
-    """Raise the limit of open files to what so many devices need, as far as the system allows it."""
+def _raise_file_limit(devices: int) -> None:
+    """Raise the limit of open files to what so many devices need, as far as the system allows it.
+
+    It stays raised: the devices' files are open between the steps, too, and another simulation may still need it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = devices * _DEVICE_FILES + _OTHER_FILES
-    if soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
