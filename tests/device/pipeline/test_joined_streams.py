@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,16 +15,21 @@ from agent import config
 from agent.authoring import pack
 from agent.device.pipeline import joined_streams
 from agent.device.pipeline.joined_streams import JoinedStream, load_positions
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rollout import shadow_windows
+from agent.device.rollout.shadow import ShadowRunner
 from agent.device.store import task_keys
 from agent.device.store.rows import Rows
+from agent.device.store.store import RowBatch
 from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle
 from agent.model.inference import features, runtime
 from agent.model.inference.features import WindowCut
-from agent.model.inference.inference import Inference
+from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import NOW, STEP_US, T0, Device, columns, tiles
+from tests.kit.pairs import Recorder
 
 WEATHER_STEP_US = 310_000
 WAIT_S = 10.0
@@ -203,6 +209,64 @@ def test_rows_without_a_value_are_not_read_again_for_ever(device: Device) -> Non
     feed_at(device, 90_000_000, 100)
     device.run_all()
     assert load_positions(device.store, "tiny")["weather"].row > 900
+
+
+@pytest.fixture
+def runner(device: Device) -> ShadowRunner:
+    """Return the shadow evaluation of the same bundle, in this process."""
+    bundle = msgspec.structs.replace(device.active.bundle, digest="sha256:other")
+    other = LoadedTask(
+        *("tiny", device.task.config, device.stream, bundle, device.active.model, None, None, "sha256:c"),
+        joined_streams=device.joined_streams,
+    )
+    return ShadowRunner(device.task, other, "better", device.store, 1)
+
+
+def test_a_shadow_joins_the_windows_that_the_task_joins(device: Device, runner: ShadowRunner) -> None:
+    observed: list[tuple[RowBatch, InferenceResult]] = []
+    device.task.batch_observer = Recorder(observed)
+    feed_weather(device, waves(60, seed=4)[:, 0].copy(), 0)
+    for _ in range(4):
+        device.feed(waves(200))
+        device.run_all()
+    for committed in observed:
+        runner.submit_batch(device.store, *committed)
+    windows = sum(len(answers.cut.starts) for _, answers in observed)
+    assert windows > 190
+    assert (runner.stats.n, runner.stats.agreeing, runner.stats.errors) == (windows, windows, 0)
+
+
+def test_a_shadow_has_no_windows_where_none_are_whole(device: Device) -> None:
+    feed_weather(device, np.ones(20, np.float32), 0)
+    device.feed(waves(5))
+    device.feed(waves(5), pause_s=3)
+    rows = device.store.read_rows("watch", device.stream.fields, 0, 100)
+    assert rows is not None
+    windows = shadow_windows.align_windows(device.task, device.store, rows, np.array([7, 9]))
+    assert (len(windows.row), windows.model_input.shape) == (0, (0, WINDOW * len(WINDOWED) + 3))
+
+
+def test_a_shadow_reads_each_joined_row_about_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, store_read = [0], device.store.read_rows
+
+    def count_rows(stream: str, *arguments: Any) -> RowBatch | None:
+        rows = store_read(stream, *arguments)
+        read[0] += len(rows.t) if rows is not None and stream == "weather" else 0
+        return rows
+
+    monkeypatch.setattr(device.store, "read_rows", count_rows)
+    for batch in range(5):
+        feed_air(device, "weather", batch * 10**8 + np.arange(500) * 200_000)
+        feed_at(device, batch * 10**8 + 99 * 10**6, 50)
+        rows = store_read("watch", device.stream.fields, batch * 50, 50)
+        assert rows is not None
+        windows = shadow_windows.align_windows(device.task, device.store, rows, np.arange(20, 50, 4))
+        # The model's input has the joined values, what an autoencoder's errors are computed from has not.
+        assert (windows.model_input.shape[1], windows.values.shape[1:]) == (
+            WINDOW * len(WINDOWED) + 3,
+            (WINDOW, len(WINDOWED)),
+        )
+    assert 2500 <= read[0] < 2600
 
 
 def test_a_window_waits_for_a_later_row_of_the_joined_stream_but_not_for_ever(device: Device) -> None:
