@@ -396,7 +396,7 @@ def test_further_outputs_do_not_change_the_calibration_of_the_first(method: str,
     assert calibrated.notes
 
 
-def test_bounds_of_residuals_whose_columns_another_value_has_are_refused(tmp_path: Path) -> None:
+def test_a_value_named_like_a_residual_bound_is_refused_with_the_bounds(tmp_path: Path) -> None:
     recipe = Recipe("regress", "two_values", output='held_out = "heldout.csv"\nnames = ["power", "low"]')
     spec = write_spec(tmp_path, recipe)
     rows = readings(1500, 7)
