@@ -27,7 +27,7 @@ devices_option = click.option(
 
 def _show_prices(ctx: click.Context, _: click.Parameter, is_requested: bool) -> None:
     if is_requested and not ctx.resilient_parsing:
-        click.echo(shipped_text(), nl=False)
+        echo(shipped_text(), nl=False)
         ctx.exit()
 
 
