@@ -57,7 +57,7 @@ def compare(month: Usage, prices: PriceList) -> Comparison:
 
 
 def _find_break_even(edge: MonthlyCost, cloud: MonthlyCost) -> tuple[int | None, int | None]:
-    """Return from how many devices on, and up to how many, `edge` costs no more than `cloud`; None for no such number."""
+    """Return from how many devices on, and up to how many, `edge` costs no more than `cloud`."""
     saved = sum(cloud.per_device.values()) - sum(edge.per_device.values())
     if edge.total(1) <= cloud.total(1):
         return (1, None) if saved >= 0 else (None, math.floor((cloud.fixed - edge.fixed) / -saved))

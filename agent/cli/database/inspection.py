@@ -135,8 +135,8 @@ def _translate_errors() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if "interrupted" in str(error):
             raise UsageError(
-                f"the query took more than {_MAX_QUERY_S:g} s, and was ended: an open one keeps the daemon from writing; "
-                "narrow it, or copy the database"
+                f"the query took more than {_MAX_QUERY_S:g} s and was ended, as an open one keeps the daemon from "
+                "writing; narrow it, or query a copy of the database"
             ) from error
         raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
     except (sqlite3.ProgrammingError, sqlite3.Warning) as error:
