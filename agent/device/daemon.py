@@ -265,6 +265,7 @@ class Daemon:
                 self._unfinished.add(name)
             if name in self._unfinished:
                 started_s = self._now().boot_s
+                scheduled.task.is_pipelined = not throttled.slow_reason
                 self._run_batches(scheduled, now)
                 busy_s += self._now().boot_s - started_s
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
