@@ -122,7 +122,9 @@ class LoadedTask:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
         self.window_bytes = self._max_window_bytes
-        self.joined_reader = JoinedReader(self.name, self.inference, self.joined_streams) if manifest.joined else None
+        self.joined_reader = None
+        if manifest.joined:
+            self.joined_reader = JoinedReader(self.name, self.bundle.digest, self.inference, self.joined_streams)
 
     @property
     def step(self) -> int:
