@@ -38,11 +38,12 @@ class JoinedStream(msgspec.Struct, frozen=True):
 
 
 class JoinedPosition(msgspec.Struct, frozen=True):
-    """First row of `stream` that windows of the bundle with digest `bundle` still need."""
+    """First row of `stream` that windows of the bundle with digest `bundle` need if they end at `end_us` or later."""
 
     stream: str
     bundle: str
     row: int
+    end_us: int
 
 
 class JoinedBatch(msgspec.Struct, frozen=True, eq=False):
@@ -120,7 +121,7 @@ class JoinedReader:
     def _position(self, name: str, spec: JoinedInput, part: _JoinedPart, end_us: int) -> JoinedPosition:
         at = joins.first_needed(spec, part.t, end_us)
         row = int(part.numbers[at]) if at < len(part.t) else part.last
-        return JoinedPosition(self._streams[name].name, self._bundle, row)
+        return JoinedPosition(self._streams[name].name, self._bundle, row, end_us)
 
     def _count_ready(
         self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, now: ClockReading | None
@@ -142,12 +143,14 @@ class JoinedReader:
     def _has_waited(self, wait_s: float, now: ClockReading) -> bool:
         return self._waiting is not None and now.boot_s >= self._waiting[1] + wait_s
 
-    def _first_row(self, store: Store, stream: str, position: JoinedPosition | None) -> int:
-        """Return the row to read from: of another stream, another bundle or new row numbers, the oldest one."""
+    def _first_row(self, store: Store, stream: str, position: JoinedPosition | None, end_us: int) -> int:
+        """Return the row to read from: the oldest one if the position is of another stream, another bundle or later."""
         oldest = max(store.first_row(stream), 1)
         if position is None or (position.stream, position.bundle) != (stream, self._bundle):
             return oldest
-        return max(oldest, position.row) if position.row <= store.last_row(stream) + 1 else oldest
+        # The clock stepped back, or row numbers began again.
+        is_later = position.end_us > end_us or position.row > store.last_row(stream) + 1
+        return oldest if is_later else max(oldest, position.row)
 
     def _read(
         self, store: Store, name: str, spec: JoinedInput, position: JoinedPosition | None, times: Ints
@@ -155,10 +158,12 @@ class JoinedReader:
         """Read the rows that windows at `times` need, and one of a later time if there is one."""
         stream, last_us = self._streams[name], int(times.max())
         columns = [[f.name for f in stream.config.fields].index(field) for field in spec.fields]
-        first = self._first_row(store, stream.name, position)
+        first = self._first_row(store, stream.name, position, int(times.min()))
         nothing = _JoinedPart(np.zeros(0, np.int64), np.zeros(0, np.int64), _no_values(spec), first)
         pieces, count, at, latest_us, is_cut = [nothing], 0, first - 1, int(np.iinfo(np.int64).min), False
-        while latest_us <= last_us and not is_cut:
+        # Single rows with a wrong time far ahead, or from before a step of the clock, end no reading.
+        is_later = False
+        while not (is_later or is_cut):
             piece = store.read_rows(stream.name, stream.config.fields, at, _READ_ROWS)
             if piece is None:
                 break
@@ -167,7 +172,7 @@ class JoinedReader:
                 # Lost rows cannot be joined: the rows after them begin anew.
                 pieces, count = [nothing], 0
                 continue
-            latest_us = max(latest_us, int(piece.t.max()))
+            latest_us, is_later = int(piece.t[-1]), int(piece.t.min()) > last_us
             matrix = features.stack_columns([piece.rows.columns[i] for i in columns])
             valued = np.flatnonzero(joins.find_valued(matrix))
             pieces.append(_JoinedPart(piece.first + valued, piece.t[valued], matrix[valued], at))
@@ -177,7 +182,7 @@ class JoinedReader:
                 part = _concatenate(pieces)
                 pieces = [part.take(joins.select_needed(spec, part.t, times))]
                 count = len(pieces[0].t)
-                is_cut = count >= _MAX_ROWS and latest_us <= last_us
+                is_cut = count >= _MAX_ROWS and not is_later
         part = _concatenate(pieces)
         part = part.take(np.arange(joins.first_needed(spec, part.t, int(times.min())), len(part.t)))
         return msgspec.structs.replace(part, last=max(first, at), latest_us=latest_us, is_cut=is_cut)
@@ -186,7 +191,7 @@ class JoinedReader:
 class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
     """Rows with a value: their `numbers`, `t` and `values` (m, F). `last`: the last row read.
 
-    `latest_us` is the latest time of the rows read. `is_cut`: more follow.
+    `latest_us` is the time of the last row read. `is_cut`: more follow.
     """
 
     numbers: Ints

@@ -62,7 +62,8 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     window = task.inference.manifest.input.window
     every_start = features.cut_windows(rows.t[before:], None if window is None else replace(window, step=1)).starts
     is_whole = np.isin(starts, every_start)
-    limit = max(1, MAX_VALUES // (length * table.shape[1]))
+    further = sum(joined.size for joined in task.inference.manifest.joined.values())
+    limit = max(1, MAX_VALUES // (length * table.shape[1] + further))
     starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
     joined = None
     if task.joined_reader is not None:

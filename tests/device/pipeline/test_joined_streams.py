@@ -203,6 +203,32 @@ def test_a_position_holds_for_its_stream_bundle_and_row_numbers_only(device: Dev
         assert joined.cut.joined.missing.tolist() == [0]
 
 
+def test_a_joined_row_with_a_time_far_ahead_hides_no_later_rows(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_streams, "_READ_ROWS", 50)
+    times = np.arange(400) * 100_000
+    # The last row of one read, too.
+    times[[7, 49]] = 3_600_000_000
+    feed_air(device, "weather", times)
+    for first_us in (10_000_000, 30_000_000):
+        feed_at(device, first_us, 100)
+        assert sum(result.windows for result in device.run_all()) >= 24
+        assert "missing" not in last_columns(device)
+    # No row of a later time has come: the windows wait, whatever the row far ahead says.
+    feed_at(device, 41_000_000, 100)
+    assert [result.windows for result in device.run_all() if result.windows] == []
+
+
+def test_windows_after_the_clock_stepped_back_get_the_rows_of_their_time(device: Device) -> None:
+    feed_air(device, "weather", np.arange(1000) * 100_000)
+    for first_us in (90_000_000, 30_000_000):
+        feed_at(device, first_us, 100)
+        assert sum(result.windows for result in device.run_all()) >= 24
+        assert "missing" not in last_columns(device)
+    assert load_positions(device.store, "tiny")["weather"].row < 320
+
+
 def test_rows_without_a_value_are_not_read_again_for_ever(device: Device) -> None:
     feed_air(device, "weather", np.arange(100) * 100_000)
     feed_air(device, "weather", 10_000_000 + np.arange(900) * 100_000, np.nan)
