@@ -50,7 +50,11 @@ class CalibrationResult(msgspec.Struct, frozen=True):
 
 
 def calibrate_scores(outputs: Float32s, truth: NDArray[Any], manifest: Manifest, method: str) -> CalibrationResult:
-    """Calibrate scores from `outputs` (w, K) and classes (w,), or (w, L), if that helps. Raises UsageError."""
+    """Calibrate scores from outputs (w, K) of the first output, if that helps. Raises UsageError.
+
+    `truth` are classes (w,), or (w, L) for several labels.
+    """
+    manifest = msgspec.structs.replace(manifest, outputs=msgspec.UNSET)
     multi_label = manifest.output.multi_label
     if len(truth) < MIN_LABELLED_RESULTS:
         raise UsageError(f"{len(truth)} labelled results; at least {MIN_LABELLED_RESULTS} are needed to calibrate")
@@ -291,7 +295,12 @@ def _fit_residual_bounds(job: PackJob) -> CalibrationResult:
     assert result.scores.value is not None
     residuals = data.window_labels(result.cut.starts, job.draft.input.rows) - result.scores.value
     low, high = conformal_bounds(residuals[np.isfinite(residuals)], path.name)
-    output = msgspec.structs.replace(job.draft.output, residual_bounds=(low, high))
+    try:
+        output = msgspec.structs.replace(job.draft.output, residual_bounds=(low, high))
+        _with_output(job.draft, output)
+    except ValueError as problem:
+        # Columns of the bounds meet others of the same name.
+        raise UsageError(str(problem)) from None
     return CalibrationResult(output, [f"the truth lies within {low:+.4g} and {high:+.4g} of 95 of 100 values"], [])
 
 

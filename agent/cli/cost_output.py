@@ -27,7 +27,7 @@ devices_option = click.option(
 
 def _show_prices(ctx: click.Context, _: click.Parameter, is_requested: bool) -> None:
     if is_requested and not ctx.resilient_parsing:
-        click.echo(shipped_text(), nl=False)
+        echo(shipped_text(), nl=False)
         ctx.exit()
 
 
@@ -53,6 +53,7 @@ def to_money(month: Usage, prices: PriceList, devices: int) -> dict[str, Any]:
         "cloud": round(comparison.cloud.total(devices), 4),
         "cloud_prices": {"name": prices.cloud.name, "as_of": prices.cloud.as_of.isoformat()},
         "break_even": comparison.break_even,
+        "cheaper_until": comparison.cheaper_until,
     }
 
 
@@ -90,10 +91,12 @@ def describe_money(month: Usage, prices: PriceList, devices: int) -> None:
     if free:
         echo(f"Not counted, as the price list has no price: {', '.join(free)}. --show-prices prints a list to copy.")
     echo(f"Cloud: {prices.cloud.name}; prices of {prices.cloud.as_of.isoformat()}.")
-    echo(_describe_break_even(comparison.break_even))
+    echo(_describe_break_even(comparison.break_even, comparison.cheaper_until))
 
 
-def _describe_break_even(count: int | None) -> str:
+def _describe_break_even(count: int | None, most: int | None) -> str:
+    if most is not None:
+        return f"By these prices models on the devices are cheaper up to {most:,} devices, the cloud beyond."
     if count is None:
         return "By these prices the cloud is cheaper for a fleet of any size."
     if count == 1:

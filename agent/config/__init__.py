@@ -356,8 +356,8 @@ class JoinedStreamConfig(Section, frozen=True):
     """Stream that a further input of a task's bundle is joined from, by time.
 
     ```toml
-    [tasks.pump.inputs.weather]
-    stream = "weather"
+    [tasks.exercise.inputs.motion]
+    stream = "watch"
     wait = "30 s"
     ```
     """

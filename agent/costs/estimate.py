@@ -25,12 +25,14 @@ class MonthlyCost(msgspec.Struct, frozen=True):
 class Comparison(msgspec.Struct, frozen=True):
     """Models on the devices beside the readings in a cloud.
 
-    `break_even`: least number of devices from which on the devices cost no more; None where they never do.
+    `break_even`: least number of devices from which on the devices cost no more; None where there is none.
+    `cheaper_until`: where the devices cost no more in small fleets only, the largest of these.
     """
 
     edge: MonthlyCost
     cloud: MonthlyCost
     break_even: int | None
+    cheaper_until: int | None = None
 
 
 def compare(month: Usage, prices: PriceList) -> Comparison:
@@ -51,12 +53,12 @@ def compare(month: Usage, prices: PriceList) -> Comparison:
             "messages": math.ceil(month.raw_bytes / cloud.message_bytes) / 1e6 * cloud.messages_per_million,
         },
     )
-    return Comparison(devices, endpoint, _find_break_even(devices, endpoint))
+    return Comparison(devices, endpoint, *_find_break_even(devices, endpoint))
 
 
-def _find_break_even(edge: MonthlyCost, cloud: MonthlyCost) -> int | None:
-    """Return the least number of devices from which on `edge` costs no more than `cloud`; None if there is none."""
+def _find_break_even(edge: MonthlyCost, cloud: MonthlyCost) -> tuple[int | None, int | None]:
+    """Return from how many devices on, and up to how many, `edge` costs no more than `cloud`."""
     saved = sum(cloud.per_device.values()) - sum(edge.per_device.values())
     if edge.total(1) <= cloud.total(1):
-        return 1 if saved >= 0 else None
-    return math.ceil((edge.fixed - cloud.fixed) / saved) if saved > 0 else None
+        return (1, None) if saved >= 0 else (None, math.floor((cloud.fixed - edge.fixed) / -saved))
+    return (math.ceil((edge.fixed - cloud.fixed) / saved), None) if saved > 0 else (None, None)

@@ -16,7 +16,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     `raw_bytes`: what sending the readings themselves would take.
     """
 
-    seconds: Amount
+    # At least a second: what is scaled to a month stays a number.
+    seconds: Annotated[float, msgspec.Meta(ge=1, le=1e18)]
     cpu_s: Amount
     flash_bytes: Amount
     air_bytes: Amount

@@ -239,7 +239,10 @@ class Daemon:
         if self._updater.tick(now):
             self.uplink.wake()
         wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        is_throttled = bool(self.throttle.tick(now).pause_reason) or now.boot_s < self._rest_until_s
+        throttled = self.throttle.tick(now)
+        if not throttled.slow_reason:
+            self._rest_until_s = float("-inf")
+        is_throttled = bool(throttled.pause_reason) or now.boot_s < self._rest_until_s
         busy_s = 0.0
         for scheduled in self._scheduled_tasks:
             if self.signals.is_stopping:
@@ -262,6 +265,7 @@ class Daemon:
                 self._unfinished.add(name)
             if name in self._unfinished:
                 started_s = self._now().boot_s
+                scheduled.task.is_pipelined = not throttled.slow_reason
                 self._run_batches(scheduled, now)
                 busy_s += self._now().boot_s - started_s
             wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))

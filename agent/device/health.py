@@ -78,7 +78,7 @@ class HealthReporter:
             if now.boot_s >= self._next_quote_s and (quoted := quote_acknowledgement(self._store)) is not None:
                 self._next_quote_s = now.boot_s + _QUOTE_INTERVAL_S
                 body["acknowledged"] = quoted
-            if now.boot_s >= self._next_usage_s and (spent := measure_usage(self._conf, self._store)).seconds > 0:
+            if now.boot_s >= self._next_usage_s and (spent := measure_usage(self._conf, self._store)).seconds >= 1:
                 self._next_usage_s = now.boot_s + _USAGE_INTERVAL_S
                 body["usage"] = spent
             if (metered := self._conf.broker.metered) is not None:

@@ -82,7 +82,7 @@ def after_puback(occasion: str) -> None:
 def in_invoke(occasion: str) -> None:
     count = _Countdown(occasion)
     # Short calls end before the timer fires; the process then dies slightly later.
-    _wrap(SubprocessModel, "invoke", before=lambda *_: threading.Timer(random.uniform(0.0, 0.001), count).start())
+    _wrap(SubprocessModel, "start_run", before=lambda *_: threading.Timer(random.uniform(0.0, 0.001), count).start())
 
 
 def in_model(model: str) -> None:
@@ -100,7 +100,7 @@ def _before_running(model: str, action: Callable[[], None]) -> None:
         if model_digest(loaded._content) == model:
             action()
 
-    _wrap(TfliteModel, "invoke", before=act)
+    _wrap(TfliteModel, "run", before=act)
 
 
 def at_step(value: str) -> None:

@@ -79,7 +79,9 @@ def _owner(world: World) -> int | None:
 
 
 @fault(
-    replace(_CARD, launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0), patience_s=10.0
+    replace(_CARD, launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0),
+    patience_s=10.0,
+    damages=True,
 )
 def control_normal_power_cut(world: World, rng: Random) -> None:
     time.sleep(rng.uniform(0.5, 1.5))

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from agent.bootstrap.device import load_config
 from agent.cli import cli
+from agent.cli.database import inspection
 from agent.fleet.database.store import FleetStore
 
 CONFIG = """
@@ -94,6 +95,19 @@ def test_what_is_refused_is_named_and_changes_nothing(device: Path, args: tuple[
     before = sorted((path.name, path.read_bytes()) for path in (device.parent / "data").glob("outstation.db"))
     assert reason in refuse(device, "db", *args)
     assert sorted((path.name, path.read_bytes()) for path in (device.parent / "data").glob("outstation.db")) == before
+
+
+def test_columns_of_one_name_are_numbered(device: Path) -> None:
+    assert json.loads(run(device, "db", "query", "SELECT 1 AS n, 2 AS n", "--json")) == [{"n": 1, "n_2": 2}]
+
+
+def test_a_query_that_goes_on_is_ended(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_MAX_QUERY_S", 0.05)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    assert "was ended" in refuse(device, "db", "query", endless)
+    monkeypatch.setattr(inspection, "_MAX_QUERY_S", 20.0)
+    monkeypatch.setattr(inspection, "_MAX_ROWS", 2)
+    assert "more than 2 rows" in refuse(device, "db", "query", "SELECT 1 UNION SELECT 2 UNION SELECT 3")
 
 
 def test_a_query_needs_no_lock_that_the_writer_holds(device: Path) -> None:

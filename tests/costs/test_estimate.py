@@ -64,6 +64,9 @@ def test_from_the_break_even_on_devices_cost_no_more(fixed: float, each: float, 
     )
     result = compare(msgspec.structs.replace(MONTH, air_bytes=each * 1e9, raw_bytes=raw * 1e9), prices)
     count, slack = result.break_even, 1e-6 * (fixed + endpoint + each + raw + 1)
+    if (most := result.cheaper_until) is not None:
+        assert result.edge.total(most) <= result.cloud.total(most) + slack * most
+        assert result.edge.total(most + 1) >= result.cloud.total(most + 1) - slack * (most + 1)
     if count is None:
         assert result.edge.total(1e9) >= result.cloud.total(1e9) - slack * 1e9
         return

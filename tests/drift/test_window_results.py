@@ -112,7 +112,7 @@ def test_a_run_ends_where_a_message_takes_no_more_windows(
 ) -> None:
     r = readings(200, 20)
     monkeypatch.setattr("agent.drift.batches.MAX_FIELDS_PER_PASS", 6)
-    monkeypatch.setattr("agent.drift.batches.WIDE_WINDOWS", 1)
+    monkeypatch.setattr("agent.drift.batches.LARGE_PASS_WINDOWS", 1)
     _, whole = feed(monitor, learned, r, batch=200)
     monkeypatch.setattr("agent.drift.window_results.MAX_QUIET_WINDOWS", 5)
     _, short = feed(monitor, learned, r, batch=200)

@@ -40,14 +40,14 @@ class Slow(TfliteModel):
     unequal: tuple[int, ...] = ()
     runs = 0
 
-    def _run_batch(self, parts: Any) -> Any:
+    def _run_batch(self, part: Any) -> Any:
         type(self).runs += 1
-        seconds = self.run_s + self.row_s * len(parts[0]) / (self.gain if self.threads > 1 else 1.0)
+        seconds = self.run_s + self.row_s * len(part) / (self.gain if self.threads > 1 else 1.0)
         end = time.thread_time() + seconds
         while time.thread_time() < end:
             pass
-        [out] = super()._run_batch(parts)
-        return [out + np.float32(1e-6) if len(parts[0]) in self.unequal else out]
+        out = super()._run_batch(part)
+        return out + np.float32(1e-6) if len(part) in self.unequal else out
 
 
 @pytest.fixture
@@ -115,10 +115,10 @@ def test_a_model_too_slow_for_a_trial_is_run_by_single_rows(slow: type[Slow]) ->
 def test_a_size_that_cannot_be_run_ends_the_search_and_not_the_trial(slow: type[Slow]) -> None:
     run = slow._run_batch
 
-    def refusing(self: Slow, parts: Any) -> Any:
-        if len(parts[0]) > 8:
+    def refusing(self: Slow, part: Any) -> Any:
+        if len(part) > 8:
             raise BadBundle("not so many")
-        return run(self, parts)
+        return run(self, part)
 
     slow.run_s = 0.001
     slow._run_batch = refusing  # type: ignore[method-assign]

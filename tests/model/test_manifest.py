@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def test_a_manifest_that_makes_no_sense_is_refused_even_when_signed(
 def test_a_manifest_without_a_needed_member_is_refused(folder: Path, member: str) -> None:
     change_manifest(folder, lambda head: head.pop(member))
     assert member in refused(folder)
+
+
+TWO = {"kind": "classify", "labels": ["u", "v"]}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "why"),
+    [
+        ({"low": {"kind": "regress"}}, "two results would have one column name"),
+        ({"high": {"kind": "anomaly"}}, "two results would have one column name"),
+        ({"a": {"kind": "anomaly", "names": ["p", "q"]}}, "outputs: names are for kind regress"),
+        ({"a": {"kind": "classify", "labels": ["u", "v"], "names": ["p"]}}, "outputs: names are for kind regress"),
+        ({"a": {"kind": "regress", "residual_bounds": [-1, 1]}}, "outputs: residual_bounds are for the first output"),
+        ({"a": {"kind": "regress", "names": ["p", "q"], "size": 1}}, "outputs: size 1 for 2 names"),
+        ({"a": {**TWO, "size": 5}}, "outputs: size 5 for 2 labels"),
+        ({"a": {**TWO, "multi_label": True, "size": 1}}, "outputs: size 1 for 2 labels"),
+        ({"a": {"kind": "classify", "labels": ["u", "v", "w"], "size": 1}}, "outputs: size 1 for 3 labels"),
+    ],
+)
+def test_a_further_output_that_no_result_could_be_made_of_is_refused(outputs: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadBundle, match=re.escape(why)):
+        manifest.decode(json.dumps(GOOD | {"output": {"residual_bounds": [-1, 1]}, "outputs": outputs}).encode())
+
+
+def test_a_further_output_of_one_sigmoid_or_unnamed_values_is_read() -> None:
+    outputs = {"a": {**TWO, "size": 1}, "b": {"kind": "regress", "size": 3}, "c": {"kind": "anomaly", "size": 3}}
+    read = manifest.decode(json.dumps(GOOD | {"outputs": outputs}).encode())
+    assert [output.values for output in read.further.values()] == [1, 3, 3]
 
 
 JSON = st.recursive(

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
-from agent.authoring import pack
+from agent.authoring import calibration, pack
 from agent.cli.model.group import model as command
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
+from agent.model.bundle.manifest import FurtherOutput, ModelOutput
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime_name import runtime_name
 from scripts.kit.bundles import (
@@ -378,6 +380,28 @@ def test_a_file_in_the_way_is_never_deleted(tmp_path: Path) -> None:
         pack.write_bundle(made, tmp_path / "notes.zip")
     with pytest.raises(UsageError, match="cannot be written: File exists"):
         pack.write_bundle(made, tmp_path / "CARD.md" / "below")
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+@pytest.mark.parametrize("further", [1, 4])
+def test_further_outputs_do_not_change_the_calibration_of_the_first(method: str, further: int) -> None:
+    random = np.random.default_rng(0)
+    truth = random.permutation(np.repeat(np.arange(4), 50))
+    outputs = (3 * np.eye(4)[truth] + random.standard_normal((200, 4))).astype(np.float32)
+    head = activated().bundle.manifest
+    alone = replace(head, output=ModelOutput(labels=["a", "b", "c", "d"], activation="softmax"))
+    several = replace(alone, outputs={"wear": FurtherOutput(kind="regress", size=further)})
+    calibrated = calibration.calibrate_scores(outputs, truth, several, method)
+    assert calibrated == calibration.calibrate_scores(outputs, truth, alone, method)
+    assert calibrated.notes
+
+
+def test_a_value_named_like_a_residual_bound_is_refused_with_the_bounds(tmp_path: Path) -> None:
+    recipe = Recipe("regress", "two_values", output='held_out = "heldout.csv"\nnames = ["power", "low"]')
+    spec = write_spec(tmp_path, recipe)
+    rows = readings(1500, 7)
+    write_csv(tmp_path / "heldout.csv", (*recipe.fields, "label"), np.column_stack([rows, rows[:, 0]]))
+    assert mistake(spec).startswith(f"{spec}: output.held_out: names: low and high are the bounds")
 
 
 def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measures_them(tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ def test_the_navigation_has_the_order_of_the_index_and_no_title_twice(site: tupl
         "first-pi",
         "first-fleet",
         "own-model",
-        "integration-test",
     ]
     titles = [page.title for page in pages]
     assert sorted({title for title in titles if titles.count(title) > 1}) == []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -22,16 +25,23 @@ limit_option = click.option(
 where_option = click.option("--where", metavar="SQL", help='Only these rows: "seq > 100".')
 order_option = click.option("--order", metavar="SQL", help='Order: "seq desc".')
 
+# An open query keeps SQLite from restarting its log, and a full log keeps the daemon from writing.
+_MAX_QUERY_S, _OPCODES_PER_CHECK, _MAX_ROWS = 20.0, 100_000, 1_000_000
 _FORBIDDEN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}
 
 
 def open_database(connection: sqlite3.Connection) -> sqlite_utils.Database:
-    """Guard a read-only connection: no statement attaches another file. The command closes it at its end."""
+    """Guard a read-only connection: no statement attaches another file, or runs for long.
+
+    The command closes it at its end.
+    """
 
     def authorize(action: int, *_: str | None) -> int:
         return sqlite3.SQLITE_DENY if action in _FORBIDDEN else sqlite3.SQLITE_OK
 
+    deadline_s = time.monotonic() + _MAX_QUERY_S
     connection.execute("PRAGMA query_only = 1")
+    connection.set_progress_handler(lambda: time.monotonic() > deadline_s, _OPCODES_PER_CHECK)
     connection.set_authorizer(authorize)
     click.get_current_context().call_on_close(connection.close)
     return sqlite_utils.Database(connection, execute_plugins=False)
@@ -74,7 +84,8 @@ def print_table_rows(
         table = _find_table(database, name)
         rows = table.rows_where(where, order_by=order, limit=limit)
         names = [column.name for column in table.columns]
-        print_rows(names, (tuple(row.values()) for row in rows), as_csv=as_csv, as_json=as_json)
+        fetched = _fetch(tuple(row.values()) for row in rows)
+    print_rows(names, iter(fetched), as_csv=as_csv, as_json=as_json)
 
 
 def print_query(database: sqlite_utils.Database, sql: str, *, as_csv: bool, as_json: bool) -> None:
@@ -84,9 +95,29 @@ def print_query(database: sqlite_utils.Database, sql: str, *, as_csv: bool, as_j
         cursor = database.execute(sys.stdin.read() if sql == "-" else sql)
         if cursor.description is None:
             raise UsageError("this statement returns no rows; the database is open for reading only")
-        names = [column[0] for column in cursor.description]
-        rows: Iterator[Sequence[Any]] = iter(cursor)
-        print_rows(names, rows, as_csv=as_csv, as_json=as_json)
+        names = _number_equal_names([column[0] for column in cursor.description])
+        fetched = _fetch(cursor)
+    print_rows(names, iter(fetched), as_csv=as_csv, as_json=as_json)
+
+
+def _fetch(rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return all rows, so that no slow reader of the output keeps the query open. Raises UsageError for too many."""
+    fetched = [*itertools.islice(rows, _MAX_ROWS + 1)]
+    if len(fetched) > _MAX_ROWS:
+        raise UsageError(
+            f"the result has more than {_MAX_ROWS:,} rows; add LIMIT, or copy the database and use sqlite3"
+        )
+    return fetched
+
+
+def _number_equal_names(names: Sequence[str]) -> list[str]:
+    """Return the names with `_2`, `_3` … after those that stood before: each is a member of JSON."""
+    seen: Counter[str] = Counter()
+    out = []
+    for name in names:
+        seen[name] += 1
+        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return out
 
 
 def _find_table(database: sqlite_utils.Database, name: str) -> Any:
@@ -101,7 +132,14 @@ def _translate_errors() -> Iterator[None]:
     """Raise SQLite's errors: SQL that it refuses as UsageError, others as StorageError."""
     try:
         yield
-    except (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.Warning) as error:
+    except sqlite3.OperationalError as error:
+        if "interrupted" in str(error):
+            raise UsageError(
+                f"the query took more than {_MAX_QUERY_S:g} s and was ended, as an open one keeps the daemon from "
+                "writing; narrow it, or query a copy of the database"
+            ) from error
+        raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
+    except (sqlite3.ProgrammingError, sqlite3.Warning) as error:
         raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
     except sqlite3.Error as error:
         if "not authorized" in str(error) or "prohibited" in str(error):

@@ -51,7 +51,7 @@ def plot_device(
         usual = reference_counts.get(name)
         shown = [(0, now[1].counts.tolist())] if now is not None else []
         notes = [
-            f"since {axes.format_time(begin)[5:]}"
+            f"raised {axes.format_time(begin)[5:]}"
             for begin, _, is_open in timeline.spells(name, state)
             if is_open and state == "drift"
         ]

@@ -140,12 +140,14 @@ class SpaceManager:
 
     def _joined_through(self, stream: str) -> dict[str, int]:
         """Return the last row that each task no longer needs of a stream that one of its inputs is joined from."""
-        return {
-            name: load_positions(self._store, name).get(joined, 1) - 1
-            for name, task in self._conf.tasks.items()
-            for joined, source in task.inputs.items()
-            if source.stream == stream
-        }
+        through: dict[str, int] = {}
+        for name, task in self._conf.tasks.items():
+            for joined, source in task.inputs.items():
+                if source.stream == stream:
+                    position = load_positions(self._store, name).get(joined)
+                    row = 0 if position is None or position.stream != stream else position.row - 1
+                    through[name] = min(row, through.get(name, row))
+        return through
 
     def _cursors(self, stream: str) -> dict[str, int]:
         return {name: self._store.cursor(name) or 0 for name, task in self._conf.tasks.items() if task.stream == stream}

@@ -156,6 +156,8 @@ class CronSchedule:
         self._end = end
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
+        if self._end is not None and clock.to_datetime(now.wall_us) >= self._end:
+            return False
         now = self._shift(now)
         if self._next is None:
             self._next = self._find_next(self._search_start(now, catch_up=True))

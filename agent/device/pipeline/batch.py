@@ -173,7 +173,7 @@ def _prepare(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut) ->
 def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_rows: int) -> _PreparedBatch | None:
     """Prepare the batch after `current` while the model computes that one; None if it has to wait for its turn."""
     # A batch that joins streams waits for their rows.
-    is_backlog = len(current.batch.t) >= max_rows and task.joined_reader is None
+    is_backlog = task.is_pipelined and len(current.batch.t) >= max_rows and task.joined_reader is None
     if not (is_backlog and task.model.is_concurrent and len(os.sched_getaffinity(0)) > 1):
         return None
     limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))

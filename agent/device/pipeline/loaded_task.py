@@ -78,6 +78,7 @@ class LoadedTask:
     - `crash_guard` surrounds each run of the model
     - `samples`: which of its readings may be sent; None without the owner's consent
     - `is_crash_suspect`: the daemon ended during the model's last run
+    - `is_pipelined`: the model may compute the next batch while one is committed: not while a hot machine rests
     - `started`: the next batch, which the model computes already
     - `batch_divisor`: batches are this many times smaller, after one that found no room
     - `window_bytes`: planned bytes of a model window in a transaction: the most there may be, then as measured
@@ -108,6 +109,7 @@ class LoadedTask:
     joined_reader: JoinedReader | None = field(init=False)
     samples: SampledTask | None = None
     batch_divisor: int = 1
+    is_pipelined: bool = True
     started: StartedBatch | None = None
     window_bytes: int = field(init=False)
 
@@ -120,7 +122,9 @@ class LoadedTask:
             manifest = features.limit_gap(manifest, media_format.max_row_gap_s)
         self.inference = Inference(manifest, self.model)
         self.window_bytes = self._max_window_bytes
-        self.joined_reader = JoinedReader(self.name, self.inference, self.joined_streams) if manifest.joined else None
+        self.joined_reader = None
+        if manifest.joined:
+            self.joined_reader = JoinedReader(self.name, self.bundle.digest, self.inference, self.joined_streams)
 
     @property
     def step(self) -> int:

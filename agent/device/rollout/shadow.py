@@ -144,13 +144,13 @@ class ShadowRunner:
         )
         pending = _PendingBatch(rows, predictions, windows)
         if isinstance(model, SubprocessModel):
-            self._pending = replace(pending, request=model.submit(windows.values))
+            self._pending = replace(pending, request=model.submit(windows.model_input))
             # Usually the answer takes milliseconds.
             self._poll(0.0)
             return
         start_s = model.seconds
         with self.other.crash_guard():
-            outputs = model.invoke(windows.values)
+            outputs = model.invoke(windows.model_input)
         self._add_predictions(pending, outputs, model.seconds - start_s)
 
     def _max_windows(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +34,15 @@ MAX_LABELS = 50
 
 
 class AlignedWindows(msgspec.Struct, frozen=True):
-    """Scaled model input `values` of w windows; `row` (w,) and `t` (w,) epoch µs of the rows they end at."""
+    """Scaled `values` of w windows; `row` (w,) and `t` (w,) epoch µs of the rows they end at.
+
+    `model_input` also has the values of joined inputs.
+    """
 
     row: Ints
     t: Ints
     values: Float32s
+    model_input: Float32s
 
 
 def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
@@ -57,17 +62,22 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     window = task.inference.manifest.input.window
     every_start = features.cut_windows(rows.t[before:], None if window is None else replace(window, step=1)).starts
     is_whole = np.isin(starts, every_start)
-    limit = max(1, MAX_VALUES // (length * table.shape[1]))
+    further = sum(joined.size for joined in task.inference.manifest.joined.values())
+    limit = max(1, MAX_VALUES // (length * table.shape[1] + further))
     starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
-    values = features.build_windows(table, starts, spec)
-    t = source_batch.rows.t
+    joined = None
     if task.joined_reader is not None:
         # The batch has waited for its own inputs; windows of this bundle are joined with what is there.
         before_batch = rows.t[before:]
-        joined = task.joined_reader.join(store, WindowCut(starts, len(before_batch)), before_batch, 1).cut.joined
-        assert joined is not None
-        values = np.concatenate([values.reshape(len(starts), -1), joined.values], axis=1)
-    return AlignedWindows(source_batch.first + ends, t[ends], values)
+        batch_join = task.joined_reader.join(store, WindowCut(starts, len(before_batch)), before_batch, 1)
+        task.joined_reader.confirm(batch_join)
+        starts, joined = batch_join.cut.starts, batch_join.cut.joined
+        ends = ends[: len(starts)]
+    values = model_input = features.build_windows(table, starts, spec)
+    if joined is not None:
+        model_input = np.concatenate([values.reshape(len(starts), math.prod(values.shape[1:])), joined.values], axis=1)
+    t = source_batch.rows.t
+    return AlignedWindows(source_batch.first + ends, t[ends], values, model_input)
 
 
 def build_output_kind(manifest: Manifest) -> OutputKind:

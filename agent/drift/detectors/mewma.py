@@ -209,7 +209,8 @@ class MewmaDetector(ChartDetector):
         if windows.open_fields.any():
             held = np.append(windows.open_fields, [False] * len(SUBJECTS))[self._subjects(windows.task)]
             state, z = state.reset_except(~held), np.where(held, np.nan, z)
-        limit = windows.baseline.own.limit * float(windows.caution[place].max(initial=1.0))
+        caution = windows.caution[place]
+        limit = windows.baseline.own.limit * (float(caution.mean()) if caution.size else 1.0)
         return MewmaRun(state.run_windows(z, windows.effects[:, place], windows.t), limit, place)
 
     def reset_subjects(self, state: Mewma, task: Task, subjects: Bools) -> Mewma:

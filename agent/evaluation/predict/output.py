@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import durable_files
-from agent.arrays import Ints
+from agent.arrays import Bools, Ints
 from agent.datasets.blocks import FILE_COLUMN, TextColumn
 from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.datasets.readers import is_media
@@ -208,6 +208,8 @@ def _csv_lines(columns: Sequence[Column], pa: Any) -> bytes:
 
 def _format_numbers(column: Column, pa: Any, compute: Any) -> Any:
     text = pa.array(column).cast(pa.string())
+    if column.dtype == np.float64 and (is_narrow := _fits_float32(column)).any():
+        text = compute.if_else(pa.array(is_narrow), pa.array(_to_float32(column)).cast(pa.string()), text)
     if column.dtype.kind == "f" and not np.isfinite(column).all():
         return compute.if_else(pa.array(np.isfinite(column)), text, "")
     return text
@@ -217,7 +219,10 @@ def _format_cells(column: Column) -> list[str]:
     if column.dtype.kind == "U":
         return [str(text) for text in _quote_labels(column)]
     if column.dtype.kind == "f":
-        return [text if text[-1] not in "nf" else "" for text in column.astype(np.str_)]
+        texts = column.astype(np.str_)
+        if column.dtype == np.float64 and (is_narrow := _fits_float32(column)).any():
+            texts = np.where(is_narrow, _to_float32(column).astype(np.str_), texts)
+        return [text if text[-1] not in "nf" else "" for text in texts]
     return list(map(str, column.tolist()))
 
 
@@ -233,9 +238,18 @@ def _quote_cell(text: str) -> str:
 
 
 def _narrow_floats(value: Column) -> Column:
-    """Return float32 if the values have no more digits: 0.1 reads better than 0.10000000149011612."""
-    if value.dtype != np.float64:
-        return value
+    """Return float32 if no value of the block has more digits."""
+    return _to_float32(value) if value.dtype == np.float64 and _fits_float32(value).all() else value
+
+
+def _fits_float32(value: Column) -> Bools:
+    """Return which values have no more digits than float32: 0.1 reads better than 0.10000000149011612.
+
+    The text of a value follows from that value alone, so it is the same in a block of any size.
+    """
+    return np.asarray((_to_float32(value) == value) | np.isnan(value))
+
+
+def _to_float32(value: Column) -> Column:
     with np.errstate(over="ignore"):
-        small = value.astype(np.float32)
-    return small if np.array_equal(small, value, equal_nan=True) else value
+        return value.astype(np.float32)

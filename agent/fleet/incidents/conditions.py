@@ -133,7 +133,9 @@ def check_backlog(view: DeviceView, *, is_open: bool) -> Condition | None:
     if not (grows and counts[0] >= counts[-1] + MIN_BACKLOG) and not (is_open and counts[0] >= counts[-1]):
         return None
     span_us = view.health[0].received - view.health[-1].received
-    if not is_open and span_us < _LIVE_SHARE * 1e6 * view.health[0].interval_s * (len(counts) - 1):
+    if not is_open and span_us < _LIVE_SHARE * 1e6 * min(report.interval_s for report in view.health) * (
+        len(counts) - 1
+    ):
         # They were written while the device could not send, and arrive together: the backlog is being delivered.
         return None
     summary = (

@@ -303,6 +303,15 @@ class FurtherOutput(ModelOutput, frozen=True, forbid_unknown_fields=True, omit_d
             raise ValueError("outputs: a classifier needs at least two labels")
         if self.kind != "classify" and (self.multi_label or self.labels):
             raise ValueError("outputs: labels and multi_label are for kind classify")
+        if self.kind != "regress" and self.names:
+            raise ValueError("outputs: names are for kind regress")
+        if self.residual_bounds is not None:
+            raise ValueError("outputs: residual_bounds are for the first output; remove them here")
+        labels, is_one_sigmoid = len(self.labels), self.size == 1 and len(self.labels) == 2 and not self.multi_label
+        if self.kind == "classify" and self.size not in (0, labels) and not is_one_sigmoid:
+            raise ValueError(f"outputs: size {self.size} for {labels} labels; name each label, or leave size out")
+        if self.kind == "regress" and self.names and self.size not in (0, len(self.names)):
+            raise ValueError(f"outputs: size {self.size} for {len(self.names)} names; name each value")
 
     @property
     def values(self) -> int:
@@ -359,6 +368,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError(f"inputs and outputs: name {name!r} must be 1-64 of a-z 0-9 . _ -")
         names = [column for name, output in self.further.items() for column in output_columns(name, output)]
         names += [f"value_{name}" for name in self.output.names[1:]] + [f"score_{name}" for name in self.output.labels]
+        if self.output.residual_bounds is not None:
+            names += ["value_low", "value_high"]
         if len(set(names)) != len(names):
             raise ValueError(f"outputs: two results would have one column name, of {sorted(names)[:20]}; rename one")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from agent.arrays import Float32s, Ints
+from agent.arrays import Bools, Float32s, Ints
 from agent.errors import BadBundle
 from agent.model.bundle.manifest import JoinedInput
 
@@ -58,15 +58,9 @@ def concatenate(parts: Sequence[JoinedValues | None]) -> JoinedValues | None:
 
 def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
     """Return the values (w, rows · F) of one joined input in physical units; NaN where they are missing."""
-    has_value = np.isfinite(rows.values).any(axis=1)
+    has_value = find_valued(rows.values)
     values, t = rows.values[has_value], rows.t[has_value]
-    place = _last_up_to(t, ends_us)[:, None]
-    age = np.arange(spec.rows - 1, -1, -1)
-    if spec.period_s is None:
-        index = place - age
-    else:
-        at = ends_us[:, None] - np.rint(age * (spec.period_s * 1e6)).astype(np.int64)
-        index = np.minimum(_last_up_to(t, at.reshape(-1)).reshape(at.shape), place)
+    index = _index_rows(spec, t, ends_us)
     safe = np.maximum(index, 0)
     # A row after one that is older or newer may itself be of another time, where the clock stepped back.
     elapsed = ends_us[:, None] - (t[safe] if len(t) else np.zeros_like(safe))
@@ -76,12 +70,38 @@ def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
     return taken.reshape(len(ends_us), spec.size)
 
 
+def find_valued(values: Float32s) -> Bools:
+    """Return which rows (m, F) have a value: others do not count."""
+    return np.asarray(np.isfinite(values).any(axis=1))
+
+
 def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:
-    """Return how many of the rows at `t` (m,) no window that ends at `end_us` or later needs."""
-    oldest_us = end_us - round(spec.max_age_s * 1e6)
-    last = int(_last_up_to(t, np.array([end_us]))[0])
-    by_age = int(np.argmax(t >= oldest_us)) if (t >= oldest_us).any() else len(t)
-    return max(0, min(by_age, last))
+    """Return how many of the rows with a value at `t` (m,) no window that ends at `end_us` or later needs."""
+    is_recent = t >= end_us - round(spec.max_age_s * 1e6)
+    by_age = int(np.argmax(is_recent)) if is_recent.any() else len(t)
+    return max(by_age, int(_index_rows(spec, t, np.array([end_us], np.int64))[0, 0]))
+
+
+def select_needed(spec: JoinedInput, t: Ints, ends_us: Ints) -> Ints:
+    """Return the indices of rows with a value at `t` (m,) that windows that end at `ends_us` (w,) need, or may need."""
+    earliest_us = int(ends_us.min())
+    first = first_needed(spec, t, earliest_us)
+    if spec.period_s is None:
+        return np.arange(first, len(t))
+    # Up to the earliest end, only the rows at each period count. Later rows may still be followed by earlier ones.
+    place = max(first, int(_last_up_to(t, np.array([earliest_us]))[0]))
+    periodic = np.unique(_index_rows(spec, t, ends_us))
+    return np.concatenate([periodic[(periodic >= first) & (periodic < place)], np.arange(place, len(t))])
+
+
+def _index_rows(spec: JoinedInput, t: Ints, ends_us: Ints) -> Ints:
+    """Return the index (w, rows) of each row, with a value at `t` (m,), that windows take; below 0 for none."""
+    place = _last_up_to(t, ends_us)[:, None]
+    age = np.arange(spec.rows - 1, -1, -1)
+    if spec.period_s is None:
+        return place - age
+    at = ends_us[:, None] - np.rint(age * (spec.period_s * 1e6)).astype(np.int64)
+    return np.minimum(_last_up_to(t, at.reshape(-1)).reshape(at.shape), place)
 
 
 def _last_up_to(t: Ints, times: Ints) -> Ints:

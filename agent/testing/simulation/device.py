@@ -174,7 +174,7 @@ class SimulatedDevice:
                 if stream in self.silenced:
                     feed.skip(self._room.now_s)
                     continue
-                while (block := feed.take(self._room.now_s)) is not None:
+                while (block := feed.next_block(self._room.now_s)) is not None:
                     if not self._commit_block(stream, block):
                         feed.put_back(block)
                         break

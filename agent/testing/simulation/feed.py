@@ -102,7 +102,7 @@ class Feed:
         self._at = self._count = 0
         self._returned: Block | None = None
 
-    def take(self, until_s: float) -> Block | None:
+    def next_block(self, until_s: float) -> Block | None:
         """Return the next rows that are due at `until_s`, at most a block of them; None if there are none."""
         if self._returned is not None:
             block, self._returned = self._returned, None
@@ -122,7 +122,7 @@ class Feed:
 
     def skip(self, until_s: float) -> None:
         """Drop what is due: the sensor had no power."""
-        while self.take(until_s) is not None:
+        while self.next_block(until_s) is not None:
             pass
 
     def _due_times(self, n: int) -> Float64s:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,8 +18,9 @@ from agent.config import Config
 from agent.device.capacity import space
 from agent.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, quarantine_damaged
 from agent.device.capacity.space import SpaceManager
+from agent.device.pipeline.joined_streams import JoinedPosition
 from agent.device.recovery.open import open_store
-from agent.device.store import labels, retention
+from agent.device.store import labels, retention, task_keys
 from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
@@ -195,6 +197,20 @@ def test_used_readings_go_next_and_early_deletions_are_declared(make: Make) -> N
     assert (body.evidence["used"], body.evidence["stream"], body.evidence["reason"]) == (True, "watch", NO_ROOM)
     assert device.declared() == device.deleted_seqs()
     assert device.bodies(AlertPayload) == []
+
+
+def test_readings_that_any_joined_input_still_needs_are_kept(make: Make) -> None:
+    device = make()
+    inputs = {name: config.JoinedStreamConfig(stream="watch") for name in ("far", "near")}
+    device.conf.tasks["exercise"] = config.TaskConfig(stream="other", bundle="exercise", inputs=inputs)
+    device.feed(60_000)
+    near, far = JoinedPosition("watch", "b", 50_001, 0), JoinedPosition("watch", "b", 2001, 0)
+    with device.store.transaction() as tx:
+        tx.save_state("exercise", task_keys.JOINED_ROWS, msgspec.json.encode({"far": far, "near": near}))
+    device.fill()
+    device.turns(10)
+    assert [body.evidence["rows"] for body in device.evictions()] == [[[1, 2000]]]
+    assert device.store.first_row("watch") == 2001
 
 
 def test_waiting_rows_are_run_early_before_any_is_evicted(make: Make) -> None:

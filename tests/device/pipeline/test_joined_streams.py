@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,15 +13,23 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.authoring import pack
+from agent.device.pipeline import joined_streams
 from agent.device.pipeline.joined_streams import JoinedStream, load_positions
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.rollout import shadow_windows
+from agent.device.rollout.shadow import ShadowRunner
+from agent.device.store import task_keys
 from agent.device.store.rows import Rows
+from agent.device.store.store import RowBatch
 from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle
-from agent.model.inference import runtime
-from agent.model.inference.inference import Inference
+from agent.model.inference import features, runtime
+from agent.model.inference.features import WindowCut
+from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import NOW, STEP_US, T0, Device, columns, tiles
+from tests.kit.pairs import Recorder
 
 WEATHER_STEP_US = 310_000
 WAIT_S = 10.0
@@ -76,8 +85,214 @@ def test_batches_in_pieces_give_the_results_of_the_whole_data(device: Device) ->
     wear = [value for payload in payloads for value in payload["columns"]["value_wear"]]
     assert wear == [float(f"{v:.6g}") for v in whole.scores.extra_columns["value_wear"]]
     assert payloads[-1]["joined"]["weather"]["stream"] == "weather"
-    # Rows that no later window needs may go.
-    assert load_positions(device.store, "tiny")["weather"] == 24
+    # Rows that no later window needs may go: the last one took rows 28 to 30.
+    assert load_positions(device.store, "tiny")["weather"].row == 28
+
+
+def feed_at(device: Device, first_us: int, count: int) -> None:
+    values = waves(count)
+    with device.store.transaction() as tx:
+        t = T0 + first_us + np.arange(count) * STEP_US
+        tx.append("watch", Rows(t, (np.zeros(count, "<f4"), *np.ascontiguousarray(values.T))), "synced")
+
+
+def feed_air(device: Device, stream: str, times_us: NDArray[np.int64], value: float = 1.0) -> None:
+    count = len(times_us)
+    with device.store.transaction() as tx:
+        tx.append(stream, Rows(T0 + times_us, (np.zeros(count, "<f4"), np.full(count, value, "<f4"))), "synced")
+
+
+def last_columns(device: Device) -> Mapping[str, object]:
+    columns: Mapping[str, object] = msgspec.json.decode(device.messages()[-1].payload)["columns"]
+    return columns
+
+
+def test_rows_before_a_gap_that_fill_no_window_are_consumed_and_the_position_stays(device: Device) -> None:
+    feed_weather(device, np.ones(20, np.float32), 0)
+    device.feed(waves(WINDOW * 4))
+    device.run_all()
+    before = load_positions(device.store, "tiny")
+    cursor = device.store.cursor("tiny") or 0
+    feed_at(device, 3_600_000_000, WINDOW - 1)
+    feed_at(device, 7_200_000_000, WINDOW - 1)
+    result = device.run()
+    assert result is not None
+    assert (result.windows, device.store.cursor("tiny")) == (0, WINDOW * 5 - 1)
+    assert cursor < WINDOW * 5 - 1
+    assert load_positions(device.store, "tiny") == before != {}
+
+
+def test_a_part_of_a_window_before_rows_that_cannot_be_read_is_consumed(device: Device) -> None:
+    feed_weather(device, np.ones(40, np.float32), 0)
+    feed_at(device, 0, WINDOW - 1)
+    with device.store.transaction() as tx:
+        # Of another schema: these cannot be read back.
+        tx.append("watch", Rows(T0 + 1_000_000 + np.arange(5) * STEP_US, (np.zeros(5, "<f4"),)), "synced")
+    feed_at(device, 2_000_000, WINDOW)
+    assert sum(result.windows for result in device.run_all()) == 1
+
+
+def test_more_joined_rows_within_the_age_limit_than_memory_holds_do_not_stop_the_task(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_streams, "_MAX_ROWS", 200)
+    monkeypatch.setattr(joined_streams, "_READ_ROWS", 50)
+    feed_air(device, "weather", -1_900_000 + np.arange(700) * 5000)
+    device.feed(waves(100))
+    results = device.run_all()
+    assert sum(result.windows for result in results) == 24
+    assert "missing" not in last_columns(device)
+    # The last window ends at 0.99 s: it took the rows at 0.98, 0.985 and 0.99 s.
+    assert load_positions(device.store, "tiny")["weather"].row == 577
+
+
+def test_more_joined_rows_between_periods_than_memory_holds_do_not_stop_the_task(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_streams, "_MAX_ROWS", 200)
+    monkeypatch.setattr(joined_streams, "_READ_ROWS", 50)
+    assert device.task.joined_reader is not None
+    inference = device.task.inference
+    spec = msgspec.structs.replace(inference.manifest.joined["weather"], period_s=0.9)
+    inference.manifest = msgspec.structs.replace(inference.manifest, inputs={"weather": spec})
+    times = -1_900_000 + np.arange(700) * 5000
+    with device.store.transaction() as tx:
+        tx.append("weather", Rows(T0 + times, (np.zeros(700, "<f4"), times.astype("<f4"))), "synced")
+    t = T0 + np.arange(100) * STEP_US
+    cut = features.cut_windows(t, inference.manifest.input.window)
+    whole = inference.join(cut, t, {"weather": JoinedRows(times.astype(np.float32)[:, None], T0 + times)})
+    done = 0
+    while done < len(cut.starts):
+        rest = WindowCut(cut.starts[done:], cut.consumed)
+        joined = device.task.joined_reader.join(device.store, rest, t, 1, NOW)
+        count = len(joined.cut.starts)
+        assert count
+        assert joined.cut.joined is not None
+        assert whole.joined is not None
+        np.testing.assert_array_equal(joined.cut.joined.values, whole.joined.values[done : done + count])
+        device.task.joined_reader.confirm(joined)
+        done += count
+
+
+def test_a_position_holds_for_its_stream_bundle_and_row_numbers_only(device: Device) -> None:
+    feed_air(device, "weather", np.arange(1000) * 300_000)
+    feed_at(device, 250_000_000, 100)
+    device.run_all()
+    position = load_positions(device.store, "tiny")["weather"]
+    assert (position.stream, position.row) == ("weather", 835)
+    air = device.joined_streams["weather"].config
+    device.joined_streams = {"weather": JoinedStream("roof", air, WAIT_S)}
+    device.restart()
+    feed_air(device, "roof", 302_000_000 + np.arange(40) * 100_000)
+    feed_at(device, 302_500_000, 100)
+    device.run_all()
+    assert "missing" not in last_columns(device)
+    assert load_positions(device.store, "tiny")["weather"].stream == "roof"
+    # Row numbers begin again after damage to the store, and another bundle may look back further.
+    for other in (
+        msgspec.structs.replace(position, stream="roof", row=835),
+        msgspec.structs.replace(position, stream="roof", row=30, bundle="sha256:other"),
+    ):
+        with device.store.transaction() as tx:
+            tx.save_state("tiny", task_keys.JOINED_ROWS, msgspec.json.encode({"weather": other}))
+        device.restart()
+        t = T0 + 302_500_000 + np.arange(WINDOW) * STEP_US
+        assert device.task.joined_reader is not None
+        joined = device.task.joined_reader.join(device.store, WindowCut(np.array([0]), WINDOW), t, 1)
+        assert joined.cut.joined is not None
+        assert joined.cut.joined.missing.tolist() == [0]
+
+
+def test_a_joined_row_with_a_time_far_ahead_hides_no_later_rows(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_streams, "_READ_ROWS", 50)
+    times = np.arange(400) * 100_000
+    # The last row of one read, too.
+    times[[7, 49]] = 3_600_000_000
+    feed_air(device, "weather", times)
+    for first_us in (10_000_000, 30_000_000):
+        feed_at(device, first_us, 100)
+        assert sum(result.windows for result in device.run_all()) >= 24
+        assert "missing" not in last_columns(device)
+    # No row of a later time has come: the windows wait, whatever the row far ahead says.
+    feed_at(device, 41_000_000, 100)
+    assert [result.windows for result in device.run_all() if result.windows] == []
+
+
+def test_windows_after_the_clock_stepped_back_get_the_rows_of_their_time(device: Device) -> None:
+    feed_air(device, "weather", np.arange(1000) * 100_000)
+    for first_us in (90_000_000, 30_000_000):
+        feed_at(device, first_us, 100)
+        assert sum(result.windows for result in device.run_all()) >= 24
+        assert "missing" not in last_columns(device)
+    assert load_positions(device.store, "tiny")["weather"].row < 320
+
+
+def test_rows_without_a_value_are_not_read_again_for_ever(device: Device) -> None:
+    feed_air(device, "weather", np.arange(100) * 100_000)
+    feed_air(device, "weather", 10_000_000 + np.arange(900) * 100_000, np.nan)
+    feed_at(device, 90_000_000, 100)
+    device.run_all()
+    assert load_positions(device.store, "tiny")["weather"].row > 900
+
+
+@pytest.fixture
+def runner(device: Device) -> ShadowRunner:
+    """Return the shadow evaluation of the same bundle, in this process."""
+    bundle = msgspec.structs.replace(device.active.bundle, digest="sha256:other")
+    other = LoadedTask(
+        *("tiny", device.task.config, device.stream, bundle, device.active.model, None, None, "sha256:c"),
+        joined_streams=device.joined_streams,
+    )
+    return ShadowRunner(device.task, other, "better", device.store, 1)
+
+
+def test_a_shadow_joins_the_windows_that_the_task_joins(device: Device, runner: ShadowRunner) -> None:
+    observed: list[tuple[RowBatch, InferenceResult]] = []
+    device.task.batch_observer = Recorder(observed)
+    feed_weather(device, waves(60, seed=4)[:, 0].copy(), 0)
+    for _ in range(4):
+        device.feed(waves(200))
+        device.run_all()
+    for committed in observed:
+        runner.submit_batch(device.store, *committed)
+    windows = sum(len(answers.cut.starts) for _, answers in observed)
+    assert windows > 190
+    assert (runner.stats.n, runner.stats.agreeing, runner.stats.errors) == (windows, windows, 0)
+
+
+def test_a_shadow_has_no_windows_where_none_are_whole(device: Device) -> None:
+    feed_weather(device, np.ones(20, np.float32), 0)
+    device.feed(waves(5))
+    device.feed(waves(5), pause_s=3)
+    rows = device.store.read_rows("watch", device.stream.fields, 0, 100)
+    assert rows is not None
+    windows = shadow_windows.align_windows(device.task, device.store, rows, np.array([7, 9]))
+    assert (len(windows.row), windows.model_input.shape) == (0, (0, WINDOW * len(WINDOWED) + 3))
+
+
+def test_a_shadow_reads_each_joined_row_about_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, store_read = [0], device.store.read_rows
+
+    def count_rows(stream: str, *arguments: Any) -> RowBatch | None:
+        rows = store_read(stream, *arguments)
+        read[0] += len(rows.t) if rows is not None and stream == "weather" else 0
+        return rows
+
+    monkeypatch.setattr(device.store, "read_rows", count_rows)
+    for batch in range(5):
+        feed_air(device, "weather", batch * 10**8 + np.arange(500) * 200_000)
+        feed_at(device, batch * 10**8 + 99 * 10**6, 50)
+        rows = store_read("watch", device.stream.fields, batch * 50, 50)
+        assert rows is not None
+        windows = shadow_windows.align_windows(device.task, device.store, rows, np.arange(20, 50, 4))
+        # The model's input has the joined values, what an autoencoder's errors are computed from has not.
+        assert (windows.model_input.shape[1], windows.values.shape[1:]) == (
+            WINDOW * len(WINDOWED) + 3,
+            (WINDOW, len(WINDOWED)),
+        )
+    assert 2500 <= read[0] < 2600
 
 
 def test_a_window_waits_for_a_later_row_of_the_joined_stream_but_not_for_ever(device: Device) -> None:

@@ -71,6 +71,13 @@ def test_the_next_batch_is_started_until_the_backlog_ends(make: Make) -> None:
     assert started == [True, True, True, False]
 
 
+def test_no_batch_is_started_ahead_while_a_hot_machine_rests(make: Make) -> None:
+    device = make(CLASSIFY)
+    device.task.is_pipelined = False
+    while device.run() is not None:
+        assert device.task.started is None
+
+
 def test_a_started_batch_of_deleted_rows_has_no_results(make: Make) -> None:
     device = make(CLASSIFY)
     device.feed(CLASSIFY.rows(BATCH))

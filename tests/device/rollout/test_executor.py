@@ -25,7 +25,6 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.state import DriftState
 from agent.errors import StorageFull
 from agent.model.sandbox import probe
-from scripts.kit.bundles import Floats
 from tests.kit.marks import crashing
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles
 
@@ -265,13 +264,14 @@ def test_rules_may_tolerate_a_share_of_failed_batches(site: Site) -> None:
 def test_a_canary_above_the_batch_timeout_is_rolled_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     on_probation(site, rules={"batch_timeout_s": 20.0})
     model = site.daemon._scheduled_tasks[0].task.model
-    invoke = model.invoke
+    wait = model.wait
 
-    def slowly(windows: Floats) -> Floats:
-        model.seconds += 21.0
-        return invoke(windows)
+    def wait_long(run: Any) -> Any:
+        numbers = wait(run)
+        run.seconds += 21.0
+        return numbers
 
-    monkeypatch.setattr(model, "invoke", slowly)
+    monkeypatch.setattr(model, "wait", wait_long)
     assert site.batch() == "2"
     assert (site.phase, site.reason) == ("rolled_back", "batch_timeout")
     assert site.batch() == "1"
