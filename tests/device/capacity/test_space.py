@@ -199,7 +199,7 @@ def test_used_readings_go_next_and_early_deletions_are_declared(make: Make) -> N
     assert device.bodies(AlertPayload) == []
 
 
-def test_readings_that_any_joined_input_still_needs_are_kept(make: Make) -> None:
+def test_readings_that_a_joined_input_still_needs_stay(make: Make) -> None:
     device = make()
     inputs = {name: config.JoinedStreamConfig(stream="watch") for name in ("far", "near")}
     device.conf.tasks["exercise"] = config.TaskConfig(stream="other", bundle="exercise", inputs=inputs)
