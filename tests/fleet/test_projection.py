@@ -16,6 +16,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.projection import result_details
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
+from agent.wire.messages import ResultsPayload
 from agent.wire.runs import MAX_RESULTS
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -183,9 +184,11 @@ def test_runs_of_labels_that_would_fill_the_memory_stay_evidence_only(
     listed = {"row": [[1, 1, count]], "t": [[1, 1, count]], "value_good": [1] * count, **runs}
     message = sender.results(count, rows_at=(1, count), columns=listed)
     assert len(message.payload) < 100_000
+    body = sender.verify(message).body
+    assert isinstance(body, ResultsPayload)
     tracemalloc.start()
     try:
-        assert result_details(sender.verify(message).body, message.payload) == {}
+        assert result_details(body, message.payload) == {}
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
