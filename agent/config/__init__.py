@@ -510,6 +510,15 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
                 raise ConfigError(file, f"{key}.stream", f"unknown stream {source.stream!r}{hint}")
             if not 0.0 <= source.wait <= _MAX_RETENTION_S:
                 raise ConfigError(file, f"{key}.wait", "must be between 0 s and 3650 d")
+            limits, own = config.streams[source.stream].privacy.limits, config.streams[task.stream].privacy.limits
+            if limits not in (own, StreamPrivacy().limits):
+                # Messages of a task follow the rules of its own stream.
+                raise ConfigError(
+                    file,
+                    f"{key}.stream",
+                    f"{source.stream!r} limits what leaves the device, and the task's stream {task.stream!r} does not "
+                    f"alike; give [streams.{task.stream}.privacy] the same messages, min_count and min_results",
+                )
         _check_slices(file, name, task, config.streams[task.stream])
         alert_rules.check(file, name, task.alerts)
         if task.class_field:

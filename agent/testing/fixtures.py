@@ -1,7 +1,7 @@
 """Pytest plugin of the test kit: fixtures of brokers, simulated fleets, collectors and lossy links.
 
 A test session loads it by `pytest_plugins = ["agent.testing.fixtures"]` in its `conftest.py`. It has no entry point:
-pytest would import `agent` in every session of the environment, also where a project has an `agent` package of its own.
+pytest would import `agent` in every session of the environment, also where a project has such a package of its own.
 
 It imports no kit before a test asks for a fixture. A test that needs a program which is not installed is skipped; where
 the variable CI is set it fails.

@@ -321,9 +321,7 @@ def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, 
         assert client.through == 3
 
 
-def test_a_daemon_that_dies_while_lines_are_resent_does_not_hold_a_client_for_ever(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_a_daemon_that_dies_while_lines_are_resent_ends_the_outage_in_time(tmp_path: Path, clock: Clock) -> None:
     lost = threading.Event()
 
     def lose_first(connection: socket.socket) -> None:

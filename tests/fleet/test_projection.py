@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 
 from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.projection import result_details
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
+from agent.wire.messages import ResultsPayload
+from agent.wire.runs import MAX_RESULTS
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -169,6 +173,28 @@ def test_a_further_column_that_is_no_list_of_numbers_stays_evidence_only(store: 
         {"value_good": 1.0},
         {"value_good": 2.0},
     ]
+
+
+@pytest.mark.parametrize(("labels", "size"), [(1, 4096), (100, 200)], ids=["a long label", "many columns"])
+def test_runs_of_labels_that_would_fill_the_memory_stay_evidence_only(
+    store: FleetStore, labels: int, size: int
+) -> None:
+    count, sender = MAX_RESULTS, MessageSender()
+    runs = {f"label_{i:03}": [["x" * size, count]] for i in range(labels)}
+    listed = {"row": [[1, 1, count]], "t": [[1, 1, count]], "value_good": [1] * count, **runs}
+    message = sender.results(count, rows_at=(1, count), columns=listed)
+    assert len(message.payload) < 100_000
+    body = sender.verify(message).body
+    assert isinstance(body, ResultsPayload)
+    tracemalloc.start()
+    try:
+        assert result_details(body, message.payload) == {}
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    add(store, sender, message)
+    assert ask(store, "SELECT count(*) FROM results") == [(count,)]
+    assert ask(store, "SELECT count(*) FROM result_details") == [(0,)]
 
 
 def test_messages_of_one_maker_share_its_row(store: FleetStore) -> None:

@@ -46,6 +46,8 @@ ALERTS_TABLE, INCIDENTS_TABLE = "alerts", "incidents"
 _MAX_REASON = 64
 # A message of a megabyte must not become a hundred: the name of a column is repeated with each result.
 _MAX_OUTPUTS, _MAX_OUTPUT_NAME = 1024, 128
+# Of all results of a message together, and of a number in JSON: a run of a few bytes stands for thousands of labels.
+_MAX_OUTPUT_BYTES, _MAX_NUMBER_BYTES = 1 << 24, 24
 _OUTPUT_NAMES = ("value_", "score_", "label_")
 _OUTPUT_PREFIXES = tuple(f'"{name}'.encode() for name in _OUTPUT_NAMES)
 
@@ -138,26 +140,39 @@ def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[floa
 
 
 def _further_outputs(payload: bytes, count: int) -> list[str] | None:
-    """Return the JSON of columns value_NAME, score_LABEL and label_NAME of each of `count` results; None without."""
+    """Return the JSON of columns value_NAME, score_LABEL and label_NAME of each of `count` results.
+
+    None without such columns, and where all of it would exceed 16 MiB: then they stay evidence.
+    """
     if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
         return None
     columns = _COLUMNS_DECODER.decode(payload).columns
     outputs: dict[str, list[Any]] = {}
+    size = 0
     for name, column in columns.items():
         if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
             continue
         with contextlib.suppress(msgspec.MsgspecError):
-            entries: list[Any] = []
-            if not name.startswith("label_"):
-                entries = _NUMBERS_DECODER.decode(column)
-            elif runs.count_entries(labels := _LABELS_DECODER.decode(column)) == count:
-                entries = [*runs.expand_labels(labels)]
-            if len(entries) == count:
-                outputs[name] = entries
+            is_label = name.startswith("label_")
+            entries: list[Any] = (_LABELS_DECODER if is_label else _NUMBERS_DECODER).decode(column)
+            if (runs.count_entries(entries) if is_label else len(entries)) != count:
+                continue
+            size += (len(_to_json(name).encode()) + 2) * count
+            size += _label_bytes(entries) if is_label else _MAX_NUMBER_BYTES * count
+            # Before the run is expanded, and before the next column is decoded.
+            if size > _MAX_OUTPUT_BYTES:
+                return None
+            outputs[name] = runs.expand_labels(entries) if is_label else entries
     if not outputs:
         return None
     names = [*outputs]
     return [_to_json(dict(zip(names, row, strict=True))) for row in zip(*outputs.values(), strict=True)]
+
+
+def _label_bytes(labels: list[Label | LabelRun]) -> int:
+    """Return the bytes of all labels in JSON, expanded."""
+    each = ((item, 1) if isinstance(item, str) else (item.label, item.count) for item in labels)
+    return sum(len(msgspec.json.encode(label)) * count for label, count in each)
 
 
 def _result_message_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
