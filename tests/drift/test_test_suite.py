@@ -277,6 +277,6 @@ def test_an_alarm_that_ends_by_itself_makes_its_test_more_cautious(monitor: Drif
     assert ends == 1
     raised_by = run_tests(tester, suite, evidence, np.array([1])).cusum.limit / tester.limits.limit
     assert raised_by.tolist() == [1.25 if test == moved else 1.0 for test in range(len(raised_by))]
-    assert replace(suite, ended=suite.ended * 9).caution[moved] == 1.5
+    assert replace(suite, ended=suite.ended * 9).caution[moved] == 1.75
     learned_again = monitor.relearn(replace(learned, suite=suite))[0]
     assert not learned_again.suite.ended.any()

@@ -26,7 +26,7 @@ from agent.drift.detectors.registry import CHARTS, MOMENTS, SCORED, ChartStates,
 from agent.performance import cbpe
 
 # Of its limit, by which each alarm of a test that ended by itself makes that test more cautious, and the most.
-CAUTION_STEP, MAX_CAUTION = 0.25, 1.5
+CAUTION_STEP, MAX_CAUTION = 0.25, 1.75
 CLASS_DISTANCE_CLIP = 4.0  # class sd, the most that one statistic says against a class
 
 
