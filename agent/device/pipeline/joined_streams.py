@@ -180,11 +180,11 @@ class JoinedReader:
             if count >= _MAX_ROWS:
                 # Of a stream that was stored long before, rows that no window needs make way.
                 part = _concatenate(pieces)
-                pieces = [part.take(joins.select_needed(spec, part.t, times))]
+                pieces = [part.select_rows(joins.select_needed(spec, part.t, times))]
                 count = len(pieces[0].t)
                 is_cut = count >= _MAX_ROWS and not is_later
         part = _concatenate(pieces)
-        part = part.take(np.arange(joins.first_needed(spec, part.t, int(times.min())), len(part.t)))
+        part = part.select_rows(np.arange(joins.first_needed(spec, part.t, int(times.min())), len(part.t)))
         return msgspec.structs.replace(part, last=max(first, at), latest_us=latest_us, is_cut=is_cut)
 
 
@@ -201,7 +201,7 @@ class _JoinedPart(msgspec.Struct, frozen=True, eq=False):
     latest_us: int = 0
     is_cut: bool = False
 
-    def take(self, indices: Ints) -> _JoinedPart:
+    def select_rows(self, indices: Ints) -> _JoinedPart:
         return _JoinedPart(self.numbers[indices], self.t[indices], self.values[indices], self.last)
 
 
