@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from agent import toml_files
+from agent.quantities import decode_quantity
 from agent.toml_files import Section
 
 _SHIPPED = Path(__file__).with_name("prices.toml")
@@ -47,13 +48,9 @@ class PriceList(Section, frozen=True, kw_only=True):
 def load_prices(file: Path | None) -> PriceList:
     """Load a price list, the shipped one without `file`. Raises ConfigError."""
     missing = "`outstation cost --show-prices` prints one to copy"
-    return toml_files.read(file or _SHIPPED, PriceList, _refuse, missing=missing)
+    return toml_files.read(file or _SHIPPED, PriceList, decode_quantity, missing=missing)
 
 
 def shipped_text() -> str:
     """Return the shipped price list as a file to copy."""
     return _SHIPPED.read_text(encoding="utf-8")
-
-
-def _refuse(kind: type, value: Any) -> Any:
-    raise NotImplementedError(kind)

@@ -10,16 +10,7 @@ import sqlite_utils
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.database.inspection import (
-    limit_option,
-    open_database,
-    order_option,
-    print_query,
-    print_schema,
-    print_table_rows,
-    print_tables,
-    where_option,
-)
+from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_option, json_option
 from agent.cli.row_output import csv_option, print_rows, require_one_format
@@ -35,53 +26,6 @@ from agent.toml_files import did_you_mean
 @click.group("db", cls=SentenceGroup)
 def database_group() -> None:
     """Look into the device's store, read only, beside a running daemon."""
-
-
-@database_group.command(epilog="Example: outstation db tables")
-@config_option
-@json_option
-def tables(config_file: str | None, as_json: bool) -> None:
-    """List tables and views with their rows and columns."""
-    print_tables(_open(config_file), as_json)
-
-
-@database_group.command(epilog="Example: outstation db schema alerts")
-@click.argument("table", required=False)
-@config_option
-def schema(table: str | None, config_file: str | None) -> None:
-    """Show the SQL of TABLE, or of the whole database."""
-    print_schema(_open(config_file), table)
-
-
-@database_group.command(epilog='Example: outstation db rows alerts --order "rowid desc" --csv')
-@click.argument("table")
-@where_option
-@order_option
-@limit_option
-@csv_option
-@config_option
-@json_option
-def rows(
-    table: str,
-    where: str | None,
-    order: str | None,
-    limit: int,
-    as_csv: bool,
-    config_file: str | None,
-    as_json: bool,
-) -> None:
-    """Show rows of TABLE, which may be a view."""
-    print_table_rows(_open(config_file), table, where=where, order=order, limit=limit, as_csv=as_csv, as_json=as_json)
-
-
-@database_group.command(epilog='Example: outstation db query "SELECT task, count(*) FROM predictions GROUP BY task"')
-@click.argument("sql")
-@csv_option
-@config_option
-@json_option
-def query(sql: str, as_csv: bool, config_file: str | None, as_json: bool) -> None:
-    """Run one SQL statement that reads; `-` takes it from standard input."""
-    print_query(_open(config_file), sql, as_csv=as_csv, as_json=as_json)
 
 
 @database_group.command(epilog='Example: outstation db readings watch --since "2 h" --csv > watch.csv')
@@ -126,3 +70,13 @@ def _open(config_file: str | None) -> sqlite_utils.Database:
     connection = connect_read_only(conf.data_dir / DATABASE)
     row_crc.install(connection, writes=False)
     return open_database(connection)
+
+
+add_commands(
+    database_group,
+    "outstation db",
+    [config_option],
+    _open,
+    table="alerts",
+    sql="SELECT task, count(*) FROM predictions GROUP BY task",
+)

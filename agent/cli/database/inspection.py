@@ -8,22 +8,26 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 import sqlite_utils
 
-from agent.cli.output import echo, emit, print_table
-from agent.cli.row_output import print_rows, require_one_format
+from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 
-limit_option = click.option(
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+OpenDatabase = Callable[..., sqlite_utils.Database]
+
+_limit_option = click.option(
     "--limit", metavar="N", type=click.IntRange(1), default=20, help="At most so many rows; default 20."
 )
-where_option = click.option("--where", metavar="SQL", help='Only these rows: "seq > 100".')
-order_option = click.option("--order", metavar="SQL", help='Order: "seq desc".')
+_where_option = click.option("--where", metavar="SQL", help='Only these rows: "seq > 100".')
+_order_option = click.option("--order", metavar="SQL", help='Order: "seq desc".')
 
 # An open query keeps SQLite from restarting its log, and a full log keeps the daemon from writing.
 _MAX_QUERY_S, _OPCODES_PER_CHECK, _MAX_ROWS = 20.0, 100_000, 1_000_000
@@ -45,6 +49,65 @@ def open_database(connection: sqlite3.Connection) -> sqlite_utils.Database:
     connection.set_authorizer(authorize)
     click.get_current_context().call_on_close(connection.close)
     return sqlite_utils.Database(connection, execute_plugins=False)
+
+
+def add_commands(
+    group: click.Group, program: str, options: Sequence[Decorator], open_at: OpenDatabase, *, table: str, sql: str
+) -> None:
+    """Add the commands of `program` to its group: `open_at` gets the values of `options`, which say where it is.
+
+    `table` and `sql` are examples.
+    """
+
+    def located(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    @group.command(epilog=f"Example: {program} tables")
+    @located
+    @json_option
+    def tables(as_json: bool, **location: str | None) -> None:
+        """List tables and views with their rows and columns."""
+        print_tables(open_at(**location), as_json)
+
+    @group.command(epilog=f"Example: {program} schema {table}")
+    @click.argument("table", required=False)
+    @located
+    def schema(table: str | None, **location: str | None) -> None:
+        """Show the SQL of TABLE, or of the whole database."""
+        print_schema(open_at(**location), table)
+
+    @group.command(epilog=f'Example: {program} rows {table} --order "rowid desc" --csv')
+    @click.argument("table")
+    @_where_option
+    @_order_option
+    @_limit_option
+    @csv_option
+    @located
+    @json_option
+    def rows(
+        table: str,
+        where: str | None,
+        order: str | None,
+        limit: int,
+        as_csv: bool,
+        as_json: bool,
+        **location: str | None,
+    ) -> None:
+        """Show rows of TABLE, which may be a view."""
+        print_table_rows(
+            open_at(**location), table, where=where, order=order, limit=limit, as_csv=as_csv, as_json=as_json
+        )
+
+    @group.command(epilog=f'Example: {program} query "{sql}"')
+    @click.argument("sql")
+    @csv_option
+    @located
+    @json_option
+    def query(sql: str, as_csv: bool, as_json: bool, **location: str | None) -> None:
+        """Run one SQL statement that reads; `-` takes it from standard input."""
+        print_query(open_at(**location), sql, as_csv=as_csv, as_json=as_json)
 
 
 def print_tables(database: sqlite_utils.Database, as_json: bool) -> None:
