@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     store = made.open()
     try:
         work(made, store, 3)
-        now = ClockReading(1_795_000_000_000_000, 100.0, "synced")
+        # `status` reads the boot-time clock of this machine, which may have been on for weeks.
+        now = ClockReading(1_795_000_000_000_000, time.clock_gettime(time.CLOCK_BOOTTIME), "synced")
         TrafficMeter(MeteredConfig(budget=Size(500_000)), store, now).observe(420_000, now)
     finally:
         store.close()
