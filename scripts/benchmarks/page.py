@@ -230,7 +230,7 @@ def _sections(path: Path) -> str:
 def describe_hardware() -> str:
     """Return processor, system, interpreter and libraries."""
     return (
-        f"{tuning.describedescribe_hardware()}; {platform.system()}; Python {platform.python_version()}; "
+        f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
         f"{runtime_name()}; SQLite {sqlite3.sqlite_version}"
     )
 

@@ -119,7 +119,7 @@ def test_output_of_a_folder_and_its_rejected_rows_equal_one_machine(
 def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
     source, out = long / "1.parquet", tmp_path / "there.parquet"
     driver = ray.begin_run(bundle, source, out)
-    wait_for(lambda: ray.writers(tmp_path), "a worker at the file", WITHIN_S)
+    wait_for(lambda: bool(ray.writers(tmp_path)), "a worker at the file", WITHIN_S)
     for writer in ray.writers(tmp_path).values():
         writer.kill()
     code, document = ended(driver)
@@ -252,7 +252,7 @@ def test_a_lost_cluster_is_reported_and_the_next_one_resumes(
     out = tmp_path / "there"
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as ray:
         driver = ray.begin_run(bundle, long, out)
-        wait_for(lambda: any(out.glob("*.parquet")) and ray.writers(out), "a file that is done", WITHIN_S)
+        wait_for(lambda: any(out.glob("*.parquet")) and bool(ray.writers(out)), "a file that is done", WITHIN_S)
         for end in [ray.kill_head] if lost == "head" else [partial(ray.kill_node, node) for node in (2, 3)]:
             end()
         code, message = ended(driver)
