@@ -79,7 +79,7 @@ class Fleet(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a fleet needs: messages and bytes per second, cores, bytes of the database per day."""
+    """Resources that a fleet needs: messages and bytes per second, cores, bytes of the database per day."""
 
     database: str
     messages: float

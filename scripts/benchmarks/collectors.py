@@ -32,7 +32,7 @@ from scripts import benchmarks, scale_documents
 from scripts.benchmarks import Report, Result, Section, benchmark, page
 from scripts.kit import postgres
 from scripts.kit.postgres import PostgresServer
-from scripts.kit.process_stats import cpu_s
+from scripts.kit.process_stats import cpu_s, running_s
 from scripts.scale_documents import CollectorCosts, KillTrial, Measurements
 
 DEVICES, MESSAGES = 200, 6000
@@ -171,13 +171,12 @@ class CollectorRun:
         self._wait_until_stored(messages // 2)
         self._processes[leader].kill()
         self._processes.pop(leader).wait()
-        killed_s = time.monotonic()
+        killed_s, waiting = time.monotonic(), messages - self._store.count_messages()
         _wait(lambda: self._find_leader() is not None, "another leader")
         elected_s = time.monotonic() - killed_s
-        stored = self._count_stored()
         self._start(leader)
         self._wait_until_stored(messages)
-        return KillTrial(self._count, messages, messages - stored, elected_s, *self._count_errors(messages))
+        return KillTrial(self._count, messages, waiting, elected_s, *self._count_errors(messages))
 
     def _queue(self, kind: str, messages: int) -> SignedMessage:
         """Send the messages while the collectors stand still; return one."""
@@ -218,19 +217,16 @@ class CollectorRun:
                 own = db.execute("SELECT pg_backend_pid()").fetchone()[0]
             backends = psutil.Process(self._server.pid).children(recursive=True)
             server = sum(cpu_s(backend.pid) for backend in backends if backend.pid != own)
-        return sum(cpu_s(process.pid) for process in self._processes.values()), server, cpu_s(self._broker.pid)
+        return sum(cpu_s(process.pid) for process in self._processes.values()), server, running_s(self._broker.pid)
 
     def _database_bytes(self) -> int:
-        if not self._server:
-            return sum(path.stat().st_size for path in self._home.glob("fleet.db*"))
+        # Not the size of the file, which grows when the log of SQLite is copied into it.
+        sql = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
         with self._store.snapshot() as db:
-            return int(db.execute("SELECT pg_database_size(current_database())").fetchone()[0])
-
-    def _count_stored(self) -> int:
-        return sum(top for _, _, top in self._store.logs())
+            return int(db.execute("SELECT pg_database_size(current_database())" if self._server else sql).fetchone()[0])
 
     def _wait_until_stored(self, messages: int) -> None:
-        _wait(lambda: self._count_stored() >= messages, f"{messages} messages")
+        _wait(lambda: sum(top for _, _, top in self._store.logs()) >= messages, f"{messages} messages")
         # The newest message of a log may be stored before an older one.
         _wait(lambda: self._store.count_messages() >= messages, f"{messages} messages")
 
@@ -242,11 +238,11 @@ class CollectorRun:
         return messages - report.messages, report.duplicates
 
 
-def _wait(condition: Callable[[], bool], what: str) -> None:
+def _wait(condition: Callable[[], bool], description: str) -> None:
     deadline_s = time.monotonic() + _WITHIN_S
     while not condition():
         if time.monotonic() > deadline_s:
-            raise click.ClickException(f"no {what} within {_WITHIN_S:.0f} s")
+            raise click.ClickException(f"no {description} within {_WITHIN_S:.0f} s")
         time.sleep(_POLL_S)
 
 

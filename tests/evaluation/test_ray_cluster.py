@@ -257,8 +257,8 @@ def test_a_lost_cluster_is_reported_and_the_next_one_resumes(
             end()
         code, message = ended(driver)
     assert code == 1
-    what = "head .* has not answered" if lost == "head" else "no node of the cluster .*lost: 127.0.0.2, 127.0.0.3"
-    assert re.search(f"outstation: .*{what}.*finished files stay finished", message)
+    problem = "head .* has not answered" if lost == "head" else "no node of the cluster .*lost: 127.0.0.2, 127.0.0.3"
+    assert re.search(f"outstation: .*{problem}.*finished files stay finished", message)
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as ray:
         code, document = ray.run(bundle, long, out)
     assert (code, document["rows"]) == (0, 2000 + 2 * LONG + 3)

@@ -43,16 +43,16 @@ def test_the_command_prints_the_columns_of_the_page(section: str, column: int) -
 @given(st.integers(1, 10**6), st.integers(2, 50), st.sampled_from([RESULTS, RESULT]))
 def test_resources_grow_with_devices_and_fall_with_the_interval(devices: int, factor: int, message: str) -> None:
     measured = scale_documents.read()
-    one = scale_documents.compute(measured, Fleet(devices, message))
-    more = scale_documents.compute(measured, Fleet(devices * factor, message))
-    assert more.messages == pytest.approx(factor * one.messages)
-    assert more.broker_bytes == pytest.approx(factor * one.broker_bytes)
-    assert more.collectors >= one.collectors
-    if more.database == one.database:
-        assert more.collector_cores == pytest.approx(factor * one.collector_cores)
-        assert more.growth_bytes == pytest.approx(factor * one.growth_bytes)
+    base = scale_documents.compute(measured, Fleet(devices, message))
+    larger = scale_documents.compute(measured, Fleet(devices * factor, message))
+    assert larger.messages == pytest.approx(factor * base.messages)
+    assert larger.broker_bytes == pytest.approx(factor * base.broker_bytes)
+    assert larger.collectors >= base.collectors
+    if larger.database == base.database:
+        assert larger.collector_cores == pytest.approx(factor * base.collector_cores)
+        assert larger.growth_bytes == pytest.approx(factor * base.growth_bytes)
     # As many messages of more devices are as much work.
-    assert scale_documents.compute(measured, Fleet(devices * factor, message, 60.0 * factor)) == pytest.approx(one)
+    assert scale_documents.compute(measured, Fleet(devices * factor, message, 60.0 * factor)) == pytest.approx(base)
 
 
 def test_a_collector_without_spare_capacity_never_works_off_an_outage() -> None:
