@@ -202,6 +202,19 @@ def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: 
 
 
 @pytest.mark.attack("broker")
+def test_a_forged_retained_acknowledgement_of_a_silent_device_is_counted_and_answered_with_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrolled(desk.store)
+    monkeypatch.setattr(desk.collector, "_missing_devices", {"pi-07"})
+    body = {"v": 1, "kind": "ack", "device": "pi-07", "log": MessageSender().log, "through": 9, "missing": []}
+    payload = json.dumps({**body, "time": NOW}).encode()
+    forged = MessageSender().sign_payload(f"outstation/{FLEET}/pi-07/ack", payload)
+    desk.hand(forged.to_incoming(retained=True))
+    assert desk.reasons() == {"unknown key": 1}
+    assert desk.wire.acks() == []
+
+
 def test_a_short_message_that_stands_for_67_mb_of_labels_is_refused_and_not_acknowledged(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:

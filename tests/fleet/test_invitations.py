@@ -148,6 +148,9 @@ def test_a_flood_is_dropped_unread(site: Site) -> None:
     assert site.registrar.handle(site.invited.account, b"x" * (enrolment_request.MAX_BYTES + 1), NOW_US, 99.0) is None
     assert site.registrar.handle("_join-0000000000000000", site.request(), NOW_US, 99.0) is None
     assert site.registrar.ignored == 1002
+    [report] = site.registrar.refresh(NOW_US)
+    assert (report.state, report.detail.split()[0]) == ("ignored", "1002")
+    assert site.registrar.refresh(NOW_US + 1) == []
     assert site.enrolled() is None
 
 
