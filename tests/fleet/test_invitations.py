@@ -156,7 +156,7 @@ def test_a_flood_is_dropped_unread(site: Site) -> None:
 
 def test_an_expired_code_is_worth_nothing(site: Site) -> None:
     assert site.ask(site.request(), at_us=NOW_US + DAY_US) is None
-    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US)] == ["expired"]
+    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US)] == ["expired", "ignored"]
     assert access_of(site.folder, site.invited.account) is None
     assert site.enrolled() is None
 
