@@ -130,7 +130,7 @@ def test_nginx_with_the_lines_of_the_first_fleet_serves_the_repository_and_nothi
         assert nginx.ask("GET", "/acme/repository/%2e%2e/%2e%2e/acme/fleet.toml").status in (400, 404)
 
 
-def test_nginx_with_the_lines_of_the_guide_to_updates_serves_a_copy_whose_timestamp_no_cache_keeps(
+def test_nginx_with_the_lines_of_the_guide_to_updates_serves_a_copy_with_a_fresh_timestamp(
     folder: Path, tmp_path: Path
 ) -> None:
     copied = CliRunner().invoke(fleet, ["repository", "copy", str(tmp_path / "models"), "--dir", str(folder)])
