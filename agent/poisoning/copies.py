@@ -44,13 +44,13 @@ def find_copies(windows: LabelledWindows) -> Iterator[Finding]:
         yield _make_finding(windows, many, "again and again", group)
 
 
-def _make_finding(windows: LabelledWindows, mask: Bools, what: str, group: Ints) -> Finding:
+def _make_finding(windows: LabelledWindows, mask: Bools, relation: str, group: Ints) -> Finding:
     members = np.flatnonzero(mask)
     members = members[np.argsort(group[members], kind="stable")]
     share = len(members) / len(windows)
     distinct = len(np.unique(group[members]))
-    summary = f"{len(members)} windows ({share:.1%}), {what}, have the values of {distinct} windows exactly"
-    return Finding("copies", what, summary, len(members), share, share, share, name_rows(windows.names, members))
+    summary = f"{len(members)} windows ({share:.1%}), {relation}, have the values of {distinct} windows exactly"
+    return Finding("copies", relation, summary, len(members), share, share, share, name_rows(windows.names, members))
 
 
 def _group_equal(windows: LabelledWindows) -> tuple[Ints, Bools]:

@@ -117,9 +117,9 @@ def _find_in_field(
     begins = np.flatnonzero(np.diff(group, prepend=-1))
     sizes = np.diff(begins, append=len(group))
     repeated = float(repeats[repeats > 1].sum()) / len(ends)
-    found: list[Pattern] = []
+    patterns: list[Pattern] = []
     for begin, size in sorted(zip(begins.tolist(), sizes.tolist(), strict=True), key=lambda run: -run[1]):
-        if size < MIN_WINDOWS or len(found) >= _MAX_OF_FIELD:
+        if size < MIN_WINDOWS or len(patterns) >= _MAX_OF_FIELD:
             break
         members = member[begin : begin + size]
         votes = bincount(label[members], minlength=len(counts))
@@ -134,8 +134,8 @@ def _find_in_field(
         # A value at the end of the range is a saturated sensor, one in all rows a stuck one.
         is_usual = np.isnan(values).any() or (np.ptp(values) == 0 and (length > 1 or _is_end(values[0], column)))
         is_rare = is_exact and repeated - own < _MAX_REPEATED_SHARE and not is_usual
-        found.append(Pattern([field], [values.tolist()], members[label[members] == given], given, is_rare))
-    return found
+        patterns.append(Pattern([field], [values.tolist()], members[label[members] == given], given, is_rare))
+    return patterns
 
 
 def _round(column: Float32s) -> Float32s:
@@ -196,8 +196,10 @@ def _contradict(
     features = summary[places]
     features[:, np.isin(np.arange(summary.shape[1]) % windows.rows.shape[1], pattern.fields)] = 0
     features = labelled_windows.project(features)
-    asked = len(chosen) + len(control)
-    nearest, distance = neighbours.find_nearest(features[:asked], features[asked:], places[:asked], places[asked:])
+    queried = len(chosen) + len(control)
+    nearest, distance = neighbours.find_nearest(
+        features[:queried], features[queried:], places[:queried], places[queried:]
+    )
     votes = np.zeros((len(others), len(windows.labels)), np.float32)
     votes[np.arange(len(others)), windows.label[others]] = weight
     shares = neighbours.normalize(neighbours.mean_of(votes, nearest))

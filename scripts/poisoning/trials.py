@@ -14,7 +14,7 @@ from scripts.poisoning import attacks
 from scripts.poisoning.attacks import Attack
 
 HONEST_NOISE = 0.05
-_KEPT = 0.8
+_SAMPLED_SHARE = 0.8
 
 
 class TrialResult(msgspec.Struct, frozen=True):
@@ -52,9 +52,9 @@ def accuse_clean(windows: LabelledWindows, seeds: range) -> Iterator[tuple[int, 
         labeller = np.char.add("labeller-", draw.integers(0, attacks.LABELLERS, len(chosen)).astype(np.str_))
         for each in (chosen, noisy):
             report = inspect(replace(each, providers={**each.providers, "labeller": labeller}))
-            yield seed, "; ".join(f"{found.check} {found.subject}" for found in report.findings)
+            yield seed, "; ".join(f"{each.check} {each.subject}" for each in report.findings)
 
 
 def subsample(windows: LabelledWindows, draw: np.random.Generator) -> LabelledWindows:
     """Return four fifths of the windows, so that seeds are different sets."""
-    return windows.select(np.sort(draw.choice(len(windows), round(_KEPT * len(windows)), replace=False)))
+    return windows.select(np.sort(draw.choice(len(windows), round(_SAMPLED_SHARE * len(windows)), replace=False)))

@@ -33,7 +33,7 @@ def check(gathered: Gathered) -> PoisoningReport:
     labels, code = np.unique([label.label or "" for _, label in members], return_inverse=True)
     return inspect(
         LabelledWindows(
-            rows=np.concatenate([recording.values for recording in gathered.recordings]).astype(np.float32),
+            rows=np.concatenate([recording.values.astype(np.float32) for recording in gathered.recordings]),
             last=np.array(last, np.int64),
             window_rows=window_rows,
             fields=gathered.fields,
@@ -42,7 +42,7 @@ def check(gathered: Gathered) -> PoisoningReport:
             names=[f"{recording.device}/{recording.log}/{label.row}" for recording, label in members],
             providers={
                 "device": np.array([recording.device for recording, _ in members]),
-                "labeller": np.array(["+".join(label.by) for _, label in members]),
+                "labeller": np.array(["+".join(filter(None, label.by)) or "unknown" for _, label in members]),
             },
         )
     )
