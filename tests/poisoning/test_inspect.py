@@ -17,7 +17,7 @@ from agent.poisoning.labelled_windows import LabelledWindows
 from scripts.poisoning import attacks, sets, trials
 from scripts.poisoning.attacks import Attack
 
-ONE = range(1)
+FIRST_SEED = range(1)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def exercise() -> LabelledWindows:
 
 @pytest.mark.parametrize("load", [sets.exercise, sets.machine, sets.solar])
 def test_recordings_with_honest_noise_are_not_accused(load: Callable[[], LabelledWindows]) -> None:
-    assert [text for _, text in trials.accuse_clean(load(), ONE)] == ["", ""]
+    assert [text for _, text in trials.accuse_clean(load(), FIRST_SEED)] == ["", ""]
 
 
 @pytest.mark.parametrize("name", sorted(sets.list_generated(0)))
 def test_a_misleading_clean_set_is_not_accused(name: str) -> None:
-    assert [text for _, text in trials.accuse_clean(sets.list_generated(0)[name], ONE)] == ["", ""]
+    assert [text for _, text in trials.accuse_clean(sets.list_generated(0)[name], FIRST_SEED)] == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_a_misleading_clean_set_is_not_accused(name: str) -> None:
     ids=lambda attack: attack.name,
 )
 def test_poisoned_windows_are_named_and_hardly_any_others(exercise: LabelledWindows, attack: Attack) -> None:
-    result = trials.try_attack(exercise, attack, ONE)
+    result = trials.try_attack(exercise, attack, FIRST_SEED)
     assert result.hits == 1
     assert result.precision >= 0.7
 
 
 def test_flips_both_ways_alike_are_documented_as_a_miss(exercise: LabelledWindows) -> None:
-    assert trials.try_attack(exercise, attacks.flip_any(0.2), ONE).hits == 0
+    assert trials.try_attack(exercise, attacks.flip_any(0.2), FIRST_SEED).hits == 0
 
 
 def test_a_device_that_flips_is_named_and_the_others_are_not() -> None:
@@ -79,9 +79,9 @@ def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
 
 def test_few_windows_or_one_class_are_not_checked(exercise: LabelledWindows) -> None:
     few = inspect(exercise.select(np.arange(50)))
-    one = inspect(exercise.select(np.flatnonzero(exercise.label == 0)))
+    single = inspect(exercise.select(np.flatnonzero(exercise.label == 0)))
     assert (few.state, few.reasons) == ("not checked", ["50 labelled windows, the checks take 100"])
-    assert (one.state, one.reasons) == ("not checked", ["1 classes, the checks take 2 to 64"])
+    assert (single.state, single.reasons) == ("not checked", ["1 classes, the checks take 2 to 64"])
 
 
 def test_more_windows_than_the_bound_are_thinned_evenly() -> None:
