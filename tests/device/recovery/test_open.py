@@ -20,7 +20,7 @@ from agent.device.recovery import migrate, open
 from agent.device.recovery.open import find_file_system, open_store, require_local
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.store import labels, schema
-from agent.device.store.labels import StoredPredictions
+from agent.device.store.predictions import StoredPredictions
 from agent.device.store.store import Store
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label

@@ -29,8 +29,9 @@ from agent.device.store import schema
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import RawColumns, Rows, concatenate, pack_chunk, validate_columns
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.store import Store
 from agent.device.store.transaction import TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from scripts.kit.stores import append_message, filled

@@ -14,7 +14,7 @@ from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history
 from agent.device.machine import label_key
-from agent.device.store import labels as label_store
+from agent.device.store import predictions
 from agent.errors import UsageError
 from agent.model.bundle import bundle
 from agent.performance.labels import VERDICT, Label, LabelSchema
@@ -97,7 +97,7 @@ def _find_answer(conf: Config, task: str, row: int) -> str | None:
     """Return the class that the model named at this row; None for a number, or where nothing is stored."""
     schema = _load_schema(conf, task)
     with device.open_store_read_only(conf) as store:
-        prediction = store.query(label_store.load_prediction, task, row)
+        prediction = store.query(predictions.load_prediction, task, row)
     if prediction is None or prediction.predicted_class is None:
         return None
     return schema.format_class(prediction.predicted_class)
