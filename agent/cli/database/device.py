@@ -12,7 +12,7 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_option, config_options
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.config import StreamConfig
@@ -34,8 +34,7 @@ def database_group() -> None:
 @click.option("--since", metavar="TIME", help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only readings before this time.")
 @csv_option
-@config_option
-@json_option
+@config_options
 def readings(
     stream: str, since: str | None, until: str | None, as_csv: bool, config_file: str | None, as_json: bool
 ) -> None:

@@ -53,6 +53,12 @@ class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Return the values (n,) of one field."""
         return np.concatenate([part.columns[index] for part in self.parts])
 
+    def join_small_parts(self) -> RowBatch:
+        """Return the batch in one piece if its pieces are small: each costs as much as some rows."""
+        if len(self.parts) < 2 or sum(map(len, self.parts)) >= _FEW_ROWS * len(self.parts):
+            return self
+        return RowBatch(self.first, [concatenate(self.parts)], stamps=self.stamps)
+
     def slice_parts(self, start: int, stop: int) -> list[Rows]:
         """Return rows from offset `start` to before `stop` in pieces."""
         pieces, at = list[Rows](), 0
@@ -105,9 +111,6 @@ def read_batch(
         # The last rows may be in quarantine because another task found them damaged.
         last = last_row(db, stream)
         return _missing_rows(db, stream, first, last) if last > after else None
-    if len(parts) > 1 and count < _FEW_ROWS * len(parts):
-        # Each part costs as much as some rows: many small ones are one copy.
-        parts = [concatenate(parts)]
     return RowBatch(first, parts, stamps=merge_stamps(stamps))
 
 

@@ -241,7 +241,8 @@ class Store:
 
     def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
         """Read up to about `limit` rows after row `after`; None if there are none. See `row_batch.read_batch`."""
-        return self.query(row_batch.read_batch, stream, fields, after, limit)
+        rows = self.query(row_batch.read_batch, stream, fields, after, limit)
+        return None if rows is None else rows.join_small_parts()
 
     def unacknowledged_messages(self, after: int, limit: int) -> list[OutboxMessage]:
         """Return unacknowledged messages with seq > `after`, in order."""

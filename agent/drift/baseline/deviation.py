@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 
 from agent import clock
-from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
+from agent.alert_kinds import REFERENCE_DEVIATES
+from agent.alerts import Alert, continue_number
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant

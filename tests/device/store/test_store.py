@@ -343,7 +343,7 @@ def test_reading_does_not_keep_another_thread_from_making_room(tmp_path: Path, m
         other.join()
         return concatenate(parts)
 
-    monkeypatch.setattr("agent.device.store.store.concatenate", meanwhile)
+    monkeypatch.setattr("agent.device.store.row_batch.concatenate", meanwhile)
     taken = store.read_rows("numbers", NUMBERS.fields, 0, 25)
     assert taken is not None
     assert len(taken.rows) == 25
