@@ -30,9 +30,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import alert_kinds, clock, decoders
-from agent.alert_kinds import OWN_LABELS
-from agent.alerts import Alert
+from agent import clock, decoders
+from agent.alerts import kinds as alert_kinds
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import OWN_LABELS
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200

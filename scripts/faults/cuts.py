@@ -26,8 +26,8 @@ import numpy as np
 
 from agent.device.recovery import catch_up, findings
 from agent.device.recovery.open import open_store
-from agent.device.store.commits import journal, small_commits
-from agent.device.store.commits.journal import Journal
+from agent.device.store import journal, small_commits
+from agent.device.store.journal import Journal
 from agent.device.store.rows import Rows
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageError, StorageFull

@@ -8,9 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from agent import alert_kinds
-from agent.alert_kinds import KINDS
-from agent.alerts import AlertKind
+from agent.alerts import kinds as alert_kinds
+from agent.alerts.alert import AlertKind
+from agent.alerts.kinds import KINDS
 from agent.drift.detectors.sampling_rate_watch import CAUSES
 from agent.drift.reporting import alert_text
 from agent.wire.messages import AlertPayload

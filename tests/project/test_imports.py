@@ -25,7 +25,6 @@ FLOORS = {
     "extras": 0,
     "quantities": 0,
     "alerts": 1,
-    "alert_kinds": 2,
     "arrays": 2,
     "indices": 3,
     "kernel": 4,

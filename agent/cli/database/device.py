@@ -17,9 +17,9 @@ from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.config import StreamConfig
 from agent.device import newest
-from agent.device.store import row_crc
-from agent.device.store.sqlite_errors import connect_read_only
 from agent.device.store.store import DATABASE, Store
+from agent.device.store.tables import row_crc
+from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean
 

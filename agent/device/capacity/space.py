@@ -23,8 +23,8 @@ from operator import itemgetter
 from typing import Any
 
 from agent import ranges
-from agent.alert_kinds import STORE_FULL
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import STORE_FULL
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.capacity.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings

@@ -18,7 +18,7 @@ from agent.device.intake import labels, row_history
 from agent.device.intake.labels import LabelBatch
 from agent.device.intake.row_history import LatestTime, Mask, RowHistory
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
-from agent.device.store.commits.journal import MAX_BODY
+from agent.device.store.journal import MAX_BODY
 from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.device.store.transaction import Transaction

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from agent.alert_kinds import DAMAGED_ROWS
+from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics

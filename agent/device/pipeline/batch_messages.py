@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Ints
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals

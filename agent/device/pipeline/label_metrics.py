@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from agent import clock, decoders
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.clock import ClockReading
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels as label_store

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.config import FieldConfig
-from agent.device.store import meta, schema
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
 from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
+from agent.device.store.tables import meta, schema
 
 # Rows of a chunk, on average, below which those of a batch are joined.
 _FEW_ROWS = 64

@@ -18,11 +18,8 @@ from typing import Any, Protocol, Self, TypeVar
 from agent import clock
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
-from agent.device.store import meta, retention, row_batch, row_crc, schema, task_keys
-from agent.device.store.commits import watermark
-from agent.device.store.commits.journal import Journal, JournalView
-from agent.device.store.commits.small_commits import SmallCommits
-from agent.device.store.commits.watermark import Watermark
+from agent.device.store import retention, row_batch, task_keys, watermark
+from agent.device.store.journal import Journal, JournalView
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
@@ -31,8 +28,11 @@ from agent.device.store.rows import (
     MAX_CODE,
     lost_category,
 )
-from agent.device.store.sqlite_errors import SALVAGED_LATER, connect_read_only, translate_errors
+from agent.device.store.small_commits import SmallCommits
+from agent.device.store.tables import meta, row_crc, schema
+from agent.device.store.tables.sqlite_errors import SALVAGED_LATER, connect_read_only, translate_errors
 from agent.device.store.transaction import Transaction
+from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.wire.log_chain import digest
 

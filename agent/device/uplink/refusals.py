@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from agent.alert_kinds import REFUSED_ON_DEVICE
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import REFUSED_ON_DEVICE
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

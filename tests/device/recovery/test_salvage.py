@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.device.recovery import raw_pages, salvage
-from agent.device.store.commits import watermark
+from agent.device.store import watermark
 from agent.errors import StorageDamaged, StorageError
 from scripts.kit.stores import (
     alarms,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from agent.device.recovery.findings import LAST_FINDING
-from agent.device.store.commits import journal
+from agent.device.store import journal
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import StorageError, StorageFull

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.store.commits import watermark
-from agent.device.store.commits.watermark import Watermark, WatermarkState
+from agent.device.store import watermark
 from agent.device.store.store import Store
+from agent.device.store.watermark import Watermark, WatermarkState
 from agent.wire.log_chain import digest
 from agent.wire.messages import CommandPayload
 from scripts.kit.stores import (

@@ -1,7 +1,7 @@
 """Alerts: the value, the form of a kind, and the two states of the lifecycle, raised and cleared.
 
 This module does not decide when an alert is raised and writes none to the message log. The kinds are in
-`agent.alert_kinds`.
+`agent.alerts.kinds`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from agent.alerts import AlertKind, MonitoredAlert
+from agent.alerts.alert import AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."

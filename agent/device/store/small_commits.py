@@ -11,8 +11,8 @@ import contextlib
 import logging
 import sqlite3
 
-from agent.device.store.commits import journal
-from agent.device.store.commits.journal import Journal, JournaledConnection
+from agent.device.store import journal
+from agent.device.store.journal import Journal, JournaledConnection
 from agent.device.store.quota import Budget, QuotaEnforcer
 from agent.errors import StorageError
 

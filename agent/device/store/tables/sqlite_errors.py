@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent import input_files
-from agent.device.store import row_crc
+from agent.device.store.tables import row_crc
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull
 
 SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"

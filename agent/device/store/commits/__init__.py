@@ -1,1 +1,0 @@
-"""Commits of the store: small ones in a journal, and the watermark that tells of lost ones."""
