@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from agent import clock
-from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
+from agent.alerts.alert import Alert, continue_number
+from agent.alerts.kinds import REFERENCE_DEVIATES
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
@@ -401,5 +401,8 @@ def _z_limit(tests: int, windows: int) -> float:
 
     Source: Abramowitz & Stegun (1964), 26.7.5, the first term of Student's t by the normal quantile.
     """
+    # Imported here: it is slow to import, and only learning needs it.
+    from statistics import NormalDist
+
     z = NormalDist().inv_cdf(1 - DEVIATION_BUDGET / (2 * tests))
     return z + (z**3 + z) / (4 * max(1, windows - 1))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines
 from agent.cli.output import emit, json_option
 from agent.cli.require_clean import NOT_CLEAN, require_clean_option
 from agent.cli.time_option import parse_since
@@ -42,9 +42,7 @@ def dataset() -> None:
               help="Format of the data.")  # fmt: skip
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the readings, for the data card.")
 @require_clean_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def export_dataset(
     task: str,
     out: Path,
