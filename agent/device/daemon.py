@@ -238,42 +238,9 @@ class Daemon:
             self.uplink.wake()
         if self._updater.tick(now):
             self.uplink.wake()
-        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        throttled = self.throttle.tick(now)
-        if not throttled.slow_reason:
-            self._rest_until_s = float("-inf")
-        is_throttled = bool(throttled.pause_reason) or now.boot_s < self._rest_until_s
-        busy_s = 0.0
-        for scheduled in self._scheduled_tasks:
-            if self.signals.is_stopping:
-                return 0.0
-            name = scheduled.task.name
-            if scheduled.paused:
-                self._unfinished.discard(name)
-                continue
-            if is_throttled:
-                # Due tasks run once the machine has recovered, or at once if the store gets short of space.
-                continue
-            if self._updater.rollouts.is_resuming(name):
-                continue
-            if self._is_backing_off(name, now):
-                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
-                continue
-            if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
-                scheduled.schedule.record_run(now)
-                self._save_last_run(scheduled, now)
-                self._unfinished.add(name)
-            if name in self._unfinished:
-                started_s = self._now().boot_s
-                scheduled.task.is_pipelined = not throttled.slow_reason
-                self._run_batches(scheduled, now)
-                busy_s += self._now().boot_s - started_s
-            wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
-        if busy_s and (rest_s := self.throttle.rest_s(busy_s)):
-            # Counted from the tick's own reading: in virtual time its clock alone moves.
-            self._rest_until_s = now.boot_s + busy_s + rest_s
-        if now.boot_s < self._rest_until_s:
-            wait = min(others_wait, self._rest_until_s - now.boot_s)
+        wait = self._run_due_tasks(now)
+        if self.signals.is_stopping:
+            return 0.0
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
@@ -292,6 +259,48 @@ class Daemon:
             wait = 0.0 if more else wait
         self._feed_watchdog()
         return wait
+
+    def _run_due_tasks(self, now: ClockReading) -> float:
+        """Run the tasks that are due, if the machine is not throttled; return the seconds until more may be due."""
+        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
+        throttled = self.throttle.tick(now)
+        if not throttled.slow_reason:
+            self._rest_until_s = float("-inf")
+        # Due tasks then run once the machine has recovered, or at once if the store gets short of space.
+        is_throttled = bool(throttled.pause_reason) or now.boot_s < self._rest_until_s
+        busy_s = 0.0
+        for scheduled in self._scheduled_tasks:
+            if self.signals.is_stopping:
+                return 0.0
+            name = scheduled.task.name
+            if scheduled.paused:
+                self._unfinished.discard(name)
+                continue
+            if is_throttled or self._updater.rollouts.is_resuming(name):
+                continue
+            if self._is_backing_off(name, now):
+                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
+                continue
+            busy_s += self._run_if_due(scheduled, now, is_pipelined=not throttled.slow_reason)
+            wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
+        if busy_s and (rest_s := self.throttle.rest_s(busy_s)):
+            # Counted from the tick's own reading: in virtual time its clock alone moves.
+            self._rest_until_s = now.boot_s + busy_s + rest_s
+        return wait if now.boot_s >= self._rest_until_s else min(others_wait, self._rest_until_s - now.boot_s)
+
+    def _run_if_due(self, scheduled: ScheduledTask, now: ClockReading, is_pipelined: bool) -> float:
+        """Run a task that is due, or that the last tick did not finish; return the seconds it took."""
+        name = scheduled.task.name
+        if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
+            scheduled.schedule.record_run(now)
+            self._save_last_run(scheduled, now)
+            self._unfinished.add(name)
+        if name not in self._unfinished:
+            return 0.0
+        started_s = self._now().boot_s
+        scheduled.task.is_pipelined = is_pipelined
+        self._run_batches(scheduled, now)
+        return self._now().boot_s - started_s
 
     def _feed_watchdog(self) -> None:
         """Feed the watchdog of systemd if intake and uplink are alive; called when batches have just made progress."""

@@ -465,8 +465,6 @@ Body = (
     | CommandPayload
     | DesiredPayload
 )
-# Made here, by one thread: two threads that are the first to decode the same struct end the process (msgspec 0.22).
-_DECODER = decoders.json_decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
@@ -504,7 +502,7 @@ def verify_message(
 def decode(payload: bytes) -> Body:
     """Parse a payload. Raises MessageRefused."""
     try:
-        body: Body = _DECODER.decode(payload)
+        body: Body = decoders.from_json(payload, Body)
         check_strict_json(payload)
         if _LONG_NUMBER in payload.translate(_DIGITS_TO_ZERO):
             _require_64_bit_numbers(msgspec.json.decode(payload))
