@@ -76,10 +76,16 @@ class Injected(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory."""
+    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
+
+    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows.
+    """
 
     injected: list[Injected]
     devices: list[str]
+    fields: dict[str, list[str]]
+    task_streams: dict[str, list[str]]
+    commit_s: float
     messages: int
     digest: str
     rows: int
@@ -180,6 +186,9 @@ class Simulation:
         return Outcome(
             injected=[Injected(event, self._scenario.select(event, self._names)) for event in self._scenario.events],
             devices=[*self._names],
+            fields=self._setup.fields,
+            task_streams=self._setup.task_streams,
+            commit_s=float(self._setup.config.buffer.commit_every),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
             rows=sum(device.rows for device in self.devices.values()),
