@@ -109,14 +109,14 @@ def test_overlapping_events_of_one_field_need_an_alert_each() -> None:
     )  # fmt: skip
 
 
-def test_an_early_alert_answers_the_event_that_had_begun_and_leaves_the_later_one_to_the_other() -> None:
+def test_an_early_alert_answers_the_first_event_and_a_later_one_the_second() -> None:
     gain = {"kind": "gain", "fields": ["ax"], "amount": 2.0, "at": "1300 s"}
     attributed = run([OFFSET, gain], alert("drift", "ax", 1100.0), alert("fault", "ax", 1400.0))
     assert attributed.answers[1][0][1].at_s == 1100.0
     assert attributed.answers[2][0][1].alert.alert == "fault"
 
 
-def test_a_second_event_of_a_field_whose_alert_is_open_shares_it_and_a_cleared_alert_is_not_shared() -> None:
+def test_an_open_alert_is_shared_by_the_next_event_of_its_field_and_a_cleared_one_is_not() -> None:
     gain = {"kind": "gain", "fields": ["ax"], "amount": 2.0, "at": "1300 s"}
     [(_, shared)] = run([OFFSET, gain], alert("drift", "ax", 1100.0)).answers[2]
     assert (shared.shared_with, shared.at_s) == (1, 1300.0)

@@ -26,11 +26,11 @@ class _Tags(HTMLParser):
 
 
 def _report(name: str, **answer: Any) -> dict[str, Any]:
-    found = {"device": name, "alert": name, "subject": name, "by": name, "at": 65.0, "after": 5.0, "summary": name}
+    alert = {"device": name, "alert": name, "subject": name, "by": name, "at": 65.0, "after": 5.0, "summary": name}
     events = [
         {
             "kind": "offset", "at": 60.0, "lasts": 600.0, "devices": [name] * 5, "expects": ["drift"],
-            "settings": {"fields": [name], "stream": name, "over": 300.0}, "found": [{**found, **answer}],
+            "settings": {"fields": [name], "stream": name, "over": 300.0}, "found": [{**alert, **answer}],
             "missed": [name],
         },
         {
@@ -42,7 +42,7 @@ def _report(name: str, **answer: Any) -> dict[str, Any]:
     return {
         "passed": False, "seed": 1, "devices": 5, "simulated_seconds": 14400.0, "messages": 1, "rows": 1,
         "messages_per_second": 1.0, "messages_digest": name, "peak_bytes": 1, "undelivered": [name], "missed": 1,
-        "events": events, "false_alarms": {"n": 1, "budget": 0, "alerts": [found]},
+        "events": events, "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},
         "audit": {"passed": False, "messages": 1, "devices": 5, "invalid": invalid},
     }  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_names_that_are_markup_stay_text() -> None:
     assert _HOSTILE in hostile.text
 
 
-def test_a_page_says_which_event_an_alert_is_shared_with_and_where_none_came() -> None:
+def test_a_page_names_the_event_that_shares_an_alert_and_devices_without_one() -> None:
     text = _parse(render(_report("hall-01", shared_with=3))).text
     assert "open since event 3" in text
     assert "missed at hall-01" in text

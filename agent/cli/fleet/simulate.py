@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 from click.core import ParameterSource
 
 from agent.cli.fleet import simulate_scenario
@@ -90,7 +89,7 @@ def simulate(**given: Any) -> None:
     """
     started_s = time.monotonic()
     exit_on_signals()
-    options = msgspec.convert(given, SimulateOptions)
+    options = SimulateOptions(**given)
     with open_folder(options.folder) as home:
         if options.scenario_file is not None:
             _refuse_options_of_processes()

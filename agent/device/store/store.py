@@ -54,6 +54,7 @@ SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"
 INTAKE_SHARE = 0.9
 # Rows of a chunk, on average, below which those of a batch are joined.
 _FEW_ROWS = 64
+_SIMULATED_CACHE_KIB = 256
 
 
 class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -539,8 +540,13 @@ class Store:
         self.close()
 
     def simulate_disk(self, size: int, free: int) -> None:
-        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one."""
+        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one.
+
+        A simulated power cut keeps what the kernel has, so nothing is flushed; a thousand caches would fill the memory.
+        """
         self._quota_enforcer.simulated_disk = (size, free)
+        for pragma in ("synchronous=OFF", f"cache_size=-{_SIMULATED_CACHE_KIB}"):
+            self._db.execute(f"PRAGMA {pragma}")
 
     def close(self) -> None:
         with self._lock:

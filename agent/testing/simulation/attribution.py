@@ -127,10 +127,10 @@ def attribute(scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert
             by_device.setdefault(device, []).append(number)
     for device, numbers in by_device.items():
         own = [alert for alert in alerts if alert.device == device or not device]
-        found = _assign(matcher, numbers, own)
+        assigned = _assign(matcher, numbers, own)
         for number in numbers:
-            if number in found:
-                answers.setdefault(number, []).append((device, found[number]))
+            if number in assigned:
+                answers.setdefault(number, []).append((device, assigned[number]))
             elif outcome.injected[number - 1].event.expected_alerts:
                 missed.setdefault(number, []).append(device)
     false_alarms = [alert for alert in alerts if not any(matcher.explaining(alert))]
@@ -232,11 +232,11 @@ def _assign(matcher: _Matcher, numbers: Sequence[int], alerts: Sequence[RaisedAl
 
     for number in sorted(numbers, key=lambda each: (matcher.event(each).at, each)):
         claim(number, set())
-    found = {number: Answer(alerts[index], at_s) for (index, at_s), number in owners.items()}
+    answers = {number: Answer(alerts[index], at_s) for (index, at_s), number in owners.items()}
     for number in numbers:
-        if number not in found and (shared := _find_shared(matcher, number, found)) is not None:
-            found[number] = shared
-    return found
+        if number not in answers and (shared := _find_shared(matcher, number, answers)) is not None:
+            answers[number] = shared
+    return answers
 
 
 def _list_candidates(
@@ -258,10 +258,10 @@ def _list_candidates(
     return sorted(exact, key=lambda unit: unit[1]) + sorted(others, key=lambda unit: unit[1])
 
 
-def _find_shared(matcher: _Matcher, number: int, found: dict[int, Answer]) -> Answer | None:
+def _find_shared(matcher: _Matcher, number: int, answers: dict[int, Answer]) -> Answer | None:
     """Return the alert of another event that was open during this one, and about the same."""
     event = matcher.event(number)
-    for other, answer in found.items():
+    for other, answer in answers.items():
         alert = answer.alert
         is_open = alert.at_s <= event.end_s and alert.cleared_s >= event.at
         if answer.shared_with is None and is_open and matcher.is_about(number, alert):

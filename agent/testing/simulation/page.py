@@ -106,18 +106,18 @@ def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
 
 def _describe_answer(event: Mapping[str, Any]) -> Content:
     """Return the first alert that answers an event, after how long, by whom, and where there is none."""
-    found, missed = event["found"], event["missed"]
-    if not found and not missed:
+    answers, missed = event["found"], event["missed"]
+    if not answers and not missed:
         return element("span", "nothing expected", css_class="state none")
-    first = min(found, key=lambda each: float(each["after"]), default=None)
+    first = min(answers, key=lambda each: float(each["after"]), default=None)
     parts: list[Content] = []
     if first is not None:
         parts.append(element("span", f"{first['alert']} {first['subject']}", css_class="state ok"))
         text = f" after {_short_span(first['after'])} by the {first['by']}"
         if "shared_with" in first:
             text = f" open since event {first['shared_with']}"
-        if len(found) > 1:
-            text += f", found at {len(found)} devices"
+        if len(answers) > 1:
+            text += f", found at {len(answers)} devices"
         parts.append(text)
     if missed:
         text = "missed" if first is None else f"missed at {_name_devices(missed)}"

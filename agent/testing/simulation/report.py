@@ -48,10 +48,10 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
 def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[str, Any]:
     """Return an event with its answer at each device."""
     event = injected.event
-    found = []
+    answers = []
     for _, answer in attributed.answers.get(number, []):
         entry = {**answer.alert.to_dict(), "at": round(answer.at_s, 1), "after": round(answer.at_s - event.at, 1)}
-        found.append(entry if answer.shared_with is None else {**entry, "shared_with": answer.shared_with})
+        answers.append(entry if answer.shared_with is None else {**entry, "shared_with": answer.shared_with})
     settings = {
         key: value
         for key, value in msgspec.to_builtins(event, enc_hook=str).items()
@@ -64,6 +64,6 @@ def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[
         "devices": injected.devices,
         "settings": settings,
         "expects": list(event.expected_alerts),
-        "found": found,
+        "found": answers,
         "missed": attributed.missed.get(number, []),
     }
