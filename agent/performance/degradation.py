@@ -31,13 +31,15 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import alerts, clock, decoders
-from agent.alerts import OWN_LABELS, Alert
+from agent import clock, decoders
+from agent.alerts import kinds as alert_kinds
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import OWN_LABELS
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200
 DECAY, EVALUATION, CERTAINTY = KINDS = ("decay", "evaluation", "certainty")
-ALERT_KINDS = {DECAY: alerts.DECAY, EVALUATION: alerts.BELOW_EVALUATION, CERTAINTY: alerts.OVERCONFIDENT}
+ALERT_KINDS = {DECAY: alert_kinds.DECAY, EVALUATION: alert_kinds.BELOW_EVALUATION, CERTAINTY: alert_kinds.OVERCONFIDENT}
 MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
 # Margin of numbers, as a share of the reference error.
 _REGRESSION_MARGIN = 0.1

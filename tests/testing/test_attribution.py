@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.fleet.audit.audit import AuditReport
+from agent.fleet.audit.report import AuditReport
 from agent.quantities import decode_quantity
 from agent.testing.simulation.attribution import EFFECTS, Attribution, RaisedAlert, attribute
 from agent.testing.simulation.runner import Injected, Outcome

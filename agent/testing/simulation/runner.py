@@ -21,7 +21,8 @@ from agent import durable_files
 from agent.config import BrokerConfig
 from agent.device.intake.sources.recordings import Playlist
 from agent.errors import LinkDown
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.collector.collector import Collector, client_id
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.subscriptions import topic_filters

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines
 from agent.cli.output import emit, json_option
 from agent.cli.time_option import parse_since
 from agent.fleet import config as fleet_config
@@ -40,9 +40,7 @@ def dataset() -> None:
 @click.option("--format", "data_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the data.")  # fmt: skip
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the readings, for the data card.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def export_dataset(
     task: str,
     out: Path,
