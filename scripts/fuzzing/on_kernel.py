@@ -32,8 +32,8 @@ def compute_both_ways(data: bytes) -> None:
     rng = np.random.default_rng(int.from_bytes(data[:_SEED_BYTES], "little"))
     case = drift_windows.draw(rng)
     features = case.batch.features.copy()
-    numbers = np.frombuffer(data[_SEED_BYTES:], np.uint8)[: features.nbytes // 4 * 4]
-    numbers = numbers[: len(numbers) // 4 * 4].view(np.float32)
+    content = np.frombuffer(data[_SEED_BYTES:], np.uint8)[: features.nbytes // 4 * 4]
+    numbers: Float32s = content[: len(content) // 4 * 4].view(np.float32)
     features.reshape(-1)[: len(numbers)] = numbers
     case = case._replace(batch=replace(case.batch, features=features))
     assert drift_windows.summarize(case, library.kernel()) == drift_windows.summarize(case, None)
