@@ -353,7 +353,8 @@ def _update_cusum(
         return None
     track.run = run = track.run.add(group)
     low, high = reference.interval(run, design_effect)
-    if track.cusum <= LIMIT or low <= reference.loss:
+    # One group may be one session.
+    if track.cusum <= LIMIT or low <= reference.loss or run.n <= GROUP_SIZE:
         return None
     track.is_open, track.raised_count = True, track.raised_count + 1
     return DegradationEvent(kind, "raised", track.raised_count, run.loss, low, high, reference.loss, run)

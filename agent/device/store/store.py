@@ -42,6 +42,7 @@ DATABASE = "outstation.db"
 
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
+_SIMULATED_CACHE_KIB = 256
 
 
 class WriteAccess(Protocol):
@@ -425,8 +426,13 @@ class Store:
         self.close()
 
     def simulate_disk(self, size: int, free: int) -> None:
-        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one."""
+        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one.
+
+        A simulated power cut keeps what the kernel has, so nothing is flushed; a thousand caches would fill the memory.
+        """
         self._quota_enforcer.simulated_disk = (size, free)
+        for pragma in ("synchronous=OFF", f"cache_size=-{_SIMULATED_CACHE_KIB}"):
+            self._db.execute(f"PRAGMA {pragma}")
 
     def close(self) -> None:
         with self._lock:
