@@ -292,8 +292,11 @@ class Daemon:
         """Run a task that is due, or that the last tick did not finish; return the seconds it took."""
         name = scheduled.task.name
         if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
-            scheduled.schedule.record_run(now)
-            self._save_last_run(scheduled, now)
+            scheduled.must_save |= scheduled.schedule.record_run(now)
+            if scheduled.schedule.needs_last_run:
+                scheduled.unsaved_run_us = now.wall_us
+            if scheduled.must_save:
+                self._save_last_runs([scheduled])
             self._unfinished.add(name)
         if name not in self._unfinished:
             return 0.0
@@ -473,12 +476,17 @@ class Daemon:
         used = self._store.first_row(stream) - 1 if cursor is None else cursor
         return self._store.last_row(stream) - used
 
-    def _save_last_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
-        """Save the time of the run, so that the next start catches up once with a cron time that it missed."""
-        if not scheduled.schedule.needs_last_run:
+    def _save_last_runs(self, scheduled_tasks: Sequence[ScheduledTask]) -> None:
+        """Save the times of the last runs, so that the next start catches up once with a cron time that it missed."""
+        unsaved = [scheduled for scheduled in scheduled_tasks if scheduled.unsaved_run_us is not None]
+        if not unsaved:
             return
-        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
+        with contextlib.suppress(StorageFull):
+            with self._store.transaction() as tx:
+                for scheduled in unsaved:
+                    tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(scheduled.unsaved_run_us).encode())
+            for scheduled in unsaved:
+                scheduled.unsaved_run_us, scheduled.must_save = None, False
 
     def _shut_down(self) -> None:
         self.intake.stop()
@@ -489,6 +497,8 @@ class Daemon:
             self.uplink.stop(0.0)
             return
         self._updater.stop(self._now())
+        # Another config may have another schedule, for which the very last run counts.
+        self._save_last_runs(self._scheduled_tasks)
         self._health_reporter.write_health()
         is_reload = self.signals.next_config is not None
         summary = "The daemon stopped to reload its config." if is_reload else "The daemon was stopped."

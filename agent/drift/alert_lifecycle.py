@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert, MonitoredAlert, monitoring_kind
+from agent.alerts.alert import Alert, MonitoredAlert
+from agent.alerts.kinds import monitoring_kind
 from agent.arrays import Bools, Float64s
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import Cusum, windows_to_clear

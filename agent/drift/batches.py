@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference

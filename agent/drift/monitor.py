@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Float32s, Ints
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle

@@ -28,6 +28,7 @@ from agent.wire.jws import Signer
 from agent.wire.keys import b64url_encode, parse_encryption_key
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import (
+    MAX_REPEATED_BYTES,
     MAX_RESULTS,
     EpochMicroseconds,
     JitteredTimes,
@@ -131,6 +132,9 @@ class ResultColumns(msgspec.Struct, frozen=True):
         for name, length in lengths.items():
             if length != count:
                 raise ValueError(f"column {name} has {length} entries, row has {count}")
+        repeated = 0 if self.label is None else runs.repeated_bytes(self.label)
+        if repeated > MAX_REPEATED_BYTES:
+            raise ValueError(f"labels in runs have {repeated} bytes, the limit is {MAX_REPEATED_BYTES}")
         # Plain entries are in range by their type.
         if count != len(self.row):
             runs.check_range(self.row, 1, 2**53 - 1)

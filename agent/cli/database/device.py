@@ -12,13 +12,14 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_option, config_options
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.config import StreamConfig
 from agent.device import newest
-from agent.device.store import row_crc
-from agent.device.store.store import DATABASE, Store, connect_read_only
+from agent.device.store.store import DATABASE, Store
+from agent.device.store.tables import row_crc
+from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean
 
@@ -33,8 +34,7 @@ def database_group() -> None:
 @click.option("--since", metavar="TIME", help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only readings before this time.")
 @csv_option
-@config_option
-@json_option
+@config_options
 def readings(
     stream: str, since: str | None, until: str | None, as_csv: bool, config_file: str | None, as_json: bool
 ) -> None:
@@ -51,17 +51,23 @@ def readings(
     with device.open_store_read_only(conf) as store:
         cells = (
             [row["row"], row["time"], row["clock"], *row["values"].values()]
-            for row in _iterate_readings(store, stream, settings)
-            if begin <= row["time"] < end
+            for row in _iterate_readings(store, stream, settings, begin, end)
         )
         print_rows(["row", "time", "clock", *names], cells, as_csv=as_csv, as_json=as_json)
 
 
-def _iterate_readings(store: Store, stream: str, settings: StreamConfig) -> Iterator[dict[str, Any]]:
+def _iterate_readings(
+    store: Store, stream: str, settings: StreamConfig, begin: str, end: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a range of time; chunks that cannot hold one are not read."""
+    begin_us = clock.parse_rfc3339(begin) if begin else -(2**63)
+    end_us = clock.parse_rfc3339(end) if end != "~" else 2**63 - 1
     last = store.first_row(stream) - 1
-    while new := newest.read_new_readings(store, stream, settings, last):
-        yield from new
-        last = new[-1]["row"]
+    while (row := store.find_row_near(stream, last, begin_us, end_us)) is not None:
+        new = newest.read_new_readings(store, stream, settings, row - 1)
+        yield from (reading for reading in new if begin <= reading["time"] < end)
+        # Nothing where the rest cannot be read.
+        last = new[-1]["row"] if new else store.last_row(stream)
 
 
 def _open(config_file: str | None) -> sqlite_utils.Database:

@@ -15,8 +15,8 @@ from agent.cli.cost_output import (
     show_prices_option,
     to_money,
 )
-from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
-from agent.cli.output import dark_option, echo, emit, json_option, plot_option, print_table
+from agent.cli.fleet.common import database_options, device_option, open_for_reading
+from agent.cli.output import dark_option, echo, emit, plot_option, print_table
 from agent.costs.prices import load_prices
 from agent.costs.usage import Usage, average_usage
 from agent.errors import UsageError
@@ -28,9 +28,7 @@ from agent.errors import UsageError
 @show_prices_option
 @plot_option
 @dark_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def cost(
     device: str | None,
     prices_file: Path | None,
@@ -42,13 +40,16 @@ def cost(
 ) -> None:
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
-    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others.
+    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others. Revoked
+    devices do not count.
     """
     from agent.fleet.usage import load_usages
 
     prices = load_prices(prices_file)
     _, store = open_for_reading(folder, db, device)
     usages = load_usages(store, device)
+    if device is not None and not usages:
+        raise UsageError(f"{device} is revoked: no key of it may sign, so it counts in no month")
     months = {name: None if usage is None else usage.per_month() for name, usage in usages.items()}
     try:
         mean = average_usage([month for month in months.values() if month is not None])

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from agent import clock
-from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
+from agent.alerts.alert import Alert, continue_number
+from agent.alerts.kinds import REFERENCE_DEVIATES
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant

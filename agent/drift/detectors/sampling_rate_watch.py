@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert, AlertKind, continue_number
+from agent.alerts.alert import Alert, AlertKind, continue_number
+from agent.alerts.kinds import RATE_DRIFT, RATE_FAULT
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import Cusum, CusumSequence
