@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, Reference, build_reference
 from agent.drift.baseline import window_statistics
 from agent.evaluation.adversarial import noise, patches
