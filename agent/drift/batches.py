@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.arrays import Float32s, Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -21,6 +21,7 @@ from agent.drift.detectors.gate import GateObservation, GateRun, GateWindows
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
+from agent.drift.reporting.training_distance import describe_training_distance
 from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
@@ -227,7 +228,13 @@ class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
         )
 
     def build_gate_alerts(
-        self, number: int, previous: GateStates, closed: DriftState, current: GateStates, site: Reference | None
+        self,
+        number: int,
+        previous: GateStates,
+        closed: DriftState,
+        current: GateStates,
+        site: Reference | None,
+        shipped: Reference,
     ) -> list[Alert]:
         """Build the alerts that gates raise and clear with window `number`, which state `closed` closes."""
         if site is None:
@@ -238,7 +245,15 @@ class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
             name = gate.name
             states = previous[name], current[name], self.gates[name][number]
             alerts += gate.build_alerts(*states, site.baselines[name], closed.t, evidence)
-        return alerts
+        if not any(alert.state == "raised" for alert in alerts):
+            return alerts
+        unlike, distance = describe_training_distance(summary.select_window(self.summaries, number), shipped)
+        return [
+            replace(alert, summary=f"{alert.summary.removesuffix('.')}{unlike}.", evidence=alert.evidence | distance)
+            if alert.state == "raised"
+            else alert
+            for alert in alerts
+        ]
 
 
 class AdvancedTests(msgspec.Struct, frozen=True, eq=False):
@@ -287,7 +302,7 @@ def advance_tests(
 def _run_gates(
     state: DriftState, site: Reference, analysis: WindowAnalysis, ahead: slice, start_times: Ints
 ) -> dict[str, GateRun]:
-    fields_drift = bool(state.suite.open_fields.any())
+    fields_drift = any_true(state.suite.open_fields)
     return {
         gate.name: gate.run(
             state.gates[gate.name],
@@ -308,7 +323,7 @@ def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
 def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
     is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
-    if is_open or state.is_inherited or state.suite.open_subjects.any():
+    if is_open or state.is_inherited or any_true(state.suite.open_subjects):
         return 0
     faulty = analysis.faulty[first:]
     return faulty.index(True) if True in faulty else len(faulty)
