@@ -116,17 +116,18 @@ def test_output_of_a_folder_and_its_rejected_rows_equal_one_machine(
     assert document == wanted
 
 
-def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
-    source, out = long / "1.parquet", tmp_path / "there.parquet"
+def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.parquet", tmp_path / "there.parquet"
+    write_parquet(source, 8 * LONG, 1)
     driver = ray.begin_run(bundle, source, out)
     wait_for(lambda: bool(ray.writers(tmp_path)), "a worker at the file", WITHIN_S)
     for writer in ray.writers(tmp_path).values():
         writer.kill()
     code, document = ended(driver)
-    assert (code, document["rows"]) == (0, LONG)
+    assert (code, document["rows"]) == (0, 8 * LONG)
     here(bundle, source, tmp_path / "here.parquet")
     assert out.read_bytes() == (tmp_path / "here.parquet").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in", "there.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in.parquet", "there.parquet"]
 
 
 def test_nodes_killed_in_turn_lose_and_double_nothing(ray: Ray, bundle: Path, tmp_path: Path) -> None:
