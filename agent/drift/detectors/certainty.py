@@ -14,6 +14,7 @@ class CertaintyDetector(ClassMeanDetector):
     name = "certainty"
     subject = SCORE
     budget = false_alarm_budget.SCORE_BUDGET
+    tests_answers = True
 
     def width(self, task: Task) -> int:
         return 1

@@ -39,6 +39,7 @@ class ExpectedAccuracyDetector(ScoreDetector):
     name = "expected_accuracy"
     baseline_type = ExpectedAccuracyBaseline
     budget = false_alarm_budget.ACCURACY_BUDGET
+    tests_answers = True
     min_limit = 8.0  # a few predictions of a window are seldom normal: doubts come together
     by_class = False
 

@@ -16,6 +16,7 @@ from agent.drift.detectors.correlation import CorrelationDetector
 from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
 from agent.drift.detectors.dispersion import DispersionDetector
 from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
+from agent.drift.detectors.further_outputs import FurtherOutputDetector
 from agent.drift.detectors.gate import GateDetector
 from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
@@ -40,9 +41,13 @@ DETECTORS: tuple[Detector, ...] = (
         lambda task: false_alarm_budget.mewma_budget(task.fields),
     ),
     MewmaDetector(
-        "class_share_mewma", CLASS_SHARE, CLASS_SHARE.width, lambda _: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET
+        "class_share_mewma",
+        CLASS_SHARE,
+        CLASS_SHARE.width,
+        lambda task: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET / (1 + len(task.further)),
     ),
     SamplingRateWatch(),
+    FurtherOutputDetector(),
 )
 SCORED = tuple(detector for detector in DETECTORS if isinstance(detector, ScoreDetector))
 CHARTS = tuple(detector for detector in DETECTORS if isinstance(detector, ChartDetector))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.drift.numeric.output_counts import MAX_VALUES, FurtherOutput
 from agent.model.bundle.manifest import Manifest, ModelOutput, output_columns
 from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 
@@ -23,7 +24,8 @@ class Scores(msgspec.Struct, frozen=True):
     For a multi-label model `label` is the most probable one, `predicted` (w, K) the predicted ones, and `score` the
     probability that all of them are correct if labels were independent. `anomaly` (w,) marks values above the
     threshold. `extra_columns` are a probability per label (`score_LABEL`), further values (`value_NAME`), and scores
-    and values of further outputs, whose labels as text are in `label_columns`.
+    and values of further outputs, whose labels as text are in `label_columns`. `further` (w, P) holds these outputs as
+    numbers: of each the index of its label, if it has labels, and its score or values.
     """
 
     label: Ints | None
@@ -33,6 +35,7 @@ class Scores(msgspec.Struct, frozen=True):
     anomaly: Bools | None = None
     extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
     label_columns: Mapping[str, NDArray[np.str_]] = msgspec.field(default_factory=dict)
+    further: Float64s | None = None
 
     def slice(self, part: slice) -> Scores:
         return Scores(
@@ -43,6 +46,7 @@ class Scores(msgspec.Struct, frozen=True):
             anomaly=None if self.anomaly is None else self.anomaly[part],
             extra_columns={name: column[part] for name, column in self.extra_columns.items()},
             label_columns={name: column[part] for name, column in self.label_columns.items()},
+            further=None if self.further is None else self.further[part],
         )
 
     def __len__(self) -> int:
@@ -62,10 +66,12 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
     own, *parts = split_outputs(outputs, manifest)
     first = _score(own, manifest, inputs)
     columns, label_columns = dict(first.extra_columns), dict(first.label_columns)
+    numbers: list[NDArray[Any]] = []
     for (name, spec), part in zip(further.items(), parts, strict=True):
         head = further_manifest(manifest, name)
         scored = _score(part, head, None)
         texts = to_texts(scored, head)
+        numbers += _monitored_numbers(scored, head)
         cells = [None if texts is None else np.array(texts, np.str_), scored.score, scored.value]
         cells += list(scored.extra_columns.values())
         for column, values in zip(
@@ -73,7 +79,24 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
         ):
             target: dict[str, Any] = label_columns if values.dtype.kind == "U" else columns
             target[column] = values
-    return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns)
+    answers = np.stack(numbers, axis=1, dtype=np.float64)
+    return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns, further=answers)
+
+
+def monitored_outputs(manifest: Manifest) -> tuple[FurtherOutput, ...]:
+    """Return the further outputs as drift detection sees them; of many values the first ones."""
+    outputs: list[FurtherOutput] = []
+    for name, spec in manifest.further.items():
+        values = tuple(spec.names or [name])[:MAX_VALUES] if spec.kind == "regress" else ("value",)
+        outputs.append(FurtherOutput(name, tuple(spec.labels), ("score",) if spec.labels else values))
+    return tuple(outputs)
+
+
+def _monitored_numbers(scored: Scores, manifest: Manifest) -> list[NDArray[Any]]:
+    if scored.label is not None and scored.score is not None:
+        return [scored.label, scored.score]
+    more = [scored.extra_columns[f"value_{name}"] for name in manifest.output.names[1:MAX_VALUES]]
+    return [np.asarray(scored.value), *more]
 
 
 def split_outputs(outputs: Float32s, manifest: Manifest) -> list[Float32s]:
@@ -87,6 +110,7 @@ def further_manifest(manifest: Manifest, name: str) -> Manifest:
     """Return the manifest of a model that has only the further output `name`."""
     spec = manifest.further[name]
     members = {field: getattr(spec, field) for field in ModelOutput.__struct_fields__}
+    members["tensor"] = name if spec.tensor is None else spec.tensor
     drift = msgspec.structs.replace(manifest.drift, class_field=msgspec.UNSET)
     return msgspec.structs.replace(
         manifest, kind=spec.kind, output=ModelOutput(**members), outputs=msgspec.UNSET, drift=drift
@@ -183,6 +207,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         label_columns={
             name: np.concatenate([part.label_columns[name] for part in parts]) for name in parts[0].label_columns
         },
+        further=column("further"),
     )
 
 
