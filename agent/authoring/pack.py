@@ -232,7 +232,7 @@ def _run_model(
     result = calibration.run_model(model, draft, path, data, joined_files).scores
     predicted = result.label if result.label is not None else np.zeros(len(starts), np.int64)
     score = result.value if result.score is None else result.score
-    return _ModelRun(data, starts, predicted, score, result.further)
+    return _ModelRun(data, starts, predicted, score, result.further_answers)
 
 
 def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:

@@ -47,10 +47,14 @@ _MAX_NAMES = 8
 
 
 class EvaluationRequest(msgspec.Struct, frozen=True):
-    """Request to evaluate; columns by name. `min_count`: least windows behind a number; 0 shows all."""
+    """Request to evaluate; columns by name. `min_count`: least windows behind a number; 0 shows all.
+
+    `output` names the further output that the bundle is reduced to; "" for the main one.
+    """
 
     data: Path
     label: str = "label"
+    output: str = ""
     group: str | None = None
     split: str | None = None
     slices: tuple[str, ...] = ()
@@ -145,7 +149,7 @@ def _build_document(context: _Context, signature: str, started_s: float) -> Eval
         evaluated_at=clock.to_rfc3339(time.time_ns() // 1000),
         agent=__version__,
         seconds=0.0,
-        model=_describe_model(context.bundle, signature),
+        model=_describe_model(context.bundle, signature, request.output),
         data=_describe_data(context, counts),
         intervals=context.units.description,
         metric=primary(kind).name,
@@ -263,11 +267,12 @@ def _class_counts(labels: list[str], windows: LabelledWindows, kind: str) -> dic
     return dict(zip(names, counts.tolist(), strict=True))
 
 
-def _describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
+def _describe_model(bundle: Bundle, signature: str, output: str) -> document.EvaluatedModel:
     manifest = bundle.manifest
     window = manifest.input.window
     return document.EvaluatedModel(
         name=manifest.name,
+        output=output,
         version=manifest.version,
         digest=bundle.digest,
         kind=manifest.kind,

@@ -22,7 +22,8 @@ _path = click.Path(path_type=Path)
 )
 @click.argument("bundle", type=_path)
 @click.argument("data", type=_path)
-@click.option("--label", default="label", show_default=True, metavar="COL", help="Column of labels.")
+@click.option("--output", metavar="NAME", help="Evaluate this further output, not the main one.")
+@click.option("--label", metavar="COL", help="Column of labels; by default label, or label_NAME with --output.")
 @click.option("--group", metavar="COL", help="Column of people or machines: intervals resample whole groups.")
 @click.option("--split", metavar="COL", help="Column of splits: rows that say train are not evaluated.")
 @click.option(
@@ -55,6 +56,8 @@ _path = click.Path(path_type=Path)
 def evaluate(
     bundle: Path,
     data: Path,
+    output: str | None,
+    label: str | None,
     engine: str,
     address: str | None,
     public: str | None,
@@ -82,7 +85,10 @@ def evaluate(
     from agent.evaluation import cards, gate, report, small_cells
     from agent.evaluation import evaluate as evaluation
 
-    request = evaluation.EvaluationRequest(data=data, **settings)
+    label = label or ("label" if output is None else f"label_{output}")
+    request = evaluation.EvaluationRequest(data=data, label=label, output=output or "", **settings)
+    if output is not None and engine == "ray":
+        raise UsageError("--output is evaluated on this machine; remove --engine ray")
     for path in (data, request.train, request.float_model):
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file")
@@ -91,7 +97,7 @@ def evaluate(
     texts = cards.read_texts(about) if about else cards.CardTexts()
     chosen_gate = gate.read_gate(required)
     cluster_context = open_cluster(engine, address)
-    loaded, inference, signature = load_bundle(bundle, public)
+    loaded, inference, signature = load_bundle(bundle, public, output)
     if privacy:
         least = loaded.manifest.drift.min_count
         request = msgspec.structs.replace(request, min_count=small_cells.MIN_COUNT if least is msgspec.UNSET else least)
@@ -105,7 +111,7 @@ def evaluate(
             result = evaluation.evaluate(loaded, inference, signature, request, _show_step, predict)
         if against is not None:
             _show_step(f"comparing with {against}")
-            other = load_bundle(against, public)[:2]
+            other = load_bundle(against, public, output)[:2]
             compared = comparison.compare((loaded, inference), other, request, chosen_gate.limits)
             result = msgspec.structs.replace(result, against=compared)
     _show_step("")

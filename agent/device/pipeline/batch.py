@@ -350,7 +350,7 @@ def _update_drift(
         rows=(batch.first, batch.last),
         t=batch.t,
         modes=source.modes,
-        answers=model_scores.further,
+        answers=model_scores.further_answers if task.drift_monitor.shipped.further else None,
     )
 
 
