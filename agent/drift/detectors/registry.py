@@ -101,6 +101,7 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     tests: tuple[Ints, ...]  # scores of each subject that have a direction
     field_tests: Ints  # (F, n) those of each field
     field_sums: tuple[str, ...]  # (n,) their names in messages
+    detectors: tuple[ScoreDetector, ...]  # those with any score
 
     def __getitem__(self, detector: str) -> slice:
         return self.slices[detector]
@@ -122,4 +123,5 @@ def get_layout(task: Task) -> ScoreLayout:
     every = np.array(subjects, np.int64)
     tests = tuple(np.flatnonzero((every == subject) & directed) for subject in range(task.subject_count))
     field_tests = np.stack(tests[: task.fields])
-    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names))
+    detectors = tuple(detector for detector in SCORED if detector.width(task))
+    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names), detectors)

@@ -143,12 +143,12 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         site, task, layout = self.reference, self.reference.task, self.reference.layout
         baselines = site.baselines
         drift_windows = windows.drift_windows(site.origin)
-        parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
+        parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in layout.detectors]
         values = np.concatenate([scores.values for scores in parts], axis=1)
         values, usual, sd = self._expect(values, t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
-        for detector, scores in zip(SCORED, parts, strict=True):
+        for detector, scores in zip(layout.detectors, parts, strict=True):
             place = layout[detector.name]
             if scores.effects is not None:
                 effects[:, place] = scores.effects
