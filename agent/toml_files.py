@@ -13,6 +13,7 @@ import msgspec
 
 from agent import decoders, input_files
 from agent.errors import ConfigError, explain
+from agent.quantities import decode_quantity
 
 StructType = type[msgspec.Struct]
 DecodeHook = Callable[[type, Any], Any]
@@ -26,8 +27,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def read(
     path: Path,
     struct_type: type[S],
-    hook: DecodeHook,
     *,
+    hook: DecodeHook = decode_quantity,
     missing: str = "`outstation init` writes one, `-c` names another",
     strangers: dict[str, str] | None = None,
 ) -> S:

@@ -165,6 +165,18 @@ def _build_commands(
     return RemoteCommands(executor, receiver, rotation, wipe, partial(device.erase, file, conf, key_path))
 
 
+def _seal_if_encrypted(file: Path, conf: Config, trusted: TrustedKeys, open_sink: OpenSink) -> OpenSink:
+    if conf.privacy.encrypt:
+        return sinks.seal_to_collector(file, conf, open_sink, trusted.find_encryption_key)
+    return open_sink
+
+
+def _list_publishers(file: Path, conf: Config, trusted: TrustedKeys) -> Callable[[], list[PublicKey]]:
+    """Return a function that lists the keys that may sign bundles now. Raises ConfigError."""
+    configured = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
+    return lambda: [*configured, *(signer.key for signer in trusted.commanders if signer.owner == OPERATOR)]
+
+
 def build_daemon(
     file: Path,
     conf: Config,
@@ -202,27 +214,17 @@ def build_daemon(
         lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
         label_key.FILE.load_or_create(conf.data_dir),
     )
-    open_sink = open_sink or sinks.sink_opener(conf)
-    if conf.privacy.encrypt:
-        open_sink = sinks.seal_to_collector(file, conf, open_sink, trusted.find_encryption_key)
     uplink = Uplink(
-        *(conf, store, message_log, trusted.find_collector, now, signals.fail, open_sink),
+        *(conf, store, message_log, trusted.find_collector, now, signals.fail),
+        _seal_if_encrypted(file, conf, trusted, open_sink or sinks.sink_opener(conf)),
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )
-
     load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait, activate=activate)
-
-    def make_updater(runtime: Runtime, on_wait: Callable[[], None]) -> BundleUpdater:
-        listed = parse_public_keys(file, "publishers.keys", conf.publishers.keys)
-
-        def publishers() -> list[PublicKey]:
-            return [*listed, *(signer.key for signer in trusted.commanders if signer.owner == OPERATOR)]
-
-        return rollout.build_updater(
-            *(file, conf, store, message_log, desired_states, publishers, marker, runtime, signals.wake, on_wait)
-        )
-
+    make_updater = partial(
+        rollout.build_updater,
+        *(file, conf, store, message_log, desired_states, _list_publishers(file, conf, trusted), marker, signals.wake),
+    )
     make_commands = partial(_build_commands, file, conf, store, message_log, trusted, receiver, load)
     return Daemon(
         *(conf, store, message_log, scheduled, failures, intake, uplink),

@@ -72,8 +72,8 @@ def build_updater(
     desired_states: DesiredStateStore,
     publishers: Callable[[], Sequence[PublicKey]],
     marker: CrashMarker | None,
-    runtime: Runtime,
     wake: Callable[[], None],
+    runtime: Runtime,
     on_wait: Callable[[], None],
 ) -> BundleUpdater:
     """Build the updater; `wake` ends a wait of the main loop, `on_wait` is called while a subprocess model runs."""

@@ -57,7 +57,7 @@ class PressReader:
         """
         target = self._place.parse_press(message.topic)
         if target is None:
-            return ""
+            return self._refuse(f"message on {message.topic[:_MAX_NAME]!r}", "no button or label has this topic")
         device, task, is_label = target
         where = f"press for {task[:_MAX_NAME]} at {device[:_MAX_NAME]}"
         if message.retained:

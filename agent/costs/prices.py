@@ -9,7 +9,6 @@ from typing import Annotated
 import msgspec
 
 from agent import toml_files
-from agent.quantities import decode_quantity
 from agent.toml_files import Section
 
 _SHIPPED = Path(__file__).with_name("prices.toml")
@@ -48,7 +47,7 @@ class PriceList(Section, frozen=True, kw_only=True):
 def load_prices(file: Path | None) -> PriceList:
     """Load a price list, the shipped one without `file`. Raises ConfigError."""
     missing = "`outstation cost --show-prices` prints one to copy"
-    return toml_files.read(file or _SHIPPED, PriceList, decode_quantity, missing=missing)
+    return toml_files.read(file or _SHIPPED, PriceList, missing=missing)
 
 
 def shipped_text() -> str:

@@ -238,42 +238,9 @@ class Daemon:
             self.uplink.wake()
         if self._updater.tick(now):
             self.uplink.wake()
-        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
-        throttled = self.throttle.tick(now)
-        if not throttled.slow_reason:
-            self._rest_until_s = float("-inf")
-        is_throttled = bool(throttled.pause_reason) or now.boot_s < self._rest_until_s
-        busy_s = 0.0
-        for scheduled in self._scheduled_tasks:
-            if self.signals.is_stopping:
-                return 0.0
-            name = scheduled.task.name
-            if scheduled.paused:
-                self._unfinished.discard(name)
-                continue
-            if is_throttled:
-                # Due tasks run once the machine has recovered, or at once if the store gets short of space.
-                continue
-            if self._updater.rollouts.is_resuming(name):
-                continue
-            if self._is_backing_off(name, now):
-                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
-                continue
-            if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
-                scheduled.schedule.record_run(now)
-                self._save_last_run(scheduled, now)
-                self._unfinished.add(name)
-            if name in self._unfinished:
-                started_s = self._now().boot_s
-                scheduled.task.is_pipelined = not throttled.slow_reason
-                self._run_batches(scheduled, now)
-                busy_s += self._now().boot_s - started_s
-            wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
-        if busy_s and (rest_s := self.throttle.rest_s(busy_s)):
-            # Counted from the tick's own reading: in virtual time its clock alone moves.
-            self._rest_until_s = now.boot_s + busy_s + rest_s
-        if now.boot_s < self._rest_until_s:
-            wait = min(others_wait, self._rest_until_s - now.boot_s)
+        wait = self._run_due_tasks(now)
+        if self.signals.is_stopping:
+            return 0.0
         if now.boot_s >= self._next_label_check:
             self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
             self._process_labels()
@@ -292,6 +259,51 @@ class Daemon:
             wait = 0.0 if more else wait
         self._feed_watchdog()
         return wait
+
+    def _run_due_tasks(self, now: ClockReading) -> float:
+        """Run the tasks that are due, if the machine is not throttled; return the seconds until more may be due."""
+        wait = others_wait = min(_MAX_WAIT_S, self._updater.wait_s(now))
+        throttled = self.throttle.tick(now)
+        if not throttled.slow_reason:
+            self._rest_until_s = float("-inf")
+        # Due tasks then run once the machine has recovered, or at once if the store gets short of space.
+        is_throttled = bool(throttled.pause_reason) or now.boot_s < self._rest_until_s
+        busy_s = 0.0
+        for scheduled in self._scheduled_tasks:
+            if self.signals.is_stopping:
+                return 0.0
+            name = scheduled.task.name
+            if scheduled.paused:
+                self._unfinished.discard(name)
+                continue
+            if is_throttled or self._updater.rollouts.is_resuming(name):
+                continue
+            if self._is_backing_off(name, now):
+                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
+                continue
+            busy_s += self._run_if_due(scheduled, now, is_pipelined=not throttled.slow_reason)
+            wait = 0.0 if name in self._unfinished else min(wait, scheduled.schedule.wait_s(now))
+        if busy_s and (rest_s := self.throttle.rest_s(busy_s)):
+            # Counted from the tick's own reading: in virtual time its clock alone moves.
+            self._rest_until_s = now.boot_s + busy_s + rest_s
+        return wait if now.boot_s >= self._rest_until_s else min(others_wait, self._rest_until_s - now.boot_s)
+
+    def _run_if_due(self, scheduled: ScheduledTask, now: ClockReading, is_pipelined: bool) -> float:
+        """Run a task that is due, or that the last tick did not finish; return the seconds it took."""
+        name = scheduled.task.name
+        if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
+            scheduled.must_save |= scheduled.schedule.record_run(now)
+            if scheduled.schedule.needs_last_run:
+                scheduled.unsaved_run_us = now.wall_us
+            if scheduled.must_save:
+                self._save_last_runs([scheduled])
+            self._unfinished.add(name)
+        if name not in self._unfinished:
+            return 0.0
+        started_s = self._now().boot_s
+        scheduled.task.is_pipelined = is_pipelined
+        self._run_batches(scheduled, now)
+        return self._now().boot_s - started_s
 
     def _feed_watchdog(self) -> None:
         """Feed the watchdog of systemd if intake and uplink are alive; called when batches have just made progress."""
@@ -464,12 +476,17 @@ class Daemon:
         used = self._store.first_row(stream) - 1 if cursor is None else cursor
         return self._store.last_row(stream) - used
 
-    def _save_last_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
-        """Save the time of the run, so that the next start catches up once with a cron time that it missed."""
-        if not scheduled.schedule.needs_last_run:
+    def _save_last_runs(self, scheduled_tasks: Sequence[ScheduledTask]) -> None:
+        """Save the times of the last runs, so that the next start catches up once with a cron time that it missed."""
+        unsaved = [scheduled for scheduled in scheduled_tasks if scheduled.unsaved_run_us is not None]
+        if not unsaved:
             return
-        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(now.wall_us).encode())
+        with contextlib.suppress(StorageFull):
+            with self._store.transaction() as tx:
+                for scheduled in unsaved:
+                    tx.save_state(scheduled.task.name, task_keys.LAST_RUN, str(scheduled.unsaved_run_us).encode())
+            for scheduled in unsaved:
+                scheduled.unsaved_run_us, scheduled.must_save = None, False
 
     def _shut_down(self) -> None:
         self.intake.stop()
@@ -480,6 +497,8 @@ class Daemon:
             self.uplink.stop(0.0)
             return
         self._updater.stop(self._now())
+        # Another config may have another schedule, for which the very last run counts.
+        self._save_last_runs(self._scheduled_tasks)
         self._health_reporter.write_health()
         is_reload = self.signals.next_config is not None
         summary = "The daemon stopped to reload its config." if is_reload else "The daemon was stopped."

@@ -80,6 +80,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "rejected": counters.get("lines rejected", 0),
         "other_categories": counters.get("categories over limit", 0),
         "refused_connections": counters.get("connections refused", 0),
+        "full_lines": counters.get("lines refused while full", 0),
         "cut_off_lines": counters.get("lines cut off", 0),
         "delayed_connections": counters.get("connections delayed", 0),
         "failed_files": counters.get("files failed", 0),

@@ -15,8 +15,8 @@ from agent.comparison.tally import OutputKind, Predictions
 from agent.datasets.blocks import TextColumn
 from agent.errors import UsageError
 from agent.evaluation import examples, predictions
+from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import BundleComparison
-from agent.evaluation.evaluate import EvaluationRequest
 from agent.evaluation.examples import LabelledWindows
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import Inference

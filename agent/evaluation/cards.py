@@ -156,6 +156,7 @@ def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
         "Sensitivity",
         CardTable(("Field of another window", f"{metric}, worse by", "95 % interval"), importance_rows[:_MAX_ROWS]),
         CardTable(("Fault", f"{metric} at each strength"), faults),
+        CardTable(("Attack on the input", "Flipped answers at each strength"), tables.attack_rows(evaluation)),
     )
     card.add("Ethical considerations", texts.ethics)
     too_small = f"Too small to tell: {small}." if small else ""

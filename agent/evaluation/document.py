@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from agent.comparison.rules import RuleResult
+from agent.evaluation.adversarial.results import AdversarialResult
 from agent.performance.estimates import MetricEstimate
 
 
@@ -198,6 +199,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     slices: list[MetricEstimate] = []
     field_importance: list[FieldImportance] = []
     robustness: list[RobustnessCurve] = []
+    adversarial: AdversarialResult | None = None
     leakage: list[CheckResult] = []
     label_checks: list[CheckResult] = []
     suspects: list[SuspectLabel] = []

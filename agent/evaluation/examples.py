@@ -127,6 +127,15 @@ def cut_windows(dataset: Dataset, inference: Inference, split: str | None = None
     return starts, last
 
 
+def find_run_starts(dataset: Dataset, inference: Inference) -> Ints:
+    """Return for each row (n,) the first row that no gap, and no end of a file, separates from it."""
+    steps, gap_s = np.diff(dataset.t), inference.manifest.input.gap_s
+    is_first = np.concatenate([[True], (steps < 0) | (np.diff(dataset.file_index) != 0)])
+    if gap_s is not None:
+        is_first[1:] |= steps > gap_s * 1e6
+    return np.maximum.accumulate(np.where(is_first, np.arange(len(dataset.t)), 0))
+
+
 def predict(inference: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
     """Return the result for windows at ascending `starts`, with raw outputs; each file is a stream of its own."""
     results = []

@@ -6,6 +6,7 @@ for any text: every quantity that matches must meet the requirement.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import msgspec
 from agent import config, toml_files
 from agent.comparison.rules import RuleLimits
 from agent.errors import ConfigError, UsageError
+from agent.evaluation.adversarial.results import AdversarialResult
 from agent.evaluation.document import BundleComparison, Evaluation, IntervalEstimate, RequirementResult
 from agent.text import format_interval, format_value
 from agent.wire.desired_state import CanaryRules
@@ -31,6 +33,7 @@ _OPTIONS = {
     "slice(": "--slice COL measures slices; with --privacy small ones are left out",
     "fault(": "--robustness measures faults",
     "without(": "--ablate measures it",
+    "adversarial(": "--adversarial measures it",
     "latency(": "--no-latency leaves it out",
     "float.": "--float MODEL measures it",
 }
@@ -146,6 +149,8 @@ def list_quantities(evaluation: Evaluation) -> Iterator[tuple[str, IntervalEstim
         yield from ((f"fault({curve.fault}, {point.strength}).{metric}", point.value) for point in curve.points)
     for importance in evaluation.field_importance:
         yield f"without({', '.join(importance.fields)}).drop", importance.metric_drop
+    if evaluation.adversarial is not None:
+        yield from _list_adversarial(evaluation.adversarial)
     for latency in evaluation.latency:
         for name in ("p50_ms", "p95_ms", "per_second", "memory_mib"):
             yield f"latency({latency.batch}).{name}", IntervalEstimate(value=getattr(latency, name))
@@ -155,6 +160,20 @@ def list_quantities(evaluation: Evaluation) -> Iterator[tuple[str, IntervalEstim
             yield "float.agreement", comparison.agreement
     yield "model.bytes", IntervalEstimate(value=float(evaluation.model.bytes))
     yield "warnings", IntervalEstimate(value=float(len(evaluation.warnings)))
+
+
+def _list_adversarial(result: AdversarialResult) -> Iterator[tuple[str, IntervalEstimate]]:
+    for attack in result.attacks:
+        for point in attack.points:
+            share = IntervalEstimate(value=point.value, low=point.low, high=point.high)
+            yield f"adversarial({attack.attack}, {point.strength}).flipped", share
+    for change in result.smallest_changes:
+        name = f"adversarial({change.field}{', ' if change.label else ''}{change.label})"
+        # A change that flips too few answers has no such size: it is beyond any limit.
+        if change.smallest_sd is not None or not change.flipped:
+            smallest = math.inf if change.smallest_sd is None else change.smallest_sd
+            yield f"{name}.smallest_sd", IntervalEstimate(value=smallest)
+        yield f"{name}.median_sd", IntervalEstimate(value=math.inf if change.median_sd is None else change.median_sd)
 
 
 def to_junit(results: Sequence[RequirementResult], name: str) -> str:

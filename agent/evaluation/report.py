@@ -36,6 +36,7 @@ _SLICE_COLORS = {WORSE: "orange: worse than the rest", SMALL: "grey: too few to 
 _STATE_CLASSES = {"passed": "ok", "failed": "warning", "undecided": "none"}
 _MAX_CLASSES = 20
 _MAX_LINES = 40
+_MAX_POINTS, _MAX_CHANGES = 8, 200
 
 
 def render_html(evaluation: Evaluation) -> str:
@@ -220,6 +221,24 @@ def _robustness_section(evaluation: Evaluation) -> Iterator[Markup]:
     yield section("When sensors fail", lead, _grid(cards, "grid small"))
 
 
+def _adversarial_section(evaluation: Evaluation) -> Iterator[Markup]:
+    result = evaluation.adversarial
+    if result is None:
+        return
+    lead = (
+        f"Share of right answers that an attack flips, with its interval: {result.criterion}. Readings stay within "
+        f"the sensors' limits. {result.invocations:,} invocations of the model; nobody looked into it."
+    )
+    cards = []
+    for attack in result.attacks:
+        points = [CurvePoint(point.strength, point.value, point.low, point.high) for point in attack.points]
+        chart = charts.render_curve(f"{attack.attack}: {attack.meaning}", points[:_MAX_POINTS], 0.0, 1.0)
+        cards.append(page.card(_capitalize(attack.attack), _capitalize(attack.meaning) + ".", chart))
+    rows = to_texts(tables.smallest_change_rows(evaluation, by_class=True)[:_MAX_CHANGES])
+    smallest = table(["Field", "Class", "Median change", "Smallest change", "Windows"], rows, (4,))
+    yield section("When somebody forges readings", lead, _grid(cards, "grid small"), smallest)
+
+
 def _float_comparison_section(evaluation: Evaluation) -> Iterator[Markup]:
     if evaluation.float_comparison is not None:
         file = evaluation.float_comparison.file
@@ -272,6 +291,7 @@ _SECTIONS = (
     _slices_section,
     _importance_section,
     _robustness_section,
+    _adversarial_section,
     _float_comparison_section,
     _latency_section,
     _suspects_section,

@@ -65,21 +65,36 @@ class WindowSample(msgspec.Struct, frozen=True, eq=False):
 
 def draw_sample(inference: Inference, labelled: LabelledWindows, units: BootstrapUnits) -> WindowSample:
     """Return a sample of at most 5000 windows, evenly from all."""
-    history, rows = inference.history_rows, inference.rows
-    file_starts = np.array([part.start for part in labelled.dataset.file_slices()])
-    with_history = labelled.starts - file_starts[labelled.dataset.file_index[labelled.starts]] >= history
-    candidates = np.flatnonzero(with_history) if with_history.any() else np.arange(len(labelled))
-    count = max(1, min(_MAX_WINDOWS, _MAX_VALUES // ((history + rows) * len(inference.fields)), len(candidates)))
+    candidates = find_windows_with_history(inference, labelled)
+    count = max(1, min(_MAX_WINDOWS, max_windows(inference), len(candidates)))
     picked = candidates[np.linspace(0, len(candidates) - 1, count).astype(np.int64)]
-    labelled, units = labelled.subset(picked), units.subset(picked)
+    sample = cut_sample(inference, labelled.subset(picked), units.subset(picked))
+    return msgspec.structs.replace(sample, baseline=sample.reevaluate(sample.windows))
+
+
+def max_windows(inference: Inference) -> int:
+    """Return how many windows are held in memory at most."""
+    return max(1, _MAX_VALUES // ((inference.history_rows + inference.rows) * len(inference.fields)))
+
+
+def find_windows_with_history(inference: Inference, labelled: LabelledWindows) -> Ints:
+    """Return the windows whose derived features have all their rows; all windows if none have."""
+    file_starts = np.array([part.start for part in labelled.dataset.file_slices()])
+    since = labelled.starts - file_starts[labelled.dataset.file_index[labelled.starts]]
+    with_history = since >= inference.history_rows
+    return np.flatnonzero(with_history) if with_history.any() else np.arange(len(labelled))
+
+
+def cut_sample(inference: Inference, labelled: LabelledWindows, units: BootstrapUnits) -> WindowSample:
+    """Return these windows in ascending order with their history, without a baseline."""
+    history, rows = inference.history_rows, inference.rows
     extents = np.maximum(labelled.starts[:, None] + np.arange(-history, rows), 0)
     windows, t = labelled.dataset.values[extents], labelled.dataset.t[extents].reshape(-1)
     starts = np.arange(len(labelled), dtype=np.int64) * (history + rows) + history
     files = range(len(labelled.dataset.files) if inference.manifest.joined else 0)
     cuts = [examples.cut_at(inference, labelled.dataset, labelled.starts, i) for i in files]
     joined = joins.concatenate([cut.joined for cut in cuts])
-    sample = WindowSample(inference, labelled, units, windows, t, starts, np.empty(0), joined)
-    return msgspec.structs.replace(sample, baseline=sample.reevaluate(windows))
+    return WindowSample(inference, labelled, units, windows, t, starts, np.empty(0), joined)
 
 
 def permutation_importance(sample: WindowSample, seed: int) -> list[FieldImportance]:

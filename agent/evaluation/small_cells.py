@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from agent.evaluation.adversarial.results import AdversarialResult
 from agent.evaluation.document import Evaluation
 
 MIN_COUNT = 10
@@ -54,9 +55,25 @@ def withhold(evaluation: Evaluation, min_count: int) -> Evaluation:
         confusion=[] if is_small else evaluation.confusion,
         reliability=bins,
         slices=slices,
+        adversarial=_withhold_attacks(evaluation.adversarial, set(known), min_count),
         suspects=[],
-        notes=[note],
+        notes=[*evaluation.notes, note],
     )
+
+
+def _withhold_attacks(result: AdversarialResult | None, labels: set[str], min_count: int) -> AdversarialResult | None:
+    """Leave out shares and sizes of few windows, and the smallest change, which is that of a single window."""
+    if result is None:
+        return None
+    attacks = [
+        replace(attack, points=[point for point in attack.points if point.n >= min_count]) for attack in result.attacks
+    ]
+    changes = [
+        replace(change, smallest=None, smallest_sd=None)
+        for change in result.smallest_changes
+        if change.n >= min_count and (not change.label or change.label in labels)
+    ]
+    return replace(result, attacks=[attack for attack in attacks if attack.points], smallest_changes=changes)
 
 
 def _large_cells(cells: Sequence[Cell], size: Callable[[Cell], int], min_count: int) -> Iterable[Cell]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agent.evaluation.adversarial.results import ALL_FIELDS, SmallestChange
 from agent.evaluation.document import Evaluation, IntervalEstimate, RobustnessCurve
 from agent.performance.metrics import display_name
 from agent.performance.slices import SMALL, WORSE
 from agent.text import format_interval, format_value
 
 Row = Sequence[str | int]
+_MAX_POINTS = 12  # of an attack, in text
 _SLICE_STATES = {WORSE: "worse than the rest", SMALL: "too small to tell"}
 
 
@@ -53,6 +55,40 @@ def importance_rows(evaluation: Evaluation) -> list[Row]:
     """Return fields, drop of the metric, interval."""
     drops = [(", ".join(d.fields), d.metric_drop) for d in evaluation.field_importance]
     return [(names, format_value(d.value), format_interval(d.low, d.high)) for names, d in drops]
+
+
+def attack_rows(evaluation: Evaluation) -> list[Row]:
+    """Return attack, share of flipped answers at each strength; none without attacks."""
+    attacks = evaluation.adversarial.attacks if evaluation.adversarial else []
+    return [
+        (attack.attack, "; ".join(f"{point.strength}: {point.value:.0%}" for point in attack.points[:_MAX_POINTS]))
+        for attack in attacks
+    ]
+
+
+def smallest_change_rows(evaluation: Evaluation, *, by_class: bool) -> list[Row]:
+    """Return field, class, median and smallest change that flips an answer, in sd and in units, and the windows."""
+    changes = evaluation.adversarial.smallest_changes if evaluation.adversarial else []
+    return [
+        (
+            change.field,
+            change.label or "any",
+            _format_change(change.median_sd, change.median, change),
+            # With --privacy the change of a single window is left out.
+            "–"
+            if change.smallest_sd is None and change.flipped
+            else _format_change(change.smallest_sd, change.smallest, change),
+            change.n,
+        )
+        for change in changes
+        if by_class or not change.label or change.field == ALL_FIELDS
+    ]
+
+
+def _format_change(size_sd: float | None, size: float | None, change: SmallestChange) -> str:
+    if size_sd is None:
+        return f"> {change.largest_sd:g} sd"
+    return f"{size_sd:.2g} sd" + ("" if size is None else f", {size:.3g} {change.unit}".rstrip())
 
 
 def suspect_rows(evaluation: Evaluation) -> list[Row]:

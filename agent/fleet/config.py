@@ -231,7 +231,7 @@ def load(folder: Path) -> FleetConfig:
     if not path.exists():
         problem = "no such file; `outstation fleet init DIR` creates a fleet, `--dir DIR` names another folder"
         raise ConfigError(str(path), "", problem)
-    config = read(path, FleetConfig, _STRANGERS)
+    config = read(path, FleetConfig, strangers=_STRANGERS)
     check_name(str(path), "fleet.name", config.fleet.name)
     for task in config.fleet.tasks:
         check_name(str(path), "fleet.tasks", task)

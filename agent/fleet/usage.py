@@ -20,9 +20,12 @@ class _Health(msgspec.Struct, frozen=True):
 
 
 def load_usages(store: FleetStore, device: str | None = None) -> dict[str, Usage | None]:
-    """Return the usage of each device; None for one that has not stated it in its newest log within the last hour."""
+    """Return the usage of each device that is not revoked.
+
+    None for one that has not stated it in its newest log within the last hour.
+    """
     with store.snapshot() as db:
-        names = [row[0] for row in statements.load_heads(db) if device in (None, row[0])]
+        names = sorted(name for name in statements.load_active(db) if device in (None, name))
         logs = statements.load_newest_logs(db, names)
         return {
             name: None if log is None else _find_usage(db, name, log[0]) for name, log in zip(names, logs, strict=True)

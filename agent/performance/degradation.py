@@ -8,7 +8,8 @@ answer, or the absolute error of a number) is compared with three references, ea
 - certainty: how often answers with these scores were right there; a larger loss means concept drift
 
 A difference within MARGINS does not matter. An alert also needs the interval of the loss since the CUSUM left zero to
-lie wholly above the reference. Neighbours that are alike count for less (`intervals.estimate_design_effect`).
+lie wholly above the reference. Neighbours that are alike count for less (`intervals.estimate_design_effect`), and so do
+groups that differ by more than chance (`intervals.estimate_group_effect`).
 An open alert clears by the opposite CUSUM: log-likelihood ratios of the reference against the alert's own loss.
 It needs CLEAR_SIZE labels whose mean is within the margin and whose interval lies wholly below the alert's loss.
 A label that is corrected later counts as if it had been right from the start: `recompute` runs all tests again.
@@ -46,7 +47,7 @@ CLEAR_SIZE, CLEAR_LIMIT, _MAX_RECOVERY_STEP = 150, 11.0, 2.0
 _REFERENCES = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's scores"}
 # Pseudo-counts of one wrong and one right answer, because a model that was never wrong yet will be.
 _PRIOR = 1.0
-_AUTOCORRELATION_MEMORY = 400
+_AUTOCORRELATION_MEMORY, _GROUP_MEMORY = 400, 40
 # Share of labels that are the model's own answers.
 MAX_OWN_SHARE = 0.2
 # Labels repeat the answers if so few of at least so many disagree that chance explains it in one of a million windows.
@@ -126,6 +127,7 @@ class DegradationState(msgspec.Struct):
     last_message_s: float = 0.0  # uptime of the last message
     pending: list[LabelledLoss] = []  # of an unfinished group
     recent_losses: list[float] = []  # for the autocorrelation
+    recent_groups: list[tuple[float, float]] = []  # sums and sums of squares, for the variation between groups
     baseline_n: int = 0
     baseline_loss_sum: float = 0.0
     baseline_square_sum: float = 0.0
@@ -138,7 +140,7 @@ class DegradationState(msgspec.Struct):
     def require_authenticated(self) -> None:
         """Count authenticated labels only from now on; what others raised stays open until these clear it."""
         self.is_authenticated, self.first_number = True, 0
-        self.pending, self.recent_losses = [], []
+        self.pending, self.recent_losses, self.recent_groups = [], [], []
         self.baseline_n, self.baseline_loss_sum, self.baseline_square_sum = 0, 0.0, 0.0
         self.tracks = {
             kind: CusumTrack(run=track.run if track.is_open else Run(), is_open=track.is_open,
@@ -261,7 +263,8 @@ def recompute(
         if track.is_open and not old.is_open:
             track.raised_count = old.raised_count + 1
             events.append(replace(last_events[kind, "raised"], count=track.raised_count))
-    state.pending, state.recent_losses, state.tracks = fresh.pending, fresh.recent_losses, fresh.tracks
+    state.pending, state.tracks = fresh.pending, fresh.tracks
+    state.recent_losses, state.recent_groups = fresh.recent_losses, fresh.recent_groups
     _copy_baseline(fresh, state)
     return events
 
@@ -285,8 +288,10 @@ def _to_run(losses: Sequence[LabelledLoss]) -> Run:
 def _add_group(state: DegradationState, promise: PromisedAccuracy, *, binary_loss: bool) -> list[DegradationEvent]:
     group = _to_run(state.pending)
     losses = [item.loss for item in state.pending]
+    square_sum = math.fsum(loss**2 for loss in losses)
     state.recent_losses = [*state.recent_losses, *losses][-_AUTOCORRELATION_MEMORY:]
-    design_effect = intervals.estimate_design_effect(np.array(state.recent_losses))
+    state.recent_groups = [*state.recent_groups, (group.loss_sum, square_sum)][-_GROUP_MEMORY:]
+    design_effect = _estimate_design_effect(state)
     events = []
     for kind in KINDS:
         reference = _reference_loss(kind, state, promise, binary_loss=binary_loss)
@@ -298,8 +303,14 @@ def _add_group(state: DegradationState, promise: PromisedAccuracy, *, binary_los
     if state.baseline_n < BASELINE_SIZE:
         state.baseline_n += GROUP_SIZE
         state.baseline_loss_sum += group.loss_sum
-        state.baseline_square_sum += math.fsum(loss**2 for loss in losses)
+        state.baseline_square_sum += square_sum
     return events
+
+
+def _estimate_design_effect(state: DegradationState) -> float:
+    sums, squares = np.array(state.recent_groups).T
+    neighbours = intervals.estimate_design_effect(np.array(state.recent_losses))
+    return max(neighbours, intervals.estimate_group_effect(sums, squares, GROUP_SIZE))
 
 
 def _reference_loss(

@@ -28,6 +28,7 @@ from agent.wire.jws import Signer
 from agent.wire.keys import b64url_encode, parse_encryption_key
 from agent.wire.quiet_windows import QuietWindows
 from agent.wire.runs import (
+    MAX_REPEATED_BYTES,
     MAX_RESULTS,
     EpochMicroseconds,
     JitteredTimes,
@@ -131,6 +132,9 @@ class ResultColumns(msgspec.Struct, frozen=True):
         for name, length in lengths.items():
             if length != count:
                 raise ValueError(f"column {name} has {length} entries, row has {count}")
+        repeated = 0 if self.label is None else runs.repeated_bytes(self.label)
+        if repeated > MAX_REPEATED_BYTES:
+            raise ValueError(f"labels in runs have {repeated} bytes, the limit is {MAX_REPEATED_BYTES}")
         # Plain entries are in range by their type.
         if count != len(self.row):
             runs.check_range(self.row, 1, 2**53 - 1)
@@ -465,8 +469,6 @@ Body = (
     | CommandPayload
     | DesiredPayload
 )
-# Made here, by one thread: two threads that are the first to decode the same struct end the process (msgspec 0.22).
-_DECODER = decoders.json_decoder(Body)
 
 
 class VerifiedMessage(msgspec.Struct, frozen=True):
@@ -504,7 +506,7 @@ def verify_message(
 def decode(payload: bytes) -> Body:
     """Parse a payload. Raises MessageRefused."""
     try:
-        body: Body = _DECODER.decode(payload)
+        body: Body = decoders.from_json(payload, Body)
         check_strict_json(payload)
         if _LONG_NUMBER in payload.translate(_DIGITS_TO_ZERO):
             _require_64_bit_numbers(msgspec.json.decode(payload))

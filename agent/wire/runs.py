@@ -13,6 +13,8 @@ import msgspec
 
 # Results of one message, whatever their encoding: a message of a few bytes must not fill a reader's memory.
 MAX_RESULTS = 1 << 14
+# Repeated labels of one message, UTF-8. A device fills a message as if no label repeated, so none of its own has more.
+MAX_REPEATED_BYTES = 1 << 20
 
 _MAX_INT = 2**53 - 1
 RunLength = Annotated[int, msgspec.Meta(ge=1, le=MAX_RESULTS)]
@@ -69,6 +71,11 @@ def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
         if type(item) not in _PLAIN:
             count += item.count - 1  # type: ignore[operator,union-attr]
     return count
+
+
+def repeated_bytes(column: Sequence[Label | LabelRun]) -> int:
+    """Return the bytes (UTF-8) of all labels that runs stand for, without expanding them."""
+    return sum(len(item.label.encode()) * item.count for item in column if isinstance(item, LabelRun))
 
 
 def check_range(column: Integers, low: int, high: int) -> None:

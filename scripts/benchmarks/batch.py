@@ -36,17 +36,18 @@ _BATCHES = 3
 
 
 class Tiny(msgspec.Struct, frozen=True):
-    """A model of MLPerf Tiny: frames per window, bands per frame, and the SPEC after its input section."""
+    """A model of MLPerf Tiny; `rest_of_spec` follows the input section, `target` is the smallest ratio."""
 
     file: str
     frames: int
     bands: int
     rest_of_spec: str
+    target: float
 
 
 TINY = {
-    "ad01": Tiny("mlperf_ad01_int8", 5, 128, 'kind = "anomaly"\n[output]\nthreshold = 10.0'),
-    "kws": Tiny("mlperf_kws_int8", 49, 10, f'kind = "classify"\nlabels = {[f"w{i}" for i in range(12)]}'),
+    "ad01": Tiny("mlperf_ad01_int8", 5, 128, 'kind = "anomaly"\n[output]\nthreshold = 10.0', 0.08),
+    "kws": Tiny("mlperf_kws_int8", 49, 10, f'kind = "classify"\nlabels = {[f"w{i}" for i in range(12)]}', 0.73),
 }
 
 
@@ -99,7 +100,7 @@ def mlperf_tiny_models() -> list[Result]:
         noise = np.random.default_rng(0).uniform(low, high, (WINDOWS // 4 * tiny.frames, tiny.bands))
         rows = noise.astype(np.float32)
         with _packed(content, rows[: 1000 * tiny.frames], tiny.rest_of_spec, tiny.frames) as device:
-            results.append(_compare_with_interpreter(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
+            results.append(_compare_with_interpreter(device, rows, name, f"MLPerf Tiny {name}", tiny.target))
     return results
 
 
@@ -120,18 +121,18 @@ def sixteen_field_model() -> list[Result]:
         pace = rates(device.work_off, one_by_one, device.cpu_s, rounds=3, prepare=lambda: device.fill(rows))
     note = "store to committed results, drift of 16 fields included"
     return [
-        Result.within("tabular", 1e6 / pace.ours, 3.0, "µs/row", note, "CPU"),
+        Result.within("tabular", 1e6 / pace.ours, 1.5, "µs/row", note, "CPU"),
         Result.timed(
             "row at a time",
             pace,
             "rows/s",
-            20.0,
+            12.0,
             "reference: quantize and invoke a row at a time, nothing else",
         ),
     ]
 
 
-def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description: str, target: float = 0.75) -> Result:
+def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description: str, target: float = 0.45) -> Result:
     spec = device.task.bundle.manifest.input
     count = len(rows) // device.task.window_rows
     ready = features.build_windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)

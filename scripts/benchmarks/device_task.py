@@ -41,8 +41,9 @@ class Bed(msgspec.Struct):
     author: MessageLog
     step_us: int
 
-    def fill(self, rows: Floats) -> None:
-        _append(self.store, self.task.config.stream, rows, self.step_us)
+    def fill(self, rows: Floats, jitter_us: int = 0) -> None:
+        """Append `rows` at a steady pace; each time is up to `jitter_us` later."""
+        _append(self.store, self.task.config.stream, rows, self.step_us, jitter_us)
 
     def cpu_s(self) -> float:
         """Return the processor time of this process and of the confined model's."""
@@ -116,10 +117,12 @@ def append_rows(config: Path, stream: str, rows: Floats, step_us: int = 20_000) 
         store.close()
 
 
-def _append(store: Store, stream: str, rows: Floats, step_us: int) -> None:
+def _append(store: Store, stream: str, rows: Floats, step_us: int, jitter_us: int = 0) -> None:
+    rng = np.random.default_rng(0)
     stored = store.last_row(stream)
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
         t = (np.arange(len(part), dtype=np.int64) + stored + start) * step_us
+        t += rng.integers(0, jitter_us + 1, len(part))
         with store.transaction() as tx:
             tx.append(stream, Rows(t, tuple(np.ascontiguousarray(c) for c in part.T)), "synced")

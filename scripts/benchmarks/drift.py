@@ -27,7 +27,7 @@ from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
 # Smallest acceptable ratio between the cost of each peer and our cost.
-PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
+PEER_TARGETS = ((peers.RIVER, 2.5), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 FOUR_FIELDS, ONE_FIELD = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 

@@ -15,6 +15,7 @@ from agent.wire.messages import ResultColumns
 from scripts.benchmarks import Result, benchmark, device_task
 
 RESULTS = 1000
+_JITTER_US = 2_000
 _COLUMNS = ("row", "t", "label", "score")
 # TCP over IPv4 with timestamps: header bytes of a segment, maximum payload of a segment, and bytes of a PUBACK.
 _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
@@ -24,10 +25,13 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 def traffic_of_results() -> list[Result]:
     """Measure the exercise model on one person's recordings: whole packets both ways, acknowledgements included."""
     recorded = load(SCENARIOS["exercise"].file)
-    names = [name for name, _ in SCENARIOS["exercise"].fields]
-    places = Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with device_task.device_with_task(names, "exercise") as device:
-        device.fill(recorded.rows[places])
+    rows = recorded.rows[Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)]
+    return [*_compare(rows, 0, "traffic", 0.06), *_compare(rows, _JITTER_US, "traffic, jittered times", 0.075)]
+
+
+def _compare(rows: device_task.Floats, jitter_us: int, name: str, target: float) -> list[Result]:
+    with device_task.device_with_task([name for name, _ in SCENARIOS["exercise"].fields], "exercise") as device:
+        device.fill(rows, jitter_us)
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
         ours = []
@@ -39,10 +43,12 @@ def traffic_of_results() -> list[Result]:
             for size in _sizes_of_single_results(message.payload, message.topic)
         )
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
-    notes = {"traffic": note, "traffic, compressed": f"with `[broker] compress = true`; {note}"}
+    if jitter_us:
+        note = f"each time up to {jitter_us // 1000} of {device.step_us // 1000} ms late; {note}"
+    notes = {name: note, f"{name}, compressed": f"with `[broker] compress = true`; {note}"}
     return [
-        Result(name, size, plain, "bytes", 1 / 15, notes[name], less=True)
-        for name, size in zip(notes, ours, strict=True)
+        Result(called, size, plain, "bytes", target, notes[called], less=True)
+        for called, size in zip(notes, ours, strict=True)
     ]
 
 

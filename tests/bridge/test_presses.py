@@ -69,8 +69,9 @@ def test_a_press_just_after_another_answer_is_refused_because_it_may_mean_the_on
 )
 def test_a_press_that_says_nothing_stores_nothing(topic: str, payload: bytes) -> None:
     desk = Desk()
-    desk.press(topic, payload)
+    line = desk.press(topic, payload)
     assert desk.stored == []
+    assert "refused: " in line
 
 
 def test_a_flood_of_presses_is_cut_off() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from agent.bootstrap.device import load_config
+from agent import clock
+from agent.bootstrap.device import load_config, open_store
 from agent.cli import cli
 from agent.cli.database import inspection
+from agent.config import FieldConfig
+from agent.device.store.rows import PackedChunk, Rows, unpack_chunk
 from agent.fleet.database.store import FleetStore
 
 CONFIG = """
@@ -65,6 +71,40 @@ def test_readings_of_a_range_of_time(device: Path) -> None:
     [row] = json.loads(text)
     assert row.pop("clock") in ("synced", "restored", "unsynced")
     assert row == {"row": 2, "time": "2026-11-20T10:00:01.000000Z", "temperature": 21.5, "state": "off"}
+
+
+def test_readings_of_a_range_of_time_read_no_chunk_outside_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, hour_us, begin = tmp_path / "outstation.toml", 3_600_000_000, 1_795_000_000_000_000
+    file.write_text(CONFIG, encoding="utf-8")
+    conf, unpacked = load_config(str(file))[1], list[int]()
+    # Chunks of a second; one came late, and one goes two hours back, so that its offsets are long.
+    hours, n = [*range(20), 7, *range(20, 40)], 1000
+    with contextlib.closing(open_store(conf)) as store:
+        for hour in hours:
+            t = begin + hour * hour_us + np.arange(n, dtype=np.int64) * 1000
+            t[-1] -= 2 * hour_us if hour == 30 else 0
+            with store.transaction() as tx:
+                tx.append("room", Rows(t, (np.ones(n, "<f4"), np.zeros(n, "<u2"))), "synced")
+
+    def unpack(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
+        unpacked.append(chunk.first_t)
+        return unpack_chunk(chunk, fields)
+
+    monkeypatch.setattr("agent.device.store.store.unpack_chunk", unpack)
+
+    def listed(first: int, end: int) -> list[int]:
+        since, until = (clock.to_rfc3339(begin + hour * hour_us) for hour in (first, end))
+        return [
+            row["row"]
+            for row in json.loads(run(file, "db", "readings", "room", "--since", since, "--until", until, "--json"))
+        ]
+
+    assert listed(7, 8) == [*range(7 * n + 1, 8 * n + 1), *range(20 * n + 1, 21 * n + 1)]
+    # These two, the one that could hold any time, and one before each: 71 minutes fit into short offsets.
+    assert len(unpacked) <= 5
+    assert listed(28, 29) == [*range(29 * n + 1, 30 * n + 1), 32 * n]
 
 
 def test_tables_schema_and_rows_of_the_store(device: Path) -> None:

@@ -20,7 +20,9 @@ from agent.client import Client
 from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
+from agent.device.store import task_keys
 from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 from agent.testing.fleet import FIELDS, DeviceProcess, LocalFleet, field_tables
 from agent.testing.process import wait_until
 from tests.kit.commands import audit_fleet
@@ -66,10 +68,10 @@ class Turned:
 
         return counting
 
-    def _noted(self, task: str, ran: Callable[[ClockReading], None]) -> Callable[[ClockReading], None]:
-        def noting(now: ClockReading) -> None:
+    def _noted(self, task: str, ran: Callable[[ClockReading], bool]) -> Callable[[ClockReading], bool]:
+        def noting(now: ClockReading) -> bool:
             self.runs[task] += 1
-            ran(now)
+            return ran(now)
 
         return noting
 
@@ -112,6 +114,28 @@ def test_no_step_of_the_wall_clock_makes_runs_burst_or_a_turn_long(turned: Turne
         assert turned.most["times"] <= 8, (step, turned.most)
         assert turned.most["batches"] <= len(TASKS), (step, turned.most)
         assert turned.most["commits"] <= 20, (step, turned.most)
+
+
+def test_runs_between_two_cron_times_write_no_state_and_a_stop_saves_the_last_one(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "minutely", "every 60 s or 30 3 * * *")
+    turned, saved = Turned(fleet.add_device("pi-01"), monkeypatch), Counter[str]()
+    save = Transaction.save_state
+
+    def noting(tx: Transaction, task: str, name: str, value: bytes) -> None:
+        saved[f"{task} {name}"] += 1
+        save(tx, task, name, value)
+
+    monkeypatch.setattr(Transaction, "save_state", noting)
+    turned.live(3600)
+    assert turned.runs["minutely"] >= 60
+    assert saved[f"minutely {task_keys.LAST_RUN}"] == 1
+    assert saved[f"cron {task_keys.LAST_RUN}"] == turned.runs["cron"]
+    turned.daemon._save_last_runs(turned.daemon._scheduled_tasks)
+    last = int(turned.store.load_state("minutely", task_keys.LAST_RUN) or 0)
+    assert turned.wall_us - last < 2 * MINUTE
+    turned.store.close()
 
 
 # --- a real process

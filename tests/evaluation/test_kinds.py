@@ -59,7 +59,7 @@ def test_block_size_changes_nothing_and_own_predictions_are_right(kind: str, tmp
         # Batches of another size may differ in the last bit of a float.
         assert [float(a[name]) for name in numbers] == pytest.approx([float(b[name]) for name in numbers], abs=1e-5)
     if result.manifest.label_kind != "anomaly" or result.manifest.output.threshold is not None:
-        judged = evaluated(bundle, data, ablate=True, robustness=True)
+        judged = evaluated(bundle, data, ablate=True, robustness=True, adversarial=True, max_invocations=2000)
         figures = {m.metric: m.value for m in judged.metrics}
         perfect = {
             "classify": ("accuracy", 1.0),

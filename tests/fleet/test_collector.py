@@ -38,6 +38,7 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishRec
 from agent.wire import jws
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, verify_message
+from agent.wire.runs import MAX_RESULTS
 from tests.kit.fleet_databases import sqlite_of
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -201,6 +202,33 @@ def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: 
 
 
 @pytest.mark.attack("broker")
+def test_a_forged_retained_acknowledgement_of_a_silent_device_is_counted_and_answered_with_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrolled(desk.store)
+    monkeypatch.setattr(desk.collector, "_missing_devices", {"pi-07"})
+    body = {"v": 1, "kind": "ack", "device": "pi-07", "log": MessageSender().log, "through": 9, "missing": []}
+    payload = json.dumps({**body, "time": NOW}).encode()
+    forged = MessageSender().sign_payload(f"outstation/{FLEET}/pi-07/ack", payload)
+    desk.hand(forged.to_incoming(retained=True))
+    assert desk.reasons() == {"unknown key": 1}
+    assert desk.wire.acks() == []
+
+
+def test_a_short_message_that_stands_for_67_mb_of_labels_is_refused_and_not_acknowledged(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender, run = enrolled(desk.store), [[1, 1, MAX_RESULTS]]
+    columns = {"row": run, "t": run, "label": [["x" * 4096, MAX_RESULTS]]}
+    bomb = sender.results(MAX_RESULTS, rows_at=(1, MAX_RESULTS), columns=columns)
+    assert len(bomb.payload) < 6000
+    desk.hand(bomb, sender.health())
+    assert desk.reasons() == {"malformed payload": 1}
+    assert "refused 1 messages, last malformed payload" in caplog.text
+    assert desk.wire.acks() == [("pi-07", 2, [(1, 1)])]
+    assert desk.store.count_messages() == 1
+
+
 def test_a_flood_of_hostile_messages_loses_no_valid_one_and_alerts_once(desk: Desk) -> None:
     sender, stranger = enrolled(desk.store), MessageSender("pi-09")
     enrolled(desk.store, "pi-08")

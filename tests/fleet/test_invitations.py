@@ -148,12 +148,15 @@ def test_a_flood_is_dropped_unread(site: Site) -> None:
     assert site.registrar.handle(site.invited.account, b"x" * (enrolment_request.MAX_BYTES + 1), NOW_US, 99.0) is None
     assert site.registrar.handle("_join-0000000000000000", site.request(), NOW_US, 99.0) is None
     assert site.registrar.ignored == 1002
+    [report] = site.registrar.refresh(NOW_US)
+    assert (report.state, report.detail.split()[0]) == ("ignored", "1002")
+    assert site.registrar.refresh(NOW_US + 1) == []
     assert site.enrolled() is None
 
 
 def test_an_expired_code_is_worth_nothing(site: Site) -> None:
     assert site.ask(site.request(), at_us=NOW_US + DAY_US) is None
-    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US)] == ["expired"]
+    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US)] == ["expired", "ignored"]
     assert access_of(site.folder, site.invited.account) is None
     assert site.enrolled() is None
 

@@ -175,7 +175,9 @@ def test_a_further_column_that_is_no_list_of_numbers_stays_evidence_only(store: 
     ]
 
 
-@pytest.mark.parametrize(("labels", "size"), [(1, 4096), (100, 200)], ids=["a long label", "many columns"])
+@pytest.mark.parametrize(
+    ("labels", "size"), [(1, 4096), (1, 100), (100, 200)], ids=["a long label", "1.6 MB", "many columns"]
+)
 def test_runs_of_labels_that_would_fill_the_memory_stay_evidence_only(
     store: FleetStore, labels: int, size: int
 ) -> None:

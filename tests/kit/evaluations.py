@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.evaluation import evaluate
+from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import CheckResult, Evaluation
 from agent.indices import repeat
 from agent.model.bundle import builtin
@@ -79,7 +80,7 @@ def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
 def evaluated(bundle: Path, data: Path, **options: Any) -> Evaluation:
     """Evaluate without a probe and without timing."""
     content, run = loaded(bundle)
-    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **options})
+    request = EvaluationRequest(data=data, **{"latency": False, **options})
     return evaluate.evaluate(content, run, "not looked at", request, lambda _: None)
 
 

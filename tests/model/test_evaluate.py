@@ -59,7 +59,9 @@ def whole(tabular: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation
         "train": train,
         "float_model": MODELS / "classify_float32.tflite",
     }
-    return evaluated(tabular, data, ablate=True, robustness=True, latency=True, **options)
+    return evaluated(
+        tabular, data, ablate=True, robustness=True, adversarial=True, max_invocations=3000, latency=True, **options
+    )
 
 
 def test_the_command_prints_the_document_and_writes_report_and_cards(tabular: Path, tmp_path: Path) -> None:
@@ -67,7 +69,15 @@ def test_the_command_prints_the_document_and_writes_report_and_cards(tabular: Pa
     about.write_text('[card]\nintended_use = "Telling | <left> from right."\n')
     out = ("--html", tmp_path / "r.html", "--card", tmp_path / "cards", "--about", about)
     result = run(
-        tabular, labelled(tmp_path / "rows.csv"), "--slice", "site", "--ablate", "--robustness", *out, "--json"
+        tabular,
+        labelled(tmp_path / "rows.csv"),
+        "--slice",
+        "site",
+        "--ablate",
+        "--robustness",
+        "--adversarial",
+        *out,
+        "--json",
     )
     assert result.exit_code == 0
     evaluation = msgspec.json.decode(result.stdout, type=Evaluation, strict=True)
@@ -84,7 +94,7 @@ def test_the_command_prints_the_document_and_writes_report_and_cards(tabular: Pa
 
 def test_the_same_seed_gives_the_same_document(tabular: Path, tmp_path: Path) -> None:
     data = labelled(tmp_path / "rows.csv")
-    options = {"ablate": True, "robustness": True, "slices": ("site",)}
+    options = {"ablate": True, "robustness": True, "adversarial": True, "slices": ("site",)}
     first, second = (evaluated(tabular, data, **options) for _ in range(2))
     still = {"evaluated_at": "", "seconds": 0.0}
     assert msgspec.structs.replace(first, **still) == msgspec.structs.replace(second, **still)
@@ -175,7 +185,7 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
         [f"{v:.3f}" for v in rng.normal(0, 1, 600)] if recipe is REGRESS else (["normal"] * 8 + ["anomaly"] * 4) * 50
     )
     data = labelled(tmp_path / "rows.csv", recipe, label=truth)
-    evaluation = evaluated(tmp_path / "bundle", data, ablate=True, robustness=True, slices=("site",))
+    evaluation = evaluated(tmp_path / "bundle", data, ablate=True, robustness=True, adversarial=True, slices=("site",))
     wanted = {"mae", "rmse", "r2"} if recipe is REGRESS else {"auc", "average_precision", "precision", "recall"}
     assert {m.metric for m in evaluation.metrics} >= wanted
     assert len(evaluation.field_importance) == len(recipe.fields)
@@ -300,7 +310,10 @@ def test_the_report_loads_nothing_and_runs_nothing(whole: Evaluation) -> None:
     assert page.resources == []
     assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
     assert not re.search(r"url\(|@import|https?://", text)
-    assert len(page.pictures) == 1 + 2 + 2 + 1 + 6  # reliability, classes, slices, ablation, faults
+    attacks = whole.adversarial.attacks if whole.adversarial else []
+    assert len(attacks) > 5
+    # reliability, classes, slices, ablation, faults, attacks
+    assert len(page.pictures) == 1 + 2 + 2 + 1 + 6 + len(attacks)
     assert "prefers-color-scheme:dark" in text
 
 

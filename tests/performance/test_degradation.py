@@ -56,6 +56,19 @@ def test_mistakes_that_come_in_runs_are_no_decay() -> None:
     assert events <= 6
 
 
+def test_sessions_in_which_many_answers_are_wrong_are_neither_decay_nor_a_broken_promise() -> None:
+    events = groups = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        chances = np.repeat(np.where(rng.random(200) < 0.15, 0.5, 0.05), 35)
+        answers = rng.random(len(chances)) < chances
+        promise = PromisedAccuracy(1 - float(chances.mean()), 2000)
+        events += len([event for event in run(answers, promise=promise) if event.state == "raised"])
+        groups += len(answers) // degradation.GROUP_SIZE
+    # 39 in 1000 if only neighbours are compared.
+    assert events <= 6 * groups / 1000
+
+
 def test_falling_accuracy_is_reported_with_both_numbers() -> None:
     state = DegradationState("sha256:a")
     assert run(wrong(500, 0.07), state) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,3 +102,19 @@ def test_weights_of_many_results_are_made_one_replicate_at_a_time() -> None:
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_groups_that_differ_by_more_than_chance_count_for_less() -> None:
+    rng = np.random.default_rng(3)
+    free = (rng.random((400, 25)) < 0.1).astype(float)
+    # Sessions of 50 values each, one in ten of which goes wrong half the time: neighbours hardly show it.
+    chances = np.repeat(np.where(rng.random(200) < 0.1, 0.5, 0.05), 50)
+    sessions = (rng.random(10_000) < chances).astype(float).reshape(400, 25)
+
+    def effect(groups: Any) -> float:
+        return intervals.estimate_group_effect(groups.sum(axis=1), (groups**2).sum(axis=1), 25)
+
+    assert effect(free) < 1.2
+    assert effect(sessions) > 4 > 2 > intervals.estimate_design_effect(sessions.ravel())
+    assert effect(sessions * 1e3) == pytest.approx(effect(sessions))
+    assert effect(np.ones((40, 25))) == effect(sessions[:3]) == 1.0

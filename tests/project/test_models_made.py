@@ -17,6 +17,7 @@ import pytest
 
 from agent.datasets import training_data
 from agent.evaluation import evaluate, leakage
+from agent.evaluation.context import EvaluationRequest
 from agent.evaluation.document import Evaluation
 from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
@@ -43,7 +44,7 @@ def module(name: str, file: str) -> ModuleType:
 def evaluated(name: str, **options: Any) -> Evaluation:
     content = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
     options = {"data": RECORDINGS / f"{name}.npz"} | options
-    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **options)
+    request = EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **options)
     model = runtime.load_model(content.manifest, content.model_bytes)
     return evaluate.evaluate(content, inference.Inference(content.manifest, model), "", request, lambda _: None)
 

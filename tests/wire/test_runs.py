@@ -14,6 +14,7 @@ from agent.wire.messages import ResultColumns
 from agent.wire.runs import MAX_RESULTS
 
 NOW = 1_764_022_680_000_000
+MANY = [[1, 1, MAX_RESULTS]]
 
 
 def read(**columns: Any) -> ResultColumns:
@@ -37,6 +38,11 @@ def test_jittered_times_are_a_grid_with_offsets() -> None:
     columns = read(row=[[1, 1, 4]], t={"first": NOW, "step": 1000, "offsets": [0, -3, 12, 0]})
     assert columns.expand_times() == [NOW, NOW + 997, NOW + 2012, NOW + 3000]
     assert columns.expand_labels() is None
+
+
+def test_repeated_labels_may_fill_a_message() -> None:
+    columns = read(row=MANY, t=MANY, label=[["é" * 32, MAX_RESULTS]])
+    assert columns.expand_labels() == ["é" * 32] * MAX_RESULTS
 
 
 def test_a_column_without_results_is_an_empty_list() -> None:
@@ -86,6 +92,9 @@ def test_a_column_without_results_is_an_empty_list() -> None:
         pytest.param({"label": [["up", 3, 1]]}, id="a label with a step"),
         pytest.param({"label": [[3, "up"]]}, id="a label run backwards"),
         pytest.param({"label": ["up", "up", ["x" * 5000, 1]]}, id="a label too long"),
+        pytest.param({"row": MANY, "t": MANY, "label": [["x" * 4096, MAX_RESULTS]]}, id="67 MB of one label"),
+        pytest.param({"row": MANY, "t": MANY, "label": [["é" * 33, MAX_RESULTS]]}, id="a byte a label too many"),
+        pytest.param({"row": MANY, "t": MANY, "label": [["x" * 4096, 512]] * 32}, id="67 MB of many short runs"),
         pytest.param({"score": [[0.5, 3]]}, id="scores in runs"),
     ],
 )

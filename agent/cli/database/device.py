@@ -51,17 +51,23 @@ def readings(
     with device.open_store_read_only(conf) as store:
         cells = (
             [row["row"], row["time"], row["clock"], *row["values"].values()]
-            for row in _iterate_readings(store, stream, settings)
-            if begin <= row["time"] < end
+            for row in _iterate_readings(store, stream, settings, begin, end)
         )
         print_rows(["row", "time", "clock", *names], cells, as_csv=as_csv, as_json=as_json)
 
 
-def _iterate_readings(store: Store, stream: str, settings: StreamConfig) -> Iterator[dict[str, Any]]:
+def _iterate_readings(
+    store: Store, stream: str, settings: StreamConfig, begin: str, end: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a range of time; chunks that cannot hold one are not read."""
+    begin_us = clock.parse_rfc3339(begin) if begin else -(2**63)
+    end_us = clock.parse_rfc3339(end) if end != "~" else 2**63 - 1
     last = store.first_row(stream) - 1
-    while new := newest.read_new_readings(store, stream, settings, last):
-        yield from new
-        last = new[-1]["row"]
+    while (row := store.find_row_near(stream, last, begin_us, end_us)) is not None:
+        new = newest.read_new_readings(store, stream, settings, row - 1)
+        yield from (reading for reading in new if begin <= reading["time"] < end)
+        # Nothing where the rest cannot be read.
+        last = new[-1]["row"] if new else store.last_row(stream)
 
 
 def _open(config_file: str | None) -> sqlite_utils.Database:

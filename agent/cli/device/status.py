@@ -74,6 +74,7 @@ def print_document(document: dict[str, Any]) -> None:
     files += f", {n} files that came twice" if (n := document["duplicate_files"]) else ""
     others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
+    refused += f", {n} lines refused while the store was full" if (n := document.get("full_lines")) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
     echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
     if (kernel := document.get("kernel")) is not None:

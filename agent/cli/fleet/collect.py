@@ -78,7 +78,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
             group=config.fleet.share_group,
             quota=config.quota,
             encryption_keys=EncryptionKeys(home),
-            certificates=lambda: list_certificates(home, config.certificate_files, store.enrolled_devices()),
+            certificates=lambda: list_certificates(home, config.certificate_files, store.active_devices()),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())

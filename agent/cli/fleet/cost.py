@@ -42,13 +42,16 @@ def cost(
 ) -> None:
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
-    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others.
+    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others. Revoked
+    devices do not count.
     """
     from agent.fleet.usage import load_usages
 
     prices = load_prices(prices_file)
     _, store = open_for_reading(folder, db, device)
     usages = load_usages(store, device)
+    if device is not None and not usages:
+        raise UsageError(f"{device} is revoked: no key of it may sign, so it counts in no month")
     months = {name: None if usage is None else usage.per_month() for name, usage in usages.items()}
     try:
         mean = average_usage([month for month in months.values() if month is not None])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -13,6 +14,16 @@ from agent.cli.model.run import address_option, engine_option, join_option, load
 from agent.cli.output import echo, emit, json_option
 from agent.errors import UsageError, explain
 from agent.text import printable
+
+if TYPE_CHECKING:
+    from agent.evaluation.context import EvaluationRequest
+    from agent.evaluation.document import Evaluation
+    from agent.evaluation.gate import Gate
+    from agent.evaluation.predict.ray_cluster import RayCluster
+    from agent.model.bundle.bundle import Bundle
+    from agent.model.inference.inference import Inference
+
+    LoadedModel = tuple[Bundle, Inference, str]
 
 _path = click.Path(path_type=Path)
 
@@ -33,6 +44,14 @@ _path = click.Path(path_type=Path)
 @click.option("--float", "float_model", type=_path, metavar="MODEL", help="Float .tflite to compare with.")
 @click.option("--ablate", is_flag=True, help="Measure the importance of each field.")
 @click.option("--robustness", is_flag=True, help="Inject noise, gain, missing, stuck, swapped and saturated fields.")
+@click.option("--adversarial", is_flag=True, help="Search changes within the sensors' limits that flip answers.")
+@click.option(
+    "--max-invocations",
+    type=click.IntRange(1000, 100_000_000),
+    default=60_000,
+    show_default=True,
+    help="Most invocations of the model for --adversarial.",
+)
 @click.option("--no-latency", "latency", flag_value=False, default=True, help="Do not measure latency.")
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Seed of all random draws.")
 @join_option
@@ -77,58 +96,83 @@ def evaluate(
     bundle's fields as columns, and the label of each row; a window has that of its last row.
 
     A requirement names a quantity: a metric, class(LABEL).recall, slice(COL=VALUE).METRIC, float.difference,
-    fault(NAME, STRENGTH).METRIC, latency(BATCH).p95_ms, model.bytes or warnings. A * stands for any text, and .low and
-    .high for the ends of the 95 % interval. Exit code 1 if one is not met, or if a rule of --against does not pass.
+    fault(NAME, STRENGTH).METRIC, adversarial(ATTACK, STRENGTH).flipped, adversarial(FIELD).median_sd,
+    latency(BATCH).p95_ms, model.bytes or warnings. A * stands for any text, and .low and .high for the ends of the
+    95 % interval. Exit code 1 if one is not met, or if a rule of --against does not pass.
     """
     from agent.cli.model import evaluation_tables
-    from agent.evaluation import against as comparison
-    from agent.evaluation import cards, gate, report, small_cells
-    from agent.evaluation import evaluate as evaluation
+    from agent.evaluation import cards, gate, report
+    from agent.evaluation.context import EvaluationRequest
 
     label = label or ("label" if output is None else f"label_{output}")
-    request = evaluation.EvaluationRequest(data=data, label=label, output=output or "", **settings)
+    request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
     if output is not None and engine == "ray":
         raise UsageError("--output is evaluated on this machine; remove --engine ray")
-    for path in (data, request.train, request.float_model):
-        if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such file")
+    _check_files(request)
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
     texts = cards.read_texts(about) if about else cards.CardTexts()
     chosen_gate = gate.read_gate(required)
-    cluster_context = open_cluster(engine, address)
-    loaded, inference, signature = load_bundle(bundle, public, output)
+    cluster = open_cluster(engine, address)
+    loaded = load_bundle(bundle, public, output)
     if privacy:
-        least = loaded.manifest.drift.min_count
-        request = msgspec.structs.replace(request, min_count=small_cells.MIN_COUNT if least is msgspec.UNSET else least)
-    with cluster_context as cluster:
-        if cluster is None:
-            result = evaluation.evaluate(loaded, inference, signature, request, _show_step)
-        else:
-            from agent.evaluation.predict import ray_jobs
-
-            predict = ray_jobs.make_predictor(cluster, loaded)
-            result = evaluation.evaluate(loaded, inference, signature, request, _show_step, predict)
-        if against is not None:
-            _show_step(f"comparing with {against}")
-            other = load_bundle(against, public, output)[:2]
-            compared = comparison.compare((loaded, inference), other, request, chosen_gate.limits)
-            result = msgspec.structs.replace(result, against=compared)
+        request = _with_min_count(request, loaded[0])
+    result = _evaluate(loaded, request, cluster)
+    if against is not None:
+        result = _compare(result, loaded, load_bundle(against, public, output), request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
-    written = [write_text(html, report.render_html(result))] if html else []
+    texts_by_file = {html: report.render_html(result)} if html else {}
     if folder is not None:
         for name, card in cards.build_cards(result, texts).items():
-            written.append(write_text(folder / f"{name}.md", card.to_markdown()))
-            written.append(write_text(folder / f"{name}.html", card.to_html()))
+            texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}
     if junit is not None:
-        written.append(write_text(junit, gate.to_junit(result.requirements, loaded.manifest.name)))
+        texts_by_file[junit] = gate.to_junit(result.requirements, loaded[0].manifest.name)
+    for path, text in texts_by_file.items():
+        write_text(path, text)
     emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
-        for path in written:
+        for path in texts_by_file:
             echo(f"written: {path}")
     if any(requirement.state != "passed" for requirement in result.requirements):
         sys.exit(1)
+
+
+def _check_files(request: EvaluationRequest) -> None:
+    """Raise UsageError."""
+    for path in (request.data, request.train, request.float_model):
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such file")
+
+
+def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationRequest:
+    from agent.evaluation import small_cells
+
+    least = bundle.manifest.drift.min_count
+    return msgspec.structs.replace(request, min_count=small_cells.MIN_COUNT if least is msgspec.UNSET else least)
+
+
+def _evaluate(
+    loaded: LoadedModel, request: EvaluationRequest, cluster_context: AbstractContextManager[RayCluster | None]
+) -> Evaluation:
+    from agent.evaluation import evaluate as evaluation
+
+    with cluster_context as cluster:
+        if cluster is None:
+            return evaluation.evaluate(*loaded, request, _show_step)
+        from agent.evaluation.predict import ray_jobs
+
+        predict = ray_jobs.make_predictor(cluster, loaded[0])
+        return evaluation.evaluate(*loaded, request, _show_step, predict)
+
+
+def _compare(
+    result: Evaluation, loaded: LoadedModel, other: LoadedModel, request: EvaluationRequest, chosen: Gate, name: Path
+) -> Evaluation:
+    from agent.evaluation import against
+
+    _show_step(f"comparing with {name}")
+    return msgspec.structs.replace(result, against=against.compare(loaded[:2], other[:2], request, chosen.limits))
 
 
 def _show_step(text: str) -> None:

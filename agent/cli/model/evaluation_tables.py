@@ -43,6 +43,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         _print_heading("Faults")
         faults = [(curve.fault, tables.format_curve(curve)) for curve in evaluation.robustness]
         print_table(["", f"{metric} at each strength"], faults, "")
+    _print_attacks(evaluation)
     if evaluation.float_comparison is not None:
         _print_heading("Comparison with the float model")
         print_table(["", evaluation.float_comparison.file], tables.float_comparison_rows(evaluation), "")
@@ -70,6 +71,18 @@ def _print_data_checks(evaluation: Evaluation) -> None:
         echo_styled(f"{state}  {check.check}: {printable(check.summary)}")
     for suspect in evaluation.suspects[:_MAX_SUSPECTS]:
         echo(f"  {suspect.file} row {suspect.row}: {suspect.label}, or {suspect.predicted} ({suspect.score:.2f})?")
+
+
+def _print_attacks(evaluation: Evaluation) -> None:
+    result = evaluation.adversarial
+    if result is None:
+        return
+    lead = f"share of answers that flip, of {result.windows} windows, in {result.invocations:,} invocations"
+    _print_heading("Attacks on the input", lead)
+    print_table(["", "flipped"], tables.attack_rows(evaluation), "")
+    _print_heading("Smallest change that flips an answer", f"{result.criterion}; searched without gradients")
+    rows = tables.smallest_change_rows(evaluation, by_class=False)[:_MAX_CLASSES]
+    print_table(["", "class", "median", "smallest", "n"], rows, "")
 
 
 def _print_latency(evaluation: Evaluation) -> None:

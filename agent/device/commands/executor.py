@@ -28,6 +28,7 @@ from agent.device.pipeline.tasks import Effect
 from agent.device.store.command_log import ClaimedCommand, CommandAnswer
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.device.uplink.refusals import counter_names
 from agent.errors import OutstationError, RowRejected, StorageError, StorageFull
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args, may_command
 from agent.wire.messages import CommandPayload, encode
@@ -85,6 +86,8 @@ class CommandExecutor:
         try:
             with self._store.transaction(vital=True) as tx:
                 claimed = tx.commands.claim(received.kid, cmd, received.correlation)
+                for counter in () if claimed else counter_names(self._commands.refusal_name, "replayed"):
+                    tx.increment_counter(counter, 1)
             if claimed is None:
                 log.warning("command %s %s: its id or counter was used before; not executed again", cmd.name, cmd.id)
                 return

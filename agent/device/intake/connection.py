@@ -26,6 +26,7 @@ CLIENT_SOURCE = "client"
 MAX_CLIENTS = 1000
 # Names of files that `outstation ingest` sends begin so: they do not push out the names of producers.
 FILE_PREFIX = "file:"
+FULL_COUNTER, CUT_COUNTER = "lines refused while full", "lines cut off"
 FILE_SOURCE, MAX_FILES = "ingested file", 4096
 
 
@@ -118,7 +119,12 @@ class ProducerConnection:
             raise _NO_TOKEN
         else:
             self._is_cut_off = True
-            self._group.count("lines cut off")
+            self._group.count(CUT_COUNTER)
+
+    def lose(self) -> None:
+        """Count what is unfinished: the connection broke, so nobody answers."""
+        if not self._retired and (self._splitter.is_dropping or self._splitter.partial.strip()):
+            self._group.count(CUT_COUNTER)
 
     def report_cut_off_line(self) -> None:
         """Tell a producer without a name, which may still read, that its last line does not count."""
@@ -149,6 +155,8 @@ class ProducerConnection:
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
         if outcome.is_store_full:
+            # The failed transaction counted nothing, and the producer may have gone when there is room.
+            self._group.count(FULL_COUNTER, len(outcome.rejected))
             self._reader.forget_times()
         if outcome.is_store_full and self.name is not None:
             # If this answer is lost, a later accepted line would count the rejected ones as stored.

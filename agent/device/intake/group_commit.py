@@ -202,9 +202,9 @@ class GroupCommit:
         positions = (batch.position for batch in self._producer_batches.values())
         return any(at is not None and (at.source, at.item) == (source, item) for at in positions)
 
-    def count(self, counter: str) -> None:
-        """Count an event that costs no commit of its own."""
-        self._counts[counter] += 1
+    def count(self, counter: str, n: int = 1) -> None:
+        """Count events that cost no commit of their own."""
+        self._counts[counter] += n
 
     def commit(self, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """Write everything that waits."""

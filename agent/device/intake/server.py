@@ -254,6 +254,7 @@ class Intake:
         except Refusal as refusal:
             producer.refuse(refusal)
         except ConnectionError:
+            producer.lose()
             self._schedule_commit()
         except StorageError as error:
             self._fail(error)

@@ -2,7 +2,7 @@
 
 Intervals use the boot-time clock. Cron needs wall time: APScheduler computes the next time, again after each step of
 the wall clock. One run catches up on all missed times. For times that a cron expression missed while the daemon was
-off, the time of the last run must be saved and passed to `CronSchedule`.
+off, the time of the last run must be saved and passed to `CronSchedule`; of runs between two of its times, the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DAY_PATTERN = re.compile(
 class Schedule(Protocol):
     @property
     def needs_last_run(self) -> bool:
-        """True if the wall time of each run must be saved, for the schedule that is made after a restart."""
+        """True if the schedule that is made after a restart needs the wall time of the last run."""
         ...
 
     @property
@@ -48,8 +48,11 @@ class Schedule(Protocol):
         """
         ...
 
-    def record_run(self, now: ClockReading) -> None:
-        """Record that a run was started at `now`."""
+    def record_run(self, now: ClockReading) -> bool:
+        """Record that a run was started at `now`.
+
+        Return True if its wall time must be saved: from the saved one, a restart would find another next time.
+        """
         ...
 
     def wait_s(self, now: ClockReading) -> float:
@@ -71,10 +74,11 @@ class IntervalSchedule:
             self._next = now.boot_s + self._delay_s
         return self._next is None or now.boot_s >= self._next
 
-    def record_run(self, now: ClockReading) -> None:
+    def record_run(self, now: ClockReading) -> bool:
         planned = now.boot_s if self._next is None else self._next
         missed = (now.boot_s - planned) // self._seconds
         self._next = planned + (missed + 1) * self._seconds
+        return False
 
     def wait_s(self, now: ClockReading) -> float:
         return 0.0 if self._next is None else max(0.0, self._next - now.boot_s)
@@ -98,8 +102,9 @@ class RowCountSchedule:
         self._is_gathering = is_reached and backlog < enough and self._gather_s(now) > 0
         return is_reached and not self._is_gathering
 
-    def record_run(self, now: ClockReading) -> None:
+    def record_run(self, now: ClockReading) -> bool:
         self._last_run = now.boot_s
+        return False
 
     def wait_s(self, now: ClockReading) -> float:
         return self._gather_s(now) if self._is_gathering else _MAX_WAIT_S
@@ -156,9 +161,12 @@ class CronSchedule:
         self._end = end
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
-        if self._end is not None and clock.to_datetime(now.wall_us) >= self._end:
-            return False
+        is_over = self._end is not None and clock.to_datetime(now.wall_us) >= self._end
         now = self._shift(now)
+        if is_over:
+            # A time that nobody looked at before the end would else be waited for without a pause.
+            self._next, self._last_now = None, now
+            return False
         if self._next is None:
             self._next = self._find_next(self._search_start(now, catch_up=True))
         # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
@@ -167,10 +175,12 @@ class CronSchedule:
         self._last_now = now
         return self._next is not None and clock.to_datetime(now.wall_us) >= self._next
 
-    def record_run(self, now: ClockReading) -> None:
+    def record_run(self, now: ClockReading) -> bool:
         now = self._shift(now)
+        is_first, before = self._last is None, self._next
         self._last = now.wall_us
         self._next = self._find_next(clock.to_datetime(now.wall_us) + _TICK)
+        return is_first or self._next != before
 
     def _search_start(self, now: ClockReading, *, catch_up: bool) -> datetime:
         """Return where the search for the next time starts: at the last run, to catch up on missed times."""
@@ -211,8 +221,8 @@ class DateRangeSchedule:
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
         return self._contains(now) and self._schedule.is_due(now, backlog, enough)
 
-    def record_run(self, now: ClockReading) -> None:
-        self._schedule.record_run(now)
+    def record_run(self, now: ClockReading) -> bool:
+        return self._schedule.record_run(now)
 
     def wait_s(self, now: ClockReading) -> float:
         if self._contains(now):
@@ -240,9 +250,10 @@ class AnySchedule:
         due = [schedule.is_due(now, backlog, enough) for schedule in self._schedules]
         return any(due)
 
-    def record_run(self, now: ClockReading) -> None:
-        for schedule in self._schedules:
-            schedule.record_run(now)
+    def record_run(self, now: ClockReading) -> bool:
+        # Every schedule records it.
+        changed = [schedule.record_run(now) for schedule in self._schedules]
+        return any(changed)
 
     def wait_s(self, now: ClockReading) -> float:
         return min(schedule.wait_s(now) for schedule in self._schedules)

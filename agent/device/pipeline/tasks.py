@@ -17,11 +17,16 @@ from agent.device.store.transaction import Transaction
 
 
 class ScheduledTask(msgspec.Struct):
-    """A task and its schedule. A paused task is never due."""
+    """A task and its schedule. A paused task is never due.
+
+    `unsaved_run_us`: wall time of the last run, epoch µs, where it is not saved; `must_save` before the daemon stops.
+    """
 
     task: LoadedTask
     schedule: Schedule
     paused: bool = False
+    unsaved_run_us: int | None = None
+    must_save: bool = False
 
 
 class Effect(msgspec.Struct, frozen=True):

@@ -70,18 +70,10 @@ class StoreCopy:
         """Apply the journal in `folder`, repair what depends on lost rows, and add the finding, in one transaction."""
         new, incomplete = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
-        replayed = replay.replay(new, folder)
-        for stream, first, last in replayed.chunks:
-            _insert_range(self._rows.setdefault(stream, []), first, last)
-            self._next_rows[stream] = max(self._next_rows.get(stream, 1), last + 1)
-        if "categories" in incomplete or not replayed.is_complete:
-            repair_categories(new)
+        is_journal_complete = self._apply_journal(folder)
         if "meta" in incomplete:
             catch_up.rebuild_meta(new, self._watermark_state, self._damaged_keys)
-        try:
-            acknowledged = retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
-        except (ValueError, TypeError):
-            acknowledged = retention.AcknowledgedSeqs()
+        acknowledged = self._load_acknowledged()
         lost: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
@@ -93,16 +85,47 @@ class StoreCopy:
             lost["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
         elif not self._get_meta("log"):
             catch_up.abandon_unknown_log(new)
+        self._count_backlog(acknowledged)
+        finding = RecoveryFinding(
+            summary=self._describe_damage(cause, quarantine, is_journal_complete),
+            time=clock.to_rfc3339(clock.read().wall_us),
+            log=self._get_meta("log"),
+            quarantine=quarantine,
+            **lost,
+        )
+        findings.add(new, finding)
+        new.execute("COMMIT")
+
+    def _apply_journal(self, folder: Path) -> bool:
+        """Apply the journal in `folder`; return False if a part of it is damaged."""
+        replayed = replay.replay(self._new, folder)
+        for stream, first, last in replayed.chunks:
+            _insert_range(self._rows.setdefault(stream, []), first, last)
+            self._next_rows[stream] = max(self._next_rows.get(stream, 1), last + 1)
+        if "categories" in self._old.incomplete_tables or not replayed.is_complete:
+            repair_categories(self._new)
+        return replayed.is_complete
+
+    def _load_acknowledged(self) -> retention.AcknowledgedSeqs:
+        try:
+            return retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
+        except (ValueError, TypeError):
+            return retention.AcknowledgedSeqs()
+
+    def _count_backlog(self, acknowledged: retention.AcknowledgedSeqs) -> None:
         messages = size = 0
-        for seq, n in new.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
+        for seq, n in self._new.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
             if seq not in acknowledged:
                 messages, size = messages + 1, size + int(n or 0)
-        meta.put(new, retention.BACKLOG, f"{messages} {size}")
+        meta.put(self._new, retention.BACKLOG, f"{messages} {size}")
+
+    def _describe_damage(self, cause: str, quarantine: str, is_journal_complete: bool) -> str:
+        incomplete = self._old.incomplete_tables
         summary = (
             f"The store was damaged ({cause}). Everything readable was copied into a new one; the damaged files are in "
             f"{quarantine} of the data folder."
         )
-        if not replayed.is_complete:
+        if not is_journal_complete:
             summary += " The journal of small commits was damaged, too: some of them are lost."
         if "meta" in incomplete:
             summary += " Some values of its table meta are lost, or rebuilt from the rest."
@@ -111,22 +134,14 @@ class StoreCopy:
         if incomplete & {"task_state", "cursors"}:
             summary += " Some state of tasks is lost."
         if self._watermark_state:
-            lost_labels = catch_up.lost_labels(watermark.from_database(new), self._watermark_state)
+            lost_labels = catch_up.lost_labels(watermark.from_database(self._new), self._watermark_state)
             summary += catch_up.describe_lost_labels(lost_labels)
         if unread := sorted(incomplete - _NAMED_TABLES - self._damaged_rows.keys()):
             summary += f" Parts of tables could not be read: {', '.join(unread)}."
         if self._damaged_rows:
             counts = ", ".join(f"{table} {n}" for table, n in sorted(self._damaged_rows.items()))
             summary += f" Rows that are not what was written, by table: {counts}."
-        finding = RecoveryFinding(
-            summary=summary,
-            time=clock.to_rfc3339(clock.read().wall_us),
-            log=self._get_meta("log"),
-            quarantine=quarantine,
-            **lost,
-        )
-        findings.add(new, finding)
-        new.execute("COMMIT")
+        return summary
 
     # --- tables ---
 

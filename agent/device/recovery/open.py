@@ -186,7 +186,9 @@ def _connect(path: Path, pragmas: schema.Pragmas) -> sqlite3.Connection:
         )
         try:
             if path.stat().st_size == 0:
-                # Nothing is lost with an empty database, so its first page needs no rollback journal on the disk.
+                # By a rollback journal each page of the tables is written once, by the write-ahead log twice.
+                migrate.migrate(connection, path)
+                # What changes the mode fits into one sector, so it needs no rollback journal on the disk.
                 connection.execute("PRAGMA journal_mode=MEMORY")
             for pragma, expected in pragmas:
                 connection.execute(f"PRAGMA {pragma}")

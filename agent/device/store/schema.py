@@ -164,15 +164,23 @@ def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> Pragma
 # Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter.
 # ORDER BY with LIMIT uses the index also where `chunks` is a view (journal.py); min and max do not.
 # CAST: one flipped bit on the disk makes the blob a text that cannot be read.
-SELECT_CHUNKS = """
-    SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, boot, clock, segment, boot_us FROM chunks
+_AFTER = """
     WHERE stream = (SELECT id FROM checked_streams WHERE name = :stream)
       AND first_row + n > :after + 1
       AND first_row >= coalesce(
         (SELECT first_row FROM chunks
          WHERE stream = (SELECT id FROM checked_streams WHERE name = :stream) AND first_row <= :after + 1
          ORDER BY first_row DESC LIMIT 1), 0)
-    ORDER BY stream, first_row
+"""
+SELECT_CHUNKS = f"""
+    SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc, stream, boot, clock, segment, boot_us FROM chunks
+    {_AFTER} ORDER BY stream, first_row
+"""
+# Offsets of 4 bytes are 0 to 2³² - 1 µs; those of 8 bytes may lead anywhere. Reads no blob.
+SELECT_ROW_NEAR_TIME = f"""
+    SELECT max(first_row, :after + 1) FROM chunks
+    {_AFTER} AND (time_bytes <> 4 OR (first_t < :end AND first_t + 4294967295 >= :begin))
+    ORDER BY stream, first_row LIMIT 1
 """
 
 INSERT_CHUNK = """

@@ -259,6 +259,16 @@ class Store:
         )
         return int(row[0]) if row else self.last_row(stream) + 1
 
+    def find_row_near(self, stream: str, after: int, begin_us: int, end_us: int) -> int | None:
+        """Return the first row after `after` in a chunk that may hold times from `begin_us` to before `end_us`.
+
+        None if there is none. Other chunks are passed over without reading their rows.
+        """
+        values = {"stream": stream, "after": after, "begin": begin_us, "end": end_us}
+        with self._reading():
+            row = self._db.execute(schema.SELECT_ROW_NEAR_TIME, values).fetchone()
+        return None if row is None else int(row[0])
+
     def cursor(self, task: str) -> int | None:
         """Return the last row that `task` consumed; None before its first batch."""
         row = self._fetch_one("SELECT row FROM checked_cursors WHERE task = ?", task)

@@ -27,6 +27,11 @@ _ALERT_META = "refusals alert"
 _BENIGN_REASONS = frozenset({"other log", "beyond the log", "busy", "no key"})
 
 
+def counter_names(kind: str, reason: str) -> tuple[str, str]:
+    """Return the counters of a refused message; `kind` is a plural noun, such as "commands"."""
+    return f"{kind} refused", f"{kind} refused: {reason}"
+
+
 class Refusals:
     """Refusals of one device; used by the uplink's thread only."""
 
@@ -41,8 +46,7 @@ class Refusals:
 
     def add(self, kind: str, refusal: MessageRefused, now: ClockReading) -> None:
         """Count a refused message; `kind` is a plural noun, such as "commands"."""
-        self._counts[f"{kind} refused"] += 1
-        self._counts[f"{kind} refused: {refusal.reason}"] += 1
+        self._counts.update(counter_names(kind, refusal.reason))
         if refusal.reason not in _BENIGN_REASONS:
             self._hostile_count += 1
             self._last_hostile = f"{kind}: {refusal.reason}"

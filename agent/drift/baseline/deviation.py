@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import msgspec
@@ -401,5 +400,8 @@ def _z_limit(tests: int, windows: int) -> float:
 
     Source: Abramowitz & Stegun (1964), 26.7.5, the first term of Student's t by the normal quantile.
     """
+    # Imported here: it is slow to import, and only learning needs it.
+    from statistics import NormalDist
+
     z = NormalDist().inv_cdf(1 - DEVIATION_BUDGET / (2 * tests))
     return z + (z**3 + z) / (4 * max(1, windows - 1))

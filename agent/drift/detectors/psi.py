@@ -10,7 +10,6 @@ Subjects: the F fields, the predictions ("output"), the certainty ("score").
 from __future__ import annotations
 
 from functools import cached_property
-from statistics import NormalDist
 from typing import Any
 
 import msgspec
@@ -259,6 +258,9 @@ def gamma_quantile(shape: Float64s, p: float) -> Float64s:
 
     Source: Wilson & Hilferty (1931), The distribution of chi-square, PNAS.
     """
+    # Imported here: it is slow to import, and only learning needs it.
+    from statistics import NormalDist
+
     spread = 1 / (9 * shape)
     return np.asarray((1 - spread + NormalDist().inv_cdf(p) * np.sqrt(spread)) ** 3)
 

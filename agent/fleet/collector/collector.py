@@ -288,8 +288,7 @@ class Collector:
         topic = delivery.topic.split("/", 4)
         kind = topics.KINDS.get(topic[3]) if len(topic) > 3 else None
         if kind is topics.KINDS["ack"]:
-            self._acknowledge_nothing(delivery)
-            return _Held(delivery, False)
+            return _Held(delivery, False, self._acknowledge_nothing(delivery))
         if delivery.retained and kind is not None and kind.logged:
             # An empty one deletes a retained message; it is the collector's own.
             if not delivery.payload:
@@ -310,22 +309,24 @@ class Collector:
             return _Held(delivery, refusal is None, refusal)
         return _Held(delivery, False, _build_refusal(MessageRefused(OVER_QUOTA), delivery))
 
-    def _acknowledge_nothing(self, delivery: IncomingMessage) -> None:
+    def _acknowledge_nothing(self, delivery: IncomingMessage) -> Refusal | None:
         """Tell a device that none of its log is stored any more, if a retained acknowledgement names one.
 
-        A device that writes nothing would not learn of it before its next health message.
+        Return the refusal of an acknowledgement that this collector did not sign. A device that writes nothing would
+        not learn of it before its next health message.
         """
         device = _device_of(delivery)
         if not delivery.retained or device not in self._missing_devices:
-            return
+            return None
         own = {self.key.public.kid: jws.Signer("collector", self.key.public)}
         try:
             body = verify_message(delivery.topic, delivery.payload, delivery.tokens, own.get).body
-        except MessageRefused:
-            return
+        except MessageRefused as refused:
+            return _build_refusal(refused, delivery)
         if isinstance(body, AckPayload) and body.through:
             self._missing_devices.discard(device)
             self.acknowledger.add(Acknowledgement(device, body.log, 0, []))
+        return None
 
     def _refund(self, device: str, payload: bytes) -> None:
         if self._quotas is not None:

@@ -33,7 +33,7 @@ from agent.wire.messages import (
     ShadowPayload,
     VerifiedMessage,
 )
-from agent.wire.runs import Label, LabelRun
+from agent.wire.runs import MAX_REPEATED_BYTES, Label, LabelRun
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"
@@ -142,13 +142,13 @@ def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[floa
 def _further_outputs(payload: bytes, count: int) -> list[str] | None:
     """Return the JSON of columns value_NAME, score_LABEL and label_NAME of each of `count` results.
 
-    None without such columns, and where all of it would exceed 16 MiB: then they stay evidence.
+    None without such columns, and where repeated labels or all of it exceed their limits: then they stay evidence.
     """
     if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
         return None
     columns = _COLUMNS_DECODER.decode(payload).columns
     outputs: dict[str, list[Any]] = {}
-    size = 0
+    size = repeated = 0
     for name, column in columns.items():
         if not name.startswith(_OUTPUT_NAMES) or len(name) > _MAX_OUTPUT_NAME or len(outputs) == _MAX_OUTPUTS:
             continue
@@ -157,10 +157,12 @@ def _further_outputs(payload: bytes, count: int) -> list[str] | None:
             entries: list[Any] = (_LABELS_DECODER if is_label else _NUMBERS_DECODER).decode(column)
             if (runs.count_entries(entries) if is_label else len(entries)) != count:
                 continue
+            if is_label:
+                repeated += runs.repeated_bytes(entries)
             size += (len(_to_json(name).encode()) + 2) * count
             size += _label_bytes(entries) if is_label else _MAX_NUMBER_BYTES * count
             # Before the run is expanded, and before the next column is decoded.
-            if size > _MAX_OUTPUT_BYTES:
+            if size > _MAX_OUTPUT_BYTES or repeated > MAX_REPEATED_BYTES:
                 return None
             outputs[name] = runs.expand_labels(entries) if is_label else entries
     if not outputs:

@@ -349,6 +349,11 @@ class FleetStore:
         rows = self._fetch_all("SELECT device FROM devices ORDER BY device")
         return [row[0] for row in rows if isinstance(row[0], str)]
 
+    def active_devices(self) -> list[str]:
+        """Return the devices with a key that may sign, in order: none that is revoked or retired."""
+        rows = self._fetch_all("SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL")
+        return sorted(row[0] for row in rows if isinstance(row[0], str))
+
     def devices(self, *, with_retired: bool = False) -> list[dict[str, Any]]:
         """Return device, key, state, last_seen, through (of its newest log), logs (that live), alerts (open), clock.
 

@@ -31,11 +31,14 @@ from agent.wire.enrolment_request import EnrolmentRequest
 LOCK = "registrar.lock"
 # An honest device sends no wrong request; a token cannot be guessed in as many.
 MAX_REFUSED = 20
-_MIN_INTERVAL_S, _REFRESH_S, _RETRY_S = 1.0, 2.0, 2.0
+_MIN_INTERVAL_S, _REFRESH_S, _RETRY_S, _REPORT_US = 1.0, 2.0, 2.0, 60_000_000
 
 
 class InvitationEvent(NamedTuple):
-    """Step of an invitation: answered, joined, refused, expired or withdrawn; `reply` goes to the device."""
+    """Step of an invitation: answered, joined, refused, expired or withdrawn; `reply` goes to the device.
+
+    Without a device: the registrar waits for the broker, or ignored messages.
+    """
 
     device: str
     state: str
@@ -50,16 +53,25 @@ class Registrar:
     def __init__(self, folder: Path, config: FleetConfig, store: FleetStore) -> None:
         self._folder, self._config, self._store = folder, config, store
         self.invitations: dict[str, OpenInvitation] = {}
-        self.ignored = 0
+        self.ignored = self._reported = 0
+        self._next_report_us = 0
         self._refused: dict[str, int] = {}
         self._read_s: dict[str, float] = {}
         self._answers: dict[str, bytes] = {}
 
     def refresh(self, now_us: int) -> list[InvitationEvent]:
-        """Read the open invitations again, and withdraw those that have expired."""
+        """Read the open invitations again, withdraw those that have expired, and report what was ignored."""
         self.invitations = {opened.account: opened for opened in invitations.list_open(self._folder)}
         ended = [opened for opened in self.invitations.values() if opened.expires_us <= now_us]
-        return [self._withdraw(opened, "expired", "") for opened in ended]
+        return [self._withdraw(opened, "expired", "") for opened in ended] + self._report_ignored(now_us)
+
+    def _report_ignored(self, now_us: int) -> list[InvitationEvent]:
+        """Report ignored messages, at most once a minute: a flood must not fill the terminal."""
+        count = self.ignored - self._reported
+        if not count or now_us < self._next_report_us:
+            return []
+        self._reported, self._next_report_us = self.ignored, now_us + _REPORT_US
+        return [InvitationEvent("", "ignored", f"{count} messages without an open invitation, too large or too often")]
 
     def handle(self, account: str, payload: bytes, now_us: int, boot_s: float) -> InvitationEvent | None:
         """Handle what an account sent; None for what is ignored: it costs no signature and no database."""

@@ -83,7 +83,7 @@ class OutlierSurvey:
     def _read_devices(self, now_us: int) -> Iterator[None]:
         since = clock.to_rfc3339(now_us - LOOKBACK_US)
         for task in self._store.drift_tasks():
-            devices = self._store.enrolled_devices()
+            devices = self._store.active_devices()
             if len(devices) < MIN_DEVICES:
                 return
             for device in devices:

@@ -24,11 +24,12 @@ from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState
 from agent.comparison.tally import ComparisonStats
-from agent.fleet.rollout.devices import NOT_REPORTED, StepDevices
+from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
+from agent.text import printable
 from agent.wire.messages import ShadowPayload
 
 MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
@@ -37,6 +38,8 @@ StepOutcome = Literal["wait", "promote", "finish", "abort"]
 RECENTLY_SEEN_US = 3600 * 1_000_000
 # Windows of a device count up to this multiple of the median device's.
 MAX_WINDOW_RATIO = 2
+# Devices that one blocker names; it counts the others.
+MAX_NAMED = 5
 # With fewer labelled windows the estimated accuracy is evaluated instead.
 MIN_LABELLED = 100
 
@@ -82,20 +85,23 @@ def evaluate_step(
     taking_part = [device.device for device in devices.selected if not device.has_failed and not device.is_incompatible]
     messages = tallies.select_messages(taking_part, new_is_shadow=is_shadow)
     results = evaluate_promotion(messages, promote, new_is_shadow=is_shadow)
-    needed, reporting = _count_reporting(rollout, devices, messages)
+    needed, reporting, lacking = _count_reporting(rollout, devices, messages)
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
-    blockers = _find_blockers(promote, devices, needed, reporting, hours)
-    in_progress = sum(
-        not device.is_done
+    blockers = _find_blockers(promote, devices, needed, reporting, lacking, hours)
+    in_progress = [
+        f"{device.device} ({device.phase})"
+        for device in devices.selected
+        if not device.is_done
         and device.last_seen is not None
         and now_us - clock.parse_rfc3339(device.last_seen) < RECENTLY_SEEN_US
-        for device in devices.selected
-    )
+    ]
     if rollout.next_step is None and in_progress:
         rules = rollout.plan.device_rules
         required = f"each tries the bundle for at least {rules.min_hours:g} h and {rules.min_batches} batches"
-        blockers.append(f"devices in progress: {in_progress}; {required} ([device_rules])")
+        blockers.append(
+            f"devices in progress: {len(in_progress)}, {_list_devices(in_progress)}; {required} ([device_rules])"
+        )
     blockers += _find_undecided_rules(rollout, devices, results)
     has_failed_rule = any(result.state == "failed" for result in results) and len(messages) >= needed
     outcome: StepOutcome = "wait"
@@ -182,20 +188,33 @@ def _promotion_rules(
         yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
 
 
-def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int]:
-    """Return how many devices must report, and how many do."""
+def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int, list[str]]:
+    """Return how many devices must report, how many do, and which do not, each with what it has done."""
     promote = rollout.current_step.promote
     joining = [device for device in devices.selected if device.device in devices.joining] or devices.selected
     batches = {device: sum(message.batches for message in sent) for device, sent in messages.items()}
-    reporting = sum(
-        device.phase == "active" or batches.get(device.device, 0) >= promote.min_batches
-        for device in joining
-        if not device.has_failed
-    )
+    able = [device for device in joining if not device.has_failed]
+    lacking = [
+        device for device in able if device.phase != "active" and batches.get(device.device, 0) < promote.min_batches
+    ]
     # Only responding members of a group are known, so its size is not.
     is_group = rollout.plan.target.startswith("group:")
     needed = promote.min_devices if is_group else min(promote.min_devices, len(joining))
-    return max(1, needed), reporting
+    described = [_describe_progress(device, batches.get(device.device, 0), promote) for device in lacking]
+    return max(1, needed), len(able) - len(lacking), described
+
+
+def _describe_progress(device: RolloutDevice, batches: int, promote: Promotion) -> str:
+    if device.phase == NOT_REPORTED:
+        seen = f"last seen {device.last_seen[:16]}Z" if device.last_seen else "never seen"
+        return f"{device.device} (has not reported, {seen})"
+    reason = f" for {printable(device.reason)}" if device.reason else ""
+    return f"{device.device} ({device.phase}{reason}, {batches} of {promote.min_batches} batches)"
+
+
+def _list_devices(described: Sequence[str]) -> str:
+    more = len(described) - MAX_NAMED
+    return ", ".join(described[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
@@ -207,18 +226,20 @@ def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
     return responding > 0 and wilson(failed / responding, responding)[0] > promote.max_failed_share
 
 
-def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, reporting: int, hours: float) -> list[str]:
+def _find_blockers(
+    promote: Promotion, devices: StepDevices, needed: int, reporting: int, lacking: Sequence[str], hours: float
+) -> list[str]:
     blockers = []
     if reporting < needed:
-        silent = sum(device.phase == NOT_REPORTED for device in devices.selected)
-        detail = f"; {silent} of {len(devices.selected)} selected devices have not reported" if silent else ""
-        blockers.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{detail}")
+        waits = f"; missing {_list_devices(lacking)}" if lacking else ""
+        blockers.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{waits}")
     if hours < promote.min_hours:
         blockers.append(f"{promote.min_hours - hours:.1f} h more")
     responding, failed = len(devices.responding), len(devices.failed)
     if failed > promote.max_failed_share * responding:
         allowed = f"{100 * promote.max_failed_share:g} % allowed"
-        blockers.append(f"fewer failed devices: {failed} of {responding} responding, {allowed}")
+        named = _list_devices([f"{device.device} ({printable(device.reason)})" for device in devices.failed])
+        blockers.append(f"fewer failed devices: {failed} of {responding} responding, {allowed}; failed: {named}")
     return blockers
 
 

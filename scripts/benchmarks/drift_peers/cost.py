@@ -25,24 +25,25 @@ FAST = "one prediction per row, 500 rows at a time, more than ten times a second
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A model that answers every `model_rows` rows, monitored in batches of `rows` rows."""
+    """A model that answers every `model_rows` rows, monitored in batches of `rows` rows for `us_per_row` at most."""
 
     called: str
     model_rows: int
     rows: int
+    us_per_row: float
     window: int = ROWS  # rows
 
 
 # Batches of a device that works off a backlog, and of live readings: rows that come fast, 500 at a time, are judged
 # four drift windows at a time, and others one by one.
 CASES = (
-    Case("one prediction per row", 1, 4000),
-    Case("one prediction per 100 rows", 100, 51_000),
-    Case("one prediction per row, batches of 500 rows", 1, ROWS),
-    Case("one prediction per 100 rows, batches of 500 rows", 100, ROWS),
-    Case(FAST, 1, 4 * ROWS),
-    Case("one prediction per 100 rows, 500 rows at a time, more than ten times a second", 100, 4 * ROWS),
-    Case("one prediction per 100 rows, windows of 2,000 rows, one per batch", 100, 2000, window=2000),
+    Case("one prediction per row", 1, 4000, 0.8),
+    Case("one prediction per 100 rows", 100, 51_000, 0.3),
+    Case("one prediction per row, batches of 500 rows", 1, ROWS, 2.0),
+    Case("one prediction per 100 rows, batches of 500 rows", 100, ROWS, 2.0),
+    Case(FAST, 1, 4 * ROWS, 1.4),
+    Case("one prediction per 100 rows, 500 rows at a time, more than ten times a second", 100, 4 * ROWS, 1.4),
+    Case("one prediction per 100 rows, windows of 2,000 rows, one per batch", 100, 2000, 2.0, window=2000),
 )
 
 

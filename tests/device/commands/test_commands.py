@@ -100,6 +100,13 @@ def test_the_same_command_again_is_refused_and_so_is_an_older_one(desk: Desk) ->
     assert [name for name, _ in desk.done] == ["report"]
 
 
+def test_another_command_with_a_used_id_is_not_executed_and_is_counted(desk: Desk) -> None:
+    desk.obey(desk.operator.command(id="same"), desk.operator.command("run", id="same", args={"task": "a"}))
+    assert [name for name, _ in desk.done] == ["report"]
+    counters = desk.store.counters()
+    assert (counters["commands refused"], counters["commands refused: replayed"]) == (1, 1)
+
+
 def test_a_replay_after_a_restart_is_refused(desk: Desk) -> None:
     command = desk.operator.command()
     desk.obey(command)

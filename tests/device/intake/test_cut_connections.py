@@ -26,7 +26,7 @@ from agent.config import Duration, FieldConfig, StreamConfig
 from agent.device.intake.listener import load_token
 from agent.performance.labels import LabelSchema, LabelTarget
 from agent.testing.broker import free_port
-from tests.kit.stations import ROOT, Killable, Line, Station, conf
+from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
 
 TARGETS = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
 
@@ -153,6 +153,22 @@ def test_a_line_that_is_cut_off_is_counted_and_reported_to_a_producer_that_still
     assert station.store.counters()["lines cut off"] == len(row) - 1
     assert counts(station) == [7] * len(row)
     assert "lines rejected" not in station.store.counters()
+
+
+def test_a_line_that_ends_with_a_reset_connection_is_counted(station: Station) -> None:
+    row = b'{"stream":"machine","power":1,"count":7,"mode":"on"}'
+    with station.line() as line:
+        line.socket.sendall(row + b"\n" + row[:9])
+        # Closed with the answer unread, the kernel resets the connection.
+        wait_for(lambda: station.store.last_row("machine") == 1, "the first line is stored")
+    with station.line() as line:
+
+        def is_counted() -> bool:
+            line.send(row)
+            line.answer()
+            return station.store.counters().get("lines cut off") == 1
+
+        wait_for(is_counted, "the end of the broken connection is counted")
 
 
 def test_a_whole_row_without_a_newline_counts_for_a_producer_that_cannot_come_back(station: Station) -> None:

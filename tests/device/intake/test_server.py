@@ -449,6 +449,7 @@ def test_a_full_store_rejects_rows_with_a_reason_until_there_is_room(tmp_path: P
             tx.trim_rows("watch", taken, 2**62, 1000)
         line.send(ROW)
         assert line.answer() == {"through": sent + 1, "accepted": 1, "rejected": []}
+        assert station.store.counters()["lines refused while full"] == 1
         assert station.failures == []
 
 

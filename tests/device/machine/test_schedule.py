@@ -255,6 +255,38 @@ def test_only_cron_needs_its_last_run_remembered_and_only_a_row_count_is_woken_b
     ]
 
 
+def test_runs_between_two_cron_times_are_not_to_be_saved() -> None:
+    task, machine, saved = parse("f", "t", "every 60 s or 30 3 * * * in Europe/Vienna"), Machine(), []
+    for _ in range(2 * 24 * 60):
+        assert task.is_due(machine.now, 0)
+        if task.record_run(machine.now):
+            saved.append(machine.local())
+        machine.sleep(60.0)
+    assert saved == ["Tue 03-10 12:00+0100", "Wed 03-11 03:30+0100", "Thu 03-12 03:30+0100"]
+
+
+@given(
+    st.sampled_from(["30 3 * * *", "*/20 * * * *", "0 0 1 * *", "30 3 * * * jitter 20 min"]),
+    st.integers(60, 7200),
+    st.integers(0, 5 * 86_400),
+    st.integers(0, 90_000),
+)
+def test_a_restart_catches_up_from_the_saved_run_as_from_the_last_one(
+    cron: str, interval_s: int, on_s: int, off_s: int
+) -> None:
+    task, machine, saved, last = parse("f", "t", f"{cron} or every {interval_s} s"), Machine(), None, 0
+    for passed in range(0, on_s + 1, interval_s):
+        machine.wall, machine.boot_s = START.astimezone(UTC) + timedelta(seconds=passed), 1000.0 + passed
+        if task.is_due(machine.now, 0):
+            last = machine.now.wall_us
+            saved = last if task.record_run(machine.now) else saved
+    machine.sleep(off_s)
+    assert saved is not None
+    [from_saved, from_last] = [parse("f", "t", cron, run_us) for run_us in (saved, last)]
+    assert from_saved.is_due(machine.now, 0) == from_last.is_due(machine.now, 0)
+    assert from_saved.wait_s(machine.now) == from_last.wait_s(machine.now)
+
+
 def test_a_last_run_reaches_the_cron_schedule() -> None:
     missed = parse("f", "t", "0 3 * * *", round((START - timedelta(days=3)).timestamp() * 1e6))
     assert missed.is_due(Machine().now, 0)
@@ -391,9 +423,19 @@ def test_rows_wait_outside_a_date_range() -> None:
 def test_a_range_that_is_over_starts_no_run_and_catches_up_on_none(moment: str) -> None:
     wall = datetime.fromisoformat(moment).replace(tzinfo=VIENNA)
     text = f"* * * * * {RANGE}T12:00"
-    assert Machine(wall).run(parse("f", "t", text), HOUR) == []
+    machine = Machine(wall)
+    assert machine.run(parse("f", "t", text), HOUR) == []
+    assert machine.query_count <= 62
     missed = parse("f", "t", text, round(datetime(2026, 3, 13, 11, tzinfo=VIENNA).timestamp() * 1e6))
     assert Machine(wall).run(missed, HOUR) == []
+
+
+def test_a_time_that_a_busy_machine_missed_before_the_end_of_its_range_is_not_waited_for() -> None:
+    task, machine = parse("f", "t", f"59 11 * * * {RANGE}T12:00"), Machine(datetime(2026, 3, 13, 11, tzinfo=VIENNA))
+    assert not task.is_due(machine.now, 0)
+    machine.sleep(2 * HOUR)
+    assert machine.run(task, HOUR) == []
+    assert machine.query_count <= 62
 
 
 @pytest.mark.parametrize("text", ["0 3 * * * in Europe/Vienna jitter 20 min", "every 6 h jitter 20 min"])

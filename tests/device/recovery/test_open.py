@@ -270,6 +270,30 @@ def test_a_new_store_is_made_in_one_go_without_a_backup(tmp_path: Path) -> None:
     assert not backup_of(tmp_path).exists()
 
 
+@pytest.mark.parametrize("mode", ["DELETE", "MEMORY"])
+def test_a_power_cut_while_a_store_is_made_leaves_one_that_opens(tmp_path: Path, mode: str) -> None:
+    """Cut it while pages of the tables are written, and between the tables and the write-ahead log."""
+    made, cut = tmp_path / "made.db", tmp_path / "cut"
+    cut.mkdir()
+    with contextlib.closing(sqlite3.connect(made, isolation_level=None)) as db:
+        # So that pages are written before the transaction ends.
+        db.execute("PRAGMA cache_size=1")
+        db.execute("BEGIN")
+        migrate.apply(db)
+        if mode == "MEMORY":
+            db.execute("COMMIT")
+            db.execute("PRAGMA journal_mode=MEMORY")
+        for end in ("", "-journal"):
+            if (left := Path(f"{made}{end}")).exists():
+                (cut / f"outstation.db{end}").write_bytes(left.read_bytes())
+    assert (cut / "outstation.db").stat().st_size > 0
+    assert (cut / "outstation.db-journal").exists() == (mode == "DELETE")
+    store, _ = opened(cut)
+    assert inspect_condition(store).last_finding is None
+    append(store, "numbers", 3)
+    store.close()
+
+
 def test_a_store_of_a_newer_version_is_refused_with_a_sentence(tmp_path: Path) -> None:
     opened(tmp_path)[0].close()
     with contextlib.closing(sqlite3.connect(tmp_path / "outstation.db")) as db, db:

@@ -69,6 +69,7 @@ def _print_event(event: InvitationEvent, as_json: bool) -> None:
         "refused": f"a request was refused: {event.detail}",
         "expired": "its invitation has expired",
         "withdrawn": f"its invitation was withdrawn: {event.detail}; invite it again",
+        "ignored": f"ignored {event.detail}",
         "waits": f"the broker cannot be reached: {event.detail}",
     }
     document = {"device": event.device, "state": event.state, "detail": event.detail, "steps": [*event.steps]}

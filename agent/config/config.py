@@ -1,0 +1,165 @@
+"""Config of a device: all sections of its `outstation.toml`, checked against each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import toml_files
+from agent.config import homeassistant, metered, samples, updates
+from agent.config.broker import MQTT_SCHEMES, check_broker
+from agent.config.device import (
+    BufferConfig,
+    CollectorConfig,
+    DeviceConfig,
+    IntakeConfig,
+    ModelsConfig,
+    OperatorsConfig,
+    PrivacyConfig,
+    PublishersConfig,
+    ThrottleConfig,
+    check_buffer,
+    check_device,
+    check_intake,
+)
+from agent.config.homeassistant import HomeAssistantConfig
+from agent.config.metered import UplinkBrokerConfig
+from agent.config.notify import NotifyConfig, check_notify
+from agent.config.samples import SamplesConfig
+from agent.config.streams import StreamConfig, check_stream, with_media_fields
+from agent.config.tasks import TaskConfig, check_task
+from agent.config.updates import UpdatesConfig
+from agent.errors import ConfigError
+from agent.quantities import Size
+from agent.toml_files import Section
+
+_STRANGERS = {
+    "fleet": "is a section of fleet.toml, which `outstation fleet` reads; -c names a device's outstation.toml",
+}
+
+
+class Config(Section, frozen=True):
+    """The whole config. Paths are absolute after `load`."""
+
+    device: DeviceConfig
+    broker: UplinkBrokerConfig = msgspec.field(default_factory=UplinkBrokerConfig)
+    collector: CollectorConfig = msgspec.field(default_factory=CollectorConfig)
+    operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
+    publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
+    buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    privacy: PrivacyConfig = msgspec.field(default_factory=PrivacyConfig)
+    intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
+    throttle: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    models: ModelsConfig = msgspec.field(default_factory=ModelsConfig)
+    updates: UpdatesConfig | None = None
+    homeassistant: HomeAssistantConfig | None = None
+    notify: NotifyConfig = msgspec.field(default_factory=NotifyConfig)
+    samples: SamplesConfig | None = None
+    streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.device.data_dir)
+
+    @property
+    def intake_token_file(self) -> Path:
+        return self.data_dir / (self.intake.token_file or "intake.token")
+
+
+def find(explicit: str | None) -> Path:
+    """Return the config file: `explicit`, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
+    if explicit or os.environ.get("OUTSTATION_CONFIG"):
+        return Path(explicit or os.environ["OUTSTATION_CONFIG"])
+    here = Path("outstation.toml")
+    return here if here.exists() else Path("/etc/outstation/outstation.toml")
+
+
+def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
+    """Load and check a device config; `[broker] url` has one of the `schemes`. Raises ConfigError."""
+    config, file = toml_files.read(path, Config, strangers=_STRANGERS), str(path)
+    check_device(file, config.device)
+    check_broker(file, config.broker, schemes=schemes)
+    metered.check(file, config.broker)
+    if config.updates is not None:
+        updates.check(file, config.updates)
+    if config.homeassistant is not None:
+        homeassistant.check(file, config.homeassistant)
+        _check_bridge(file, config, config.homeassistant)
+    check_notify(file, config.notify)
+    if config.samples is not None:
+        samples.check(file, config.samples, config.tasks)
+    check_intake(file, config.intake)
+    check_buffer(file, config.buffer)
+    streams = {name: with_media_fields(file, name, stream) for name, stream in config.streams.items()}
+    for name, stream in streams.items():
+        check_stream(file, name, stream)
+    for name, task in config.tasks.items():
+        check_task(file, name, task, streams)
+    return _with_absolute_paths(msgspec.structs.replace(config, streams=streams), path.resolve().parent)
+
+
+def digest(config: Config) -> str:
+    """Return `sha256:…` of the parsed config, without the broker's password and what only tells others of results."""
+    broker = msgspec.structs.replace(config.broker, password=None)
+    silent = {"updates": None, "homeassistant": None, "notify": NotifyConfig()}
+    # The same device in another folder gives the same results.
+    device = msgspec.structs.replace(config.device, data_dir="")
+    shown = msgspec.structs.replace(config, broker=broker, device=device, **silent)
+    data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _encode_quantity(value: Any) -> Any:
+    return int(value) if isinstance(value, Size) else float(value)
+
+
+def _check_bridge(file: str, config: Config, bridge: HomeAssistantConfig) -> None:
+    """Check that a device can publish on its own broker, if no other is named. Raises ConfigError."""
+    if bridge.broker is not None or not bridge.enabled:
+        return
+    key, fix = "homeassistant.broker", "name Home Assistant's broker here"
+    if config.broker.scheme not in MQTT_SCHEMES:
+        raise ConfigError(file, key, f"is missing, and [broker] is no MQTT broker; {fix}")
+    if bridge.verdicts and not homeassistant.is_authenticated(config.broker):
+        raise ConfigError(file, "homeassistant.verdicts", homeassistant.NOT_AUTHENTICATED)
+    if config.broker.cert_file is not None:
+        problem = "is missing: the fleet's broker takes one connection per certificate"
+        raise ConfigError(file, key, f"{problem}; {fix}, or let the collector publish ([homeassistant] in fleet.toml)")
+    if config.privacy.encrypt:
+        problem = "is missing: [privacy] encrypt hides results from the fleet's broker"
+        raise ConfigError(file, key, f"{problem}; {fix}, or remove [homeassistant]")
+
+
+def _with_absolute_paths(config: Config, base: Path) -> Config:
+    broker = config.broker.with_absolute_paths(base)
+    streams = {
+        name: msgspec.structs.replace(stream, source=stream.source.with_absolute_paths(base))
+        for name, stream in config.streams.items()
+    }
+    tasks = {
+        name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task
+        for name, task in config.tasks.items()
+    }
+    intake = config.intake
+    if intake.token_file is not None:
+        intake = msgspec.structs.replace(intake, token_file=str(base / intake.token_file))
+    device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
+    fetching = config.updates and updates.with_absolute_paths(config.updates, base)
+    bridge = config.homeassistant and homeassistant.with_absolute_paths(config.homeassistant, base)
+    return msgspec.structs.replace(
+        config,
+        device=device,
+        broker=broker,
+        intake=intake,
+        updates=fetching,
+        homeassistant=bridge,
+        notify=config.notify.with_absolute_paths(base),
+        streams=streams,
+        tasks=tasks,
+    )

@@ -1,0 +1,1 @@
+"""Attacks on a model's input: changes within sensor limits that flip its answers, found without its gradients."""
