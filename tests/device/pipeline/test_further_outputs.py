@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from agent import config
 from agent.authoring import pack
+from agent.cli.model.group import model
 from agent.config import AlertRuleConfig
 from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.rules import compiler, sentences
@@ -50,10 +53,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture
 def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    model = runtime.load_model(packed.manifest, packed.model_bytes)
+    loaded_model = runtime.load_model(packed.manifest, packed.model_bytes)
     air = config.StreamConfig(fields=[config.FieldConfig(name=name) for name in ("other", "air")])
     streams = {"weather": JoinedStream("weather", air, 10.0)}
-    loaded = LoadedBundle(packed, activation.read_reference(packed), None, model)
+    loaded = LoadedBundle(packed, activation.read_reference(packed), None, loaded_model)
     recipe = Recipe("classify", "joined_int8", fields=WINDOWED)
     made = Device(tmp_path / "store", recipe, loaded, joined_streams=streams, alerts=RULES)
     yield made
@@ -162,6 +165,29 @@ def test_a_further_output_alone_answers_as_beside_the_others(packed: Bundle) -> 
     whole = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
     t = np.arange(len(rows)) * 10_000
     joined = {"weather": JoinedRows(weather, np.arange(60) * AIR_STEP_US)}
-    alone, all_of = (model.run(rows, t, joined=joined).scores for model in (inference, whole))
+    alone, all_of = (each.run(rows, t, joined=joined).scores for each in (inference, whole))
     assert alone.value is not None
     assert alone.value.tolist() == all_of.extra_columns["value_wear"].tolist()
+
+
+def test_evaluate_judges_a_further_output_by_the_labels_of_its_name(tmp_path: Path, packed: Bundle) -> None:
+    for name, content in packed.files.items():
+        (tmp_path / "bundle").mkdir(exist_ok=True)
+        (tmp_path / "bundle" / name).write_bytes(content)
+    weather, rows = still_air(30, 2)[:, None], waves(400, seed=6)
+    inference = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
+    joined = {"weather": JoinedRows(weather, np.arange(30) * AIR_STEP_US)}
+    result = inference.run(rows, np.arange(400) * 10_000, joined=joined)
+    labels = dict(zip((result.cut.starts + 7).tolist(), result.scores.extra_columns["value_wear"] + 0.5, strict=True))
+    lines = write_csv(tmp_path / "rows.csv", WINDOWED, rows).read_text().splitlines()
+    labelled = [f"{lines[0]},label_wear", *(f"{line},{labels.get(i, '')}" for i, line in enumerate(lines[1:]))]
+    (tmp_path / "rows.csv").write_text("\n".join(labelled) + "\n")
+    air = write_csv(tmp_path / "weather.csv", ("air",), weather, step_s=0.31)
+    command = ["evaluate", str(tmp_path / "bundle"), str(tmp_path / "rows.csv"), "--join", f"weather={air}"]
+    done = CliRunner().invoke(model, [*command, "--output", "wear", "--no-latency", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["model"]["output"] == "wear"
+    assert {metric["metric"]: metric["value"] for metric in document["metrics"]}["mae"] == pytest.approx(0.5, abs=0.01)
+    unknown = CliRunner().invoke(model, [*command, "--output", "wera"])
+    assert "did you mean 'wear'" in str(unknown.exception)
