@@ -254,6 +254,30 @@ def test_an_unanswered_request_fails_at_its_timeout() -> None:
         assert not there.is_running
 
 
+def test_a_process_that_was_slowed_while_its_caller_committed_is_not_ended_for_the_callers_absence() -> None:
+    with SubprocessModel(tiny(), call_timeout_s=0.5) as there:
+        before, pid = there.invoke(CALM), there.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        run = there.start_run(there.input.quantize(CALM))
+        # A commit that takes longer than the timeout, on a disk that the process waits for, too.
+        time.sleep(2.5)
+        os.kill(pid, signal.SIGCONT)
+        assert np.array_equal(there.output.dequantize(there.wait(run)), before)
+        assert there.pid == pid
+
+
+def test_a_process_that_hangs_while_its_caller_commits_is_ended_soon_after() -> None:
+    with SubprocessModel(tiny("rigged_hang"), call_timeout_s=0.5) as there:
+        run = there.start_run(there.input.quantize(WILD))
+        time.sleep(2.5)
+        began = time.monotonic()
+        with pytest.raises(ModelProcessFailed, match=r"did not answer within 0\.5 s"):
+            there.wait(run)
+        assert time.monotonic() - began < 30
+        assert not there.is_running
+
+
 def test_callers_that_share_a_process_get_their_own_answers() -> None:
     here = runtime.TfliteModel(model("classify_int8"))
     with SubprocessModel(tiny()) as there:

@@ -36,6 +36,9 @@ from agent.model.sandbox.worker import (
 # A desktop starts Python, numpy and the runtime in a tenth of this; a busy small board needs longer.
 _START_TIMEOUT_S = 30.0
 _POLL_INTERVAL_S = 1.0
+# A caller that did not look for `_ABSENCE_S`, because of a slow commit, gives an overdue process this long once more:
+# what slowed the caller, such as a busy card, may have slowed the process.
+_ABSENCE_S, _GRACE_S = 2 * _POLL_INTERVAL_S, 5.0
 
 
 class SubprocessModel:
@@ -235,7 +238,8 @@ class SubprocessModel:
             process.submit(count, begin)
         except WorkerExited:
             raise self._make_crash_error(f"within {count} windows") from None
-        self._pending = ModelRequest(count, begin, end, time.monotonic() + self.call_timeout_s, loaded.output)
+        now_s = time.monotonic()
+        self._pending = ModelRequest(count, begin, end, now_s + self.call_timeout_s, now_s, loaded.output)
         self._allocated = None
         return self._pending
 
@@ -255,6 +259,7 @@ class SubprocessModel:
         try:
             message = process.read_message(RESPONSE_HEADER, timeout_s)
             if message is None:
+                pending.note_look(time.monotonic())
                 self._check_timeout(pending.deadline_s, self.call_timeout_s)
                 return
         except WorkerExited:
@@ -325,6 +330,7 @@ class SubprocessModel:
 class ModelRequest(msgspec.Struct, eq=False):
     """A request for the outputs of `count` windows, due at `deadline_s` (monotonic), and its answer or failure.
 
+    Its caller last looked at `looked_s`; `had_grace` once an absence of the caller has put off the deadline.
     Its windows and outputs take bytes `begin` to `end` of the shared memory.
     """
 
@@ -332,10 +338,18 @@ class ModelRequest(msgspec.Struct, eq=False):
     begin: int
     end: int
     deadline_s: float
+    looked_s: float
     quantization: Quantization
     numbers: NDArray[Any] | None = None
     seconds: float = 0.0  # of the model
     failure: ModelProcessFailed | None = None
+    had_grace: bool = False
+
+    def note_look(self, now_s: float) -> None:
+        """Record a look without an answer. After an absence beyond the deadline, put that off, once."""
+        if now_s >= self.deadline_s and now_s - self.looked_s > _ABSENCE_S and not self.had_grace:
+            self.deadline_s, self.had_grace = now_s + _GRACE_S, True
+        self.looked_s = now_s
 
     @property
     def is_done(self) -> bool:
