@@ -38,7 +38,7 @@ from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import ConstantRuns, run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
-from agent.drift.numeric.output_counts import FurtherOutput
+from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference, succession
 from agent.drift.baseline.learning import with_score_accuracy
 from agent.drift.detectors.registry import CLASS_SHARE, SCORED
-from agent.drift.numeric import false_alarm_budget, output_counts
-from agent.drift.numeric.output_counts import FurtherOutput
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.outputs import counts as output_counts
+from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting import parsed_message
 from agent.errors import BadBundle
 from agent.wire.privacy import least_count
@@ -143,11 +144,11 @@ def test_results_do_not_depend_on_where_batches_end(learned: DriftState) -> None
     changed = answers(200, 300)
     changed[150:, 2] += 1.5
 
-    def told(results: list[DriftWindowResult]) -> object:
+    def summarize(results: list[DriftWindowResult]) -> object:
         flow = [result.members["output"]["further"]["flow"]["values"]["flow"]["counts"] for result in results]
         return np.sum(flow, axis=0).tolist(), [alert for result in results for alert in result.alerts]
 
-    assert told(watch(learned, changed, batch=7)) == told(watch(learned, changed, batch=300))
+    assert summarize(watch(learned, changed, batch=7)) == summarize(watch(learned, changed, batch=300))
 
 
 def test_an_unknown_answer_is_left_out(learned: DriftState) -> None:

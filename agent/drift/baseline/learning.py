@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.drift.baseline import fault_limits, further_outputs
+from agent.drift.baseline import fault_limits
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -38,8 +38,9 @@ from agent.drift.detectors.registry import (
     ScoreLayout,
 )
 from agent.drift.numeric import control_limits, outliers
-from agent.drift.numeric.output_counts import FurtherOutput
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
+from agent.drift.outputs import reference as further_outputs
+from agent.drift.outputs.counts import FurtherOutput
 from agent.errors import BadBundle
 from agent.indices import bincount
 from agent.performance import cbpe

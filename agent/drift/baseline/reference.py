@@ -18,9 +18,8 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.drift.baseline import further_outputs, runs, window_statistics
+from agent.drift.baseline import runs, window_statistics
 from agent.drift.baseline.fault_limits import FaultLimits
-from agent.drift.baseline.further_outputs import MAX_OUTPUTS, FurtherOutputReference
 from agent.drift.baseline.missing_values import MissingBaseline
 from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
@@ -30,8 +29,10 @@ from agent.drift.detectors.detector import NO_WEIGHTS, Baseline, Task
 from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import NO_CELLS, Distributions
-from agent.drift.numeric.output_counts import BINS as BINS  # quantile bins; `counts` has two more, for rows outside
-from agent.drift.numeric.output_counts import FurtherOutput, count_cells
+from agent.drift.outputs import reference as further_outputs
+from agent.drift.outputs.counts import BINS as BINS  # quantile bins; `counts` has two more, for rows outside
+from agent.drift.outputs.counts import FurtherOutput, count_cells
+from agent.drift.outputs.reference import MAX_OUTPUTS, FurtherOutputReference
 from agent.errors import BadBundle
 from agent.indices import repeat
 from agent.kernel.drift_rows import RowLimits

@@ -21,8 +21,8 @@ from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.divergence import NO_CELLS, Distributions, coarsen_bins
-from agent.drift.numeric.output_counts import count_answers
 from agent.drift.numeric.sums import GroupSums
+from agent.drift.outputs.counts import count_answers
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False):

@@ -22,8 +22,8 @@ from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
-from agent.drift.numeric.output_counts import BINS, FurtherOutput
 from agent.drift.numeric.sums import GroupMoments, Groups
+from agent.drift.outputs.counts import BINS, FurtherOutput
 
 EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8

@@ -27,7 +27,7 @@ from agent.drift.detectors.detector import (
     round_significant,
 )
 from agent.drift.numeric import false_alarm_budget
-from agent.drift.numeric.output_counts import FurtherOutput, median_value, split_outputs, weighted_means
+from agent.drift.outputs.counts import FurtherOutput, median_value, split_outputs, weighted_means
 from agent.indices import repeat
 
 

@@ -10,12 +10,11 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Ints, TypedMap
-from agent.drift.detectors.certainty import CertaintyDetector
+from agent.drift.detectors.certainty import CertaintyDetector, ExpectedAccuracyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
 from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
 from agent.drift.detectors.dispersion import DispersionDetector
-from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
 from agent.drift.detectors.further_outputs import FurtherOutputDetector
 from agent.drift.detectors.gate import GateDetector
 from agent.drift.detectors.mewma import MewmaDetector

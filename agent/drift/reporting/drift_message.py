@@ -14,7 +14,6 @@ import numpy as np
 from msgspec.structs import astuple
 
 from agent.arrays import Float64s, Ints
-from agent.drift.baseline import further_outputs
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
@@ -22,6 +21,7 @@ from agent.drift.detectors.detector import JOINT, SCORE, SUBJECTS
 from agent.drift.detectors.registry import ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.sums import GroupSums
+from agent.drift.outputs import reference as further_outputs
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from agent import decoders
 from agent.arrays import Ints
-from agent.drift.baseline.further_outputs import MAX_OUTPUTS
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
+from agent.drift.outputs.reference import MAX_OUTPUTS
 from agent.wire import runs
 from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
 from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun

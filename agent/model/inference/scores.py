@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
-from agent.drift.numeric.output_counts import MAX_VALUES, FurtherOutput
+from agent.drift.outputs.counts import MAX_VALUES, FurtherOutput
 from agent.model.bundle.manifest import Manifest, ModelOutput, output_columns
 from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 

@@ -158,7 +158,7 @@ def test_a_rule_is_explained_with_its_output() -> None:
     assert "value wear > 1e9" in sentences.explain(RULES[0])
 
 
-def test_a_further_output_alone_answers_as_beside_the_others(packed: Bundle) -> None:
+def test_a_model_of_one_output_gives_the_bits_of_the_model_of_several(packed: Bundle) -> None:
     weather, rows = waves(60, seed=2)[:, :1], waves(400, seed=6)
     view = scores.further_manifest(packed.manifest, "wear")
     inference = Inference(view, runtime.load_model(view, packed.model_bytes))

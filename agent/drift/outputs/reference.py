@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric import divergence
-from agent.drift.numeric.output_counts import BINS, DISTANCES, RANKS, FurtherOutput, split_outputs
+from agent.drift.outputs.counts import BINS, DISTANCES, RANKS, FurtherOutput, split_outputs
 from agent.indices import bincount
 from agent.performance import cbpe
 
