@@ -1,16 +1,17 @@
-"""Print `docs/reference/alerts.md` from the table in `agent/alerts.py`: `python -m scripts.alerts_reference`."""
+"""Print `docs/reference/alerts.md` from the table in `agent/alerts/kinds.py`: `python -m scripts.alerts_reference`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from agent.alerts import KINDS, AlertKind
+from agent.alerts.alert import AlertKind
+from agent.alerts.kinds import KINDS
 
 _HEAD = """\
 # Alerts
 
-Generated from `agent/alerts.py` by `python -m scripts.alerts_reference > docs/reference/alerts.md`; do not edit.
+Generated from `agent/alerts/kinds.py` by `python -m scripts.alerts_reference > docs/reference/alerts.md`; do not edit.
 
 An alert is raised and, for most kinds, cleared later by another message with the same `id`. An open alert about drift
 or a sensor fault that doubles or turns round is raised again with the same `id` and the next `revision`, at most ten

@@ -39,7 +39,13 @@ main { padding: 1rem 2rem 4rem; max-width: 60rem } a { color: var(--link) }
 pre { background: var(--soft); padding: .75rem; overflow: auto } code { font: .9em ui-monospace, monospace }
 table { border-collapse: collapse; display: block; overflow: auto } img { max-width: 100%; background: #fff }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
-@media (max-width: 50rem) { body { display: block } nav { position: static; height: auto } main { padding: 1rem } }
+summary { font-weight: 700; padding: .4rem 0 }
+@media (min-width: 50.01rem) { summary { display: none } }
+@media (max-width: 50rem) {
+  body { display: block } nav { position: static; height: auto; border: 0; border-bottom: 1px solid var(--line) }
+  nav ul { margin: 0 } main { padding: 1rem } table { font-size: .85rem }
+  th, td { padding: .2rem .35rem; overflow-wrap: anywhere; min-width: 4.5rem }
+}
 """
 _SEARCH = """
 const box = document.querySelector('#search'), list = document.querySelector('#found');
@@ -151,7 +157,10 @@ def _render(page: Page, pages: list[Page]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(page.title)} – Outstation</title><link rel="stylesheet" href="{top}style.css">'
         f'<nav><input id="search" type="search" placeholder="Search" aria-label="Search"><ul id="found"></ul>'
-        f"{''.join(groups)}</nav><main>{page.html}</main>"
+        # On a phone, the list of all pages would stand before each page.
+        f"<details open><summary>Pages</summary>{''.join(groups)}</details></nav>"
+        "<script>document.querySelector('details').open = !matchMedia('(max-width: 50rem)').matches</script>"
+        f"<main>{page.html}</main>"
         f'<script>const TOP = "{top}"</script><script src="{top}search.js"></script></html>\n'
     )
 

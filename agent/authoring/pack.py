@@ -16,10 +16,11 @@ from msgspec.structs import replace
 
 from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
-from agent.authoring import calibration, input_range
+from agent.authoring import calibration, input_range, training_check
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
+from agent.authoring.training_check import CheckedData
 from agent.datasets import joined_rows, recordings, training_data
 from agent.datasets.training_data import LabelParser, TrainingData
 from agent.drift.baseline import learning
@@ -52,10 +53,14 @@ class PackedBundle(msgspec.Struct, frozen=True):
     warnings: list[str]
     digest: str
     notes: list[str]
+    training: list[CheckedData] = []
 
 
-def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
-    """Build all files of a bundle. Raises ConfigError, BadBundle."""
+def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> PackedBundle:
+    """Build all files of a bundle; labelled data, `train` among them, are checked for poisoning.
+
+    Raises ConfigError, BadBundle, UsageError.
+    """
     spec = specs.read(spec_file)
     files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
@@ -74,15 +79,17 @@ def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
         *_add_cards(spec_file, spec, files),
         *_find_placeholders(draft),
     ]
+    training = training_check.check(job, train)
+    if "DATA_CARD.md" in files:
+        files["DATA_CARD.md"] += training_check.card_section(training, job.draft).encode()
     head = manifest.encode(specs.finish_manifest(job.draft, files))
     files["manifest.json"] = head
     if key is not None:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED_WARNING)
-    return PackedBundle(
-        files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", [*calibrated.notes, *_note_scaling(draft)]
-    )
+    notes = [*calibrated.notes, *_note_scaling(draft)]
+    return PackedBundle(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", notes, training)
 
 
 def _find_placeholders(draft: Manifest) -> list[str]:

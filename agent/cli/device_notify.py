@@ -6,7 +6,7 @@ import click
 
 from agent.bootstrap import device
 from agent.cli import notifications
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_options
 from agent.device.notifications import read_states
 
 
@@ -17,8 +17,7 @@ def notify() -> None:
 
 @notify.command("test", epilog="Example: outstation notify test mail")
 @click.argument("target", required=False)
-@config_option
-@json_option
+@config_options
 def test(target: str | None, config_file: str | None, as_json: bool) -> None:
     """Send a test message to TARGET, or to all targets, now. Exit 1 if one does not accept it."""
     file, conf = device.load_config(config_file)
@@ -27,8 +26,7 @@ def test(target: str | None, config_file: str | None, as_json: bool) -> None:
 
 
 @notify.command("status", epilog="Example: outstation notify status --json")
-@config_option
-@json_option
+@config_options
 def status(config_file: str | None, as_json: bool) -> None:
     """Show for each target what was sent, what waits, and the last failure."""
     file, conf = device.load_config(config_file)

@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
 
 from agent.errors import UsageError
 from agent.text import printable, printable_json, printable_lines
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MAX_SHOWN = 20
 
@@ -25,6 +27,11 @@ config_option = click.option(
     metavar="FILE",
     help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml.",
 )
+
+
+def config_options(command: Command) -> Command:
+    """Add `--config` and `--json`."""
+    return config_option(json_option(command))
 
 
 def _default_author() -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
-from agent.alerts import Severity
+from agent.alerts.alert import Severity
 from agent.errors import ConfigError
 from agent.names import is_name
 from agent.quantities import Duration, parse_duration

@@ -128,6 +128,10 @@ class RecordingsReader:
         self.size = len(self._rows)
         require_columns(path, self.columns, self._text_columns)
 
+    def read_texts(self, names: Sequence[str]) -> dict[str, TextColumn]:
+        """Return these columns (n,) as text."""
+        return {name: self._texts(name) for name in names}
+
     def progress(self, position: FilePosition) -> int:
         return position.row
 

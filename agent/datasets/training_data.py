@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.datasets import readers, recordings
-from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
+from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN, TextColumn
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
@@ -23,18 +23,21 @@ from agent.model.inference import features
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 
 _MAX_LABELS = 4096
+# Columns that say who measured or labelled a row.
+PROVIDERS = ("device", "labeller")
 
 
 class TrainingData(msgspec.Struct, frozen=True):
     """`features` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `label` the true label, if known.
 
     That is a class index (n,), of a multi-label model 0 or 1 for each label (n, K), a number (n,), or 1 for an anomaly
-    and 0 for none. An unknown label is -1, an unknown number NaN.
+    and 0 for none. An unknown label is -1, an unknown number NaN. `providers` are the columns of PROVIDERS (n,).
     """
 
     features: Float32s
     t: Ints
     label: NDArray[Any] | None
+    providers: dict[str, TextColumn] = {}
 
     def window_labels(self, starts: Ints, rows: int) -> NDArray[Any]:
         """Return the label of each window, that of its last row."""
@@ -79,12 +82,18 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         loaded = recordings.load(path)
         is_main = LABEL_COLUMN in loaded.columns and (labels is None or labels.column == LABEL_COLUMN)
         codes = loaded.label[loaded.recording_index] if is_main else None
-        return TrainingData(loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes)
+        known = [name for name in PROVIDERS if name in loaded.columns]
+        columns = recordings.RecordingsReader(path, spec).read_texts(known) if known else {}
+        return TrainingData(
+            loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes, columns
+        )
     reader = readers.open_reader(path, spec, require_times=True)
     column = LABEL_COLUMN if labels is None else labels.column
     labelled = labels is not None and column in reader.columns
+    names = [name for name in PROVIDERS if labelled and name in reader.columns and name not in spec.fields]
     if labelled:
-        reader = readers.open_reader(path, spec, [column], require_times=True)
+        reader = readers.open_reader(path, spec, [column, *names], require_times=True)
+    providers: dict[str, list[TextColumn]] = {name: [] for name in names}
     rows, t, texts = [np.empty((0, len(spec.fields)), np.float32)], [np.empty(0, np.int64)], [np.empty(0, np.str_)]
     for block in reader.blocks():
         for rejection in block.rejected:
@@ -94,6 +103,8 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         t.append(block.t)
         if labelled:
             texts.append(block.text_columns[column])
+        for name in names:
+            providers[name].append(block.text_columns[name])
     label, cells = None, np.concatenate(texts)
     # Images that lie in no subfolder have no label.
     if labels is not None and labelled and (not readers.is_media(spec) or (cells != "").any()):
@@ -101,7 +112,8 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
             label = labels.parse_column(cells)
         except ValueError as problem:
             raise UsageError(f"{path}: column {column}: {problem}") from None
-    return TrainingData(np.concatenate(rows), np.concatenate(t), label)
+    columns = {name: np.concatenate(parts) for name, parts in providers.items() if parts}
+    return TrainingData(np.concatenate(rows), np.concatenate(t), label, columns)
 
 
 def has_labels(path: Path, spec: ModelInput, column: str = LABEL_COLUMN) -> bool:

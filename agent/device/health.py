@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from agent import __version__, decoders
-from agent.alerts import BUNDLE_FAILED
+from agent.alerts.kinds import BUNDLE_FAILED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state

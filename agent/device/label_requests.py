@@ -10,7 +10,8 @@ import numpy as np
 
 from agent import clock
 from agent.device.store import labels as label_store
-from agent.device.store.labels import StoredPredictions
+from agent.device.store import predictions
+from agent.device.store.predictions import StoredPredictions
 from agent.device.store.store import Store
 from agent.performance import label_candidates
 from agent.performance.label_candidates import Reason, UnlabelledResults
@@ -38,7 +39,7 @@ class LabelRequest(msgspec.Struct, frozen=True):
 
 def list_next(store: Store, task: str, schema: LabelSchema, limit: int, seed: int) -> list[LabelRequest]:
     """Return up to `limit` of the newest results without a label; `seed` chooses the random ones."""
-    batches = store.query(label_store.load_newest_predictions, task, _MAX_BATCHES)[::-1]
+    batches = store.query(predictions.load_newest_predictions, task, _MAX_BATCHES)[::-1]
     if not batches:
         return []
     known = store.query(label_store.load_label_texts, task, int(batches[0].row[0]))

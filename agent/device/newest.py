@@ -16,7 +16,8 @@ from agent import clock, decoders
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store.clock_segments import QUALITIES, ClockStamp
 from agent.device.store.outbox import OutboxMessage
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.row_batch import RowBatch
+from agent.device.store.store import Store
 from agent.wire.messages import ResultColumns
 
 # Messages that are read for the newest results, at most.

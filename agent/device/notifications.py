@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from agent.alerts import TARGET_FAILS_ON_DEVICE, find_kind
+from agent.alerts.kinds import TARGET_FAILS_ON_DEVICE, find_kind
 from agent.clock import ClockReading
 from agent.config.notify import DATABASE
 from agent.device.store.message_log import MessageLog

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert, MonitoredAlert, monitored_names, monitoring_kind
-from agent.arrays import Bools, Float64s
+from agent.alerts.alert import Alert, MonitoredAlert
+from agent.alerts.kinds import monitored_names, monitoring_kind
+from agent.arrays import Bools, Float64s, any_true
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.detectors.detector import round_significant
@@ -93,10 +94,10 @@ class AlertLifecycle:
     ) -> tuple[DriftState, list[Alert]]:
         """Return the state `after` the window with its drift alerts; `z` and `effects` (T,) are those of its tests."""
         was, is_now = before.suite.open_subjects, after.suite.open_subjects
-        if not (was.any() or is_now.any()):
+        if not (any_true(was) or any_true(is_now)):
             return after, []
         tests = after.suite.layout.tests
-        sizes = before.drift_sizes.add(z, effects, is_first=not was.any()).with_leads(tests, is_now & ~was)
+        sizes = before.drift_sizes.add(z, effects, is_first=not any_true(was)).with_leads(tests, is_now & ~was)
         published = before.drift_escalation.size
         escalation, again = before.drift_escalation.update(was, is_now, sizes.sizes(tests, published), least=MIN_SCORE)
         raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert
-from agent.arrays import Float32s, Float64s, Ints
+from agent.alerts.alert import Alert
+from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -294,7 +294,7 @@ def advance_tests(
 def _run_gates(
     state: DriftState, site: Reference, analysis: WindowAnalysis, ahead: slice, start_times: Ints
 ) -> dict[str, GateRun]:
-    fields_drift = bool(state.suite.open_fields.any())
+    fields_drift = any_true(state.suite.open_fields)
     return {
         gate.name: gate.run(
             state.gates[gate.name],
@@ -315,7 +315,7 @@ def _gates_after(runs: Mapping[str, GateRun], windows: int) -> GateStates:
 def count_plain_windows(state: DriftState, analysis: WindowAnalysis, first: int) -> int:
     """Return the number of windows from number `first` on without any sign of a fault; 0 while an alert is open."""
     is_open = state.faults.any_open or any(gate.is_open for gate in state.gates.values())
-    if is_open or state.is_inherited or state.suite.open_subjects.any():
+    if is_open or state.is_inherited or any_true(state.suite.open_subjects):
         return 0
     faulty = analysis.faulty[first:]
     return faulty.index(True) if True in faulty else len(faulty)

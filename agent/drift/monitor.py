@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert
-from agent.arrays import Float32s, Float64s, Ints
+from agent.alerts.alert import Alert
+from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
@@ -307,8 +307,8 @@ class DriftMonitor:
         runs = run_until_stuck(state.faults.runs, analysis.summaries, ahead, known)
         identified = self._identify_faults(state, analysis, first, missing[0], runs[0])
         # A single window without the fault does not prove a misread field sound.
-        has_fault = faults.excludes_window(identified) or bool(state.faults.misread.any())
-        is_quiet = not (missing[0].alarm.any() or runs[0].find_stuck(known).any())
+        has_fault = faults.excludes_window(identified) or any_true(state.faults.misread)
+        is_quiet = not (any_true(missing[0].alarm) or any_true(runs[0].find_stuck(known)))
         plain = min(plain, len(missing), len(runs)) if is_quiet else 0
         tests = batches.advance_tests(
             state, tester, analysis, first, full.start_times, has_fault=has_fault, plain=plain
@@ -392,7 +392,7 @@ class DriftMonitor:
         """Return True if windows are gathered to learn from: none while an alert is open but of few missing values."""
         if state.faults.stop_learning or any(gate.is_open for gate in state.gates.values()):
             return False
-        return state.site_reference is None or (state.is_inherited and not state.suite.open_subjects.any())
+        return state.site_reference is None or (state.is_inherited and not any_true(state.suite.open_subjects))
 
     def _update_missing(
         self, state: DriftState, analysis: WindowAnalysis, ahead: slice, start_times: Ints
@@ -400,7 +400,7 @@ class DriftMonitor:
         """Return the chart of missing values after each of the windows `ahead`, up to the first alarm."""
         chart, missing, rows = state.faults.missing, analysis.summaries.missing[ahead], analysis.summaries.row_counts
         baseline = faults.missing_baseline(self.shipped, state.site_reference)
-        if chart.is_idle and not missing.any():
+        if chart.is_idle and not any_true(missing):
             return [chart] * len(missing)
         return chart.update_until_alarm(missing, rows[ahead], start_times[ahead], baseline)
 

@@ -10,7 +10,7 @@ from msgspec import structs
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.alerts import Alert, MonitoredAlert
+from agent.alerts.alert import Alert, MonitoredAlert
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard

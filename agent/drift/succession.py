@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import Alert, monitored_names, monitoring_kind
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import monitored_names, monitoring_kind
 from agent.arrays import Bools
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference

@@ -141,6 +141,7 @@ def _floats(values: Float64s) -> Float64s:
 def _indices(values: Ints, count: int) -> Ints:
     """Return indices for the library. Raises IndexError unless all of them are below `count`."""
     values = np.ascontiguousarray(values, np.int64)
-    if len(values) and not 0 <= values.min() <= values.max() < count:
+    # Negative numbers are large ones there.
+    if len(values) and values.view(np.uint64).max() >= count:
         raise IndexError(f"an index is not below {count}")
     return values

@@ -24,6 +24,8 @@ _DIGEST_BYTES = 32  # SHA-256 of the library, at the end of its file
 BASELINE, AVX2 = "baseline", "avx2"
 
 Function = Callable[..., int]
+# A buffer of any size, which is asked for its address alone.
+_Buffer, _address_of = ctypes.c_char * 0, ctypes.addressof
 
 
 class Library:
@@ -157,7 +159,12 @@ def describe() -> str:
 
 def address(array: np.ndarray) -> int:
     """Return the address of a contiguous array's first item."""
-    return int(array.ctypes.data)
+    try:
+        # A quarter of the time of `array.ctypes`.
+        return _address_of(_Buffer.from_buffer(array))
+    except TypeError:
+        # It is read-only.
+        return int(array.ctypes.data)
 
 
 def to_singles(values: Float32s | Float64s) -> Float32s | None:

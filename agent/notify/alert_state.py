@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from agent.alerts import Severity
+from agent.alerts.alert import Severity
 
 Status = Literal["raised", "acknowledged", "muted", "cleared"]
 SEVERITY_RANK = {"info": 1, "warning": 2, "critical": 3}

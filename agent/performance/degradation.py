@@ -31,13 +31,15 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent import alerts, clock, decoders
-from agent.alerts import OWN_LABELS, Alert
+from agent import clock, decoders
+from agent.alerts import kinds as alert_kinds
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import OWN_LABELS
 from agent.performance import intervals
 
 GROUP_SIZE, BASELINE_SIZE = 25, 200
 DECAY, EVALUATION, CERTAINTY = KINDS = ("decay", "evaluation", "certainty")
-ALERT_KINDS = {DECAY: alerts.DECAY, EVALUATION: alerts.BELOW_EVALUATION, CERTAINTY: alerts.OVERCONFIDENT}
+ALERT_KINDS = {DECAY: alert_kinds.DECAY, EVALUATION: alert_kinds.BELOW_EVALUATION, CERTAINTY: alert_kinds.OVERCONFIDENT}
 MARGINS = {DECAY: 0.02, EVALUATION: 0.05, CERTAINTY: 0.05}
 # Margin of numbers, as a share of the reference error.
 _REGRESSION_MARGIN = 0.1
@@ -351,7 +353,8 @@ def _update_cusum(
         return None
     track.run = run = track.run.add(group)
     low, high = reference.interval(run, design_effect)
-    if track.cusum <= LIMIT or low <= reference.loss:
+    # One group may be one session.
+    if track.cusum <= LIMIT or low <= reference.loss or run.n <= GROUP_SIZE:
         return None
     track.is_open, track.raised_count = True, track.raised_count + 1
     return DegradationEvent(kind, "raised", track.raised_count, run.loss, low, high, reference.loss, run)

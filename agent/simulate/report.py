@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from agent.datasets.recordings import Recordings, load
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.database.store import FleetStore
 from agent.model.inference.scores import ANOMALY
 from agent.simulate.plan import SimulatedSite, SimulationPlan

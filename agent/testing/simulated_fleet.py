@@ -112,7 +112,8 @@ class SimulatedFleet:
 
     def connect(self, client: str, *topics: str) -> LossyLink:
         """Connect a client of the broker, which receives the messages of these topics."""
-        return self._simulation.air.connect(None, client, subscribe=topics, session_expiry_s=86_400)
+        link: LossyLink = self._simulation.air.connect(None, client, subscribe=topics, session_expiry_s=86_400)
+        return link
 
     def set_offline(self, device: str, *, is_offline: bool) -> None:
         """Cut the network of a device, or restore it."""

@@ -153,6 +153,11 @@ class Link:
                 self._traffic_bytes = max(sent, acked) + received + headers
         return self._traffic_bytes
 
+    def fileno(self) -> int:
+        """Return the descriptor of the connection, for select; -1 once it is closed."""
+        sock = self._client.socket()
+        return -1 if sock is None else int(sock.fileno())
+
     def send(self, message: OutgoingMessage) -> int:
         """Send one message and return its token; `receive` returns the receipt with this token."""
         properties = Properties(PacketTypes.PUBLISH)

@@ -74,7 +74,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct, frozen=True):
-    """Section that a benchmark writes: file below the checkout, title, text, and SVG files by their path.
+    """Section that a benchmark writes: file below the checkout, title, text, and other files by their path.
 
     `bullets` by the path of another page replace the list item there that begins with the same words in bold.
     """
@@ -82,7 +82,7 @@ class Section(msgspec.Struct, frozen=True):
     page: str
     title: str
     text: str
-    charts: dict[str, str] = {}
+    files: dict[str, str] = {}
     bullets: dict[str, str] = {}
 
 

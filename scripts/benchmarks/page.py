@@ -79,7 +79,7 @@ def write(results: Sequence[Result], worst: Sequence[Result], *, complete: bool)
     measured = describe_run()
     figures = {} if complete else read_figures()
     for result in results:
-        figures[result.name] = Figure(**msgspec.structs.asdict(result), measured=measured, machine=_machine())
+        figures[result.name] = Figure(**msgspec.structs.asdict(result), measured=measured, machine=describe_hardware())
     ratios = {} if complete else json.loads(RATIOS.read_text(encoding="utf-8"))
     ratios |= {result.name: round(result.ratio, 4) for result in worst if not result.limit}
     # A figure is a line, so that measurements of different figures merge.
@@ -119,13 +119,13 @@ def render_pages() -> dict[str, str]:
 
 
 def write_section(section: Section) -> None:
-    """Replace a section of its page, or append it, and write its charts."""
+    """Replace a section of its page, or append it, and write its files."""
     path, mark = ROOT / section.page, f"\n## {section.title}\n"
     before, _, rest = path.read_text(encoding="utf-8").partition(mark)
     _, following, after = rest.partition("\n## ")
     path.write_text(f"{before.rstrip()}\n{mark}\n{section.text.rstrip()}\n{following}{after}", encoding="utf-8")
-    for name, svg in section.charts.items():
-        (ROOT / name).write_text(svg, encoding="utf-8")
+    for name, text in section.files.items():
+        (ROOT / name).write_text(text, encoding="utf-8")
     for name, item in section.bullets.items():
         _replace_item(ROOT / name, item)
 
@@ -227,7 +227,8 @@ def _sections(path: Path) -> str:
     return "".join(section for section in sections if not section.startswith("## What is compared\n"))
 
 
-def _machine() -> str:
+def describe_hardware() -> str:
+    """Return processor, system, interpreter and libraries."""
     return (
         f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
         f"{runtime_name()}; SQLite {sqlite3.sqlite_version}"

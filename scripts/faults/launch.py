@@ -22,8 +22,8 @@ from agent import clock
 from agent.device.capacity import space
 from agent.device.daemon import Daemon
 from agent.device.pipeline.tasks import ScheduledTask
-from agent.device.store import schema
 from agent.device.store.store import Store
+from agent.device.store.tables import schema
 from agent.device.store.transaction import Transaction
 from agent.device.uplink.session import Session
 from agent.model.inference.runtime import TfliteModel

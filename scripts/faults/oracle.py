@@ -22,7 +22,8 @@ from agent.device.machine import commitment_secret
 from agent.device.store.rows import Rows, commit
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
 from agent.wire import commitment
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations

@@ -20,7 +20,8 @@ from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.errors import LinkDown
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.sqlite import SqliteDatabase

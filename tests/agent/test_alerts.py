@@ -8,8 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from agent import alerts
-from agent.alerts import KINDS, AlertKind
+from agent.alerts import kinds as alert_kinds
+from agent.alerts.alert import AlertKind
+from agent.alerts.kinds import KINDS
 from agent.drift.detectors.sampling_rate_watch import CAUSES
 from agent.drift.reporting import alert_text
 from agent.wire.messages import AlertPayload
@@ -49,7 +50,7 @@ def test_an_alert_keeps_its_id_until_it_clears(kind: AlertKind) -> None:
 
 
 def test_a_tasks_alert_has_the_tasks_name_in_its_id() -> None:
-    alert = alerts.DEADLINE_MISSED.raised("Late.", {"seconds": 2})
+    alert = alert_kinds.DEADLINE_MISSED.raised("Late.", {"seconds": 2})
     assert alert.to_body("vibration", seq=7) == {
         "alert": "model",
         "subject": "deadline",
@@ -59,9 +60,9 @@ def test_a_tasks_alert_has_the_tasks_name_in_its_id() -> None:
         "summary": "Late.",
         "evidence": {"seq": 7, "seconds": 2},
     }
-    assert alerts.CLOCK.cleared("Set.").to_body()["id"] == "clock"
+    assert alert_kinds.CLOCK.cleared("Set.").to_body()["id"] == "clock"
 
 
 def test_every_fault_is_explained() -> None:
-    assert set(alerts.FIELD_FAULT.variants) == set(alert_text.CAUSES)
-    assert set(alerts.RATE_FAULT.variants) == set(CAUSES)
+    assert set(alert_kinds.FIELD_FAULT.variants) == set(alert_text.CAUSES)
+    assert set(alert_kinds.RATE_FAULT.variants) == set(CAUSES)

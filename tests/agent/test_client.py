@@ -71,6 +71,28 @@ def answer(connection: socket.socket, through: int, accepted: int = 0, rejected:
     connection.sendall(msgspec.json.encode({"through": through, "accepted": accepted, "rejected": rejected}) + b"\n")
 
 
+def greet(connection: socket.socket, through: int = 0) -> None:
+    """Answer the client's name with the number of its stored lines."""
+    lines(connection, 1)
+    answer(connection, through)
+
+
+def lose(folder: Path, lost: threading.Event) -> Callable[[socket.socket], None]:
+    """Return a conversation that ends after the greeting; no other is possible until `bring_back`."""
+
+    def talk(connection: socket.socket) -> None:
+        greet(connection)
+        (folder / "agent.sock").rename(folder / "away")
+        connection.close()
+        lost.set()
+
+    return talk
+
+
+def bring_back(folder: Path) -> None:
+    (folder / "away").rename(folder / "agent.sock")
+
+
 def test_what_flush_says_is_on_the_disk(station: Station) -> None:
     with Client(station.socket) as client:
         client.send("watch", t=T0, ax=0.1, ay=0.2)
@@ -240,10 +262,6 @@ def test_an_outage_ends(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_only_accepts_connections_does_not_hold_a_client_for_ever(tmp_path: Path) -> None:
-    def greet(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
-
     with agent(tmp_path, *[greet] * 4) as path:
         client = Client(path, name="g", patience_s=0.3, outage_s=0.2)
         number(client, 1)
@@ -284,14 +302,12 @@ def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, 
     first_lost, answered, lose_again, second_lost = (threading.Event() for _ in range(4))
 
     def lose_first(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         connection.close()
         first_lost.set()
 
     def answer_and_lose(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         lines(connection, 1)
         answer(connection, 1, 1)
         answered.set()
@@ -301,8 +317,7 @@ def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, 
         second_lost.set()
 
     def answer_rest(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 1)
+        greet(connection, 1)
         lines(connection, 2)
         answer(connection, 3, 2)
 
@@ -316,7 +331,7 @@ def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, 
         number(client, 2)
         clock.now_s += 100
         number(client, 3)
-        (tmp_path / "away").rename(path)
+        bring_back(tmp_path)
         assert client.flush().rejected == []
         assert client.through == 3
 
@@ -324,28 +339,20 @@ def test_a_second_loss_after_answered_lines_begins_a_new_outage(tmp_path: Path, 
 def test_a_daemon_that_dies_while_lines_are_resent_ends_the_outage_in_time(tmp_path: Path, clock: Clock) -> None:
     lost = threading.Event()
 
-    def lose_first(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
-        path.rename(tmp_path / "away")
-        connection.close()
-        lost.set()
-
     def die_after_one_line(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         connection.recv(1)
         answer(connection, 1, 1)
         # The client reads the reply: the lines it resends do not fit into the socket.
         threading.Event().wait(0.1)
         path.unlink()
 
-    with agent(tmp_path, lose_first, die_after_one_line) as path:
+    with agent(tmp_path, lose(tmp_path, lost), die_after_one_line) as path:
         client = Client(path, name="g", outage_s=5.0)
         assert lost.wait(60)
         for _ in range(4):
             client.send("machine", mode="x" * 1_000_000)
-        (tmp_path / "away").rename(path)
+        bring_back(tmp_path)
         with pytest.raises(ConnectionError, match=r"[34] lines are not acknowledged"):
             client.flush()
         client.close()
@@ -355,21 +362,13 @@ def test_a_send_that_raises_after_an_outage_does_not_keep_its_row(tmp_path: Path
     lost = threading.Event()
     received: list[bytes] = []
 
-    def lose_first(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
-        path.rename(tmp_path / "away")
-        connection.close()
-        lost.set()
-
     def receive_all(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         for through in (1, 2):
             received.extend(lines(connection, 1))
             answer(connection, through, 1)
 
-    with agent(tmp_path, lose_first, receive_all) as path:
+    with agent(tmp_path, lose(tmp_path, lost), receive_all) as path:
         client = Client(path, name="g", outage_s=1.0)
         assert lost.wait(60)
         number(client, 1)
@@ -377,7 +376,7 @@ def test_a_send_that_raises_after_an_outage_does_not_keep_its_row(tmp_path: Path
         for _ in range(3):
             with pytest.raises(ConnectionError, match="; 1 lines are not acknowledged; send them again, unless"):
                 number(client, 2)
-        (tmp_path / "away").rename(path)
+        bring_back(tmp_path)
         number(client, 2)
         assert client.flush() == FlushResult(2, [])
         client.close()
@@ -388,16 +387,14 @@ def test_a_flush_does_not_wait_for_replies_to_lines_that_were_committed_before(t
     flushed = threading.Event()
 
     def commit_without_reply(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         lines(connection, 1)
 
-    def greet(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 1)
+    def greet_and_wait(connection: socket.socket) -> None:
+        greet(connection, 1)
         flushed.wait(60)
 
-    with agent(tmp_path, commit_without_reply, greet) as path:
+    with agent(tmp_path, commit_without_reply, greet_and_wait) as path:
         client = Client(path, name="g", patience_s=20.0)
         number(client, 1)
         began = time.monotonic()
@@ -411,8 +408,7 @@ def test_a_row_with_a_lost_reply_is_not_resent(tmp_path: Path) -> None:
     again: list[bytes] = []
 
     def first(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         lines(connection, 3)
 
     def second(connection: socket.socket) -> None:
@@ -434,14 +430,12 @@ def test_an_agent_that_lost_count_is_followed(tmp_path: Path) -> None:
     again: list[bytes] = []
 
     def first(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         lines(connection, 2)
         answer(connection, 2, 0, [{"line": 1, "reason": "not stored"}, {"line": 2, "reason": "not stored"}])
 
     def second(connection: socket.socket) -> None:
-        lines(connection, 1)
-        answer(connection, 0)
+        greet(connection)
         again.extend(lines(connection, 1))
         answer(connection, 1, 0, [{"line": 1, "reason": "bad"}])
 

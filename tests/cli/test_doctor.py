@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import config
-from agent.alerts import FIELD_DRIFT
+from agent.alerts.kinds import FIELD_DRIFT
 from agent.cli.doctor import fixes, flash, power
 from agent.client import Client
 from agent.clock import ClockReading

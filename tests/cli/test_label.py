@@ -135,8 +135,9 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
         fleet.broker.start()
         fleet.collector.start()
         device = fleet.add_device("pi-01").add_replay_stream(8_000, 150.0).add_task("exercise").start_and_wait()
-        wait_until("results", lambda: fleet.last_result_row("pi-01") >= 6_500)
-        rows = fleet.query("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
+        results = "SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row"
+        wait_until("results", lambda: len(fleet.query(results)) >= 65)
+        rows = fleet.query(results)
         (tmp_path / "truth.csv").write_text("row,label\n" + "".join(f"{row},{label}\n" for row, label in rows[:60]))
         config = str(device.config)
         completed = call_outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")

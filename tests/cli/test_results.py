@@ -21,9 +21,9 @@ from agent.cli.follow import Column, LinePrinter
 from agent.device import newest
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.rows import Rows
-from agent.testing.process import run_outstation
 from scripts.kit.bundles import CLASSIFY, REGRESS, activated
 from tests.device.pipeline.test_relearn import Site, work
+from tests.kit.commands import call_outstation
 from tests.kit.devices import T0, Device
 
 
@@ -138,7 +138,7 @@ def test_text_that_could_steer_the_terminal_is_escaped(capsys: pytest.CaptureFix
 
 
 def call(site: Site, *args: str) -> Any:
-    done = run_outstation(*args, "-c", str(site.file), "--json")
+    done = call_outstation(*args, "-c", str(site.file), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -162,7 +162,7 @@ def test_the_commands_print_documents(site: Site) -> None:
     ],
 )
 def test_an_unknown_name_is_an_error_with_a_suggestion(site: Site, args: tuple[str, ...], problem: str) -> None:
-    done = run_outstation(*args, "-c", str(site.file))
+    done = call_outstation(*args, "-c", str(site.file))
     assert done.returncode == 2
     assert problem in done.stderr
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent import clock
-from agent.alerts import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
+from agent.alerts.kinds import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
 from agent.bootstrap import daemon
 from agent.bootstrap.device import load_config
 from agent.cli import cli

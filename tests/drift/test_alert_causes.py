@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, build_reference
 from agent.drift.detectors import daily_cycle
 

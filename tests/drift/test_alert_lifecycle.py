@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift.numeric.escalation import MAX_REVISIONS, DriftSizes, Escalation
 from scripts.benchmarks.drift_peers.sensor_rows import QUIET, Floats, Site
 

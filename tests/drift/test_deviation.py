@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Float32s
 from agent.drift.baseline.deviation import ReferenceGuard, find_steps
 from agent.drift.baseline.learning import build_reference

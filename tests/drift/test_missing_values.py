@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Ints
 from agent.drift import DriftMonitor, build_reference
 from agent.drift.baseline.missing_values import MissingBaseline

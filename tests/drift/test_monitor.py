@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.baseline.summary import Summary
 from agent.errors import BadBundle

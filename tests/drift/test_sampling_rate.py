@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.learning_state import MAX_WINDOWS, LearningState

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.testing.sequence import run_tests
 from agent.drift.testing.test_suite import Evidence

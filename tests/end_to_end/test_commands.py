@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
-from tests.kit.commands import audit_fleet
+from tests.kit.commands import audit_fleet, call_outstation
 
 KNOWN = "the collector knows the new signing key"
 
@@ -37,7 +37,7 @@ def device(fleet: LocalFleet) -> DeviceProcess:
 
 def command(fleet: LocalFleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `fleet command`."""
-    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
+    done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -49,7 +49,9 @@ def audits(fleet: LocalFleet, device: str, event: str) -> list[dict[str, Any]]:
 
 
 def task(device: DeviceProcess) -> dict[str, Any]:
-    return dict(device.status()["tasks"][0])
+    done = call_outstation("status", "--json", "-c", str(device.config))
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["tasks"][0])
 
 
 def test_report_answers_with_the_status_and_sends_health(fleet: LocalFleet, device: DeviceProcess) -> None:
@@ -114,7 +116,7 @@ def test_wrong_use_exits_2_and_sends_nothing(
     fleet: LocalFleet, device: DeviceProcess, arguments: tuple[str, ...]
 ) -> None:
     before = (fleet.home / "operator.counter").read_text(encoding="ascii")
-    done = run_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
+    done = call_outstation("fleet", "command", *arguments, "--dir", str(fleet.home))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert (fleet.home / "operator.counter").read_text(encoding="ascii") == before
 
@@ -130,13 +132,10 @@ def test_the_counter_of_a_restored_fleet_folder_continues_above_used_ones(
 
 
 def test_commands_sent_at_once_are_all_answered(fleet: LocalFleet, device: DeviceProcess) -> None:
-    codes: list[int] = []
-    threads = [threading.Thread(target=lambda: codes.append(command(fleet, "pi-01", "report")[0])) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert codes == [0, 0, 0]
+    words = ("fleet", "command", "pi-01", "report", "--dir", str(fleet.home), "--wait", "60")
+    with ThreadPoolExecutor(3) as threads:
+        sent = [threads.submit(run_outstation, *words) for _ in range(3)]
+    assert [done.result().returncode for done in sent] == [0, 0, 0]
 
 
 def test_forged_commands_change_nothing_and_the_next_command_is_executed(
@@ -194,7 +193,7 @@ def test_a_key_is_rotated_twice_while_results_flow_and_the_audit_passes(
 
 
 def listed(fleet: LocalFleet, name: str) -> dict[str, Any]:
-    done = run_outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
+    done = call_outstation("fleet", "devices", "--json", "--dir", str(fleet.home))
     return next(row for row in json.loads(done.stdout) if row["device"] == name)
 
 
@@ -221,7 +220,7 @@ def test_a_wiped_device_reports_it_first_and_does_not_start_again(fleet: LocalFl
     doomed.start()
     assert doomed.wait(60) == 0
     assert doomed.log_contains("was wiped by an operator")
-    again = run_outstation("status", "-c", str(doomed.config))
+    again = call_outstation("status", "-c", str(doomed.config))
     assert again.returncode == 2
     assert "wiped" in again.stderr
 

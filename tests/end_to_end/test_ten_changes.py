@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.config.sources import ReplayFault
 from agent.datasets.recordings import load
 from agent.device.intake.sources import replay

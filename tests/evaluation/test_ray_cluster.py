@@ -1,13 +1,15 @@
-"""`--engine ray` on a real Ray cluster of two workers: the output of one machine, whichever process is killed."""
+"""`--engine ray` on a real Ray cluster of two nodes: the output of one machine, whatever process or node is killed."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +17,40 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from agent.authoring import pack
 from agent.cli.model.group import model as command
 from agent.errors import UsageError
 from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS
 from agent.testing.broker import free_port
-from scripts.kit.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
-from tests.kit.clusters import WITHIN_S, Ray, ended, local
-from tests.kit.stations import wait_for
+from scripts.kit.bundles import (
+    ANOMALY,
+    CLASSIFY,
+    KEY,
+    LABELS,
+    TABULAR,
+    WINDOWED,
+    packed,
+    readings,
+    waves,
+    write_csv,
+    write_joined_spec,
+)
+from tests.kit.clusters import WITHIN_S, Ray, cluster, ended
+from tests.kit.stations import ROOT, wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed here; scripts/test ray installs it apart and runs these")
 pa = pytest.importorskip("pyarrow")
-pytestmark = pytest.mark.timeout(4 * WITHIN_S)
+pytestmark = pytest.mark.timeout(3 * WITHIN_S)
 
 LONG = 300_000  # rows that take a worker a second or two
+FILES = 16  # of LONG rows: work for longer than a node takes to start
 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Ray]:
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, local(Path(folder)) as cluster:
-        yield cluster
+    """Yield a cluster of nodes 2 and 3; a test that kills one starts it again."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +119,47 @@ def test_output_of_a_folder_and_its_rejected_rows_equal_one_machine(
 def test_another_worker_takes_over_the_file_of_a_killed_one(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
     source, out = long / "1.parquet", tmp_path / "there.parquet"
     driver = ray.begin_run(bundle, source, out)
-    wait_for(lambda: ray.writer(out) is not None, "a worker at the file", WITHIN_S)
-    writer = ray.writer(out)
-    assert writer is not None
-    writer.kill()
+    wait_for(lambda: bool(ray.writers(tmp_path)), "a worker at the file", WITHIN_S)
+    for writer in ray.writers(tmp_path).values():
+        writer.kill()
     code, document = ended(driver)
     assert (code, document["rows"]) == (0, LONG)
     here(bundle, source, tmp_path / "here.parquet")
     assert out.read_bytes() == (tmp_path / "here.parquet").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in", "there.parquet"]
+
+
+def test_nodes_killed_in_turn_lose_and_double_nothing(ray: Ray, bundle: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "there"
+    source.mkdir()
+    for i in range(FILES):
+        write_parquet(source / f"{i}.parquet", LONG, i)
+    driver = ray.begin_run(bundle, source, out)
+    wait_for(lambda: {2, 3} <= ray.writers(out).keys(), "both nodes at work", WITHIN_S)
+    for number in (2, 3):
+        # What the first killed one held goes to the other, and what that one holds to the first, which runs again.
+        wait_for(lambda number=number: number in ray.writers(out), f"node {number} at work", WITHIN_S)  # type: ignore[misc]
+        ray.kill_node(number)
+        assert driver.poll() is None
+        ray.start_node(number)
+    code, document = ended(driver, 2 * WITHIN_S)
+    assert (code, document["rows"], document["rejected"]) == (0, FILES * LONG, 0)
+    here(bundle, source, tmp_path / "here")
+    require_same(out, tmp_path / "here")
+
+
+def test_files_of_a_further_input_are_joined_as_on_one_machine(ray: Ray, tmp_path: Path) -> None:
+    pack.write_bundle(pack.pack(write_joined_spec(tmp_path), KEY), tmp_path / "bundle")
+    joined = tmp_path / "bundle"
+    data = tmp_path / "in"
+    data.mkdir()
+    for i in range(3):
+        write_csv(data / f"{i}.csv", WINDOWED, waves(300, seed=i))
+    options = ["--join", f"weather={tmp_path / 'weather.csv'}"]
+    code, document = ray.run(joined, data, tmp_path / "there", *options)
+    assert (code, document["rows"]) == (0, 900)
+    CliRunner().invoke(command, ["run", str(joined), str(data), "-o", str(tmp_path / "here"), *options])
+    require_same(tmp_path / "there", tmp_path / "here")
 
 
 def test_a_second_driver_resumes_what_a_killed_one_left(ray: Ray, bundle: Path, long: Path, tmp_path: Path) -> None:
@@ -143,7 +192,7 @@ def test_a_bundle_is_evaluated_with_the_figures_of_one_machine(ray: Ray, tmp_pat
     code, there = ray.command("evaluate", *options, "--engine", "ray")
     one_machine = json.loads(CliRunner().invoke(command, ["evaluate", *options]).stdout)
     for totals in (there, one_machine):
-        del totals["made"], totals["seconds"]
+        del totals["evaluated_at"], totals["seconds"]
     assert (code, there) == (0, one_machine)
 
 
@@ -173,7 +222,48 @@ def test_an_unreadable_file_is_reported_with_its_node_and_exit_code_2(
     code, message = ray.run(bundle, data, tmp_path / "there")
     assert code == 2
     assert message.strip().splitlines()[-1].startswith("outstation: node ")
-    assert f"{data / '2.parquet'}: cannot be read as Parquet" in message
+    assert f"{data / '2.parquet'}: not readable as Parquet" in message
+
+
+def test_nodes_with_other_data_or_another_version_are_named_and_write_nothing(
+    ray: Ray, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    version = tmp_path / "init.py"
+    version.write_text((ROOT / "agent/__init__.py").read_text().replace('__version__ = "', '__version__ = "9.'))
+    stale = f"mount --bind {version} {ROOT}/agent/__init__.py"
+    for mount, why in ((f"mount -t tmpfs none {data}", "does not exist"), (stale, "install the same on all")):
+        for number in (2, 3):
+            ray.kill_node(number)
+            ray.start_node(number, ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"])
+        code, message = ray.run(bundle, data, tmp_path / "there")
+        assert code == 2
+        assert message.strip().splitlines()[-1].startswith("outstation: node ")
+        assert why in message
+        assert not [path for path in (tmp_path / "there").iterdir() if not path.name.startswith(".")]
+    for number in (2, 3):
+        ray.kill_node(number)
+        ray.start_node(number)
+
+
+@pytest.mark.parametrize("lost", ["nodes", "head"])
+def test_a_lost_cluster_is_reported_and_the_next_one_resumes(
+    bundle: Path, long: Path, tmp_path: Path, lost: str
+) -> None:
+    out = tmp_path / "there"
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as ray:
+        driver = ray.begin_run(bundle, long, out)
+        wait_for(lambda: any(out.glob("*.parquet")) and bool(ray.writers(out)), "a file that is done", WITHIN_S)
+        for end in [ray.kill_head] if lost == "head" else [partial(ray.kill_node, node) for node in (2, 3)]:
+            end()
+        code, message = ended(driver)
+    assert code == 1
+    problem = "head .* has not answered" if lost == "head" else "no node of the cluster .*lost: 127.0.0.2, 127.0.0.3"
+    assert re.search(f"outstation: .*{problem}.*finished files stay finished", message)
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, cluster(Path(folder)) as ray:
+        code, document = ray.run(bundle, long, out)
+    assert (code, document["rows"]) == (0, 2000 + 2 * LONG + 3)
+    here(bundle, long, tmp_path / "here")
+    require_same(out, tmp_path / "here")
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1", "127.0.0.1:99999", "head", "nobody"])

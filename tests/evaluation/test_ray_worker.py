@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from agent.authoring import pack
 from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.errors import UsageError
@@ -22,7 +23,17 @@ from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
-from scripts.kit.bundles import CLASSIFY, TABULAR, packed, readings, write_csv
+from scripts.kit.bundles import (
+    CLASSIFY,
+    KEY,
+    TABULAR,
+    WINDOWED,
+    packed,
+    readings,
+    waves,
+    write_csv,
+    write_joined_spec,
+)
 from tests.kit.stations import ROOT
 
 TOKEN = secrets.token_hex(16)
@@ -102,6 +113,29 @@ def test_missing_data_are_named_with_the_node(bundle: Bundle, job: FileJob) -> N
     assert (result.totals, result.is_usage_error) == (None, True)
     assert result.error.startswith("node ")
     assert f"{job.source} does not exist" in result.error
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [(None, "does not exist"), ("t,air\n0,1\n1,2\n", "a file of --join has another")]
+)
+def test_a_joined_file_that_is_another_one_on_the_node_answers_nothing(
+    tmp_path: Path, text: str | None, why: str
+) -> None:
+    pack.write_bundle(pack.pack(write_joined_spec(tmp_path), KEY), tmp_path / "bundle")
+    joined = bundles.read(tmp_path / "bundle", None)
+    (tmp_path / "mark").write_text(TOKEN)
+    source, weather = write_csv(tmp_path / "rows.csv", WINDOWED, waves(100)), tmp_path / "weather.csv"
+    loaded = Inference(joined.manifest, runtime.load_model(joined.manifest, joined.model_bytes))
+    job = BatchPredictor(joined, loaded, joined={"weather": weather}).make_job(source, tmp_path / "out.csv")
+    assert answer(joined, job, joined={"weather": weather}).error == ""
+    job.target.unlink()
+    weather.unlink()
+    if text is not None:
+        weather.write_text(text)
+    result = answer(joined, job, joined={"weather": weather})
+    assert (result.totals, result.is_usage_error) == (None, True)
+    assert why in result.error
+    assert not job.target.exists()
 
 
 @pytest.mark.parametrize("mark", [None, "of another run"])

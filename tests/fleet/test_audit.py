@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import UsageError
-from agent.fleet.audit import audit as audits
-from agent.fleet.audit.audit import AuditReport, audit, audit_from_checkpoint, split_by_declaration
+from agent.fleet.audit import log_auditor
+from agent.fleet.audit.audit import audit, audit_from_checkpoint
 from agent.fleet.audit.checkpoint import CheckpointFolder
+from agent.fleet.audit.log_auditor import split_by_declaration
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.workers import device_ranges as workers
@@ -325,7 +327,7 @@ def test_an_audit_from_a_checkpoint_reports_the_same_as_one_of_everything(
         verified.append(1)
         return verify_message(*arguments)
 
-    monkeypatch.setattr(audits, "verify_message", verify)
+    monkeypatch.setattr(log_auditor, "verify_message", verify)
     for turn in range(3):
         for sender in senders[: turn + 2]:
             collected(store, sender, *whole_log(sender), sender.evicted((9, 9)))

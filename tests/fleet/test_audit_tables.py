@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
 from agent.fleet.audit.replay import Replay
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.audit.stored_rows import StoredTables
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.projection import TABLES

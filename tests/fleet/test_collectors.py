@@ -117,18 +117,25 @@ def fleet(tmp_path: Path, broker: MosquittoBroker, postgres_url: str) -> Iterato
     made.close()
 
 
-def test_killed_and_restarted_collectors_lose_and_duplicate_nothing(fleet: Fleet, broker: MosquittoBroker) -> None:
+@pytest.mark.parametrize("names", ["ab", "abcdefgh"])
+def test_killed_and_restarted_collectors_lose_and_duplicate_nothing(
+    fleet: Fleet, broker: MosquittoBroker, names: str
+) -> None:
     with Players(broker.url, fleet.senders, 40) as players:
-        both = {name: fleet.collect(name) for name in ("a", "b")}
+        processes = {name: fleet.collect(name) for name in names}
+        connections = dict.fromkeys(names, 0)
         for killed in ("a", "b"):
             seen = players.acknowledged
             eventually(lambda seen=seen: players.acknowledged > min(seen + 100, players.total - 300))  # type: ignore[misc]
-            os.kill(both[killed].pid, signal.SIGKILL)
-            both[killed].wait(60)
+            os.kill(processes[killed].pid, signal.SIGKILL)
+            processes[killed].wait(60)
             assert not players.done, "the kill was not in the stream"
-            both[killed] = fleet.collect(killed)
+            connections[killed] = fleet.log(killed).count("connected")
+            processes[killed] = fleet.collect(killed)
         eventually(lambda: players.done)
-        assert end(*both.values()) == [0, 0]
+        # One that only starts would die of SIGTERM.
+        eventually(lambda: all(fleet.log(name).count("connected") > n for name, n in connections.items()))
+        assert end(*processes.values()) == [0] * len(names)
     require_whole(fleet, players)
 
 

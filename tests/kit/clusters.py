@@ -1,4 +1,4 @@
-"""Local Ray cluster for tests: two workers, no dashboard or usage reports, and an access token."""
+"""Ray cluster for tests: a head without processors and nodes of one worker, each a process of its own on loopback."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,46 @@ from tests.kit.stations import ROOT, wait_for
 
 WORKER = "ray::MapWorker"
 # Ray and its workers take seconds of CPU time to start, which is scarce on a busy machine.
-WITHIN_S = 100.0
+WITHIN_S = 300.0
 
 
-@dataclass(frozen=True)
 class Ray:
-    """A running head node; `env` is the environment of its drivers."""
+    """A running cluster; `env` is the environment of its drivers, which run on the head."""
 
-    head: psutil.Process
-    env: dict[str, str]
+    def __init__(self, folder: Path) -> None:
+        """Start the head. `folder` needs a short path, because it holds sockets."""
+        self._folder, self._port = folder, free_port()
+        self.env = os.environ | {
+            "RAY_ADDRESS": f"127.0.0.1:{self._port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        self._started: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[int, psutil.Process] = {}
+        self.head = self._start(
+            "head", "--head", f"--port={self._port}", "--num-cpus=0", f"--temp-dir={folder}",
+            "--node-ip-address=127.0.0.1", "--include-dashboard=false",
+        )  # fmt: skip
+
+    def start_node(self, number: int, prefix: Sequence[str] = ()) -> None:
+        """Start node 127.0.0.NUMBER with one worker; `prefix` is a command that runs it."""
+        address = [f"--address=127.0.0.1:{self._port}", f"--node-ip-address=127.0.0.{number}"]
+        self.nodes[number] = self._start(f"node-{number}", *address, "--num-cpus=1", prefix=prefix)
+
+    def kill_node(self, number: int) -> None:
+        """Kill all processes of a node, as a power cut does."""
+        _kill(self.nodes.pop(number))
+
+    def kill_head(self) -> None:
+        _kill(self.head)
+
+    def close(self) -> None:
+        # Killed, because a clean shutdown takes time and nothing is needed any more.
+        for process in (self.head, *self.nodes.values()):
+            _kill(process)
+        for started in self._started:
+            started.wait()
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
         """Start `outstation model …` as a process."""
@@ -36,30 +66,49 @@ class Ray:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
 
-    def begin_run(self, bundle: Path, data: Path, out: Path) -> subprocess.Popen[str]:
-        return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
+    def begin_run(self, bundle: Path, data: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+        return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json", *options)
 
-    def run(self, bundle: Path, data: Path, out: Path) -> tuple[int, Any]:
+    def run(self, bundle: Path, data: Path, out: Path, *options: str) -> tuple[int, Any]:
         """Run a command, and return (exit code, document)."""
-        return ended(self.begin_run(bundle, data, out))
+        return ended(self.begin_run(bundle, data, out, *options))
 
     def command(self, *arguments: object) -> tuple[int, Any]:
         return ended(self.begin(*arguments))
 
     def workers(self) -> list[psutil.Process]:
-        """Return the worker processes."""
-        return [process for process in self.head.children(recursive=True) if titled(process).startswith(WORKER)]
+        """Return the worker processes of all nodes."""
+        return [worker for node in self.nodes for worker in self.workers_of(node)]
 
-    def writer(self, out: Path) -> psutil.Process | None:
-        """Return the worker that has OUT.part open."""
-        part = f"{out}.part"
-        for worker in self.workers():
-            try:
-                if any(file.path == part for file in worker.open_files()):
-                    return worker
-            except psutil.Error:
-                continue
-        return None
+    def workers_of(self, number: int) -> list[psutil.Process]:
+        children = self.nodes[number].children(recursive=True)
+        return [process for process in children if titled(process).startswith(WORKER)]
+
+    def writers(self, folder: Path) -> dict[int, psutil.Process]:
+        """Return, by node, the worker that writes a file of `folder`."""
+        return {
+            node: worker
+            for node in self.nodes
+            for worker in self.workers_of(node)
+            if any(Path(path).parent == folder and path.endswith(".part") for path in opened(worker))
+        }
+
+    def _start(self, name: str, *options: str, prefix: Sequence[str] = ()) -> psutil.Process:
+        command = [*prefix, str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        command += ["--num-gpus=0", "--object-store-memory=100000000", *options]
+        path = self._folder / f"{name}-{len(self._started)}.log"
+        with path.open("w") as log:
+            started = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+        self._started.append(started)
+        wait_for(lambda: "Ray runtime started" in path.read_text(), f"{name} of Ray", WITHIN_S)
+        return psutil.Process(started.pid)
+
+
+def opened(process: psutil.Process) -> list[str]:
+    try:
+        return [file.path for file in process.open_files()]
+    except psutil.Error:
+        return []
 
 
 def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, Any]:
@@ -79,30 +128,20 @@ def titled(process: psutil.Process) -> str:
         return ""
 
 
-@contextmanager
-def local(folder: Path) -> Iterator[Ray]:
-    """Yield a local cluster, and end all its processes. `folder` needs a short path, because it holds sockets."""
-    port, token = free_port(), secrets.token_hex(32)
-    env = os.environ | {
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
-        *("--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={folder}"),
-        *("--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"),
-    ]
-    with (folder / "head.log").open("w") as log:
-        started = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    head = psutil.Process(started.pid)
-    try:
-        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", WITHIN_S)
-        yield Ray(head, env)
-    finally:
-        # Killed, because a clean shutdown takes time and nothing is needed any more.
-        for process in [head, *head.children(recursive=True)]:
+def _kill(root: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for process in [root, *root.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        started.wait()
+
+
+@contextmanager
+def cluster(folder: Path, nodes: Sequence[int] = (2, 3)) -> Iterator[Ray]:
+    """Yield a cluster of a head and `nodes`, and end all its processes."""
+    ray = Ray(folder)
+    try:
+        for number in nodes:
+            ray.start_node(number)
+        yield ray
+    finally:
+        ray.close()

@@ -50,6 +50,7 @@ FLOORS = {
     "bridge": 7,
     "client": 7,
     "datasets": 7,
+    "poisoning": 7,
     "authoring": 8,
     "notify": 8,
     "evaluation": 8,
@@ -108,6 +109,7 @@ PURE = {
     "drift": {"msgspec", "numpy"},
     "comparison": {"msgspec", "numpy"},
     "performance": {"msgspec", "numpy"},
+    "poisoning": {"msgspec", "numpy"},
     "wire": {"cryptography", "msgspec"},
 }
 KEY_FILES = "agent.wire.keys"

@@ -12,13 +12,14 @@ from agent import clock
 from agent.bootstrap import device
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_option, config_options
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.config import StreamConfig
 from agent.device import newest
-from agent.device.store import row_crc
-from agent.device.store.store import DATABASE, Store, connect_read_only
+from agent.device.store.store import DATABASE, Store
+from agent.device.store.tables import row_crc
+from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean
 
@@ -33,8 +34,7 @@ def database_group() -> None:
 @click.option("--since", metavar="TIME", help='Only readings of this time or later: "2 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only readings before this time.")
 @csv_option
-@config_option
-@json_option
+@config_options
 def readings(
     stream: str, since: str | None, until: str | None, as_csv: bool, config_file: str | None, as_json: bool
 ) -> None:

@@ -10,7 +10,7 @@ import sqlite_utils
 from agent.cli.database.inspection import add_commands, open_database
 from agent.cli.fleet.common import database_url, db_option, fleet_option
 from agent.cli.groups import SentenceGroup
-from agent.device.store.store import connect_read_only
+from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device, tasks
-from agent.cli.output import config_option, emit, json_option, print_table
+from agent.cli.output import config_options, emit, print_table
 from agent.device.bundles import rollout_state
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
@@ -18,8 +18,7 @@ from agent.device.rules import rule_store
 
 @click.command(epilog="Example: outstation batch exercise")
 @click.argument("task", required=False)
-@config_option
-@json_option
+@config_options
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     """Process the backlog of TASK (or of all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
     file, conf = device.load_config(config_file, task)

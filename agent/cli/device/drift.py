@@ -14,11 +14,10 @@ from agent.bootstrap import device
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
 from agent.cli.output import (
-    config_option,
+    config_options,
     dark_option,
     echo,
     emit,
-    json_option,
     plot_option,
     print_table,
     require_plot_format,
@@ -44,8 +43,7 @@ MAX_WINDOWS = 5000
 @click.argument("task")
 @plot_option
 @dark_option
-@config_option
-@json_option
+@config_options
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
     """Show how far TASK's readings moved from its site reference, by the drift messages stored here."""
     require_plot_format(plot)

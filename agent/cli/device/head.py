@@ -5,12 +5,11 @@ from __future__ import annotations
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option
+from agent.cli.output import config_options, echo, emit
 
 
 @click.command(epilog="Example: outstation head --json >pi-07.head.json")
-@config_option
-@json_option
+@config_options
 def head(config_file: str | None, as_json: bool) -> None:
     """Sign where the message log ends: seq, digest and time, with the device's own key.
 

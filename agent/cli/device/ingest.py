@@ -21,7 +21,7 @@ import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option, print_rejected
+from agent.cli.output import config_options, echo, emit, print_rejected
 from agent.client import Client, FlushResult
 from agent.config import Config, StreamConfig
 from agent.config.sources import FilesSource
@@ -54,8 +54,7 @@ _MAX_LINE_BYTES = 900_000
     "--sep", "separator", metavar="C", help="Separator of the CSV file; default: found in its first line (, ; or tab)."
 )
 @click.option("--timezone", metavar="ZONE", help="Time zone of times without one, such as Europe/Berlin.")
-@config_option
-@json_option
+@config_options
 def ingest(
     stream: str,
     file: str,

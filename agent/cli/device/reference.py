@@ -11,7 +11,7 @@ import click
 from agent.bootstrap import device, tasks
 from agent.cli.device.learned import format_learning, format_smallest_changes
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import config_option, echo, emit, json_option
+from agent.cli.output import config_options, echo, emit
 from agent.config import Config, parse_duration
 from agent.device import status
 from agent.device.commands import wipe
@@ -35,8 +35,7 @@ def reference() -> None:
 @click.argument("task")
 @click.option("--for", "duration", default="0 s", metavar="TIME", help='Least span of readings: "24 h", "3 d".')
 @_wait_option
-@config_option
-@json_option
+@config_options
 def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Learn TASK's reference again from the next readings without a fault. Drift is not tested meanwhile."""
     try:
@@ -49,8 +48,7 @@ def relearn(task: str, duration: str, wait_s: float, config_file: str | None, as
 @reference.command(epilog="Example: outstation reference reset exercise")
 @click.argument("task")
 @_wait_option
-@config_option
-@json_option
+@config_options
 def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Discard TASK's reference, and learn another as configured."""
     _submit_request(config_file, task, requests.make_request("reset"), wait_s, as_json)
@@ -59,8 +57,7 @@ def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> N
 @reference.command(epilog="Example: outstation reference accept exercise")
 @click.argument("task")
 @_wait_option
-@config_option
-@json_option
+@config_options
 def accept(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Accept TASK's reference although it deviates, and its sensors as they are: their readings are right."""
     _submit_request(config_file, task, requests.make_request("accept"), wait_s, as_json)
@@ -68,8 +65,7 @@ def accept(task: str, wait_s: float, config_file: str | None, as_json: bool) -> 
 
 @reference.command(epilog="Example: outstation reference show exercise --json")
 @click.argument("task")
-@config_option
-@json_option
+@config_options
 def show(task: str, config_file: str | None, as_json: bool) -> None:
     """Show TASK's reference: its number, when and from how many windows it was learned, or the progress of learning."""
     _, conf = device.load_config(config_file, task)

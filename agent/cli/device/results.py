@@ -8,7 +8,7 @@ import click
 
 from agent.bootstrap import device
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option, format_time, last_option
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_options
 from agent.device import newest
 
 _COLUMNS = (
@@ -26,8 +26,7 @@ _COLUMNS = (
 @click.argument("task", required=False)
 @last_option
 @follow_option
-@config_option
-@json_option
+@config_options
 def results(task: str | None, last: int, follow: bool, config_file: str | None, as_json: bool) -> None:
     """Show the newest results of TASK (or of all tasks), newest last, with time, clock, answer, score and faults.
 

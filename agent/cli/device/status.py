@@ -12,7 +12,7 @@ from agent import decoders
 from agent.bootstrap import device
 from agent.cli.device.learned import format_learning, format_smallest_changes
 from agent.cli.follow import format_reading
-from agent.cli.output import config_option, echo, echo_styled, emit, json_option, print_table
+from agent.cli.output import config_options, echo, echo_styled, emit, print_table
 from agent.config import StreamConfig
 from agent.device import newest
 from agent.device import status as documents
@@ -38,8 +38,7 @@ _MAX_FIELDS = 6  # whose smallest changes are shown
 
 
 @click.command(epilog="Example: outstation status --json")
-@config_option
-@json_option
+@config_options
 def status(config_file: str | None, as_json: bool) -> None:
     """Show streams, tasks, open alerts, bundles, outbox, storage, clock and the last alerts."""
     _, conf = device.load_config(config_file)

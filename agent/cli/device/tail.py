@@ -16,7 +16,7 @@ from agent.cli.follow import (
     format_time,
     last_option,
 )
-from agent.cli.output import config_option, json_option
+from agent.cli.output import config_options
 from agent.device import newest
 from agent.errors import UsageError
 from agent.toml_files import did_you_mean
@@ -28,8 +28,7 @@ _MAX_FIELDS = 12
 @click.argument("stream")
 @last_option
 @follow_option
-@config_option
-@json_option
+@config_options
 def tail(stream: str, last: int, follow: bool, config_file: str | None, as_json: bool) -> None:
     """Show the newest readings of STREAM, newest last, with time, clock and values.
 

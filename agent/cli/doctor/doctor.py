@@ -15,7 +15,7 @@ from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, journal, power
-from agent.cli.output import config_option, echo, echo_styled, emit, json_option
+from agent.cli.output import config_options, echo, echo_styled, emit
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store
@@ -30,8 +30,7 @@ from agent.text import printable
 @click.option("--archive", "archive_file", metavar="FILE", type=click.Path(path_type=Path),
               help="Write a .tar.gz for support, without secrets and readings.")  # fmt: skip
 @click.option("--rating", metavar="SIZE", help='Bytes that the card endures by its data sheet, such as "20 TiB".')
-@config_option
-@json_option
+@config_options
 def doctor(
     fix: bool, yes: bool, archive_file: Path | None, rating: str | None, config_file: str | None, as_json: bool
 ) -> None:

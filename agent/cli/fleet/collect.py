@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.fleet.common import db_option, emit_revocation, fleet_option, open_store, print_lines
+from agent.cli.fleet.common import db_option, emit_revocation, fleet_option, fleet_options, open_store, print_lines
 from agent.cli.log_format import configure_logging
-from agent.cli.output import emit, json_option
+from agent.cli.output import emit
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -148,8 +148,7 @@ def _publishing(config: FleetConfig, store: FleetStore, is_leader: Callable[[], 
 
 
 @click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")
-@fleet_option
-@json_option
+@fleet_options
 def homeassistant(folder: str | None, as_json: bool) -> None:
     """Let the bridge and Home Assistant connect to the fleet's broker: issue their TLS certificates.
 
@@ -166,8 +165,7 @@ def homeassistant(folder: str | None, as_json: bool) -> None:
 @click.command("collector", epilog="Example: outstation fleet collector b")
 @click.argument("name")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
-@fleet_option
-@json_option
+@fleet_options
 def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
     """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
@@ -189,8 +187,7 @@ def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> Non
 
 @click.command("reissue", epilog="Example: outstation fleet reissue operator")
 @click.argument("role")
-@fleet_option
-@json_option
+@fleet_options
 def reissue(role: str, folder: str | None, as_json: bool) -> None:
     """Revoke a stolen TLS certificate of ROLE, and issue another: collector, operator, commander or broker-admin.
 

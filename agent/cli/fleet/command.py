@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, print_lines, wait_option
-from agent.cli.output import echo, emit, json_option
+from agent.cli.fleet.common import fleet_options, open_for_reading, open_store, print_lines, wait_option
+from agent.cli.output import echo, emit
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 @click.argument("args", nargs=-1)
 @wait_option
 @click.option("--yes", is_flag=True, help="Wipe without asking.")
-@fleet_option
-@json_option
+@fleet_options
 def command(
     device: str, name: str, args: tuple[str, ...], wait_s: float, yes: bool, folder: str | None, as_json: bool
 ) -> None:
@@ -73,8 +72,7 @@ def command(
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
 @click.argument("device")
 @click.option("--kid", metavar="KID", help="Revoke only the key with this thumbprint.")
-@fleet_option
-@json_option
+@fleet_options
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
     """Shut a stolen DEVICE out: revoke its signing keys at the collector, its access and certificate at the broker.
 
@@ -114,8 +112,7 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
 @click.command("remove", epilog="Example: outstation fleet remove pi-07")
 @click.argument("device")
 @click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
-@fleet_option
-@json_option
+@fleet_options
 def remove(device: str, by: str, folder: str | None, as_json: bool) -> None:
     """Remove a retired DEVICE: revoke what `fleet revoke` revokes, and list it and its alerts no longer.
 

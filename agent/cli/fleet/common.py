@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.bootstrap.owner import become_owner
-from agent.cli.output import echo, emit
+from agent.cli.output import Command, echo, emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
@@ -38,6 +38,18 @@ fleet_option = click.option(
     help="The fleet's folder; default $OUTSTATION_FLEET, ., /var/lib/outstation-fleet.",
 )  # fmt: skip
 db_option = click.option("--db", metavar="URL", help="Another database than in fleet.toml: a path, or postgresql://…")
+
+
+def fleet_options(command: Command) -> Command:
+    """Add `--dir` and `--json`."""
+    return fleet_option(json_option(command))
+
+
+def database_options(command: Command) -> Command:
+    """Add `--db`, `--dir` and `--json`."""
+    return db_option(fleet_options(command))
+
+
 wait_option = click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0),
                            help="Wait this long for each reply; default 30.")  # fmt: skip
 device_option = click.option("--device", metavar="D", help="Only this device.")

@@ -15,8 +15,8 @@ from agent.cli.cost_output import (
     show_prices_option,
     to_money,
 )
-from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
-from agent.cli.output import dark_option, echo, emit, json_option, plot_option, print_table
+from agent.cli.fleet.common import database_options, device_option, open_for_reading
+from agent.cli.output import dark_option, echo, emit, plot_option, print_table
 from agent.costs.prices import load_prices
 from agent.costs.usage import Usage, average_usage
 from agent.errors import UsageError
@@ -28,9 +28,7 @@ from agent.errors import UsageError
 @show_prices_option
 @plot_option
 @dark_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def cost(
     device: str | None,
     prices_file: Path | None,

@@ -12,8 +12,8 @@ import click
 import msgspec
 
 from agent import decoders, input_files
-from agent.cli.fleet.common import fleet_option, open_for_reading
-from agent.cli.output import echo, emit, json_option
+from agent.cli.fleet.common import fleet_options, open_for_reading
+from agent.cli.output import echo, emit
 from agent.errors import UsageError, explain
 from agent.wire import messages
 from agent.wire.commitment import Disclosure
@@ -24,8 +24,7 @@ _MAX_BYTES = 256 << 20
 
 @click.command("disclosed", epilog="Example: outstation fleet disclosed rows.json")
 @click.argument("file", type=click.Path(path_type=Path))
-@fleet_option
-@json_option
+@fleet_options
 def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     """Compare the rows in FILE, made by `outstation disclose`, with the message that the device signed.
 

@@ -11,13 +11,12 @@ import click
 
 from agent.cli.fleet import drift_report as report
 from agent.cli.fleet.common import (
-    db_option,
-    fleet_option,
+    database_options,
     open_for_reading,
     processes_option,
     progress_bar,
 )
-from agent.cli.output import dark_option, echo_styled, emit, json_option, plot_option, require_plot_format
+from agent.cli.output import dark_option, echo_styled, emit, plot_option, require_plot_format
 from agent.cli.time_option import parse_since
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
@@ -39,9 +38,7 @@ if TYPE_CHECKING:
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
               help="Compare with the reference of this bundle; built-in bundles are known.")  # fmt: skip
 @processes_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def drift(
     device: str | None,
     task: str | None,

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock, input_files
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines, progress_bar
+from agent.cli.fleet.common import (
+    database_options,
+    open_for_reading,
+    print_lines,
+    progress_bar,
+)
 from agent.cli.output import emit, json_option
 from agent.errors import MessageRefused, UsageError, explain
 from agent.extras import install_command
@@ -55,9 +60,7 @@ _timestamp_policy = click.option(
                    "of `fleet evidence stamp`.")  # fmt: skip
 @click.option("--operator-key", metavar="FILE", type=_PATH,
               help="Key that signs the folder, - for standard input; default that of fleet.toml.")  # fmt: skip
-@db_option
-@fleet_option
-@json_option
+@database_options
 @click.pass_context
 def evidence(
     ctx: click.Context,
@@ -212,9 +215,7 @@ def _import_token() -> ModuleType:
 @_timestamp_policy
 @click.option("--timeout", "timeout_s", metavar="S", default=30.0, type=click.FloatRange(min=0, min_open=True),
               help="Wait this long for the authority; default 30.")  # fmt: skip
-@db_option
-@fleet_option
-@json_option
+@database_options
 def stamp(
     out: Path,
     url: str | None,

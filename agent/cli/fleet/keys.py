@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from agent.cli.fleet.common import fleet_option
+from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import echo, echo_styled, emit, json_option, print_table
+from agent.cli.output import echo, echo_styled, emit, print_table
 from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
 
@@ -55,8 +55,7 @@ def keys() -> None:
 
 
 @keys.command("show", epilog="Example: outstation fleet keys show")
-@fleet_option
-@json_option
+@fleet_options
 def show(folder: str | None, as_json: bool) -> None:
     """List the trusted keys with their roles, and the draft that waits for signatures."""
     from agent.fleet.repository import trust_change
@@ -71,8 +70,7 @@ def show(folder: str | None, as_json: bool) -> None:
 @click.argument("role")
 @click.argument("public", metavar="PUB")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Trust the public key PUB, as text or in a file, in ROLE. Exit 1 if more root keys must sign."""
     from agent.fleet.repository.trust import add_key
@@ -83,8 +81,7 @@ def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None,
 @keys.command("revoke", cls=_KeyCommand, epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
 @click.argument("key")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Revoke KEY, a public key or its thumbprint, in all its roles. Exit 1 if more root keys must sign."""
     from agent.fleet.repository.trust import revoke_key
@@ -95,8 +92,7 @@ def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: b
 @keys.command("reset-counter", cls=_KeyCommand, epilog="Example: outstation fleet keys reset-counter KEY")
 @click.argument("key")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Let devices that stored a counter of KEY far in the future accept its commands again.
 
@@ -109,8 +105,7 @@ def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_
 
 @keys.command("rotate-encryption", epilog="Example: outstation fleet keys rotate-encryption --sign-with root-1.key")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Make a new key that devices with [privacy] encrypt seal their messages to, in the folder encryption.
 
@@ -133,8 +128,7 @@ def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: 
 
 
 @keys.command("publish", epilog="Example: outstation fleet keys publish")
-@fleet_option
-@json_option
+@fleet_options
 def publish(folder: str | None, as_json: bool) -> None:
     """Send the roots to all devices, as a retained message. Devices also find them in the repository."""
     from agent.fleet.commands import send_retained

@@ -11,9 +11,8 @@ import click
 
 from agent import clock, durable_files
 from agent.cli.fleet.common import (
-    db_option,
+    database_options,
     device_option,
-    fleet_option,
     open_for_reading,
     open_store,
     print_lines,
@@ -21,7 +20,7 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
-from agent.cli.output import by_option, emit, json_option, note_option, print_table
+from agent.cli.output import by_option, emit, note_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import IncidentKey
@@ -42,9 +41,7 @@ _FOLLOWED_COLUMNS = {"time": 27, "device": 8, "task": 8, "status": 12, "severity
 
 @click.command("devices", epilog="Example: outstation fleet devices --dir acme")
 @click.option("--all", "with_retired", is_flag=True, help="Devices that were removed, too.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def devices(with_retired: bool, db: str | None, folder: str | None, as_json: bool) -> None:
     """List the enrolled devices with their state, their clock and their open alerts.
 
@@ -80,9 +77,7 @@ def devices(with_retired: bool, db: str | None, folder: str | None, as_json: boo
 @click.command("accept-log", epilog="Example: outstation fleet accept-log pi-07")
 @click.argument("device")
 @click.argument("log", required=False)
-@db_option
-@fleet_option
-@json_option
+@database_options
 def accept_log(device: str, log: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Accept one message log of DEVICE as the genuine one, if two live at once. Without LOG, list its logs.
 
@@ -115,9 +110,7 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
 @click.option("--all", "include_cleared", is_flag=True, help="Cleared alerts, too.")
 @follow_option
 @device_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 @click.pass_context
 def alerts(
     ctx: click.Context,
@@ -206,9 +199,7 @@ def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> 
 @click.argument("ref", metavar="ID")
 @by_option
 @note_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 @click.pass_obj
 def acknowledge(
     outer: tuple[str | None, str | None],
@@ -232,9 +223,7 @@ def acknowledge(
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
 @by_option
 @note_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 @click.pass_obj
 def mute(
     outer: tuple[str | None, str | None],
@@ -259,9 +248,7 @@ def mute(
 @click.argument("ref", metavar="ID")
 @by_option
 @note_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 @click.pass_obj
 def unmute(
     outer: tuple[str | None, str | None],
@@ -307,9 +294,7 @@ def _report(action: str, incident: Incident, members: dict[str, Any], as_json: b
 
 @click.command("gaps", epilog="Example: outstation fleet gaps")
 @device_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """List missing messages, and messages that a device declared as evicted."""
     _, store = open_for_reading(folder, db, device)
@@ -325,9 +310,7 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path),
               help="Verify this export, too: its files, and their rows by the signed messages.")  # fmt: skip
 @processes_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def audit(
     device: str | None,
     full: bool,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.fleet.common import fleet_option
+from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
 from agent.cli.output import echo, echo_styled, emit, json_option, print_table
 from agent.errors import UsageError
@@ -32,8 +32,7 @@ _sign_with = click.option("--sign-with", multiple=True, type=_path, metavar="FIL
 @click.option("--no-probe", is_flag=True,
               help="Do not load the bundle first; publish its memory limit in place of the measured need.")  # fmt: skip
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def publish(
     bundle: Path,
     public: tuple[str, ...],
@@ -89,8 +88,7 @@ def repository() -> None:
 @click.option(
     "--url", help="Its address for devices: https://HOST/PATH, or a folder; `enrol` writes it to their config."
 )
-@fleet_option
-@json_option
+@fleet_options
 def init(
     root_keys: Path | None,
     demo: bool,
@@ -137,8 +135,7 @@ def init(
 
 
 @repository.command("status", epilog="Example: outstation fleet repository status --json")
-@fleet_option
-@json_option
+@fleet_options
 def status(folder: str | None, as_json: bool) -> None:
     """Show published bundles, keys and expiry. Exit 1 if something needs the operator soon."""
     from agent.fleet.repository.status import read
@@ -170,8 +167,7 @@ def _print_status(report: RepositoryStatus) -> None:
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
 @click.option("--trust-clock", is_flag=True, help="Sign although this machine's clock was ahead at the last signature.")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Sign the timestamp again, and other roles that expire soon and have their key here; run it from cron each day.
 
@@ -193,8 +189,7 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
 @click.option("--old", "old", metavar="NAME", help="The key to replace, if the role has several.")
 @click.option("--new", metavar="PUB", help="The new public key, as text or in a file; default a new key.")
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def rotate(
     role: str, old: str | None, new: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool
 ) -> None:
@@ -223,8 +218,7 @@ def rotate(
 @click.argument("bundle")
 @click.argument("version", required=False)
 @_sign_with
-@fleet_option
-@json_option
+@fleet_options
 def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Remove VERSION of BUNDLE, or all versions, from the repository permanently. To revoke a key, `rotate` it.
 
@@ -261,8 +255,7 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
 
 @repository.command("copy", epilog="Example: outstation fleet repository copy /media/stick")
 @click.argument("destination", metavar="TO", type=_path)
-@fleet_option
-@json_option
+@fleet_options
 def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     """Mirror the repository to TO/repository: a stick for sites without network, or the folder of a web server."""
     from agent.fleet.repository import mirror

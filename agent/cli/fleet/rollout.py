@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import fleet_option, open_for_reading, open_store
-from agent.cli.output import echo, emit, json_option
+from agent.cli.fleet.common import fleet_option, fleet_options, open_for_reading, open_store
+from agent.cli.output import echo, emit
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import Connection
@@ -42,8 +42,7 @@ def rollout() -> None:
 @rollout.command("start", epilog="Example: outstation fleet rollout start exercise-1.1.toml")
 @click.argument("file", type=click.Path(path_type=Path))
 @_force_option
-@fleet_option
-@json_option
+@fleet_options
 def start(file: Path, force_reason: str | None, folder: str | None, as_json: bool) -> None:
     """Start the rollout that FILE describes, with its first step."""
     from agent.fleet.rollout import actions, bundles, plan
@@ -57,8 +56,7 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
 @rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
 @click.argument("name", required=False)
 @click.option("--watch", is_flag=True, help="Show a live table until Ctrl-C.")
-@fleet_option
-@json_option
+@fleet_options
 def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
     """Show progress, rules and blockers of the rollout NAME, or of all open rollouts."""
     _, store = open_for_reading(folder)
@@ -113,8 +111,7 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
 
 @rollout.command("pause", epilog="Example: outstation fleet rollout pause exercise-1-1")
 @click.argument("name")
-@fleet_option
-@json_option
+@fleet_options
 def pause(name: str, folder: str | None, as_json: bool) -> None:
     """Stop promoting NAME until it is resumed. Devices stay as they are, and rules may still abort it."""
     from agent.fleet.rollout import actions
@@ -124,8 +121,7 @@ def pause(name: str, folder: str | None, as_json: bool) -> None:
 
 @rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
 @click.argument("name")
-@fleet_option
-@json_option
+@fleet_options
 def resume(name: str, folder: str | None, as_json: bool) -> None:
     """Resume NAME, which was paused."""
     from agent.fleet.rollout import actions
@@ -136,8 +132,7 @@ def resume(name: str, folder: str | None, as_json: bool) -> None:
 @rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
 @click.argument("name")
 @_force_option
-@fleet_option
-@json_option
+@fleet_options
 def promote(name: str, force_reason: str | None, folder: str | None, as_json: bool) -> None:
     """Promote NAME to its next step, or finish it, if its rules allow. Else print the blockers and exit 1."""
     from agent.fleet.rollout import actions
@@ -164,8 +159,7 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
 @rollout.command("abort", epilog='Example: outstation fleet rollout abort exercise-1-1 "wrong labels"')
 @click.argument("name")
 @click.argument("reason")
-@fleet_option
-@json_option
+@fleet_options
 def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
     """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions

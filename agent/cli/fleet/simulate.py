@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
+from click.core import ParameterSource
 
-from agent import durable_files
+from agent.cli.fleet import simulate_scenario
+from agent.cli.fleet.simulate_scenario import SimulateOptions
 from agent.cli.output import echo, emit, json_option, print_table
 from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 from agent.errors import UsageError
-from agent.text import format_span
-from agent.wire import keys
-from agent.wire.keys import PublicKey
 
 _PLACEHOLDER = "-"
 _DEFAULT_DEVICES, _MAX_PROCESSES = 8, 200
-# Parameter → option that runs real processes and a real broker.
+# Parameter → option that runs real processes.
 _PROCESS_OPTIONS = {
     "plan": "--rollout",
-    "broker": "--broker",
-    **{name: f"--{name}" for name in ("duration", "speed", "away", "cut", "slow", "worse")},
+    **{name: f"--{name}" for name in ("duration", "away", "cut", "slow", "worse")},
 }
 _MAX_SENTENCES = 8
 
@@ -37,7 +33,7 @@ _MAX_SENTENCES = 8
 )  # fmt: skip
 @click.option(
     "--scenario", "scenario_file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Run this scenario on a virtual clock, as fast as it goes.",
+    help="Run this scenario on a virtual clock.",
 )  # fmt: skip
 @click.option(
     "--config", "config_file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -63,7 +59,10 @@ _MAX_SENTENCES = 8
     "--duration", default=60.0, show_default=True, type=click.FloatRange(10),
     help="Seconds to run; with --rollout the limit.",
 )  # fmt: skip
-@click.option("--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 100), help="Speed of the replay.")
+@click.option(
+    "--speed", default=10.0, show_default=True, type=click.FloatRange(0.1, 1000),
+    help="Simulated seconds in a second; a scenario without this option and --broker goes as fast as it can.",
+)  # fmt: skip
 @click.option("--away", type=click.IntRange(0), metavar="N", help="Devices offline for a while; default a tenth.")
 @click.option("--cut", type=click.IntRange(0), metavar="N", help="Devices with cut downloads; default a tenth.")
 @click.option("--slow", type=click.IntRange(0), metavar="N", help="Devices on a slow link; default a tenth.")
@@ -71,29 +70,12 @@ _MAX_SENTENCES = 8
 @click.option(
     "--publisher", "publisher_keys", multiple=True, metavar="PUB", help="A key that signs bundles, or a file with it."
 )
-@click.option("--broker", metavar="URL", help="URL of a running broker; default a new one.")
+@click.option(
+    "--broker", metavar="URL", help="URL of a running broker; default a new one, for a scenario one in memory."
+)
 @dir_option
 @json_option
-def simulate(
-    devices: int | None,
-    scenario_file: Path | None,
-    config_file: Path | None,
-    bundles: tuple[str, ...],
-    recordings: tuple[str, ...],
-    report_file: Path | None,
-    plan: Path | None,
-    seed: int | None,
-    duration: float,
-    speed: float,
-    away: int | None,
-    cut: int | None,
-    slow: int | None,
-    worse: int,
-    publisher_keys: tuple[str, ...],
-    broker: str | None,
-    folder: Path | None,
-    as_json: bool,
-) -> None:
+def simulate(**given: Any) -> None:
     """Run broker, collector and N devices on replayed recordings, each the real program in its own process.
 
     --rollout adds a repository over HTTP and the operator's commands. Some devices are offline for a while, some have
@@ -102,37 +84,21 @@ def simulate(
 
     --scenario runs the real code of all devices in this process, on a virtual clock and a broker in memory: faults of
     sensors, networks, clocks, power and disks, and labels. The report says what was found, when and by whom. The same
-    seed gives the same messages, byte for byte. Exit 1 if an event was missed, there were more false alarms than the
-    scenario's budget, or the audit fails.
+    seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed, there were
+    more false alarms than the scenario's budget, or the audit fails.
     """
-    from agent.simulate.fleet import SimulationRequest, run
-
     started_s = time.monotonic()
     exit_on_signals()
-    publishers = tuple(keys.load_public(text) for text in publisher_keys)
-    if scenario_file is not None:
-        _refuse_options_of_processes()
-        own = _ScenarioOptions(scenario_file, config_file, bundles, recordings, publishers, devices, seed)
-        with open_folder(folder) as home:
-            passed = _run_scenario(home, own, report_file, as_json=as_json)
-        sys.exit(0 if passed else 1)
-    if config_file or bundles or recordings or report_file:
-        raise UsageError("--config, --bundle, --recording and --report belong to a scenario; add --scenario FILE")
-    devices = _DEFAULT_DEVICES if devices is None else devices
-    if devices > _MAX_PROCESSES:
-        raise UsageError(f"--devices {devices}: {_MAX_PROCESSES} processes at most; --scenario FILE runs more in one")
-    default = max(1, devices // 10) if devices > 2 and plan is not None else 0
-    counts = {name: default if n is None else n for name, n in (("away", away), ("cut", cut), ("slow", slow))}
-    request = SimulationRequest(devices, duration, speed, seed or 0, plan, broker, publishers, worse=worse, **counts)
-
-    def announce(sentence: str) -> None:
-        if sys.stderr.isatty():
-            echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
-
-    with open_folder(folder) as home:
-        document = run(home, request, announce)
+    options = SimulateOptions(**given)
+    with open_folder(options.folder) as home:
+        if options.scenario_file is not None:
+            _refuse_options_of_processes()
+            is_chosen = click.get_current_context().get_parameter_source("speed") is ParameterSource.COMMANDLINE
+            speed = options.speed if is_chosen or options.broker else None
+            sys.exit(0 if simulate_scenario.run(home, options, speed) else 1)
+        document = _run_processes(home, options)
     document["seconds"] = round(time.monotonic() - started_s, 1)
-    emit(document, as_json, lambda: _print(document))
+    emit(document, options.as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
 
@@ -141,101 +107,40 @@ def _refuse_options_of_processes() -> None:
     """Raise UsageError for an option that a scenario would ignore."""
     context = click.get_current_context()
     for name, option in _PROCESS_OPTIONS.items():
-        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             raise UsageError(f"{option} runs devices in processes of their own; leave it or --scenario out")
 
 
-class _ScenarioOptions(msgspec.Struct, frozen=True):
-    """Options of a scenario, as they were given."""
-
-    scenario: Path
-    config: Path | None
-    bundles: tuple[str, ...]
-    recordings: tuple[str, ...]
-    publishers: tuple[PublicKey, ...]
-    devices: int | None
-    seed: int | None
-
-
-def _run_scenario(home: Path, options: _ScenarioOptions, report_file: Path | None, *, as_json: bool) -> bool:
-    """Run a scenario, print its report and write it to a file; return True if it passed."""
+def _run_processes(home: Path, options: SimulateOptions) -> dict[str, Any]:
+    """Run devices in processes of their own; return the report. Raises UsageError."""
     # Imported here: a hundred modules of device and collector.
-    from agent.cli.progress import ProgressBar
-    from agent.testing.simulation import report as reporting
-    from agent.testing.simulation import scenario as scenarios
-    from agent.testing.simulation import setup as setups
-    from agent.testing.simulation.runner import Simulation
+    from agent.simulate.fleet import SimulationRequest, run
 
-    if report_file is not None and report_file.suffix not in (".json", ".html"):
-        raise UsageError(f"--report {report_file}: must end in .json or .html")
-    bundles = dict(_split("--bundle", text, optional=True) for text in options.bundles)
-    recordings = {
-        stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)
-    }
-    setup = setups.load(options.config, home, bundles, recordings, options.publishers)
-    read = scenarios.load(options.scenario, setup.fields, list(setup.config.tasks), options.devices)
-    if options.seed is not None:
-        read = msgspec.structs.replace(read, seed=options.seed)
-    with ProgressBar("messages") as bar, contextlib.closing(Simulation(home, read, setup, bar)) as simulation:
-        outcome = simulation.run()
-        document = reporting.build(read, outcome, simulation.store)
-    if report_file is not None:
-        text = msgspec.json.format(msgspec.json.encode(document)) + b"\n"
-        if report_file.suffix == ".html":
-            from agent.testing.simulation.page import render
-
-            text = render(document).encode()
-        durable_files.write(report_file, text, 0o644)
-    emit(document, as_json, lambda: _print_scenario(document))
-    return bool(document["passed"])
-
-
-def _split(option: str, text: str, *, optional: bool = False) -> tuple[str, str]:
-    """Split NAME=VALUE; with `optional` the name may be left out. Raises UsageError."""
-    name, separator, value = text.partition("=")
-    if separator and name and value:
-        return name, value
-    if optional and not separator and text:
-        return "", text
-    raise UsageError(f"{option} {text}: write {option} {'TASK=BUNDLE' if optional else 'STREAM=FILE'}")
-
-
-def _split_columns(text: str) -> tuple[Path, list[str]]:
-    """Split FILE@COLUMN,…; a file of that whole name has all columns."""
-    file, separator, columns = text.rpartition("@")
-    if not separator or Path(text).exists():
-        return Path(text), []
-    return Path(file), [name.strip() for name in columns.split(",")]
-
-
-def _print_scenario(document: dict[str, Any]) -> None:
-    rows = []
-    for event in document["events"]:
-        first = min(event["found"], key=lambda alert: alert["after"], default=None)
-        answer = "nothing expected" if not event["expects"] else "MISSED"
-        if first is not None:
-            subject = f"{first['alert']} {first['subject']}".strip()
-            answer = f"{subject} by the {first['by']} after {format_span(first['after'])}"
-        if event["missed"] and event["found"]:
-            answer += f"; MISSED at {', '.join(event['missed'][:3])}"
-        at = ", ".join(event["devices"][:3]) + (" …" if len(event["devices"]) > 3 else "")
-        rows.append([format_span(event["at"]), event["kind"], at or _PLACEHOLDER, answer])
-    print_table(["at", "event", "devices", "found"], rows, "No events.")
-    alarms = document["false_alarms"]
-    echo("")
-    for alarm in alarms["alerts"][:_MAX_SENTENCES]:
-        echo(f"false alarm: {alarm['device']} after {format_span(alarm['at'])}: {alarm['summary']}")
-    if alarms["n"] > _MAX_SENTENCES:
-        echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
-    echo(f"{alarms['n']} false alarms, budget {alarms['budget']}; {document['missed']} events missed")
-    if document["undelivered"]:
-        echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
-    echo(
-        f"{document['devices']} devices, {format_span(document['simulated_seconds'])} simulated, "
-        f"{document['messages']} messages, {document['messages_per_second']:.0f} a second, "
-        f"{document['peak_bytes'] / 2**20:.0f} MiB"
+    if options.config_file or options.bundles or options.recordings or options.report_file:
+        raise UsageError("--config, --bundle, --recording and --report belong to a scenario; add --scenario FILE")
+    devices = _DEFAULT_DEVICES if options.devices is None else options.devices
+    if devices > _MAX_PROCESSES:
+        raise UsageError(f"--devices {devices}: {_MAX_PROCESSES} processes at most; --scenario FILE runs more in one")
+    default = max(1, devices // 10) if devices > 2 and options.plan is not None else 0
+    chosen = {"away": options.away, "cut": options.cut, "slow": options.slow}
+    counts = {name: default if n is None else n for name, n in chosen.items()}
+    request = SimulationRequest(
+        devices=devices,
+        seconds=options.duration,
+        speed=options.speed,
+        seed=options.seed or 0,
+        rollout=options.plan,
+        broker=options.broker,
+        trusted=options.publishers,
+        worse=options.worse,
+        **counts,
     )
-    print_audit(document["audit"], document["seconds"])
+
+    def announce(sentence: str) -> None:
+        if sys.stderr.isatty():
+            echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
+
+    return run(home, request, announce)
 
 
 def _print(document: dict[str, Any]) -> None:

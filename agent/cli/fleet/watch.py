@@ -14,11 +14,12 @@ from agent.cli.fleet.common import (
     db_option,
     emit_revocation,
     fleet_option,
+    fleet_options,
     open_for_reading,
     open_store,
     print_lines,
 )
-from agent.cli.output import emit, json_option
+from agent.cli.output import emit
 from agent.errors import UsageError
 from agent.extras import install_command
 from agent.wire import keys
@@ -69,8 +70,7 @@ def _table_printer() -> Callable[..., None]:
 @click.argument("name")
 @click.option("--password", "with_password", is_flag=True, help="Make a password, shown once.")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its sessions, revoke its certificate and password.")
-@fleet_option
-@json_option
+@fleet_options
 def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_json: bool) -> None:
     """Let a program read the fleet's messages at the broker as NAME: issue its TLS certificate, with read-only access.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from agent import input_files
 from agent.cli import trust
@@ -15,11 +17,13 @@ from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.run import run
 from agent.cli.output import echo, echo_styled, emit, json_option
+from agent.cli.require_clean import NOT_CLEAN, require_clean_option
 from agent.errors import BadBundle, UsageError, explain
 from agent.text import printable
 from agent.wire import keys
 
 if TYPE_CHECKING:
+    from agent.authoring.training_check import CheckedData
     from agent.model.bundle.manifest import Manifest
     from agent.model.inference.runtime import TfliteModel
 
@@ -57,16 +61,29 @@ def keygen(file: Path, as_json: bool) -> None:
 @click.option("--sign-with", "key_file", type=_path, help="Publisher's key; without it the bundle stays unsigned.")
 @click.option("--from", "tflite", type=_path, help="Write a SPEC to complete for this .tflite instead.")
 @click.option("--data", type=_path, help="With --from: CSV, JSON Lines or Parquet of the model's fields.")
+@click.option("--train", type=_path, metavar="DATA", help="Labelled training data, to look for poisoning.")
+@require_clean_option
 @json_option
 def pack(
-    spec: Path | None, out: Path | None, key_file: Path | None, tflite: Path | None, data: Path | None, as_json: bool
+    spec: Path | None,
+    out: Path | None,
+    key_file: Path | None,
+    tflite: Path | None,
+    data: Path | None,
+    train: Path | None,
+    require_clean: bool,
+    as_json: bool,
 ) -> None:
-    """Make a bundle from SPEC, with warnings of what it lacks; with --from, make a SPEC from a model."""
+    """Make a bundle from SPEC, with warnings of what it lacks; with --from, make a SPEC from a model.
+
+    Labelled data of the SPEC, and those of --train, are checked for flipped labels, triggers, copies, and for devices
+    and labellers (columns of these names) that contradict the others.
+    """
     from agent.authoring import pack as packing
     from agent.authoring import scaffold
 
     if tflite is not None:
-        if spec is not None or key_file is not None:
+        if spec is not None or key_file is not None or train is not None or require_clean:
             raise UsageError("--from writes a SPEC and packs nothing; complete the SPEC, then pack that")
         draft = scaffold.scaffold_spec(tflite, out, data)
         if out is not None:
@@ -82,14 +99,30 @@ def pack(
         raise UsageError(
             "give SPEC and -o, the bundle to make; or --from MODEL.tflite, and --data if there is some, for a SPEC"
         )
-    packed = packing.pack(spec, keys.load_private(key_file) if key_file else None)
-    # The same content needs no new signature, so that anybody can rebuild and compare.
-    if key_file is None:
-        packing.reuse_signature(packed, out)
-    packing.write_bundle(packed, out)
-    document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
-    lines = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
-    emit(document, as_json, lambda: echo("\n".join(lines)))
+    packed = packing.pack(spec, keys.load_private(key_file) if key_file else None, train)
+    passed = any(each.report.state == "passed" for each in packed.training) and not any(
+        each.report.findings for each in packed.training
+    )
+    refused = require_clean and not passed
+    if not refused:
+        # The same content needs no new signature, so that anybody can rebuild and compare.
+        if key_file is None:
+            packing.reuse_signature(packed, out)
+        packing.write_bundle(packed, out)
+    members = msgspec.structs.asdict(packed)
+    document = {"bundle": None if refused else str(out)}
+    document |= {name: members[name] for name in ("digest", "warnings", "notes", "training")}
+    head = f"{out} not written: {NOT_CLEAN}" if refused else f"{out} {packed.digest}"
+    lines = [head, *packed.notes, *_training_lines(packed.training), *(f"warning: {w}" for w in packed.warnings)]
+    emit(document, as_json, lambda: echo("\n".join(map(printable, lines))))
+    if refused:
+        sys.exit(1)
+
+
+def _training_lines(training: list[CheckedData]) -> Iterator[str]:
+    for each in training:
+        warn = "warning: " if each.report.findings else ""
+        yield from (f"{warn}{each.file}: {line}" for line in each.report.describe())
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")

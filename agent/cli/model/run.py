@@ -89,8 +89,6 @@ def run(
     many = data.is_dir() and not readers.is_media(inference.manifest.input)
     if not many and out.suffix not in output.OUTPUT_SUFFIXES:
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.OUTPUT_SUFFIXES)}")
-    if joined and engine != "here":
-        raise UsageError("--join is not for --engine ray: there the files of DATA hold all fields")
     predictor = BatchPredictor(loaded, inference, raw=raw, joined=joined)
     started_s = time.monotonic()
     with cluster_context as cluster, ProgressBar("rows") as bar:

@@ -12,7 +12,7 @@ import numpy as np
 
 from agent import clock
 from agent.bootstrap import device
-from agent.cli.output import config_option, echo, emit, json_option, print_table
+from agent.cli.output import config_options, echo, emit, print_table
 from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.samples.rounding import protect_column
 from agent.text import printable
@@ -24,8 +24,7 @@ _ROWS = 40
 
 
 @click.command(epilog="Example: outstation privacy")
-@config_option
-@json_option
+@config_options
 def privacy(config_file: str | None, as_json: bool) -> None:
     """Print what leaves this device: the rule of each field, the messages that contain it, and an example.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from agent import clock, decoders
-from agent.alerts import QUARANTINED
+from agent.alerts.kinds import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history, overrides

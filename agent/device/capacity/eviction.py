@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent import ranges
-from agent.alerts import DAMAGED_MESSAGES
+from agent.alerts.kinds import DAMAGED_MESSAGES
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

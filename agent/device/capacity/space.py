@@ -23,14 +23,16 @@ from operator import itemgetter
 from typing import Any
 
 from agent import ranges
-from agent.alerts import STORE_FULL, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import STORE_FULL
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.capacity.eviction import EVENT, EXPIRED, EXPIRED_COUNTER, NO_ROOM, declare_messages, declare_readings
 from agent.device.pipeline.joined_streams import load_positions
 from agent.device.store import retention, task_keys
-from agent.device.store.labels import label_capacity, shadow_key
+from agent.device.store.labels import label_capacity
 from agent.device.store.message_log import MessageLog
+from agent.device.store.predictions import shadow_key
 from agent.device.store.retention import Growth
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from agent import clock, decoders, durable_files, input_files
-from agent.alerts import WIPE_PENDING
+from agent.alerts.kinds import WIPE_PENDING
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history

@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.alerts import CLOCK, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import CLOCK
 from agent.clock import ClockReading
 from agent.device.store.clock_segments import ANCHORED_LOG, QUALITIES, UNANNOUNCED, ClockSegment
 from agent.device.store.message_log import MessageLog

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from agent.alerts import DAMAGED_ROWS
+from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.device.pipeline import batch_messages, drift_state, label_metrics
@@ -28,10 +28,11 @@ from agent.device.samples import requests
 from agent.device.samples.requests import SampleRequest
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
-from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog, PendingMessage
+from agent.device.store.predictions import StoredPredictions
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
 from agent.drift.state import DriftState, DriftWindowResult

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.arrays import Ints
 from agent.device.pipeline import columns, drift_state
 from agent.device.pipeline.drift_state import LearningRefusals
@@ -20,8 +20,8 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rules.batch_rules import ResultAlert
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.message_log import MessageLog, PendingMessage
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import Rows, commit
-from agent.device.store.store import RowBatch
 from agent.drift.state import DriftState, DriftWindowResult, QuietRun
 from agent.kernel import library
 from agent.model.inference.inference import InferenceResult

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from agent.alerts import CURSOR_REPAIRED
+from agent.alerts.kinds import CURSOR_REPAIRED
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.loaded_task import LoadedTask

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent import clock
-from agent.alerts import DEADLINE_MISSED, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import DEADLINE_MISSED
 from agent.clock import ClockReading
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog

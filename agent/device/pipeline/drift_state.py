@@ -11,7 +11,8 @@ import msgspec
 from msgspec.structs import replace
 
 from agent import arrays, decoders
-from agent.alerts import LEARNING_REFUSED, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import LEARNING_REFUSED
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import PendingMessage

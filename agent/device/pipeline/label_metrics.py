@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 
 from agent import clock, decoders
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.clock import ClockReading
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels as label_store
-from agent.device.store import task_keys
+from agent.device.store import predictions, task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.store import Store
@@ -97,7 +97,7 @@ def contradict_certainty(task: LoadedTask, store: Store) -> bool:
 
 
 def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:
-    span = store.query(label_store.load_span, task.name)
+    span = store.query(predictions.load_span, task.name)
     if span is None:
         return
     while True:
@@ -421,7 +421,7 @@ def _describe_labels(
     """Return the labels' sources, delay and counts by class, and the share of results that have one."""
     delay = np.array([max(0, sample.received - sample.prediction.t) / 1e6 for sample in ordered])
     rows = (ordered[0].prediction.row, ordered[-1].prediction.row)
-    results, counters = store.query(label_store.count_predictions, task.name, *rows), store.counters()
+    results, counters = store.query(predictions.count_predictions, task.name, *rows), store.counters()
     members: dict[str, Any] = {
         "n": len(ordered),
         "delay_s": {"median": round(float(np.median(delay)), 3), "p90": round(float(np.quantile(delay, 0.9)), 3)},

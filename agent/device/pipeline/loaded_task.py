@@ -18,7 +18,8 @@ from agent.device.rules.compiler import CompiledRule
 from agent.device.samples.selection import SampledTask
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.row_batch import RowBatch
+from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.monitor import DriftMonitor
 from agent.drift.state import DriftState

@@ -18,7 +18,8 @@ import msgspec
 from agent import clock, decoders, ranges
 from agent.device.recovery import findings
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
-from agent.device.store import meta, retention, watermark
+from agent.device.store import retention, watermark
+from agent.device.store.tables import meta
 from agent.device.store.watermark import WatermarkState
 from agent.wire.log_chain import digest
 

@@ -14,9 +14,10 @@ from agent.device.recovery import catch_up, findings, replay
 from agent.device.recovery.categories import repair_categories
 from agent.device.recovery.findings import RecoveryFinding, missing_ranges
 from agent.device.recovery.raw_pages import DamagedDatabase
-from agent.device.store import meta, retention, row_crc, watermark
+from agent.device.store import retention, watermark
 from agent.device.store.outbox import message_crc
 from agent.device.store.rows import PackedChunk, is_intact
+from agent.device.store.tables import meta, row_crc
 from agent.device.store.watermark import WatermarkState
 from agent.text import is_unicode
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from agent import decoders, ranges
-from agent.device.store import meta
+from agent.device.store.tables import meta
 
 # Names in table meta: unreported findings, the last finding, how the store was closed, and the `NewLogPlan`.
 FINDINGS, LAST_FINDING, CLEAN_STOP, LAST_STOP = "findings", "last finding", "clean stop", "last stop"

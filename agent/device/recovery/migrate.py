@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from agent import __version__, durable_files
-from agent.device.store import schema
+from agent.device.store.tables import schema
 from agent.errors import StorageError, UsageError
 
 

@@ -22,7 +22,7 @@ import uuid
 import msgspec
 
 from agent import decoders
-from agent.alerts import NEW_LOG_STARTED
+from agent.alerts.kinds import NEW_LOG_STARTED
 from agent.clock import ClockReading
 from agent.device.capacity import eviction
 from agent.device.machine import keys

@@ -21,17 +21,12 @@ from agent import clock
 from agent.device.machine.systemd import notify
 from agent.device.recovery import catch_up, findings, migrate, replay, salvage
 from agent.device.recovery.open_files import LOCK, OpenFiles, require_not_moved
-from agent.device.store import journal, meta, row_crc, schema
+from agent.device.store import journal
 from agent.device.store.journal import Journal, JournaledConnection
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
-from agent.device.store.store import (
-    DATABASE,
-    Store,
-    connect_read_only,
-    is_corruption,
-    require_regular,
-    translate_errors,
-)
+from agent.device.store.store import DATABASE, Store
+from agent.device.store.tables import meta, row_crc, schema
+from agent.device.store.tables.sqlite_errors import connect_read_only, is_corruption, require_regular, translate_errors
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, UsageError
 

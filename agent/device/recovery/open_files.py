@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 
 from agent import decoders, durable_files
-from agent.device.store import journal, meta, watermark
+from agent.device.store import journal, watermark
 from agent.device.store.store import DATABASE
+from agent.device.store.tables import meta
 from agent.device.store.watermark import FILE_NAME
 from agent.errors import StorageError, StorageMoved
 

@@ -12,8 +12,9 @@ from agent import clock
 from agent.device.recovery import findings
 from agent.device.recovery.categories import repair_categories
 from agent.device.recovery.findings import RecoveryFinding
-from agent.device.store import journal, meta
+from agent.device.store import journal
 from agent.device.store.journal import Record
+from agent.device.store.tables import meta
 
 _LAST_STORED = "SELECT first_row + n - 1 FROM chunks WHERE stream = ? ORDER BY first_row DESC LIMIT 1"
 _COUNT_SAME = "SELECT count(*) FROM chunks WHERE stream = ? AND first_row = ? AND crc = ?"

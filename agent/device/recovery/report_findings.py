@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent import ranges
-from agent.alerts import STORE_DAMAGED
+from agent.alerts.kinds import STORE_DAMAGED
 from agent.clock import ClockReading
 from agent.device.capacity.eviction import DAMAGED, declare_messages, declare_readings
 from agent.device.recovery import findings, new_log, salvage

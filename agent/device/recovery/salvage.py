@@ -16,8 +16,9 @@ from pathlib import Path
 
 from agent import durable_files, input_files
 from agent.device.recovery import migrate
-from agent.device.store import journal, row_crc
+from agent.device.store import journal
 from agent.device.store.store import DATABASE
+from agent.device.store.tables import row_crc
 from agent.device.store.watermark import WatermarkState
 from agent.errors import StorageError
 

@@ -20,7 +20,8 @@ from agent.device.rollout.shadow import ANSWER_TIMEOUT_S, ShadowRunner
 from agent.device.rollout.state_machine import BundleAssessment
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.row_batch import RowBatch
+from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.state import DriftState
 from agent.errors import ModelProcessFailed

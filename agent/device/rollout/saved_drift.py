@@ -13,7 +13,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays, decoders
-from agent.alerts import LEARNING_REFUSED, Alert, continue_number, monitored_names, monitoring_kind
+from agent.alerts.alert import Alert, continue_number
+from agent.alerts.kinds import LEARNING_REFUSED, monitored_names, monitoring_kind
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.drift_state import LearningRefusals, RestoredDrift

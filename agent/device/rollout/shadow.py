@@ -24,9 +24,10 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
 from agent.device.store import labels, task_keys
-from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.predictions import StoredPredictions, shadow_key
+from agent.device.store.row_batch import RowBatch
+from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 from agent.model import activation
@@ -226,7 +227,7 @@ class ShadowRunner:
         with store.transaction() as tx:
             if self._unsaved_predictions:
                 predictions = shadow_windows.concatenate_stored(self._unsaved_predictions)
-                tx.labels.store_predictions(labels.shadow_key(name), predictions, tx.uptime_s(now))
+                tx.labels.store_predictions(shadow_key(name), predictions, tx.uptime_s(now))
             outcomes, last_label = ComparisonStats(), self.state.last_label
             if numbers:
                 outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, last_label)

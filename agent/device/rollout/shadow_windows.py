@@ -15,10 +15,12 @@ from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.device.pipeline import batch, label_metrics
 from agent.device.pipeline.loaded_task import LoadedTask
-from agent.device.store import labels
-from agent.device.store.labels import PredictionRow, StoredLabel, StoredPredictions
+from agent.device.store import labels, predictions
+from agent.device.store.labels import StoredLabel
+from agent.device.store.predictions import PredictionRow, StoredPredictions
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import concatenate
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.model.bundle.manifest import Manifest
@@ -162,7 +164,7 @@ def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: 
 def _find_other_prediction(
     tx: Transaction, task: LoadedTask, other: LoadedTask, sample: StoredLabel
 ) -> PredictionRow | None:
-    prediction = tx.labels.find_by_row(labels.shadow_key(task.name), sample.prediction.row)
+    prediction = tx.labels.find_by_row(predictions.shadow_key(task.name), sample.prediction.row)
     return prediction if prediction is not None and prediction.bundle == other.bundle.digest else None
 
 

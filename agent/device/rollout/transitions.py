@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from agent import clock, decoders
-from agent.alerts import BUNDLE_REJECTED, ROLLED_BACK
+from agent.alerts.kinds import BUNDLE_REJECTED, ROLLED_BACK
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history as bundle_history

@@ -13,7 +13,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import clock
-from agent.alerts import RESULT, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import RESULT
 from agent.arrays import Ints
 from agent.config.alert_rules import AlertRuleConfig
 from agent.device.rules import evaluation, health, sentences

@@ -1,9 +1,10 @@
 """Device store: one SQLite file, one writing connection, one transaction at a time. Imports no other device package.
 
-store, transaction   reading; writing               schema, meta, task_keys  tables; single values; names of task state
-rows                 validation, packed chunks      clock_segments           wall clock of the rows' times
+store, transaction   reading; writing               task_keys                names of task state
+rows, row_batch      packed chunks; reading them    clock_segments           wall clock of the rows' times
 outbox, message_log  messages; seq and signature    retention                acknowledged seqs, growth
-journal, small_commits  commits of a few rows       quota, watermark         bytes; detection of lost commits
-labels, command_log  predictions and labels; commands of operators
-cost, row_crc        accounting; checksums of rows
+journal, small_commits  commits of a few rows       watermark                detection of lost commits
+quota                bytes                          cost                     accounting
+labels, predictions  labels; what they belong to    command_log              commands of operators
+tables               schema, single values, checksums of rows, errors of SQLite
 """

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.clock import ClockQuality, ClockReading
-from agent.device.store import meta, schema
+from agent.device.store.tables import meta, schema
 
 # Time services step by 0.4 s (timesyncd) or 1 s (chrony) and slew smaller errors; both clocks slew together.
 STEP_US = 500_000

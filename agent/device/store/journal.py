@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import msgspec
 
 from agent import decoders, durable_files
-from agent.device.store import meta, schema, watermark
+from agent.device.store import watermark
+from agent.device.store.tables import meta, schema
 from agent.errors import StorageError
 
 FILE_NAME, WRITE_AHEAD_LOG = "journal", "outstation.db-wal"

@@ -1,8 +1,7 @@
-"""Label store: predictions kept for labels that arrive later, and the labels, with all SQL of both.
+"""Label store: labels, and the predictions that wait for them, with all SQL of table `labels`.
 
-The predictions of a batch are one packed row of table `predictions`. A label is one row of table `labels` with a copy
-of its prediction, so that it outlives the packed row. Labels of rows that their task has not consumed yet wait in the
-same table under negative numbers.
+A label is one row of table `labels` with a copy of its prediction, so that it outlives the packed row of table
+`predictions`. Labels of rows that their task has not consumed yet wait in the same table under negative numbers.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import struct
-import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from agent import decoders
+from agent.device.store import predictions as stored_predictions
+from agent.device.store.predictions import PredictionRow, PredictionSpan, StoredPredictions, pack_predictions
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
 
@@ -35,53 +33,6 @@ _MIN_TOLERANCE_US = 500
 _LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
 _MAX_CACHED_BATCHES = 8
 _CRC = struct.Struct("<I")
-
-
-class StoredPredictions(msgspec.Struct, frozen=True):
-    """Predictions of one batch, at least one, in order of their rows.
-
-    `row` (n,), `t` (n,) epoch µs, `predicted_class` (n,) class index, `score`, `value`; `slices`: name → (n,) texts.
-    """
-
-    bundle: str
-    row: NDArray[np.int64]
-    t: NDArray[np.int64]
-    predicted_class: NDArray[np.int64] | None
-    score: NDArray[np.float64] | None
-    value: NDArray[np.float64] | None
-    slices: Mapping[str, Sequence[str]]
-
-
-class PredictionRow(msgspec.Struct, frozen=True):
-    bundle: str
-    row: int
-    t: int
-    predicted_class: int | None
-    score: float | None
-    value: float | None
-    slices: dict[str, str]
-
-
-class _PackedPredictions(msgspec.Struct, array_like=True):
-    """Columns of `n` results: byte planes; of `row` and `t` the steps, a single one where all are equal."""
-
-    bundle: str
-    n: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    first_t: int
-    row: bytes
-    t: bytes
-    predicted_class: bytes
-    score: bytes
-    value: bytes
-    slices: dict[str, tuple[list[str], bytes]]
-
-
-class PredictionSpan(msgspec.Struct, frozen=True):
-    """First and last row of a task's stored predictions, and the time of the last."""
-
-    first: int
-    last: int
-    last_t: int
 
 
 class StoredLabel(msgspec.Struct, frozen=True):
@@ -145,7 +96,7 @@ class LabelStore:
         self._db.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values)
 
     def load_span(self, task: str) -> PredictionSpan | None:
-        return load_span(self._db, task)
+        return stored_predictions.load_span(self._db, task)
 
     def find(self, task: str, label: Label) -> PredictionRow | None:
         """Return the stored prediction that a label belongs to, by its row or else by its time."""
@@ -159,7 +110,9 @@ class LabelStore:
         if batch is None:
             return None
         index = int(np.searchsorted(batch.row, row))
-        return _select_row(batch, index) if index < len(batch.row) and batch.row[index] == row else None
+        return (
+            stored_predictions.select_row(batch, index) if index < len(batch.row) and batch.row[index] == row else None
+        )
 
     def find_nearest(self, task: str, t: int) -> PredictionRow | None:
         """Return the prediction nearest to this time, at most half the time between predictions away.
@@ -182,13 +135,13 @@ class LabelStore:
             return None
         for batch in batches:
             if index < len(batch.t):
-                return _select_row(batch, index)
+                return stored_predictions.select_row(batch, index)
             index -= len(batch.t)
         return None
 
     def _neighbouring_batches(self, task: str, t: int) -> list[int]:
         """Return the first rows of the batch that ends at or after `t` and of its neighbours, by bisection."""
-        span = load_span(self._db, task)
+        span = stored_predictions.load_span(self._db, task)
         if span is None:
             return []
         sql = (
@@ -211,7 +164,7 @@ class LabelStore:
         """Unpack a batch; a few are cached, because labels mostly come in order."""
         if (task, first) not in self._batch_cache:
             sql = "SELECT CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row = ?"
-            batch = _unpack_or_none(first, self._db.execute(sql, (task, first)).fetchone()[0])
+            batch = stored_predictions.unpack_or_none(first, self._db.execute(sql, (task, first)).fetchone()[0])
             if len(self._batch_cache) >= _MAX_CACHED_BATCHES:
                 del self._batch_cache[next(iter(self._batch_cache))]
             self._batch_cache[task, first] = batch
@@ -317,11 +270,6 @@ def label_capacity(database_bytes: int) -> int:
     return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
 
 
-def shadow_key(task: str) -> str:
-    """Return the key under which predictions of a shadow bundle are stored: no task can have this name."""
-    return f"{task} shadow"
-
-
 # --- queries, also of a read-only store (`Store.query`) ---
 
 
@@ -329,32 +277,6 @@ def newest_number(db: sqlite3.Connection, task: str) -> int:
     """Return the number of the newest label; 0 before the first."""
     sql = "SELECT max(number) FROM labels WHERE task = ?"
     return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
-
-
-def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
-    sql = """
-        SELECT (SELECT first_row FROM predictions WHERE task = :task ORDER BY first_row LIMIT 1), last_row, last_t
-        FROM checked_predictions WHERE task = :task ORDER BY first_row DESC LIMIT 1"""
-    row = db.execute(sql, {"task": task}).fetchone()
-    return PredictionSpan(*map(int, row)) if row else None
-
-
-def load_prediction(db: sqlite3.Connection, task: str, row: int) -> PredictionRow | None:
-    """Return the prediction at exactly this row, if it is stored and readable."""
-    sql = """
-        SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row <= ?
-        ORDER BY first_row DESC LIMIT 1"""
-    stored = db.execute(sql, (task, row)).fetchone()
-    batch = _unpack_or_none(*stored) if stored else None
-    index = -1 if batch is None else int(np.searchsorted(batch.row, row))
-    return _select_row(batch, index) if batch is not None and row in batch.row[index : index + 1] else None
-
-
-def load_newest_predictions(db: sqlite3.Connection, task: str, limit: int) -> list[StoredPredictions]:
-    """Return the readable ones of the newest `limit` batches, newest first."""
-    sql = "SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? ORDER BY first_row DESC LIMIT ?"
-    batches = (_unpack_or_none(*stored) for stored in db.execute(sql, (task, limit)))
-    return [batch for batch in batches if batch is not None]
 
 
 def load_label_texts(db: sqlite3.Connection, task: str, since_row: int) -> dict[int, tuple[str, str]]:
@@ -387,13 +309,6 @@ def count_labels(db: sqlite3.Connection, task: str) -> LabelCounts:
         authenticated += bool(record.by)
     verdicts, model = sources.pop(VERDICT, 0), sources.pop(MODEL, 0)
     return LabelCounts(sources.total(), verdicts, model, authenticated, waiting)
-
-
-def _unpack_or_none(first: int, data: bytes) -> StoredPredictions | None:
-    try:
-        return unpack_predictions(first, data)
-    except ValueError:
-        return None
 
 
 def load_early(
@@ -446,104 +361,6 @@ def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> 
 def outcome_counter(task: str, outcome: str) -> str:
     """Return the name of the counter of labels with this outcome of `store_label`, or "unmatched"."""
     return {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(outcome, f"labels {outcome}.{task}")
-
-
-def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
-    """Count the stored predictions of batches that overlap rows `first` … `last`."""
-    sql = "SELECT coalesce(sum(n), 0) FROM checked_predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
-    return int(db.execute(sql, (task, last, first)).fetchone()[0])
-
-
-# --- packing ---
-
-
-def pack_predictions(predictions: StoredPredictions) -> bytes:
-    """Compress predictions behind a CRC; unknown scores and values are NaN."""
-    slices = {}
-    for name, texts in predictions.slices.items():
-        known = sorted(set(texts))
-        codes = [known.index(text) for text in texts]
-        slices[name] = (known, np.array(codes, "<u2").tobytes())
-    packed = _PackedPredictions(
-        predictions.bundle,
-        len(predictions.row),
-        int(predictions.t[0]),
-        _pack_steps(predictions.row, "<u4"),
-        _pack_steps(predictions.t, "<i8"),
-        _pack_planes(predictions.predicted_class, "<u2"),
-        _pack_planes(predictions.score, "<f4"),
-        _pack_planes(predictions.value, "<f8"),
-        slices,
-    )
-    # Runs only: a search for longer matches takes three times as long, and finds few among scores.
-    compressor = zlib.compressobj(1, zlib.DEFLATED, strategy=zlib.Z_RLE)
-    data = compressor.compress(msgspec.msgpack.encode(packed)) + compressor.flush()
-    return _CRC.pack(zlib.crc32(data, int(predictions.row[0]) & 0xFFFFFFFF)) + data
-
-
-def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
-    """Invert `pack_predictions`; `first` is the first row. Raises ValueError if the bytes were changed."""
-    body = data[_CRC.size :]
-    if data[: _CRC.size] != _CRC.pack(zlib.crc32(body, first & 0xFFFFFFFF)):
-        raise ValueError("CRC does not match")
-    try:
-        packed = decoders.from_msgpack(zlib.decompress(body), _PackedPredictions)
-    except (zlib.error, msgspec.MsgspecError) as error:
-        raise ValueError(str(error)) from None
-    slices = {
-        name: [known[code] for code in np.frombuffer(codes, "<u2")] for name, (known, codes) in packed.slices.items()
-    }
-    return StoredPredictions(
-        packed.bundle,
-        _unpack_steps(packed.row, "<u4", packed.n, first),
-        _unpack_steps(packed.t, "<i8", packed.n, packed.first_t),
-        None if not packed.predicted_class else _unpack_planes(packed.predicted_class, "<u2").astype(np.int64),
-        None if not packed.score else _unpack_planes(packed.score, "<f4").astype(np.float64),
-        None if not packed.value else _unpack_planes(packed.value, "<f8"),
-        slices,
-    )
-
-
-def _pack_planes(values: NDArray[Any] | None, kind: str) -> bytes:
-    """Return the first bytes of all values, then the second ones: the high bytes of neighbours are alike."""
-    if values is None:
-        return b""
-    width = np.dtype(kind).itemsize
-    return np.ascontiguousarray(values, kind).view(np.uint8).reshape(len(values), width).T.tobytes()
-
-
-def _unpack_planes(data: bytes, kind: str) -> NDArray[Any]:
-    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(kind).itemsize, -1)
-    return np.ascontiguousarray(planes.T).view(kind)[:, 0]
-
-
-def _pack_steps(values: NDArray[np.int64], kind: str) -> bytes:
-    steps = np.diff(values)
-    is_regular = len(steps) > 1 and bool((steps[1:] == steps[:-1]).all())
-    return (steps[:1] if is_regular else steps).astype(kind).tobytes()
-
-
-def _unpack_steps(data: bytes, kind: str, n: int, first: int) -> NDArray[np.int64]:
-    steps = np.frombuffer(data, kind).astype(np.int64)
-    if len(steps) == 1:
-        return np.asarray(first + steps[0] * np.arange(n, dtype=np.int64))
-    return np.cumsum(np.concatenate([[first], steps]), dtype=np.int64)
-
-
-def _select_row(predictions: StoredPredictions, index: int) -> PredictionRow:
-    return PredictionRow(
-        predictions.bundle,
-        int(predictions.row[index]),
-        int(predictions.t[index]),
-        None if predictions.predicted_class is None else int(predictions.predicted_class[index]),
-        None if predictions.score is None else _finite_or_none(predictions.score[index]),
-        None if predictions.value is None else _finite_or_none(predictions.value[index]),
-        {name: texts[index] for name, texts in predictions.slices.items()},
-    )
-
-
-def _finite_or_none(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _decode_record(data: bytes) -> _LabelRecord | None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.clock import ClockReading
 from agent.device.store import cost
 from agent.device.store.outbox import OutboxMessage

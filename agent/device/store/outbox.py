@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 
 from agent import ranges
-from agent.device.store import meta, retention
+from agent.device.store import retention
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.tables import meta
 from agent.ranges import Ranges
 
 # CAST: one flipped bit on the disk makes a text that cannot be read as text.

@@ -12,33 +12,25 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
-
-from agent import clock, input_files
+from agent import clock
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
-from agent.device.store import meta, retention, row_crc, schema, task_keys, watermark
-from agent.device.store.clock_segments import ClockStamp, merge_stamps
+from agent.device.store import retention, row_batch, task_keys, watermark
 from agent.device.store.journal import Journal, JournalView
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, OutboxMessage, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import (
-    EMPTY_ROWS,
     MAX_CODE,
-    PackedChunk,
-    Rows,
-    concatenate,
     lost_category,
-    unpack_chunk,
 )
 from agent.device.store.small_commits import SmallCommits
+from agent.device.store.tables import meta, row_crc, schema
+from agent.device.store.tables.sqlite_errors import SALVAGED_LATER, connect_read_only, translate_errors
 from agent.device.store.transaction import Transaction
 from agent.device.store.watermark import Watermark
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
@@ -48,55 +40,9 @@ T = TypeVar("T")
 
 DATABASE = "outstation.db"
 
-SALVAGED_LATER = "the agent sets it aside and salvages it when it starts next"
-
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
-# Rows of a chunk, on average, below which those of a batch are joined.
-_FEW_ROWS = 64
-
-
-class RowBatch(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Rows `first`…`last` of a stream (row numbers count from 1); if they cannot be read, the reason.
-
-    `parts`: the rows in pieces that follow one another, as views of the stored chunks.
-    `deleted`: they were used by other tasks, or evicted and declared; they are not damaged.
-    """
-
-    first: int
-    parts: Sequence[Rows] = ()
-    loss_reason: str | None = None
-    lost_through: int = 0
-    stamps: tuple[ClockStamp, ...] = ()
-    deleted: bool = False
-
-    @property
-    def last(self) -> int:
-        return self.lost_through if self.loss_reason else self.first + len(self.t) - 1
-
-    @cached_property
-    def t(self) -> NDArray[np.int64]:
-        """Times (n,) of the rows, epoch µs."""
-        return np.concatenate([part.t for part in self.parts]) if self.parts else EMPTY_ROWS.t
-
-    @cached_property
-    def rows(self) -> Rows:
-        """The rows in one piece: a copy of all columns."""
-        return concatenate(self.parts)
-
-    def column(self, index: int) -> NDArray[Any]:
-        """Return the values (n,) of one field."""
-        return np.concatenate([part.columns[index] for part in self.parts])
-
-    def slice_parts(self, start: int, stop: int) -> list[Rows]:
-        """Return rows from offset `start` to before `stop` in pieces."""
-        pieces, at = list[Rows](), 0
-        for part in self.parts:
-            piece = slice(max(0, start - at), max(0, min(len(part), stop - at)))
-            if piece.start < piece.stop:
-                pieces.append(part.slice(piece.start, piece.stop))
-            at += len(part)
-        return pieces
+_SIMULATED_CACHE_KIB = 256
 
 
 class WriteAccess(Protocol):
@@ -247,8 +193,7 @@ class Store:
 
     def last_row(self, stream: str) -> int:
         """Return the number of the newest row of `stream`; 0 if there is none."""
-        row = self._fetch_one("SELECT next_row - 1 FROM checked_streams WHERE name = ?", stream)
-        return int(row[0]) if row else 0
+        return self.query(row_batch.last_row, stream)
 
     def first_row(self, stream: str) -> int:
         """Return the number of the oldest stored row, or of the next row to come."""
@@ -306,67 +251,9 @@ class Store:
         return ["", *(texts.get(code) or lost_category(code) for code in range(1, min(last, MAX_CODE) + 1))]
 
     def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
-        """Read up to about `limit` rows after row `after`, as contiguous columns; None if there are none.
-
-        The cost depends on the rows read, not on the backlog. A damaged chunk is returned alone, with `loss_reason`.
-        """
-        parts: list[Rows] = []
-        stamps: list[ClockStamp] = []
-        first, count = after + 1, 0
-        query = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
-        # Closed with the lock held: an open query would keep another thread's transaction from restarting the log.
-        with self._reading(), contextlib.closing(self._db.execute(*query)) as chunks:
-            for first_row, n, first_t, time_bytes, data, crc, *place in chunks:
-                stream_id, boot, quality, segment, _ = place
-                try:
-                    packed = PackedChunk(n, first_t, time_bytes, data, crc, (stream_id, first_row, *place[1:]))
-                    rows = unpack_chunk(packed, fields)
-                except ValueError as damage:
-                    if parts:
-                        break
-                    return RowBatch(first, (), str(damage), self._chunk_end(stream, int(first_row)))
-                skip = first + count - int(first_row)
-                if skip < 0:
-                    if parts:
-                        break
-                    return self._missing_rows(stream, first, int(first_row) - 1)
-                parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
-                stamps.append(ClockStamp(first + count, boot, segment, quality))
-                count += len(parts[-1])
-                if count >= limit:
-                    break
-            if not parts:
-                # The last rows may be in quarantine because another task found them damaged.
-                last = self.last_row(stream)
-                return self._missing_rows(stream, first, last) if last > after else None
-        if len(parts) > 1 and count < _FEW_ROWS * len(parts):
-            # Each part costs as much as some rows: many small ones are one copy.
-            parts = [concatenate(parts)]
-        return RowBatch(first, parts, stamps=merge_stamps(stamps))
-
-    def _missing_rows(self, stream: str, first: int, last: int) -> RowBatch:
-        """Describe rows `first` to `last`, which are not stored, or the first of them with the same fate.
-
-        Rows that are neither deleted nor in quarantine were lost, and count as damaged.
-        """
-        deleted = int(self.get_meta(schema.TRIMMED_THROUGH + stream, "0"))
-        values = {"stream": stream, "first": first, "last": last}
-        damaged = self._db.execute(schema.FIRST_QUARANTINED_RANGE, values).fetchone()
-        if first <= deleted and (damaged is None or damaged[0] > first):
-            end = min(last, deleted, damaged[0] - 1 if damaged else last)
-            return RowBatch(first, (), "rows were deleted before this task read them", end, deleted=True)
-        end = min(last, damaged[1]) if damaged and damaged[1] < deleted else last
-        return RowBatch(first, (), "rows were quarantined as damaged", end)
-
-    def _chunk_end(self, stream: str, first_row: int) -> int:
-        """Return the last row of the chunk at `first_row`, from the chunk after it: its own count may be damaged."""
-        row = self._fetch_one(
-            "SELECT min(first_row) - 1 FROM chunks JOIN checked_streams s ON s.id = stream "
-            "WHERE s.name = ? AND first_row > ?",
-            stream,
-            first_row,
-        )
-        return int(row[0]) if row and row[0] is not None else self.last_row(stream)
+        """Read up to about `limit` rows after row `after`; None if there are none. See `row_batch.read_batch`."""
+        rows = self.query(row_batch.read_batch, stream, fields, after, limit)
+        return None if rows is None else rows.join_small_parts()
 
     def unacknowledged_messages(self, after: int, limit: int) -> list[OutboxMessage]:
         """Return unacknowledged messages with seq > `after`, in order."""
@@ -481,7 +368,7 @@ class Store:
         return sorted((json.loads(row[0]) for row in rows), key=lambda alert: str(alert["time"]))
 
     def query(self, query: Callable[..., T], *values: Any) -> T:
-        """Run a query of `labels`, which takes the connection first."""
+        """Run a query that takes the connection first, as those of `labels` do."""
         with self._reading():
             return query(self._db, *values)
 
@@ -539,8 +426,13 @@ class Store:
         self.close()
 
     def simulate_disk(self, size: int, free: int) -> None:
-        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one."""
+        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one.
+
+        A simulated power cut keeps what the kernel has, so nothing is flushed; a thousand caches would fill the memory.
+        """
         self._quota_enforcer.simulated_disk = (size, free)
+        for pragma in ("synchronous=OFF", f"cache_size=-{_SIMULATED_CACHE_KIB}"):
+            self._db.execute(f"PRAGMA {pragma}")
 
     def close(self) -> None:
         with self._lock:
@@ -565,52 +457,3 @@ class Store:
     def _fetch_all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._reading():
             return self._db.execute(sql, values).fetchall()
-
-
-def connect_read_only(path: Path) -> sqlite3.Connection:
-    """Connect to a database beside the process that writes. Raises StorageError."""
-    require_regular(path)
-    with translate_errors(path):
-        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
-
-
-def require_regular(path: Path) -> None:
-    """Raise StorageError if something else than a file has the database's name: SQLite would wait for a pipe."""
-    try:
-        input_files.require_regular(path)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; move it away, and restore the data folder") from error
-
-
-@contextlib.contextmanager
-def translate_errors(path: Path) -> Iterator[None]:
-    """Raise SQLite's errors as StorageError, StorageFull, StorageBusy or StorageDamaged."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _storage_error(path, error) from error
-    except UnicodeDecodeError as error:
-        # SQLite's message quotes bytes of the damaged database.
-        raise StorageDamaged(f"{path}: a text in it is not what was written; {SALVAGED_LATER}") from error
-
-
-_CORRUPTION_WORDS = ("Could not decode to UTF-8", "unsupported file format", row_crc.FUNCTION_FAILED)
-
-
-def is_corruption(error: sqlite3.Error) -> bool:
-    name = str(getattr(error, "sqlite_errorname", ""))
-    # A header with an unknown schema format or text encoding has no error code of its own.
-    unreadable = any(words in str(error) for words in _CORRUPTION_WORDS)
-    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or unreadable
-
-
-def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    if name.startswith("SQLITE_FULL"):
-        return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StorageBusy(f"{path}: locked by another process")
-    if is_corruption(error):
-        problem = "a row is not what was written" if row_crc.FUNCTION_FAILED in str(error) else str(error)
-        return StorageDamaged(f"{path}: {problem}; {SALVAGED_LATER}")
-    return StorageError(f"{path}: {name}: {error}")

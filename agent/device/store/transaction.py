@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 
 from agent.clock import ClockReading
-from agent.device.store import meta, retention, schema, task_keys
+from agent.device.store import retention, task_keys
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES, ClockSegments
 from agent.device.store.command_log import CommandLog
 from agent.device.store.labels import LabelStore
 from agent.device.store.outbox import Outbox, OutboxMessage
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.rows import Rows, pack_chunk
+from agent.device.store.tables import meta, schema
 from agent.device.store.watermark import TransactionProgress
 
 # Category of all texts that get no code of their own.

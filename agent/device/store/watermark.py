@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from agent import decoders
-from agent.device.store import meta
+from agent.device.store.tables import meta
 
 log = logging.getLogger("outstation")
 

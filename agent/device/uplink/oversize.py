@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 
-from agent.alerts import TOO_LARGE, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import TOO_LARGE
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

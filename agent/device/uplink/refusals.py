@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from agent.alerts import REFUSED_ON_DEVICE, Alert
+from agent.alerts.alert import Alert
+from agent.alerts.kinds import REFUSED_ON_DEVICE
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

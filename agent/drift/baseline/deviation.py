@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 
 from agent import clock
-from agent.alerts import REFERENCE_DEVIATES, Alert, continue_number
+from agent.alerts.alert import Alert, continue_number
+from agent.alerts.kinds import REFERENCE_DEVIATES
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, round_significant
-from agent.drift.detectors.moments import mean_class_sd
+from agent.drift.detectors.detector import MIN_CLASS_WINDOWS, mean_class_sd, round_significant
 from agent.drift.detectors.registry import MOMENTS
 from agent.drift.numeric import control_limits
 from agent.drift.numeric.sums import fit_trend

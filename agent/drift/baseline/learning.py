@@ -28,7 +28,7 @@ from agent.drift.baseline.summary import summarize
 from agent.drift.baseline.transitions import MIN_STEP_SHARE, MIN_TRANSITIONS, count_transitions
 from agent.drift.detectors import daily_cycle, moments
 from agent.drift.detectors.daily_cycle import Cycle
-from agent.drift.detectors.detector import LearnedScores, LearnedWindows, Task
+from agent.drift.detectors.detector import LearnedScores, LearnedWindows, Task, mean_class_sd
 from agent.drift.detectors.registry import (
     CORRELATION,
     DETECTORS,
@@ -282,7 +282,7 @@ def _measure_sensitivity(
         np.where(usual.tested, usual.sd, np.inf),
         limits,
         usual.cycle,
-        moments.mean_class_sd(reference.class_n, reference.class_sd),
+        mean_class_sd(reference.class_n, reference.class_sd),
         share @ baselines[CORRELATION.name].mean,
     )
 

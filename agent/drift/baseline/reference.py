@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import arrays
-from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints, any_true
 from agent.drift.baseline import runs, window_statistics
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -184,9 +184,9 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         """(C, D) class sds at one hour of day."""
         return without_cycle(self.class_sd, self._daily_cycle(_HOURS)) if self._has_daily_cycle else self.class_sd
 
-    @property
+    @cached_property
     def _has_daily_cycle(self) -> bool:
-        return self.site is not None and bool(self.site.waves.any())
+        return self.site is not None and any_true(self.site.waves)
 
     def _daily_cycle(self, t: Ints) -> Float64s:
         """Return what the daily cycle adds to the D statistics (n, D), in class sd."""

@@ -7,7 +7,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.indices import bincount
 
 SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
@@ -101,6 +101,8 @@ def longest_runs(trace: Trace, tail: Tail, rest: RestValues) -> tuple[Ints, Ints
 
 def last_values(rows: Float64s, before: Float64s) -> Float64s:
     """Return the last value of each column of `rows` (n, F), or that of the rows `before` (F,)."""
+    if len(rows) and not any_true(np.isnan(rows[-1])):
+        return np.asarray(rows[-1], np.float64)
     joined = np.concatenate([before[None], rows])
     place = len(rows) - (~np.isnan(joined[::-1])).argmax(0)
     return np.asarray(joined[place, np.arange(rows.shape[1])])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float64s, Ints, any_true
 from agent.indices import bincount
 
 OCTAVES = 48  # of µs: up to nine years
@@ -59,12 +59,13 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
 
     def mean_step_us(self) -> Float64s:
         """Return the mean (...,) of the usual intervals; NaN if there are too few."""
-        count = self.steps.sum(-1, keepdims=True)
-        middle = (np.cumsum(self.steps, axis=-1) >= count / 2).argmax(-1)
-        near = np.abs(np.arange(OCTAVES) - middle[..., None]) <= 1
-        steps = np.where(near, self.steps, 0).sum(-1)
-        mean = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
-        return np.asarray(np.where(count[..., 0] >= MIN_STEPS, mean, np.nan))
+        count = steps = self.steps.sum(-1)
+        total_us = self.total_us
+        if any_true(self.steps.max(-1) < count):
+            middle = (np.cumsum(self.steps, axis=-1) >= count[..., None] / 2).argmax(-1)
+            near = np.abs(np.arange(OCTAVES) - middle[..., None]) <= 1
+            steps, total_us = np.where(near, self.steps, 0).sum(-1), np.where(near, total_us, 0)
+        return np.asarray(np.where(count >= MIN_STEPS, total_us.sum(-1) / np.maximum(steps, 1), np.nan))
 
 
 def _octave(spans_us: Ints, steps_per_span: int) -> Ints:

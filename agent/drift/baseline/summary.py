@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from agent.drift.numeric.sums import GroupSums
 from agent.drift.outputs.counts import count_answers
 
 
-class Summary(msgspec.Struct, frozen=True, eq=False):
+class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Counts and sums under one shipped reference, named by its digest; of constant size.
 
     Runs, steps and spikes that straddle two merged parts are only seen if the second part was summarized with the first
@@ -85,7 +86,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     def rows(self) -> int:
         return int(self.counts[0].sum() + self.missing[0])
 
-    @property
+    @cached_property
     def row_counts(self) -> Ints:
         """(W,) number of rows of each window in a stack."""
         return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])

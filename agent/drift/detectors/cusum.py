@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.kernel import library as kernel
 from agent.kernel import sequential_tests
 from agent.kernel.sequential_tests import Periods
@@ -111,10 +111,10 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
         """Return the state after `count` windows."""
         before, z, values, effects, t = self.before, self.z[:count], self.values[:count], self.effects[:count], self.t
         tested = np.isfinite(z)
-        if not tested.any():
+        if not any_true(tested):
             return before
         alarm, clear_count = before.alarm, before.clear_count
-        if alarm.any():
+        if any_true(alarm):
             calm = _sided_scores(z[:1])[0] <= self.slack
             clear_count = np.where(tested[0], np.where(alarm & calm, clear_count + 1, 0), clear_count)
             cleared = alarm & (clear_count >= self.to_clear)

@@ -149,7 +149,7 @@ class LearnedScores(msgspec.Struct, frozen=True, dict=True):
         return self.residuals / self.sd
 
 
-class Baseline(msgspec.Struct, frozen=True):
+class Baseline(msgspec.Struct, frozen=True, dict=True):
     """Baseline of one detector at a site: statistics of the site's reference, and what the detector learned itself."""
 
     class_n: Ints  # (C, D)
@@ -160,6 +160,31 @@ class Baseline(msgspec.Struct, frozen=True):
     own: Any  # of the detector's `baseline_type`
     output_weights: Float64s = NO_WEIGHTS  # (R, 32) of the bins of further outputs
     output_edges: tuple[Float64s, ...] = ()  # (V, 31) of each further output
+
+    @cached_property
+    def rare(self) -> Bools:
+        """(C, D) True for classes that are left out."""
+        return find_rare(self.class_n)
+
+    @cached_property
+    def mean_sd(self) -> Float64s:
+        """(D,) usual spread within a class."""
+        return mean_class_sd(self.class_n, self.class_sd)
+
+
+def find_rare(learned: Ints) -> Bools:
+    """Return the classes (C, D) of which too few windows were `learned` (C, D).
+
+    Where these are many, each of them is compared with all classes together, so none is rare.
+    """
+    rare = learned < MIN_CLASS_WINDOWS
+    return np.asarray(rare & (2 * np.where(rare, learned, 0).sum(0) < learned.sum(0)))
+
+
+def mean_class_sd(class_n: Ints, class_sd: Float64s) -> Float64s:
+    """Return the usual spread (D,) within a class, of classes with `class_n` values (C, D) and `class_sd` (C, D)."""
+    weight = class_n / np.maximum(class_n.sum(0), 1)
+    return np.asarray((weight * class_sd).sum(0))
 
 
 class Scores(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from agent.drift.detectors.detector import (
     ScoreDetector,
     Scores,
     Task,
+    find_rare,
     round_significant,
 )
 from agent.drift.detectors.moments import (
@@ -62,11 +63,11 @@ class DispersionDetector(ScoreDetector):
 
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
         mean = leave_one_out_mean(windows.moments, windows.pooled)
-        moments = leave_out_rare(windows.moments, windows.pooled.n)
+        moments = leave_out_rare(windows.moments, find_rare(windows.pooled.n))
         return _measure(task, moments, mean, windows.class_sd)
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        moments = leave_out_rare(windows.moments, baseline.class_n)
+        moments = leave_out_rare(windows.moments, baseline.rare)
         return Scores(_measure(task, moments, baseline.class_mean, baseline.class_sd))
 
     def describe(self, alarm: Alarm) -> AlertText:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from agent.alerts import Alert, AlertKind
+from agent.alerts.alert import Alert, AlertKind
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors.detector import Baseline, Detector
 

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import (
     NEAR_LIMIT_SHARE,
@@ -153,7 +153,7 @@ class MewmaRun(msgspec.Struct, frozen=True, eq=False):
     @property
     def windows_before_alarm(self) -> int:
         exceeds = self.charted.statistics > self.limit
-        return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
+        return int(exceeds.argmax()) if any_true(exceeds) else len(exceeds)
 
     def state_after(self, windows: int) -> Mewma:
         """Return the state, restarted once it exceeds the limit."""
@@ -205,7 +205,7 @@ class MewmaDetector(ChartDetector):
         """Run over windows; scores of fields with an open alert are left out."""
         place = self._place(windows.task, windows.slices)
         z = windows.z[:, place]
-        if windows.open_fields.any():
+        if any_true(windows.open_fields):
             others = windows.task.subject_count - windows.task.fields
             held = np.append(windows.open_fields, [False] * others)[self._subjects(windows.task)]
             state, z = state.reset_except(~held), np.where(held, np.nan, z)

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.arrays import Bools, Float32s, Float64s, Ints, any_true
 from agent.drift.detectors import season
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import (
@@ -33,6 +33,7 @@ from agent.drift.detectors.detector import (
     ScoreDetector,
     Scores,
     Task,
+    find_rare,
     round_significant,
 )
 from agent.drift.detectors.season import MIN_RAMP_WINDOWS, RAMP_WINDOWS, SlowTrend, is_ramp
@@ -69,12 +70,6 @@ def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHA
     return ClassStatistics(moments.n, np.where(rare, overall.mean, moments.mean), np.where(rare, overall_sd, sd))
 
 
-def mean_class_sd(class_n: Ints, class_sd: Float64s) -> Float64s:
-    """Return the usual spread (D,) within a class, of classes with `class_n` values (C, D) and `class_sd` (C, D)."""
-    weight = class_n / np.maximum(class_n.sum(0), 1)
-    return np.asarray((weight * class_sd).sum(0))
-
-
 def compute_test_values(
     moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
 ) -> tuple[Float64s, Float64s]:
@@ -96,14 +91,9 @@ def compute_test_values(
     return np.concatenate([value, spread], axis=-1), np.concatenate([effect, ratio / 2], axis=-1)
 
 
-def leave_out_rare(moments: GroupMoments, learned: Ints) -> GroupMoments:
-    """Return moments (..., C, D) without the classes of which too few windows were `learned` (C, D).
-
-    Where these are many, each of them is compared with all classes together.
-    """
-    rare = learned < MIN_CLASS_WINDOWS
-    rare &= 2 * np.where(rare, learned, 0).sum(0) < learned.sum(0)
-    if not rare.any():
+def leave_out_rare(moments: GroupMoments, rare: Bools) -> GroupMoments:
+    """Return moments (..., C, D) without the `rare` classes (C, D)."""
+    if not any_true(rare):
         return moments
     return GroupMoments(np.where(rare, 0, moments.n), moments.mean, np.where(rare, 0.0, moments.m2))
 
@@ -185,20 +175,20 @@ class MomentsDetector(ScoreDetector, ChartDetector):
 
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
         mean = leave_one_out_mean(windows.moments, windows.pooled)
-        moments = leave_out_rare(windows.moments, windows.pooled.n)
+        moments = leave_out_rare(windows.moments, find_rare(windows.pooled.n))
         values, _ = compute_test_values(moments, mean, windows.class_sd, windowed=task.windowed)
         values[find_untested(moments, windowed=task.windowed)] = np.nan
         return values
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        moments = leave_out_rare(windows.moments, baseline.class_n)
+        moments = leave_out_rare(windows.moments, baseline.rare)
         values, effects = compute_test_values(moments, baseline.class_mean, baseline.class_sd, windowed=task.windowed)
         fields = task.fields
         if not task.windowed:
             usual = np.exp(baseline.mean[fields:]) - VARIANCE_PRIOR
             effects[:, fields:] -= np.log(np.maximum(usual, MIN_VARIANCE)) / 2
         values[find_untested(moments, windowed=task.windowed)] = np.nan
-        sd = mean_class_sd(baseline.class_n, baseline.class_sd)
+        sd = baseline.mean_sd
         scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
         return Scores(values, effects, scale)
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors.class_share import share_text
 from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum
 from agent.drift.detectors.detector import (
@@ -62,7 +62,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
     @property
     def is_idle(self) -> bool:
         """True if windows within the limits change nothing."""
-        return not (self.exceeded_at.any() or self.alarm.any())
+        return not (any_true(self.exceeded_at) or any_true(self.alarm))
 
     def update(self, exceeded: Bools, tested: Bools, t: int, *, to_clear: int = WINDOWS_TO_CLEAR) -> PsiConfirmation:
         """Add a window that began at `t`; subjects that were not `tested` stay as they are.
@@ -70,7 +70,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         So many windows in a row within the limit clear an alarm.
         """
         last, one_more = self.exceeded_at
-        if not (exceeded.any() or self.alarm.any()):
+        if not (any_true(exceeded) or any_true(self.alarm)):
             before = np.zeros_like(self.exceeded_at)
             before[1] = last
             if not tested.all():
@@ -113,20 +113,20 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     def states(self) -> list[PsiConfirmation]:
         """State after each window, up to the first with an open alarm."""
         now, states = self.before, []
-        if now.is_idle and not self.exceeded.any():
+        if now.is_idle and not any_true(self.exceeded):
             return [now] * len(self.exceeded)
         columns = self.exceeded, self.exceeded.any(1).tolist(), self.tested, self.t.tolist()
         for exceeded, any_exceeded, tested, t in zip(*columns, strict=True):
             if any_exceeded or not now.is_idle:
                 now = now.update(exceeded, tested, t, to_clear=self.to_clear)
             states.append(now)
-            if now.alarm.any():
+            if any_true(now.alarm):
                 break
         return states
 
     @property
     def windows_before_alarm(self) -> int:
-        return len(self.states) - bool(self.states[-1].alarm.any())
+        return len(self.states) - any_true(self.states[-1].alarm)
 
     def state_after(self, windows: int) -> PsiConfirmation:
         return self.states[windows - 1]
@@ -173,14 +173,14 @@ class PsiDetector(ChartDetector):
     def run(self, state: PsiConfirmation, windows: ChartWindows) -> PsiRun:
         evidence: Float64s = np.asarray(windows.evidence)
         tested = ~np.isnan(evidence)
-        if windows.open_fields.any():
+        if any_true(windows.open_fields):
             # The model may name wrong classes.
             tested[:, -2:] = False
         exceeded = evidence > windows.baseline.own.limits
         return PsiRun(state, exceeded, tested, windows.t, windows.task.windows_to_clear)
 
     def open_subjects(self, state: PsiConfirmation) -> Bools | None:
-        return state.alarm if state.alarm.any() else None
+        return state.alarm if any_true(state.alarm) else None
 
     def reset_subjects(self, state: PsiConfirmation, task: Task, subjects: Bools) -> PsiConfirmation:
         return state.reset_except(~subjects[: task.fields + 2])
@@ -204,7 +204,7 @@ class PsiDetector(ChartDetector):
         name, cause = alarm.fields[alarm.subject], "another range, resolution or position"
         moments, amount = alarm.for_detector(self.moments.name), ""
         own = [alarm.subject, fields + alarm.subject]
-        if (moments.value[:, own] > EARLY_DRIFT_SHARE * moments.limit[own]).any():
+        if any_true(moments.value[:, own] > EARLY_DRIFT_SHARE * moments.limit[own]):
             # Too early for an alarm of the mean or the spread, and so for its cause, but not for its size.
             change = measure_change(moments)
             amount = f"{change.describe(alarm.unit, has_classes=len(alarm.labels) > 1)}, "

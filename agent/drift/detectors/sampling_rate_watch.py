@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.alerts import RATE_DRIFT, RATE_FAULT, Alert, AlertKind, continue_number
-from agent.arrays import Float64s, Ints
+from agent.alerts.alert import Alert, AlertKind, continue_number
+from agent.alerts.kinds import RATE_DRIFT, RATE_FAULT
+from agent.arrays import Float64s, Ints, any_true
 from agent.drift.detectors import sampling_rate as rate
 from agent.drift.detectors.cusum import Cusum, CusumSequence
 from agent.drift.detectors.detector import Baseline, round_significant
@@ -44,7 +45,7 @@ class RateState(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def drifting(self) -> bool:
-        return bool(self.cusum.alarm.any())
+        return any_true(self.cusum.alarm)
 
     @property
     def are_open(self) -> tuple[bool, bool]:
@@ -89,7 +90,7 @@ class RateRun(msgspec.Struct, frozen=True, eq=False, dict=True):
         if len(self.t) == 1 or self.cusum is None:
             return 0 if self._first_state.blocks_window else 1
         exceeds = self.cusum.exceeds_limit
-        return int(exceeds.argmax()) if exceeds.any() else len(exceeds)
+        return int(exceeds.argmax()) if any_true(exceeds) else len(exceeds)
 
     def state_after(self, windows: int) -> RateState:
         return self._first_state if windows == 1 else self._find_state(windows)
@@ -101,7 +102,7 @@ class RateRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     def _find_state(self, windows: int) -> RateState:
         before, fault, on, t = self.before, self.observations[windows - 1].fault, self.open_fault, self.t[windows - 1]
         cusum = self.cusum.state_after(windows) if self.cusum else before.cusum
-        drifts, faulty = bool(cusum.alarm.any()) and not before.drifting, bool(on) and on != before.open_fault
+        drifts, faulty = any_true(cusum.alarm) and not before.drifting, bool(on) and on != before.open_fault
         goes_on = (bool(fault) and before.last_fault == fault) or on == before.open_fault != ""
         clear_count = before.clear_count + 1 if on and not fault else 0
         raised = before.raised_counts + np.array([drifts, faulty], np.int64)

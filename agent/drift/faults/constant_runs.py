@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.runs import max_constant_run
 from agent.drift.baseline.summary import Summary
@@ -45,13 +45,13 @@ def run_until_stuck(before: ConstantRuns, windows: Summary, ahead: slice, refere
     known = windows.row_counts[ahead, None] - windows.missing[ahead]
     resting = _find_resting(low, reference.rest)
     constant = (low == high) & ~resting
-    if not (before.rows.any() or constant.any()):
+    if not (any_true(before.rows) or any_true(constant)):
         return [before] * len(low)
     states: list[ConstantRuns] = []
     now = before
     for lowest, highest, rows in zip(low, np.where(resting, np.nan, high), known, strict=True):
         now = now.update(lowest, highest, rows)
-        if now.find_stuck(reference).any():
+        if any_true(now.find_stuck(reference)):
             return states or [now]
         states.append(now)
     return states

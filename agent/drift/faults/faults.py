@@ -21,7 +21,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.baseline.extremes import Extremes
 from agent.drift.baseline.fault_limits import RANGE_MARGIN, FaultLimits
 from agent.drift.baseline.missing_values import MissingBaseline
@@ -167,11 +167,11 @@ def identify_faults(
     """
     fields = len(reference.fields)
     absent: list[tuple[Fault, ...]] = [()] * fields
-    if missing is not None and missing.alarm.any():
+    if missing is not None and any_true(missing.alarm):
         absent = _describe_missing(missing, windows, index, missing_baseline(reference, site))
     known = np.zeros(fields, np.bool_) if misread is None else misread
     stuck = indicators.stuck[index] if runs is None else indicators.stuck[index] | runs.find_stuck(site or reference)
-    if not (indicators.has_indication[index] or known.any() or stuck.any()):
+    if not (indicators.has_indication[index] or any_true(known) or any_true(stuck)):
         return tuple(absent)
     summary = select_window(windows, index)
     unit = other_units.recognise_units(
@@ -216,9 +216,9 @@ def _find_exchanged(
     """
     fields = len(misread)
     # The model names wrong classes where a field is faulty, and sound fields fit no class then.
-    misnamed = site is not None and bool(site.labels) and bool((spoilt & ~misread).any())
+    misnamed = site is not None and bool(site.labels) and any_true(spoilt & ~misread)
     unfit = np.zeros(fields, np.bool_) if misnamed else indicators.unfit[index]
-    if site is None or not (moved.any() or unfit.any()):
+    if site is None or not (any_true(moved) or any_true(unfit)):
         return ("",) * fields, np.zeros(fields, np.bool_)
     return swapped_channels.detect_swaps(summary, site, indicators.usual[index], units, moved, unfit & ~spoilt)
 
@@ -302,7 +302,7 @@ def _detect_clipping(extremes: Extremes, reference: Reference, limits: FaultLimi
     values, held = extremes.values, extremes.rows
     most = np.maximum(CLIPPING_SHARE, limits.pile) * rows[..., None, None]
     steep = (held[..., 0] > most) & (held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1))
-    if not steep.any():
+    if not any_true(steep):
         return np.asarray(steep)
     fine = np.isfinite(values[..., 1])
     gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
@@ -331,7 +331,7 @@ def detect_coarsening(summary: Summary, site: Reference) -> Ints:
     # A sensor that rests for long has few steps, but fine ones.
     left = (now * usual.sizes).sum(-1)
     lost = (expected >= MIN_FINE_STEPS) & (moved >= MIN_STEPS) & (left < MAX_FINE_SHARE * np.minimum(expected, moved))
-    if not lost.any():
+    if not any_true(lost):
         return np.zeros(lost.shape, np.int64)
     finest_now = find_finest(now)
     of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.baseline.missing_values import MissingBaseline
 
 RECOVERY_LIMIT = math.log(10_000)  # log likelihood ratio of the usual share against that of the fault
@@ -46,11 +46,11 @@ class MissingValues(msgspec.Struct, frozen=True, eq=False):
     @property
     def is_idle(self) -> bool:
         """True if windows without missing values change nothing."""
-        return not (self.evidence.any() or self.alarm.any())
+        return not (any_true(self.evidence) or any_true(self.alarm))
 
     def update(self, missing: Ints, rows: int, t: int, baseline: MissingBaseline) -> MissingValues:
         """Add a window that began at `t`, of so many `rows` in which each field misses so many values (F,)."""
-        if self.is_idle and not missing.any():
+        if self.is_idle and not any_true(missing):
             return self
         evidence = np.maximum(0.0, self.evidence + baseline.evidence(missing, rows))
         going = (evidence > 0) | self.alarm
@@ -87,7 +87,7 @@ class MissingValues(msgspec.Struct, frozen=True, eq=False):
         now = self
         for window, count, begin in zip(missing, rows.tolist(), t.tolist(), strict=True):
             now = now.update(window, count, begin, baseline)
-            if now.alarm.any():
+            if any_true(now.alarm):
                 return states or [now]
             states.append(now)
         return states

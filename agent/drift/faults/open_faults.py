@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple, replace
 
-from agent.arrays import AnyArray, Bools, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float64s, Ints, any_true
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import windows_to_clear
 from agent.drift.faults.constant_runs import ConstantRuns
@@ -62,14 +62,14 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def any_open(self) -> bool:
-        return bool(self.number.any())
+        return any_true(self.number)
 
     @property
     def stop_learning(self) -> bool:
         """True while an alert is open that makes windows unfit to learn from; few missing values are left out."""
         is_open = self.number > 0
         # Without missing values the field is on its way to sound windows: three of them close the alert first.
-        return bool(is_open[:, _MISSING + 1 :].any() or (is_open[:, _MISSING] & ~self.missing.alarm).any())
+        return any_true(is_open[:, _MISSING + 1 :]) or any_true(is_open[:, _MISSING] & ~self.missing.alarm)
 
     @property
     def open_fields(self) -> list[bool]:
@@ -112,7 +112,7 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
             for fault in several:
                 now[field, KINDS.index(fault.name)], size[field, KINDS.index(fault.name)] = True, fault.size
         was = self.number > 0
-        if not (now.any() or was.any() or self.seen_count.any()):
+        if not (any_true(now) or any_true(was) or any_true(self.seen_count)):
             return self, FaultChanges(now, now, now, size)
         # Readings in another unit lie far outside, too, in some windows more clearly than in others.
         for kind in (_OUT_OF_RANGE, _SPIKES):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s
+from agent.arrays import Bools, Float64s, any_true
 from agent.drift.baseline.fault_limits import FaultLimits
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -74,7 +74,7 @@ def detect_unusual_spread(
     _, sd = row_mean_sd(windows, reference)
     loud = sd > np.maximum(HIGH_SPREAD_RATIO, np.exp(limits.loud)) * reference.sd
     calm = ~(outside | loud) & (sd < np.minimum(LOW_SPREAD_RATIO, np.exp(-limits.calm)) * reference.sd)
-    if calm.any():
+    if any_true(calm):
         calm &= _spread_z(windows, reference) < LOW_SPREAD_Z
     return loud, calm & (sd > 0)
 
@@ -87,7 +87,7 @@ def recognise_units(
     `outside` (F,) lie outside its limits, or move far more; `low_spread` (F,) move far less.
     """
     out: list[UnitConversion | None] = [None] * len(outside)
-    if not (outside | low_spread).any():
+    if not any_true(outside | low_spread):
         return tuple(out)
     mean, sd = row_mean_sd(summary, reference)
     for field in np.flatnonzero((outside | low_spread) & (sd > 0)):

@@ -11,7 +11,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float64s, Ints, any_true
 
 MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
@@ -100,7 +100,7 @@ def _w1(right: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
     left[..., 1:] = right[..., :-1]
     height = np.abs(left + right) / 2
     crossing = left * right < 0
-    if crossing.any():
+    if any_true(crossing):
         steep = np.where(crossing, np.abs(right - left), 1.0)
         height = np.where(crossing, (left**2 + right**2) / (2 * steep), height)
     return np.asarray(_sum(height * (bounds[..., 1:] - bounds[..., :-1])) / np.where(sd > 0, sd, np.inf))

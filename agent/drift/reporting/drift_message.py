@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
-from agent.arrays import Float64s, Ints
+from agent.arrays import Float64s, Ints, any_true
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.summary import Summary
@@ -238,7 +238,7 @@ def round_effect_size(size: Float64s) -> Float64s:
     out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
         large = out >= least
-        if not large.any():
+        if not any_true(large):
             break
         out = np.where(large, size.round(decimals), out)
     return np.asarray(out)
@@ -247,7 +247,7 @@ def round_effect_size(size: Float64s) -> Float64s:
 def to_compact_numbers(values: Float64s) -> list[Any]:
     """Return values as lists of numbers in the fewest characters: JSON says 0 where a float would be 0.0."""
     near = (values == np.rint(values)) & (np.abs(values) < 1e6)
-    if not near.any():
+    if not any_true(near):
         return list(values.tolist())
     mixed = values.astype(object)
     mixed[near] = values[near].astype(np.int64).tolist()

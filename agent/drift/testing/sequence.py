@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors import cusum
 from agent.drift.detectors.detector import EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE, ChartRun, ChartWindows
 from agent.drift.detectors.registry import CHARTS, ChartStates
@@ -28,7 +28,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
     def windows_before_alarm(self) -> int:
         """Number of windows before the first with an open alarm."""
         exceeds = self.cusum.exceeds_limit
-        quiet = int(exceeds.argmax()) if exceeds.any() else len(exceeds)
+        quiet = int(exceeds.argmax()) if any_true(exceeds) else len(exceeds)
         return min(quiet, *(run.windows_before_alarm for run in self.charts.values()))
 
     def state_after(self, windows: int) -> SuiteState:
@@ -45,7 +45,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
             ChartStates({name: run.state_after(windows) for name, run in self.charts.items()}),
             np.concatenate([before.recent_scores, evidence.scores])[windows:],
         )
-        if self.tester.reference.labels and not before.open_fields.any():
+        if self.tester.reference.labels and not any_true(before.open_fields):
             return self._keep_lead_field(after, z)
         return after
 
@@ -57,7 +57,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
         """
         subjects = after.layout.subjects
         on = after.cusum.alarm.any(0) & (subjects < after.task.fields)
-        if not on.any():
+        if not any_true(on):
             return after
         lead = subjects[np.where(on, np.nan_to_num(np.abs(z)), -1.0).argmax()]
         return after.reset_except(subjects == lead)
@@ -109,10 +109,10 @@ def _find_suspended_tests(
     values = np.concatenate([sequence.before.value[None], sequence.values[:-1]])
     begins = (values.max(1) / limit)[:, layout.field_tests].max(-1)
     moving = open_now | (begins > EARLY_DRIFT_SHARE)
-    if not moving.any():
+    if not any_true(moving):
         return None
     held = np.zeros(sequence.z.shape, np.bool_)
-    near = open_now.any() | (begins.max(1) > NEAR_LIMIT_SHARE)
+    near = any_true(open_now) | (begins.max(1) > NEAR_LIMIT_SHARE)
     for detector in layout.detectors:
         waiting = detector.suspended(tester.reference.task, moving, near)
         if waiting is not None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
+from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints, any_true
 from agent.drift.baseline.reference import BINS, Reference
 from agent.drift.baseline.site import SiteCalibration
 from agent.drift.baseline.summary import Summary
@@ -66,7 +66,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
             own = chart.open_subjects(self.charts[chart.name])
             if own is not None:
                 is_open[: len(own)] |= own
-        if self.cusum.alarm.any():
+        if any_true(self.cusum.alarm):
             is_open[self.layout.subjects[self.cusum.alarm.any(0)]] = True
         return is_open
 
@@ -198,7 +198,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         known = self.reference.class_n.min(1) >= MIN_CLASS_WINDOWS
         # Single rows tell too little of their class: those that were misnamed would all be set right, and spreads fall.
         has_classes = self.reference.windowed and self.reference.labels and known.any()
-        if not has_classes or not open_now.any() or open_now.all():
+        if not has_classes or not any_true(open_now) or open_now.all():
             return predicted
         sound = np.flatnonzero(np.tile(~open_now, values.shape[1] // fields))
         mean, sd = self.reference.class_mean[:, sound], self.reference.class_sd[:, sound]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from agent import durable_files
 from agent.arrays import Ints
 from agent.errors import BadBundle, UsageError
-from agent.evaluation.examples import Dataset, concatenate_results, cut_at
+from agent.evaluation.examples import NO_FILES, Dataset, concatenate_results, cut_at
 from agent.evaluation.predict import output, run
 from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
 from agent.evaluation.predict.ray_cluster import RayCluster
@@ -32,7 +32,7 @@ def predict_folder(
     ledger = RunLedger(out)
     completed = {job.target: totals for job in jobs if (totals := ledger.get(job)) is not None}
     with _shared_marker(out / LEDGER_NAME) as marker, ProgressTracker(jobs, progress) as tracker:
-        config = _worker_config(bundle, predictor.raw, *marker)
+        config = _worker_config(bundle, *marker, raw=predictor.raw, joined=predictor.joined)
         for job, totals in _run_jobs(cluster, config, jobs, completed, tracker):
             ledger.add(job, totals)
     ledger.remove()
@@ -49,7 +49,7 @@ def predict_file(
     """Predict a file in one worker. Raises UsageError, BadBundle, OutstationError."""
     jobs = [predictor.make_job(source.resolve(), out.resolve())]
     with _shared_marker(output.partial_path(out.resolve())) as marker, ProgressTracker(jobs, progress) as tracker:
-        config = _worker_config(bundle, predictor.raw, *marker)
+        config = _worker_config(bundle, *marker, raw=predictor.raw, joined=predictor.joined)
         [(_, totals)] = _run_jobs(cluster, config, jobs, {}, tracker)
     return totals
 
@@ -63,7 +63,7 @@ def make_predictor(cluster: RayCluster, bundle: Bundle) -> Callable[[Inference, 
             cut = cut_at(inference, dataset, starts, i)
             shards.append(WindowShard(i, dataset.values[part], dataset.t[part], cut.starts, cut.joined))
         results: dict[int, InferenceResult] = {}
-        for answer in cluster.map(_worker_config(bundle, True, Path(), ""), shards):
+        for answer in cluster.map(_worker_config(bundle, Path(), "", raw=True), shards):
             if answer.result is None:
                 raise _to_error(answer)
             results[answer.index] = answer.result
@@ -124,9 +124,11 @@ def _run_jobs(
         yield job, answer.totals
 
 
-def _worker_config(bundle: Bundle, raw: bool, marker: Path, token: str) -> WorkerConfig:
+def _worker_config(
+    bundle: Bundle, marker: Path, token: str, *, raw: bool, joined: Mapping[str, Path] = NO_FILES
+) -> WorkerConfig:
     name = f"{bundle.manifest.name} {bundle.manifest.version}"
-    return WorkerConfig(name, bundle.files, bundle.digest, raw, marker, token)
+    return WorkerConfig(name, bundle.files, bundle.digest, raw, marker, token, dict(joined))
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """Bundle to run, and where its output goes.
 
     `marker` is a file beside the output that holds `token`: a worker that reads it sees that very folder, not another
-    one of the same name.
+    one of the same name. `joined` holds the files of further inputs by their absolute paths.
     """
 
     bundle_name: str
@@ -45,6 +45,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     raw: bool
     marker: Path
     token: str
+    joined: dict[str, Path] = {}
     agent: str = __version__
     runtime: str = runtime_name()
 
@@ -94,8 +95,9 @@ class Worker:
 
     def _predict_file(self, job: FileJob) -> WorkerResult:
         """Predict a file as `model run` does on one machine."""
-        if not job.source.exists():
-            raise UsageError(f"{job.source} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
+        for file in (job.source, *self._config.joined.values()):
+            if not file.exists():
+                raise UsageError(f"{file} does not exist; {SHARED_STORAGE_HINT}, or run it without --engine ray")
         marker = self._config.marker
         try:
             seen = marker.read_text(encoding="utf-8") == self._config.token
@@ -105,7 +107,8 @@ class Worker:
             raise UsageError(f"{marker.parent} is another folder than where the command runs; {SHARED_STORAGE_HINT}")
         predictor = self._ensure_loaded()
         if predictor.identity(job.source, job.target) != job.identity:
-            problem = f"{job.source} has another size or time than where the command runs"
+            files = " or a file of --join" if self._config.joined else ""
+            problem = f"{job.source}{files} has another size or time than where the command runs"
             raise UsageError(f"{problem}; {SHARED_STORAGE_HINT}, and must not change")
         deadline_s = time.monotonic() + LOCK_TIMEOUT_S
         with self._count_attempt(job):
@@ -131,7 +134,7 @@ class Worker:
             loaded = activation.open_for_files(bundle)
         except BadBundle as problem:
             raise BadBundle(f"{config.bundle_name}: {problem}") from None
-        self._predictor = BatchPredictor(bundle, loaded, raw=config.raw)
+        self._predictor = BatchPredictor(bundle, loaded, raw=config.raw, joined=config.joined)
         return self._predictor
 
     @contextmanager

@@ -80,7 +80,7 @@ class BatchPredictor:
         block_bytes: int = BLOCK_BYTES,
         joined: Mapping[str, Path] = NO_FILES,
     ) -> None:
-        self.joined = joined
+        self.joined = {name: path.resolve() for name, path in joined.items()}
         self.inference, self._digest, self.raw, self._block_bytes = inference, bundle.digest, raw, block_bytes
         self._columns = OutputColumns(inference.manifest, inference.model.outputs, raw=raw)
 

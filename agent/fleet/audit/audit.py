@@ -16,15 +16,11 @@ For each device and log, in one pass and in constant memory:
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import marshal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from agent import clock, durable_files
 from agent.errors import MessageRefused
@@ -38,81 +34,18 @@ from agent.fleet.audit.checkpoint import (
     load_states,
     save_states,
 )
-from agent.fleet.audit.coverage import RowCoverage
+from agent.fleet.audit.log_auditor import AuditParts, LogAuditor, to_bytes
 from agent.fleet.audit.pruned import LogBase, PrunedDevice
 from agent.fleet.audit.replay import Replay, keep_devices
-from agent.fleet.audit.stored_rows import MessageKey, StoredTables, is_time, sort_key
-from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
+from agent.fleet.audit.report import AuditReport
+from agent.fleet.audit.stored_rows import StoredTables, sort_key
+from agent.fleet.database.gap_ledger import NEW_LOG, parse_log_end
 from agent.fleet.database.interface import Row
 from agent.fleet.database.keyring import Keyring
-from agent.fleet.database.projection import TableRows, project_message
 from agent.fleet.database.store import DeviceRange, Devices, FleetStore
 from agent.fleet.workers.device_ranges import run_over_devices, split_devices
 from agent.wire.keys import PublicKey, SigningKey
-from agent.wire.log_chain import digest
-from agent.wire.messages import (
-    AuditPayload,
-    HealthPayload,
-    LoggedPayload,
-    Payload,
-    ResultsPayload,
-    VerifiedMessage,
-    verify_message,
-)
-
-# Listed problems; all are counted. A database that was rewritten entirely must not fill the memory.
-MAX_INVALID = 10_000
-
-
-class AuditReport(msgspec.Struct):
-    devices: int = 0
-    messages: int = 0
-    gaps: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    duplicates: int = 0
-    invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    invalid_count: int = 0
-    invalid_devices: set[Any] = msgspec.field(default_factory=set)
-    coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    pruned: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    decisions: int = 0
-    invalid_decisions: list[dict[str, Any]] = msgspec.field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        undeclared = any(not gap["declared"] for gap in self.gaps)
-        return not (self.duplicates or self.invalid_count or undeclared or self.invalid_decisions)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the document of `fleet audit --json`."""
-        document = msgspec.structs.asdict(self)
-        del document["invalid_devices"]
-        for member in ("gaps", "coverage", "evicted", "pruned"):
-            document[member] = [
-                {**entry, **{name: rollouts.to_json_value(entry[name]) for name in ("device", "log")}}
-                for entry in document[member]
-            ]
-        return {"passed": self.passed, **document}
-
-    def merge(self, other: AuditReport) -> None:
-        """Add the report of other devices."""
-        self.devices += other.devices
-        self.messages += other.messages
-        self.duplicates += other.duplicates
-        self.invalid_count += other.invalid_count
-        self.invalid_devices |= other.invalid_devices
-        self.gaps += other.gaps
-        self.coverage += other.coverage
-        self.evicted += other.evicted
-        self.pruned += other.pruned
-        self.invalid = [*self.invalid, *other.invalid][:MAX_INVALID]
-
-    def add_invalid(self, key: MessageKey, reason: str) -> None:
-        self.invalid_count += 1
-        self.invalid_devices.add(key[0])
-        if len(self.invalid) < MAX_INVALID:
-            device, log, seq = map(rollouts.to_json_value, key)
-            self.invalid.append({"device": device, "log": log, "seq": seq, "reason": reason})
+from agent.wire.messages import verify_message
 
 
 def audit(
@@ -217,10 +150,10 @@ def audit_prefix(
         bases = {} if pruned is None else pruned.read_bases()
         tables = StoredTables(store, device, lambda *_: None)
         report, states = AuditReport(), dict[str, LogState]()
-        parts = _AuditParts(Keyring(store), replay, report, set(), None)
+        parts = AuditParts(Keyring(store), replay, report, set(), None)
         for log in sorted(through):
             base = bases.get((device, log))
-            auditor = _LogAuditor((device, log), LogState(), base, tables, parts)
+            auditor = LogAuditor((device, log), LogState(), base, tables, parts)
             for row in store.log_messages(device, log, auditor.last_seq + 1, through[log]):
                 auditor.check_message(*row)
                 report.messages += 1
@@ -275,7 +208,7 @@ class _DeviceAuditor:
         key_rows: dict[str, bytes] = {}
         if self._makes_states:
             key_rows = {
-                device: _to_bytes(tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
+                device: to_bytes(tuple(rows)) for device, rows in groupby(self._store.key_rows(devices), itemgetter(0))
             }
         report_orphan = self._report.add_invalid if reports_orphans else lambda *_: None
         retained = {key: row for device in pruned for key, row in device.read_alerts().items()}
@@ -290,7 +223,7 @@ class _DeviceAuditor:
             is_same = True
             for name, log_rows in groupby(rows, lambda row: row[:2]):
                 logs.pop(name, None)
-                auditor = _LogAuditor(name, states.get(name, LogState()), bases.get(name), tables, parts)
+                auditor = LogAuditor(name, states.get(name, LogState()), bases.get(name), tables, parts)
                 self._check_messages(auditor, log_rows)
                 is_same &= auditor.is_unchanged
                 self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
@@ -311,8 +244,8 @@ class _DeviceAuditor:
             self.broken.discard(device)
             self.audit(device, {}, reports_orphans=False)
 
-    def _new_parts(self, key_rows: bytes) -> _AuditParts:
-        return _AuditParts(
+    def _new_parts(self, key_rows: bytes) -> AuditParts:
+        return AuditParts(
             self._keyring, self._replay, AuditReport(), self.broken, key_rows if self._makes_states else None
         )
 
@@ -324,13 +257,13 @@ class _DeviceAuditor:
         states: Mapping[Any, LogState],
         bases: Mapping[Any, LogBase],
         tables: StoredTables,
-        parts: _AuditParts,
+        parts: AuditParts,
     ) -> bool:
         """Finish logs without a message; return False if one had some."""
         is_same = True
         for name in names:
             is_same &= name not in states or not states[name].last_seq
-            auditor = _LogAuditor(name, LogState(), bases.get(name), tables, parts)
+            auditor = LogAuditor(name, LogState(), bases.get(name), tables, parts)
             self._finish(auditor, last_seqs.get(name, 0), ends.get(name, 0))
         return is_same
 
@@ -344,7 +277,7 @@ class _DeviceAuditor:
                     ends[name, end[0]] = max(end[1], ends.get((name, end[0]), 0))
         return ends
 
-    def _check_messages(self, auditor: _LogAuditor, rows: Iterable[Row]) -> None:
+    def _check_messages(self, auditor: LogAuditor, rows: Iterable[Row]) -> None:
         count = 0
         for row in rows:
             auditor.check_message(*row[2:])
@@ -354,189 +287,9 @@ class _DeviceAuditor:
         self._progress(count % 100)
         auditor.report.messages += count
 
-    def _finish(self, auditor: _LogAuditor, last_seq: int, end: int) -> None:
+    def _finish(self, auditor: LogAuditor, last_seq: int, end: int) -> None:
         device, log = auditor.name
         self.names.add(device)
         if self._makes_states and isinstance(device, str) and isinstance(log, str) and (device + log).isascii():
             self.states[device, log] = auditor.to_state()
         auditor.finish(last_seq, end)
-
-
-class _AuditParts(msgspec.Struct):
-    """Parts that the audits of one device's logs share.
-
-    `broken`: devices with a message that does not verify; `key_rows`: of the device, where states are made.
-    """
-
-    keyring: Keyring
-    replay: Replay
-    report: AuditReport
-    broken: set[Any]
-    key_rows: bytes | None
-
-
-class _LogAuditor:
-    """Audits one log, message by message in order of seq, from a state on, or behind what was pruned.
-
-    `is_unchanged`: the device's keys and the rows of the messages up to the state are those of the audit that made it.
-    """
-
-    def __init__(
-        self, name: Row, state: LogState, base: LogBase | None, tables: StoredTables, parts: _AuditParts
-    ) -> None:
-        self.name, self._tables, self._parts = name, tables, parts
-        self._device, self._log = name
-        self.report = parts.report
-        self._base = base or LogBase()
-        self._state, self.is_unchanged = state, not state.last_seq
-        state = state if state.last_seq else self._base.state
-        self._coverage = RowCoverage(state.coverage)
-        self._stored = None if parts.key_rows is None else hashlib.blake2b(parts.key_rows, digest_size=32)
-        self._last_seq, self._last_digest = state.last_seq, state.last_digest
-        self._missing, self._declared = [*state.missing], [*state.declared]
-
-    @property
-    def last_seq(self) -> int:
-        return self._last_seq
-
-    def to_state(self) -> LogState:
-        return LogState(
-            *(self._last_seq, self._stored_digest(), self._last_digest, [*self._missing], [*self._declared]),
-            self._coverage.to_state(),
-        )
-
-    def _stored_digest(self) -> str:
-        return "" if self._stored is None else self._stored.hexdigest()
-
-    def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any, received: Any) -> None:
-        key = (self._device, self._log, seq)
-        stored = self._tables.read(key)
-        if type(seq) is int and seq <= self._base.state.last_seq:
-            self.report.add_invalid(key, f"is stored, but messages up to seq {self._base.state.last_seq} were pruned")
-            return
-        if self._stored is not None:
-            self._stored.update(_to_bytes((seq, kind, topic, payload, jws, received, stored)))
-        if type(seq) is int and seq <= self._state.last_seq and not self.is_unchanged:
-            # Verified by an earlier audit, if the digest of all of them is the same.
-            self.is_unchanged = seq == self._state.last_seq and self._stored_digest() == self._state.stored_digest
-            return
-        message = self._check_evidence(key, kind, topic, payload, jws)
-        if message is not None and not is_time(received):
-            self.report.add_invalid(key, f"received {received!r} is not a time")
-            message = None
-        body = None if message is None else message.body
-        if message is None or not isinstance(body, LoggedPayload):
-            self._parts.broken.add(self._device)
-            return
-        expected: TableRows = {}
-        project_message(message, expected)
-        for table, through in self._base.floors.items():
-            if seq <= through and table not in stored:
-                expected.pop(table, None)
-        for problem in self._tables.compare(stored, expected):
-            self.report.add_invalid(key, problem)
-        self._parts.replay.add(body, received)
-        for problem in self._check_coverage(body):
-            self.report.add_invalid(key, problem)
-
-    def _check_evidence(self, key: MessageKey, kind: Any, topic: Any, payload: Any, jws: Any) -> VerifiedMessage | None:
-        """Return the message if it verifies, is stored as signed and follows the one before it."""
-        seq = key[2]
-        if type(seq) is not int or seq < 1:
-            self.report.add_invalid(key, f"seq {seq!r} is not a sequence number")
-            return None
-        if seq == self._last_seq:
-            self.report.duplicates += 1
-            self.report.add_invalid(key, "is stored twice")
-        elif seq > self._last_seq + 1:
-            self._missing.append((self._last_seq + 1, seq - 1))
-            self._coverage.mark_unreadable(seq)
-            self._last_digest = None
-        self._last_seq = seq
-        data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
-        problem, message = self._verify_signature(topic, data, jws)
-        body = None if message is None else message.body
-        problem = problem or self._compare_columns(body, seq, kind)
-        if not problem and isinstance(body, LoggedPayload) and self._last_digest not in (None, body.prev):
-            problem = "does not follow the message before it: prev is not that message's digest"
-        if problem or message is None or not isinstance(body, LoggedPayload):
-            self.report.add_invalid(key, problem or "has a kind that is never stored")
-            self._coverage.mark_unreadable(seq)
-            self._last_digest = None
-            return None
-        self._last_digest = digest(data)
-        self._declared += parse_evictions(body)
-        if parse_log_end(body):
-            # Results of earlier rows may be in the old log.
-            self._coverage.mark_unreadable(seq)
-        return message
-
-    def finish(self, last_seq: int, end: int) -> None:
-        """Finish the log: `last_seq` is the highest that ever arrived; gaps up to `end` are declared by a later log."""
-        if end:
-            self._declared.append((1, end))
-        if last_seq > self._last_seq:
-            self._missing.append((self._last_seq + 1, last_seq))
-        for first, last, declared in split_by_declaration(self._missing, self._declared):
-            gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
-            self.report.gaps.append(gap)
-        self.report.duplicates += self._coverage.duplicates
-        self.report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
-        for (task, stream), track in self._coverage.tracks.items():
-            rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
-            place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
-            self.report.coverage.append({**place, **rows})
-
-    def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, VerifiedMessage | None]:
-        if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
-            return "topic, payload or jws is not stored as text and bytes", None
-        try:
-            message = verify_message(topic, payload, (jws,), self._parts.keyring.find_stored)
-            self._parts.keyring.require_in_bounds(message, stored=True)
-            return None, message
-        except MessageRefused as refused:
-            return f"does not verify: {refused}", None
-
-    def _compare_columns(self, body: object, seq: int, kind: Any) -> str | None:
-        stored = {"device": self._device, "log": self._log, "seq": seq}
-        for name, value in stored.items():
-            signed = getattr(body, name, None)
-            if signed != value:
-                return f"is stored with {name} {value!r}, but the signed payload says {signed!r}"
-        signed_kind = body.__struct_config__.tag if isinstance(body, Payload) else None
-        return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
-
-    def _check_coverage(self, body: LoggedPayload) -> Iterator[str]:
-        if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
-            yield problem
-        if isinstance(body, AuditPayload):
-            self._coverage.add_evictions(body)
-        if isinstance(body, HealthPayload):
-            yield from self._coverage.check_health(body)
-
-
-def _to_bytes(rows: Row) -> bytes:
-    """Encode rows of any values for a digest. No encoding is the beginning of another."""
-    try:
-        # Version 2 depends on the values alone; any text can be written.
-        return marshal.dumps(rows, 2)
-    except ValueError:
-        return marshal.dumps(repr(rows).encode(errors="backslashreplace"), 2)
-
-
-def split_by_declaration(
-    missing: list[tuple[int, int]], declared: list[tuple[int, int]]
-) -> list[tuple[int, int, bool]]:
-    """Split missing ranges (ascending) into declared and undeclared ones."""
-    parts: list[tuple[int, int, bool]] = []
-    cover = iter(sorted(declared))
-    now = next(cover, None)
-    for first, last in missing:
-        while first <= last:
-            while now is not None and now[1] < first:
-                now = next(cover, None)
-            inside = now is not None and now[0] <= first
-            end = last if now is None or now[0] > last else (now[1] if inside else now[0] - 1)
-            parts.append((first, min(end, last), inside))
-            first = min(end, last) + 1
-    return parts

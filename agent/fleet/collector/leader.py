@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from agent import clock
-from agent.alerts import OVER_QUOTA_AT_COLLECTOR, REFUSED_BY_COLLECTOR, AlertKind
+from agent.alerts.alert import AlertKind
+from agent.alerts.kinds import OVER_QUOTA_AT_COLLECTOR, REFUSED_BY_COLLECTOR
 from agent.errors import StorageError
 from agent.fleet.collector.refusal_alarm import RefusalAlarm, RefusalTally
 from agent.fleet.database.alerts import refusals_alert_row

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable
 from operator import itemgetter
 
-from agent.alerts import FLEET_DRIFT, FLEET_REFERENCE, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS, Alert, AlertKind
+from agent.alerts.alert import Alert, AlertKind
+from agent.alerts.kinds import FLEET_DRIFT, FLEET_REFERENCE, KEY_REVOKED, REPOSITORY_EXPIRY, TWO_LOGS
 from agent.fleet.database.interface import Connection, IncidentKey, Row
 from agent.wire.messages import LoggedPayload
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
+from agent.alerts.kinds import ROTATION_REFUSED, SIGNED_TWICE
 from agent.fleet.database import gap_ledger, key_table, log_succession
 from agent.fleet.database.alerts import add_alerts, merge_incidents, message_alert_row
 from agent.fleet.database.gap_ledger import LogChanges

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from agent import clock
-from agent.alerts import TWO_LOGS
+from agent.alerts.kinds import TWO_LOGS
 from agent.fleet.database.alerts import add_alerts, two_logs_alert_row
 from agent.fleet.database.gap_ledger import LogChanges
 from agent.fleet.database.interface import Connection, LogId, Row

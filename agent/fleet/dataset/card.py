@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 
 from agent import __version__, clock
-from agent.fleet.dataset import labels
+from agent.fleet.dataset import labels, poisoning
 from agent.fleet.dataset.gather import Gathered, Recording, Selection
+from agent.poisoning.inspect import PoisoningReport
 from agent.text import printable
 
 # One person gave more of the labels: whoever took over that account decides what the model learns.
@@ -39,6 +40,7 @@ class DataCard(msgspec.Struct, frozen=True):
     ignored_labels: dict[str, int]
     rows_sent_twice: int
     warnings: list[str]
+    poisoning: PoisoningReport
     format: str = "outstation-data-card-1"
 
     def to_markdown(self) -> str:
@@ -77,6 +79,7 @@ def build(gathered: Gathered, selection: Selection, licence: str, created: str) 
         ignored,
         gathered.joined_rows,
         _find_warnings(label_counts, gathered, licence),
+        poisoning.check(gathered),
     )
 
 
@@ -178,6 +181,8 @@ def _lines(card: DataCard) -> Iterator[str]:
     yield "## Be careful"
     yield ""
     yield from (f"- {_text(warning)}" for warning in card.warnings)
+    yield from ("", "## Check for poisoning", "")
+    yield from (f"- {_text(line)}" for line in card.poisoning.describe())
     counts = card.labels
     tables: list[tuple[str, str, Mapping[str, Any]]] = [
         ("Labels by class", "class", counts["by_class"]),
@@ -198,6 +203,10 @@ def _lines(card: DataCard) -> Iterator[str]:
     for title, entries in (("Devices", card.by_device), ("Days, UTC", card.by_day)):
         yield from _table(title, (title.partition(",")[0].lower()[:-1], "rows", "labels"),
                           [(name, entry["rows"], entry["labelled"]) for name, entry in entries.items()])  # fmt: skip
+    yield from _table("Labels that contradict those of others", ("who", "windows", "share", "low", "high"), [
+        (f"{each.kind} {each.name}", each.n, *(f"{share:.1%}" for share in (each.share, each.low, each.high)))
+        for each in card.poisoning.providers
+    ])  # fmt: skip
     for title, name, values in tables:
         yield from _table(title, (name, "count"), values.items())
     yield ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from agent import clock, input_files
-from agent.alerts import CERTIFICATE_ENDS
+from agent.alerts.kinds import CERTIFICATE_ENDS
 from agent.fleet.incidents.conditions import CERTIFICATE_CRITICAL_S, CERTIFICATE_WARNING_S, Condition
 
 

@@ -13,14 +13,8 @@ from typing import Annotated
 import msgspec
 
 from agent import clock, decoders
-from agent.alerts import (
-    BACKLOG_GROWS,
-    CLOCK_AT_COLLECTOR,
-    DEVICE_SILENT,
-    STORAGE_ENDS,
-    AlertKind,
-    Severity,
-)
+from agent.alerts.alert import AlertKind, Severity
+from agent.alerts.kinds import BACKLOG_GROWS, CLOCK_AT_COLLECTOR, DEVICE_SILENT, STORAGE_ENDS
 from agent.fleet.database.incidents.device_status import DeviceStatus
 from agent.text import format_duration
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.alerts import AlertKind, Severity, find_kind
+from agent.alerts.alert import AlertKind, Severity
+from agent.alerts.kinds import find_kind
 from agent.errors import UsageError
 from agent.fleet.database.incidents import incident_rows as table
 from agent.fleet.database.interface import IncidentKey

@@ -13,14 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec.structs import replace
 
 from agent import clock
-from agent.alerts import (
-    CERTIFICATE_ENDS,
-    CLOCK_AT_COLLECTOR,
-    OVER_QUOTA_AT_COLLECTOR,
-    REFUSED_BY_COLLECTOR,
-    Alert,
-    AlertKind,
-)
+from agent.alerts.alert import Alert, AlertKind
+from agent.alerts.kinds import CERTIFICATE_ENDS, CLOCK_AT_COLLECTOR, OVER_QUOTA_AT_COLLECTOR, REFUSED_BY_COLLECTOR
 from agent.clock import ClockReading
 from agent.fleet.database.incidents import device_status
 from agent.fleet.database.incidents.device_status import CollectorAlert, DeviceStatus

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from agent import clock, decoders
-from agent.alerts import TARGET_FAILS
+from agent.alerts.kinds import TARGET_FAILS
 from agent.fleet.database.incidents import device_status, incident_rows
 from agent.fleet.database.interface import IncidentKey
 from agent.fleet.database.store import FleetStore

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from agent import clock
-from agent.alerts import OUTLIER_DEVICE
+from agent.alerts.kinds import OUTLIER_DEVICE
 from agent.clock import ClockReading
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.outliers import MIN_DEVICES, DeviceOutlier

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.alerts import REPOSITORY_EXPIRY
+from agent.alerts.kinds import REPOSITORY_EXPIRY
 from agent.errors import StorageError
 from agent.fleet.database.alerts import repository_alert_row
 from agent.fleet.database.store import FleetStore

@@ -22,6 +22,7 @@ from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.device.uplink.mqtt_sink import MqttSink
 from agent.device.uplink.sink import Receipt, Sink
+from agent.testing.simulation.broker_air import BrokerAir
 from agent.testing.simulation.feed import Block, Feed
 from agent.testing.simulation.lossy_link import LossyBroker
 from agent.testing.simulation.machine import Machine, MachineRoom
@@ -62,7 +63,7 @@ class SimulatedDevice:
         name: str,
         home: Path,
         room: MachineRoom,
-        air: LossyBroker,
+        air: LossyBroker | BrokerAir,
         feeds: Mapping[str, Feed],
         activate: Activate,
         find_labels: FindLabels,
@@ -190,7 +191,7 @@ class SimulatedDevice:
         return bool(self.store.unacknowledged_messages(0, 1))
 
     def _open_sink(self, topics: Sequence[str], will: OutgoingMessage) -> Sink:
-        return TurnSink(self._air.connect(None, self.name, subscribe=topics, will=will))
+        return TurnSink(self._air.connect(self._conf.broker, self.name, subscribe=topics, will=will))
 
     def _commit_block(self, stream: str, block: Block) -> bool:
         """Commit rows as the intake does; return False if the store is full."""

@@ -10,7 +10,7 @@ import random
 import secrets
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import msgspec
@@ -51,11 +51,14 @@ class _StoppedTime:
 
 
 class MachineRoom:
-    """All machines of a simulation. `now_s`: simulated time; `current`: the machine whose code runs."""
+    """All machines of a simulation. `now_s`: simulated time; `current`: the machine whose code runs.
 
-    def __init__(self, seed: int, start_us: int) -> None:
+    Unless it is `is_repeatable`, keys and ids are random: others can read them at a real broker.
+    """
+
+    def __init__(self, seed: int, start_us: int, *, is_repeatable: bool = True) -> None:
         self.rng = random.Random(f"simulation/{seed}")
-        self.start_us, self.now_s = start_us, 0.0
+        self.start_us, self.now_s, self._is_repeatable = start_us, 0.0, is_repeatable
         self.current = self.collector = Machine()
 
     def read(self) -> ClockReading:
@@ -74,9 +77,7 @@ class MachineRoom:
         random.seed(self.rng.random())
         with (
             clock.simulated(self.read, lambda: f"boot-{self.current.boot}"),
-            mock.patch.object(uuid, "uuid4", self._make_uuid),
-            mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
-            mock.patch.object(keys, "create", self._make_key),
+            self._seeded() if self._is_repeatable else nullcontext(),
             # What this process and its batches take says nothing about a device, and differs each time.
             mock.patch.object(cost.ProcessMeter, "tick", return_value=None),
             mock.patch.object(batch, "time", _StoppedTime),
@@ -85,6 +86,16 @@ class MachineRoom:
                 yield
             finally:
                 random.setstate(state)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Let keys and ids come from the seed."""
+        with (
+            mock.patch.object(uuid, "uuid4", self._make_uuid),
+            mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
+            mock.patch.object(keys, "create", self._make_key),
+        ):
+            yield
 
     @contextmanager
     def run_as(self, machine: Machine) -> Iterator[None]:

@@ -10,25 +10,30 @@ from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, section, table
 from agent.text import format_span
 
-_ROW, _LEFT, _WIDTH, _BAR = 30, 210, 940, 12
+_ROW, _LEFT, _RIGHT, _WIDTH, _BAR = 30, 230, 36, 940, 12
 _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 # Seconds between ticks of the time axis.
 _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200, 86_400, 7 * 86_400, 30 * 86_400)
-_TIMELINE_CSS = (
+# Settings of events that are seconds.
+_DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
+# On a phone each row of a table is a block.
+_CSS = (
     "td:first-child{white-space:nowrap}.timeline{min-width:640px;max-width:none}"
     ".timeline text{font-size:12.5px;fill:var(--ink)}"
+    "@media(max-width:640px){th{display:none}tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}"
+    "td{display:block;border:0;padding:1px 0;overflow-wrap:anywhere}td:first-child{color:var(--muted)}}"
 )
 
 
 def render(report: Mapping[str, Any]) -> str:
     """Return a self-contained page of a report (`agent.testing.simulation.report`)."""
-    return page.render_document("Simulated fleet", [*_build(report)], _TIMELINE_CSS)
+    return page.render_document("Simulated fleet", [*_build(report)], _CSS)
 
 
 def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
     events, alarms, audit = report["events"], report["false_alarms"], report["audit"]
     yield element("h1", "Simulated fleet")
-    lead = f"{report['devices']} devices for {format_span(report['simulated_seconds'])}, seed {report['seed']}."
+    lead = f"{report['devices']} devices for {_short_span(report['simulated_seconds'])}, seed {report['seed']}."
     yield element("p", lead, css_class="muted")
     expected = sum(len(event["devices"]) or 1 for event in events if event["expects"])
     answered = sum(len(event["found"]) for event in events if event["expects"])
@@ -47,15 +52,14 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
     yield _verdict(report)
     if events:
         intro = (
-            "A bar is the time of an event; a dot is the first alert about it at a device, a ring one of the collector."
+            "A bar is the time of an event, orange if an alert is missing. A dot is the alert that answers it at a "
+            "device, a ring one of the collector."
         )
         yield section("Timeline", intro, element("div", _timeline(report), css_class="scroll"))
-        yield section(
-            "Injected and found", "", table(["at", "event", "devices", "found", "after", "by"], [*_event_rows(events)])
-        )
+        yield section("Injected and found", "", table(["at", "event", "devices", "found"], [*_event_rows(events)]))
     if alarms["alerts"]:
         rows = [
-            [format_span(alarm["at"]), alarm["device"] or "the fleet", alarm["by"], alarm["summary"]]
+            [_short_span(alarm["at"]), alarm["device"] or "the fleet", alarm["by"], alarm["summary"]]
             for alarm in alarms["alerts"][:_MAX_ROWS]
         ]
         intro = (
@@ -95,21 +99,41 @@ def _verdict(report: Mapping[str, Any]) -> Markup:
 
 def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
     for event in events[:_MAX_ROWS]:
-        first = min(event["found"], key=lambda each: float(each["after"]), default=None)
-        answer: list[Content] = [element("span", "nothing expected", css_class="state none"), "", ""]
-        if first is not None:
-            named = f"{first['alert']} {first['subject']}"
-            answer = [element("span", named, css_class="state ok"), format_span(first["after"]), first["by"]]
-        if event["missed"]:
-            missed = "missed" if first is None else f"missed at {len(event['missed'])}"
-            answer[0] = element("span", missed, css_class="state warning")
-        settings = ", ".join(f"{name} {_format_setting(value)}" for name, value in event["settings"].items())
+        settings = ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
         label = element("div", event["kind"], element("div", settings, css_class="muted"))
-        yield [format_span(event["at"]), label, _name_devices(event["devices"]), *answer]
+        yield [_short_span(event["at"]), label, _name_devices(event["devices"]), _describe_answer(event)]
 
 
-def _format_setting(value: Any) -> str:
+def _describe_answer(event: Mapping[str, Any]) -> Content:
+    """Return the first alert that answers an event, after how long, by whom, and where there is none."""
+    answers, missed = event["found"], event["missed"]
+    if not answers and not missed:
+        return element("span", "nothing expected", css_class="state none")
+    first = min(answers, key=lambda each: float(each["after"]), default=None)
+    parts: list[Content] = []
+    if first is not None:
+        parts.append(element("span", f"{first['alert']} {first['subject']}", css_class="state ok"))
+        text = f" after {_short_span(first['after'])} by the {first['by']}"
+        if "shared_with" in first:
+            text = f" open since event {first['shared_with']}"
+        if len(answers) > 1:
+            text += f", found at {len(answers)} devices"
+        parts.append(text)
+    if missed:
+        text = "missed" if first is None else f"missed at {_name_devices(missed)}"
+        parts.append(element("div", element("span", text, css_class="state warning")))
+    return element("div", *parts)
+
+
+def _format_setting(name: str, value: Any) -> str:
+    if name in _DURATIONS:
+        return _short_span(value)
     return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _short_span(seconds: float) -> str:
+    """Return a span without a last part that is zero."""
+    return format_span(seconds).removesuffix(" 00 s").removesuffix(" 00 min")
 
 
 def _name_devices(devices: list[str]) -> str:
@@ -124,7 +148,7 @@ def _timeline(report: Mapping[str, Any]) -> Markup:
     height = _ROW * (len(events) + 1)
 
     def x(seconds: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 20) * min(1.0, max(0.0, seconds / whole_s))
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * min(1.0, max(0.0, seconds / whole_s))
 
     parts = []
     step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
@@ -132,13 +156,15 @@ def _timeline(report: Mapping[str, Any]) -> Markup:
         parts.append(f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="0" y2="{height - _ROW}" stroke="var(--grid)"/>')
         parts.append(
             f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="middle" style="fill:var(--muted)">'
-            f"{html_text(format_span(at))}</text>"
+            f"{html_text(_short_span(at))}</text>"
         )
     for number, event in enumerate(events):
         middle = _ROW * number + _ROW / 2
         begin, end = x(event["at"]), x(event["at"] + event["lasts"] if event["lasts"] is not None else whole_s)
         color = "var(--drift)" if event["missed"] else "var(--reference-edge)"
-        name = f"{event['kind']}  {_name_devices(event['devices'][:1])}"
+        devices = event["devices"]
+        where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
+        name = f"{number + 1}  {event['kind']} {where}"
         parts.append(f'<text x="0" y="{middle + 4:.1f}">{html_text(name)}</text>')
         parts.append(
             f'<rect x="{begin:.1f}" y="{middle - _BAR / 2:.1f}" width="{max(3.0, end - begin):.1f}" height="{_BAR}" '

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import random
 import resource
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
 from agent import durable_files
 from agent.config import BrokerConfig
 from agent.device.intake.sources.recordings import Playlist
 from agent.errors import LinkDown
-from agent.fleet.audit.audit import AuditReport, audit
-from agent.fleet.collector.collector import Collector
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
+from agent.fleet.collector.collector import Collector, client_id
 from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.store import FleetStore
@@ -31,28 +31,29 @@ from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
 from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.model.sandbox.confinement import ModelPolicy
+from agent.testing.simulation.broker_air import BrokerAir, FaultyLink
 from agent.testing.simulation.device import SimulatedDevice
-from agent.testing.simulation.feed import Block, Feed
+from agent.testing.simulation.feed import Feed
+from agent.testing.simulation.label_source import LabelSource
 from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
 from agent.testing.simulation.machine import MachineRoom
+from agent.testing.simulation.pace import Pace
 from agent.testing.simulation.scenario import (
     AnyEvent,
     BadNetwork,
     CollectorOutage,
     FullDisk,
-    LateLabels,
     Outage,
     PowerCut,
     Scenario,
     SensorFault,
     Silence,
     SkewedClock,
-    WrongLabels,
 )
 from agent.testing.simulation.setup import Setup
 from agent.wire import keys
 
-FLEET = "sim"
+_FLEET = "sim"
 _COLLECTOR = "collector"
 # No machine of the fleet is the broker's.
 _BROKER = BrokerConfig(url="mqtt://127.0.0.1:1")
@@ -60,6 +61,8 @@ _SESSION_S = 7 * 86_400
 # A link without anything to receive, and the collector, get a turn this often.
 _IDLE_S, _COLLECT_S = 5.0, 1.0
 _PROGRESS_S = 0.5
+# Seconds of real time between looks at a real broker's links.
+_POLL_S = 0.05
 # The model is the user's own, and a process for each of a thousand devices would be too many.
 _IN_PROCESS = ModelPolicy("off")
 # Descriptors of a device's files, and of everything else.
@@ -76,10 +79,16 @@ class Injected(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory."""
+    """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
+
+    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows.
+    """
 
     injected: list[Injected]
     devices: list[str]
+    fields: dict[str, list[str]]
+    task_streams: dict[str, list[str]]
+    commit_s: float
     messages: int
     digest: str
     rows: int
@@ -94,9 +103,22 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Simulation:
-    """A fleet in `folder`. `run` it once; the caller closes it."""
+    """A fleet in `folder`. `run` it once; the caller closes it.
 
-    def __init__(self, folder: Path, scenario: Scenario, setup: Setup, progress: Progress = lambda *_: None) -> None:
+    `broker`: URL of a real broker, which needs a `speed`; None: one in memory. `speed`: simulated seconds in a second;
+    None: as fast as it goes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scenario: Scenario,
+        setup: Setup,
+        progress: Progress = lambda *_: None,
+        *,
+        broker: str | None = None,
+        speed: float | None = None,
+    ) -> None:
         self.folder, self.home, self._scenario, self._setup, self._progress = (
             folder,
             folder / "fleet",
@@ -104,8 +126,12 @@ class Simulation:
             setup,
             progress,
         )
-        self.room = MachineRoom(scenario.seed, scenario.start_us)
-        self.air = LossyBroker(scenario.seed, scenario.network)
+        self.room = MachineRoom(scenario.seed, scenario.start_us, is_repeatable=broker is None)
+        self._pace = None if speed is None else Pace(speed)
+        # Nobody's messages of an earlier run, which a real broker may retain.
+        self._fleet = _FLEET if broker is None else f"{_FLEET}-{secrets.token_hex(4)}"
+        self._broker = _BROKER if broker is None else BrokerConfig(url=broker)
+        self.air: Any = (LossyBroker if broker is None else BrokerAir)(scenario.seed, scenario.network)
         self.air.on_due = self._on_due
         self.devices: dict[str, SimulatedDevice] = {}
         self.messages = 0
@@ -117,18 +143,20 @@ class Simulation:
         self._collector_due_s = float("inf")
         self._bundles: dict[Path, LoadedBundle] = {}
         self._names = scenario.device_names()
+        self._labels = LabelSource(scenario, setup)
         self._store: FleetStore | None = None
         self._collector: Collector | None = None
-        self._collector_link: LossyLink | None = None
-        self._label_rng = random.Random(f"labels/{scenario.seed}")
+        self._collector_link: LossyLink | FaultyLink | None = None
         self._condition: Callable[[], bool] = lambda: False
         self._is_met = False
-        self._report_s = self._began_s = 0.0
+        self._report_s = self._began_s = self._poll_s = 0.0
         _raise_file_limit(len(self._names))
 
     def close(self) -> None:
         for device in self.devices.values():
             device.close()
+        if isinstance(self.air, BrokerAir):
+            self.air.close()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -180,6 +208,9 @@ class Simulation:
         return Outcome(
             injected=[Injected(event, self._scenario.select(event, self._names)) for event in self._scenario.events],
             devices=[*self._names],
+            fields=self._setup.fields,
+            task_streams=self._setup.task_streams,
+            commit_s=float(self._setup.config.buffer.commit_every),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
             rows=sum(device.rows for device in self.devices.values()),
@@ -203,10 +234,10 @@ class Simulation:
 
     def _prepare(self) -> None:
         """Create fleet, collector and devices, and queue when they start and what happens to them."""
-        fleet = init_fleet(self.home, FLEET, _BROKER)
+        fleet = init_fleet(self.home, self._fleet, self._broker)
         self._store = store = FleetStore(self.database)
         key = keys.load_private(self.home / "collector.key")
-        self._collector = Collector(FLEET, _BROKER, store, key, encryption_keys=EncryptionKeys(self.home))
+        self._collector = Collector(self._fleet, self._broker, store, key, encryption_keys=EncryptionKeys(self.home))
         for number, (name, group) in enumerate(self._names.items()):
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
@@ -214,7 +245,7 @@ class Simulation:
             start_s = self.room.rng.uniform(0.0, float(self._scenario.groups[group].start_within))
             feeds = self._make_feeds(name, number, start_s)
             self.devices[name] = SimulatedDevice(
-                *(name, home, self.room, self.air, feeds, self._activate, self._find_labels)
+                *(name, home, self.room, self.air, feeds, self._activate, partial(self._labels.find, name))
             )
             self._at(start_s, partial(self._start, name))
         for event in self._scenario.events:
@@ -251,33 +282,6 @@ class Simulation:
             self._bundles[path] = activation.load_bundle(proven, policy=_IN_PROCESS)
         return self._bundles[path]
 
-    def _find_labels(self, stream: str, block: Block) -> list[tuple[str, int, float, Any]]:
-        """Return task, row index, delay and value of each label of a block."""
-        chosen = []
-        for task, settings in self._scenario.labels.items():
-            if self._setup.config.tasks[task].stream != stream:
-                continue
-            values = _label_values(self._setup.recordings[stream].recordings, settings, block)
-            for i in range(-block.first % settings.every, len(block.due_s), settings.every):
-                if (value := values[i]) is not None:
-                    value = self._distort(task, value, float(block.due_s[i]), stream)
-                    chosen.append((task, i, float(settings.delay), value))
-        return chosen
-
-    def _distort(self, task: str, value: Any, now_s: float, stream: str) -> Any:
-        """Return another label than the recording's while an event says so."""
-        for event in self._scenario.events:
-            if not isinstance(event, WrongLabels) or event.task != task or not event.at <= now_s < event.end_s:
-                continue
-            current = next((n for n, device in self.devices.items() if device.machine is self.room.current), "")
-            if current not in self._scenario.select(event, self._names) or self._label_rng.random() >= event.share:
-                continue
-            if isinstance(value, str):
-                others = [name for name in self._setup.recordings[stream].recordings.labels if name != value]
-                return self._label_rng.choice(others) if others else value
-            return value * 2
-        return value
-
     # --- the loop ---
 
     def _at(self, due_s: float, do: Callable[[], None]) -> None:
@@ -285,7 +289,14 @@ class Simulation:
 
     def _advance(self, until_s: float) -> None:
         """Run everything that is due up to a moment."""
-        while self._queue and self._queue[0][0] <= until_s and not self._is_met:
+        if self._pace is not None:
+            self._pace.resume(self.room.now_s)
+        while not self._is_met:
+            due_s = self._queue[0][0] if self._queue else float("inf")
+            if self._pace is not None and self._wait(min(due_s, until_s)):
+                continue
+            if due_s > until_s:
+                break
             due_s, _, do = heapq.heappop(self._queue)
             self.room.now_s = self.air.clock_s = due_s
             do()
@@ -295,6 +306,21 @@ class Simulation:
                 self._progress(round(due_s), round(max(self._scenario.duration, due_s)), self.messages)
         if not self._is_met:
             self.room.now_s = self.air.clock_s = until_s
+
+    def _wait(self, due_s: float) -> bool:
+        """Let real time pass, at most until `due_s`; return True if it is not over, or something came in."""
+        assert self._pace is not None
+        remaining_s = self._pace.remaining_s(due_s)
+        reached_s = due_s - remaining_s * self._pace.speed
+        self.room.now_s = self.air.clock_s = max(self.room.now_s, reached_s)
+        if isinstance(self.air, BrokerAir):
+            now = time.monotonic()
+            if remaining_s or now >= self._poll_s:
+                self._poll_s = now + _POLL_S
+                self.air.poll(min(remaining_s, _POLL_S))
+        elif remaining_s:
+            time.sleep(min(remaining_s, _POLL_S))
+        return remaining_s > 0
 
     def _drain(self) -> None:
         """Go on until all devices have everything acknowledged, at most as long as the scenario says."""
@@ -383,9 +409,7 @@ class Simulation:
         assert self._collector is not None
         try:
             if self._collector_link is None:
-                self._collector_link = self.air.connect(
-                    None, _COLLECTOR, subscribe=topic_filters(FLEET), session_expiry_s=_SESSION_S
-                )
+                self._collector_link = self._connect_collector()
             stored = self._collector.stored_count
             self._collector.tick(self._collector_link, 0.0)
             self._is_met = self._is_met or (self._collector.stored_count > stored and self._condition())
@@ -393,6 +417,11 @@ class Simulation:
             self._collector.acknowledger.requeue_in_flight()
             self._collector_link = None
         self._schedule_collector(self.room.now_s + _IDLE_S)
+
+    def _connect_collector(self) -> Any:
+        names = {} if isinstance(self.air, LossyBroker) else {"client_id": client_id(self._fleet, None)}
+        subscribe = topic_filters(self._fleet)
+        return self.air.connect(self._broker, _COLLECTOR, subscribe=subscribe, session_expiry_s=_SESSION_S, **names)
 
     # --- events ---
 
@@ -429,20 +458,6 @@ class Simulation:
             self._daemon_due.pop(name, None)
         if not device.is_on and (not begins or event.lasts is None):
             self._start(name)
-
-
-def _label_values(recordings: Any, settings: LateLabels, block: Block) -> list[Any]:
-    """Return the label of each row of a block; None where the recording has none."""
-    rows = block.source_rows
-    if settings.column == "label" and recordings.labels:
-        codes = recordings.label[np.searchsorted(recordings.starts, rows, side="right") - 1]
-        return [recordings.labels[code] for code in codes]
-    column = recordings.columns.get(settings.column)
-    if column is None and settings.column in recordings.fields:
-        column = recordings.rows[:, recordings.fields.index(settings.column)]
-    if column is None or len(column) != len(recordings.rows):
-        return [None] * len(rows)
-    return [None if value != value else value for value in column[rows].tolist()]
 
 
 def _raise_file_limit(devices: int) -> None:

@@ -56,6 +56,12 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         """Fields of each stream."""
         return {name: [field.name for field in stream.fields] for name, stream in self.config.streams.items()}
 
+    @property
+    def task_streams(self) -> dict[str, list[str]]:
+        """Streams that each task reads."""
+        tasks = self.config.tasks.items()
+        return {name: [task.stream, *(joined.stream for joined in task.inputs.values())] for name, task in tasks}
+
     def device_toml(self, enrolled: str) -> str:
         """Return a device's config: `enrolled`, which enrolment wrote, and the sections of this setup."""
         own = tomllib.loads(enrolled)

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.datasets.recordings import Recordings, load
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference

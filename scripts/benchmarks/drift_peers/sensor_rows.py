@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, build_reference
 
 Floats = NDArray[np.float64]

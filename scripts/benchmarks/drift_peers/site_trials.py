@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.alerts import Alert
+from agent.alerts.alert import Alert
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from scripts.benchmarks.drift_peers.populations import WINDOWS_PER_DAY, Clock, Population, Whole
 from scripts.benchmarks.drift_peers.synthetic import Floats

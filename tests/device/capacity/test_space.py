@@ -20,9 +20,9 @@ from agent.device.capacity.eviction import DAMAGED, NO_ROOM, declare_messages, q
 from agent.device.capacity.space import SpaceManager
 from agent.device.pipeline.joined_streams import JoinedPosition
 from agent.device.recovery.open import open_store
-from agent.device.store import labels, retention, task_keys
-from agent.device.store.labels import StoredPredictions
+from agent.device.store import predictions, retention, task_keys
 from agent.device.store.message_log import MessageLog
+from agent.device.store.predictions import StoredPredictions
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.store import INTAKE_SHARE, Store
@@ -541,7 +541,7 @@ def test_stored_predictions_go_before_undelivered_messages(make: Make) -> None:
     device.turns()
     assert device.store.used_bytes() < 0.86 * device.store.limit_bytes()
     assert device.evictions() == []
-    stored = device.store.query(labels.load_span, "exercise")
+    stored = device.store.query(predictions.load_span, "exercise")
     assert stored is None or stored.first > 1
 
 
@@ -553,7 +553,7 @@ def test_stored_predictions_expire_as_configured(make: Make) -> None:
         tx.labels.store_predictions("exercise", given, tx.uptime_s(device.now()))
     device.boot_s += 6.9 * 86_400
     device.turns(20)
-    assert device.store.query(labels.load_span, "exercise") is not None
+    assert device.store.query(predictions.load_span, "exercise") is not None
     device.boot_s += 0.2 * 86_400
     device.turns(20)
-    assert device.store.query(labels.load_span, "exercise") is None
+    assert device.store.query(predictions.load_span, "exercise") is None

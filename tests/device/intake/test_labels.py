@@ -17,7 +17,8 @@ from agent.device.intake import labels
 from agent.device.intake.protocol import LineParser
 from agent.device.machine import label_key
 from agent.device.store import labels as labelled
-from agent.device.store.labels import StoredLabel, StoredPredictions
+from agent.device.store.labels import StoredLabel
+from agent.device.store.predictions import StoredPredictions
 from agent.errors import RowRejected
 from agent.performance.labels import Label, LabelSchema, LabelTarget
 from tests.kit.stations import STREAMS, Station, conf

@@ -19,8 +19,8 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow_windows
 from agent.device.rollout.shadow import ShadowRunner
 from agent.device.store import task_keys
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import Rows
-from agent.device.store.store import RowBatch
 from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle
 from agent.model.inference import features, runtime

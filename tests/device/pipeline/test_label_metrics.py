@@ -23,8 +23,9 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store import labels as labelled
 from agent.device.store import task_keys
-from agent.device.store.labels import LabelStore, StoredPredictions
+from agent.device.store.labels import LabelStore
 from agent.device.store.message_log import MessageLog
+from agent.device.store.predictions import StoredPredictions
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction

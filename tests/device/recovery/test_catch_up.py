@@ -14,7 +14,7 @@ import pytest
 from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import retention
-from agent.device.store.labels import StoredPredictions
+from agent.device.store.predictions import StoredPredictions
 from agent.errors import StorageDamaged
 from agent.performance.labels import Label
 from scripts.kit.stores import alarms, append, append_message, filled, opened, outbox_payloads, pulled, served

@@ -19,9 +19,10 @@ from agent.cli import cli
 from agent.device.recovery import migrate, open
 from agent.device.recovery.open import find_file_system, open_store, require_local
 from agent.device.recovery.report_findings import inspect_condition
-from agent.device.store import labels, schema
-from agent.device.store.labels import StoredPredictions
+from agent.device.store import labels
+from agent.device.store.predictions import StoredPredictions
 from agent.device.store.store import Store
+from agent.device.store.tables import schema
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
 from scripts.kit.stores import append, append_message, filled, opened, pulled, put_aside, served
@@ -240,7 +241,7 @@ _MIGRATES = """\
 import os, sys
 from pathlib import Path
 from agent.device.recovery.open import open_store
-from agent.device.store import schema
+from agent.device.store.tables import schema
 
 def dying(db):
     migration(db)

@@ -17,7 +17,7 @@ from msgspec.structs import replace as changed
 
 from agent.comparison import rules, tally
 from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
-from agent.device.store import labels
+from agent.device.store import predictions
 from agent.device.store.message_log import MessageLog
 from agent.errors import ModelProcessFailed, StorageFull
 from agent.model.bundle import manifest
@@ -459,12 +459,12 @@ def test_numeric_labels_give_absolute_errors(make: Make) -> None:
 def test_stored_shadow_predictions_expire_like_the_tasks(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
-    span = pair.device.store.query(labels.load_span, labels.shadow_key("tiny"))
+    span = pair.device.store.query(predictions.load_span, predictions.shadow_key("tiny"))
     assert span is not None
     assert (span.first, span.last) == (1, 20)
     with pair.device.store.transaction() as tx:
-        assert tx.labels.trim_predictions(labels.shadow_key("tiny"), 1e9, 10) == 1
-    assert pair.device.store.query(labels.load_span, labels.shadow_key("tiny")) is None
+        assert tx.labels.trim_predictions(predictions.shadow_key("tiny"), 1e9, 10) == 1
+    assert pair.device.store.query(predictions.load_span, predictions.shadow_key("tiny")) is None
 
 
 # --- serving from a process of its own ---

@@ -19,10 +19,12 @@ import pytest
 from agent import clock
 from agent.device.intake.group_commit import GroupCommit, SourcePosition
 from agent.device.recovery.open import open_store
-from agent.device.store import journal, meta
+from agent.device.store import journal
 from agent.device.store.journal import JournaledConnection
 from agent.device.store.rows import RawColumns, Rows, validate_columns
-from agent.device.store.store import DATABASE, Store, connect_read_only
+from agent.device.store.store import DATABASE, Store
+from agent.device.store.tables import meta
+from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
 from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served

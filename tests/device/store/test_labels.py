@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 
 from agent.device.recovery.open import open_store
 from agent.device.store import labels
-from agent.device.store.labels import (
-    PredictionSpan,
-    StoredPredictions,
-    label_capacity,
-    pack_predictions,
-    unpack_predictions,
-)
+from agent.device.store.labels import label_capacity
+from agent.device.store.predictions import PredictionSpan, StoredPredictions, pack_predictions, unpack_predictions
 from agent.device.store.store import Store
 from agent.performance.labels import Label
 

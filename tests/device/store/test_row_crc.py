@@ -12,8 +12,8 @@ import pytest
 
 from agent.device.recovery import findings
 from agent.device.recovery.open import open_store
-from agent.device.store import row_crc, schema
 from agent.device.store.store import Store
+from agent.device.store.tables import row_crc, schema
 from agent.errors import StorageDamaged
 from scripts.kit.stores import alarms, filled, opened, outbox_payloads
 

@@ -25,12 +25,13 @@ from agent import clock
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.recovery.open import open_store
-from agent.device.store import schema
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import RawColumns, Rows, concatenate, pack_chunk, validate_columns
-from agent.device.store.store import RowBatch, Store
+from agent.device.store.store import Store
+from agent.device.store.tables import schema
 from agent.device.store.transaction import TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from scripts.kit.stores import append_message, filled
@@ -342,7 +343,7 @@ def test_reading_does_not_keep_another_thread_from_making_room(tmp_path: Path, m
         other.join()
         return concatenate(parts)
 
-    monkeypatch.setattr("agent.device.store.store.concatenate", meanwhile)
+    monkeypatch.setattr("agent.device.store.row_batch.concatenate", meanwhile)
     taken = store.read_rows("numbers", NUMBERS.fields, 0, 25)
     assert taken is not None
     assert len(taken.rows) == 25

@@ -184,6 +184,14 @@ def test_labels_that_disagree_or_come_from_a_model_are_left_out_and_counted(copi
     assert (decided["label"], decided["by"], decided["predicted"][0]) == ("left", ["jo", "mira"], "left")
 
 
+def test_a_set_of_few_labels_is_written_but_not_known_to_be_clean(copied: Path, tmp_path: Path) -> None:
+    label(copied, [(6, "left", "human")])
+    result = run(copied, "dataset", "export", "--task", TASK, "--out", str(tmp_path / "set"), "--require-clean")
+    assert result.exit_code == 1
+    assert "not checked for poisoning: " in result.output
+    assert "## Check for poisoning" in (tmp_path / "set" / "DATA_CARD.md").read_text()
+
+
 def test_labels_and_samples_after_the_chosen_time_are_ignored(copied: Path, tmp_path: Path) -> None:
     label(copied, [(6, "left", "human")])
     label(copied, [(8, "right", "human")], now=AFTER)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from agent.alerts import KINDS, find_kind
+from agent.alerts.kinds import KINDS, find_kind
 from agent.cli.fleet.group import fleet as commands
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit

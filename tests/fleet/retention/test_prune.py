@@ -21,8 +21,9 @@ from agent.cli.fleet.group import fleet
 from agent.config import BrokerConfig
 from agent.errors import ConfigError
 from agent.fleet import config as fleet_config
-from agent.fleet.audit.audit import AuditReport, audit, audit_from_checkpoint
+from agent.fleet.audit.audit import audit, audit_from_checkpoint
 from agent.fleet.audit.checkpoint import CheckpointFolder
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.maintenance import pruning
 from agent.fleet.database.maintenance.retention import Retention

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.audit.audit import audit
+from agent.fleet.audit.report import AuditReport
 from agent.fleet.commands import COUNTER_FILE
 from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from agent.bootstrap import device
-from agent.cli.output import by_option, config_option, echo, emit, json_option, print_rejected
+from agent.cli.output import by_option, config_options, echo, emit, print_rejected
 from agent.client import Client
 from agent.config import Config
 from agent.datasets import formats
@@ -34,8 +34,7 @@ ParsedLabel = tuple[int, Label | str]
 @click.argument("task")
 @click.argument("file", default="-")
 @by_option
-@config_option
-@json_option
+@config_options
 def label(task: str, file: str, by: str, config_file: str | None, as_json: bool) -> None:
     """Add ground-truth labels to results of TASK, from CSV or JSON Lines in FILE (- is stdin).
 

@@ -9,12 +9,12 @@ import click
 from agent import clock
 from agent.bootstrap import device
 from agent.cli.device.labelling.label import submit
-from agent.cli.output import by_option, config_option, echo, emit, json_option, print_table
+from agent.cli.output import by_option, config_options, echo, emit, print_table
 from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history
 from agent.device.machine import label_key
-from agent.device.store import labels as label_store
+from agent.device.store import predictions
 from agent.errors import UsageError
 from agent.model.bundle import bundle
 from agent.performance.labels import VERDICT, Label, LabelSchema
@@ -25,8 +25,7 @@ from agent.performance.labels import VERDICT, Label, LabelSchema
 @click.argument("row", type=click.IntRange(min=1))
 @click.argument("label", required=False)
 @by_option
-@config_option
-@json_option
+@config_options
 def verdict(task: str, row: int, label: str | None, by: str, config_file: str | None, as_json: bool) -> None:
     """Correct the result of TASK at ROW to LABEL; without LABEL, confirm it.
 
@@ -51,8 +50,7 @@ def verdict(task: str, row: int, label: str | None, by: str, config_file: str | 
 @click.argument("task")
 @click.option("--limit", metavar="N", default=20, type=click.IntRange(1, 500), help="At most N results; default 20.")
 @click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
-@config_option
-@json_option
+@config_options
 def label_next(task: str, limit: int, seed: int, config_file: str | None, as_json: bool) -> None:
     """Show which results of TASK to label next: the least certain, the rarest classes, and some at random.
 
@@ -74,8 +72,7 @@ def label_next(task: str, limit: int, seed: int, config_file: str | None, as_jso
 
 @click.command("label-token", epilog="Example: outstation label-token power-meter")
 @click.argument("name")
-@config_option
-@json_option
+@config_options
 def label_token(name: str, config_file: str | None, as_json: bool) -> None:
     """Print the token with which NAME, a program or a person, authenticates labels.
 
@@ -97,7 +94,7 @@ def _find_answer(conf: Config, task: str, row: int) -> str | None:
     """Return the class that the model named at this row; None for a number, or where nothing is stored."""
     schema = _load_schema(conf, task)
     with device.open_store_read_only(conf) as store:
-        prediction = store.query(label_store.load_prediction, task, row)
+        prediction = store.query(predictions.load_prediction, task, row)
     if prediction is None or prediction.predicted_class is None:
         return None
     return schema.format_class(prediction.predicted_class)

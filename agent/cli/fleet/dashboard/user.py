@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, open_store
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.fleet.common import database_options, open_for_reading, open_store
+from agent.cli.output import echo, emit, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.toml_files import did_you_mean
@@ -32,9 +32,7 @@ def user() -> None:
 @click.argument("name")
 @_role_option
 @click.option("--no-password", is_flag=True, help="Only a proxy signs this account in.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def add(name: str, role: str, no_password: bool, db: str | None, folder: str | None, as_json: bool) -> None:
     """Create an account, or give an existing one another role. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
@@ -59,9 +57,7 @@ def add(name: str, role: str, no_password: bool, db: str | None, folder: str | N
 
 @user.command("password", epilog="Example: outstation fleet user password ada")
 @click.argument("name")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def password(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
     """Set another password and end all sessions. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
@@ -83,9 +79,7 @@ def password(name: str, db: str | None, folder: str | None, as_json: bool) -> No
 
 @user.command("remove", epilog="Example: outstation fleet user remove ada")
 @click.argument("name")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def remove(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
     """Remove an account and end its sessions."""
     from agent.fleet.database.dashboard import accounts
@@ -99,9 +93,7 @@ def remove(name: str, db: str | None, folder: str | None, as_json: bool) -> None
 
 
 @user.command("list", epilog="Example: outstation fleet user list")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def list_users(db: str | None, folder: str | None, as_json: bool) -> None:
     """List the accounts with their roles and sessions."""
     from agent.fleet.database.dashboard import accounts

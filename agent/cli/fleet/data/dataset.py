@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines
 from agent.cli.output import emit, json_option
+from agent.cli.require_clean import NOT_CLEAN, require_clean_option
 from agent.cli.time_option import parse_since
 from agent.fleet import config as fleet_config
 
@@ -40,9 +41,8 @@ def dataset() -> None:
 @click.option("--format", "data_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the data.")  # fmt: skip
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the readings, for the data card.")
-@db_option
-@fleet_option
-@json_option
+@require_clean_option
+@database_options
 def export_dataset(
     task: str,
     out: Path,
@@ -53,6 +53,7 @@ def export_dataset(
     only_labelled: bool,
     data_format: DataFormat,
     licence: str,
+    require_clean: bool,
     db: str | None,
     folder: str | None,
     as_json: bool,
@@ -60,7 +61,8 @@ def export_dataset(
     """Export the retraining set of a task: data, provenance, data card, and a manifest of hashes.
 
     Readings are opened with the fleet's encryption key, so keep the folder where you would keep that. `outstation model
-    pack --from MODEL --data DIR/data.parquet` and `outstation model evaluate` read the data.
+    pack --from MODEL --data DIR/data.parquet` and `outstation model evaluate` read the data. Labels are checked for
+    poisoning: flipped ones, triggers, copies, and devices and people whose labels contradict the others'.
     """
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.dataset import export
@@ -78,6 +80,9 @@ def export_dataset(
     opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
     card = export.export(store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled)
     emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
+    if require_clean and card.poisoning.state != "passed":
+        click.echo(f"{out}: {NOT_CLEAN}", err=True)
+        sys.exit(1)
 
 
 def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
@@ -87,6 +92,8 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     yield from (f"  {name}: {n}" for name, n in labels["by_class"].items())
     yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
     yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())
+    warn = "warning: " if card.poisoning.findings else ""
+    yield from (f"{warn}{line}" for line in card.poisoning.describe())
     yield from (f"warning: {warning}" for warning in card.warnings)
     yield f"See {out / 'DATA_CARD.md'}."
 

@@ -11,14 +11,14 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import (
-    db_option,
+    database_options,
     device_option,
-    fleet_option,
+    fleet_options,
     open_for_reading,
     print_lines,
     progress_bar,
 )
-from agent.cli.output import emit, json_option
+from agent.cli.output import emit
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.errors import UsageError
@@ -39,9 +39,7 @@ _KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "s
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(_KINDS), help="Only this kind; repeatable.")
 @device_option
 @click.option("--task", metavar="T", help="Only this task.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def export(
     out: Path,
     since: str | None,
@@ -88,8 +86,7 @@ def _summary_lines(out: Path, summary: ExportSummary) -> Iterator[str]:
 @click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path), default=Path("export"),
               help="Folder of `fleet export`; default ./export.")  # fmt: skip
 @csv_option
-@fleet_option
-@json_option
+@fleet_options
 def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None, as_json: bool) -> None:
     """Query an export with SQL (DuckDB): one view a kind, read-only, without network or other files.
 

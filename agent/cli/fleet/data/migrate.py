@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from agent.cli.fleet.common import fleet_option, print_lines, processes_option, progress_bar
-from agent.cli.output import emit, json_option
+from agent.cli.fleet.common import fleet_options, print_lines, processes_option, progress_bar
+from agent.cli.output import emit
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import is_postgresql
@@ -21,8 +21,7 @@ from agent.fleet.database.interface import is_postgresql
 @click.option("--from", "source_url", metavar="URL", help="SQLite database; default that of fleet.toml.")
 @click.option("--to", "target_url", metavar="URL", required=True, help="Empty PostgreSQL database: postgresql://…")
 @processes_option
-@fleet_option
-@json_option
+@fleet_options
 def migrate(source_url: str | None, target_url: str, processes: int, folder: str | None, as_json: bool) -> None:
     """Copy a SQLite database to PostgreSQL, and audit the copy.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, fleet_option, open_store, print_lines
-from agent.cli.output import emit, json_option
+from agent.cli.fleet.common import database_options, open_store, print_lines
+from agent.cli.output import emit
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.maintenance.retention import Retention
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("prune", epilog="Example: outstation fleet prune --dry-run")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def prune(dry_run: bool, db: str | None, folder: str | None, as_json: bool) -> None:
     """Remove messages, results and drift windows that are older than [retention] in fleet.toml allows.
 

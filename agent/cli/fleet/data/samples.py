@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading, print_lines
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.fleet.common import database_options, open_for_reading, print_lines
+from agent.cli.output import emit, print_table
 from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @click.option("--task", metavar="T", help="Only this task.")
 @click.option("--last", "limit", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000),
               help="The newest N samples.")  # fmt: skip
-@db_option
-@fleet_option
-@json_option
+@database_options
 def samples(device: str, task: str | None, limit: int, db: str | None, folder: str | None, as_json: bool) -> None:
     """List the samples of readings that DEVICE sent, without their content, and its owner's consent.
 

@@ -14,7 +14,7 @@ import click
 
 from agent import clock, durable_files
 from agent.bootstrap.owner import give_tree
-from agent.cli.fleet.common import fleet_option, open_store, print_lines
+from agent.cli.fleet.common import fleet_options, open_store, print_lines
 from agent.cli.output import echo, emit, json_option, print_table
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
@@ -153,8 +153,7 @@ def _choose_repository(host: str, name: str, folder: Path) -> str:
     "--valid", metavar="TIME", default="24 h", show_default=True, help="How long the token lets the device in."
 )
 @click.option("--bare", is_flag=True, help="Print the token alone, for scripts.")
-@fleet_option
-@json_option
+@fleet_options
 def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool) -> None:
     """Make a token with which DEVICE joins once: `outstation request --token`."""
     from agent.fleet.enrolment import join_tokens
@@ -214,8 +213,7 @@ def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool
     type=click.Path(path_type=Path),
     help="Pack its files as one .tar.gz, with the private keys that are made here and kept nowhere else.",
 )
-@fleet_option
-@json_option
+@fleet_options
 def enrol(
     device: str,
     request_file: Path | None,
@@ -276,8 +274,7 @@ def _authenticate(
 @click.command("enrol-list", epilog="Example: outstation fleet enrol-list devices.csv --out enrolments")
 @click.argument("file", metavar="CSV", type=click.Path(path_type=Path))
 @click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder for the files.")
-@fleet_option
-@json_option
+@fleet_options
 def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None:
     """Let the devices of a list in, each with a file FOLDER/DEVICE.tar.gz for `outstation join`.
 
@@ -332,8 +329,7 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
 @click.option("--before", metavar="TIME", default="90 d", show_default=True, help="Renew what ends within this time.")
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(0.1, 600), default=15.0, show_default=True,
               help="How long to wait for a device's answer.")  # fmt: skip
-@fleet_option
-@json_option
+@fleet_options
 def renew(devices: tuple[str, ...], before: str, wait: float, folder: str | None, as_json: bool) -> None:
     """Renew the TLS certificates of connected devices over MQTT before they end; run it from cron each day.
 

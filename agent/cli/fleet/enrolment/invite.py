@@ -9,8 +9,8 @@ import click
 import msgspec
 
 from agent import clock
-from agent.cli.fleet.common import fleet_option, open_store
-from agent.cli.output import echo, json_option
+from agent.cli.fleet.common import fleet_options, open_store
+from agent.cli.output import echo
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.quantities import parse_duration
@@ -26,8 +26,7 @@ _MAX_VALID_S = 30 * 86_400.0
 @click.argument("devices", metavar="[DEVICE]...", nargs=-1)
 @click.option("--valid", metavar="TIME", default="24 h", show_default=True, help="How long a code can be used.")
 @click.option("--no-wait", is_flag=True, help="Only make the codes; `outstation fleet invite` answers later.")
-@fleet_option
-@json_option
+@fleet_options
 def invite(devices: tuple[str, ...], valid: str, no_wait: bool, folder: str | None, as_json: bool) -> None:
     """Make a one-time code for each DEVICE, then let in over MQTT the devices that use theirs, until all have joined.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading
-from agent.cli.output import emit, json_option, print_table
+from agent.cli.fleet.common import database_options, device_option, open_for_reading
+from agent.cli.output import emit, print_table
 
 _TOP = 500
 
@@ -16,9 +16,7 @@ _TOP = 500
 @click.option("--task", metavar="TASK", help="Only this task.")
 @click.option("--limit", metavar="N", default=20, type=click.IntRange(1, _TOP), help="At most N results; default 20.")
 @click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def label_next(
     device: str | None, task: str | None, limit: int, seed: int, db: str | None, folder: str | None, as_json: bool
 ) -> None:

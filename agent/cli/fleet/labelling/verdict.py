@@ -7,8 +7,13 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli.fleet.common import db_option, device_option, fleet_option, open_for_reading, open_store
-from agent.cli.output import by_option, echo, emit, json_option, note_option, print_table
+from agent.cli.fleet.common import (
+    database_options,
+    device_option,
+    open_for_reading,
+    open_store,
+)
+from agent.cli.output import by_option, echo, emit, note_option, print_table
 from agent.fleet import config as fleet_config
 
 
@@ -29,9 +34,7 @@ def verdict() -> None:
 @click.option("--withdraw", is_flag=True, help="Withdraw your verdict.")
 @by_option
 @note_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def result(
     device: str,
     task: str,
@@ -71,9 +74,7 @@ def result(
 @click.option("--label", metavar="LABEL", help="True label of the result that the alert is about.")
 @by_option
 @note_option
-@db_option
-@fleet_option
-@json_option
+@database_options
 def alert(
     ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
 ) -> None:
@@ -94,9 +95,7 @@ def alert(
 @verdict.command("list", epilog="Example: outstation fleet verdict list --json")
 @device_option
 @click.option("--task", metavar="TASK", help="Only this task.")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def list_verdicts(device: str | None, task: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Show verdicts by person, results that people disagree about, and signs of feedback loops."""
     from agent.fleet.labelling import feedback_loops, verdicts

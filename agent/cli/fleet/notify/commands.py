@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from agent.cli import notifications
-from agent.cli.fleet.common import db_option, fleet_option, open_for_reading
-from agent.cli.output import json_option
+from agent.cli.fleet.common import database_options, fleet_options, open_for_reading
 from agent.fleet import config as fleet_config
 
 
@@ -17,8 +16,7 @@ def notify() -> None:
 
 @notify.command("test", epilog="Example: outstation fleet notify test mail")
 @click.argument("target", required=False)
-@fleet_option
-@json_option
+@fleet_options
 def test(target: str | None, folder: str | None, as_json: bool) -> None:
     """Send a test message to TARGET, or to all targets, now. Exit 1 if one does not accept it."""
     home = fleet_config.find_folder(folder)
@@ -28,9 +26,7 @@ def test(target: str | None, folder: str | None, as_json: bool) -> None:
 
 
 @notify.command("status", epilog="Example: outstation fleet notify status --json")
-@db_option
-@fleet_option
-@json_option
+@database_options
 def status(db: str | None, folder: str | None, as_json: bool) -> None:
     """Show for each target what was sent, what waits, and the last failure."""
     config, store = open_for_reading(folder, db)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from agent.device.store import schema
+from agent.device.store.tables import schema
 
 TABLES = (
     *("streams", "quarantined_rows", "categories", "cursors", "task_state", "source_positions", "counters", "alerts"),

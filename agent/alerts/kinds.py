@@ -1,105 +1,19 @@
-"""Alerts: the value, the table of kinds, and the two states of the lifecycle, raised and cleared.
+"""Table of the kinds of alerts: what each means, what causes it, what to do, and how it clears.
 
-This module knows what an alert means; it does not decide when one is raised and writes none to the message log.
-`docs/reference/alerts.md` is generated from the table by `python -m scripts.alerts_reference`.
+`docs/reference/alerts.md` is generated from it by `python -m scripts.alerts_reference`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal
 
-import msgspec
-
-MonitoredAlert = Literal["drift", "fault"]
-AlertState = Literal["raised", "cleared"]
-Severity = Literal["info", "warning", "critical"]
+from agent.alerts.alert import AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."
 )
 _LOOK_YOURSELF = "Never: a person has to look. It stays in `outstation fleet alerts`."
-
-
-class Alert(msgspec.Struct, frozen=True):
-    """Alert as raised or cleared; both carry the same `id`, which identifies the occurrence.
-
-    An alert that became worse while it was open is raised again with the next `revision`.
-    """
-
-    alert: str
-    subject: str
-    state: AlertState
-    severity: Severity
-    id: str
-    summary: str
-    evidence: dict[str, Any]
-    revision: int = 1
-
-    def to_body(self, task: str | None = None, **evidence: Any) -> dict[str, Any]:
-        """Return the members of an `alerts` message; a task's alert has the task's name before its id."""
-        return {
-            "alert": self.alert,
-            "subject": self.subject,
-            "state": self.state,
-            "severity": self.severity,
-            "id": self.id if task is None else f"{task}/{self.id}",
-            "summary": self.summary,
-            "evidence": {**evidence, **self.evidence},
-        } | ({"revision": self.revision} if self.revision > 1 else {})
-
-
-class AlertKind(msgspec.Struct, frozen=True):
-    """Kind of alert. `subject` and `id` are patterns: a name in braces is filled in when the alert is raised.
-
-    `variants` explains the values that one member of the evidence takes.
-    """
-
-    title: str
-    alert: str
-    subject: str
-    id: str
-    severity: Severity
-    source: Literal["task", "device", "collector"]
-    meaning: str
-    causes: str
-    action: str
-    clears: str
-    variants: dict[str, str] = {}
-
-    @property
-    def is_event(self) -> bool:
-        """True if it reports one event: nothing clears it."""
-        return self.clears.startswith("Never")
-
-    def raised(self, summary: str, evidence: Mapping[str, Any] | None = None, **names: object) -> Alert:
-        return self._build("raised", self.severity, summary, evidence, names)
-
-    def cleared(self, summary: str, evidence: Mapping[str, Any] | None = None, **names: object) -> Alert:
-        return self._build("cleared", "info", summary, evidence, names)
-
-    def _build(
-        self,
-        state: AlertState,
-        severity: Severity,
-        summary: str,
-        evidence: Mapping[str, Any] | None,
-        names: Mapping[str, object],
-    ) -> Alert:
-        subject, identity = self.subject.format_map(names), self.id.format_map(names)
-        return Alert(self.alert, subject, state, severity, identity, summary, dict(evidence or {}))
-
-
-def continue_number(number: int, used: int, *, is_open: bool) -> int:
-    """Return the number of alerts so far, above all that were `used` meanwhile. An alert is open under its number.
-
-    An open alert whose successors are in use gets a number of its own.
-    """
-    return number if used <= number else used + is_open
-
-
 _DRIFT_CLEARS = (
     "Once the drift test has been close to the site's reference for three drift windows in a row, and 60 rows."
 )

@@ -1,0 +1,1 @@
+"""Alerts: their value and lifecycle, and the table of their kinds."""

@@ -1,0 +1,143 @@
+"""Scenario of `outstation fleet simulate`: its options, its run, and its report in words."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import durable_files
+from agent.cli.output import echo, emit, print_table
+from agent.cli.simulated import print_audit
+from agent.errors import UsageError
+from agent.text import format_span
+from agent.wire import keys
+from agent.wire.keys import PublicKey
+
+_PLACEHOLDER = "-"
+_MAX_SENTENCES = 8
+
+
+class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of the command, as they were given."""
+
+    devices: int | None
+    scenario_file: Path | None
+    config_file: Path | None
+    bundles: tuple[str, ...]
+    recordings: tuple[str, ...]
+    report_file: Path | None
+    plan: Path | None
+    seed: int | None
+    duration: float
+    speed: float
+    away: int | None
+    cut: int | None
+    slow: int | None
+    worse: int
+    publisher_keys: tuple[str, ...]
+    broker: str | None
+    folder: Path | None
+    as_json: bool
+
+    @property
+    def publishers(self) -> tuple[PublicKey, ...]:
+        """Keys of publishers. Raises UsageError."""
+        return tuple(keys.load_public(text) for text in self.publisher_keys)
+
+
+def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
+    """Run a scenario, print its report and write it to a file; return True if it passed. Raises UsageError."""
+    # Imported here: a hundred modules of device and collector.
+    from agent.cli.progress import ProgressBar
+    from agent.testing.simulation import report as reporting
+    from agent.testing.simulation import scenario as scenarios
+    from agent.testing.simulation import setup as setups
+    from agent.testing.simulation.runner import Simulation
+
+    assert options.scenario_file is not None
+    report_file = options.report_file
+    if report_file is not None and report_file.suffix not in (".json", ".html"):
+        raise UsageError(f"--report {report_file}: must end in .json or .html")
+    bundles = dict(_split("--bundle", text, optional=True) for text in options.bundles)
+    recordings = {
+        stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)
+    }
+    setup = setups.load(options.config_file, home, bundles, recordings, options.publishers)
+    scenario = scenarios.load(options.scenario_file, setup.fields, list(setup.config.tasks), options.devices)
+    if options.seed is not None:
+        scenario = msgspec.structs.replace(scenario, seed=options.seed)
+    with (
+        ProgressBar("messages") as bar,
+        contextlib.closing(Simulation(home, scenario, setup, bar, broker=options.broker, speed=speed)) as simulation,
+    ):
+        outcome = simulation.run()
+        document = reporting.build(scenario, outcome, simulation.store)
+    if report_file is not None:
+        _write_report(report_file, document)
+    emit(document, options.as_json, lambda: _print_scenario(document))
+    return bool(document["passed"])
+
+
+def _write_report(file: Path, document: dict[str, Any]) -> None:
+    text = msgspec.json.format(msgspec.json.encode(document)) + b"\n"
+    if file.suffix == ".html":
+        from agent.testing.simulation.page import render
+
+        text = render(document).encode()
+    durable_files.write(file, text, 0o644)
+
+
+def _split(option: str, text: str, *, optional: bool = False) -> tuple[str, str]:
+    """Split NAME=VALUE; with `optional` the name may be left out. Raises UsageError."""
+    name, separator, value = text.partition("=")
+    if separator and name and value:
+        return name, value
+    if optional and not separator and text:
+        return "", text
+    raise UsageError(f"{option} {text}: write {option} {'TASK=BUNDLE' if optional else 'STREAM=FILE'}")
+
+
+def _split_columns(text: str) -> tuple[Path, list[str]]:
+    """Split FILE@COLUMN,…; a file of that whole name has all columns."""
+    file, separator, columns = text.rpartition("@")
+    if not separator or Path(text).exists():
+        return Path(text), []
+    return Path(file), [name.strip() for name in columns.split(",")]
+
+
+def _print_scenario(document: dict[str, Any]) -> None:
+    rows = [_event_row(event) for event in document["events"]]
+    print_table(["at", "event", "devices", "found"], rows, "No events.")
+    alarms = document["false_alarms"]
+    echo("")
+    for alarm in alarms["alerts"][:_MAX_SENTENCES]:
+        echo(f"false alarm: {alarm['device']} after {format_span(alarm['at'])}: {alarm['summary']}")
+    if alarms["n"] > _MAX_SENTENCES:
+        echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
+    echo(f"{alarms['n']} false alarms, budget {alarms['budget']}; {document['missed']} events missed")
+    if document["undelivered"]:
+        echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
+    echo(
+        f"{document['devices']} devices, {format_span(document['simulated_seconds'])} simulated, "
+        f"{document['messages']} messages, {document['messages_per_second']:.0f} a second, "
+        f"{document['peak_bytes'] / 2**20:.0f} MiB"
+    )
+    print_audit(document["audit"], document["seconds"])
+
+
+def _event_row(event: dict[str, Any]) -> list[str]:
+    """Return time, kind and devices of an event, and the first alert that answers it."""
+    first = min(event["found"], key=lambda alert: alert["after"], default=None)
+    answer = "nothing expected" if not event["expects"] else "MISSED"
+    if first is not None:
+        subject = f"{first['alert']} {first['subject']}".strip()
+        answer = f"{subject} by the {first['by']} after {format_span(first['after'])}"
+        if "shared_with" in first:
+            answer += f", open since event {first['shared_with']}"
+    if event["missed"] and event["found"]:
+        answer += f"; MISSED at {', '.join(event['missed'][:3])}"
+    at = ", ".join(event["devices"][:3]) + (" …" if len(event["devices"]) > 3 else "")
+    return [format_span(event["at"]), event["kind"], at or _PLACEHOLDER, answer]

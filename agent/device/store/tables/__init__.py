@@ -1,0 +1,1 @@
+"""Tables of the store's database: their schema, single values, checksums of rows, and SQLite's errors."""

@@ -1,0 +1,59 @@
+"""Check of a retraining set for poisoning: its labelled windows, with the devices and people that labels come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agent.fleet.dataset.gather import Gathered, Recording
+from agent.fleet.dataset.labels import RowLabel
+from agent.poisoning.inspect import PoisoningReport, inspect, not_checked
+from agent.poisoning.labelled_windows import LabelledWindows
+
+# The collector does not know the length of model windows; a longer part of a sample is cut.
+_MAX_WINDOW_ROWS = 256
+
+
+def check(gathered: Gathered) -> PoisoningReport:
+    """Inspect the windows that end at labelled rows; a window's name is device/log/row."""
+    window_rows = _estimate_window_rows(gathered.recordings)
+    last: list[int] = []
+    members: list[tuple[Recording, RowLabel]] = []
+    offset = 0
+    for recording in gathered.recordings:
+        for label in recording.labels:
+            place = label.row - recording.first
+            if label.label is not None and place + 1 >= window_rows:
+                last.append(offset + place)
+                members.append((recording, label))
+        offset += len(recording.t)
+    if not members:
+        return not_checked(0, 0, "no labelled windows")
+    labels, code = np.unique([label.label or "" for _, label in members], return_inverse=True)
+    return inspect(
+        LabelledWindows(
+            rows=np.concatenate([recording.values.astype(np.float32) for recording in gathered.recordings]),
+            last=np.array(last, np.int64),
+            window_rows=window_rows,
+            fields=gathered.fields,
+            label=code.astype(np.int64),
+            labels=labels.tolist(),
+            names=[f"{recording.device}/{recording.log}/{label.row}" for recording, label in members],
+            providers={
+                "device": np.array([recording.device for recording, _ in members]),
+                "labeller": np.array(["+".join(filter(None, label.by)) or "unknown" for _, label in members]),
+            },
+        )
+    )
+
+
+def _estimate_window_rows(recordings: Sequence[Recording]) -> int:
+    """Return the rows that every sample has up to its result: a sample holds the result's whole window."""
+    spans = [
+        sample["row"] - sample["rows"][0] + 1
+        for recording in recordings
+        for sample in recording.samples
+        if sample["rows"][0] <= sample["row"] <= sample["rows"][1]
+    ]
+    return max(1, min([_MAX_WINDOW_ROWS, *spans])) if spans else 1

@@ -1,0 +1,1 @@
+"""Poisoned training data: labels, patterns and providers of labels that depart from the rest of a labelled set."""

@@ -1,0 +1,50 @@
+"""Poisoned labels in a retraining set: a person or device that contradicts the others is named."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from agent.fleet.dataset import poisoning
+from agent.fleet.dataset.gather import Gathered, Recording
+from agent.fleet.dataset.labels import RowLabel
+
+PEOPLE = ("mira", "juri", "anna", "tariq", "lena")
+
+
+def gathered(liar: str = "", share: float = 0.5) -> Gathered:
+    """Return 30 recordings of 5 devices, each labelled by a person at its first row and every third after."""
+    draw = np.random.default_rng(0)
+    recordings = []
+    for i in range(30):
+        truth = draw.integers(0, 2, 40)
+        values = draw.normal(0, 1, (120, 3)) + 4 * np.repeat(truth, 3)[:, None]
+        rows = np.arange(40) * 3
+        labels = []
+        for row, code in zip(rows.tolist(), truth.tolist(), strict=True):
+            person = PEOPLE[row % 5]
+            is_lie = person == liar and draw.random() < share
+            labels.append(RowLabel(1000 + row, ("rest", "work")[code ^ is_lie], "", ("human",), (person,), 1))
+        samples = [{"row": 1000 + row, "rows": [1000 + row, 1000 + row + 2]} for row in rows.tolist()]
+        t = np.arange(120) + 1000 * i
+        recordings.append(Recording(f"pi-{i % 5}", "log", 1000, t, values, samples, labels))
+    return Gathered(["a", "b", "c"], recordings)
+
+
+def test_honest_people_are_not_accused() -> None:
+    report = poisoning.check(gathered())
+    assert (report.state, report.windows) == ("passed", 1200)
+    assert {provider.kind for provider in report.providers} == {"device", "labeller"}
+
+
+def test_a_person_who_flips_half_of_the_labels_is_named_with_rows() -> None:
+    report = poisoning.check(gathered("anna"))
+    [finding] = [finding for finding in report.findings if finding.check in ("device", "labeller")]
+    assert (finding.check, finding.subject) == ("labeller", "anna")
+    assert all((int(name.rpartition("/")[2]) - 1000) % 5 == PEOPLE.index("anna") for name in finding.rows)
+
+
+def test_a_set_without_labels_is_not_checked() -> None:
+    recordings = gathered().recordings
+    for recording in recordings:
+        recording.labels = []
+    assert poisoning.check(Gathered(["a", "b", "c"], recordings)).reasons == ["no labelled windows"]

@@ -1,0 +1,110 @@
+"""Poisoning checks on sets with known truth: what they detect, and that they accuse nobody of clean data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from msgspec.structs import replace
+
+from agent.poisoning import labelled_windows
+from agent.poisoning.inspect import inspect
+from agent.poisoning.labelled_windows import LabelledWindows
+from scripts.poisoning import attacks, sets, trials
+from scripts.poisoning.attacks import Attack
+
+FIRST_SEED = range(1)
+
+
+@pytest.fixture(scope="module")
+def exercise() -> LabelledWindows:
+    return sets.exercise()
+
+
+@pytest.mark.parametrize("load", [sets.exercise, sets.machine, sets.solar])
+def test_recordings_with_honest_noise_are_not_accused(load: Callable[[], LabelledWindows]) -> None:
+    assert [text for _, text in trials.accuse_clean(load(), FIRST_SEED)] == ["", ""]
+
+
+@pytest.mark.parametrize("name", sorted(sets.list_generated(0)))
+def test_a_misleading_clean_set_is_not_accused(name: str) -> None:
+    assert [text for _, text in trials.accuse_clean(sets.list_generated(0)[name], FIRST_SEED)] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        attacks.flip_class(0.4),
+        attacks.flip_by_labeller(0.4),
+        attacks.trigger(0.01),
+        attacks.trigger(0.03),
+        attacks.clean_label_trigger(0.1),
+        attacks.copy_window(0.02),
+        attacks.resend(0.02),
+    ],
+    ids=lambda attack: attack.name,
+)
+def test_poisoned_windows_are_named_and_hardly_any_others(exercise: LabelledWindows, attack: Attack) -> None:
+    result = trials.try_attack(exercise, attack, FIRST_SEED)
+    assert result.hits == 1
+    assert result.precision >= 0.7
+
+
+def test_flips_both_ways_alike_are_documented_as_a_miss(exercise: LabelledWindows) -> None:
+    assert trials.try_attack(exercise, attacks.flip_any(0.2), FIRST_SEED).hits == 0
+
+
+def test_a_device_that_flips_is_named_and_the_others_are_not() -> None:
+    windows = sets.machine()
+    device = windows.providers["device"]
+    flipped = (device == "device-10") & (np.random.default_rng(0).random(len(windows)) < 0.4)
+    report = inspect(replace(windows, label=np.where(flipped, 1 - windows.label, windows.label)))
+    assert {each.subject for each in report.findings if each.check == "device"} == {"device-10"}
+
+
+def test_two_devices_are_not_compared(exercise: LabelledWindows) -> None:
+    devices = np.where(np.arange(len(exercise)) % 2, "a", "b")
+    report = inspect(replace(exercise, providers={"device": devices}))
+    assert report.reasons == ["devices: a comparison takes 4 with 20 labels each"]
+
+
+def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
+    poisoned, _ = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
+    assert inspect(poisoned) == inspect(poisoned)
+
+
+def test_few_windows_or_one_class_are_not_checked(exercise: LabelledWindows) -> None:
+    few = inspect(exercise.select(np.arange(50)))
+    single = inspect(exercise.select(np.flatnonzero(exercise.label == 0)))
+    assert (few.state, few.reasons) == ("not checked", ["50 labelled windows, the checks take 100"])
+    assert (single.state, single.reasons) == ("not checked", ["1 classes, the checks take 2 to 64"])
+
+
+def test_more_windows_than_the_bound_are_thinned_evenly() -> None:
+    n = labelled_windows.MAX_WINDOWS + 50_000
+    table = sets.make_table(np.arange(2 * n).reshape(n, 2), np.arange(n) % 2)
+    thinned = table.thin()
+    assert len(thinned) == labelled_windows.MAX_WINDOWS
+    assert (thinned.names[0], thinned.names[-1]) == (1, n)
+
+
+def test_no_finding_rests_on_fewer_windows_than_the_least_count(exercise: LabelledWindows) -> None:
+    poisoned, _ = attacks.trigger(0.004).poison(exercise, np.random.default_rng(0))
+    assert all(finding.n >= 10 for finding in inspect(poisoned).findings)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=arrays.arrays(np.float32, (150, 2), elements=st.floats(width=32)),
+    label=arrays.arrays(np.int64, 150, elements=st.integers(0, 3)),
+    window_rows=st.integers(1, 6),
+)
+def test_any_bits_as_rows_give_a_report(rows: np.ndarray, label: np.ndarray, window_rows: int) -> None:
+    windows = replace(sets.make_table(rows, label, labels=list("abcd")), window_rows=window_rows)
+    report = inspect(windows.select(np.arange(window_rows - 1, 150)))
+    assert 0 <= report.contradicted <= 1
+    assert all(0 <= finding.low <= finding.share <= finding.high <= 1 for finding in report.findings)

@@ -1,0 +1,68 @@
+"""Poisoned training data given to `outstation model pack`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.model.group import model as command
+from scripts.kit.bundles import CLASSIFY, LABELS, readings, write_spec
+
+ROWS = 1200
+pytestmark = pytest.mark.process
+
+
+def write_training(path: Path, flipped: float = 0.0) -> Path:
+    rows = readings(ROWS, seed=3)
+    label = np.arange(ROWS) // 7 % 3
+    draw = np.random.default_rng(0)
+    label[(label == 0) & (draw.random(ROWS) < flipped)] = 1
+    lines = [",".join(["t", *CLASSIFY.fields, "label", "device"])]
+    for i, (row, code) in enumerate(zip(rows.tolist(), label.tolist(), strict=True)):
+        lines.append(",".join([f"{i / 100:.2f}", *(f"{value:.6g}" for value in row), LABELS[code], f"pi-{i % 5}"]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def pack(folder: Path, train: Path, *options: str) -> tuple[int, str]:
+    arguments = ["pack", str(write_spec(folder)), "-o", str(folder / "out"), "--train", str(train), *options]
+    result = CliRunner().invoke(command, arguments)
+    return result.exit_code, result.stdout
+
+
+def test_flipped_labels_are_reported_with_rows_and_stand_in_the_data_card(tmp_path: Path) -> None:
+    code, text = pack(tmp_path, write_training(tmp_path / "train.csv", 0.35), "--json")
+    [checked] = json.loads(text)["training"]
+    assert code == 0
+    assert checked["report"]["state"] == "warning"
+    assert checked["report"]["findings"][0]["subject"] == f"{LABELS[0]} → {LABELS[1]}"
+    truth = np.arange(ROWS) // 7 % 3
+    assert all(truth[row - 1] == 0 for row in checked["report"]["findings"][0]["rows"])
+    card = (tmp_path / "out" / "DATA_CARD.md").read_text()
+    assert "## Poisoning checks" in card
+    assert "look at" not in card
+
+
+def test_a_poisoned_set_is_not_packed_with_require_clean(tmp_path: Path) -> None:
+    code, text = pack(tmp_path, write_training(tmp_path / "train.csv", 0.35), "--require-clean")
+    assert code == 1
+    assert "not written" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clean_set_is_packed_with_require_clean_and_the_card_is_the_authors(tmp_path: Path) -> None:
+    code, text = pack(tmp_path, write_training(tmp_path / "train.csv"), "--require-clean")
+    assert (code, "nothing found" in text) == (0, True)
+    assert (tmp_path / "out" / "DATA_CARD.md").read_bytes() == (tmp_path / "DATA.md").read_bytes()
+
+
+def test_too_few_labels_do_not_count_as_clean(tmp_path: Path) -> None:
+    train = write_training(tmp_path / "train.csv")
+    train.write_text("\n".join(train.read_text().splitlines()[:40]) + "\n")
+    code, text = pack(tmp_path, train, "--require-clean")
+    assert code == 1
+    assert "not checked for poisoning: 39 labelled windows, the checks take 100" in text

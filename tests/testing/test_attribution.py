@@ -1,0 +1,144 @@
+"""Attribution of alerts: only an event whose device, field, task and time fit explains an alert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.fleet.audit.report import AuditReport
+from agent.quantities import decode_quantity
+from agent.testing.simulation.attribution import EFFECTS, Attribution, RaisedAlert, attribute
+from agent.testing.simulation.runner import Injected, Outcome
+from agent.testing.simulation.scenario import AnyEvent, CollectorOutage, Scenario
+
+_INF = float("inf")
+
+
+def alert(kind: str, subject: str, *raised: float, device: str = "a", task: str = "motion", **more: Any) -> RaisedAlert:
+    values: dict[str, Any] = {"source": "device", "cleared_s": _INF, **more}
+    if kind in ("connection", "storage", "clock"):
+        task = ""
+    return RaisedAlert(device, task, kind, subject, values["source"], f"{kind} {subject}", raised, values["cleared_s"])
+
+
+def run(events: Sequence[dict[str, Any]], *alerts: RaisedAlert, devices: Sequence[str] = ("a",)) -> Attribution:
+    labels = {"motion": {"delay": "5 min"}}
+    scenario = msgspec.convert({"duration": "3 h", "labels": labels}, Scenario, dec_hook=decode_quantity)
+    injected = []
+    for each in events:
+        event: Any = msgspec.convert({"at": "1000 s", "lasts": "600 s", **each}, AnyEvent, dec_hook=decode_quantity)
+        injected.append(Injected(event, [] if isinstance(event, CollectorOutage) else [*devices]))
+    streams = {"watch": ["ax", "ay", "az"], "mic": ["level"]}
+    outcome = Outcome(
+        injected=injected, devices=["a", "b"], fields=streams,
+        task_streams={"motion": ["watch"], "sound": ["mic"]}, commit_s=10.0, messages=0, digest="", rows=0, rejected=0,
+        labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(), simulated_s=0.0, real_s=0.0, peak_bytes=0,
+    )  # fmt: skip
+    return attribute(scenario, outcome, alerts)
+
+
+OFFSET = {"kind": "offset", "fields": ["ax"], "amount": 1.0}
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        alert("drift", "ax", 1200.0),
+        alert("fault", "ax", 1200.0),
+        alert("drift", "output", 1200.0),
+        alert("drift", "score", 1200.0),
+        alert("drift", "joint", 1200.0),
+        alert("drift", "ax_speed", 1200.0),
+        alert("quality", "evaluation", 1400.0),
+        alert("result", "falls", 1200.0),
+        alert("outlier", "ax", 1200.0, source="collector"),
+        alert("drift", "ax", 995.0),
+        alert("drift", "ax", 3300.0),
+    ],
+)
+def test_what_an_offset_can_cause_is_no_false_alarm(cause: RaisedAlert) -> None:
+    assert run([OFFSET], cause).false_alarms == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        alert("drift", "ay", 1200.0),
+        alert("fault", "rate", 1200.0),
+        alert("clock", "clock", 1200.0),
+        alert("connection", "silent", 1200.0, source="collector"),
+        alert("quality", "labels", 1400.0),
+        alert("quality", "evaluation", 1250.0),
+        alert("model", "motion", 1200.0),
+        alert("drift", "ax", 985.0),
+        alert("drift", "ax", 3500.0),
+        alert("drift", "ax", 1200.0, device="b"),
+        alert("drift", "output", 1200.0, task="sound"),
+        alert("drift", "ax", 1200.0, device=""),
+    ],
+)
+def test_an_alert_of_another_field_task_device_or_time_is_a_false_alarm(other: RaisedAlert) -> None:
+    attributed = run([OFFSET], other)
+    assert attributed.false_alarms == [other]
+    assert attributed.missed == {1: ["a"]}
+
+
+def test_an_event_that_may_raise_nothing_explains_nothing() -> None:
+    raised = alert("drift", "ax", 1200.0)
+    assert run([{**OFFSET, "expect": []}], raised) == Attribution({}, {}, [raised])
+
+
+@pytest.mark.parametrize("kind", ["outage", "clock", "full-disk", "power-cut", "network", "collector-outage"])
+def test_trouble_of_links_clocks_and_disks_explains_no_drift(kind: str) -> None:
+    drift, silent = alert("drift", "ax", 1200.0), alert("connection", "silent", 1200.0, source="collector")
+    attributed = run([{"kind": kind}], drift, silent)
+    assert drift in attributed.false_alarms
+    assert (silent in attributed.false_alarms) == (kind == "clock")
+    assert EFFECTS[kind]
+
+
+def test_overlapping_events_of_one_field_need_an_alert_each() -> None:
+    gain = {"kind": "gain", "fields": ["ax"], "amount": 2.0, "at": "1300 s"}
+    attributed = run([OFFSET, gain], alert("drift", "ax", 1350.0), alert("fault", "ax", 1320.0))
+    assert attributed.missed == attributed.missed == {}
+    assert {n: answers[0][1].alert.alert for n, answers in attributed.answers.items()} in (
+        {1: "fault", 2: "drift"}, {1: "drift", 2: "fault"},
+    )  # fmt: skip
+
+
+def test_an_early_alert_answers_the_first_event_and_a_later_one_the_second() -> None:
+    gain = {"kind": "gain", "fields": ["ax"], "amount": 2.0, "at": "1300 s"}
+    attributed = run([OFFSET, gain], alert("drift", "ax", 1100.0), alert("fault", "ax", 1400.0))
+    assert attributed.answers[1][0][1].at_s == 1100.0
+    assert attributed.answers[2][0][1].alert.alert == "fault"
+
+
+def test_an_open_alert_is_shared_by_the_next_event_of_its_field_and_a_cleared_one_is_not() -> None:
+    gain = {"kind": "gain", "fields": ["ax"], "amount": 2.0, "at": "1300 s"}
+    [(_, shared)] = run([OFFSET, gain], alert("drift", "ax", 1100.0)).answers[2]
+    assert (shared.shared_with, shared.at_s) == (1, 1300.0)
+    assert run([OFFSET, gain], alert("drift", "ax", 1100.0, cleared_s=1200.0)).missed == {2: ["a"]}
+    [(_, again)] = run([OFFSET, gain], alert("drift", "ax", 1100.0, 1400.0)).answers[2]
+    assert (again.shared_with, again.at_s) == (None, 1400.0)
+
+
+def test_the_alert_of_one_field_does_not_answer_the_event_of_another() -> None:
+    other = {"kind": "gain", "fields": ["ay"], "amount": 2.0}
+    attributed = run([OFFSET, other], alert("drift", "ax", 1100.0), alert("drift", "joint", 1200.0))
+    assert attributed.missed == {2: ["a"]}
+    assert attributed.false_alarms == []
+
+
+def test_a_fleet_wide_alert_needs_more_than_one_device() -> None:
+    fleet_wide = alert("drift", "ax", 1200.0, device="", source="collector")
+    assert run([OFFSET], fleet_wide, devices=["a", "b"]).false_alarms == []
+    assert run([OFFSET], fleet_wide).false_alarms == [fleet_wide]
+
+
+def test_rows_repeat_only_if_every_field_is_stuck() -> None:
+    repeated = alert("fault", "rate", 1200.0)
+    assert run([{"kind": "stuck", "fields": ["ax"]}], repeated).false_alarms == [repeated]
+    assert run([{"kind": "stuck", "fields": ["ax", "ay", "az"]}], repeated).false_alarms == []

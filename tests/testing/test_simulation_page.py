@@ -1,0 +1,68 @@
+"""Page of a simulation's report: names that are markup stay text, and spans are short."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+from agent.testing.simulation.page import render
+
+_HOSTILE = """</table></svg><script>alert(1)</script><img src=x onerror="alert('1')">"""
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _report(name: str, **answer: Any) -> dict[str, Any]:
+    alert = {"device": name, "alert": name, "subject": name, "by": name, "at": 65.0, "after": 5.0, "summary": name}
+    events = [
+        {
+            "kind": "offset", "at": 60.0, "lasts": 600.0, "devices": [name] * 5, "expects": ["drift"],
+            "settings": {"fields": [name], "stream": name, "over": 300.0}, "found": [{**alert, **answer}],
+            "missed": [name],
+        },
+        {
+            "kind": "outage", "at": 7200.0, "lasts": None, "devices": [name], "expects": [], "settings": {},
+            "found": [], "missed": [],
+        },
+    ]  # fmt: skip
+    invalid = [{"device": name, "seq": 1, "reason": name}]
+    return {
+        "passed": False, "seed": 1, "devices": 5, "simulated_seconds": 14400.0, "messages": 1, "rows": 1,
+        "messages_per_second": 1.0, "messages_digest": name, "peak_bytes": 1, "undelivered": [name], "missed": 1,
+        "events": events, "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},
+        "audit": {"passed": False, "messages": 1, "devices": 5, "invalid": invalid},
+    }  # fmt: skip
+
+
+def _parse(page: str) -> _Tags:
+    parsed = _Tags()
+    parsed.feed(page)
+    return parsed
+
+
+def test_names_that_are_markup_stay_text() -> None:
+    harmless, hostile = _parse(render(_report("x"))), _parse(render(_report(_HOSTILE)))
+    assert hostile.tags == harmless.tags
+    assert hostile.attributes == harmless.attributes
+    assert _HOSTILE in hostile.text
+
+
+def test_a_page_names_the_event_that_shares_an_alert_and_devices_without_one() -> None:
+    text = _parse(render(_report("hall-01", shared_with=3))).text
+    assert "open since event 3" in text
+    assert "missed at hall-01" in text
+    assert "over 5 min" in text
+    assert "nothing expected" in text
