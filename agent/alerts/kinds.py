@@ -23,9 +23,12 @@ _RELEARN = "If the change is meant to stay, learn the site's reference anew: `ou
 FIELD_DRIFT = AlertKind(
     *("Field drift", "drift", "{field}", "{field}/drift/{count}", "warning", "task"),
     "Readings of one field no longer follow the distribution that the device learned at this site. The summary says "
-    "how far the mean or the spread moved, or that the distribution has another shape, and since when.",
+    "how far the mean or the spread moved, or that the distribution has another shape, and since when. Any drift alert "
+    "says so if the readings of its window are unlike anything the model was trained on; `training_distance` is about "
+    "1 for readings like those of the training.",
     "An offset or a new position of the sensor; gain loss; more or less movement; a slow change of temperature or "
-    "season; another operating mode of the machine; an hour of the day that the reference does not cover.",
+    "season; another operating mode of the machine; an hour of the day that the reference does not cover; "
+    "[forged readings](../concepts/adversarial-input.md).",
     "Compare the field's picture (`outstation drift`) with the time in the summary, and look at the sensor first. "
     + _RELEARN,
     _DRIFT_CLEARS + " It also clears when the field turns out to follow from another field that is read wrongly.",

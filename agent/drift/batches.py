@@ -21,6 +21,7 @@ from agent.drift.detectors.gate import GateObservation, GateRun, GateWindows
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.faults import FaultIndicators
+from agent.drift.reporting.training_distance import describe_training_distance
 from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
@@ -234,7 +235,13 @@ class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
         )
 
     def build_gate_alerts(
-        self, number: int, previous: GateStates, closed: DriftState, current: GateStates, site: Reference | None
+        self,
+        number: int,
+        previous: GateStates,
+        closed: DriftState,
+        current: GateStates,
+        site: Reference | None,
+        shipped: Reference,
     ) -> list[Alert]:
         """Build the alerts that gates raise and clear with window `number`, which state `closed` closes."""
         if site is None:
@@ -245,7 +252,15 @@ class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
             name = gate.name
             states = previous[name], current[name], self.gates[name][number]
             alerts += gate.build_alerts(*states, site.baselines[name], closed.t, evidence)
-        return alerts
+        if not any(alert.state == "raised" for alert in alerts):
+            return alerts
+        unlike, distance = describe_training_distance(summary.select_window(self.summaries, number), shipped)
+        return [
+            replace(alert, summary=f"{alert.summary.removesuffix('.')}{unlike}.", evidence=alert.evidence | distance)
+            if alert.state == "raised"
+            else alert
+            for alert in alerts
+        ]
 
 
 class AdvancedTests(msgspec.Struct, frozen=True, eq=False):

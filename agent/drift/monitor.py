@@ -385,7 +385,7 @@ class DriftMonitor:
             after, guard_alerts = self._build_guard_alerts(before, after)
         scores = None if analysis.evidence is None else analysis.evidence.z[first]
         after, fault_alerts = self._alert_lifecycle.update_faults(after, identified, scores)
-        gate_alerts = analysis.build_gate_alerts(first, gates[0], before, gates[1], site)
+        gate_alerts = analysis.build_gate_alerts(first, gates[0], before, gates[1], site, self.shipped)
         return after, _Outcome((*fault_alerts, *gate_alerts, *drift_alerts, *guard_alerts), learned, refused)
 
     def _is_gathering(self, state: DriftState) -> bool:

@@ -9,6 +9,8 @@ from agent.drift import DriftMonitor, build_reference
 from agent.drift.baseline.learning_state import MAX_BYTES, MAX_WINDOWS, MIN_RETAINED_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary, summarize
 from agent.drift.detectors.detector import Task
+from scripts.benchmarks.drift_peers import site_trials
+from scripts.benchmarks.drift_peers.populations import POPULATIONS
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
 YEAR_US = 365 * 86_400_000_000
@@ -119,3 +121,24 @@ def test_unknown_certainty_counts_as_neither_certain_nor_in_doubt(monitor: Drift
     state, verdicts = feed(monitor, monitor.start(), r)
     assert len(verdicts) == 2
     assert int(state.learning.total.scores.sum()) == 2 * WINDOW - WINDOW // 2
+
+
+@pytest.mark.parametrize("population", ["independent", "AR(0.9)"])
+def test_unchanged_data_after_a_relearn_raise_no_more_alerts_than_the_budget(population: str) -> None:
+    [law] = [each for each in POPULATIONS if each.name == population]
+    rows, monitor, alerts, windows = 60, site_trials.shipped_monitor(law, 60), 0, 0
+    for number in range(4):
+        site = site_trials.learn(monitor, law, rows, number)
+        assert site is not None
+        state, at = monitor.relearn(site.state)[0], 0
+        data, t = site_trials._stream(law, (9, number), 400, rows)
+        t += site.t[0] - t[0]
+        while state.site_reference is None:
+            state, _ = site_trials.feed(monitor, law, state, data[at : at + rows], t[at : at + rows])
+            at += rows
+        end = at + 200 * rows
+        _, results = site_trials.feed(monitor, law, state, data[at:end], t[at:end])
+        windows += sum(result.windows for result in results)
+        alerts += len(site_trials.raised_alerts(results))
+    assert windows == 800
+    assert 1000 * alerts / windows <= 10

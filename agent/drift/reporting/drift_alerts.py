@@ -14,6 +14,7 @@ from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.detector import Alarm, AlarmDetector, AlertText, round_significant
 from agent.drift.detectors.registry import CHARTS, SCORED
+from agent.drift.reporting import training_distance
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.performance import cbpe
 
@@ -67,7 +68,8 @@ def build_text(
     cost, numbers = _describe_accuracy_change(context, shipped)
     # The hour of day moves means; it does not change a gain.
     hour = _describe_hour(context) if alert_text.evidence["test"] in ("mean", "shape") else ""
-    return AlertText(f"{alert_text.sentence}{hour}{cost}.", alert_text.evidence | numbers)
+    unlike, distance = training_distance.describe_training_distance(context.window, shipped)
+    return AlertText(f"{alert_text.sentence}{hour}{unlike}{cost}.", alert_text.evidence | numbers | distance)
 
 
 def _find_alarming_detector(subject: int, suite: SuiteState) -> AlarmDetector:

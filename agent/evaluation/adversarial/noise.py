@@ -40,7 +40,7 @@ def find_smallest_noise(
         left = np.flatnonzero(np.isinf(sizes))
         if not len(left):
             break
-        flipped, tried = _search_bound(target, index[left], fields[left], np.float32(bound), steps, rng)
+        flipped, tried = search_bound(target, index[left], fields[left], np.float32(bound), steps, rng)
         sizes[left[flipped]], changes[left[flipped]] = bound, tried[flipped]
     done = np.flatnonzero(np.isfinite(sizes))
     if len(done):
@@ -48,7 +48,7 @@ def find_smallest_noise(
     return sizes
 
 
-def _search_bound(
+def search_bound(
     target: Target, index: Ints, fields: Bools, bound: np.float32, steps: int, rng: Generator
 ) -> tuple[Bools, Float32s]:
     """Return which windows (k,) flipped, and the changes (k, L, F) that did it."""

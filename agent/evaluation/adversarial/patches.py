@@ -43,7 +43,7 @@ def search_patches(target: Target, index: Ints, rng: Generator) -> tuple[Attack,
     best: list[FlippedShare] = []
     control: list[FlippedShare] = []
     for rows, columns in _list_shapes(length, fields):
-        patch = _search(target, searched, rows, columns, rng)
+        patch = search_patch(target, searched, rows, columns, rng)
         strength = _count(columns, "field") if length == 1 else f"{_count(rows, 'row')} of {_count(columns, 'field')}"
         for points, tried in ((best, patch), (control, _draw_patch(target, rows, columns, rng))):
             points.append(flipped_share(strength, target.query(held_out, tried.apply(target.windows[held_out]))[0]))
@@ -64,7 +64,8 @@ def _list_shapes(length: int, fields: int) -> list[tuple[int, int]]:
     return sorted({(max(1, round(length * side)), max(1, round(fields * side))) for side in sides})
 
 
-def _search(target: Target, index: Ints, rows: int, columns: int, rng: Generator) -> Patch:
+def search_patch(target: Target, index: Ints, rows: int, columns: int, rng: Generator) -> Patch:
+    """Return the patch of this size that flipped most of the windows at `index` (k,)."""
     best, fitness = _draw_patch(target, rows, columns, rng), (-1.0, -np.inf)
     for step in range(STEPS):
         # The first third looks for a place, the rest for values there.

@@ -222,25 +222,36 @@ def test_the_reserve_really_takes_up_room_and_gives_it_back(tmp_path: Path) -> N
     assert reserve.size == 0
 
 
-_ON_A_FULL_DISK = """\
+# Begins each program that `on_a_small_disk` runs.
+_HEAD = """\
 import sys
 from pathlib import Path
+
+folder = Path(sys.argv[1])
+
+
+def fill_disk():
+    with open(folder / "ballast", "wb", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(b"x" * 4096)
+        except OSError:
+            pass
+
+
+"""
+
+_ON_A_FULL_DISK = """\
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.errors import StorageFull
 from agent.wire.messages import encode
 from tests.device.capacity.test_space import Device
 
-folder = Path(sys.argv[1])
 device = Device(folder / "data", size=1 << 30)
 device.write("health", 500)
 device.feed(1000)
 held = (folder / "data" / "reserve").stat().st_blocks
-with open(folder / "ballast", "wb", buffering=0) as ballast:
-    try:
-        while True:
-            ballast.write(b"x" * 65536)
-    except OSError:
-        pass
+fill_disk()
 try:
     for _ in range(1000):
         device.feed(5000)
@@ -262,19 +273,11 @@ device.store.close()
 """
 
 _CROWDED_ON_A_FULL_DISK = """\
-import sys
-from pathlib import Path
 from tests.device.capacity.test_space import Device
 
-folder = Path(sys.argv[1])
 device = Device(folder / "data", size=1 << 30)
 device.feed(1000)
-with open(folder / "ballast", "wb", buffering=0) as ballast:
-    try:
-        while True:
-            ballast.write(b"x" * 4096)
-    except OSError:
-        pass
+fill_disk()
 device.stuck = device.crowded = {"exercise"}
 device.turns(120)
 assert device.space.is_evicting, "the disk was not full"
@@ -287,8 +290,6 @@ device.store.close()
 """
 
 _STARTED_ON_A_FULL_DISK = """\
-import sys
-from pathlib import Path
 import numpy as np
 from agent import clock
 from agent.bootstrap.device import load_config, open_store
@@ -298,7 +299,6 @@ from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.wire import keys
 
-folder = Path(sys.argv[1])
 keys.generate(folder / "device.key")
 (folder / "outstation.toml").write_text('''
 [device]
@@ -331,12 +331,7 @@ for _ in range(30):
     feed(store)
     daemon._health_reporter.write_health()
 store.close()
-with open(folder / "ballast", "wb", buffering=0) as ballast:
-    try:
-        while True:
-            ballast.write(b"x" * 4096)
-    except OSError:
-        pass
+fill_disk()
 for through in (10, 20):
     store, daemon = start()
     daemon.tick(clock.read())
@@ -360,7 +355,7 @@ def on_a_small_disk(folder: Path, code: str) -> str:
     """Return the output of a program whose first argument is a disk of 16 MiB."""
     unshare = shutil.which("unshare")
     script = 'mount -t tmpfs -o size=16m none "$1" && exec "$2" -c "$3" "$1"'
-    command: list[Any] = ["sh", "-c", script, "sh", str(folder), sys.executable, code]
+    command: list[Any] = ["sh", "-c", script, "sh", str(folder), sys.executable, _HEAD + code]
     if unshare is None or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("no small disk can be made here")
     done = subprocess.run([unshare, "-rm", *command], capture_output=True, text=True, cwd=ROOT)
