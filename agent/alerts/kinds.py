@@ -46,6 +46,20 @@ OUTPUT_DRIFT = AlertKind(
     _DRIFT_CLEARS,
     {"share": "the share of one class moved (CUSUM)", "shape": "the shares of all classes moved (PSI)"},
 )
+FURTHER_OUTPUT_DRIFT = AlertKind(
+    *("Drift of a further output", "drift", "output.{output}", "output.{output}/drift/{count}", "warning", "task"),
+    "An output beside the main one, `[outputs.NAME]` of the bundle, names a class more or less often than it did at "
+    "this site, or its score or its values no longer follow the distribution learned here.",
+    OUTPUT_DRIFT.causes,
+    OUTPUT_DRIFT.action,
+    _DRIFT_CLEARS,
+    {
+        "share": "the share of one class moved (CUSUM)",
+        "accuracy": "the certainty, or the accuracy to expect from it, moved (CUSUM)",
+        "mean": "values moved towards one end (CUSUM)",
+        "spread": "values spread more or less (CUSUM)",
+    },
+)
 SCORE_DRIFT = AlertKind(
     *("Drift of the model's scores", "drift", "score", "score/drift/{count}", "warning", "task"),
     "The model's certainty, or the value that it predicts, no longer follows the distribution learned at this site.",
@@ -422,7 +436,7 @@ _MONITORED = {(kind.alert, kind.subject): kind for kind in (OUTPUT_DRIFT, SCORE_
 
 
 def find_kind(alert: str, subject: str, identity: str, task: str | None, *, from_collector: bool) -> AlertKind | None:
-    """Return the kind that an alert's names fit; None for none. A kind with fewer names in braces fits better."""
+    """Return the kind that an alert's names fit; None for none. The kind with fewest names in braces fits best."""
     own_id = identity.removeprefix(f"{task}/") if task is not None and not from_collector else identity
     for kind in _by_precision():
         if kind.alert != alert or (kind.source == "collector") != from_collector:
@@ -432,9 +446,14 @@ def find_kind(alert: str, subject: str, identity: str, task: str | None, *, from
     return None
 
 
+def _precision(kind: AlertKind) -> tuple[int, int]:
+    names = kind.subject + kind.id
+    return names.count("{"), -len(names)
+
+
 @cache
 def _by_precision() -> tuple[AlertKind, ...]:
-    return tuple(sorted(KINDS, key=lambda kind: (kind.subject + kind.id).count("{")))
+    return tuple(sorted(KINDS, key=_precision))
 
 
 @cache
@@ -444,5 +463,13 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def monitoring_kind(alert: MonitoredAlert, subject: str) -> AlertKind:
-    """Return the kind of a drift monitor's alert about a field, or about the output, score or joint statistics."""
-    return FIELD_FAULT if alert == "fault" else _MONITORED.get((alert, subject), FIELD_DRIFT)
+    """Return the kind of a drift monitor's alert about a field, or about an output, score or joint statistics."""
+    if alert == "fault":
+        return FIELD_FAULT
+    other = FURTHER_OUTPUT_DRIFT if subject.startswith("output.") else FIELD_DRIFT
+    return _MONITORED.get((alert, subject), other)
+
+
+def monitored_names(subject: str) -> dict[str, str]:
+    """Return the names that a drift monitor's alert about this subject is filled in with."""
+    return {"field": subject, "output": subject.removeprefix("output.")}

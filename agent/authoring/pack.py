@@ -29,7 +29,7 @@ from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, joins, runtime
+from agent.model.inference import derived_features, features, joins, runtime, scores
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
@@ -212,6 +212,8 @@ def _learn_reference(run: _ModelRun, draft: Manifest) -> Reference:
         labels=tuple(draft.output.labels),
         t=run.data.t,
         seasonality=seasonality,
+        further=scores.monitored_outputs(draft),
+        answers=run.answers,
     )
 
 
@@ -222,6 +224,7 @@ class _ModelRun(msgspec.Struct, frozen=True):
     starts: Ints
     predicted: Ints
     score: Float64s | None
+    answers: Float64s | None = None  # (w, P) of further outputs
 
 
 def _run_model(
@@ -233,9 +236,10 @@ def _run_model(
 ) -> _ModelRun:
     data = training_data.read(path, draft.input, labels)
     starts = training_data.find_window_starts(path, data, draft.input)
-    scores = calibration.run_model(model, draft, path, data, joined_files).scores
-    predicted = scores.label if scores.label is not None else np.zeros(len(starts), np.int64)
-    return _ModelRun(data, starts, predicted, scores.value if scores.score is None else scores.score)
+    result = calibration.run_model(model, draft, path, data, joined_files).scores
+    predicted = result.label if result.label is not None else np.zeros(len(starts), np.int64)
+    score = result.value if result.score is None else result.score
+    return _ModelRun(data, starts, predicted, score, result.further_answers)
 
 
 def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
@@ -266,6 +270,8 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
         )
         if training_data.has_labels(path, job.draft.input):
             warnings += _check_label_order(job, path)
+    if output.held_out is not None and reference.further:
+        reference = _with_further_held_out(job, reference, job.path(output.held_out))
     files["reference.json"] = reference.to_json()
     return [*warnings, *_find_gaps(reference)]
 
@@ -315,6 +321,32 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Refe
     is_right = run.predicted[known] == truth[known]
     filled = learning.with_score_accuracy(reference, run.score[known].astype(np.float64), is_right)
     return filled, [f"{path}: {better}"] if better else []
+
+
+def _with_further_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:
+    """Add the accuracy of the scores of each further output that held-out data have a column `label_NAME` for."""
+    filled = list(reference.further)
+    for at, further in enumerate(reference.further):
+        name = further.output.name
+        view = scores.further_manifest(job.draft, name)
+        if view.label_kind != "classify" or not training_data.has_labels(path, view.input, f"label_{name}"):
+            continue
+        parser = replace(LabelParser.from_manifest(view), column=f"label_{name}")
+        try:
+            run = _run_model(path, job.model, job.draft, job.joined_files, parser)
+        except (UsageError, BadBundle) as problem:
+            raise ConfigError(str(job.file), "output.held_out", str(problem)) from None
+        assert run.data.label is not None
+        assert run.answers is not None
+        truth, column = run.data.window_labels(run.starts, job.draft.input.rows), _first_column(reference, at)
+        known, labels, score = truth >= 0, run.answers[:, column], run.answers[:, column + 1]
+        if int(known.sum()) >= _MIN_HELD_OUT:
+            filled[at] = further.with_held_out(score[known], labels[known] == truth[known])
+    return replace(reference, further=tuple(filled))
+
+
+def _first_column(reference: Reference, number: int) -> int:
+    return sum(further.output.columns for further in reference.further[:number])
 
 
 def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:

@@ -30,6 +30,7 @@ from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
+from agent.model.inference import scores
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.subprocess_model import SubprocessModel
@@ -243,4 +244,5 @@ def _build_drift_monitor(file: str, conf: Config, name: str, active: LoadedBundl
         roles=manifest.input.roles,
         class_field=declared if task.class_field is None else task.class_field,
         hold_deviating=task.on_deviation == "hold",
+        further=scores.monitored_outputs(manifest),
     )

@@ -115,7 +115,8 @@ class AlertRuleConfig(Section, frozen=True, rename={"for_": "for"}):
     value: str | None = None
     """Condition: the value of a regression, or the distance of an anomaly model: `"> 80"`."""
     output: str | None = None
-    """With `value`: name of the value, of a model that predicts several; else the first."""
+    """Further output of the bundle that the rule is about, `"NAME"`, or one of its values, `"NAME.VALUE"`; with `value`
+    also the name of a value of the main output. Else the main output, and its first value."""
     anomaly: bool = False
     """Condition: the value is above the threshold of the bundle."""
     unchanged: str | None = None
@@ -222,8 +223,6 @@ class _RuleChecker:
             self._fail("", f"has no condition, so it can never fire; give one of {', '.join(_CONDITIONS)}")
         if len(given) > 1 and given not in (["label", "score"], ["labels", "score"]):
             self._fail(given[1], f"a rule has one condition, this one has {' and '.join(given)}; make two rules of it")
-        if rule.output is not None and rule.value is None:
-            self._fail("output", "names the value that `value` compares; this rule compares none, so remove it")
         if duplicates := {name for name in rule.class_names if rule.class_names.count(name) > 1}:
             self._fail("labels", f"{min(duplicates)!r} is listed twice; remove one")
 

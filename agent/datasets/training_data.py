@@ -51,6 +51,7 @@ class LabelParser(msgspec.Struct, frozen=True):
 
     schema: LabelSchema
     multi_label: bool = False
+    column: str = LABEL_COLUMN
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> LabelParser:
@@ -76,20 +77,22 @@ class LabelParser(msgspec.Struct, frozen=True):
 
 
 def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> TrainingData:
-    """Read all rows, with column `label` if `labels` are wanted. Raises UsageError that names the file and the line."""
+    """Read all rows, with their labels if `labels` are wanted. Raises UsageError that names the file and the line."""
     if path.suffix == ".npz":
         loaded = recordings.load(path)
-        codes = loaded.label[loaded.recording_index] if LABEL_COLUMN in loaded.columns else None
+        is_main = LABEL_COLUMN in loaded.columns and (labels is None or labels.column == LABEL_COLUMN)
+        codes = loaded.label[loaded.recording_index] if is_main else None
         known = [name for name in PROVIDERS if name in loaded.columns]
         columns = recordings.RecordingsReader(path, spec).read_texts(known) if known else {}
         return TrainingData(
             loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes, columns
         )
     reader = readers.open_reader(path, spec, require_times=True)
-    labelled = labels is not None and LABEL_COLUMN in reader.columns
+    column = LABEL_COLUMN if labels is None else labels.column
+    labelled = labels is not None and column in reader.columns
     names = [name for name in PROVIDERS if labelled and name in reader.columns and name not in spec.fields]
     if labelled:
-        reader = readers.open_reader(path, spec, [LABEL_COLUMN, *names], require_times=True)
+        reader = readers.open_reader(path, spec, [column, *names], require_times=True)
     providers: dict[str, list[TextColumn]] = {name: [] for name in names}
     rows, t, texts = [np.empty((0, len(spec.fields)), np.float32)], [np.empty(0, np.int64)], [np.empty(0, np.str_)]
     for block in reader.blocks():
@@ -99,25 +102,25 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         rows.append(block.rows)
         t.append(block.t)
         if labelled:
-            texts.append(block.text_columns[LABEL_COLUMN])
+            texts.append(block.text_columns[column])
         for name in names:
             providers[name].append(block.text_columns[name])
-    label, column = None, np.concatenate(texts)
+    label, cells = None, np.concatenate(texts)
     # Images that lie in no subfolder have no label.
-    if labels is not None and labelled and (not readers.is_media(spec) or (column != "").any()):
+    if labels is not None and labelled and (not readers.is_media(spec) or (cells != "").any()):
         try:
-            label = labels.parse_column(column)
+            label = labels.parse_column(cells)
         except ValueError as problem:
-            raise UsageError(f"{path}: column {LABEL_COLUMN}: {problem}") from None
+            raise UsageError(f"{path}: column {column}: {problem}") from None
     columns = {name: np.concatenate(parts) for name, parts in providers.items() if parts}
     return TrainingData(np.concatenate(rows), np.concatenate(t), label, columns)
 
 
-def has_labels(path: Path, spec: ModelInput) -> bool:
-    """Return True if the data have a column `label`. Raises UsageError."""
+def has_labels(path: Path, spec: ModelInput, column: str = LABEL_COLUMN) -> bool:
+    """Return True if the data have this column of labels. Raises UsageError."""
     if path.suffix == ".npz":
-        return LABEL_COLUMN in recordings.load(path).columns
-    return LABEL_COLUMN in readers.open_reader(path, spec, require_times=True).columns
+        return column == LABEL_COLUMN and column in recordings.load(path).columns
+    return column in readers.open_reader(path, spec, require_times=True).columns
 
 
 def find_window_starts(path: Path, data: TrainingData, spec: ModelInput) -> Ints:

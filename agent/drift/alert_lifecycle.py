@@ -19,11 +19,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert, MonitoredAlert
-from agent.alerts.kinds import monitoring_kind
+from agent.alerts.kinds import monitored_names, monitoring_kind
 from agent.arrays import Bools, Float64s, any_true
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.cusum import Cusum, windows_to_clear
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, round_significant
+from agent.drift.detectors.detector import round_significant
 from agent.drift.faults.faults import KINDS, Fault
 from agent.drift.numeric.escalation import GROWTH, MAX_SCORE, MIN_SCORE
 from agent.drift.reporting import alert_text
@@ -35,11 +35,11 @@ _DRIFT, _FAULT = 0, 1
 
 
 class AlertLifecycle:
-    """Alerts of one task. Subjects are the fields, of these `units` and `roles`, then output, score and joint."""
+    """Alerts of one task, whose fields have these `units` and `roles`."""
 
     def __init__(self, shipped: Reference, units: Sequence[str], roles: Sequence[str]) -> None:
         self.shipped, self.units, self.roles = shipped, units, roles
-        self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
+        self.subjects = shipped.task.name_subjects(shipped.fields)
 
     def update_faults(
         self, state: DriftState, faults: tuple[tuple[Fault, ...], ...], z: Float64s | None
@@ -180,7 +180,7 @@ class AlertLifecycle:
         return replace(state, suite=state.suite.reset_subjects(late)), out
 
     def _has_grown(self, state: DriftState, z: Float64s | None) -> Bools:
-        """Return the subjects (F + 3,) whose scores `z` (T,) are far larger than their drift was as published."""
+        """Return the subjects (F + 3 + H,) whose scores `z` (T,) are far larger than their drift was as published."""
         if z is None:
             return np.zeros(len(self.subjects), np.bool_)
         now = np.minimum(np.abs(np.nan_to_num(z)), MAX_SCORE)
@@ -203,8 +203,8 @@ class AlertLifecycle:
         monitored, window = monitoring_kind(alert, name), {"window": state.index, "rows": list(state.rows)}
         if evidence is None:
             window |= {"fault": kind} if kind else {}
-            return monitored.cleared(sentence, window, field=name, count=number)
-        built = monitored.raised(sentence, window | evidence, field=name, count=number)
+            return monitored.cleared(sentence, window, **monitored_names(name), count=number)
+        built = monitored.raised(sentence, window | evidence, **monitored_names(name), count=number)
         return replace(built, revision=revision)
 
 

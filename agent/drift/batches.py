@@ -81,7 +81,14 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
             spans = np.diff(batch.t[starts], axis=1)
         rows, named = self._gather_rows(part.values, begin - part.begin), part.predicted
         stack, _ = summary.summarize_windows(
-            shipped, rows, spans, part.stats, named, part.top_scores, assign_classes(part.stats, named)
+            shipped,
+            rows,
+            spans,
+            part.stats,
+            named,
+            part.top_scores,
+            assign_classes(part.stats, named),
+            answers=part.answers,
         )
         return stack
 

@@ -23,7 +23,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.arrays import Float32s, Ints, any_true
+from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift import batches, succession
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline import deviation
@@ -38,6 +38,7 @@ from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.faults import faults
 from agent.drift.faults.constant_runs import ConstantRuns, run_until_stuck
 from agent.drift.faults.missing_values import MissingValues
+from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.reporting.field_roles import complete_roles
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
@@ -60,9 +61,9 @@ class DriftMonitor:
     The site's reference is learned from `learn_windows` drift windows and at least `min_learn_s` seconds of readings.
     Where these windows are too much like their neighbors, learning goes on, up to `learn_extension` times as long.
     `seasonality` says whether it follows the hour of day and days of rest (auto, hour, week, none). `class_field` names
-    the field whose values are the classes of a model that names none. With `hold_deviating`, a reference that deviates
-    is not used until somebody accepts it. `own` is the bundle's reference, where `shipped` is merged with that of the
-    bundle before.
+    the field whose values are the classes of a model that names none; `further` are the outputs beside the main one.
+    With `hold_deviating`, a reference that deviates is not used until somebody accepts it. `own` is the bundle's
+    reference, where `shipped` is merged with that of the bundle before.
     """
 
     def __init__(
@@ -80,9 +81,12 @@ class DriftMonitor:
         class_field: str = "",
         hold_deviating: bool = False,
         own: Reference | None = None,
+        further: Sequence[FurtherOutput] = (),
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
+        if shipped.further and shipped.task.further != tuple(further):
+            raise BadBundle("the drift reference has other further outputs than the model: build reference.json for it")
         if learn_windows < MIN_WINDOWS:
             raise ValueError(
                 f"a site cannot learn its reference from {learn_windows} drift windows; {MIN_WINDOWS} is the least"
@@ -93,6 +97,7 @@ class DriftMonitor:
         self.basis = shipped
         self.shipped = shipped.with_modes(CLASS_COUNT) if class_field else shipped
         self.class_field = class_field
+        self.further = tuple(further)
         self.window = window
         self.learn_windows = learn_windows
         self.units = tuple(units) or ("",) * len(shipped.fields)
@@ -119,6 +124,7 @@ class DriftMonitor:
             class_field=self.class_field,
             hold_deviating=self.hold_deviating,
             own=self.own,
+            further=self.further,
         )
 
     def start(self) -> DriftState:
@@ -210,13 +216,14 @@ class DriftMonitor:
         rows: tuple[int, int],
         t: Ints,
         modes: Modes | None = None,
+        answers: Float64s | None = None,
     ) -> tuple[DriftState, list[DriftWindowResult]]:
         """Process one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
         `starts` (w,) ascending offsets of model windows of `window_rows` rows; `predicted` (w,) and `scores` (w, K) of
-        the model; `modes` of model windows, if a field names classes. Raises ValueError if the batch does not follow
-        the last one.
+        the model; `modes` of model windows, if a field names classes; `answers` (w, P) of the reference's further
+        outputs. Raises ValueError if the batch does not follow the last one.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
@@ -230,7 +237,7 @@ class DriftMonitor:
             known, predicted = assign_classes(state.known_modes, modes)
             state = replace(state, known_modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        batch, at = Batch(features, starts, predicted, top, rows[0], t), 0
+        batch, at = Batch(features, starts, predicted, top, rows[0], t, answers), 0
         closed: list[ClosedWindow] = []
         while at < len(starts):
             state, more, at = self._fill_windows(state, batch, at)

@@ -52,10 +52,10 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
     requested_learn_s: float  # of readings to learn from, as a command asked
     suite: SuiteState
     faults: OpenFaults
-    drift_escalation: Escalation  # (F + 3,)
+    drift_escalation: Escalation  # (F + 3 + H,)
     drift_sizes: DriftSizes
-    raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
-    raised_window: Ints  # (F + 3,) the drift window of the last drift alert
+    raised_counts: Ints  # (F + 3 + H, 2) alerts raised so far: drift, fault
+    raised_window: Ints  # (F + 3 + H,) the drift window of the last drift alert
     gates: GateStates
     guard: ReferenceGuard
     carried: tuple[CarriedAlert, ...] = ()
@@ -84,12 +84,17 @@ class DriftState(msgspec.Struct, frozen=True, eq=False):
             faults=OpenFaults.none(shipped),
             drift_escalation=Escalation.none((shipped.task.subject_count,)),
             drift_sizes=DriftSizes.none(get_layout(shipped.task).test_count, shipped.task.subject_count),
-            raised_counts=np.zeros((fields + 3, 2), np.int64),
-            raised_window=np.zeros(fields + 3, np.int64),
+            raised_counts=np.zeros((shipped.task.subject_count, 2), np.int64),
+            raised_window=np.zeros(shipped.task.subject_count, np.int64),
             gates=GateStates.start(),
             guard=ReferenceGuard(),
             class_field=class_field,
         )
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Name of each subject."""
+        return self.suite.task.name_subjects(self.fields)
 
     @property
     def tested_reference(self) -> Reference | None:
@@ -183,6 +188,7 @@ class Batch(msgspec.Struct, frozen=True):
     top_scores: Float64s | None  # (w,)
     first_row: int
     t: Ints  # (n,) epoch µs
+    answers: Float64s | None = None  # (w, P) of further outputs
 
     def slice_windows(self, index: slice, shipped: Reference) -> BatchPart:
         """Return a part with these model windows."""
@@ -197,6 +203,7 @@ class Batch(msgspec.Struct, frozen=True):
             stats=window_statistics.compute_statistics(values, starts, shipped.window_rows, shipped.floor),
             predicted=self.predicted[index],
             top_scores=None if self.top_scores is None else self.top_scores[index],
+            answers=None if self.answers is None else self.answers[index],
             begin=begin,
             first_row=self.first_row + begin,
             t=self.t[begin:end],
@@ -211,6 +218,7 @@ class BatchPart(msgspec.Struct, frozen=True):
     stats: WindowStatistics
     predicted: Ints  # (w,)
     top_scores: Float64s | None  # (w,)
+    answers: Float64s | None  # (w, P)
     begin: int
     first_row: int
     t: Ints  # (n,) epoch µs
@@ -230,6 +238,7 @@ def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes:
         part.predicted,
         part.top_scores,
         classes,
+        answers=part.answers,
         before=None if is_fresh else summary.stack_one(state.open_summary),
         tail=state.tail,
     )

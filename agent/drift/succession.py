@@ -14,26 +14,24 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.alerts.alert import Alert
-from agent.alerts.kinds import monitoring_kind
+from agent.alerts.kinds import monitored_names, monitoring_kind
 from agent.arrays import Bools
 from agent.drift.baseline.learning_state import LearningState
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE, Task
+from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import CarriedAlert, DriftState, start_next_window
 from agent.drift.testing.test_suite import SuiteState
 
 _DRIFT = 0  # column of the alerts raised so far
-# Subjects after the fields, from the end: output, score, joint.
-_ANSWERS = (-3, -2)
 
 
 def is_heir(reference: Reference, other: Reference) -> bool:
     """Return True if a bundle with this shipped reference can inherit what was learned with the other one."""
-    return (reference.fields, reference.labels, reference.window_rows, reference.modes) == (
-        *(other.fields, other.labels, other.window_rows, other.modes),
-    )
+    return all(
+        getattr(reference, name) == getattr(other, name) for name in ("fields", "labels", "window_rows", "modes")
+    ) and (reference.task.further == other.task.further)
 
 
 def merge_references(former: Reference, new: Reference) -> Reference:
@@ -44,6 +42,7 @@ def merge_references(former: Reference, new: Reference) -> Reference:
         score_edges=new.score_edges,
         score_n=new.score_n,
         score_correct=new.score_correct,
+        further=new.further,
     )
 
 
@@ -73,9 +72,9 @@ def forget_answers(suite: SuiteState) -> SuiteState:
 
 
 def _select_answers(task: Task) -> Bools:
-    """Return (F + 3,) which subjects are the model's answers."""
+    """Return (F + 3 + H,) which subjects are the model's answers."""
     answers = np.zeros(task.subject_count, np.bool_)
-    answers[list(_ANSWERS)] = True
+    answers[task.answers] = True
     return answers
 
 
@@ -126,7 +125,7 @@ def build_carried_alert(carried: CarriedAlert) -> Alert:
     """Return the alert, raised as before."""
     kind = monitoring_kind(carried.alert, carried.subject)
     summary = f"{carried.subject}: open before the change of the bundle; no reference tells yet whether it goes on."
-    return kind.raised(summary, {"carried": True}, field=carried.subject, count=carried.count)
+    return kind.raised(summary, {"carried": True}, **monitored_names(carried.subject), count=carried.count)
 
 
 def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
@@ -137,15 +136,15 @@ def list_open_alerts(state: DriftState) -> list[CarriedAlert]:
 def clear_carried(carried: Sequence[CarriedAlert], reason: str) -> list[Alert]:
     return [
         monitoring_kind(item.alert, item.subject).cleared(
-            f"{item.subject}: {reason}.", field=item.subject, count=item.count
+            f"{item.subject}: {reason}.", None, **monitored_names(item.subject), count=item.count
         )
         for item in carried
     ]
 
 
 def _open_drifts(state: DriftState, subjects: Bools) -> list[CarriedAlert]:
-    """Return the newest drift alerts of these subjects (F + 3,)."""
-    names, numbers = (*state.fields, OUTPUT, SCORE, JOINT), state.raised_counts[:, _DRIFT]
+    """Return the newest drift alerts of these subjects (F + 3 + H,)."""
+    names, numbers = state.subjects, state.raised_counts[:, _DRIFT]
     return [CarriedAlert("drift", names[at], int(numbers[at])) for at in np.flatnonzero(subjects).tolist()]
 
 

@@ -135,7 +135,7 @@ def model_card(evaluation: Evaluation, texts: ModelCardText) -> EvaluationCard:
         change = format_estimate(other.metric_difference)
         comparison = f"Compared with the float model ({other.bytes:,} bytes), {metric} changes by {change}."
     small = ", ".join(estimate.slice for estimate in evaluation.slices if estimate.state == SMALL)
-    card = EvaluationCard(f"Model card: {model.name} {model.version}")
+    card = EvaluationCard(f"Model card: {model.title}")
     card.add("Model details", texts.about, CardTable(("", ""), _detail_rows(evaluation, texts)), texts.training)
     card.add("Intended use", texts.intended_use, _labelled_text("Intended users", texts.intended_users))
     card.add("Not meant for", texts.out_of_scope)
@@ -170,7 +170,7 @@ def data_card(evaluation: Evaluation, texts: DataCardText) -> EvaluationCard:
     groups = f"; {data.groups} different values of {data.group}" if data.group else ""
     checks = [check for check in (*evaluation.leakage, *evaluation.label_checks) if check.state != "not checked"]
     when = f"Recorded from {data.begin} to {data.end}." if data.begin and data.end else ""
-    card = EvaluationCard(f"Data card: evaluation data of {model.name} {model.version}")
+    card = EvaluationCard(f"Data card: evaluation data of {model.title}")
     card.add("Motivation", texts.about, texts.motivation, _labelled_text("Funded by", texts.funded_by))
     card.add(
         "Composition",

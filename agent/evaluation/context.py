@@ -24,10 +24,14 @@ _EARLIEST_US = 946_684_800_000_000
 
 
 class EvaluationRequest(msgspec.Struct, frozen=True):
-    """Request to evaluate; columns by name. `min_count`: least windows behind a number; 0 shows all."""
+    """Request to evaluate; columns by name. `min_count`: least windows behind a number; 0 shows all.
+
+    `output` names the further output that the bundle is reduced to; "" for the main one.
+    """
 
     data: Path
     label: str = "label"
+    output: str = ""
     group: str | None = None
     split: str | None = None
     slices: tuple[str, ...] = ()
@@ -74,11 +78,12 @@ def count_classes(labels: list[str], windows: LabelledWindows, kind: str) -> dic
     return dict(zip(names, counts.tolist(), strict=True))
 
 
-def describe_model(bundle: Bundle, signature: str) -> document.EvaluatedModel:
+def describe_model(bundle: Bundle, signature: str, output: str = "") -> document.EvaluatedModel:
     manifest = bundle.manifest
     window = manifest.input.window
     return document.EvaluatedModel(
         name=manifest.name,
+        output=output,
         version=manifest.version,
         digest=bundle.digest,
         kind=manifest.kind,

@@ -21,9 +21,10 @@ class IntervalEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Bundle; `window` is (rows, step), `bytes` and `sha256` are of the model in it."""
+    """Bundle; `window` is (rows, step), `bytes` and `sha256` are of the model in it. `output`: a further one."""
 
     name: str
+    output: str = ""
     version: str
     digest: str
     kind: str
@@ -37,6 +38,10 @@ class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
     bytes: int
     sha256: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.version}" + (f", output {self.output}" if self.output else "")
 
 
 class SourceFile(msgspec.Struct, frozen=True, kw_only=True):

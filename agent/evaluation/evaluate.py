@@ -101,7 +101,7 @@ def _measure_performance(context: EvaluationContext, signature: str) -> Evaluati
         evaluated_at=clock.to_rfc3339(time.time_ns() // 1000),
         agent=__version__,
         seconds=0.0,
-        model=describe_model(context.bundle, signature),
+        model=describe_model(context.bundle, signature, context.request.output),
         data=describe_data(context, counts),
         intervals=context.units.description,
         metric=primary(kind).name,

@@ -41,7 +41,7 @@ _MAX_POINTS, _MAX_CHANGES = 8, 200
 
 def render_html(evaluation: Evaluation) -> str:
     parts = [part for build in _SECTIONS for part in build(evaluation)]
-    return page.render_document(f"{evaluation.model.name} {evaluation.model.version}: evaluation", parts)
+    return page.render_document(f"{evaluation.model.title}: evaluation", parts)
 
 
 def _header(evaluation: Evaluation) -> Iterator[Markup]:
@@ -49,7 +49,7 @@ def _header(evaluation: Evaluation) -> Iterator[Markup]:
     groups = f" of {data.groups} groups ({data.group})" if data.group else ""
     files = ", ".join(source.file for source in data.files[:3]) + (" and more" if len(data.files) > 3 else "")
     when = f", {data.begin[:10]} to {data.end[:10]}" if data.begin and data.end else ""
-    yield element("h1", f"{model.name} {model.version}")
+    yield element("h1", model.title)
     lead = f"{_KIND_PHRASES[model.kind]}; evaluated on {data.windows:,} windows{groups} in {files}{when}."
     yield element("p", lead, css_class="muted")
     known = {metric.metric: metric for metric in evaluation.metrics}

@@ -17,6 +17,7 @@ from agent.errors import BadBundle
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
+from agent.model.inference import scores
 from agent.model.inference.inference import Inference, RunnableModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.tuning import Tuning, find_known
@@ -116,17 +117,21 @@ def _share_process(
     return model
 
 
-def open_for_files(bundle: Bundle) -> Inference:
-    """Probe a bundle, and start its model in a confined process for the blocks of files. Raises BadBundle."""
+def open_for_files(bundle: Bundle, view: Bundle | None = None) -> Inference:
+    """Probe a bundle, and start its model in a confined process for the blocks of files. Raises BadBundle.
+
+    `view` is the bundle as it is run, where that is one of its further outputs alone.
+    """
+    shown = view or bundle
     # It imports the runtime while the probe runs.
     launch.prepare_spare()
     try:
         probe.probe(bundle).raise_for_failure()
-        model = SubprocessModel(bundle, call_timeout_s=_FILE_BLOCK_TIMEOUT_S)
+        model = SubprocessModel(shown, call_timeout_s=_FILE_BLOCK_TIMEOUT_S)
         model.wait_loaded()
     finally:
         launch.discard_spare()
-    return Inference(bundle.manifest, model)
+    return Inference(shown.manifest, model)
 
 
 def read_reference(verified: Bundle) -> Reference | None:
@@ -138,6 +143,7 @@ def read_reference(verified: Bundle) -> Reference | None:
     matches = {
         "fields": reference.fields == tuple(spec.input.fields),
         "labels": reference.labels == tuple(spec.output.labels),
+        "outputs": not reference.further or reference.task.further == scores.monitored_outputs(spec),
         "window rows": reference.window_rows == spec.input.rows,
     }
     wrong = [name for name, is_equal in matches.items() if not is_equal]

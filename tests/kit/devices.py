@@ -25,6 +25,7 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
 from agent.model.activation import LoadedBundle
+from agent.model.inference import scores
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.log_chain import digest
@@ -69,7 +70,11 @@ class Device:
         restored = None
         if self.active.reference is not None:
             judge = DriftMonitor(
-                self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20
+                self.active.reference,
+                labels=manifest.output.labels,
+                window=manifest.drift.window,
+                learn_windows=20,
+                further=scores.monitored_outputs(manifest),
             )
             restored = drift_state.restore(self.store, "tiny", judge)
         chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish, alerts=self.alerts)

@@ -124,7 +124,8 @@ class _TaskDrift:
         }
 
     def _subject_to_dict(self, name: str, reported_subject: parsed_message.SubjectReport) -> dict[str, Any]:
-        now, usual, limit = self.timeline.latest(name), self.reference_counts().get(name), self.limits().get(name)
+        now, usual = self.timeline.latest(name), self.reference_counts().get(name)
+        limit = self.limits().get(name, reported_subject.limit)
         since = [begin for begin, _, is_open in self.timeline.spells(name, "drift") if is_open]
         return {
             "subject": name,

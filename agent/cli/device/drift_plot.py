@@ -64,6 +64,8 @@ def plot_device(
             notes += ["how certain it is"]
         elif name == "joint":
             notes += ["fields together"]
+        elif name.startswith("output."):
+            notes += ["a further output"]
         statistics = _STATISTICS if name in scale.bounds or now is not None else ("mean",)
         limit = limits.get(name) or _reported_limit(timeline, name)
         rows.append(

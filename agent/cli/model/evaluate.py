@@ -33,7 +33,8 @@ _path = click.Path(path_type=Path)
 )
 @click.argument("bundle", type=_path)
 @click.argument("data", type=_path)
-@click.option("--label", default="label", show_default=True, metavar="COL", help="Column of labels.")
+@click.option("--output", metavar="NAME", help="Evaluate this further output, not the main one.")
+@click.option("--label", metavar="COL", help="Column of labels; by default label, or label_NAME with --output.")
 @click.option("--group", metavar="COL", help="Column of people or machines: intervals resample whole groups.")
 @click.option("--split", metavar="COL", help="Column of splits: rows that say train are not evaluated.")
 @click.option(
@@ -74,6 +75,8 @@ _path = click.Path(path_type=Path)
 def evaluate(
     bundle: Path,
     data: Path,
+    output: str | None,
+    label: str | None,
     engine: str,
     address: str | None,
     public: str | None,
@@ -101,19 +104,22 @@ def evaluate(
     from agent.evaluation import cards, gate, report
     from agent.evaluation.context import EvaluationRequest
 
-    request = EvaluationRequest(data=data, **settings)
+    label = label or ("label" if output is None else f"label_{output}")
+    request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
+    if output is not None and engine == "ray":
+        raise UsageError("--output is evaluated on this machine; remove --engine ray")
     _check_files(request)
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
     texts = cards.read_texts(about) if about else cards.CardTexts()
     chosen_gate = gate.read_gate(required)
     cluster = open_cluster(engine, address)
-    loaded = load_bundle(bundle, public)
+    loaded = load_bundle(bundle, public, output)
     if privacy:
         request = _with_min_count(request, loaded[0])
     result = _evaluate(loaded, request, cluster)
     if against is not None:
-        result = _compare(result, loaded, load_bundle(against, public), request, chosen_gate, against)
+        result = _compare(result, loaded, load_bundle(against, public, output), request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     texts_by_file = {html: report.render_html(result)} if html else {}

@@ -19,7 +19,7 @@ _STATE_COLORS = {"ok": "green", "warning": "yellow", "passed": "green", "failed"
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print tables, the most important first."""
     model, data, metric = evaluation.model, evaluation.data, display_name(evaluation.metric)
-    echo(f"{model.name} {model.version} ({model.kind}), signature: {model.signature}")
+    echo(f"{model.title} ({model.kind}), signature: {model.signature}")
     groups = f", {data.groups} of {data.group}" if data.group else ""
     echo(f"{data.windows:,} windows of {data.rows:,} rows{groups}")
     _print_heading("Performance", evaluation.intervals)

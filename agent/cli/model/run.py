@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from agent.cli import trust
 from agent.cli.output import echo, emit, json_option
 from agent.cli.progress import ProgressBar
 from agent.errors import BadBundle, UsageError
+from agent.toml_files import did_you_mean
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -124,8 +126,11 @@ def open_cluster(engine: str, address: str | None) -> AbstractContextManager[Ray
     return RayCluster(address)
 
 
-def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
-    """Return the bundle, its model in a confined process, and a description of its signature. Raises BadBundle."""
+def load_bundle(path: Path, public: str | None, output: str | None = None) -> tuple[Bundle, Inference, str]:
+    """Return the bundle, its model in a confined process, and a description of its signature. Raises BadBundle.
+
+    With `output`, it is a bundle of this further output alone.
+    """
     from agent.model import activation
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
@@ -134,10 +139,20 @@ def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]
     trusted = [keys.load_public(public)] if public else None
     bundle = bundles.read(path, trusted)
     _, signature = trust.check_signature(path, bundle, trusted)
+    view = bundle if output is None else _select_output(path, bundle, output)
     try:
-        return bundle, activation.open_for_files(bundle), signature
+        return view, activation.open_for_files(bundle, view), signature
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
+
+
+def _select_output(path: Path, bundle: Bundle, name: str) -> Bundle:
+    from agent.model.inference import scores
+
+    further = bundle.manifest.further
+    if name not in further:
+        raise UsageError(f"{path}: --output {name}: no such further output{did_you_mean(name, further)}")
+    return msgspec.structs.replace(bundle, manifest=scores.further_manifest(bundle.manifest, name))
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -351,6 +351,7 @@ def _update_drift(
         rows=(batch.first, batch.last),
         t=batch.t,
         modes=source.modes,
+        answers=model_scores.further_answers if task.drift_monitor.shipped.further else None,
     )
 
 

@@ -31,7 +31,6 @@ from agent.performance.intervals import wilson
 from agent.wire.desired_state import CanaryRules
 
 # Subjects of drift tests on predictions and scores: the third and second from the end.
-_OUTPUT_SUBJECTS = slice(-3, -1)
 # With more agreement than this, drift of the predictions is the site's and not the bundle's.
 _MIN_AGREEMENT = 0.9
 
@@ -201,4 +200,4 @@ def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgre
 
 
 def _has_open_output_alert(state: DriftState | None) -> bool:
-    return state is not None and bool(state.suite.open_subjects[_OUTPUT_SUBJECTS].any())
+    return state is not None and bool(state.suite.open_subjects[state.suite.task.answers].any())

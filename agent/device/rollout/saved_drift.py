@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from agent import arrays, decoders
 from agent.alerts.alert import Alert, continue_number
-from agent.alerts.kinds import LEARNING_REFUSED, monitoring_kind
+from agent.alerts.kinds import LEARNING_REFUSED, monitored_names, monitoring_kind
 from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
 from agent.device.pipeline.drift_state import LearningRefusals, RestoredDrift
@@ -25,7 +25,6 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift import succession
 from agent.drift.baseline import deviation
-from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from agent.drift.detectors.registry import GATES, GateStates
 from agent.drift.state import DriftState
 
@@ -132,8 +131,8 @@ def begin(tx: Transaction, message_log: MessageLog, task: str, restored: Restore
 
 def continue_alert_numbers(before: DriftState, canary: DriftState) -> DriftState:
     """Return the state `before` a canary with alert numbers above the canary's."""
-    numbers, subjects = before.raised_counts[:, 0], _list_subjects(before)
-    canary_numbers = dict(zip(_list_subjects(canary), canary.raised_counts[:, 0].tolist(), strict=True))
+    numbers, subjects = before.raised_counts[:, 0], before.subjects
+    canary_numbers = dict(zip(canary.subjects, canary.raised_counts[:, 0].tolist(), strict=True))
     used = np.array([canary_numbers.get(subject, 0) for subject in subjects])
     highest = max(int(state.raised_counts.max(initial=0)) for state in (before, canary))
     is_open = before.suite.open_subjects
@@ -142,10 +141,6 @@ def continue_alert_numbers(before: DriftState, canary: DriftState) -> DriftState
     gates = {gate.name: gate.continue_numbers(before.gates[gate.name], canary.gates[gate.name]) for gate in GATES}
     guard = before.guard.continue_numbers(canary.guard)
     return replace(before, raised_counts=raised, gates=GateStates(gates), guard=guard)
-
-
-def _list_subjects(state: DriftState) -> tuple[str, ...]:
-    return (*state.fields, OUTPUT, SCORE, JOINT)
 
 
 def _list_open(state: DriftState | None, refusals: LearningRefusals) -> dict[str, Alert]:
@@ -163,7 +158,7 @@ def _list_open(state: DriftState | None, refusals: LearningRefusals) -> dict[str
             (kind, kind.subject, number) for gate in GATES for kind, number in gate.list_open(state.gates[gate.name])
         ]
         alerts += [
-            kind.raised(f"{subject}: open again: {_REASON}.", {}, field=subject, count=number)
+            kind.raised(f"{subject}: open again: {_REASON}.", {}, **monitored_names(subject), count=number)
             for kind, subject, number in subjects
         ]
         deviates = deviation.build_alert(state.guard, state.guard, {})

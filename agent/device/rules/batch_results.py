@@ -7,12 +7,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
-from agent.arrays import Bools, Ints
+from agent.arrays import AnyArray, Bools, Ints
 from agent.model.inference import scores
 from agent.model.inference.scores import Scores
 
 _SCORE_COLUMNS = ("label", "score", "value", "predicted", "anomaly")
+_SEPARATOR = "\x1f"  # between the name of a further output and that of a column
 _DTYPES = {"rows": "<i8", "t": "<i8", "is_healthy": "?", "label": "<i8", "predicted": "?", "anomaly": "?"}
 
 
@@ -52,13 +54,10 @@ class PendingResults(msgspec.Struct, frozen=True):
     @classmethod
     def pack(cls, results: BatchResults, bundle: str) -> PendingResults:
         arrays: dict[str, Any] = {name: getattr(results, name) for name in ("rows", "t", "is_healthy")}
-        arrays |= {name: getattr(results.scores, name) for name in _SCORE_COLUMNS}
-        arrays |= results.scores.extra_columns
-        columns = {
-            name: array.astype(_DTYPES.get(name, "<f8")).tobytes()
-            for name, array in arrays.items()
-            if array is not None
-        }
+        arrays |= _to_columns(results.scores)
+        for output, further in results.scores.outputs.items():
+            arrays |= {f"{output}{_SEPARATOR}{name}": column for name, column in _to_columns(further).items()}
+        columns = {name: array.astype(_dtype(name)).tobytes() for name, array in arrays.items() if array is not None}
         return cls(bundle, None if results.labels is None else list(results.labels), columns)
 
     def unpack(self, bundle: str) -> BatchResults | None:
@@ -66,11 +65,29 @@ class PendingResults(msgspec.Struct, frozen=True):
         if self.bundle != bundle:
             return None
         try:
-            arrays = {name: np.frombuffer(data, _DTYPES.get(name, "<f8")) for name, data in self.columns.items()}
+            arrays = {name: np.frombuffer(data, _dtype(name)) for name, data in self.columns.items()}
             shared = [arrays.pop(name) for name in ("rows", "t", "is_healthy")]
-            own: dict[str, Any] = {name: arrays.pop(name, None) for name in _SCORE_COLUMNS}
-            if own["predicted"] is not None:
-                own["predicted"] = own["predicted"].reshape(len(shared[0]), -1)
-            return BatchResults(Scores(**own, extra_columns=arrays), self.labels, *shared)
+            outputs: dict[str, dict[str, AnyArray]] = {}
+            for key in [key for key in arrays if _SEPARATOR in key]:
+                output, _, name = key.partition(_SEPARATOR)
+                outputs.setdefault(output, {})[name] = arrays.pop(key)
+            further = {name: _from_columns(columns, len(shared[0])) for name, columns in outputs.items()}
+            main = replace(_from_columns(arrays, len(shared[0])), outputs=further)
+            return BatchResults(main, self.labels, *shared)
         except (KeyError, ValueError):
             return None
+
+
+def _dtype(name: str) -> str:
+    return _DTYPES.get(name.rpartition(_SEPARATOR)[2], "<f8")
+
+
+def _to_columns(results: Scores) -> dict[str, AnyArray | None]:
+    return {name: getattr(results, name) for name in _SCORE_COLUMNS} | dict(results.extra_columns)
+
+
+def _from_columns(columns: dict[str, AnyArray], count: int) -> Scores:
+    own: dict[str, Any] = {name: columns.pop(name, None) for name in _SCORE_COLUMNS}
+    if own["predicted"] is not None:
+        own["predicted"] = own["predicted"].reshape(count, -1)
+    return Scores(**own, extra_columns=columns)

@@ -149,6 +149,7 @@ def _build_alert(
     texts = _describe_result(rule, context, results, index)
     evidence: dict[str, Any] = {"rule": rule.name, "row": int(results.rows[index]), "time": texts.time}
     evidence |= {name: value for name in ("label", "score", "value") if (value := getattr(texts, name)) is not None}
+    evidence |= {} if rule.further is None else {"output": rule.further[0]}
     if not change.is_raised:
         summary = sentences.cleared_summary(rule.config, context.task)
         return RESULT.cleared(summary, evidence, rule=rule.name, count=change.number)
@@ -160,14 +161,14 @@ def _build_alert(
 
 
 def _describe_result(rule: CompiledRule, context: RuleContext, results: BatchResults, index: int) -> ResultTexts:
-    compared = rule.compared_number(results.scores, index)
+    compared, answers = rule.compared_number(results.scores, index), rule.select(results.scores)
     numbers = []
     for column, is_compared in (
-        (results.scores.score, rule.config.score is not None),
-        (results.scores.value, rule.config.value is not None),
+        (answers.score, rule.config.score is not None),
+        (answers.value, rule.config.value is not None),
     ):
         number = compared if is_compared else None if column is None else float(column[index])
         numbers.append(None if number is None or not np.isfinite(number) else float(f"{number:.6g}"))
-    label = None if results.labels is None else results.labels[index]
+    label = rule.label(results, index)
     time = clock.to_rfc3339(int(results.t[index]))
     return ResultTexts(context.device, context.task, label, numbers[0], numbers[1], time)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from agent.arrays import Bools, Ints
 from agent.config import alert_rules
 from agent.config.alert_rules import AlertRuleConfig, Comparison
+from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.evaluation import Trigger
 from agent.errors import ConfigError
 from agent.model.bundle.manifest import Manifest
@@ -37,6 +38,7 @@ class CompiledRule(msgspec.Struct, frozen=True, eq=False):
     - `classes`: indices of the classes it is about; empty if it is about numbers of any class
     - `columns`: further columns of the results that hold the compared numbers; empty for `score` or `value` itself
     - `comparison` of a score or value, and the one that must hold to `clear` the alert
+    - `further`: name and manifest of the further output that it is about; None for the main one
     """
 
     config: AlertRuleConfig
@@ -46,6 +48,7 @@ class CompiledRule(msgspec.Struct, frozen=True, eq=False):
     columns: tuple[str, ...] = ()
     comparison: Comparison | None = None
     clear: Comparison | None = None
+    further: tuple[str, Manifest] | None = None
 
     @property
     def name(self) -> str:
@@ -57,21 +60,37 @@ class CompiledRule(msgspec.Struct, frozen=True, eq=False):
         windows = self.trigger.needed + self.trigger.calm_windows
         return 0.0 if self.trigger.hold_us or self.trigger.duration_us else 2.0 / windows
 
+    def select(self, results: Scores) -> Scores:
+        """Return the results of the output that the rule is about."""
+        return results if self.further is None else results.outputs[self.further[0]]
+
+    def label(self, results: BatchResults, index: int) -> str | None:
+        """Return the label that the output has given at one window; None for an output without labels."""
+        if self.further is None:
+            return None if results.labels is None else results.labels[index]
+        texts = scores.to_texts(self.select(results.scores).slice(slice(index, index + 1)), self.further[1])
+        return None if texts is None else texts[0]
+
     def find_answered(self, results: Scores) -> Bools:
         """Return which results (w,) hold a number that the rule can compare: the others say nothing."""
+        results = self.select(results)
         if self.config.unchanged is not None:
-            return np.isfinite(self.answers(results))
+            return np.isfinite(self._answers(results))
         numbers = self._numbers(results)
         return np.ones(len(results), np.bool_) if numbers is None else np.asarray(np.isfinite(numbers).all(axis=1))
 
     def answers(self, results: Scores) -> NDArray[np.float64]:
         """Return what the model answered (w,), as numbers that are equal if the answers are: its classes or value."""
+        return self._answers(self.select(results))
+
+    def _answers(self, results: Scores) -> NDArray[np.float64]:
         if results.value is not None:
             return results.value
         return self._codes(results).astype(np.float64)
 
     def observe(self, results: Scores) -> tuple[Bools, Bools]:
         """Return which results (w,) meet the condition, and which are calm. For rules with a condition only."""
+        results = self.select(results)
         numbers, named = self._numbers(results), self._named(results)
         if self.comparison is None or numbers is None:
             hit = named.any(axis=1)
@@ -83,7 +102,7 @@ class CompiledRule(msgspec.Struct, frozen=True, eq=False):
 
     def compared_number(self, results: Scores, index: int) -> float | None:
         """Return the number that the rule compared at one window, the largest of several; None if it compares none."""
-        numbers = self._numbers(results)
+        numbers = self._numbers(self.select(results))
         return None if numbers is None else float(numbers[index].max())
 
     @staticmethod
@@ -147,6 +166,29 @@ class _Unusable(Exception):
 
 
 def _bind(rule: AlertRuleConfig, manifest: Manifest, model: RunnableModel | None) -> CompiledRule:
+    further = _find_further_output(rule, manifest)
+    if further is None:
+        return _bind_to_output(rule, manifest, model)
+    name, value = further
+    view = scores.further_manifest(manifest, name)
+    # The range that is known is that of the main output.
+    bound = _bind_to_output(msgspec.structs.replace(rule, output=value), view, None)
+    return msgspec.structs.replace(bound, config=rule, fingerprint=fingerprint(rule), further=(name, view))
+
+
+def _find_further_output(rule: AlertRuleConfig, manifest: Manifest) -> tuple[str, str | None] | None:
+    """Return the further output that `output` names, and its value: "NAME", or "NAME.VALUE" of several."""
+    if rule.output is None or rule.output in manifest.output.names:
+        return None
+    values: dict[str, tuple[str, str | None]] = {name: (name, None) for name in manifest.further}
+    values |= {f"{name}.{value}": (name, value) for name, spec in manifest.further.items() for value in spec.names}
+    if rule.output not in values and rule.value is None:
+        problem = f"bundle {manifest.name} has no further output {rule.output!r}{did_you_mean(rule.output, values)}"
+        raise _Unusable("output", problem)
+    return values.get(rule.output)
+
+
+def _bind_to_output(rule: AlertRuleConfig, manifest: Manifest, model: RunnableModel | None) -> CompiledRule:
     if manifest.kind == "embedding":
         member = next(m for m in ("label", "labels", "score", "value", "anomaly", "unchanged") if getattr(rule, m))
         raise _Unusable(
@@ -154,6 +196,8 @@ def _bind(rule: AlertRuleConfig, manifest: Manifest, model: RunnableModel | None
             f"bundle {manifest.name} makes embeddings, which name nothing that a rule could be about; its drift alerts "
             "tell when they change",
         )
+    if rule.output is not None and rule.value is None:
+        raise _Unusable("output", "names the value that `value` compares; this rule compares none, so remove it")
     _check_placeholders(rule, manifest)
     classes = _find_classes(rule, manifest)
     columns: tuple[str, ...] = ()
@@ -232,7 +276,7 @@ def _check_threshold(member: str, name: str, index: int, manifest: Manifest) -> 
 
 
 def _find_value_column(rule: AlertRuleConfig, manifest: Manifest) -> tuple[str, ...]:
-    names = manifest.output.names
+    names = [*manifest.output.names, *manifest.further]
     if manifest.kind == "classify":
         raise _Unusable("value", f"bundle {manifest.name} is a classifier and predicts no value; use `score`")
     if rule.output is None:

@@ -90,11 +90,13 @@ def _describe_condition(rule: AlertRuleConfig) -> str:
     if rule.score is None:
         return _describe_classes(rule)
     score = f"score {rule.score.strip()}"
-    return f"{_describe_classes(rule)} with {score}" if rule.class_names else score
+    condition = f"{_describe_classes(rule)} with {score}" if rule.class_names else score
+    return condition if rule.class_names or rule.output is None else f"{rule.output} {condition}"
 
 
 def _describe_classes(rule: AlertRuleConfig) -> str:
-    return f"label {' or '.join(map(repr, rule.class_names))}"
+    output = "" if rule.output is None else f"{rule.output} "
+    return f"{output}label {' or '.join(map(repr, rule.class_names))}"
 
 
 def _value_name(rule: AlertRuleConfig) -> str:

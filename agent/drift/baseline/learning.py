@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -37,6 +39,8 @@ from agent.drift.detectors.registry import (
 )
 from agent.drift.numeric import control_limits, outliers
 from agent.drift.numeric.sums import GroupMoments, fit_trend, median, nanmedian
+from agent.drift.outputs import reference as further_outputs
+from agent.drift.outputs.counts import FurtherOutput
 from agent.errors import BadBundle
 from agent.indices import bincount
 from agent.performance import cbpe
@@ -104,6 +108,7 @@ def _count_rows(shipped: Reference, learning: LearningState) -> Reference:
         output=total.output,
         score_n=total.scores,
         score_correct=None,  # no labels yet say which of these answers were right
+        further=further_outputs.with_counts(shipped.further, total.further),
     )
 
 
@@ -350,23 +355,42 @@ def build_reference(
     labels: tuple[str, ...] = (),
     t: Ints | None = None,
     seasonality: str = "auto",
+    further: Sequence[FurtherOutput] = (),
+    answers: Float64s | None = None,
 ) -> Reference:
     """Build the shipped reference from reference data, in the order it was recorded.
 
     `features` (n, F) physical units, NaN missing; `starts` (w,) row offsets of model windows of `window_rows`;
     `predicted` (w,) the classes that the model names and `scores` (w, K) its scores; `window` model windows per drift
-    window; `t` (n,) epoch µs, if known. Readings that change with the hour of day agree only once that is taken out,
-    which takes three days. Raises BadBundle.
+    window; `t` (n,) epoch µs, if known; `answers` (w, P) those of `further` outputs. Readings that change with the hour
+    of day agree only once that is taken out, which takes three days. Raises BadBundle.
     """
     rows = infinities_to_nan(features)
     top = None if scores is None else np.asarray(scores, np.float64).max(axis=1)
-    base = draft_reference(rows, starts, window_rows, window=window, fields=fields, labels=labels, scores=top)
+    base = draft_reference(
+        rows,
+        starts,
+        window_rows,
+        window=window,
+        fields=fields,
+        labels=labels,
+        scores=top,
+        further=further,
+        answers=answers,
+    )
     learning = LearningState.empty(base)
     for i in range(0, len(starts) - window + 1, window):
         inside = slice(i, i + window)
         part = rows[int(starts[i]) : int(starts[i + window - 1]) + window_rows]
         local = starts[inside] - starts[i]
-        drift_window = summarize(base, part, local, predicted[inside], None if top is None else top[inside])
+        drift_window = summarize(
+            base,
+            part,
+            local,
+            predicted[inside],
+            None if top is None else top[inside],
+            None if answers is None else answers[inside],
+        )
         span = (0, 0) if t is None else (int(t[starts[i]]), int(t[starts[i + window - 1] + window_rows - 1]))
         learning = learning.add(drift_window, base.task, t=span)
     try:

@@ -24,7 +24,8 @@ MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
 
-_PER_WINDOW = ("bins", "output", "scores", "t", "step_us", "repeated", "symptoms")
+_PER_WINDOW = ("bins", "output", "scores", "further", "t", "step_us", "repeated", "symptoms")
+_NO_FURTHER: Int32s = np.empty((0, 0), np.int32)
 _PER_ENTRY = ("window", "label", "n", "mean", "m2")
 
 
@@ -52,6 +53,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     symptoms: Float32s  # (K, F, …) of sensor faults
     total_windows: int = 0  # drift windows, with those that were dropped
     thinning: int = 1  # one window in this many is kept
+    further: Int32s = _NO_FURTHER  # (K, X)
 
     @classmethod
     def empty(cls, shipped: Reference) -> LearningState:
@@ -74,6 +76,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             step_us=np.empty(0),
             repeated=np.empty(0),
             symptoms=np.empty((0, len(shipped.fields), fault_limits.SYMPTOMS), np.float32),
+            further=np.empty((0, shipped.further_cells), np.int32),
         )
 
     def add(self, drift_window: Summary, task: Task, *, t: tuple[int, int] = (0, 0)) -> LearningState:
@@ -89,6 +92,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             "bins": divergence.coarsen_bins(drift_window.counts)[None],
             "output": drift_window.output[None],
             "scores": drift_window.scores[None],
+            "further": drift_window.further[None],
             "t": [t],
             "step_us": [drift_window.sampling.mean_step_us()],
             "repeated": [drift_window.repeated_share],
@@ -130,7 +134,9 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     @property
     def capacity(self) -> int:
         """Return how many windows may be kept: fewer where fields and classes make each of them large."""
-        size = sum(part.nbytes for part in (self.bins, self.output, self.scores, self.n, self.mean, self.m2))
+        size = sum(
+            part.nbytes for part in (self.bins, self.output, self.scores, self.further, self.n, self.mean, self.m2)
+        )
         # What a detector retains beside its main numbers is not counted.
         size += sum(part.nbytes for name, part in self.detectors.items() if "." not in name)
         return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_RETAINED_WINDOWS, MAX_WINDOWS))
@@ -171,7 +177,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         return LearnedWindows(
             class_moments,
             class_moments.pooled(0),
-            Distributions(*(part.astype(np.int64) for part in (self.bins, self.output, self.scores))),
+            Distributions(*(part.astype(np.int64) for part in (self.bins, self.output, self.scores, self.further))),
             class_sd,
             float(MIN_CLASS_WINDOWS if shipped.windowed else MIN_CLASS_ROWS),
             self.detectors,
@@ -184,6 +190,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             np.empty(0)
             if shipped.score_correct is None or not shipped.score_n.any()
             else cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct),
+            shipped.output_weights,
         )
 
     def to_bytes(self) -> bytes:
@@ -192,7 +199,10 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     @classmethod
     def from_bytes(cls, data: bytes) -> LearningState:
         """Decode `to_bytes`. Raises ValueError."""
-        return arrays.from_compressed_bytes(data, cls)
+        state = arrays.from_compressed_bytes(data, cls)
+        if len(state.further) != state.windows:
+            raise ValueError("it was gathered by a version that counted no further outputs")
+        return state
 
     def _expand(self, shipped: Reference, entries: AnyArray) -> Float64s:
         out = np.zeros((self.windows, shipped.class_count, entries.shape[1]))

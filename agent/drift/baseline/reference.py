@@ -25,17 +25,20 @@ from agent.drift.baseline.modes import CLASS_COUNT
 from agent.drift.baseline.runs import Tail, Trace
 from agent.drift.baseline.sensitivity import PROBABILITY
 from agent.drift.baseline.site import SiteCalibration
-from agent.drift.detectors.detector import Baseline, Task
+from agent.drift.detectors.detector import NO_WEIGHTS, Baseline, Task
 from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
-from agent.drift.numeric.divergence import Distributions
+from agent.drift.numeric.divergence import NO_CELLS, Distributions
+from agent.drift.outputs import reference as further_outputs
+from agent.drift.outputs.counts import BINS as BINS  # quantile bins; `counts` has two more, for rows outside
+from agent.drift.outputs.counts import FurtherOutput, count_cells
+from agent.drift.outputs.reference import MAX_OUTPUTS, FurtherOutputReference
 from agent.errors import BadBundle
 from agent.indices import repeat
 from agent.kernel.drift_rows import RowLimits
 from agent.performance import cbpe
 
 VERSION = 1
-BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
 MIN_VARIANCE_SHARE = 0.05  # of a class, that is left without a daily cycle
 OUTSIDE_MARGIN = 0.5  # of the reference's span: rows further beyond its limits are far outside
@@ -90,6 +93,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     fault_limits: FaultLimits | None = None  # None if its windows were not measured
     # (F,) spans of the shipped rows beyond their limits, up to which a slow field may wander; None if none does.
     reach: Float64s | None = None
+    further: tuple[FurtherOutputReference, ...] = ()  # H further outputs of the model
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     def describe_fields(self) -> dict[str, dict[str, float]]:
@@ -133,11 +137,23 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def task(self) -> Task:
-        return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window)
+        further = tuple(reference.output for reference in self.further)
+        return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window, further)
+
+    @cached_property
+    def further_cells(self) -> int:
+        """X, the cells of the further outputs."""
+        return count_cells(self.task.further)
+
+    @cached_property
+    def output_weights(self) -> Float64s:
+        """(R, 32) weights of the bins of further outputs."""
+        return np.concatenate([NO_WEIGHTS, *(reference.weights for reference in self.further)])
 
     @cached_property
     def distributions(self) -> Distributions:
-        return Distributions(divergence.coarsen_bins(self.counts), self.output, self.score_n)
+        further = np.concatenate([NO_CELLS, *(reference.counts for reference in self.further)])
+        return Distributions(divergence.coarsen_bins(self.counts), self.output, self.score_n, further)
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
@@ -146,10 +162,14 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         if site is None:
             return {}
         every = self.class_n, self.class_mean, self.class_sd, self.distributions
-        none = slice(0, 0)
+        none, edges = slice(0, 0), tuple(reference.edges for reference in self.further)
         return {
             detector.name: Baseline(
-                *every, self.test_mean[self.layout.slices.get(detector.name, none)], site.baselines.get(detector.name)
+                *every,
+                self.test_mean[self.layout.slices.get(detector.name, none)],
+                site.baselines.get(detector.name),
+                self.output_weights,
+                edges,
             )
             for detector in DETECTORS
         }
@@ -269,6 +289,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def to_json(self) -> bytes:
         omitted = () if self.site else ("site", "modes", "known_as")
         optional = tuple(name for name in ("missing_values", "fault_limits", "reach") if getattr(self, name) is None)
+        optional += () if self.further else ("further",)
         return arrays.to_json(self, omit=(*omitted, *optional))
 
     @classmethod
@@ -296,8 +317,13 @@ def draft_reference(
     fields: Sequence[str],
     labels: Sequence[str],
     scores: Float64s | None,
+    further: Sequence[FurtherOutput] = (),
+    answers: Float64s | None = None,
 ) -> Reference:
-    """Draft bins, limits and origins from reference rows (n, F) and top scores (w,); counts and calibration follow."""
+    """Draft bins, limits and origins from reference rows (n, F) and top scores (w,); counts and calibration follow.
+
+    `answers` (w, P) are those of `further` outputs.
+    """
     _reject_empty(rows, fields)
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
@@ -340,6 +366,7 @@ def draft_reference(
         score_edges=np.empty(0) if scores is None else np.quantile(scores, quantiles),
         score_n=np.zeros(BINS, np.int64),
         score_correct=None,
+        further=() if answers is None else further_outputs.draft(further, answers),
     )
 
 
@@ -386,6 +413,9 @@ def _validate(r: Reference) -> None:
         "window": r.window > 0 and r.window_rows > 0,
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
+        "further": len(r.further) <= MAX_OUTPUTS
+        and len({reference.output.name for reference in r.further}) == len(r.further)
+        and all(reference.is_valid for reference in r.further),
         "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
         "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),

@@ -21,8 +21,9 @@ from agent.drift.baseline.sampling import SamplingIntervals
 from agent.drift.baseline.window_statistics import WindowStatistics
 from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
-from agent.drift.numeric.divergence import Distributions, coarsen_bins
+from agent.drift.numeric.divergence import NO_CELLS, Distributions, coarsen_bins
 from agent.drift.numeric.sums import GroupSums
+from agent.drift.outputs.counts import count_answers
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -46,6 +47,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
     scores: Ints  # (32,) predictions by top score
     detectors: dict[str, Ints]  # (C, …) whole numbers that each detector counts
     sampling: SamplingIntervals
+    further: Ints = NO_CELLS  # (X,) answers of further outputs
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -69,6 +71,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
                 for counter in COUNTERS
             },
             sampling=SamplingIntervals(),
+            further=np.zeros(reference.further_cells, np.int64),
         )
 
     def drift_windows(self, origin: Float64s) -> DriftWindows:
@@ -77,7 +80,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def distributions(self) -> Distributions:
-        return Distributions(coarsen_bins(self.counts), self.output, self.scores)
+        return Distributions(coarsen_bins(self.counts), self.output, self.scores, self.further)
 
     @property
     def rows(self) -> int:
@@ -144,21 +147,23 @@ def summarize_windows(
     top_scores: Float64s | None,
     classes: Ints,
     *,
+    answers: Float64s | None = None,
     before: Summary | None = None,
     tail: Tail | None = None,
 ) -> tuple[Summary, Tail]:
     """Summarize W drift windows as a stack, and return the tail of the last one's rows, too.
 
     `rows` (W, n, F), n > 0, in physical units, NaN missing; intervals between them `spans` (W, …); W · w model windows
-    with their statistics, the class that the model named, its score, and the class they are compared with. A single
-    window may go on: from `before`, a stack of one, and from the `tail` of its rows.
+    with their statistics, the class that the model named, its score, and the class they are compared with; `answers`
+    (W · w, P) of further outputs. A single window may go on: from `before`, a stack of one, and from the `tail` of its
+    rows.
     """
     windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
     of_rows, tail = row_counts.count_rows(
         reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail, before.row_sums if before else None
     )
     groups = row_counts.group_by_class(reference, windows, classes)
-    answers = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
+    counted = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
     summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
     # Sums begin with those so far: the bits are the same however the rows were cut.
     summed = summed.reshape(windows * count, width).add(groups, stats.values, reference.origin)
@@ -173,12 +178,13 @@ def summarize_windows(
         steps=of_rows.steps,
         row_sums=of_rows.sums,
         class_sums=summed.reshape(windows, count, width),
-        output=answers.output,
-        scores=answers.scores,
-        detectors=answers.detectors,
+        output=counted.output,
+        scores=counted.scores,
+        detectors=counted.detectors,
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
+        further=_count_further(reference, answers, windows),
     )
     if before is not None:
         stack = replace(before.merge(stack), row_sums=stack.row_sums, class_sums=stack.class_sums)
@@ -210,12 +216,24 @@ def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarra
     )
 
 
-_COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores")
+_COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores", "further")
 _ADDED = (*_COUNTS, "row_sums", "class_sums", "sampling")
 
 
+def _count_further(reference: Reference, answers: Float64s | None, windows: int) -> Ints:
+    if answers is None or not reference.further:
+        return np.zeros((windows, reference.further_cells), np.int64)
+    edges = [further.edges for further in reference.further]
+    return count_answers(reference.task.further, edges, answers, windows)
+
+
 def summarize(
-    reference: Reference, rows: Float64s, starts: Ints, predicted: Ints, top_scores: Float64s | None
+    reference: Reference,
+    rows: Float64s,
+    starts: Ints,
+    predicted: Ints,
+    top_scores: Float64s | None,
+    answers: Float64s | None = None,
 ) -> Summary:
     """Summarize model windows and the rows (n, F) that they cover, all at once."""
     if not len(starts):
@@ -223,5 +241,7 @@ def summarize(
     statistics = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
     covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]
     no_spans = np.empty((1, 0), np.int64)
-    stack, _ = summarize_windows(reference, covered[None], no_spans, statistics, predicted, top_scores, predicted)
+    stack, _ = summarize_windows(
+        reference, covered[None], no_spans, statistics, predicted, top_scores, predicted, answers=answers
+    )
     return select_window(stack, 0)

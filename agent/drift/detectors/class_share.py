@@ -28,6 +28,7 @@ class ClassShareDetector(ScoreDetector):
 
     name = "class_share"
     budget = false_alarm_budget.CLASS_SHARE_BUDGET
+    tests_answers = True
     by_class = False
     # A mode that is seldom on is no odd window.
     winsorized = False

@@ -23,11 +23,13 @@ from agent.drift.numeric import control_limits, false_alarm_budget
 from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
+from agent.drift.outputs.counts import BINS, FurtherOutput
 
 EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8
 # A rarer class has no statistics of its own, by model windows, and no correlation, by rows.
 MIN_CLASS_WINDOWS, MIN_CLASS_ROWS = 8, 30
+NO_WEIGHTS: Float64s = np.empty((0, BINS))
 OUTPUT, SCORE, JOINT = SUBJECTS = "output", "score", "joint"  # after the fields
 
 
@@ -39,6 +41,7 @@ class Task(msgspec.Struct, frozen=True):
     classes: int
     window_rows: int
     window: int  # model windows per drift window
+    further: tuple[FurtherOutput, ...] = ()  # H further outputs
 
     @property
     def windowed(self) -> bool:
@@ -51,11 +54,21 @@ class Task(msgspec.Struct, frozen=True):
 
     @property
     def subject_count(self) -> int:
-        return self.fields + len(SUBJECTS)
+        return self.fields + len(SUBJECTS) + len(self.further)
 
     def subject(self, name: str) -> int:
-        """Return the number of the subject output, score or joint; fields come before these."""
+        """Return the number of the subject output, score or joint; fields come before these, further outputs after."""
         return self.fields + SUBJECTS.index(name)
+
+    @property
+    def answers(self) -> list[int]:
+        """Subjects that are answers of the model: output, score and further outputs."""
+        further = range(self.fields + len(SUBJECTS), self.subject_count)
+        return [self.subject(OUTPUT), self.subject(SCORE), *further]
+
+    def name_subjects(self, fields: Sequence[str]) -> tuple[str, ...]:
+        """Return the name of each subject."""
+        return (*fields, *SUBJECTS, *(f"{OUTPUT}.{output.name}" for output in self.further))
 
 
 class ModelWindows(msgspec.Struct, frozen=True):
@@ -101,6 +114,7 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
     bin_accuracy: Float64s  # (32,) of predictions with a top score in each bin; empty if unknown
+    output_weights: Float64s = NO_WEIGHTS  # (R, 32) of the bins of further outputs
 
     @property
     def class_coefficients(self) -> float:
@@ -144,6 +158,8 @@ class Baseline(msgspec.Struct, frozen=True, dict=True):
     distributions: Distributions
     mean: Float64s  # (S,) of the values
     own: Any  # of the detector's `baseline_type`
+    output_weights: Float64s = NO_WEIGHTS  # (R, 32) of the bins of further outputs
+    output_edges: tuple[Float64s, ...] = ()  # (V, 31) of each further output
 
     @cached_property
     def rare(self) -> Bools:
@@ -202,6 +218,7 @@ class Alarm(msgspec.Struct, frozen=True):
     subject: int
     unit: str
     role: str  # of a field: sensor, category or computed
+    further: tuple[FurtherOutput, ...]
     t: tuple[int, int]  # when the window began and ended, epoch µs
     moments: GroupMoments  # (C, D) of the window
     usual: Float64s  # (C, D) class means to expect at its hour and in its operating mode
@@ -301,6 +318,7 @@ class ScoreDetector(AlarmDetector):
     min_limit = false_alarm_budget.MIN_CUSUM_LIMIT
     by_class = True  # whether windows are compared within classes
     winsorized = True  # whether odd windows are drawn in while learning
+    tests_answers = False  # whether its budget is one that all outputs of the model share
     has_direction = True  # whether a score tells the direction of a change, and so its size in alerts and messages
 
     @property
@@ -342,7 +360,12 @@ class ScoreDetector(AlarmDetector):
 
     def fit_limits(self, task: Task, scores: LearnedScores) -> Float64s:
         """Return the CUSUM limits (S,)."""
-        return control_limits.cusum_limits(self.fit_noise(task, scores), self.slack, self.budget, self.min_limit)
+        budget = self.share_budget(task)
+        return control_limits.cusum_limits(self.fit_noise(task, scores), self.slack, budget, self.min_limit)
+
+    def share_budget(self, task: Task) -> float:
+        """Return its budget, less what further outputs of the model take of it."""
+        return self.budget / (1 + len(task.further)) if self.tests_answers else self.budget
 
     @abstractmethod
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
@@ -399,12 +422,12 @@ class ChartDetector(AlarmDetector):
     def run(self, state: Any, windows: ChartWindows) -> ChartRun: ...
 
     def open_subjects(self, state: Any) -> Bools | None:
-        """Return the subjects (F + 3,) with an open alarm of this chart; None for none."""
+        """Return the subjects with an open alarm of this chart, as far as it has any; None for none."""
         return None
 
     @abstractmethod
     def reset_subjects(self, state: Any, task: Task, subjects: Bools) -> Any:
-        """Forget all that was gathered on these subjects (F + 3,)."""
+        """Forget all that was gathered on these subjects (F + 3 + H,)."""
 
     def restart(self, state: Any) -> Any:
         """Forget what was gathered towards an alarm, because another one may have caused it."""

@@ -20,7 +20,6 @@ from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors.cusum import Cusum
 from agent.drift.detectors.detector import (
     NEAR_LIMIT_SHARE,
-    SUBJECTS,
     Alarm,
     AlertText,
     ChartDetector,
@@ -207,7 +206,8 @@ class MewmaDetector(ChartDetector):
         place = self._place(windows.task, windows.slices)
         z = windows.z[:, place]
         if any_true(windows.open_fields):
-            held = np.append(windows.open_fields, [False] * len(SUBJECTS))[self._subjects(windows.task)]
+            others = windows.task.subject_count - windows.task.fields
+            held = np.append(windows.open_fields, [False] * others)[self._subjects(windows.task)]
             state, z = state.reset_except(~held), np.where(held, np.nan, z)
         caution = windows.caution[place]
         limit = windows.baseline.own.limit * (float(caution.mean()) if caution.size else 1.0)

@@ -180,10 +180,10 @@ class PsiDetector(ChartDetector):
         return PsiRun(state, exceeded, tested, windows.t, windows.task.windows_to_clear)
 
     def open_subjects(self, state: PsiConfirmation) -> Bools | None:
-        return np.append(state.alarm, False) if any_true(state.alarm) else None
+        return state.alarm if any_true(state.alarm) else None
 
     def reset_subjects(self, state: PsiConfirmation, task: Task, subjects: Bools) -> PsiConfirmation:
-        return state.reset_except(~subjects[:-1])
+        return state.reset_except(~subjects[: task.fields + 2])
 
     def describe(self, alarm: Alarm) -> AlertText:
         windows, since = (int(part[alarm.subject]) for part in (alarm.state.windows, alarm.state.since))

@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Ints, TypedMap
-from agent.drift.detectors.certainty import CertaintyDetector
+from agent.drift.detectors.certainty import CertaintyDetector, ExpectedAccuracyDetector
 from agent.drift.detectors.class_share import ClassShareDetector
 from agent.drift.detectors.correlation import CorrelationDetector
 from agent.drift.detectors.detector import ChartDetector, Counter, Detector, ScoreDetector, Task
 from agent.drift.detectors.dispersion import DispersionDetector
-from agent.drift.detectors.expected_accuracy import ExpectedAccuracyDetector
+from agent.drift.detectors.further_outputs import FurtherOutputDetector
 from agent.drift.detectors.gate import GateDetector
 from agent.drift.detectors.mewma import MewmaDetector
 from agent.drift.detectors.moments import MomentsDetector
@@ -40,9 +40,13 @@ DETECTORS: tuple[Detector, ...] = (
         lambda task: false_alarm_budget.mewma_budget(task.fields),
     ),
     MewmaDetector(
-        "class_share_mewma", CLASS_SHARE, CLASS_SHARE.width, lambda _: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET
+        "class_share_mewma",
+        CLASS_SHARE,
+        CLASS_SHARE.width,
+        lambda task: false_alarm_budget.CLASS_SHARE_MEWMA_BUDGET / (1 + len(task.further)),
     ),
     SamplingRateWatch(),
+    FurtherOutputDetector(),
 )
 SCORED = tuple(detector for detector in DETECTORS if isinstance(detector, ScoreDetector))
 CHARTS = tuple(detector for detector in DETECTORS if isinstance(detector, ChartDetector))
@@ -96,6 +100,7 @@ class ScoreLayout(msgspec.Struct, frozen=True, eq=False):
     tests: tuple[Ints, ...]  # scores of each subject that have a direction
     field_tests: Ints  # (F, n) those of each field
     field_sums: tuple[str, ...]  # (n,) their names in messages
+    detectors: tuple[ScoreDetector, ...]  # those with any score
 
     def __getitem__(self, detector: str) -> slice:
         return self.slices[detector]
@@ -117,4 +122,5 @@ def get_layout(task: Task) -> ScoreLayout:
     every = np.array(subjects, np.int64)
     tests = tuple(np.flatnonzero((every == subject) & directed) for subject in range(task.subject_count))
     field_tests = np.stack(tests[: task.fields])
-    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names))
+    detectors = tuple(detector for detector in SCORED if detector.width(task))
+    return ScoreLayout(len(subjects), slices, every, tests, field_tests, tuple(names), detectors)

@@ -16,14 +16,18 @@ from agent.arrays import Float64s, Ints, any_true
 MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
 BIN_PRIOR = 0.5  # rows added to each bin, so that an empty one is no proof
+NO_CELLS: Ints = np.empty(0, np.int64)
 
 
 class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Counts of rows by coarse bin (..., F, 16), and of predictions by class (..., C) and by top score (..., 32)."""
+    """Counts of rows by coarse bin (..., F, 16), of predictions by class (..., C) and by top score (..., 32), and of
+    answers of further outputs by cell (..., X).
+    """
 
     bins: Ints
     output: Ints
     scores: Ints
+    further: Ints = NO_CELLS
 
     @cached_property
     def smoothed(self) -> tuple[Float64s, Float64s, Float64s]:

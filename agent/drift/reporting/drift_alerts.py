@@ -43,6 +43,7 @@ class AlarmContext(msgspec.Struct, frozen=True):
             subject=subject,
             unit=unit,
             role=role,
+            further=site.task.further,
             t=self.t,
             moments=self.window.class_sums.moments(site.origin),
             usual=self.tester.expect_class_means(stack_one(self.window), np.array([sum(self.t) // 2]))[0],
@@ -78,7 +79,7 @@ def _find_alarming_detector(subject: int, suite: SuiteState) -> AlarmDetector:
         if on[suite.layout[detector.name]].any():
             return detector
     charted = ((chart, chart.open_subjects(suite.charts[chart.name])) for chart in CHARTS)
-    return next(chart for chart, subjects in charted if subjects is not None and subjects[subject])
+    return next(chart for chart, subjects in charted if subjects is not None and subjects[subject : subject + 1].any())
 
 
 def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tuple[str, dict[str, Any]]:

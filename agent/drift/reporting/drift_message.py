@@ -21,6 +21,7 @@ from agent.drift.detectors.detector import JOINT, SCORE, SUBJECTS
 from agent.drift.detectors.registry import ScoreLayout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.sums import GroupSums
+from agent.drift.outputs import reference as further_outputs
 from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 
@@ -40,6 +41,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
     interval_steps: Ints  # (48,)
     interval_total_us: Ints
     repeated: Ints  # (1,)
+    further: Ints  # (X,)
 
     @classmethod
     def from_summaries(cls, windows: Summary, index: slice) -> MessageSums:
@@ -47,7 +49,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
         rows, sampling = windows.row_sums, windows.sampling
         parts: tuple[Any, ...] = (
             *(windows.counts, windows.missing, rows.n, rows.total, rows.squares, windows.output, windows.scores),
-            *(sampling.steps, sampling.total_us, sampling.repeated),
+            *(sampling.steps, sampling.total_us, sampling.repeated, windows.further),
         )
         return cls(*(part[index].sum(0) for part in parts))
 
@@ -109,7 +111,15 @@ def build_features(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]
 
 
 def build_output(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]]:
-    """Return the predictions of each class, or by their certainty, per message of a stack."""
+    """Return the predictions of each class, or by their certainty, and further outputs, per message of a stack."""
+    members = _build_main_output(sums, shipped)
+    if shipped.further:
+        further = [further_outputs.build_members(shipped.further, counts) for counts in sums.further]
+        members = [own | {"further": more} for own, more in zip(members, further, strict=True)]
+    return members
+
+
+def _build_main_output(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]]:
     if not shipped.labels:
         psi = round_effect_size(divergence.psi(shipped.score_n, sums.scores))
         return [{"counts": n, "psi": far} for n, far in zip(sums.scores.tolist(), psi.tolist(), strict=True)]
@@ -164,8 +174,10 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
     ]
     unknown = quiet if status.answers_tested else "insufficient"
     output, score, joint_state = (
-        "drift" if on else usual for on, usual in zip(status.drifting[fields:], (unknown, unknown, quiet), strict=True)
+        "drift" if on else usual for on, usual in zip(status.drifting[fields:], (unknown, unknown, quiet), strict=False)
     )
+    further_states = ["drift" if on else unknown for on in status.drifting[fields + len(SUBJECTS) :]]
+    more = _add_further_states(numbers["output"].get("further"), further_states, status, limit)
     return numbers | {
         "features": {
             name: feature | {"cusum": _field_sums(layout, tests, sums), "state": now, "fault": fault}
@@ -174,10 +186,27 @@ def add_states(numbers: dict[str, Any], status: SuiteStatus, tester: DriftTester
             )
         },
         "output": numbers["output"]
+        | more
         | {"state": output, "score": {"cusum": score_sums, "limit": score_limit, "state": score}},
         "joint": {"cusum": max(joint_sums), "limit": joint_limit, "state": joint_state},
-        "state": worst_state({*states, output, score, joint_state}),
+        "state": worst_state({*states, *further_states, output, score, joint_state}),
     }
+
+
+def _add_further_states(
+    further: dict[str, Any] | None, states: Sequence[str], status: SuiteStatus, limit: Float64s | None
+) -> dict[str, Any]:
+    """Add the sums nearest to their limits, and the states, of further outputs."""
+    if further is None:
+        return {}
+    members: dict[str, Any] = {}
+    first = len(status.faults) + len(SUBJECTS)
+    for at, ((name, member), state) in enumerate(zip(further.items(), states, strict=True)):
+        test = _find_nearest_test(status, limit, first + at)
+        sums = [0, 0] if test is None else to_compact_numbers(status.cusum_sums[:, test].round(2))
+        own_limit = None if test is None or limit is None else round(float(limit[test]), 2)
+        members[name] = member | {"cusum": sums, "limit": own_limit, "state": state}
+    return {"further": members}
 
 
 def _find_nearest_test(status: SuiteStatus, limit: Float64s | None, subject: int) -> int | None:

@@ -16,6 +16,7 @@ from agent import decoders
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
+from agent.drift.outputs.reference import MAX_OUTPUTS
 from agent.wire import runs
 from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
 from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun
@@ -30,6 +31,7 @@ Value = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 Squares = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
 CusumValue = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+OutputName = Annotated[str, msgspec.Meta(max_length=64)]
 CusumSides = Annotated[list[CusumValue], msgspec.Meta(max_length=2)]
 
 
@@ -70,6 +72,7 @@ class _Score(msgspec.Struct, frozen=True):
 class _Output(msgspec.Struct, frozen=True):
     state: str = "insufficient"
     score: _Score | None = None
+    further: Annotated[dict[OutputName, _Score], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
 
 
 class _Joint(msgspec.Struct, frozen=True):
@@ -88,7 +91,8 @@ class _Estimate(msgspec.Struct, frozen=True):
 
 
 class SubjectReport(msgspec.Struct, frozen=True, gc=False):
-    """Report of a field, the predictions ("output"), the certainty ("score") or all fields together ("joint").
+    """Report of a field, the predictions ("output"), a further output ("output.NAME"), the certainty ("score") or all
+    fields together ("joint").
 
     `state`: ok, drift, fault, insufficient (nothing to compare with yet), or untested (another field had a fault).
     """
@@ -185,6 +189,8 @@ def _subject_reports(
     for name, field in fields.items():
         yield name, SubjectReport(field.state, *_largest_sums(field.cusum), field.cusum.limit)
     yield "output", SubjectReport(output.state, 0.0, 0.0, None)
+    for name, further in output.further.items():
+        yield f"output.{name}", SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
     if output.score is not None:
         yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:

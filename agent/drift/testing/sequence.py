@@ -11,7 +11,7 @@ import numpy as np
 from agent.arrays import Bools, Float64s, Ints, any_true
 from agent.drift.detectors import cusum
 from agent.drift.detectors.detector import EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE, ChartRun, ChartWindows
-from agent.drift.detectors.registry import CHARTS, SCORED, ChartStates
+from agent.drift.detectors.registry import CHARTS, ChartStates
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
 
@@ -113,7 +113,7 @@ def _find_suspended_tests(
         return None
     held = np.zeros(sequence.z.shape, np.bool_)
     near = any_true(open_now) | (begins.max(1) > NEAR_LIMIT_SHARE)
-    for detector in SCORED:
+    for detector in layout.detectors:
         waiting = detector.suspended(tester.reference.task, moving, near)
         if waiting is not None:
             held[:, layout[detector.name]] = waiting

@@ -1,7 +1,7 @@
 """Test suite: tests a closed drift window against the site's reference.
 
 Each score of each detector has a CUSUM; charts stand beside them. Subjects are the F fields, then "output", "score" and
-"joint".
+"joint", then the H further outputs.
 
 What follows from a field's drift is no drift of its own: where a field drifts, the model names other classes and pairs
 of that field move. While its alert is open, these tests wait.
@@ -60,12 +60,12 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def open_subjects(self) -> Bools:
-        """(F + 3,) subjects with an open drift alert."""
+        """(F + 3 + H,) subjects with an open drift alert."""
         is_open = np.zeros(self.task.subject_count, np.bool_)
         for chart in CHARTS:
             own = chart.open_subjects(self.charts[chart.name])
             if own is not None:
-                is_open |= own
+                is_open[: len(own)] |= own
         if any_true(self.cusum.alarm):
             is_open[self.layout.subjects[self.cusum.alarm.any(0)]] = True
         return is_open
@@ -76,7 +76,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self.open_subjects[: self.task.fields]
 
     def reset_subjects(self, subjects: Bools) -> SuiteState:
-        """Forget all that was gathered on these subjects (F + 3,)."""
+        """Forget all that was gathered on these subjects (F + 3 + H,)."""
         charts = {chart.name: chart.reset_subjects(self.charts[chart.name], self.task, subjects) for chart in CHARTS}
         retained = ~subjects[self.layout.subjects]
         return replace(self, cusum=self.cusum.reset_except(retained), charts=ChartStates(charts))
@@ -143,12 +143,12 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         site, task, layout = self.reference, self.reference.task, self.reference.layout
         baselines = site.baselines
         drift_windows = windows.drift_windows(site.origin)
-        parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in SCORED]
+        parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in layout.detectors]
         values = np.concatenate([scores.values for scores in parts], axis=1)
         values, usual, sd = self._expect(values, t)
         shift = values - usual
         effects = np.where(np.isnan(shift), 0.0, shift)
-        for detector, scores in zip(SCORED, parts, strict=True):
+        for detector, scores in zip(layout.detectors, parts, strict=True):
             place = layout[detector.name]
             if scores.effects is not None:
                 effects[:, place] = scores.effects

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Bools, Float32s, Float64s, Ints
+from agent.drift.outputs.counts import MAX_VALUES, FurtherOutput
 from agent.model.bundle.manifest import Manifest, ModelOutput, output_columns
 from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 
@@ -23,7 +24,8 @@ class Scores(msgspec.Struct, frozen=True):
     For a multi-label model `label` is the most probable one, `predicted` (w, K) the predicted ones, and `score` the
     probability that all of them are correct if labels were independent. `anomaly` (w,) marks values above the
     threshold. `extra_columns` are a probability per label (`score_LABEL`), further values (`value_NAME`), and scores
-    and values of further outputs, whose labels as text are in `label_columns`.
+    and values of further outputs, whose labels as text are in `label_columns`. `outputs` holds the results of
+    each further output by name.
     """
 
     label: Ints | None
@@ -33,6 +35,7 @@ class Scores(msgspec.Struct, frozen=True):
     anomaly: Bools | None = None
     extra_columns: Mapping[str, Float64s] = msgspec.field(default_factory=dict)
     label_columns: Mapping[str, NDArray[np.str_]] = msgspec.field(default_factory=dict)
+    outputs: Mapping[str, Scores] = msgspec.field(default_factory=dict)
 
     def slice(self, part: slice) -> Scores:
         return Scores(
@@ -43,7 +46,19 @@ class Scores(msgspec.Struct, frozen=True):
             anomaly=None if self.anomaly is None else self.anomaly[part],
             extra_columns={name: column[part] for name, column in self.extra_columns.items()},
             label_columns={name: column[part] for name, column in self.label_columns.items()},
+            outputs={name: output.slice(part) for name, output in self.outputs.items()},
         )
+
+    @property
+    def further_answers(self) -> Float64s | None:
+        """(w, P) further outputs as numbers: of each the index of its label, if it has any, and its score or values."""
+        numbers = [column for output in self.outputs.values() for column in output._answer_columns()]
+        return np.stack(numbers, axis=1, dtype=np.float64) if numbers else None
+
+    def _answer_columns(self) -> list[NDArray[Any]]:
+        if self.label is not None and self.score is not None:
+            return [self.label, self.score]
+        return [np.asarray(self.value), *self.extra_columns.values()][:MAX_VALUES]
 
     def __len__(self) -> int:
         present = self.value if self.label is None else self.label
@@ -62,10 +77,12 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
     own, *parts = split_outputs(outputs, manifest)
     first = _score(own, manifest, inputs)
     columns, label_columns = dict(first.extra_columns), dict(first.label_columns)
+    outputs_by_name: dict[str, Scores] = {}
     for (name, spec), part in zip(further.items(), parts, strict=True):
         head = further_manifest(manifest, name)
         scored = _score(part, head, None)
         texts = to_texts(scored, head)
+        outputs_by_name[name] = scored
         cells = [None if texts is None else np.array(texts, np.str_), scored.score, scored.value]
         cells += list(scored.extra_columns.values())
         for column, values in zip(
@@ -73,7 +90,16 @@ def from_outputs(outputs: Float32s, manifest: Manifest, inputs: Float32s | None 
         ):
             target: dict[str, Any] = label_columns if values.dtype.kind == "U" else columns
             target[column] = values
-    return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns)
+    return msgspec.structs.replace(first, extra_columns=columns, label_columns=label_columns, outputs=outputs_by_name)
+
+
+def monitored_outputs(manifest: Manifest) -> tuple[FurtherOutput, ...]:
+    """Return the further outputs as drift detection sees them; of many values the first ones."""
+    outputs: list[FurtherOutput] = []
+    for name, spec in manifest.further.items():
+        values = tuple(spec.names or [name])[:MAX_VALUES] if spec.kind == "regress" else ("value",)
+        outputs.append(FurtherOutput(name, tuple(spec.labels), ("score",) if spec.labels else values))
+    return tuple(outputs)
 
 
 def split_outputs(outputs: Float32s, manifest: Manifest) -> list[Float32s]:
@@ -87,6 +113,7 @@ def further_manifest(manifest: Manifest, name: str) -> Manifest:
     """Return the manifest of a model that has only the further output `name`."""
     spec = manifest.further[name]
     members = {field: getattr(spec, field) for field in ModelOutput.__struct_fields__}
+    members["tensor"] = name if spec.tensor is None else spec.tensor
     drift = msgspec.structs.replace(manifest.drift, class_field=msgspec.UNSET)
     return msgspec.structs.replace(
         manifest, kind=spec.kind, output=ModelOutput(**members), outputs=msgspec.UNSET, drift=drift
@@ -183,6 +210,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         label_columns={
             name: np.concatenate([part.label_columns[name] for part in parts]) for name in parts[0].label_columns
         },
+        outputs={name: concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
     )
 
 

@@ -35,6 +35,11 @@ _NAME = re.compile(r"[\w./-]+")
 _EFFECTS = ("mean", "m2", "psi", "js", "ks", "w1")
 
 
+def is_model_subject(subject: str) -> bool:
+    """Return True for the model's answers and speed, a further output included, and no field."""
+    return subject in _MODEL_SUBJECTS or subject.startswith("output.")
+
+
 class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
     """Rules of one stream, or of all streams for messages about the device.
 
@@ -162,7 +167,7 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
             return body if self.min_results <= 1 else self._withhold_alert(body, "single results are not named")
         if alert not in _FIELD_ALERTS or self.is_open:
             return body
-        about_field = alert in ("drift", "fault") and subject not in _MODEL_SUBJECTS
+        about_field = alert in ("drift", "fault") and not is_model_subject(subject)
         is_protected = about_field and (subject in _JOINT_SUBJECTS or self.is_protected(subject))
         if is_protected or self._names_protected_field(body):
             return self._withhold_alert(body, "a field that its owner protects takes part")

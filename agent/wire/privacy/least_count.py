@@ -94,7 +94,9 @@ def _limit_drift(body: Body, k: int) -> Body:
         limited["estimate"] = None
     if _is_few(rows, k) or any(WITHHELD in field for field in features.values()):
         limited["joint"] = {**body["joint"], "cusum": None}
-        limited["output"] = {**output, "score": {**output["score"], "cusum": []}}
+        further = {name: {**part, "cusum": []} for name, part in output.get("further", {}).items()}
+        output = {**output, "score": {**output["score"], "cusum": []}}
+        limited["output"] = output | ({"further": further} if further else {})
         limited["rate"] = body["rate"] | {"step_us": None, "repeated": None, "cusum": []}
     if (windows := body.get("windows")) is not None:
         limited["windows"] = _limit_run(windows, k)
@@ -113,6 +115,29 @@ def _limit_field(field: Body, k: int) -> Body:
 
 def _limit_output(output: Body, k: int) -> tuple[dict[str, Any], int]:
     """Return the member `output`, and the number of predictions that it counts."""
+    limited, total = _limit_main_output(output, k)
+    further = {name: _limit_further_output(part, k) for name, part in output.get("further", {}).items()}
+    return limited | ({"further": further} if further else {}), total
+
+
+def _limit_further_output(output: Body, k: int) -> dict[str, Any]:
+    """Return the counts of a further output: of its labels, and of each value by bin."""
+    limited = dict(output)
+    sizes = {name: sum(value["counts"]) for name, value in output["values"].items()}
+    if any(_is_few(n, k) for n in (*sizes.values(), sum(output.get("counts", {}).values()))):
+        empty = {name: {"counts": [0] * len(value["counts"]), "psi": None} for name, value in output["values"].items()}
+        limited |= {"values": empty, "cusum": [], WITHHELD: max(sizes.values(), default=0)}
+        limited |= {"counts": {}, "psi": None} if "counts" in output else {}
+        return limited | ({"estimate": None} if "estimate" in output else {})
+    merged = {
+        name: {**value, "counts": merge_small_bins(value["counts"], k)} for name, value in output["values"].items()
+    }
+    labels = {"counts": merge_small_classes(output["counts"], k)} if "counts" in output else {}
+    return limited | {"values": merged} | labels
+
+
+def _limit_main_output(output: Body, k: int) -> tuple[dict[str, Any], int]:
+    """Return the counts of the main output, and the number of predictions that they count."""
     counts = output["counts"]
     total = sum(counts.values() if isinstance(counts, Mapping) else counts)
     if _is_few(total, k):

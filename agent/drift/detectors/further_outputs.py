@@ -1,0 +1,151 @@
+"""Further output detector: the answers of each further output of a model with several.
+
+Of labels it tests their shares, and the accuracy to expect from their scores, or the scores themselves where no
+held-out labels are known. Of a number it tests where its values lie among the quantiles of the shipped reference, and
+how far they spread. All outputs of a model share one false-alarm budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift.detectors.detector import (
+    OUTPUT,
+    SUBJECTS,
+    Alarm,
+    AlertText,
+    Baseline,
+    DriftWindows,
+    LearnedWindows,
+    ScoreDetector,
+    Scores,
+    Task,
+    round_significant,
+)
+from agent.drift.numeric import false_alarm_budget
+from agent.drift.outputs.counts import FurtherOutput, median_value, split_outputs, weighted_means
+from agent.indices import repeat
+
+
+class _Test(msgspec.Struct, frozen=True):
+    """Test of one output: of the share of a label, or of a weighted mean of the bins of a value."""
+
+    output: FurtherOutput
+    label: str | None = None
+    value: int = 0
+    is_spread: bool = False
+
+
+class FurtherOutputDetector(ScoreDetector):
+    """Detector of each label's share and of one or two weighted means of each value of each further output."""
+
+    name = "further_outputs"
+    budget = false_alarm_budget.ANSWERS_BUDGET
+    tests_answers = True
+    by_class = False
+    winsorized = False
+
+    def width(self, task: Task) -> int:
+        return sum(output.tests for output in task.further)
+
+    def min_sd(self, task: Task) -> float:
+        # One answer more or less is nothing.
+        return max(0.02, 1 / task.window)
+
+    def subjects(self, task: Task) -> Sequence[int]:
+        first = task.fields + len(SUBJECTS)
+        return [first + task.further.index(test.output) for test in _list_tests(task.further)]
+
+    def kinds(self, task: Task) -> Sequence[slice]:
+        """Return the shares of all outputs, and their weighted means: each by itself may seem to have a memory."""
+        shares = sum(output.shares for output in task.further)
+        return [slice(0, shares), slice(shares, self.width(task))]
+
+    def share_budget(self, task: Task) -> float:
+        return self.budget * len(task.further) / (1 + len(task.further))
+
+    def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
+        return _measure(task, windows.distributions.further, windows.output_weights)
+
+    def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
+        return Scores(_measure(task, windows.distributions.further, baseline.output_weights))
+
+    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
+        return repeat(near_alarm[:, None], self.width(task), axis=1) if task.further else None
+
+    def describe(self, alarm: Alarm) -> AlertText:
+        tests = _list_tests(alarm.further)
+        own = [at for at, test in enumerate(tests) if test.output == _output(alarm)]
+        side, at = max(
+            ((int(side), own[int(place)]) for side, place in np.argwhere(alarm.alarm[:, own])),
+            key=lambda place: float(alarm.value[place] / alarm.limit[place[1]]),
+        )
+        test, windows, since = tests[at], int(alarm.windows[side, at]), int(alarm.since[side, at])
+        usual, shift = float(alarm.baseline.mean[at]), alarm.mean_effect(side, at)
+        change, evidence = _describe_change(alarm, test, usual, shift)
+        period = {"test": evidence.pop("test"), "output": test.output.name, "windows": windows, "since": since}
+        cause = "another use of the machine, readings unlike those it was made from, or a model that no longer fits"
+        sentence = f"{OUTPUT}.{test.output.name}: {change}, {alarm.format_windows(windows, since)}; likely {cause}"
+        return AlertText(sentence, period | evidence)
+
+
+def _output(alarm: Alarm) -> FurtherOutput:
+    return alarm.further[alarm.subject - len(alarm.fields) - len(SUBJECTS)]
+
+
+def _list_tests(outputs: Sequence[FurtherOutput]) -> list[_Test]:
+    """Return the tests in the order of their values: first the shares of all outputs."""
+    tests = [_Test(output, label) for output in outputs if output.shares for label in output.labels]
+    return tests + [
+        _Test(output, value=value, is_spread=is_spread)
+        for output in outputs
+        for value in range(len(output.values))
+        for is_spread in ((False,) if output.labels else (False, True))
+    ]
+
+
+def _describe_change(alarm: Alarm, test: _Test, usual: float, shift: float) -> tuple[str, dict[str, object]]:
+    if test.label is not None:
+        share = float(np.clip(usual + shift, 0, 1))
+        change = f"{test.label} is {share:.0%} of the answers, {usual:.0%} in this site's reference"
+        numbers: dict[str, object] = {"share": round_significant(share, 4), "usual": round_significant(usual, 4)}
+        return change, {"test": "share", "label": test.label} | numbers
+    shifted: dict[str, object] = {"shift": round_significant(shift, 4)}
+    if test.output.labels:
+        noun = "certainty, or the accuracy to expect from it,"
+        return f"its {noun} {'fell' if shift < 0 else 'rose'} by {abs(shift):.2g}", {"test": "accuracy"} | shifted
+    name = test.output.values[test.value]
+    if test.is_spread:
+        return f"values of {name} spread {'less' if shift < 0 else 'more'} than usual", {"test": "spread"} | shifted
+    at = alarm.further.index(test.output)
+    now, before = (
+        median_value(_bins(alarm.further, counts, at)[test.value], alarm.baseline.output_edges[at][test.value])
+        for counts in (alarm.distributions.further, alarm.baseline.distributions.further)
+    )
+    change = f"values of {name} {'fell' if shift < 0 else 'rose'}: half are above {now:.4g}, {before:.4g} in this "
+    medians: dict[str, object] = {"median": round_significant(now, 4), "usual": round_significant(before, 4)}
+    return f"{change}site's reference", {"test": "mean"} | shifted | medians
+
+
+def _bins(outputs: Sequence[FurtherOutput], counts: Ints, number: int) -> Ints:
+    output, own = list(split_outputs(outputs, counts))[number]
+    return output.split_cells(own)[1]
+
+
+def _measure(task: Task, counts: Ints, weights: Float64s) -> Float64s:
+    """Return the tests' values (W, S) of counts (W, X), by weights (R, 32) of the bins; NaN without answers."""
+    shares: list[Float64s] = []
+    means: list[Float64s] = []
+    for output, own in split_outputs(task.further, counts):
+        labels, bins = output.split_cells(own)
+        if output.shares:
+            total = labels.sum(-1, keepdims=True)
+            shares.append(np.where(total > 0, labels / np.maximum(total, 1), np.nan))
+        for value in range(len(output.values)):
+            for _ in range(1 if output.labels else 2):
+                means.append(weighted_means(bins[:, value], weights[len(means)])[:, None])
+    return np.concatenate([*shares, *means], axis=1) if means else np.empty((len(counts), 0))

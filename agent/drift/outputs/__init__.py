@@ -1,0 +1,1 @@
+"""Further outputs of a model: counts of their answers, and their part of a drift reference."""

@@ -1,0 +1,95 @@
+"""Further outputs in a drift reference: bins, counts, and how often held-out scores were right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent.arrays import Bools, Float64s, Ints
+from agent.drift.numeric import divergence
+from agent.drift.outputs.counts import BINS, DISTANCES, RANKS, FurtherOutput, split_outputs
+from agent.indices import bincount
+from agent.performance import cbpe
+
+MAX_OUTPUTS = 16
+
+
+class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
+    """Reference of one further output. A site's reference has counts of its own."""
+
+    output: FurtherOutput
+    edges: Float64s  # (V, 31) inner quantiles of its values, or of its score
+    counts: Ints  # (cells,)
+    held_out: Ints | None = None  # (2, 32) scores of held-out data, and how many of these answers were right
+
+    @property
+    def weights(self) -> Float64s:
+        """(R, 32) weights of the bins in its tests."""
+        if not self.output.labels:
+            return np.tile([RANKS, DISTANCES], (len(self.output.values), 1))
+        if self.held_out is None or not self.held_out[0].any():
+            return RANKS[None]
+        return cbpe.estimate_bin_accuracy(self.held_out[0], self.held_out[1])[None]
+
+    def with_held_out(self, scores: Float64s, right: Bools) -> FurtherOutputReference:
+        """Return the reference with how often `scores` (w,) of held-out data were `right` (w,)."""
+        places = np.searchsorted(self.edges[0], scores, side="right")
+        return replace(self, held_out=np.stack([bincount(part, minlength=BINS) for part in (places, places[right])]))
+
+    @property
+    def is_valid(self) -> bool:
+        output, held_out = self.output, self.held_out
+        return (
+            len(output.values) > 0
+            and (not output.labels or len(output.values) == 1)
+            and self.edges.shape == (len(output.values), BINS - 1)
+            and bool(np.isfinite(self.edges).all() and (np.diff(self.edges, axis=1) >= 0).all())
+            and self.counts.shape == (output.cells,)
+            and bool((self.counts >= 0).all())
+            and (held_out is None or (held_out.shape == (2, BINS) and bool((held_out[1] >= 0).all())))
+            and (held_out is None or bool((held_out[1] <= held_out[0]).all()))
+        )
+
+
+def draft(outputs: Sequence[FurtherOutput], answers: Float64s) -> tuple[FurtherOutputReference, ...]:
+    """Draft the references of outputs from answers (w, P); counts follow."""
+    quantiles = np.arange(1, BINS) / BINS
+    drafts: list[FurtherOutputReference] = []
+    column = 0
+    for output in outputs:
+        values = answers[:, column + bool(output.labels) : column + output.columns]
+        known = np.where(np.isfinite(values), values, np.nan)
+        edges = np.nan_to_num(np.nanquantile(known, quantiles, axis=0)).T
+        drafts.append(FurtherOutputReference(output, edges, np.zeros(output.cells, np.int64)))
+        column += output.columns
+    return tuple(drafts)
+
+
+def with_counts(references: Sequence[FurtherOutputReference], counts: Ints) -> tuple[FurtherOutputReference, ...]:
+    """Return the references with these counts (X,)."""
+    parts = split_outputs([reference.output for reference in references], counts)
+    return tuple(replace(reference, counts=own) for reference, (_, own) in zip(references, parts, strict=True))
+
+
+def build_members(references: Sequence[FurtherOutputReference], counts: Ints) -> dict[str, dict[str, Any]]:
+    """Return the members of a message by output: counts of labels, bins of values, divergences, expected accuracy."""
+    members: dict[str, dict[str, Any]] = {}
+    for reference, (output, own) in zip(references, split_outputs([r.output for r in references], counts), strict=True):
+        (labels, bins), (usual_labels, usual_bins) = output.split_cells(own), output.split_cells(reference.counts)
+        psi = divergence.psi(usual_bins, bins).round(4).tolist()
+        values = {
+            name: {"counts": part.tolist(), "psi": far}
+            for name, part, far in zip(output.values, bins, psi, strict=True)
+        }
+        member: dict[str, Any] = {"values": values}
+        if output.labels:
+            named = {label: n for label, n in zip(output.labels, labels.tolist(), strict=True) if n}
+            member |= {"counts": named, "psi": round(float(divergence.psi(usual_labels, labels)), 4)}
+        if reference.held_out is not None:
+            member["estimate"] = cbpe.estimate_accuracy(reference.held_out[0], reference.held_out[1], bins[0])
+        members[output.name] = member
+    return members

@@ -1,0 +1,193 @@
+"""Further outputs on a device: their drift, and alert rules about them, from pack to the signed message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from agent import config
+from agent.authoring import pack
+from agent.cli.model.group import model
+from agent.config import AlertRuleConfig
+from agent.device.pipeline.joined_streams import JoinedStream
+from agent.device.rules import compiler, sentences
+from agent.device.rules.batch_results import BatchResults, PendingResults
+from agent.device.store.rows import Rows
+from agent.drift.reporting import parsed_message
+from agent.errors import ConfigError
+from agent.model import activation
+from agent.model.activation import LoadedBundle
+from agent.model.bundle import bundle
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import runtime, scores
+from agent.model.inference.inference import Inference
+from agent.model.inference.joins import JoinedRows
+from agent.wire.messages import AlertPayload, DriftPayload
+from scripts.kit.bundles import KEY, WINDOWED, Recipe, waves, write_csv, write_joined_spec
+from tests.kit.devices import T0, Device
+
+AIR_STEP_US = 310_000
+RULES = [
+    AlertRuleConfig(name="wear", output="wear", value="> 1e9"),
+    AlertRuleConfig(name="worn", output="wear", value="> -1e9", clear="< -2e9"),
+    AlertRuleConfig(name="wet", output="flags", label="wet", score="> 0.0001", only_healthy=True),
+    AlertRuleConfig(name="same", output="flags", unchanged="3 windows"),
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("joined")
+    write_joined_spec(folder)
+    write_csv(folder / "weather.csv", ("air",), still_air(60, 2)[:, None], step_s=0.31)
+    pack.write_bundle(pack.pack(folder / "bundle.toml", KEY), folder / "bundle")
+    return bundle.read(folder / "bundle", [KEY.public])
+
+
+@pytest.fixture
+def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
+    loaded_model = runtime.load_model(packed.manifest, packed.model_bytes)
+    air = config.StreamConfig(fields=[config.FieldConfig(name=name) for name in ("other", "air")])
+    streams = {"weather": JoinedStream("weather", air, 10.0)}
+    loaded = LoadedBundle(packed, activation.read_reference(packed), None, loaded_model)
+    recipe = Recipe("classify", "joined_int8", fields=WINDOWED)
+    made = Device(tmp_path / "store", recipe, loaded, joined_streams=streams, alerts=RULES)
+    yield made
+    made.store.close()
+
+
+def still_air(count: int, seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 0.5, count).astype("<f4")
+
+
+def restless_air(count: int, seed: int) -> NDArray[np.float32]:
+    """Air that goes up and down: wear, its last value less its first, is far from 0, and the mean of three is 0."""
+    return np.resize(np.array([-4, 0, 4], "<f4"), count)
+
+
+def feed(device: Device, seed: int, count: int, make_air: Callable[[int, int], NDArray[np.float32]]) -> None:
+    """Feed rows as usual, with this air."""
+    times = np.arange(0, count * 10_000, AIR_STEP_US) + device.fed
+    air = make_air(len(times), seed)
+    with device.store.transaction() as tx:
+        tx.append("weather", Rows(T0 + times, (np.zeros(len(air), "<f4"), air)), "synced")
+    device.feed(waves(count, seed=seed))
+    device.run_all()
+
+
+def raised(device: Device, kind: str) -> list[AlertPayload]:
+    bodies = [message.body for message in device.messages()]
+    return [b for b in bodies if isinstance(b, AlertPayload) and (b.alert, b.state) == (kind, "raised")]
+
+
+def test_a_joined_stream_that_drifts_shows_in_the_output_that_depends_on_it(device: Device) -> None:
+    for seed in range(6):
+        feed(device, seed, 800, still_air)
+    assert raised(device, "drift") == []
+    device.restart()
+    for seed in range(6, 10):
+        feed(device, seed, 800, restless_air)
+    subjects = {alert.subject for alert in raised(device, "drift")}
+    assert "output.wear" in subjects
+    assert not subjects & {*WINDOWED, "output.flags"}
+    drift = [message.body for message in device.messages() if isinstance(message.body, DriftPayload)]
+    assert set(drift[-1].output["further"]) == {"flags", "wear"}
+    assert drift[-1].output["further"]["wear"]["values"].keys() == {"wear"}
+    assert sum(drift[-1].output["further"]["flags"]["counts"].values()) >= 10
+    assert parsed_message.from_message(
+        {"features": drift[-1].features, "output": drift[-1].output, "state": drift[-1].state}, (0, 1)
+    ).subjects.keys() >= {"output.flags", "output.wear"}
+
+
+def test_rules_about_further_outputs_raise_results_that_name_them(device: Device) -> None:
+    feed(device, 1, 800, still_air)
+    by_rule = {alert.subject: alert for alert in raised(device, "result")}
+    assert "wear" not in by_rule
+    assert by_rule["worn"].evidence["output"] == "wear"
+    assert "value" in by_rule["worn"].evidence
+    assert by_rule["wet"].evidence["output"] == "flags"
+    assert by_rule["wet"].evidence["label"] in ("hot", "wet", "hot|wet", "-")
+    assert "flags" in by_rule["wet"].summary
+
+
+def test_results_that_wait_for_their_drift_window_keep_further_outputs(packed: Bundle) -> None:
+    inference = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
+    weather = JoinedRows(waves(30)[:, :1], np.arange(30) * AIR_STEP_US)
+    result = inference.run(waves(200), np.arange(200) * 10_000, joined={"weather": weather})
+    ends = result.cut.starts
+    before = BatchResults(result.scores, None, ends, ends, np.ones(len(ends), np.bool_))
+    after = PendingResults.pack(before, "sha256:a").unpack("sha256:a")
+    assert after is not None
+    for rule in RULES:
+        bound = compiler.compile_rule("device.toml", "tiny", 0, rule, packed.manifest)
+        assert bound.find_answered(after.scores).tolist() == bound.find_answered(before.scores).tolist()
+        assert bound.label(after, 3) == bound.label(before, 3)
+        if rule.unchanged is None:
+            assert bound.observe(after.scores)[0].tolist() == bound.observe(before.scores)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "member", "why"),
+    [
+        ({"output": "flag", "label": "wet"}, "output", "no further output 'flag'; did you mean 'flags'"),
+        ({"output": "flags", "label": "cold"}, "label", "has no class 'cold'"),
+        ({"output": "flags", "value": "> 1"}, "value", "is a classifier"),
+        ({"output": "wear", "label": "wet"}, "label", "names no class"),
+        ({"output": "wear.left", "value": "> 1"}, "value", "is a classifier"),
+        ({"output": "flags", "label": "wet", "score": "> 1"}, "score", "can never fire"),
+    ],
+)
+def test_a_rule_that_a_further_output_can_never_satisfy_is_refused(
+    packed: Bundle, rule: dict[str, Any], member: str, why: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compiler.compile_rule("device.toml", "tiny", 0, AlertRuleConfig(name="x", **rule), packed.manifest)
+    assert f"[0].{member}" in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_a_rule_is_explained_with_its_output() -> None:
+    assert "flags label 'wet'" in sentences.explain(RULES[2])
+    assert "value wear > 1e9" in sentences.explain(RULES[0])
+
+
+def test_a_model_of_one_output_gives_the_bits_of_the_model_of_several(packed: Bundle) -> None:
+    weather, rows = waves(60, seed=2)[:, :1], waves(400, seed=6)
+    view = scores.further_manifest(packed.manifest, "wear")
+    inference = Inference(view, runtime.load_model(view, packed.model_bytes))
+    whole = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
+    t = np.arange(len(rows)) * 10_000
+    joined = {"weather": JoinedRows(weather, np.arange(60) * AIR_STEP_US)}
+    alone, all_of = (each.run(rows, t, joined=joined).scores for each in (inference, whole))
+    assert alone.value is not None
+    assert alone.value.tolist() == all_of.extra_columns["value_wear"].tolist()
+
+
+def test_evaluate_judges_a_further_output_by_the_labels_of_its_name(tmp_path: Path, packed: Bundle) -> None:
+    for name, content in packed.files.items():
+        (tmp_path / "bundle").mkdir(exist_ok=True)
+        (tmp_path / "bundle" / name).write_bytes(content)
+    weather, rows = still_air(30, 2)[:, None], waves(400, seed=6)
+    inference = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
+    joined = {"weather": JoinedRows(weather, np.arange(30) * AIR_STEP_US)}
+    result = inference.run(rows, np.arange(400) * 10_000, joined=joined)
+    labels = dict(zip((result.cut.starts + 7).tolist(), result.scores.extra_columns["value_wear"] + 0.5, strict=True))
+    lines = write_csv(tmp_path / "rows.csv", WINDOWED, rows).read_text().splitlines()
+    labelled = [f"{lines[0]},label_wear", *(f"{line},{labels.get(i, '')}" for i, line in enumerate(lines[1:]))]
+    (tmp_path / "rows.csv").write_text("\n".join(labelled) + "\n")
+    air = write_csv(tmp_path / "weather.csv", ("air",), weather, step_s=0.31)
+    command = ["evaluate", str(tmp_path / "bundle"), str(tmp_path / "rows.csv"), "--join", f"weather={air}"]
+    done = CliRunner().invoke(model, [*command, "--output", "wear", "--no-latency", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["model"]["output"] == "wear"
+    assert {metric["metric"]: metric["value"] for metric in document["metrics"]}["mae"] == pytest.approx(0.5, abs=0.01)
+    unknown = CliRunner().invoke(model, [*command, "--output", "wera"])
+    assert "did you mean 'wear'" in str(unknown.exception)
