@@ -92,7 +92,7 @@ def test_readings_of_a_range_of_time_read_no_chunk_outside_of_it(
         unpacked.append(chunk.first_t)
         return unpack_chunk(chunk, fields)
 
-    monkeypatch.setattr("agent.device.store.store.unpack_chunk", unpack)
+    monkeypatch.setattr("agent.device.store.row_batch.unpack_chunk", unpack)
 
     def listed(first: int, end: int) -> list[int]:
         since, until = (clock.to_rfc3339(begin + hour * hour_us) for hour in (first, end))

@@ -11,7 +11,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
-from agent.cli.output import emit, json_option
+from agent.cli.output import echo, emit, json_option
 from agent.cli.require_clean import NOT_CLEAN, require_clean_option
 from agent.cli.time_option import parse_since
 from agent.fleet import config as fleet_config
@@ -81,7 +81,7 @@ def export_dataset(
     card = export.export(store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled)
     emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
     if require_clean and card.poisoning.state != "passed":
-        click.echo(f"{out}: {NOT_CLEAN}", err=True)
+        echo(f"{out}: {NOT_CLEAN}", err=True)
         sys.exit(1)
 
 
