@@ -62,7 +62,6 @@ def load(folder: Path, rule: str) -> config.Config:
         ('name = "x"\nvalue = "<= 5"\nclear = ">= 5"', "alerts[0].clear", "the other side of 5"),
         ('name = "x"\nvalue = "> 80"\noutput = "a"\nlable = "b"', "alerts[0].lable", "did you mean 'label'?"),
         ('name = "x"\nlabel = "a"\nfr = "3 of 5"', "alerts[0].fr", "did you mean 'for'?"),
-        ('name = "x"\nlabel = "a"\noutput = "b"', "alerts[0].output", "remove it"),
         ('name = "x"\nlabel = "a"\nseverity = "high"', "alerts[0].severity", "not a valid choice"),
         ('name = "x"\nlabel = "a"\nsummary = "{lable}"', "alerts[0].summary", "did you mean 'label'?"),
         ('name = "x"\nlabel = "a"\nsummary = "{label.__class__}"', "alerts[0].summary", "unknown placeholder"),
