@@ -81,7 +81,8 @@ def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Local
     before = task(device)["row"]
     code, answer = command(fleet, "pi-01", "run", "exercise")
     assert code == 0
-    assert task(device)["row"] == before + answer["data"]["used"]
+    # A backlog is worked off in slices, and the next one may already have run.
+    assert task(device)["row"] >= before + answer["data"]["used"]
     assert answer["data"]["used"] > 0
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "each moon")
     assert (code, answer["ok"]) == (1, False)
