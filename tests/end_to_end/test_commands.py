@@ -78,6 +78,7 @@ def test_a_schedule_is_changed_and_set_back_and_nonsense_is_refused(fleet: Local
     code, answer = command(fleet, "pi-01", "set-schedule", "exercise", "every 1 h")
     assert (code, answer["data"]) == (0, {"schedule": "every 1 h", "configured": "every 500 ms"})
     assert (task(device)["schedule"], task(device)["schedule_override"]) == ("every 1 h", "every 1 h")
+    wait_until("rows of a model window", lambda: task(device)["backlog"] >= 100)
     before = task(device)["row"]
     code, answer = command(fleet, "pi-01", "run", "exercise")
     assert code == 0
