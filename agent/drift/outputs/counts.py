@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints
-from agent.indices import bincount
+from agent.indices import bincount, repeat
 
 BINS = 32  # quantile bins of a value or a score
 MAX_VALUES = 16  # of one output that are monitored
@@ -75,7 +75,7 @@ def count_answers(outputs: Sequence[FurtherOutput], edges: Sequence[Float64s], a
     `edges` holds the inner quantiles (V, BINS - 1) of each output's values. Returns (W, X).
     """
     cells = count_cells(outputs)
-    first = np.repeat(np.arange(windows, dtype=np.int64) * cells, len(answers) // max(1, windows))
+    first = repeat(np.arange(windows, dtype=np.int64) * cells, len(answers) // max(1, windows))
     places: list[Ints] = []
     column, at = 0, 0
     for output, own_edges in zip(outputs, edges, strict=True):

@@ -19,6 +19,7 @@ from agent.evaluation.adversarial.results import (
 )
 from agent.evaluation.adversarial.substitution import Recording
 from agent.evaluation.adversarial.target import Target
+from agent.indices import repeat
 
 MAX_INVOCATIONS = 60_000
 MAX_WINDOWS = 500
@@ -91,7 +92,7 @@ def _change_single_fields(target: Target, fields: Ints, room: float, rng: Genera
     index = _take(target, room, queries)
     if not len(index) or not len(fields):
         return
-    each, field = np.tile(index, len(fields)), np.repeat(fields, len(index))
+    each, field = np.tile(index, len(fields)), repeat(fields, len(index))
     allowed = field[:, None] == np.arange(target.windows.shape[2])
     sizes = noise.find_smallest_noise(target, each, allowed, _FIELD_BOUNDS, _FIELD_STEPS, rng)
     for number, own in zip(fields.tolist(), sizes.reshape(len(fields), -1), strict=True):

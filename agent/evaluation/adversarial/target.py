@@ -86,7 +86,7 @@ class Answers(msgspec.Struct, frozen=True, eq=False):
         codes, values = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scores"))
         return cls(codes, values, parts[0].kind, np.concatenate(labels) if labels else None)
 
-    def take(self, index: Ints) -> Answers:
+    def select(self, index: Ints) -> Answers:
         labels = None if self.labels is None else self.labels[index]
         return Answers(self.codes[index], self.scores[index], self.kind, labels)
 
@@ -146,7 +146,7 @@ class Target:
 
         Returns whether each answer flipped, and its margin, which falls as the old answer becomes less likely.
         """
-        before, after = self.answers.take(index), self._answer(index, changed)
+        before, after = self.answers.select(index), self._answer(index, changed)
         return after.differ_from(before, self.tolerance), after.margin_of(before)
 
     def _answer(self, index: Ints, windows: Float32s) -> Answers:
