@@ -292,11 +292,7 @@ class Daemon:
         """Run a task that is due, or that the last tick did not finish; return the seconds it took."""
         name = scheduled.task.name
         if scheduled.schedule.is_due(now, self._count_backlog(scheduled), scheduled.task.rows_to_gather):
-            scheduled.must_save |= scheduled.schedule.record_run(now)
-            if scheduled.schedule.needs_last_run:
-                scheduled.unsaved_run_us = now.wall_us
-            if scheduled.must_save:
-                self._save_last_runs([scheduled])
+            self._record_run(scheduled, now)
             self._unfinished.add(name)
         if name not in self._unfinished:
             return 0.0
@@ -475,6 +471,13 @@ class Daemon:
         cursor = self._store.cursor(scheduled.task.name)
         used = self._store.first_row(stream) - 1 if cursor is None else cursor
         return self._store.last_row(stream) - used
+
+    def _record_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
+        scheduled.must_save |= scheduled.schedule.record_run(now)
+        if scheduled.schedule.needs_last_run:
+            scheduled.unsaved_run_us = now.wall_us
+        if scheduled.must_save:
+            self._save_last_runs([scheduled])
 
     def _save_last_runs(self, scheduled_tasks: Sequence[ScheduledTask]) -> None:
         """Save the times of the last runs, so that the next start catches up once with a cron time that it missed."""

@@ -190,7 +190,7 @@ def noted_runs(file: str) -> None:
         with Path(file).open("a", encoding="ascii") as lines:
             lines.write(f"{scheduled.task.name}\n")
 
-    _wrap(Daemon, "_save_last_run", before=note)
+    _wrap(Daemon, "_record_run", before=note)
 
 
 def evict_after(seconds: str) -> None:
