@@ -28,6 +28,8 @@ _NEWEST_ROWS = 4096
 # Multiplier of the splitmix64 generator; odd, so that no information is lost.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
+# The multiplication mixes the first bits best.
+_FIRST_BITS = 16
 
 Hashes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
@@ -240,11 +242,18 @@ def _screen_duplicates(
         recent = np.concatenate([np.zeros(0, np.uint64), *map(hash_rows, load_recent(recent_rows(stream)))])
     candidates = np.flatnonzero(given & ~np.asarray(unknown))
     values = hash_rows(rows)[candidates]
-    # The recent rows are filtered by the few new ones: sorting all of them for each block would be slow.
-    repeated = np.isin(values, recent[np.isin(recent, values)])
+    repeated = np.isin(values, recent[_share_first_bits(recent, values)])
     first = np.zeros(len(values), bool)
     first[np.unique(values, return_index=True)[1]] = True
     return [int(index) for index in candidates[repeated | ~first]], recent
+
+
+def _share_first_bits(hashes: Hashes, others: Hashes) -> Mask:
+    """Return which of the many hashes (n,) begin like one of the few others: sorting them for each block is slow."""
+    table = np.zeros(1 << _FIRST_BITS, bool)
+    shift = np.uint64(64 - _FIRST_BITS)
+    table[others >> shift] = True
+    return np.asarray(table[hashes >> shift])
 
 
 def _read_last_values(recent: list[Rows], stream: StreamConfig) -> LastValues:
