@@ -15,6 +15,7 @@ It is pure: state and batch in, new state and results out, and the same whatever
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -45,6 +46,8 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window,
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
+
+log = logging.getLogger("outstation")
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -150,7 +153,9 @@ class DriftMonitor:
         if learning is not None:
             with contextlib.suppress(ValueError):
                 gathered = LearningState.from_bytes(learning)
-                if gathered.total.reference == self.shipped.digest:
+                if gathered.further.shape[1] != self.shipped.further_cells:
+                    log.warning("learning begins anew: what was learned so far has no counts of the further outputs")
+                elif gathered.total.reference == self.shipped.digest:
                     return replace(state, learning=gathered)
         return state
 

@@ -73,7 +73,10 @@ def _withhold_attacks(result: AdversarialResult | None, labels: set[str], min_co
         for change in result.smallest_changes
         if change.n >= min_count and (not change.label or change.label in labels)
     ]
-    return replace(result, attacks=[attack for attack in attacks if attack.points], smallest_changes=changes)
+    # Without a reference the limits are single readings.
+    return replace(
+        result, low=[], high=[], attacks=[attack for attack in attacks if attack.points], smallest_changes=changes
+    )
 
 
 def _large_cells(cells: Sequence[Cell], size: Callable[[Cell], int], min_count: int) -> Iterable[Cell]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+
+import msgspec
 import numpy as np
 import pytest
 
@@ -102,6 +105,15 @@ def test_the_learning_state_is_stored_separately_and_survives_a_restart(monitor:
     later, _ = feed(monitor, again, r.windows(30, 42))
     assert later.to_bytes() == whole.to_bytes()
     assert later.site_reference is not None
+
+
+def test_learning_goes_on_from_a_version_that_stored_no_further_outputs(monitor: DriftMonitor) -> None:
+    state, _ = feed(monitor, monitor.start(), readings(6, 10))
+    stored = msgspec.msgpack.decode(zlib.decompress(state.learning.to_bytes()))
+    del stored["further"]
+    again = monitor.restore(monitor.to_bytes(state), zlib.compress(msgspec.msgpack.encode(stored)))
+    assert again.learning.total_windows == state.learning.total_windows == 10
+    assert again.to_bytes() == state.to_bytes()
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\0" * 40, b"x\x9cgarbage"])

@@ -214,6 +214,7 @@ def test_privacy_leaves_out_the_change_of_a_single_window(tmp_path: Path) -> Non
     result = attacked(tmp_path, min_count=20)
     assert {change.smallest_sd for change in result.smallest_changes} == {None}
     assert {change.smallest for change in result.smallest_changes} == {None}
+    assert (result.low, result.high) == ([], [])
     assert all(change.n >= 20 for change in result.smallest_changes)
     assert all(point.n >= 20 for each in result.attacks for point in each.points)
 

@@ -77,6 +77,19 @@ def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
     assert inspect(poisoned) == inspect(poisoned)
 
 
+def test_windows_without_any_value_are_no_copies() -> None:
+    rng = np.random.default_rng(5)
+    label = (rng.random(500) < 0.5).astype(np.int64)
+    rows = rng.normal(size=(2000, 3)).astype(np.float32)
+    rows[:, 0] += 2 * np.repeat(label, 4)
+    rows[np.repeat(rng.random(500) < 0.2, 4)] = np.nan
+    last = np.arange(3, 2000, 4)
+    windows = LabelledWindows(
+        rows=rows, last=last, window_rows=4, fields=["x", "y", "z"], label=label, labels=["a", "b"], names=last.tolist()
+    )
+    assert inspect(windows).findings == []
+
+
 def test_few_windows_or_one_class_are_not_checked(exercise: LabelledWindows) -> None:
     few = inspect(exercise.select(np.arange(50)))
     single = inspect(exercise.select(np.flatnonzero(exercise.label == 0)))

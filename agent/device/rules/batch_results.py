@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,8 @@ from msgspec.structs import replace
 from agent.arrays import AnyArray, Bools, Ints
 from agent.model.inference import scores
 from agent.model.inference.scores import Scores
+
+log = logging.getLogger("outstation")
 
 _SCORE_COLUMNS = ("label", "score", "value", "predicted", "anomaly")
 _SEPARATOR = "\x1f"  # between the name of a further output and that of a column
@@ -60,18 +63,22 @@ class PendingResults(msgspec.Struct, frozen=True):
         columns = {name: array.astype(_dtype(name)).tobytes() for name, array in arrays.items() if array is not None}
         return cls(bundle, None if results.labels is None else list(results.labels), columns)
 
-    def unpack(self, bundle: str) -> BatchResults | None:
-        """Return the results; None if there are none, or if another bundle made them."""
+    def unpack(self, bundle: str, outputs: Collection[str]) -> BatchResults | None:
+        """Return the results; None if there are none, or if another bundle made them, or without these `outputs`."""
         if self.bundle != bundle:
             return None
         try:
             arrays = {name: np.frombuffer(data, _dtype(name)) for name, data in self.columns.items()}
             shared = [arrays.pop(name) for name in ("rows", "t", "is_healthy")]
-            outputs: dict[str, dict[str, AnyArray]] = {}
+            columns_by_output: dict[str, dict[str, AnyArray]] = {}
             for key in [key for key in arrays if _SEPARATOR in key]:
                 output, _, name = key.partition(_SEPARATOR)
-                outputs.setdefault(output, {})[name] = arrays.pop(key)
-            further = {name: _from_columns(columns, len(shared[0])) for name, columns in outputs.items()}
+                columns_by_output.setdefault(output, {})[name] = arrays.pop(key)
+            if columns_by_output.keys() != set(outputs):
+                # Versions before those that tested further outputs stored none.
+                log.warning("%d results that waited have no further outputs, so no rule judges them", len(shared[0]))
+                return None
+            further = {name: _from_columns(columns, len(shared[0])) for name, columns in columns_by_output.items()}
             main = replace(_from_columns(arrays, len(shared[0])), outputs=further)
             return BatchResults(main, self.labels, *shared)
         except (KeyError, ValueError):

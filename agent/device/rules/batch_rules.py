@@ -79,7 +79,7 @@ def _judge(
     before: TaskRuleStates, context: RuleContext, results: BatchResults
 ) -> tuple[BatchResults, PendingResults, int]:
     """Return the results that are judged now, those that wait, and how many of both come from earlier batches."""
-    earlier = before.pending.unpack(context.bundle)
+    earlier = before.pending.unpack(context.bundle, results.scores.outputs)
     offset = 0 if earlier is None else len(earlier)
     together = concatenate(earlier, results)
     faulty, judged = health.judge(context.drift, context.windows, offset, len(results))

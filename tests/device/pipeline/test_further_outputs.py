@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import config
@@ -123,8 +124,12 @@ def test_results_that_wait_for_their_drift_window_keep_further_outputs(packed: B
     result = inference.run(waves(200), np.arange(200) * 10_000, joined={"weather": weather})
     ends = result.cut.starts
     before = BatchResults(result.scores, None, ends, ends, np.ones(len(ends), np.bool_))
-    after = PendingResults.pack(before, "sha256:a").unpack("sha256:a")
+    waiting = PendingResults.pack(before, "sha256:a")
+    after = waiting.unpack("sha256:a", result.scores.outputs)
     assert after is not None
+    assert waiting.unpack("sha256:b", result.scores.outputs) is None
+    old = PendingResults.pack(replace(before, scores=replace(result.scores, outputs={})), "sha256:a")
+    assert old.unpack("sha256:a", result.scores.outputs) is None, "an earlier version stored them"
     for rule in RULES:
         bound = compiler.compile_rule("device.toml", "tiny", 0, rule, packed.manifest)
         assert bound.find_answered(after.scores).tolist() == bound.find_answered(before.scores).tolist()

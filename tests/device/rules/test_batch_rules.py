@@ -416,12 +416,12 @@ def test_results_of_another_bundle_do_not_wait(make_device: Callable[..., Device
     device.feed(rows_of("lll"))
     device.run_all()
     waiting = rule_store.load(device.store, "tiny").pending
-    unpacked = waiting.unpack(device.task.bundle.digest)
+    unpacked = waiting.unpack(device.task.bundle.digest, ())
     assert unpacked is not None
     assert unpacked.rows.tolist() == [1, 2, 3]
     assert unpacked.labels == ["left"] * 3
-    assert waiting.unpack("sha256:other") is None
-    assert msgspec.structs.replace(waiting, columns={"rows": b"1"}).unpack(waiting.bundle) is None
+    assert waiting.unpack("sha256:other", ()) is None
+    assert msgspec.structs.replace(waiting, columns={"rows": b"1"}).unpack(waiting.bundle, ()) is None
 
 
 @pytest.mark.parametrize("recipe", [SEVERAL, REGRESS], ids=["multi-label", "regression"])
