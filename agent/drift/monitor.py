@@ -15,7 +15,6 @@ It is pure: state and batch in, new state and results out, and the same whatever
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -46,8 +45,6 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window,
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
-
-log = logging.getLogger("outstation")
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -153,9 +150,8 @@ class DriftMonitor:
         if learning is not None:
             with contextlib.suppress(ValueError):
                 gathered = LearningState.from_bytes(learning)
-                if gathered.further.shape[1] != self.shipped.further_cells:
-                    log.warning("learning begins anew: what was learned so far has no counts of the further outputs")
-                elif gathered.total.reference == self.shipped.digest:
+                same_outputs = gathered.further.shape[1] == self.shipped.further_cells
+                if same_outputs and gathered.total.reference == self.shipped.digest:
                     return replace(state, learning=gathered)
         return state
 
