@@ -28,8 +28,8 @@ class CheckedData(msgspec.Struct, frozen=True):
 
 def check(job: PackJob, train: Path | None) -> list[CheckedData]:
     """Inspect each labelled file once, training data first. Raises UsageError, ConfigError."""
-    if train is not None and not train.is_file():
-        raise UsageError(f"{train}: no such file; --train takes a table with a column label")
+    if train is not None and not _has_one_class(job.draft):
+        raise UsageError("--train is for models that give one class; the checks do not know this model's labels")
     checked = [] if train is None else [CheckedData(train.name, _inspect_file(job, train))]
     output = job.spec.output
     keys = {
@@ -53,10 +53,14 @@ def check(job: PackJob, train: Path | None) -> list[CheckedData]:
     return checked
 
 
+def _has_one_class(draft: Manifest) -> bool:
+    return draft.label_kind in _CLASS_KINDS and not draft.output.multi_label
+
+
 def _inspect_file(job: PackJob, path: Path) -> PoisoningReport:
     draft = job.draft
-    if draft.label_kind not in _CLASS_KINDS or draft.output.multi_label:
-        return not_checked(0, 0, "the checks take models that name one class, and this one does not")
+    if not _has_one_class(draft):
+        return not_checked(0, 0, "the checks take models that give one class, and this one does not")
     data = training_data.read(path, draft.input, LabelParser.from_manifest(draft))
     if data.label is None:
         raise UsageError(f"{path}: no column label in it; the checks of training data need the labels")

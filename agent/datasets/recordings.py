@@ -148,12 +148,20 @@ class RecordingsReader:
         recordings = self._recordings
         if name == "recording":
             return np.char.add(f"{self.path.stem}/", recordings.recording_index.astype(np.str_))
-        column = recordings.columns[name]
-        if name == "label" and recordings.labels and column.dtype.kind in "iu":
-            column = np.array(recordings.labels)[column]
-        if len(column) != self.size:
-            column = column[recordings.recording_index]
+        return column_texts(self.path, recordings, name)
+
+
+def column_texts(path: Path, recordings: Recordings, name: str) -> TextColumn:
+    """Return a column for each row (n,) as text, NaN as "". Raises UsageError."""
+    column = recordings.columns[name]
+    if name == "label" and recordings.labels and column.dtype.kind in "iu":
+        column = np.array(recordings.labels)[column]
+    if len(column) != len(recordings.rows):
+        column = column[recordings.recording_index]
+    try:
         return np.where(column == column, column.astype(np.str_), "")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: array {name} holds bytes that are not ASCII; write it as text") from None
 
 
 def pause_between(spec: ModelInput) -> float:

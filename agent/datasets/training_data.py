@@ -82,8 +82,8 @@ def read(path: Path, spec: ModelInput, labels: LabelParser | None = None) -> Tra
         loaded = recordings.load(path)
         is_main = LABEL_COLUMN in loaded.columns and (labels is None or labels.column == LABEL_COLUMN)
         codes = loaded.label[loaded.recording_index] if is_main else None
-        known = [name for name in PROVIDERS if name in loaded.columns]
-        columns = recordings.RecordingsReader(path, spec).read_texts(known) if known else {}
+        known = [name for name in PROVIDERS if labels is not None and name in loaded.columns]
+        columns = {name: recordings.column_texts(path, loaded, name) for name in known}
         return TrainingData(
             loaded.select(path, spec.fields), loaded.epoch_us(recordings.pause_between(spec)), codes, columns
         )

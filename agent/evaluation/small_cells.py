@@ -62,7 +62,7 @@ def withhold(evaluation: Evaluation, min_count: int) -> Evaluation:
 
 
 def _withhold_attacks(result: AdversarialResult | None, labels: set[str], min_count: int) -> AdversarialResult | None:
-    """Leave out shares and sizes of few windows, and the smallest change, which is that of a single window."""
+    """Leave out shares and sizes of few windows, and what single windows decide: the smallest change, the limits."""
     if result is None:
         return None
     attacks = [
@@ -73,10 +73,8 @@ def _withhold_attacks(result: AdversarialResult | None, labels: set[str], min_co
         for change in result.smallest_changes
         if change.n >= min_count and (not change.label or change.label in labels)
     ]
-    # Without a reference the limits are single readings.
-    return replace(
-        result, low=[], high=[], attacks=[attack for attack in attacks if attack.points], smallest_changes=changes
-    )
+    shown = [attack for attack in attacks if attack.points]
+    return replace(result, low=[], high=[], attacks=shown, smallest_changes=changes)
 
 
 def _large_cells(cells: Sequence[Cell], size: Callable[[Cell], int], min_count: int) -> Iterable[Cell]:

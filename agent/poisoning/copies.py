@@ -61,6 +61,7 @@ def _group_equal(windows: LabelledWindows) -> tuple[Ints, Bools]:
         part = np.arange(begin, min(begin + size, len(windows)))
         values = windows.values(part) + np.float32(0)
         first = values[:, :1] if windows.window_rows > 1 else values[:, :, :1]
+        # A missing window says nothing either.
         is_constant[part] = ((values == first) | (np.isnan(values) & np.isnan(first))).all(axis=(1, 2))
         key = np.zeros(len(part), np.uint64)
         for column in values.reshape(len(part), -1).view(np.uint32).T:

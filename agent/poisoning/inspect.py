@@ -32,7 +32,7 @@ class PoisoningReport(msgspec.Struct, frozen=True):
     reasons: list[str]
 
     def describe(self, max_rows: int = 5) -> Iterator[str]:
-        """Yield a line for each finding, or one that says that there is none, or why."""
+        """Yield a line for each finding, or one that says that there is none, or why; then one for each omission."""
         if self.state == "not checked":
             yield f"not checked for poisoning: {self.reasons[0]}"
         elif self.state == "passed":
@@ -45,6 +45,8 @@ class PoisoningReport(msgspec.Struct, frozen=True):
             more = f" and {finding.n - max_rows} more" if finding.n > max_rows else ""
             rows = f"; look at {shown}{more}" if max_rows else ""
             yield f"{finding.check}: {finding.subject}: {finding.summary}{rows}"
+        if self.state != "not checked":
+            yield from (f"not compared: {reason}" for reason in self.reasons)
 
     def without_small(self, min_count: int) -> PoisoningReport:
         """Return the report without findings and providers of fewer windows."""
@@ -85,10 +87,8 @@ def inspect(given: LabelledWindows) -> PoisoningReport:
         judged, departures = providers.measure(kind, windows, features, candidates)
         measured += judged
         findings += departures
-        if not judged:
-            reasons.append(
-                f"{kind}s: a comparison takes {providers.MIN_PROVIDERS} with {providers.MIN_WINDOWS} labels each"
-            )
+        if reason := providers.explain_omission(kind, windows, judged):
+            reasons.append(reason)
     contradicted = float((confident & (best != windows.label)).mean())
     state: State = "warning" if findings else "passed"
     return PoisoningReport(state, len(windows), len(used), contradicted, findings, measured, reasons)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
+from agent.cli.model.evaluate import evaluate
 from agent.errors import UsageError
 from agent.evaluation import gate
 from agent.evaluation.adversarial import attack, noise, patches, substitution
@@ -216,6 +218,8 @@ def test_privacy_leaves_out_the_change_of_a_single_window(tmp_path: Path) -> Non
     assert {change.smallest for change in result.smallest_changes} == {None}
     assert (result.low, result.high) == ([], [])
     assert all(change.n >= 20 for change in result.smallest_changes)
+    # Without a reference they are the extremes of single rows.
+    assert (result.low, result.high) == ([], [])
     assert all(point.n >= 20 for each in result.attacks for point in each.points)
 
 
@@ -243,3 +247,19 @@ def test_no_right_answer_leaves_nothing_to_attack(tmp_path: Path) -> None:
     rows.write_text("\n".join(lines[:60]) + "\n")
     with pytest.raises(UsageError, match="no answer is right"):
         evaluated(bundle, rows, adversarial=True)
+
+
+def test_a_trigger_is_not_measured_on_a_few_windows(tmp_path: Path) -> None:
+    result = evaluated(
+        packed(tmp_path, CLASSIFY), labelled(tmp_path / "rows.csv"), adversarial=True, max_invocations=1000
+    ).adversarial
+    assert result is not None
+    assert result.attacks
+    assert all(point.n >= 10 for each in result.attacks if each.attack == "trigger" for point in each.points)
+
+
+def test_a_limit_of_invocations_without_attacks_is_refused(tmp_path: Path) -> None:
+    arguments = [str(packed(tmp_path, CLASSIFY)), str(labelled(tmp_path / "rows.csv")), "--max-invocations", "5000"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert isinstance(result.exception, UsageError) or "--max-invocations limits --adversarial" in result.output
+    assert result.exit_code != 0

@@ -72,6 +72,26 @@ def test_two_devices_are_not_compared(exercise: LabelledWindows) -> None:
     assert report.reasons == ["devices: a comparison takes 4 with 20 labels each"]
 
 
+def test_more_devices_than_are_compared_are_a_reason_that_is_shown() -> None:
+    rows = np.random.default_rng(0).normal(size=(3000, 2))
+    table = sets.make_table(rows, (rows[:, 0] > 0).astype(np.int64))
+    report = inspect(replace(table, providers={"device": np.arange(3000).astype(np.str_)}))
+    assert report.reasons == ["devices: there are 3000, a comparison takes at most 1000"]
+    assert f"not compared: {report.reasons[0]}" in list(report.describe())
+
+
+@pytest.mark.parametrize("window_rows", [1, 4])
+def test_missing_windows_are_no_copies(window_rows: int) -> None:
+    random = np.random.default_rng(0)
+    label = random.integers(0, 2, 1000)
+    rows = random.normal(size=(1000, window_rows, 3)) + 2 * label[:, None, None]
+    rows[random.random(1000) < 0.2] = np.nan
+    ends = np.arange(1000) * window_rows + window_rows - 1
+    table = sets.make_table(rows.reshape(-1, 3), np.repeat(label, window_rows))
+    report = inspect(replace(table, window_rows=window_rows).select(ends))
+    assert [finding for finding in report.findings if finding.check == "copies"] == []
+
+
 def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
     poisoned, _ = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
     assert inspect(poisoned) == inspect(poisoned)

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.model.group import model as command
-from scripts.kit.bundles import CLASSIFY, LABELS, readings, write_spec
+from agent.errors import UsageError
+from scripts.kit.bundles import CLASSIFY, LABELS, REGRESS, readings, write_spec
 
 ROWS = 1200
 pytestmark = pytest.mark.process
@@ -66,3 +67,35 @@ def test_too_few_labels_do_not_count_as_clean(tmp_path: Path) -> None:
     code, text = pack(tmp_path, train, "--require-clean")
     assert code == 1
     assert "not checked for poisoning: 39 labelled windows, the checks take 100" in text
+
+
+def test_the_bundle_does_not_depend_on_how_the_training_data_is_named(tmp_path: Path) -> None:
+    train = write_training(tmp_path / "train.csv", 0.35)
+    assert pack(tmp_path, train)[0] == 0
+    card = (tmp_path / "out" / "DATA_CARD.md").read_text()
+    assert "- train.csv: " in card
+    assert str(tmp_path) not in card
+
+
+def test_training_data_of_a_model_without_classes_is_refused(tmp_path: Path) -> None:
+    arguments = ["pack", str(write_spec(tmp_path, REGRESS)), "-o", str(tmp_path / "out"), "--train", "missing.csv"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code != 0
+    assert "--train is for models that give one class" in f"{result.output}{result.exception}"
+
+
+def test_labellers_as_bytes_that_are_no_text_are_refused_with_the_array_named(tmp_path: Path) -> None:
+    recordings = {
+        "rows": readings(ROWS, seed=3).astype(np.float32),
+        "fields": np.array(CLASSIFY.fields),
+        "starts": np.arange(0, ROWS + 1, 20),
+        "label": np.arange(ROWS // 20) % 3,
+        "labels": np.array(LABELS),
+        "rate": np.float64(100),
+        "labeller": np.array([b"\xff"] * (ROWS // 20)),
+    }
+    np.savez(tmp_path / "train.npz", **recordings)  # type: ignore[arg-type]
+    arguments = ["pack", str(write_spec(tmp_path)), "-o", str(tmp_path / "out"), "--train", str(tmp_path / "train.npz")]
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, UsageError)
+    assert "array labeller holds bytes that are not ASCII" in str(result.exception)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
 from agent.cli.output import echo, emit, json_option
@@ -108,6 +109,9 @@ def evaluate(
     request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
     if output is not None and engine == "ray":
         raise UsageError("--output is evaluated on this machine; remove --engine ray")
+    source = click.get_current_context().get_parameter_source("max_invocations")
+    if source is ParameterSource.COMMANDLINE and not request.adversarial:
+        raise UsageError("--max-invocations limits --adversarial; add that option or remove this one")
     _check_files(request)
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")

@@ -27,6 +27,7 @@ MAX_FIELDS, MAX_CLASSES = 64, 40
 # Noise on all fields, and on one alone, in sd of the field.
 _BOUNDS, _FIELD_BOUNDS = (0.1, 0.25, 0.5, 1.0), (0.25, 0.5, 1.0, 2.0, 4.0)
 _STEPS, _FIELD_STEPS = 24, 8
+_MIN_PATCHED = 10
 # Shares of the invocations, after one for each window's own answer.
 _NOISE, _FIELDS, _SPOOF, _TRIGGER, _SUBSTITUTION = 0.25, 0.35, 0.1, 0.2, 0.1
 
@@ -57,7 +58,8 @@ def attack(
     attacks += substitution.spoof_fields(target, index, movable.tolist(), rng)
     on_step("searching for trigger patches")
     index = _take(target, room * _TRIGGER, patches.QUERIES)
-    if len(index) > 1:
+    # A share of fewer says nothing; half of the windows are for the search.
+    if len(index) >= 2 * _MIN_PATCHED:
         attacks += patches.search_patches(target, index, rng)
     return AdversarialResult(
         windows=len(target),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median_low
 
 import numpy as np
 
@@ -49,11 +50,14 @@ def check(gathered: Gathered) -> PoisoningReport:
 
 
 def _estimate_window_rows(recordings: Sequence[Recording]) -> int:
-    """Return the rows that every sample has up to its result: a sample holds the result's whole window."""
-    spans = [
-        sample["row"] - sample["rows"][0] + 1
-        for recording in recordings
-        for sample in recording.samples
-        if sample["rows"][0] <= sample["row"] <= sample["rows"][1]
-    ]
-    return max(1, min([_MAX_WINDOW_ROWS, *spans])) if spans else 1
+    """Return the rows that every sample has up to its result: a sample holds the result's whole window.
+
+    The median over the devices counts, since one device can send shorter samples than its model's windows.
+    """
+    shortest: dict[str, int] = {}
+    for recording in recordings:
+        for sample in recording.samples:
+            if sample["rows"][0] <= sample["row"] <= sample["rows"][1]:
+                rows = sample["row"] - sample["rows"][0] + 1
+                shortest[recording.device] = min(rows, shortest.get(recording.device, _MAX_WINDOW_ROWS))
+    return median_low(shortest.values()) if shortest else 1
