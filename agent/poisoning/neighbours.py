@@ -16,6 +16,7 @@ NEIGHBOURS = 16
 _MAX_CANDIDATES = 2048
 _MIN_OF_CLASS = 64
 _CHUNK = 1024
+_JITTER = np.float32(1e-3)
 
 
 class Candidates(msgspec.Struct, frozen=True, eq=False):
@@ -69,6 +70,14 @@ def find_nearest(
         at += np.einsum("ij,ij->i", query[part], query[part])[:, None]
         distance[part] = np.sqrt(np.maximum(at, 0)).mean(axis=1)
     return nearest, distance
+
+
+def break_ties(features: Float32s) -> Float32s:
+    """Return standardized features (w, D) moved by a thousandth at random, from a fixed seed.
+
+    Equal windows would all have the same few neighbours, and the labels of those would be taken for their class.
+    """
+    return features + _JITTER * np.random.default_rng(0).standard_normal(features.shape, np.float32)
 
 
 def mean_of(values: Float32s, nearest: Ints) -> Float32s:
