@@ -71,7 +71,7 @@ def inspect(given: LabelledWindows) -> PoisoningReport:
     if reason := _find_obstacle(windows):
         return not_checked(len(windows), len(used), reason)
     summary = windows.summarize()
-    features = labelled_windows.project(summary)
+    features = neighbours.break_ties(labelled_windows.project(summary))
     candidates = neighbours.choose_candidates(windows.label, len(used))
     # A window is no neighbour of itself.
     shares = neighbours.estimate_shares(features, windows.label, np.arange(len(windows)), candidates, len(used))

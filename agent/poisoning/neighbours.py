@@ -16,7 +16,7 @@ NEIGHBOURS = 16
 _MAX_CANDIDATES = 2048
 _MIN_OF_CLASS = 64
 _CHUNK = 1024
-_TIE = np.float32(1e-3)  # squared distance
+_JITTER = np.float32(1e-3)
 
 
 class Candidates(msgspec.Struct, frozen=True, eq=False):
@@ -57,14 +57,11 @@ def find_nearest(
     """Return the nearest rows of `reference` in another group (q, k), -1 for none, and the mean distance (q,)."""
     count = min(NEIGHBOURS, len(reference))
     squares = np.einsum("ij,ij->i", reference, reference)
-    rng = np.random.default_rng(0)
     nearest = np.full((len(query), count), -1, np.int64)
     distance = np.full(len(query), np.inf, np.float32)
     for begin in range(0, len(query), _CHUNK):
         part = slice(begin, begin + _CHUNK)
         gaps = squares - 2 * (query[part] @ reference.T)
-        # Of equally near rows each query takes others: the same few would decide about all of them.
-        gaps += rng.random(gaps.shape, np.float32) * _TIE
         gaps[query_group[part, None] == reference_group] = np.inf
         chosen = np.argpartition(gaps, count - 1, axis=1)[:, :count]
         at = np.take_along_axis(gaps, chosen, axis=1)
@@ -73,6 +70,14 @@ def find_nearest(
         at += np.einsum("ij,ij->i", query[part], query[part])[:, None]
         distance[part] = np.sqrt(np.maximum(at, 0)).mean(axis=1)
     return nearest, distance
+
+
+def break_ties(features: Float32s) -> Float32s:
+    """Return standardized features (w, D) moved by a thousandth at random, from a fixed seed.
+
+    Equal windows would all have the same few neighbours, and the labels of those would be taken for their class.
+    """
+    return features + _JITTER * np.random.default_rng(0).standard_normal(features.shape, np.float32)
 
 
 def mean_of(values: Float32s, nearest: Ints) -> Float32s:

@@ -92,6 +92,15 @@ def test_missing_windows_are_no_copies(window_rows: int) -> None:
     assert [finding for finding in report.findings if finding.check == "copies"] == []
 
 
+@pytest.mark.parametrize(("codes", "share"), [(1, 0.5), (2, 0.3), (5, 0.5)])
+def test_random_labels_of_equal_windows_are_not_accused(codes: int, share: float) -> None:
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        rows = random.integers(0, codes, (1000, 1)).astype(np.float32)
+        report = inspect(sets.make_table(rows, (random.random(1000) < share).astype(np.int64)))
+        assert report.findings == []
+
+
 def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
     poisoned, _ = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
     assert inspect(poisoned) == inspect(poisoned)

@@ -48,3 +48,12 @@ def test_a_set_without_labels_is_not_checked() -> None:
     for recording in recordings:
         recording.labels = []
     assert poisoning.check(Gathered(["a", "b", "c"], recordings)).reasons == ["no labelled windows"]
+
+
+def test_a_short_sample_of_one_device_does_not_shorten_the_windows_of_all() -> None:
+    given = gathered()
+    given.recordings[0].samples.append({"row": 1000, "rows": [1000, 1000]})
+    for recording in given.recordings:
+        for sample in recording.samples[:40]:
+            sample["rows"][0] -= 2
+    assert poisoning._estimate_window_rows(given.recordings) == 3
