@@ -26,8 +26,6 @@ _OUTAGE_S, _CATCH_UP_S = 3600, 7200
 # Share of a core that a collector uses, so that an hour of more messages is no outage.
 _USED_SHARE = 0.7
 _PARTITION_BYTES = 250e9
-# Where this many cores of a collector are needed, a second collector and so PostgreSQL is due.
-_ONE_COLLECTOR_CORES = 0.75
 
 
 class CollectorCosts(msgspec.Struct):
@@ -101,7 +99,12 @@ class Resources(NamedTuple):
 def compute(measured: Measurements, fleet: Fleet) -> Resources:
     """Compute the resources; the database is SQLite while one collector suffices."""
     sqlite = _compute(measured, fleet, "SQLite")
-    return sqlite if sqlite.collector_cores <= _ONE_COLLECTOR_CORES else _compute(measured, fleet, "PostgreSQL")
+    return sqlite if _peak(sqlite.collector_cores) <= _USED_SHARE else _compute(measured, fleet, "PostgreSQL")
+
+
+def _peak(cores: float) -> float:
+    """Return the cores for what arrives, and for an hour of it within two hours."""
+    return cores * (1 + _OUTAGE_S / _CATCH_UP_S)
 
 
 def _compute(measured: Measurements, fleet: Fleet, database: str) -> Resources:
@@ -111,9 +114,7 @@ def _compute(measured: Measurements, fleet: Fleet, database: str) -> Resources:
         per_s * sum(costs) / 1e6
         for costs in zip(*((c.collector_us, c.server_us, c.broker_us) for c in pair), strict=True)
     )
-    # What arrives, and an hour of it, within two hours.
-    peak = collector * (1 + _OUTAGE_S / _CATCH_UP_S)
-    count = max(1, math.ceil(peak / _USED_SHARE)) if database == "PostgreSQL" else 1
+    count = max(1, math.ceil(_peak(collector) / _USED_SHARE)) if database == "PostgreSQL" else 1
     return Resources(
         database,
         2 * per_s,

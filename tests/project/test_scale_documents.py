@@ -55,6 +55,12 @@ def test_resources_grow_with_devices_and_fall_with_the_interval(devices: int, fa
     assert scale_documents.compute(measured, Fleet(devices * factor, message, 60.0 * factor)) == pytest.approx(base)
 
 
+@given(st.integers(1, 200_000), st.sampled_from([RESULTS, RESULT]))
+def test_sqlite_is_proposed_where_its_one_collector_works_off_an_hour_within_two(devices: int, message: str) -> None:
+    need = scale_documents.compute(scale_documents.read(), Fleet(devices, message))
+    assert need.database == "PostgreSQL" or (need.catch_up_s is not None and need.catch_up_s <= 7200)
+
+
 def test_a_collector_without_spare_capacity_never_works_off_an_outage() -> None:
     measured = scale_documents.read()
     rates = [scale_documents.compute(measured, Fleet(devices)) for devices in (1, 10**9)]

@@ -153,6 +153,7 @@ class CronSchedule:
         self._last = None if last_us is None else last_us - delay_us
         self._next: datetime | None = None
         self._last_now: ClockReading | None = None
+        self._was_set_back = False
         if self._find_next(datetime(2024, 1, 1, tzinfo=UTC)) is None:
             raise ValueError("that time never comes")
         # After that check: a range that is over is no error, or a device could not start with it.
@@ -171,13 +172,15 @@ class CronSchedule:
             self._next = self._find_next(self._search_start(now, catch_up=True))
         # Set back by less than the time since the last look, the clock repeats no time: the next time stays valid.
         elif self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US:
-            self._next = self._find_next(self._search_start(now, catch_up=False))
+            self._next, self._was_set_back = self._find_next(self._search_start(now, catch_up=False)), True
         self._last_now = now
         return self._next is not None and clock.to_datetime(now.wall_us) >= self._next
 
     def record_run(self, now: ClockReading) -> bool:
         now = self._shift(now)
-        is_first, before = self._last is None, self._next
+        # From a run saved before the clock was set back, a restart would find another time than this process.
+        is_first, before = self._last is None or self._was_set_back, self._next
+        self._was_set_back = False
         self._last = now.wall_us
         self._next = self._find_next(clock.to_datetime(now.wall_us) + _TICK)
         return is_first or self._next != before

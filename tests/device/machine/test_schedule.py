@@ -287,6 +287,20 @@ def test_a_restart_catches_up_from_the_saved_run_as_from_the_last_one(
     assert from_saved.wait_s(machine.now) == from_last.wait_s(machine.now)
 
 
+def test_a_clock_set_back_before_a_crash_still_catches_up_from_the_last_run() -> None:
+    task, machine, saved = parse("f", "t", "30 */6 * * * or every 1 h"), Machine(), 0
+    for hours in (0, 1, 1, -5, 1, 1):
+        machine.wall += timedelta(hours=hours)
+        machine.boot_s += 3600 * abs(hours)
+        if task.is_due(machine.now, 0):
+            last = machine.now.wall_us
+            saved = last if task.record_run(machine.now) else saved
+    machine.sleep(6 * 3600)
+    [from_saved, from_last] = [parse("f", "t", "30 */6 * * *", run_us) for run_us in (saved, last)]
+    assert from_saved.is_due(machine.now, 0) == from_last.is_due(machine.now, 0)
+    assert from_saved.wait_s(machine.now) == from_last.wait_s(machine.now)
+
+
 def test_a_last_run_reaches_the_cron_schedule() -> None:
     missed = parse("f", "t", "0 3 * * *", round((START - timedelta(days=3)).timestamp() * 1e6))
     assert missed.is_due(Machine().now, 0)
