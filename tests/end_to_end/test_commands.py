@@ -32,7 +32,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def device(fleet: LocalFleet) -> DeviceProcess:
-    return fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
+    device = fleet.add_device("pi-01").add_replay_stream(10**9, 40).add_task("exercise").start_and_wait()
+    # It is connected, so that it gets the first command.
+    wait_until("the first results", lambda: fleet.last_result_row("pi-01") > 0)
+    return device
 
 
 def command(fleet: LocalFleet, *arguments: str) -> tuple[int, dict[str, Any]]:
