@@ -98,7 +98,7 @@ def sample(data: bytes) -> None:
             first = sample_content.decode(packed, 3)
         except ValueError:
             continue
-        columns = [np.where(np.isnan(column), None, column).tolist() for column in first.columns]
+        columns = [[None if value != value else value for value in column.tolist()] for column in first.columns]
         again = sample_content.decode(sample_content.encode(first.consent, first.fields, first.t, columns), 3)
         assert (again.consent, again.fields, again.t.tolist()) == (first.consent, first.fields, first.t.tolist())
         assert np.array_equal(again.columns, first.columns, equal_nan=True)
