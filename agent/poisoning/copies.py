@@ -12,6 +12,7 @@ import numpy as np
 
 from agent.arrays import Bools, Ints
 from agent.indices import bincount
+from agent.poisoning import labelled_windows
 from agent.poisoning.findings import Finding, name_rows
 from agent.poisoning.labelled_windows import LabelledWindows
 
@@ -59,7 +60,7 @@ def _group_equal(windows: LabelledWindows) -> tuple[Ints, Bools]:
     size = max(1, _CHUNK_VALUES // (windows.window_rows * windows.rows.shape[1]))
     for begin in range(0, len(windows), size):
         part = np.arange(begin, min(begin + size, len(windows)))
-        values = windows.values(part) + np.float32(0)
+        values = labelled_windows.canonicalize(windows.values(part))
         first = values[:, :1] if windows.window_rows > 1 else values[:, :, :1]
         # A missing window says nothing either.
         is_constant[part] = ((values == first) | (np.isnan(values) & np.isnan(first))).all(axis=(1, 2))

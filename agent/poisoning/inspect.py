@@ -82,7 +82,7 @@ def inspect(given: LabelledWindows) -> PoisoningReport:
         *copies.find_copies(windows),
     ]
     measured: list[Provider] = []
-    reasons = []
+    reasons = [*triggers.describe_omissions(windows)]
     for kind in windows.providers:
         judged, departures = providers.measure(kind, windows, features, candidates)
         measured += judged

@@ -34,8 +34,11 @@ def find_flips(windows: LabelledWindows, shares: Float32s) -> Iterator[Finding]:
             if true == given or not len(inside[true]):
                 continue
             share, low, high = bound_share(windows.label[inside[true]] == given, classes * (classes - 1))
-            opposite = float((windows.label[inside[given]] == true).mean()) if len(inside[given]) else 0.0
+            opposite, _, most = bound_share(windows.label[inside[given]] == true, classes * (classes - 1))
             if low < MIN_FLIPPED or low - opposite < _MIN_ASYMMETRY:
+                continue
+            # Shares that add up to 1 are those of labels that do not depend on the surroundings.
+            if high + opposite >= 1 or share + most >= 1:
                 continue
             flipped = np.flatnonzero(is_confident & (among == true) & (windows.label == given))
             if len(flipped) < MIN_COUNT:

@@ -85,6 +85,11 @@ class LabelledWindows(msgspec.Struct, frozen=True, eq=False):
             return np.concatenate(shape, axis=1).astype(np.float32)
 
 
+def canonicalize(values: Float32s) -> Float32s:
+    """Return values whose bits can be compared: one zero, and one NaN for all that is no number, infinity included."""
+    return np.where(np.isfinite(values), values + np.float32(0), np.float32(np.nan))
+
+
 def _standardize(column: Float32s) -> None:
     """Scale a column by median and quartiles in place; missing values lie in the middle."""
     known = column[np.isfinite(column)].astype(np.float64)

@@ -48,7 +48,24 @@ def estimate_shares(features: Float32s, label: Ints, excluded: Ints, candidates:
     nearest, _ = find_nearest(features, features[windows], excluded, excluded[windows])
     votes = np.zeros((len(windows), classes), np.float32)
     votes[np.arange(len(windows)), label[windows]] = candidates.weight
-    return mean_of(normalize(mean_of(votes, nearest[windows])), nearest)
+    around = nearest[windows]
+    given = sum_of(votes, around)
+    shares = mean_of(normalize(given), nearest)
+    shares[windows] = _without_own(given, votes, around)
+    return shares
+
+
+def _without_own(given: Float32s, votes: Float32s, around: Ints) -> Float32s:
+    """Return the shares (r, C) around candidates, whose neighbours had the sums `given` (r, C), without their own vote.
+
+    It would make a label look right where the surroundings say nothing.
+    """
+    shares = np.zeros_like(given)
+    number = np.arange(len(given))
+    for column in around.T:
+        is_mutual = (around[column] == number[:, None]).any(axis=1)
+        shares += np.where((column >= 0)[:, None], normalize(given[column] - is_mutual[:, None] * votes), 0)
+    return np.asarray(shares / np.maximum((around >= 0).sum(axis=1, keepdims=True), 1))
 
 
 def find_nearest(
@@ -82,10 +99,15 @@ def break_ties(features: Float32s) -> Float32s:
 
 def mean_of(values: Float32s, nearest: Ints) -> Float32s:
     """Return (q, C) means of the rows of `values` at `nearest`."""
+    return np.asarray(sum_of(values, nearest) / np.maximum((nearest >= 0).sum(axis=1, keepdims=True), 1))
+
+
+def sum_of(values: Float32s, nearest: Ints) -> Float32s:
+    """Return (q, C) sums of the rows of `values` at `nearest`."""
     total = np.zeros((len(nearest), values.shape[1]), np.float32)
     for column in nearest.T:
         total += np.where((column >= 0)[:, None], values[column], 0)
-    return np.asarray(total / np.maximum((nearest >= 0).sum(axis=1, keepdims=True), 1))
+    return total
 
 
 def normalize(votes: Float32s) -> Float32s:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.indices import bincount
@@ -28,6 +29,8 @@ _MAX_FIELDS = 256
 # Patterns of a field, and exact and rounded ones of all fields that are tested, and windows of each.
 _MAX_OF_FIELD, _MAX_PATTERNS = 32, 96
 _MAX_MEMBERS = 128
+# A search of as many takes some seconds.
+_MAX_VALUES = 1 << 24
 _MIN_OVERLAP = 0.8
 _MIN_CONTRADICTED, _MIN_EXCESS = 0.5, 0.3
 _MAX_DISTANCE = 2.0
@@ -74,15 +77,14 @@ def find_triggers(windows: LabelledWindows, summary: Float32s, candidates: Candi
 def find_patterns(windows: LabelledWindows) -> list[Pattern]:
     """Return repeated patterns of one label, those of most windows first, and those of values with little noise."""
     length = min(_PATTERN_ROWS, windows.window_rows)
-    ends = np.arange(length - 1, len(windows.rows))
-    window = np.minimum(np.searchsorted(windows.last, ends), len(windows) - 1)
-    inside = (ends <= windows.last[window]) & (ends - length + 1 > windows.last[window] - windows.window_rows)
-    ends, window = ends[inside], window[inside]
-    counts = bincount(windows.label, minlength=len(windows.labels))
+    chosen = _choose_searched(windows)
+    ends, window = _list_ends(windows.last[chosen], windows.window_rows, length)
+    window = chosen[window]
+    counts = bincount(windows.label[chosen], minlength=len(windows.labels))
     exact: list[Pattern] = []
     rounded: list[Pattern] = []
     for field in range(min(windows.rows.shape[1], _MAX_FIELDS)):
-        column = windows.rows[:, field] + np.float32(0)
+        column = labelled_windows.canonicalize(windows.rows[:, field])
         exact += _find_in_field(field, column, ends, window, length, windows.label, counts)
         if length > 1:
             column = _round(column)
@@ -90,6 +92,34 @@ def find_patterns(windows: LabelledWindows) -> list[Pattern]:
     for patterns in (exact, rounded):
         patterns.sort(key=lambda pattern: (not pattern.is_distinctive, -len(pattern.windows)))
     return exact[:_MAX_PATTERNS] + rounded[:_MAX_PATTERNS]
+
+
+def describe_omissions(windows: LabelledWindows) -> Iterator[str]:
+    """Yield what is not searched for patterns."""
+    searched, fields = len(_choose_searched(windows)), int(windows.rows.shape[1])
+    if searched < len(windows):
+        yield (
+            f"patterns: {searched:,} of {len(windows):,} windows were searched, spread evenly; "
+            f"a search takes at most {_MAX_VALUES:,} values"
+        )
+    if fields > _MAX_FIELDS:
+        yield f"patterns: {_MAX_FIELDS} of {fields} fields were searched"
+
+
+def _choose_searched(windows: LabelledWindows) -> Ints:
+    """Return the windows (m,) that are searched: all, or as many as the bound allows, spread evenly."""
+    values = windows.window_rows * min(int(windows.rows.shape[1]), _MAX_FIELDS)
+    count = max(1, min(len(windows), _MAX_VALUES // values))
+    return np.linspace(0, len(windows) - 1, count).astype(np.int64)
+
+
+def _list_ends(last: Ints, window_rows: int, length: int) -> tuple[Ints, Ints]:
+    """Return the last rows (e,) of all patterns in windows that end at `last` (w,), each once, and their windows."""
+    ends = (last[:, None] - np.arange(window_rows - length, -1, -1)).ravel()
+    window = np.repeat(np.arange(len(last)), window_rows - length + 1)
+    # Windows that overlap share rows, which belong to the first of them.
+    ends, first = np.unique(ends, return_index=True)
+    return ends, window[first]
 
 
 def _find_in_field(
@@ -103,39 +133,55 @@ def _find_in_field(
     *,
     is_exact: bool = True,
 ) -> list[Pattern]:
-    bits = column.view(np.uint32).astype(np.uint64)
+    bits = column.view(np.uint32)
     key = np.zeros(len(ends), np.uint64)
     for i in range(length - 1, -1, -1):
-        key = (key ^ (key >> np.uint64(29))) * _MIXER + bits[ends - i]
-    _, first, group, repeats = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
-    often = repeats[group] >= MIN_WINDOWS
-    if not often.any():
+        key ^= key >> np.uint64(29)
+        key *= _MIXER
+        key += bits[ends - i]
+    often, repeats, repeated = _find_frequent(key)
+    if not len(often):
         return []
+    group = np.minimum(np.searchsorted(often, key), len(often) - 1)
+    places = np.flatnonzero(often[group] == key)
+    group = group[places]
+    first = np.empty(len(often), np.int64)
+    first[group[::-1]] = places[::-1]
     # A window counts once, however often it holds the pattern.
-    pairs = np.unique(group[often].astype(np.int64) * len(label) + window[often])
+    pairs = np.sort(group * len(label) + window[places])
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
     group, member = pairs // len(label), pairs % len(label)
-    begins = np.flatnonzero(np.diff(group, prepend=-1))
-    sizes = np.diff(begins, append=len(group))
-    repeated = float(repeats[repeats > 1].sum()) / len(ends)
+    votes = bincount(group * len(counts) + label[member], minlength=len(often) * len(counts))
+    votes = votes.reshape(len(often), len(counts))
+    sizes, most, given = votes.sum(axis=1), votes.max(axis=1), votes.argmax(axis=1)
+    usable = (sizes >= MIN_WINDOWS) & (most >= _MIN_PURITY * sizes) & (most <= _MAX_CLASS_SHARE * counts[given])
+    begins = np.cumsum(sizes) - sizes
     patterns: list[Pattern] = []
-    for begin, size in sorted(zip(begins.tolist(), sizes.tolist(), strict=True), key=lambda run: -run[1]):
-        if size < MIN_WINDOWS or len(patterns) >= _MAX_OF_FIELD:
+    for i in np.argsort(np.where(usable, -sizes, 0), kind="stable").tolist():
+        if not usable[i] or len(patterns) == _MAX_OF_FIELD:
             break
-        members = member[begin : begin + size]
-        votes = bincount(label[members], minlength=len(counts))
-        given = int(votes.argmax())
-        if votes[given] < _MIN_PURITY * size or votes[given] > _MAX_CLASS_SHARE * counts[given]:
-            continue
-        end = int(ends[first[group[begin]]])
+        members = member[begins[i] : begins[i] + sizes[i]]
+        end = int(ends[first[i]])
         values = column[end - length + 1 : end + 1]
         if not is_exact and np.ptp(values) == 0:
             continue
-        own = float(repeats[group[begin]]) / len(ends)
+        own = float(repeats[i]) / len(ends)
         # A value at the end of the range is a saturated sensor, one in all rows a stuck one.
         is_usual = np.isnan(values).any() or (np.ptp(values) == 0 and (length > 1 or _is_end(values[0], column)))
         is_rare = is_exact and repeated - own < _MAX_REPEATED_SHARE and not is_usual
-        patterns.append(Pattern([field], [values.tolist()], members[label[members] == given], given, is_rare))
+        patterns.append(
+            Pattern([field], [values.tolist()], members[label[members] == given[i]], int(given[i]), is_rare)
+        )
     return patterns
+
+
+def _find_frequent(key: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], Ints, float]:
+    """Return the keys that occur MIN_WINDOWS times or more, sorted, how often, and the share of keys that repeat."""
+    ordered = np.sort(key)
+    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    repeats = np.diff(begins, append=len(ordered))
+    is_often = repeats >= MIN_WINDOWS
+    return ordered[begins[is_often]], repeats[is_often], float(repeats[repeats > 1].sum()) / len(key)
 
 
 def _round(column: Float32s) -> Float32s:

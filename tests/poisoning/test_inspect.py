@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from msgspec.structs import replace
 
-from agent.poisoning import labelled_windows
+from agent.poisoning import labelled_windows, triggers
 from agent.poisoning.inspect import inspect
 from agent.poisoning.labelled_windows import LabelledWindows
 from scripts.poisoning import attacks, sets, trials
@@ -80,43 +80,59 @@ def test_more_devices_than_are_compared_are_a_reason_that_is_shown() -> None:
     assert f"not compared: {report.reasons[0]}" in list(report.describe())
 
 
+@pytest.mark.parametrize("missing", [(np.nan,) * 3, (np.inf, -np.inf, np.nan)])
 @pytest.mark.parametrize("window_rows", [1, 4])
-def test_missing_windows_are_no_copies(window_rows: int) -> None:
+def test_windows_without_a_number_are_no_copies_and_no_pattern(window_rows: int, missing: tuple[float, ...]) -> None:
     random = np.random.default_rng(0)
     label = random.integers(0, 2, 1000)
     rows = random.normal(size=(1000, window_rows, 3)) + 2 * label[:, None, None]
-    rows[random.random(1000) < 0.2] = np.nan
+    rows[(random.random(1000) < 0.2) & (label == 0)] = missing
     ends = np.arange(1000) * window_rows + window_rows - 1
     table = sets.make_table(rows.reshape(-1, 3), np.repeat(label, window_rows))
     report = inspect(replace(table, window_rows=window_rows).select(ends))
-    assert [finding for finding in report.findings if finding.check == "copies"] == []
+    assert report.findings == []
+
+
+def test_copies_are_named_though_their_missing_values_have_other_bits(exercise: LabelledWindows) -> None:
+    poisoned, mask = attacks.copy_window(0.02).poison(exercise, np.random.default_rng(0))
+    bits = poisoned.rows.view(np.uint32)
+    for number, last in enumerate(poisoned.last[mask].tolist()):
+        bits[last - 50, 0] = 0x7FC00000 + number
+    assert {each.check for each in inspect(poisoned).findings} >= {"copies"}
 
 
 @pytest.mark.parametrize(("codes", "share"), [(1, 0.5), (2, 0.3), (5, 0.5)])
 def test_random_labels_of_equal_windows_are_not_accused(codes: int, share: float) -> None:
-    for seed in range(5):
+    for seed in range(20):
         random = np.random.default_rng(seed)
         rows = random.integers(0, codes, (1000, 1)).astype(np.float32)
         report = inspect(sets.make_table(rows, (random.random(1000) < share).astype(np.int64)))
         assert report.findings == []
 
 
+def test_random_labels_of_more_windows_than_are_compared_are_not_accused() -> None:
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 2, (3000, 1)).astype(np.float32)
+    assert inspect(sets.make_table(rows, (random.random(3000) < 0.3).astype(np.int64))).findings == []
+
+
+def test_a_search_for_patterns_is_bounded_and_the_report_says_how(
+    exercise: LabelledWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triggers, "_MAX_VALUES", 800 * 600 + 1)
+    poisoned, mask = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
+    report = inspect(poisoned)
+    reason = "patterns: 800 of 1,620 windows were searched, spread evenly; a search takes at most 480,001 values"
+    assert report.reasons[0] == reason
+    assert f"not compared: {reason}" in list(report.describe())
+    [found] = [each for each in report.findings if each.check in ("trigger", "repeated pattern")]
+    assert 0.4 * mask.sum() < found.n < 0.6 * mask.sum()
+    assert {*found.rows} <= {poisoned.names[i] for i in np.flatnonzero(mask).tolist()}
+
+
 def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
     poisoned, _ = attacks.trigger(0.03).poison(exercise, np.random.default_rng(0))
     assert inspect(poisoned) == inspect(poisoned)
-
-
-def test_windows_without_any_value_are_no_copies() -> None:
-    rng = np.random.default_rng(5)
-    label = (rng.random(500) < 0.5).astype(np.int64)
-    rows = rng.normal(size=(2000, 3)).astype(np.float32)
-    rows[:, 0] += 2 * np.repeat(label, 4)
-    rows[np.repeat(rng.random(500) < 0.2, 4)] = np.nan
-    last = np.arange(3, 2000, 4)
-    windows = LabelledWindows(
-        rows=rows, last=last, window_rows=4, fields=["x", "y", "z"], label=label, labels=["a", "b"], names=last.tolist()
-    )
-    assert inspect(windows).findings == []
 
 
 def test_few_windows_or_one_class_are_not_checked(exercise: LabelledWindows) -> None:
