@@ -68,12 +68,12 @@ def build_units(losses: Float64s, group: TextColumn | None, column: str | None, 
         weights = _draw_weights(min(len(names), _MAX_UNITS), seed)
         design_effect = cluster_design_effect(losses, index)
         return BootstrapUnits(index % _MAX_UNITS, weights, design_effect, len(names), description)
-    design_effect = intervals.estimate_design_effect(losses)
-    size = max(1, min(round(2 * design_effect), n // 20), -(-n // _MAX_UNITS))
+    dependence = intervals.estimate_dependence(losses)
+    size = max(dependence.block, -(-n // _MAX_UNITS))
     blocks = f" over blocks of {size} neighbours" if size > 1 else ""
     index = np.arange(n) // size
-    weights = _draw_weights(int(index[-1]) + 1, seed)
-    return BootstrapUnits(index, weights, design_effect, None, f"95 %, Bayesian bootstrap{blocks}")
+    weights = _draw_weights(int(index[-1]) + 1, seed, dependence.spread)
+    return BootstrapUnits(index, weights, dependence.design_effect, None, f"95 %, Bayesian bootstrap{blocks}")
 
 
 def cluster_design_effect(values: Float64s, group: Ints) -> float:
@@ -111,7 +111,8 @@ def proportion_interval(values: Float64s, n: float, units: BootstrapUnits) -> In
     return IntervalEstimate(value=estimate.value, low=round_or_none(low), high=round_or_none(high))
 
 
-def _draw_weights(count: int, seed: int) -> Float64s:
-    """Return weights (REPLICATES, count) with mean 1 (Rubin 1981)."""
+def _draw_weights(count: int, seed: int, spread: float = 1.0) -> Float64s:
+    """Return weights (REPLICATES, count) with mean 1 (Rubin 1981) and variance `spread`."""
     weights = np.random.default_rng(seed).standard_exponential((REPLICATES, count))
+    weights = intervals.spread_weights(weights, spread)
     return np.asarray(weights / weights.mean(axis=1, keepdims=True))

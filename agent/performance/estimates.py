@@ -44,7 +44,8 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
     if not len(predictions):
         return []
     losses = predictions.losses(kind)
-    design_effect = intervals.estimate_design_effect(losses) if losses is not None else 1.0
+    dependence = intervals.estimate_dependence(losses) if losses is not None else intervals.INDEPENDENT
+    design_effect = dependence.design_effect
     spans: list[tuple[float, float]] = []
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         prepared = metrics.prepare_metrics(kind, labels, predictions, "device")
@@ -53,7 +54,7 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
         if len(predictions) >= intervals.MIN_RESULTS and resampled:
             spans = intervals.bootstrap(
                 lambda w: [value for statistic in resampled for value in statistic.compute(WeightVector(w))],
-                intervals.bootstrap_weights(len(predictions), design_effect),
+                intervals.bootstrap_weights(len(predictions), dependence),
             )
     remaining = iter(spans or [intervals.NO_INTERVAL] * sum(len(statistic.parts) for statistic in resampled))
     estimates = []
@@ -67,17 +68,25 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
                 elif not math.isnan(resampled_bounds[0]) or not part.rests_on:
                     bounds = resampled_bounds
             estimates.append(_build_estimate(part.metric or metric.name, value, bounds, part.n, part.slice))
-    return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions, design_effect)]
+    neighbours = intervals.estimate_design_effect(losses) if losses is not None else 1.0
+    effects = neighbours, design_effect
+    return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions, effects)]
 
 
 def _add_chance_ece(
-    estimate: MetricEstimate, predictions: LabelledPredictions, design_effect: float
+    estimate: MetricEstimate, predictions: LabelledPredictions, effects: tuple[float, float]
 ) -> list[MetricEstimate]:
+    """Return an estimate, and after an ECE that of chance: the mean by the first design effect, which is without bias.
+
+    The second is the largest of several, which an interval needs.
+    """
     if estimate.metric != "ece" or estimate.value is None or predictions.score is None:
         return [estimate]
     score = predictions.score[np.isfinite(predictions.score)]
-    mean, sd = metrics.chance_ece(score, metrics.equal_mass_bins(score), design_effect)
-    low, high = max(0.0, mean - intervals.Z * sd), mean + intervals.Z * sd
+    bins = metrics.equal_mass_bins(score)
+    mean, sd = metrics.chance_ece(score, bins, effects[0])
+    largest, its_sd = metrics.chance_ece(score, bins, effects[1])
+    low, high = max(0.0, mean - intervals.Z * sd), largest + intervals.Z * its_sd
     if estimate.low is not None and estimate.value <= high:
         estimate = replace(estimate, low=0.0)
     return [estimate, _build_estimate("ece_chance", mean, (low, high), estimate.n)]

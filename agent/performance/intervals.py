@@ -1,7 +1,7 @@
 """95 % intervals for results whose neighbours are alike and whose number is small. Deterministic.
 
 Sources: Wilson (1927) for shares; Rubin (1981), The Bayesian bootstrap, over blocks of neighbours (Künsch 1989), for
-everything else. The weights come from a counter through splitmix64 (Steele, Lea, Flood 2014), so that the same labels
+everything else; batch means (Schmeiser 1982) for how many results count as one. The weights come from a counter through splitmix64 (Steele, Lea, Flood 2014), so that the same labels
 give the same interval to the last bit.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,24 @@ NO_INTERVAL = (math.nan, math.nan)
 _MAX_AUTOCORRELATION = 0.9
 _MIN_GROUPS = 4
 _MIN_BLOCKS = 20
+# Fewer batches say too little about how much they vary.
+_MIN_BATCHES = 5
+# Variance of a block's weight: more of it lets a replicate rest on a few blocks.
+_MAX_SPREAD = 5.0
+
+
+class Dependence(NamedTuple):
+    """How alike neighbours are: `design_effect` results count as one; blocks of `block` are drawn together.
+
+    `spread` is the variance of a block's weight: more than 1 where too few blocks would be as long as the dependence.
+    """
+
+    design_effect: float
+    block: int
+    spread: float
+
+
+INDEPENDENT = Dependence(1.0, 2, 1.0)
 
 
 def wilson(share: float, n: float, z: float = Z) -> tuple[float, float]:
@@ -69,9 +88,49 @@ def estimate_group_effect(sums: Float64s, squares: Float64s, size: int) -> float
     return max(1.0, ratio - math.sqrt(2 / (groups - 1)))
 
 
-def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
-    """Yield REPLICATES weight vectors (n,) with mean 1, constant within blocks that the design effect sets."""
-    block = max(1, min(round(2 * design_effect), n // _MIN_BLOCKS))
+def estimate_dependence(values: Float64s) -> Dependence:
+    """Return the dependence of (n,) values in order: the largest of an AR(1) process and of batch means of any length.
+
+    A session, person or shift that is wrong more often than others shows in batches as long as it, though neighbours
+    hardly correlate. The fewer the batches, the more a variance over them must count: as Student's t does.
+    """
+    n, effect = len(values), estimate_design_effect(values)
+    if n < 10 or not np.isfinite(values).all():
+        return Dependence(effect, max(1, min(round(2 * effect), n // _MIN_BLOCKS)), 1.0)
+    scaled = values / (np.abs(values).max() or 1.0)
+    size = 2
+    while n // size >= _MIN_BATCHES:
+        groups = n // size
+        student = (1 + (Z**2 + 1) / (4 * (groups - 1))) ** 2
+        excess = estimate_group_effect(*_sum_groups(scaled, size), size) - 1
+        effect = max(effect, 1 + student * excess)
+        size = round(1.5 * size)
+    block = max(1, min(round(2 * effect), n // _MIN_BLOCKS))
+    of_blocks = estimate_group_effect(*_sum_groups(scaled, block), block)
+    return Dependence(effect, block, min(max(effect / of_blocks, 1.0), _MAX_SPREAD))
+
+
+def _sum_groups(values: Float64s, size: int) -> tuple[Float64s, Float64s]:
+    """Return sums and sums of squares of groups of neighbours (n // size,); the first values make no group."""
+    grouped = values[len(values) % size :].reshape(-1, size)
+    return grouped.sum(axis=1), (grouped**2).sum(axis=1)
+
+
+def spread_weights(weights: Float64s, spread: float) -> Float64s:
+    """Return exponential weights as Weibull weights of mean 1 and variance `spread`, between 1 and 5."""
+    if spread <= 1:
+        return weights
+    low, high = 1.0, 2.0
+    for _ in range(40):
+        power = (low + high) / 2
+        variance = math.exp(math.lgamma(1 + 2 * power) - 2 * math.lgamma(1 + power)) - 1
+        low, high = (power, high) if variance < spread else (low, power)
+    return np.asarray(weights**low / math.gamma(1 + low))
+
+
+def bootstrap_weights(n: int, dependence: Dependence) -> Iterator[Float64s]:
+    """Yield REPLICATES weight vectors (n,) with mean 1, constant within blocks."""
+    block = max(1, min(dependence.block, n // _MIN_BLOCKS))
     blocks = -(-n // block)
     for first in range(1, REPLICATES * blocks, blocks):
         counter = np.arange(first, first + blocks, dtype=np.uint64)
@@ -79,7 +138,7 @@ def bootstrap_weights(n: int, design_effect: float) -> Iterator[Float64s]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         uniform = ((np.asarray(z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-        drawn = repeat(-np.log(uniform), block)[:n]
+        drawn = repeat(spread_weights(-np.log(uniform), dependence.spread), block)[:n]
         yield np.asarray(drawn / drawn.mean())
 
 

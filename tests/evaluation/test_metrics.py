@@ -75,23 +75,29 @@ def test_average_precision_of_chance_is_the_share_of_anomalies(chances: float) -
     assert quality.average_precision(rng.random(20_000), yes, np.ones(20_000)) == pytest.approx(chances, abs=0.02)
 
 
-def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> None:
+def test_an_interval_by_group_or_in_order_covers_what_one_of_shuffled_windows_does_not() -> None:
     """Twenty people with a hundred windows each and different accuracies: the interval must cover the mean person."""
-    inside = {"groups": 0, "windows": 0}
+    inside = {"groups": 0, "order": 0, "shuffled": 0}
     for seed in range(30):
         rng = np.random.default_rng(seed)
         person = np.clip(rng.normal(0.8, 0.1, 20), 0, 1)
         right = rng.random((20, 100)) < person[:, None]
-        pairs = LabelledPredictions(np.zeros(2000), predicted=np.where(right.ravel(), 0, 1))
-        names = np.repeat(np.arange(20), 100).astype(str)
-        for kind, group in (("groups", names), ("windows", None)):
-            units = bootstrap.build_units(np.where(right.ravel(), 0.0, 1.0), group, "person", seed)
+        names, in_order = np.repeat(np.arange(20), 100).astype(str), np.arange(2000)
+        shuffled = rng.permutation(2000)
+        for kind, group, order in (
+            ("groups", names[shuffled], shuffled),
+            ("order", None, in_order),
+            ("shuffled", None, shuffled),
+        ):
+            losses = np.where(right.ravel()[order], 0, 1)
+            pairs = LabelledPredictions(np.zeros(2000), predicted=losses)
+            units = bootstrap.build_units(losses.astype(np.float64), group, "person", seed)
             report = metrics.primary_interval("classify", metrics.primary_metric("classify", pairs, units), 2000, units)
             assert report.low is not None
             assert report.high is not None
             inside[kind] += report.low <= 0.8 <= report.high
-    assert inside["groups"] >= 25
-    assert inside["windows"] < inside["groups"]
+    assert min(inside["groups"], inside["order"]) >= 25
+    assert inside["shuffled"] < inside["groups"]
 
 
 def test_all_right_is_not_certainly_all_right() -> None:

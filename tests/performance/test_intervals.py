@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.performance import intervals
+from agent.performance.intervals import INDEPENDENT, Dependence
 
 
 def test_wilson_is_the_textbook_interval() -> None:
@@ -45,9 +46,49 @@ def test_too_few_or_constant_results_have_no_design_effect() -> None:
     assert intervals.estimate_design_effect(np.ones(500)) == 1.0
 
 
+def draw_losses(kind: str, n: int, random: np.random.Generator) -> tuple[Any, float]:
+    """Return errors (n,), and their true share."""
+    if kind == "independent":
+        return (random.random(n) < 0.15).astype(float), 0.15
+    if kind == "autoregressive":
+        noise, state = random.standard_normal(n + 100), 0.0
+        states = [state := 0.9 * state + math.sqrt(1 - 0.81) * step for step in noise]
+        return (np.array(states[100:]) > 1.036433).astype(float), 0.15
+    # Sessions of 50 results, each with an error rate of its own: neighbours correlate by 1/7.
+    rates = np.repeat(random.beta(0.9, 5.1, n // 50 + 2), 50)[random.integers(0, 50) :][:n]
+    return (random.random(n) < rates).astype(float), 0.15
+
+
+@pytest.mark.parametrize("kind", ["independent", "autoregressive", "sessions"])
+def test_intervals_hold_the_truth_however_results_depend_on_each_other(kind: str) -> None:
+    random, trials, n = np.random.default_rng(3), 60, 1000
+    holds, wide = np.zeros(2), 0.0
+    for _ in range(trials):
+        losses, truth = draw_losses(kind, n, random)
+        dependence = intervals.estimate_dependence(losses)
+        mean = lambda w, losses=losses: [float((w * losses).mean())]  # noqa: E731
+        [drawn] = intervals.bootstrap(mean, intervals.bootstrap_weights(n, dependence))
+        wilson = intervals.wilson(losses.mean(), n / dependence.design_effect)
+        holds += [low <= truth <= high for low, high in (wilson, drawn)]
+        wide += (wilson[1] - wilson[0]) / np.diff(intervals.wilson(losses.mean(), n)).item()
+    assert (holds >= 0.9 * trials).all()
+    assert kind != "independent" or wide < 1.2 * trials
+
+
+def test_weights_of_few_blocks_vary_more() -> None:
+    drawn = intervals.spread_weights(np.random.default_rng(0).standard_exponential(400_000), 3.0)
+    assert drawn.mean() == pytest.approx(1.0, abs=0.02)
+    assert drawn.var() == pytest.approx(3.0, abs=0.2)
+
+
+def test_dependence_of_values_that_are_constant_infinite_or_few_is_none() -> None:
+    for values in (np.ones(500), np.full(500, np.inf), np.arange(5.0), np.zeros(0)):
+        assert intervals.estimate_dependence(values).design_effect == 1.0
+
+
 def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
-    drawn = np.array(list(intervals.bootstrap_weights(333, 1.0)))
-    assert drawn.tobytes() == np.array(list(intervals.bootstrap_weights(333, 1.0))).tobytes()
+    drawn = np.array(list(intervals.bootstrap_weights(333, INDEPENDENT)))
+    assert drawn.tobytes() == np.array(list(intervals.bootstrap_weights(333, INDEPENDENT))).tobytes()
     assert drawn.mean(axis=1) == pytest.approx(np.ones(intervals.REPLICATES))
     # Exponential: standard deviation 1, and replicates differ.
     assert drawn.std() == pytest.approx(1.0, abs=0.05)
@@ -55,7 +96,7 @@ def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
 
 
 def test_neighbours_that_are_alike_share_their_weight() -> None:
-    drawn = np.array(list(intervals.bootstrap_weights(400, 5.0)))
+    drawn = np.array(list(intervals.bootstrap_weights(400, Dependence(5.0, 10, 1.0))))
     assert (drawn[:, 0] == drawn[:, 9]).all()
     assert (drawn[:, 9] != drawn[:, 10]).all()
 
@@ -66,19 +107,19 @@ def test_the_bootstrap_of_a_mean_covers_it() -> None:
         values = random.normal(5, 2, 120)
         [(low, high)] = intervals.bootstrap(
             lambda w, v=values: [float((v * w).sum() / w.sum())],  # type: ignore[misc]
-            intervals.bootstrap_weights(120, 1.0),
+            intervals.bootstrap_weights(120, INDEPENDENT),
         )
         inside += low <= 5 <= high
     assert 88 <= inside <= 100
 
 
 def test_a_statistic_without_a_value_has_no_interval() -> None:
-    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.bootstrap_weights(50, 1.0))
+    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.bootstrap_weights(50, INDEPENDENT))
     assert all(map(math.isnan, nothing))
 
 
 def test_what_never_varied_has_no_interval_of_width_zero() -> None:
-    [same] = intervals.bootstrap(lambda w: [1.0], intervals.bootstrap_weights(50, 1.0))
+    [same] = intervals.bootstrap(lambda w: [1.0], intervals.bootstrap_weights(50, INDEPENDENT))
     assert all(map(math.isnan, same))
 
 
@@ -98,7 +139,7 @@ def test_how_alike_neighbours_are_does_not_depend_on_the_unit(scale: float) -> N
 def test_weights_of_many_results_are_made_one_replicate_at_a_time() -> None:
     tracemalloc.start()
     try:
-        intervals.bootstrap(lambda w: [float(w[0])], intervals.bootstrap_weights(100_000, 1.0))
+        intervals.bootstrap(lambda w: [float(w[0])], intervals.bootstrap_weights(100_000, INDEPENDENT))
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     finally:
         tracemalloc.stop()
