@@ -45,7 +45,7 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         raise UsageError(f"{file}: {problem}; make it again with `outstation disclose`") from None
     matches = all(hmac.compare_digest(computed, body.input) for _, body in seqs)
     # The message names rows of inputs that the file does not show.
-    unshown = sorted({name for _, body in seqs for name in body.joined} - set(joined))
+    undisclosed = sorted({name for _, body in seqs for name in body.joined} - set(joined))
     document = {
         "device": disclosure.device,
         "log": disclosure.log,
@@ -54,7 +54,7 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         "rows": disclosure.rows,
         "matches": matches,
         "joined": joined,
-        "joined_not_shown": unshown,
+        "joined_not_disclosed": undisclosed,
     }
     emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)))
     sys.exit(0 if matches and all(joined.values()) else 1)
@@ -63,28 +63,26 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
 def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPayload]) -> bool:
     """Return True if these rows are those that the message commits to for the input `name`. Raises ValueError."""
     computed = rows.commit()
-    stated = [body.joined.get(name) for body in bodies]
+    claims = [body.joined.get(name) for body in bodies]
     return all(
         each is not None
         and (each.stream, each.rows) == (rows.stream, rows.rows)
         and hmac.compare_digest(computed, each.input)
-        for each in stated
+        for each in claims
     )
 
 
 def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Iterator[str]:
-    def line(what: str, rows: tuple[int, int], matches: bool) -> str:
+    def line(subject: str, rows: tuple[int, int], matches: bool) -> str:
         verdict = "are those" if matches else "are NOT those"
-        return (
-            f"{disclosure.device}, {disclosure.task}: {what}rows {rows[0]} to {rows[1]} {verdict} of its message {seq}"
-        )
+        return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict} of its message {seq}"
 
     seq = document["seq"]
     yield line("", disclosure.rows, document["matches"])
     for name, rows in disclosure.joined.items():
         yield line(f"input {name}, stream {rows.stream}: ", rows.rows, document["joined"][name])
-    if unshown := document["joined_not_shown"]:
-        yield f"Not shown: the rows of {', '.join(unshown)}; `outstation disclose --joined NAME=A-B` shows them."
+    if undisclosed := document["joined_not_disclosed"]:
+        yield f"Not disclosed: the rows of {', '.join(undisclosed)}; `outstation disclose --joined NAME=A-B` shows them."
 
 
 def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> list[tuple[int, ResultsPayload]]:
