@@ -82,7 +82,7 @@ def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Itera
     for name, rows in disclosure.joined.items():
         yield line(f"input {name}, stream {rows.stream}: ", rows.rows, document["joined"][name])
     if undisclosed := document["joined_not_disclosed"]:
-        yield f"Not disclosed: the rows of {', '.join(undisclosed)}; `outstation disclose --joined NAME=A-B` shows them."
+        yield f"Missing here: rows of {', '.join(undisclosed)}; `outstation disclose --joined NAME=A-B` shows them."
 
 
 def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> list[tuple[int, ResultsPayload]]:

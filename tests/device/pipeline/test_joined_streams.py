@@ -342,7 +342,7 @@ def test_a_wait_goes_on_after_the_daemon_was_killed_and_restarted(device: Device
     assert device.run(after(2 * WAIT_S + 1)) is not None
 
 
-def test_a_wait_whose_begin_lies_ahead_begins_anew_instead_of_never_ending(device: Device) -> None:
+def test_a_wait_from_a_later_uptime_begins_again(device: Device) -> None:
     feed_weather(device, np.ones(1, np.float32), 0)
     device.feed(waves(WINDOW * 2))
     with device.store.transaction() as tx:
@@ -412,7 +412,7 @@ def test_a_message_commits_to_the_joined_rows_that_its_results_used(device: Devi
         disclosed(device, first, protected)
 
 
-def test_a_row_that_came_too_late_is_not_among_the_joined_rows(device: Device) -> None:
+def test_a_row_that_came_too_late_is_no_joined_row(device: Device) -> None:
     feed_air(device, "weather", np.array([0, 10_000]))
     device.feed(waves(WINDOW * 2))
     assert device.run(NOW) is None
