@@ -74,8 +74,8 @@ def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPaylo
 
 def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Iterator[str]:
     def line(subject: str, rows: tuple[int, int], matches: bool) -> str:
-        verdict = "are those" if matches else "are NOT those"
-        return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict} of its message {seq}"
+        verdict = f"{'are' if matches else 'are NOT'} those of its message {seq}"
+        return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict}"
 
     seq = document["seq"]
     yield line("", disclosure.rows, document["matches"])

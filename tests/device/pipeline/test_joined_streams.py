@@ -412,7 +412,7 @@ def test_a_message_commits_to_the_joined_rows_that_its_results_used(device: Devi
         disclosed(device, first, protected)
 
 
-def test_a_row_that_came_too_late_is_no_joined_row(device: Device) -> None:
+def test_a_late_row_is_no_joined_row(device: Device) -> None:
     feed_air(device, "weather", np.array([0, 10_000]))
     device.feed(waves(WINDOW * 2))
     assert device.run(NOW) is None
