@@ -347,7 +347,7 @@ class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     row: Positive
     rows: tuple[Positive, Positive]
     n: Positive
-    digits: Annotated[int, msgspec.Meta(ge=1, le=7)]
+    digits: Annotated[int, msgspec.Meta(ge=1, le=9)]
     # Sealed `SampleContent`, base64url; empty where the least count withholds it.
     sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 
