@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -127,7 +129,7 @@ def test_answers_that_are_no_number_are_left_out(reference: ErrorReference) -> N
 def test_any_split_of_answers_gives_the_same_counts(reference: ErrorReference, cuts: list[int]) -> None:
     inputs, predicted, _ = answers(11, 2000)
     edges = [0, *sorted(set(cuts)), 2000]
-    parts = [reference.count(inputs[a:b], predicted[a:b], 1)[0] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [reference.count(inputs[a:b], predicted[a:b], 1)[0] for a, b in itertools.pairwise(edges)]
     assert (np.sum(parts, axis=0) == reference.count(inputs, predicted, 1)[0]).all()
 
 
