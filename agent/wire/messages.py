@@ -100,10 +100,15 @@ class ResultMaker(msgspec.Struct, frozen=True):
 
 
 class JoinedRange(msgspec.Struct, frozen=True):
-    """Rows of the stream that a further input of the model was joined from, by time."""
+    """Rows of the stream that a further input of the model was joined from, by time, and the commitment to them."""
 
     stream: ShortText
     rows: tuple[Positive, Positive]
+    input: ShortText = ""
+
+    def __post_init__(self) -> None:
+        if self.rows[0] > self.rows[1]:
+            raise ValueError(f"joined rows [{self.rows[0]},{self.rows[1]}] run backwards")
 
 
 class ResultColumns(msgspec.Struct, frozen=True):
