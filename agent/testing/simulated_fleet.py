@@ -162,7 +162,8 @@ def _read_scenario(
         file.write_text(given, encoding="utf-8")
     else:
         file.write_text(setup.render_toml({"duration": _DEFAULT_DURATION, **(given or {})}), encoding="utf-8")
-    return scenario.load(file, chosen.fields, [*chosen.config.tasks], devices)
+    tasks, groups = [*chosen.config.tasks], chosen.config.device.groups
+    return scenario.load(file, chosen.fields, tasks, devices, groups)
 
 
 def _shorten(document: dict[str, Any]) -> str:
