@@ -52,7 +52,11 @@ class SimulatedFleet:
         self._handler = _TailHandler(self._log)
         logging.getLogger().addHandler(self._handler)
         self._outcome: Outcome | None = None
-        self._simulation.start()
+        try:
+            self._simulation.start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def database(self) -> Path:

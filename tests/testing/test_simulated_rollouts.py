@@ -160,7 +160,7 @@ def test_a_plan_that_a_simulation_cannot_follow_is_one_line_with_file_and_key(
     assert "\n" not in str(caught.value)
 
 
-def test_a_plan_whose_step_selects_too_few_devices_stops_the_run_before_it_starts(
+def test_a_step_that_selects_too_few_devices_stops_the_run_before_it_starts(
     simulate: Callable[..., dict[str, Any]],
 ) -> None:
     plan = PLAN.replace("group:hall", "all").replace("min_devices = 1", "min_devices = 2")
