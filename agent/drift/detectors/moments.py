@@ -188,6 +188,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
             usual = np.exp(baseline.mean[fields:]) - VARIANCE_PRIOR
             effects[:, fields:] -= np.log(np.maximum(usual, MIN_VARIANCE)) / 2
         values[find_untested(moments, windowed=task.windowed)] = np.nan
+        windows.scored[self.name] = values
         sd = baseline.mean_sd
         scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
         return Scores(values, effects, scale)
