@@ -43,7 +43,7 @@ class MonitorRun(msgspec.Struct, frozen=True):
     def step(
         self, state: DriftState, rows: Table, features: Table | None = None
     ) -> tuple[DriftState, list[DriftWindowResult]]:
-        """Process `rows` (n, COLUMNS), a whole number of windows; a device has the `features` in an array of its own."""
+        """Process `rows` (n, COLUMNS), a whole number of windows. A device has `features` apart."""
         first = max(0, state.last_counted_row) + 1
         answered = slice(self.model_rows - 1, None, self.model_rows)
         return self.judge.process_batch(
