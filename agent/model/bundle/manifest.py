@@ -398,7 +398,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def label_schemas(self) -> dict[str, LabelSchema]:
-        """What the ground truth of each output may be; the first output has the name ""."""
+        """Schema of the ground truth of each output; the first output has the name ""."""
         schemas = {"": LabelSchema(self.label_kind, tuple(self.output.labels))}
         for name, output in self.further.items():
             schemas[name] = LabelSchema("several" if output.multi_label else output.kind, tuple(output.labels))
