@@ -64,13 +64,14 @@ FURTHER_OUTPUT_DRIFT = AlertKind(
 )
 SCORE_DRIFT = AlertKind(
     *("Drift of the model's scores", "drift", "score", "score/drift/{count}", "warning", "task"),
-    "The model's certainty, or the value that it predicts, no longer follows the distribution learned at this site.",
+    "The model's certainty, its predicted value or its expected error no longer follows what this site learned.",
     "Readings unlike the training data: a new product, a new environment, a sensor that slowly fails.",
     "Look at open alerts of fields first: they usually explain it. Otherwise label results and compare the accuracy.",
     _DRIFT_CLEARS,
     {
         "mean": "the mean moved (CUSUM)",
         "accuracy": "the accuracy to expect from the certainty moved (CUSUM)",
+        "error": "the error to expect from the inputs moved (CUSUM)",
         "shape": "the distribution has another shape (PSI)",
     },
 )

@@ -25,6 +25,7 @@ from agent.device.uplink.meter import MAX_URGENT, URGENT_KINDS
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
+from agent.wire.privacy import field_privacy
 from agent.wire.privacy.field_privacy import FieldPrivacy
 
 KEY_FILE = "device.key"
@@ -118,7 +119,10 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
 
 
 def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
-    """Return what may leave of the stream of each task; keys of hashes are derived from the device's secret."""
+    """Return what may leave about each task: the strictest rules of its stream and of those that it joins.
+
+    Keys of hashes are derived from the device's secret.
+    """
     if all(stream.privacy == StreamPrivacy() for stream in conf.streams.values()):
         return {}
     # Of all streams: messages about the device know by their fields which ones are not computed.
@@ -136,7 +140,10 @@ def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
         )
         for name, stream in conf.streams.items()
     }
-    return {name: rules[task.stream] for name, task in conf.tasks.items()}
+    return {
+        name: field_privacy.merge_strictest(rules[task.stream], [rules[each.stream] for each in task.inputs.values()])
+        for name, task in conf.tasks.items()
+    }
 
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:

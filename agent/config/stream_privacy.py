@@ -50,11 +50,6 @@ class StreamPrivacy(Section, frozen=True):
     file_names: bool = True
     """The journal names files of a watched folder, and topics of messages."""
 
-    @property
-    def limits(self) -> tuple[list[OptionalKind] | None, int, int]:
-        """Rules for whole messages: kinds that leave, and least counts."""
-        return self.messages, self.min_count, self.min_results
-
     def private_fields(self, fields: Collection[str]) -> frozenset[str]:
         """Return the fields that never leave."""
         left_out = () if self.allow is None else set(fields) - {*self.allow, *self.round, *self.hash}

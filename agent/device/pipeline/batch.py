@@ -122,7 +122,9 @@ def _run_once(
         if task.joined_reader is not None:
             joined = task.joined_reader.join(store, cut, batch.t, batch.first, now)
             if joined.cut.consumed == 0 and len(cut.starts):
+                task.joined_reader.save_wait(store)
                 return None
+            joined = task.joined_reader.commit(store, message_log, joined)
             cut = joined.cut
         if cut.consumed == 0:
             following = store.read_rows(task.config.stream, task.stream.fields, batch.last, 1)

@@ -133,6 +133,8 @@ def _drift_card(task: dict[str, Any]) -> Markup:
     ]
     if task["expected_accuracy"] is not None:
         notes.append(f"Expected accuracy without labels: {task['expected_accuracy']:.3f}.")
+    if task.get("expected_error") is not None:
+        notes.append(f"Expected mean absolute error without labels: {task['expected_error']:.4g}.")
     notes += [change["summary"] for change in task["fleet_wide"][:3]]
     rows: list[Sequence[Content]] = [
         [
