@@ -801,8 +801,8 @@ def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_re
     task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}, "outputs": outputs}
     document = {"tasks": [task], "alerts": device.store.recent_alerts(5)}
     left = status.limit_status(document, device.author)
-    kept: dict[str, Any] = {"open": [], "quality": None, "outputs": {"wear": {"quality": None}}}
-    assert left == {"tasks": [{"task": "tiny", **kept}], "alerts": []}
+    withheld: dict[str, Any] = {"open": [], "quality": None, "outputs": {"wear": {"quality": None}}}
+    assert left == {"tasks": [{"task": "tiny", **withheld}], "alerts": []}
 
 
 def test_labels_that_repeat_the_answers_are_a_feedback_loop(make: Make) -> None:
