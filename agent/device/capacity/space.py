@@ -107,7 +107,7 @@ class SpaceManager:
             if self._growth.add_sample(at_s, self.undelivered_bytes()):
                 with self._store.transaction(vital=True) as tx:
                     tx.set_meta(retention.GROWTH, self._growth.to_json())
-                    tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
+                    tx.save_uptime(now)
             keep_us = round(self._conf.buffer.keep_readings * 1e6)
             # By the boot-time clock as well: a step of the wall clock must not expire a reading.
             before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us

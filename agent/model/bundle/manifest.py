@@ -1,7 +1,5 @@
 """Manifest of a bundle (`manifest.json`): identity, model input and output, limits, and the digest of every file."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Annotated, Literal
