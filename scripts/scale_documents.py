@@ -23,7 +23,7 @@ RESULTS, RESULT, HEALTH = "40 results", "1 result", "health"
 SIZES = (1_000, 10_000, 1_000_000)
 _DAY_S, _MONTH_DAYS = 86_400, 30
 _OUTAGE_S, _CATCH_UP_S = 3600, 7200
-# Share of a core that a collector uses, so that an hour of more messages is no outage.
+# Most of a core that a collector may use while it works off an outage.
 _USED_SHARE = 0.7
 _PARTITION_BYTES = 250e9
 

@@ -20,7 +20,7 @@ class _Health(msgspec.Struct, frozen=True):
 
 
 def load_usages(store: FleetStore, device: str | None = None) -> dict[str, Usage | None]:
-    """Return the usage of each device that is not revoked.
+    """Return the usage of each device with a key that may sign.
 
     None for one that has not stated it in its newest log within the last hour.
     """

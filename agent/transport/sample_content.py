@@ -6,58 +6,107 @@ zlib of JSON. Times are differences, so that a steady rate is a run of one numbe
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 
 from agent import decoders
+from agent.arrays import Float64s, Ints
 
 MAX_CONTENT_BYTES = 8 << 20
 MAX_SAMPLE_ROWS, MAX_SAMPLE_FIELDS = 1 << 18, 4096
 # Epoch µs of the years 1 to 9999.
 _FIRST_TIME_US, _LAST_TIME_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 
-Reading = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Reading = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Column = list[_Reading | None]
+_COLUMN = re.compile(rb"(\[[^\[\]]*\])")
 
 
-class SampleContent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rows of a stream: `t` epoch µs, the first and then differences; one column for each of `fields`, null missing.
+class SampleContent(msgspec.Struct, frozen=True, eq=False):
+    """Rows of a stream: times `t` (n,) epoch µs; one column (n,) for each of `fields`, NaN missing.
 
     `consent` is the text of the owner's config, so that it goes where the readings go.
     """
 
-    v: Literal[1] = 1
+    consent: str
+    fields: list[str]
+    t: Ints
+    columns: list[Float64s]
+
+
+class _Members(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """JSON object of a content. The lists are not parsed yet: a list in a few bytes of zlib can hold millions."""
+
+    v: Literal[1]
     consent: Annotated[str, msgspec.Meta(max_length=200)]
-    fields: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_SAMPLE_FIELDS)]
-    t: Annotated[list[int], msgspec.Meta(min_length=1, max_length=MAX_SAMPLE_ROWS)]
-    columns: list[list[Reading | None]]
-
-    def __post_init__(self) -> None:
-        if len(self.columns) != len(self.fields) or len(set(self.fields)) != len(self.fields):
-            raise ValueError(f"{len(self.columns)} columns, {len(set(self.fields))} distinct fields")
-        if any(len(column) != len(self.t) for column in self.columns):
-            raise ValueError(f"a column is not as long as t, {len(self.t)}")
-        if not all(_FIRST_TIME_US <= t <= _LAST_TIME_US for t in self.expand_times()):
-            raise ValueError("a time is none of the calendar")
-
-    def expand_times(self) -> list[int]:
-        """Return the times (n,), epoch µs."""
-        return list(itertools.accumulate(self.t))
+    fields: msgspec.Raw
+    t: msgspec.Raw
+    columns: msgspec.Raw
 
 
-def encode(content: SampleContent) -> bytes:
-    return zlib.compress(msgspec.json.encode(content), 9)
+def encode(consent: str, fields: Sequence[str], t: Ints, columns: Sequence[Sequence[float | None]]) -> bytes:
+    """Return the content of readings at times `t` (n,) epoch µs, one column (n,) for each field."""
+    times = np.diff(t, prepend=0).tolist()
+    return zlib.compress(
+        msgspec.json.encode({"v": 1, "consent": consent, "fields": fields, "t": times, "columns": columns}), 9
+    )
 
 
-def decode(data: bytes) -> SampleContent:
-    """Parse the content. Raises ValueError, and no other exception."""
+def decode(data: bytes, rows: int) -> SampleContent:
+    """Parse the content of a sample of so many rows. Raises ValueError, and no other exception.
+
+    No list is parsed before its length is counted, and one column at a time.
+    """
+    if not 1 <= rows <= MAX_SAMPLE_ROWS:
+        raise ValueError(f"{rows} rows, a sample has 1 to {MAX_SAMPLE_ROWS}")
     inflater = zlib.decompressobj()
     try:
         text = inflater.decompress(data, MAX_CONTENT_BYTES)
         if not inflater.eof or inflater.unused_data:
             raise ValueError(f"it is cut, has an appendix, or is larger than {MAX_CONTENT_BYTES} bytes")
-        return decoders.from_json(text, SampleContent)
+        members = decoders.from_json(text, _Members)
+        fields = _parse_fields(members.fields)
+        times = list(itertools.accumulate(_parse_list(bytes(members.t), list[int], rows)))
+        if not _FIRST_TIME_US <= min(times) <= max(times) <= _LAST_TIME_US:
+            raise ValueError("a time is none of the calendar")
+        columns = [
+            np.array(_parse_list(column, _Column, rows), np.float64)
+            for column in _split_columns(bytes(members.columns).strip(), len(fields))
+        ]
+        return SampleContent(members.consent, fields, np.array(times, np.int64), columns)
     except (zlib.error, msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def _parse_fields(raw: msgspec.Raw) -> list[str]:
+    # Each name has two quotation marks.
+    if bytes(raw).count(b'"') > 2 * MAX_SAMPLE_FIELDS:
+        raise ValueError(f"more than {MAX_SAMPLE_FIELDS} fields")
+    fields: list[str] = decoders.from_json(raw, list[_Name])
+    if not fields or len(set(fields)) != len(fields):
+        raise ValueError(f"{len(fields)} fields, {len(set(fields))} distinct")
+    return fields
+
+
+def _split_columns(text: bytes, count: int) -> list[bytes]:
+    """Return the texts of the lists in a list. Raises ValueError unless it has `count` of them and nothing else."""
+    parts = _COLUMN.split(text[1:-1]) if text[:1] == b"[" and text.count(b"[") == count + 1 else []
+    if [gap.strip() for gap in parts[::2]] != [b"", *[b","] * (count - 1), b""]:
+        raise ValueError(f"columns are not a list for each of {count} fields")
+    return parts[1::2]
+
+
+def _parse_list(text: bytes, type_: Any, rows: int) -> list[Any]:
+    """Parse a list of numbers. Raises ValueError unless it has `rows` of them."""
+    if text.count(b",") != rows - 1:
+        raise ValueError(f"a list has not {rows} items, as many as the sample has rows")
+    items: list[Any] = decoders.from_json(text, type_)
+    if len(items) != rows:
+        raise ValueError(f"{len(items)} items for {rows} rows")
+    return items

@@ -126,7 +126,7 @@ def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated
     assert "each states it with its second health message" in str(refusal)
 
 
-def test_a_revoked_device_counts_in_no_month(folder: Path) -> None:
+def test_a_revoked_or_retired_device_counts_in_no_month(folder: Path) -> None:
     usage = {"seconds": 86_400, "cpu_s": 864, "flash_bytes": 1e9, "air_bytes": 1e6, "raw_bytes": 1e8, "inferences": 1e4}
     for name in ("pi-07", "pi-08", "pi-09"):
         sender = MessageSender(device=name)
@@ -138,7 +138,8 @@ def test_a_revoked_device_counts_in_no_month(folder: Path) -> None:
     report = document("cost", "--dir", folder)
     assert [each["device"] for each in report["devices"]] == ["pi-07"]
     assert (report["fleet"]["devices"], report["fleet"]["inferences"]) == (1, round(7e4 * 30.4375))
-    assert "pi-08 is revoked" in str(run("cost", "--device", "pi-08", "--dir", folder).exception)
+    for device, state in (("pi-08", "revoked"), ("pi-09", "retired")):
+        assert f"{device} is {state}" in str(run("cost", "--device", device, "--dir", folder).exception)
 
 
 def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder: Path) -> None:

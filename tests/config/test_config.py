@@ -310,12 +310,6 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
             "unknown stream 'wacth'; did you mean 'watch'?",
         ),
         (TASK, "tasks.exercise.stream", "unknown stream 'watch'; there is none"),
-        (
-            STREAM + STREAM.replace("watch", "room") + TASK + "[streams.room.privacy]\nmessages = []\n"
-            "[tasks.exercise.inputs.air]\nstream = 'room'",
-            "tasks.exercise.inputs.air.stream",
-            "'room' limits what leaves the device",
-        ),
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (STREAM + TASK.replace("exercise]", "Exercise]"), "tasks.Exercise", "must be 1-64 of a-z 0-9"),
         (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is not a valid choice; did you mean 'all'?"),

@@ -605,7 +605,7 @@ def test_a_log_of_runs_and_single_windows_gives_the_survey_of_single_windows(
         assert ours.moments.n == theirs.moments.n == 5 * 42 * 2000
         assert ours.moments.mean == pytest.approx(theirs.moments.mean, rel=1e-9)
         assert ours.moments.m2 == pytest.approx(theirs.moments.m2, rel=1e-9)
-        assert group.estimate_accuracy() == pytest.approx(0.9)
+        assert group.estimate_performance().accuracy == pytest.approx(0.9)
         assert [(b, e, s.windows, s.drifting_devices) for b, e, s in group.history] == [
             (b, e, s.windows, s.drifting_devices) for b, e, s in singles.history
         ]

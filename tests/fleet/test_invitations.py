@@ -52,7 +52,7 @@ class Site:
     def __post_init__(self) -> None:
         self.seconds = 0.0
         self.registrar = Registrar(self.folder, self.config, self.store)
-        assert self.registrar.refresh(NOW_US) == []
+        assert self.registrar.refresh(NOW_US, 0.0) == []
 
     def request(self, token: str | None = None) -> bytes:
         return invited.make_request(self.device, "acme", "pi-07", token or self.invited.token)[0]
@@ -148,15 +148,31 @@ def test_a_flood_is_dropped_unread(site: Site) -> None:
     assert site.registrar.handle(site.invited.account, b"x" * (enrolment_request.MAX_BYTES + 1), NOW_US, 99.0) is None
     assert site.registrar.handle("_join-0000000000000000", site.request(), NOW_US, 99.0) is None
     assert site.registrar.ignored == 1002
-    [report] = site.registrar.refresh(NOW_US)
-    assert (report.state, report.detail.split()[0]) == ("ignored", "1002")
-    assert site.registrar.refresh(NOW_US + 1) == []
     assert site.enrolled() is None
+
+
+def test_a_flood_is_reported_once_a_minute_and_at_the_end_though_the_clock_steps_back(site: Site) -> None:
+    def flood() -> None:
+        for _ in range(3):
+            site.registrar.handle("_join-0000000000000000", b"x", NOW_US, 0.0)
+
+    flood()
+    [report] = site.registrar.refresh(NOW_US, 100.0)
+    assert (report.state, report.detail.split()[0]) == ("ignored", "3")
+    flood()
+    assert site.registrar.refresh(NOW_US + DAY_US // 2, 159.0) == []
+    flood()
+    [report] = site.registrar.refresh(NOW_US - 1000 * DAY_US, 160.0)
+    assert report.detail.split()[0] == "6"
+    flood()
+    assert site.registrar.refresh(NOW_US, 161.0) == []
+    assert [report.detail.split()[0] for report in site.registrar.report_ignored()] == ["3"]
+    assert site.registrar.report_ignored() == []
 
 
 def test_an_expired_code_is_worth_nothing(site: Site) -> None:
     assert site.ask(site.request(), at_us=NOW_US + DAY_US) is None
-    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US)] == ["expired", "ignored"]
+    assert [event.state for event in site.registrar.refresh(NOW_US + DAY_US, 1.0)] == ["expired", "ignored"]
     assert access_of(site.folder, site.invited.account) is None
     assert site.enrolled() is None
 
@@ -164,7 +180,7 @@ def test_an_expired_code_is_worth_nothing(site: Site) -> None:
 def test_another_invitation_ends_the_one_before(site: Site) -> None:
     invitations.create(site.folder, site.config, "pi-07", NOW_US, DAY_US)
     assert access_of(site.folder, site.invited.account) is None
-    assert site.registrar.refresh(NOW_US) == []
+    assert site.registrar.refresh(NOW_US, 1.0) == []
     assert site.ask(site.request()) is None
 
 

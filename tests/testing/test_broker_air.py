@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from agent.testing.broker import MosquittoBroker
+from agent.cli.fleet.simulate import simulate
+from agent.errors import LinkDown
+from agent.testing.broker import MosquittoBroker, free_port
 from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.pace import Pace
 from agent.testing.simulation.runner import Simulation
@@ -44,6 +47,18 @@ def test_a_rough_day_over_a_real_broker_loses_nothing(tmp_path: Path, outstation
     assert {entry["device"] for entry in document["audit"]["coverage"]} == {"hall-01", "hall-02", "hall-03"}
     # Real time had to pass.
     assert outcome.real_s > 240 / 20
+
+
+@pytest.mark.parametrize("scenario", [True, False])
+def test_a_broker_that_cannot_be_reached_ends_a_simulation_before_it_begins(tmp_path: Path, scenario: bool) -> None:
+    file = tmp_path / "scenario.toml"
+    file.write_text(_ROUGH, encoding="utf-8")
+    home, url = tmp_path / "run", f"mqtt://127.0.0.1:{free_port()}"
+    options = ["--scenario", str(file)] if scenario else []
+    result = CliRunner().invoke(simulate, [*options, "--broker", url, "--dir", str(home)])
+    assert isinstance(result.exception, LinkDown)
+    assert str(result.exception).startswith(f"{url}: Connection refused")
+    assert not home.exists()
 
 
 def test_simulated_time_is_never_ahead_of_its_pace() -> None:

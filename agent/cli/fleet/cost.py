@@ -41,7 +41,7 @@ def cost(
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
     Devices state their usage once an hour. Those that have stated none yet count as the mean of the others. Revoked
-    devices do not count.
+    and retired devices do not count.
     """
     from agent.fleet.usage import load_usages
 
@@ -49,7 +49,8 @@ def cost(
     _, store = open_for_reading(folder, db, device)
     usages = load_usages(store, device)
     if device is not None and not usages:
-        raise UsageError(f"{device} is revoked: no key of it may sign, so it counts in no month")
+        [state] = (row["state"] for row in store.devices(with_retired=True) if row["device"] == device)
+        raise UsageError(f"{device} is {state}: no key of it may sign, so it counts in no month")
     months = {name: None if usage is None else usage.per_month() for name, usage in usages.items()}
     try:
         mean = average_usage([month for month in months.values() if month is not None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -83,13 +84,15 @@ def simulate(**given: Any) -> None:
     bundle of each device and the audit. Exit 1 if the audit fails, or the rollout did not end within --duration.
 
     --scenario runs the real code of all devices in this process, on a virtual clock and a broker in memory: faults of
-    sensors, networks, clocks, power and disks, and labels. The report says what was found, when and by whom. The same
-    seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed, there were
-    more false alarms than the scenario's budget, or the audit fails.
+    sensors, networks, clocks, power and disks, labels, and roll-outs. The report says what was found, when and by whom.
+    The same seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed,
+    there were more false alarms than the scenario's budget, a roll-out ended otherwise, or the audit fails.
     """
     started_s = time.monotonic()
     exit_on_signals()
     options = SimulateOptions(**given)
+    if options.broker is not None:
+        _check_broker(options.broker)
     with open_folder(options.folder) as home:
         if options.scenario_file is not None:
             _refuse_options_of_processes()
@@ -101,6 +104,16 @@ def simulate(**given: Any) -> None:
     emit(document, options.as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
+
+
+def _check_broker(url: str) -> None:
+    """Connect once: a simulation takes a broker that cannot be reached for a fault of the network. Raises LinkDown."""
+    from agent.config.broker import BrokerConfig, check_broker
+    from agent.transport.mqtt import Link
+
+    broker = BrokerConfig(url=url)
+    check_broker("--broker", broker)
+    Link(broker, f"outstation-simulate-{secrets.token_hex(4)}", retains=True).close()
 
 
 def _refuse_options_of_processes() -> None:

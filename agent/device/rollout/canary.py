@@ -30,7 +30,6 @@ from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.performance.intervals import wilson
 from agent.wire.desired_state import CanaryRules
 
-# Subjects of drift tests on predictions and scores: the third and second from the end.
 # With more agreement than this, drift of the predictions is the site's and not the bundle's.
 _MIN_AGREEMENT = 0.9
 

@@ -21,7 +21,6 @@ from agent.device.store.rows import Rows, concatenate
 from agent.device.store.store import Store
 from agent.errors import StorageFull
 from agent.transport import sample_content, sealing
-from agent.transport.sample_content import SampleContent
 from agent.wire import messages
 from agent.wire.keys import EncryptionKey, b64url_encode
 from agent.wire.topics import Topic
@@ -144,10 +143,9 @@ class Sampler:
             column = rows.columns[names.index(name)]
             if (values := protect_column(name, column, task.config.digits, privacy, now.wall_us)) is not None:
                 columns[name] = values
-        times = np.diff(rows.t, prepend=0).tolist()
-        content = SampleContent(consent=task.config.consent, fields=[*columns], t=times, columns=[*columns.values()])
+        content = sample_content.encode(task.config.consent, [*columns], rows.t, [*columns.values()])
         topic = str(Topic(self._message_log.fleet, self._message_log.device, "samples", task.name))
-        sealed = sealing.seal_content(key, topic, sample_content.encode(content))
+        sealed = sealing.seal_content(key, topic, content)
         return {
             "model": request.model,
             "stream": task.stream,

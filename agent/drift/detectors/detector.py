@@ -114,7 +114,7 @@ class LearnedWindows(msgspec.Struct, frozen=True):
     repeated: Float64s  # (K,) share of rows that repeat the row before
     t: Ints  # (K,) middle of each, epoch µs
     seasonality: str  # auto | hour | week | none
-    bin_accuracy: Float64s  # (32,) of predictions with a top score in each bin; empty if unknown
+    promised: Float64s  # (32,) accuracy of each bin of the top score, or error of each of errors; empty if unknown
     output_weights: Float64s = NO_WEIGHTS  # (R, 32) of the bins of further outputs
 
     @property

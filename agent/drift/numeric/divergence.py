@@ -20,14 +20,20 @@ NO_CELLS: Ints = np.empty(0, np.int64)
 
 
 class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Counts of rows by coarse bin (..., F, 16), of predictions by class (..., C) and by top score (..., 32), and of
-    answers of further outputs by cell (..., X).
+    """Counts of rows by coarse bin (..., F, 16), of predictions by class (..., C) and by top score (..., 32), of
+    answers of further outputs by cell (..., X), and of predictions by the error to expect (..., 32), or (..., 0).
     """
 
     bins: Ints
     output: Ints
     scores: Ints
     further: Ints = NO_CELLS
+    errors: Ints = NO_CELLS
+
+    @property
+    def promises(self) -> Ints:
+        """Counts (..., 32) of predictions by the error to expect, if there are any, or by top score."""
+        return self.errors if self.errors.shape[-1] else self.scores
 
     @cached_property
     def smoothed(self) -> tuple[Float64s, Float64s, Float64s]:

@@ -37,7 +37,7 @@ class SuiteState(msgspec.Struct, frozen=True, eq=False, dict=True):
     cusum: Cusum
     ended: Ints  # (T,) alarms that ended by themselves since the reference was learned
     charts: ChartStates
-    recent_scores: Ints  # (POOLED_WINDOWS, 32) predictions by certainty, of the last windows
+    recent_scores: Ints  # (POOLED_WINDOWS, 32) predictions by certainty or expected error, of the last windows
 
     @classmethod
     def start(cls, task: Task) -> SuiteState:
@@ -158,7 +158,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
             cusum.standardize(values, usual, sd, site.drift_windows),
             effects,
             {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
-            windows.scores,
+            drift_windows.distributions.promises,
         )
 
     def _expect(self, values: Float64s, t: Ints) -> tuple[Float64s, Float64s, Float64s]:

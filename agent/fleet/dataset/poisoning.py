@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median_low
+from statistics import median_high, median_low
 
 import numpy as np
 
@@ -16,9 +16,19 @@ from agent.poisoning.labelled_windows import LabelledWindows
 _MAX_WINDOW_ROWS = 256
 
 
+_STATES = ("warning", "passed", "not checked")
+
+
 def check(gathered: Gathered) -> PoisoningReport:
-    """Inspect the windows that end at labelled rows; a window's name is device/log/row."""
-    window_rows = _estimate_window_rows(gathered.recordings)
+    """Inspect the windows that end at labelled rows; a window's name is device/log/row.
+
+    If devices leave two lengths of windows open, both are inspected: else one of two devices could choose the length.
+    """
+    reports = [_check(gathered, rows) for rows in _estimate_window_rows(gathered.recordings)]
+    return min(reports, key=lambda report: _STATES.index(report.state))
+
+
+def _check(gathered: Gathered, window_rows: int) -> PoisoningReport:
     last: list[int] = []
     members: list[tuple[Recording, RowLabel]] = []
     offset = 0
@@ -49,10 +59,11 @@ def check(gathered: Gathered) -> PoisoningReport:
     )
 
 
-def _estimate_window_rows(recordings: Sequence[Recording]) -> int:
-    """Return the rows that every sample has up to its result: a sample holds the result's whole window.
+def _estimate_window_rows(recordings: Sequence[Recording]) -> list[int]:
+    """Return the rows that every sample has up to its result, longest first: a sample holds the result's whole window.
 
-    The median over the devices counts, since one device can send shorter samples than its model's windows.
+    The median over the devices counts, since one device can send shorter samples than its model's windows. An even
+    number of devices can have two.
     """
     shortest: dict[str, int] = {}
     for recording in recordings:
@@ -60,4 +71,5 @@ def _estimate_window_rows(recordings: Sequence[Recording]) -> int:
             if sample["rows"][0] <= sample["row"] <= sample["rows"][1]:
                 rows = sample["row"] - sample["rows"][0] + 1
                 shortest[recording.device] = min(rows, shortest.get(recording.device, _MAX_WINDOW_ROWS))
-    return median_low(shortest.values()) if shortest else 1
+    lengths = shortest.values() or [1]
+    return sorted({median_high(lengths), median_low(lengths)}, reverse=True)

@@ -31,7 +31,7 @@ from agent.wire.enrolment_request import EnrolmentRequest
 LOCK = "registrar.lock"
 # An honest device sends no wrong request; a token cannot be guessed in as many.
 MAX_REFUSED = 20
-_MIN_INTERVAL_S, _REFRESH_S, _RETRY_S, _REPORT_US = 1.0, 2.0, 2.0, 60_000_000
+_MIN_INTERVAL_S, _REFRESH_S, _RETRY_S, _REPORT_S = 1.0, 2.0, 2.0, 60.0
 
 
 class InvitationEvent(NamedTuple):
@@ -54,23 +54,29 @@ class Registrar:
         self._folder, self._config, self._store = folder, config, store
         self.invitations: dict[str, OpenInvitation] = {}
         self.ignored = self._reported = 0
-        self._next_report_us = 0
+        self._next_report_s = 0.0
         self._refused: dict[str, int] = {}
         self._read_s: dict[str, float] = {}
         self._answers: dict[str, bytes] = {}
 
-    def refresh(self, now_us: int) -> list[InvitationEvent]:
-        """Read the open invitations again, withdraw those that have expired, and report what was ignored."""
+    def refresh(self, now_us: int, boot_s: float) -> list[InvitationEvent]:
+        """Read the open invitations again, withdraw those that have expired, and report what was ignored.
+
+        Ignored messages are reported at most once a minute: a flood must not fill the terminal.
+        """
         self.invitations = {opened.account: opened for opened in invitations.list_open(self._folder)}
         ended = [opened for opened in self.invitations.values() if opened.expires_us <= now_us]
-        return [self._withdraw(opened, "expired", "") for opened in ended] + self._report_ignored(now_us)
+        events = [self._withdraw(opened, "expired", "") for opened in ended]
+        if boot_s < self._next_report_s or not (report := self.report_ignored()):
+            return events
+        self._next_report_s = boot_s + _REPORT_S
+        return [*events, *report]
 
-    def _report_ignored(self, now_us: int) -> list[InvitationEvent]:
-        """Report ignored messages, at most once a minute: a flood must not fill the terminal."""
-        count = self.ignored - self._reported
-        if not count or now_us < self._next_report_us:
+    def report_ignored(self) -> list[InvitationEvent]:
+        """Report the messages that were ignored since the last report."""
+        count, self._reported = self.ignored - self._reported, self.ignored
+        if not count:
             return []
-        self._reported, self._next_report_us = self.ignored, now_us + _REPORT_US
         return [InvitationEvent("", "ignored", f"{count} messages without an open invitation, too large or too often")]
 
     def handle(self, account: str, payload: bytes, now_us: int, boot_s: float) -> InvitationEvent | None:
@@ -135,7 +141,8 @@ def serve(registrar: Registrar, config: FleetConfig, folder: Path) -> Iterator[I
     files = {"cert_file": issued.certificate, "tls_key_file": issued.key}
     try:
         with durable_files.lock(folder / LOCK, wait=False):
-            yield from registrar.refresh(clock.read().wall_us)
+            now = clock.read()
+            yield from registrar.refresh(now.wall_us, now.boot_s)
             while registrar.invitations:
                 try:
                     with tls.client_files(config.broker, files) as broker:
@@ -148,7 +155,8 @@ def serve(registrar: Registrar, config: FleetConfig, folder: Path) -> Iterator[I
                 except LinkDown as down:
                     yield InvitationEvent("", "waits", str(down))
                     time.sleep(_RETRY_S)
-                    yield from registrar.refresh(clock.read().wall_us)
+                    now = clock.read()
+                    yield from registrar.refresh(now.wall_us, now.boot_s)
     except BlockingIOError:
         raise UsageError(
             "another `fleet invite` answers requests already; with --no-wait this one leaves it to it"
@@ -162,7 +170,7 @@ def _answer(registrar: Registrar, link: Link) -> Iterator[InvitationEvent]:
         now = clock.read()
         if now.boot_s >= refresh_s:
             refresh_s = now.boot_s + _REFRESH_S
-            yield from registrar.refresh(now.wall_us)
+            yield from registrar.refresh(now.wall_us, now.boot_s)
         for message in link.receive(0.5):
             if not isinstance(message, IncomingMessage):
                 continue

@@ -237,6 +237,20 @@ def combine(rules: Iterable[FieldPrivacy]) -> FieldPrivacy:
     )
 
 
+def merge_strictest(own: FieldPrivacy, joined: Sequence[FieldPrivacy]) -> FieldPrivacy:
+    """Return the rules for messages about a task whose results rest on joined streams, too: the strictest of all."""
+    if not joined:
+        return own
+    every = [own, *joined]
+    kinds = [rule.kinds for rule in every if rule.kinds is not None]
+    return msgspec.structs.replace(
+        combine(every),
+        kinds=frozenset.intersection(*kinds) if kinds else None,
+        key=own.key,
+        period_s=min(rule.period_s for rule in every),
+    )
+
+
 def _texts(value: Any) -> Iterable[str]:
     """Yield the texts in a value, names of members included."""
     if isinstance(value, str):

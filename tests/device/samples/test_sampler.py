@@ -43,7 +43,7 @@ def make_device(tmp_path: Path) -> Iterator[Callable[..., SampledDevice]]:
 
 def opened(sample: SamplesPayload) -> SampleContent:
     topic = f"outstation/acme/{sample.device}/samples/{sample.task}"
-    return sample_content.decode(Opener([KEY]).open_content(topic, b64url_decode(sample.sealed)))
+    return sample_content.decode(Opener([KEY]).open_content(topic, b64url_decode(sample.sealed)), sample.n)
 
 
 def test_readings_around_an_alert_are_sent_once_their_later_rows_have_arrived(
@@ -59,7 +59,7 @@ def test_readings_around_an_alert_are_sent_once_their_later_rows_have_arrived(
     content = opened(sample)
     assert content.fields == list(device.active.bundle.manifest.input.fields)
     assert content.consent == CONSENT.consent
-    assert np.diff(content.expand_times()).tolist() == [10_000] * 4
+    assert np.diff(content.t).tolist() == [10_000] * 4
     values = np.array(content.columns).T
     assert values == pytest.approx(CENTRES[[1, 1, 0, 1, 1]], rel=1e-3)
     assert device.status()["sent"] == 1
@@ -169,7 +169,7 @@ def test_the_owners_rules_for_fields_hold_for_samples(make_device: Callable[...,
     [sample] = device.send()
     content = opened(sample)
     assert content.fields == [stepped, *others]
-    assert set(content.columns[0]) == {2.0, 0.0}
+    assert set(content.columns[0].tolist()) == {2.0, 0.0}
     for limited in (replace(rules, kinds=frozenset({"alerts"})), replace(rules, min_results=5)):
         device.author.privacy = {"tiny": limited}
         device.feed_text("r" * 9 + "lrr")

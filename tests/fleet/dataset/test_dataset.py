@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.labelling import labels
 from agent.performance.labels import Label
 from agent.testing.messages import FLEET, MessageSender, SignedMessage
-from agent.transport import sealing
+from agent.transport import sample_content, sealing
 from agent.transport.sealing import Opener
 from agent.wire.keys import EncryptionKey, b64url_encode, encryption_key_of
 from scripts.kit.bundles import CLASSIFY, TABULAR, activated
@@ -284,6 +285,42 @@ def test_a_sample_that_inflates_without_end_or_is_no_zlib_is_counted(copied: Pat
         sent = [forge(forger, key, data) for data in (bomb, b"x", b"")]
         store.ingest([Arrival(forger.verify(item)) for item in sent], [], BEFORE)
     assert export(copied, tmp_path / "set")["left_out_samples"] == {"malformed content": 2, "malformed seal": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"fields": "[" + ",".join(['"a"'] * 50_000) + "]"}, "more than 4096 fields"),
+        ({"t": "[" + ",".join(["1"] * 100_000) + "]"}, "a list has not 2 items"),
+        ({"columns": "[" + ",".join(["[]"] * 100_000) + "]"}, "columns are not a list"),
+        ({"columns": "[[1,2]," + ",".join(["0"] * 100_000) + "]"}, "columns are not a list"),
+        ({"columns": "[[" + ",".join(["0"] * 100_000) + "]]"}, "a list has not 2 items"),
+        ({"columns": '"[[1,2]]"'}, "columns are not a list"),
+        ({"columns": '{"a":[1,2]}'}, "columns are not a list"),
+        ({"columns": "[[1,2],]"}, "malformed"),
+        ({"columns": "[[[1],2]]"}, "columns are not a list"),
+        ({"columns": "[[1e999,2]]"}, "out of range"),
+        ({"columns": '[["1",2]]'}, "Expected `float"),
+        ({"t": "[1,99999999999999999999]"}, "none of the calendar"),
+        ({"t": "[1,1e3]"}, "Expected `int`"),
+    ],
+)
+def test_a_content_with_longer_lists_than_its_sample_has_rows_is_refused_before_they_are_parsed(
+    members: dict[str, str], reason: str
+) -> None:
+    valid = {"v": "1", "consent": '""', "fields": '["a"]', "t": "[1,2]", "columns": "[[1, null]]"}
+    accepted, refused = (
+        zlib.compress(b"{" + ",".join(f'"{name}":{value}' for name, value in each.items()).encode() + b"}")
+        for each in (valid, {**valid, **members})
+    )
+    assert sample_content.decode(accepted, 2).columns[0].tolist()[0] == 1.0
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            sample_content.decode(refused, 2)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_both_databases_give_the_same_set(fresh: Callable[[], FleetStore]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from msgspec.structs import replace
 
 from agent.fleet.dataset import poisoning
 from agent.fleet.dataset.gather import Gathered, Recording
@@ -11,8 +13,8 @@ from agent.fleet.dataset.labels import RowLabel
 PEOPLE = ("mira", "juri", "anna", "tariq", "lena")
 
 
-def gathered(liar: str = "", share: float = 0.5) -> Gathered:
-    """Return 30 recordings of 5 devices, each labelled by a person at its first row and every third after."""
+def gathered(liar: str = "", share: float = 0.5, devices: int = 5) -> Gathered:
+    """Return 30 recordings, each labelled by a person at its first row and every third after."""
     draw = np.random.default_rng(0)
     recordings = []
     for i in range(30):
@@ -26,7 +28,7 @@ def gathered(liar: str = "", share: float = 0.5) -> Gathered:
             labels.append(RowLabel(1000 + row, ("rest", "work")[code ^ is_lie], "", ("human",), (person,), 1))
         samples = [{"row": 1000 + row, "rows": [1000 + row, 1000 + row + 2]} for row in rows.tolist()]
         t = np.arange(120) + 1000 * i
-        recordings.append(Recording(f"pi-{i % 5}", "log", 1000, t, values, samples, labels))
+        recordings.append(Recording(f"pi-{i % devices}", "log", 1000, t, values, samples, labels))
     return Gathered(["a", "b", "c"], recordings)
 
 
@@ -56,4 +58,17 @@ def test_a_short_sample_of_one_device_does_not_shorten_the_windows_of_all() -> N
     for recording in given.recordings:
         for sample in recording.samples[:40]:
             sample["rows"][0] -= 2
-    assert poisoning._estimate_window_rows(given.recordings) == 3
+    assert poisoning._estimate_window_rows(given.recordings) == [3]
+
+
+@pytest.mark.parametrize("length", [1, 120])
+def test_one_of_two_devices_that_sends_shorter_or_longer_samples_does_not_hide_flipped_labels(length: int) -> None:
+    given = gathered("anna", devices=2)
+    for recording in given.recordings:
+        # The label is at the end of its three rows, and only the rows before tell the class.
+        recording.labels = [replace(label, row=label.row + 2) for label in recording.labels]
+        recording.values[2::3] = np.random.default_rng(1).normal(0, 1, (40, 3))
+        for sample in recording.samples:
+            sample["row"] += 2
+            sample["rows"] = [sample["row"] - (length if recording.device == "pi-0" else 3) + 1, sample["row"]]
+    assert poisoning.check(given).state == "warning"

@@ -57,8 +57,13 @@ def invite(devices: tuple[str, ...], valid: str, no_wait: bool, folder: str | No
     if not as_json:
         echo("Waiting for the devices; Ctrl-C stops, and `outstation fleet invite` goes on.", err=True)
     with open_store(config) as store:
-        for event in registrar.serve(registrar.Registrar(home, config, store), config, home):
-            _print_event(event, as_json)
+        answering = registrar.Registrar(home, config, store)
+        try:
+            for event in registrar.serve(answering, config, home):
+                _print_event(event, as_json)
+        finally:
+            for event in answering.report_ignored():
+                _print_event(event, as_json)
 
 
 def _print_event(event: InvitationEvent, as_json: bool) -> None:
