@@ -30,7 +30,7 @@ from agent.device.intake.sources.registry import source_module
 from agent.device.machine import certificate, label_key
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import TrustedKeys
-from agent.device.pipeline import label_metrics
+from agent.device.pipeline import labelled_output
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask
 from agent.device.rollout import saved_drift
@@ -219,7 +219,7 @@ def build_daemon(
 
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, on_rows_committed, signals.fail),
-        lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
+        lambda: labelled_output.build_label_targets([entry.task for entry in scheduled]),
         label_key.FILE.load_or_create(conf.data_dir),
     )
     uplink = Uplink(
