@@ -1,7 +1,5 @@
 """Section [samples]: the owner's consent to send readings around alerts and uncertain results, and its limits."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Manifest of a bundle (`manifest.json`): identity, model input and output, limits, and the digest of every file."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Annotated, Literal
@@ -21,7 +19,7 @@ from agent.model.bundle.feature_set import (
 )
 from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
-from agent.performance.labels import NO_LABEL, SEPARATOR
+from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 from agent.strict_json import check_strict_json
 
 FORMAT = 1
@@ -371,6 +369,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.kind == "embedding":
             return "anomaly"
         return "several" if self.output.multi_label else self.kind
+
+    @property
+    def label_schemas(self) -> dict[str, LabelSchema]:
+        """Schema of the ground truth of each output; the first output has the name ""."""
+        schemas = {"": LabelSchema(self.label_kind, tuple(self.output.labels))}
+        for name, output in self.further.items():
+            schemas[name] = LabelSchema("several" if output.multi_label else output.kind, tuple(output.labels))
+        return schemas
 
 
 def output_columns(name: str, output: FurtherOutput) -> list[str]:
