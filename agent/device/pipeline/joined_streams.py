@@ -32,6 +32,8 @@ from agent.wire.messages import JoinedRange
 # Rows of one stream that are held in memory; windows beyond them wait for the next batch.
 _MAX_ROWS = 200_000
 _READ_ROWS = 50_000
+# Values of joined rows that a batch commits to: these are read once more, all into memory.
+_MAX_COMMITTED_VALUES = 4_000_000
 
 
 class JoinedStream(msgspec.Struct, frozen=True):
@@ -266,8 +268,10 @@ def _load_wait(store: Store, task: str) -> JoinedWait | None:
 
 
 def _commit(store: Store, message_log: MessageLog, rows: JoinedRange, stream: StreamConfig) -> str:
-    """Return the commitment to rows of `stream`; "" if they cannot be read any more."""
+    """Return the commitment to rows of `stream`; "" for very many, or if they cannot be read any more."""
     first, last = rows.rows
+    if (last - first + 1) * (len(stream.fields) + 1) > _MAX_COMMITTED_VALUES:
+        return ""
     pieces, at = list[Rows](), first - 1
     while at < last:
         piece = store.read_rows(rows.stream, stream.fields, at, last - at)

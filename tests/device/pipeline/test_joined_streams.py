@@ -447,3 +447,13 @@ def test_a_join_over_the_rows_that_a_message_names_gives_the_same_values(period_
         used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, rows, ends)
         part = slice(0, 0) if used is None else slice(used[0], used[1] + 1)
         np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(rows.values[part], t[part]), ends), whole)
+
+
+def test_too_many_joined_rows_are_named_without_a_commitment(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for begin_us, limit, is_proven in ((0, 200, True), (10_000_000, 50, False)):
+        # Two fields and the time of some 35 rows.
+        monkeypatch.setattr(joined_streams, "_MAX_COMMITTED_VALUES", limit)
+        feed_air(device, "weather", begin_us + np.arange(60) * 10_000)
+        feed_at(device, begin_us, 40)
+        device.run_all()
+        assert bool(last_message(device).joined["weather"].input) == is_proven
