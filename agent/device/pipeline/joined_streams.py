@@ -7,6 +7,7 @@ has waited as long as the config says, restarts included. Rows that come later t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from agent import decoders
 from agent.arrays import Float32s, Ints
 from agent.clock import ClockReading
-from agent.config import StreamConfig
+from agent.config import JoinedStreamConfig, StreamConfig
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows, commit
@@ -257,6 +258,23 @@ def _concatenate(parts: Sequence[_JoinedPart]) -> _JoinedPart:
 
 def _no_values(spec: JoinedInput) -> Float32s:
     return np.empty((0, len(spec.fields)), np.float32)
+
+
+def to_status(store: Store, task: str, inputs: Mapping[str, JoinedStreamConfig]) -> dict[str, Any]:
+    """Return the member `joined` of a task's status: where each input's stream is read from, and what waits for it."""
+    if not inputs:
+        return {}
+    positions, wait = load_positions(store, task), _load_wait(store, task)
+    streams = {
+        name: {
+            "stream": source.stream,
+            "row": positions[name].row if name in positions else None,
+            "last": store.last_row(source.stream),
+            "wait_s": float(source.wait),
+        }
+        for name, source in inputs.items()
+    }
+    return {"joined": {"streams": streams, "waiting_through": None if wait is None else wait.end_row}}
 
 
 def _load_wait(store: Store, task: str) -> JoinedWait | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.authoring import pack
+from agent.cli.device.status import _format_joined
 from agent.cli.fleet.disclosed import compare_joined
 from agent.cli.owner.disclose import build_disclosure
 from agent.clock import ClockReading
@@ -33,6 +34,7 @@ from agent.model.inference import features, joins, runtime
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
+from agent.quantities import Duration
 from agent.wire.commitment import DisclosedJoin, Disclosure
 from agent.wire.messages import ResultsPayload
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
@@ -340,9 +342,19 @@ def test_a_wait_goes_on_after_the_daemon_was_killed_and_restarted(device: Device
     for seconds in range(0, 10, 3):
         assert device.run(after(seconds)) is None
         kill_and_reopen(device, seconds)
+    inputs = {"weather": config.JoinedStreamConfig(stream="weather", wait=Duration(WAIT_S))}
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert _format_joined(shown) == [
+        "joins weather: stream weather, rows 1 to 1",
+        "windows up to row 16 wait for later joined rows, at most 10 s",
+    ]
+    assert shown["waiting_through"] == WINDOW * 2
+    assert shown["streams"] == {"weather": {"stream": "weather", "row": None, "last": 1, "wait_s": WAIT_S}}
     late = device.run(after(WAIT_S))
     assert late is not None
     assert late.windows == 3
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert (shown["waiting_through"], shown["streams"]["weather"]["row"]) == (None, 1)
     # The wait ended with the batch's commit, so that of the next windows begins anew, also after a restart.
     device.restart()
     device.feed(waves(WINDOW))
