@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
-from agent.authoring import calibration, error_training, input_range, training_check
+from agent.authoring import calibration, dataset_features, error_training, input_range, training_check
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
@@ -70,6 +70,7 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
     job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
+    dataset_features.check(job)
     calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [

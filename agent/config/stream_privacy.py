@@ -1,7 +1,5 @@
 """Privacy of a stream, set by the device's owner: which fields leave the device, and how finely."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Section [streams.NAME]: fields of its rows, their source, and what may leave of them."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Section [tasks.NAME]: the bundle that runs over a stream, its schedule, its slices and its further inputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Annotated, Literal

@@ -269,8 +269,11 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
+    """Metrics of one output of a model by labels; `output` is empty for the first one."""
+
     task: ShortText
     model: ModelRef | None = None
+    output: Annotated[str, msgspec.Meta(max_length=64)] = ""
     window: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
@@ -347,7 +350,7 @@ class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     row: Positive
     rows: tuple[Positive, Positive]
     n: Positive
-    digits: Annotated[int, msgspec.Meta(ge=1, le=7)]
+    digits: Annotated[int, msgspec.Meta(ge=1, le=9)]
     # Sealed `SampleContent`, base64url; empty where the least count withholds it.
     sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 

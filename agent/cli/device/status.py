@@ -157,9 +157,10 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
-            *map(printable, _format_label_metrics(task["quality"])),
-            *_format_label_counts(task["labels"]),
+            *_format_labels(task),
         ]
+        for name, output in task.get("outputs", {}).items():
+            lines += [f"output {name}: {line}" for line in _format_labels(output)]
         lines += [_format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         echo(f"\n{task['task']}")
         for line in lines:
@@ -219,6 +220,11 @@ def _format_reference(reference: dict[str, Any]) -> list[str]:
     if reference["warning"] is not None:
         lines.append(f"reference: {click.style('warning', fg='yellow')}: {printable(reference['warning'])}")
     return lines
+
+
+def _format_labels(output: dict[str, Any]) -> list[str]:
+    """Return the lines about the labels of one output."""
+    return [*map(printable, _format_label_metrics(output["quality"])), *_format_label_counts(output["labels"])]
 
 
 def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:

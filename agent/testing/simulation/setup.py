@@ -62,13 +62,13 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         tasks = self.config.tasks.items()
         return {name: [task.stream, *(joined.stream for joined in task.inputs.values())] for name, task in tasks}
 
-    def device_toml(self, enrolled: str) -> str:
-        """Return a device's config: `enrolled`, which enrolment wrote, and the sections of this setup."""
+    def device_toml(self, enrolled: str, group: str) -> str:
+        """Return the config of a device in a group: `enrolled`, which enrolment wrote, and this setup's sections."""
         own = tomllib.loads(enrolled)
         # Random bytes: what is sealed to it is another one each time.
         if not self.config.privacy.encrypt and self.config.samples is None:
             own["collector"].pop("encryption_key", None)
-        own["device"]["groups"] = self.config.device.groups
+        own["device"]["groups"] = [*dict.fromkeys([*self.config.device.groups, group])]
         sections = {**own, **{name: self.document[name] for name in self.document if name not in _REPLACED}}
         if isinstance(metered := self.document.get("broker", {}).get("metered"), dict):
             sections["broker"]["metered"] = metered
