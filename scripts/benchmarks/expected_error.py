@@ -79,10 +79,10 @@ def estimate(
     expected: list[float] = []
     inside: list[bool] = []
     for window, error in zip(windows, true, strict=True):
-        told = trained.estimate(trained.count(window.inputs, window.answers, 1)[0])
-        assert told is not None
-        expected.append(told["mae"])
-        inside.append(told["mae_low"] <= error <= told["mae_high"])
+        estimated = trained.estimate(trained.count(window.inputs, window.answers, 1)[0])
+        assert estimated is not None
+        expected.append(estimated["mae"])
+        inside.append(estimated["mae_low"] <= error <= estimated["mae_high"])
     return expected, inside
 
 
@@ -167,8 +167,8 @@ def _results(deviations: dict[tuple[str, str], Deviations], alarms: dict[str, tu
 
 
 def _describe_alarms(alarms: dict[str, tuple[int, int]]) -> str:
-    told = (f"{raised} in {windows:,} windows of {data}" for data, (raised, windows) in alarms.items())
-    return f"False alarms about the expected error on quiet data: {', '.join(told)}."
+    counts = (f"{raised} in {windows:,} windows of {data}" for data, (raised, windows) in alarms.items())
+    return f"False alarms about the expected error on quiet data: {', '.join(counts)}."
 
 
 def _render(deviations: dict[tuple[str, str], Deviations]) -> str:
