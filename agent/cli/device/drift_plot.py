@@ -14,6 +14,7 @@ from agent.drift.reporting.drift_message import STATES_BY_SEVERITY
 from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
 from agent.model.bundle.bundle import Bundle
+from agent.names import OUTPUT_PREFIX
 from agent.render import axes, drift_plot
 from agent.render.drift_model import DriftPlot, EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 
@@ -63,7 +64,7 @@ def plot_device(
             notes += ["how certain it is"]
         elif name == "joint":
             notes += ["fields together"]
-        elif name.startswith("output."):
+        elif name.startswith(OUTPUT_PREFIX):
             notes += ["a further output"]
         statistics = _STATISTICS if name in scale.bounds or now is not None else ("mean",)
         limit = limits.get(name) or _reported_limit(timeline, name)

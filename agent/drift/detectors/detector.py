@@ -24,6 +24,7 @@ from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
 from agent.drift.outputs.counts import BINS, FurtherOutput
+from agent.names import OUTPUT_PREFIX
 
 EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8
@@ -68,7 +69,7 @@ class Task(msgspec.Struct, frozen=True):
 
     def name_subjects(self, fields: Sequence[str]) -> tuple[str, ...]:
         """Return the name of each subject."""
-        return (*fields, *SUBJECTS, *(f"{OUTPUT}.{output.name}" for output in self.further))
+        return (*fields, *SUBJECTS, *(OUTPUT_PREFIX + output.name for output in self.further))
 
 
 class ModelWindows(msgspec.Struct, frozen=True):

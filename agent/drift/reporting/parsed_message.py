@@ -17,6 +17,7 @@ from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
 from agent.drift.outputs.reference import MAX_OUTPUTS
+from agent.names import OUTPUT_PREFIX
 from agent.wire import runs
 from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
 from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun
@@ -217,7 +218,7 @@ def _subject_reports(
         yield name, SubjectReport(field.state, *_largest_sums(field.cusum), field.cusum.limit)
     yield "output", SubjectReport(output.state, 0.0, 0.0, None)
     for name, further in output.further.items():
-        yield f"output.{name}", SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
+        yield OUTPUT_PREFIX + name, SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
     if output.score is not None:
         yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:
