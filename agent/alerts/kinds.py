@@ -413,7 +413,8 @@ CERTIFICATE_ENDS = AlertKind(
 OUTLIER_DEVICE = AlertKind(
     *("Device unlike its fleet", "outlier", "{field}", "collector/outlier/{task}/{field}", "warning", "collector"),
     "The mean or the spread of a field on one device is far from that of all other devices with the same bundle: more "
-    "than 3.5 robust standard deviations from the median, in two surveys in a row.",
+    "than 3.5 robust standard deviations from the median, in two surveys in a row. A deviation that more than a "
+    "quarter of the devices share is another kind of site, and raises nothing.",
     "A sensor that was mounted otherwise from the start, which the device's own reference takes for normal; another "
     "use of the machine; a wrong unit or calibration.",
     "`outstation fleet drift --task TASK` compares the devices; look at the sensor of this one.",

@@ -97,6 +97,7 @@ class DriftWindows(msgspec.Struct, frozen=True):
     moments: GroupMoments
     distributions: Distributions
     counts: Mapping[str, Ints]  # (W, C, …) by detector
+    scored: dict[str, Float64s] = msgspec.field(default_factory=dict)  # (W, S) values by detector, for later ones
 
 
 class LearnedWindows(msgspec.Struct, frozen=True):
