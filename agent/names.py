@@ -6,8 +6,6 @@ import re
 
 from agent.errors import ConfigError
 
-# Drift subjects of further outputs begin so, and no field does.
-OUTPUT_PREFIX = "output."
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 

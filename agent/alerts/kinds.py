@@ -10,8 +10,7 @@ from functools import cache
 
 from msgspec.structs import replace
 
-from agent.alerts.alert import Alert, AlertKind, MonitoredAlert
-from agent.names import OUTPUT_PREFIX
+from agent.alerts.alert import OUTPUT_PREFIX, Alert, AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."

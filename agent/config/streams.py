@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.stream_privacy import StreamPrivacy
 from agent.errors import ConfigError
 from agent.media import MediaFormat
-from agent.names import OUTPUT_PREFIX, check_name
+from agent.names import check_name
 from agent.quantities import Duration
 from agent.toml_files import Section, did_you_mean
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.cli import plot_file
 from agent.drift.baseline.reference import Reference
@@ -14,7 +15,6 @@ from agent.drift.reporting.drift_message import STATES_BY_SEVERITY
 from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
 from agent.model.bundle.bundle import Bundle
-from agent.names import OUTPUT_PREFIX
 from agent.render import axes, drift_plot
 from agent.render.drift_model import DriftPlot, EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 

@@ -17,6 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import text
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.numeric import control_limits, false_alarm_budget
@@ -24,7 +25,6 @@ from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, Groups
 from agent.drift.outputs.counts import BINS, FurtherOutput
-from agent.names import OUTPUT_PREFIX
 
 EARLY_DRIFT_SHARE = 0.5  # of its limit: a field's sum beyond it counts as a drift that begins
 NEAR_LIMIT_SHARE = 0.8

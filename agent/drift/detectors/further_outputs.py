@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Float64s, Ints
 from agent.drift.detectors.class_share import ClassShareDetector, compute_shares, format_share
 from agent.drift.detectors.detector import (
@@ -27,7 +28,6 @@ from agent.drift.detectors.detector import (
 )
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.outputs.counts import FurtherOutput, median_value, split_outputs, weighted_means
-from agent.names import OUTPUT_PREFIX
 
 
 class _Test(msgspec.Struct, frozen=True):

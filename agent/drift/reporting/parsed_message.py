@@ -13,11 +13,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
 from agent.drift.outputs.reference import MAX_OUTPUTS
-from agent.names import OUTPUT_PREFIX
 from agent.wire import runs
 from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
 from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle.feature_set import (
@@ -18,7 +19,7 @@ from agent.model.bundle.feature_set import (
     name_columns,
 )
 from agent.model.bundle.tensor_selection import TensorSelection
-from agent.names import OUTPUT_PREFIX, is_name
+from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 from agent.strict_json import check_strict_json
 

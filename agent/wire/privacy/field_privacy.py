@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from agent.names import OUTPUT_PREFIX
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.wire.privacy.least_count import WITHHELD
 
 Body = Mapping[str, Any]
