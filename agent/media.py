@@ -1,7 +1,5 @@
 """Image and sound formats: how media become rows, in bundle inputs and in file sources alike."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Annotated, Any, Literal

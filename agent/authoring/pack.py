@@ -16,14 +16,14 @@ from msgspec.structs import replace
 
 from agent import input_files
 from agent.arrays import Float32s, Float64s, Ints
-from agent.authoring import calibration, input_range, training_check
+from agent.authoring import calibration, dataset_features, error_training, input_range, training_check
 from agent.authoring import spec as specs
 from agent.authoring.calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.authoring.training_check import CheckedData
 from agent.datasets import joined_rows, recordings, training_data
 from agent.datasets.training_data import LabelParser, TrainingData
-from agent.drift.baseline import learning
+from agent.drift.baseline import learning, window_statistics
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import bundle, golden_vectors, manifest
@@ -70,12 +70,13 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
     job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
+    dataset_features.check(job)
     calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
     warnings = [
         *calibrated.warnings,
         *_add_golden_vectors(job, files),
-        *_add_reference(job, files),
+        *_add_reference(job, files, calibrated.notes),
         *_add_cards(spec_file, spec, files),
         *_find_placeholders(draft),
     ]
@@ -242,7 +243,7 @@ def _run_model(
     return _ModelRun(data, starts, predicted, score, result.further_answers)
 
 
-def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
+def _add_reference(job: PackJob, files: dict[str, bytes], notes: list[str]) -> list[str]:
     if job.spec.reference is None:
         return ["no reference data: devices will not monitor this model for drift"]
     path, output = job.path(job.spec.reference), job.spec.output
@@ -261,6 +262,12 @@ def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
     elif output.held_out is not None and job.draft.kind != "regress":
         reference, order_warnings = _with_held_out(job, reference, job.path(output.held_out))
         warnings += order_warnings
+    elif output.held_out is not None:
+        try:
+            reference = _with_expected_error(job, reference, job.path(output.held_out))
+            notes.append("devices estimate the mean absolute error without labels, from the inputs")
+        except UsageError as problem:
+            warnings.append(f"devices cannot estimate the error without labels: {problem}")
     elif job.draft.label_kind == "classify" and (
         output.calibration_data is not None or training_data.has_labels(path, job.draft.input)
     ):
@@ -321,6 +328,16 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Refe
     is_right = run.predicted[known] == truth[known]
     filled = learning.with_score_accuracy(reference, run.score[known].astype(np.float64), is_right)
     return filled, [f"{path}: {better}"] if better else []
+
+
+def _with_expected_error(job: PackJob, reference: Reference, path: Path) -> Reference:
+    """Add the error to expect of inputs, from held-out data. Raises UsageError if they do not tell it."""
+    run = _run_model(path, job.model, job.draft, job.joined_files, LabelParser.from_manifest(job.draft))
+    assert run.score is not None
+    rows, spec = learning.infinities_to_nan(run.data.features), job.draft.input
+    statistics = window_statistics.compute_statistics(rows, run.starts, spec.rows, reference.floor).values
+    errors = run.data.window_labels(run.starts, spec.rows) - run.score
+    return replace(reference, error=error_training.train(statistics, run.score.astype(np.float64), errors))
 
 
 def _with_further_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:

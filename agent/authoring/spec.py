@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent import config
+from agent import config, toml_files
 from agent.errors import BadBundle, ConfigError
 from agent.media import ImageFormat, SoundFormat
+from agent.model.bundle import feature_set as feature_sets
 from agent.model.bundle import manifest
-from agent.model.bundle.manifest import DerivedFeature, Manifest
+from agent.model.bundle.feature_set import DerivedFeature, FeatureSet
+from agent.model.bundle.manifest import Manifest
 
 
 class NumberedFields(config.Section, frozen=True, kw_only=True):
@@ -25,9 +27,21 @@ class NumberedFields(config.Section, frozen=True, kw_only=True):
     count: Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
-class SpecInput(config.Section, frozen=True, kw_only=True):
-    """Section [input]; `scale` multiplies all features. An image sets fields and window, a sound the fields."""
+class SpecFeatures(config.Section, frozen=True, kw_only=True):
+    """Feature file, relative to the SPEC, with the version that it must have, and its digest."""
 
+    file: str
+    version: str
+    digest: str | None = None
+
+
+class SpecInput(config.Section, frozen=True, kw_only=True):
+    """Section [input]; `scale` multiplies all features. An image sets fields and window, a sound the fields.
+
+    `features` sets fields, units, derived features and their gap.
+    """
+
+    features: SpecFeatures | None = None
     fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
     roles: list[manifest.FieldRole] = msgspec.field(default_factory=list)
@@ -143,7 +157,8 @@ def _require_finite(file: Path, key: str, value: Any) -> None:
 
 def to_manifest(file: Path, spec: Spec) -> Manifest:
     """Return the manifest of a SPEC read from `file`, without files. Raises ConfigError at the SPEC's key."""
-    spec_input = spec.input
+    feature_set = None if spec.input.features is None else _read_features(file, spec.input, spec.input.features)
+    spec_input = spec.input if feature_set is None else _with_features(file, spec.input, feature_set)
     fields = spec_input.fields
     if isinstance(fields, NumberedFields):
         fields = [f"{fields.prefix}{i}" for i in range(fields.count)]
@@ -167,7 +182,8 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
         "input": _select_members(spec_input, manifest.ModelInput)
-        | {"fields": fields, "std": std, "window": msgspec.to_builtins(window)},
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(window)}
+        | ({} if feature_set is None else _select_feature_members(feature_set)),
         "output": _select_members(spec.output, manifest.ModelOutput) | {"labels": spec.labels},
         **_select_named("inputs", spec.inputs, manifest.JoinedInput),
         **_select_named("outputs", spec.outputs, manifest.FurtherOutput),
@@ -184,6 +200,46 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
             # Reading the SPEC has checked the rest of [output].
             key = "labels"
         raise ConfigError(str(file), key or text.partition(" ")[0], text) from None
+
+
+def _read_features(file: Path, spec_input: SpecInput, wanted: SpecFeatures) -> FeatureSet:
+    """Read the feature file of a SPEC. Raises ConfigError if it is another one, or the SPEC describes features, too."""
+    feature_set = feature_sets.read(file.parent / wanted.file)
+    for key, stated, actual in (
+        ("version", wanted.version, feature_set.version),
+        ("digest", wanted.digest or feature_set.digest, feature_set.digest),
+    ):
+        if stated != actual:
+            raise ConfigError(
+                str(file),
+                f"input.features.{key}",
+                f"is {stated}, but {file.parent / wanted.file} has {key} {actual}; restore the file of that {key}, or, "
+                f"if the model was trained on these features, write {key} = {toml_files.encode_value(actual)}",
+            )
+    for key in ("fields", "units", "derived", "max_gap_s"):
+        if getattr(spec_input, key):
+            raise ConfigError(str(file), f"input.{key}", f"{wanted.file} has the {key}; remove this key")
+    return feature_set
+
+
+def _with_features(file: Path, spec_input: SpecInput, feature_set: FeatureSet) -> SpecInput:
+    """Return the section with fields, derived features and gap of a feature set."""
+    window, max_gap_s = spec_input.window, feature_set.max_gap_s
+    if window is not None:
+        if window.max_gap_s not in (None, max_gap_s):
+            problem = f"is {window.max_gap_s:g}, that of the feature file {max_gap_s}; remove this key"
+            raise ConfigError(str(file), "input.window.max_gap_s", problem)
+        window, max_gap_s = msgspec.structs.replace(window, max_gap_s=max_gap_s), None
+    return msgspec.structs.replace(
+        spec_input,
+        window=window,
+        max_gap_s=max_gap_s,
+        **{name: getattr(feature_set, name) for name in ("fields", "units", "derived")},
+    )
+
+
+def _select_feature_members(feature_set: FeatureSet) -> dict[str, Any]:
+    return {"features": msgspec.to_builtins(feature_set.reference), "definition": feature_set.definition}
 
 
 def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:

@@ -13,7 +13,7 @@ from agent.bootstrap import credentials, sinks
 from agent.bootstrap.owner import become_owner
 from agent.config import Config
 from agent.config.stream_privacy import StreamPrivacy
-from agent.device.commands import wipe
+from agent.device.commands import erasure
 from agent.device.machine import commitment_secret
 from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.machine.timekeeping import make_clock
@@ -21,10 +21,10 @@ from agent.device.recovery import open
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import DATABASE, Store
-from agent.device.uplink.meter import MAX_URGENT, URGENT_KINDS
 from agent.errors import StorageError, UsageError
 from agent.toml_files import did_you_mean
 from agent.wire import keys
+from agent.wire.privacy import field_privacy
 from agent.wire.privacy.field_privacy import FieldPrivacy
 
 KEY_FILE = "device.key"
@@ -46,7 +46,7 @@ def load_config(config_file: str | None, task: str | None = None) -> tuple[Path,
 
 def open_store(conf: Config) -> Store:
     """Open the device's store for writing. Raises StorageError, UsageError."""
-    wipe.require_unwiped(conf.data_dir)
+    erasure.require_unwiped(conf.data_dir)
     store = open.open_store(conf.data_dir, max_size=int(conf.buffer.max_size), with_journal=conf.buffer.journal)
     try:
         store.bind_device(conf.device.fleet, conf.device.id)
@@ -59,7 +59,7 @@ def open_store(conf: Config) -> Store:
 
 def open_store_read_only(conf: Config) -> Store:
     """Open the device's store beside a daemon that writes. Raises StorageError, and UsageError if there is none yet."""
-    wipe.require_unwiped(conf.data_dir)
+    erasure.require_unwiped(conf.data_dir)
     try:
         return Store.open_read_only(conf.data_dir, max_size=int(conf.buffer.max_size))
     except StorageError:
@@ -108,6 +108,8 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
         privacy=build_privacy(conf, secret),
     )
     if broker.metered is not None:
+        from agent.device.uplink.meter import MAX_URGENT, URGENT_KINDS
+
         message_log.urgent_kinds, message_log.max_urgent = URGENT_KINDS, MAX_URGENT
     tasks: dict[str, list[str]] = {}
     for name, task in conf.tasks.items():
@@ -118,7 +120,10 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
 
 
 def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
-    """Return what may leave of the stream of each task; keys of hashes are derived from the device's secret."""
+    """Return what may leave about each task: the strictest rules of its stream and of those that it joins.
+
+    Keys of hashes are derived from the device's secret.
+    """
     if all(stream.privacy == StreamPrivacy() for stream in conf.streams.values()):
         return {}
     # Of all streams: messages about the device know by their fields which ones are not computed.
@@ -136,7 +141,10 @@ def build_privacy(conf: Config, secret: bytes) -> dict[str, FieldPrivacy]:
         )
         for name, stream in conf.streams.items()
     }
-    return {name: rules[task.stream] for name, task in conf.tasks.items()}
+    return {
+        name: field_privacy.merge_strictest(rules[task.stream], [rules[each.stream] for each in task.inputs.values()])
+        for name, task in conf.tasks.items()
+    }
 
 
 def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:
@@ -147,4 +155,4 @@ def erase(file: Path, conf: Config, device_key_file: Path) -> dict[str, Any]:
         # systemd holds a credential in memory; what is on the disk is its encrypted file.
         own_keys = [credentials.sealed_path(own), keys.public_key_path(own)]
     own_keys += conf.notify.secret_files
-    return wipe.erase(conf.data_dir, wipe.installation_files(file, conf), own_keys)
+    return erasure.erase(conf.data_dir, erasure.installation_files(file, conf), own_keys)

@@ -13,14 +13,12 @@ from agent.config import Config
 from agent.device.bundles import history, quarantine, rollout_state
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.machine.timekeeping import make_clock
-from agent.device.machine.trusted_keys import load_operators
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import transitions
 from agent.device.rules import compiler
-from agent.device.samples.selection import SampledTask
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -61,6 +59,8 @@ def trusted_publishers(file: Path, conf: Config, store: Store | None) -> list[Pu
     operators = parse_public_keys(file, "operators.keys", conf.operators.keys)
     if store is None or conf.updates is None:
         return [*listed, *operators]
+    from agent.device.machine.trusted_keys import load_operators
+
     return [*listed, *operators, *load_operators(store, Path(conf.updates.root))]
 
 
@@ -136,6 +136,8 @@ def build_task(
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
     sampled = None
     if conf.samples is not None and conf.samples.covers(name):
+        from agent.device.samples.selection import SampledTask
+
         fields = conf.streams[task.stream].fields
         sampled = SampledTask.from_bundle(conf.samples, (name, task.stream), fields, active.bundle)
     return LoadedTask(

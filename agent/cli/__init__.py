@@ -49,6 +49,8 @@ _COMMANDS = {
 }
 
 _RUN_MODELS = {"run", "batch"}
+# Groups whose commands may multiply large matrices.
+_MULTIPLY_MATRICES = {"model", "fleet"}
 # Set in the environment, an error that no command handles ends with its traceback.
 _TRACEBACK_VARIABLE = "OUTSTATION_TRACEBACK"
 
@@ -64,7 +66,10 @@ class _LazyGroup(click.Group):
             return None
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
-        gc.enable()
+        if not gc.isenabled():
+            # Modules stay until the end: the first collection need not look through all that they hold.
+            gc.freeze()
+            gc.enable()
         return command
 
     def resolve_command(
@@ -72,6 +77,9 @@ class _LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise click.UsageError(f"no such command {args[0]!r}{_suggest_command(args[0])}", ctx)
+        if args and args[0] not in _MULTIPLY_MATRICES:
+            # Threads of NumPy's BLAS spin for tens of milliseconds when they start, and are of no use here.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         if args and args[0] in _RUN_MODELS and not {"-h", "--help"} & set(args):
             from agent.cli import spare
 
@@ -137,6 +145,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         code, text = _describe_error(error, sys.argv[1:] if args is None else args)
         _fail("; ".join(text.splitlines()), code)
     finally:
+        # Until something else runs in this process, such as the next test.
+        gc.unfreeze()
         gc.enable()
 
 

@@ -3,13 +3,11 @@
 `agent.device.rules.compiler` checks the rest against the bundle's output; `agent.device.rules.evaluation` evaluates.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Self
 
 import msgspec
 
@@ -54,9 +52,9 @@ class Comparison(msgspec.Struct, frozen=True):
             "<=": high <= self.limit,
         }[self.sign]
 
-    def inverted(self) -> Comparison:
+    def inverted(self) -> Self:
         """Return the comparison that holds exactly where this one does not."""
-        return Comparison({">": "<=", ">=": "<", "<": ">=", "<=": ">"}[self.sign], self.limit)
+        return type(self)({">": "<=", ">=": "<", "<": ">=", "<=": ">"}[self.sign], self.limit)
 
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:g}"

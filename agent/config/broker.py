@@ -1,7 +1,5 @@
 """Section [broker]: address, TLS files and credentials of an MQTT broker."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

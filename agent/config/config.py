@@ -1,7 +1,5 @@
 """Config of a device: all sections of its `outstation.toml`, checked against each other."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Collection

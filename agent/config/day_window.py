@@ -1,7 +1,5 @@
 """Window of the day: a time range such as "01:00-05:00" in local time, which may span midnight."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 
@@ -23,7 +21,7 @@ class DayWindow(msgspec.Struct, frozen=True):
     end: int
 
     @classmethod
-    def parse(cls, text: str) -> DayWindow:
+    def parse(cls, text: str) -> "DayWindow":
         """Parse `"01:00-05:00"`. Raises ValueError."""
         match = _PATTERN.fullmatch(text)
         window = match and cls(int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4]))

@@ -1,7 +1,5 @@
 """Sections of `outstation.toml` on the device itself: its name, the keys it trusts, and the limits of its daemon."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

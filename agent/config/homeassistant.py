@@ -1,7 +1,5 @@
 """Section [homeassistant], of devices and fleets: whether and where Home Assistant finds the results."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit

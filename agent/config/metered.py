@@ -1,7 +1,5 @@
 """Section [broker.metered]: limits of a connection that is billed by the byte."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import msgspec

@@ -1,7 +1,5 @@
 """Section [notify]: whom alerts are told to, over which target, when, and how often."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from datetime import time
@@ -246,7 +244,7 @@ class NotifyConfig(Section, frozen=True):
         return bool(self.targets)
 
     @property
-    def zone(self) -> ZoneInfo:
+    def zone(self) -> "ZoneInfo":
         # A device without [notify] needs no time zones.
         from zoneinfo import ZoneInfo
 
@@ -262,7 +260,7 @@ class NotifyConfig(Section, frozen=True):
         named = [name for name, target in self.targets.items() if not isinstance(target, MqttTarget)]
         return self.routes or ([NotifyRoute(targets=named)] if named else [])
 
-    def with_absolute_paths(self, base: Path) -> NotifyConfig:
+    def with_absolute_paths(self, base: Path) -> "NotifyConfig":
         return replace(
             self, targets={name: _with_absolute_paths(target, base) for name, target in self.targets.items()}
         )

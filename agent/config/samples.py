@@ -1,7 +1,5 @@
 """Section [samples]: the owner's consent to send readings around alerts and uncertain results, and its limits."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Annotated
 
@@ -40,8 +38,8 @@ class SamplesConfig(Section, frozen=True):
     """Send readings around results with a lower score; at most the four least certain of a batch."""
     windows: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
     """Model windows sent on either side of the result's; for a model without windows, rows."""
-    digits: Annotated[int, msgspec.Meta(ge=1, le=7)] = 4
-    """Significant digits of each value."""
+    digits: Annotated[int, msgspec.Meta(ge=1, le=9)] = 4
+    """Significant digits of each value; 9 are exactly the numbers that a model reads."""
     max_message: Size = Size(16 << 10)
     """Largest message; a larger sample loses the rows far from its result."""
     max_per_day: Size = Size(256 << 10)

@@ -3,8 +3,6 @@
 The module of the same kind in `agent/device/intake/sources/` reads it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, Self

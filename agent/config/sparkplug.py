@@ -1,7 +1,5 @@
 """Section [sparkplug] of fleets: whether and where Sparkplug hosts find the results."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

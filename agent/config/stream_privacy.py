@@ -1,7 +1,5 @@
 """Privacy of a stream, set by the device's owner: which fields leave the device, and how finely."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
@@ -49,11 +47,6 @@ class StreamPrivacy(Section, frozen=True):
     """Least results of a class in a message that lists them."""
     file_names: bool = True
     """The journal names files of a watched folder, and topics of messages."""
-
-    @property
-    def limits(self) -> tuple[list[OptionalKind] | None, int, int]:
-        """Rules for whole messages: kinds that leave, and least counts."""
-        return self.messages, self.min_count, self.min_results
 
     def private_fields(self, fields: Collection[str]) -> frozenset[str]:
         """Return the fields that never leave."""

@@ -1,7 +1,5 @@
 """Section [tasks.NAME]: the bundle that runs over a stream, its schedule, its slices and its further inputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -11,7 +9,6 @@ import msgspec
 from agent.config import alert_rules
 from agent.config.alert_rules import AlertRuleConfig
 from agent.config.device import MAX_RETENTION_S
-from agent.config.stream_privacy import StreamPrivacy
 from agent.config.streams import StreamConfig, check_class_field
 from agent.errors import ConfigError
 from agent.names import check_name
@@ -53,6 +50,8 @@ class BinnedField(Section, frozen=True):
 
 class JoinedStreamConfig(Section, frozen=True):
     """Stream that a further input of a task's bundle is joined from, by time.
+
+    Messages about the task obey the privacy rules of this stream and of the task's own: the strictest holds.
 
     ```toml
     [tasks.exercise.inputs.motion]
@@ -139,20 +138,11 @@ def _find_stream(file: str, key: str, name: str, streams: Mapping[str, StreamCon
 
 
 def _check_inputs(file: str, name: str, task: TaskConfig, streams: Mapping[str, StreamConfig]) -> None:
-    own = streams[task.stream].privacy.limits
     for joined, source in task.inputs.items():
         key = f"tasks.{name}.inputs.{joined}"
-        limits = _find_stream(file, f"{key}.stream", source.stream, streams).privacy.limits
+        _find_stream(file, f"{key}.stream", source.stream, streams)
         if not 0.0 <= source.wait <= MAX_RETENTION_S:
             raise ConfigError(file, f"{key}.wait", "must be between 0 s and 3650 d")
-        if limits not in (own, StreamPrivacy().limits):
-            # Messages of a task follow the rules of its own stream.
-            raise ConfigError(
-                file,
-                f"{key}.stream",
-                f"{source.stream!r} limits what leaves the device, and the task's stream {task.stream!r} does not "
-                f"alike; give [streams.{task.stream}.privacy] the same messages, min_count and min_results",
-            )
 
 
 def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) -> None:

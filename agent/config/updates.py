@@ -1,7 +1,5 @@
 """Section [updates]: TUF repository of bundles, and limits of a download."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from urllib.parse import urlsplit
 

@@ -43,6 +43,7 @@ def merge_references(former: Reference, new: Reference) -> Reference:
         score_n=new.score_n,
         score_correct=new.score_correct,
         further=new.further,
+        error=new.error,
     )
 
 

@@ -20,16 +20,16 @@ EMPTY_BIN_WEIGHT = 1e-6  # weight of a bin without reference answers, which then
 POOLED_WINDOWS = 3  # consecutive drift windows that are estimated together
 
 
-def expected_accuracy_spread(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | None:
-    """Return mean and sd of the expected accuracy of windows with `scores` (K, 32), POOLED_WINDOWS in a row at a time.
+def promised_spread(promised: Float64s, counts: Ints) -> tuple[float, float] | None:
+    """Return mean and sd of what windows promise by `counts` (K, 32), POOLED_WINDOWS in a row at a time.
 
-    The sd comes from windows, not from single answers, because neighbouring windows are alike. None if the reference
-    does not hold which answers were right.
+    `promised` (32,) is the accuracy of each bin, or its error. The sd comes from windows, not from single answers,
+    because neighbouring windows are alike. None if bins promise nothing.
     """
-    if correct is None or not correct.any() or len(scores) <= POOLED_WINDOWS:
+    if not promised.any() or len(counts) <= POOLED_WINDOWS:
         return None
-    together = np.lib.stride_tricks.sliding_window_view(scores, POOLED_WINDOWS, axis=0).sum(-1)
-    expected = (together * estimate_bin_accuracy(n, correct)).sum(1) / np.maximum(together.sum(1), 1)
+    together = np.lib.stride_tricks.sliding_window_view(counts, POOLED_WINDOWS, axis=0).sum(-1)
+    expected = (together * promised).sum(1) / np.maximum(together.sum(1), 1)
     return float(expected.mean()), float(expected.std(ddof=1))
 
 

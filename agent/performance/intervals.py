@@ -1,8 +1,8 @@
 """95 % intervals for results whose neighbours are alike and whose number is small. Deterministic.
 
 Sources: Wilson (1927) for shares; Rubin (1981), The Bayesian bootstrap, over blocks of neighbours (Künsch 1989), for
-everything else; batch means (Schmeiser 1982) for how many results count as one. The weights come from a counter through splitmix64 (Steele, Lea, Flood 2014), so that the same labels
-give the same interval to the last bit.
+everything else; batch means (Schmeiser 1982) for how many results count as one. The weights come from a counter through
+splitmix64 (Steele, Lea, Flood 2014), so that the same labels give the same interval to the last bit.
 """
 
 from __future__ import annotations

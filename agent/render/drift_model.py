@@ -45,12 +45,15 @@ class PlotRow(msgspec.Struct, frozen=True):
     intervals: Sequence[StateInterval]
 
 
-class AccuracyEstimate(msgspec.Struct, frozen=True):
+class PerformanceEstimate(msgspec.Struct, frozen=True):
+    """Expected accuracy over time, or expected mean absolute error."""
+
     series: int
     times: Sequence[int]
     values: Sequence[float | None]
     low: Sequence[float | None]
     high: Sequence[float | None]
+    is_error: bool = False
 
 
 class DriftPlot(msgspec.Struct, frozen=True):
@@ -63,5 +66,5 @@ class DriftPlot(msgspec.Struct, frozen=True):
     dashed_label: str
     reference_label: str
     rows: Sequence[PlotRow]
-    estimates: Sequence[AccuracyEstimate]
+    estimates: Sequence[PerformanceEstimate]
     empty_message: str = ""  # shown instead of rows

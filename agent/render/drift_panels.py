@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from agent.render import axes
-from agent.render.drift_model import AccuracyEstimate, EvidenceCurve, PlotRow, StateInterval
+from agent.render.drift_model import EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 from agent.render.svg import Drawing, truncate_text
 from agent.render.theme import Theme
 
@@ -191,22 +191,34 @@ def _draw_grid(canvas: Canvas, panel: Panel, low: float, high: float, label: Cal
         canvas.drawing.text(panel.x - 7, y + 4, label(value), canvas.theme.muted, size=10.5, anchor="end")
 
 
-def draw_estimates(canvas: Canvas, estimates: Sequence[AccuracyEstimate], y: float) -> float:
-    """Draw expected accuracy. Return the y coordinate below it."""
+def draw_estimates(canvas: Canvas, estimates: Sequence[PerformanceEstimate], y: float) -> float:
+    """Draw expected accuracy, or expected error. Return the y coordinate below it."""
     draw, theme = canvas.drawing, canvas.theme
     panel = Panel(TIME_X, y + 6, TIME_WIDTH, ESTIMATE_HEIGHT)
-    draw.text(MARGIN + 12, panel.y + 13, "expected accuracy", theme.ink, size=14, weight=600)
-    assumption = "without labels, assuming scores as calibrated as on the reference data"
+    is_error = any(estimate.is_error for estimate in estimates)
+    title = "expected mean absolute error" if is_error else "expected accuracy"
+    draw.text(MARGIN + 12, panel.y + 13, title, theme.ink, size=14, weight=600)
+    basis = (
+        "inputs and truth related as in the held-out data"
+        if is_error
+        else "scores as calibrated as on the reference data"
+    )
+    assumption = f"without labels, assuming {basis}"
     draw.text(MARGIN + 12, panel.y + 30, assumption, theme.muted, size=11)
     alone = "; shaded: 95 % interval of each" if len(estimates) == 1 else ""
     draw.text(MARGIN + 12, panel.y + 45, f"mean of {SMOOTHING_WINDOW} estimates{alone}", theme.muted, size=11)
     draw.rect(panel.x, panel.y, panel.width, panel.height, theme.panel)
     known = [v for e in estimates for v in (*(e.low if len(estimates) == 1 else ()), *e.values) if v is not None]
-    low = max(0.0, min([0.9, *known]) - 0.03)
-    _draw_grid(canvas, panel, low, 1.0, lambda value: f"{100 * value:.0f} %")
+    if is_error:
+        highest = max([v for e in estimates for v in (*e.high, *e.values) if v is not None], default=1.0) or 1.0
+        low, top = 0.0, 1.05 * highest
+        _draw_grid(canvas, panel, low, top, lambda value: f"{value:.3g}")
+    else:
+        low, top = max(0.0, min([0.9, *known]) - 0.03), 1.0
+        _draw_grid(canvas, panel, low, top, lambda value: f"{100 * value:.0f} %")
 
     def to_point(t: int, value: float) -> tuple[float, float]:
-        return canvas.time_to_x(t), panel.bottom - panel.height * (min(1.0, max(low, value)) - low) / (1.0 - low)
+        return canvas.time_to_x(t), panel.bottom - panel.height * (min(top, max(low, value)) - low) / (top - low)
 
     for estimate in estimates:
         color = series_color(theme, estimate.series)

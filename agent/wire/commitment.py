@@ -22,20 +22,17 @@ if TYPE_CHECKING:
 SECRET_BYTES = 32
 _FORMATS = {"f32": "f", "f64": "d", "i64": "q", "category": "H"}
 _PREFIX = "hmac-sha256:"
-_PURPOSE = "outstation rows v1"
+_PURPOSE, _JOINED_PURPOSE = "outstation rows v1", "outstation joined rows v1"
 _NAN = float("nan")
 
 
-class Disclosure(msgspec.Struct, frozen=True):
-    """Rows of one results message, shown to an auditor, with the key that proves them.
+class DisclosedRows(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of a stream, shown to an auditor, with the key that proves them.
 
     `fields` (name, type); `t` (n,) epoch µs; `columns` one list (n,) per field, None for a missing number; `categories`
     the code of each text by field.
     """
 
-    device: str
-    log: str
-    task: str
     rows: tuple[int, int]
     key: str
     fields: list[tuple[str, str]]
@@ -63,9 +60,29 @@ class Disclosure(msgspec.Struct, frozen=True):
         return struct.pack(f"<{len(numbers)}{_FORMATS[kind]}", *numbers)
 
 
+class DisclosedJoin(DisclosedRows, frozen=True, kw_only=True):
+    """Rows of the stream that a further input of the model was joined from."""
+
+    stream: str
+
+
+class Disclosure(DisclosedRows, frozen=True, kw_only=True):
+    """Rows of one results message, and those that its further inputs were joined from, by input."""
+
+    device: str
+    log: str
+    task: str
+    joined: dict[str, DisclosedJoin] = {}
+
+
 def derive_key(secret: bytes, log: str, task: str, rows: tuple[int, int]) -> bytes:
     """Derive the key of the message of `task` that covers `rows` in `log`."""
     return hmac.digest(secret, "\n".join([_PURPOSE, log, task, *map(str, rows)]).encode(), "sha256")
+
+
+def derive_joined_key(secret: bytes, log: str, stream: str, rows: tuple[int, int]) -> bytes:
+    """Derive the key of the rows of `stream` that inputs were joined from: one key for the same rows in `log`."""
+    return hmac.digest(secret, "\n".join([_JOINED_PURPOSE, log, stream, *map(str, rows)]).encode(), "sha256")
 
 
 def commit(

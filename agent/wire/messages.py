@@ -100,10 +100,15 @@ class ResultMaker(msgspec.Struct, frozen=True):
 
 
 class JoinedRange(msgspec.Struct, frozen=True):
-    """Rows of the stream that a further input of the model was joined from, by time."""
+    """Rows of the stream that a further input of the model was joined from, by time, and the commitment to them."""
 
     stream: ShortText
     rows: tuple[Positive, Positive]
+    input: ShortText = ""
+
+    def __post_init__(self) -> None:
+        if self.rows[0] > self.rows[1]:
+            raise ValueError(f"joined rows [{self.rows[0]},{self.rows[1]}] run backwards")
 
 
 class ResultColumns(msgspec.Struct, frozen=True):
@@ -264,8 +269,11 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
+    """Metrics of one output of a model by labels; `output` is empty for the first one."""
+
     task: ShortText
     model: ModelRef | None = None
+    output: Annotated[str, msgspec.Meta(max_length=64)] = ""
     window: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
@@ -342,7 +350,7 @@ class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     row: Positive
     rows: tuple[Positive, Positive]
     n: Positive
-    digits: Annotated[int, msgspec.Meta(ge=1, le=7)]
+    digits: Annotated[int, msgspec.Meta(ge=1, le=9)]
     # Sealed `SampleContent`, base64url; empty where the least count withholds it.
     sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 

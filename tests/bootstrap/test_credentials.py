@@ -11,7 +11,7 @@ from agent import config
 from agent.bootstrap import device, invited
 from agent.cli.doctor.fixes import find_fixes
 from agent.config import Config
-from agent.device.commands.wipe import MARKER
+from agent.device.commands.erasure import MARKER
 from agent.errors import UsageError
 from agent.wire import keys
 

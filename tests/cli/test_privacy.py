@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agent import config
+from agent.bootstrap import device
 from agent.device.pipeline.batch_messages import _leave_out_rare
 from agent.device.recovery.open import open_store
 from agent.errors import ConfigError
@@ -116,3 +117,34 @@ def test_results_of_a_class_below_the_least_count_are_not_listed() -> None:
     assert _leave_out_rare(published, labels, 1).tolist() == published.tolist()
     assert _leave_out_rare(published, None, 9).tolist() == []
     assert _leave_out_rare(published, None, 8).tolist() == published.tolist()
+
+
+def test_messages_about_a_task_obey_the_strictest_rules_of_the_streams_that_it_joins(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(
+        CONFIG + '[tasks.risk.inputs.air]\nstream = "yard"\n'
+        '[streams.yard]\nfields = [{ name = "wind" }, { name = "noise" }]\n'
+        '[streams.yard.privacy]\nmessages = ["results", "alerts"]\nmin_count = 30\nprivate = ["wind"]\n'
+        'round = { noise = 5 }\n[streams.ward.privacy]\nmessages = ["results", "drift"]\nmin_results = 4\n'
+        "round = { noise = 0.5 }\n"
+    )
+    rules = device.build_privacy(config.load(file), bytes(32))["risk"]
+    assert (rules.kinds, rules.min_count, rules.min_results) == (frozenset({"results"}), 30, 4)
+    assert (rules.private, rules.steps) == (frozenset({"wind"}), {"noise": 5})
+    assert rules.keeps("drift")
+    assert rules.keeps("alerts")
+    assert rules.mentions("wind was 3")
+    done = call_outstation("privacy", "-c", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "Joined by risk" in done.stdout
+    assert "risk joins yard. The strictest rules hold: results; at least 30 readings" in done.stdout
+
+
+def test_a_joined_stream_without_rules_leaves_those_of_the_tasks_own_stream(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(
+        CONFIG + RULES + '[tasks.risk.inputs.air]\nstream = "yard"\n[streams.yard]\nfields = [{ name = "wind" }]\n'
+    )
+    rules = device.build_privacy(config.load(file), bytes(32))["risk"]
+    assert (rules.kinds, rules.private, rules.hashed) == (None, frozenset({"pulse"}), frozenset({"room"}))
+    assert rules.key

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drift.reporting import parsed_message
+from agent.drift.reporting.parsed_message import ExpectedPerformance
 from agent.drift.reporting.timeline import MAX_POINTS, Timeline
 
 T = (1_795_000_000_000_000, 1_795_000_060_000_000)
@@ -50,7 +51,23 @@ def test_a_whole_message_is_read() -> None:
         "score": ("drift", 0.5, 0.0, 5.0),
         "joint": ("ok", 1.5, 0.0, 3.5),
     }
-    assert parsed.accuracy == (0.9, 0.8, 1.0)
+    assert parsed.expected == ExpectedPerformance(0.9, 0.8, 1.0)
+
+
+def test_an_expected_error_is_read_in_units_of_the_label() -> None:
+    estimate = {"mae": 12.5, "mae_low": 11.0, "mae_high": 14.0, "rmse": 20.0, "method": "dle"}
+    parsed = parsed_message.from_message(body(estimate=estimate), T)
+    assert parsed.expected == ExpectedPerformance(12.5, 11.0, 14.0, is_error=True)
+
+
+def test_a_negative_expected_error_is_refused() -> None:
+    with pytest.raises(ValueError, match="mae"):
+        parsed_message.from_message(body(estimate={"mae": -1.0}), T)
+
+
+def test_merged_points_show_the_largest_expected_error() -> None:
+    small, large = (ExpectedPerformance(value, 0.0, 9.0, is_error=True) for value in (1.0, 2.0))
+    assert small.find_worse(large) == large.find_worse(small) == large
 
 
 def test_a_message_of_another_version_is_read() -> None:
@@ -59,7 +76,7 @@ def test_a_message_of_another_version_is_read() -> None:
         body(features={"ax": field}, joint=None, output={}, estimate={"error": 0.2}), T
     )
     assert set(parsed.subjects) == {"ax", "output"}
-    assert parsed.accuracy is None
+    assert parsed.expected is None
 
 
 def test_fields_next_to_a_faulty_one_are_untested_and_not_learned() -> None:

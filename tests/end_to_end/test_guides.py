@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from agent.testing.broker import MosquittoBroker
 from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
+from scripts.kit.bundles import readings, write_csv
 from tests.kit.commands import call_outstation
 from tests.kit.stations import ROOT, wait_for
 
@@ -169,3 +171,22 @@ def test_the_script_for_1_wire_prints_a_row_of_what_the_kernel_reads(tmp_path: P
     script = script.replace("/sys/bus/w1/devices", str(tmp_path))
     done = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=True)
     assert done.stdout == '{"temperature": 21.562}\n'
+
+
+def test_the_guide_to_features_makes_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide = (GUIDES / "features.md").read_text(encoding="utf-8")
+    shutil.copy(ROOT / "tests" / "models" / "classify_float32.tflite", tmp_path / "pump.tflite")
+    write_csv(tmp_path / "readings.csv", ("speed", "current"), readings(800)[:, :2])
+    outputs = []
+    for kind, name, text in BLOCK.findall(guide):
+        if kind == "file":
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        for line in text.splitlines() if kind == "run" else ():
+            done = call_outstation(*shlex.split(line)[1:])
+            assert done.returncode == 0, done.stderr
+            outputs.append(done.stdout)
+    pinned = json.loads((tmp_path / "pump" / "manifest.json").read_text())["input"]["features"]
+    assert (pinned["name"], pinned["version"]) == ("motor", "1.0.0")
+    assert pinned["digest"] in outputs[0]
+    assert "speed_step" in outputs[0]

@@ -196,6 +196,26 @@ def test_rows_are_covered_exactly_once(
     assert reason is None or reason in result[0][1]
 
 
+def joined(first: int, last: int, proof: str) -> dict[str, Any]:
+    return {"weather": {"stream": "air", "rows": [first, last], "input": proof}}
+
+
+def test_joined_rows_and_their_commitments_are_reported(store: FleetStore) -> None:
+    sender = MessageSender()
+    log = [sender.results(joined=joined(*each)) for each in ((5, 9, "a"), (5, 9, "a"), (7, 12, ""))]
+    collected(store, sender, *log)
+    report = audit(store)
+    assert report.passed
+    [entry] = report.to_dict()["coverage"]
+    assert entry["joined"] == {"weather": {"stream": "air", "first": 5, "last": 12, "messages": 3, "unproven": 1}}
+
+
+def test_two_commitments_to_the_same_joined_rows_fail_the_audit(store: FleetStore) -> None:
+    sender = MessageSender()
+    collected(store, sender, sender.results(joined=joined(5, 9, "a")), sender.results(joined=joined(5, 9, "b")))
+    assert reasons(audit(store)) == [(2, "commits to rows 5-9 of air as others than the results before it")]
+
+
 def test_results_that_begin_after_the_first_consumed_row_are_reported(store: FleetStore) -> None:
     sender = MessageSender(row=100)
     collected(store, sender, sender.results(), sender.health_with_cursor())

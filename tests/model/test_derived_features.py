@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.model.bundle.manifest import DerivedFeature, Manifest, ModelInput, ModelOutput, WindowSpec
+from agent.model.bundle.feature_set import DerivedFeature
+from agent.model.bundle.manifest import Manifest, ModelInput, ModelOutput, WindowSpec
 from agent.model.inference import derived_features, features
 from agent.model.inference.inference import Inference
 from agent.model.inference.quantization import Quantization

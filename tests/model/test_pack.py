@@ -404,6 +404,20 @@ def test_a_value_named_like_a_residual_bound_is_refused_with_the_bounds(tmp_path
     assert mistake(spec).startswith(f"{spec}: output.held_out: names: low and high are the bounds")
 
 
+def test_held_out_values_tell_the_error_to_expect_of_a_regression(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, REGRESS)
+    random, rows = np.random.default_rng(4), readings(1500, 7)
+    truth = rows @ np.array([0.5, -1.0, 0.25, 2.0]) + random.normal(0, 1, len(rows)) * np.exp(rows[:, 0])
+    write_csv(tmp_path / "heldout.csv", (*REGRESS.fields, "label"), np.column_stack([rows, truth]))
+    spec.write_text(spec.read_text().replace("[output]", '[output]\nheld_out = "heldout.csv"'))
+    packed = pack.pack(spec, KEY)
+    assert "devices estimate the mean absolute error without labels, from the inputs" in packed.notes
+    assert pack.pack(spec, KEY).digest == packed.digest
+    error = Reference.from_json(packed.files["reference.json"]).error
+    assert error is not None
+    assert error.mean == pytest.approx(float(np.abs(truth - rows @ np.array([0.5, -1.0, 0.25, 2.0])).mean()), rel=0.1)
+
+
 def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measures_them(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, REGRESS)
     random = np.random.default_rng(4)
@@ -412,7 +426,9 @@ def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measur
         truth = rows @ np.array([0.5, -1.0, 0.25, 2.0]) + random.normal(0.3, 0.5, len(rows))
         write_csv(tmp_path / f"{name}.csv", (*REGRESS.fields, "label"), np.column_stack([rows, truth]))
     spec.write_text(spec.read_text().replace("[output]", '[output]\nheld_out = "heldout.csv"'))
-    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bundle")
+    packed = pack.pack(spec, KEY)
+    assert "devices cannot estimate the error without labels: the inputs explain" in " ".join(packed.warnings)
+    pack.write_bundle(packed, tmp_path / "bundle")
     low, high = bundle.read(tmp_path / "bundle", [KEY.public]).manifest.output.residual_bounds or (0.0, 0.0)
     assert [low, high] == pytest.approx([0.3 - 1.96 * 0.5, 0.3 + 1.96 * 0.5], abs=0.15)
     measured = {m.metric: m for m in evaluated(tmp_path / "bundle", tmp_path / "fresh.csv").metrics}

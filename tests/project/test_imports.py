@@ -7,6 +7,7 @@ cli → simulate → scenario → device | fleet → client | evaluation → lin
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +271,19 @@ def test_only_decoders_makes_msgspec_read_a_type() -> None:
     assert {each.module for each in froms} <= {"agent.client"}, "name them in full, or this test does not see them"
 
 
+def test_no_start_compiles_the_annotations_of_a_config_or_manifest() -> None:
+    """msgspec compiles an annotation that is a text, which takes longer than to import the module."""
+    names = [name for name in MODULES if name.startswith("agent.config.") or name == "agent.model.bundle.manifest"]
+    structs = {
+        value
+        for name in [*names, "agent.media"]
+        for value in vars(importlib.import_module(name)).values()
+        if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == name
+    }
+    assert len(structs) > 50
+    assert [struct for struct in structs if any(isinstance(a, str) for a in struct.__annotations__.values())] == []
+
+
 def test_a_folder_holds_few_modules() -> None:
     sizes: dict[str, int] = {}
     for path in AGENT.rglob("*.py"):
@@ -376,9 +391,13 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
         (
             "agent.cli.device.batch",
             {
-                "agent.device.rollout.shadow",
+                "agent.device.commands.wipe",
                 "agent.device.daemon",
+                "agent.device.machine.trusted_keys",
                 "agent.device.recovery.copy",
+                "agent.device.rollout.shadow",
+                "agent.device.samples.selection",
+                "agent.device.uplink.meter",
                 "agent.fleet",
                 "agent.transport.mqtt",
                 "apscheduler",
@@ -388,9 +407,12 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "importlib.metadata",
                 "paho",
                 "psutil",
+                "random",
                 "rich",
+                "shutil",
                 "sqlite_utils",
                 "tuf",
+                "zipfile",
             },
         ),
         (

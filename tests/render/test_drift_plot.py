@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from agent.errors import UsageError
 from agent.render import axes, drift_panels, png
-from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
+from agent.render.drift_model import DriftPlot, EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 from agent.render.drift_plot import render_drift
 from agent.render.theme import DARK_THEME, LIGHT_THEME
 
@@ -46,7 +46,7 @@ def row(name: str = "ax", *intervals: StateInterval, **changes: object) -> PlotR
 
 
 def plot(*rows: PlotRow, **changes: object) -> DriftPlot:
-    estimate = AccuracyEstimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
+    estimate = PerformanceEstimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
     default = DriftPlot(
         "Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate]
     )

@@ -36,7 +36,17 @@ def key_of(task: str = "tiny", rows: tuple[int, int] = (1, 2), log: str = LOG) -
 def disclosure() -> Disclosure:
     codes = {"who": {"patient 17": 1, "patient 4": 2}}
     columns: list[list[float | int | str | None]] = [[1.5, None], [7, -8], ["patient 4", "patient 17"]]
-    return Disclosure("pi-07", LOG, "tiny", (1, 2), commitment.encode_key(key_of()), FIELDS, TIMES, columns, codes)
+    return Disclosure(
+        device="pi-07",
+        log=LOG,
+        task="tiny",
+        rows=(1, 2),
+        key=commitment.encode_key(key_of()),
+        fields=FIELDS,
+        t=TIMES,
+        columns=columns,
+        categories=codes,
+    )
 
 
 def test_a_reading_of_few_possible_values_cannot_be_computed_back_from_its_message() -> None:

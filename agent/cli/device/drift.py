@@ -29,7 +29,7 @@ from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import JOINT, SCORE
 from agent.drift.reporting import parsed_message
-from agent.drift.reporting.timeline import EARLIEST_US, Timeline
+from agent.drift.reporting.timeline import EARLIEST_US, Point, Timeline
 from agent.drift.testing.test_suite import CusumLimits
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
@@ -113,10 +113,7 @@ class _TaskDrift:
             "subjects": [
                 self._subject_to_dict(name, report) for name, report in (last.subjects.items() if last else ())
             ],
-            "estimate": dict(zip(("accuracy", "low", "high"), last.accuracy, strict=True))
-            | ({"outside": True} if last.is_contradicted else {})
-            if last and last.accuracy
-            else None,
+            "estimate": _estimate_to_dict(last) if last else None,
             "alerts": [
                 {"id": a["id"], "alert": a["alert"], "summary": a["summary"], "time": a["time"]}
                 for a in self.open_alerts
@@ -163,6 +160,15 @@ class _TaskDrift:
         )
 
 
+def _estimate_to_dict(last: Point) -> dict[str, Any] | None:
+    """Return the accuracy or the mean absolute error to expect, with its interval."""
+    expected = last.expected
+    if expected is None:
+        return None
+    outside = {"outside": True} if last.is_contradicted else {}
+    return {expected.name: expected.value, "low": expected.low, "high": expected.high} | outside
+
+
 def _load_site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """Return the site reference if it has this bundle's bins."""
     stored = store.load_state(task, task_keys.SITE_REFERENCE)
@@ -187,9 +193,15 @@ def _print(document: dict[str, Any]) -> None:
         cells.append([subject["subject"], subject["state"], *sums, *divergences])
     print_table(["", "state", "mean CUSUM", "spread CUSUM", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
-        accuracy, low, high = (document["estimate"][name] for name in ("accuracy", "low", "high"))
-        contradicted = "; labels contradict it" if "outside" in document["estimate"] else ""
-        echo(f"expected accuracy without labels: {accuracy:.2f} ({low:.2f} to {high:.2f}){contradicted}")
+        estimate = document["estimate"]
+        if "mae" in estimate:
+            name, form = "mae", ".4g"
+            noun = "mean absolute error"
+        else:
+            name, noun, form = "accuracy", "accuracy", ".2f"
+        value, low, high = (format(estimate[part], form) for part in (name, "low", "high"))
+        contradicted = "; labels contradict it" if "outside" in estimate else ""
+        echo(f"expected {noun} without labels: {value} ({low} to {high}){contradicted}")
     for alert in document["alerts"]:
         echo(alert["summary"])
     if "plot" in document:

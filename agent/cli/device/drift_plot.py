@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.cli import plot_file
 from agent.drift.baseline.reference import Reference
@@ -16,7 +16,7 @@ from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes, drift_plot
-from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
+from agent.render.drift_model import DriftPlot, EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 
 _STATISTICS = ("mean", "spread")
 _NON_FIELD_SUBJECTS = ("output", "score", "joint")
@@ -42,8 +42,8 @@ def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
 
 def plot_device(
     timeline: Timeline, scale: FieldScale, reference_counts: Mapping[str, Ints], limits: Mapping[str, float]
-) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
-    """Return the rows and the accuracy estimate of one device, with a curve each for mean and spread."""
+) -> tuple[list[PlotRow], list[PerformanceEstimate]]:
+    """Return the rows and the expected performance of one device, with a curve each for mean and spread."""
     rows = []
     for name in _list_subjects(timeline):
         state = next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
@@ -64,7 +64,7 @@ def plot_device(
             notes += ["how certain it is"]
         elif name == "joint":
             notes += ["fields together"]
-        elif name.startswith("output."):
+        elif name.startswith(OUTPUT_PREFIX):
             notes += ["a further output"]
         statistics = _STATISTICS if name in scale.bounds or now is not None else ("mean",)
         limit = limits.get(name) or _reported_limit(timeline, name)
@@ -115,7 +115,7 @@ def plot_devices(
     fleet_counts: Mapping[str, Ints],
     device_counts: Mapping[str, Mapping[str, Ints]],
     describe_field: Callable[[str], tuple[str, list[str]]],
-) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
+) -> tuple[list[PlotRow], list[PerformanceEstimate]]:
     """Return the rows and estimates of several devices; `describe_field` gives a field's state and notes."""
     rows = []
     for name, usual in fleet_counts.items():
@@ -186,8 +186,14 @@ def _reported_limit(timeline: Timeline, name: str) -> float | None:
     return next((limit for limit in limits if limit is not None), None)
 
 
-def _build_estimate(timeline: Timeline, series: int) -> AccuracyEstimate | None:
-    if all(point.accuracy is None for point in timeline.points):
+def _build_estimate(timeline: Timeline, series: int) -> PerformanceEstimate | None:
+    known = [point.expected for point in timeline.points if point.expected is not None]
+    if not known:
         return None
-    columns: list[Any] = [point.accuracy or (None, None, None) for point in timeline.points]
-    return AccuracyEstimate(series, [p.t[1] for p in timeline.points], *zip(*columns, strict=True))
+    is_error = known[-1].is_error
+    times = [point.t[1] for point in timeline.points]
+    estimates = [e if e is None or e.is_error == is_error else None for e in (p.expected for p in timeline.points)]
+    values, low, high = (
+        [None if e is None else getattr(e, name) for e in estimates] for name in ("value", "low", "high")
+    )
+    return PerformanceEstimate(series, times, values, low, high, is_error)

@@ -14,7 +14,7 @@ from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_options, echo, emit
 from agent.config import Config, parse_duration
 from agent.device import status
-from agent.device.commands import wipe
+from agent.device.commands import erasure
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import relearn as requests
 from agent.device.store import task_keys
@@ -78,7 +78,7 @@ def _submit_request(
     config_file: str | None, task: str, request: requests.RelearnRequest, wait_s: float, as_json: bool
 ) -> None:
     file, conf = device.load_config(config_file, task)
-    wipe.require_unwiped(conf.data_dir)
+    erasure.require_unwiped(conf.data_dir)
     try:
         conf.data_dir.mkdir(parents=True, exist_ok=True)
         requests.submit_request(conf.data_dir, task, request)

@@ -17,7 +17,7 @@ from agent.bootstrap.daemon import build_daemon
 from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
-from agent.device.commands import wipe
+from agent.device.commands import erasure, wipe
 from agent.device.daemon import Signals
 from agent.device.machine.systemd import notify
 from agent.device.recovery.open import acquire_lock
@@ -36,13 +36,13 @@ def run(config_file: str | None, verbose: bool) -> None:
     # Its debug messages would be about our own timers.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     file, conf = device.load_config(config_file)
-    if (wiped := wipe.read_marker(conf.data_dir)) is not None:
+    if (wiped := erasure.read_marker(conf.data_dir)) is not None:
         # Exit 0: a service manager need not try again.
         if wiped.get("state") != "wiped":
             # A crash interrupted the wipe.
             acquire_lock(conf.data_dir)
             wiped = device.erase(file, conf, file.resolve().parent / device.KEY_FILE)
-        logger.warning("%s", wipe.describe_marker(conf.data_dir, wiped))
+        logger.warning("%s", erasure.describe_marker(conf.data_dir, wiped))
         return
     # A signal that arrives while a daemon stops, or between two.
     between = Signals()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import click
 import msgspec
 
 from agent import decoders, input_files
-from agent.cli.fleet.common import fleet_options, open_for_reading
-from agent.cli.output import echo, emit
+from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
+from agent.cli.output import emit
 from agent.errors import UsageError, explain
 from agent.wire import messages
-from agent.wire.commitment import Disclosure
+from agent.wire.commitment import DisclosedJoin, Disclosure
 from agent.wire.messages import ResultsPayload
 
 _MAX_BYTES = 256 << 20
@@ -36,12 +36,16 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         seqs = find_messages(disclosure, store.evidence(disclosure.device))
     except UsageError as problem:
         raise UsageError(f"{file}: {problem}") from None
-    first, last = disclosure.rows
     try:
         computed = disclosure.commit()
+        joined = {
+            name: compare_joined(name, rows, [body for _, body in seqs]) for name, rows in disclosure.joined.items()
+        }
     except ValueError as problem:
         raise UsageError(f"{file}: {problem}; make it again with `outstation disclose`") from None
     matches = all(hmac.compare_digest(computed, body.input) for _, body in seqs)
+    # The message names rows of inputs that the file does not show.
+    undisclosed = sorted({name for _, body in seqs for name in body.joined} - set(joined))
     document = {
         "device": disclosure.device,
         "log": disclosure.log,
@@ -49,11 +53,36 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         "task": disclosure.task,
         "rows": disclosure.rows,
         "matches": matches,
+        "joined": joined,
+        "joined_not_disclosed": undisclosed,
     }
-    verdict = "are those" if matches else "are NOT those"
-    text = f"{disclosure.device}, {disclosure.task}: rows {first} to {last} {verdict} of its message {seqs[0][0]}"
-    emit(document, as_json, lambda: echo(text))
-    sys.exit(0 if matches else 1)
+    emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)))
+    sys.exit(0 if matches and all(joined.values()) else 1)
+
+
+def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPayload]) -> bool:
+    """Return True if these rows are those that the message commits to for the input `name`. Raises ValueError."""
+    computed = rows.commit()
+    claims = [body.joined.get(name) for body in bodies]
+    return all(
+        each is not None
+        and (each.stream, each.rows) == (rows.stream, rows.rows)
+        and hmac.compare_digest(computed, each.input)
+        for each in claims
+    )
+
+
+def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Iterator[str]:
+    def line(subject: str, rows: tuple[int, int], matches: bool) -> str:
+        verdict = f"{'are' if matches else 'are NOT'} those of its message {seq}"
+        return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict}"
+
+    seq = document["seq"]
+    yield line("", disclosure.rows, document["matches"])
+    for name, rows in disclosure.joined.items():
+        yield line(f"input {name}, stream {rows.stream}: ", rows.rows, document["joined"][name])
+    if undisclosed := document["joined_not_disclosed"]:
+        yield f"Missing here: rows of {', '.join(undisclosed)}; `outstation disclose --joined NAME=A-B` shows them."
 
 
 def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> list[tuple[int, ResultsPayload]]:

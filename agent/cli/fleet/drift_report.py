@@ -13,6 +13,7 @@ from agent.drift.reporting import parsed_message
 if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
     from agent.fleet.drift.fleet_wide import FleetWideDrift
+    from agent.fleet.drift.merge import PerformanceEstimates
     from agent.fleet.drift.onset import DriftEpisode
     from agent.fleet.drift.survey import DriftGroup, FleetDriftSummary
 
@@ -53,14 +54,14 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
                 "sensor_fault_windows": drift.faulty,
                 "alarms": drift.episodes.total_alarms,
                 "last": clock.to_rfc3339(drift.last_window.t[1]) if drift.last_window else None,
-                "accuracy": _round(drift.accuracy.mean),
+                **_expected_members(drift.expected),
             }
             for name, drift in group.devices.items()
             if device in (None, name)
         ],
         "features": build_feature_documents(group, device),
         "recent": _recent_documents(group, device, reference),
-        "accuracy": _round(group.estimate_accuracy()),
+        **_expected_members(group.estimate_performance()),
         "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
         "first_onset": _onset_document(first) if first else None,
         "onsets": [_onset_document(episode) for episode in episodes],
@@ -75,11 +76,15 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
             {
                 "from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(end), "windows": span.windows,
                 "drift": sorted(span.drifting_devices), "fault": sorted(span.faulty_devices),
-                "accuracy": _round(span.accuracy.mean),
+                **_expected_members(span.expected),
             }
             for begin, end, span in group.history
         ],
     }  # fmt: skip
+
+
+def _expected_members(expected: PerformanceEstimates) -> dict[str, float | None]:
+    return {"accuracy": _round(expected.accuracy), "mae": _round(expected.error)}
 
 
 def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, Any]:
@@ -171,8 +176,9 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     faults = group["sensor_fault_windows"]
     faulty = f", {faults} of them left out for a sensor fault" if faults else ""
     yield click.style(f"{group['task']} under {group['reference'][:19]}{difference}", bold=True)
-    accuracy = f"; expected accuracy {group['accuracy']:.2f}" if group["accuracy"] is not None else ""
-    yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{accuracy}"
+    expected = f"; expected accuracy {group['accuracy']:.2f}" if group["accuracy"] is not None else ""
+    expected += f"; expected error {group['mae']:.4g}" if group["mae"] is not None else ""
+    yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{expected}"
     for name, field in group["features"].items():
         states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]
         recent, change = group["recent"].get(name, {}), ""

@@ -382,6 +382,10 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:_MAX_LISTED]:
         yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
+    joined = [each for entry in report["coverage"] for each in entry["joined"].values()]
+    if joined:
+        proven = sum(each["messages"] - each["unproven"] for each in joined)
+        yield f"joined rows: {proven} commitments, {sum(each['unproven'] for each in joined)} messages without one"
     if report["decisions"] or report["invalid_decisions"]:
         yield f"{report['decisions']} decisions about rollouts: {len(report['invalid_decisions'])} invalid"
     for entry in report["invalid_decisions"][:_MAX_LISTED]:

@@ -15,6 +15,7 @@ from agent.cli import trust
 from agent.cli.groups import SentenceGroup
 from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
+from agent.cli.model.features import features_command
 from agent.cli.model.run import run
 from agent.cli.output import echo, echo_styled, emit, json_option
 from agent.cli.require_clean import NOT_CLEAN, require_clean_option
@@ -39,6 +40,7 @@ def model() -> None:
 model.add_command(run)
 model.add_command(evaluate)
 model.add_command(config_command)
+model.add_command(features_command)
 
 
 @model.command(epilog="Example: outstation model keygen publisher.key")

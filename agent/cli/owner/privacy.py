@@ -43,10 +43,17 @@ def build_document(conf: Config) -> dict[str, Any]:
     for name, stream in conf.streams.items():
         tasks = [task for task, settings in conf.tasks.items() if settings.stream == name]
         privacy_of = rules.get(tasks[0], OPEN) if tasks else OPEN
+        joining = [task for task in tasks if conf.tasks[task].inputs]
         streams.append(
             {
                 "stream": name,
                 "tasks": tasks,
+                "joined_by": [
+                    task
+                    for task, settings in conf.tasks.items()
+                    if any(joined.stream == name for joined in settings.inputs.values())
+                ],
+                "joining_tasks": [_describe_joining(conf, task, rules.get(task, OPEN)) for task in joining],
                 "min_count": max(conf.privacy.min_count, stream.privacy.min_count),
                 "min_results": stream.privacy.min_results,
                 "messages": stream.privacy.messages,
@@ -66,6 +73,17 @@ def build_document(conf: Config) -> dict[str, Any]:
         "values_in_logs": conf.privacy.values_in_logs,
         "encrypt": conf.privacy.encrypt,
         "streams": streams,
+    }
+
+
+def _describe_joining(conf: Config, task: str, rules: FieldPrivacy) -> dict[str, Any]:
+    """Return the strictest limits of the streams that a task's results rest on."""
+    return {
+        "task": task,
+        "joins": sorted({joined.stream for joined in conf.tasks[task].inputs.values()}),
+        "min_count": max(conf.privacy.min_count, rules.min_count),
+        "min_results": rules.min_results,
+        "messages": None if rules.kinds is None else sorted(rules.kinds),
     }
 
 
@@ -147,9 +165,25 @@ def _print(document: Mapping[str, Any]) -> None:
     for stream in document["streams"]:
         kinds = stream["messages"]
         echo(f"stream {stream['stream']}, tasks {', '.join(stream['tasks']) or '–'}")
+        if joined_by := stream["joined_by"]:
+            echo(f"  Joined by {', '.join(joined_by)}: its rules hold for messages about these tasks, too.")
         if not stream["tasks"]:
-            echo("  No task: only the number of its rows leaves, in health messages.\n")
+            if not joined_by:
+                echo("  No task: only the number of its rows leaves, in health messages.")
+            echo("")
             continue
+        for joining in stream["joining_tasks"]:
+            listed = (
+                "all kinds of messages"
+                if joining["messages"] is None
+                else ", ".join(joining["messages"]) or "no messages"
+            )
+            least = (
+                f"at least {joining['min_count']} readings behind a number, {joining['min_results']} results of a class"
+            )
+            echo(
+                f"  {joining['task']} joins {', '.join(joining['joins'])}. The strictest rules hold: {listed}; {least}."
+            )
         if kinds is not None:
             echo(f"  Only these messages leave: {', '.join(kinds) or 'none'}; results without predictions still do.")
         rows = [

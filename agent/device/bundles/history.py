@@ -6,7 +6,6 @@ A copy is durable before its bundle counts as activated. Copies are outside the 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -98,6 +97,9 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
     target = copy_folder(data_dir, loaded.digest)
     if target.is_dir():
         return True
+    # Of use to few starts.
+    import shutil
+
     partial = target.with_name(target.name + _PARTIAL_SUFFIX)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +187,8 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
     for entry in home.iterdir() if home.is_dir() else ():
         # The suffix: a copy that is just being made is needed, too.
         if entry.name.removesuffix(_PARTIAL_SUFFIX) not in needed:
+            import shutil
+
             shutil.rmtree(entry, ignore_errors=True)
 
 

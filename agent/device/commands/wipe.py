@@ -4,40 +4,28 @@ The answer to the first command holds a word that the second must repeat, which 
 that one key confirmed is announced by an alert and happens after a delay, unless an operator cancels it or its key is
 revoked meanwhile; a second key that confirms one makes it happen at once. A restart continues the delay.
 
-Once a wipe is committed, it happens whatever crashes: the store records it, then the marker file. Flash memory may keep
-deleted data: where that matters, encrypt or destroy the medium.
+Once a wipe is committed, it happens whatever crashes: the store records it, then the marker file of `erasure`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import json
-import logging
 import secrets
-import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import msgspec
 
-from agent import clock, decoders, durable_files, input_files
+from agent import clock, decoders
 from agent.alerts.kinds import WIPE_PENDING
 from agent.clock import ClockReading
-from agent.config import Config
-from agent.device.bundles import history
 from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline.tasks import Effect
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import RowRejected, StorageError, StorageFull, UsageError
+from agent.errors import RowRejected, StorageFull
 from agent.wire.commands import may_command
 
-log = logging.getLogger("outstation")
-
-MARKER = "wiped"
 CONFIRM_VALID_S = 600.0
 DELIVERY_TIMEOUT_S = 10.0
 _FULL_RETRY_S = 5.0
@@ -45,7 +33,6 @@ _FULL_RETRY_S = 5.0
 _WIPE_SEQ = "wipe"
 # In table meta: the wipe that one key confirmed.
 _PENDING = "pending wipe"
-_PRESERVED = frozenset({MARKER, "lock", "bundles"})
 
 
 class _PendingWipe(msgspec.Struct, frozen=True):
@@ -174,80 +161,3 @@ class Wipe:
 def is_pending(store: Store) -> bool:
     """Return True if a wipe was confirmed and then interrupted."""
     return store.get_meta(_WIPE_SEQ, "") != ""
-
-
-def read_marker(data_dir: Path) -> dict[str, Any] | None:
-    """Return the marker's members, or None if nothing was wiped. Raises StorageError if it cannot be read."""
-    path = data_dir / MARKER
-    try:
-        return dict(json.loads(input_files.read_bytes(path)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StorageError(
-            f"{path}: {error.strerror}; the daemon cannot tell whether this device was wiped, and does nothing: "
-            "check the disk and the folder's permissions"
-        ) from error
-    except (ValueError, TypeError):
-        return {"state": "wiping"}
-
-
-def describe_marker(data_dir: Path, marker: Mapping[str, Any]) -> str:
-    left = [str(path) for path in marker.get("left", [])]
-    still = f" These could not be deleted, do it by hand: {', '.join(left)}." if left else ""
-    return (
-        f"{data_dir}: this device was wiped by an operator at {marker.get('time', 'a time not known')}; it does not "
-        f"start again.{still} To use it anew, enrol it with a new key (`outstation fleet enrol --replace`) and delete "
-        f"{data_dir / MARKER}"
-    )
-
-
-def require_unwiped(data_dir: Path) -> None:
-    """Raise UsageError if the device was wiped, or StorageError if that cannot be read."""
-    marker = read_marker(data_dir)
-    if marker is not None:
-        raise UsageError(describe_marker(data_dir, marker))
-
-
-def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> dict[str, Any]:
-    """Delete the daemon's files in `data_dir`, and `keys`, but not `preserved`; return the marker's members.
-
-    May be called again after a crash. Files that cannot be deleted are listed in the marker.
-    """
-    time = clock.to_rfc3339(clock.read().wall_us)
-    _write_marker(data_dir, {"state": "wiping", "time": time})
-    excluded = {path.resolve() for path in preserved}
-    doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]
-    doomed += [history.copies_folder(data_dir), data_dir / "bundles" / ".fetched", *keys]
-    left = [str(path) for path in doomed if path.resolve() not in excluded and not _delete(path)]
-    durable_files.fsync(data_dir)
-    marker = {"state": "wiped", "time": time, "left": left}
-    _write_marker(data_dir, marker)
-    log.warning("%s", describe_marker(data_dir, marker))
-    return marker
-
-
-def installation_files(file: Path, conf: Config) -> list[Path]:
-    """Return files of the installation, which must stay even if they lie in the data folder."""
-    listed = [conf.broker.ca_file, conf.broker.cert_file, conf.broker.tls_key_file]
-    if conf.updates is not None:
-        listed += [conf.updates.ca_file, conf.updates.root]
-    return [file, *(Path(path) for path in listed if path)]
-
-
-def _delete(path: Path) -> bool:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        log.error("%s: cannot be deleted: %s", path, error.strerror)
-        return False
-    with contextlib.suppress(OSError):
-        durable_files.fsync(path.parent)
-    return True
-
-
-def _write_marker(data_dir: Path, content: dict[str, Any]) -> None:
-    durable_files.write(data_dir / MARKER, json.dumps(content).encode() + b"\n")

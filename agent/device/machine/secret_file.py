@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from pathlib import Path
 
 import msgspec
@@ -35,7 +35,7 @@ class SecretFile(msgspec.Struct, frozen=True):
         path = data_dir / self.name
         if (secret := self._read(path)) is not None:
             return secret
-        secret = secrets.token_bytes(self.size)
+        secret = os.urandom(self.size)
         durable_files.write(path, secret, 0o600)
         return secret
 

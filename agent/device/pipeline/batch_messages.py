@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -28,11 +29,14 @@ from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.inference.scores import Scores
 from agent.wire import commitment
+from agent.wire.messages import JoinedRange
 
 # The message's header, then its other members beside the columns.
 _HEAD_BYTES, _MEMBER_BYTES, _FAULTS_BYTES = 2_000, 1_200, 500
+# For each further input: its name, its stream, rows and their commitment.
+_JOINED_BYTES = 320
 _MAX_FAULTS = 64
-_NOT_JOINED: Mapping[str, tuple[str, int, int]] = {}
+_NOT_JOINED: Mapping[str, JoinedRange] = {}
 
 
 def build_result_messages(
@@ -45,13 +49,13 @@ def build_result_messages(
     current_segment: tuple[int, int] | None,
     faulty: Sequence[str] = (),
     alerts: Sequence[ResultAlert] = (),
-    joined: Mapping[str, tuple[str, int, int]] = _NOT_JOINED,
+    joined: Mapping[str, JoinedRange] = _NOT_JOINED,
 ) -> Iterator[PendingMessage]:
     """Return the messages that together cover the consumed rows, each as long as the log takes.
 
     Each has the `alerts` that its results raised or cleared behind it. `faulty` are the fields with a sensor fault
-    meanwhile. `texts` holds the texts of category codes by field. `joined` are stream, first and last row that each
-    further input was joined from.
+    meanwhile. `texts` holds the texts of category codes by field. `joined` are the rows that each further input was
+    joined from.
     `current_segment` is (boot, segment) of the log's last clock anchor, or None if that is of another boot.
     """
     cut, model_scores = results.cut, results.scores
@@ -64,7 +68,7 @@ def build_result_messages(
     missing = np.where(results.missing_share > task.bundle.manifest.input.max_missing, results.missing_share, 0)
     lists_all = privacy.min_results <= 1 and bool(is_published.all())
     listed = (ends + batch.first, batch.t[ends]) if lists_all else (None, None)
-    max_bytes = message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES
+    max_bytes = message_log.max_bytes - _HEAD_BYTES - _MEMBER_BYTES - _FAULTS_BYTES - _JOINED_BYTES * len(joined)
     max_results = columns.max_results(max_bytes, model_scores, labels, missing, *listed)
     first_row, count, done = 0, len(cut.starts), 0
     while True:
@@ -82,7 +86,7 @@ def build_result_messages(
         if named:
             body["faults"] = named
         if joined:
-            body["joined"] = {name: {"stream": stream, "rows": [a, b]} for name, (stream, a, b) in joined.items()}
+            body["joined"] = msgspec.to_builtins(joined)
         # Where model windows overlap, the last result's row comes after the last consumed row.
         last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
@@ -114,23 +118,38 @@ def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
 
 
 def build_drift_messages(
-    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, *, labels_contradict: bool
+    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, contradicted: Collection[str]
 ) -> tuple[list[PendingMessage], LearningRefusals]:
     """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
 
-    A run of quiet windows is one message. Also return the refusals to learn after them. Where `labels_contradict` the
-    model's certainty, the accuracy that is expected from it is marked.
+    A run of quiet windows is one message. Also return the refusals to learn after them. Where labels contradict the
+    certainty of an output in `contradicted`, the accuracy that is expected from it is marked.
     """
     messages: list[PendingMessage] = []
     for window in windows:
         body, window_alerts = _drift_body(task, window), window.alerts
-        if labels_contradict:
-            body["estimate"] = body["estimate"] and {**body["estimate"], "outside": True}
+        if contradicted:
+            _mark_estimates(body, contradicted)
+        if "" in contradicted:
             window_alerts = tuple(map(_mark_contradicted, window_alerts))
         messages.append(PendingMessage("drift", task.name, body, window_alerts))
         learning, refusals = drift_state.build_learning_messages(task.name, window, refusals)
         messages += learning
     return messages, refusals
+
+
+def _mark_estimates(body: dict[str, Any], contradicted: Collection[str]) -> None:
+    """Note which expected accuracies of a drift message are known to be wrong."""
+    if "" in contradicted and body["estimate"]:
+        body["estimate"] = {**body["estimate"], "outside": True}
+    if further := body["output"].get("further"):
+        marked = {
+            name: {**part, "estimate": {**part["estimate"], "outside": True}}
+            if name in contradicted and part.get("estimate")
+            else part
+            for name, part in further.items()
+        }
+        body["output"] = {**body["output"], "further": marked}
 
 
 def _mark_contradicted(alert: Alert) -> Alert:

@@ -1,12 +1,13 @@
 """Joined streams: rows of further streams that a batch's windows are joined with, by time.
 
 A window waits until its joined streams have a row of a later time, so that no earlier row can still come; or until it
-has waited as long as the config says. Rows that come later than that are left out.
+has waited as long as the config says, restarts included. Rows that come later than that are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,19 +15,26 @@ import numpy as np
 from agent import decoders
 from agent.arrays import Float32s, Ints
 from agent.clock import ClockReading
-from agent.config import StreamConfig
+from agent.config import JoinedStreamConfig, StreamConfig
 from agent.device.store import task_keys
+from agent.device.store.message_log import MessageLog
+from agent.device.store.rows import Rows, commit
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
+from agent.errors import StorageFull
 from agent.model.bundle.manifest import JoinedInput
 from agent.model.inference import features, joins
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference
 from agent.model.inference.joins import JoinedRows
+from agent.wire import commitment
+from agent.wire.messages import JoinedRange
 
 # Rows of one stream that are held in memory; windows beyond them wait for the next batch.
 _MAX_ROWS = 200_000
 _READ_ROWS = 50_000
+# Values of joined rows that a batch commits to: these are read once more, all into memory.
+_MAX_COMMITTED_VALUES = 4_000_000
 
 
 class JoinedStream(msgspec.Struct, frozen=True):
@@ -46,11 +54,18 @@ class JoinedPosition(msgspec.Struct, frozen=True):
     end_us: int
 
 
+class JoinedWait(msgspec.Struct, frozen=True):
+    """Windows up to the one that ends at row `end_row` wait since the uptime `since_s`."""
+
+    end_row: int
+    since_s: float
+
+
 class JoinedBatch(msgspec.Struct, frozen=True, eq=False):
-    """Windows with their joined values, the rows (first, last) of each input's stream, and the next read's start."""
+    """Windows with their joined values, the rows that they took of each input's stream, and the next read's start."""
 
     cut: WindowCut
-    rows: Mapping[str, tuple[str, int, int]]
+    rows: Mapping[str, JoinedRange]
     positions: Mapping[str, JoinedPosition]
 
 
@@ -62,8 +77,8 @@ class JoinedReader:
         # Where reads begin, and what the store has of it: while windows wait, only the former moves on.
         self._positions: dict[str, JoinedPosition] | None = None
         self._saved: dict[str, JoinedPosition] = {}
-        # The last window that began to wait, by its end, and when that was.
-        self._waiting: tuple[int, float] | None = None
+        self._waiting: JoinedWait | None = None
+        self._saved_wait: JoinedWait | None = None
 
     def join(
         self, store: Store, cut: WindowCut, t: Ints, first_row: int, now: ClockReading | None = None
@@ -88,34 +103,60 @@ class JoinedReader:
                 break
             ready //= 2
         if now is not None or any(part.is_cut for part in parts.values()):
-            ready = self._count_ready(parts, times, first_row + ends[:ready], now)
+            uptime_s = None if now is None else store.uptime_s(now)
+            ready = self._count_ready(parts, times, first_row + ends[:ready], uptime_s)
         if ready < len(ends):
             cut = WindowCut(cut.starts[:ready], int(cut.starts[ready]))
-        rows = {
-            name: (self._streams[name].name, int(part.numbers[0]), int(part.numbers[-1]))
-            for name, part in parts.items()
-            if len(part.numbers)
-        }
+        rows = {}
+        for name, spec in inputs.items():
+            part, used = parts[name], joins.find_used_range(spec, parts[name].t, times[:ready])
+            if used is not None:
+                first, last = part.numbers[[*used]].tolist()
+                rows[name] = JoinedRange(self._streams[name].name, (first, last))
         joined = {name: JoinedRows(part.values, part.t) for name, part in parts.items()}
         end_us = int(times[ready - 1] if ready else times.min())
         positions = {name: self._position(name, spec, parts[name], end_us) for name, spec in inputs.items()}
         return JoinedBatch(self._inference.join(cut, t, joined), rows, positions)
 
+    def commit(self, store: Store, message_log: MessageLog, batch: JoinedBatch) -> JoinedBatch:
+        """Return the batch with the commitments to its joined rows. Raises StorageError."""
+        configs = {stream.name: stream.config for stream in self._streams.values()}
+        rows = {
+            name: msgspec.structs.replace(each, input=_commit(store, message_log, each, configs[each.stream]))
+            for name, each in batch.rows.items()
+        }
+        return msgspec.structs.replace(batch, rows=rows)
+
+    def save_wait(self, store: Store) -> None:
+        """Save since when windows wait, so that a restart does not begin the wait anew. Raises StorageError."""
+        if self._waiting is None or self._waiting == self._saved_wait:
+            return
+        try:
+            with store.transaction() as tx:
+                tx.save_state(self._task, task_keys.JOINED_WAIT, msgspec.json.encode(self._waiting))
+        except StorageFull:
+            # The wait goes on in memory; a batch that is ready does not need this room.
+            return
+        self._saved_wait = self._waiting
+
     def save(self, tx: Transaction, batch: JoinedBatch) -> None:
         """Save the first rows that are still needed, in the batch's commit."""
         if batch.positions != self._saved:
             tx.save_state(self._task, task_keys.JOINED_ROWS, msgspec.json.encode(batch.positions))
+        if self._saved_wait is not None and len(batch.cut.starts):
+            tx.delete_state(self._task, task_keys.JOINED_WAIT)
 
     def confirm(self, batch: JoinedBatch) -> None:
         """Keep what was committed."""
         self._saved = dict(batch.positions)
         if len(batch.cut.starts):
-            self._positions, self._waiting = dict(batch.positions), None
+            self._positions, self._waiting, self._saved_wait = dict(batch.positions), None, None
 
     def _load_positions(self, store: Store) -> dict[str, JoinedPosition]:
         if self._positions is None:
             self._saved = load_positions(store, self._task)
             self._positions = dict(self._saved)
+            self._waiting = self._saved_wait = _load_wait(store, self._task)
         return self._positions
 
     def _position(self, name: str, spec: JoinedInput, part: _JoinedPart, end_us: int) -> JoinedPosition:
@@ -124,24 +165,25 @@ class JoinedReader:
         return JoinedPosition(self._streams[name].name, self._bundle, row, end_us)
 
     def _count_ready(
-        self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, now: ClockReading | None
+        self, parts: Mapping[str, _JoinedPart], times: Ints, end_rows: Ints, uptime_s: float | None
     ) -> int:
-        """Return how many of the first windows need not wait."""
+        """Return how many of the first windows need not wait; without `uptime_s` none waits for later rows."""
         ready = len(times)
+        waiting = self._waiting
+        if waiting is not None and (waiting.end_row < end_rows[0] or waiting.since_s > (uptime_s or waiting.since_s)):
+            # Another bundle is done with these windows, or the store lost the uptime.
+            self._waiting = None
         for name, part in parts.items():
-            if now is None and not part.is_cut:
+            if uptime_s is None and not part.is_cut:
                 continue
             is_open = times >= part.latest_us
-            if now is not None and not part.is_cut and self._has_waited(self._streams[name].wait_s, now):
-                assert self._waiting is not None
-                is_open &= end_rows > self._waiting[0]
+            if uptime_s is not None and not part.is_cut and self._waiting is not None:
+                has_waited = uptime_s >= self._waiting.since_s + self._streams[name].wait_s
+                is_open &= (end_rows > self._waiting.end_row) | (not has_waited)
             ready = min(ready, int(np.argmax(is_open)) if is_open.any() else ready)
-        if now is not None and ready < len(times) and self._waiting is None:
-            self._waiting = int(end_rows[-1]), now.boot_s
+        if uptime_s is not None and ready < len(times) and self._waiting is None:
+            self._waiting = JoinedWait(int(end_rows[-1]), uptime_s)
         return ready
-
-    def _has_waited(self, wait_s: float, now: ClockReading) -> bool:
-        return self._waiting is not None and now.boot_s >= self._waiting[1] + wait_s
 
     def _first_row(self, store: Store, stream: str, position: JoinedPosition | None, end_us: int) -> int:
         """Return the row to read from: the oldest one if the position is of another stream, another bundle or later."""
@@ -216,6 +258,48 @@ def _concatenate(parts: Sequence[_JoinedPart]) -> _JoinedPart:
 
 def _no_values(spec: JoinedInput) -> Float32s:
     return np.empty((0, len(spec.fields)), np.float32)
+
+
+def to_status(store: Store, task: str, inputs: Mapping[str, JoinedStreamConfig]) -> dict[str, Any]:
+    """Return the member `joined` of a task's status: where each input's stream is read from, and what waits for it."""
+    if not inputs:
+        return {}
+    positions, wait = load_positions(store, task), _load_wait(store, task)
+    streams = {
+        name: {
+            "stream": source.stream,
+            "row": positions[name].row if name in positions else None,
+            "last": store.last_row(source.stream),
+            "wait_s": float(source.wait),
+        }
+        for name, source in inputs.items()
+    }
+    return {"joined": {"streams": streams, "waiting_through": None if wait is None else wait.end_row}}
+
+
+def _load_wait(store: Store, task: str) -> JoinedWait | None:
+    try:
+        stored = store.load_state(task, task_keys.JOINED_WAIT)
+        return None if stored is None else decoders.from_json(stored, JoinedWait)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _commit(store: Store, message_log: MessageLog, rows: JoinedRange, stream: StreamConfig) -> str:
+    """Return the commitment to rows of `stream`; "" for very many, or if they cannot be read any more."""
+    first, last = rows.rows
+    if (last - first + 1) * (len(stream.fields) + 1) > _MAX_COMMITTED_VALUES:
+        return ""
+    pieces, at = list[Rows](), first - 1
+    while at < last:
+        piece = store.read_rows(rows.stream, stream.fields, at, last - at)
+        if piece is None or piece.loss_reason or piece.first != at + 1:
+            return ""
+        pieces += piece.slice_parts(0, last - at)
+        at = piece.last
+    texts = {f.name: store.categories(rows.stream, f.name) for f in stream.fields if f.type == "category"}
+    key = commitment.derive_joined_key(message_log.secret, message_log.log_id, rows.stream, rows.rows)
+    return commit(pieces, key, stream.fields, texts)
 
 
 def load_positions(store: Store, task: str) -> dict[str, JoinedPosition]:

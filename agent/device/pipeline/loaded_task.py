@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -15,7 +15,6 @@ from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
 from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
 from agent.device.rules.compiler import CompiledRule
-from agent.device.samples.selection import SampledTask
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
 from agent.device.store.row_batch import RowBatch
@@ -29,6 +28,9 @@ from agent.model.inference import features
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResult, RunnableModel, StartedWindows
 from agent.model.inference.tuning import Tuning
+
+if TYPE_CHECKING:
+    from agent.device.samples.selection import SampledTask
 
 # Model windows of a batch, more of them where they are short, and at most so many before a model was tuned. Larger
 # batches save less than a hundredth.

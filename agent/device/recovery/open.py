@@ -38,6 +38,7 @@ _SALVAGE_TIMEOUT_S = 600.0
 _REQUIRED_TABLES = {"meta", "streams", "chunks", "outbox"}
 _SMALL_TABLES = ("meta", "streams", "cursors", "source_positions", "counters", "categories", "task_state")
 _PROGRESS_STEPS = 20_000
+_SYNCHRONOUS_FULL = 2
 # Byte of the file header; 2: with a write-ahead log.
 _WRITE_VERSION_OFFSET, _MAX_WRITE_VERSION = 18, 2
 # 9p is not among them: virtual machines and sandboxes have their root on it, and a write-ahead log that it cannot carry
@@ -82,15 +83,16 @@ def open_store(folder: Path, *, max_size: int = 2**30, synchronous: str = "FULL"
                 journal.end_progress(db)
             catch_up.catch_up(db, writer.watermark.state)
 
-        store.begin_boot(repair)
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.shrink()
-        # The first page says where the tables are: without it nothing else in the file could be read.
+        # The first page says where the tables are: without it nothing else in the file could be read. Before the first
+        # commit, because after a clean stop there is nothing to write back.
         with contextlib.suppress(OSError, sqlite3.Error):
             db.execute("PRAGMA wal_checkpoint(RESTART)")
         with contextlib.suppress(OSError):
             writer.watermark.save_first_page(path)
+        store.begin_boot(repair)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.shrink()
         writer.files = OpenFiles(folder)
         undo.pop_all()
     return store
@@ -117,7 +119,10 @@ class _WriteAccess:
     def close(self, db: sqlite3.Connection, *, is_intact: bool) -> None:
         if is_intact and (self.files is None or self.files.is_folder_in_place()):
             with contextlib.suppress(sqlite3.Error):
-                # In one commit with the small ones that are only in the journal; if it fails, they are replayed.
+                # In one commit with the small ones that are only in the journal; if it fails, they are replayed. The
+                # checkpoint of the close flushes it.
+                if not db.in_transaction and db.execute("PRAGMA synchronous").fetchone()[0] == _SYNCHRONOUS_FULL:
+                    db.execute("PRAGMA synchronous=NORMAL")
                 meta.put(db, findings.CLEAN_STOP, "1")
                 if db.in_transaction:
                     db.execute("COMMIT")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +72,8 @@ def salvage(folder: Path, cause: str, saved: WatermarkState | None, first_page: 
             durable_files.fsync(folder)
             older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
             for path in older[:-_MAX_QUARANTINED]:
+                import shutil
+
                 shutil.rmtree(path, ignore_errors=True)
             _build(folder, place, str(marker["cause"]), saved, first_page)
         (folder / MARKER).unlink()
@@ -123,6 +124,8 @@ def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Con
             with patched.open("r+b") as file:
                 file.write(page)
             if (place / f"{DATABASE}-wal").exists():
+                import shutil
+
                 shutil.copyfile(place / f"{DATABASE}-wal", place / f"{_PATCHED}-wal")
             path = patched
         if not path.exists():

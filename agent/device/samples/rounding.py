@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from agent.arrays import Float64s
 from agent.wire.privacy.field_privacy import FieldPrivacy
 
+EXACT_DIGITS = 9
 # JSON readers take larger ones for an error.
 _MAX_VALUE = 1e100
 
@@ -16,7 +17,9 @@ def protect_column(
     name: str, column: NDArray[np.generic], digits: int, privacy: FieldPrivacy, now_us: int
 ) -> list[float | None] | None:
     """Return the readings (n,) of a field as they may leave; None where a value is missing, or of a private field."""
-    values = round_to_digits(column.astype(np.float64), digits).tolist()
+    # A model reads float32, which nine digits hold.
+    read = column.astype(np.float32) if digits >= EXACT_DIGITS else column
+    values = round_to_digits(read.astype(np.float64), digits).tolist()
     return privacy.protect_column(name, [value if abs(value) <= _MAX_VALUE else None for value in values], now_us)
 
 

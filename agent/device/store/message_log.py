@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class MessageLog(msgspec.Struct):
     max_bytes: int
     live_key: SigningKey | None = None
     compress: bool = False
-    secret: bytes = msgspec.field(default_factory=partial(secrets.token_bytes, commitment.SECRET_BYTES))
+    secret: bytes = msgspec.field(default_factory=partial(os.urandom, commitment.SECRET_BYTES))
     min_count: int = 1
     bundle_min_counts: dict[str, int] = {}
     urgent_kinds: frozenset[str] = frozenset({"alerts"})

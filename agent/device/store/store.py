@@ -397,8 +397,10 @@ class Store:
     def bind_device(self, fleet: str, device: str) -> None:
         """Bind the store to a device. Raises UsageError if its messages are signed for another one."""
         name = f"{fleet}/{device}"
-        owner = self.get_meta("device", name)
-        if owner != name:
+        owner = self.get_meta("device", "")
+        if owner == name:
+            return
+        if owner:
             raise UsageError(
                 f"device.id: the store at {self.path} belongs to {owner}, whose signed messages wait in it; "
                 f"`outstation join FILE` moves it to {name}, or give the new device a data_dir of its own"

@@ -29,8 +29,9 @@ RELEARN_REQUEST_DONE = "relearn request done"
 ENDED_DRIFT = "ended drift"
 SAVED_SUFFIX = " before canary"
 
-# First rows of joined streams that the task still needs.
+# First rows of joined streams that the task still needs, and since when its windows wait for them.
 JOINED_ROWS = "joined rows"
+JOINED_WAIT = "joined wait"
 
 # Labels: windows that gather, the last `quality` message, and the labels behind each of its numbers.
 LABEL_METRICS = "label metrics"

@@ -108,6 +108,7 @@ def _count_rows(shipped: Reference, learning: LearningState) -> Reference:
         output=total.output,
         score_n=total.scores,
         score_correct=None,  # no labels yet say which of these answers were right
+        error=None,
         further=further_outputs.with_counts(shipped.further, total.further),
     )
 
@@ -236,9 +237,7 @@ def _add_site_calibration(
         hours=daily_cycle.count_hours(learned.t),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
-        accuracy=cbpe.expected_accuracy_spread(
-            shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64)
-        ),
+        accuracy=cbpe.promised_spread(shipped.promised, learning.distributions.promises),
         steps=learning.total.steps,
         rest=cycle.rest if cycle.has_rest_days else None,
         rest_begins=cycle.rest_begins,
@@ -283,7 +282,7 @@ def _measure_sensitivity(
         limits,
         usual.cycle,
         mean_class_sd(reference.class_n, reference.class_sd),
-        share @ baselines[CORRELATION.name].mean,
+        (share[:, None] * baselines[CORRELATION.name].mean).sum(0),
     )
 
 

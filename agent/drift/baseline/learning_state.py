@@ -18,14 +18,13 @@ from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import Distributions
 from agent.drift.numeric.sums import GroupMoments, median
-from agent.performance import cbpe
 
 MAX_WINDOWS = 400  # drift windows kept while learning: more add hardly anything
 MAX_BYTES = 512 << 10  # of these windows, as long as enough are left to learn from
 MIN_RETAINED_WINDOWS = RECOMMENDED_WINDOWS + MIN_WINDOWS
 
-_PER_WINDOW = ("bins", "output", "scores", "further", "t", "step_us", "repeated", "symptoms")
-_NO_FURTHER: Int32s = np.empty((0, 0), np.int32)
+_PER_WINDOW = ("bins", "output", "scores", "further", "errors", "t", "step_us", "repeated", "symptoms")
+_NO_COUNTS: Int32s = np.empty((0, 0), np.int32)
 _PER_ENTRY = ("window", "label", "n", "mean", "m2")
 
 
@@ -53,7 +52,8 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     symptoms: Float32s  # (K, F, …) of sensor faults
     total_windows: int = 0  # drift windows, with those that were dropped
     thinning: int = 1  # one window in this many is kept
-    further: Int32s = _NO_FURTHER  # (K, X)
+    further: Int32s = _NO_COUNTS  # (K, X)
+    errors: Int32s = _NO_COUNTS  # (K, E)
 
     @classmethod
     def empty(cls, shipped: Reference) -> LearningState:
@@ -77,6 +77,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             repeated=np.empty(0),
             symptoms=np.empty((0, len(shipped.fields), fault_limits.SYMPTOMS), np.float32),
             further=np.empty((0, shipped.further_cells), np.int32),
+            errors=np.empty((0, shipped.error_bins), np.int32),
         )
 
     def add(self, drift_window: Summary, task: Task, *, t: tuple[int, int] = (0, 0)) -> LearningState:
@@ -93,6 +94,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             "output": drift_window.output[None],
             "scores": drift_window.scores[None],
             "further": drift_window.further[None],
+            "errors": drift_window.errors[None],
             "t": [t],
             "step_us": [drift_window.sampling.mean_step_us()],
             "repeated": [drift_window.repeated_share],
@@ -134,12 +136,17 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     @property
     def capacity(self) -> int:
         """Return how many windows may be kept: fewer where fields and classes make each of them large."""
-        size = sum(
-            part.nbytes for part in (self.bins, self.output, self.scores, self.further, self.n, self.mean, self.m2)
-        )
+        counts = (self.bins, self.output, self.scores, self.further, self.errors)
+        size = sum(part.nbytes for part in (*counts, self.n, self.mean, self.m2))
         # What a detector retains beside its main numbers is not counted.
         size += sum(part.nbytes for name, part in self.detectors.items() if "." not in name)
         return int(np.clip(MAX_BYTES * self.windows // max(size, 1), MIN_RETAINED_WINDOWS, MAX_WINDOWS))
+
+    @property
+    def distributions(self) -> Distributions:
+        """Distributions (K, …) of the windows."""
+        parts = (self.bins, self.output, self.scores, self.further, self.errors)
+        return Distributions(*(part.astype(np.int64) for part in parts))
 
     @property
     def observed_s(self) -> float:
@@ -177,7 +184,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
         return LearnedWindows(
             class_moments,
             class_moments.pooled(0),
-            Distributions(*(part.astype(np.int64) for part in (self.bins, self.output, self.scores, self.further))),
+            self.distributions,
             class_sd,
             float(MIN_CLASS_WINDOWS if shipped.windowed else MIN_CLASS_ROWS),
             self.detectors,
@@ -187,9 +194,7 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
             self.repeated,
             self.midpoints,
             seasonality,
-            np.empty(0)
-            if shipped.score_correct is None or not shipped.score_n.any()
-            else cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct),
+            shipped.promised,
             shipped.output_weights,
         )
 
@@ -200,10 +205,10 @@ class LearningState(msgspec.Struct, frozen=True, eq=False):
     def from_bytes(cls, data: bytes) -> LearningState:
         """Decode `to_bytes`. Raises ValueError."""
         state = arrays.from_compressed_bytes(data, cls)
-        if len(state.further) == state.windows:
-            return state
-        # Versions that tested the main output alone stored no counts of further ones.
-        return replace(state, further=np.zeros((state.windows, 0), np.int32))
+        # Earlier versions stored neither counts of further outputs nor of expected errors.
+        none = np.zeros((state.windows, 0), np.int32)
+        missing = {name: none for name in ("further", "errors") if len(getattr(state, name)) != state.windows}
+        return replace(state, **missing) if missing else state
 
     def _expand(self, shipped: Reference, entries: AnyArray) -> Float64s:
         out = np.zeros((self.windows, shipped.class_count, entries.shape[1]))

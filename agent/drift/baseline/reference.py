@@ -36,7 +36,8 @@ from agent.drift.outputs.reference import MAX_OUTPUTS, FurtherOutputReference
 from agent.errors import BadBundle
 from agent.indices import repeat
 from agent.kernel.drift_rows import RowLimits
-from agent.performance import cbpe
+from agent.performance import cbpe, expected_error
+from agent.performance.expected_error import ErrorReference
 
 VERSION = 1
 MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
@@ -94,6 +95,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     # (F,) spans of the shipped rows beyond their limits, up to which a slow field may wander; None if none does.
     reach: Float64s | None = None
     further: tuple[FurtherOutputReference, ...] = ()  # H further outputs of the model
+    error: ErrorReference | None = None  # of a model without labels, if held-out data tell its error
     known_as: str = ""  # digest of the same reference without modes: bins and limits are equal
 
     def describe_fields(self) -> dict[str, dict[str, float]]:
@@ -144,6 +146,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def further_cells(self) -> int:
         """X, the cells of the further outputs."""
         return count_cells(self.task.further)
+
+    @property
+    def error_bins(self) -> int:
+        """E, the bins of the error to expect; 0 if nothing is known of it."""
+        return 0 if self.error is None else expected_error.BINS
 
     @cached_property
     def output_weights(self) -> Float64s:
@@ -206,6 +213,15 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         if self.score_correct is None or not self.score_n.any():
             return None
         return cbpe.estimate_bin_accuracy(self.score_n, self.score_correct)
+
+    @property
+    def promised(self) -> Float64s:
+        """(32,) accuracy that each bin of the score promises, or the error as a share of the usual one; empty if
+        unknown.
+        """
+        if self.error is not None:
+            return self.error.bin_ratio
+        return np.empty(0) if self.bin_accuracy is None else self.bin_accuracy
 
     def describe_smallest_changes(self) -> dict[str, Any] | None:
         """Return, for people, the smallest change of each field that is found at this site."""
@@ -290,6 +306,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         omitted = () if self.site else ("site", "modes", "known_as")
         optional = tuple(name for name in ("missing_values", "fault_limits", "reach") if getattr(self, name) is None)
         optional += () if self.further else ("further",)
+        optional += () if self.error else ("error",)
         return arrays.to_json(self, omit=(*omitted, *optional))
 
     @classmethod
@@ -416,6 +433,7 @@ def _validate(r: Reference) -> None:
         "further": len(r.further) <= MAX_OUTPUTS
         and len({reference.output.name for reference in r.further}) == len(r.further)
         and all(reference.is_valid for reference in r.further),
+        "error": r.error is None or (not r.labels and r.error.is_valid(statistic)),
         "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
         "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),

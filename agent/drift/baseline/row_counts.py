@@ -40,6 +40,7 @@ class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
 
     output: Ints  # (W, C)
     scores: Ints  # (W, 32)
+    errors: Ints  # (W, E)
     detectors: dict[str, Ints]  # (W, C, …)
 
 
@@ -116,11 +117,14 @@ def count_predictions(
     """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`."""
     task, shape = reference.task, (windows, reference.class_count)
     scores, scaled = np.zeros((windows, BINS), np.int64), None
+    errors = np.zeros((windows, reference.error_bins), np.int64)
     drift_window = repeat(np.arange(windows, dtype=np.int64), len(predicted) // windows)
     if top_scores is not None:
         if len(reference.score_edges):
             # An unknown score is neither certain nor in doubt.
             scores = _count_scores(top_scores.reshape(windows, -1), reference.score_edges)
+        if reference.error is not None:
+            errors = reference.error.count(stats.values, top_scores, windows)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd
@@ -128,6 +132,7 @@ def count_predictions(
     return PredictionCounts(
         output=bincount(drift_window * shape[1] + predicted, minlength=windows * shape[1]).reshape(shape),
         scores=scores,
+        errors=errors,
         detectors={counter.name: counter.count(task, classified).reshape(*shape, -1) for counter in COUNTERS},
     )
 

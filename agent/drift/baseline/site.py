@@ -37,7 +37,7 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     hours: Ints  # (24,) learned windows in each hour of the day, UTC
     learned: tuple[int, int]  # begin of the first and end of the last window, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
-    accuracy: tuple[float, float] | None  # expected from the certainty: mean, and sd over three windows
+    accuracy: tuple[float, float] | None  # expected, or a regression model's error: mean, and sd over three windows
     steps: Ints  # (F, 64) from row to row, by size
     rest: Float64s | None  # (7, T) added to test_mean on days of rest; None where these are as the others
     rest_begins: int  # µs into the epoch week

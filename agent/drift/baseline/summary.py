@@ -48,6 +48,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
     detectors: dict[str, Ints]  # (C, …) whole numbers that each detector counts
     sampling: SamplingIntervals
     further: Ints = NO_CELLS  # (X,) answers of further outputs
+    errors: Ints = NO_CELLS  # (E,) predictions by the error to expect
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -72,6 +73,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
             },
             sampling=SamplingIntervals(),
             further=np.zeros(reference.further_cells, np.int64),
+            errors=np.zeros(reference.error_bins, np.int64),
         )
 
     def drift_windows(self, origin: Float64s) -> DriftWindows:
@@ -80,7 +82,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def distributions(self) -> Distributions:
-        return Distributions(coarsen_bins(self.counts), self.output, self.scores, self.further)
+        return Distributions(coarsen_bins(self.counts), self.output, self.scores, self.further, self.errors)
 
     @property
     def rows(self) -> int:
@@ -185,6 +187,7 @@ def summarize_windows(
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
         further=_count_further(reference, answers, windows),
+        errors=counted.errors,
     )
     if before is not None:
         stack = replace(before.merge(stack), row_sums=stack.row_sums, class_sums=stack.class_sums)
@@ -216,7 +219,7 @@ def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarra
     )
 
 
-_COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores", "further")
+_COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores", "further", "errors")
 _ADDED = (*_COUNTS, "row_sums", "class_sums", "sampling")
 
 

@@ -1,8 +1,9 @@
 """Score detectors: the model's certainty within each class, and the accuracy to expect from it without labels.
 
-For a model without labels, the values that it predicts stand for its certainty. The expected accuracy falls where
-predictions of every class move a little towards doubt, or towards classes that the model knows badly, and no other test
-need notice. A reference without labelled scores has no such estimate.
+For a model without labels, the values that it predicts stand for its certainty, and the error to expect from its inputs
+for the accuracy. The expected accuracy falls where predictions of every class move a little towards doubt, or towards
+classes that the model knows badly, and no other test need notice. A reference without held-out labels has no such
+estimate.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class CertaintyDetector(ClassMeanDetector):
 
 
 class ExpectedAccuracyBaseline(msgspec.Struct, frozen=True, eq=False):
-    accuracy: Float64s  # (32,) of predictions with a top score in each bin; empty if unknown
+    # (32,) of predictions with a top score in each bin, or their error as a share of the usual one; empty if unknown.
+    accuracy: Float64s
 
 
 class ExpectedAccuracyDetector(ScoreDetector):
-    """Detector of the share of right answers that a window's top scores promise."""
+    """Detector of the share of right answers that a window's top scores promise, or of the error to expect."""
 
     name = "expected_accuracy"
     baseline_type = ExpectedAccuracyBaseline
@@ -83,16 +85,17 @@ class ExpectedAccuracyDetector(ScoreDetector):
         return 0.005
 
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
-        return _expected_accuracy(windows.distributions.scores, windows.bin_accuracy)
+        return _measure_promise(windows.distributions.promises, windows.promised)
 
     def learn(self, task: Task, windows: LearnedWindows, scores: LearnedScores) -> ExpectedAccuracyBaseline:
-        return ExpectedAccuracyBaseline(windows.bin_accuracy)
+        return ExpectedAccuracyBaseline(windows.promised)
 
     def is_valid(self, task: Task, own: ExpectedAccuracyBaseline) -> bool:
-        return own.accuracy.ndim == 1 and bool(((own.accuracy >= 0) & (own.accuracy <= 1)).all())
+        most = 1.0 if task.labels else np.finfo(np.float64).max
+        return own.accuracy.ndim == 1 and bool(((own.accuracy >= 0) & (own.accuracy <= most)).all())
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        return Scores(_expected_accuracy(windows.distributions.scores, baseline.own.accuracy))
+        return Scores(_measure_promise(windows.distributions.promises, baseline.own.accuracy))
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         return repeat(near_alarm[:, None], 1, axis=1)
@@ -100,16 +103,21 @@ class ExpectedAccuracyDetector(ScoreDetector):
     def describe(self, alarm: Alarm) -> AlertText:
         side = int(np.argmax(alarm.value[:, 0]))
         windows, since, shift = int(alarm.windows[side, 0]), int(alarm.since[side, 0]), alarm.mean_effect(side, 0)
-        change = f"the accuracy to expect {'fell' if shift < 0 else 'rose'} by {abs(shift):.2g}"
-        evidence = {"test": "accuracy", "windows": windows, "since": since, "shift": round_significant(shift, 4)}
-        cause = "readings that the model knows less well" if shift < 0 else "easier readings"
+        moved = "fell" if shift < 0 else "rose"
+        if alarm.labels:
+            change, is_worse = f"the accuracy to expect {moved} by {abs(shift):.2g}", shift < 0
+        else:
+            change, is_worse = f"the error to expect {moved} by {abs(shift):.0%} of that of held-out data", shift > 0
+        test = "accuracy" if alarm.labels else "error"
+        evidence = {"test": test, "windows": windows, "since": since, "shift": round_significant(shift, 4)}
+        cause = "readings that the model knows less well" if is_worse else "easier readings"
         return AlertText(f"score: {change} {alarm.format_windows(windows, since)}; likely {cause}", evidence)
 
 
-def _expected_accuracy(scores: Ints, bin_accuracy: Float64s) -> Float64s:
-    """Return the expected accuracy (W, 1) of predictions by top score (W, 32); NaN if unknown."""
-    n = scores.sum(-1, keepdims=True)
-    if len(bin_accuracy) != scores.shape[-1]:
+def _measure_promise(counts: Ints, promised: Float64s) -> Float64s:
+    """Return the expected accuracy or error (W, 1) of predictions by bin (W, 32); NaN if unknown."""
+    n = counts.sum(-1, keepdims=True)
+    if len(promised) != counts.shape[-1]:
         return np.full(n.shape, np.nan)
-    right = (scores * bin_accuracy).sum(-1, keepdims=True)
-    return np.asarray(np.where(n > 0, right / np.maximum(n, 1), np.nan))
+    total = (counts * promised).sum(-1, keepdims=True)
+    return np.asarray(np.where(n > 0, total / np.maximum(n, 1), np.nan))

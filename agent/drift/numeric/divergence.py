@@ -20,14 +20,20 @@ NO_CELLS: Ints = np.empty(0, np.int64)
 
 
 class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
-    """Counts of rows by coarse bin (..., F, 16), of predictions by class (..., C) and by top score (..., 32), and of
-    answers of further outputs by cell (..., X).
+    """Counts of rows by coarse bin (..., F, 16), of predictions by class (..., C) and by top score (..., 32), of
+    answers of further outputs by cell (..., X), and of predictions by the error to expect (..., 32), or (..., 0).
     """
 
     bins: Ints
     output: Ints
     scores: Ints
     further: Ints = NO_CELLS
+    errors: Ints = NO_CELLS
+
+    @property
+    def promises(self) -> Ints:
+        """Counts (..., 32) of predictions by the error to expect, if there are any, or by top score."""
+        return self.errors if self.errors.shape[-1] else self.scores
 
     @cached_property
     def smoothed(self) -> tuple[Float64s, Float64s, Float64s]:
@@ -38,7 +44,7 @@ class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
 def coarsen_bins(counts: Ints) -> Ints:
     """Return 16 bins of counts (..., 34): values outside count to the outermost of 32 bins, and these two by two."""
     inner = fold_outer_bins(counts)
-    return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
+    return np.asarray(inner[..., ::2] + inner[..., 1::2])
 
 
 def smoothed_shares(counts: Ints) -> Float64s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from agent.drift.reporting import training_distance
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.performance import cbpe
 
-MIN_ACCURACY_CHANGE = 0.01  # smaller changes of the expected accuracy are none
+MIN_ACCURACY_CHANGE = 0.01  # smaller changes of the expected accuracy, or of the usual error, are none
 # A clock an hour wrong: fields it shows in, their least score, and the share of it that is left at the other hour.
 MIN_CLOCK_FIELDS, MIN_CLOCK_SCORE, MAX_CLOCK_SHARE = 2, 2.0, 0.6
 ACCURACY_CHANGE_SDS = 2.0  # sd of it over as many windows
@@ -65,7 +66,11 @@ def build_text(
     unit, role = (names[subject] if subject < len(names) else "" for names in (units, roles))
     detector = _find_alarming_detector(subject, context.suite)
     alert_text = detector.describe(context.alarm(detector.name, subject, unit, role))
-    cost, numbers = _describe_accuracy_change(context, shipped)
+    cost, numbers = (
+        _describe_accuracy_change(context, shipped)
+        if shipped.error is None
+        else _describe_error_change(context, shipped)
+    )
     # The hour of day moves means; it does not change a gain.
     hour = _describe_hour(context) if alert_text.evidence["test"] in ("mean", "shape") else ""
     unlike, distance = training_distance.describe_training_distance(context.window, shipped)
@@ -91,9 +96,7 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
     if after is None:
         return "", {}
     usual, expected = before[0], after["accuracy"]
-    beyond = max(
-        MIN_ACCURACY_CHANGE, ACCURACY_CHANGE_SDS * before[1] * np.sqrt(1 + 1 / context.tester.reference.drift_windows)
-    )
+    beyond = _significant_change(before[1], context)
     numbers = {
         "accuracy": {"before": round_significant(usual, 4), "now": expected, "within": round_significant(beyond, 2)}
     }
@@ -101,6 +104,35 @@ def _describe_accuracy_change(context: AlarmContext, shipped: Reference) -> tupl
         return f"; the model's expected accuracy is {expected:.2f}, as usual here ({usual:.2f} ± {beyond:.2f})", numbers
     moved = "fell" if expected < usual else "rose"
     return f"; the model's expected accuracy {moved} from {usual:.2f} to {expected:.2f}", numbers
+
+
+def _describe_error_change(context: AlarmContext, shipped: Reference) -> tuple[str, dict[str, Any]]:
+    """Describe how the error expected from the model's inputs changed."""
+    before, error = context.tester.calibration.accuracy, shipped.error
+    assert error is not None
+    after = None if before is None else error.estimate(context.suite.recent_scores.sum(0))
+    if before is None or after is None:
+        return "", {}
+    usual, expected = before[0] * error.mean, after["mae"]
+    beyond = _significant_change(before[1], context) * error.mean
+    numbers = {
+        "error": {
+            "before": round_significant(usual, 4),
+            "now": expected,
+            "within": round_significant(beyond, 2),
+        }
+    }
+    if abs(expected - usual) <= beyond:
+        return f"; the model's expected error is {expected:.3g}, as usual here ({usual:.3g} ± {beyond:.2g})", numbers
+    moved = "fell" if expected < usual else "rose"
+    return f"; the model's expected error {moved} from {usual:.3g} to {expected:.3g}", numbers
+
+
+def _significant_change(sd: float, context: AlarmContext) -> float:
+    """Return the change that is one, of an estimate with this `sd` over windows of the site."""
+    return max(
+        MIN_ACCURACY_CHANGE, ACCURACY_CHANGE_SDS * sd * math.sqrt(1 + 1 / context.tester.reference.drift_windows)
+    )
 
 
 def _describe_hour(context: AlarmContext) -> str:

@@ -42,6 +42,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
     interval_total_us: Ints
     repeated: Ints  # (1,)
     further: Ints  # (X,)
+    errors: Ints  # (E,)
 
     @classmethod
     def from_summaries(cls, windows: Summary, index: slice) -> MessageSums:
@@ -49,7 +50,7 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
         rows, sampling = windows.row_sums, windows.sampling
         parts: tuple[Any, ...] = (
             *(windows.counts, windows.missing, rows.n, rows.total, rows.squares, windows.output, windows.scores),
-            *(sampling.steps, sampling.total_us, sampling.repeated, windows.further),
+            *(sampling.steps, sampling.total_us, sampling.repeated, windows.further, windows.errors),
         )
         return cls(*(part[index].sum(0) for part in parts))
 
@@ -131,7 +132,9 @@ def _build_main_output(sums: MessageSums, shipped: Reference) -> list[dict[str, 
 
 
 def build_estimates(sums: MessageSums, shipped: Reference) -> list[dict[str, Any] | None]:
-    """Return the expected accuracy per message of a stack; None if the reference has no labelled scores."""
+    """Return the expected accuracy or error per message of a stack; None if the reference knows no held-out labels."""
+    if shipped.error is not None:
+        return [shipped.error.estimate(errors) for errors in sums.errors]
     if shipped.score_correct is None:
         return [None] * len(sums.scores)
     right = shipped.bin_accuracy

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
@@ -31,6 +32,7 @@ Value = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 Squares = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
 CusumValue = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+ErrorValue = Annotated[float, msgspec.Meta(ge=0, le=1e100)]
 OutputName = Annotated[str, msgspec.Meta(max_length=64)]
 CusumSides = Annotated[list[CusumValue], msgspec.Meta(max_length=2)]
 
@@ -82,12 +84,40 @@ class _Joint(msgspec.Struct, frozen=True):
 
 
 class _Estimate(msgspec.Struct, frozen=True):
-    """Estimate; one of another kind has no accuracy."""
+    """Estimate; one of another kind has neither accuracy nor error."""
 
     low: Share = 0.0
     high: Share = 1.0
     accuracy: Share | None = None
+    mae: ErrorValue | None = None
+    mae_low: ErrorValue = 0.0
+    mae_high: ErrorValue = 0.0
     outside: bool = False
+
+    def to_performance(self) -> ExpectedPerformance | None:
+        if self.accuracy is not None:
+            return ExpectedPerformance(self.accuracy, self.low, self.high)
+        if self.mae is not None:
+            return ExpectedPerformance(self.mae, self.mae_low, self.mae_high, is_error=True)
+        return None
+
+
+class ExpectedPerformance(msgspec.Struct, frozen=True):
+    """Accuracy, or mean absolute error, that is expected without labels, and its interval."""
+
+    value: float
+    low: float
+    high: float
+    is_error: bool = False
+
+    @property
+    def name(self) -> str:
+        return "mae" if self.is_error else "accuracy"
+
+    def find_worse(self, other: ExpectedPerformance | None) -> ExpectedPerformance:
+        if other is None:
+            return self
+        return max(self, other, key=lambda part: part.value if part.is_error else -part.value)
 
 
 class SubjectReport(msgspec.Struct, frozen=True, gc=False):
@@ -104,7 +134,7 @@ class SubjectReport(msgspec.Struct, frozen=True, gc=False):
 
 
 class WindowReport(msgspec.Struct, frozen=True):
-    """One drift window, or a run of quiet ones; times are epoch µs. `accuracy` is the estimate with its interval.
+    """One drift window, or a run of quiet ones; times are epoch µs.
 
     Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
     when it ended, and the largest sum of a test then as a share of its limit, None while there are no limits.
@@ -115,7 +145,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     state: str
     fields: dict[str, FieldReport]
     subjects: dict[str, SubjectReport]
-    accuracy: tuple[float, float, float] | None
+    expected: ExpectedPerformance | None
     ends: Sequence[int]
     nearest: Sequence[float | None]
     is_contradicted: bool = False
@@ -162,19 +192,17 @@ def parse_members(
         raise ValueError(str(error)) from error
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
-    predictions, all_fields, expected = decoded
-    accuracy, contradicted = None, expected is not None and expected.outside
-    if expected is not None and expected.accuracy is not None:
-        accuracy = (expected.accuracy, expected.low, expected.high)
+    predictions, all_fields, estimated = decoded
+    expected, contradicted = (None, False) if estimated is None else (estimated.to_performance(), estimated.outside)
     subjects = dict(_subject_reports(fields, predictions, all_fields))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:
         return WindowReport(
-            t, state, fields, subjects, accuracy, runs.expand_integers(run.to), run.nearest, contradicted
+            t, state, fields, subjects, expected, runs.expand_integers(run.to), run.nearest, contradicted
         )
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
-    return WindowReport(t, state, fields, subjects, accuracy, [t[1]], [max(shares, default=None)], contradicted)
+    return WindowReport(t, state, fields, subjects, expected, [t[1]], [max(shares, default=None)], contradicted)
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:
@@ -190,7 +218,7 @@ def _subject_reports(
         yield name, SubjectReport(field.state, *_largest_sums(field.cusum), field.cusum.limit)
     yield "output", SubjectReport(output.state, 0.0, 0.0, None)
     for name, further in output.further.items():
-        yield f"output.{name}", SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
+        yield OUTPUT_PREFIX + name, SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
     if output.score is not None:
         yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:

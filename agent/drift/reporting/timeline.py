@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from agent.arrays import Ints
-from agent.drift.reporting.parsed_message import SubjectReport, WindowReport
+from agent.drift.reporting.parsed_message import ExpectedPerformance, SubjectReport, WindowReport
 
 EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
 MAX_POINTS = 480  # then neighbors are merged
@@ -23,14 +23,14 @@ class Point(msgspec.Struct, frozen=True):
 
     t: tuple[int, int]
     subjects: dict[str, SubjectReport]
-    accuracy: tuple[float, float, float] | None
+    expected: ExpectedPerformance | None
     is_contradicted: bool = False
 
     def merge(self, later: Point) -> Point:
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
-        lower = [accuracy for accuracy in (self.accuracy, later.accuracy) if accuracy is not None]
-        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None), later.is_contradicted)
+        worse = later.expected if self.expected is None else self.expected.find_worse(later.expected)
+        return Point((self.t[0], max(self.t[1], later.t[1])), both, worse, later.is_contradicted)
 
 
 class StateHistogram(msgspec.Struct):
@@ -58,7 +58,7 @@ class Timeline(msgspec.Struct):
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: WindowReport) -> None:
-        point = Point(window.t, window.subjects, window.accuracy, window.is_contradicted)
+        point = Point(window.t, window.subjects, window.expected, window.is_contradicted)
         if window.state != "fault":
             self._add_histograms(window)
         if self.points and self.reports % self.reports_per_point:

@@ -13,6 +13,18 @@ from agent.fleet.database.gap_ledger import EVICTED, parse_ranges
 from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 
+class JoinedCoverage(msgspec.Struct):
+    """Rows of the stream that a further input of a task was joined from so far; `input` commits to the last `rows`."""
+
+    stream: str
+    first: int
+    last: int
+    rows: tuple[int, int]
+    input: str
+    messages: int = 0
+    unproven: int = 0
+
+
 class TaskCoverage(msgspec.Struct):
     """Coverage of one stream by the results of one task so far; rows count from 1."""
 
@@ -21,6 +33,7 @@ class TaskCoverage(msgspec.Struct):
     seq: int
     messages: int = 1
     results: int = 0
+    joined: dict[str, JoinedCoverage] = {}
 
 
 class CoverageState(msgspec.Struct):
@@ -58,8 +71,9 @@ class RowCoverage:
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
-            self.tracks[body.task, body.stream] = TaskCoverage(first, last, body.seq, results=len(body.columns))
-            return None
+            track = TaskCoverage(first, last, body.seq, results=len(body.columns))
+            self.tracks[body.task, body.stream] = track
+            return _check_joined(track, body)
         problem = self._check_next_rows(track, body)
         if body.reissued and body.rows[0] > track.last:
             # The rows in between are in messages of its first log that had arrived.
@@ -67,7 +81,7 @@ class RowCoverage:
         track.last, track.seq = max(track.last, last), body.seq
         track.messages += 1
         track.results += len(body.columns)
-        return problem
+        return problem or _check_joined(track, body)
 
     def add_evictions(self, body: AuditPayload) -> None:
         """Record readings that a message declares as evicted: stream, rows, used, tasks."""
@@ -116,6 +130,24 @@ class RowCoverage:
         """Return True if some row from `first` to `last` was neither used nor evicted."""
         declared = self._declared.get((task, stream), [])
         return first <= last and not any(a <= first and last <= b for a, b in declared)
+
+
+def _check_joined(track: TaskCoverage, body: ResultsPayload) -> str | None:
+    """Add the joined rows of a message; return how its commitments contradict those of the message before."""
+    problem = None
+    for name, joined in body.joined.items():
+        first, last = joined.rows
+        known = track.joined.get(name)
+        if known is None or known.stream != joined.stream:
+            known = JoinedCoverage(joined.stream, first, last, joined.rows, joined.input)
+            track.joined[name] = known
+        elif known.rows == joined.rows and joined.input != known.input and not body.reissued:
+            problem = f"commits to rows {first}-{last} of {joined.stream} as others than the results before it"
+        known.first, known.last = min(known.first, first), max(known.last, last)
+        known.rows, known.input = joined.rows, joined.input
+        known.messages += 1
+        known.unproven += not joined.input
+    return problem
 
 
 def _merge_ranges(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:

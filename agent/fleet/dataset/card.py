@@ -11,6 +11,7 @@ import numpy as np
 
 from agent import __version__, clock
 from agent.fleet.dataset import labels, poisoning
+from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import Gathered, Recording, Selection
 from agent.poisoning.inspect import PoisoningReport
 from agent.text import printable
@@ -41,13 +42,20 @@ class DataCard(msgspec.Struct, frozen=True):
     rows_sent_twice: int
     warnings: list[str]
     poisoning: PoisoningReport
+    features: dict[str, Any] | None = None
     format: str = "outstation-data-card-1"
 
     def to_markdown(self) -> str:
         return "\n".join(_lines(self)) + "\n"
 
 
-def build(gathered: Gathered, selection: Selection, licence: str, created: str) -> DataCard:
+def build(
+    gathered: Gathered,
+    selection: Selection,
+    licence: str,
+    created: str,
+    derived_columns: DerivedColumns | None = None,
+) -> DataCard:
     recordings = gathered.recordings
     members = [sample for recording in recordings for sample in recording.samples]
     label_counts = _count_labels(recordings)
@@ -80,7 +88,20 @@ def build(gathered: Gathered, selection: Selection, licence: str, created: str) 
         gathered.joined_rows,
         _find_warnings(label_counts, gathered, licence),
         poisoning.check(gathered),
+        None if derived_columns is None else _describe_features(derived_columns),
     )
+
+
+def _describe_features(derived_columns: DerivedColumns) -> dict[str, Any]:
+    """Return the identity of the feature set, and by column the missing values and those without their history."""
+    missing = sum(
+        (np.isnan(values).sum(axis=0) for values in derived_columns.values), np.zeros(len(derived_columns.names))
+    )
+    return {
+        **msgspec.to_builtins(derived_columns.feature_set.reference),
+        "missing": {name: int(n) for name, n in zip(derived_columns.names, missing, strict=True)},
+        "history_left_out": derived_columns.left_out,
+    }
 
 
 def _count_labels(recordings: Iterable[Recording]) -> dict[str, Any]:
@@ -184,6 +205,12 @@ def _lines(card: DataCard) -> Iterator[str]:
     yield from ("", "## Check for poisoning", "")
     yield from (f"- {_text(line)}" for line in card.poisoning.describe())
     counts = card.labels
+    if (features := card.features) is not None:
+        yield from ("", "## Derived features", "")
+        yield f"{_text(features['name'])} {_text(features['version'])}, {features['digest']}. A value is empty where"
+        yield "it is missing on the device, too, or where the recording does not hold the rows that it looks back at."
+        rows = [(name, n, features["history_left_out"][name]) for name, n in features["missing"].items()]
+        yield from _table("Empty features", ("feature", "empty", "without their history"), rows)
     tables: list[tuple[str, str, Mapping[str, Any]]] = [
         ("Labels by class", "class", counts["by_class"]),
         ("Labels by source", "source", counts["by_source"]),

@@ -22,18 +22,20 @@ from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.errors import StorageError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.fleet.dataset import card as cards
-from agent.fleet.dataset import gather
+from agent.fleet.dataset import derived, gather
 from agent.fleet.dataset.card import DataCard
+from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, Selection
 from agent.fleet.export.export import to_parquet
 from agent.fleet.export.manifest import FILE_MODE, sha256
 from agent.indices import repeat
+from agent.model.bundle.feature_set import FeatureReference
 from agent.text import csv_text
 from agent.transport.sealing import Opener
 
 FORMAT = "outstation-dataset-1"
 MANIFEST, PROVENANCE, CARD = "manifest.json", "samples.jsonl", "card.json"
-CARD_TEXT = "DATA_CARD.md"
+CARD_TEXT, FEATURES = "DATA_CARD.md", "features.json"
 DataFormat = Literal["parquet", "csv"]
 
 
@@ -49,6 +51,7 @@ class DatasetManifest(msgspec.Struct, frozen=True):
     licence: str
     files: list[DatasetFile]
     format: str = FORMAT
+    features: FeatureReference | None = None
 
 
 def export(
@@ -61,8 +64,12 @@ def export(
     created: str,
     *,
     only_labelled: bool = False,
+    features: Path | None = None,
 ) -> DataCard:
-    """Write a new folder, as a whole or not at all. Raises UsageError, StorageError."""
+    """Write a new folder, as a whole or not at all; with the columns of the feature file `features`.
+
+    Raises UsageError, ConfigError, StorageError.
+    """
     if out.exists():
         raise UsageError(f"{out}: is there already, and a set never changes; name a new folder with --out")
     with store.snapshot() as db:
@@ -78,16 +85,21 @@ def export(
             f"no readable sample of task {selection.task!r}{reasons and f' ({reasons} left out)'}; devices send them "
             "where their owners consent ([samples] in their config): `outstation fleet samples DEVICE`"
         )
-    card = cards.build(gathered, selection, licence, created)
-    data = _to_parquet(gathered) if data_format == "parquet" else _to_csv(gathered)
+    derived_columns = None if features is None else derived.compute(features, gathered)
+    card = cards.build(gathered, selection, licence, created, derived_columns)
+    to_data = _to_parquet if data_format == "parquet" else _to_csv
+    data = to_data(gathered, derived_columns)
     contents = {
         f"data.{data_format}": data,
         PROVENANCE: b"".join(msgspec.json.encode(line) + b"\n" for line in _provenance_lines(gathered)),
         CARD: msgspec.json.format(msgspec.json.encode(card)),
         CARD_TEXT: card.to_markdown().encode(),
     }
+    if derived_columns is not None:
+        contents[FEATURES] = msgspec.json.format(msgspec.json.encode(derived_columns.feature_set))
     files = [DatasetFile(path, len(content), sha256(content)) for path, content in contents.items()]
-    manifest = DatasetManifest(selection, created, licence, files)
+    reference = None if derived_columns is None else derived_columns.feature_set.reference
+    manifest = DatasetManifest(selection, created, licence, files, features=reference)
     _write_folder(out, contents | {MANIFEST: msgspec.json.format(msgspec.json.encode(manifest))})
     return card
 
@@ -147,7 +159,7 @@ def _text_rows(recording: Recording) -> Iterator[tuple[str, str]]:
         yield ("", "") if label is None else (label.label or "", "+".join(label.sources))
 
 
-def _to_parquet(gathered: Gathered) -> bytes:
+def _to_parquet(gathered: Gathered, derived_columns: DerivedColumns | None) -> bytes:
     try:
         import pyarrow as pa
     except ImportError:
@@ -156,6 +168,9 @@ def _to_parquet(gathered: Gathered) -> bytes:
     values = np.concatenate([recording.values for recording in recordings])
     columns: dict[str, Any] = {TIME_COLUMN: pa.array(np.concatenate([each.t for each in recordings]) / 1e6)}
     columns |= {name: pa.array(values[:, i], from_pandas=True) for i, name in enumerate(gathered.fields)}
+    if derived_columns is not None:
+        computed = np.concatenate(derived_columns.values)
+        columns |= {name: pa.array(computed[:, i], from_pandas=True) for i, name in enumerate(derived_columns.names)}
     columns[LABEL_COLUMN] = pa.array([label or None for label, _ in texts], pa.string())
     counts = [len(each.t) for each in recordings]
     devices, names, sources = TEXT_COLUMNS
@@ -165,12 +180,17 @@ def _to_parquet(gathered: Gathered) -> bytes:
     return to_parquet(pa.table(columns))
 
 
-def _to_csv(gathered: Gathered) -> bytes:
+def _to_csv(gathered: Gathered, derived_columns: DerivedColumns | None) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([TIME_COLUMN, *gathered.fields, LABEL_COLUMN, *TEXT_COLUMNS])
-    for recording in gathered.recordings:
-        cells = zip(recording.t.tolist(), recording.values.tolist(), _text_rows(recording), strict=True)
+    names = [] if derived_columns is None else derived_columns.names
+    writer.writerow([TIME_COLUMN, *gathered.fields, *names, LABEL_COLUMN, *TEXT_COLUMNS])
+    for index, recording in enumerate(gathered.recordings):
+        values = recording.values
+        if derived_columns is not None:
+            # float64 holds float32, so that the text gives the same bits.
+            values = np.concatenate([values, derived_columns.values[index].astype(np.float64)], axis=1)
+        cells = zip(recording.t.tolist(), values.tolist(), _text_rows(recording), strict=True)
         place = [csv_text(recording.device), csv_text(_name(recording))]
         for t, row, (label, source) in cells:
             shown = ["" if value != value else repr(value) for value in row]

@@ -85,24 +85,40 @@ class FieldTotals:
         return self._merged
 
 
-class AccuracyEstimates(msgspec.Struct):
-    """Mean of the accuracy estimates (CBPE) of drift windows."""
+class PerformanceEstimates(msgspec.Struct):
+    """Sums of what drift windows let expect without labels: accuracy (CBPE), or mean absolute error (DLE)."""
 
-    total: float = 0.0
-    count: int = 0
+    accuracy_total: float = 0.0
+    accuracy_count: int = 0
+    error_total: float = 0.0
+    error_count: int = 0
 
-    @classmethod
-    def from_window(cls, window: WindowReport) -> AccuracyEstimates:
-        """Return the estimate of a window, or of each window of a run, where it is the same for all."""
-        return cls() if window.accuracy is None else cls(window.accuracy[0] * window.windows, window.windows)
+    def add(self, window: WindowReport, windows: int) -> None:
+        """Add the estimate of so many windows of a run, where it is the same for all."""
+        if window.expected is None:
+            return
+        if window.expected.is_error:
+            self.error_total += window.expected.value * windows
+            self.error_count += windows
+        else:
+            self.accuracy_total += window.expected.value * windows
+            self.accuracy_count += windows
 
-    def merge(self, other: AccuracyEstimates) -> None:
-        self.total += other.total
-        self.count += other.count
+    def merge(self, other: PerformanceEstimates) -> None:
+        self.accuracy_total += other.accuracy_total
+        self.accuracy_count += other.accuracy_count
+        self.error_total += other.error_total
+        self.error_count += other.error_count
 
     @property
-    def mean(self) -> float | None:
-        return self.total / self.count if self.count else None
+    def accuracy(self) -> float | None:
+        """Mean expected accuracy."""
+        return self.accuracy_total / self.accuracy_count if self.accuracy_count else None
+
+    @property
+    def error(self) -> float | None:
+        """Mean expected absolute error."""
+        return self.error_total / self.error_count if self.error_count else None
 
 
 class HistorySpan(msgspec.Struct):
@@ -111,13 +127,13 @@ class HistorySpan(msgspec.Struct):
     windows: int = 0
     drifting_devices: set[str] = msgspec.field(default_factory=set)
     faulty_devices: set[str] = msgspec.field(default_factory=set)
-    accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
+    expected: PerformanceEstimates = msgspec.field(default_factory=PerformanceEstimates)
 
     def merge(self, other: HistorySpan) -> None:
         self.windows += other.windows
         self.drifting_devices |= other.drifting_devices
         self.faulty_devices |= other.faulty_devices
-        self.accuracy.merge(other.accuracy)
+        self.expected.merge(other.expected)
 
 
 class DriftHistory:
@@ -138,9 +154,7 @@ class DriftHistory:
             span.windows += 1
             if window.state in ("drift", "fault"):
                 (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
-            if window.accuracy is not None:
-                span.accuracy.total += window.accuracy[0]
-                span.accuracy.count += 1
+            span.expected.add(window, 1)
 
     def merge(self, other: DriftHistory) -> None:
         """Add the windows of another history."""

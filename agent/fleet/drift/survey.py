@@ -26,7 +26,7 @@ from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.fleet.database.store import DeviceRange, DriftRow, FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onset
-from agent.fleet.drift.merge import AccuracyEstimates, DriftHistory, FieldTotals, MergedField
+from agent.fleet.drift.merge import DriftHistory, FieldTotals, MergedField, PerformanceEstimates
 from agent.fleet.drift.onset import DriftEpisode, EpisodeTracker, sort_by_onset
 from agent.fleet.drift.outliers import NO_REFERENCE_SD, DeviceOutlier, find_outliers
 from agent.fleet.workers.device_ranges import run_over_devices, split_devices
@@ -50,7 +50,7 @@ class DeviceDrift(msgspec.Struct):
     windows: int = 0
     faulty: int = 0
     totals: FieldTotals = msgspec.field(default_factory=FieldTotals)
-    accuracy: AccuracyEstimates = msgspec.field(default_factory=AccuracyEstimates)
+    expected: PerformanceEstimates = msgspec.field(default_factory=PerformanceEstimates)
     last_window: WindowReport | None = None
     observed: ObservationPeriod | None = None
     recent: deque[tuple[int, dict[str, FieldReport]]] = msgspec.field(default_factory=deque)
@@ -129,12 +129,12 @@ class DriftGroup(msgspec.Struct):
         """Return the last episode of each field of each device, open ones first, in order of onset."""
         return sort_by_onset([e for device in self.devices.values() for e in device.episodes.last.values()])
 
-    def estimate_accuracy(self) -> float | None:
-        """Return the mean estimated accuracy of all windows that have an estimate."""
-        total = AccuracyEstimates()
+    def estimate_performance(self) -> PerformanceEstimates:
+        """Return what all windows with an estimate let expect."""
+        total = PerformanceEstimates()
         for device in self.devices.values():
-            total.merge(device.accuracy)
-        return total.mean
+            total.merge(device.expected)
+        return total
 
 
 class FleetDriftSummary(msgspec.Struct):
@@ -320,7 +320,7 @@ def _add_window(group: DriftGroup, name: str, window: WindowReport, now_us: int)
         return
     device.add_recent(window.windows, window.fields)
     device.totals.add(window.fields)
-    device.accuracy.merge(AccuracyEstimates.from_window(window))
+    device.expected.add(window, window.windows)
 
 
 def _merge_fields(summaries: Iterable[Mapping[str, MergedField]]) -> dict[str, MergedField]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import stat
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,12 +24,17 @@ from agent.model.bundle.manifest import Manifest
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
 
+if TYPE_CHECKING:
+    from zipfile import ZipFile
+
 # All files, unpacked: they are held in memory, on machines with a gigabyte of it.
 MAX_BYTES = 256 << 20
 MAX_FILES = 32
 _TOO_LARGE = f"larger than the {MAX_BYTES >> 20} MiB that a bundle may have"
 # Signed in the place of a topic: the signature of a message cannot pass for that of a bundle.
 SIGNATURE_DOMAIN = "bundle"
+# Of members of an archive: stored, and deflated.
+_COMPRESSIONS = (0, zlib.DEFLATED)
 _UNREADABLE_ERRORS = (OSError, zlib.error, RuntimeError, EOFError, ValueError)
 
 
@@ -116,11 +121,6 @@ def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
             raise UnknownBundle(
                 f"{path}: no such bundle; give its path, or the name of a built-in one{builtin.suggest_name(path.name)}"
             )
-    except zipfile.BadZipFile as error:
-        if not zipfile.is_zipfile(path):
-            made_by = "; `outstation model pack --from` makes one of a model" if path.suffix == ".tflite" else ""
-            raise BadBundle(f"{path}: is no bundle, which is a folder or a .zip{made_by}") from error
-        raise BadBundle(f"{path}: cannot be read: {error}") from error
     except _UNREADABLE_ERRORS as error:
         raise BadBundle(f"{path}: cannot be read: {error}") from error
 
@@ -141,30 +141,42 @@ def _iter_folder(path: Path) -> Iterator[tuple[str, bytes]]:
 def _iter_archive(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.stat().st_size > MAX_BYTES:
         raise BadBundle(f"{path}: {_TOO_LARGE}")
-    room = MAX_BYTES
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        _check_file_count(path, len(members))
-        if len({m.filename for m in members}) != len(members):
-            raise BadBundle(f"{path}: a file is in the archive twice")
-        if sum(m.file_size for m in members) > MAX_BYTES:
-            # Declared by the archive. A member that is larger than declared fails its checksum.
-            raise BadBundle(f"{path}: {_TOO_LARGE}")
-        for member in members:
-            name = member.filename
-            if "/" in name or "\\" in name or name.startswith("."):
-                raise BadBundle(
-                    f"{path}: {name!r} is not a plain file name; a bundle is flat: zip the files of the folder, not "
-                    "the folder"
-                )
-            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-                raise BadBundle(f"{path}: {name!r} is a link or device; a bundle has regular files only")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadBundle(f"{path}: {name!r} has an unsupported compression; use zip's default (deflate)")
-            with archive.open(member) as file:
-                data = file.read(room + 1)
-            room = _remaining_bytes(path, room, data)
-            yield member.filename, data
+    # A device that runs folders does without it.
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield from _iter_members(path, archive)
+    except zipfile.BadZipFile as error:
+        if not zipfile.is_zipfile(path):
+            made_by = "; `outstation model pack --from` makes one of a model" if path.suffix == ".tflite" else ""
+            raise BadBundle(f"{path}: is no bundle, which is a folder or a .zip{made_by}") from error
+        raise BadBundle(f"{path}: cannot be read: {error}") from error
+
+
+def _iter_members(path: Path, archive: ZipFile) -> Iterator[tuple[str, bytes]]:
+    room, members = MAX_BYTES, archive.infolist()
+    _check_file_count(path, len(members))
+    if len({m.filename for m in members}) != len(members):
+        raise BadBundle(f"{path}: a file is in the archive twice")
+    if sum(m.file_size for m in members) > MAX_BYTES:
+        # Declared by the archive. A member that is larger than declared fails its checksum.
+        raise BadBundle(f"{path}: {_TOO_LARGE}")
+    for member in members:
+        name = member.filename
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise BadBundle(
+                f"{path}: {name!r} is not a plain file name; a bundle is flat: zip the files of the folder, not "
+                "the folder"
+            )
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise BadBundle(f"{path}: {name!r} is a link or device; a bundle has regular files only")
+        if member.compress_type not in _COMPRESSIONS:
+            raise BadBundle(f"{path}: {name!r} has an unsupported compression; use zip's default (deflate)")
+        with archive.open(member) as file:
+            data = file.read(room + 1)
+        room = _remaining_bytes(path, room, data)
+        yield member.filename, data
 
 
 def _check_file_count(path: Path, count: int) -> None:

@@ -1,7 +1,5 @@
 """Manifest of a bundle (`manifest.json`): identity, model input and output, limits, and the digest of every file."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Annotated, Literal
@@ -9,68 +7,26 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
+from agent.model.bundle.feature_set import (
+    FEATURE_DEFINITION,
+    DerivedFeature,
+    FeatureReference,
+    FeatureSet,
+    Label,
+    name_columns,
+)
 from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
-from agent.performance.labels import NO_LABEL, SEPARATOR
+from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 from agent.strict_json import check_strict_json
 
 FORMAT = 1
-# Version of how derived features are computed.
-FEATURE_DEFINITION = 1
 MAX_TEXT_CHARS = 4096
 
 Numbers = list[float]
-Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_MIN_FEATURE_ROWS = {"hour": 0, "weekday": 0, "lag": 1, "difference": 1, "last": 1, "mean": 1, "std": 2, "band": 4}
-
-
-class DerivedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A feature computed from `field`, or from the time, over `rows` rows (`inference.derived_features`).
-
-    `band` is [low, high) in Hz for a stream of `rate` rows per second; `offset_h` hours are added to UTC.
-    """
-
-    name: Label
-    function: Literal["mean", "std", "lag", "difference", "last", "band", "hour", "weekday"]
-    field: str = ""
-    rows: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
-    band: tuple[float, float] | None = None
-    rate: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    offset_h: Annotated[float, msgspec.Meta(ge=-24, le=24)] = 0.0
-
-    def __post_init__(self) -> None:
-        label, least = f"derived feature {self.name!r}", _MIN_FEATURE_ROWS[self.function]
-        if self.rows < least or (self.is_time_based and self.rows):
-            wanted = "no rows" if self.is_time_based else f"rows of at least {least}"
-            raise ValueError(f"{label}: {self.function} takes {wanted}, not {self.rows}")
-        if self.is_time_based == bool(self.field):
-            raise ValueError(f"{label}: {self.function} {'takes no field' if self.field else 'needs a field'}")
-        if (self.function == "band") != (self.band is not None):
-            raise ValueError(f"{label}: band = [low, high] in Hz goes with function band")
-        if self.band is None:
-            return
-        if not 0 <= self.band[0] < self.band[1] <= self.rate / 2 + 1e-9:
-            raise ValueError(
-                f"{label}: band {list(self.band)} must ascend within 0 and half the rate, {self.rate / 2:g} Hz"
-            )
-        frequencies = (k * self.rate / self.rows for k in range(self.rows // 2 + 1))
-        if not any(self.band[0] <= frequency <= self.band[1] for frequency in frequencies):
-            raise ValueError(f"{label}: no frequency of {self.rows} rows lies in its band")
-
-    @property
-    def is_time_based(self) -> bool:
-        return self.function in ("hour", "weekday")
-
-    @property
-    def columns(self) -> list[str]:
-        return [f"{self.name}_sin", f"{self.name}_cos"] if self.is_time_based else [self.name]
-
-    @property
-    def history_rows(self) -> int:
-        """Rows before the current one that it reads."""
-        return self.rows if self.function in ("lag", "difference") else max(0, self.rows - 1)
 
 
 class IsotonicCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,6 +67,7 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     history of derived features without a window. `definition` is the version of how features are computed. A result
     whose share of missing values exceeds `max_missing` reports that share. `roles` say what fields are, so that an
     alert names no cause that they cannot have. `tensor` is the name or index of the input of a model with several.
+    `features` pins the feature set that fields, derived features and gap are of.
     """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
@@ -128,6 +85,7 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     image: ImageFormat | None = None
     sound: SoundFormat | None = None
     tensor: str | int | None = None
+    features: FeatureReference | None = None
 
     def __post_init__(self) -> None:
         if self.definition > FEATURE_DEFINITION:
@@ -142,20 +100,31 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             raise ValueError(f"roles has {len(self.roles)} entries for {len(self.fields)} fields")
         self._check_scaling()
         self._check_media()
+        if self.features is not None:
+            self._check_feature_set(self.features)
 
     def _check_features(self) -> None:
-        known = [*self.fields, *(name for feature in self.derived for name in feature.columns)]
-        if len(set(self.fields)) != len(self.fields):
-            raise ValueError("a field is named twice")
-        if len(set(known)) != len(known):
-            raise ValueError("derived: a name is used twice, or is a field's")
-        for feature in self.derived:
-            if feature.field and feature.field not in self.fields:
-                raise ValueError(f"derived feature {feature.name!r} names {feature.field!r}, which is not a field")
+        known = name_columns(self.fields, self.derived)
         if unknown := [name for name in self.feature_order if name not in known]:
             raise ValueError(f"feature_order names {unknown[0]!r}, which is neither a field nor a derived feature")
         if len(set(self.feature_order)) != len(self.feature_order):
             raise ValueError("feature_order names a feature twice")
+
+    def _check_feature_set(self, pinned: FeatureReference) -> None:
+        contained = FeatureSet(
+            name=pinned.name,
+            version=pinned.version,
+            definition=self.definition,
+            fields=self.fields,
+            units=self.units,
+            max_gap_s=self.gap_s,
+            derived=self.derived,
+        )
+        if contained.digest != pinned.digest:
+            raise ValueError(
+                f"features: {pinned.name} {pinned.version} is pinned as {pinned.digest}, but the fields, derived "
+                f"features and gap here are {contained.digest}; pack the bundle again from its feature file"
+            )
 
     def _check_media(self) -> None:
         if self.image is not None and self.sound is not None:
@@ -190,9 +159,15 @@ class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return self.feature_order or [*self.fields, *(name for feature in self.derived for name in feature.columns)]
 
     @property
+    def used_features(self) -> list[DerivedFeature]:
+        """Derived features that are among the model's."""
+        columns = {*self.columns}
+        return [feature for feature in self.derived if not columns.isdisjoint(feature.columns)]
+
+    @property
     def history_rows(self) -> int:
         """Rows before a window that its derived features read."""
-        return max((feature.history_rows for feature in self.derived), default=0)
+        return max((feature.history_rows for feature in self.used_features), default=0)
 
     @property
     def gap_s(self) -> float | None:
@@ -366,6 +341,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in (*self.joined, *self.further):
             if not is_name(name):
                 raise ValueError(f"inputs and outputs: name {name!r} must be 1-64 of a-z 0-9 . _ -")
+        fields = [*self.input.fields, *(name for spec in self.joined.values() for name in spec.fields)]
+        if clashes := [name for name in fields if name.startswith(OUTPUT_PREFIX)]:
+            raise ValueError(f"field {clashes[0]!r}: alerts about outputs have names that begin with {OUTPUT_PREFIX!r}")
         names = [column for name, output in self.further.items() for column in output_columns(name, output)]
         names += [f"value_{name}" for name in self.output.names[1:]] + [f"score_{name}" for name in self.output.labels]
         if self.output.residual_bounds is not None:
@@ -395,6 +373,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.kind == "embedding":
             return "anomaly"
         return "several" if self.output.multi_label else self.kind
+
+    @property
+    def label_schemas(self) -> dict[str, LabelSchema]:
+        """Schema of the ground truth of each output; the first output has the name ""."""
+        schemas = {"": LabelSchema(self.label_kind, tuple(self.output.labels))}
+        for name, output in self.further.items():
+            schemas[name] = LabelSchema("several" if output.multi_label else output.kind, tuple(output.labels))
+        return schemas
 
 
 def output_columns(name: str, output: FurtherOutput) -> list[str]:

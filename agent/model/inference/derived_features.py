@@ -18,7 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from agent.arrays import Float32s, Float64s, Ints
-from agent.model.bundle.manifest import DerivedFeature, ModelInput
+from agent.model.bundle.feature_set import DerivedFeature
+from agent.model.bundle.manifest import ModelInput
 
 _DAY_US, _HOUR_US = 86_400_000_000, 3_600_000_000
 # 1970-01-01 was a Thursday; weeks begin on Monday.
@@ -32,8 +33,8 @@ def compute(features: Float32s, t: Ints, spec: ModelInput, history_rows: int = 0
     if not spec.derived and not spec.feature_order:
         return current
     columns = {name: current[:, i] for i, name in enumerate(spec.fields)}
-    age = _rows_since_gap(t, spec.gap_s)
-    for feature in spec.derived:
+    age = count_rows_since_gap(t, spec.gap_s)
+    for feature in spec.used_features:
         if feature.is_time_based:
             columns |= zip(feature.columns, _encode_cyclic(t[history_rows:], feature), strict=True)
         else:
@@ -44,7 +45,7 @@ def compute(features: Float32s, t: Ints, spec: ModelInput, history_rows: int = 0
     return np.stack([columns[name] for name in spec.columns], axis=1)
 
 
-def _rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
+def count_rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
     """Return the number of rows since the last gap, step back in time, or start."""
     rows = np.arange(len(t), dtype=np.int64)
     steps = np.diff(t)

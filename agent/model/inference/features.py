@@ -54,7 +54,8 @@ def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:
 
 def limit_gap(manifest: Manifest, gap_s: float) -> Manifest:
     """Return a manifest in which no window and no history spans a gap above `gap_s`."""
-    spec = manifest.input
+    # The features are then others than those of the feature set.
+    spec = replace(manifest.input, features=None)
     gap_s = min(gap_s, spec.gap_s or math.inf)
     if spec.window is not None:
         spec = replace(spec, window=replace(spec.window, max_gap_s=gap_s))

@@ -60,11 +60,7 @@ def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
     """Return the values (w, rows · F) of one joined input in physical units; NaN where they are missing."""
     has_value = find_valued(rows.values)
     values, t = rows.values[has_value], rows.t[has_value]
-    index = _index_rows(spec, t, ends_us)
-    safe = np.maximum(index, 0)
-    # A row after one that is older or newer may itself be of another time, where the clock stepped back.
-    elapsed = ends_us[:, None] - (t[safe] if len(t) else np.zeros_like(safe))
-    is_known = (index >= 0) & (elapsed >= 0) & (elapsed <= spec.max_age_s * 1e6)
+    index, is_known = _select_rows(spec, t, ends_us)
     taken = np.full((len(ends_us), spec.rows, len(spec.fields)), np.nan, np.float32)
     taken[is_known] = values[index[is_known]]
     return taken.reshape(len(ends_us), spec.size)
@@ -73,6 +69,18 @@ def take_rows(spec: JoinedInput, rows: JoinedRows, ends_us: Ints) -> Float32s:
 def find_valued(values: Float32s) -> Bools:
     """Return which rows (m, F) have a value: others do not count."""
     return np.asarray(np.isfinite(values).any(axis=1))
+
+
+def find_used_range(spec: JoinedInput, t: Ints, ends_us: Ints) -> tuple[int, int] | None:
+    """Return the range of the rows with a value at `t` (m,) that windows take; None if they take none.
+
+    A join over the rows of this range gives the same values as one over all rows.
+    """
+    index, is_known = _select_rows(spec, t, ends_us)
+    if not is_known.any():
+        return None
+    # The newest row up to a window's time ends the range, even one that is too old itself: others are counted from it.
+    return int(index[is_known].min()), int(index[is_known.any(axis=1), -1].max())
 
 
 def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:
@@ -92,6 +100,15 @@ def select_needed(spec: JoinedInput, t: Ints, ends_us: Ints) -> Ints:
     place = max(first, int(_last_up_to(t, np.array([earliest_us]))[0]))
     periodic = np.unique(_index_rows(spec, t, ends_us))
     return np.concatenate([periodic[(periodic >= first) & (periodic < place)], np.arange(place, len(t))])
+
+
+def _select_rows(spec: JoinedInput, t: Ints, ends_us: Ints) -> tuple[Ints, Bools]:
+    """Return the index (w, rows) of each row that windows take, and which of them are not too old or missing."""
+    index = _index_rows(spec, t, ends_us)
+    safe = np.maximum(index, 0)
+    # A row after one that is older or newer may itself be of another time, where the clock stepped back.
+    elapsed = ends_us[:, None] - (t[safe] if len(t) else np.zeros_like(safe))
+    return index, np.asarray((index >= 0) & (elapsed >= 0) & (elapsed <= spec.max_age_s * 1e6))
 
 
 def _index_rows(spec: JoinedInput, t: Ints, ends_us: Ints) -> Ints:

@@ -13,7 +13,7 @@ from msgspec import structs
 from agent.clock import ClockReading
 from agent.config import Config, UpdatesConfig, UplinkBrokerConfig
 from agent.config import DeviceConfig as DeviceSection
-from agent.device.commands import wipe
+from agent.device.commands import erasure, wipe
 from agent.device.commands.wipe import Wipe
 from agent.device.recovery.open import acquire_lock
 from agent.device.store.command_log import CommandAnswer
@@ -236,12 +236,12 @@ def left(data: Path) -> set[str]:
 
 def test_nothing_is_left_but_what_belongs_to_the_installation(tmp_path: Path) -> None:
     data, spared, own = data_dir(tmp_path)
-    done = wipe.erase(data, spared, own)
+    done = erasure.erase(data, spared, own)
     assert left(data) == {"wiped", "outstation.toml", "device.crt", "bundles/mine/model.tflite"}
     assert not any(path.exists() for path in own)
     assert (done["state"], done["left"]) == ("wiped", [])
     with pytest.raises(UsageError, match="wiped by an operator"):
-        wipe.require_unwiped(data)
+        erasure.require_unwiped(data)
 
 
 @pytest.mark.parametrize("after", range(8))
@@ -250,7 +250,7 @@ def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
 ) -> None:
     data, spared, own = data_dir(tmp_path)
     deleted: list[Path] = []
-    delete: Callable[[Path], bool] = wipe._delete
+    delete: Callable[[Path], bool] = erasure._delete
 
     def die(path: Path) -> bool:
         if len(deleted) == after:
@@ -259,15 +259,15 @@ def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
         return delete(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(wipe, "_delete", die)
+        patched.setattr(erasure, "_delete", die)
         with pytest.raises(KeyboardInterrupt):
-            wipe.erase(data, spared, own)
-    result = wipe.read_marker(data)
+            erasure.erase(data, spared, own)
+    result = erasure.read_marker(data)
     assert result is not None
     assert result["state"] == "wiping"
     with pytest.raises(UsageError, match="wiped"):
-        wipe.require_unwiped(data)
-    wipe.erase(data, spared, own)
+        erasure.require_unwiped(data)
+    erasure.erase(data, spared, own)
     assert left(data) == {"wiped", "outstation.toml", "device.crt", "bundles/mine/model.tflite"}
 
 
@@ -279,14 +279,14 @@ def test_a_key_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", lambda self, missing_ok=False: read_only(self) if self in own else None)
-        done = wipe.erase(data, spared, own)
+        done = erasure.erase(data, spared, own)
     assert done["left"] == [str(path) for path in own]
-    assert str(own[0]) in wipe.describe_marker(data, done)
+    assert str(own[0]) in erasure.describe_marker(data, done)
 
 
 def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) -> None:
-    (tmp_path / wipe.MARKER).write_text("{")
-    assert wipe.read_marker(tmp_path) == {"state": "wiping"}
+    (tmp_path / erasure.MARKER).write_text("{")
+    assert erasure.read_marker(tmp_path) == {"state": "wiping"}
 
 
 @pytest.fixture
@@ -298,16 +298,16 @@ def home(tmp_path: Path) -> Path:
 
 def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) -> None:
     """Simulate a bad sector under the marker."""
-    (home / "data" / wipe.MARKER).mkdir()
+    (home / "data" / erasure.MARKER).mkdir()
     before = sorted(home.rglob("*"))
     done = run_outstation("run", "-c", str(home / "outstation.toml"))
     assert done.returncode == 1
-    assert f"{wipe.MARKER}: Is a directory; the daemon cannot tell whether this device was wiped" in done.stderr
+    assert f"{erasure.MARKER}: Is a directory; the daemon cannot tell whether this device was wiped" in done.stderr
     assert sorted(home.rglob("*")) == before
 
 
 def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
-    (home / "data" / wipe.MARKER).write_text('{"state": "wiping"}')
+    (home / "data" / erasure.MARKER).write_text('{"state": "wiping"}')
     descriptor = acquire_lock(home / "data")
     done = run_outstation("run", "-c", str(home / "outstation.toml"))
     os.close(descriptor)
@@ -321,13 +321,13 @@ def test_the_config_and_its_certificates_are_spared() -> None:
         broker=UplinkBrokerConfig(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
         updates=UpdatesConfig(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
     )
-    names = [path.name for path in wipe.installation_files(Path("/x/outstation.toml"), conf)]
+    names = [path.name for path in erasure.installation_files(Path("/x/outstation.toml"), conf)]
     assert names == ["outstation.toml", "ca.pem", "a.crt", "a.key", "u.pem", "root.json"]
 
 
 def test_the_marker_says_when(tmp_path: Path) -> None:
     data, spared, own = data_dir(tmp_path)
-    wipe.erase(data, spared, own)
-    document = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
+    erasure.erase(data, spared, own)
+    document = json.loads((data / erasure.MARKER).read_text(encoding="utf-8"))
     assert document["time"].endswith("Z")
-    assert document["time"] in wipe.describe_marker(data, document)
+    assert document["time"] in erasure.describe_marker(data, document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,29 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.authoring import pack
+from agent.cli.device.status import _format_joined
+from agent.cli.fleet.disclosed import compare_joined
+from agent.cli.owner.disclose import build_disclosure
+from agent.clock import ClockReading
 from agent.device.pipeline import joined_streams
-from agent.device.pipeline.joined_streams import JoinedStream, load_positions
+from agent.device.pipeline.joined_streams import JoinedStream, JoinedWait, load_positions
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow_windows
 from agent.device.rollout.shadow import ShadowRunner
 from agent.device.store import task_keys
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import Rows
+from agent.errors import UsageError
 from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle
-from agent.model.inference import features, runtime
+from agent.model.bundle.manifest import JoinedInput
+from agent.model.inference import features, joins, runtime
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
+from agent.quantities import Duration
+from agent.wire.commitment import DisclosedJoin, Disclosure
+from agent.wire.messages import ResultsPayload
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
 from tests.kit.devices import NOW, STEP_US, T0, Device, columns, tiles
 from tests.kit.pairs import Recorder
@@ -310,3 +320,152 @@ def test_a_window_waits_for_a_later_row_of_the_joined_stream_but_not_for_ever(de
     ready = device.run()
     assert ready is not None
     assert ready.windows == 2
+
+
+def after(seconds: float) -> ClockReading:
+    return msgspec.structs.replace(NOW, boot_s=NOW.boot_s + seconds)
+
+
+def kill_and_reopen(device: Device, number: int) -> None:
+    """Go on from the files as they are now, which the killed daemon never closed."""
+    copy = device.folder.with_name(f"reopened-{number}")
+    shutil.copytree(device.folder, copy)
+    device.store.close()
+    device.folder = copy
+    device.open()
+
+
+def test_a_wait_goes_on_after_the_daemon_was_killed_and_restarted(device: Device) -> None:
+    feed_weather(device, np.ones(1, np.float32), 0)
+    device.feed(waves(WINDOW * 2))
+    # Killed and reopened more often than the wait is long: it does not begin anew.
+    for seconds in range(0, 10, 3):
+        assert device.run(after(seconds)) is None
+        kill_and_reopen(device, seconds)
+    inputs = {"weather": config.JoinedStreamConfig(stream="weather", wait=Duration(WAIT_S))}
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert _format_joined(shown) == [
+        "joins weather: stream weather, rows 1 to 1",
+        "windows up to row 16 wait for later joined rows, at most 10 s",
+    ]
+    assert shown["waiting_through"] == WINDOW * 2
+    assert shown["streams"] == {"weather": {"stream": "weather", "row": None, "last": 1, "wait_s": WAIT_S}}
+    late = device.run(after(WAIT_S))
+    assert late is not None
+    assert late.windows == 3
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert (shown["waiting_through"], shown["streams"]["weather"]["row"]) == (None, 1)
+    # The wait ended with the batch's commit, so that of the next windows begins anew, also after a restart.
+    device.restart()
+    device.feed(waves(WINDOW))
+    assert device.run(after(WAIT_S + 1)) is None
+    device.restart()
+    assert device.run(after(2 * WAIT_S)) is None
+    assert device.run(after(2 * WAIT_S + 1)) is not None
+
+
+def test_a_wait_from_a_later_uptime_begins_again(device: Device) -> None:
+    feed_weather(device, np.ones(1, np.float32), 0)
+    device.feed(waves(WINDOW * 2))
+    with device.store.transaction() as tx:
+        # The store lost its uptime.
+        tx.save_state("tiny", task_keys.JOINED_WAIT, msgspec.json.encode(JoinedWait(100, 1e9)))
+    assert device.run(NOW) is None
+    assert device.run(after(WAIT_S)) is not None
+
+
+def last_message(device: Device) -> ResultsPayload:
+    return device.results()[-1]
+
+
+CONFIG = f"""\
+[device]
+id = "pi-07"
+fleet = "acme"
+data_dir = "data"
+[collector]
+delivery = "broker"
+[streams.watch]
+fields = [{", ".join(f'{{ name = "{name}" }}' for name in ("extra", *WINDOWED))}]
+[streams.weather]
+fields = [{{ name = "other" }}, {{ name = "air" }}]
+[tasks.tiny]
+stream = "watch"
+bundle = "tiny"
+[tasks.tiny.inputs.weather]
+stream = "weather"
+"""
+
+
+def disclosed(device: Device, body: ResultsPayload, config_text: str = CONFIG) -> Disclosure:
+    """Return the rows of a message and those that it says were joined, as `outstation disclose` shows them."""
+    file = device.folder.parent / "outstation.toml"
+    file.write_text(config_text)
+    joined = {name: each.rows for name, each in body.joined.items()}
+    log = device.author.log_id
+    return build_disclosure(config.load(file), device.store, device.author.secret, "tiny", log, body.rows, joined)
+
+
+def with_changed_value(rows: DisclosedJoin) -> DisclosedJoin:
+    columns = [[*column] for column in rows.columns]
+    columns[1][0] = 0.25
+    return msgspec.structs.replace(rows, columns=columns)
+
+
+def test_a_message_commits_to_the_joined_rows_that_its_results_used(device: Device) -> None:
+    feed_air(device, "weather", np.arange(60) * 100_000)
+    device.feed(waves(200))
+    device.run_all()
+    device.feed(waves(200))
+    device.run_all()
+    first, last = device.results()[0], last_message(device)
+    # The last window ends at 3.99 s and takes the rows at 3.7, 3.8 and 3.9 s.
+    assert last.joined["weather"].rows[1] == 40
+    for body in (first, last):
+        shown = disclosed(device, body)
+        assert shown.commit() == body.input
+        rows = shown.joined["weather"]
+        assert compare_joined("weather", rows, [body])
+        assert not compare_joined("weather", with_changed_value(rows), [body])
+        assert not compare_joined("other", rows, [body])
+    assert not compare_joined("weather", disclosed(device, first).joined["weather"], [last])
+    protected = CONFIG + '[streams.weather.privacy]\nprivate = ["air"]\n'
+    with pytest.raises(UsageError, match=r"streams\.weather\.privacy: air may not leave"):
+        disclosed(device, first, protected)
+
+
+def test_a_late_row_is_no_joined_row(device: Device) -> None:
+    feed_air(device, "weather", np.array([0, 10_000]))
+    device.feed(waves(WINDOW * 2))
+    assert device.run(NOW) is None
+    assert device.run(after(WAIT_S)) is not None
+    feed_air(device, "weather", np.array([15_000]), 9.0)
+    [body] = device.results()
+    assert body.joined["weather"].rows == (1, 2)
+    assert compare_joined("weather", disclosed(device, body).joined["weather"], [body])
+
+
+@pytest.mark.parametrize("period_s", [None, 0.4])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_join_over_the_rows_that_a_message_names_gives_the_same_values(period_s: float | None, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    t = np.cumsum(random.integers(0, 900_000, 80))
+    t[30:] -= 4_000_000
+    t[50:] += 9_000_000
+    rows = JoinedRows(random.normal(0, 1, (80, 1)).astype(np.float32), t)
+    spec = JoinedInput(fields=["a"], rows=4, period_s=period_s, max_age_s=2.0)
+    for _ in range(40):
+        ends = random.integers(0, int(t.max()) + 3_000_000, 3)
+        used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, rows, ends)
+        part = slice(0, 0) if used is None else slice(used[0], used[1] + 1)
+        np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(rows.values[part], t[part]), ends), whole)
+
+
+def test_too_many_joined_rows_are_named_without_a_commitment(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for begin_us, limit, is_proven in ((0, 200, True), (10_000_000, 50, False)):
+        # Two fields and the time of some 35 rows.
+        monkeypatch.setattr(joined_streams, "_MAX_COMMITTED_VALUES", limit)
+        feed_air(device, "weather", begin_us + np.arange(60) * 10_000)
+        feed_at(device, begin_us, 40)
+        device.run_all()
+        assert bool(last_message(device).joined["weather"].input) == is_proven

@@ -369,7 +369,7 @@ def test_a_device_that_joins_a_fleet_brings_all_its_stored_messages(tmp_path: Pa
     assert [body["rows"] for body in payloads.values() if body["kind"] == "results"][-1] == [46, 50]
     assert {body["device"] for body in payloads.values()} == {"pi-07"}
     assert payloads[1]["reissued"] == {"log": former, "seq": 1}
-    shown = Disclosure("pi-07", former, "judge", (46, 50), "", [], [], [], {})
+    shown = Disclosure(device="pi-07", log=former, task="judge", rows=(46, 50), key="", fields=[], t=[], columns=[])
     evidence = list(collector.store.evidence("pi-07"))
     assert [body.rows for _, body in find_messages(shown, evidence)] == [(46, 50)]
     with pytest.raises(UsageError, match=f"--rows 46-50 --log {former}"):

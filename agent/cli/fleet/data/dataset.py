@@ -37,6 +37,8 @@ def dataset() -> None:
 @click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
 @click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")
+@click.option("--features", metavar="FILE", type=click.Path(path_type=Path),
+              help="Feature file: add its derived features, as devices compute them.")  # fmt: skip
 @click.option("--only-labelled", is_flag=True, help="Leave out recordings without a label.")
 @click.option("--format", "data_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the data.")  # fmt: skip
@@ -50,6 +52,7 @@ def export_dataset(
     since: str | None,
     until: str | None,
     bundle: str | None,
+    features: Path | None,
     only_labelled: bool,
     data_format: DataFormat,
     licence: str,
@@ -78,7 +81,17 @@ def export_dataset(
     digest = bundle and f"sha256:{bundle.removeprefix('sha256:')}"
     selection = Selection(config.fleet.name, task, moment, begin, end, digest)
     opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
-    card = export.export(store, out, selection, opener, data_format, licence, now, only_labelled=only_labelled)
+    card = export.export(
+        store,
+        out,
+        selection,
+        opener,
+        data_format,
+        licence,
+        now,
+        only_labelled=only_labelled,
+        features=features,
+    )
     emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
     if require_clean and card.poisoning.state != "passed":
         echo(f"{out}: {NOT_CLEAN}", err=True)
@@ -91,6 +104,11 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     yield f"{out}: {rows}, {labels['labelled']} labels"
     yield from (f"  {name}: {n}" for name, n in labels["by_class"].items())
     yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
+    if card.features is not None:
+        yield f"features {card.features['name']} {card.features['version']} {card.features['digest']}"
+        yield from (
+            f"  {name}: {n} rows without their history" for name, n in card.features["history_left_out"].items()
+        )
     yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())
     warn = "warning: " if card.poisoning.findings else ""
     yield from (f"{warn}{line}" for line in card.poisoning.describe())

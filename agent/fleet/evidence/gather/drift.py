@@ -6,6 +6,7 @@ from typing import Any
 
 from agent import clock
 from agent.fleet.database.store import FleetStore
+from agent.fleet.drift.merge import PerformanceEstimates
 from agent.fleet.drift.survey import DriftGroup, summarize_drift
 from agent.fleet.evidence.format.contents import WRITE_LIMITS
 
@@ -22,7 +23,6 @@ def build_drift(store: FleetStore, as_of_us: int) -> dict[str, Any]:
 
 def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
     episodes = group.ordered_episodes()
-    estimate = group.estimate_accuracy()
     windows = {name: device.last_window for name, device in group.devices.items()}
     return {
         "task": group.task,
@@ -33,7 +33,7 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
         "windows": group.windows,
         "sensor_fault_windows": group.faulty,
         "unsynced_windows": group.undated,
-        "expected_accuracy": None if estimate is None else round(estimate, 4),
+        **_expected_members(group.estimate_performance()),
         "fleet_wide": [
             {
                 "field": change.subject,
@@ -62,8 +62,16 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
                 "windows": span.windows,
                 "devices_in_drift": len(span.drifting_devices),
                 "devices_with_sensor_fault": len(span.faulty_devices),
-                "expected_accuracy": None if span.accuracy.mean is None else round(span.accuracy.mean, 4),
+                **_expected_members(span.expected),
             }
             for begin, end, span in group.history
         ],
+    }
+
+
+def _expected_members(expected: PerformanceEstimates) -> dict[str, float | None]:
+    accuracy, error = expected.accuracy, expected.error
+    return {
+        "expected_accuracy": None if accuracy is None else round(accuracy, 4),
+        "expected_error": None if error is None else float(f"{error:.4g}"),
     }

@@ -1,0 +1,166 @@
+"""Training of an error model from held-out data, by gradient boosting and cross-fitting. Deterministic.
+
+The bins of expected errors come from answers that the trees did not see: each of FOLDS contiguous parts, as neighbours
+are alike, is predicted by trees fitted to the others (Chernozhukov et al. 2018, Double/debiased machine learning).
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float32s, Float64s, Ints
+from agent.errors import UsageError
+from agent.indices import bincount
+from agent.performance import expected_error, intervals
+from agent.performance.error_model import STEPS, ErrorModel, join_inputs
+from agent.performance.expected_error import ErrorReference
+
+MIN_ANSWERS, MAX_ANSWERS = 200, 20_000
+FOLDS = 5
+_TREES, _DEPTH, _RATE = 48, 3, 0.2
+_SHRINKAGE = 10.0  # answers of no error beyond the mean that each leaf is thought to hold
+_MAX_INPUTS = 32  # those that by themselves tell most of the error
+_CUTS, _TAIL_CUTS, _MIN_TAIL = 19, 6, 25  # of an input: evenly, and in each tail down to so many answers
+_MAX_QUANTILE = 0.995  # larger errors count as this one while trees are fitted
+# What the error model must explain of the squared deviations of unseen errors, and by how many standard errors.
+MIN_EXPLAINED, MIN_STANDARD_ERRORS = 0.01, 3.0
+
+
+class _Split(msgspec.Struct, frozen=True):
+    row: int  # of the search's inputs
+    cut: int
+
+
+class _SplitSearch:
+    """Search for the split of inputs (n, D) that explains a target best; values stand in bins between cuts."""
+
+    def __init__(self, inputs: Float64s) -> None:
+        tail = np.geomspace(min(_MIN_TAIL / len(inputs), 0.1), 0.1, _TAIL_CUTS)
+        quantiles = np.concatenate([tail, np.linspace(0.1, 0.9, _CUTS + 2)[1:-1], 1 - tail[::-1]])
+        self.width = len(quantiles) + 1
+        self.columns = [i for i, column in enumerate(inputs.T) if np.isfinite(column).any()]
+        known = [column[np.isfinite(column)] for column in inputs.T[self.columns]]
+        # Where a column ends, nothing is above the cut.
+        self.cuts = [np.unique(np.quantile(values, quantiles)) for values in known]
+        self.cuts = [cuts[cuts < values.max()] for cuts, values in zip(self.cuts, known, strict=True)]
+        columns = zip(self.cuts, inputs.T[self.columns], strict=True)
+        binned = [np.where(np.isnan(values), 0, np.searchsorted(cuts, values)) for cuts, values in columns]
+        self.bins = np.stack(binned)
+
+    def keep_best(self, target: Float64s) -> None:
+        """Search only the inputs that by themselves explain most of the target (n,)."""
+        gain = self.gains(target, np.zeros(len(target), np.int64), 1).max(1)
+        best = np.sort(np.argsort(-gain, kind="stable")[:_MAX_INPUTS]).tolist()
+        self.columns, self.cuts = [self.columns[i] for i in best], [self.cuts[i] for i in best]
+        self.bins = self.bins[best]
+
+    def gains(self, target: Float64s, leaf: Ints, leaves: int) -> Float64s:
+        """Return how much (inputs, bins) a split above each bin, in every leaf (n,) at once, lessens squared errors."""
+        inputs, shape = len(self.bins), (len(self.bins), leaves, self.width)
+        cells = leaves * self.width
+        place = (self.bins + leaf * self.width + (np.arange(inputs) * cells)[:, None]).ravel()
+        n = bincount(place, minlength=inputs * cells).reshape(shape).cumsum(-1)
+        total = bincount(place, np.tile(target, inputs), inputs * cells).reshape(shape).cumsum(-1)
+        above_n, above = n[..., -1:] - n, total[..., -1:] - total
+        gain = (total**2 / (n + _SHRINKAGE) + above**2 / (above_n + _SHRINKAGE)).sum(1)
+        for row, cuts in enumerate(self.cuts):
+            gain[row, len(cuts) :] = -np.inf
+        return np.asarray(gain)
+
+    def find_best(self, target: Float64s, leaf: Ints, leaves: int) -> _Split:
+        gain = self.gains(target, leaf, leaves)
+        return _Split(*(int(place) for place in np.unravel_index(gain.argmax(), gain.shape)))
+
+
+def train(statistics: Float32s | Float64s, answers: Float64s, errors: Float64s) -> ErrorReference:
+    """Return the error reference of held-out `answers` (n,) with `errors` (n,) to model windows (n, D), in order.
+
+    Of very many answers, evenly spaced ones are used. Raises UsageError if they are too few, or if unseen errors are
+    not predicted better than by their mean.
+    """
+    known = np.flatnonzero(np.isfinite(errors) & np.isfinite(answers))
+    if len(known) < MIN_ANSWERS:
+        raise UsageError(f"{len(known)} labelled windows; an estimate takes {MIN_ANSWERS}")
+    known = known[:: math.ceil(len(known) / MAX_ANSWERS)]
+    absolute = np.abs(errors[known])
+    mean = float(absolute.mean())
+    if not mean > 0 or not np.isfinite(absolute**2).all():
+        raise UsageError("all errors are zero, or beyond any number: nothing to estimate")
+    inputs, ratio = join_inputs(statistics[known], answers[known]), absolute / mean
+    unseen = _cross_fit(inputs, ratio)
+    loss = ((unseen - ratio) ** 2).mean(1)
+    trees = max(1, int(loss.argmin()))
+    _require_skill((unseen[0] - ratio) ** 2, (unseen[trees] - ratio) ** 2)
+    return _bin_errors(_boost(inputs, ratio, trees), np.rint(unseen[trees] * STEPS).astype(np.int64), absolute)
+
+
+def _require_skill(constant: Float64s, predicted: Float64s) -> None:
+    """Raise UsageError unless squared deviations (n,) of predictions are clearly below those of the mean."""
+    gain = constant - predicted
+    error = float(gain.std()) * math.sqrt(intervals.estimate_design_effect(gain) / len(gain))
+    explained = float(gain.mean() / max(float(constant.mean()), 1e-300))
+    if explained < MIN_EXPLAINED or gain.mean() < MIN_STANDARD_ERRORS * error:
+        raise UsageError(
+            f"the inputs explain {max(explained, 0.0):.1%} of how the model's error varies, which chance explains, too"
+        )
+
+
+def _bin_errors(model: ErrorModel, unseen: Ints, absolute: Float64s) -> ErrorReference:
+    """Return the reference with the errors (n,) by bin of their predictions (n,), finer where these are large."""
+    bins = expected_error.BINS
+    tail = 1 - np.geomspace(0.1, min(_MIN_TAIL / len(unseen), 0.1), 9)
+    edges = np.quantile(unseen, np.concatenate([np.linspace(0, 0.9, bins - 8)[1:-1], tail]))
+    edges = np.rint(edges).astype(np.int64)
+    place = np.searchsorted(edges, unseen, side="right")
+    total, squares = (bincount(place, values, bins) for values in (absolute, absolute**2))
+    return ErrorReference(model, edges, bincount(place, minlength=bins), total, squares)
+
+
+def _cross_fit(inputs: Float64s, ratio: Float64s) -> Float64s:
+    """Return the predictions (1 + trees, n) of each part by trees fitted to the others: the mean, then more trees."""
+    n = len(ratio)
+    fold = np.arange(n) * FOLDS // n
+    unseen = np.empty((1 + _TREES, n))
+    for number in range(FOLDS):
+        inside = fold == number
+        model = _boost(inputs[~inside], ratio[~inside], _TREES)
+        unseen[:, inside] = _predict_by_trees(model, inputs[inside])
+    return unseen
+
+
+def _predict_by_trees(model: ErrorModel, inputs: Float64s) -> Float64s:
+    """Return the predictions (1 + trees, n) by the first trees, none of them at first."""
+    bits = 1 << np.arange(_DEPTH)
+    parts = [
+        leaves[((inputs[:, columns] > splits) * bits).sum(1)]
+        for columns, splits, leaves in zip(model.inputs, model.splits, model.leaves, strict=True)
+    ]
+    return np.asarray(np.cumsum([np.full(len(inputs), model.base), *parts], axis=0) / STEPS)
+
+
+def _boost(inputs: Float64s, ratio: Float64s, trees: int) -> ErrorModel:
+    """Fit trees to errors (n,), as shares of their mean, one after another."""
+    target = np.minimum(ratio, np.quantile(ratio, _MAX_QUANTILE))
+    base = float(target.mean())
+    search, residual = _SplitSearch(inputs), target - base
+    search.keep_best(residual)
+    columns = np.zeros((trees, _DEPTH), np.int64)
+    splits, leaves = np.zeros((trees, _DEPTH)), np.zeros((trees, 1 << _DEPTH), np.int64)
+    for tree in range(trees):
+        leaf = np.zeros(len(residual), np.int64)
+        for level in range(_DEPTH):
+            split = search.find_best(residual, leaf, 1 << level)
+            columns[tree, level] = search.columns[split.row]
+            if split.cut < len(search.cuts[split.row]):
+                splits[tree, level] = search.cuts[split.row][split.cut]
+                leaf += (search.bins[split.row] > split.cut).astype(np.int64) << level
+            else:
+                # No input varies: every answer is in one leaf.
+                splits[tree, level] = np.finfo(np.float64).max
+        n, total = bincount(leaf, minlength=1 << _DEPTH), bincount(leaf, residual, 1 << _DEPTH)
+        leaves[tree] = np.rint(_RATE * total / (n + _SHRINKAGE) * STEPS)
+        residual = residual - leaves[tree][leaf] / STEPS
+    return ErrorModel(round(base * STEPS), columns, splits, leaves)

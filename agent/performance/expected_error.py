@@ -1,0 +1,108 @@
+"""Direct loss estimation (DLE): the absolute error to expect of a number without labels, from the model's inputs.
+
+Source: NannyML's DLE. An error model predicts the error of each answer. Held-out data tell how large errors really
+were in each of 32 bins of that prediction, made to ascend, and a drift window how many answers fell in it. DLE sees
+inputs at which the model errs more; it does not see a relation between inputs and truth that changed.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float32s, Float64s, Ints
+from agent.indices import bincount, repeat
+from agent.performance.cbpe import EMPTY_BIN_WEIGHT, PRIOR, isotonic_regression
+from agent.performance.error_model import ErrorModel
+
+ASSUMES = "inputs and truth are related as in the held-out data; no concept drift"
+BINS = 32
+
+
+class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """Errors of held-out answers in each bin of the error that `model` predicted."""
+
+    model: ErrorModel
+    edges: Ints  # (31,) inner edges, in steps of the error model
+    n: Ints  # (32,) answers
+    total: Float64s  # (32,) of their absolute errors
+    squares: Float64s  # (32,) sum of the squares of these
+
+    @property
+    def mean(self) -> float:
+        """Mean absolute error of the held-out answers."""
+        return float(self.total.sum() / self.n.sum())
+
+    @cached_property
+    def bin_error(self) -> Float64s:
+        """(32,) mean absolute error."""
+        return _ascend(self.n, self.total)
+
+    @cached_property
+    def bin_square(self) -> Float64s:
+        """(32,) mean square of the error."""
+        return _ascend(self.n, self.squares)
+
+    @property
+    def bin_ratio(self) -> Float64s:
+        """(32,) mean absolute error as a share of that of all held-out answers."""
+        return self.bin_error / self.mean
+
+    def count(self, statistics: Float32s | Float64s, answers: Float64s, windows: int) -> Ints:
+        """Count `answers` (w,) to model windows of statistics (w, D), one drift window's after another's, by bin.
+
+        Returns (W, 32); answers that are no finite number are left out.
+        """
+        known = np.isfinite(answers)
+        drift_window = repeat(np.arange(windows, dtype=np.int64), len(answers) // max(1, windows))
+        if not known.all():
+            statistics, answers, drift_window = statistics[known], answers[known], drift_window[known]
+        bins = np.searchsorted(self.edges, self.model.predict(statistics, answers), side="right")
+        return bincount(bins + BINS * drift_window, minlength=windows * BINS).reshape(windows, BINS)
+
+    def estimate(self, counts: Ints) -> dict[str, Any] | None:
+        """Return the expected error of answers counted by bin (32,), with its 95 % interval; None without answers.
+
+        The interval covers chance in the window's answers and in the held-out ones, not the error model's own errors.
+        """
+        answers = int(counts.sum())
+        if not answers:
+            return None
+        share = counts / answers
+        mae = float((share * self.bin_error).sum())
+        overall = float(self.squares.sum() / self.n.sum())
+        # A few small errors do not make a bin certain.
+        cautious = (self.squares + PRIOR * overall) / (self.n + PRIOR) - self.bin_error**2
+        variance = np.maximum(cautious, 0.0)
+        spread = 1.96 * float(np.sqrt((share * variance / answers + share**2 * variance / (self.n + PRIOR)).sum()))
+        error = {
+            "mae": mae,
+            "mae_low": max(0.0, mae - spread),
+            "mae_high": mae + spread,
+            "rmse": float(np.sqrt((share * self.bin_square).sum())),
+        }
+        rounded = {name: float(f"{value:.4g}") for name, value in error.items()}
+        return {**rounded, "method": "dle", "assumes": ASSUMES}
+
+    def is_valid(self, statistics: int) -> bool:
+        """Return True if it holds together for model windows of so many statistics."""
+        sums = np.stack([self.total, self.squares]) if self.total.shape == self.squares.shape == (BINS,) else None
+        return (
+            self.model.is_valid(statistics)
+            and self.edges.shape == (BINS - 1,)
+            and bool((np.diff(self.edges) >= 0).all())
+            and self.n.shape == (BINS,)
+            and bool((self.n >= 0).all() and self.n.any())
+            and sums is not None
+            and bool((np.isfinite(sums) & (sums >= 0)).all())
+            and bool(self.total.sum() > 0)
+        )
+
+
+def _ascend(n: Ints, total: Float64s) -> Float64s:
+    """Return the ascending means of each bin; one without answers follows its neighbours."""
+    weight = np.asarray(n + EMPTY_BIN_WEIGHT, np.float64)
+    return isotonic_regression((total + EMPTY_BIN_WEIGHT * total.sum() / n.sum()) / weight, weight)
