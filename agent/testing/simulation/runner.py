@@ -78,14 +78,15 @@ class Injected(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
-    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows;
-    `refusals`: why a roll-out did not start, by its plan file.
+    `fields` by stream; `task_streams`: the streams that each task reads; `class_tasks`: those whose model names classes;
+    `commit_s`: seconds between commits of rows; `refusals`: why a roll-out did not start, by its plan file.
     """
 
     injected: list[Injected]
     devices: list[str]
     fields: dict[str, list[str]]
     task_streams: dict[str, list[str]]
+    class_tasks: list[str]
     commit_s: float
     messages: int
     digest: str
@@ -213,6 +214,7 @@ class Simulation:
             devices=[*self._names],
             fields=self._setup.fields,
             task_streams=self._setup.task_streams,
+            class_tasks=self._setup.class_tasks,
             commit_s=float(self._setup.config.buffer.commit_every),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
