@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import random
 import resource
 import secrets
 import time
@@ -127,6 +128,8 @@ class Simulation:
             progress,
         )
         self.room = MachineRoom(scenario.seed, scenario.start_us, is_repeatable=broker is None)
+        # Apart from keys and ids, of which another version may draw more.
+        self._starts = random.Random(f"starts/{scenario.seed}")
         self._pace = None if speed is None else Pace(speed)
         # Nobody's messages of an earlier run, which a real broker may retain.
         self._fleet = _FLEET if broker is None else f"{_FLEET}-{secrets.token_hex(4)}"
@@ -248,7 +251,7 @@ class Simulation:
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
             durable_files.write(file, self._setup.device_toml(file.read_text(encoding="utf-8"), group).encode(), 0o600)
-            start_s = self.room.rng.uniform(0.0, float(self._scenario.groups[group].start_within))
+            start_s = self._starts.uniform(0.0, float(self._scenario.groups[group].start_within))
             feeds = self._make_feeds(name, number, start_s)
             self.devices[name] = SimulatedDevice(
                 *(name, home, self.room, self.air, feeds, self._models, partial(self._labels.find, name))
@@ -350,7 +353,7 @@ class Simulation:
         self._schedule_daemon(name, self.room.now_s)
         self._schedule_uplink(name, self.room.now_s)
         # Not all in the same moment: a real fleet does not, either.
-        self._at(self.room.now_s + self.room.rng.random(), lambda: self._turn_feed(name, boot))
+        self._at(self.room.now_s + self._starts.random(), lambda: self._turn_feed(name, boot))
 
     def _turn_feed(self, name: str, boot: int) -> None:
         device = self.devices[name]
