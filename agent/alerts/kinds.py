@@ -10,7 +10,7 @@ from functools import cache
 
 from msgspec.structs import replace
 
-from agent.alerts.alert import Alert, AlertKind, MonitoredAlert
+from agent.alerts.alert import OUTPUT_PREFIX, Alert, AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."
@@ -486,10 +486,10 @@ def monitoring_kind(alert: MonitoredAlert, subject: str) -> AlertKind:
     """Return the kind of a drift monitor's alert about a field, or about an output, score or joint statistics."""
     if alert == "fault":
         return FIELD_FAULT
-    other = FURTHER_OUTPUT_DRIFT if subject.startswith("output.") else FIELD_DRIFT
+    other = FURTHER_OUTPUT_DRIFT if subject.startswith(OUTPUT_PREFIX) else FIELD_DRIFT
     return _MONITORED.get((alert, subject), other)
 
 
 def monitored_names(subject: str) -> dict[str, str]:
     """Return the names that a drift monitor's alert about this subject is filled in with."""
-    return {"field": subject, "output": subject.removeprefix("output.")}
+    return {"field": subject, "output": subject.removeprefix(OUTPUT_PREFIX)}

@@ -149,6 +149,7 @@ def _load_recordings(
             hint = did_you_mean(name, parsed.streams)
             raise UsageError(f"--recording {name}=…: no stream {name!r} in {file}{hint}")
     used = {task.stream for task in parsed.tasks.values()}
+    used |= {joined.stream for task in parsed.tasks.values() for joined in task.inputs.values()}
     if missing := sorted(used - recordings.keys()):
         raise UsageError(f"{file}: stream {missing[0]!r} has no recording; add --recording {missing[0]}=FILE")
     return {name: feed.load(path, parsed.streams[name], columns) for name, (path, columns) in recordings.items()}
