@@ -79,7 +79,7 @@ class Injected(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
-    `fields` by stream; `task_streams`: the streams that each task reads; `class_tasks`: those whose model names classes;
+    `fields` by stream; `task_streams`: streams that each task reads; `class_tasks`: those whose model names classes;
     `commit_s`: seconds between commits of rows; `refusals`: why a roll-out did not start, by its plan file.
     """
 
