@@ -189,15 +189,18 @@ class Client:
         t: float | None = None,
         source: str = "human",
         author: tuple[str, str] | None = None,
+        output: str = "",
     ) -> None:
         """Send the ground truth of the prediction of `task` at `row`, or nearest to `t` in epoch seconds.
 
         `source` is human, system, model or verdict; the last two do not count in the model's metrics. `author`: a name
         and its token from `outstation label-token`. A label without one is counted, but no roll-out acts on it.
+        `output` names a further output of the model.
         """
         place = {"row": row} if row is not None else {"t": t}
+        more = {"output": output} if output else {}
         proof = {} if author is None else {"by": author[0], "token": author[1]}
-        self._send(_encode({"labels": task, **place, "label": label, "source": source, **proof}) + b"\n")
+        self._send(_encode({"labels": task, **place, "label": label, "source": source, **more, **proof}) + b"\n")
 
     def flush(self) -> FlushResult:
         """Wait until all lines are committed, and return their outcome."""

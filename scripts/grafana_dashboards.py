@@ -110,7 +110,7 @@ def database_panels(sql: Dialect) -> tuple[Panel, ...]:
               'SELECT "to" AS time, device, task, state, n FROM drift_windows '
               f'WHERE {devices} AND "to" {period} ORDER BY "to" DESC LIMIT 500'),
         Panel("Accuracy by labels", "timeseries",
-              f"SELECT {sql.time.format('time')} AS time, device || ' ' || task || ' ' || metric "
+              f"SELECT {sql.time.format('time')} AS time, device || ' ' || task || ' ' || output || ' ' || metric "
               "|| CASE WHEN source = 'verdicts' THEN ' by verdicts' ELSE '' END AS metric, value "
               f"FROM metrics WHERE {devices} AND slice = '' AND time {period} ORDER BY 1"),
         Panel("Messages stored", "timeseries",

@@ -66,6 +66,7 @@ _MARKS = {
         "tests.end_to_end.test_daemon",
         "tests.kit.exchanges",
         "tests.kit.kills",
+        "tests.kit.outputs",
         "tests.kit.repositories",
         "tests.kit.rollouts",
         "tests.kit.stations.Killable",

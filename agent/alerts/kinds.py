@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from agent.alerts.alert import AlertKind, MonitoredAlert
+from msgspec.structs import replace
+
+from agent.alerts.alert import OUTPUT_PREFIX, Alert, AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."
@@ -410,7 +412,8 @@ CERTIFICATE_ENDS = AlertKind(
 OUTLIER_DEVICE = AlertKind(
     *("Device unlike its fleet", "outlier", "{field}", "collector/outlier/{task}/{field}", "warning", "collector"),
     "The mean or the spread of a field on one device is far from that of all other devices with the same bundle: more "
-    "than 3.5 robust standard deviations from the median, in two surveys in a row.",
+    "than 3.5 robust standard deviations from the median, in two surveys in a row. A deviation that more than a "
+    "quarter of the devices share is another kind of site, and raises nothing.",
     "A sensor that was mounted otherwise from the start, which the device's own reference takes for normal; another "
     "use of the machine; a wrong unit or calibration.",
     "`outstation fleet drift --task TASK` compares the devices; look at the sensor of this one.",
@@ -439,12 +442,28 @@ _MONITORED = {(kind.alert, kind.subject): kind for kind in (OUTPUT_DRIFT, SCORE_
 def find_kind(alert: str, subject: str, identity: str, task: str | None, *, from_collector: bool) -> AlertKind | None:
     """Return the kind that an alert's names fit; None for none. The kind with fewest names in braces fits best."""
     own_id = identity.removeprefix(f"{task}/") if task is not None and not from_collector else identity
+    if alert == "quality" and "/" in subject:
+        output, _, subject = subject.partition("/")
+        own_id = own_id.replace(f"quality/{output}/", "quality/", 1)
     for kind in _by_precision():
         if kind.alert != alert or (kind.source == "collector") != from_collector:
             continue
         if _pattern(kind.subject).fullmatch(subject) and _pattern(kind.id).fullmatch(own_id):
             return kind
     return None
+
+
+def name_output(alert: Alert, output: str) -> Alert:
+    """Return an alert about labels as one about those of a further output; "" is the first output."""
+    if not output:
+        return alert
+    return replace(
+        alert,
+        subject=f"{output}/{alert.subject}",
+        id=alert.id.replace("quality/", f"quality/{output}/", 1),
+        summary=f"output {output}: {alert.summary}",
+        evidence={"output": output, **alert.evidence},
+    )
 
 
 def _precision(kind: AlertKind) -> tuple[int, int]:
@@ -467,10 +486,10 @@ def monitoring_kind(alert: MonitoredAlert, subject: str) -> AlertKind:
     """Return the kind of a drift monitor's alert about a field, or about an output, score or joint statistics."""
     if alert == "fault":
         return FIELD_FAULT
-    other = FURTHER_OUTPUT_DRIFT if subject.startswith("output.") else FIELD_DRIFT
+    other = FURTHER_OUTPUT_DRIFT if subject.startswith(OUTPUT_PREFIX) else FIELD_DRIFT
     return _MONITORED.get((alert, subject), other)
 
 
 def monitored_names(subject: str) -> dict[str, str]:
     """Return the names that a drift monitor's alert about this subject is filled in with."""
-    return {"field": subject, "output": subject.removeprefix("output.")}
+    return {"field": subject, "output": subject.removeprefix(OUTPUT_PREFIX)}

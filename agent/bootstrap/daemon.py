@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.bootstrap import device, rollout, sinks
+from agent.bootstrap.model_host import ModelHost
 from agent.bootstrap.tasks import Activate, load_task, open_crash_marker, parse_public_keys
 from agent.clock import ClockReading
 from agent.config import Config
@@ -29,7 +30,7 @@ from agent.device.intake.sources.registry import source_module
 from agent.device.machine import certificate, label_key
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import TrustedKeys
-from agent.device.pipeline import label_metrics
+from agent.device.pipeline import labelled_output
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask
 from agent.device.rollout import saved_drift
@@ -71,7 +72,7 @@ def load_scheduled_tasks(
         try:
             loaded = load_task(file, conf, store, name, marker=marker, on_wait=on_wait, activate=activate)
         except BadBundle as problem:
-            loaded = _load_previous(file, conf, store, name, marker, on_wait)
+            loaded = _load_previous(file, conf, store, name, marker, on_wait, activate)
             fallback = "" if loaded is None else str(history.bundle_ref(loaded.bundle))
             failures.append(BundleFailure(name, task.bundle, str(problem), fallback))
         if loaded is not None:
@@ -80,7 +81,13 @@ def load_scheduled_tasks(
 
 
 def _load_previous(
-    file: Path, conf: Config, store: Store, name: str, marker: CrashMarker | None, on_wait: Callable[[], None]
+    file: Path,
+    conf: Config,
+    store: Store,
+    name: str,
+    marker: CrashMarker | None,
+    on_wait: Callable[[], None],
+    activate: Activate,
 ) -> LoadedTask | None:
     """Load the task with the newest bundle that ran for it before and still loads."""
     excluded = {history.configured_digest(conf.tasks[name].bundle, conf.data_dir)}
@@ -88,7 +95,7 @@ def _load_previous(
     for ref in history.available_bundles(store, name, conf.data_dir, excluded):
         with suppress(BadBundle, ConfigError):
             folder = history.copy_folder(conf.data_dir, ref.digest)
-            return load_task(file, conf, store, name, folder, marker=marker, on_wait=on_wait)
+            return load_task(file, conf, store, name, folder, marker=marker, on_wait=on_wait, activate=activate)
     return None
 
 
@@ -185,9 +192,10 @@ def build_daemon(
     now: Callable[[], ClockReading] | None = None,
     open_sink: OpenSink | None = None,
     pause: Callable[[float], object] | None = None,
-    activate: Activate = activation.activate,
+    host: ModelHost | None = None,
 ) -> Daemon:
     """Build the daemon. A simulation gives its own clock, sink and models. Raises UsageError, ConfigError."""
+    host = host or ModelHost()
     message_log = device.open_message_log(file, conf, store)
     now = now or make_clock(store)
     trusted = _open_trusted_keys(file, conf, store, message_log, now)
@@ -201,7 +209,7 @@ def build_daemon(
     def on_model_wait() -> None:
         signals.on_model_wait()
 
-    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait, activate)
+    scheduled, failures = load_scheduled_tasks(file, conf, store, marker, on_model_wait, host.activate)
     _record_bundles(conf, store, message_log, scheduled, now())
 
     def on_rows_committed() -> None:
@@ -211,7 +219,7 @@ def build_daemon(
 
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, on_rows_committed, signals.fail),
-        lambda: label_metrics.build_label_targets([entry.task for entry in scheduled]),
+        lambda: labelled_output.build_label_targets([entry.task for entry in scheduled]),
         label_key.FILE.load_or_create(conf.data_dir),
     )
     uplink = Uplink(
@@ -220,10 +228,11 @@ def build_daemon(
         receivers=[trusted, receiver, desired_states],
         pause=pause,
     )
-    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait, activate=activate)
+    load = partial(load_task, file, conf, store, marker=marker, on_wait=on_model_wait, activate=host.activate)
     make_updater = partial(
         rollout.build_updater,
-        *(file, conf, store, message_log, desired_states, _list_publishers(file, conf, trusted), marker, signals.wake),
+        *(file, conf, store, message_log, desired_states, _list_publishers(file, conf, trusted)),
+        *(marker, host, signals.wake),
     )
     make_commands = partial(_build_commands, file, conf, store, message_log, trusted, receiver, load)
     return Daemon(

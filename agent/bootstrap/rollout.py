@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.bootstrap import tasks
+from agent.bootstrap.model_host import ModelHost
 from agent.config import Config
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.pipeline import tuning_cache
@@ -21,9 +22,9 @@ from agent.device.rollout.supply import BundleSupply
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.model import activation
 from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle.bundle import Bundle
+from agent.model.sandbox.probe import ProbeReport
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import PublicKey
@@ -33,9 +34,16 @@ class TaskFactory:
     """Makes tasks of proven bundles; `on_wait` is called while the daemon waits for a subprocess model."""
 
     def __init__(
-        self, file: Path, conf: Config, store: Store, marker: CrashMarker | None, on_wait: Callable[[], None]
+        self,
+        file: Path,
+        conf: Config,
+        store: Store,
+        marker: CrashMarker | None,
+        host: ModelHost,
+        on_wait: Callable[[], None],
     ) -> None:
-        self._file, self._conf, self._store, self._marker, self._on_wait = file, conf, store, marker, on_wait
+        self._file, self._conf, self._store, self._marker = file, conf, store, marker
+        self._host, self._on_wait = host, on_wait
 
     def start(self, name: str, proven: ProvenBundle, rules: CanaryRules | None = None) -> LoadedTask:
         """Start the model, as a candidate within the timeout of `rules`. Raises BadBundle, ConfigError."""
@@ -46,10 +54,9 @@ class TaskFactory:
         self._save_tuning(name, proven)
         policy = tasks.model_policy(self._conf)
         if rules is None:
-            active = activation.load_bundle(proven, guard_run, policy, self._on_wait)
+            active = self._host.load(proven, guard_run, policy, self._on_wait)
         else:
-            # A candidate is never loaded into the daemon.
-            model = SubprocessModel(proven.bundle, proven.tuning, policy, self._on_wait, rules.batch_timeout_s)
+            model = self._host.start_candidate(proven, policy, self._on_wait, rules.batch_timeout_s)
             active = LoadedBundle(proven.bundle, proven.reference, proven.tuning, model)
         return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
 
@@ -72,19 +79,24 @@ def build_updater(
     desired_states: DesiredStateStore,
     publishers: Callable[[], Sequence[PublicKey]],
     marker: CrashMarker | None,
+    host: ModelHost,
     wake: Callable[[], None],
     runtime: Runtime,
     on_wait: Callable[[], None],
 ) -> BundleUpdater:
     """Build the updater; `wake` ends a wait of the main loop, `on_wait` is called while a subprocess model runs."""
     fetcher = None if conf.updates is None else Fetcher(conf, store)
-    check_fit, known_tunings = partial(tasks.check_fields, file, conf), partial(tuning_cache.load, store)
-    policy = tasks.model_policy(conf)
+    check_fit, policy = partial(tasks.check_fields, file, conf), tasks.model_policy(conf)
+
+    def probe(task: str, verified: Bundle) -> ProbeReport:
+        return host.probe(verified, tuning_cache.load(store, task), policy)
+
     supplies = {
-        name: BundleSupply(conf, publishers, fetcher, check_fit, known_tunings, policy, wake) for name in conf.tasks
+        name: BundleSupply(conf, publishers, fetcher, check_fit, probe, host.start_job, wake) for name in conf.tasks
     }
     schedule = partial(make_scheduled_task, str(file), conf, store)
-    serving = ServingManager(store, message_log, runtime, TaskFactory(file, conf, store, marker, on_wait), schedule)
+    factory = TaskFactory(file, conf, store, marker, host, on_wait)
+    serving = ServingManager(store, message_log, runtime, factory, schedule)
     rollouts = RolloutExecutor(conf, store, message_log, desired_states, serving, supplies)
 
     def wake_rollouts() -> None:

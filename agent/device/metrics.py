@@ -16,6 +16,12 @@ from agent import clock
 _SEVERITIES = ("critical", "warning", "info")
 _QUALITIES = ("synced", "restored", "unsynced")
 _LABEL_KINDS = ("truth", "verdicts", "model")
+_NO_QUALITY: dict[str, Any] = {"metrics": []}
+_QUALITY_HELP = {
+    "value": "Metric of the newest labelled results.",
+    "low": "Lower bound of the metric's 95 % interval.",
+    "high": "Upper bound of the metric's 95 % interval.",
+}
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 
 
@@ -90,13 +96,28 @@ def _build_task_families(status: Mapping[str, Any]) -> Iterator[Family]:
     yield each("drift_windows_total", "Drift windows that the task tested.", "windows", "counter")
     yield Family(
         "outstation_task_labels", "gauge", "Stored labels: ground truth, verdicts, or the model's own answers.",
-        [({"task": task["task"], "kind": kind}, task["labels"][kind]) for task in tasks for kind in _LABEL_KINDS],
+        [({**names, "kind": kind}, output["labels"][kind]) for names, output in _list_outputs(tasks)
+         for kind in _LABEL_KINDS],
     )  # fmt: skip
+    for suffix, member in (("", "value"), ("_low", "low"), ("_high", "high")):
+        yield Family(
+            f"outstation_task_quality{suffix}", "gauge", _QUALITY_HELP[member],
+            [({**names, "metric": metric["metric"]}, metric[member]) for names, output in _list_outputs(tasks)
+             for metric in (output["quality"] or _NO_QUALITY)["metrics"] if not metric.get("slice")],
+        )  # fmt: skip
     yield Family(
         "outstation_task_alerts_open", "gauge", "Open alerts about the task's data, results and model.",
         [({"task": task["task"], "severity": severity}, count) for task in tasks
          for severity, count in _count_severities(task["open"])],
     )  # fmt: skip
+
+
+def _list_outputs(tasks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
+    """Yield the labels of each output's samples, and what the status document says about it."""
+    for task in tasks:
+        yield {"task": task["task"]}, task
+        for name, output in task["outputs"].items():
+            yield {"task": task["task"], "output": name}, output
 
 
 def _count_severities(alerts: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:

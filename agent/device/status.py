@@ -19,12 +19,13 @@ from agent.device.bundles import history, overrides, rollout_state
 from agent.device.capacity import space
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
-from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
+from agent.device.pipeline import deadline, drift_state, joined_streams, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.samples import budget
 from agent.device.store import cost, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.message_log import MessageLog
+from agent.device.store.predictions import list_outputs, output_key
 from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
@@ -92,14 +93,13 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
 
 def limit_status(document: Mapping[str, Any], message_log: MessageLog) -> dict[str, Any]:
     """Return a status document without the alerts and label metrics that the owners of streams keep on the device."""
-    tasks = [
-        {
-            **task,
-            "open": [alert for alert in task["open"] if not alert.get("kept")],
-            "quality": None if message_log.field_privacy(task["task"]).keeps("quality") else task["quality"],
-        }
-        for task in document["tasks"]
-    ]
+    tasks = []
+    for task in document["tasks"]:
+        limited = {**task, "open": [alert for alert in task["open"] if not alert.get("kept")]}
+        if message_log.field_privacy(task["task"]).keeps("quality"):
+            outputs = {name: {**output, "quality": None} for name, output in task["outputs"].items()}
+            limited |= {"quality": None, "outputs": outputs}
+        tasks.append(limited)
     alerts = [alert for alert in document["alerts"] if not alert.get("kept")]
     return {**document, "tasks": tasks, "alerts": alerts}
 
@@ -127,7 +127,7 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
     cursor = store.cursor(name) or 0
     bundles = history.load_history(store, name)
     tunings = tuning_cache.load(store, name)
-    label_metrics = store.load_state(name, task_keys.LAST_LABEL_METRICS)
+    outputs = {output: _describe_output(store, name, output) for output in store.query(list_outputs, name)}
     return {
         "task": name,
         "stream": task.stream,
@@ -140,11 +140,22 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
         "site_reference": store.load_state(name, task_keys.SITE_REFERENCE) is not None,
         "reference": _summarize_reference(conf, store, name),
         "open": store.open_alerts(name),
-        "labels": msgspec.to_builtins(store.query(label_store.count_labels, name)),
-        "quality": json.loads(label_metrics) if label_metrics else None,
+        **outputs.pop(""),
+        "outputs": outputs,
+        **joined_streams.to_status(store, name, task.inputs),
         **deadline.to_status(store, counters, name, task.deadline),
         **overrides.to_status(store, name),
         **rollout_state.build_status(store, name, conf.device.id),
+    }
+
+
+def _describe_output(store: Store, task: str, output: str) -> dict[str, Any]:
+    """Return the stored labels of an output, and its newest metrics by them."""
+    key = output_key(task, output)
+    label_metrics = store.load_state(key, task_keys.LAST_LABEL_METRICS)
+    return {
+        "labels": msgspec.to_builtins(store.query(label_store.count_labels, key)),
+        "quality": json.loads(label_metrics) if label_metrics else None,
     }
 
 

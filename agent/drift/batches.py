@@ -29,7 +29,7 @@ from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 # Fields of drift windows that are looked at together: fewer cost more calls of Python, more need more memory. Wide rows
 # are looked at in so many windows, if these have no more fields than the second number.
 MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 512, 2048, 16
-MAX_VALUES_PER_PASS = 1 << 17  # about
+MAX_VALUES_PER_PASS = 1 << 18  # about
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.alerts.alert import Alert, MonitoredAlert
-from agent.arrays import Float32s, Float64s, Ints
+from agent.arrays import Float32s, Float64s, Ints, any_true
 from agent.drift.baseline import sampling, summary, window_statistics
 from agent.drift.baseline.deviation import ReferenceGuard
 from agent.drift.baseline.learning_state import LearningState
@@ -194,9 +195,11 @@ class Batch(msgspec.Struct, frozen=True):
         """Return a part with these model windows."""
         begin, end = int(self.starts[index][0]), int(self.starts[index][-1]) + shipped.window_rows
         values, starts = np.ascontiguousarray(self.features[begin:end], np.float32), self.starts[index] - begin
-        finite = np.isfinite(values)
-        if not finite.all():
-            values = np.where(finite, values, np.float32(np.nan))
+        with np.errstate(over="ignore", invalid="ignore"):
+            # One pass without an array of its own; infinities and missing values both show.
+            is_finite = math.isfinite(values.sum())
+        if not is_finite and any_true(np.isinf(values)):
+            values = np.where(np.isinf(values), np.float32(np.nan), values)
         return BatchPart(
             values=values,
             starts=starts,

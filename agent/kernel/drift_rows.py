@@ -16,6 +16,7 @@ _BINS, _SIZES, _SINGLE = 34, 64, 5
 # After the bins: missing, outside, spikes, longest, the open run; four rows of extremes; then sizes.
 _EXTREMES, _SIZE = _BINS + _SINGLE, _BINS + _SINGLE + 4
 _PER_FIELD = _SIZE + _SIZES
+_NO_ROWS: Float32s = np.empty((0, 0), np.float32)
 
 
 class RowLimits:
@@ -88,7 +89,7 @@ def count(
         raise ValueError("drift rows do not have the fields of their limits")
     if n == 0 or len(before) > 2 or (len(before) and windows > 1):
         raise ValueError("drift rows to count are none, or follow on from too many")
-    singles, earlier = to_singles(rows), to_singles(before)
+    singles, earlier = to_singles(rows), to_singles(before) if len(before) else _NO_ROWS
     if singles is None or earlier is None:
         return None
     last, run = np.ascontiguousarray(last, np.float64), np.ascontiguousarray(run, np.int64)

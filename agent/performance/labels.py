@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+
+from agent.names import is_name
 
 # A verdict is of a person who saw the prediction first.
 HUMAN, MODEL, SYSTEM, VERDICT = SOURCES = ("human", "model", "system", "verdict")
@@ -25,7 +27,7 @@ ANOMALY = ("normal", "anomaly")
 class Label(msgspec.Struct, frozen=True):
     """Label of the result at `row`, or of the one nearest to `t` (epoch µs); one of the two is None.
 
-    `by`: who gave it, if that is authenticated.
+    `by`: who gave it, if that is authenticated. `output`: the further output that it is about, "" for the first one.
     """
 
     row: int | None
@@ -33,6 +35,7 @@ class Label(msgspec.Struct, frozen=True):
     text: str
     source: str = HUMAN
     by: str = ""
+    output: str = ""
 
 
 class LabelSchema(msgspec.Struct, frozen=True):
@@ -98,10 +101,13 @@ class LabelSchema(msgspec.Struct, frozen=True):
 
 
 class LabelTarget(msgspec.Struct, frozen=True):
-    """A task whose results may be labelled: its stream, and what its labels may be."""
+    """A task whose results may be labelled: its stream, and what the labels of each output may be.
+
+    The first output has the name "".
+    """
 
     stream: str
-    label_schema: LabelSchema
+    schemas: Mapping[str, LabelSchema]
 
 
 def parse_anomaly(text: str) -> float | None:
@@ -109,8 +115,11 @@ def parse_anomaly(text: str) -> float | None:
     return _ANOMALY_TEXTS.get(text.lower())
 
 
-def parse_label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
+def parse_label(row: Any, t: Any, text: Any, source: Any = None, output: Any = None) -> Label:
     """Return the label from unchecked values; `t` is epoch seconds. Raises ValueError."""
+    output = "" if output is None else output
+    if not isinstance(output, str) or (output and not is_name(output)):
+        raise ValueError(f"output {str(output)[:40]!r} is no name of an output")
     if (row is None) == (t is None):
         raise ValueError("give one of row and t")
     if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 1 <= row < 2**53):
@@ -120,7 +129,7 @@ def parse_label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
     source = HUMAN if source in (None, "") else source
     if source not in SOURCES:
         raise ValueError(f"source {str(source)[:40]!r} must be one of {', '.join(SOURCES)}")
-    return Label(row, None if t is None else round(t * 1e6), _label_text(text), source)
+    return Label(row, None if t is None else round(t * 1e6), _label_text(text), source, output=output)
 
 
 def _label_text(value: Any) -> str:

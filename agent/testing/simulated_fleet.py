@@ -52,7 +52,11 @@ class SimulatedFleet:
         self._handler = _TailHandler(self._log)
         logging.getLogger().addHandler(self._handler)
         self._outcome: Outcome | None = None
-        self._simulation.start()
+        try:
+            self._simulation.start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def database(self) -> Path:
@@ -162,7 +166,8 @@ def _read_scenario(
         file.write_text(given, encoding="utf-8")
     else:
         file.write_text(setup.render_toml({"duration": _DEFAULT_DURATION, **(given or {})}), encoding="utf-8")
-    return scenario.load(file, chosen.fields, [*chosen.config.tasks], devices)
+    tasks, groups = [*chosen.config.tasks], chosen.config.device.groups
+    return scenario.load(file, chosen.fields, tasks, devices, groups)
 
 
 def _shorten(document: dict[str, Any]) -> str:

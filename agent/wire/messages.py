@@ -269,8 +269,11 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
+    """Metrics of one output of a model by labels; `output` is empty for the first one."""
+
     task: ShortText
     model: ModelRef | None = None
+    output: Annotated[str, msgspec.Meta(max_length=64)] = ""
     window: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None

@@ -131,7 +131,7 @@ def run_queries(store: FleetStore) -> None:
 
 def _read_device(db: Connection, device: str, log: str, task: str) -> None:
     """Read what the page of a device shows."""
-    history.load_quality(db, device, log, 20)
+    history.load_quality(db, device, log, task, 60)
     history.load_phases(db, device, log, 100)
     history.load_windows(db, device, task, 100)
     history.load_collector_metrics(db, device, task)

@@ -12,7 +12,7 @@ from agent.bootstrap import device, tasks
 from agent.cli import cli
 from agent.clock import ClockReading
 from agent.device.intake import labels
-from agent.device.pipeline import batch, label_metrics
+from agent.device.pipeline import batch, labelled_output
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.fleet.database.ingest import Arrival
@@ -80,7 +80,7 @@ def build_device(folder: Path) -> Path:
                 tx.append(STREAM, rows, "synced", segment=segment.number, boot_us=NOW.boot_us)
             while first < CONSUMED and (first + CHUNK) % 500 == 0 and batch.run(task, store, message_log, NOW):
                 pass
-        targets = label_metrics.build_label_targets([task])
+        targets = labelled_output.build_label_targets([task])
         with store.transaction() as tx:
             for row in range(100, CONSUMED, 100):
                 labels.store_label(tx, TASK, targets[TASK], Label(row, None, "PEN"), NOW)

@@ -14,7 +14,7 @@ from agent.bootstrap.device import open_message_log
 from agent.cli import cli
 from agent.cli.device.reply import print_reply
 from agent.device.intake import labels
-from agent.device.pipeline import label_metrics
+from agent.device.pipeline import label_metrics, labelled_output
 from agent.device.status import build_document
 from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageDamaged, StorageError, UsageError
@@ -54,7 +54,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             alert(store, made, "storage", f"watch{i}", "raised", "rows cannot be read back.")
         with store.transaction() as tx:
             for row in range(100, 6100, 100):
-                target = label_metrics.build_label_targets([task])["exercise"]
+                target = labelled_output.build_label_targets([task])["exercise"]
                 assert labels.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
         label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
     finally:

@@ -134,15 +134,15 @@ def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path
     path = tmp_path / "fleet.db"
     FleetStore(path).close()
     *_, newest = MIGRATIONS
-    assert newest.name == "index_drift_windows_by_time"
+    assert newest.name == "name_output_of_metrics"
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("DROP INDEX drift_windows_by_time")
+        db.execute("ALTER TABLE metrics DROP COLUMN output")
         db.execute("DELETE FROM _sqlite_migrations WHERE name = ?", (newest.name,))
     with pytest.raises(UsageError, match="created by an older version"):
         FleetStore(path, read_only=True)
     FleetStore(path).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'drift_windows_by_time'").fetchone() == (1,)
+        assert db.execute("SELECT count(output) FROM metrics").fetchone() == (0,)
     FleetStore(path, read_only=True).close()
 
 

@@ -36,8 +36,9 @@ class Book(Client):
         t: float | None = None,
         source: str = "human",
         author: tuple[str, str] | None = None,
+        output: str = "",
     ) -> None:
-        assert (task, t, source) == ("solar", None, "system")
+        assert (task, t, source, output) == ("solar", None, "system", "")
         self.sent.append((row, label))
 
 

@@ -35,7 +35,8 @@ def run(events: Sequence[dict[str, Any]], *alerts: RaisedAlert, devices: Sequenc
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
         task_streams={"motion": ["watch"], "sound": ["mic"]}, commit_s=10.0, messages=0, digest="", rows=0, rejected=0,
-        labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(), simulated_s=0.0, real_s=0.0, peak_bytes=0,
+        labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(), refusals={},
+        simulated_s=0.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts)
 

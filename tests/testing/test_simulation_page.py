@@ -39,10 +39,14 @@ def _report(name: str, **answer: Any) -> dict[str, Any]:
         },
     ]  # fmt: skip
     invalid = [{"device": name, "seq": 1, "reason": name}]
+    step = {"at": 1.0, "label": name, "devices": {name: [name]}, "why": name}
+    device = {"device": name, "runs": name, "phases": [{"phase": name, "at": 2.0}], "why": name}
+    rollout = {"name": name, "version": name, "outcome": name, "ends": name, "passed": False, "why": name}
+    rollout |= {"steps": [step], "devices": [device]}
     return {
         "passed": False, "seed": 1, "devices": 5, "simulated_seconds": 14400.0, "messages": 1, "rows": 1,
         "messages_per_second": 1.0, "messages_digest": name, "peak_bytes": 1, "undelivered": [name], "missed": 1,
-        "events": events, "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},
+        "events": events, "rollouts": [rollout], "false_alarms": {"n": 1, "budget": 0, "alerts": [alert]},
         "audit": {"passed": False, "messages": 1, "devices": 5, "invalid": invalid},
     }  # fmt: skip
 

@@ -84,9 +84,9 @@ def simulate(**given: Any) -> None:
     bundle of each device and the audit. Exit 1 if the audit fails, or the rollout did not end within --duration.
 
     --scenario runs the real code of all devices in this process, on a virtual clock and a broker in memory: faults of
-    sensors, networks, clocks, power and disks, and labels. The report says what was found, when and by whom. The same
-    seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed, there were
-    more false alarms than the scenario's budget, or the audit fails.
+    sensors, networks, clocks, power and disks, labels, and roll-outs. The report says what was found, when and by whom.
+    The same seed gives the same messages, byte for byte, unless they go over --broker. Exit 1 if an event was missed,
+    there were more false alarms than the scenario's budget, a roll-out ended otherwise, or the audit fails.
     """
     started_s = time.monotonic()
     exit_on_signals()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
         stream: _split_columns(file) for stream, file in (_split("--recording", text) for text in options.recordings)
     }
     setup = setups.load(options.config_file, home, bundles, recordings, options.publishers)
-    scenario = scenarios.load(options.scenario_file, setup.fields, list(setup.config.tasks), options.devices)
+    scenario = scenarios.load(
+        *(options.scenario_file, setup.fields, list(setup.config.tasks), options.devices, setup.config.device.groups)
+    )
     if options.seed is not None:
         scenario = msgspec.structs.replace(scenario, seed=options.seed)
     with (
@@ -111,6 +114,8 @@ def _split_columns(text: str) -> tuple[Path, list[str]]:
 def _print_scenario(document: dict[str, Any]) -> None:
     rows = [_event_row(event) for event in document["events"]]
     print_table(["at", "event", "devices", "found"], rows, "No events.")
+    for rollout in document["rollouts"]:
+        _print_rollout(rollout)
     alarms = document["false_alarms"]
     echo("")
     for alarm in alarms["alerts"][:_MAX_SENTENCES]:
@@ -128,10 +133,22 @@ def _print_scenario(document: dict[str, Any]) -> None:
     print_audit(document["audit"], document["seconds"])
 
 
+def _print_rollout(rollout: dict[str, Any]) -> None:
+    """Print the steps of a roll-out, and how many devices ended in each phase."""
+    expected = "" if rollout["passed"] else f", expected {rollout['ends']}"
+    echo(f"\nroll-out {rollout['name']} {rollout['version']}: {rollout['outcome']}{expected}: {rollout['why']}")
+    for step in rollout["steps"]:
+        reached = ", ".join(f"{len(set(names))} {phase}" for phase, names in step["devices"].items())
+        echo(f"  {format_span(step['at'])}: {step['label']}: {reached or 'no device'}")
+    phases = Counter(device["phase"] for device in rollout["devices"])
+    if phases:
+        echo(f"  at the end: {', '.join(f'{count} {phase}' for phase, count in sorted(phases.items()))}")
+
+
 def _event_row(event: dict[str, Any]) -> list[str]:
     """Return time, kind and devices of an event, and the first alert that answers it."""
     first = min(event["found"], key=lambda alert: alert["after"], default=None)
-    answer = "nothing expected" if not event["expects"] else "MISSED"
+    answer = event.get("outcome", "nothing expected") if not event["expects"] else "MISSED"
     if first is not None:
         subject = f"{first['alert']} {first['subject']}".strip()
         answer = f"{subject} by the {first['by']} after {format_span(first['after'])}"

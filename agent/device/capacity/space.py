@@ -32,7 +32,7 @@ from agent.device.pipeline.joined_streams import load_positions
 from agent.device.store import retention, task_keys
 from agent.device.store.labels import label_capacity
 from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import shadow_key
+from agent.device.store.predictions import list_outputs, output_key, shadow_key
 from agent.device.store.retention import Growth
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
@@ -107,7 +107,7 @@ class SpaceManager:
             if self._growth.add_sample(at_s, self.undelivered_bytes()):
                 with self._store.transaction(vital=True) as tx:
                     tx.set_meta(retention.GROWTH, self._growth.to_json())
-                    tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
+                    tx.save_uptime(now)
             keep_us = round(self._conf.buffer.keep_readings * 1e6)
             # By the boot-time clock as well: a step of the wall clock must not expire a reading.
             before_us, received_by_us = now.wall_us - keep_us, now.boot_us - keep_us
@@ -122,9 +122,12 @@ class SpaceManager:
             self._expire_messages(at_s, now)
             for task in self._conf.tasks:
                 with self._store.transaction(vital=True) as tx:
-                    for name in (task, shadow_key(task)):
+                    keys = _output_keys(tx, task)
+                    for name in (*keys, shadow_key(task)):
                         tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
-                    tx.labels.trim_labels(task, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
+                    for key in keys:
+                        capacity = label_capacity(self._store.quota.database_bytes, len(keys))
+                        tx.labels.trim_labels(key, capacity, _CHUNK_LIMIT)
             self._clear_alert(now)
             if not self.is_evicting and self.is_short():
                 self.is_evicting, self._scanned_through = True, dict.fromkeys(EVICTION_ORDER, 0)
@@ -226,7 +229,8 @@ class SpaceManager:
     def _delete_predictions(self, task: str) -> bool:
         with self._store.transaction(vital=True) as tx:
             return any(
-                tx.labels.trim_predictions(name, math.inf, _CHUNK_LIMIT) > 0 for name in (shadow_key(task), task)
+                tx.labels.trim_predictions(name, math.inf, _CHUNK_LIMIT) > 0
+                for name in (shadow_key(task), *reversed(_output_keys(tx, task)))
             )
 
     def _evict_unused_rows(self, stream: str, now: ClockReading) -> bool:
@@ -322,6 +326,10 @@ class SpaceManager:
 def hours_until_eviction(store: Store, limit: int) -> float | None:
     """Return the hours until undelivered data must go; None if that is not in sight, or not known yet."""
     return Growth.from_json(store.get_meta(retention.GROWTH, "")).hours_until(round(limit * EVICTION_START))
+
+
+def _output_keys(tx: Transaction, task: str) -> list[str]:
+    return [output_key(task, output) for output in list_outputs(tx.connection, task)]
 
 
 def _is_protected(tx: Transaction, seq: int) -> bool:

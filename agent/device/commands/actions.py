@@ -16,7 +16,7 @@ from agent.device.bundles import history, overrides, quarantine
 from agent.device.commands.executor import Action
 from agent.device.intake import labels
 from agent.device.machine import schedule_text
-from agent.device.pipeline import label_metrics, relearn
+from agent.device.pipeline import labelled_output, relearn
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.relearn import RelearnRequest
 from agent.device.pipeline.tasks import Effect, Runtime, ScheduledTask, make_scheduled_task
@@ -200,7 +200,7 @@ class TaskActions:
             raise RowRejected(f"by: {by[:40]!r} is no name: 1-64 of a-z, 0-9, - and _")
         batch = replace(labels.parse_columns(task.name, columns), by=by)
         with self._store.transaction() as tx:
-            rejected = labels.store_labels(tx, label_metrics.build_label_targets([task])[task.name], batch, now)
+            rejected = labels.store_labels(tx, labelled_output.build_label_targets([task])[task.name], batch, now)
         accepted = len(batch.labels) + len(batch.rejected) - len(rejected)
         summary = f"{accepted} labels of {task.name} accepted, {len(rejected)} rejected."
         return Effect(summary, {"accepted": accepted, "rejected": {str(k): rejected[k] for k in sorted(rejected)}})

@@ -13,6 +13,7 @@ from agent.clock import ClockReading
 from agent.device.intake.row_history import summarize_reasons
 from agent.device.machine import label_key
 from agent.device.store.labels import MAX_EARLY_LABELS, PROTECTED, outcome_counter
+from agent.device.store.predictions import output_key
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
 from agent.performance import labels as truth
@@ -20,7 +21,7 @@ from agent.performance.labels import Label, LabelTarget
 from agent.strict_json import check_key_count
 from agent.toml_files import did_you_mean
 
-_COLUMNS = ("row", "t", "label", "source")
+_COLUMNS = ("row", "t", "label", "source", "output")
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -29,6 +30,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     t: Any = msgspec.UNSET
     label: Any = msgspec.UNSET
     source: Any = msgspec.UNSET
+    output: Any = msgspec.UNSET
     by: Any = msgspec.UNSET
     token: Any = msgspec.UNSET
     columns: dict[str, list[Any]] | msgspec.UnsetType = msgspec.UNSET
@@ -84,7 +86,7 @@ def authenticate(batch: LabelBatch, key: bytes | None) -> LabelBatch:
 
 
 def parse_columns(task: str, columns: Mapping[str, list[Any]]) -> LabelBatch:
-    """Parse labels of columns `row`, `t`, `label`, `source`. Raises RowRejected."""
+    """Parse labels of columns `row`, `t`, `label`, `source`, `output`. Raises RowRejected."""
     for extra in columns.keys() - set(_COLUMNS):
         raise RowRejected(f"{extra[:40]!r} is no column of labels{did_you_mean(extra, _COLUMNS)}")
     if "label" not in columns:
@@ -125,15 +127,19 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
     """Store and count one label, with its prediction or until that exists. Return a reason if it is rejected."""
     if target is None:
         return f"there is no task {task[:40]!r} that runs"
+    if (schema := target.schemas.get(label.output)) is None:
+        known = [name for name in target.schemas if name]
+        return f"the model has no further output {label.output[:40]!r}{did_you_mean(label.output, known)}"
     try:
-        target.label_schema.parse(label.text)
+        schema.parse(label.text)
     except ValueError as problem:
         return str(problem)
-    span = tx.labels.load_span(task)
-    prediction = tx.labels.find(task, label)
+    key = output_key(task, label.output)
+    span = tx.labels.load_span(key)
+    prediction = tx.labels.find(key, label)
     if prediction is not None:
-        outcome = tx.labels.store_label(task, label, prediction, now.wall_us)
-        tx.increment_counter(outcome_counter(task, outcome), 1)
+        outcome = tx.labels.store_label(key, label, prediction, now.wall_us)
+        tx.increment_counter(outcome_counter(key, outcome), 1)
         if outcome == PROTECTED:
             return (
                 "an authenticated label is there, which this one must not replace; send it with `by` and `token`"
@@ -145,15 +151,15 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
         return f"row {label.row} does not exist yet; the stream has {tx.next_row(target.stream) - 1}"
     early = span is None or (label.t > span.last_t if label.t is not None else (label.row or 0) > span.last)
     if early and (label.row is None or label.row > tx.cursor(task)):
-        if not tx.labels.store_early_label(task, label, now.wall_us, tx.uptime_s(now)):
+        if not tx.labels.store_early_label(key, label, now.wall_us, tx.uptime_s(now)):
             return f"{MAX_EARLY_LABELS} labels already wait for their results; run the task first"
-        tx.increment_counter(f"labels early.{task}", 1)
+        tx.increment_counter(f"labels early.{key}", 1)
         return None
     if span is None or (label.row is not None and label.row < span.first):
-        tx.increment_counter(f"labels late.{task}", 1)
+        tx.increment_counter(f"labels late.{key}", 1)
         stored = "no result is kept" if span is None else f"results are kept from row {span.first} on"
         return f"too late: {stored} ([buffer] keep_results)"
-    tx.increment_counter(f"labels unmatched.{task}", 1)
+    tx.increment_counter(f"labels unmatched.{key}", 1)
     if label.row is not None:
         return f"row {label.row} has no result of its own; the result of a window is at its last row"
     return "no result is near enough to this time, or it is no longer kept ([buffer] keep_results)"

@@ -29,7 +29,7 @@ from agent.device.samples.requests import SampleRequest
 from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockSegments
 from agent.device.store.message_log import MessageLog, PendingMessage
-from agent.device.store.predictions import StoredPredictions
+from agent.device.store.predictions import StoredPredictions, output_key
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
@@ -41,6 +41,7 @@ from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.model_windows import ModelWindows
+from agent.model.inference.scores import Scores
 from agent.performance import slices
 
 
@@ -64,7 +65,7 @@ class _BatchInput(msgspec.Struct, frozen=True, eq=False):
     current_segment: tuple[int, int] | None
     refusals: LearningRefusals
     rule_states: TaskRuleStates
-    labels_contradict: bool
+    contradicted: frozenset[str]
     joined: JoinedBatch | None
 
 
@@ -72,7 +73,7 @@ class _BatchOutput(msgspec.Struct, frozen=True, eq=False):
     drift: DriftState | None
     refusals: LearningRefusals
     rule_states: TaskRuleStates
-    predictions: StoredPredictions | None
+    predictions: Mapping[str, StoredPredictions]
     messages: list[PendingMessage]
     last_label: str
     alerts: int
@@ -213,7 +214,7 @@ def _read(task: LoadedTask, store: Store, message_log: MessageLog, started: Star
         announced if announced[0] == message_log.boot else None,
         drift_state.load_refusals(store, task.name) if is_learning else LearningRefusals(),
         rule_store.load(store, task.name) if task.rules else TaskRuleStates(),
-        state is not None and label_metrics.contradict_certainty(task, store),
+        frozenset() if state is None else label_metrics.list_contradicted(task, store),
         started.joined,
     )
 
@@ -275,26 +276,31 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         [change for change in result_alerts if change.index >= 0],
         source.joined.rows if source.joined is not None else {},
     )
-    drift_messages, refusals = batch_messages.build_drift_messages(
-        task, windows, source.refusals, labels_contradict=source.labels_contradict
-    )
-    model_scores, batch, predictions = results.scores, source.batch, None
-    if len(model_scores) and task.keep_results:
-        ends, classes = source.cut.starts + task.window_rows - 1, scores.to_codes(model_scores)
-        rows, t = ends + batch.first, batch.t[ends]
-        predictions = StoredPredictions(
-            task.bundle.digest, rows, t, classes, model_scores.score, model_scores.value, source.slices
-        )
+    drift_messages, refusals = batch_messages.build_drift_messages(task, windows, source.refusals, source.contradicted)
     return _BatchOutput(
         drift,
         refusals,
         rule_states,
-        predictions,
+        _build_predictions(task, source, results.scores),
         messages + drift_messages,
         labels[-1] if labels else task.last_label,
         sum(len(window.alerts) for window in windows) + len(result_alerts),
         _select_samples(task, source, results, windows, result_alerts, message_log),
     )
+
+
+def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scores) -> dict[str, StoredPredictions]:
+    """Return the predictions to store for labels, by output; the first output has the name ""."""
+    if not len(model_scores) or not task.keep_results:
+        return {}
+    ends = source.cut.starts + task.window_rows - 1
+    rows, t = ends + source.batch.first, source.batch.t[ends]
+    return {
+        name: StoredPredictions(
+            task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices
+        )
+        for name, output in {"": model_scores, **model_scores.outputs}.items()
+    }
 
 
 def _select_samples(
@@ -378,8 +384,8 @@ def _commit(
             rule_store.save(tx, task.name, output.rule_states)
         unspent_bytes = tx.remaining_bytes
         message_log.append_all(tx, output.messages, now)
-        if output.predictions is not None:
-            tx.labels.store_predictions(task.name, output.predictions, tx.uptime_s(now))
+        for name, predictions in output.predictions.items():
+            tx.labels.store_predictions(output_key(task.name, name), predictions, tx.uptime_s(now))
         spent_bytes = unspent_bytes - tx.remaining_bytes
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
         if output.sample_requests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -118,23 +118,38 @@ def build_lost_message(task: LoadedTask, batch: RowBatch) -> PendingMessage:
 
 
 def build_drift_messages(
-    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, *, labels_contradict: bool
+    task: LoadedTask, windows: Sequence[DriftWindowResult], refusals: LearningRefusals, contradicted: Collection[str]
 ) -> tuple[list[PendingMessage], LearningRefusals]:
     """Return the messages of closed drift windows, each with its alerts and what it ended to learn.
 
-    A run of quiet windows is one message. Also return the refusals to learn after them. Where `labels_contradict` the
-    model's certainty, the accuracy that is expected from it is marked.
+    A run of quiet windows is one message. Also return the refusals to learn after them. Where labels contradict the
+    certainty of an output in `contradicted`, the accuracy that is expected from it is marked.
     """
     messages: list[PendingMessage] = []
     for window in windows:
         body, window_alerts = _drift_body(task, window), window.alerts
-        if labels_contradict:
-            body["estimate"] = body["estimate"] and {**body["estimate"], "outside": True}
+        if contradicted:
+            _mark_estimates(body, contradicted)
+        if "" in contradicted:
             window_alerts = tuple(map(_mark_contradicted, window_alerts))
         messages.append(PendingMessage("drift", task.name, body, window_alerts))
         learning, refusals = drift_state.build_learning_messages(task.name, window, refusals)
         messages += learning
     return messages, refusals
+
+
+def _mark_estimates(body: dict[str, Any], contradicted: Collection[str]) -> None:
+    """Note which expected accuracies of a drift message are known to be wrong."""
+    if "" in contradicted and body["estimate"]:
+        body["estimate"] = {**body["estimate"], "outside": True}
+    if further := body["output"].get("further"):
+        marked = {
+            name: {**part, "estimate": {**part["estimate"], "outside": True}}
+            if name in contradicted and part.get("estimate")
+            else part
+            for name, part in further.items()
+        }
+        body["output"] = {**body["output"], "further": marked}
 
 
 def _mark_contradicted(alert: Alert) -> Alert:

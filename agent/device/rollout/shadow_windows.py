@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from agent.arrays import Float32s, Ints
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
-from agent.device.pipeline import batch, label_metrics
+from agent.device.pipeline import batch
+from agent.device.pipeline.labelled_output import list_outputs
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels, predictions
 from agent.device.store.labels import StoredLabel
@@ -148,16 +149,17 @@ def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: 
     numbers = labels.next_numbers(tx.connection, task.name, after, MAX_LABELS)
     if not numbers:
         return ComparisonStats(), after
+    first = list_outputs(task)[0]
     labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
     pairs = [
         (sample, prediction)
-        for sample in label_metrics.filter_evaluable(task, labelled)
+        for sample in first.filter_evaluable(labelled)
         if sample.by
         and sample.number > after
         and sample.first_number > after
         and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
     ]
-    stats = _build_outcome_stats(label_metrics.build_label_schema(task), label_metrics.build_label_schema(other), pairs)
+    stats = _build_outcome_stats(first.schema, list_outputs(other)[0].schema, pairs)
     return stats, numbers[-1]
 
 

@@ -27,9 +27,7 @@ from agent.model import activation
 from agent.model.activation import ProvenBundle
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Tuning
-from agent.model.sandbox import probe
-from agent.model.sandbox.confinement import ModelPolicy
+from agent.model.sandbox.probe import ProbeReport
 from agent.wire.desired_state import DesiredBundle
 from agent.wire.keys import PublicKey
 
@@ -70,9 +68,10 @@ SearchResult = ProvenBundle | BundleAssessment | BundleMissing
 class BundleSupply:
     """Supply of one task. `check_fit` raises ConfigError for a bundle that the task cannot run.
 
-    `publishers` returns the keys that may sign bundles at this moment.
+    `publishers` returns the keys that may sign bundles at this moment. `probe` probes a bundle for a task; `start_job`
+    starts that, usually on a thread.
 
-    `on_progress` is called on another thread when `poll` may have a new result.
+    `on_progress` is called by the job when `poll` may have a new result.
     """
 
     def __init__(
@@ -81,14 +80,13 @@ class BundleSupply:
         publishers: Callable[[], Sequence[PublicKey]],
         fetcher: BundleFetcher | None,
         check_fit: Callable[[str, Bundle], None],
-        known_tunings: Callable[[str], Sequence[Tuning]],
-        policy: ModelPolicy,
+        probe: Callable[[str, Bundle], ProbeReport],
+        start_job: Callable[[Callable[[], None]], object],
         on_progress: Callable[[], object] = lambda: None,
     ) -> None:
-        self._policy = policy
         self._conf, self._publishers = conf, publishers
         self._fetcher, self._check_fit = fetcher, check_fit
-        self._known_tunings, self._on_progress = known_tunings, on_progress
+        self._probe, self._start_job, self._on_progress = probe, start_job, on_progress
         self._request: BundleRequest | None = None
         self._job: _BackgroundJob | None = None
         self._fetching = False
@@ -104,7 +102,7 @@ class BundleSupply:
             self._result = None
         if self._result is None and not self._fetching:
             if self._job is None:
-                self._job = _BackgroundJob(lambda: self._find_and_verify(request), self._on_progress)
+                self._job = self._start(lambda: self._find_and_verify(request))
             result = self._job.result
             if result is not None:
                 self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
@@ -123,7 +121,7 @@ class BundleSupply:
         request = self._request
         if request is not None and self._fetching and request.task == task:
             self._fetching, self._result = False, None
-            self._job = _BackgroundJob(lambda: self._verify_archive(request, archive), self._on_progress)
+            self._job = self._start(lambda: self._verify_archive(request, archive))
 
     def on_fetch_failed(self, task: str, assessment: BundleAssessment) -> None:
         """Record why the fetch failed; the fetcher keeps trying."""
@@ -135,6 +133,11 @@ class BundleSupply:
             self._fetcher.stop(self._request.task)
         # A running thread ends by itself; its result is dropped.
         self._request, self._job, self._result, self._fetching = None, None, None, False
+
+    def _start(self, action: Callable[[], SearchResult]) -> _BackgroundJob:
+        job = _BackgroundJob(action, self._on_progress)
+        self._start_job(job.run)
+        return job
 
     # --- on the job's thread ---
 
@@ -197,7 +200,7 @@ class BundleSupply:
                         f"its {size / 2**20:.1f} MiB do not fit next to the active bundle: {free / 2**20:.1f} MiB are "
                         f"free, and {_DISK_RESERVE_BYTES >> 20} MiB of them must stay free; make room"
                     )
-            report = probe.probe(verified, list(self._known_tunings(request.task)), self._policy)
+            report = self._probe(request.task, verified)
             for name, ok, detail in report.checks:
                 if not ok:
                     return BundleAssessment(_reason_for_check(name, detail), f"{name}: {detail}", {"check": name})
@@ -215,14 +218,13 @@ class BundleSupply:
 
 
 class _BackgroundJob:
-    """An action on a thread of its own. `result` is None while it runs."""
+    """An action that `run` runs, usually on a thread of its own. `result` is None until then."""
 
     def __init__(self, action: Callable[[], SearchResult], on_done: Callable[[], object]) -> None:
         self._action, self._on_done = action, on_done
         self.result: SearchResult | None = None
-        threading.Thread(target=self._run, name="proving", daemon=True).start()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             self.result = self._action()
         except OutstationError as problem:

@@ -51,6 +51,8 @@ def record(
 ) -> HoldOff | None:
     """Save the state of `task` and report a change. Return the hold-off that begins with this step, if any."""
     rollout_state.save_state(tx, task, new)
+    # Phases and hold-offs are measured from this uptime: after a loss of power it must not be in the future.
+    tx.save_uptime(now)
     if old is None or old.phase != new.phase:
         # Another pair of bundles is compared from here on, or none.
         tx.delete_state(task, task_keys.SHADOW_STATE)

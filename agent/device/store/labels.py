@@ -2,6 +2,7 @@
 
 A label is one row of table `labels` with a copy of its prediction, so that it outlives the packed row of table
 `predictions`. Labels of rows that their task has not consumed yet wait in the same table under negative numbers.
+`task` is here the key of one output of a task (`predictions.output_key`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import numpy as np
 
 from agent import decoders
 from agent.device.store import predictions as stored_predictions
-from agent.device.store.predictions import PredictionRow, PredictionSpan, StoredPredictions, pack_predictions
+from agent.device.store.predictions import (
+    PredictionRow,
+    PredictionSpan,
+    StoredPredictions,
+    output_key,
+    pack_predictions,
+    split_output_key,
+)
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
 
@@ -220,9 +228,9 @@ class LabelStore:
 
     def store_early_label(self, task: str, label: Label, received: int, uptime_s: float) -> bool:
         """Store a label until its prediction is there. Return False if too many wait already."""
-        sql = "SELECT count(*), min(number) FROM labels WHERE task = ? AND number < 0"
-        waiting, lowest = self._db.execute(sql, (task,)).fetchone()
-        if waiting >= (MAX_EARLY_LABELS if label.by else MAX_OPEN_EARLY_LABELS):
+        sql = "SELECT min(number) FROM labels WHERE task = ? AND number < 0"
+        lowest = self._db.execute(sql, (task,)).fetchone()[0]
+        if self._count_early(split_output_key(task)[0]) >= (MAX_EARLY_LABELS if label.by else MAX_OPEN_EARLY_LABELS):
             return False
         uptime = round(uptime_s)
         record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, uptime, by=label.by)
@@ -230,6 +238,12 @@ class LabelStore:
         self._budget.spend(len(data) + _LABEL_BYTES)
         self._db.execute("INSERT INTO labels (task, number, data) VALUES (?, ?, ?)", (task, (lowest or 0) - 1, data))
         return True
+
+    def _count_early(self, task: str) -> int:
+        """Count the early labels of all outputs of a task."""
+        sql = "SELECT count(*) FROM labels WHERE task = ? AND number < 0"
+        keys = [output_key(task, output) for output in stored_predictions.list_outputs(self._db, task)]
+        return sum(int(self._db.execute(sql, (key,)).fetchone()[0]) for key in keys)
 
     def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
         self._budget.spend(64 * len(numbers))
@@ -265,9 +279,9 @@ class LabelStore:
         self._db.executemany(sql, ((task, number) for number in old[:count]))
 
 
-def label_capacity(database_bytes: int) -> int:
-    """Return how many labels of a task a store of this size holds."""
-    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
+def label_capacity(database_bytes: int, outputs: int = 1) -> int:
+    """Return how many labels of each of the `outputs` of a task a store of this size holds."""
+    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES) // outputs)
 
 
 # --- queries, also of a read-only store (`Store.query`) ---

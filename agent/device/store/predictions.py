@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from agent import decoders
 
 _CRC = struct.Struct("<I")
+# No name has a space.
+_OUTPUT = " output "
 
 
 class StoredPredictions(msgspec.Struct, frozen=True):
@@ -64,12 +66,37 @@ class PredictionSpan(msgspec.Struct, frozen=True):
     last_t: int
 
 
+def output_key(task: str, output: str) -> str:
+    """Return the key under which predictions and labels of a task's output are stored; "" is the first output."""
+    return f"{task}{_OUTPUT}{output}" if output else task
+
+
+def split_output_key(key: str) -> tuple[str, str]:
+    """Return task and output of a key."""
+    task, _, output = key.partition(_OUTPUT)
+    return task, output
+
+
 def shadow_key(task: str) -> str:
     """Return the key under which predictions of a shadow bundle are stored: no task can have this name."""
     return f"{task} shadow"
 
 
 # --- queries, also of a read-only store (`Store.query`) ---
+
+
+def list_outputs(db: sqlite3.Connection, task: str) -> list[str]:
+    """Return the names of a task's outputs with stored predictions or labels: "", then the further ones."""
+    outputs, last = [""], output_key(task, " ")
+    end = output_key(task, "~")
+    sql = """
+        SELECT min(task) FROM (
+            SELECT min(task) AS task FROM predictions WHERE task > :last AND task < :end UNION ALL
+            SELECT min(task) FROM labels WHERE task > :last AND task < :end)"""
+    while (key := db.execute(sql, {"last": last, "end": end}).fetchone()[0]) is not None:
+        last = str(key)
+        outputs.append(split_output_key(last)[1])
+    return outputs
 
 
 def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:

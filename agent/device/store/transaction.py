@@ -285,6 +285,10 @@ class Transaction:
         """Return the seconds that the device was on, over all boots."""
         return retention.uptime_s(self.get_meta(retention.UPTIME, ""), self._boot, now)
 
+    def save_uptime(self, now: ClockReading) -> None:
+        """Save the uptime, from which it continues after a loss of power."""
+        self.set_meta(retention.UPTIME, retention.uptime_json(self._boot, now, self.uptime_s(now)))
+
     def finish(self) -> None:
         """Write what was gathered during the transaction: backlog and log head."""
         self.outbox.finish()

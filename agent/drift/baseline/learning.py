@@ -282,7 +282,7 @@ def _measure_sensitivity(
         limits,
         usual.cycle,
         mean_class_sd(reference.class_n, reference.class_sd),
-        share @ baselines[CORRELATION.name].mean,
+        (share[:, None] * baselines[CORRELATION.name].mean).sum(0),
     )
 
 

@@ -127,7 +127,7 @@ def assign_modes(scaled: Float64s, centers: Float64s) -> Ints:
     nearest, least = distance.argmin(1), distance.min(1)
     between = np.zeros(len(scaled), np.bool_)
     for first, step in _mixing_pairs(centers):
-        share = np.clip(((scaled - first) @ step) / (step @ step), 0.0, 1.0)
+        share = np.clip(((scaled - first) * step).sum(1) / (step**2).sum(), 0.0, 1.0)
         gain = least - _distance(scaled, first + share[:, None] * step)
         between |= (gain > MIN_BETWEEN_GAIN) & (gain > BETWEEN_SHARE * (least - scaled.shape[1]))
     return np.where(between, -1, nearest)

@@ -15,6 +15,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
+from agent.drift.numeric import matrices
+from agent.drift.numeric.matrices import multiply
 from agent.drift.numeric.sums import median
 from agent.indices import bincount
 
@@ -69,16 +71,16 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
 
     def evaluate(self, t: Ints) -> Float64s:
         """(n, T) at times (n,) epoch µs."""
-        values = compute_harmonics(t) @ self.waves
+        values = multiply(compute_harmonics(t), self.waves)
         if self.has_rest_days:
             values = values + _is_rest_day(t, self.rest_begins, self.rest_lasts)[:, None] * (
-                _add_intercept(compute_harmonics(t)) @ self.rest
+                multiply(_add_intercept(compute_harmonics(t)), self.rest)
             )
         return np.asarray(values)
 
     def evaluate_spread(self, t: Ints) -> Float64s:
         """Return factors (n, T) on the standard deviations at times (n,) epoch µs."""
-        waves = compute_harmonics(t, SPREAD_HARMONICS) @ self.spread
+        waves = multiply(compute_harmonics(t, SPREAD_HARMONICS), self.spread)
         return np.exp(np.clip(waves, -MAX_LOG_SPREAD, MAX_LOG_SPREAD))
 
 
@@ -137,13 +139,13 @@ def _fit_spread(residuals: Float64s, t: Ints, min_sd: Float64s | float) -> Float
     square = (residuals - middle) ** 2 + np.square(min_sd)
     square = np.minimum(square, OUTLIER_SDS**2 * np.maximum(square.mean(0), 1e-12))
     design = _add_intercept(compute_harmonics(t, SPREAD_HARMONICS))
-    inverse = np.linalg.pinv(design)
+    inverse = matrices.invert(design)
     plain = np.log(square.mean(0))
-    waves = inverse @ np.log(square)
+    waves = multiply(inverse, np.log(square))
     for _ in range(SPREAD_ROUNDS):
-        level = np.clip(design @ waves, plain - 2 * MAX_LOG_SPREAD, plain + 2 * MAX_LOG_SPREAD)
-        waves = inverse @ (level + np.clip(square / np.exp(level) - 1, -1, 3))
-    level = design @ waves
+        level = np.clip(multiply(design, waves), plain - 2 * MAX_LOG_SPREAD, plain + 2 * MAX_LOG_SPREAD)
+        waves = multiply(inverse, level + np.clip(square / np.exp(level) - 1, -1, 3))
+    level = multiply(design, waves)
     gain = (plain + 1 - level - square * np.exp(-level)).sum(0) / 2
     return np.where(gain > MIN_SPREAD_GAIN, waves[1:] / 2, 0.0)
 
@@ -215,10 +217,10 @@ def _fit_least_squares(design: Float64s, values: Float64s) -> tuple[Float64s, Fl
     middle = median(values)
     reach = OUTLIER_SDS * 1.4826 * median(np.abs(values - middle)) + 1e-12
     clipped = np.clip(values, middle - reach, middle + reach)
-    inverse = np.linalg.pinv(design)
-    coefficients = inverse @ clipped
+    inverse = matrices.invert(design)
+    coefficients = multiply(inverse, clipped)
     leverage = (design * inverse.T).sum(1)
-    return coefficients, (values - design @ coefficients) / np.maximum(1 - leverage, 0.1)[:, None]
+    return coefficients, (values - multiply(design, coefficients)) / np.maximum(1 - leverage, 0.1)[:, None]
 
 
 def _is_rest_day(t: Ints, begins: int, lasts: int) -> Bools:

@@ -67,6 +67,9 @@ class DispersionDetector(ScoreDetector):
         return _measure(task, moments, mean, windows.class_sd)
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
+        residuals = None if task.windowed else windows.scored.get(self.moments.name)
+        if residuals is not None:
+            return Scores(np.abs(residuals[:, : task.fields]))
         moments = leave_out_rare(windows.moments, baseline.rare)
         return Scores(_measure(task, moments, baseline.class_mean, baseline.class_sd))
 

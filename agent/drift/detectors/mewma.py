@@ -10,6 +10,7 @@ variables, Australian Journal of Statistics 30.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -30,6 +31,7 @@ from agent.drift.detectors.detector import (
     Task,
 )
 from agent.drift.detectors.psi import gamma_quantile
+from agent.drift.numeric import matrices
 from agent.drift.numeric.control_limits import ScoreNoise
 from agent.drift.numeric.sums import sum_sequentially
 from agent.kernel import library as kernel
@@ -248,38 +250,43 @@ def fit_limit(scores: Float64s, noise: ScoreNoise, budget: float) -> float:
         / np.maximum(noise.spread_windows - 1, 1)
     )
     sd = float(np.sqrt(variance.mean()))
-    theory = _quadratic_form_quantile(_eigenvalues(scores), sd, WINDOWS_PER_ALARM * budget)
+    theory = _quadratic_form_quantile(count, _eigenvalue_sums(scores), sd, WINDOWS_PER_ALARM * budget)
     return max(theory, _max_statistic(scores))
 
 
-def _eigenvalues(scores: Float64s) -> Float64s:
-    """Return the eigenvalues of the scores' correlations, shrunk by what K windows show by chance."""
+def _eigenvalue_sums(scores: Float64s) -> tuple[float, float]:
+    """Return the sums of squares and of cubes of the eigenvalues of the scores' correlations.
+
+    Correlations are shrunk by what K windows show by chance. Sums of powers of eigenvalues are traces of powers.
+    """
     windows, count = scores.shape
     unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
-    correlations = unit.T @ unit
-    # A score that never moved correlates with none.
-    np.fill_diagonal(correlations, 1.0)
-    observed = np.linalg.eigvalsh(correlations)
-    spread = max(float(((observed - 1) ** 2).sum()), 1e-12)
+    correlations = matrices.multiply(unit.T, unit)
+    np.fill_diagonal(correlations, 0.0)
+    spread = float((correlations**2).sum())
     true = max(spread - count * (count - 1) / (windows - 1), 0.0)
-    return np.asarray(1 + np.sqrt(true / spread) * (observed - 1))
+    share = math.sqrt(true / max(spread, 1e-12))
+    third = float((matrices.multiply(correlations, correlations) * correlations).sum())
+    squares = count + share**2 * spread
+    return squares, 3 * squares - 2 * count + share**3 * third
 
 
-def _quadratic_form_quantile(weights: Float64s, sd: float, share: float) -> float:
+def _quadratic_form_quantile(count: int, eigenvalue_sums: tuple[float, float], sd: float, share: float) -> float:
     """Return what the sum of squares beyond the slack exceeds in a share of windows.
 
-    It is the quantile for normal numbers with this sd, whose correlations have these eigenvalues.
+    It is the quantile for so many normal numbers with this sd, whose correlations have eigenvalues with these sums of
+    squares and of cubes.
     """
     at = np.linspace(-8, 8, 1601)
     likely = np.exp(-(at**2) / 2)
     likely /= likely.sum()
     each = np.maximum(np.abs(at) * sd - SLACK, 0.0) ** 2
-    mean = float(likely @ each)
-    variance = float(likely @ (each - mean) ** 2) * float((weights**2).sum())
-    third = float(likely @ (each - mean) ** 3) * float((weights**3).sum())
+    mean = float((likely * each).sum())
+    variance = float((likely * (each - mean) ** 2).sum()) * eigenvalue_sums[0]
+    third = float((likely * (each - mean) ** 3).sum()) * eigenvalue_sums[1]
     freedom = 4 * variance**3 / third**2
     quantile = float(gamma_quantile(np.array([freedom]), 1 - share)[0])
-    return mean * len(weights) + float(np.sqrt(variance * freedom)) * (quantile - 1)
+    return mean * count + math.sqrt(variance * freedom) * (quantile - 1)
 
 
 def _max_statistic(scores: Float64s) -> float:

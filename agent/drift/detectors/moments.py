@@ -188,6 +188,7 @@ class MomentsDetector(ScoreDetector, ChartDetector):
             usual = np.exp(baseline.mean[fields:]) - VARIANCE_PRIOR
             effects[:, fields:] -= np.log(np.maximum(usual, MIN_VARIANCE)) / 2
         values[find_untested(moments, windowed=task.windowed)] = np.nan
+        windows.scored[self.name] = values
         sd = baseline.mean_sd
         scale = np.concatenate([sd[:fields], sd[fields:] / 2 if task.windowed else np.full(fields, 0.5)])
         return Scores(values, effects, scale)
@@ -289,17 +290,21 @@ def _measure_overall(alarm: Alarm) -> tuple[float, float]:
     field, baseline = alarm.subject, alarm.baseline
     n, usual_n = alarm.moments.n[:, field], baseline.class_n[:, field]
     share, usual_share = n / max(int(n.sum()), 1), usual_n / max(int(usual_n.sum()), 1)
-    mean, usual = float(share @ alarm.moments.mean[:, field]), float(usual_share @ alarm.usual[:, field])
+    mean, usual = _sum(share * alarm.moments.mean[:, field]), _sum(usual_share * alarm.usual[:, field])
     if alarm.moments.mean.shape[1] == 2 * len(alarm.fields):
         # Statistics of model windows: the log variance stands behind the mean.
         place = len(alarm.fields) + field
-        change = share @ alarm.moments.mean[:, place] - usual_share @ baseline.class_mean[:, place]
-        return mean - usual, float(change) / 2
-    variance = float(
-        share @ (alarm.moments.m2[:, field] / np.maximum(n, 1) + (alarm.moments.mean[:, field] - mean) ** 2)
+        change = _sum(share * alarm.moments.mean[:, place]) - _sum(usual_share * baseline.class_mean[:, place])
+        return mean - usual, change / 2
+    variance = _sum(
+        share * (alarm.moments.m2[:, field] / np.maximum(n, 1) + (alarm.moments.mean[:, field] - mean) ** 2)
     )
     of_classes = baseline.class_sd[:, field] ** 2 + (alarm.usual[:, field] - usual) ** 2
-    return mean - usual, float(np.log(max(variance, 1e-30) / max(float(usual_share @ of_classes), 1e-30))) / 2
+    return mean - usual, float(np.log(max(variance, 1e-30) / max(_sum(usual_share * of_classes), 1e-30))) / 2
+
+
+def _sum(parts: Float64s) -> float:
+    return float(parts.sum())
 
 
 def guess_cause(change: FieldChange, alarm: Alarm) -> str:

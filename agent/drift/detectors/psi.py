@@ -116,12 +116,17 @@ class PsiRun(msgspec.Struct, frozen=True, eq=False, dict=True):
         if now.is_idle and not any_true(self.exceeded):
             return [now] * len(self.exceeded)
         columns = self.exceeded, self.exceeded.any(1).tolist(), self.tested, self.t.tolist()
+        is_idle = now.is_idle
         for exceeded, any_exceeded, tested, t in zip(*columns, strict=True):
-            if any_exceeded or not now.is_idle:
+            if any_exceeded or not is_idle:
                 now = now.update(exceeded, tested, t, to_clear=self.to_clear)
-            states.append(now)
-            if any_true(now.alarm):
-                break
+                is_open = any_true(now.alarm)
+                is_idle = not (is_open or any_true(now.exceeded_at))
+                states.append(now)
+                if is_open:
+                    break
+            else:
+                states.append(now)
         return states
 
     @property

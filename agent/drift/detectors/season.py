@@ -81,8 +81,8 @@ class SlowTrend(msgspec.Struct, frozen=True, eq=False):
         if len(mean) < MIN_HALF_DAYS:
             return False
         place = self.half_day[seen] - self.half_day[seen].mean()
-        slope = float(place @ mean) / float(place @ place)
-        left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt(place @ place))
+        slope = float((place * mean).sum()) / float((place**2).sum())
+        left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt((place**2).sum()))
         rise = abs(slope) * float(place[-1] - place[0])
         return rise > MIN_RISE_SD and abs(slope) > MIN_STANDARD_ERRORS * left and is_ramp(mean * each)
 
@@ -109,5 +109,5 @@ def is_ramp(z: Float64s) -> bool:
 
 def _least_squared_error(z: Float64s, shapes: Float64s) -> float:
     """Return the least squared error of z (n,) as a multiple of one of `shapes` (m, n)."""
-    fits = (shapes @ z) ** 2 / (shapes**2).sum(1)
-    return float(z @ z - fits.max())
+    fits = (shapes * z).sum(1) ** 2 / (shapes**2).sum(1)
+    return float((z**2).sum() - fits.max())

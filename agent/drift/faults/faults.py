@@ -107,6 +107,10 @@ def compute_indicators(
         outside = _find_far_outside(windows, reference, reach, outside)
     loud, calm = other_units.detect_unusual_spread(windows, reference, limits, outside)
     none, usual = np.zeros(outside.shape, np.int64), (site or reference).class_means_at(t)
+    jumpy = (windows.spikes >= MIN_SPIKES) & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None])
+    if any_true(jumpy):
+        # Where all steps are larger, the same signal in another unit passes the limit for jumps.
+        jumpy &= 1.4826 * median_size(windows.steps) <= MAX_STEP_RATIO * reference.jump
     return FaultIndicators(
         saturated=np.asarray(_detect_clipping(windows.extremes, reference, limits, rows).any(-1)),
         coarseness=none if site is None else detect_coarsening(windows, site),
@@ -114,10 +118,7 @@ def compute_indicators(
         low_spread=calm,
         out_of_range=outside,
         high_spread=loud,
-        spikes=(windows.spikes >= MIN_SPIKES)
-        & (windows.spikes > np.maximum(SPIKE_SHARE, limits.spikes) * rows[:, None])
-        # Where all steps are larger, the same signal in another unit passes the limit for jumps.
-        & (1.4826 * median_size(windows.steps) <= MAX_STEP_RATIO * reference.jump),
+        spikes=jumpy,
         unfit=none > 0
         if site is None
         else swapped_channels.exceeds_misfit(swapped_channels.compute_misfit(windows, site, usual), limits),

@@ -67,6 +67,8 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     @property
     def stop_learning(self) -> bool:
         """True while an alert is open that makes windows unfit to learn from; few missing values are left out."""
+        if not self.any_open:
+            return False
         is_open = self.number > 0
         # Without missing values the field is on its way to sound windows: three of them close the alert first.
         return any_true(is_open[:, _MISSING + 1 :]) or any_true(is_open[:, _MISSING] & ~self.missing.alarm)
@@ -79,17 +81,23 @@ class OpenFaults(msgspec.Struct, frozen=True, eq=False):
     @property
     def misread(self) -> Bools:
         """(F,) an open alert says that the field is read wrongly."""
-        return np.asarray((self.number[:, _MISREAD] > 0).any(1))
+        return self._find_open(_MISREAD)
 
     @property
     def exchanged(self) -> Bools:
         """(F,) an open alert says that the field changed its place or its sign."""
-        return np.asarray((self.number[:, _EXCHANGED] > 0).any(1))
+        return self._find_open(_EXCHANGED)
 
     @property
     def spoilt(self) -> Bools:
         """(F,) an open alert says that the sensor fails, whatever the readings mean."""
-        return np.asarray((self.number[:, ~_MISREAD] > 0).any(1))
+        return self._find_open(~_MISREAD)
+
+    def _find_open(self, kinds: Bools) -> Bools:
+        """Return the fields (F,) with an open alert of one of these kinds (K,)."""
+        if not self.any_open:
+            return np.zeros(len(self.number), np.bool_)
+        return np.asarray((self.number[:, kinds] > 0).any(1))
 
     @property
     def open_site_faults(self) -> Bools:

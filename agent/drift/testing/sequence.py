@@ -35,7 +35,9 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
         """Return the state after `windows` windows, of which only the last may have an open alarm."""
         before, evidence = self.before, self.evidence[:windows]
         sums, z = self.cusum.state_after(windows), evidence.z[-1]
-        ended = before.ended + (before.cusum.alarm & ~sums.alarm).any(0)
+        ended = before.ended
+        if any_true(before.cusum.alarm):
+            ended = ended + (before.cusum.alarm & ~sums.alarm).any(0)
         for run in self.charts.values():
             sums = run.open_alarm(sums, windows, z)
         after = SuiteState(
@@ -45,7 +47,7 @@ class SuiteRun(msgspec.Struct, frozen=True, eq=False):
             ChartStates({name: run.state_after(windows) for name, run in self.charts.items()}),
             np.concatenate([before.recent_scores, evidence.scores])[windows:],
         )
-        if self.tester.reference.labels and not any_true(before.open_fields):
+        if self.tester.reference.labels and any_true(sums.alarm) and not any_true(before.open_fields):
             return self._keep_lead_field(after, z)
         return after
 

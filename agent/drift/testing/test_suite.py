@@ -193,12 +193,13 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         It is the class that the model named. While a field drifts, it is the likeliest class by the other fields: the
         model sees the drifting field and names wrong classes, by which other fields would seem to drift, too.
         """
-        fields = len(self.reference.fields)
-        open_now = state.open_fields
+        fields, open_now = len(self.reference.fields), state.open_fields
+        if not any_true(open_now) or open_now.all():
+            return predicted
         known = self.reference.class_n.min(1) >= MIN_CLASS_WINDOWS
         # Single rows tell too little of their class: those that were misnamed would all be set right, and spreads fall.
         has_classes = self.reference.windowed and self.reference.labels and known.any()
-        if not has_classes or not any_true(open_now) or open_now.all():
+        if not has_classes:
             return predicted
         sound = np.flatnonzero(np.tile(~open_now, values.shape[1] // fields))
         mean, sd = self.reference.class_mean[:, sound], self.reference.class_sd[:, sound]

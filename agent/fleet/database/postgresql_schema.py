@@ -66,7 +66,7 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration, partitions
 
 
 def _translate(statement: str) -> str:
-    if not statement.startswith(("CREATE TABLE", "CREATE INDEX")):
+    if not statement.startswith(("CREATE TABLE", "CREATE INDEX", "ALTER TABLE")):
         return statement
     text = _TYPE.sub(lambda match: _TYPES[match[1]], statement).replace(" WITHOUT ROWID", "")
     identity = ", rowid BIGINT NOT NULL GENERATED ALWAYS AS IDENTITY"

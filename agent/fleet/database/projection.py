@@ -212,7 +212,7 @@ def _quality_rows(body: QualityPayload, payload: bytes) -> list[Row]:
 
 
 def _metric_rows(body: QualityPayload, _payload: bytes) -> list[Row]:
-    head, tail = (body.device, body.task, body.time), ("device", body.log, body.seq)
+    head, tail = (body.device, body.task, body.time), ("device", body.log, body.seq, body.output)
     return [(*head, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in body.metrics]
 
 

@@ -114,9 +114,9 @@ def load_devices(db: Connection, rollout: str, task: str, bundle_digest: str) ->
     return db.execute(_SELECT_DEVICES, {"rollout": rollout, "task": task, "digest": bundle_digest}).fetchall()
 
 
-def load_phases(db: Connection, rollout: str) -> list[tuple[str, str]]:
-    """Return (device, phase) of each reported phase change, in order of time."""
-    sql = "SELECT device, phase FROM rollout_devices WHERE rollout = ? ORDER BY time, seq"
+def load_phases(db: Connection, rollout: str) -> list[tuple[str, str, str]]:
+    """Return (device, phase, time) of each reported phase change, in order of time."""
+    sql = "SELECT device, phase, time FROM rollout_devices WHERE rollout = ? ORDER BY time, seq"
     return db.execute(sql, (rollout,)).fetchall()
 
 

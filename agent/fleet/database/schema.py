@@ -273,4 +273,6 @@ MIGRATIONS = (
         "index_drift_windows_by_time",
         ('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state, window_count)',),
     ),
+    # output: name of a further output of the model; '' for the first one.
+    Migration("name_output_of_metrics", ("ALTER TABLE metrics ADD COLUMN output TEXT NOT NULL DEFAULT ''",)),
 )

@@ -384,12 +384,13 @@ class FleetStore:
         sql = "SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row"
         return self._fetch_all(sql, device)
 
-    def newest_metric(self, device: str, metric: str) -> float | None:
-        """Return a metric over all results in the device's newest quality message that has it; None without one."""
+    def newest_metric(self, device: str, metric: str, output: str = "") -> float | None:
+        """Return a metric of all results from the newest quality message of an output that has it; None without one."""
         sql = """
-            SELECT value FROM metrics WHERE device = ? AND metric = ? AND slice = '' AND source = 'device'
+            SELECT value FROM metrics
+            WHERE device = ? AND metric = ? AND slice = '' AND source = 'device' AND output = ?
             ORDER BY log, seq DESC LIMIT 1"""
-        rows = self._fetch_all(sql, device, metric)
+        rows = self._fetch_all(sql, device, metric, output)
         return rows[0][0] if rows else None
 
     def drift_windows(

@@ -155,6 +155,7 @@ KINDS: dict[str, Kind] = {
             Column("state", "text", "of a slice: ok, worse or small"),
             Column("source", "text", "device"),
             *_PLACE,
+            Column("output", "text", "name of a further output of the model; empty for the first one"),
         ),
     ),
     "shadows": Kind(

@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -82,6 +83,8 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             problem = "holds the character NUL"
+        elif label.output:
+            problem = "is about a further output, whose labels the device evaluates: send it there (--send)"
         elif label.source == VERDICT:
             problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
         elif row is not None:
@@ -119,12 +122,14 @@ def split_labels(labels: Sequence[Label]) -> Iterator[tuple[int, int, str]]:
 
 
 def _encode_columns(labels: Sequence[Label]) -> str:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "row": [label.row for label in labels],
         "t": [None if label.t is None else label.t / 1e6 for label in labels],
         "label": [label.text for label in labels],
         "source": [label.source for label in labels],
     }
+    if any(label.output for label in labels):
+        columns["output"] = [label.output for label in labels]
     return json.dumps(columns, separators=(",", ":"))
 
 
@@ -178,7 +183,7 @@ def metric_rows(
     metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
 ) -> list[Row]:
     """Return rows of table metrics."""
-    tail = (source, log, 0)
+    tail = (source, log, 0, "")
     return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
 
 

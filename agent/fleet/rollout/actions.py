@@ -51,7 +51,7 @@ def start(
     """
     topic = plan.desired_topic(operator.fleet)
     _require_new(db, plan, str(topic))
-    _require_reachable(db, plan)
+    require_reachable(db, plan)
     if plan.deadline is not None and clock.parse_rfc3339(plan.deadline) <= operator.now_us:
         raise UsageError(f"roll-out {plan.name}: its deadline {plan.deadline} has passed; set a later one")
     if force_reason is None:
@@ -188,7 +188,7 @@ def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
             )
 
 
-def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
+def require_reachable(db: Connection, plan: RolloutPlan) -> None:
     """Raise UsageError if a step selects fewer devices than must report: it would wait for ever."""
     kind, _, target = plan.target.partition(":")
     if kind == "group":

@@ -7,7 +7,6 @@ committed decision stays valid if the broker is unreachable; whoever publishes n
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class RolloutPublisher:
 
     def execute(self, action: RolloutAction) -> tuple[Rollout, str]:
         """Commit `action`, then publish. Return the roll-out and why publishing failed, "" if it succeeded."""
-        with reserve_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
+        with reserve_counter(self._folder, lambda: clock.read().wall_us // 1000) as counter:
             try:
                 with self.store.transaction() as db:
                     db.lock_table("rollouts")

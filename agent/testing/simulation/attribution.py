@@ -18,7 +18,15 @@ import msgspec
 from agent import clock
 from agent.fleet.database.store import FleetStore
 from agent.testing.simulation.runner import Injected, Outcome
-from agent.testing.simulation.scenario import CollectorOutage, Scenario, SensorFault, Silence, SkewedClock, WrongLabels
+from agent.testing.simulation.scenario import (
+    CollectorOutage,
+    Rollout,
+    Scenario,
+    SensorFault,
+    Silence,
+    SkewedClock,
+    WrongLabels,
+)
 
 _FIELD, _DERIVED, _ANY = "<field>", "<derived>", "*"
 _LABELS = "quality"
@@ -38,6 +46,10 @@ EFFECTS: dict[str, tuple[tuple[str, str], ...]] = {
     "clock": (("clock", "clock"), ("fault", "rate")),
     "power-cut": (*_LINK, *_STORE, ("clock", "clock"), ("fault", "rate")),
     "full-disk": (*_LINK, *_STORE),
+    "rollout": (
+        *(("drift", subject) for subject in ("output", "score", "joint", "reference")),
+        *(("model", _ANY), ("result", _ANY), (_LABELS, "decay"), (_LABELS, "evaluation"), (_LABELS, "certainty")),
+    ),
     "wrong-labels": tuple((_LABELS, subject) for subject in ("decay", "evaluation", "certainty")),
 }
 
@@ -91,7 +103,7 @@ def load_alerts(scenario: Scenario, outcome: Outcome, store: FleetStore) -> list
     for row in store.alerts(closed=True):
         at_s = (clock.parse_rfc3339(row["time"]) - scenario.start_us) / 1e6
         if row["source"] == "device":
-            at_s -= _skew_s(outcome, row["device"], at_s)
+            at_s -= skew_s(outcome, row["device"], at_s)
         rows.setdefault((row["device"], row["log"], row["source"], row["id"]), []).append((at_s, row))
     alerts = []
     for states in rows.values():
@@ -104,7 +116,7 @@ def load_alerts(scenario: Scenario, outcome: Outcome, store: FleetStore) -> list
     return sorted(alerts, key=lambda alert: (alert.at_s, alert.device, alert.alert, alert.subject, alert.summary))
 
 
-def _skew_s(outcome: Outcome, device: str, shown_s: float) -> float:
+def skew_s(outcome: Outcome, device: str, shown_s: float) -> float:
     """Return how far the clock of a device was ahead when it showed a time."""
     skew = 0.0
     for injected in outcome.injected:
@@ -183,7 +195,7 @@ class _Matcher:
         return alert.device in injected.devices or (not alert.device and len(injected.devices) > 1)
 
     def _may_cause(self, event: Any, alert: RaisedAlert) -> bool:
-        if isinstance(event, WrongLabels) and alert.task != event.task:
+        if isinstance(event, WrongLabels | Rollout) and alert.task != event.task:
             return False
         if isinstance(event, SensorFault | Silence) and alert.task and not self._reads(event, alert.task):
             return False

@@ -13,7 +13,7 @@ import numpy as np
 
 from agent.bootstrap.daemon import build_daemon
 from agent.bootstrap.device import load_config, open_store
-from agent.bootstrap.tasks import Activate
+from agent.bootstrap.model_host import ModelHost
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.intake import labels as label_lines
@@ -65,15 +65,15 @@ class SimulatedDevice:
         room: MachineRoom,
         air: LossyBroker | BrokerAir,
         feeds: Mapping[str, Feed],
-        activate: Activate,
+        models: ModelHost,
         find_labels: FindLabels,
     ) -> None:
         self.name, self.machine = name, Machine()
         self.rows = self.rejected = self.labels = self.rejected_labels = 0
         self.silenced: set[str] = set()
         self.is_disk_full = False
-        self._home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
-        self._activate, self._find_labels = activate, find_labels
+        self.home, self._room, self._air, self._feeds = home, room, air, dict(feeds)
+        self._models, self._find_labels = models, find_labels
         self._labels: deque[DueLabel] = deque()
         self._store: Store | None = None
         self._daemon: Daemon | None = None
@@ -106,17 +106,17 @@ class SimulatedDevice:
         """Boot the machine and start the daemon. Raises UsageError, ConfigError, StorageError."""
         self.machine.boot_at_s = self._room.now_s
         with self._room.run_as(self.machine):
-            file, self._conf = load_config(str(self._home / "outstation.toml"))
+            file, self._conf = load_config(str(self.home / "outstation.toml"))
             self._store = open_store(self._conf)
             self._simulate_disk()
             self._daemon = build_daemon(
                 *(file, self._conf, self._store),
                 now=self._room.read,
                 open_sink=self._open_sink,
-                activate=self._activate,
+                host=self._models,
             )
             # This machine's temperature is not the device's.
-            self._daemon.throttle = Throttle(self._conf.throttle, self._home / "no-sensors")
+            self._daemon.throttle = Throttle(self._conf.throttle, self.home / "no-sensors")
             self._daemon.begin()
         self._uplink_turns = self._daemon.uplink.turns()
         for feed in self._feeds.values():
@@ -124,7 +124,7 @@ class SimulatedDevice:
 
     def cut_power(self) -> None:
         """Kill the daemon: what it had not committed is gone, and its files stay as they are at this moment."""
-        data, cut = self._conf.data_dir, self._home / "cut"
+        data, cut = self._conf.data_dir, self.home / "cut"
         shutil.copytree(data, cut, ignore=shutil.ignore_patterns("*.sock"))
         self.close()
         shutil.rmtree(data)

@@ -14,7 +14,7 @@ from agent.config import StreamConfig
 from agent.datasets import readers, recordings
 from agent.datasets.blocks import TIME_COLUMN
 from agent.datasets.recordings import Recordings
-from agent.datasets.tables import ColumnType
+from agent.datasets.tables import ColumnType, Table
 from agent.device.intake.sources.recordings import Playlist, PlaylistItem
 from agent.device.intake.sources.replay import inject_faults
 from agent.errors import UsageError
@@ -25,8 +25,9 @@ _MAX_TABLE_ROWS = 20_000_000
 
 
 class RecordingFile(msgspec.Struct, frozen=True, eq=False):
-    """Recordings of a stream: which of their columns are its fields, in order."""
+    """Recordings of a stream from `path`: which of their columns are its fields, in order."""
 
+    path: Path
     recordings: Recordings
     columns: tuple[str, ...]
 
@@ -48,7 +49,7 @@ def load(path: Path, stream: StreamConfig, columns: Sequence[str]) -> RecordingF
     missing = [name for name in columns if name not in loaded.fields]
     if missing:
         raise UsageError(f"{path}: has no {', '.join(missing)}; it has {', '.join(loaded.fields)}")
-    return RecordingFile(loaded, tuple(columns))
+    return RecordingFile(path, loaded, tuple(columns))
 
 
 def _load_table(path: Path, columns: Sequence[str]) -> Recordings:
@@ -56,10 +57,7 @@ def _load_table(path: Path, columns: Sequence[str]) -> Recordings:
     parts: dict[str, list[NDArray[np.float64]]] = {}
     with readers.open_table(path) as table:
         names = [name for name in table.columns if name in columns]
-        types = dict.fromkeys(names, ColumnType.FLOAT)
-        if TIME_COLUMN in table.columns:
-            types[TIME_COLUMN] = ColumnType.TIME
-        for block in table.read(types):
+        for block in table.read(types := _column_types(table, columns)):
             for name in types:
                 parts.setdefault(name, []).append(np.asarray(block.columns[name], np.float64))
     arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
@@ -70,6 +68,26 @@ def _load_table(path: Path, columns: Sequence[str]) -> Recordings:
     rows = np.stack([arrays[name].astype(np.float32) for name in names], axis=1)
     none = np.zeros(1, np.int64)
     return Recordings(rows, np.array([0, n]), none, [], none, names, 1.0, t)
+
+
+def _column_types(table: Table, columns: Sequence[str]) -> dict[str, ColumnType]:
+    """Return the types of the columns that a recording of a table has."""
+    types = dict.fromkeys((name for name in table.columns if name in columns), ColumnType.FLOAT)
+    if TIME_COLUMN in table.columns:
+        types[TIME_COLUMN] = ColumnType.TIME
+    return types
+
+
+def load_texts(file: RecordingFile, column: str) -> list[str]:
+    """Return the texts of a table's column, one for each row of its recording. Raises UsageError without it."""
+    texts: list[str] = []
+    with readers.open_table(file.path) as table:
+        if column not in table.columns:
+            raise UsageError(f"{file.path}: has no column {column!r} for labels; it has {', '.join(table.columns)}")
+        # With the same types as the recording: a row that one of them rejects is in neither.
+        for block in table.read({column: ColumnType.TEXT, **_column_types(table, file.columns)}):
+            texts += map(str, block.columns[column])
+    return texts
 
 
 class Block(msgspec.Struct, frozen=True, eq=False):

@@ -6,6 +6,7 @@ that is made here may be used outside a simulation.
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import uuid
@@ -20,6 +21,7 @@ from agent import clock
 from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store import cost
+from agent.model.inference import runtime
 from agent.wire import keys
 from agent.wire.keys import SigningKey
 
@@ -39,7 +41,7 @@ class Machine(msgspec.Struct):
 
 
 class _StoppedTime:
-    """Functions of module `time` by which batches measure themselves."""
+    """Functions of module `time` by which batches and models measure themselves."""
 
     @staticmethod
     def thread_time_ns() -> int:
@@ -48,6 +50,12 @@ class _StoppedTime:
     @staticmethod
     def monotonic() -> float:
         return 0.0
+
+    perf_counter = monotonic
+
+
+def _skip_flush(_descriptor: int) -> None:
+    """Flush nothing."""
 
 
 class MachineRoom:
@@ -81,6 +89,10 @@ class MachineRoom:
             # What this process and its batches take says nothing about a device, and differs each time.
             mock.patch.object(cost.ProcessMeter, "tick", return_value=None),
             mock.patch.object(batch, "time", _StoppedTime),
+            mock.patch.object(runtime, "time", _StoppedTime),
+            # A simulated power cut keeps what the kernel has; flushing it would take most of the time.
+            mock.patch.object(os, "fsync", _skip_flush),
+            mock.patch.object(os, "fdatasync", _skip_flush),
         ):
             try:
                 yield
@@ -93,6 +105,7 @@ class MachineRoom:
         with (
             mock.patch.object(uuid, "uuid4", self._make_uuid),
             mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
+            mock.patch.object(os, "urandom", lambda size: self.rng.randbytes(size)),
             mock.patch.object(keys, "create", self._make_key),
         ):
             yield

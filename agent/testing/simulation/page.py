@@ -1,4 +1,4 @@
-"""HTML page of a simulation's report: a timeline of what was injected and found, false alarms, and the audit."""
+"""HTML page of a simulation's report: timeline of what was injected and found, roll-outs, false alarms, audit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _MAX_ROWS, _MAX_NAMES, _MAX_TICKS = 200, 3, 8
 _TICK_STEPS = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 43_200, 86_400, 7 * 86_400, 30 * 86_400)
 # Settings of events that are seconds.
 _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
+_OUTCOME_STYLES = {"completed": "ok", "held": "none"}
 # On a phone each row of a table is a block.
 _CSS = (
     "td:first-child{white-space:nowrap}.timeline{min-width:640px;max-width:none}"
@@ -57,6 +58,8 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
         )
         yield section("Timeline", intro, element("div", _timeline(report), css_class="scroll"))
         yield section("Injected and found", "", table(["at", "event", "devices", "found"], [*_event_rows(events)]))
+    for rollout in report["rollouts"]:
+        yield _describe_rollout(rollout)
     if alarms["alerts"]:
         rows = [
             [_short_span(alarm["at"]), alarm["device"] or "the fleet", alarm["by"], alarm["summary"]]
@@ -86,6 +89,11 @@ def _verdict(report: Mapping[str, Any]) -> Markup:
         problems.append("There were more false alarms than the budget.")
     if not report["audit"]["passed"]:
         problems.append("The audit failed.")
+    problems += [
+        f"Roll-out {rollout['name']} is {rollout['outcome']}; expected is {rollout['ends']}."
+        for rollout in report["rollouts"]
+        if not rollout["passed"]
+    ]
     if report["undelivered"]:
         problems.append(f"Messages of {len(report['undelivered'])} devices were not delivered.")
     if not problems:
@@ -107,6 +115,8 @@ def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
 def _describe_answer(event: Mapping[str, Any]) -> Content:
     """Return the first alert that answers an event, after how long, by whom, and where there is none."""
     answers, missed = event["found"], event["missed"]
+    if "outcome" in event and not answers:
+        return element("span", event["outcome"], css_class=f"state {_OUTCOME_STYLES.get(event['outcome'], 'warning')}")
     if not answers and not missed:
         return element("span", "nothing expected", css_class="state none")
     first = min(answers, key=lambda each: float(each["after"]), default=None)
@@ -123,6 +133,32 @@ def _describe_answer(event: Mapping[str, Any]) -> Content:
         text = "missed" if first is None else f"missed at {_name_devices(missed)}"
         parts.append(element("div", element("span", text, css_class="state warning")))
     return element("div", *parts)
+
+
+def _describe_rollout(rollout: Mapping[str, Any]) -> Markup:
+    """Return a section with the steps of a roll-out, and with what each device did."""
+    steps = [
+        [_short_span(step["at"]), step["label"], _count_phases(step["devices"]), step["why"]]
+        for step in rollout["steps"]
+    ]
+    devices = [
+        [device["device"], device["runs"], _list_phases(device["phases"]), device["why"]]
+        for device in rollout["devices"][:_MAX_ROWS]
+    ]
+    return section(
+        f"Roll-out {rollout['name']} {rollout['version']}: {rollout['outcome']}",
+        rollout["why"],
+        table(["at", "step", "devices", "decision at its end"], steps),
+        table(["device", "runs", "phases", "last report"], devices),
+    )
+
+
+def _count_phases(devices: Mapping[str, list[str]]) -> str:
+    return ", ".join(f"{len(set(names))} {phase}" for phase, names in devices.items()) or "none"
+
+
+def _list_phases(phases: list[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{each['phase']} {_short_span(each['at'])}" for each in phases)
 
 
 def _format_setting(name: str, value: Any) -> str:

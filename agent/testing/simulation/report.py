@@ -1,4 +1,4 @@
-"""Report of a simulated fleet: what was injected, what was found, when and by whom, false alarms, and the audit."""
+"""Report of a simulated fleet: what was injected, what was found, when and by whom, roll-outs, and the audit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from agent.fleet.database.store import FleetStore
-from agent.testing.simulation import attribution
+from agent.testing.simulation import attribution, rollouts
 from agent.testing.simulation.attribution import Attribution
 from agent.testing.simulation.runner import Injected, Outcome
 from agent.testing.simulation.scenario import Scenario
@@ -21,10 +21,17 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     attributed = attribution.attribute(scenario, outcome, alerts)
     events = [_describe(number, injected, attributed) for number, injected in enumerate(outcome.injected, 1)]
     false_alarms = [alert.to_dict() for alert in attributed.false_alarms]
+    rolled = rollouts.build(scenario, outcome, store)
+    for rollout in rolled:
+        event = events[rollout["event"] - 1]
+        event |= {"outcome": rollout["outcome"], "lasts": rollout["ended"] and rollout["ended"] - event["at"]}
     budget = scenario.budget.false_alarms
     missed = sum(len(event["missed"]) for event in events)
     return {
-        "passed": outcome.audit.passed and not missed and len(false_alarms) <= budget and not outcome.undelivered,
+        "passed": outcome.audit.passed
+        and not (missed or outcome.undelivered)
+        and len(false_alarms) <= budget
+        and all(rollout["passed"] for rollout in rolled),
         "seed": scenario.seed,
         "devices": len(outcome.devices),
         "simulated_seconds": round(outcome.simulated_s, 1),
@@ -40,6 +47,7 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
         "undelivered": outcome.undelivered,
         "events": events,
         "missed": missed,
+        "rollouts": rolled,
         "false_alarms": {"n": len(false_alarms), "budget": budget, "alerts": false_alarms[:_MAX_ALERTS]},
         "audit": outcome.audit.to_dict(),
     }
@@ -55,7 +63,7 @@ def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[
     settings = {
         key: value
         for key, value in msgspec.to_builtins(event, enc_hook=str).items()
-        if key not in ("kind", "at", "lasts", "devices", "group", "expect") and value
+        if key not in ("kind", "at", "lasts", "devices", "group", "expect", "plan") and value
     }
     return {
         "kind": event.kind,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from agent import durable_files
 from agent.config import BrokerConfig
@@ -28,15 +27,13 @@ from agent.fleet.collector.encryption_keys import EncryptionKeys
 from agent.fleet.collector.subscriptions import topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol_on_this_machine, init_fleet
-from agent.model import activation
-from agent.model.activation import LoadedBundle
-from agent.model.sandbox.confinement import ModelPolicy
 from agent.testing.simulation.broker_air import BrokerAir, FaultyLink
 from agent.testing.simulation.device import SimulatedDevice
 from agent.testing.simulation.feed import Feed
 from agent.testing.simulation.label_source import LabelSource
 from agent.testing.simulation.lossy_link import LossyBroker, LossyLink
 from agent.testing.simulation.machine import MachineRoom
+from agent.testing.simulation.operator import FOLLOW_S, Operator
 from agent.testing.simulation.pace import Pace
 from agent.testing.simulation.scenario import (
     AnyEvent,
@@ -45,12 +42,14 @@ from agent.testing.simulation.scenario import (
     FullDisk,
     Outage,
     PowerCut,
+    Rollout,
     Scenario,
     SensorFault,
     Silence,
     SkewedClock,
 )
 from agent.testing.simulation.setup import Setup
+from agent.testing.simulation.shared_models import SharedModels
 from agent.wire import keys
 
 _FLEET = "sim"
@@ -63,8 +62,6 @@ _IDLE_S, _COLLECT_S = 5.0, 1.0
 _PROGRESS_S = 0.5
 # Seconds of real time between looks at a real broker's links.
 _POLL_S = 0.05
-# The model is the user's own, and a process for each of a thousand devices would be too many.
-_IN_PROCESS = ModelPolicy("off")
 # Descriptors of a device's files, and of everything else.
 _DEVICE_FILES, _OTHER_FILES = 8, 200
 # Called with the simulated seconds so far and in all, and the messages published.
@@ -81,7 +78,8 @@ class Injected(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
-    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows.
+    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows;
+    `refusals`: why a roll-out did not start, by its plan file.
     """
 
     injected: list[Injected]
@@ -97,6 +95,7 @@ class Outcome(msgspec.Struct, frozen=True):
     rejected_labels: int
     undelivered: list[str]
     audit: AuditReport
+    refusals: dict[str, str]
     simulated_s: float
     real_s: float
     peak_bytes: int
@@ -141,7 +140,9 @@ class Simulation:
         self._uplink_due: dict[str, float] = {}
         self._daemon_due: dict[str, float] = {}
         self._collector_due_s = float("inf")
-        self._bundles: dict[Path, LoadedBundle] = {}
+        self._models = SharedModels()
+        self._operator: Operator | None = None
+        self._operator_due_s = float("inf")
         self._names = scenario.device_names()
         self._labels = LabelSource(scenario, setup)
         self._store: FleetStore | None = None
@@ -155,6 +156,7 @@ class Simulation:
     def close(self) -> None:
         for device in self.devices.values():
             device.close()
+        self._models.close()
         if isinstance(self.air, BrokerAir):
             self.air.close()
         if self._store is not None:
@@ -204,7 +206,8 @@ class Simulation:
                 device.stop_feeds()
             self._drain()
             undelivered = [name for name, device in self.devices.items() if device.is_on and device.has_unsent()]
-            report = audit(self.store)
+            assert self._operator is not None
+            report = audit(self.store, operators=self._operator.public_keys)
         return Outcome(
             injected=[Injected(event, self._scenario.select(event, self._names)) for event in self._scenario.events],
             devices=[*self._names],
@@ -219,6 +222,7 @@ class Simulation:
             rejected_labels=sum(device.rejected_labels for device in self.devices.values()),
             undelivered=undelivered,
             audit=report,
+            refusals=self._operator.refusals,
             simulated_s=self.room.now_s,
             real_s=time.monotonic() - self._began_s,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -241,14 +245,17 @@ class Simulation:
         for number, (name, group) in enumerate(self._names.items()):
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
-            durable_files.write(file, self._setup.device_toml(file.read_text(encoding="utf-8")).encode(), 0o600)
+            durable_files.write(file, self._setup.device_toml(file.read_text(encoding="utf-8"), group).encode(), 0o600)
             start_s = self.room.rng.uniform(0.0, float(self._scenario.groups[group].start_within))
             feeds = self._make_feeds(name, number, start_s)
             self.devices[name] = SimulatedDevice(
-                *(name, home, self.room, self.air, feeds, self._activate, partial(self._labels.find, name))
+                *(name, home, self.room, self.air, feeds, self._models, partial(self._labels.find, name))
             )
             self._at(start_s, partial(self._start, name))
+        self._operator = Operator(self.home, fleet, store, self.air, self._broker)
         for event in self._scenario.events:
+            if isinstance(event, Rollout):
+                self._operator.prepare(event)
             self._at(event.at, partial(self._apply, event, begins=True))
             if event.lasts is not None:
                 self._at(event.end_s, partial(self._apply, event, begins=False))
@@ -272,15 +279,6 @@ class Simulation:
             ]
             feeds[stream] = Feed(fields, file, playlist, start_s, faults)
         return feeds
-
-    def _activate(self, path: Path, publishers: Any, *_: Any) -> LoadedBundle:
-        """Verify, probe and load a bundle once for all devices, with the same batches on any machine."""
-        if path not in self._bundles:
-            loaded = activation.activate(path, publishers, policy=_IN_PROCESS)
-            tuning = None if loaded.tuning is None else replace(loaded.tuning, batch=1, threads=1)
-            proven = activation.ProvenBundle(loaded.bundle, loaded.reference, tuning)
-            self._bundles[path] = activation.load_bundle(proven, policy=_IN_PROCESS)
-        return self._bundles[path]
 
     # --- the loop ---
 
@@ -423,12 +421,32 @@ class Simulation:
         subscribe = topic_filters(self._fleet)
         return self.air.connect(self._broker, _COLLECTOR, subscribe=subscribe, session_expiry_s=_SESSION_S, **names)
 
+    def _start_rollout(self, event: Rollout) -> None:
+        assert self._operator is not None
+        names = self._scenario.select(event, self._names)
+        self._operator.start(event, [self.devices[name].home for name in names])
+        self._schedule_operator(self.room.now_s)
+
+    def _schedule_operator(self, due_s: float) -> None:
+        if due_s < self._operator_due_s:
+            self._operator_due_s = due_s
+            self._at(due_s, self._turn_operator)
+
+    def _turn_operator(self) -> None:
+        self._operator_due_s = float("inf")
+        assert self._operator is not None
+        if self._operator.follow():
+            self._schedule_operator(self.room.now_s + FOLLOW_S)
+
     # --- events ---
 
     def _apply(self, event: AnyEvent, *, begins: bool) -> None:
         """Begin or end an event. Those of sensors and labels are in the feeds."""
         if isinstance(event, CollectorOutage):
             self.air.set_offline(_COLLECTOR, is_offline=begins)
+        if isinstance(event, Rollout):
+            self._start_rollout(event)
+            return
         for name in self._scenario.select(event, self._names):
             device = self.devices[name]
             match event:

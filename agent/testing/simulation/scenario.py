@@ -1,11 +1,11 @@
-"""Scenario of a simulated fleet: groups of devices, events at some of them, and labels that arrive late, in TOML."""
+"""Scenario of a simulated fleet in TOML: groups of devices, events at some of them, roll-outs, and late labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -13,6 +13,7 @@ from agent import clock, config
 from agent.config import Duration
 from agent.config.sources import ReplayFault
 from agent.errors import ConfigError
+from agent.fleet.rollout import plan as plans
 from agent.names import is_name
 from agent.testing.simulation.lossy_link import LinkConditions
 from agent.toml_files import Section, did_you_mean
@@ -189,9 +190,20 @@ class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong
     default_expect: ClassVar[tuple[str, ...]] = ("quality",)
 
 
+class Rollout(Event, frozen=True, kw_only=True, tag_field="kind", tag="rollout"):
+    """Roll-out of the bundle that the file `plan` names by its path; `ends`: the outcome that is expected.
+
+    The plan's target selects the devices, so `load` sets `devices` and `group`, and makes `plan` absolute.
+    """
+
+    plan: str
+    ends: Literal["completed", "held", "rolled-back"] = "completed"
+    task: str = ""
+
+
 AnyEvent = (
     Gain | Offset | Stuck | Missing | Spikes | Saturate | Noise | Quantize | Swap | Silence | Outage | BadNetwork
-    | CollectorOutage | SkewedClock | PowerCut | FullDisk | WrongLabels
+    | CollectorOutage | SkewedClock | PowerCut | FullDisk | WrongLabels | Rollout
 )  # fmt: skip
 
 
@@ -257,8 +269,14 @@ class Scenario(Section, frozen=True, kw_only=True):
         ]
 
 
-def load(file: Path, fields: dict[str, list[str]], tasks: Sequence[str], devices: int | None = None) -> Scenario:
-    """Read a scenario; `fields` by stream and the names of `tasks` of the config. Raises ConfigError.
+def load(
+    file: Path,
+    fields: dict[str, list[str]],
+    tasks: Sequence[str],
+    devices: int | None = None,
+    groups: Sequence[str] = (),
+) -> Scenario:
+    """Read a scenario; `fields` by stream, names of `tasks` and `groups` of the config. Raises ConfigError.
 
     `devices` replaces the number of devices of the only group.
     """
@@ -268,8 +286,45 @@ def load(file: Path, fields: dict[str, list[str]], tasks: Sequence[str], devices
             raise ConfigError(str(file), "groups", f"--devices needs one group, here are {len(read.groups)}")
         [(name, group)] = read.groups.items()
         read = msgspec.structs.replace(read, groups={name: msgspec.structs.replace(group, devices=devices)})
+    events = [
+        _resolve_rollout(read, file, f"events[{i}]", event, tasks, groups) if isinstance(event, Rollout) else event
+        for i, event in enumerate(read.events, 1)
+    ]
+    read = msgspec.structs.replace(read, events=events)
     check(read, str(file), fields, tasks)
     return read
+
+
+def _resolve_rollout(
+    scenario: Scenario, file: Path, key: str, event: Rollout, tasks: Sequence[str], groups: Sequence[str]
+) -> Rollout:
+    """Return a roll-out with its task and the devices that its plan selects. Raises ConfigError."""
+    if event.devices or event.group or event.lasts is not None or event.task:
+        problem = "has devices, group, lasts or task; the target of its plan selects the devices, its rules end it"
+        raise ConfigError(str(file), key, problem)
+    plan = plans.read((file.parent / event.plan).resolve())
+    if plan.path is None or not plan.path.exists():
+        problem = "is missing or names no file: devices of a simulation get the bundle from there"
+        raise plan.config_error("rollout.path", problem)
+    # Name, task, target and limits; the bundle is resolved when the roll-out starts.
+    draft = plan.to_plan(plan.bundle or "", plan.version or "", plan.digest or "")
+    limits = {f"steps[{i}]": step.promote.max_latency_ratio for i, step in enumerate(draft.steps)}
+    limits["device_rules"] = draft.device_rules.max_latency_ratio
+    if limited := [name for name, ratio in limits.items() if ratio is not None]:
+        problem = "a simulation measures no inference time: it would be this machine's, not the device's; leave it out"
+        raise plan.config_error(f"{limited[0]}.max_latency_ratio", problem)
+    if draft.task not in tasks:
+        problem = f"no task {draft.task!r} in the config of the devices{did_you_mean(draft.task, tasks)}"
+        raise plan.config_error("rollout.task", problem)
+    kind, _, name = draft.target.partition(":")
+    known = {"all": [""], "group": [*scenario.groups, *groups], "device": [*scenario.device_names()]}[kind]
+    if name not in known:
+        problem = f"no {kind} {name!r} in the scenario{did_you_mean(name, known)}"
+        raise plan.config_error("rollout.target", problem)
+    # Every device is in the groups of the config.
+    group = name if kind == "group" and name not in groups else ""
+    devices = [name] if kind == "device" else []
+    return msgspec.structs.replace(event, plan=str(plan.source), devices=devices, group=group, task=draft.task)
 
 
 def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Sequence[str]) -> None:
@@ -292,6 +347,9 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
         event.check(file, f"events[{i}]", fields)
         if isinstance(event, WrongLabels) and event.task not in scenario.labels:
             raise ConfigError(file, f"events[{i}].task", f"no [labels.{event.task}] in this scenario")
+    plan_files = [event.plan for event in scenario.events if isinstance(event, Rollout)]
+    if len(set(plan_files)) < len(plan_files):
+        raise ConfigError(file, "events", "two roll-outs have the same plan; each needs a name of its own")
     for task in scenario.labels:
         if task not in tasks:
             raise ConfigError(file, f"labels.{task}", f"no task {task!r} in the config{did_you_mean(task, tasks)}")

@@ -62,13 +62,13 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         tasks = self.config.tasks.items()
         return {name: [task.stream, *(joined.stream for joined in task.inputs.values())] for name, task in tasks}
 
-    def device_toml(self, enrolled: str) -> str:
-        """Return a device's config: `enrolled`, which enrolment wrote, and the sections of this setup."""
+    def device_toml(self, enrolled: str, group: str) -> str:
+        """Return the config of a device in a group: `enrolled`, which enrolment wrote, and this setup's sections."""
         own = tomllib.loads(enrolled)
         # Random bytes: what is sealed to it is another one each time.
         if not self.config.privacy.encrypt and self.config.samples is None:
             own["collector"].pop("encryption_key", None)
-        own["device"]["groups"] = self.config.device.groups
+        own["device"]["groups"] = [*dict.fromkeys([*self.config.device.groups, group])]
         sections = {**own, **{name: self.document[name] for name in self.document if name not in _REPLACED}}
         if isinstance(metered := self.document.get("broker", {}).get("metered"), dict):
             sections["broker"]["metered"] = metered
@@ -142,6 +142,7 @@ def _load_recordings(
             hint = did_you_mean(name, parsed.streams)
             raise UsageError(f"--recording {name}=…: no stream {name!r} in {file}{hint}")
     used = {task.stream for task in parsed.tasks.values()}
+    used |= {joined.stream for task in parsed.tasks.values() for joined in task.inputs.values()}
     if missing := sorted(used - recordings.keys()):
         raise UsageError(f"{file}: stream {missing[0]!r} has no recording; add --recording {missing[0]}=FILE")
     return {name: feed.load(path, parsed.streams[name], columns) for name, (path, columns) in recordings.items()}

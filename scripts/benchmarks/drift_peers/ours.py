@@ -40,12 +40,15 @@ class MonitorRun(msgspec.Struct, frozen=True):
             DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=synthetic.LEARN), model_rows
         )
 
-    def step(self, state: DriftState, rows: Table) -> tuple[DriftState, list[DriftWindowResult]]:
-        """Process `rows` (n, COLUMNS), a whole number of windows."""
+    def step(
+        self, state: DriftState, rows: Table, features: Table | None = None
+    ) -> tuple[DriftState, list[DriftWindowResult]]:
+        """Process `rows` (n, COLUMNS), a whole number of windows. A device has `features` apart."""
         first = max(0, state.last_counted_row) + 1
         answered = slice(self.model_rows - 1, None, self.model_rows)
         return self.judge.process_batch(
-            state, rows[:, :FIELDS], np.arange(0, len(rows), self.model_rows), self.model_rows,
+            state, rows[:, :FIELDS] if features is None else features,
+            np.arange(0, len(rows), self.model_rows), self.model_rows,
             rows[answered, ANSWER].astype(np.int64), rows[answered, CERTAINTY, None],
             rows=(first, first + len(rows) - 1), t=np.arange(first, first + len(rows)) * EVERY_US,
         )  # fmt: skip

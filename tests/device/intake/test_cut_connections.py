@@ -28,7 +28,7 @@ from agent.performance.labels import LabelSchema, LabelTarget
 from agent.testing.broker import free_port
 from tests.kit.stations import ROOT, Killable, Line, Station, conf, wait_for
 
-TARGETS = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
+TARGETS = {"judge": LabelTarget("watch", {"": LabelSchema("classify", ("up", "down"))})}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from agent.performance.labels import Label, LabelSchema, LabelTarget
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000
-TARGETS = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
+TARGETS = {"judge": LabelTarget("watch", {"": LabelSchema("classify", ("up", "down"))})}
 
 
 @pytest.fixture

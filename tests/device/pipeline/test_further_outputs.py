@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,22 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent import config
-from agent.authoring import pack
 from agent.cli.model.group import model
 from agent.config import AlertRuleConfig
-from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.rules import compiler, sentences
 from agent.device.rules.batch_results import BatchResults, PendingResults
-from agent.device.store.rows import Rows
 from agent.drift.reporting import parsed_message
 from agent.errors import ConfigError
-from agent.model import activation
-from agent.model.activation import LoadedBundle
-from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime, scores
 from agent.model.inference.inference import Inference
 from agent.model.inference.joins import JoinedRows
 from agent.wire.messages import AlertPayload, DriftPayload
-from scripts.kit.bundles import KEY, WINDOWED, Recipe, waves, write_csv, write_joined_spec
-from tests.kit.devices import T0, Device
+from scripts.kit.bundles import WINDOWED, waves, write_csv
+from tests.kit import outputs
+from tests.kit.devices import Device
+from tests.kit.outputs import AIR_STEP_US, feed, still_air
 
-AIR_STEP_US = 310_000
 RULES = [
     AlertRuleConfig(name="wear", output="wear", value="> 1e9"),
     AlertRuleConfig(name="worn", output="wear", value="> -1e9", clear="< -2e9"),
@@ -45,42 +39,19 @@ RULES = [
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("joined")
-    write_joined_spec(folder)
-    write_csv(folder / "weather.csv", ("air",), still_air(60, 2)[:, None], step_s=0.31)
-    pack.write_bundle(pack.pack(folder / "bundle.toml", KEY), folder / "bundle")
-    return bundle.read(folder / "bundle", [KEY.public])
+    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
 
 
 @pytest.fixture
 def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    loaded_model = runtime.load_model(packed.manifest, packed.model_bytes)
-    air = config.StreamConfig(fields=[config.FieldConfig(name=name) for name in ("other", "air")])
-    streams = {"weather": JoinedStream("weather", air, 10.0)}
-    loaded = LoadedBundle(packed, activation.read_reference(packed), None, loaded_model)
-    recipe = Recipe("classify", "joined_int8", fields=WINDOWED)
-    made = Device(tmp_path / "store", recipe, loaded, joined_streams=streams, alerts=RULES)
+    made = outputs.make_device(tmp_path / "store", packed, RULES)
     yield made
     made.store.close()
-
-
-def still_air(count: int, seed: int) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(0, 0.5, count).astype("<f4")
 
 
 def restless_air(count: int, seed: int) -> NDArray[np.float32]:
     """Air that goes up and down: wear, its last value less its first, is far from 0, and the mean of three is 0."""
     return np.resize(np.array([-4, 0, 4], "<f4"), count)
-
-
-def feed(device: Device, seed: int, count: int, make_air: Callable[[int, int], NDArray[np.float32]]) -> None:
-    """Feed rows as usual, with this air."""
-    times = np.arange(0, count * 10_000, AIR_STEP_US) + device.fed
-    air = make_air(len(times), seed)
-    with device.store.transaction() as tx:
-        tx.append("weather", Rows(T0 + times, (np.zeros(len(air), "<f4"), air)), "synced")
-    device.feed(waves(count, seed=seed))
-    device.run_all()
 
 
 def raised(device: Device, kind: str) -> list[AlertPayload]:

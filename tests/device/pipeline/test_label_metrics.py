@@ -18,7 +18,7 @@ from agent.clock import ClockReading
 from agent.device import status
 from agent.device.intake import labels
 from agent.device.own_messages import OwnMessages
-from agent.device.pipeline import batch, label_metrics
+from agent.device.pipeline import batch, label_metrics, labelled_output
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery.open import open_store
 from agent.device.store import labels as labelled
@@ -101,7 +101,7 @@ class Device:
         self, rows: Any, text: Callable[[int], str | float], source: str = "human", by: str = ""
     ) -> list[str | None]:
         """Return the outcome of the label of each row."""
-        requested = label_metrics.build_label_targets([self.task])["tiny"]
+        requested = labelled_output.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
             return [
                 labels.store_label(
@@ -781,7 +781,7 @@ def test_a_flood_without_an_author_changes_no_alert_of_authenticated_labels(make
         device.label([rows[0] - 300], right, source="model", by="loop")
         device.turn()
     assert [(alert.subject, alert.state) for alert in device.alerts()] == raised
-    assert not label_metrics.contradict_certainty(device.task, device.store)
+    assert "" not in label_metrics.list_contradicted(device.task, device.store)
 
 
 def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_report(make: Make) -> None:
@@ -797,10 +797,12 @@ def test_alerts_that_the_owner_keeps_leave_neither_to_home_assistant_nor_in_a_re
     assert len(device.store.open_alerts("tiny")) > 0
     [report] = OwnMessages(conf, device.store).poll()
     assert report.alerts == []
-    task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}}
+    outputs: dict[str, Any] = {"wear": {"quality": {"metrics": []}}}
+    task = {"task": "tiny", "open": device.store.open_alerts("tiny"), "quality": {"metrics": []}, "outputs": outputs}
     document = {"tasks": [task], "alerts": device.store.recent_alerts(5)}
     left = status.limit_status(document, device.author)
-    assert left == {"tasks": [{"task": "tiny", "open": [], "quality": None}], "alerts": []}
+    withheld: dict[str, Any] = {"open": [], "quality": None, "outputs": {"wear": {"quality": None}}}
+    assert left == {"tasks": [{"task": "tiny", **withheld}], "alerts": []}
 
 
 def test_labels_that_repeat_the_answers_are_a_feedback_loop(make: Make) -> None:

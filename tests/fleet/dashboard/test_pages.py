@@ -51,6 +51,18 @@ def test_a_new_message_is_shown(dashboard: ServedDashboard) -> None:
     wait_until_shown(dashboard, "/fleet?q=pi-20", "4\u202f711")
 
 
+def test_a_device_shows_the_metrics_of_each_output_of_its_model(dashboard: ServedDashboard) -> None:
+    sender = enrolled(dashboard.store, "outputs-01")
+    for value in (0.75, 0.5):
+        for output, name in (("", "accuracy"), ("wear", "mae")):
+            metric = {"metric": name, "value": value, "low": None, "high": None, "n": 60}
+            dashboard.add(sender, sender.append("quality", task=sender.task, output=output, metrics=[metric]))
+    dashboard.add(sender, health(sender))
+    page = wait_until_shown(dashboard, "/devices/outputs-01", "Accuracy by labels")
+    rows = re.findall(r'<tr id="metric-([^"]+)"><th scope="row">([^<]+)</th><td class="number">([^<]+)', page)
+    assert rows == [("1", "accuracy", "0.500"), ("wear-1", "wear: mae", "0.500")]
+
+
 def test_filters_and_groups_are_in_the_address(dashboard: ServedDashboard) -> None:
     sender = enrolled(dashboard.store, "quiet-01")
     dashboard.add(sender, health(sender))

@@ -24,9 +24,15 @@ from agent.device.machine.timekeeping import make_clock
 from agent.errors import OutstationError, RowRejected, StorageBusy, StorageError, UsageError, explain
 from agent.model.bundle import bundle
 from agent.performance import labels
-from agent.performance.labels import Label, LabelSchema, LabelTarget
+from agent.performance.labels import Label, LabelTarget
 
-_COLUMNS = {"row": ColumnType.INTEGER, "t": ColumnType.TIME, "label": ColumnType.TEXT, "source": ColumnType.TEXT}
+_COLUMNS = {
+    "row": ColumnType.INTEGER,
+    "t": ColumnType.TIME,
+    "label": ColumnType.TEXT,
+    "source": ColumnType.TEXT,
+    "output": ColumnType.TEXT,
+}
 ParsedLabel = tuple[int, Label | str]
 
 
@@ -38,7 +44,8 @@ ParsedLabel = tuple[int, Label | str]
 def label(task: str, file: str, by: str, config_file: str | None, as_json: bool) -> None:
     """Add ground-truth labels to results of TASK, from CSV or JSON Lines in FILE (- is stdin).
 
-    Columns: row,label or t,label (epoch seconds or RFC 3339), and optionally source: human, system, model or verdict.
+    Columns: row,label or t,label (epoch seconds or RFC 3339), and optionally source (human, system, model or verdict)
+    and output, the name of a further output of the model.
     `row` is a result's row, for windows the last one; `t` selects the nearest result. Labels go through the running
     daemon, or into the store if none runs. Exit 1 if a label was rejected.
 
@@ -72,7 +79,8 @@ def read_labels(file: str) -> Iterator[ParsedLabel]:
                 for name in table.columns:
                     if name not in _COLUMNS or table.columns.count(name) > 1:
                         raise UsageError(
-                            f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally source"
+                            f"{file}: column {name[:40]!r}: the first line names row or t, label, and optionally "
+                            "source and output"
                         )
                 if "label" not in table.columns or not {"row", "t"} & set(table.columns):
                     raise UsageError(f"{file}: the first line must name the columns: row,label or t,label")
@@ -93,12 +101,12 @@ def _find_foreign_member(values: Mapping[str, Any]) -> str | None:
 
 
 def _parse_label(values: Mapping[str, Any]) -> Label | str:
-    text, source = (
+    text, source, output = (
         (value.strip() or None) if isinstance(value, str) else value
-        for value in (values.get("label"), values.get("source"))
+        for value in (values.get("label"), values.get("source"), values.get("output"))
     )
     try:
-        return labels.parse_label(values.get("row"), values.get("t"), text, source)
+        return labels.parse_label(values.get("row"), values.get("t"), text, source, output)
     except ValueError as problem:
         return str(problem)
 
@@ -116,7 +124,7 @@ def submit(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) ->
     try:
         for _, label in labels:
             place = {"row": label.row} if label.row is not None else {"t": (label.t or 0) / 1e6}
-            client.label(task, label.text, source=label.source, author=author, **place)
+            client.label(task, label.text, source=label.source, author=author, output=label.output, **place)
         answer = client.flush()
     except ConnectionError as error:
         raise OutstationError(f"the daemon went away ({error}); send the labels again, each counts once") from None
@@ -138,8 +146,7 @@ def _authenticate(conf: Config, by: str) -> tuple[str, str] | None:
 def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) -> tuple[int, dict[int, str]]:
     with device.open_store(conf) as store:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
-        schema = LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
-        targets = {task: LabelTarget(conf.tasks[task].stream, schema)}
+        targets = {task: LabelTarget(conf.tasks[task].stream, manifest.label_schemas)}
         group, now = GroupCommit(store, conf.streams, lambda: targets), make_clock(store)
         accepted, rejected = 0, dict[int, str]()
         for number, (line, label) in enumerate(labels, 1):

@@ -87,7 +87,7 @@ def label_token(name: str, config_file: str | None, as_json: bool) -> None:
 def _load_schema(conf: Config, task: str) -> LabelSchema:
     with device.open_store_read_only(conf) as store:
         manifest = bundle.read(history.locate_bundle(conf, store, task), None).manifest
-    return LabelSchema(manifest.label_kind, tuple(manifest.output.labels))
+    return manifest.label_schemas[""]
 
 
 def _find_answer(conf: Config, task: str, row: int) -> str | None:

@@ -40,7 +40,8 @@ def label(
 ) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
-    Columns are those of `outstation label`: row,label or t,label, and source. With --send the labels go to the device
+    Columns are those of `outstation label`: row,label or t,label, source and output. The device
+    alone evaluates labels of further outputs. With --send the labels go to the device
     instead. Repeated labels do no harm. Exit 1 if a label was rejected.
     """
     config, store = open_for_reading(folder, device=device)

@@ -30,6 +30,7 @@ RANGES = {"1h": 3600, "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400, "all"
 _POINTS = 800
 _MAX_LABELS = 64
 _LISTED = 12
+_QUALITY_MESSAGES = 60  # the newest, of all outputs of a task
 # Times that a chart can show; a producer may claim any.
 _MAX_US = 32_503_680_000_000_000
 
@@ -89,22 +90,28 @@ async def show(visit: Visit) -> Response:
 
 def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[str, Any]:
     name, log = device.device, device.log
-    quality = [
-        {**row, "metrics": metrics}
-        for row in history.load_quality(db, name, log, 20)
-        if task is not None and row["task"] == task.name and (metrics := _metrics(row["body"]))
-    ]
     return {
         "keys": messages.load_keys(db, name),
         "logs": messages.load_logs(db, name, _LISTED),
         "gaps": messages.load_gaps(db, name, _LISTED),
         "newest": messages.load_newest_messages(db, name, log, _LISTED),
         "phases": history.load_phases(db, name, log, _LISTED),
-        "quality": quality[0] if quality else None,
+        "quality": _load_quality(db, name, log, task.name) if task else [],
         "collector_metrics": history.load_collector_metrics(db, name, task.name) if task else [],
         "windows": history.load_windows(db, name, task.name, _LISTED) if task else [],
         **_load_results(db, name, task),
     }
+
+
+def _load_quality(db: Connection, device: str, log: str, task: str) -> list[dict[str, Any]]:
+    """Return the newest message with metrics of each output, the first output first."""
+    newest: dict[str, dict[str, Any]] = {}
+    for row in history.load_quality(db, device, log, task, _QUALITY_MESSAGES):
+        body = decode_object(row["body"])
+        output = body.get("output", "")
+        if isinstance(output, str) and output not in newest and (metrics := _metrics(body)):
+            newest[output] = {**row, "output": output, "metrics": metrics}
+    return [newest[output] for output in sorted(newest)]
 
 
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:
@@ -114,7 +121,8 @@ def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[s
     if task and rows:
         key = (device, task.name, rows[0][5])
         verdicts_by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows])
-    return {"results": rows, "verdicts": verdicts_by_row}
+    texts = result_statements.load_outputs(db, device, rows)
+    return {"results": rows, "verdicts": verdicts_by_row, "outputs": {row: decode_object(texts[row]) for row in texts}}
 
 
 async def results(visit: Visit) -> Response:
@@ -201,8 +209,8 @@ def _streams(health: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _metrics(body: str) -> list[dict[str, Any]]:
-    metrics = decode_object(body).get("metrics")
+def _metrics(body: dict[str, Any]) -> list[dict[str, Any]]:
+    metrics = body.get("metrics")
     return [
         metric
         for metric in (metrics if isinstance(metrics, list) else [])

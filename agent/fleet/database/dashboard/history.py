@@ -7,7 +7,8 @@ from typing import Any
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
 QUALITY = """
-    SELECT task, time, body, log, seq FROM quality_messages WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
+    SELECT time, body, log, seq FROM quality_messages WHERE device = ? AND log = ? AND task = ?
+    ORDER BY seq DESC LIMIT ?"""
 PHASES = """
     SELECT task, rollout, phase, reason, summary, time, log, seq FROM rollout_devices
     WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
@@ -25,8 +26,8 @@ COLLECTOR_METRICS = """
     WHERE device = ? AND task = ? AND source <> 'device' AND slice = '' ORDER BY source, metric LIMIT 50"""
 
 
-def load_quality(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:
-    return fetch_dicts(db, QUALITY, device, log, limit)
+def load_quality(db: Connection, device: str, log: str, task: str, limit: int) -> list[dict[str, Any]]:
+    return fetch_dicts(db, QUALITY, device, log, task, limit)
 
 
 def load_phases(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def load_labelled_results(db: Connection, key: TaskLog) -> list[Row]:
 
 def replace_metrics(db: Connection, device: str, task: str, source: str, rows: Sequence[Sequence[Any]]) -> None:
     db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, source))
-    db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def load_bundle(db: Connection, key: TaskLog, seq: int) -> tuple[str, str, str] | None:

@@ -156,6 +156,7 @@ class RunningTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class AccuracyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Metrics of labelled results: a device's newest `message`, or the collector's metrics of labels sent to it.
 
+    `output` names a further output of the model; it is empty for the first one.
     `labels` counts labels by source. `label_coverage` holds their delay and the share of results they cover. `low` and
     `high` of a metric bound its 95 % interval.
     """
@@ -170,6 +171,7 @@ class AccuracyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     label_coverage: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
     message: MessageRef | None = None
+    output: ShortText = ""
 
 
 class ComparisonMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,21 +14,22 @@ HEADLINE_METRICS = {"accuracy": True, "auc": True, "mae": False, "f1_micro": Tru
 
 
 class AccuracyCollector(msgspec.Struct):
-    """Newest `quality` message of each (device, task). Messages arrive ordered by device, log and seq."""
+    """Newest `quality` message of each (device, task, output). Messages arrive ordered by device, log and seq."""
 
     newest_logs: dict[str, str]
     omitted: int = 0
     untracked: int = 0
-    _latest: dict[tuple[str, str], AccuracyEntry] = msgspec.field(default_factory=dict)
+    _latest: dict[tuple[str, str, str], AccuracyEntry] = msgspec.field(default_factory=dict)
 
     def add(self, body: QualityPayload) -> None:
-        known = self._latest.get((body.device, body.task))
+        key = (body.device, body.task, body.output)
+        known = self._latest.get(key)
         if known is None and len(self._latest) >= WRITE_LIMITS.tasks:
             self.untracked += 1
         elif known is None or self.newest_logs.get(body.device) == body.log or known.time <= body.time:
             model, sources = body.model, body.labels.get("sources")
             counts = sources if isinstance(sources, dict) else {}
-            self._latest[body.device, body.task] = AccuracyEntry(
+            self._latest[key] = AccuracyEntry(
                 device=body.device,
                 task=body.task,
                 time=body.time,
@@ -39,6 +40,7 @@ class AccuracyCollector(msgspec.Struct):
                 label_coverage={name: value for name, value in body.labels.items() if name != "sources"},
                 estimate=body.estimate,
                 message=MessageRef(body.device, body.log, body.seq),
+                output=body.output,
             )
 
     def build_entries(
@@ -78,6 +80,6 @@ def select_headline(entry: AccuracyEntry) -> Metric | None:
 def _worst_first_key(entry: AccuracyEntry) -> tuple[Any, ...]:
     metric = select_headline(entry)
     if metric is None or metric.value is None:
-        return entry.task, 1, 0.0, entry.device, entry.source
+        return entry.task, entry.output, 1, 0.0, entry.device, entry.source
     value = metric.value if HEADLINE_METRICS[metric.metric] else -metric.value
-    return entry.task, 0, value, entry.device, entry.source
+    return entry.task, entry.output, 0, value, entry.device, entry.source

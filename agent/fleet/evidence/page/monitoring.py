@@ -163,7 +163,7 @@ def render_accuracy(facts: EvidenceFacts) -> Markup:
         return chapter("accuracy", title, lead, element("p", text, css_class="notice"))
     by_task: dict[str, list[AccuracyEntry]] = {}
     for entry in facts.accuracy:
-        by_task.setdefault(entry.task, []).append(entry)
+        by_task.setdefault(_name_output(entry), []).append(entry)
     cards = [_accuracy_card(task, entries) for task, entries in by_task.items()]
     rows = [_accuracy_row(entry) for entries in by_task.values() for entry in entries[:_MAX_ROWS]]
     head = ["Device", "Task", "Metric", "95 % interval", "Labels", "Coverage", "As of"]
@@ -180,11 +180,15 @@ def _accuracy_card(task: str, entries: Sequence[AccuracyEntry]) -> Markup:
     return html.card(f"{task}: {name}", caption, chart)
 
 
+def _name_output(entry: AccuracyEntry) -> str:
+    return f"{entry.task}, output {entry.output}" if entry.output else entry.task
+
+
 def _accuracy_row(entry: AccuracyEntry) -> list[Content]:
     metric = select_headline(entry)
     return [
         entry.device,
-        entry.task,
+        _name_output(entry),
         "–" if metric is None else f"{display_name(metric.metric)} {format_value(metric.value)}",
         "" if metric is None else format_interval(metric.low, metric.high),
         ", ".join(f"{n:,} by {_SOURCE_NAMES.get(source, source)}" for source, n in entry.labels.items()) or "unknown",

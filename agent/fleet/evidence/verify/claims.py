@@ -130,6 +130,7 @@ class ClaimChecker:
     def check_accuracy(self, where: str, entry: AccuracyEntry) -> None:
         if entry.message is not None:
             claims = {"device": entry.device, "task": entry.task, "time": entry.time, "metrics": entry.metrics}
+            claims["output"] = entry.output
             self._compare_with_message(where, entry.message, "quality", claims)
         elif entry.source == "device":
             self._add_problem(where, "names no message in which the device reported it")

@@ -1,0 +1,133 @@
+"""Labelled output: one output of a task, with what its labels may be and how good its scores promised to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Float64s, Ints
+from agent.device.pipeline.loaded_task import LoadedTask
+from agent.device.store.labels import StoredLabel
+from agent.device.store.predictions import output_key
+from agent.indices import bincount
+from agent.performance import cbpe
+from agent.performance.labels import NO_TRUTH, LabelSchema, LabelTarget
+from agent.performance.metrics import LabelledPredictions
+
+
+class HeldOutScores(msgspec.Struct, frozen=True, eq=False):
+    """Scores of held-out data by bin: `edges` (B - 1,), `n` (B,), and `correct` (B,), the answers that were right."""
+
+    edges: Float64s
+    n: Ints
+    correct: Ints
+
+
+class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
+    """Output of a task: the first one with the name "", or a further one."""
+
+    task: str
+    name: str
+    model: Mapping[str, Any]
+    schema: LabelSchema
+    held_out: HeldOutScores | None = None
+
+    @property
+    def key(self) -> str:
+        """Key of its predictions, labels and states in the store."""
+        return output_key(self.task, self.name)
+
+    @property
+    def digest(self) -> str:
+        return str(self.model["digest"])
+
+    def filter_valid(self, samples: Sequence[StoredLabel]) -> list[StoredLabel]:
+        """Return the samples whose label the current bundle knows."""
+
+        def is_valid(sample: StoredLabel) -> bool:
+            try:
+                self.schema.parse(sample.label)
+            except ValueError:
+                return False
+            return True
+
+        return [sample for sample in samples if is_valid(sample)]
+
+    def filter_evaluable(self, samples: Sequence[StoredLabel]) -> list[StoredLabel]:
+        """Return the samples with ground truth, whose result is a number."""
+        is_classified = self.schema.kind in ("classify", "several")
+        has_scores = any(sample.prediction.score is not None for sample in samples)
+
+        def is_complete(sample: StoredLabel) -> bool:
+            result = sample.prediction
+            if not is_classified:
+                return result.value is not None
+            # A model without any scores is evaluated by its classes alone.
+            return result.predicted_class is not None and (result.score is not None or not has_scores)
+
+        return [sample for sample in samples if sample.source not in NO_TRUTH and is_complete(sample)]
+
+    def to_labelled_predictions(self, samples: Sequence[StoredLabel]) -> LabelledPredictions:
+        results = [sample.prediction for sample in samples]
+        has_classes = all(result.predicted_class is not None for result in results)
+        classes = np.array([result.predicted_class for result in results], np.int64) if has_classes else None
+        score = np.array([np.nan if r.score is None else r.score for r in results]) if has_classes else None
+        value = None if any(r.value is None for r in results) else np.array([r.value for r in results])
+        truth = np.array([self.schema.parse(sample.label) for sample in samples])
+        return LabelledPredictions(truth, classes, score, value)
+
+    def estimate_error_chances(self, samples: Sequence[StoredLabel]) -> list[float | None]:
+        """Return each result's probability of being wrong, by its score; None where that is not known."""
+        held_out = self.held_out
+        scores = [sample.prediction.score for sample in samples]
+        if held_out is None or not len(held_out.edges):
+            return [None] * len(samples)
+        known = np.array([0.0 if score is None else score for score in scores])
+        chances = cbpe.correctness_probabilities(held_out.n, held_out.correct, held_out.edges, known)
+        return [None if score is None else 1 - float(chance) for score, chance in zip(scores, chances, strict=True)]
+
+    def estimate_accuracy(self, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:
+        """Return the accuracy expected without labels (CBPE), and whether that by labels is outside its interval."""
+        held_out = self.held_out
+        scores = [sample.prediction.score for sample in samples]
+        if held_out is None or not samples or any(score is None for score in scores):
+            return None
+        bins = np.searchsorted(held_out.edges, np.array(scores, np.float64), side="right")
+        estimate = cbpe.estimate_accuracy(held_out.n, held_out.correct, bincount(bins, minlength=len(held_out.n)))
+        predictions = self.to_labelled_predictions(samples)
+        if estimate is None or predictions.predicted is None:
+            return None
+        accuracy = float(predictions.right.mean())
+        return {**estimate, "outside": not estimate["low"] <= accuracy <= estimate["high"]}
+
+
+def list_outputs(task: LoadedTask) -> list[LabelledOutput]:
+    """Return the outputs of a task: the first one, then the further ones by name."""
+    held_out = _load_held_out(task)
+    return [
+        LabelledOutput(task.name, name, task.bundle_ref, schema, held_out.get(name))
+        for name, schema in task.bundle.manifest.label_schemas.items()
+    ]
+
+
+def build_label_targets(tasks: Sequence[LoadedTask]) -> dict[str, LabelTarget]:
+    """Return what intake needs to check labels of these tasks."""
+    return {task.name: LabelTarget(task.config.stream, task.bundle.manifest.label_schemas) for task in tasks}
+
+
+def _load_held_out(task: LoadedTask) -> dict[str, HeldOutScores]:
+    """Return the held-out scores of each output in the shipped reference that has them."""
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    if shipped is None:
+        return {}
+    known = {
+        each.output.name: HeldOutScores(each.edges[0], *each.held_out)
+        for each in shipped.further
+        if each.held_out is not None
+    }
+    if shipped.score_correct is not None:
+        known[""] = HeldOutScores(shipped.score_edges, shipped.score_n, shipped.score_correct)
+    return known

@@ -1,0 +1,92 @@
+"""Operator of a simulated fleet: delivers bundles, starts roll-outs and follows them, as `fleet rollout` does."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent import clock, input_files
+from agent.config import BrokerConfig
+from agent.errors import StorageError, UsageError
+from agent.fleet.config import FleetConfig, load_trusted_keys
+from agent.fleet.database.store import FleetStore
+from agent.fleet.rollout import actions, bundles, plan
+from agent.fleet.rollout.controller import RolloutController
+from agent.fleet.rollout.plan import RolloutPlan
+from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.testing.simulation.lossy_link import LinkConditions
+from agent.testing.simulation.scenario import Rollout
+from agent.transport.packets import BrokerLink
+from agent.wire import keys
+
+log = logging.getLogger("outstation.simulation")
+
+# `fleet rollout follow` evaluates the rules this often.
+FOLLOW_S = 5.0
+_CLIENT = "operator"
+
+
+class Operator:
+    """Operator with the key of the fleet in `home`. `air` is the broker, which is next to the operator.
+
+    `refusals`: why a roll-out did not start, by its plan file.
+    """
+
+    def __init__(self, home: Path, config: FleetConfig, store: FleetStore, air: Any, broker: BrokerConfig) -> None:
+        self._home, self._fleet, self._air, self._broker = home, config.fleet.name, air, broker
+        self.public_keys = load_trusted_keys(config)
+        self.refusals: dict[str, str] = {}
+        self._store, self._plans = store, dict[str, RolloutPlan]()
+        air.client_conditions[_CLIENT] = LinkConditions()
+        key = keys.load_private(home / "operator.key")
+        self._publisher = RolloutPublisher(store, self._fleet, home, key, self._connect)
+        follower = RolloutPublisher(store, self._fleet, home, key, self._connect, role="follow")
+        self._controller = RolloutController(follower, None, log.info)
+
+    def prepare(self, event: Rollout) -> None:
+        """Read plan and bundle of a roll-out that starts later. Raises UsageError, ConfigError, BadBundle."""
+        resolved = bundles.resolve(plan.read(Path(event.plan)), self._home)
+        if any(resolved.name == other.name for other in self._plans.values()):
+            raise UsageError(f"{event.plan}: rollout.name: {resolved.name!r} is the name of another roll-out, too")
+        with self._store.snapshot() as db:
+            actions.require_reachable(db, resolved)
+        self._plans[event.plan] = resolved
+
+    def start(self, event: Rollout, homes: Iterable[Path]) -> None:
+        """Put the bundle on the devices in these folders, and start the roll-out."""
+        file = plan.read(Path(event.plan))
+        assert file.path is not None
+        _deliver(file.path, homes)
+        try:
+            self._publisher.execute(partial(actions.start, plan=self._plans[event.plan]))
+        except UsageError as problem:
+            self.refusals[event.plan] = str(problem)
+            log.warning("%s", problem)
+
+    def follow(self) -> bool:
+        """Evaluate the rules of all open roll-outs once; return True while there is more to do."""
+        try:
+            return self._controller.tick(clock.boot_seconds())
+        except StorageError as problem:
+            log.error("%s; trying again", problem)
+            return True
+
+    def _connect(self) -> BrokerLink:
+        # Other runs may use the same broker; one in memory takes no client id.
+        link: BrokerLink = self._air.connect(self._broker, _CLIENT, client_id=f"outstation-{self._fleet}-rollout")
+        return link
+
+
+def _deliver(bundle: Path, homes: Iterable[Path]) -> None:
+    """Copy a bundle to the folder where a device looks for what it need not download."""
+    for home in homes:
+        folder = home / "data" / "bundles"
+        folder.mkdir(parents=True, exist_ok=True)
+        if bundle.is_dir():
+            shutil.copytree(bundle, folder / bundle.name, dirs_exist_ok=True)
+        else:
+            (folder / f"{bundle.stem}.zip").write_bytes(input_files.read_bytes(bundle))

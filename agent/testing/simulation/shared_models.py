@@ -1,0 +1,150 @@
+"""Shared models: the model host of all simulated devices. Each bundle is probed and loaded once.
+
+Active models run in this process. A candidate of a roll-out runs in a confined process, because it may crash or hang;
+the simulation waits for its answers, which makes a run repeatable. No time is measured: it would be this machine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.arrays import Float32s
+from agent.bootstrap.model_host import Loading, ModelHost
+from agent.model import activation
+from agent.model.activation import LoadedBundle, ProvenBundle
+from agent.model.bundle import builtin
+from agent.model.bundle import bundle as bundles
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference.quantization import Quantization
+from agent.model.inference.runtime import FinishedRun
+from agent.model.inference.tuning import Tuning
+from agent.model.sandbox import probe
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.model.sandbox.probe import ProbeReport
+from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.wire.keys import PublicKey
+
+# The model is the user's own, and a process for each of a thousand devices would be too many.
+_IN_PROCESS = ModelPolicy("off")
+# Instead of the measured speed, on which the size of batches depends.
+_ROWS_PER_S = 10_000.0
+
+
+class SharedModels(ModelHost):
+    """Models of a simulation; `close` ends the processes of candidates."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, ProbeReport] = {}
+        self._loaded: dict[str, LoadedBundle] = {}
+        self._candidates: dict[tuple[str, float], CandidateModel] = {}
+
+    def close(self) -> None:
+        for model in self._candidates.values():
+            model.close()
+        self._candidates.clear()
+
+    def activate(
+        self,
+        path: Path,
+        publishers: Sequence[PublicKey],
+        known_tunings: Sequence[Tuning] = (),
+        loading: Loading = nullcontext,
+        policy: ModelPolicy | None = None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> LoadedBundle:
+        verified = bundles.read(path, [*publishers, *builtin.publisher_keys()])
+        report = self.probe(verified, known_tunings, _IN_PROCESS)
+        report.raise_for_failure()
+        proven = ProvenBundle(verified, activation.read_reference(verified), report.tuning)
+        return self.load(proven, loading, _IN_PROCESS, on_wait)
+
+    def probe(self, bundle: Bundle, known_tunings: Sequence[Tuning], policy: ModelPolicy) -> ProbeReport:
+        """Probe a bundle once, with the same batches on any machine."""
+        if bundle.digest not in self._reports:
+            report = probe.probe(bundle, known_tunings, policy)
+            if report.tuning is not None:
+                tuning = replace(report.tuning, batch=1, threads=1, rows_per_s=_ROWS_PER_S)
+                report = replace(report, tuning=tuning)
+            self._reports[bundle.digest] = report
+        return self._reports[bundle.digest]
+
+    def load(
+        self, proven: ProvenBundle, loading: Loading, policy: ModelPolicy, on_wait: Callable[[], None]
+    ) -> LoadedBundle:
+        digest = proven.bundle.digest
+        if digest not in self._loaded:
+            self._loaded[digest] = activation.load_bundle(proven, policy=_IN_PROCESS)
+        return self._loaded[digest]
+
+    def start_candidate(
+        self, proven: ProvenBundle, policy: ModelPolicy, on_wait: Callable[[], None], timeout_s: float
+    ) -> CandidateModel:
+        key = (proven.bundle.digest, timeout_s)
+        if key not in self._candidates:
+            # The confinement of models that this machine gives, whatever the devices' config says.
+            model = SubprocessModel(proven.bundle, proven.tuning, ModelPolicy(), call_timeout_s=timeout_s)
+            self._candidates[key] = CandidateModel(model)
+        return self._candidates[key]
+
+    def start_job(self, job: Callable[[], None]) -> None:
+        """Run a job at once: in simulated time it takes none."""
+        job()
+
+
+class CandidateModel:
+    """Model in a process, used like one in this process: whoever asks waits for the answer. It takes no time."""
+
+    seconds = 0.0
+    is_concurrent = False
+
+    def __init__(self, model: SubprocessModel) -> None:
+        self._model = model
+
+    @property
+    def outputs(self) -> int:
+        return self._model.outputs
+
+    @property
+    def kernels(self) -> str:
+        return self._model.kernels
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self._model.input_shape
+
+    @property
+    def input(self) -> Quantization:
+        return self._model.input
+
+    @property
+    def output(self) -> Quantization:
+        return self._model.output
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        return self._model.input_range
+
+    @property
+    def output_range(self) -> tuple[float, float]:
+        return self._model.output_range
+
+    def allocate(self, count: int) -> NDArray[Any]:
+        return self._model.allocate(count)
+
+    def start_run(self, windows: NDArray[Any]) -> FinishedRun:
+        return FinishedRun(self._model.wait(self._model.start_run(windows)), 0.0)
+
+    def wait(self, run: FinishedRun) -> NDArray[Any]:
+        return run.numbers
+
+    def invoke(self, windows: Float32s) -> Float32s:
+        return self._model.invoke(windows)
+
+    def close(self) -> None:
+        self._model.close()

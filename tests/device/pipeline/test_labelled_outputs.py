@@ -1,0 +1,215 @@
+"""Labels of further outputs: each is stored and evaluated with its own output, from intake to the signed message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from agent.alerts import kinds
+from agent.clock import ClockReading
+from agent.config import BufferConfig, Config, DeviceConfig
+from agent.device import metrics, status
+from agent.device.capacity.space import SpaceManager
+from agent.device.intake import labels as intake
+from agent.device.pipeline import label_metrics, labelled_output
+from agent.device.store import labels as label_store
+from agent.device.store import predictions
+from agent.device.store.predictions import output_key
+from agent.model.bundle.bundle import Bundle
+from agent.performance.labels import parse_label
+from agent.quantities import Duration
+from agent.wire.messages import AlertPayload, QualityPayload
+from scripts.kit.bundles import waves
+from tests.kit import outputs
+from tests.kit.devices import NOW, Device
+
+KEEP_S = 7 * 86_400.0
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
+
+
+@pytest.fixture
+def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
+    made = outputs.make_device(tmp_path / "store", packed)
+    yield made
+    made.store.close()
+
+
+def send(device: Device, *columns: Any, by: str = "") -> dict[int, str]:
+    """Send labels, each (row, label, output); return position → reason of those that were rejected."""
+    target = labelled_output.build_label_targets([device.task])["tiny"]
+    rows, texts, names = zip(*columns, strict=True)
+    batch = intake.parse_columns("tiny", {"row": [*rows], "label": [*texts], "output": [*names]})
+    with device.store.transaction() as tx:
+        return intake.store_labels(tx, target, replace(batch, by=by), NOW)
+
+
+def answers(device: Device, output: str) -> dict[int, Any]:
+    """Return row → predicted class, or value, of the stored predictions of an output."""
+    key = output_key("tiny", output)
+    known: dict[int, Any] = {}
+    for batch in device.store.query(predictions.load_newest_predictions, key, 100):
+        column: Any = batch.value if batch.value is not None else batch.predicted_class
+        known |= dict(zip(batch.row.tolist(), column.tolist(), strict=True))
+    return known
+
+
+def truth_of(device: Device, output: str, change: Callable[[Any], Any] = lambda answer: answer) -> list[Any]:
+    """Return a label for each result of an output: its answer, changed."""
+    schema = device.task.bundle.manifest.label_schemas[output]
+    is_class = bool(schema.class_names)
+    return [
+        (row, schema.format_class(int(change(answer))) if is_class else float(change(answer)), output or None)
+        for row, answer in sorted(answers(device, output).items())
+    ]
+
+
+def tick(device: Device, now: ClockReading = NOW) -> int:
+    return label_metrics.tick(device.task, device.store, device.author, now, KEEP_S)
+
+
+def quality(device: Device) -> dict[str, QualityPayload]:
+    """Return the newest quality message of each output."""
+    bodies = [message.body for message in device.messages()]
+    return {body.output: body for body in bodies if isinstance(body, QualityPayload)}
+
+
+def test_labels_of_three_outputs_give_the_metrics_of_each(device: Device) -> None:
+    outputs.feed(device, 1, 1200)
+    labels = [*truth_of(device, ""), *truth_of(device, "wear", lambda value: value + 0.5), *truth_of(device, "flags")]
+    assert send(device, *labels) == {}
+    tick(device)
+    by_output = quality(device)
+    assert by_output.keys() == {"", "wear", "flags"}
+    numbers = {
+        name: {metric.metric: metric for metric in body.metrics if not metric.slice} for name, body in by_output.items()
+    }
+    assert numbers[""]["accuracy"].value == 1
+    assert numbers["flags"]["accuracy"].value == 1
+    assert numbers["wear"]["mae"].value == pytest.approx(0.5, abs=1e-4)
+    assert "accuracy" not in numbers["wear"]
+    assert by_output["flags"].labels["classes"].keys() <= {"hot", "wet", "other"}
+
+
+def test_status_and_prometheus_show_the_quality_of_each_output(device: Device, packed: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for name, content in packed.files.items():
+        (folder / name).write_bytes(content)
+    outputs.feed(device, 1, 1200)
+    send(device, *truth_of(device, "wear", lambda value: value - 2), *truth_of(device, "")[:7])
+    tick(device)
+    tasks = {"tiny": replace(device.task.config, bundle=str(folder))}
+    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": device.stream}, tasks=tasks)
+    task = status.build_task_document(conf, device.store, "tiny")
+    assert task["labels"]["truth"] == 7
+    assert task["outputs"].keys() == {"flags", "wear"}
+    assert task["outputs"]["flags"] == {"labels": dict.fromkeys(task["labels"], 0), "quality": None}
+    assert task["outputs"]["wear"]["labels"]["truth"] == len(answers(device, "wear"))
+    [mae] = [each for each in task["outputs"]["wear"]["quality"]["metrics"] if each["metric"] == "mae"]
+    assert mae["value"] == pytest.approx(2, abs=1e-4)
+    families = {family.name: family.samples for family in metrics._build_task_families({"tasks": [task]})}
+    assert ({"task": "tiny", "output": "wear", "metric": "mae"}, mae["low"]) in families["outstation_task_quality_low"]
+    assert ({"task": "tiny", "kind": "truth"}, 7) in families["outstation_task_labels"]
+
+
+def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_names_it(device: Device) -> None:
+    for seed in range(3):
+        outputs.feed(device, seed, 1200)
+    labels = truth_of(device, "wear", lambda value: value + 0.1)
+    early, late = labels[: len(labels) // 2], labels[len(labels) // 2 :]
+    send(device, *early, *((row, value + 5, output) for row, value, output in late))
+    send(device, *truth_of(device, ""))
+    assert tick(device) >= 1
+    [alert] = [message.body for message in device.messages() if isinstance(message.body, AlertPayload)]
+    assert (alert.alert, alert.subject, alert.id) == ("quality", "wear/decay", "tiny/quality/wear/decay/1")
+    assert alert.summary.startswith("output wear: the error grew")
+    assert alert.evidence["output"] == "wear"
+    assert kinds.find_kind("quality", alert.subject, alert.id, "tiny", from_collector=False) is kinds.DECAY
+
+
+@pytest.mark.parametrize(
+    ("label", "output", "why"),
+    [
+        ("1.5", "weer", "no further output 'weer'; did you mean 'wear'"),
+        ("hot", "wear", "no finite number"),
+        ("1.5", "flags", "knows any of hot|wet"),
+        ("hot", None, "it knows "),
+        ("hot", 7, "is no name of an output"),
+        ("hot", "../flags", "is no name of an output"),
+    ],
+)
+def test_a_label_that_its_output_cannot_have_is_refused(device: Device, label: str, output: Any, why: str) -> None:
+    outputs.feed(device, 1, 200)
+    row = min(answers(device, ""))
+    [reason] = send(device, (row, label, output)).values()
+    assert why in reason
+    assert device.store.query(label_store.count_labels, "tiny") == label_store.LabelCounts()
+
+
+def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(device: Device) -> None:
+    device.feed(waves(200))
+    assert send(device, (96, "3.25", "wear"), (96, "hot|wet", "flags")) == {}
+    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
+    with device.store.transaction() as tx:
+        air = outputs.still_air(20, 1)
+        tx.append("weather", outputs.air_rows(air), "synced")
+    device.run_all()
+    tick(device)
+    for output, text in (("wear", "3.25"), ("flags", "hot|wet")):
+        stored = device.store.query(label_store.load_label_texts, output_key("tiny", output), 1)
+        assert stored == {96: (text, "human")}
+
+
+def test_a_flood_of_early_labels_of_one_output_counts_against_the_limit_of_the_task(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    device.feed(waves(200))
+    refused = send(device, *((row, "1", "wear") for row in range(100, 103)), (104, "hot", "flags"))
+    assert list(refused) == [3]
+    assert send(device, (104, "hot", "flags"), by="ada") == {}
+
+
+def test_old_predictions_and_labels_of_every_output_are_deleted(device: Device) -> None:
+    outputs.feed(device, 1, 400)
+    send(device, *truth_of(device, "wear"))
+    conf = Config(
+        DeviceConfig("pi-07", "acme"),
+        buffer=BufferConfig(keep_results=Duration(60)),
+        streams={"watch": device.stream},
+        tasks={"tiny": device.task.config},
+    )
+    space = SpaceManager(conf, device.store, device.author, lambda _: None, set)
+    later = ClockReading(NOW.wall_us + 10**9, NOW.boot_s + 1000, "synced")
+    space.tick(later)
+    assert [answers(device, name) for name in ("", "wear", "flags")] == [{}, {}, {}]
+    assert device.store.query(predictions.list_outputs, "tiny") == ["", "wear"], "labels stay"
+
+
+def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device: Device) -> None:
+    for seed in range(3):
+        outputs.feed(device, seed, 1200)
+    labels = truth_of(device, "wear")
+    half = len(labels) // 2
+    send(device, *labels[:half], *((row, value + 5, output) for row, value, output in labels[half:]))
+    tick(device)
+    assert [alert["subject"] for alert in device.store.open_alerts("tiny")] == ["wear/decay"]
+    manifest = device.task.bundle.manifest
+    further = {"flags": manifest.further["flags"]}
+    device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, outputs=further), digest="sha256:next")
+    assert tick(device) == 1
+    assert device.store.open_alerts("tiny") == []
+    assert tick(device) == 0
+
+
+def test_a_label_names_its_output() -> None:
+    assert parse_label(3, None, "1.5", output="wear").output == "wear"
+    assert parse_label(3, None, "1.5").output == ""

@@ -1,0 +1,59 @@
+"""A device with a model of three outputs (states, flags, wear), whose second input is a stream of air."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import config
+from agent.authoring import pack
+from agent.config import AlertRuleConfig
+from agent.device.pipeline.joined_streams import JoinedStream
+from agent.device.store.rows import Rows
+from agent.model import activation
+from agent.model.activation import LoadedBundle
+from agent.model.bundle import bundle
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import runtime
+from scripts.kit.bundles import KEY, WINDOWED, Recipe, waves, write_csv, write_joined_spec
+from tests.kit.devices import T0, Device
+
+AIR_STEP_US = 310_000
+Air = Callable[[int, int], NDArray[np.float32]]
+
+
+def pack_bundle(folder: Path) -> Bundle:
+    write_joined_spec(folder)
+    write_csv(folder / "weather.csv", ("air",), still_air(60, 2)[:, None], step_s=0.31)
+    pack.write_bundle(pack.pack(folder / "bundle.toml", KEY), folder / "bundle")
+    return bundle.read(folder / "bundle", [KEY.public])
+
+
+def make_device(folder: Path, packed: Bundle, rules: Sequence[AlertRuleConfig] = ()) -> Device:
+    loaded_model = runtime.load_model(packed.manifest, packed.model_bytes)
+    air = config.StreamConfig(fields=[config.FieldConfig(name=name) for name in ("other", "air")])
+    loaded = LoadedBundle(packed, activation.read_reference(packed), None, loaded_model)
+    recipe = Recipe("classify", "joined_int8", fields=WINDOWED)
+    streams = {"weather": JoinedStream("weather", air, 10.0)}
+    return Device(folder, recipe, loaded, joined_streams=streams, alerts=[*rules])
+
+
+def still_air(count: int, seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 0.5, count).astype("<f4")
+
+
+def air_rows(air: NDArray[np.float32], after_us: int = 0) -> Rows:
+    times = T0 + after_us + np.arange(len(air)) * AIR_STEP_US
+    return Rows(times, (np.zeros(len(air), "<f4"), air))
+
+
+def feed(device: Device, seed: int, count: int, make_air: Air = still_air) -> None:
+    """Feed rows as usual, with this air."""
+    n = -(-count * 10_000 // AIR_STEP_US)
+    with device.store.transaction() as tx:
+        tx.append("weather", air_rows(make_air(n, seed), device.fed), "synced")
+    device.feed(waves(count, seed=seed))
+    device.run_all()
