@@ -32,7 +32,7 @@ _MAX_SPREAD = 5.0
 
 
 class Dependence(NamedTuple):
-    """How alike neighbours are: `design_effect` results count as one; blocks of `block` are drawn together.
+    """Dependence of neighbours: `design_effect` results count as one; blocks of `block` are drawn together.
 
     `spread` is the variance of a block's weight: more than 1 where too few blocks would be as long as the dependence.
     """
@@ -106,8 +106,8 @@ def estimate_dependence(values: Float64s) -> Dependence:
         effect = max(effect, 1 + student * excess)
         size = round(1.5 * size)
     block = max(1, min(round(2 * effect), n // _MIN_BLOCKS))
-    of_blocks = estimate_group_effect(*_sum_groups(scaled, block), block)
-    return Dependence(effect, block, min(max(effect / of_blocks, 1.0), _MAX_SPREAD))
+    block_effect = estimate_group_effect(*_sum_groups(scaled, block), block)
+    return Dependence(effect, block, min(max(effect / block_effect, 1.0), _MAX_SPREAD))
 
 
 def _sum_groups(values: Float64s, size: int) -> tuple[Float64s, Float64s]:
