@@ -17,6 +17,7 @@ from agent.errors import UsageError, explain
 from agent.text import printable
 
 if TYPE_CHECKING:
+    from agent.evaluation.cards import CardTexts
     from agent.evaluation.context import EvaluationRequest
     from agent.evaluation.document import Evaluation
     from agent.evaluation.gate import Gate
@@ -102,17 +103,12 @@ def evaluate(
     95 % interval. Exit code 1 if one is not met, or if a rule of --against does not pass.
     """
     from agent.cli.model import evaluation_tables
-    from agent.evaluation import cards, gate, report
+    from agent.evaluation import cards, gate
     from agent.evaluation.context import EvaluationRequest
 
     label = label or ("label" if output is None else f"label_{output}")
     request = EvaluationRequest(data=data, label=label, output=output or "", **settings)
-    if output is not None and engine == "ray":
-        raise UsageError("--output is evaluated on this machine; remove --engine ray")
-    source = click.get_current_context().get_parameter_source("max_invocations")
-    if source is ParameterSource.COMMANDLINE and not request.adversarial:
-        raise UsageError("--max-invocations limits --adversarial; add that option or remove this one")
-    _check_files(request)
+    _check_request(request, engine)
     if about is not None and folder is None:
         raise UsageError("--about is for the cards; name their folder with --card")
     texts = cards.read_texts(about) if about else cards.CardTexts()
@@ -126,10 +122,7 @@ def evaluate(
         result = _compare(result, loaded, load_bundle(against, public, output), request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
-    texts_by_file = {html: report.render_html(result)} if html else {}
-    if folder is not None:
-        for name, card in cards.build_cards(result, texts).items():
-            texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}
+    texts_by_file = _render_files(result, texts, html, folder)
     if junit is not None:
         texts_by_file[junit] = gate.to_junit(result.requirements, loaded[0].manifest.name)
     for path, text in texts_by_file.items():
@@ -142,11 +135,27 @@ def evaluate(
         sys.exit(1)
 
 
-def _check_files(request: EvaluationRequest) -> None:
-    """Raise UsageError."""
+def _check_request(request: EvaluationRequest, engine: str) -> None:
+    """Raise UsageError for options that do not fit together, and for a file that does not exist."""
+    if request.output and engine == "ray":
+        raise UsageError("--output is evaluated on this machine; remove --engine ray")
+    source = click.get_current_context().get_parameter_source("max_invocations")
+    if source is ParameterSource.COMMANDLINE and not request.adversarial:
+        raise UsageError("--max-invocations limits --adversarial; add that option or remove this one")
     for path in (request.data, request.train, request.float_model):
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file")
+
+
+def _render_files(result: Evaluation, texts: CardTexts, html: Path | None, folder: Path | None) -> dict[Path, str]:
+    """Return the texts of the report and of the cards, by file."""
+    from agent.evaluation import cards, report
+
+    texts_by_file = {html: report.render_html(result)} if html else {}
+    if folder is not None:
+        for name, card in cards.build_cards(result, texts).items():
+            texts_by_file |= {folder / f"{name}.md": card.to_markdown(), folder / f"{name}.html": card.to_html()}
+    return texts_by_file
 
 
 def _with_min_count(request: EvaluationRequest, bundle: Bundle) -> EvaluationRequest:

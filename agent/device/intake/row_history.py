@@ -103,11 +103,9 @@ def screen(
     """
     measured = LatestTime(history.committed_us, history.late_run) if producer_latest is None else producer_latest
     if has_time is True and _follow_all_others(rows.t, history, measured, stream):
-        last_us = int(rows.t[-1])
-        after_us = last_us if history.latest_us is None else max(last_us, _not_after(history.latest_us, now))
         late_run = 0 if producer_latest is None and not is_recording else history.late_run
-        history = RowHistory(after_us, history.committed_us, None, history.last, after_us, 0, late_run)
-        return ScreenedRows({}, 0, history, measured if is_recording else LatestTime(last_us))
+        after = _advance(history, int(rows.t[-1]), now, late_run)
+        return ScreenedRows({}, 0, after, measured if is_recording else LatestTime(int(rows.t[-1])))
     rejected: dict[int, tuple[str, str]] = {}
     out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
@@ -142,6 +140,12 @@ def screen(
     late_run = measured.late_run if producer_latest is None else history.late_run
     history = RowHistory(latest, committed, hashes, last, newest, newest_age, late_run)
     return ScreenedRows(rejected, int(np.count_nonzero(out_of_order & accepted)), history, measured)
+
+
+def _advance(history: RowHistory, last_us: int, now: ClockReading, late_run: int) -> RowHistory:
+    """Return the history after rows that follow all others, of which the last has this time."""
+    after_us = last_us if history.latest_us is None else max(last_us, _not_after(history.latest_us, now))
+    return RowHistory(after_us, history.committed_us, None, history.last, after_us, 0, late_run)
 
 
 def describe(kind: str, field: str, stream_name: str, stream: StreamConfig) -> str:

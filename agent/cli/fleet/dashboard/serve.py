@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from agent.fleet.config import FleetConfig
     from agent.fleet.dashboard.pages.desk import OperatorDesk
     from agent.fleet.dashboard.security.access import AccessPolicy
+    from agent.fleet.dashboard.server import Listener
     from agent.fleet.database.store import FleetStore
 
 _SECRET_FILE = "dashboard.key"
@@ -75,18 +76,15 @@ def dashboard(
     from agent.fleet.dashboard.pages.visit import Dashboard
     from agent.fleet.dashboard.security.access import AccessPolicy
     from agent.fleet.dashboard.security.guard import is_loopback, make_host_policy
-    from agent.fleet.dashboard.server import Listener, create_server, open_socket, parse_listen
+    from agent.fleet.dashboard.server import create_server, open_socket
     from agent.fleet.metrics.endpoint import dashboard_route, load_token
 
     _limit_heaps()
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
-    host, port = parse_listen(listen)
-    if (tls_cert is None) != (tls_key is None):
-        raise UsageError("--tls-cert and --tls-key belong together; name both files")
-    listener = Listener(host, port, str(tls_cert) if tls_cert else None, str(tls_key) if tls_key else None)
-    is_local = is_loopback(host) or host == "localhost"
+    listener = _make_listener(listen, tls_cert, tls_key)
+    host, is_local = listener.host, is_loopback(listener.host) or listener.host == "localhost"
     policy = AccessPolicy(
         _load_secret(home), "" if login else local_role, proxy_header.lower(), _check_proxies(proxy_header, proxies),
         proxy_role or "", tls_cert is not None,
@@ -110,6 +108,16 @@ def dashboard(
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+
+
+def _make_listener(listen: str, tls_cert: Path | None, tls_key: Path | None) -> Listener:
+    """Raise UsageError."""
+    from agent.fleet.dashboard.server import Listener, parse_listen
+
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together; name both files")
+    host, port = parse_listen(listen)
+    return Listener(host, port, str(tls_cert) if tls_cert else None, str(tls_key) if tls_key else None)
 
 
 def _limit_heaps() -> None:
