@@ -13,12 +13,14 @@ from msgspec.structs import replace
 
 from agent.authoring import pack
 from agent.errors import ConfigError, UsageError
+from agent.model.bundle import builtin
 from agent.testing.broker import MosquittoBroker
 from agent.testing.simulated_fleet import SimulatedFleet
 from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.page import render
 from agent.testing.simulation.runner import Simulation
 from scripts.kit.bundles import CLASSIFY, KEY, LABELS, packed, write_spec
+from scripts.rollout_trials import trials
 
 pytestmark = pytest.mark.process
 # Of the two devices, hall-02 is in the first half.
@@ -43,6 +45,23 @@ min_hours = 0.04
 [device_rules]
 min_batches = 12
 min_hours = 0.04
+"""
+EXERCISE = """
+[device]
+id = "sim"
+fleet = "sim"
+[publishers]
+keys = ["{key}"]
+[buffer]
+commit_every = "10 s"
+[streams.watch]
+fields = [
+  {{ name = "ax" }}, {{ name = "ay" }}, {{ name = "az" }}, {{ name = "wx" }}, {{ name = "wy" }}, {{ name = "wz" }},
+]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+schedule = "every 20 s"
 """
 CONFIG = """
 [device]
@@ -171,6 +190,28 @@ def test_a_rollout_that_lacks_evidence_is_held_and_another_end_fails_the_run(
     assert (document["passed"], rollout["outcome"], rollout["ended"]) == (False, "held", None)
     assert "devices with 12 batches: 0 of 1" in rollout["why"]
     assert "Roll-out tiny-1-1 is held; expected is completed." in render(document)
+
+
+def test_a_candidate_that_crashes_ends_neither_the_simulation_nor_a_device(tmp_path: Path) -> None:
+    bundle = trials.make_bundle("crash", tmp_path, KEY)
+    plan = PLAN.replace("tiny", "exercise").replace("CANDIDATE", str(bundle)).replace("group:hall", "all")
+    # At once to all devices.
+    head, *_, last = plan.split("[[steps]]")
+    (tmp_path / "plan.toml").write_text(f"{head}[[steps]]{last}")
+    (tmp_path / "outstation.toml").write_text(EXERCISE.format(key=KEY.public.text))
+    rollout = {"kind": "rollout", "at": "1 min", "plan": "../plan.toml", "ends": "rolled-back"}
+    scenario = {"duration": "5 min", "groups": {"hall": {"devices": 2}}, "events": [rollout]}
+    recordings = {"watch": builtin.recordings_dir() / "exercise.npz"}
+    fleet = SimulatedFleet(
+        tmp_path / "a", scenario=scenario, config=tmp_path / "outstation.toml", recordings=recordings
+    )
+    with contextlib.closing(fleet):
+        document = fleet.run_scenario()
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
+    # The first crash aborts it.
+    assert "crash" in {device["reason"] for device in rollout["devices"]} <= {"crash", "aborted"}
+    assert {device["runs"] for device in rollout["devices"]} == {"1.0.0"}
 
 
 @pytest.mark.parametrize(
