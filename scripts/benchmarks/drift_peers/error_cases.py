@@ -17,6 +17,7 @@ from agent.simulate.scenario import SCENARIOS
 
 SEEDS, WINDOWS, ROWS = 5, 40, 500
 HELD_OUT = (1_000, 10_000)
+CONCEPT_DRIFT = "another truth"
 SOLAR_ROWS, SOLAR_DAYS = 96 * 7, 365  # a week; days of held-out labels
 
 Floats = NDArray[np.float64]
@@ -77,7 +78,7 @@ _CHANGES = {
     "inputs shift down": (-0.7, 1.0, 1.0),
     "inputs spread": (0.0, 1.3, 1.0),
     "inputs shift far": (2.0, 1.0, 1.0),
-    "another truth": (0.0, 1.0, 1.5),
+    CONCEPT_DRIFT: (0.0, 1.0, 1.5),
 }
 MADE: dict[str, _Make] = {"growing noise": _make_growing, "Friedman": _make_friedman}
 
