@@ -62,7 +62,7 @@ def draw_losses(kind: str, n: int, random: np.random.Generator) -> tuple[Any, fl
 @pytest.mark.parametrize("kind", ["independent", "autoregressive", "sessions"])
 def test_intervals_hold_the_truth_however_results_depend_on_each_other(kind: str) -> None:
     random, trials, n = np.random.default_rng(3), 60, 1000
-    holds, wide = np.zeros(2), 0.0
+    holds, width = np.zeros(2), 0.0
     for _ in range(trials):
         losses, truth = draw_losses(kind, n, random)
         dependence = intervals.estimate_dependence(losses)
@@ -70,9 +70,9 @@ def test_intervals_hold_the_truth_however_results_depend_on_each_other(kind: str
         [drawn] = intervals.bootstrap(mean, intervals.bootstrap_weights(n, dependence))
         wilson = intervals.wilson(losses.mean(), n / dependence.design_effect)
         holds += [low <= truth <= high for low, high in (wilson, drawn)]
-        wide += (wilson[1] - wilson[0]) / np.diff(intervals.wilson(losses.mean(), n)).item()
+        width += (wilson[1] - wilson[0]) / np.diff(intervals.wilson(losses.mean(), n)).item()
     assert (holds >= 0.9 * trials).all()
-    assert kind != "independent" or wide < 1.2 * trials
+    assert kind != "independent" or width < 1.2 * trials
 
 
 def test_weights_of_few_blocks_vary_more() -> None:

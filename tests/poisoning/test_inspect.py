@@ -125,9 +125,9 @@ def test_a_search_for_patterns_is_bounded_and_the_report_says_how(
     reason = "patterns: 800 of 1,620 windows were searched, spread evenly; a search takes at most 480,001 values"
     assert report.reasons[0] == reason
     assert f"not compared: {reason}" in list(report.describe())
-    [found] = [each for each in report.findings if each.check in ("trigger", "repeated pattern")]
-    assert 0.4 * mask.sum() < found.n < 0.6 * mask.sum()
-    assert {*found.rows} <= {poisoned.names[i] for i in np.flatnonzero(mask).tolist()}
+    [finding] = [each for each in report.findings if each.check in ("trigger", "repeated pattern")]
+    assert 0.4 * mask.sum() < finding.n < 0.6 * mask.sum()
+    assert {*finding.rows} <= {poisoned.names[i] for i in np.flatnonzero(mask).tolist()}
 
 
 def test_the_same_set_gives_the_same_report(exercise: LabelledWindows) -> None:
