@@ -53,10 +53,15 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=3.0, help="softens the answers that the student learns")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # A folder beside this script has the name of a package that TensorFlow imports.
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
     try:
         import tensorflow as tf  # type: ignore[import-untyped]
-    except ImportError:
-        print("shrink_keras: TensorFlow is missing: pip install tensorflow-cpu==2.21.0", file=sys.stderr)
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorflow"
+        problem = "is missing" if is_missing else f"does not load ({error})"
+        print(f"shrink_keras: TensorFlow {problem}: pip install tensorflow-cpu==2.21.0", file=sys.stderr)
         return 2
     tf.keras.utils.set_random_seed(options.seed)
     try:
@@ -124,7 +129,8 @@ def convert(tf: Any, model: Any, x: Floats, kind: str) -> bytes:
 
 def distil(tf: Any, teacher: Any, x: Floats, options: argparse.Namespace, *, is_classifier: bool) -> Any:
     """Train a narrower copy of the model on the model's own answers."""
-    outputs = {layer.name for layer in teacher.layers if layer.output is teacher.output} or {teacher.layers[-1].name}
+    # A model that was loaded has no `output` before it is called, but `outputs`.
+    outputs = {tensor._keras_history.operation.name for tensor in teacher.outputs}
 
     def narrow(layer: Any) -> Any:
         config = layer.get_config()

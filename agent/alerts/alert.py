@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
+# Drift subjects of further outputs begin so, and no field does.
+OUTPUT_PREFIX = "output."
+
 MonitoredAlert = Literal["drift", "fault"]
 AlertState = Literal["raised", "cleared"]
 Severity = Literal["info", "warning", "critical"]

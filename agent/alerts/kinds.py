@@ -10,7 +10,7 @@ from functools import cache
 
 from msgspec.structs import replace
 
-from agent.alerts.alert import Alert, AlertKind, MonitoredAlert
+from agent.alerts.alert import OUTPUT_PREFIX, Alert, AlertKind, MonitoredAlert
 
 _ONE_EVENT = (
     "Never: it reports one event. It stays in `outstation fleet alerts` until the device begins another message log."
@@ -412,7 +412,8 @@ CERTIFICATE_ENDS = AlertKind(
 OUTLIER_DEVICE = AlertKind(
     *("Device unlike its fleet", "outlier", "{field}", "collector/outlier/{task}/{field}", "warning", "collector"),
     "The mean or the spread of a field on one device is far from that of all other devices with the same bundle: more "
-    "than 3.5 robust standard deviations from the median, in two surveys in a row.",
+    "than 3.5 robust standard deviations from the median, in two surveys in a row. A deviation that more than a "
+    "quarter of the devices share is another kind of site, and raises nothing.",
     "A sensor that was mounted otherwise from the start, which the device's own reference takes for normal; another "
     "use of the machine; a wrong unit or calibration.",
     "`outstation fleet drift --task TASK` compares the devices; look at the sensor of this one.",
@@ -485,10 +486,10 @@ def monitoring_kind(alert: MonitoredAlert, subject: str) -> AlertKind:
     """Return the kind of a drift monitor's alert about a field, or about an output, score or joint statistics."""
     if alert == "fault":
         return FIELD_FAULT
-    other = FURTHER_OUTPUT_DRIFT if subject.startswith("output.") else FIELD_DRIFT
+    other = FURTHER_OUTPUT_DRIFT if subject.startswith(OUTPUT_PREFIX) else FIELD_DRIFT
     return _MONITORED.get((alert, subject), other)
 
 
 def monitored_names(subject: str) -> dict[str, str]:
     """Return the names that a drift monitor's alert about this subject is filled in with."""
-    return {"field": subject, "output": subject.removeprefix("output.")}
+    return {"field": subject, "output": subject.removeprefix(OUTPUT_PREFIX)}

@@ -20,7 +20,7 @@ from agent.performance.expected_error import ErrorReference
 
 MIN_ANSWERS, MAX_ANSWERS = 200, 20_000
 FOLDS = 5
-_TREES, _DEPTH, _RATE = 48, 3, 0.2
+_TREES, _DEPTH, _RATE = 48, 3, 0.3
 _SHRINKAGE = 10.0  # answers of no error beyond the mean that each leaf is thought to hold
 _MAX_INPUTS = 32  # those that by themselves tell most of the error
 _CUTS, _TAIL_CUTS, _MIN_TAIL = 19, 6, 25  # of an input: evenly, and in each tail down to so many answers

@@ -68,14 +68,14 @@ class DeviceSource(Protocol):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Newest result of a task. `outputs`: further values by name; `faults`: fields with a sensor fault."""
+    """Newest result of a task. `outputs`: further values by name, then texts; `faults`: fields with a sensor fault."""
 
     row: int
     time_us: int
     label: str | None
     score: float | None
     value: float | None
-    outputs: Mapping[str, float | None]
+    outputs: Mapping[str, float | str | None]
     model: str
     version: str
     faults: Sequence[str]
@@ -176,7 +176,7 @@ def newest_result(body: ResultsPayload, payload: bytes) -> Result | None:
         None if labels is None else _text(labels[-1], MAX_TEXT),
         None if columns.score is None else columns.score[-1],
         None if columns.value is None else columns.value[-1],
-        _last_outputs(payload) if b'"value_' in payload else {},
+        _last_outputs(payload) if b'"value_' in payload or b'"label_' in payload else {},
         _text(body.model.name, MAX_TEXT),
         _text(body.model.version, MAX_TEXT),
         [_text(name, MAX_TEXT) for name in body.faults],
@@ -198,11 +198,18 @@ def shown_alert(alert: OpenAlert) -> dict[str, str | None]:
     }
 
 
-def _last_outputs(payload: bytes) -> dict[str, float | None]:
+def _last_outputs(payload: bytes) -> dict[str, float | str | None]:
+    """Return the last value of each column value_NAME, and the last text of each column label_NAME, by NAME."""
     columns = msgspec.json.decode(payload)["columns"]
-    names = [name for name in columns if name.startswith("value_")][:MAX_OUTPUTS]
-    lists = {name.removeprefix("value_"): columns[name] for name in names}
-    return {name: _number(column[-1]) for name, column in lists.items() if isinstance(column, list) and column}
+    filled = {name: column for name, column in columns.items() if isinstance(column, list) and column}
+    names = [name for name in filled if name.startswith("value_")][:MAX_OUTPUTS]
+    outputs: dict[str, float | str | None] = {name.removeprefix("value_"): _number(filled[name][-1]) for name in names}
+    for name in [name for name in filled if name.startswith("label_")][: MAX_OUTPUTS - len(outputs)]:
+        last, output = filled[name][-1], name.removeprefix("label_")
+        # Text of an output that has a value, too, has the name of its column.
+        text = last[0] if isinstance(last, list) and last else last
+        outputs[name if output in outputs else output] = _text(text, MAX_TEXT)
+    return outputs
 
 
 def _object(members: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -285,12 +285,11 @@ def _task_components(topic: str, task: str, state: TaskState) -> dict[str, dict[
         elif result.value is not None:
             unit = _unit(state, 0)
             components[f"value-{key}"] = _sensor(task, topic, "value", stat_cla="measurement", **unit) | attributes
-        for i, name in enumerate(result.outputs):
+        for i, (name, value) in enumerate(result.outputs.items()):
             shown = printable(name)[:MAX_TEXT]
             path = f"outputs.{output_key(name)}"
-            components[f"{output_key(name)}-{key}"] = _sensor(
-                f"{task} {shown}", topic, path, stat_cla="measurement", **_unit(state, i)
-            )
+            options: dict[str, Any] = {} if isinstance(value, str) else {"stat_cla": "measurement", **_unit(state, i)}
+            components[f"{output_key(name)}-{key}"] = _sensor(f"{task} {shown}", topic, path, **options)
         components[f"time-{key}"] = _diagnostic(f"{task} time", topic, "time", dev_cla="timestamp")
     if state.drift is not None:
         options = {"dev_cla": "enum", "ops": ["ok", "drift", "fault", "insufficient"]}

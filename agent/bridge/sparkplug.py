@@ -260,7 +260,8 @@ def _task_metrics(name: str, task: TaskState) -> list[Metric]:
         if result.value is not None:
             metrics.append(Metric(f"{name}/Value", DOUBLE, result.value, at, unit=_unit(task)))
         for output, value in result.outputs.items():
-            metrics.append(Metric(f"{name}/Outputs/{printable(output)[:100]}", DOUBLE, value, at))
+            kind = STRING if isinstance(value, str) else DOUBLE
+            metrics.append(Metric(f"{name}/Outputs/{printable(output)[:100]}", kind, value, at))
     if task.drift is not None:
         metrics.append(Metric(f"{name}/Drift", STRING, task.drift.state, max(task.drift.time_us // 1000, 0)))
     return metrics

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.config.sources import ReplaySource, SocketSource, SourceConfig
 from agent.config.stream_privacy import StreamPrivacy
 from agent.errors import ConfigError
@@ -115,6 +116,9 @@ def check_stream(file: str, name: str, stream: StreamConfig) -> None:
             raise ConfigError(
                 file, key, f"{column.name!r} is not a valid field name: letters, digits, _ and . only; t is the time"
             )
+        if column.name.startswith(OUTPUT_PREFIX):
+            problem = f"alerts about outputs of models have names that begin with {OUTPUT_PREFIX!r}; rename it"
+            raise ConfigError(file, key, f"field {column.name!r}: {problem}")
         if column.name in seen:
             raise ConfigError(file, key, f"duplicate field {column.name!r}; remove one")
         seen.add(column.name)

@@ -18,7 +18,9 @@ from agent.device.store.clock_segments import QUALITIES, ClockStamp
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.store import Store
+from agent.wire import runs
 from agent.wire.messages import ResultColumns
+from agent.wire.runs import Label, LabelRun
 
 # Messages that are read for the newest results, at most.
 _MAX_MESSAGES = 512
@@ -63,6 +65,11 @@ def expand_results(message: OutboxMessage) -> list[dict[str, Any]]:
         columns = decoders.convert(body["columns"], ResultColumns)
         lists = {name: getattr(columns, name) for name in ("score", "value", "missing")}
         lists |= {name: cells for name, cells in body["columns"].items() if name.startswith(("value_", "score_"))}
+        lists |= {
+            name: runs.expand_labels(decoders.convert(cells, list[Label | LabelRun]))
+            for name, cells in body["columns"].items()
+            if name.startswith("label_")
+        }
         rows, labels = columns.expand_rows(), columns.expand_labels()
         qualities = _qualities(rows, body.get("clocks"))
         times = columns.expand_times()
@@ -88,8 +95,8 @@ def _qualities(rows: Sequence[int], clocks: Sequence[Sequence[int]] | None) -> l
     """Return the clock quality of each row; runs of `clocks` are [first row, boot, segment, quality]."""
     if not clocks:
         return ["synced"] * len(rows)
-    runs = np.searchsorted([run[0] for run in clocks], rows, side="right") - 1
-    return [QUALITIES[clocks[max(0, run)][3]] for run in runs.tolist()]
+    places = np.searchsorted([run[0] for run in clocks], rows, side="right") - 1
+    return [QUALITIES[clocks[max(0, place)][3]] for place in places.tolist()]
 
 
 def read_readings(store: Store, name: str, stream: StreamConfig, count: int) -> list[dict[str, Any]]:

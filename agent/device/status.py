@@ -19,7 +19,7 @@ from agent.device.bundles import history, overrides, rollout_state
 from agent.device.capacity import space
 from agent.device.machine.throttle import Throttle
 from agent.device.machine.timekeeping import build_report, make_clock
-from agent.device.pipeline import deadline, drift_state, relearn, tuning_cache
+from agent.device.pipeline import deadline, drift_state, joined_streams, relearn, tuning_cache
 from agent.device.recovery.report_findings import inspect_condition
 from agent.device.samples import budget
 from agent.device.store import cost, task_keys
@@ -142,6 +142,7 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
         "open": store.open_alerts(name),
         **outputs.pop(""),
         "outputs": outputs,
+        **joined_streams.to_status(store, name, task.inputs),
         **deadline.to_status(store, counters, name, task.deadline),
         **overrides.to_status(store, name),
         **rollout_state.build_status(store, name, conf.device.id),

@@ -30,13 +30,16 @@ class ErrorModel(msgspec.Struct, frozen=True, eq=False):
         """Return the error (w,), in STEPS per mean absolute error, of `answers` (w,) to windows (w, D)."""
         trees, depth = self.inputs.shape
         predicted = np.full(len(answers), self.base, np.int64)
-        bits, first_leaf = 1 << np.arange(depth), np.arange(trees) << depth
+        # By level, so that the bits of all trees add up in one step.
+        inputs, splits, first_leaf = self.inputs.T.ravel(), self.splits.T.ravel(), np.arange(trees) << depth
         for begin in range(0, len(answers), _ROWS_PER_PASS):
             part = slice(begin, begin + _ROWS_PER_PASS)
             rows = join_inputs(statistics[part], answers[part])
-            above = take(rows, self.inputs.ravel(), axis=1) > self.splits.ravel()
-            leaf = (above.reshape(-1, trees, depth) * bits).sum(-1) + first_leaf
-            predicted[part] += take(self.leaves.ravel(), leaf, axis=0).sum(1)
+            above = (take(rows, inputs, axis=1) > splits).view(np.uint8).reshape(-1, depth, trees)
+            leaf = above[:, 0].copy()
+            for level in range(1, depth):
+                leaf |= above[:, level] << level
+            predicted[part] += take(self.leaves.ravel(), leaf + first_leaf, axis=0).sum(1)
         return predicted
 
     def is_valid(self, statistics: int) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from agent.fleet import config as fleet_config
+from agent.fleet.rollout import plan as plans
 from agent.simulate import disturbances, plan, report, rollout_outcome
-from agent.simulate.rollout import RolloutDriver, read_target
+from agent.simulate.rollout import RolloutDriver
 from agent.simulate.scenario import from_name
 from agent.simulate.simulation import Simulation
 from agent.wire.keys import PublicKey
@@ -52,9 +53,10 @@ class SimulationRequest(msgspec.Struct, frozen=True):
 
 def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> dict[str, Any]:
     """Return the document of `fleet simulate --json` without `seconds`. Raises OutstationError."""
-    target = read_target(request.rollout) if request.rollout is not None else None
-    scenario, seconds = from_name(target.task if target else "exercise"), request.seconds
-    if target is not None:
+    # `fleet rollout start` resolves the bundle.
+    rollout_plan = plans.read(request.rollout.resolve()) if request.rollout is not None else None
+    scenario, seconds = from_name(rollout_plan.task if rollout_plan else "exercise"), request.seconds
+    if rollout_plan is not None:
         seconds += _SETTLE_TIMEOUT_S + _STARTUP_S * request.devices
     counts = {"away": request.away, "cut": request.cut, "slow": request.slow, "worse": request.worse}
     names = plan.device_names(request.devices)
@@ -62,8 +64,9 @@ def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> d
     fleet_plan = plan.steady_plan(request.devices, seconds, request.speed, request.seed, scenario, disturbed.degraded)
     rollout: dict[str, Any] = {}
     with Simulation(home, fleet_plan, request.broker) as fleet, contextlib.ExitStack() as stack:
-        driver = RolloutDriver(fleet, target, disturbed, list(request.trusted), request.seed) if target else None
-        if driver is not None:
+        driver = None
+        if rollout_plan is not None:
+            driver = RolloutDriver(fleet, rollout_plan, disturbed, list(request.trusted), request.seed)
             stack.callback(driver.close)
             driver.prepare()
             fleet.extra_config = driver.device_config
@@ -82,8 +85,8 @@ def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> d
     for device in result.devices:
         device["restarts"] = fleet.restarts.get(device["device"], [])
     document = {"devices": result.devices, "accuracy": result.accuracy, "audit": result.audit.to_dict()}
-    if target is not None:
-        outcome, by_device = rollout_outcome.read_outcome(fleet.database, target.name)
+    if rollout_plan is not None:
+        outcome, by_device = rollout_outcome.read_outcome(fleet.database, rollout_plan.name)
         document["rollout"] = outcome | rollout
         for device in result.devices:
             device |= {"runs": None, "phase": "", "reason": "", "why": ""} | by_device.get(device["device"], {})
@@ -96,7 +99,7 @@ def _follow_rollout(driver: RolloutDriver, until_s: float, announce: ProgressCal
     while True:
         driver.fleet.restart_exited()
         driver.tick()
-        state, phases = rollout_outcome.read_status(driver.fleet.database, driver.target.name)
+        state, phases = rollout_outcome.read_status(driver.fleet.database, driver.plan.name)
         counts = ", ".join(f"{count} {phase}" for phase, count in sorted(Counter(phases.values()).items()))
         if (status := f"{state}: {counts or 'no reports yet'}") != last_status:
             announce(status)

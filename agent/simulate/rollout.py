@@ -8,13 +8,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from agent.errors import OutstationError
-from agent.fleet.rollout import plan
+from agent.fleet.rollout.plan import PlanFile
 from agent.simulate.disturbances import Disturbances
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
 from agent.simulate.plan import SimulatedSite
@@ -28,28 +27,11 @@ _DECIDE_EVERY_S = "2"
 _COMMAND_TIMEOUT_S = 300.0
 
 
-class RolloutTarget(msgspec.Struct, frozen=True):
-    """Name, task and bundle of a rollout file; `bundle_path` if the file names a path."""
-
-    file: Path
-    name: str
-    task: str
-    bundle_path: Path | None
-
-
-def read_target(file: Path) -> RolloutTarget:
-    """Read the target of a rollout file. Raises ConfigError."""
-    draft = plan.read(file)
-    # Name and task are enough here; `fleet rollout start` resolves the bundle.
-    resolved = draft.to_plan(draft.bundle or "", draft.version or "", draft.digest or "")
-    return RolloutTarget(file.resolve(), resolved.name, resolved.task, draft.path)
-
-
 class RolloutDriver(msgspec.Struct):
     """Drives a rollout: `prepare` before the fleet starts, `start` when it runs, `tick` until `is_over`."""
 
     fleet: Simulation
-    target: RolloutTarget
+    plan: PlanFile
     disturbances: Disturbances
     trusted_keys: list[PublicKey]
     seed: int
@@ -62,9 +44,9 @@ class RolloutDriver(msgspec.Struct):
         """Create a repository with the bundle, and start its web server. Raises OutstationError."""
         self.fleet.prepare()
         self.run_command("fleet", "repository", "init", "--demo")
-        if self.target.bundle_path is not None:
+        if self.plan.path is not None:
             trust = [word for key in self.trusted_keys for word in ("--publisher", key.text)]
-            self.run_command("fleet", "publish", str(self.target.bundle_path), *trust)
+            self.run_command("fleet", "publish", str(self.plan.path), *trust)
         cuts, rates = self.disturbances.download_cuts, self.disturbances.slow_rates
         connections = {name: DeviceConnection(planned_cuts=count) for name, count in cuts.items()}
         connections |= {name: DeviceConnection(bytes_per_s=rate) for name, rate in rates.items()}
@@ -83,12 +65,12 @@ class RolloutDriver(msgspec.Struct):
         for device, outage in self.disturbances.outages.items():
             if outage.begin_s == 0.0:
                 self._take_offline(device)
-        self.run_command("fleet", "rollout", "start", str(self.target.file))
+        self.run_command("fleet", "rollout", "start", str(self.plan.source))
         self._started_s = time.monotonic()
         # It exits with 1 when it aborts the rollout.
         self.fleet.allowed_to_exit.add(FOLLOW_PROCESS)
         words = ("--every", _DECIDE_EVERY_S, "--dir", str(self.fleet.home))
-        self.fleet.spawn(FOLLOW_PROCESS, "fleet", "rollout", "follow", self.target.name, *words)
+        self.fleet.spawn(FOLLOW_PROCESS, "fleet", "rollout", "follow", self.plan.name, *words)
 
     def tick(self) -> None:
         """Begin and end outages that are due."""

@@ -6,7 +6,7 @@ them. Every bound is checked before a run is expanded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -66,16 +66,12 @@ def count_entries(column: Integers | Sequence[Label | LabelRun]) -> int:
     """Return how many entries a column has, without expanding it."""
     if isinstance(column, JitteredTimes):
         return len(column.offsets)
-    count = len(column)
-    for item in column:
-        if type(item) not in _PLAIN:
-            count += item.count - 1  # type: ignore[operator,union-attr]
-    return count
+    return len(column) + sum(run.count - 1 for run in _find_runs(column))
 
 
 def repeated_bytes(column: Sequence[Label | LabelRun]) -> int:
     """Return the bytes (UTF-8) of all labels that runs stand for, without expanding them."""
-    return sum(len(item.label.encode()) * item.count for item in column if isinstance(item, LabelRun))
+    return sum(len(run.label.encode()) * run.count for run in _find_runs(column) if isinstance(run, LabelRun))
 
 
 def check_range(column: Integers, low: int, high: int) -> None:
@@ -116,6 +112,8 @@ def expand_integers(column: Integers) -> list[int]:
 
 def expand_labels(column: Sequence[Label | LabelRun]) -> list[str]:
     """Return the labels (n,)."""
+    if _PLAIN.issuperset(map(type, column)):
+        return [*column]  # type: ignore[list-item]
     entries: list[str] = []
     for item in column:
         if isinstance(item, str):
@@ -125,5 +123,8 @@ def expand_labels(column: Sequence[Label | LabelRun]) -> list[str]:
     return entries
 
 
-def _find_runs(column: Iterable[int | str | Run]) -> list[Run]:
+def _find_runs(column: Sequence[int | str | Run]) -> list[Run]:
+    # Most columns have no run, or nothing else.
+    if _PLAIN.issuperset(map(type, column)):
+        return []
     return [item for item in column if type(item) not in _PLAIN]  # type: ignore[misc]

@@ -19,12 +19,12 @@ MEMBER = "outstation"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
-class TargetMetadata(msgspec.Struct, frozen=True):
+class TargetMetadata(msgspec.Struct, frozen=True, omit_defaults=True):
     """Identity and requirements of a bundle. Unknown members are ignored.
 
     `digest` is that of manifest.json, `window` the rows of one inference, `agent` the oldest version that reads the
-    bundle. `runtimes` have golden vectors. `memory` is the peak of the process that probed the bundle, `unpacked` the
-    size of its files, both in bytes.
+    bundle. `features`: name, version and digest of the feature set. `runtimes` have golden vectors. `memory` is the
+    peak of the process that probed the bundle, `unpacked` the size of its files, both in bytes.
     """
 
     name: str
@@ -37,6 +37,7 @@ class TargetMetadata(msgspec.Struct, frozen=True):
     runtimes: list[str]
     memory: Annotated[int, msgspec.Meta(ge=0)]
     unpacked: Annotated[int, msgspec.Meta(ge=0)]
+    features: tuple[str, str, str] | None = None
 
 
 def target_path(name: str, version: str, digest: str) -> str:

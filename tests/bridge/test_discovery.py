@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent.bridge import sparkplug
 from agent.bridge.device_state import MAX_TASKS, DeviceReport, DeviceState, OpenAlert
 from agent.bridge.discovery import (
     Place,
@@ -19,6 +20,7 @@ from agent.bridge.discovery import (
     parse_time,
 )
 from agent.bridge.publisher import may_replace
+from agent.bridge.sparkplug_payload import STRING
 from agent.testing.messages import TIME, MessageSender
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -181,3 +183,22 @@ def test_open_alerts_of_an_unreadable_document_are_not_known() -> None:
 def test_a_topic_leads_to_its_device(topic: str, device: str | None) -> None:
     assert PLACE.parse_device(topic) == device
     assert PLACE.parse_device(PLACE.config_topic("a.b_c-d")) == "a.b_c-d"
+
+
+def test_an_output_that_names_classes_is_a_text_without_statistics() -> None:
+    sender = MessageSender("pi-07")
+    columns = {
+        "row": [10, 20], "t": [1_764_022_680_000_000, 1_764_022_690_000_000], "value": [1.25, 1.5],
+        "value_wear": [0.5, 0.75], "label_flags": [["hot|wet", 2]], "label_wear": ["normal", "anomaly"],
+    }  # fmt: skip
+    state = DeviceState("pi-07")
+    state.update(DeviceReport("pi-07", "online", [sender.results(2, columns=columns).payload]))
+    result = state.tasks["exercise"].result
+    assert result is not None
+    assert result.outputs == {"wear": 0.75, "flags": "hot|wet", "label_wear": "anomaly"}
+    components = json.loads(discovery_document(PLACE, state, {}))["cmps"].values()
+    by_name = {component["name"]: component for component in components if "name" in component}
+    assert by_name["exercise wear"]["stat_cla"] == "measurement"
+    assert "stat_cla" not in by_name["exercise flags"]
+    [text] = [m for m in sparkplug._task_metrics("exercise", state.tasks["exercise"]) if m.name.endswith("/flags")]
+    assert (text.datatype, text.value) == (STRING, "hot|wet")

@@ -241,6 +241,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, text: str, ke
         ),
         ("[streams.Watch]\nfields = [{ name = 'ax' }]", "streams.Watch", "'Watch' must be 1-64 of a-z 0-9 . _ -"),
         ("[streams.watch]\nfields = [{ name = 'a x' }]", "streams.watch.fields", "'a x' is not a valid field name"),
+        (
+            "[streams.watch]\nfields = [{ name = 'output.x' }]",
+            "streams.watch.fields",
+            "field 'output.x': alerts about outputs",
+        ),
         ("[streams.watch]\nfields = [{ name = 't' }]", "streams.watch.fields", "'t' is not a valid field name"),
         ("[streams.watch]\nfields = [{ name = 'a' }, { name = 'a' }]", "streams.watch.fields", "duplicate field"),
         (

@@ -107,10 +107,10 @@ def test_the_learning_state_is_stored_separately_and_survives_a_restart(monitor:
     assert later.site_reference is not None
 
 
-def test_learning_goes_on_from_a_version_that_stored_no_further_outputs(monitor: DriftMonitor) -> None:
+def test_learning_goes_on_from_a_version_that_stored_neither_further_outputs_nor_errors(monitor: DriftMonitor) -> None:
     state, _ = feed(monitor, monitor.start(), readings(6, 10))
     stored = msgspec.msgpack.decode(zlib.decompress(state.learning.to_bytes()))
-    del stored["further"]
+    del stored["further"], stored["errors"]
     again = monitor.restore(monitor.to_bytes(state), zlib.compress(msgspec.msgpack.encode(stored)))
     assert again.learning.total_windows == state.learning.total_windows == 10
     assert again.to_bytes() == state.to_bytes()

@@ -314,6 +314,23 @@ def test_a_tiny_difference_is_no_outlier() -> None:
     assert find_outliers(alike) != []
 
 
+def test_a_third_of_a_fleet_that_is_alike_is_another_kind_of_site_and_one_beyond_it_an_outlier() -> None:
+    usual = [0.82 + 0.002 * i for i in range(10)]
+    others = [1.0, 1.003, 1.006, 1.008, 1.01]
+
+    def compare(sds: list[float]) -> list[str]:
+        bins = np.ones(34, np.int64)
+        fleet = {
+            f"pi-{i:02}": {"wz": MergedField(bins, 0, Moments(1000, 0.0, 1000 * sd**2))} for i, sd in enumerate(sds)
+        }
+        return [outlier.device for outlier in find_outliers(fleet)]
+
+    assert compare(usual + others) == []
+    assert compare([*usual, *others, 4.0]) == ["pi-15"]
+    # Up to a quarter of the devices.
+    assert compare([*usual, *others[:3]]) == ["pi-12", "pi-11", "pi-10"]
+
+
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_a_uniform_fleet_has_no_outliers(store: FleetStore, count: int) -> None:
     rng = np.random.default_rng(4)

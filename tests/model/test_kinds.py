@@ -23,6 +23,7 @@ from agent.model.bundle import bundle, golden_vectors
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import scores
 from agent.model.inference.inference import Inference, InferenceResult
+from agent.model.inference.scores import Scores
 from agent.wire.keys import SigningKey
 from agent.wire.messages import ResultsPayload
 from scripts.kit.bundles import (
@@ -515,3 +516,14 @@ def test_parquet_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, da
         pack.pack(spec, KEY)
     assert why in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("member", ["score", "extra_columns", "outputs"])
+def test_results_of_different_models_are_not_joined(member: str) -> None:
+    value = np.zeros(2)
+    part = Scores(None, None, value, extra_columns={"value_b": value}, outputs={"wear": Scores(None, None, value)})
+    others: dict[str, Any] = {"score": value, "extra_columns": {"value_c": value}, "outputs": {}}
+    assert len(scores.concatenate([part, part])) == 4
+    for parts in ((part, replace(part, **{member: others[member]})), (replace(part, **{member: others[member]}), part)):
+        with pytest.raises(ValueError, match=f"{member}: they are results of different models"):
+            scores.concatenate(parts)

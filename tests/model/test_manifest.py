@@ -28,6 +28,7 @@ from tests.model.test_bundle import refused
         ("kind", "guess", "kind"),
         ("input", {"fields": []}, "input.fields"),
         ("input", {"fields": ["a", "a"]}, "a field is named twice"),
+        ("input", {"fields": ["output.x"]}, "alerts about outputs have names that begin with 'output.'"),
         ("input", {"fields": ["a"], "mean": [1, 2]}, "mean has 2 entries for 1 fields"),
         ("input", {"fields": ["a"], "std": [0]}, "every std must be above 0"),
         ("input", {"fields": ["a"], "window": {"rows": 10, "step": 11}}, "step 11 above rows 10"),

@@ -13,10 +13,20 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from scripts.benchmarks import Rates, Report, Result, Section, alarms, catalogue, page, rates
+from agent.authoring import error_training
+from scripts.benchmarks import Rates, Report, Result, Section, alarms, catalogue, expected_error, page, rates
 from scripts.benchmarks.__main__ import document, main
 from scripts.benchmarks.cost_curve import Point, render_chart
-from scripts.benchmarks.drift_peers import ours, peers, recordings, site_trials, synthetic, tables, targets
+from scripts.benchmarks.drift_peers import (
+    error_cases,
+    ours,
+    peers,
+    recordings,
+    site_trials,
+    synthetic,
+    tables,
+    targets,
+)
 from scripts.benchmarks.drift_peers.counting import DetectionDelays, Row
 from scripts.benchmarks.drift_peers.peers import Kit
 from scripts.benchmarks.drift_peers.synthetic import KINDS
@@ -285,3 +295,19 @@ def test_results_are_finite_for_undetected_changes() -> None:
     assert "PSI: 1000" in results[0].note
     assert "; PSI: > 20 / 100 %" in results[1].note
     assert "> 20 / 100 %" in tables.render_detections("title", rows, synthetic.WATCHED)
+
+
+@pytest.mark.parametrize(("data", "shift"), [("growing noise", "inputs shift up"), ("Friedman", "inputs shift far")])
+def test_the_expected_error_follows_made_inputs_and_misses_another_truth(data: str, shift: str) -> None:
+    held_out = error_cases.make_answers(data, 1, 2000)
+    trained = error_training.train(held_out.inputs, held_out.answers, held_out.errors)
+    usual, deviations = float(np.abs(held_out.errors).mean()), expected_error.Deviations()
+    for change in (shift, "another truth"):
+        case = error_cases.Case(data, held_out, {change: error_cases.make_answers(data, 2, 2000, change)})
+        true = case.true_errors()[change]
+        expected, inside = expected_error.estimate(trained, case.later[change].windows(case.rows), true)
+        assert len(inside) == len(true) == 4
+        deviations.add(change, expected, true)
+        deviations.add("held-out mean", [usual] * 4, true)
+    assert deviations.mean(shift) < 0.15 < deviations.mean("held-out mean")
+    assert deviations.mean("another truth") > 0.25

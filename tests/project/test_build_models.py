@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-import sys
 import tomllib
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,10 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.kit.tensorflow_python import find_tensorflow
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "models" / "sources" / "exercise"
 RECORDINGS = ROOT / "models" / "recordings" / "exercise.npz"
-BUILDER = ROOT / ".venv-models" / "bin" / "python"
 CARD = (SOURCE / "MODEL_CARD.md").read_text()
 SPEC = tomllib.loads((SOURCE / "bundle.toml").read_text())
 
@@ -61,20 +61,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def builder() -> str:
-    for python in (str(BUILDER), sys.executable):
-        pinned = "tensorflow_cpu-2.21.0.dist-info"
-        check = f"import sys, pathlib; sys.exit(not any((pathlib.Path(p) / {pinned!r}).exists() for p in sys.path))"
-        if Path(python).exists() and subprocess.run([python, "-c", check], check=False).returncode == 0:
-            return python
-    pytest.skip("tensorflow-cpu 2.21.0 is missing: scripts/build_models makes .venv-models with it")
-
-
 @pytest.mark.timeout(300)
 def test_converting_the_committed_weights_gives_the_committed_model(tmp_path: Path) -> None:
     made = tmp_path / "model.tflite"
     run = subprocess.run(
-        [builder(), str(SOURCE / "convert.py"), "-o", str(made)], capture_output=True, text=True, check=False
+        [find_tensorflow(), str(SOURCE / "convert.py"), "-o", str(made)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert digest(made) == digest(SOURCE / "model.tflite")

@@ -418,11 +418,15 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
         (
             "agent.cli.device.status",
             {
+                "agent.device.commands.wipe",
                 "agent.device.daemon",
+                "agent.device.machine.trusted_keys",
                 "agent.transport.mqtt",
                 "apscheduler",
                 "asyncio",
                 "cryptography.x509",
+                "psutil",
+                "shutil",
                 "sqlite_utils",
                 "tuf",
             },

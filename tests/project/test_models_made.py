@@ -23,7 +23,7 @@ from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import derived_features, inference, runtime, sound
 from tests.kit.evaluations import check_result
-from tests.project.test_build_models import builder
+from tests.kit.tensorflow_python import find_tensorflow
 
 SOURCES = Path(__file__).resolve().parents[2] / "models" / "sources"
 RECORDINGS = builtin.recordings_dir()
@@ -73,7 +73,7 @@ def stated(name: str, metric: str) -> float:
 @pytest.mark.timeout(300)
 def test_converting_the_committed_weights_gives_the_committed_model(tmp_path: Path, name: str) -> None:
     made = tmp_path / "model.tflite"
-    command = [builder(), str(SOURCES / name / "convert.py"), "-o", str(made)]
+    command = [find_tensorflow(), str(SOURCES / name / "convert.py"), "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert made.read_bytes() == (SOURCES / name / "model.tflite").read_bytes()

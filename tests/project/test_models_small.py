@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.project.test_build_models import ROOT, SOURCE, builder
+from tests.kit.tensorflow_python import find_tensorflow
+from tests.project.test_build_models import ROOT, SOURCE
 
 FIGURES: dict[str, Any] = json.loads((SOURCE / "small.json").read_text(encoding="utf-8"))
 VARIANTS: list[dict[str, Any]] = FIGURES["variants"]
@@ -85,7 +86,7 @@ def test_the_small_network_was_trained_with_each_seed_both_ways() -> None:
 @pytest.mark.timeout(300)
 def test_converting_the_committed_weights_gives_each_model_of_the_table(tmp_path: Path) -> None:
     run = subprocess.run(
-        [builder(), str(SOURCE / "variants.py"), str(tmp_path)], capture_output=True, text=True, check=False
+        [find_tensorflow(), str(SOURCE / "variants.py"), str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     made = json.loads((tmp_path / "variants.json").read_text())

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent.fleet.audit.report import AuditReport
 from agent.quantities import decode_quantity
@@ -34,9 +35,9 @@ def run(events: Sequence[dict[str, Any]], *alerts: RaisedAlert, devices: Sequenc
     streams = {"watch": ["ax", "ay", "az"], "mic": ["level"]}
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
-        task_streams={"motion": ["watch"], "sound": ["mic"]}, commit_s=10.0, messages=0, digest="", rows=0, rejected=0,
-        labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(), refusals={},
-        simulated_s=0.0, real_s=0.0, peak_bytes=0,
+        task_streams={"motion": ["watch"], "sound": ["mic"]}, class_tasks=["motion"], commit_s=10.0,
+        messages=0, digest="", rows=0, rejected=0, labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(),
+        refusals={}, simulated_s=0.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts)
 
@@ -85,6 +86,17 @@ def test_an_alert_of_another_field_task_device_or_time_is_a_false_alarm(other: R
     attributed = run([OFFSET], other)
     assert attributed.false_alarms == [other]
     assert attributed.missed == {1: ["a"]}
+
+
+@pytest.mark.parametrize("answers", [("drift", "output"), ("quality", "evaluation")])
+def test_drift_of_another_field_follows_from_an_event_that_changed_the_models_classes(answers: tuple[str, str]) -> None:
+    other, changed = alert("drift", "ay", 1200.0), alert(*answers, 1400.0)
+    attributed = run([{**OFFSET, "kind": "swap", "fields": ["ax", "az"]}], other, changed)
+    assert attributed.false_alarms == []
+    # It answers no event: it names nothing that the event changed.
+    assert all(answer.alert == changed for _, answer in attributed.answers.get(1, []))
+    assert run([OFFSET], replace(other, raised_s=(900.0,)), changed).false_alarms != []
+    assert run([OFFSET], alert("fault", "ay", 1200.0), changed).false_alarms != []
 
 
 def test_an_event_that_may_raise_nothing_explains_nothing() -> None:

@@ -13,9 +13,14 @@ from msgspec.structs import replace
 
 from agent.authoring import pack
 from agent.errors import ConfigError, UsageError
+from agent.model.bundle import builtin
+from agent.testing.broker import MosquittoBroker
 from agent.testing.simulated_fleet import SimulatedFleet
+from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.page import render
+from agent.testing.simulation.runner import Simulation
 from scripts.kit.bundles import CLASSIFY, KEY, LABELS, packed, write_spec
+from scripts.rollout_trials import trials
 
 pytestmark = pytest.mark.process
 # Of the two devices, hall-02 is in the first half.
@@ -40,6 +45,23 @@ min_hours = 0.04
 [device_rules]
 min_batches = 12
 min_hours = 0.04
+"""
+EXERCISE = """
+[device]
+id = "sim"
+fleet = "sim"
+[publishers]
+keys = ["{key}"]
+[buffer]
+commit_every = "10 s"
+[streams.watch]
+fields = [
+  {{ name = "ax" }}, {{ name = "ay" }}, {{ name = "az" }}, {{ name = "wx" }}, {{ name = "wy" }}, {{ name = "wz" }},
+]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+schedule = "every 20 s"
 """
 CONFIG = """
 [device]
@@ -80,10 +102,12 @@ def simulate(tmp_path: Path, candidates: dict[str, Path]) -> Callable[..., dict[
     lines = [",".join([*(f"{v:.5f}" for v in row), label]) for row, label in zip(rows, labels, strict=True)]
     (tmp_path / "rows.csv").write_text("\n".join([",".join([*CLASSIFY.fields, "label"]), *lines]) + "\n")
 
-    def run(folder: str, candidate: str, ends: str = "completed", plan: str = PLAN, **more: Any) -> dict[str, Any]:
+    def run(
+        folder: str, candidate: str, ends: str = "completed", plan: str = PLAN, broker: str = "", **more: Any
+    ) -> dict[str, Any]:
         (tmp_path / "plan.toml").write_text(plan.replace("CANDIDATE", str(candidates[candidate])))
         rollout = {"kind": "rollout", "at": "1 min", "plan": str(tmp_path / "plan.toml"), "ends": ends}
-        scenario = {
+        described = {
             "seed": 1,
             "duration": "10 min",
             "groups": {"hall": {"devices": 2, "start_within": "10 s"}},
@@ -92,11 +116,25 @@ def simulate(tmp_path: Path, candidates: dict[str, Path]) -> Callable[..., dict[
             "events": [rollout, *more.get("events", [])],
         }
         config, recordings = tmp_path / "outstation.toml", {"sensor": tmp_path / "rows.csv"}
-        fleet = SimulatedFleet(tmp_path / folder, scenario=scenario, config=config, recordings=recordings)
+        if broker:
+            return run_over_broker(tmp_path / folder, described, broker, config, recordings)
+        fleet = SimulatedFleet(tmp_path / folder, scenario=described, config=config, recordings=recordings)
         with contextlib.closing(fleet):
             return fleet.run_scenario()
 
     return run
+
+
+def run_over_broker(
+    folder: Path, described: dict[str, Any], broker: str, config: Path, recordings: dict[str, Path]
+) -> dict[str, Any]:
+    """Run a scenario at thirty times real time."""
+    folder.mkdir()
+    chosen = setup.load(config, folder, {}, {name: (file, ()) for name, file in recordings.items()}, ())
+    (folder / "scenario.toml").write_text(setup.render_toml(described))
+    read = scenario.load(folder / "scenario.toml", chosen.fields, ["tiny"])
+    with contextlib.closing(Simulation(folder, read, chosen, broker=broker, speed=30.0)) as simulation:
+        return report.build(read, simulation.run(), simulation.store)
 
 
 def test_a_good_candidate_reaches_all_devices_despite_a_power_cut_and_repeats_every_byte(
@@ -104,9 +142,9 @@ def test_a_good_candidate_reaches_all_devices_despite_a_power_cut_and_repeats_ev
 ) -> None:
     # While the canary runs.
     cut = {"kind": "power-cut", "devices": ["hall-02"], "at": "4 min", "lasts": "20 s"}
-    report = simulate("a", "good", events=[cut])
-    assert report["passed"], render(report)
-    [rollout] = report["rollouts"]
+    document = simulate("a", "good", events=[cut])
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
     assert (rollout["outcome"], rollout["ended"] < 600) == ("completed", True)
     assert [step["strategy"] for step in rollout["steps"]] == ["shadow", "canary", "all"]
     assert [sorted(step["devices"].get("active", [])) for step in rollout["steps"]][:2] == [[], ["hall-02"]]
@@ -116,31 +154,64 @@ def test_a_good_candidate_reaches_all_devices_despite_a_power_cut_and_repeats_ev
     ]
     assert rollout["served"] == sum(device["served"] for device in rollout["devices"]) > 0
     # Each decision is signed, and follows the one before.
-    assert (report["audit"]["decisions"], report["audit"]["passed"]) == (4, True)
-    page = render(report)
+    assert (document["audit"]["decisions"], document["audit"]["passed"]) == (4, True)
+    page = render(document)
     assert "Roll-out tiny-1-1 1.1.0: completed" in page
     assert "canary 50 %" in page
-    assert simulate("b", "good", events=[cut])["messages_digest"] == report["messages_digest"]
+    assert simulate("b", "good", events=[cut])["messages_digest"] == document["messages_digest"]
 
 
 def test_a_bad_candidate_is_rolled_back_in_shadow_and_never_serves(simulate: Callable[..., dict[str, Any]]) -> None:
-    report = simulate("a", "bad", "rolled-back", duration="3 min")
-    assert report["passed"], render(report)
-    [rollout] = report["rollouts"]
+    document = simulate("a", "bad", "rolled-back", duration="3 min")
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
     assert (rollout["outcome"], rollout["served"], len(rollout["steps"])) == ("rolled-back", 0, 1)
     assert "accuracy gain -1.0" in rollout["why"]
     assert {device["runs"] for device in rollout["devices"]} == {"1.0.0"}
     assert {device["phase"] for device in rollout["devices"]} == {"cancelled"}
 
 
+def test_a_bad_candidate_is_rolled_back_in_real_time_over_a_real_broker(
+    simulate: Callable[..., dict[str, Any]], outstation_broker: MosquittoBroker
+) -> None:
+    url = f"mqtt://127.0.0.1:{outstation_broker.port}"
+    document = simulate("a", "bad", "rolled-back", broker=url, duration="3 min", drain="1 min")
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
+    assert (rollout["outcome"], rollout["served"]) == ("rolled-back", 0)
+    assert {device["phase"] for device in rollout["devices"]} == {"cancelled"}
+
+
 def test_a_rollout_that_lacks_evidence_is_held_and_another_end_fails_the_run(
     simulate: Callable[..., dict[str, Any]],
 ) -> None:
-    report = simulate("a", "good", duration="2 min")
-    [rollout] = report["rollouts"]
-    assert (report["passed"], rollout["outcome"], rollout["ended"]) == (False, "held", None)
+    document = simulate("a", "good", duration="2 min")
+    [rollout] = document["rollouts"]
+    assert (document["passed"], rollout["outcome"], rollout["ended"]) == (False, "held", None)
     assert "devices with 12 batches: 0 of 1" in rollout["why"]
-    assert "Roll-out tiny-1-1 is held; expected is completed." in render(report)
+    assert "Roll-out tiny-1-1 is held; expected is completed." in render(document)
+
+
+def test_a_candidate_that_crashes_ends_neither_the_simulation_nor_a_device(tmp_path: Path) -> None:
+    bundle = trials.make_bundle("crash", tmp_path, KEY)
+    plan = PLAN.replace("tiny", "exercise").replace("CANDIDATE", str(bundle)).replace("group:hall", "all")
+    # At once to all devices.
+    head, *_, last = plan.split("[[steps]]")
+    (tmp_path / "plan.toml").write_text(f"{head}[[steps]]{last}")
+    (tmp_path / "outstation.toml").write_text(EXERCISE.format(key=KEY.public.text))
+    rollout = {"kind": "rollout", "at": "1 min", "plan": "../plan.toml", "ends": "rolled-back"}
+    scenario = {"duration": "5 min", "groups": {"hall": {"devices": 2}}, "events": [rollout]}
+    recordings = {"watch": builtin.recordings_dir() / "exercise.npz"}
+    fleet = SimulatedFleet(
+        tmp_path / "a", scenario=scenario, config=tmp_path / "outstation.toml", recordings=recordings
+    )
+    with contextlib.closing(fleet):
+        document = fleet.run_scenario()
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
+    # The first crash aborts it.
+    assert "crash" in {device["reason"] for device in rollout["devices"]} <= {"crash", "aborted"}
+    assert {device["runs"] for device in rollout["devices"]} == {"1.0.0"}
 
 
 @pytest.mark.parametrize(

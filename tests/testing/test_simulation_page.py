@@ -39,7 +39,7 @@ def _report(name: str, **answer: Any) -> dict[str, Any]:
         },
     ]  # fmt: skip
     invalid = [{"device": name, "seq": 1, "reason": name}]
-    step = {"at": 1.0, "strategy": name, "percent": 5.0, "devices": {name: [name]}, "why": name}
+    step = {"at": 1.0, "label": name, "devices": {name: [name]}, "why": name}
     device = {"device": name, "runs": name, "phases": [{"phase": name, "at": 2.0}], "why": name}
     rollout = {"name": name, "version": name, "outcome": name, "ends": name, "passed": False, "why": name}
     rollout |= {"steps": [step], "devices": [device]}

@@ -75,6 +75,15 @@ def test_an_alert_of_another_field_that_names_a_protected_one_has_no_numbers() -
     assert RULES.apply("alerts", alert("output"), NOW_US) == alert("output")
 
 
+@pytest.mark.parametrize("name", ["output.x", "output", "score", "rate"])
+def test_a_private_field_with_the_name_of_an_output_hides_the_numbers_of_an_alert_about_it(name: str) -> None:
+    rules = FieldPrivacy(fields=frozenset({name}), private=frozenset({name}))
+    sentence = {**alert(name), "summary": f"it fell by {SECRET}"}
+    assert str(SECRET) not in json.dumps(rules.apply("alerts", sentence, NOW_US))
+    others = FieldPrivacy(fields=frozenset({"t"}), private=frozenset({"t"}))
+    assert others.apply("alerts", sentence, NOW_US) == sentence
+
+
 def test_slices_of_a_private_field_are_left_out_and_those_of_a_hashed_one_are_renamed_each_period() -> None:
     rules = FieldPrivacy(fields=frozenset({"room", "sex"}), private=frozenset({"sex"}), hashed=frozenset({"room"}))
     metrics = [{"metric": "accuracy", "slice": text, "n": 40} for text in ("", "class=ill", "sex=f", "room=R 7")]

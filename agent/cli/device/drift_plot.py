@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.cli import plot_file
 from agent.drift.baseline.reference import Reference
@@ -63,7 +64,7 @@ def plot_device(
             notes += ["how certain it is"]
         elif name == "joint":
             notes += ["fields together"]
-        elif name.startswith("output."):
+        elif name.startswith(OUTPUT_PREFIX):
             notes += ["a further output"]
         statistics = _STATISTICS if name in scale.bounds or now is not None else ("mean",)
         limit = limits.get(name) or _reported_limit(timeline, name)

@@ -56,7 +56,9 @@ def _to_cells(row: dict[str, Any]) -> list[str]:
     if row["label"] is not None and value is not None:
         notes.insert(0, f"value {value:.6g}")
     notes += [
-        f"{name} {cell:.4g}" for name, cell in row.items() if name.startswith(("value_", "score_")) and cell is not None
+        f"{name} {cell}" if isinstance(cell, str) else f"{name} {cell:.4g}"
+        for name, cell in row.items()
+        if name.startswith(("value_", "score_", "label_")) and cell is not None
     ]
     shown_score = "–" if score is None else f"{score:.4f}"
     time, row_number = format_time(row["time"]), str(row["row"])

@@ -154,6 +154,7 @@ def _print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     for task in tasks:
         lines = [
             f"model runs: {decoders.convert(task['pace'], Tuning) if task['pace'] else 'not tuned yet'}",
+            *_format_joined(task.get("joined")),
             *_format_deadline(task.get("deadline")),
             *_format_rollout(task.get("rollout")),
             *_format_reference(task["reference"]),
@@ -178,6 +179,21 @@ def _format_bundle(task: dict[str, Any]) -> str:
         "another is quarantined" if "quarantined_bundles" in task else "rolled back" if "rolled_back_to" in task else ""
     )
     return f"{task['bundle']} ({note})" if note else str(task["bundle"])
+
+
+def _format_joined(joined: dict[str, Any] | None) -> list[str]:
+    if joined is None:
+        return []
+    lines = [
+        f"joins {name}: stream {each['stream']}, rows {each['row'] or 1:,} to {each['last']:,}"
+        for name, each in joined["streams"].items()
+    ]
+    if joined["waiting_through"] is not None:
+        longest = max(each["wait_s"] for each in joined["streams"].values())
+        lines.append(
+            f"windows up to row {joined['waiting_through']:,} wait for later joined rows, at most {longest:g} s"
+        )
+    return lines
 
 
 def _format_deadline(deadline: dict[str, Any] | None) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.drift.reporting import parsed_message
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
             if device in (None, name)
         ],
         "features": build_feature_documents(group, device),
+        "outputs": _output_documents(group, device),
         "recent": _recent_documents(group, device, reference),
         **_expected_members(group.estimate_performance()),
         "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
@@ -105,6 +107,19 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
             "drift": [d for d, state in states.items() if state == "drift"],
             "fault": [d for d, state in states.items() if state == "fault"],
         }
+    return documents
+
+
+def _output_documents(group: DriftGroup, device: str | None) -> dict[str, dict[str, list[str]]]:
+    """Return the devices whose newest window has each state of a further output: name → state → devices."""
+    documents: dict[str, dict[str, list[str]]] = {}
+    for name, drift in group.devices.items():
+        if drift.last_window is None or device not in (None, name):
+            continue
+        for subject, report in drift.last_window.subjects.items():
+            if subject.startswith(OUTPUT_PREFIX):
+                states = documents.setdefault(subject.removeprefix(OUTPUT_PREFIX), {})
+                states.setdefault(report.state, []).append(name)
     return documents
 
 
@@ -187,6 +202,9 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
             change = f"   recent JS {recent['js']:.2f}{w1} from the {recent['against']}"
         state = "; ".join(states) or "ok"
         yield f"  {name:12} mean {field['mean']:10.4g}   sd {field['sd']:10.4g}{change}   {state}"
+    for name, states in group["outputs"].items():
+        listed = [f"{state} on {abbreviate_names(devices)}" for state, devices in states.items() if state != "ok"]
+        yield f"  output {name}: {'; '.join(listed) or 'ok'}"
     for drift in group["fleet_wide"]:
         yield click.style(f"  {drift['summary']}", bold=True)
     if group["first_onset"] is not None:

@@ -139,8 +139,7 @@ def _print_rollout(rollout: dict[str, Any]) -> None:
     echo(f"\nroll-out {rollout['name']} {rollout['version']}: {rollout['outcome']}{expected}: {rollout['why']}")
     for step in rollout["steps"]:
         reached = ", ".join(f"{len(set(names))} {phase}" for phase, names in step["devices"].items())
-        strategy = step["strategy"] if step["strategy"] == "all" else f"{step['strategy']} {step['percent']:g} %"
-        echo(f"  {format_span(step['at'])}: {strategy}: {reached or 'no device'}")
+        echo(f"  {format_span(step['at'])}: {step['label']}: {reached or 'no device'}")
     phases = Counter(device["phase"] for device in rollout["devices"])
     if phases:
         echo(f"  at the end: {', '.join(f'{count} {phase}' for phase, count in sorted(phases.items()))}")

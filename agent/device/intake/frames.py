@@ -30,7 +30,7 @@ _KINDS: tuple[NumberType, ...] = get_args(NumberType)
 class FrameLayout(msgspec.Struct, frozen=True):
     """Layout of frames that differ only in their numbers: stream, and (name, type) of each column.
 
-    `key`: bytes of the head that say so. The columns begin at `data_at`.
+    `key`: bytes of the head that say so. The columns begin at `data_at`. `kind`: type of all columns, "" for several.
     """
 
     stream: str
@@ -38,14 +38,23 @@ class FrameLayout(msgspec.Struct, frozen=True):
     columns: tuple[tuple[str, NumberType], ...]
     key: bytes
     data_at: int
+    kind: NumberType | Literal[""] = ""
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.columns]
 
 
 class FrameColumns(msgspec.Struct, frozen=True):
-    """Columns of a frame, `n` values each, by field name, in which NaN is missing; `t_us`: epoch µs."""
+    """Columns of a frame, `n` values each, by field name, in which NaN is missing; `t_us`: epoch µs.
+
+    `block` (C, n): the same values as one array, if they are one in the frame.
+    """
 
     n: int
     t_us: NDArray[np.int64] | None
     values: dict[str, NDArray[Any]]
+    block: NDArray[Any] | None = None
 
 
 def read_layout(frame: bytes, last: FrameLayout | None) -> FrameLayout:
@@ -68,7 +77,9 @@ def read_layout(frame: bytes, last: FrameLayout | None) -> FrameLayout:
         raise RowRejected(f"frame of {len(frame)} bytes ends inside its head") from None
     if len(dict(columns)) != count:
         raise RowRejected("a column is twice in this frame; give it once")
-    return FrameLayout(stream, flags == _HAS_TIMES, tuple(columns), frame[_LAYOUT_AT:at], _align(at))
+    kinds = {kind for _, kind in columns}
+    key, common = frame[_LAYOUT_AT:at], kinds.pop() if len(kinds) == 1 else ""
+    return FrameLayout(stream, flags == _HAS_TIMES, tuple(columns), key, _align(at), common)
 
 
 def read_columns(frame: bytes, layout: FrameLayout) -> FrameColumns:
@@ -85,6 +96,9 @@ def read_columns(frame: bytes, layout: FrameLayout) -> FrameColumns:
     if layout.has_times:
         t_us = np.frombuffer(frame, "<i8", n, at)
         at += 8 * n
+    if layout.kind and sizes[0] % _ALIGN == 0:
+        block = np.frombuffer(frame, f"<{layout.kind}", n * len(sizes), at).reshape(len(sizes), n)
+        return FrameColumns(n, t_us, dict(zip(layout.names, block, strict=True)), block)
     for (name, kind), size in zip(layout.columns, sizes, strict=True):
         values[name] = np.frombuffer(frame, f"<{kind}", n, at)
         at += _align(size)

@@ -18,7 +18,7 @@ from agent.device.intake import frames, labels
 from agent.device.intake.frames import FrameLayout, NumberType, decode_column
 from agent.device.intake.labels import LabelBatch
 from agent.device.intake.row_history import summarize_reasons
-from agent.device.store.rows import RawColumns, ValidatedRows, validate_columns
+from agent.device.store.rows import BlockLimits, RawColumns, ValidatedRows, validate_columns
 from agent.errors import RowRejected
 from agent.strict_json import DuplicateKey, check_key_count
 from agent.toml_files import did_you_mean
@@ -95,7 +95,7 @@ class LineParser:
             values: dict[str, Any] = columns.values
             for name in decoder.integer_fields & values.keys():
                 values[name] = frames.nan_to_none(values[name])
-            raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True)
+            raw = RawColumns(columns.n, columns.t_us, values, nan_is_missing=True, t_in_us=True, block=columns.block)
             return self._validate_block(decoder, raw, number, now_us)
         except RowRejected as reason:
             return ParsedLines("", None, [], {number: str(reason)})
@@ -175,7 +175,9 @@ class LineParser:
 
     def _validate(self, decoder: _StreamDecoder, raw: RawColumns, numbers: list[int], now_us: int) -> ParsedLines:
         latest = self._latest.get(decoder.name)
-        validated = validate_columns(raw, decoder.stream, now_us, latest, show_values=self._show_values)
+        validated = validate_columns(
+            raw, decoder.stream, now_us, latest, show_values=self._show_values, limits=decoder.limits
+        )
         if validated.latest_us is not None:
             self._latest[decoder.name] = validated.latest_us
         if len(numbers) < raw.n:
@@ -187,6 +189,7 @@ class LineParser:
 class _StreamDecoder:
     def __init__(self, name: str, stream: StreamConfig) -> None:
         self.name, self.stream = name, stream
+        self.limits = BlockLimits.from_fields(stream.fields)
         self.integer_fields = {f.name for f in stream.fields if f.type == "i64"}
         self.category_fields = [f.name for f in stream.fields if f.type == "category"]
 

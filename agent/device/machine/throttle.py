@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from agent import config
 from agent.clock import ClockReading
@@ -150,6 +149,9 @@ def _log_change(action: str, before: str, after: str) -> None:
 
 def lower_priority(conf: config.ThrottleConfig) -> None:
     """Lower the priority of this thread, which runs the models, below intake, uplink and other programs."""
+    # Of use to the daemon alone.
+    import psutil
+
     try:
         # On Linux both belong to a thread; 0 is the calling one. A service manager that sets them, as Nice= of our unit
         # does, may have forbidden further changes.

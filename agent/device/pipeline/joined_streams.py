@@ -7,6 +7,7 @@ has waited as long as the config says, restarts included. Rows that come later t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from agent import decoders
 from agent.arrays import Float32s, Ints
 from agent.clock import ClockReading
-from agent.config import StreamConfig
+from agent.config import JoinedStreamConfig, StreamConfig
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows, commit
@@ -32,6 +33,8 @@ from agent.wire.messages import JoinedRange
 # Rows of one stream that are held in memory; windows beyond them wait for the next batch.
 _MAX_ROWS = 200_000
 _READ_ROWS = 50_000
+# Values of joined rows that a batch commits to: these are read once more, all into memory.
+_MAX_COMMITTED_VALUES = 4_000_000
 
 
 class JoinedStream(msgspec.Struct, frozen=True):
@@ -257,6 +260,23 @@ def _no_values(spec: JoinedInput) -> Float32s:
     return np.empty((0, len(spec.fields)), np.float32)
 
 
+def to_status(store: Store, task: str, inputs: Mapping[str, JoinedStreamConfig]) -> dict[str, Any]:
+    """Return the member `joined` of a task's status: where each input's stream is read from, and what waits for it."""
+    if not inputs:
+        return {}
+    positions, wait = load_positions(store, task), _load_wait(store, task)
+    streams = {
+        name: {
+            "stream": source.stream,
+            "row": positions[name].row if name in positions else None,
+            "last": store.last_row(source.stream),
+            "wait_s": float(source.wait),
+        }
+        for name, source in inputs.items()
+    }
+    return {"joined": {"streams": streams, "waiting_through": None if wait is None else wait.end_row}}
+
+
 def _load_wait(store: Store, task: str) -> JoinedWait | None:
     try:
         stored = store.load_state(task, task_keys.JOINED_WAIT)
@@ -266,8 +286,10 @@ def _load_wait(store: Store, task: str) -> JoinedWait | None:
 
 
 def _commit(store: Store, message_log: MessageLog, rows: JoinedRange, stream: StreamConfig) -> str:
-    """Return the commitment to rows of `stream`; "" if they cannot be read any more."""
+    """Return the commitment to rows of `stream`; "" for very many, or if they cannot be read any more."""
     first, last = rows.rows
+    if (last - first + 1) * (len(stream.fields) + 1) > _MAX_COMMITTED_VALUES:
+        return ""
     pieces, at = list[Rows](), first - 1
     while at < last:
         piece = store.read_rows(rows.stream, stream.fields, at, last - at)

@@ -44,7 +44,9 @@ def concatenate(first: BatchResults | None, second: BatchResults) -> BatchResult
         return second
     labels = None if first.labels is None or second.labels is None else [*first.labels, *second.labels]
     arrays = (np.concatenate([getattr(part, name) for part in (first, second)]) for name in ("rows", "t", "is_healthy"))
-    return BatchResults(scores.concatenate([first.scores, second.scores]), labels, *arrays)
+    # Results that waited have no texts of further outputs, which no rule reads.
+    joined = scores.concatenate([replace(part.scores, label_columns={}) for part in (first, second)])
+    return BatchResults(joined, labels, *arrays)
 
 
 class PendingResults(msgspec.Struct, frozen=True):

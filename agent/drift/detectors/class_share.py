@@ -44,10 +44,10 @@ class ClassShareDetector(ScoreDetector):
         return [task.subject(OUTPUT)] * self.width(task)
 
     def learn_values(self, task: Task, windows: LearnedWindows) -> Float64s:
-        return self._shares(task, windows.distributions.output)
+        return compute_shares(windows.distributions.output)[..., : self.width(task)]
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        return Scores(self._shares(task, windows.distributions.output))
+        return Scores(compute_shares(windows.distributions.output)[..., : self.width(task)])
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         return repeat(near_alarm[:, None], self.width(task), axis=1)
@@ -58,23 +58,22 @@ class ClassShareDetector(ScoreDetector):
         usual = float(alarm.baseline.mean[label])
         return share_text(alarm, "share", label, usual + alarm.mean_effect(side, label), usual, windows, since)
 
-    def _shares(self, task: Task, output: Ints) -> Float64s:
-        """Return shares (..., S) of all predictions (..., C); NaN without any."""
-        total = output.sum(-1, keepdims=True)
-        return np.where(total > 0, output / np.maximum(total, 1), np.nan)[..., : self.width(task)]
+
+def compute_shares(counts: Ints) -> Float64s:
+    """Return the shares (..., C) of predictions (..., C); NaN without any."""
+    total = counts.sum(-1, keepdims=True)
+    return np.where(total > 0, counts / np.maximum(total, 1), np.nan)
+
+
+def format_share(label: str, share: float, usual: float) -> tuple[str, dict[str, object]]:
+    """Return the words and the evidence of a label with another share than usual."""
+    numbers = {"label": label, "share": round_significant(share, 4), "usual": round_significant(usual, 4)}
+    return f"{label} is {share:.0%} of the answers, {usual:.0%} in this site's reference", numbers
 
 
 def share_text(alarm: Alarm, test: str, label: int, share: float, usual: float, windows: int, since: int) -> AlertText:
     """Return the sentence of a label with another share than usual."""
-    name = alarm.labels[label]
-    change = f"{name} is {share:.0%} of the answers, {usual:.0%} in this site's reference"
-    evidence = {
-        "test": test,
-        "windows": windows,
-        "since": since,
-        "label": name,
-        "share": round_significant(share, 4),
-        "usual": round_significant(usual, 4),
-    }
+    change, numbers = format_share(alarm.labels[label], share, usual)
+    evidence = {"test": test, "windows": windows, "since": since, **numbers}
     cause = "another use of the machine, or a model that no longer fits"
     return AlertText(f"output: {change}, {alarm.format_windows(windows, since)}; likely {cause}", evidence)

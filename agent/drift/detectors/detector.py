@@ -17,6 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import text
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import AnyArray, Bools, Float32s, Float64s, Ints
 from agent.drift.detectors.cusum import Cusum, windows_to_clear
 from agent.drift.numeric import control_limits, false_alarm_budget
@@ -68,7 +69,7 @@ class Task(msgspec.Struct, frozen=True):
 
     def name_subjects(self, fields: Sequence[str]) -> tuple[str, ...]:
         """Return the name of each subject."""
-        return (*fields, *SUBJECTS, *(f"{OUTPUT}.{output.name}" for output in self.further))
+        return (*fields, *SUBJECTS, *(OUTPUT_PREFIX + output.name for output in self.further))
 
 
 class ModelWindows(msgspec.Struct, frozen=True):

@@ -12,23 +12,22 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from agent.arrays import Bools, Float64s, Ints
+from agent.alerts.alert import OUTPUT_PREFIX
+from agent.arrays import Float64s, Ints
+from agent.drift.detectors.class_share import ClassShareDetector, compute_shares, format_share
 from agent.drift.detectors.detector import (
-    OUTPUT,
     SUBJECTS,
     Alarm,
     AlertText,
     Baseline,
     DriftWindows,
     LearnedWindows,
-    ScoreDetector,
     Scores,
     Task,
     round_significant,
 )
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.outputs.counts import FurtherOutput, median_value, split_outputs, weighted_means
-from agent.indices import repeat
 
 
 class _Test(msgspec.Struct, frozen=True):
@@ -40,21 +39,14 @@ class _Test(msgspec.Struct, frozen=True):
     is_spread: bool = False
 
 
-class FurtherOutputDetector(ScoreDetector):
+class FurtherOutputDetector(ClassShareDetector):
     """Detector of each label's share and of one or two weighted means of each value of each further output."""
 
     name = "further_outputs"
     budget = false_alarm_budget.ANSWERS_BUDGET
-    tests_answers = True
-    by_class = False
-    winsorized = False
 
     def width(self, task: Task) -> int:
         return sum(output.tests for output in task.further)
-
-    def min_sd(self, task: Task) -> float:
-        # One answer more or less is nothing.
-        return max(0.02, 1 / task.window)
 
     def subjects(self, task: Task) -> Sequence[int]:
         first = task.fields + len(SUBJECTS)
@@ -74,9 +66,6 @@ class FurtherOutputDetector(ScoreDetector):
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
         return Scores(_measure(task, windows.distributions.further, baseline.output_weights))
 
-    def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
-        return repeat(near_alarm[:, None], self.width(task), axis=1) if task.further else None
-
     def describe(self, alarm: Alarm) -> AlertText:
         tests = _list_tests(alarm.further)
         own = [at for at, test in enumerate(tests) if test.output == _output(alarm)]
@@ -89,7 +78,9 @@ class FurtherOutputDetector(ScoreDetector):
         change, evidence = _describe_change(alarm, test, usual, shift)
         period = {"test": evidence.pop("test"), "output": test.output.name, "windows": windows, "since": since}
         cause = "another use of the machine, readings unlike those it was made from, or a model that no longer fits"
-        sentence = f"{OUTPUT}.{test.output.name}: {change}, {alarm.format_windows(windows, since)}; likely {cause}"
+        sentence = (
+            f"{OUTPUT_PREFIX}{test.output.name}: {change}, {alarm.format_windows(windows, since)}; likely {cause}"
+        )
         return AlertText(sentence, period | evidence)
 
 
@@ -110,10 +101,8 @@ def _list_tests(outputs: Sequence[FurtherOutput]) -> list[_Test]:
 
 def _describe_change(alarm: Alarm, test: _Test, usual: float, shift: float) -> tuple[str, dict[str, object]]:
     if test.label is not None:
-        share = float(np.clip(usual + shift, 0, 1))
-        change = f"{test.label} is {share:.0%} of the answers, {usual:.0%} in this site's reference"
-        numbers: dict[str, object] = {"share": round_significant(share, 4), "usual": round_significant(usual, 4)}
-        return change, {"test": "share", "label": test.label} | numbers
+        change, numbers = format_share(test.label, float(np.clip(usual + shift, 0, 1)), usual)
+        return change, {"test": "share"} | numbers
     shifted: dict[str, object] = {"shift": round_significant(shift, 4)}
     if test.output.labels:
         noun = "certainty, or the accuracy to expect from it,"
@@ -143,8 +132,7 @@ def _measure(task: Task, counts: Ints, weights: Float64s) -> Float64s:
     for output, own in split_outputs(task.further, counts):
         labels, bins = output.split_cells(own)
         if output.shares:
-            total = labels.sum(-1, keepdims=True)
-            shares.append(np.where(total > 0, labels / np.maximum(total, 1), np.nan))
+            shares.append(compute_shares(labels))
         for value in range(len(output.values)):
             for _ in range(1 if output.labels else 2):
                 means.append(weighted_means(bins[:, value], weights[len(means)])[:, None])

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
@@ -217,7 +218,7 @@ def _subject_reports(
         yield name, SubjectReport(field.state, *_largest_sums(field.cusum), field.cusum.limit)
     yield "output", SubjectReport(output.state, 0.0, 0.0, None)
     for name, further in output.further.items():
-        yield f"output.{name}", SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
+        yield OUTPUT_PREFIX + name, SubjectReport(further.state, max(further.cusum, default=0.0), 0.0, further.limit)
     if output.score is not None:
         yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:

@@ -112,13 +112,10 @@ def project_message(message: VerifiedMessage, rows: TableRows) -> None:
 def _result_rows(body: ResultsPayload, _payload: bytes) -> list[Row]:
     """Return (device, task, row, t, label, score, value, log, seq) of each result of a message."""
     columns, none = body.columns, repeat(None)
-    rows, times, labels = columns.expand_rows(), columns.expand_times(), columns.expand_labels()
-    return [
-        (body.device, body.task, row, t, label, score, value, body.log, body.seq)
-        for row, t, label, score, value in zip(
-            rows, times, labels or none, columns.score or none, columns.value or none, strict=False
-        )
-    ]
+    times, labels = columns.expand_times(), columns.expand_labels() or none
+    values = (columns.expand_rows(), times, labels, columns.score or none, columns.value or none)
+    head, tail = (repeat(body.device), repeat(body.task)), (repeat(body.log), repeat(body.seq))
+    return [*zip(*head, *values, *tail, strict=False)]
 
 
 def _detail_rows(body: ResultsPayload, payload: bytes) -> list[Row]:
@@ -129,7 +126,8 @@ def _detail_rows(body: ResultsPayload, payload: bytes) -> list[Row]:
 def result_details(body: ResultsPayload, payload: bytes) -> dict[int, tuple[float | None, str | None]]:
     """Return row → (missing, outputs) of each result that has one; of a row that occurs again, the first."""
     columns, none = body.columns, repeat(None)
-    outputs = _further_outputs(payload, len(columns))
+    has_outputs = any(prefix in payload for prefix in _OUTPUT_PREFIXES)
+    outputs = _further_outputs(payload, len(columns)) if has_outputs else None
     if columns.missing is None and outputs is None:
         return {}
     details: dict[int, tuple[float | None, str | None]] = {}
@@ -144,7 +142,7 @@ def _further_outputs(payload: bytes, count: int) -> list[str] | None:
 
     None without such columns, and where repeated labels or all of it exceed their limits: then they stay evidence.
     """
-    if not count or not any(prefix in payload for prefix in _OUTPUT_PREFIXES):
+    if not count:
         return None
     columns = _COLUMNS_DECODER.decode(payload).columns
     outputs: dict[str, list[Any]] = {}

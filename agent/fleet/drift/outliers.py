@@ -20,8 +20,11 @@ MIN_SHIFT, MIN_LOG_RATIO = 0.1, math.log(1.1)
 # A spread below this share of the usual one, or below the rounding of single precision, counts as zero.
 STUCK_SHARE, ROUNDING = 0.01, 1e-6
 MAX_Z = 99.0  # A larger value carries no more information.
+# A deviation that more devices share is another kind of site, from which none of them stands out.
+MAX_OUTLIER_SHARE = 0.25
 NO_REFERENCE_SD: Mapping[str, float] = MappingProxyType({})
-_MAD_TO_SD = 1.4826
+# Median and upper quartile of |z| for a normal distribution: 1 / sd.
+_MAD_TO_SD, _QUARTILE_TO_SD = 1.4826, 0.8693
 
 
 class DeviceOutlier(msgspec.Struct, frozen=True):
@@ -42,7 +45,8 @@ def find_outliers(
     """Return outliers, the largest |z| first; none if fewer than four devices can be compared.
 
     `reference_sd`: sd of a field's rows in the shipped reference; without it, the devices' median sd is used.
-    Source: Iglewicz & Hoaglin (1993), How to Detect and Handle Outliers: |z| > 3.5 from median and MAD.
+    Source: Iglewicz & Hoaglin (1993), How to Detect and Handle Outliers: |z| > 3.5 from median and MAD. The upper
+    quartile of the distances bounds the sd from below, so that a second kind of site has no outliers.
     """
     outliers: list[DeviceOutlier] = []
     for name in dict.fromkeys(field for fields in devices.values() for field in fields):
@@ -79,6 +83,9 @@ def _robust_outliers(values: dict[str, float], min_sd: float) -> list[tuple[str,
     if not values or not min_sd:
         return []
     middle = median(values.values())
-    sd = max(_MAD_TO_SD * median(abs(value - middle) for value in values.values()), min_sd / 2)
+    distances = sorted(abs(value - middle) for value in values.values())
+    # The farthest of those that cannot be outliers.
+    usual = distances[len(distances) - int(MAX_OUTLIER_SHARE * len(distances)) - 1]
+    sd = max(_MAD_TO_SD * median(distances), _QUARTILE_TO_SD * usual, min_sd / 2)
     scores = {device: max(-MAX_Z, min((value - middle) / sd, MAX_Z)) for device, value in values.items()}
     return [(device, values[device], middle, z) for device, z in scores.items() if abs(z) > Z_LIMIT]

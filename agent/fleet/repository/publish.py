@@ -76,6 +76,7 @@ def publish(
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
         current = root_rotation.load_current(layout, keyring, now)
+        _require_known_features(current, metadata)
         listed = _find_published(current, metadata)
         if listed is not None:
             published = target_metadata.decode(listed.custom)
@@ -102,7 +103,7 @@ def build_archive(bundle: Bundle) -> bytes:
 
 def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
     """Describe a bundle whose probe took `memory` bytes. Raises BadBundle if its golden vectors cannot be read."""
-    manifest = bundle.manifest
+    manifest, features = bundle.manifest, bundle.manifest.input.features
     vectors = golden_vectors.decode(bundle.files["golden.npz"]) if "golden.npz" in bundle.files else None
     return TargetMetadata(
         name=manifest.name,
@@ -115,7 +116,26 @@ def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
         runtimes=[vectors.runtime.split()[0]] if vectors is not None else [],
         memory=memory,
         unpacked=sum(map(len, bundle.files.values())),
+        features=None if features is None else (features.name, features.version, features.digest),
     )
+
+
+def _require_known_features(current: Edition, metadata: TargetMetadata) -> None:
+    """Raise BadBundle if a published bundle has other features under the same name and version."""
+    if metadata.features is None:
+        return
+    for role in current.bundles.values():
+        for file in role.signed.targets.values():
+            other = target_metadata.decode(file.custom)
+            is_same_version = other.features is not None and other.features[:2] == metadata.features[:2]
+            if is_same_version and other.features != metadata.features:
+                assert other.features is not None
+                name, version, digest = other.features
+                raise BadBundle(
+                    f"{metadata.name} {metadata.version}: its features {name} {version} have {metadata.features[2]}, "
+                    f"but those of the published {other.name} {other.version} have {digest}; restore the feature file, "
+                    "or give it a new version, and pack the bundle again"
+                )
 
 
 def _find_published(current: Edition, metadata: TargetMetadata) -> TargetFile | None:

@@ -145,11 +145,15 @@ class _PlanSections(Section, frozen=True):
 
 
 class PlanFile:
-    """A validated plan file. `path` is absolute; missing parts of the bundle are resolved by `bundles.resolve`."""
+    """A validated plan file: `name` and `task` of the roll-out, and an absolute `path` if it names the bundle's.
+
+    Missing parts of the bundle are resolved by `bundles.resolve`.
+    """
 
     def __init__(self, source: Path, content: _PlanSections) -> None:
         self.source, self._content = source, content
         section = content.rollout
+        self.name, self.task = section.name, section.task
         self.bundle, self.version, self.digest = section.bundle, section.version, section.digest
         self.path = None if section.path is None else source.parent / section.path
 

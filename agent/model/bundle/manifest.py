@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent import decoders
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.errors import BadBundle
 from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle.feature_set import (
@@ -340,6 +341,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in (*self.joined, *self.further):
             if not is_name(name):
                 raise ValueError(f"inputs and outputs: name {name!r} must be 1-64 of a-z 0-9 . _ -")
+        fields = [*self.input.fields, *(name for spec in self.joined.values() for name in spec.fields)]
+        if clashes := [name for name in fields if name.startswith(OUTPUT_PREFIX)]:
+            raise ValueError(f"field {clashes[0]!r}: alerts about outputs have names that begin with {OUTPUT_PREFIX!r}")
         names = [column for name, output in self.further.items() for column in output_columns(name, output)]
         names += [f"value_{name}" for name in self.output.names[1:]] + [f"score_{name}" for name in self.output.labels]
         if self.output.residual_bounds is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -191,12 +191,21 @@ def to_codes(scores: Scores) -> Ints | None:
 
 
 def concatenate(parts: Sequence[Scores]) -> Scores:
+    """Return the results of one model in the order of the parts. Raises ValueError if their columns differ."""
     if len(parts) == 1:
         return parts[0]
 
     def column(name: str) -> Any:
         columns = [getattr(part, name) for part in parts]
+        if any((values is None) != (columns[0] is None) for values in columns):
+            raise ValueError(f"not all parts have {name}: they are results of different models")
         return None if columns[0] is None else np.concatenate(columns)
+
+    def each(name: str, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        members = [getattr(part, name) for part in parts]
+        if any(by_name.keys() != members[0].keys() for by_name in members):
+            raise ValueError(f"the parts differ in the names of {name}: they are results of different models")
+        return {key: join([by_name[key] for by_name in members]) for key in members[0]}
 
     return Scores(
         column("label"),
@@ -204,13 +213,9 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         column("value"),
         predicted=column("predicted"),
         anomaly=column("anomaly"),
-        extra_columns={
-            name: np.concatenate([part.extra_columns[name] for part in parts]) for name in parts[0].extra_columns
-        },
-        label_columns={
-            name: np.concatenate([part.label_columns[name] for part in parts]) for name in parts[0].label_columns
-        },
-        outputs={name: concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
+        extra_columns=each("extra_columns", np.concatenate),
+        label_columns=each("label_columns", np.concatenate),
+        outputs=each("outputs", concatenate),
     )
 
 

@@ -2,7 +2,8 @@
 
 An alert is explained by an event at its device if its kind and subject are among the event's effects, its task reads
 what the event changes, and it was raised between the begin of the event and `grace` after its end. Alerts about labels
-come as late as the labels do. All other alerts are false alarms.
+come as late as the labels do. Where an event makes the model name other classes, which other alerts show, it also
+explains drift of the other fields, which is tested within these classes. All other alerts are false alarms.
 
 Events that overlap at a device are answered by one alert each. An open alert is not raised again for the same field, so
 an event may share the alert that answers another one.
@@ -37,6 +38,8 @@ _SENSOR = (
 )
 _LINK = (("connection", _ANY),)
 _STORE = (("storage", _ANY),)
+# Alerts by which a device shows that its model names other classes than before.
+_ANSWERS = frozenset({("drift", "output"), ("drift", "score"), (_LABELS, "decay"), (_LABELS, "evaluation")})
 # Kind of event → alerts and subjects that it can cause.
 EFFECTS: dict[str, tuple[tuple[str, str], ...]] = {
     "silence": (("fault", "rate"), ("fault", _FIELD), ("result", _ANY)),
@@ -130,7 +133,7 @@ def skew_s(outcome: Outcome, device: str, shown_s: float) -> float:
 
 def attribute(scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert]) -> Attribution:
     """Attribute alerts to events."""
-    matcher = _Matcher(scenario, outcome)
+    matcher = _Matcher(scenario, outcome, alerts)
     answers: dict[int, list[tuple[str, Answer]]] = {}
     missed: dict[int, list[str]] = {}
     by_device: dict[str, list[int]] = {}
@@ -152,8 +155,9 @@ def attribute(scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert
 class _Matcher:
     """Tells which events explain an alert."""
 
-    def __init__(self, scenario: Scenario, outcome: Outcome) -> None:
+    def __init__(self, scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert]) -> None:
         self._scenario, self._outcome = scenario, outcome
+        self._answer_alerts = [alert for alert in alerts if (alert.alert, alert.subject) in _ANSWERS]
         self._fields = {name for names in outcome.fields.values() for name in names}
 
     def event(self, number: int) -> Any:
@@ -162,7 +166,9 @@ class _Matcher:
     def explaining(self, alert: RaisedAlert) -> Iterator[int]:
         """Yield the numbers of the events that explain an alert."""
         for number, injected in enumerate(self._outcome.injected, 1):
-            if self._is_at(injected, alert) and self.fits(number, alert, alert.at_s):
+            if not self._is_at(injected, alert):
+                continue
+            if self.fits(number, alert, alert.at_s) or self._follows_classes(number, alert):
                 yield number
 
     def fits(self, number: int, alert: RaisedAlert, at_s: float) -> bool:
@@ -177,6 +183,21 @@ class _Matcher:
         if not begin_s <= at_s <= event.end_s + delay_s + self._scenario.grace:
             return False
         return self._may_cause(event, alert)
+
+    def _follows_classes(self, number: int, alert: RaisedAlert) -> bool:
+        """Return True for drift of another field, where the event made the model name other classes.
+
+        Drift is tested within the classes that the model names.
+        """
+        event, outcome = self.event(number), self._outcome
+        if not isinstance(event, SensorFault) or alert.alert != "drift" or alert.task not in outcome.class_tasks:
+            return False
+        streams = [{*outcome.fields[name]} for name in outcome.task_streams.get(alert.task, [])]
+        return any({alert.subject, *event.fields} <= fields for fields in streams) and any(
+            (other.device, other.task) == (alert.device, alert.task) and self.fits(number, other, other.at_s)
+            for other in self._answer_alerts
+            if event.at <= alert.at_s <= event.end_s + self._scenario.grace
+        )
 
     def is_exact(self, number: int, alert: RaisedAlert) -> bool:
         """Return True if the alert names what the event changes."""

@@ -105,6 +105,7 @@ class MachineRoom:
         with (
             mock.patch.object(uuid, "uuid4", self._make_uuid),
             mock.patch.object(secrets, "token_bytes", lambda size=32: self.rng.randbytes(size)),
+            mock.patch.object(os, "urandom", lambda size: self.rng.randbytes(size)),
             mock.patch.object(keys, "create", self._make_key),
         ):
             yield

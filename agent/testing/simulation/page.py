@@ -138,7 +138,7 @@ def _describe_answer(event: Mapping[str, Any]) -> Content:
 def _describe_rollout(rollout: Mapping[str, Any]) -> Markup:
     """Return a section with the steps of a roll-out, and with what each device did."""
     steps = [
-        [_short_span(step["at"]), _name_step(step), _count_phases(step["devices"]), step["why"]]
+        [_short_span(step["at"]), step["label"], _count_phases(step["devices"]), step["why"]]
         for step in rollout["steps"]
     ]
     devices = [
@@ -151,10 +151,6 @@ def _describe_rollout(rollout: Mapping[str, Any]) -> Markup:
         table(["at", "step", "devices", "decision at its end"], steps),
         table(["device", "runs", "phases", "last report"], devices),
     )
-
-
-def _name_step(step: Mapping[str, Any]) -> str:
-    return "all" if step["strategy"] == "all" else f"{step['strategy']} {step['percent']:g} %"
 
 
 def _count_phases(devices: Mapping[str, list[str]]) -> str:

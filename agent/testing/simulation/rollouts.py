@@ -32,7 +32,7 @@ def build(described: Scenario, outcome: Outcome, store: FleetStore) -> list[dict
             entry: dict[str, Any] = {"name": Path(event.plan).stem, "outcome": "refused", "why": refusal}
             entry |= {"version": "", "ended": None, "steps": [], "devices": []}
         else:
-            name = plan.read(Path(event.plan)).to_plan("", "", "").name
+            name = plan.read(Path(event.plan)).name
             with store.snapshot() as db:
                 entry = _describe(described, outcome, store, db, journal.find(db, name))
         head = {"event": number, "at": float(event.at), "task": event.task, "ends": event.ends}
@@ -104,6 +104,7 @@ def _list_steps(
                 reached.setdefault(phase, []).append(device)
         steps.append(
             {
+                "label": step.label,
                 "strategy": step.strategy,
                 "percent": step.percent,
                 "at": at_s,

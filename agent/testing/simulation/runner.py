@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import random
 import resource
 import secrets
 import time
@@ -78,14 +79,15 @@ class Injected(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
-    `fields` by stream; `task_streams`: the streams that each task reads; `commit_s`: seconds between commits of rows;
-    `refusals`: why a roll-out did not start, by its plan file.
+    `fields` by stream; `task_streams`: streams that each task reads; `class_tasks`: those whose model names classes;
+    `commit_s`: seconds between commits of rows; `refusals`: why a roll-out did not start, by its plan file.
     """
 
     injected: list[Injected]
     devices: list[str]
     fields: dict[str, list[str]]
     task_streams: dict[str, list[str]]
+    class_tasks: list[str]
     commit_s: float
     messages: int
     digest: str
@@ -126,6 +128,8 @@ class Simulation:
             progress,
         )
         self.room = MachineRoom(scenario.seed, scenario.start_us, is_repeatable=broker is None)
+        # Apart from keys and ids, of which another version may draw more.
+        self._starts = random.Random(f"starts/{scenario.seed}")
         self._pace = None if speed is None else Pace(speed)
         # Nobody's messages of an earlier run, which a real broker may retain.
         self._fleet = _FLEET if broker is None else f"{_FLEET}-{secrets.token_hex(4)}"
@@ -213,6 +217,7 @@ class Simulation:
             devices=[*self._names],
             fields=self._setup.fields,
             task_streams=self._setup.task_streams,
+            class_tasks=self._setup.class_tasks,
             commit_s=float(self._setup.config.buffer.commit_every),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
@@ -246,7 +251,7 @@ class Simulation:
             home = enrol_on_this_machine(self.home, fleet, store, name, self.folder / "devices" / name)
             file = home / "outstation.toml"
             durable_files.write(file, self._setup.device_toml(file.read_text(encoding="utf-8"), group).encode(), 0o600)
-            start_s = self.room.rng.uniform(0.0, float(self._scenario.groups[group].start_within))
+            start_s = self._starts.uniform(0.0, float(self._scenario.groups[group].start_within))
             feeds = self._make_feeds(name, number, start_s)
             self.devices[name] = SimulatedDevice(
                 *(name, home, self.room, self.air, feeds, self._models, partial(self._labels.find, name))
@@ -348,7 +353,7 @@ class Simulation:
         self._schedule_daemon(name, self.room.now_s)
         self._schedule_uplink(name, self.room.now_s)
         # Not all in the same moment: a real fleet does not, either.
-        self._at(self.room.now_s + self.room.rng.random(), lambda: self._turn_feed(name, boot))
+        self._at(self.room.now_s + self._starts.random(), lambda: self._turn_feed(name, boot))
 
     def _turn_feed(self, name: str, boot: int) -> None:
         device = self.devices[name]

@@ -14,6 +14,7 @@ from agent.bootstrap import sinks
 from agent.config import Config
 from agent.errors import ConfigError, UsageError
 from agent.model.bundle import builtin
+from agent.model.bundle.bundle import read as read_bundle
 from agent.testing.simulation import feed
 from agent.testing.simulation.feed import RecordingFile
 from agent.toml_files import did_you_mean, encode_key, encode_value
@@ -61,6 +62,12 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         """Streams that each task reads."""
         tasks = self.config.tasks.items()
         return {name: [task.stream, *(joined.stream for joined in task.inputs.values())] for name, task in tasks}
+
+    @property
+    def class_tasks(self) -> list[str]:
+        """Tasks whose model names classes. Raises BadBundle."""
+        paths = {name: builtin.resolve_path(Path(task["bundle"])) for name, task in self.document["tasks"].items()}
+        return [name for name, path in paths.items() if read_bundle(path, None).manifest.output.labels]
 
     def device_toml(self, enrolled: str, group: str) -> str:
         """Return the config of a device in a group: `enrolled`, which enrolment wrote, and this setup's sections."""
@@ -142,6 +149,7 @@ def _load_recordings(
             hint = did_you_mean(name, parsed.streams)
             raise UsageError(f"--recording {name}=…: no stream {name!r} in {file}{hint}")
     used = {task.stream for task in parsed.tasks.values()}
+    used |= {joined.stream for task in parsed.tasks.values() for joined in task.inputs.values()}
     if missing := sorted(used - recordings.keys()):
         raise UsageError(f"{file}: stream {missing[0]!r} has no recording; add --recording {missing[0]}=FILE")
     return {name: feed.load(path, parsed.streams[name], columns) for name, (path, columns) in recordings.items()}

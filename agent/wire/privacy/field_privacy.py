@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from agent.alerts.alert import OUTPUT_PREFIX
 from agent.wire.privacy.least_count import WITHHELD
 
 Body = Mapping[str, Any]
@@ -37,7 +38,7 @@ _EFFECTS = ("mean", "m2", "psi", "js", "ks", "w1")
 
 def is_model_subject(subject: str) -> bool:
     """Return True for the model's answers and speed, a further output included, and no field."""
-    return subject in _MODEL_SUBJECTS or subject.startswith("output.")
+    return subject in _MODEL_SUBJECTS or subject.startswith(OUTPUT_PREFIX)
 
 
 class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
@@ -167,7 +168,9 @@ class FieldPrivacy(msgspec.Struct, frozen=True, dict=True):
             return body if self.min_results <= 1 else self._withhold_alert(body, "single results are not named")
         if alert not in _FIELD_ALERTS or self.is_open:
             return body
-        about_field = alert in ("drift", "fault") and not is_model_subject(subject)
+        # A field may have the name of one of the model's subjects.
+        is_field = subject in self.fields or not is_model_subject(subject)
+        about_field = alert in ("drift", "fault") and is_field
         is_protected = about_field and (subject in _JOINT_SUBJECTS or self.is_protected(subject))
         if is_protected or self._names_protected_field(body):
             return self._withhold_alert(body, "a field that its owner protects takes part")

@@ -8,5 +8,6 @@ peer.py         the program of such a process; peers*.txt are its environments (
 recordings.py   smartwatch recordings of people outside the model's training set
 shuttle.py      nine sensors with labelled ground truth, shipped in the wheel of river
 cost.py         processor time per row, and memory
+error_cases.py  regression models with held-out labels, for `scripts/bench drift-errors`
 tables.py       the report
 """

@@ -2,7 +2,7 @@
 
     python -P peer.py NAME      {"do": "flags", "data": FILE, "out": FILE, "quiet": N, "trials": N}
                              {"do": "cost", "data": FILE, "windows": N}     {"do": "memory", "data": FILE}
-                             {"do": "quiet", "data": FILE, "windows": N}
+                             {"do": "quiet", "data": FILE, "windows": N}     {"do": "errors", "data": FILE}
 
 `data` is what `peers.write` wrote: tables (n, 18) of 16 fields, the answer's number, its certainty; for `quiet` what
 `peers.write_quiet` wrote: tables of any number of columns. Each detector learns from all rows of a table, and flags
@@ -39,10 +39,9 @@ class Layout:
 PREDICTIONS = Layout([*(f"f{i}" for i in range(16)), "answer", "certainty"], rows=500, category=16, levels=4)
 
 
-class Detector(ABC):
-    """Detector that learns from `reference` (n, C) and flags the drifted columns (C,) of each window (rows, C)."""
+class Library:
+    """Other software, imported once its process runs."""
 
-    remembers = False  # earlier windows that the detector has processed
     imports: ClassVar[dict[str, str]] = {}  # attribute to MODULE or MODULE:NAME
     environment: ClassVar[dict[str, str]] = {}  # variables that the imports read
 
@@ -54,6 +53,12 @@ class Detector(ABC):
             module, _, name = path.partition(":")
             loaded: Any = import_module(module)
             setattr(cls, attribute, staticmethod(getattr(loaded, name) if name else loaded))
+
+
+class Detector(Library, ABC):
+    """Detector that learns from `reference` (n, C) and flags the drifted columns (C,) of each window (rows, C)."""
+
+    remembers = False  # earlier windows that the detector has processed
 
     def __init__(self, reference: Any, layout: Layout = PREDICTIONS) -> None:
         self.reference, self.layout = reference, layout
@@ -199,6 +204,23 @@ class Nannyml(Detector):
         return np.stack(alerts, axis=1)
 
 
+class Dle(Library):
+    """NannyML's direct loss estimation with its defaults: mean absolute error of windows without labels."""
+
+    frame: Any = None
+    made: Any = None
+    imports: ClassVar = {"frame": "pandas:DataFrame", "made": "nannyml:DLE"}
+    environment: ClassVar = {**Nannyml.environment, "OMP_NUM_THREADS": "1"}  # LightGBM's threads wait for each other
+
+    def estimate(self, held_out: Any, later: Any, rows: int) -> list[float]:
+        """Return the expected error of each window of `later` (m, D + 2), by tables of inputs, answer and truth."""
+        inputs = [f"f{i}" for i in range(held_out.shape[1] - 2)]
+        made = self.made(feature_column_names=inputs, y_pred="y", y_true="truth", metrics=["mae"], chunk_size=rows)
+        known, unknown = (self.frame(table, columns=[*inputs, "y", "truth"]) for table in (held_out, later))
+        result = made.fit(known).estimate(unknown.drop(columns="truth")).filter(period="analysis").to_df()
+        return [float(value) for value in result["mae", "value"]]
+
+
 class Whylogs(Detector):
     """whylogs profile of each window. It has no drift decision of its own, so it flags nothing."""
 
@@ -212,7 +234,7 @@ class Whylogs(Detector):
         return np.zeros(len(self.layout.names), bool)
 
 
-DETECTORS: dict[str, Any] = {made.__name__.lower(): made for made in (Ks, Psi, Adwin, Evidently, Nannyml, Whylogs)}
+DETECTORS: dict[str, Any] = {made.__name__.lower(): made for made in (Ks, Psi, Adwin, Evidently, Nannyml, Dle, Whylogs)}
 
 
 def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
@@ -304,6 +326,8 @@ def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
                     yield quiet(made, data, ask)
                 case "cost":
                     yield cost(made, data, ask)
+                case "errors":
+                    yield {"mae": made().estimate(data["held_out"], data["later"], int(data["rows"]))}
                 case "memory":
                     yield memory(made, data, loaded)
 

@@ -54,6 +54,7 @@ KITS = (
     EVIDENTLY,
     Kit("nannyml", "NannyML's default"),
 )
+DLE = Kit("dle", "NannyML's DLE")
 SITES = 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.authoring import pack
+from agent.cli.device.status import _format_joined
 from agent.cli.fleet.disclosed import compare_joined
 from agent.cli.owner.disclose import build_disclosure
 from agent.clock import ClockReading
@@ -32,6 +34,7 @@ from agent.model.inference import features, joins, runtime
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
+from agent.quantities import Duration
 from agent.wire.commitment import DisclosedJoin, Disclosure
 from agent.wire.messages import ResultsPayload
 from scripts.kit.bundles import KEY, WINDOW, WINDOWED, Recipe, waves, write_joined_spec
@@ -323,16 +326,35 @@ def after(seconds: float) -> ClockReading:
     return msgspec.structs.replace(NOW, boot_s=NOW.boot_s + seconds)
 
 
+def kill_and_reopen(device: Device, number: int) -> None:
+    """Go on from the files as they are now, which the killed daemon never closed."""
+    copy = device.folder.with_name(f"reopened-{number}")
+    shutil.copytree(device.folder, copy)
+    device.store.close()
+    device.folder = copy
+    device.open()
+
+
 def test_a_wait_goes_on_after_the_daemon_was_killed_and_restarted(device: Device) -> None:
     feed_weather(device, np.ones(1, np.float32), 0)
     device.feed(waves(WINDOW * 2))
     # Killed and reopened more often than the wait is long: it does not begin anew.
     for seconds in range(0, 10, 3):
         assert device.run(after(seconds)) is None
-        device.restart()
+        kill_and_reopen(device, seconds)
+    inputs = {"weather": config.JoinedStreamConfig(stream="weather", wait=Duration(WAIT_S))}
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert _format_joined(shown) == [
+        "joins weather: stream weather, rows 1 to 1",
+        "windows up to row 16 wait for later joined rows, at most 10 s",
+    ]
+    assert shown["waiting_through"] == WINDOW * 2
+    assert shown["streams"] == {"weather": {"stream": "weather", "row": None, "last": 1, "wait_s": WAIT_S}}
     late = device.run(after(WAIT_S))
     assert late is not None
     assert late.windows == 3
+    shown = joined_streams.to_status(device.store, "tiny", inputs)["joined"]
+    assert (shown["waiting_through"], shown["streams"]["weather"]["row"]) == (None, 1)
     # The wait ended with the batch's commit, so that of the next windows begins anew, also after a restart.
     device.restart()
     device.feed(waves(WINDOW))
@@ -437,3 +459,13 @@ def test_a_join_over_the_rows_that_a_message_names_gives_the_same_values(period_
         used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, rows, ends)
         part = slice(0, 0) if used is None else slice(used[0], used[1] + 1)
         np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(rows.values[part], t[part]), ends), whole)
+
+
+def test_too_many_joined_rows_are_named_without_a_commitment(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for begin_us, limit, is_proven in ((0, 200, True), (10_000_000, 50, False)):
+        # Two fields and the time of some 35 rows.
+        monkeypatch.setattr(joined_streams, "_MAX_COMMITTED_VALUES", limit)
+        feed_air(device, "weather", begin_us + np.arange(60) * 10_000)
+        feed_at(device, begin_us, 40)
+        device.run_all()
+        assert bool(last_message(device).joined["weather"].input) == is_proven

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from agent.config import FieldConfig, StreamConfig
 from agent.device.store.rows import (
+    BlockLimits,
     PackedChunk,
     RawColumns,
     Rows,
@@ -312,6 +313,48 @@ def test_a_numpy_column_is_judged_as_its_values_one_by_one(
     remaining = [one_alone.rows for one_alone in alone if not one_alone.rejected]
     if remaining:
         assert same(together.rows, concatenate(remaining))
+
+
+@given(
+    hn.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 5)), elements=st.floats(-6, 6, width=32)),
+    st.lists(st.tuples(st.none() | st.floats(-5, 0), st.none() | st.floats(0, 5)), min_size=3, max_size=3),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.sampled_from([np.nan, np.inf, -np.inf])), max_size=2),
+    st.booleans(),
+    st.lists(st.integers(-2, 12), min_size=5, max_size=5),
+)
+def test_a_block_is_judged_as_its_columns_one_by_one(
+    block: Any, limits: list[tuple[float | None, float | None]], odd: list[tuple[int, int, float]], whole: bool, t: Any
+) -> None:
+    fields, n = len(block), block.shape[1]
+    for row, column, value in odd:
+        if row < fields and column < n:
+            block[row, column] = value
+    stream = StreamConfig(
+        fields=[
+            FieldConfig(name=f"x{i}", min=low, max=high, optional=whole)
+            for i, (low, high) in enumerate(limits[:fields])
+        ]
+    )
+    times = np.array(t[:n], np.int64) * 1_000_000
+    raw = RawColumns(n, times, dict(zip(["x0", "x1", "x2"], block, strict=False)), nan_is_missing=True, t_in_us=True)
+    alone = validate_columns(raw, stream, NOW_US, 1_000_000, show_values=True)
+    known, as_block = BlockLimits.from_fields(stream.fields), replace(raw, block=block)
+    assert known is not None
+    together = validate_columns(as_block, stream, NOW_US, 1_000_000, show_values=True, limits=known)
+    assert (together.rejected, together.latest_us) == (alone.rejected, alone.latest_us)
+    assert len(together.rows) == len(alone.rows)
+    assert not len(alone.rows) or same(together.rows, alone.rows)
+    assert known.accept(as_block) == (
+        np.isfinite(block).all() and all("x" not in why for why in alone.rejected.values())
+    )
+
+
+@pytest.mark.parametrize("names", [["b", "a"], ["a"], ["a", "c"]])
+def test_a_block_of_other_columns_is_not_taken_as_it_is(names: list[str]) -> None:
+    limits = BlockLimits.from_fields([FieldConfig(name="a"), FieldConfig(name="b")])
+    assert limits is not None
+    block = np.ones((len(names), 2), np.float32)
+    assert not limits.accept(RawColumns(2, None, dict(zip(names, block, strict=True)), block=block))
 
 
 @given(st.lists(st.integers(-2, 12), min_size=1, max_size=8), st.integers(0, 10))

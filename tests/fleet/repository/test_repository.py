@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 
+from agent.authoring import pack
 from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
 from agent.fleet.repository import create, edition, expiry, key_rotation, revoke, root_rotation, status, upkeep
 from agent.fleet.repository.keys import RepositoryKeyring
@@ -21,6 +22,7 @@ from agent.model.bundle import bundle as bundles
 from agent.testing.messages import new_key
 from agent.wire import keys, target_metadata
 from scripts.kit.bundles import KEY, change_manifest, resign
+from tests.kit.feature_sets import write_feature_spec
 from tests.kit.repositories import Client, Depot, served, version
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
@@ -398,3 +400,31 @@ def test_only_one_writer_at_a_time(depot: Depot) -> None:
 def test_without_online_keys_the_daily_refresh_does_nothing(depot: Depot) -> None:
     (depot.layout.keys / "snapshot-1.key").unlink()
     assert upkeep.refresh_daily(depot.folder, expiry.now() + timedelta(days=3)) is None
+
+
+def packed_with_features(folder: Path, version: str, old: str = "", new: str = "") -> Path:
+    """Pack a bundle of `version` after one change of its feature file, and of the features' version in its SPEC."""
+    folder.mkdir()
+    spec, features = write_feature_spec(folder), folder / "motion.toml"
+    spec.write_text(change_version(spec.read_text(), version))
+    assert old in features.read_text()
+    features.write_text(features.read_text().replace(old, new))
+    if old.startswith("version"):
+        spec.write_text(spec.read_text().replace(f'file = "motion.toml", {old}', f'file = "motion.toml", {new}'))
+    pack.write_bundle(pack.pack(spec, KEY), folder / "bundle")
+    return folder / "bundle"
+
+
+def change_version(text: str, version: str) -> str:
+    return text.replace('version = "1.0.0"\ncreated', f'version = "{version}"\ncreated')
+
+
+def test_other_features_under_a_published_name_and_version_are_refused(tmp_path: Path, depot: Depot) -> None:
+    depot.publish(packed_with_features(tmp_path / "first", "1.0.0"))
+    with pytest.raises(BadBundle, match=r"features motion 1\.0\.0 have .* restore the feature file, or give it a new"):
+        depot.publish(packed_with_features(tmp_path / "changed", "1.1.0", "rows = 5", "rows = 6"))
+    # The same features, and changed ones under a version of their own.
+    assert depot.publish(packed_with_features(tmp_path / "same", "1.2.0")).is_new
+    assert depot.publish(
+        packed_with_features(tmp_path / "renamed", "1.3.0", 'version = "1.0.0"', 'version = "2.0.0"')
+    ).is_new

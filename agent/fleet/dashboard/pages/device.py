@@ -121,7 +121,8 @@ def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[s
     if task and rows:
         key = (device, task.name, rows[0][5])
         verdicts_by_row = verdict_statements.load_for_rows(db, key, [row[0] for row in rows])
-    return {"results": rows, "verdicts": verdicts_by_row}
+    texts = result_statements.load_outputs(db, device, rows)
+    return {"results": rows, "verdicts": verdicts_by_row, "outputs": {row: decode_object(texts[row]) for row in texts}}
 
 
 async def results(visit: Visit) -> Response:

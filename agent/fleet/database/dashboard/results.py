@@ -20,6 +20,7 @@ AT_OR_AFTER = f"SELECT row, t {_OF_LOG} AND row >= ? AND row <= ? ORDER BY row L
 POINT = f"SELECT {_COLUMNS} {_OF_LOG} AND row >= ? AND row <= ? ORDER BY row LIMIT 1"
 SPAN = f"SELECT {_COLUMNS} {_OF_LOG} AND row >= ? AND row <= ? ORDER BY row LIMIT ?"
 NEWEST = f"SELECT {_COLUMNS} {_OF_LOG} AND row <= ? ORDER BY row DESC LIMIT ?"
+OUTPUTS = "SELECT outputs FROM result_details WHERE device = ? AND log = ? AND seq = ? AND row = ?"
 _MAX_STEPS = 64
 
 
@@ -27,6 +28,13 @@ def load_newest(db: Connection, device: str, task: str, limit: int) -> list[Row]
     """Return (row, t, label, score, value, log, seq) of the newest results, newest first."""
     [newest] = find_newest_logs(db, [(device, task)])
     return [] if newest is None else db.execute(NEWEST, (device, task, *newest, limit)).fetchall()
+
+
+def load_outputs(db: Connection, device: str, results: Sequence[Row]) -> dict[int, str]:
+    """Return row → further outputs, as JSON, of results as in `load_newest`."""
+    keys = [(device, log, seq, row) for row, *_, log, seq in results]
+    details = db.execute_each(OUTPUTS, keys)
+    return {key[3]: str(item[0]) for key, item in zip(keys, details, strict=True) if item and item[0]}
 
 
 def load_last_of_each(db: Connection, tasks: Sequence[tuple[str, str]]) -> list[Row | None]:

@@ -129,8 +129,7 @@ class ClaimChecker:
 
     def check_accuracy(self, where: str, entry: AccuracyEntry) -> None:
         if entry.message is not None:
-            claims = {"device": entry.device, "task": entry.task, "time": entry.time, "metrics": entry.metrics}
-            claims["output"] = entry.output
+            claims = {name: getattr(entry, name) for name in ("device", "task", "output", "time", "metrics")}
             self._compare_with_message(where, entry.message, "quality", claims)
         elif entry.source == "device":
             self._add_problem(where, "names no message in which the device reported it")
@@ -191,5 +190,5 @@ def _claimable_fields(body: LoggedPayload) -> dict[str, Any]:
     elif isinstance(body, HealthPayload):
         fields |= {f"model of {task}": state.get("model") for task, state in body.tasks.items()}
     elif isinstance(body, QualityPayload):
-        fields |= {"task": body.task, "metrics": list(body.metrics)}
+        fields |= {"task": body.task, "output": body.output, "metrics": list(body.metrics)}
     return fields

@@ -1,0 +1,110 @@
+"""A simulated device with a model of three outputs, and its collector: results, labels, quality and drift of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent.cli.device import results
+from agent.cli.fleet import drift_report
+from agent.device import newest
+from agent.device.intake import labels as intake
+from agent.device.pipeline import label_metrics, labelled_output
+from agent.device.store import predictions
+from agent.device.store.predictions import output_key
+from agent.fleet.dashboard.pages import device as page
+from agent.fleet.database.dashboard import results as result_statements
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.drift.survey import summarize_drift
+from tests.kit import outputs
+from tests.kit.devices import DEVICE, NOW, Device
+
+FLAGS, WEAR, STATE = "flags", "wear", ""
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """Return a device whose air became restless, so that wear drifts, with labels of each output."""
+    folder = tmp_path_factory.mktemp("device")
+    made = outputs.make_device(folder / "store", outputs.pack_bundle(folder))
+    for seed in range(6):
+        outputs.feed(made, seed, 800)
+    for seed in range(6, 10):
+        outputs.feed(made, seed, 800, restless_air)
+    for output in (STATE, WEAR, FLAGS):
+        label_newest(made, output)
+    label_metrics.tick(made.task, made.store, made.author, NOW, 86_400.0)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture(scope="module")
+def collected(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetStore]:
+    store = FleetStore(tmp_path_factory.mktemp("fleet") / "fleet.db")
+    store.enrol("pi-07", DEVICE.public, replace=False, now="2026-11-28T12:00:00Z")
+    arrived = [Arrival(message) for message in device.messages()]
+    assert set(store.ingest(arrived, [], "2026-11-28T12:00:00Z")) == {"new"}
+    yield store
+    store.close()
+
+
+def restless_air(count: int, seed: int) -> NDArray[np.float32]:
+    return np.resize(np.array([-4, 0, 4], "<f4"), count)
+
+
+def label_newest(device: Device, output: str) -> None:
+    """Label 100 results of an output: classes as predicted but for every fourth, numbers 0.5 too high."""
+    schema = device.task.bundle.manifest.label_schemas[output]
+    [batch, *_] = device.store.query(predictions.load_newest_predictions, output_key("tiny", output), 1)
+    codes = 4 if schema.kind == "several" else len(schema.labels)
+    texts: list[Any] = []
+    for i in range(100):
+        if batch.value is not None:
+            texts.append(float(batch.value[i]) + 0.5)
+        elif batch.predicted_class is not None:
+            texts.append(schema.format_class((int(batch.predicted_class[i]) + (i % 4 == 0)) % codes))
+    columns = {"row": batch.row[:100].tolist(), "label": texts, "output": [output] * 100}
+    with device.store.transaction() as tx:
+        target = labelled_output.build_label_targets([device.task])["tiny"]
+        assert intake.store_labels(tx, target, intake.parse_columns("tiny", columns), NOW) == {}
+
+
+def test_each_result_has_the_answers_of_all_outputs_on_the_device_and_at_the_collector(
+    device: Device, collected: FleetStore
+) -> None:
+    [shown] = newest.read_results(device.store, "tiny", 1).rows
+    assert shown["label_flags"] in ("hot", "wet", "hot|wet", "-")
+    assert isinstance(shown["value_wear"], float)
+    notes = results._to_cells(shown)[-1]
+    assert f"label_flags {shown['label_flags']}" in notes
+    with collected.snapshot() as db:
+        [row] = result_statements.load_newest(db, "pi-07", "tiny", 1)
+        stored = json.loads(result_statements.load_outputs(db, "pi-07", [row])[row[0]])
+    assert (stored["label_flags"], stored["value_wear"]) == (shown["label_flags"], shown["value_wear"])
+
+
+def test_the_collector_has_the_quality_of_each_output(collected: FleetStore) -> None:
+    assert collected.newest_metric("pi-07", "accuracy") == 0.75
+    assert collected.newest_metric("pi-07", "accuracy", FLAGS) == 0.75
+    assert collected.newest_metric("pi-07", "mae", WEAR) == pytest.approx(0.5, abs=1e-4)
+    with collected.snapshot() as db:
+        [(log,)] = db.execute("SELECT DISTINCT log FROM quality_messages").fetchall()
+        shown = page._load_quality(db, "pi-07", log, "tiny")
+    assert [entry["output"] for entry in shown] == [STATE, FLAGS, WEAR]
+
+
+def test_fleet_drift_names_the_output_that_drifts_and_those_that_do_not(collected: FleetStore) -> None:
+    survey = summarize_drift(collected, task="tiny", since=None, now_us=NOW.wall_us)
+    document = drift_report.build_document(survey, None, {})
+    [group] = document["tasks"]
+    assert group["outputs"] == {FLAGS: {"ok": ["pi-07"]}, WEAR: {"drift": ["pi-07"]}}
+    assert "output.wear" in {onset["field"] for onset in group["onsets"]}
+    lines = list(drift_report.format_lines(document))
+    assert "  output wear: drift on pi-07" in lines
+    assert "  output flags: ok" in lines
