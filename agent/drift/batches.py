@@ -25,11 +25,13 @@ from agent.drift.reporting.training_distance import describe_training_distance
 from agent.drift.state import Batch, DriftState, DriftWindowResult, QuietRun
 from agent.drift.testing import sequence
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
+from agent.kernel import library as kernel
 
 # Fields of drift windows that are looked at together: fewer cost more calls of Python, more need more memory. Wide rows
 # are looked at in so many windows, if these have no more fields than the second number.
-MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 512, 2048, 16
-MAX_VALUES_PER_PASS = 1 << 18  # about
+MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 1024, 2048, 16
+# About; NumPy makes sorted copies of rows as float64.
+MAX_VALUES_PER_COMPILED_PASS, MAX_VALUES_PER_NUMPY_PASS = 1 << 19, 1 << 17
 
 
 class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
@@ -50,7 +52,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
 
         `assign_classes` maps statistics of model windows and the named classes to the classes they are compared with.
         """
-        each = max(1, MAX_VALUES_PER_PASS // (self.n * batch.features.shape[1]))
+        each = max(1, max_rows_per_pass(batch) // self.n)
         parts = [
             self._summarize_part(shipped, batch, first, slice(at, min(at + each, self.windows)), assign_classes)
             for at in range(0, self.windows, each)
@@ -199,7 +201,8 @@ def find_complete_windows(
 
 
 def max_rows_per_pass(batch: Batch) -> int:
-    return max(1, MAX_VALUES_PER_PASS // int(batch.features.shape[1]))
+    most = MAX_VALUES_PER_NUMPY_PASS if kernel.kernel() is None else MAX_VALUES_PER_COMPILED_PASS
+    return max(1, most // int(batch.features.shape[1]))
 
 
 class WindowAnalysis(msgspec.Struct, frozen=True, dict=True):
