@@ -61,7 +61,7 @@ class _SplitSearch:
         """Return how much (inputs, bins) a split above each bin, in every leaf (n,) at once, lessens squared errors."""
         inputs, shape = len(self.bins), (len(self.bins), leaves, self.width)
         cells = leaves * self.width
-        place = (self.bins + leaf * self.width + (np.arange(inputs) * cells)[:, None]).ravel()
+        place = (self.bins + leaf * self.width + (np.arange(inputs, dtype=np.int64) * cells)[:, None]).ravel()
         n = bincount(place, minlength=inputs * cells).reshape(shape).cumsum(-1)
         total = bincount(place, np.tile(target, inputs), inputs * cells).reshape(shape).cumsum(-1)
         above_n, above = n[..., -1:] - n, total[..., -1:] - total
@@ -122,7 +122,7 @@ def _bin_errors(model: ErrorModel, unseen: Ints, absolute: Float64s) -> ErrorRef
 def _cross_fit(inputs: Float64s, ratio: Float64s) -> Float64s:
     """Return the predictions (1 + trees, n) of each part by trees fitted to the others: the mean, then more trees."""
     n = len(ratio)
-    fold = np.arange(n) * FOLDS // n
+    fold = np.arange(n, dtype=np.int64) * FOLDS // n
     unseen = np.empty((1 + _TREES, n))
     for number in range(FOLDS):
         inside = fold == number

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
-from agent.indices import bincount
+from agent.indices import bincount, repeat
 from agent.poisoning import labelled_windows, neighbours
 from agent.poisoning.findings import Finding, bound_share, name_rows
 from agent.poisoning.labelled_windows import LabelledWindows
@@ -116,7 +116,7 @@ def _choose_searched(windows: LabelledWindows) -> Ints:
 def _list_ends(last: Ints, window_rows: int, length: int) -> tuple[Ints, Ints]:
     """Return the last rows (e,) of all patterns in windows that end at `last` (w,), each once, and their windows."""
     ends = (last[:, None] - np.arange(window_rows - length, -1, -1)).ravel()
-    window = np.repeat(np.arange(len(last)), window_rows - length + 1)
+    window = repeat(np.arange(len(last)), window_rows - length + 1)
     # Windows that overlap share rows, which belong to the first of them.
     ends, first = np.unique(ends, return_index=True)
     return ends, window[first]
