@@ -98,3 +98,8 @@ def format_span(seconds: float) -> str:
     if abs(whole) >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 60} min {whole % 60:02} s" if abs(whole) >= 60 else f"{whole} s"
+
+
+def pluralize(n: int, noun: str) -> str:
+    """Return `1 alert` or `2 alerts`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

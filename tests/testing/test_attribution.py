@@ -25,7 +25,12 @@ def alert(kind: str, subject: str, *raised: float, device: str = "a", task: str 
     return RaisedAlert(device, task, kind, subject, values["source"], f"{kind} {subject}", raised, values["cleared_s"])
 
 
-def run(events: Sequence[dict[str, Any]], *alerts: RaisedAlert, devices: Sequence[str] = ("a",)) -> Attribution:
+def run(
+    events: Sequence[dict[str, Any]],
+    *alerts: RaisedAlert,
+    devices: Sequence[str] = ("a",),
+    rolled: Sequence[dict[str, Any]] = (),
+) -> Attribution:
     labels = {"motion": {"delay": "5 min"}}
     scenario = msgspec.convert({"duration": "3 h", "labels": labels}, Scenario, dec_hook=decode_quantity)
     injected = []
@@ -37,9 +42,9 @@ def run(events: Sequence[dict[str, Any]], *alerts: RaisedAlert, devices: Sequenc
         injected=injected, devices=["a", "b"], fields=streams,
         task_streams={"motion": ["watch"], "sound": ["mic"]}, class_tasks=["motion"], commit_s=10.0,
         messages=0, digest="", rows=0, rejected=0, labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(),
-        refusals={}, simulated_s=0.0, real_s=0.0, peak_bytes=0,
+        rollouts={}, refusals={}, simulated_s=0.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
-    return attribute(scenario, outcome, alerts)
+    return attribute(scenario, outcome, alerts, rolled)
 
 
 OFFSET = {"kind": "offset", "fields": ["ax"], "amount": 1.0}
@@ -155,3 +160,37 @@ def test_rows_repeat_only_if_every_field_is_stuck() -> None:
     repeated = alert("fault", "rate", 1200.0)
     assert run([{"kind": "stuck", "fields": ["ax"]}], repeated).false_alarms == [repeated]
     assert run([{"kind": "stuck", "fields": ["ax", "ay", "az"]}], repeated).false_alarms == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ended", "explained"),
+    [
+        ("refused", None, []),
+        ("rolled-back", 2000.0, ["early drift", "early model"]),
+        ("completed", 2000.0, ["early drift", "early model", "late drift", "late decay"]),
+        ("held", None, ["early drift", "early model", "late drift", "late decay", "late model", "late result"]),
+    ],
+)
+def test_a_rollout_explains_alerts_only_as_long_as_it_or_its_model_lasts(
+    outcome: str, ended: float | None, explained: list[str]
+) -> None:
+    alarms = {
+        "early drift": alert("drift", "output", 2100.0),
+        "early model": alert("model", "runtime", 3700.0),
+        "late drift": alert("drift", "score", 9000.0),
+        "late decay": alert("quality", "decay", 9900.0),
+        "late model": alert("model", "motion", 9000.0),
+        "late result": alert("result", "late", 10_000.0),
+    }
+    entry = {"event": 1, "outcome": outcome, "ended": ended, "devices": [{"device": "a", "phases": []}]}
+    rollout = {"kind": "rollout", "lasts": None, "plan": "plan.toml", "task": "motion"}
+    attributed = run([rollout], *alarms.values(), rolled=[entry])
+    assert [name for name, each in alarms.items() if each not in attributed.false_alarms] == explained
+
+
+def test_a_rollout_that_was_rolled_back_lasts_until_a_device_that_was_offline_follows() -> None:
+    devices = [{"device": "a", "phases": [{"phase": "cancelled", "at": 7000.0}]}, {"device": "b", "phases": []}]
+    entry = {"event": 1, "outcome": "rolled-back", "ended": 2000.0, "devices": devices}
+    rollout = {"kind": "rollout", "lasts": None, "plan": "plan.toml", "task": "motion"}
+    late = [alert("drift", "output", 8000.0, device=device) for device in ("a", "b")]
+    assert run([rollout], *late, devices=["a", "b"], rolled=[entry]).false_alarms == [late[1]]

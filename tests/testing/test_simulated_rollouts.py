@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,13 @@ def simulate(tmp_path: Path, candidates: dict[str, Path]) -> Callable[..., dict[
     (tmp_path / "rows.csv").write_text("\n".join([",".join([*CLASSIFY.fields, "label"]), *lines]) + "\n")
 
     def run(
-        folder: str, candidate: str, ends: str = "completed", plan: str = PLAN, broker: str = "", **more: Any
+        folder: str,
+        candidate: str,
+        ends: str = "completed",
+        plan: str = PLAN,
+        broker: str = "",
+        before_rollout: Callable[[], None] = lambda: None,
+        **more: Any,
     ) -> dict[str, Any]:
         (tmp_path / "plan.toml").write_text(plan.replace("CANDIDATE", str(candidates[candidate])))
         rollout = {"kind": "rollout", "at": "1 min", "plan": str(tmp_path / "plan.toml"), "ends": ends}
@@ -120,6 +127,8 @@ def simulate(tmp_path: Path, candidates: dict[str, Path]) -> Callable[..., dict[
             return run_over_broker(tmp_path / folder, described, broker, config, recordings)
         fleet = SimulatedFleet(tmp_path / folder, scenario=described, config=config, recordings=recordings)
         with contextlib.closing(fleet):
+            fleet.run("30 s")
+            before_rollout()
             return fleet.run_scenario()
 
     return run
@@ -169,6 +178,23 @@ def test_a_bad_candidate_is_rolled_back_in_shadow_and_never_serves(simulate: Cal
     assert "accuracy gain -1.0" in rollout["why"]
     assert {device["runs"] for device in rollout["devices"]} == {"1.0.0"}
     assert {device["phase"] for device in rollout["devices"]} == {"cancelled"}
+
+
+def test_a_plan_and_a_bundle_that_are_deleted_before_the_rollout_change_nothing(
+    simulate: Callable[..., dict[str, Any]], candidates: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(candidates["bad"], tmp_path / "candidate" / "tiny"))
+    plan = PLAN.replace("CANDIDATE", str(copy))
+
+    def delete() -> None:
+        (tmp_path / "plan.toml").unlink()
+        shutil.rmtree(copy)
+
+    document = simulate("a", "bad", "rolled-back", plan, duration="3 min", before_rollout=delete)
+    assert document["passed"], render(document)
+    [rollout] = document["rollouts"]
+    assert (rollout["name"], rollout["version"]) == ("tiny-1-1", "1.1.0")
+    assert "accuracy gain -1.0" in rollout["why"]
 
 
 def test_a_bad_candidate_is_rolled_back_in_real_time_over_a_real_broker(

@@ -12,6 +12,7 @@ import pytest
 
 from agent.errors import ConfigError, UsageError
 from agent.fleet.database.store import FleetStore
+from agent.testing.simulated_fleet import SimulatedFleet
 from agent.testing.simulation import report, scenario, setup
 from agent.testing.simulation.page import render
 from agent.testing.simulation.runner import Outcome, Simulation
@@ -73,6 +74,16 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     assert [tuple(row) for row in boots] == [("hall-01", 1), ("hall-01", 2), ("hall-02", 1), ("hall-03", 1)]
     assert (unexplained["passed"], unexplained["false_alarms"]["n"]) == (False, 3)
     assert "more false alarms than the budget" in render(unexplained)
+
+
+@pytest.mark.process
+def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
+    with contextlib.closing(SimulatedFleet(tmp_path, scenario={"groups": {"hall": {"devices": 2}}})) as fleet:
+        fleet.run("15 s")
+        devices = fleet._simulation.devices.values()
+        read_counts = [device._feeds["watch"]._count for device in devices]
+    assert [device.rows for device in devices] == read_counts
+    assert min(read_counts) > 50
 
 
 @pytest.mark.parametrize(

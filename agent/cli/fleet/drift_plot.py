@@ -10,13 +10,14 @@ from agent import clock
 from agent.arrays import Ints
 from agent.cli.device import drift_plot
 from agent.cli.device.drift_plot import FieldScale
-from agent.cli.fleet.drift_report import abbreviate_names, build_feature_documents, pluralize
+from agent.cli.fleet.drift_report import abbreviate_names, build_feature_documents
 from agent.drift.baseline.reference import Reference
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.survey import DriftGroup, FleetDriftSummary, build_timeline
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes
 from agent.render.drift_model import DriftPlot
+from agent.text import pluralize
 
 MAX_DRAWN_DEVICES = 6
 

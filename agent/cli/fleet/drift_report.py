@@ -10,6 +10,7 @@ import click
 from agent import clock
 from agent.alerts.alert import OUTPUT_PREFIX
 from agent.drift.reporting import parsed_message
+from agent.text import pluralize
 
 if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
@@ -218,10 +219,6 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
             f"fleet median {outlier['fleet_median']:.3g} (z {outlier['z']:+.1f}, JS {outlier['js']:.2f})"
         )
     yield ""
-
-
-def pluralize(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def abbreviate_names(names: list[str]) -> str:

@@ -49,7 +49,8 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
 
     home = fleet_config.find_folder(folder)
     with _open_publisher(home) as publisher:
-        resolved = bundles.resolve(plan.read(file), home)
+        plan_file = plan.read(file)
+        resolved = bundles.resolve(plan_file, bundles.read_bundle(plan_file), home)
         _decide_and_publish(publisher, partial(actions.start, plan=resolved, force_reason=force_reason), as_json)
 
 

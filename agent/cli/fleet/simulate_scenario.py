@@ -13,7 +13,7 @@ from agent import durable_files
 from agent.cli.output import echo, emit, print_table
 from agent.cli.simulated import print_audit
 from agent.errors import UsageError
-from agent.text import format_span
+from agent.text import format_span, pluralize
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 
@@ -122,7 +122,8 @@ def _print_scenario(document: dict[str, Any]) -> None:
         echo(f"false alarm: {alarm['device']} after {format_span(alarm['at'])}: {alarm['summary']}")
     if alarms["n"] > _MAX_SENTENCES:
         echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
-    echo(f"{alarms['n']} false alarms, budget {alarms['budget']}; {document['missed']} events missed")
+    missed = pluralize(document["missed"], "event")
+    echo(f"{pluralize(alarms['n'], 'false alarm')}, budget {alarms['budget']}; {missed} missed")
     if document["undelivered"]:
         echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
     echo(

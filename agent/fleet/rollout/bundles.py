@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,19 +17,26 @@ from agent.fleet.rollout.plan import PlanFile, RolloutPlan
 from agent.wire import target_metadata
 from agent.wire.target_metadata import TargetMetadata
 
+if TYPE_CHECKING:
+    from agent.model.bundle.bundle import Bundle
+
 MAX_METADATA_BYTES = 16 << 20
 
 
-def resolve(plan_file: PlanFile, folder: Path) -> RolloutPlan:
+def read_bundle(plan_file: PlanFile) -> Bundle | None:
+    """Return the bundle that a plan names by its path. Raises BadBundle."""
+    from agent.model.bundle import bundle as bundles
+
+    return None if plan_file.path is None else bundles.read(plan_file.path, None)
+
+
+def resolve(plan_file: PlanFile, verified: Bundle | None, folder: Path) -> RolloutPlan:
     """Return the plan with its bundle; `folder` is the fleet's. Raises ConfigError and BadBundle.
 
     With a repository the bundle must be in it: devices could not download it otherwise.
     """
     bundle, version, digest = plan_file.bundle, plan_file.version, plan_file.digest
-    if plan_file.path is not None:
-        from agent.model.bundle import bundle as bundles
-
-        verified = bundles.read(plan_file.path, None)
+    if verified is not None:
         bundle, version, digest = verified.manifest.name, verified.manifest.version, verified.digest
         for key, value in (("bundle", bundle), ("version", version), ("digest", digest)):
             configured = getattr(plan_file, key)

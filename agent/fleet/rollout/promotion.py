@@ -12,6 +12,7 @@ Rules of a step:
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
-from agent.text import printable
+from agent.text import format_span, printable
 from agent.wire.messages import ShadowPayload
 
 MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
@@ -113,7 +114,7 @@ def evaluate_step(
     counts = (
         f"{reporting} of {needed} required devices report",
         f"{failed} of {responding} rejected it or rolled it back ({100 * promote.max_failed_share:g} % allowed)",
-        f"{hours:.1f} h in this step",
+        f"{format_span(3600 * hours)} in this step",
     )
     summary = ", ".join((*(result.text for result in results), *counts))
     return StepVerdict(outcome, summary, blockers, results, reporting, needed, failed, responding, hours)
@@ -234,7 +235,7 @@ def _find_blockers(
         waits = f"; missing {_list_devices(lacking)}" if lacking else ""
         blockers.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{waits}")
     if hours < promote.min_hours:
-        blockers.append(f"{promote.min_hours - hours:.1f} h more")
+        blockers.append(f"{format_span(math.ceil(3600 * (promote.min_hours - hours)))} more")
     responding, failed = len(devices.responding), len(devices.failed)
     if failed > promote.max_failed_share * responding:
         allowed = f"{100 * promote.max_failed_share:g} % allowed"

@@ -5,13 +5,17 @@ what the event changes, and it was raised between the begin of the event and `gr
 come as late as the labels do. Where an event makes the model name other classes, which other alerts show, it also
 explains drift of the other fields, which is tested within these classes. All other alerts are false alarms.
 
+A roll-out that was refused explains nothing. One that was rolled back ends with that decision at each device that has
+followed it. After one that was completed, drift and labels still show the new model; rejections, refused learning and
+late results end with it.
+
 Events that overlap at a device are answered by one alert each. An open alert is not raised again for the same field, so
 an event may share the alert that answers another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -40,6 +44,8 @@ _LINK = (("connection", _ANY),)
 _STORE = (("storage", _ANY),)
 # Alerts by which a device shows that its model names other classes than before.
 _ANSWERS = frozenset({("drift", "output"), ("drift", "score"), (_LABELS, "decay"), (_LABELS, "evaluation")})
+# Alerts about a roll-out itself, not about the model that serves after it.
+_OF_ROLLOUT = frozenset({"model", "result"})
 # Kind of event → alerts and subjects that it can cause.
 EFFECTS: dict[str, tuple[tuple[str, str], ...]] = {
     "silence": (("fault", "rate"), ("fault", _FIELD), ("result", _ANY)),
@@ -131,9 +137,11 @@ def skew_s(outcome: Outcome, device: str, shown_s: float) -> float:
     return skew
 
 
-def attribute(scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert]) -> Attribution:
-    """Attribute alerts to events."""
-    matcher = _Matcher(scenario, outcome, alerts)
+def attribute(
+    scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert], rolled: Sequence[Mapping[str, Any]]
+) -> Attribution:
+    """Attribute alerts to events; `rolled`: the entries of roll-outs from `rollouts.build`."""
+    matcher = _Matcher(scenario, outcome, alerts, rolled)
     answers: dict[int, list[tuple[str, Answer]]] = {}
     missed: dict[int, list[str]] = {}
     by_device: dict[str, list[int]] = {}
@@ -155,13 +163,33 @@ def attribute(scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert
 class _Matcher:
     """Tells which events explain an alert."""
 
-    def __init__(self, scenario: Scenario, outcome: Outcome, alerts: Sequence[RaisedAlert]) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        outcome: Outcome,
+        alerts: Sequence[RaisedAlert],
+        rolled: Sequence[Mapping[str, Any]],
+    ) -> None:
         self._scenario, self._outcome = scenario, outcome
+        self._rolled = {entry["event"]: entry for entry in rolled}
         self._answer_alerts = [alert for alert in alerts if (alert.alert, alert.subject) in _ANSWERS]
         self._fields = {name for names in outcome.fields.values() for name in names}
 
     def event(self, number: int) -> Any:
         return self._outcome.injected[number - 1].event
+
+    def end_s(self, number: int, alert: RaisedAlert) -> float:
+        """Return the last moment at which an event causes such an alert at its device."""
+        if (rollout := self._rolled.get(number)) is None:
+            return float(self.event(number).end_s)
+        if rollout["outcome"] == "refused":
+            return -float("inf")
+        is_of_model = rollout["outcome"] == "completed" and alert.alert not in _OF_ROLLOUT
+        if rollout["ended"] is None or is_of_model:
+            return float("inf")
+        entries = [entry for entry in rollout["devices"] if alert.device in ("", entry["device"])]
+        # A device that was offline follows a decision later.
+        return float(max([rollout["ended"], *(phase["at"] for entry in entries for phase in entry["phases"])]))
 
     def explaining(self, alert: RaisedAlert) -> Iterator[int]:
         """Yield the numbers of the events that explain an alert."""
@@ -180,7 +208,7 @@ class _Matcher:
         delay_s = 0.0 if labels is None else float(labels.delay)
         # Rows of one commit have the time of the first one.
         begin_s = event.at + delay_s - self._outcome.commit_s
-        if not begin_s <= at_s <= event.end_s + delay_s + self._scenario.grace:
+        if not begin_s <= at_s <= self.end_s(number, alert) + delay_s + self._scenario.grace:
             return False
         return self._may_cause(event, alert)
 
@@ -296,7 +324,7 @@ def _find_shared(matcher: _Matcher, number: int, answers: dict[int, Answer]) -> 
     event = matcher.event(number)
     for other, answer in answers.items():
         alert = answer.alert
-        is_open = alert.at_s <= event.end_s and alert.cleared_s >= event.at
+        is_open = alert.at_s <= matcher.end_s(number, alert) and alert.cleared_s >= event.at
         if answer.shared_with is None and is_open and matcher.is_about(number, alert):
             return Answer(alert, max(alert.at_s, float(event.at)), other)
     return None

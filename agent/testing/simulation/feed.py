@@ -139,7 +139,7 @@ class Feed:
         self._returned = block
 
     def skip(self, until_s: float) -> None:
-        """Drop what is due: the sensor had no power."""
+        """Drop what is due at `until_s`: the sensor had no power."""
         while self.next_block(until_s) is not None:
             pass
 

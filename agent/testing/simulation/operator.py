@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent import clock, input_files
+import msgspec
+
+from agent import clock
 from agent.config import BrokerConfig
 from agent.errors import StorageError, UsageError
 from agent.fleet.config import FleetConfig, load_trusted_keys
@@ -18,6 +19,7 @@ from agent.fleet.rollout import actions, bundles, plan
 from agent.fleet.rollout.controller import RolloutController
 from agent.fleet.rollout.plan import RolloutPlan
 from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.model.bundle.bundle import Bundle
 from agent.testing.simulation.lossy_link import LinkConditions
 from agent.testing.simulation.scenario import Rollout
 from agent.transport.packets import BrokerLink
@@ -30,17 +32,24 @@ FOLLOW_S = 5.0
 _CLIENT = "operator"
 
 
+class PreparedRollout(msgspec.Struct, frozen=True):
+    """Plan and bundle of a roll-out, as they were before the run."""
+
+    plan: RolloutPlan
+    bundle: Bundle
+
+
 class Operator:
     """Operator with the key of the fleet in `home`. `air` is the broker, which is next to the operator.
 
-    `refusals`: why a roll-out did not start, by its plan file.
+    `prepared`: the roll-outs, and `refusals`: why one did not start, each by the plan file.
     """
 
     def __init__(self, home: Path, config: FleetConfig, store: FleetStore, air: Any, broker: BrokerConfig) -> None:
         self._home, self._fleet, self._air, self._broker = home, config.fleet.name, air, broker
         self.public_keys = load_trusted_keys(config)
         self.refusals: dict[str, str] = {}
-        self._store, self._plans = store, dict[str, RolloutPlan]()
+        self._store, self.prepared = store, dict[str, PreparedRollout]()
         air.client_conditions[_CLIENT] = LinkConditions()
         key = keys.load_private(home / "operator.key")
         self._publisher = RolloutPublisher(store, self._fleet, home, key, self._connect)
@@ -49,20 +58,22 @@ class Operator:
 
     def prepare(self, event: Rollout) -> None:
         """Read plan and bundle of a roll-out that starts later. Raises UsageError, ConfigError, BadBundle."""
-        resolved = bundles.resolve(plan.read(Path(event.plan)), self._home)
-        if any(resolved.name == other.name for other in self._plans.values()):
+        file = plan.read(Path(event.plan))
+        bundle = bundles.read_bundle(file)
+        assert bundle is not None
+        resolved = bundles.resolve(file, bundle, self._home)
+        if any(resolved.name == other.plan.name for other in self.prepared.values()):
             raise UsageError(f"{event.plan}: rollout.name: {resolved.name!r} is the name of another roll-out, too")
         with self._store.snapshot() as db:
             actions.require_reachable(db, resolved)
-        self._plans[event.plan] = resolved
+        self.prepared[event.plan] = PreparedRollout(resolved, bundle)
 
     def start(self, event: Rollout, homes: Iterable[Path]) -> None:
         """Put the bundle on the devices in these folders, and start the roll-out."""
-        file = plan.read(Path(event.plan))
-        assert file.path is not None
-        _deliver(file.path, homes)
+        prepared = self.prepared[event.plan]
+        _deliver(prepared.bundle, homes)
         try:
-            self._publisher.execute(partial(actions.start, plan=self._plans[event.plan]))
+            self._publisher.execute(partial(actions.start, plan=prepared.plan))
         except UsageError as problem:
             self.refusals[event.plan] = str(problem)
             log.warning("%s", problem)
@@ -81,12 +92,10 @@ class Operator:
         return link
 
 
-def _deliver(bundle: Path, homes: Iterable[Path]) -> None:
-    """Copy a bundle to the folder where a device looks for what it need not download."""
+def _deliver(bundle: Bundle, homes: Iterable[Path]) -> None:
+    """Write a bundle to the folder where a device looks for what it need not download."""
     for home in homes:
-        folder = home / "data" / "bundles"
+        folder = home / "data" / "bundles" / bundle.digest.removeprefix("sha256:")
         folder.mkdir(parents=True, exist_ok=True)
-        if bundle.is_dir():
-            shutil.copytree(bundle, folder / bundle.name, dirs_exist_ok=True)
-        else:
-            (folder / f"{bundle.stem}.zip").write_bytes(input_files.read_bytes(bundle))
+        for name, content in bundle.files.items():
+            (folder / name).write_bytes(content)

@@ -18,10 +18,10 @@ _MAX_ALERTS = 10_000
 def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, Any]:
     """Return the report as a JSON document. Raises StorageError."""
     alerts = attribution.load_alerts(scenario, outcome, store)
-    attributed = attribution.attribute(scenario, outcome, alerts)
+    rolled = rollouts.build(scenario, outcome, store)
+    attributed = attribution.attribute(scenario, outcome, alerts, rolled)
     events = [_describe(number, injected, attributed) for number, injected in enumerate(outcome.injected, 1)]
     false_alarms = [alert.to_dict() for alert in attributed.false_alarms]
-    rolled = rollouts.build(scenario, outcome, store)
     for rollout in rolled:
         event = events[rollout["event"] - 1]
         event |= {"outcome": rollout["outcome"], "lasts": rollout["ended"] and rollout["ended"] - event["at"]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from agent import clock
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
-from agent.fleet.rollout import journal, plan
+from agent.fleet.rollout import journal
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.status import load_snapshot
 from agent.simulate.rollout_outcome import build_outcome
@@ -28,11 +27,11 @@ def build(described: Scenario, outcome: Outcome, store: FleetStore) -> list[dict
         event = injected.event
         if not isinstance(event, scenario.Rollout):
             continue
+        name = outcome.rollouts[event.plan]
         if (refusal := outcome.refusals.get(event.plan)) is not None:
-            entry: dict[str, Any] = {"name": Path(event.plan).stem, "outcome": "refused", "why": refusal}
+            entry: dict[str, Any] = {"name": name, "outcome": "refused", "why": refusal}
             entry |= {"version": "", "ended": None, "steps": [], "devices": []}
         else:
-            name = plan.read(Path(event.plan)).name
             with store.snapshot() as db:
                 entry = _describe(described, outcome, store, db, journal.find(db, name))
         head = {"event": number, "at": float(event.at), "task": event.task, "ends": event.ends}

@@ -80,7 +80,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
     `fields` by stream; `task_streams`: streams that each task reads; `class_tasks`: those whose model names classes;
-    `commit_s`: seconds between commits of rows; `refusals`: why a roll-out did not start, by its plan file.
+    `commit_s`: seconds between commits of rows; `rollouts`: names of the roll-outs, and `refusals`: why one did not
+    start, each by the plan file.
     """
 
     injected: list[Injected]
@@ -97,6 +98,7 @@ class Outcome(msgspec.Struct, frozen=True):
     rejected_labels: int
     undelivered: list[str]
     audit: AuditReport
+    rollouts: dict[str, str]
     refusals: dict[str, str]
     simulated_s: float
     real_s: float
@@ -227,6 +229,7 @@ class Simulation:
             rejected_labels=sum(device.rejected_labels for device in self.devices.values()),
             undelivered=undelivered,
             audit=report,
+            rollouts={file: prepared.plan.name for file, prepared in self._operator.prepared.items()},
             refusals=self._operator.refusals,
             simulated_s=self.room.now_s,
             real_s=time.monotonic() - self._began_s,

@@ -1,11 +1,13 @@
 """Shared models: the model host of all simulated devices. Each bundle is probed and loaded once.
 
 Active models run in this process. A candidate of a roll-out runs in a confined process, because it may crash or hang;
-the simulation waits for its answers, which makes a run repeatable. No time is measured: it would be this machine's.
+the simulation waits for its answers, which makes a run repeatable. No inference time is measured: it would be this
+machine's. A candidate hangs once it has computed for as long as a device waits, so a stall of the machine is no hang.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,13 +29,17 @@ from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.probe import ProbeReport
-from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.model.sandbox.subprocess_model import ModelRequest, SubprocessModel
 from agent.wire.keys import PublicKey
 
 # The model is the user's own, and a process for each of a thousand devices would be too many.
 _IN_PROCESS = ModelPolicy("off")
 # Instead of the measured speed, on which the size of batches depends.
 _ROWS_PER_S = 10_000.0
+# A process that neither computes nor answers is killed this long after its deadline.
+_STALL_S = 600.0
+_LOOK_S = 1.0
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class SharedModels(ModelHost):
@@ -88,13 +94,43 @@ class SharedModels(ModelHost):
         key = (proven.bundle.digest, timeout_s)
         if key not in self._candidates:
             # The confinement of models that this machine gives, whatever the devices' config says.
-            model = SubprocessModel(proven.bundle, proven.tuning, ModelPolicy(), call_timeout_s=timeout_s)
+            model = PatientModel(proven.bundle, proven.tuning, ModelPolicy(), call_timeout_s=timeout_s)
             self._candidates[key] = CandidateModel(model)
         return self._candidates[key]
 
     def start_job(self, job: Callable[[], None]) -> None:
         """Run a job at once: in simulated time it takes none."""
         job()
+
+
+class PatientModel(SubprocessModel):
+    """Model whose timeouts are processor time of its process."""
+
+    _sent_s = 0.0
+
+    def _send(self, windows: NDArray[Any]) -> ModelRequest:
+        self._sent_s = self._read_processor_s()
+        return super()._send(windows)
+
+    def _collect_or_wait(self, request: ModelRequest) -> None:
+        # Not at once, as at the deadline: that may be long past.
+        self._collect(_LOOK_S)
+
+    def _check_timeout(self, deadline_s: float, timeout_s: float) -> None:
+        # A process that starts has no request.
+        begin_s = 0.0 if self._pending is None else self._sent_s
+        has_hung = self._read_processor_s() - begin_s >= timeout_s
+        super()._check_timeout(deadline_s if has_hung else deadline_s + _STALL_S, timeout_s)
+
+    def _read_processor_s(self) -> float:
+        """Return the processor time of the process, of user and system; 0 if it has ended."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0.0
+        # The name of the program, in parentheses, may have spaces.
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 class CandidateModel:

@@ -55,7 +55,8 @@ def written(folder: Path, text: str = FILE) -> Path:
 
 
 def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
-    return bundles.resolve(read(written(folder, text)), folder)
+    plan_file = read(written(folder, text))
+    return bundles.resolve(plan_file, bundles.read_bundle(plan_file), folder)
 
 
 def test_a_plan_has_the_rules_of_each_step(tmp_path: Path) -> None:

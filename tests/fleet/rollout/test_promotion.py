@@ -44,13 +44,14 @@ def test_a_step_with_enough_evidence_is_promoted(six: Fleet) -> None:
 @pytest.mark.parametrize(
     ("later_h", "devices", "blocks", "waits"),
     [
-        (0.5, 6, 6, "0.5 h more"),
+        (0.5, 6, 6, "30 min 00 s more"),
+        (0.9999, 6, 6, "1 s more"),
         (2.0, 2, 6, "devices with 20 batches: 2 of 3; missing pi-02 (has not reported, never seen), pi-03 (has"),
         (2.0, 6, 3, "devices with 20 batches: 0 of 3; missing pi-00 (shadow, 15 of 20 batches), pi-01 (shadow, 15 of"),
         (2.0, 0, 6, "devices with 20 batches: 0 of 3; missing pi-00 (has not reported, never seen), pi-01 (has not"),
         (2.0, 0, 6, ", pi-04 (has not reported, never seen) and 1 more"),
     ],
-    ids=["hours", "devices", "batches", "nobody", "not all"],
+    ids=["half an hour", "a second", "devices", "batches", "nobody", "not all"],
 )
 def test_blockers_name_what_is_missing(six: Fleet, later_h: float, devices: int, blocks: int, waits: str) -> None:
     six.start(plan())

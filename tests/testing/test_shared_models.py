@@ -1,0 +1,44 @@
+"""Candidates of a simulated roll-out: a machine that stalls changes nothing, and a model that hangs is ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from agent.errors import ModelProcessFailed
+from agent.model.sandbox.confinement import ModelPolicy
+from agent.testing.simulation.shared_models import CandidateModel, PatientModel
+from scripts.kit.bundles import CLASSIFY, around, model, readings
+
+pytestmark = pytest.mark.process
+
+CALM = np.clip(readings(40), -3, 3)
+WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
+
+
+def test_a_candidate_whose_process_gets_no_processor_beyond_its_timeout_still_answers() -> None:
+    process = PatientModel(around(model("classify_int8"), CLASSIFY), None, ModelPolicy(), call_timeout_s=0.2)
+    with process:
+        candidate = CandidateModel(process)
+        before, pid = candidate.invoke(CALM), process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(1.2, os.kill, (pid, signal.SIGCONT)).start()
+        assert np.array_equal(candidate.invoke(CALM), before)
+        assert process.pid == pid
+
+
+def test_a_candidate_that_computes_beyond_its_timeout_is_ended_and_the_next_one_as_well() -> None:
+    process = PatientModel(around(model("rigged_hang"), CLASSIFY), None, ModelPolicy(), call_timeout_s=0.3)
+    with process:
+        for _ in range(2):
+            began_s = time.monotonic()
+            with pytest.raises(ModelProcessFailed, match=r"did not answer within 0\.3 s"):
+                CandidateModel(process).invoke(WILD)
+            assert time.monotonic() - began_s < 60
+            assert not process.is_running
