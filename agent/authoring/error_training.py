@@ -87,7 +87,7 @@ def train(statistics: Float32s | Float64s, answers: Float64s, errors: Float64s) 
     known = known[:: math.ceil(len(known) / MAX_ANSWERS)]
     absolute = np.abs(errors[known])
     mean = float(absolute.mean())
-    if not mean > 0 or not np.isfinite(absolute**2).all():
+    if not (mean >= expected_error.MIN_SUM and (absolute**2).sum() <= expected_error.MAX_SUM):
         raise UsageError("all errors are zero, or beyond any number: nothing to estimate")
     inputs, ratio = join_inputs(statistics[known], answers[known]), absolute / mean
     unseen = _cross_fit(inputs, ratio)

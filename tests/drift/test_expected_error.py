@@ -139,6 +139,23 @@ def test_a_bundle_that_knows_its_error_takes_over_from_one_that_does_not(learned
     assert state.site_reference.site.baselines["expected_accuracy"].accuracy.shape == (32,)
 
 
+def test_an_alert_compares_no_error_of_two_models_after_a_change_of_the_bundle(
+    monitor: DriftMonitor, learned: DriftState
+) -> None:
+    rows, answers, errors = readings(2, 60)
+    merged = merge_references(
+        monitor.shipped, replace(monitor.shipped, error=error_training.train(rows, answers, errors * 10))
+    )
+    heir = monitor.rebase(merged)
+    for shipped, state, compared in ((monitor, learned, True), (heir, inherit(learned, merged), False)):
+        data = readings(11, 6)
+        data[0][:, 1] += 1.5
+        _, results = feed(shipped, state, data)
+        alert = next(a for r in results for a in r.alerts if a.state == "raised" and a.subject == "b")
+        assert ("the model's expected error" in alert.summary) is compared
+        assert ("error" in alert.evidence) is compared
+
+
 def test_a_malformed_error_in_a_reference_is_refused() -> None:
     shipped = shipped_reference()
     decoded = Reference.from_json(shipped.to_json())
