@@ -69,7 +69,7 @@ def test_rows_without_a_commitment_are_neither_proven_nor_refuted(
 
 
 @pytest.mark.parametrize("air", [AIR.commit(), ""])
-def test_only_rows_that_a_commitment_can_prove_are_asked_for(tmp_path: Path, air: str) -> None:
+def test_the_hint_names_only_rows_that_a_commitment_can_prove(tmp_path: Path, air: str) -> None:
     text, document = disclose(tmp_path, AIR.commit(), air, with_air=False)
     assert (text.exit_code, document.exit_code) == (0, 0)
     assert ("disclose --joined" in text.stdout) is bool(air)
