@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.indices import bincount
 from agent.performance import intervals, metrics
 from agent.performance.metrics import LabelledPredictions, WeightVector
 
@@ -68,25 +69,27 @@ def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredi
                 elif not math.isnan(resampled_bounds[0]) or not part.rests_on:
                     bounds = resampled_bounds
             estimates.append(_build_estimate(part.metric or metric.name, value, bounds, part.n, part.slice))
-    neighbours = intervals.estimate_design_effect(losses) if losses is not None else 1.0
-    effects = neighbours, design_effect
-    return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions, effects)]
+    return [added for estimate in estimates for added in _add_chance_ece(estimate, predictions)]
 
 
-def _add_chance_ece(
-    estimate: MetricEstimate, predictions: LabelledPredictions, effects: tuple[float, float]
-) -> list[MetricEstimate]:
-    """Return an estimate, and after an ECE that of chance: the mean by the first design effect, which is without bias.
+def _add_chance_ece(estimate: MetricEstimate, predictions: LabelledPredictions) -> list[MetricEstimate]:
+    """Return an estimate, and after an ECE that of chance.
 
-    The second is the largest of several, which an interval needs.
+    A bin's gap sums results of the same bin, which are less alike than neighbours; the gaps of a session go together.
     """
     if estimate.metric != "ece" or estimate.value is None or predictions.score is None:
         return [estimate]
-    score = predictions.score[np.isfinite(predictions.score)]
+    known = np.isfinite(predictions.score)
+    score = predictions.score[known]
     bins = metrics.equal_mass_bins(score)
-    mean, sd = metrics.chance_ece(score, bins, effects[0])
-    largest, its_sd = metrics.chance_ece(score, bins, effects[1])
-    low, high = max(0.0, mean - intervals.Z * sd), largest + intervals.Z * its_sd
+    gap = predictions.right[known] - score
+    gap -= (bincount(bins, gap) / np.maximum(bincount(bins), 1))[bins]
+    by_bin = gap[np.argsort(bins, kind="stable")]
+    # The first is without bias; an interval needs the largest of several.
+    mean, sd = metrics.chance_ece(score, bins, intervals.estimate_design_effect(by_bin))
+    largest, _ = metrics.chance_ece(score, bins, intervals.estimate_dependence(by_bin).design_effect)
+    _, largest_sd = metrics.chance_ece(score, bins, intervals.estimate_dependence(gap).design_effect)
+    low, high = max(0.0, mean - intervals.Z * sd), largest + intervals.Z * largest_sd
     if estimate.low is not None and estimate.value <= high:
         estimate = replace(estimate, low=0.0)
     return [estimate, _build_estimate("ece_chance", mean, (low, high), estimate.n)]

@@ -256,6 +256,24 @@ def test_ece_of_a_calibrated_model_is_that_of_chance() -> None:
     assert at_zero == within
 
 
+def test_ece_of_a_calibrated_model_is_within_chance_where_whole_sessions_are_harder() -> None:
+    random, within = np.random.default_rng(2), 0
+    sessions, offsets = np.repeat(np.arange(20), 50), np.linspace(-3, 3, 41)
+    density = np.exp(-(offsets**2) / 2)
+    for _ in range(60):
+        logit = random.normal(1.5, 1.2, 1000)
+        # The mean over all sessions, as a model gives it that cannot know which session it is.
+        score = (density / (1 + np.exp(-logit[:, None] - offsets))).sum(1) / density.sum()
+        right = random.random(1000) < 1 / (1 + np.exp(-logit - random.normal(0, 1, 20)[sessions]))
+        pairs = LabelledPredictions(np.ones(1000), right.astype(np.int64), score)
+        estimates = by_name(compute_metrics("classify", ("a", "b"), pairs))
+        ece, chance = estimates["ece", ""], estimates["ece_chance", ""]
+        assert ece.value is not None
+        assert chance.high is not None
+        within += ece.value <= chance.high
+    assert within >= 54
+
+
 def test_ece_of_an_overconfident_model_lies_above_chance() -> None:
     predicted = (np.random.default_rng(1).random(300) < 0.6).astype(np.int64)
     score = np.random.default_rng(2).uniform(0.85, 0.99, 300)

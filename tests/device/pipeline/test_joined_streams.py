@@ -484,4 +484,7 @@ def test_too_many_joined_rows_are_named_without_a_commitment(device: Device, mon
         feed_air(device, "weather", begin_us + np.arange(60) * 10_000)
         feed_at(device, begin_us, 40)
         device.run_all()
-        assert bool(last_message(device).joined["weather"].input) == is_proven
+        body = last_message(device)
+        assert bool(body.joined["weather"].input) == is_proven
+        compared = compare_joined("weather", disclosed(device, body).joined["weather"], [body])
+        assert compared is (True if is_proven else None)
