@@ -127,18 +127,9 @@ def _cross_fit(inputs: Float64s, ratio: Float64s) -> Float64s:
     for number in range(FOLDS):
         inside = fold == number
         model = _boost(inputs[~inside], ratio[~inside], _TREES)
-        unseen[:, inside] = _predict_by_trees(model, inputs[inside])
+        by_tree = model.predict_by_tree(inputs[inside])
+        unseen[:, inside] = np.cumsum(np.insert(by_tree, 0, model.base, axis=1), axis=1).T / STEPS
     return unseen
-
-
-def _predict_by_trees(model: ErrorModel, inputs: Float64s) -> Float64s:
-    """Return the predictions (1 + trees, n) by the first trees, none of them at first."""
-    bits = 1 << np.arange(_DEPTH)
-    parts = [
-        leaves[((inputs[:, columns] > splits) * bits).sum(1)]
-        for columns, splits, leaves in zip(model.inputs, model.splits, model.leaves, strict=True)
-    ]
-    return np.asarray(np.cumsum([np.full(len(inputs), model.base), *parts], axis=0) / STEPS)
 
 
 def _boost(inputs: Float64s, ratio: Float64s, trees: int) -> ErrorModel:
