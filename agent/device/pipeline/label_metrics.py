@@ -109,7 +109,7 @@ def _end_outputs(task: LoadedTask, store: Store, message_log: MessageLog, now: C
         old, state = _load_stored_state(key, store), _load_state(key, task.bundle.digest, store)
         if old is None or old.bundle == state.bundle:
             continue
-        alerts = _clear_old_alerts(old, state, is_gone=True)
+        alerts = _clear_old_alerts(old, state, is_dropped=True)
         with store.transaction() as tx:
             message_log.append_all(tx, _build_alert_messages(task.name, name, alerts), now)
             tx.save_state(key, task_keys.LABEL_METRICS, state.to_bytes())
@@ -208,13 +208,15 @@ def _write_report(
     return len(alerts)
 
 
-def _clear_old_alerts(old: DegradationState | None, state: DegradationState, *, is_gone: bool = False) -> list[Alert]:
+def _clear_old_alerts(
+    old: DegradationState | None, state: DegradationState, *, is_dropped: bool = False
+) -> list[Alert]:
     """Clear alerts about a bundle that no longer runs; all of them if the one that does has no such output."""
     if old is None or old.bundle == state.bundle:
         return []
     text = (
         "the model that runs now has no such output."
-        if is_gone
+        if is_dropped
         else "another bundle runs now; its labels are evaluated from the start."
     )
     alerts = [
@@ -222,11 +224,11 @@ def _clear_old_alerts(old: DegradationState | None, state: DegradationState, *, 
         for kind, track in old.tracks.items()
         if track.is_open
     ]
-    if is_gone and old.feedback_open:
+    if is_dropped and old.feedback_open:
         alerts.append(OWN_LABELS.cleared(text, count=old.feedback_count))
     # Counts continue, so that ids of this bundle's alerts are new.
     state.tracks = {kind: CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
-    state.feedback_open, state.feedback_count = old.feedback_open and not is_gone, old.feedback_count
+    state.feedback_open, state.feedback_count = old.feedback_open and not is_dropped, old.feedback_count
     return alerts
 
 
