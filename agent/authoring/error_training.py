@@ -23,7 +23,7 @@ FOLDS = 5
 _TREES, _DEPTH, _RATE = 48, 3, 0.3
 _SHRINKAGE = 10.0  # answers of no error beyond the mean that each leaf is thought to hold
 _MAX_INPUTS = 32  # those that by themselves tell most of the error
-_CUTS, _TAIL_CUTS, _MIN_TAIL = 19, 6, 25  # of an input: evenly, and in each tail down to so many answers
+_CUTS, _TAIL_CUTS, _MIN_TAIL = 39, 6, 25  # of an input: evenly, and in each tail down to so many answers
 _MAX_QUANTILE = 0.995  # larger errors count as this one while trees are fitted
 # What the error model must explain of the squared deviations of unseen errors, and by how many standard errors.
 MIN_EXPLAINED, MIN_STANDARD_ERRORS = 0.01, 3.0
@@ -87,7 +87,7 @@ def train(statistics: Float32s | Float64s, answers: Float64s, errors: Float64s) 
     known = known[:: math.ceil(len(known) / MAX_ANSWERS)]
     absolute = np.abs(errors[known])
     mean = float(absolute.mean())
-    if not mean > 0 or not np.isfinite(absolute**2).all():
+    if not (mean >= expected_error.MIN_SUM and (absolute**2).sum() <= expected_error.MAX_SUM):
         raise UsageError("all errors are zero, or beyond any number: nothing to estimate")
     inputs, ratio = join_inputs(statistics[known], answers[known]), absolute / mean
     unseen = _cross_fit(inputs, ratio)
@@ -127,18 +127,9 @@ def _cross_fit(inputs: Float64s, ratio: Float64s) -> Float64s:
     for number in range(FOLDS):
         inside = fold == number
         model = _boost(inputs[~inside], ratio[~inside], _TREES)
-        unseen[:, inside] = _predict_by_trees(model, inputs[inside])
+        by_tree = model.predict_by_tree(inputs[inside])
+        unseen[:, inside] = np.cumsum(np.insert(by_tree, 0, model.base, axis=1), axis=1).T / STEPS
     return unseen
-
-
-def _predict_by_trees(model: ErrorModel, inputs: Float64s) -> Float64s:
-    """Return the predictions (1 + trees, n) by the first trees, none of them at first."""
-    bits = 1 << np.arange(_DEPTH)
-    parts = [
-        leaves[((inputs[:, columns] > splits) * bits).sum(1)]
-        for columns, splits, leaves in zip(model.inputs, model.splits, model.leaves, strict=True)
-    ]
-    return np.asarray(np.cumsum([np.full(len(inputs), model.base), *parts], axis=0) / STEPS)
 
 
 def _boost(inputs: Float64s, ratio: Float64s, trees: int) -> ErrorModel:

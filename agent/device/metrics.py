@@ -87,6 +87,7 @@ def _build_device_families(status: Mapping[str, Any], now_us: int) -> Iterator[F
 
 def _build_task_families(status: Mapping[str, Any]) -> Iterator[Family]:
     tasks: list[Mapping[str, Any]] = status["tasks"]
+    outputs = [*_list_outputs(tasks)]
 
     def each(name: str, help_text: str, key: str, kind: Literal["gauge", "counter"] = "gauge") -> Family:
         return Family(f"outstation_task_{name}", kind, help_text, [({"task": t["task"]}, t[key]) for t in tasks])
@@ -96,15 +97,14 @@ def _build_task_families(status: Mapping[str, Any]) -> Iterator[Family]:
     yield each("drift_windows_total", "Drift windows that the task tested.", "windows", "counter")
     yield Family(
         "outstation_task_labels", "gauge", "Stored labels: ground truth, verdicts, or the model's own answers.",
-        [({**names, "kind": kind}, output["labels"][kind]) for names, output in _list_outputs(tasks)
+        [({**names, "kind": kind}, output["labels"][kind]) for names, output in outputs
          for kind in _LABEL_KINDS],
     )  # fmt: skip
+    measured = [({**names, "metric": metric["metric"]}, metric) for names, output in outputs
+                for metric in (output["quality"] or _NO_QUALITY)["metrics"] if not metric.get("slice")]  # fmt: skip
     for suffix, member in (("", "value"), ("_low", "low"), ("_high", "high")):
-        yield Family(
-            f"outstation_task_quality{suffix}", "gauge", _QUALITY_HELP[member],
-            [({**names, "metric": metric["metric"]}, metric[member]) for names, output in _list_outputs(tasks)
-             for metric in (output["quality"] or _NO_QUALITY)["metrics"] if not metric.get("slice")],
-        )  # fmt: skip
+        samples = [(names, metric[member]) for names, metric in measured]
+        yield Family(f"outstation_task_quality{suffix}", "gauge", _QUALITY_HELP[member], samples)
     yield Family(
         "outstation_task_alerts_open", "gauge", "Open alerts about the task's data, results and model.",
         [({"task": task["task"], "severity": severity}, count) for task in tasks

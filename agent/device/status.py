@@ -25,7 +25,7 @@ from agent.device.samples import budget
 from agent.device.store import cost, task_keys
 from agent.device.store import labels as label_store
 from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import list_outputs, output_key
+from agent.device.store.predictions import list_stored_outputs, output_key
 from agent.device.store.store import Store
 from agent.device.uplink import meter
 from agent.drift.baseline.reference import Reference
@@ -127,7 +127,7 @@ def build_task_document(conf: Config, store: Store, name: str) -> dict[str, Any]
     cursor = store.cursor(name) or 0
     bundles = history.load_history(store, name)
     tunings = tuning_cache.load(store, name)
-    outputs = {output: _describe_output(store, name, output) for output in store.query(list_outputs, name)}
+    outputs = {output: _describe_output(store, name, output) for output in store.query(list_stored_outputs, name)}
     return {
         "task": name,
         "stream": task.stream,

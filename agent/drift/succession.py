@@ -2,8 +2,9 @@
 
 A broken sensor stays broken whichever model reads it. A bundle with the same fields, labels and windows inherits the
 site's reference and every open alert. The fields stay tested. Another reference is gathered meanwhile, because the
-new model's answers and scores have none. Any other bundle begins anew: faults of shared fields stay open, and so do
-drift alerts, as *open before the change*, until a reference is learned that does not deviate from the former one.
+new model's answers and scores have none. Until it is learned, the accuracy or error to expect is compared with none.
+Any other bundle begins anew: faults of shared fields stay open, and so do drift alerts, as *open before the change*,
+until a reference is learned that does not deviate from the former one.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def inherit(state: DriftState, shipped: Reference) -> DriftState:
 
 
 def forget_answers(suite: SuiteState) -> SuiteState:
-    """Forget what was gathered on the answers and scores of the model."""
-    return suite.reset_subjects(_select_answers(suite.task))
+    """Forget the evidence on the answers and scores of the model."""
+    return replace(suite.reset_subjects(_select_answers(suite.task)), recent_scores=np.zeros_like(suite.recent_scores))
 
 
 def _select_answers(task: Task) -> Bools:

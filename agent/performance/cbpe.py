@@ -17,6 +17,7 @@ from agent.indices import repeat
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
 PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin, for the uncertainty of the table itself
 EMPTY_BIN_WEIGHT = 1e-6  # weight of a bin without reference answers, which then follows its neighbours
+MAX_BIN_ANSWERS = 1 << 40  # sums over bins fit 64 bits
 POOLED_WINDOWS = 3  # consecutive drift windows that are estimated together
 
 

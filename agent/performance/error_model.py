@@ -28,19 +28,22 @@ class ErrorModel(msgspec.Struct, frozen=True, eq=False):
 
     def predict(self, statistics: Float32s | Float64s, answers: Float64s) -> Ints:
         """Return the error (w,), in STEPS per mean absolute error, of `answers` (w,) to windows (w, D)."""
-        trees, depth = self.inputs.shape
         predicted = np.full(len(answers), self.base, np.int64)
-        # By level, so that the bits of all trees add up in one step.
-        inputs, splits, first_leaf = self.inputs.T.ravel(), self.splits.T.ravel(), np.arange(trees) << depth
         for begin in range(0, len(answers), _ROWS_PER_PASS):
             part = slice(begin, begin + _ROWS_PER_PASS)
-            rows = join_inputs(statistics[part], answers[part])
-            above = (take(rows, inputs, axis=1) > splits).view(np.uint8).reshape(-1, depth, trees)
-            leaf = above[:, 0].copy()
-            for level in range(1, depth):
-                leaf |= above[:, level] << level
-            predicted[part] += take(self.leaves.ravel(), leaf + first_leaf, axis=0).sum(1)
+            predicted[part] += self.predict_by_tree(join_inputs(statistics[part], answers[part])).sum(1)
         return predicted
+
+    def predict_by_tree(self, inputs: Float64s) -> Ints:
+        """Return the share (w, T) of each tree in the predictions for joined inputs (w, D + 1)."""
+        trees, depth = self.inputs.shape
+        # By level, so that the bits of all trees add up in one step.
+        above = (take(inputs, self.inputs.T.ravel(), axis=1) > self.splits.T.ravel()).view(np.uint8)
+        above = above.reshape(-1, depth, trees)
+        leaf = above[:, 0].copy()
+        for level in range(1, depth):
+            leaf |= above[:, level] << level
+        return take(self.leaves.ravel(), leaf + (np.arange(trees) << depth), axis=0)
 
     def is_valid(self, statistics: int) -> bool:
         """Return True if it is a model of bounded size over so many statistics."""

@@ -15,11 +15,13 @@ import numpy as np
 
 from agent.arrays import Float32s, Float64s, Ints
 from agent.indices import bincount, repeat
-from agent.performance.cbpe import EMPTY_BIN_WEIGHT, PRIOR, isotonic_regression
+from agent.performance.cbpe import EMPTY_BIN_WEIGHT, MAX_BIN_ANSWERS, PRIOR, isotonic_regression
 from agent.performance.error_model import ErrorModel
 
 ASSUMES = "inputs and truth are related as in the held-out data; no concept drift"
 BINS = 32
+MIN_SUM, MAX_SUM = 1e-100, 1e100  # of held-out errors, and of their squares
+_ROUNDING = 1e-9  # of a sum
 
 
 class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -93,13 +95,19 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return (
             self.model.is_valid(statistics)
             and self.edges.shape == (BINS - 1,)
-            and bool((np.diff(self.edges) >= 0).all())
+            and bool((self.edges[1:] >= self.edges[:-1]).all())
             and self.n.shape == (BINS,)
-            and bool((self.n >= 0).all() and self.n.any())
+            and bool(((self.n >= 0) & (self.n <= MAX_BIN_ANSWERS)).all() and self.n.any())
             and sums is not None
-            and bool((np.isfinite(sums) & (sums >= 0)).all())
-            and bool(self.total.sum() > 0)
+            and bool(((sums >= 0) & (sums <= MAX_SUM)).all())
+            and bool(self.total.sum() >= MIN_SUM)
+            and self._has_possible_squares()
         )
+
+    def _has_possible_squares(self) -> bool:
+        """Return True if n absolute errors can have these sums: total² / n ≤ squares ≤ total²."""
+        square, more = self.total**2, self.squares * (1 + _ROUNDING)
+        return bool(((square <= self.n * more) & (self.squares <= square * (1 + _ROUNDING))).all())
 
 
 def _ascend(n: Ints, total: Float64s) -> Float64s:

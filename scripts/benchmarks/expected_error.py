@@ -160,7 +160,7 @@ def _results(deviations: dict[tuple[str, str], Deviations], alarms: dict[str, tu
             windows = sum(len(each.true) for each in seen)
             note = f"mean deviation from the true error over {windows:,} windows; reference: {DLE.called}"
             own, other = (100 * float(np.mean([each.mean(name) for each in seen])) for name in (OURS, DLE.called))
-            results.append(Result(f"drift-errors, {data}", own, other, "per cent", 1.2, note, less=True))
+            results.append(Result(f"drift-errors, {data}", own, other, "per cent", 1.1, note, less=True))
     for data, (raised, windows) in alarms.items():
         note = f"{raised} alerts about the expected error in {windows:,} quiet windows of {SITES} sites"
         name = f"drift-errors, {data}: false alarms"

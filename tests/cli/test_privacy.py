@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from agent import config
 from agent.bootstrap import device
+from agent.cli import cli
+from agent.cli.owner.privacy import build_document
 from agent.device.pipeline.batch_messages import _leave_out_rare
 from agent.device.recovery.open import open_store
 from agent.errors import ConfigError
@@ -64,6 +67,27 @@ def test_what_leaves_of_each_field_is_shown_by_examples_that_went_through_the_ru
 def test_messages_that_stay_are_not_listed(tmp_path: Path) -> None:
     fields = shown(tmp_path, '[streams.ward.privacy]\nmessages = ["alerts"]\n')
     assert {leaf["message"] for _, leaves in fields.values() for leaf in json.loads(leaves)} == {"alerts", "audit"}
+
+
+def test_a_field_leaves_if_one_task_of_its_stream_sends_it(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(
+        CONFIG + '[tasks.risk.inputs.air]\nstream = "yard"\n[streams.yard]\nfields = [{ name = "warmth" }]\n'
+        '[streams.yard.privacy]\nmessages = ["results", "quality"]\nprivate = ["warmth"]\n'
+        '[tasks.plain]\nstream = "ward"\nbundle = "risk"\n'
+    )
+    fields = {field["field"]: field["leaves"] for field in build_document(config.load(file))["streams"][0]["fields"]}
+    senders = {name: {leaf["message"]: leaf["tasks"] for leaf in leaves} for name, leaves in fields.items()}
+    plain = {"drift": ["plain"], "alerts": ["plain"]}
+    assert senders["noise"] == plain | {"audit": ["risk", "plain"]}
+    assert senders["room"] == plain | {"audit": ["risk", "plain"], "quality": ["risk"]}
+    assert [leaf["tasks"] for leaf in fields["warmth"] if leaf["message"] == "audit"] == [["risk"], ["plain"]]
+    assert "39.27" in json.dumps([leaf for leaf in fields["warmth"] if leaf["tasks"] == ["plain"]])
+    assert "39.27" not in json.dumps([leaf for leaf in fields["warmth"] if leaf["tasks"] == ["risk"]])
+    printed = CliRunner().invoke(cli, ["privacy", "-c", str(file)]).stdout
+    assert "drift (plain)" in printed
+    assert "quality (risk)" in printed
+    assert "audit (risk, plain)" not in printed
 
 
 def test_a_person_sees_the_rules_as_a_table(tmp_path: Path) -> None:

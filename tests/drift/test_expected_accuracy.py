@@ -6,6 +6,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.drift import DriftMonitor, DriftState
+from agent.drift.succession import inherit, merge_references
 from tests.kit.machine import LEARN, Readings, feed, readings
 
 
@@ -31,6 +32,22 @@ def test_a_site_learns_how_its_expected_accuracy_varies(learned: DriftState) -> 
     place = learned.site_reference.layout["expected_accuracy"]
     assert 0.8 < learned.site_reference.test_mean[place][0] < 1.0
     assert learned.site_reference.test_sd[place][0] < 0.1
+
+
+def test_an_alert_compares_no_accuracy_of_two_models_after_a_change_of_the_bundle(
+    monitor: DriftMonitor, learned: DriftState
+) -> None:
+    own = monitor.shipped
+    assert own.score_correct is not None
+    merged = merge_references(own, replace(own, score_correct=own.score_correct // 2))
+    r = readings(23, 8)
+    shifted = r.changed(0, r.features[:, 0] + 1)
+    heir = monitor.rebase(merged), inherit(learned, merged)
+    for (shipped, state), compared in (((monitor, learned), True), (heir, False)):
+        _, results = feed(shipped, state, shifted)
+        alert = next(a for r in results for a in r.alerts if a.state == "raised" and a.subject == "x")
+        assert ("the model's expected accuracy" in alert.summary) is compared
+        assert ("accuracy" in alert.evidence) is compared
 
 
 def test_quiet_windows_raise_nothing(monitor: DriftMonitor, learned: DriftState) -> None:

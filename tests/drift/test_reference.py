@@ -126,6 +126,8 @@ def test_what_is_no_reference_is_refused(data: bytes) -> None:
         ("test_sd", [0.0] * 6),
         ("class_sd", [[1.0] * 6] * 2),
         ("score_correct", [10**6] * 32),
+        ("score_correct", [-1] * 32),
+        ("score_n", [2**62] * 32),
         ("rest", [[]]),
         ("mean", [[1.0], [1.0, 2.0], [3.0]]),
         ("mean", [1e999, 1, 3]),

@@ -216,6 +216,27 @@ def test_two_commitments_to_the_same_joined_rows_fail_the_audit(store: FleetStor
     assert reasons(audit(store)) == [(2, "commits to rows 5-9 of air as others than the results before it")]
 
 
+def test_rows_that_could_not_be_read_again_contradict_no_commitment(store: FleetStore) -> None:
+    sender = MessageSender()
+    log = [sender.results(joined=joined(5, 9, proof)) for proof in ("", "a", "", "a", "", "b")]
+    collected(store, sender, *log)
+    assert reasons(audit(store)) == [(6, "commits to rows 5-9 of air as others than the results before it")]
+
+
+def test_a_message_after_a_gap_in_the_rows_is_compared_by_its_joined_rows_too(store: FleetStore) -> None:
+    sender = MessageSender()
+    first = sender.results(joined=joined(5, 9, "a"))
+    later = sender.results(rows_at=(302, 400), joined=joined(5, 9, "b"))
+    collected(store, sender, first, later)
+    report = audit(store)
+    assert reasons(report) == [
+        (2, "starts at row 302 of watch, but the results before it end at row 300"),
+        (2, "commits to rows 5-9 of air as others than the results before it"),
+    ]
+    [entry] = report.to_dict()["coverage"]
+    assert entry["joined"]["weather"]["messages"] == 2
+
+
 def test_results_that_begin_after_the_first_consumed_row_are_reported(store: FleetStore) -> None:
     sender = MessageSender(row=100)
     collected(store, sender, sender.results(), sender.health_with_cursor())

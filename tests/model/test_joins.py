@@ -166,3 +166,31 @@ def test_a_spec_that_does_not_fit_the_inputs_or_outputs_says_which(
     with pytest.raises(Exception, match=why) as problem:
         pack.pack(spec, KEY)
     assert re.search(r"^\S+bundle.toml|model.tflite", str(problem.value))
+
+
+def test_a_window_without_recent_rows_keeps_the_row_it_counts_from() -> None:
+    # After the step of the clock, the row of 12 s is the newest up to 28 s and too old; that of 20 s is not.
+    t = np.array([1, 5, 17, 20, 6, 7, 12, 12, 37]) * 1_000_000
+    ends = np.array([1, 3, 6, 28]) * 1_000_000
+    values = np.arange(len(t), dtype=np.float32)[:, None]
+    spec = JoinedInput(fields=["a"], rows=2, max_age_s=11.0)
+    used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, JoinedRows(values, t), ends)
+    assert used == (0, 7)
+    np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(values[:8], t[:8]), ends), whole)
+    assert np.isnan(whole[3]).all()
+
+
+@pytest.mark.parametrize("period_s", [None, 0.4])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_join_over_the_rows_that_a_message_names_gives_the_same_values(period_s: float | None, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    t = np.cumsum(random.integers(0, 900_000, 80))
+    t[30:] -= 4_000_000
+    t[50:] += 9_000_000
+    rows = JoinedRows(random.normal(0, 1, (80, 1)).astype(np.float32), t)
+    spec = JoinedInput(fields=["a"], rows=4, period_s=period_s, max_age_s=2.0)
+    for _ in range(40):
+        ends = random.integers(0, int(t.max()) + 3_000_000, 3)
+        used, whole = joins.find_used_range(spec, t, ends), joins.take_rows(spec, rows, ends)
+        part = slice(0, 0) if used is None else slice(used[0], used[1] + 1)
+        np.testing.assert_array_equal(joins.take_rows(spec, JoinedRows(rows.values[part], t[part]), ends), whole)

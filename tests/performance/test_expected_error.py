@@ -87,10 +87,17 @@ def test_too_few_labels_are_refused() -> None:
         error_training.train(inputs, predicted, errors)
 
 
-def test_a_model_without_errors_is_refused() -> None:
-    inputs, predicted, _ = answers(6, 300)
+@pytest.mark.parametrize("scale", [0.0, 1e-150, 1e60])
+def test_errors_of_zero_or_beyond_what_a_reference_may_hold_are_refused(scale: float) -> None:
+    inputs, predicted, errors = answers(6, 300)
     with pytest.raises(UsageError, match="all errors are zero"):
-        error_training.train(inputs, predicted, np.zeros(300))
+        error_training.train(inputs, predicted, scale * errors)
+
+
+@pytest.mark.parametrize("scale", [1e-90, 1e40])
+def test_a_reference_of_very_small_or_large_errors_is_valid(scale: float) -> None:
+    inputs, predicted, errors = answers(1, 3000)
+    assert error_training.train(inputs, predicted, scale * errors).is_valid(FIELDS)
 
 
 def test_training_twice_gives_the_same_bytes() -> None:
@@ -161,6 +168,15 @@ def test_a_malformed_error_model_is_invalid(change: dict[str, NDArray[np.int64] 
         {"total": np.zeros(32)},
         {"total": np.full(32, np.nan)},
         {"squares": np.full(31, 1.0)},
+        {"edges": np.array([2**63 - 1, *[-(2**63)] * 30])},
+        {"n": np.array([*[2**62] * 4, *[0] * 28])},
+        {"n": np.array([*[2**62] * 2, *[0] * 30])},
+        {"n": np.array([1, *[0] * 31])},
+        {"total": np.full(32, 1e308)},
+        {"total": np.full(32, 5e-324), "squares": np.zeros(32)},
+        {"squares": np.full(32, 1e308)},
+        {"squares": np.full(32, 1e99)},
+        {"squares": np.zeros(32)},
     ],
 )
 def test_a_malformed_error_reference_is_invalid(

@@ -70,3 +70,15 @@ def test_a_page_names_the_event_that_shares_an_alert_and_devices_without_one() -
     assert "missed at hall-01" in text
     assert "over 5 min" in text
     assert "nothing expected" in text
+
+
+def test_devices_with_the_same_phases_of_a_rollout_share_a_row() -> None:
+    report = _report("x")
+    alike = [{"device": f"hall-{i:04}", "runs": "1.1.0", "phases": [{"phase": "active", "at": 60.0 * i}], "why": "done"}
+             for i in range(1, 1001)]  # fmt: skip
+    report["rollouts"][0]["devices"] = [*alike, {**alike[0], "device": "hall-1001", "runs": "1.0.0"}]
+    text = _parse(render(report)).text
+    assert "hall-0001, hall-0002, hall-0003 and 997 more" in text
+    assert "active 1 min to 16 h 40 min" in text
+    assert "hall-0004" not in text
+    assert "hall-1001" in text

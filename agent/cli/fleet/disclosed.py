@@ -28,7 +28,8 @@ _MAX_BYTES = 256 << 20
 def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     """Compare the rows in FILE, made by `outstation disclose`, with the message that the device signed.
 
-    `outstation fleet audit` verifies the signatures of stored messages. Exit 1 if the rows are others.
+    `outstation fleet audit` verifies the signatures of stored messages. Exit 1 if the rows are others, or if no
+    commitment of the message proves them.
     """
     disclosure = _read(file)
     _, store = open_for_reading(folder, device=disclosure.device)
@@ -37,15 +38,14 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     except UsageError as problem:
         raise UsageError(f"{file}: {problem}") from None
     try:
-        computed = disclosure.commit()
+        matches = _compare(disclosure.commit(), [body.input for _, body in seqs])
         joined = {
             name: compare_joined(name, rows, [body for _, body in seqs]) for name, rows in disclosure.joined.items()
         }
     except ValueError as problem:
         raise UsageError(f"{file}: {problem}; make it again with `outstation disclose`") from None
-    matches = all(hmac.compare_digest(computed, body.input) for _, body in seqs)
     # The message names rows of inputs that the file does not show.
-    undisclosed = sorted({name for _, body in seqs for name in body.joined} - set(joined))
+    named = {name: each for _, body in seqs for name, each in body.joined.items() if name not in joined}
     document = {
         "device": disclosure.device,
         "log": disclosure.log,
@@ -54,27 +54,35 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         "rows": disclosure.rows,
         "matches": matches,
         "joined": joined,
-        "joined_not_disclosed": undisclosed,
+        "joined_not_disclosed": sorted(name for name, each in named.items() if each.input),
+        "joined_without_commitment": sorted(name for name, each in named.items() if not each.input),
     }
     emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)))
     sys.exit(0 if matches and all(joined.values()) else 1)
 
 
-def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPayload]) -> bool:
-    """Return True if these rows are those that the message commits to for the input `name`. Raises ValueError."""
+def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPayload]) -> bool | None:
+    """Return True if these rows are those that the message commits to for the input `name`.
+
+    None if it names these rows without a commitment. Raises ValueError.
+    """
     computed = rows.commit()
     claims = [body.joined.get(name) for body in bodies]
-    return all(
-        each is not None
-        and (each.stream, each.rows) == (rows.stream, rows.rows)
-        and hmac.compare_digest(computed, each.input)
-        for each in claims
-    )
+    proofs = [each.input for each in claims if each and (each.stream, each.rows) == (rows.stream, rows.rows)]
+    return _compare(computed, proofs) if len(proofs) == len(claims) else False
+
+
+def _compare(computed: str, proofs: Sequence[str]) -> bool | None:
+    """Return True if all commitments are the computed one; None if there is none."""
+    made = [proof.encode() for proof in proofs if proof]
+    return all(hmac.compare_digest(computed.encode(), proof) for proof in made) if made else None
 
 
 def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Iterator[str]:
-    def line(subject: str, rows: tuple[int, int], matches: bool) -> str:
+    def line(subject: str, rows: tuple[int, int], matches: bool | None) -> str:
         verdict = f"{'are' if matches else 'are NOT'} those of its message {seq}"
+        if matches is None:
+            verdict = f"are not proven: its message {seq} has no commitment to them"
         return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict}"
 
     seq = document["seq"]
@@ -83,6 +91,8 @@ def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Itera
         yield line(f"input {name}, stream {rows.stream}: ", rows.rows, document["joined"][name])
     if undisclosed := document["joined_not_disclosed"]:
         yield f"Missing here: rows of {', '.join(undisclosed)}; `outstation disclose --joined NAME=A-B` shows them."
+    if unproven := document["joined_without_commitment"]:
+        yield f"No commitment proves the rows of {', '.join(unproven)}."
 
 
 def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> list[tuple[int, ResultsPayload]]:

@@ -21,6 +21,7 @@ from agent.wire.privacy.field_privacy import OPEN, FieldPrivacy
 
 _EXAMPLE, _EXAMPLE_TEXT = 21.374, "Room 7"
 _ROWS = 40
+_MESSAGES = ("drift", "alerts", "audit", "samples", "quality")
 
 
 @click.command(epilog="Example: outstation privacy")
@@ -42,7 +43,6 @@ def build_document(conf: Config) -> dict[str, Any]:
     streams = []
     for name, stream in conf.streams.items():
         tasks = [task for task, settings in conf.tasks.items() if settings.stream == name]
-        privacy_of = rules.get(tasks[0], OPEN) if tasks else OPEN
         joining = [task for task in tasks if conf.tasks[task].inputs]
         streams.append(
             {
@@ -62,7 +62,9 @@ def build_document(conf: Config) -> dict[str, Any]:
                     {
                         "field": field.name,
                         "rule": _name_rule(stream, field),
-                        "leaves": list(_list_examples(conf, tasks, stream, field, privacy_of)),
+                        "leaves": _merge_examples(
+                            {task: [*_list_examples(conf, task, field, rules.get(task, OPEN))] for task in tasks}
+                        ),
                     }
                     for field in stream.fields
                 ],
@@ -96,23 +98,32 @@ def _name_rule(stream: StreamConfig, field: FieldConfig) -> str:
     return f"round to {rules.round[field.name]:g}" if field.name in rules.round else "open"
 
 
-def _list_examples(
-    conf: Config, tasks: list[str], stream: StreamConfig, field: FieldConfig, rules: FieldPrivacy
-) -> Iterator[dict[str, Any]]:
-    """Yield the messages that contain a field, each with the protected form of a made-up value."""
-    if not tasks:
-        return
+def _merge_examples(by_task: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return each example once, with the tasks whose messages contain it: their rules may differ."""
+    merged: list[dict[str, Any]] = []
+    for task, examples in by_task.items():
+        for example in examples:
+            same = next((each for each in merged if each == {**example, "tasks": each["tasks"]}), None)
+            if same is None:
+                merged.append({**example, "tasks": [task]})
+            else:
+                same["tasks"].append(task)
+    return sorted(merged, key=lambda each: _MESSAGES.index(each["message"]))
+
+
+def _list_examples(conf: Config, task: str, field: FieldConfig, rules: FieldPrivacy) -> Iterator[dict[str, Any]]:
+    """Yield the messages about a task that contain a field, each with the protected form of a made-up value."""
     now_us, name = clock.read().wall_us, field.name
     value = _EXAMPLE if field.min is None or field.max is None else field.min + 0.61803 * (field.max - field.min)
     for kind, member, body in _build_bodies(name, value):
         if not rules.keeps(kind):
             yield {"message": kind, "member": member, "example": _find(rules.apply(kind, body, now_us), member)}
-    is_sampled = conf.samples is not None and any(map(conf.samples.covers, tasks)) and rules.min_results <= 1
+    is_sampled = conf.samples is not None and conf.samples.covers(task) and rules.min_results <= 1
     if conf.samples is not None and is_sampled and field.type != "category" and not rules.keeps("samples"):
         readings = protect_column(name, np.array([value]), conf.samples.digits, rules, now_us)
         if readings is not None:
             yield {"message": "samples", "member": name, "example": {"sealed": readings}}
-    is_sliced = any(name == (s if isinstance(s, str) else s.field) for task in tasks for s in conf.tasks[task].slices)
+    is_sliced = any(name == (s if isinstance(s, str) else s.field) for s in conf.tasks[task].slices)
     if is_sliced and not rules.keeps("quality"):
         text = _EXAMPLE_TEXT if field.type == "category" else "below 20"
         metric = {"metric": "accuracy", "value": 0.93, "n": _ROWS, "slice": f"{name}={text}"}
@@ -187,12 +198,20 @@ def _print(document: Mapping[str, Any]) -> None:
         if kinds is not None:
             echo(f"  Only these messages leave: {', '.join(kinds) or 'none'}; results without predictions still do.")
         rows = [
-            [field["field"], field["rule"], leaf["message"], printable(json.dumps(leaf["example"], ensure_ascii=False))]
+            [
+                *(field["field"], field["rule"], _name_message(leaf, stream["tasks"])),
+                printable(json.dumps(leaf["example"], ensure_ascii=False)),
+            ]
             for field in stream["fields"]
-            for leaf in field["leaves"] or [{"message": "–", "example": None}]
+            for leaf in field["leaves"] or [{"message": "–", "example": None, "tasks": stream["tasks"]}]
         ]
         print_table(["field", "rule", "message", "what leaves, as an example"], rows, "")
         echo("")
+
+
+def _name_message(leaf: Mapping[str, Any], tasks: list[str]) -> str:
+    """Return the kind of message, with the tasks if not all tasks of the stream send it so."""
+    return leaf["message"] if leaf["tasks"] == tasks else f"{leaf['message']} ({', '.join(leaf['tasks'])})"
 
 
 def _describe_journal(document: Mapping[str, Any]) -> str:

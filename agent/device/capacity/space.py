@@ -32,7 +32,7 @@ from agent.device.pipeline.joined_streams import load_positions
 from agent.device.store import retention, task_keys
 from agent.device.store.labels import label_capacity
 from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import list_outputs, output_key, shadow_key
+from agent.device.store.predictions import list_stored_outputs, output_key, shadow_key
 from agent.device.store.retention import Growth
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
@@ -125,9 +125,7 @@ class SpaceManager:
                     keys = _output_keys(tx, task)
                     for name in (*keys, shadow_key(task)):
                         tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
-                    for key in keys:
-                        capacity = label_capacity(self._store.quota.database_bytes, len(keys))
-                        tx.labels.trim_labels(key, capacity, _CHUNK_LIMIT)
+                    tx.labels.trim_labels(keys, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
             self._clear_alert(now)
             if not self.is_evicting and self.is_short():
                 self.is_evicting, self._scanned_through = True, dict.fromkeys(EVICTION_ORDER, 0)
@@ -329,7 +327,7 @@ def hours_until_eviction(store: Store, limit: int) -> float | None:
 
 
 def _output_keys(tx: Transaction, task: str) -> list[str]:
-    return [output_key(task, output) for output in list_outputs(tx.connection, task)]
+    return [output_key(task, output) for output in list_stored_outputs(tx.connection, task)]
 
 
 def _is_protected(tx: Transaction, seq: int) -> bool:

@@ -12,7 +12,7 @@ from agent import decoders
 from agent.clock import ClockReading
 from agent.device.intake.row_history import summarize_reasons
 from agent.device.machine import label_key
-from agent.device.store.labels import MAX_EARLY_LABELS, PROTECTED, outcome_counter
+from agent.device.store.labels import PROTECTED, early_capacity, outcome_counter
 from agent.device.store.predictions import output_key
 from agent.device.store.transaction import Transaction
 from agent.errors import RowRejected
@@ -152,7 +152,7 @@ def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: L
     early = span is None or (label.t > span.last_t if label.t is not None else (label.row or 0) > span.last)
     if early and (label.row is None or label.row > tx.cursor(task)):
         if not tx.labels.store_early_label(key, label, now.wall_us, tx.uptime_s(now)):
-            return f"{MAX_EARLY_LABELS} labels already wait for their results; run the task first"
+            return f"{early_capacity(label.by):,} labels already wait for their results; run the task first"
         tx.increment_counter(f"labels early.{key}", 1)
         return None
     if span is None or (label.row is not None and label.row < span.first):

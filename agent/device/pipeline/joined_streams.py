@@ -1,7 +1,8 @@
 """Joined streams: rows of further streams that a batch's windows are joined with, by time.
 
 A window waits until its joined streams have a row of a later time, so that no earlier row can still come; or until it
-has waited as long as the config says, restarts included. Rows that come later than that are left out.
+has waited as long as the config says, restarts included. Rows that come later than that are left out. Windows that come
+while others wait begin their wait once those are done.
 """
 
 from __future__ import annotations
@@ -62,11 +63,15 @@ class JoinedWait(msgspec.Struct, frozen=True):
 
 
 class JoinedBatch(msgspec.Struct, frozen=True, eq=False):
-    """Windows with their joined values, the rows that they took of each input's stream, and the next read's start."""
+    """Windows with their joined values, and the rows that they took of each input's stream.
+
+    `positions` are where the next reads start, `wait` is that of the windows after these.
+    """
 
     cut: WindowCut
     rows: Mapping[str, JoinedRange]
     positions: Mapping[str, JoinedPosition]
+    wait: JoinedWait | None
 
 
 class JoinedReader:
@@ -92,7 +97,7 @@ class JoinedReader:
         ends = cut.starts + self._inference.rows - 1
         if not len(ends):
             empty = {name: JoinedRows(_no_values(spec), np.zeros(0, np.int64)) for name, spec in inputs.items()}
-            return JoinedBatch(self._inference.join(cut, t, empty), {}, self._saved)
+            return JoinedBatch(self._inference.join(cut, t, empty), {}, self._saved, self._waiting)
         ready = len(ends)
         while True:
             times = t[ends[:ready]]
@@ -116,7 +121,8 @@ class JoinedReader:
         joined = {name: JoinedRows(part.values, part.t) for name, part in parts.items()}
         end_us = int(times[ready - 1] if ready else times.min())
         positions = {name: self._position(name, spec, parts[name], end_us) for name, spec in inputs.items()}
-        return JoinedBatch(self._inference.join(cut, t, joined), rows, positions)
+        wait = self._wait_after(first_row + ends, ready)
+        return JoinedBatch(self._inference.join(cut, t, joined), rows, positions, wait)
 
     def commit(self, store: Store, message_log: MessageLog, batch: JoinedBatch) -> JoinedBatch:
         """Return the batch with the commitments to its joined rows. Raises StorageError."""
@@ -143,14 +149,16 @@ class JoinedReader:
         """Save the first rows that are still needed, in the batch's commit."""
         if batch.positions != self._saved:
             tx.save_state(self._task, task_keys.JOINED_ROWS, msgspec.json.encode(batch.positions))
-        if self._saved_wait is not None and len(batch.cut.starts):
+        if batch.wait is None and self._saved_wait is not None:
             tx.delete_state(self._task, task_keys.JOINED_WAIT)
+        elif batch.wait is not None and batch.wait != self._saved_wait:
+            tx.save_state(self._task, task_keys.JOINED_WAIT, msgspec.json.encode(batch.wait))
 
     def confirm(self, batch: JoinedBatch) -> None:
         """Keep what was committed."""
-        self._saved = dict(batch.positions)
+        self._saved, self._waiting, self._saved_wait = dict(batch.positions), batch.wait, batch.wait
         if len(batch.cut.starts):
-            self._positions, self._waiting, self._saved_wait = dict(batch.positions), None, None
+            self._positions = dict(batch.positions)
 
     def _load_positions(self, store: Store) -> dict[str, JoinedPosition]:
         if self._positions is None:
@@ -184,6 +192,14 @@ class JoinedReader:
         if uptime_s is not None and ready < len(times) and self._waiting is None:
             self._waiting = JoinedWait(int(end_rows[-1]), uptime_s)
         return ready
+
+    def _wait_after(self, end_rows: Ints, ready: int) -> JoinedWait | None:
+        """Return the wait that goes on for windows that end at `end_rows` (w,) once the first `ready` are committed."""
+        if self._waiting is None or not ready:
+            return self._waiting
+        # Row numbers may have begun again: no wait reaches beyond the windows that are there.
+        last = min(self._waiting.end_row, int(end_rows[-1]))
+        return msgspec.structs.replace(self._waiting, end_row=last) if last > end_rows[ready - 1] else None
 
     def _first_row(self, store: Store, stream: str, position: JoinedPosition | None, end_us: int) -> int:
         """Return the row to read from: the oldest one if the position is of another stream, another bundle or later."""

@@ -7,6 +7,7 @@ metric.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
     task.raise_least_count(message_log)
     alerts = _end_outputs(task, store, message_log, now)
     for output in list_outputs(task):
-        _join_early_labels(output, store, now, keep_s)
+        _join_early_labels(output.key, store, now, keep_s)
         while (state := _load_due_state(output, store, now)) is not None:
             alerts += _write_report(output, store, message_log, state, now)
     return alerts
@@ -98,49 +99,47 @@ def list_contradicted(task: LoadedTask, store: Store) -> frozenset[str]:
 
 
 def _end_outputs(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> int:
-    """Clear the alerts about outputs that the bundle does not have; return their number."""
+    """End the labels' tests and waits of outputs that the bundle does not have; return the number of alerts."""
     count = 0
-    for name in set(store.query(predictions.list_outputs, task.name)) - task.bundle.manifest.label_schemas.keys():
-        output = LabelledOutput(task.name, name, task.bundle_ref, LabelSchema("regress"))
-        if store.load_state(output.key, task_keys.LAST_LABEL_METRICS) is None:
+    stored = store.query(predictions.list_stored_outputs, task.name)
+    for name in set(stored) - task.bundle.manifest.label_schemas.keys():
+        key = output_key(task.name, name)
+        # No result can come any more.
+        _join_early_labels(key, store, now, -math.inf)
+        old, state = _load_stored_state(key, store), _load_state(key, task.bundle.digest, store)
+        if old is None or old.bundle == state.bundle:
             continue
-        state = _load_state(output, store)
-        alerts = _clear_old_alerts(output, store, state)
-        if state.feedback_open:
-            state.feedback_open = False
-            alerts.append(OWN_LABELS.cleared("the model that runs now has no such output.", count=state.feedback_count))
+        alerts = _clear_old_alerts(old, state, is_dropped=True)
         with store.transaction() as tx:
-            message_log.append_all(tx, _build_alert_messages(output, alerts), now)
-            tx.save_state(output.key, task_keys.LABEL_METRICS, state.to_bytes())
-            tx.delete_state(output.key, task_keys.LAST_LABEL_METRICS)
+            message_log.append_all(tx, _build_alert_messages(task.name, name, alerts), now)
+            tx.save_state(key, task_keys.LABEL_METRICS, state.to_bytes())
+            tx.delete_state(key, task_keys.LAST_LABEL_METRICS)
         count += len(alerts)
     return count
 
 
-def _build_alert_messages(output: LabelledOutput, alerts: Sequence[Alert]) -> list[PendingMessage]:
-    return [PendingMessage.from_alert(kinds.name_output(alert, output.name), output.task) for alert in alerts]
+def _build_alert_messages(task: str, output: str, alerts: Sequence[Alert]) -> list[PendingMessage]:
+    return [PendingMessage.from_alert(kinds.name_output(alert, output), task) for alert in alerts]
 
 
-def _join_early_labels(output: LabelledOutput, store: Store, now: ClockReading, keep_s: float) -> None:
-    span = store.query(predictions.load_span, output.key)
-    if span is None:
-        return
+def _join_early_labels(key: str, store: Store, now: ClockReading, keep_s: float) -> None:
+    """Store early labels whose result may be there, and those older than `keep_s`, or count them as unmatched."""
+    span = store.query(predictions.load_span, key)
     while True:
         with store.transaction() as tx:
-            early = label_store.load_early(tx.connection, output.key, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
+            early = label_store.load_early(tx.connection, key, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
             for _, label, received_us in early:
-                labels = tx.labels
-                result = labels.find(output.key, label)
-                outcome = "unmatched" if result is None else labels.store_label(output.key, label, result, received_us)
-                tx.increment_counter(label_store.outcome_counter(output.key, outcome), 1)
-            tx.labels.delete_early_labels(output.key, [number for number, _, _ in early])
+                result = tx.labels.find(key, label)
+                outcome = "unmatched" if result is None else tx.labels.store_label(key, label, result, received_us)
+                tx.increment_counter(label_store.outcome_counter(key, outcome), 1)
+            tx.labels.delete_early_labels(key, [number for number, _, _ in early])
         if len(early) < _EARLY_BATCH:
             return
 
 
 def _load_due_state(output: LabelledOutput, store: Store, now: ClockReading) -> DegradationState | None:
     """Return the task's state if a message is due."""
-    state = _load_state(output, store)
+    state = _load_state(output.key, output.digest, store)
     new = store.query(label_store.next_numbers, output.key, state.last_number, LABELS_PER_MESSAGE)
     if len(new) >= LABELS_PER_MESSAGE:
         return state
@@ -155,18 +154,24 @@ def _load_due_state(output: LabelledOutput, store: Store, now: ClockReading) -> 
     return state if at_s >= state.last_message_s + MAX_REPORT_INTERVAL_S else None
 
 
-def _load_state(output: LabelledOutput, store: Store) -> DegradationState:
-    stored, digest = store.load_state(output.key, task_keys.LABEL_METRICS), output.digest
-    if stored is not None:
-        try:
-            state = DegradationState.from_bytes(stored)
-        except ValueError:
-            return DegradationState(digest)
-        if state.bundle == digest:
-            return state
-        # Of another bundle: its open alerts say nothing about this one.
-        return DegradationState(digest, last_number=state.last_number, last_message_s=state.last_message_s)
-    return DegradationState(digest)
+def _load_stored_state(key: str, store: Store) -> DegradationState | None:
+    """Return the state of an output as stored, of any bundle; of none if it is damaged, None without one."""
+    if (stored := store.load_state(key, task_keys.LABEL_METRICS)) is None:
+        return None
+    try:
+        return DegradationState.from_bytes(stored)
+    except ValueError:
+        return DegradationState("")
+
+
+def _load_state(key: str, digest: str, store: Store) -> DegradationState:
+    state = _load_stored_state(key, store)
+    if state is None:
+        return DegradationState(digest)
+    if state.bundle == digest:
+        return state
+    # Of another bundle: its open alerts say nothing about this one.
+    return DegradationState(digest, last_number=state.last_number, last_message_s=state.last_message_s)
 
 
 def _write_report(
@@ -176,7 +181,8 @@ def _write_report(
     numbers = store.query(label_store.next_numbers, output.key, state.last_number, MAX_LABELS_PER_MESSAGE // 2)
     stored = store.query(label_store.load_labelled, *(output.key, state.bundle, numbers[-1], MAX_LABELS_PER_MESSAGE))
     window = LabelWindow.from_labelled(output, stored, state)
-    alerts = [*_clear_old_alerts(output, store, state), *_evaluate_labels(output, store, state, window, numbers[-1])]
+    alerts = _clear_old_alerts(_load_stored_state(output.key, store), state)
+    alerts += _evaluate_labels(output, store, state, window, numbers[-1])
     state.last_number = numbers[-1]
     messages, body = [], None
     published = _load_published(output, store)
@@ -190,7 +196,7 @@ def _write_report(
         messages.append(PendingMessage("quality", output.task, body))
         for partition, selected in cells.items():
             published[partition] = published.get(partition, {}) | selected
-    messages += _build_alert_messages(output, alerts)
+    messages += _build_alert_messages(output.task, output.name, alerts)
     with store.transaction() as tx:
         state.last_message_s = max(tx.uptime_s(now), 1.0)
         message_log.append_all(tx, messages, now)
@@ -202,24 +208,27 @@ def _write_report(
     return len(alerts)
 
 
-def _clear_old_alerts(output: LabelledOutput, store: Store, state: DegradationState) -> list[Alert]:
-    """Clear alerts about a bundle that no longer runs."""
-    stored = store.load_state(output.key, task_keys.LABEL_METRICS)
-    try:
-        old = DegradationState.from_bytes(stored) if stored else state
-    except ValueError:
+def _clear_old_alerts(
+    old: DegradationState | None, state: DegradationState, *, is_dropped: bool = False
+) -> list[Alert]:
+    """Clear alerts about a bundle that no longer runs; all of them if the one that does has no such output."""
+    if old is None or old.bundle == state.bundle:
         return []
-    if old.bundle == state.bundle:
-        return []
-    text = "another bundle runs now; its labels are evaluated from the start."
+    text = (
+        "the model that runs now has no such output."
+        if is_dropped
+        else "another bundle runs now; its labels are evaluated from the start."
+    )
     alerts = [
         degradation.ALERT_KINDS[kind].cleared(text, count=track.raised_count)
         for kind, track in old.tracks.items()
         if track.is_open
     ]
+    if is_dropped and old.feedback_open:
+        alerts.append(OWN_LABELS.cleared(text, count=old.feedback_count))
     # Counts continue, so that ids of this bundle's alerts are new.
     state.tracks = {kind: CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
-    state.feedback_open, state.feedback_count = old.feedback_open, old.feedback_count
+    state.feedback_open, state.feedback_count = old.feedback_open and not is_dropped, old.feedback_count
     return alerts
 
 

@@ -22,9 +22,8 @@ from agent.device.store.predictions import (
     PredictionRow,
     PredictionSpan,
     StoredPredictions,
-    output_key,
+    output_key_range,
     pack_predictions,
-    split_output_key,
 )
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import MODEL, NO_TRUTH, VERDICT, Label
@@ -39,6 +38,8 @@ _LABEL_BYTES = 300
 _MIN_TOLERANCE_US = 500
 # Labels of a task may take 1/20 of the quota, within these limits.
 _LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
+# Of one output, however many the others have: as many as one message covers. Less for outputs of more than 20 names.
+_MIN_OUTPUT_LABELS = 500
 _MAX_CACHED_BATCHES = 8
 _CRC = struct.Struct("<I")
 
@@ -84,6 +85,7 @@ class LabelStore:
     def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
         self._db, self._budget = db, budget
         self._batch_cache: dict[tuple[str, int], StoredPredictions | None] = {}
+        self._early_counts: dict[tuple[str, str], int] = {}
         self.stored: dict[str, int] = {}
 
     # --- predictions ---
@@ -230,58 +232,87 @@ class LabelStore:
         """Store a label until its prediction is there. Return False if too many wait already."""
         sql = "SELECT min(number) FROM labels WHERE task = ? AND number < 0"
         lowest = self._db.execute(sql, (task,)).fetchone()[0]
-        if self._count_early(split_output_key(task)[0]) >= (MAX_EARLY_LABELS if label.by else MAX_OPEN_EARLY_LABELS):
+        outputs = output_key_range(task)
+        if self._count_early(outputs) >= early_capacity(label.by):
             return False
         uptime = round(uptime_s)
         record = _LabelRecord(label.text, label.source, received, None, label.row, label.t, uptime, by=label.by)
         data = msgspec.msgpack.encode(record)
         self._budget.spend(len(data) + _LABEL_BYTES)
         self._db.execute("INSERT INTO labels (task, number, data) VALUES (?, ?, ?)", (task, (lowest or 0) - 1, data))
+        self._early_counts[outputs] += 1
         return True
 
-    def _count_early(self, task: str) -> int:
-        """Count the early labels of all outputs of a task."""
-        sql = "SELECT count(*) FROM labels WHERE task = ? AND number < 0"
-        keys = [output_key(task, output) for output in stored_predictions.list_outputs(self._db, task)]
-        return sum(int(self._db.execute(sql, (key,)).fetchone()[0]) for key in keys)
+    def _count_early(self, outputs: tuple[str, str]) -> int:
+        """Count the early labels of all outputs of a task, once in a transaction."""
+        if outputs not in self._early_counts:
+            sql = "SELECT count(*) FROM labels WHERE task BETWEEN ? AND ? AND number < 0"
+            self._early_counts[outputs] = int(self._db.execute(sql, outputs).fetchone()[0])
+        return self._early_counts[outputs]
 
     def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
         self._budget.spend(64 * len(numbers))
+        self._early_counts.clear()
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
         self._db.executemany(sql, ((task, number) for number in numbers))
 
-    def trim_labels(self, task: str, retain: int, limit: int) -> None:
-        """Delete up to `limit` labels beyond `retain`: the oldest without an author, then the oldest.
+    def trim_labels(self, tasks: Sequence[str], capacity: int, limit: int) -> None:
+        """Delete up to `limit` of the oldest labels that exceed the capacity of all outputs of a task.
 
-        Whoever may write rows can send any number of labels, which must not push out those of authors.
+        Each label without an author goes before any with one: whoever may write rows can send any number of labels,
+        which must not push out those of authors. The outputs with most labels lose them, but none loses its newest
+        `_MIN_OUTPUT_LABELS`.
         """
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
-        oldest = self._db.execute(sql, (task,)).fetchone()
-        if oldest is None or self.newest_number(task) - oldest[0] < retain:
+        oldest = [(task, row[0]) for task in tasks if (row := self._db.execute(sql, (task,)).fetchone()) is not None]
+        if sum(self.newest_number(task) - number + 1 for task, number in oldest) <= capacity:
             return
         # Numbers have gaps where a label was replaced.
         sql = "SELECT count(*) FROM labels WHERE task = ? AND number > 0"
-        excess = int(self._db.execute(sql, (task,)).fetchone()[0]) - retain
-        if excess <= 0:
+        if sum(int(self._db.execute(sql, (task,)).fetchone()[0]) for task in tasks) <= capacity:
             return
-        excess = min(excess, limit)
-        old: list[int] = []
+        by_author = [self._list_by_author(task) for task in tasks]
+        floor = min(capacity, _MIN_OUTPUT_LABELS, 2 * MAX_LABELS // len(tasks))
+        authored_share = share_capacity([len(authored) for _, authored in by_author], capacity)
+        retained = [min(len(authored), max(authored_share, floor)) for _, authored in by_author]
+        share = share_capacity([len(others) for others, _ in by_author], max(0, capacity - sum(retained)))
+        old: list[tuple[str, int]] = []
+        for task, (others, _), count in zip(tasks, by_author, retained, strict=True):
+            old += ((task, number) for number in others[: max(0, len(others) - max(share, floor - count))])
+        for task, (_, authored), count in zip(tasks, by_author, retained, strict=True):
+            old += ((task, number) for number in authored[: len(authored) - count])
+        count = self._budget.spend_affordable(_LABEL_BYTES for _ in old[:limit])
+        self._db.executemany("DELETE FROM labels WHERE task = ? AND number = ?", old[:count])
+
+    def _list_by_author(self, task: str) -> tuple[list[int], list[int]]:
+        """Return the numbers of labels without and with an author, oldest first."""
+        others: list[int] = []
         authored: list[int] = []
         sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number > 0 ORDER BY number"
         for number, data in self._db.execute(sql, (task,)):
             record = _decode_record(data)
-            (authored if record is not None and record.by else old).append(number)
-            if len(old) == excess:
-                break
-        old += authored[: excess - len(old)]
-        count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
-        sql = "DELETE FROM labels WHERE task = ? AND number = ?"
-        self._db.executemany(sql, ((task, number) for number in old[:count]))
+            (authored if record is not None and record.by else others).append(number)
+        return others, authored
 
 
-def label_capacity(database_bytes: int, outputs: int = 1) -> int:
-    """Return how many labels of each of the `outputs` of a task a store of this size holds."""
-    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES) // outputs)
+def label_capacity(database_bytes: int) -> int:
+    """Return how many labels of a task, of all its outputs, a store of this size holds."""
+    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
+
+
+def early_capacity(by: str) -> int:
+    """Return how many labels of a task may wait before one of this author; "" for none."""
+    return MAX_EARLY_LABELS if by else MAX_OPEN_EARLY_LABELS
+
+
+def share_capacity(counts: Sequence[int], capacity: int) -> int:
+    """Return the largest count that each one may have so that all together have at most `capacity` (max-min fair)."""
+    for index, count in enumerate(sorted(counts)):
+        share = capacity // (len(counts) - index)
+        if count > share:
+            return share
+        capacity -= count
+    return max(counts, default=0)
 
 
 # --- queries, also of a read-only store (`Store.query`) ---
@@ -326,14 +357,16 @@ def count_labels(db: sqlite3.Connection, task: str) -> LabelCounts:
 
 
 def load_early(
-    db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
+    db: sqlite3.Connection, task: str, span: PredictionSpan | None, before_uptime_s: float, limit: int
 ) -> list[tuple[int, Label, int]]:
     """Return (number, label, received) of early labels within the span, or from before this uptime."""
     sql = "SELECT number, data FROM checked_labels WHERE task = ? AND number < 0 ORDER BY number DESC"
     early: list[tuple[int, Label, int]] = []
     for number, data in db.execute(sql, (task,)):
         record = _decode_record(data) or _LabelRecord("", "", 0, None)
-        is_covered = (record.row is None or record.row <= span.last) and (record.t is None or record.t <= span.last_t)
+        is_covered = span is not None and (
+            (record.row is None or record.row <= span.last) and (record.t is None or record.t <= span.last_t)
+        )
         if is_covered or record.uptime_s < before_uptime_s:
             label = Label(record.row, record.t, record.label, record.source, record.by)
             early.append((number, label, record.received))

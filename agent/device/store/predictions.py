@@ -71,10 +71,11 @@ def output_key(task: str, output: str) -> str:
     return f"{task}{_OUTPUT}{output}" if output else task
 
 
-def split_output_key(key: str) -> tuple[str, str]:
-    """Return task and output of a key."""
-    task, _, output = key.partition(_OUTPUT)
-    return task, output
+def output_key_range(key: str) -> tuple[str, str]:
+    """Return the first and the last possible one of all outputs of the task that the output of `key` belongs to."""
+    task = key.partition(_OUTPUT)[0]
+    # No character of a name sorts above this one, or below the space before the output.
+    return task, output_key(task, "~")
 
 
 def shadow_key(task: str) -> str:
@@ -85,17 +86,17 @@ def shadow_key(task: str) -> str:
 # --- queries, also of a read-only store (`Store.query`) ---
 
 
-def list_outputs(db: sqlite3.Connection, task: str) -> list[str]:
+def list_stored_outputs(db: sqlite3.Connection, task: str) -> list[str]:
     """Return the names of a task's outputs with stored predictions or labels: "", then the further ones."""
     outputs, last = [""], output_key(task, " ")
-    end = output_key(task, "~")
+    end = output_key_range(task)[1]
     sql = """
         SELECT min(task) FROM (
             SELECT min(task) AS task FROM predictions WHERE task > :last AND task < :end UNION ALL
             SELECT min(task) FROM labels WHERE task > :last AND task < :end)"""
     while (key := db.execute(sql, {"last": last, "end": end}).fetchone()[0]) is not None:
         last = str(key)
-        outputs.append(split_output_key(last)[1])
+        outputs.append(last.removeprefix(task + _OUTPUT))
     return outputs
 
 

@@ -7,6 +7,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -163,10 +164,7 @@ class BlockLimits(msgspec.Struct, frozen=True, eq=False):
         if kinds != {"f32"} and kinds != {"f64"}:
             return None
         dtype = np.dtype(_DTYPES[kinds.pop()])
-        finite = np.finfo(dtype)
-        with np.errstate(over="ignore"):
-            low = [finite.min if field.min is None else max(finite.min, dtype.type(field.min)) for field in fields]
-            high = [finite.max if field.max is None else min(finite.max, dtype.type(field.max)) for field in fields]
+        low, high = zip(*(_find_bounds(field.type, field.min, field.max) for field in fields), strict=True)
         return cls(tuple(field.name for field in fields), dtype, np.array(low, dtype), np.array(high, dtype))
 
     def accept(self, raw: RawColumns) -> bool:
@@ -311,12 +309,21 @@ def _validate_fast(numbers: NDArray[Any], field: FieldConfig) -> NDArray[Any] | 
     if numbers.dtype != _DTYPES[field.type]:
         with np.errstate(invalid="ignore", over="ignore"):
             typed = numbers.astype(_DTYPES[field.type])
-    low, high = np.minimum.reduce(typed), np.maximum.reduce(typed)
-    kind = typed.dtype.type if typed.dtype.kind == "f" else float
-    if typed.dtype.kind == "f" and not (-np.inf < low and high < np.inf):
-        return None
-    within = (field.min is None or low >= kind(field.min)) and (field.max is None or high <= kind(field.max))
-    return typed if within else None
+    low, high = _find_bounds(field.type, field.min, field.max)
+    return typed if np.minimum.reduce(typed) >= low and np.maximum.reduce(typed) <= high else None
+
+
+@lru_cache(4096)
+def _find_bounds(kind: str, low: float | None, high: float | None) -> tuple[Any, Any]:
+    """Return the smallest and the largest valid value of a field, of the type that is stored."""
+    dtype = np.dtype(_DTYPES[kind])
+    if dtype.kind != "f":
+        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    finite = np.finfo(dtype)
+    with np.errstate(over="ignore"):
+        smallest = finite.min if low is None else max(finite.min, dtype.type(low))
+        largest = finite.max if high is None else min(finite.max, dtype.type(high))
+    return smallest, largest
 
 
 def _convert_exactly(values: Any, kind: str) -> NDArray[Any] | None:

@@ -438,8 +438,12 @@ def _validate(r: Reference) -> None:
         "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
+        "score_n": bool(((r.score_n >= 0) & (r.score_n <= cbpe.MAX_BIN_ANSWERS)).all()),
         "score_correct": r.score_correct is None
-        or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
+        or (
+            r.score_correct.shape == r.score_n.shape
+            and bool(((r.score_correct >= 0) & (r.score_correct <= r.score_n)).all())
+        ),
     }
     wrong += [name for name, holds in rules.items() if not holds]
     wrong += [] if r.site is None else r.site.find_invalid(r.task, r.test_count)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import msgspec
 import numpy as np
@@ -31,6 +30,18 @@ MAX_TAIL_FACTOR = 2.0
 PRIOR_SCORES, SCORE_CLIP = 80, 4.0
 _STEPS = 40  # of each search by halves
 _SCORES_AT_ONCE = 32  # of which false alarm rates are computed: all of them would need megabytes
+# Gauss-Hermite quadrature of 15 points for the standard normal, Abramowitz & Stegun (1964), 25.4.46: the nodes from 0
+# on are zeros x of the Hermite polynomial He15, and the weights 15! / (15 He14(x))².
+_HALF_NODES = (
+    0.0, 0.799129068324548, 1.6067100690287297, 2.432436827009758,
+    3.2890824243987664, 4.1962077112690155, 5.190093591304781, 6.363947888829839,
+)  # fmt: skip
+_HALF_WEIGHTS = (
+    0.31825951825951826, 0.23246229360973222, 0.0894177953998444, 0.017365774492137605,
+    0.0015673575035499562, 5.642146405189017e-05, 5.975419597920605e-07, 8.58964989963327e-10,
+)  # fmt: skip
+_NODES = np.array([*(-node for node in _HALF_NODES[:0:-1]), *_HALF_NODES])
+_WEIGHTS = np.array([*_HALF_WEIGHTS[:0:-1], *_HALF_WEIGHTS])
 
 
 class ScoreNoise(msgspec.Struct, frozen=True, eq=False):
@@ -155,40 +166,12 @@ def false_alarm_rates(limit: Float64s, slack: float, noise: ScoreNoise) -> Float
 def _average_rates(
     limit: Float64s, slack: float, mean_windows: Float64s, spread_windows: Float64s, long_run_variance: Float64s
 ) -> Float64s:
-    nodes, share = _normal_quadrature()
-    shift = nodes / np.sqrt(mean_windows)[:, None]
-    scale = np.exp(nodes / np.sqrt(2 * np.maximum(1, spread_windows - 1))[:, None])
+    shift = _NODES / np.sqrt(mean_windows)[:, None]
+    scale = np.exp(_NODES / np.sqrt(2 * np.maximum(1, spread_windows - 1))[:, None])
     wander = np.sqrt(long_run_variance)[:, None, None]
     drift = (slack * scale[:, :, None] - shift[:, None, :]) / wander
     rates = _siegmund(drift, (limit[:, None] * scale)[:, :, None] / wander)
-    return np.asarray(np.einsum("i,sij,j->s", share, rates, share))
-
-
-@cache
-def _normal_quadrature() -> tuple[Float64s, Float64s]:
-    """Return 15 nodes of the standard normal, and their weights.
-
-    Nodes are the zeros of a Hermite polynomial. Sources: Abramowitz & Stegun (1964), 25.4.46; Aberth (1973), Iteration
-    methods for finding all zeros of a polynomial simultaneously, Mathematics of Computation 27.
-    """
-    count = 15
-    nodes = np.linspace(-6.0, 6.0, count)
-    for _ in range(_STEPS):
-        value, before = _hermite(count, nodes)
-        gaps = nodes[:, None] - nodes
-        np.fill_diagonal(gaps, np.inf)
-        step = value / (count * before)
-        nodes = nodes - step / (1 - step * (1 / gaps).sum(1))
-    _, before = _hermite(count, nodes)
-    return nodes, math.factorial(count) / (count * before) ** 2
-
-
-def _hermite(degree: int, at: Float64s) -> tuple[Float64s, Float64s]:
-    """Return the Hermite polynomials of this degree, and of the one below, whose leading coefficient is 1."""
-    value, before = np.ones_like(at), np.zeros_like(at)
-    for i in range(degree):
-        value, before = at * value - i * before, value
-    return value, before
+    return np.asarray(np.einsum("i,sij,j->s", _WEIGHTS, rates, _WEIGHTS))
 
 
 def _siegmund(drift: Float64s, limit: Float64s) -> Float64s:

@@ -14,13 +14,17 @@ from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 
 class JoinedCoverage(msgspec.Struct):
-    """Rows of the stream that a further input of a task was joined from so far; `input` commits to the last `rows`."""
+    """Rows of the stream that a further input of a task was joined from so far.
+
+    `input` is the newest commitment, which is to `rows`. Its key is derived from `log`, where it was first written.
+    """
 
     stream: str
     first: int
     last: int
-    rows: tuple[int, int]
-    input: str
+    rows: tuple[int, int] = (0, 0)
+    input: str = ""
+    log: str = ""
     messages: int = 0
     unproven: int = 0
 
@@ -67,7 +71,8 @@ class RowCoverage:
         """Record that messages up to `seq` are missing or unreadable: their rows are not reported again."""
         self._unreadable_seq = seq
 
-    def check_results(self, body: ResultsPayload) -> str | None:
+    def check_results(self, body: ResultsPayload) -> list[str]:
+        """Add the rows of a message; return how they contradict the messages before it."""
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
@@ -81,7 +86,7 @@ class RowCoverage:
         track.last, track.seq = max(track.last, last), body.seq
         track.messages += 1
         track.results += len(body.columns)
-        return problem or _check_joined(track, body)
+        return [*([problem] if problem else []), *_check_joined(track, body)]
 
     def add_evictions(self, body: AuditPayload) -> None:
         """Record readings that a message declares as evicted: stream, rows, used, tasks."""
@@ -132,22 +137,25 @@ class RowCoverage:
         return first <= last and not any(a <= first and last <= b for a, b in declared)
 
 
-def _check_joined(track: TaskCoverage, body: ResultsPayload) -> str | None:
-    """Add the joined rows of a message; return how its commitments contradict those of the message before."""
-    problem = None
+def _check_joined(track: TaskCoverage, body: ResultsPayload) -> list[str]:
+    """Add the joined rows of a message; return how its commitments contradict those of the messages before."""
+    problems = []
+    log = body.reissued.first_log if body.reissued else body.log
     for name, joined in body.joined.items():
         first, last = joined.rows
         known = track.joined.get(name)
         if known is None or known.stream != joined.stream:
-            known = JoinedCoverage(joined.stream, first, last, joined.rows, joined.input)
-            track.joined[name] = known
-        elif known.rows == joined.rows and joined.input != known.input and not body.reissued:
-            problem = f"commits to rows {first}-{last} of {joined.stream} as others than the results before it"
+            known = track.joined[name] = JoinedCoverage(joined.stream, first, last)
         known.first, known.last = min(known.first, first), max(known.last, last)
-        known.rows, known.input = joined.rows, joined.input
         known.messages += 1
-        known.unproven += not joined.input
-    return problem
+        if not joined.input:
+            # The device could not read the rows any more.
+            known.unproven += 1
+            continue
+        if (known.rows, known.log) == (joined.rows, log) and joined.input != known.input:
+            problems.append(f"commits to rows {first}-{last} of {joined.stream} as others than the results before it")
+        known.rows, known.input, known.log = joined.rows, joined.input, log
+    return problems
 
 
 def _merge_ranges(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:

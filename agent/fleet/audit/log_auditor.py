@@ -178,8 +178,8 @@ class LogAuditor:
         return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
 
     def _check_coverage(self, body: LoggedPayload) -> Iterator[str]:
-        if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
-            yield problem
+        if isinstance(body, ResultsPayload):
+            yield from self._coverage.check_results(body)
         if isinstance(body, AuditPayload):
             self._coverage.add_evictions(body)
         if isinstance(body, HealthPayload):

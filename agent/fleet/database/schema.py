@@ -275,4 +275,12 @@ MIGRATIONS = (
     ),
     # output: name of a further output of the model; '' for the first one.
     Migration("name_output_of_metrics", ("ALTER TABLE metrics ADD COLUMN output TEXT NOT NULL DEFAULT ''",)),
+    # The dashboard shows the newest metrics of each output: no query for them must read all rows.
+    Migration(
+        "index_metrics_by_output",
+        (
+            "CREATE INDEX metrics_by_output ON metrics (device, log, task, output, seq) "
+            "WHERE source = 'device' AND slice = ''",
+        ),
+    ),
 )

@@ -48,6 +48,8 @@ class DerivedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             raise ValueError(f"{label}: {self.function} {'takes no field' if self.field else 'needs a field'}")
         if (self.function == "band") != (self.band is not None):
             raise ValueError(f"{label}: band = [low, high] in Hz goes with function band")
+        if not all(map(math.isfinite, (self.rate, *(self.band or ())))):
+            raise ValueError(f"{label}: rate and band must be finite numbers")
         if self.band is None:
             return
         if not 0 <= self.band[0] < self.band[1] <= self.rate / 2 + 1e-9:
@@ -79,6 +81,9 @@ class FeatureReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Version
     digest: Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 
+    def __post_init__(self) -> None:
+        _check_version(self.version)
+
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({self.digest})"
 
@@ -97,6 +102,7 @@ class FeatureSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
+        _check_version(self.version)
         name_columns(self.fields, self.derived)
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
@@ -116,6 +122,11 @@ class FeatureSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def columns(self) -> list[str]:
         """Names of the derived features."""
         return [name for feature in self.derived for name in feature.columns]
+
+
+def _check_version(version: str) -> None:
+    if not version.isprintable():
+        raise ValueError(f"version {version!r} must be printable text")
 
 
 def name_columns(fields: Sequence[str], derived: Sequence[DerivedFeature]) -> list[str]:

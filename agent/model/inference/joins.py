@@ -79,8 +79,9 @@ def find_used_range(spec: JoinedInput, t: Ints, ends_us: Ints) -> tuple[int, int
     index, is_known = _select_rows(spec, t, ends_us)
     if not is_known.any():
         return None
-    # The newest row up to a window's time ends the range, even one that is too old itself: others are counted from it.
-    return int(index[is_known].min()), int(index[is_known.any(axis=1), -1].max())
+    # The newest row up to any window's time ends the range, even one that is too old itself: others are counted from
+    # it. Where the clock stepped back, an earlier row in its place may be recent enough for a window that takes none.
+    return int(index[is_known].min()), int(index[:, -1].max())
 
 
 def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:

@@ -141,24 +141,30 @@ def _describe_rollout(rollout: Mapping[str, Any]) -> Markup:
         [_short_span(step["at"]), step["label"], _count_phases(step["devices"]), step["why"]]
         for step in rollout["steps"]
     ]
-    devices = [
-        [device["device"], device["runs"], _list_phases(device["phases"]), device["why"]]
-        for device in rollout["devices"][:_MAX_ROWS]
-    ]
     return section(
         f"Roll-out {rollout['name']} {rollout['version']}: {rollout['outcome']}",
         rollout["why"],
         table(["at", "step", "devices", "decision at its end"], steps),
-        table(["device", "runs", "phases", "last report"], devices),
+        table(["devices", "runs", "phases", "last report of the first"], [*_device_rows(rollout["devices"])]),
     )
+
+
+def _device_rows(devices: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
+    """Yield a row for the devices that run the same version after the same phases, the smallest group first."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for device in devices:
+        groups.setdefault((device["runs"], *(each["phase"] for each in device["phases"])), []).append(device)
+    for (runs, *names), alike in sorted(groups.items(), key=lambda group: len(group[1]))[:_MAX_ROWS]:
+        begins = [[device["phases"][place]["at"] for device in alike] for place in range(len(names))]
+        phases = [
+            f"{name} {_short_span(min(at))}" + (f" to {_short_span(max(at))}" if min(at) < max(at) else "")
+            for name, at in zip(names, begins, strict=True)
+        ]
+        yield [_name_devices([device["device"] for device in alike]), runs, ", ".join(phases), alike[0]["why"]]
 
 
 def _count_phases(devices: Mapping[str, list[str]]) -> str:
     return ", ".join(f"{len(set(names))} {phase}" for phase, names in devices.items()) or "none"
-
-
-def _list_phases(phases: list[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{each['phase']} {_short_span(each['at'])}" for each in phases)
 
 
 def _format_setting(name: str, value: Any) -> str:

@@ -178,6 +178,63 @@ def test_a_flood_of_early_labels_of_one_output_counts_against_the_limit_of_the_t
     assert send(device, (104, "hot", "flags"), by="ada") == {}
 
 
+def drop_wear(device: Device) -> None:
+    """Run a bundle without the output `wear`."""
+    manifest = device.task.bundle.manifest
+    further = {"flags": manifest.further["flags"]}
+    device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, outputs=further), digest="sha256:next")
+
+
+def test_early_labels_of_an_output_that_the_bundle_dropped_give_up_their_places(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
+    device.feed(waves(200))
+    assert send(device, *((row, "1", "wear") for row in (100, 104, 108))) == {}
+    assert send(device, (96, "hot", "flags")) == {0: "3 labels already wait for their results; run the task first"}
+    drop_wear(device)
+    tick(device)
+    wear = output_key("tiny", "wear")
+    assert device.store.query(label_store.count_labels, wear) == label_store.LabelCounts()
+    assert device.store.counters()[f"labels unmatched.{wear}"] == 3
+    assert send(device, (96, "hot", "flags")) == {}
+
+
+def test_an_early_label_of_a_dropped_output_joins_the_result_that_is_there(device: Device) -> None:
+    device.feed(waves(200))
+    assert send(device, (96, "3.25", "wear")) == {}
+    with device.store.transaction() as tx:
+        tx.append("weather", outputs.air_rows(outputs.still_air(20, 1)), "synced")
+    device.run_all()
+    drop_wear(device)
+    tick(device)
+    stored = device.store.query(label_store.load_label_texts, output_key("tiny", "wear"), 1)
+    assert stored == {96: ("3.25", "human")}
+
+
+def test_early_labels_expire_where_no_result_is_stored(device: Device) -> None:
+    device.feed(waves(200))
+    assert send(device, (96, "3.25", "wear")) == {}
+    tick(device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S - 1, "synced"))
+    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
+    tick(device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S + 2, "synced"))
+    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 0
+
+
+def test_labels_of_the_first_output_may_take_the_whole_capacity(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs.feed(device, 1, 1200)
+    assert send(device, *truth_of(device, "")) == {}
+    count = device.store.query(label_store.count_labels, "tiny").truth
+    monkeypatch.setattr("agent.device.store.labels.MAX_LABELS", count)
+    monkeypatch.setattr("agent.device.store.labels._MIN_OUTPUT_LABELS", 1)
+    tasks = {"tiny": device.task.config}
+    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": device.stream}, tasks=tasks)
+    SpaceManager(conf, device.store, device.author, lambda _: None, set).tick(NOW)
+    assert device.store.query(label_store.count_labels, "tiny").truth == count > 200
+
+
 def test_old_predictions_and_labels_of_every_output_are_deleted(device: Device) -> None:
     outputs.feed(device, 1, 400)
     send(device, *truth_of(device, "wear"))
@@ -191,10 +248,13 @@ def test_old_predictions_and_labels_of_every_output_are_deleted(device: Device) 
     later = ClockReading(NOW.wall_us + 10**9, NOW.boot_s + 1000, "synced")
     space.tick(later)
     assert [answers(device, name) for name in ("", "wear", "flags")] == [{}, {}, {}]
-    assert device.store.query(predictions.list_outputs, "tiny") == ["", "wear"], "labels stay"
+    assert device.store.query(predictions.list_stored_outputs, "tiny") == ["", "wear"], "labels stay"
 
 
-def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device: Device) -> None:
+@pytest.mark.parametrize("min_count", [1, 100_000])
+def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device: Device, min_count: int) -> None:
+    # With the higher count all metrics are withheld.
+    device.author = replace(device.author, min_count=min_count)
     for seed in range(3):
         outputs.feed(device, seed, 1200)
     labels = truth_of(device, "wear")
@@ -202,9 +262,8 @@ def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device:
     send(device, *labels[:half], *((row, value + 5, output) for row, value, output in labels[half:]))
     tick(device)
     assert [alert["subject"] for alert in device.store.open_alerts("tiny")] == ["wear/decay"]
-    manifest = device.task.bundle.manifest
-    further = {"flags": manifest.further["flags"]}
-    device.task.bundle = replace(device.task.bundle, manifest=replace(manifest, outputs=further), digest="sha256:next")
+    assert ("wear" in quality(device)) == (min_count == 1)
+    drop_wear(device)
     assert tick(device) == 1
     assert device.store.open_alerts("tiny") == []
     assert tick(device) == 0

@@ -31,6 +31,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
+from agent.wire import commitment
 from agent.wire.commitment import Disclosure
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
@@ -74,8 +75,8 @@ def obey(store: Store, author: MessageLog, delivery: IncomingMessage) -> None:
     acks.apply(clock.read(), force=True)
 
 
-def consume(store: Store, author: MessageLog, upto: int) -> None:
-    """Results of the task, 5 rows to a message."""
+def consume(store: Store, author: MessageLog, upto: int, joined: bytes | None = None) -> None:
+    """Write results of the task, 5 rows to a message; `joined`: bytes of the joined rows that all of them use."""
     while (store.cursor("judge") or 0) < upto:
         first = (store.cursor("judge") or 0) + 1
         body: dict[str, Any] = {
@@ -86,6 +87,11 @@ def consume(store: Store, author: MessageLog, upto: int) -> None:
             "input": "sha256:0",
             "columns": {"row": [first + 4], "t": [first], "label": ["low"], "score": [0.5]},
         }
+        if joined is not None:
+            # As a device: the commitment's key is derived from the log in which the message is first written.
+            key = commitment.derive_joined_key(author.secret, author.log_id, "weather", (1, 3))
+            proof = commitment.commit(key, [], [joined], [], {})
+            body["joined"] = {"weather": {"stream": "weather", "rows": [1, 3], "input": proof}}
         with store.transaction() as tx:
             tx.advance_cursor("judge", first, first + 4)
             author.append(tx, "results", "judge", body, clock.read())
@@ -144,6 +150,32 @@ def test_an_acknowledgement_beyond_what_was_ever_written_begins_a_new_log(tmp_pa
     # The broker still has the acknowledgement of the old log: it is no attack.
     obey(store, author, collector.ack(log))
     assert "acknowledgements refused" not in store.counters()
+    store.close()
+
+
+@pytest.mark.parametrize("changed", ["", "reissued", "fresh"])
+def test_the_audit_compares_joined_rows_of_one_log_after_a_restore(
+    tmp_path: Path, collector: Collector, changed: str
+) -> None:
+    live, log = restored(tmp_path, collector)
+    store, author = opened(live)
+    append(store, "numbers", 20)
+    consume(store, author, 35, b"air")
+    consume(store, author, 40, b"other" if changed == "reissued" else b"air")
+    with pytest.raises(StorageForked):
+        obey(store, author, collector.ack(log))
+    store.close()
+    store, author = opened(live)
+    assert author.log_id != log
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    consume(store, author, 55, b"air")
+    consume(store, author, 60, b"other" if changed == "fresh" else b"air")
+    collector.take(store)
+    report = audit(collector.store)
+    assert [problem["reason"] for problem in report.invalid] == [
+        "commits to rows 1-3 of weather as others than the results before it"
+    ] * bool(changed), report.to_dict()
     store.close()
 
 

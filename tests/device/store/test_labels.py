@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from agent.device.recovery.open import open_store
 from agent.device.store import labels
 from agent.device.store.labels import label_capacity
-from agent.device.store.predictions import PredictionSpan, StoredPredictions, pack_predictions, unpack_predictions
+from agent.device.store.predictions import (
+    PredictionRow,
+    PredictionSpan,
+    StoredPredictions,
+    output_key,
+    pack_predictions,
+    unpack_predictions,
+)
 from agent.device.store.store import Store
 from agent.performance.labels import Label
 
@@ -143,8 +150,8 @@ def test_replaced_labels_do_not_push_out_more_labels_than_necessary(store: Store
                 result = tx.labels.find_by_row("judge", row)
                 assert result is not None
                 tx.labels.store_label("judge", Label(row, None, text), result, 1)
-        tx.labels.trim_labels("judge", 120, 1000)
-        tx.labels.trim_labels("judge", 100, 1000)
+        tx.labels.trim_labels(["judge"], 120, 1000)
+        tx.labels.trim_labels(["judge"], 100, 1000)
     value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [(item.number, item.first_number) for item in value_read] == [(100 + i, i) for i in range(1, 101)]
 
@@ -167,7 +174,7 @@ def test_trimming_leaves_the_newest_labels(store: Store) -> None:
             result = tx.labels.find_by_row("judge", row)
             assert result is not None
             tx.labels.store_label("judge", Label(row, None, "a"), result, 1)
-        tx.labels.trim_labels("judge", 30, 1000)
+        tx.labels.trim_labels(["judge"], 30, 1000)
     value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [item.number for item in value_read] == list(range(71, 101))
 
@@ -179,9 +186,75 @@ def test_a_flood_of_labels_without_an_author_pushes_out_none_with_one(store: Sto
             result = tx.labels.find_by_row("judge", row)
             assert result is not None
             tx.labels.store_label("judge", Label(row, None, "a", by="eva" if row <= 100 else ""), result, 1)
-        tx.labels.trim_labels("judge", 30, 1000)
+        tx.labels.trim_labels(["judge"], 30, 1000)
     value_read = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [item.number for item in value_read] == [*range(1, 21), *range(91, 101)]
+
+
+OUTPUTS = ("judge", output_key("judge", "wear"), output_key("judge", "flags"))
+
+
+def put_labels(store: Store, count: int, task: str, by: str = "") -> None:
+    with store.transaction() as tx:
+        first = tx.labels.newest_number(task) + 1
+        for row in range(first, first + count):
+            result = PredictionRow("sha256:a", row, T0 + row, 0, 0.5, None, {})
+            assert tx.labels.store_label(task, Label(row, None, "a", by=by), result, 1) == "new"
+
+
+def trim_all(store: Store, capacity: int) -> list[int]:
+    """Trim labels until nothing changes; return the count of each output."""
+    counts: list[int] = []
+    for _ in range(100):
+        with store.transaction() as tx:
+            tx.labels.trim_labels(OUTPUTS, capacity, 70)
+        before, counts = counts, [store.query(labels.count_labels, task).truth for task in OUTPUTS]
+        if counts == before:
+            return counts
+    raise AssertionError("trimming goes on")
+
+
+@pytest.mark.parametrize(
+    ("counts", "capacity", "left"),
+    [
+        ((200, 0, 0), 200, [200, 0, 0]),
+        ((200, 10, 0), 200, [190, 10, 0]),
+        ((200, 120, 30), 200, [85, 85, 30]),
+        ((200, 120, 30), 90, [40, 40, 30]),
+        ((30, 20, 10), 90, [30, 20, 10]),
+    ],
+)
+def test_outputs_share_one_capacity_and_those_with_most_labels_lose_the_oldest(
+    store: Store, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], capacity: int, left: list[int]
+) -> None:
+    monkeypatch.setattr(labels, "_MIN_OUTPUT_LABELS", 40)
+    for task, count in zip(OUTPUTS, counts, strict=True):
+        put_labels(store, count, task)
+    assert trim_all(store, capacity) == left
+    newest = [item.number for item in store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)]
+    assert newest == [*range(counts[0] - left[0] + 1, counts[0] + 1)]
+
+
+def test_a_flood_of_labels_of_other_outputs_pushes_out_no_label_with_an_author(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "_MIN_OUTPUT_LABELS", 20)
+    put_labels(store, 90, "judge", by="eva")
+    for task in OUTPUTS:
+        put_labels(store, 150, task)
+    assert trim_all(store, 100) == [93, 20, 20]
+    assert store.query(labels.count_labels, "judge").authenticated == 90
+    # Authors share the capacity among themselves.
+    put_labels(store, 80, OUTPUTS[1], by="eva")
+    assert trim_all(store, 100) == [50, 50, 20]
+
+
+@given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 200))
+def test_a_shared_capacity_is_used_up_and_never_exceeded(counts: list[int], capacity: int) -> None:
+    share = labels.share_capacity(counts, capacity)
+    total = sum(min(count, share) for count in counts)
+    assert total <= capacity
+    assert total == sum(counts) or sum(min(count, share + 1) for count in counts) > capacity
 
 
 @pytest.mark.parametrize("pages", [2**19, 2**24, 2**30, 2**40])
@@ -199,6 +272,13 @@ def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest
         by_eva = [tx.labels.store_early_label("judge", Label(6, None, "a", by="eva"), 1, 1.0) for _ in range(2)]
     assert put == [True, True, True, False, False]
     assert by_eva == [True, False], "a flood without an author keeps no author out"
+    with store.transaction() as tx:
+        assert not tx.labels.store_early_label(OUTPUTS[1], Label(7, None, "a"), 1, 1.0), "of all outputs"
+        # No other task counts, also not one whose name begins alike.
+        assert tx.labels.store_early_label("judge-2", Label(7, None, "a"), 1, 1.0)
+        tx.labels.delete_early_labels("judge", [-1, -2])
+        assert tx.labels.store_early_label(OUTPUTS[1], Label(7, None, "a"), 1, 1.0)
+        assert not tx.labels.store_early_label(OUTPUTS[2], Label(7, None, "a"), 1, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from agent import clock
+from agent.fleet.dashboard.pages.device import _load_quality
 from agent.fleet.dashboard.state import feed
 from agent.fleet.database import task_logs
 from agent.fleet.database.dashboard import accounts, devices, history, messages, results
@@ -86,6 +87,25 @@ def test_after_a_card_was_replaced_the_results_of_the_new_log_are_shown(store: F
             assert sampled is (points == 10)
         db.execute("UPDATE logs SET live = FALSE")
         assert {row[5] for row in results.load_newest(db, "pi-01", "exercise", 5)} == {new.log}
+
+
+def test_the_newest_metrics_of_each_output_are_shown_however_old(store: FleetStore) -> None:
+    sender = enrolled(store, "pi-01", 1)
+
+    def evaluate(output: str, value: float, part: str = "") -> Arrival:
+        metric = {"metric": "accuracy", "value": value, "low": None, "high": None, "n": 100, "slice": part}
+        members = {"output": output} if output else {}
+        return Arrival(sender.verify(sender.append("quality", task=sender.task, metrics=[metric], **members)))
+
+    arrivals = [evaluate("wear", 0.1), evaluate("wear", 0.2), evaluate("wear", 0.3, "room=1")]
+    store.ingest([*arrivals, *(evaluate("", 0.9) for _ in range(80))], [], NOW)
+    with store.snapshot() as db:
+        shown = history.load_quality(db, "pi-01", sender.log, sender.task, 60)
+        assert [(row["output"], row["seq"]) for row in shown] == [("", 83), ("wear", 2)]
+        assert [row["output"] for row in history.load_quality(db, "pi-01", sender.log, sender.task, 1)] == [""]
+        assert history.load_quality(db, "pi-01", sender.log, "other", 60) == []
+        page = _load_quality(db, "pi-01", sender.log, sender.task)
+        assert [row["metrics"][0]["value"] for row in page] == [0.9, 0.2]
 
 
 def test_refused_sign_ins_are_bounded_in_number_and_age(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:

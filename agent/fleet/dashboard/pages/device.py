@@ -30,7 +30,7 @@ RANGES = {"1h": 3600, "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400, "all"
 _POINTS = 800
 _MAX_LABELS = 64
 _LISTED = 12
-_QUALITY_MESSAGES = 60  # the newest, of all outputs of a task
+_MAX_OUTPUTS = 60  # those with the newest metrics; a device may claim any
 # Times that a chart can show; a producer may claim any.
 _MAX_US = 32_503_680_000_000_000
 
@@ -105,13 +105,8 @@ def _load(db: Connection, device: DeviceState, task: TaskState | None) -> dict[s
 
 def _load_quality(db: Connection, device: str, log: str, task: str) -> list[dict[str, Any]]:
     """Return the newest message with metrics of each output, the first output first."""
-    newest: dict[str, dict[str, Any]] = {}
-    for row in history.load_quality(db, device, log, task, _QUALITY_MESSAGES):
-        body = decode_object(row["body"])
-        output = body.get("output", "")
-        if isinstance(output, str) and output not in newest and (metrics := _metrics(body)):
-            newest[output] = {**row, "output": output, "metrics": metrics}
-    return [newest[output] for output in sorted(newest)]
+    newest = history.load_quality(db, device, log, task, _MAX_OUTPUTS)
+    return [{**row, "metrics": _metrics(decode_object(row["body"]))} for row in newest]
 
 
 def _load_results(db: Connection, device: str, task: TaskState | None) -> dict[str, Any]:

@@ -7,8 +7,12 @@ from typing import Any
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
 QUALITY = """
-    SELECT time, body, log, seq FROM quality_messages WHERE device = ? AND log = ? AND task = ?
-    ORDER BY seq DESC LIMIT ?"""
+    SELECT n.output, q.time, q.body, q.log, q.seq
+    FROM (SELECT device, log, output, max(seq) AS seq FROM metrics
+          WHERE device = ? AND log = ? AND task = ? AND source = 'device' AND slice = ''
+          GROUP BY device, log, output ORDER BY max(seq) DESC LIMIT ?) n
+    JOIN quality_messages q ON q.device = n.device AND q.log = n.log AND q.seq = n.seq
+    ORDER BY n.output"""
 PHASES = """
     SELECT task, rollout, phase, reason, summary, time, log, seq FROM rollout_devices
     WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
@@ -27,6 +31,7 @@ COLLECTOR_METRICS = """
 
 
 def load_quality(db: Connection, device: str, log: str, task: str, limit: int) -> list[dict[str, Any]]:
+    """Return the newest message of each output of a task that has metrics of all results, by output."""
     return fetch_dicts(db, QUALITY, device, log, task, limit)
 
 
