@@ -21,7 +21,7 @@ CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
 
 
-def test_a_candidate_whose_process_gets_no_processor_beyond_its_timeout_still_answers() -> None:
+def test_a_candidate_that_the_machine_stops_beyond_its_timeout_answers() -> None:
     process = PatientModel(around(model("classify_int8"), CLASSIFY), None, ModelPolicy(), call_timeout_s=0.2)
     with process:
         candidate = CandidateModel(process)
