@@ -258,7 +258,8 @@ def test_a_conflicting_transaction_is_retried_and_counted(store: FleetStore, pos
         assert store.count_messages() == 2 * attempt
         if store.retry_count:
             break
-    assert store.retry_count == 1
+    # A retry that gets its row again before the other transaction does ends in the same deadlock.
+    assert store.retry_count in (1, 2)
 
 
 def test_a_key_revoked_meanwhile_signs_nothing_more(store: FleetStore, postgres_url: str) -> None:
