@@ -377,21 +377,7 @@ def build_reference(
         further=further,
         answers=answers,
     )
-    learning = LearningState.empty(base)
-    for i in range(0, len(starts) - window + 1, window):
-        inside = slice(i, i + window)
-        part = rows[int(starts[i]) : int(starts[i + window - 1]) + window_rows]
-        local = starts[inside] - starts[i]
-        drift_window = summarize(
-            base,
-            part,
-            local,
-            predicted[inside],
-            None if top is None else top[inside],
-            None if answers is None else answers[inside],
-        )
-        span = (0, 0) if t is None else (int(t[starts[i]]), int(t[starts[i + window - 1] + window_rows - 1]))
-        learning = learning.add(drift_window, base.task, t=span)
+    learning = _learn_windows(base, rows, starts, window_rows, predicted, top, window, t, answers)
     try:
         return calibrate_reference(base, learning, source="shipped", seasonality="none")
     except BadBundle as problem:
@@ -403,6 +389,34 @@ def build_reference(
             f"{problem}; give readings of three whole days with times, longer drift windows ([drift] window, now "
             f"{window}), or readings without the change"
         ) from None
+
+
+def _learn_windows(
+    base: Reference,
+    rows: Float64s,
+    starts: Ints,
+    window_rows: int,
+    predicted: Ints,
+    top: Float64s | None,
+    window: int,
+    t: Ints | None,
+    answers: Float64s | None,
+) -> LearningState:
+    """Return what is learned from the whole drift windows of reference data; `top` (w,) the highest scores."""
+    learning = LearningState.empty(base)
+    for i in range(0, len(starts) - window + 1, window):
+        inside = slice(i, i + window)
+        first, end = int(starts[i]), int(starts[i + window - 1]) + window_rows
+        drift_window = summarize(
+            base,
+            rows[first:end],
+            starts[inside] - first,
+            predicted[inside],
+            None if top is None else top[inside],
+            None if answers is None else answers[inside],
+        )
+        learning = learning.add(drift_window, base.task, t=(0, 0) if t is None else (int(t[first]), int(t[end - 1])))
+    return learning
 
 
 def with_score_accuracy(reference: Reference, top_scores: Float64s, right: Bools) -> Reference:
