@@ -95,8 +95,8 @@ def bytes_on_disk() -> Result:
 def written_bytes_per_row() -> Result:
     """Measure the bytes written to a block device under ext4, journal included, against a commit per row.
 
-    Rows pass through the intake's group commit, in commits of ten rows. Both sides begin with an empty folder. The journal
-    of small commits is folded into the database when it is full; a daemon also folds it with each of its messages.
+    Rows pass through the intake's group commit, in commits of ten rows. Both sides begin with an empty folder. The
+    journal of small commits is folded into the database when it is full; a daemon also folds it with its messages.
     """
     each, alone = _compare(grown=False)
     note = f"{ROWS:,} rows in commits of {TOGETHER}, the journal folded when full; reference: a SQLite commit a row"
