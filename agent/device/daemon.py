@@ -154,7 +154,10 @@ class Daemon:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
         while not self.signals.is_stopping:
-            self.signals.wait(self.tick(self._now()))
+            began = self._now()
+            wait = self.tick(began)
+            # Counted from the tick's own reading: what the work took must not come on top.
+            self.signals.wait(max(0.0, wait - (self._now().boot_s - began.boot_s)))
             if self.signals.is_reload_requested and not self.signals.is_stopping:
                 self.signals.begin_reload()
         # After an error of a config, the config before may follow.

@@ -280,6 +280,26 @@ def test_rows_that_arrive_during_a_run_wait_for_the_next_one(turned: Turned, mon
     assert (turned.store.cursor("exercise"), len(arrivals)) == (2000, 3)
 
 
+def test_a_wait_does_not_begin_only_when_the_work_of_other_tasks_is_done(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tick(now: clock.ClockReading) -> float:
+        # Another task takes most of the tenth of a second that a run may wait for more rows.
+        turned.boot_s += 0.08
+        return 0.1
+
+    waits: list[float] = []
+
+    def wait(signals: Signals, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        signals.request_stop()
+
+    monkeypatch.setattr(Signals, "wait", wait)
+    monkeypatch.setattr(turned.daemon, "tick", tick)
+    turned.daemon.run()
+    assert waits == [pytest.approx(0.02)]
+
+
 def test_the_memory_of_a_backlog_that_takes_several_time_slices_is_given_back(
     turned: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
