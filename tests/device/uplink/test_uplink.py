@@ -37,8 +37,9 @@ from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, Publ
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
+from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode
 from agent.wire.topics import topic_matches
+from agent.wire.verification import verify_message
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"
