@@ -47,7 +47,7 @@ class TypedMap(dict[str, Any], ABC):
 
 
 def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
-    """`leave_out` names members of `value` that its kind has a default for."""
+    """Encode as JSON without the members in `omit`, which have defaults."""
     if omit:
         value = {name: getattr(value, name) for name in value.__struct_fields__ if name not in omit}
     return msgspec.json.encode(value, enc_hook=_to_list) + b"\n"

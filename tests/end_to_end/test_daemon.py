@@ -16,11 +16,12 @@ from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device import daemon as daemon_module
 from agent.device.capacity.space import SpaceManager
-from agent.device.daemon import Daemon, Signals
+from agent.device.daemon import Daemon
 from agent.device.machine import heap
 from agent.device.pipeline import batch, loaded_task
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
+from agent.device.signals import Signals
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
