@@ -108,7 +108,12 @@ def outstation_sender() -> Callable[[str], MessageSender]:
 
 @pytest.fixture
 def lossy_link() -> Callable[..., LossyBroker]:
-    """Provide `broker(seed, **conditions)`: a broker in memory whose links misbehave by chance."""
+    """Provide `broker(seed, **conditions)`: a broker in memory whose links misbehave by chance.
+
+    Raises msgspec.ValidationError for a condition that is unknown, or no probability.
+    """
+    import msgspec
+
     from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker
 
-    return lambda seed, **conditions: LossyBroker(seed, LinkConditions(**conditions))
+    return lambda seed, **conditions: LossyBroker(seed, msgspec.convert(conditions, LinkConditions))

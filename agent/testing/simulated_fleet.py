@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from agent.errors import UsageError
 from agent.quantities import parse_duration
 from agent.testing.reasons import describe_fleet, match_alert
 from agent.testing.simulation import report, scenario, setup
@@ -17,6 +18,7 @@ from agent.testing.simulation.log import MachineLog
 from agent.testing.simulation.lossy_link import LossyLink
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
+from agent.toml_files import did_you_mean
 
 _LOG_LINES = 30
 # A test says itself how long it runs.
@@ -35,18 +37,23 @@ class SimulatedFleet:
         *,
         devices: int | None = None,
         scenario: Path | str | Mapping[str, Any] | None = None,
-        config: Path | None = None,
-        bundles: Mapping[str, str] | None = None,
-        recordings: Mapping[str, Path | tuple[Path, Sequence[str]]] | None = None,
+        config: Path | str | None = None,
+        bundles: Mapping[str, Path | str] | None = None,
+        recordings: Mapping[str, Path | str | tuple[Path | str, Sequence[str]]] | None = None,
     ) -> None:
         """Create the fleet; its devices start when time passes. Raises ConfigError, UsageError.
 
-        `scenario`: a file, TOML, or its content as a mapping, which needs no `duration`. `recordings`: a file for each
+        `scenario`: a file, TOML, or its content as a mapping, which needs no `duration`. A text that ends in `.toml` is
+        the name of a file. `recordings`: a file for each
         stream, with the names of its columns where they are not the fields. `bundles`: by task.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        files = {name: (file, ()) if isinstance(file, Path) else file for name, file in (recordings or {}).items()}
-        self._setup = setup.load(config, folder, bundles or {}, files, ())
+        named = {
+            name: (file, ()) if isinstance(file, Path | str) else file for name, file in (recordings or {}).items()
+        }
+        files = {name: (Path(file), columns) for name, (file, columns) in named.items()}
+        paths = {task: str(bundle) for task, bundle in (bundles or {}).items()}
+        self._setup = setup.load(None if config is None else Path(config), folder, paths, files, ())
         self.scenario = _read_scenario(folder, scenario, self._setup, devices)
         self._simulation = Simulation(folder, self.scenario, self._setup)
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
@@ -93,8 +100,9 @@ class SimulatedFleet:
         """Let time pass until the collector has an alert, and return it. Raises AssertionError with what it has.
 
         `alert`: kind or subject, such as "drift" or "ax"; `state`: "raised" or "cleared". With a `condition` instead of
-        an alert, which is checked after each stored batch, return {}.
+        an alert, which is checked after each turn of the collector, return {}.
         """
+        self._require(device)
         matches: list[dict[str, Any]] = []
 
         def is_there() -> bool:
@@ -104,7 +112,13 @@ class SimulatedFleet:
             return bool(matches)
 
         if not is_there() and not self._simulation.advance(parse_duration(within), is_there):
-            wanted = "the condition" if condition is not None else f"alert {alert!r} {state}"
+            wanted = (
+                "the condition"
+                if condition is not None
+                else f"alert {alert!r} {state}"
+                if alert
+                else f"any alert {state}"
+            )
             where = f" of {device}" if device else ""
             states = {name: self._simulation.devices[name].is_on for name in self.devices}
             seen = describe_fleet(self._simulation.store, states, self._log)
@@ -122,7 +136,13 @@ class SimulatedFleet:
 
     def set_offline(self, device: str, *, is_offline: bool) -> None:
         """Cut the network of a device, or restore it."""
+        self._require(device)
         self._simulation.air.set_offline(device, is_offline=is_offline)
+
+    def _require(self, device: str) -> None:
+        """Raise UsageError for the name of no device; "" is none."""
+        if device and device not in self._simulation.devices:
+            raise UsageError(f"no device {device!r}{did_you_mean(device, self._simulation.devices)}")
 
     def finish(self) -> Outcome:
         """End the feeds, wait for what is under way, audit, and return the outcome; once."""
@@ -150,8 +170,8 @@ def _read_scenario(
 ) -> Scenario:
     """Read a scenario from a file, TOML or a mapping. Raises ConfigError."""
     file = folder / "scenario.toml"
-    if isinstance(given, Path):
-        file = given
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".toml")):
+        file = Path(given)
     elif isinstance(given, str):
         file.write_text(given, encoding="utf-8")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from agent.config import BrokerConfig
@@ -56,6 +57,14 @@ def test_a_lossy_broker_repeats_itself_for_a_seed(lossy_link: Callable[..., Loss
 
     assert deliveries(7) == deliveries(7)
     assert deliveries(7) != deliveries(8)
+
+
+@pytest.mark.parametrize("wrong", [{"loss": 1.5}, {"delay_s": -1.0}, {"lost": 0.1}])
+def test_a_condition_that_is_unknown_or_no_probability_is_refused(
+    lossy_link: Callable[..., LossyBroker], wrong: dict[str, float]
+) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        lossy_link(1, **wrong)
 
 
 def test_a_missing_program_is_named() -> None:

@@ -170,6 +170,8 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
         ('start = "2020-01-01T00:00:00Z"', "start: before"),
         ("labels.sense = {}", r"labels\.sense: no task 'sense'"),
         ("seeds = 3", "seeds"),
+        ("network.loss = 2", r"network\.loss: must be at most 1"),
+        ("network.los = 0.2", r"network\.los: unknown key; did you mean 'loss'"),
     ],
 )
 def test_an_error_of_a_scenario_is_one_line_with_file_and_key(tmp_path: Path, rest: str, problem: str) -> None:
@@ -200,3 +202,25 @@ def test_the_limit_of_open_files_stays_raised_between_the_steps(tmp_path: Path) 
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.process
+def test_a_wait_ends_with_an_alert_of_the_collector_though_no_message_comes(tmp_path: Path) -> None:
+    silence = {"groups": {"hall": {"devices": 1}}, "events": [{"kind": "outage", "at": "1 min"}]}
+    with contextlib.closing(SimulatedFleet(tmp_path, scenario=silence)) as fleet:
+        assert fleet.wait_for(alert="connection", within="6 min")["device"] == "hall-01"
+
+
+def test_names_of_no_device_and_numbers_of_devices_out_of_range_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="groups: 0 devices; must be from 1 to 10000"):
+        SimulatedFleet(tmp_path / "none", devices=0)
+    (tmp_path / "hall.toml").write_text('duration = "1 h"\ngroups.hall = { devices = 1 }\n', encoding="utf-8")
+    with contextlib.closing(SimulatedFleet(tmp_path / "one", scenario=str(tmp_path / "hall.toml"))) as fleet:
+        for act in (lambda: fleet.wait_for("ax", device="hall-1", within="1 s"), lambda: _cut(fleet, "hall-02")):
+            with pytest.raises(UsageError, match=r"no device 'hall-0?[12]'; did you mean 'hall-01'\?"):
+                act()
+        assert fleet.now_s == 0.0
+
+
+def _cut(fleet: SimulatedFleet, device: str) -> None:
+    fleet.set_offline(device, is_offline=True)

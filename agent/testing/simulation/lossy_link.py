@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -26,24 +26,25 @@ from agent.transport.packets import (
 from agent.wire.topics import topic_matches
 
 T = TypeVar("T")
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _STEP_S = 0.1
 _WALL_CLOCK_START_US = 1_795_000_000_000_000
 
 
-class LinkConditions(msgspec.Struct, frozen=True):
+class LinkConditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Probabilities (0 to 1) for each message or call, and the longest delivery time."""
 
-    loss: float = 0.0
+    loss: Share = 0.0
     """The broker confirms a message and forgets it."""
-    duplication: float = 0.0
+    duplication: Share = 0.0
     """The broker delivers a message twice."""
-    delay_s: float = 0.0
+    delay_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Each delivery and each receipt takes a random time up to this; they can overtake each other."""
-    partial_receive: float = 0.0
+    partial_receive: Share = 0.0
     """`receive` returns only a part of what is due."""
-    disconnect: float = 0.0
+    disconnect: Share = 0.0
     """The connection breaks; the message in flight may or may not have arrived."""
-    silent_refusal: float = 0.0
+    silent_refusal: Share = 0.0
     """The broker drops a message and sends no receipt, as a throttling broker does."""
     no_receipts: bool = False
     """The broker confirms nothing."""

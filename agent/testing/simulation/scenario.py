@@ -15,11 +15,10 @@ from agent.config.sources import ReplayFault
 from agent.errors import ConfigError
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
-from agent.testing.simulation.lossy_link import LinkConditions
+from agent.testing.simulation.lossy_link import LinkConditions, Share
 from agent.toml_files import Section, did_you_mean
 
 MAX_DEVICES = 10_000
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 # Alerts that name what an event of a sensor may be found by.
 _SENSOR_ALERTS = ("drift", "fault")
 
@@ -283,7 +282,10 @@ def load(
     read = config.read(file, Scenario)
     if devices is not None:
         if len(read.groups) != 1:
-            raise ConfigError(str(file), "groups", f"--devices needs one group, here are {len(read.groups)}")
+            problem = f"{len(read.groups)} groups, so {devices} devices may belong to any; give each its own number"
+            raise ConfigError(str(file), "groups", problem)
+        if not 1 <= devices <= MAX_DEVICES:
+            raise ConfigError(str(file), "groups", f"{devices} devices; must be from 1 to {MAX_DEVICES}")
         [(name, group)] = read.groups.items()
         read = msgspec.structs.replace(read, groups={name: msgspec.structs.replace(group, devices=devices)})
     events = [

@@ -119,13 +119,13 @@ def load(
     listed = [*parsed.publishers.keys, *(key.text for key in publishers)]
     if listed:
         document["publishers"] = {**document.get("publishers", {}), "keys": listed}
-    manifests = _replace_bundles(file, document, parsed, bundles, publishers)
     for name, stream in parsed.streams.items():
         if stream.media_format is not None:
             problem = "images and sounds cannot be simulated; give the stream fields and a recording of their rows"
             raise ConfigError(str(file), f"streams.{name}.source", problem)
         document["streams"][name].pop("source", None)
-    return Setup(document, parsed, _load_recordings(file, parsed, recordings), manifests)
+    loaded = _load_recordings(file, parsed, recordings)
+    return Setup(document, parsed, loaded, _replace_bundles(file, document, parsed, bundles, publishers))
 
 
 def _replace_bundles(

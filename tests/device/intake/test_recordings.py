@@ -90,14 +90,25 @@ def test_a_zip_bomb_of_recordings_is_refused_before_it_is_decoded(
         tracemalloc.stop()
 
 
-def test_the_next_pass_is_whole_weeks_later_so_that_the_time_of_day_stays() -> None:
-    known = timed()
+@pytest.mark.parametrize(
+    ("n", "step_s", "period_s"),
+    [(700, 900.0, 2 * WEEK), (200, 900.0, 4 * DAY)],
+    ids=["8 days", "3 days"],
+)
+def test_the_next_pass_keeps_the_time_of_day_and_of_weeks_the_day(n: int, step_s: float, period_s: float) -> None:
+    known = timed(n, step_s)
     parts = Playlist(known, None, 7).iter_items()
     first, second, third = (next(parts) for _ in range(3))
     assert known.t is not None
-    assert (first.offset_s, second.offset_s, third.offset_s) == (0.0, WEEK, 2 * WEEK)
+    assert (first.offset_s, second.offset_s, third.offset_s) == (0.0, period_s, 2 * period_s)
     assert known.t[-1] < known.t[0] + second.offset_s
-    assert (first.n, second.first, second.start) == (200, 201, 0)
+    assert (first.n, second.first, second.start) == (n, n + 1, 0)
+
+
+def test_a_recording_of_less_than_a_day_goes_on_without_a_gap() -> None:
+    t = MAY + np.array([0.0, 2.0, 4.0, 9.0, 11.0])
+    parts = Playlist(make_recordings(np.zeros((5, 1), np.float32), [0, 5], t=t), None, 7).iter_items()
+    assert [next(parts).offset_s for _ in range(3)] == [0.0, 13.0, 26.0]
 
 
 def test_rows_that_are_skipped_are_there_in_the_next_pass() -> None:

@@ -1,8 +1,9 @@
 """Playlist of a replay: the endless order in which recordings are played.
 
 Recordings without times are repeated, each pass in another order and each recording from another start, all from one
-seed. Recordings with times, `t`, keep them: they are played completely and in order, and each pass is whole weeks after
-the one before, so that time of day and day of the week stay the same.
+seed. Recordings with times, `t`, keep them: they are played completely and in order. A pass of a week or more is
+repeated whole weeks later, one of a day or more whole days later, so that the time of day stays the same. A shorter one
+is repeated at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from agent.errors import UsageError
 
 _PAUSE_S = 5.0
 _MAX_SKIP_ROWS = 100
-_WEEK_S = 7 * 86_400
+_DAY_S = 86_400
+_WEEK_S = 7 * _DAY_S
 
 
 class PlaylistItem(msgspec.Struct, frozen=True):
@@ -118,7 +120,7 @@ class Playlist:
     def _iter_timed(self) -> Iterator[PlaylistItem]:
         t, starts = self.recordings.t, self.recordings.starts
         assert t is not None
-        period_s = math.ceil((float(t[-1] - t[0]) + 1 / self.recordings.rate) / _WEEK_S) * _WEEK_S
+        period_s = _compute_period(t)
         first, pass_number, skip = 1, 0, self.skip
         while True:
             for r in self._recordings_by_scene[0][1]:
@@ -128,3 +130,10 @@ class Playlist:
                     yield PlaylistItem(first, start, end - start, int(self.recordings.label[r]), offset_s)
                     first += end - start
             pass_number, skip = pass_number + 1, 0
+
+
+def _compute_period(t: NDArray[np.float64]) -> float:
+    """Return the seconds from the begin of a pass to that of the next one."""
+    span_s = float(t[-1] - t[0]) + (float(np.median(np.diff(t))) if len(t) > 1 else 1.0)
+    unit_s = next((unit_s for unit_s in (_WEEK_S, _DAY_S) if span_s >= unit_s), None)
+    return span_s if unit_s is None else float(math.ceil(span_s / unit_s) * unit_s)
