@@ -68,7 +68,8 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         if not gc.isenabled():
             # Modules stay until the end: the first collection need not look through all that they hold.
-            gc.freeze()
+            if not gc.get_freeze_count():
+                gc.freeze()
             gc.enable()
         return command
 
@@ -124,6 +125,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """
     # Python looks for cycles among all objects once more when it ends: 60 ms, and the memory is given back anyway.
     atexit.register(gc.freeze)
+    exempt = gc.get_freeze_count()
     # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
     gc.disable()
     try:
@@ -145,8 +147,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         code, text = _describe_error(error, sys.argv[1:] if args is None else args)
         _fail("; ".join(text.splitlines()), code)
     finally:
-        # Until something else runs in this process, such as the next test.
-        gc.unfreeze()
+        # Something else may run in this process next, such as another test. What that exempted before stays exempt.
+        if not exempt:
+            gc.unfreeze()
         gc.enable()
 
 
