@@ -66,7 +66,7 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     assert (document["passed"], document["false_alarms"]["n"]) == (True, 0)
     with contextlib.closing(FleetStore(tmp_path / "a" / "fleet" / "fleet.db", read_only=True)) as store:
         boot = "CAST(json_extract(CAST(payload AS TEXT), '$.boot') AS INTEGER)"
-        boots = store._fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
+        boots = store.fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
         unexplained = report.build(read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store)
         assert {device for device, _ in store.newest_logs()} == {*first.devices}
         assert len(store.newest_logs()) == len(first.devices)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime import FinishedRun
 from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
@@ -138,37 +138,16 @@ class CandidateModel:
 
     seconds = 0.0
     is_concurrent = False
+    outputs = property(attrgetter("_model.outputs"))
+    kernels = property(attrgetter("_model.kernels"))
+    input_shape = property(attrgetter("_model.input_shape"))
+    input = property(attrgetter("_model.input"))
+    output = property(attrgetter("_model.output"))
+    input_range = property(attrgetter("_model.input_range"))
+    output_range = property(attrgetter("_model.output_range"))
 
     def __init__(self, model: SubprocessModel) -> None:
         self._model = model
-
-    @property
-    def outputs(self) -> int:
-        return self._model.outputs
-
-    @property
-    def kernels(self) -> str:
-        return self._model.kernels
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self._model.input_shape
-
-    @property
-    def input(self) -> Quantization:
-        return self._model.input
-
-    @property
-    def output(self) -> Quantization:
-        return self._model.output
-
-    @property
-    def input_range(self) -> tuple[float, float]:
-        return self._model.input_range
-
-    @property
-    def output_range(self) -> tuple[float, float]:
-        return self._model.output_range
 
     def allocate(self, count: int) -> NDArray[Any]:
         return self._model.allocate(count)
