@@ -48,7 +48,7 @@ def wait_until(description: str, condition: Callable[[], object], seconds: float
 def _stalled_s() -> float:
     """Return the seconds since boot in which a process waited for a processor; 0 where the kernel does not count."""
     try:
-        some = _PRESSURE.read_text(encoding="ascii").splitlines()[0]
+        line = _PRESSURE.read_text(encoding="ascii").splitlines()[0]
     except OSError:
         return 0.0
-    return int(some.rpartition("total=")[2]) / 1e6
+    return int(line.rpartition("total=")[2]) / 1e6
