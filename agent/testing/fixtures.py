@@ -112,8 +112,7 @@ def lossy_link() -> Callable[..., LossyBroker]:
 
     Raises msgspec.ValidationError for a condition that is unknown, or no probability.
     """
-    import msgspec
-
+    from agent import decoders
     from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker
 
-    return lambda seed, **conditions: LossyBroker(seed, msgspec.convert(conditions, LinkConditions))
+    return lambda seed, **conditions: LossyBroker(seed, decoders.convert(conditions, LinkConditions))

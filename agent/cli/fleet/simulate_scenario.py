@@ -121,7 +121,8 @@ def _split_columns(text: str) -> tuple[Path, list[str]]:
 
 
 def _print_scenario(document: dict[str, Any]) -> None:
-    rows = [_event_row(event) for event in document["events"]]
+    by_time = sorted(enumerate(document["events"], 1), key=lambda entry: (float(entry[1]["at"]), entry[0]))
+    rows = [_event_row(number, event) for number, event in by_time]
     print_table(["at", "event", "devices", "found"], rows, "No events.")
     for rollout in document["rollouts"]:
         _print_rollout(rollout)
@@ -155,16 +156,16 @@ def _print_rollout(rollout: dict[str, Any]) -> None:
         echo(f"  at the end: {', '.join(f'{count} {phase}' for phase, count in sorted(phases.items()))}")
 
 
-def _event_row(event: dict[str, Any]) -> list[str]:
+def _event_row(number: int, event: dict[str, Any]) -> list[str]:
     """Return time, kind and devices of an event, and the first alert that answers it."""
     first = min(event["found"], key=lambda alert: alert["after"], default=None)
     answer = event.get("outcome", "nothing expected") if not event["expects"] else "MISSED"
     if first is not None:
-        subject = f"{first['alert']} {first['subject']}".strip()
+        subject = " ".join(dict.fromkeys((first["alert"], first["subject"]))).strip()
         answer = f"{subject} by the {first['by']} after {format_span(first['after'])}"
         if "shared_with" in first:
             answer += f", open since event {first['shared_with']}"
     if event["missed"] and event["found"]:
         answer += f"; MISSED at {', '.join(event['missed'][:3])}"
     at = ", ".join(event["devices"][:3]) + (" …" if len(event["devices"]) > 3 else "")
-    return [format_span(event["at"]), event["kind"], at or _PLACEHOLDER, answer]
+    return [format_span(event["at"]), f"{number} {event['kind']}", at or _PLACEHOLDER, answer]

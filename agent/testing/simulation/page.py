@@ -19,7 +19,7 @@ _DURATIONS = frozenset({"ahead", "behind", "over", "delay"})
 _OUTCOME_STYLES = {"completed": "ok", "held": "none"}
 # On a phone each row of a table is a block.
 _CSS = (
-    "td:first-child{white-space:nowrap}.timeline{min-width:640px;max-width:none}"
+    "td:first-child,.device{white-space:nowrap}.timeline{min-width:720px;max-width:none}"
     ".timeline text{font-size:12.5px;fill:var(--ink)}"
     "@media(max-width:640px){th{display:none}tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}"
     "td{display:block;border:0;padding:1px 0;overflow-wrap:anywhere}td:first-child{color:var(--muted)}}"
@@ -62,7 +62,7 @@ def _build(report: Mapping[str, Any]) -> Iterator[Markup]:
         yield _describe_rollout(rollout)
     if alarms["alerts"]:
         rows = [
-            [_short_span(alarm["at"]), alarm["device"] or "the fleet", alarm["by"], alarm["summary"]]
+            [_short_span(alarm["at"]), _list_devices([alarm["device"] or "the fleet"]), alarm["by"], alarm["summary"]]
             for alarm in alarms["alerts"][:_MAX_ROWS]
         ]
         intro = (
@@ -106,10 +106,10 @@ def _verdict(report: Mapping[str, Any]) -> Markup:
 
 
 def _event_rows(events: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
-    for event in events[:_MAX_ROWS]:
+    for number, event in _sort_by_time(events):
         settings = ", ".join(f"{name} {_format_setting(name, value)}" for name, value in event["settings"].items())
-        label = element("div", event["kind"], element("div", settings, css_class="muted"))
-        yield [_short_span(event["at"]), label, _name_devices(event["devices"]), _describe_answer(event)]
+        label = element("div", f"{number} {event['kind']}", element("div", settings, css_class="muted"))
+        yield [_short_span(event["at"]), label, _list_devices(event["devices"]), _describe_answer(event)]
 
 
 def _describe_answer(event: Mapping[str, Any]) -> Content:
@@ -122,7 +122,8 @@ def _describe_answer(event: Mapping[str, Any]) -> Content:
     first = min(answers, key=lambda each: float(each["after"]), default=None)
     parts: list[Content] = []
     if first is not None:
-        parts.append(element("span", f"{first['alert']} {first['subject']}", css_class="state ok"))
+        name = " ".join(dict.fromkeys((first["alert"], first["subject"])))
+        parts.append(element("span", name, css_class="state ok"))
         text = f" after {_short_span(first['after'])} by the {first['by']}"
         if "shared_with" in first:
             text = f" open since event {first['shared_with']}"
@@ -160,7 +161,7 @@ def _device_rows(devices: list[Mapping[str, Any]]) -> Iterator[list[Content]]:
             f"{name} {_short_span(min(at))}" + (f" to {_short_span(max(at))}" if min(at) < max(at) else "")
             for name, at in zip(names, begins, strict=True)
         ]
-        yield [_name_devices([device["device"] for device in alike]), runs, ", ".join(phases), alike[0]["why"]]
+        yield [_list_devices([device["device"] for device in alike]), runs, ", ".join(phases), alike[0]["why"]]
 
 
 def _count_phases(devices: Mapping[str, list[str]]) -> str:
@@ -185,9 +186,23 @@ def _name_devices(devices: list[str]) -> str:
     return (", ".join(devices[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")) or "the collector"
 
 
+def _list_devices(devices: list[str]) -> Markup:
+    """Return the names of the first devices, none of which is broken into two lines."""
+    names = [name.strip() for name in _name_devices(devices).split(",")]
+    parts: list[Content] = []
+    for name in names:
+        parts += [", "] * bool(parts) + [element("span", name, css_class="device")]
+    return element("div", *parts)
+
+
+def _sort_by_time(events: list[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return number and event of the first events, by time; numbers are those of the scenario."""
+    return sorted(enumerate(events[:_MAX_ROWS], 1), key=lambda entry: (entry[1]["at"], entry[0]))
+
+
 def _timeline(report: Mapping[str, Any]) -> Markup:
     """Return a drawing with a row for each event: its time, and the moments at which it was found."""
-    events = report["events"][:_MAX_ROWS]
+    events = _sort_by_time(report["events"])
     whole_s = max(float(report["simulated_seconds"]), 1.0)
     height = _ROW * (len(events) + 1)
 
@@ -202,13 +217,13 @@ def _timeline(report: Mapping[str, Any]) -> Markup:
             f'<text x="{x(at):.1f}" y="{height - 8}" text-anchor="middle" style="fill:var(--muted)">'
             f"{html_text(_short_span(at))}</text>"
         )
-    for number, event in enumerate(events):
-        middle = _ROW * number + _ROW / 2
+    for place, (number, event) in enumerate(events):
+        middle = _ROW * place + _ROW / 2
         begin, end = x(event["at"]), x(event["at"] + event["lasts"] if event["lasts"] is not None else whole_s)
         color = "var(--drift)" if event["missed"] else "var(--reference-edge)"
         devices = event["devices"]
         where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
-        name = f"{number + 1}  {event['kind']} {where}"
+        name = f"{number} {event['kind']} {where}"
         parts.append(f'<text x="0" y="{middle + 4:.1f}">{html_text(name)}</text>')
         parts.append(
             f'<rect x="{begin:.1f}" y="{middle - _BAR / 2:.1f}" width="{max(3.0, end - begin):.1f}" height="{_BAR}" '
