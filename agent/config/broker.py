@@ -1,7 +1,5 @@
 """Section [broker]: address, TLS files, credentials, and limits of a connection that is billed by the byte."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -127,7 +125,7 @@ def parse_loopback(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-KEY = "broker.metered"
+_METERED = "broker.metered"
 _MIN_BUDGET, _MAX_BUDGET = 100_000, 10**12
 # A message must fit into the part of a day's budget that bulk may use.
 _MIN_MESSAGES = 2
@@ -177,7 +175,7 @@ class UplinkBrokerConfig(BrokerConfig, frozen=True):
     """Limits of a connection that is billed by the byte, see [broker.metered](#brokermetered)."""
 
 
-def check(file: str, broker: UplinkBrokerConfig) -> None:
+def check_metered(file: str, broker: UplinkBrokerConfig) -> None:
     """Check the limits. Raises ConfigError."""
     metered = broker.metered
     if metered is None:
@@ -185,14 +183,14 @@ def check(file: str, broker: UplinkBrokerConfig) -> None:
     try:
         _ = metered.day_windows
     except ValueError as problem:
-        raise ConfigError(file, f"{KEY}.windows", f"{problem}; omit it to send at any time") from None
+        raise ConfigError(file, f"{_METERED}.windows", f"{problem}; omit it to send at any time") from None
     least = max(_MIN_BUDGET, _MIN_MESSAGES * broker.max_message_bytes)
     if metered.budget is not None and not least <= metered.budget <= _MAX_BUDGET:
         raise ConfigError(
             file,
-            f"{KEY}.budget",
+            f"{_METERED}.budget",
             f"must be between {least:,} B ({_MIN_MESSAGES} messages of max_message_bytes) and 1000 GB a day; omit it "
             "for no limit",
         )
     if metered.max_age is not None and not _MIN_AGE_S <= metered.max_age <= _MAX_AGE_S:
-        raise ConfigError(file, f"{KEY}.max_age", "must be between 1 h and 365 d; omit it to keep everything")
+        raise ConfigError(file, f"{_METERED}.max_age", "must be between 1 h and 365 d; omit it to keep everything")
