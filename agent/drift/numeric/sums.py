@@ -97,7 +97,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         """
         library = kernel.kernel()
         if library is not None:
-            origins = np.broadcast_to(origin, values.shape[1:])
+            origins = origin if isinstance(origin, np.ndarray) else np.full(values.shape[1], origin)
             sums = group_sums.add(library, values, origins, groups.group_ids, self.n, self.total, self.squares)
             return GroupSums(*sums)
         shifted: Float64s = np.subtract(values, origin, dtype=np.float64)
