@@ -86,9 +86,9 @@ class RecentRows(msgspec.Struct, frozen=True):
         buffer, begin, end = self.buffer, self.begin, self.end + len(t)
         if buffer.used != self.end or end > len(buffer.t):
             # A copy of all for each block of rows would take longer than everything else.
-            buffer, kept = _Buffer(limit + limit // 2 + len(t)), self.end - begin
-            buffer.t[:kept], buffer.hashes[:kept] = self.t, self.hashes
-            begin, end = 0, kept + len(t)
+            buffer, count = _Buffer(limit + limit // 2 + len(t)), self.end - begin
+            buffer.t[:count], buffer.hashes[:count] = self.t, self.hashes
+            begin, end = 0, count + len(t)
         buffer.t[end - len(t) : end], buffer.hashes[end - len(t) : end] = t, hashes
         buffer.used = end
         follows = self.is_ascending and (begin == end - len(t) or buffer.t[end - len(t) - 1] <= t[0])

@@ -141,7 +141,7 @@ def test_the_rows_that_are_compared_are_limited_in_count_and_bytes() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=12), st.integers(1, 8), st.data())
-def test_recent_rows_stay_as_they_are_whatever_is_appended_to_them(
+def test_recent_rows_never_change_when_rows_are_appended(
     blocks: list[list[int]], limit: int, data: st.DataObject
 ) -> None:
     every: list[tuple[RecentRows, list[int]]] = [(RecentRows.from_rows([], limit), [])]
