@@ -93,6 +93,9 @@ class RowCountSchedule:
     needs_last_run, counts_rows = False, True
 
     def __init__(self, rows: int) -> None:
+        """Raise ValueError for no rows, which wait at any time."""
+        if rows < 1:
+            raise ValueError("a number of rows must be positive")
         self._rows = rows
         self._last_run: float | None = None
         self._is_gathering = False

@@ -64,7 +64,7 @@ def _parse_alternative(text: str, last_us: int | None, seed: str) -> Schedule:
         raise ValueError("a time zone belongs to a cron expression or to dates")
     schedule: Schedule
     if row_count is not None:
-        schedule = RowCountSchedule(max(1, int(row_count[1])))
+        schedule = RowCountSchedule(int(row_count[1]))
     else:
         seconds = config.parse_duration(trigger.removeprefix("every "))
         if seconds <= 0:

@@ -316,6 +316,7 @@ def test_a_last_run_reaches_the_cron_schedule() -> None:
         ("every", "has 5 fields"),
         ("every 60", "must be a number with a unit"),
         ("every 0 s", "an interval must be positive"),
+        ("when 0 rows", "a number of rows must be positive"),
         ("every -5 s", "must be a number with a unit"),
         ("every 5 parsecs", "must be a number with a unit"),
         ("when rows", "has 5 fields"),
