@@ -90,14 +90,12 @@ def latency_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> C
 
 def error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Return the new bundle's mean absolute error, divided by the old one's."""
-    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
-    return _mean_ratio(
-        [
-            (block, _total(new.abs_error), new.abs_error.n, _total(old.abs_error), old.abs_error.n)
-            for block, new, old in pairs
-            if new.abs_error.n and old.abs_error.n
-        ]
-    )
+    return _moments_ratio(blocks, lambda stats: stats.abs_error, new_is_other)
+
+
+def expected_error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
+    """Return the error expected of the new bundle by its inputs (DLE), divided by the old one's."""
+    return _moments_ratio(blocks, lambda stats: stats.expected_error, new_is_other)
 
 
 def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
@@ -219,6 +217,14 @@ def _mean_ratio(
         return None
     factor = math.exp(min(50.0, width.half_width))
     return width.estimate(ratio, ratio / factor, ratio * factor, new_n.sum())
+
+
+def _moments_ratio(
+    blocks: Sequence[ComparisonBlock], getter: Callable[[BundleStats], Moments], new_is_other: bool
+) -> ComparisonEstimate | None:
+    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
+    rows = [(block, getter(new), getter(old)) for block, new, old in pairs]
+    return _mean_ratio([(block, _total(new), new.n, _total(old), old.n) for block, new, old in rows if new.n and old.n])
 
 
 def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:

@@ -295,6 +295,7 @@ class BundleStats(msgspec.Struct, frozen=True):
 
     `seconds`: inference time. `scores`: its scores, or its values. `expected`: accuracy estimated from its scores.
     `right`: labelled windows predicted correctly. `abs_error`: absolute error of its values on labelled windows.
+    `expected_error`: absolute error to expect of its values by its inputs (DLE).
     """
 
     windows: Natural
@@ -303,6 +304,26 @@ class BundleStats(msgspec.Struct, frozen=True):
     expected_accuracy: Moments = Moments()
     correct: Natural = 0
     abs_error: Moments = Moments()
+    expected_error: Moments = Moments()
+
+
+class ComparedOutput(msgspec.Struct, frozen=True):
+    """Comparison of a further output, with the meaning of these members in `ShadowPayload`; times are not counted.
+
+    An output that only one bundle has, has windows of that bundle only.
+    """
+
+    n: Natural
+    agreeing: Natural | None = None
+    difference: Moments = Moments()
+    stats: BundleStats = BundleStats(0, 0.0)
+    other_stats: BundleStats = BundleStats(0, 0.0)
+    labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
+    error: Annotated[str, msgspec.Meta(max_length=500)] = ""
+
+    def __post_init__(self) -> None:
+        if self.agreeing is not None and self.agreeing > self.n:
+            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
 class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
@@ -310,7 +331,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
 
     `agreeing`: windows of `n` with equal predictions. `difference`: other minus model, of values or scores. `labelled`:
     labelled windows that were right in [both, model only, other only, neither]. `errors`: batches in which `other`
-    failed; `error`: the last reason.
+    failed; `error`: the last reason. `outputs`: further outputs of the models by name.
     """
 
     task: ShortText
@@ -327,6 +348,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     errors: Natural = 0
     error: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    outputs: Annotated[dict[Name, ComparedOutput], msgspec.Meta(max_length=32)] = {}
 
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:

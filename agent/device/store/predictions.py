@@ -78,9 +78,9 @@ def output_key_range(key: str) -> tuple[str, str]:
     return task, output_key(task, "~")
 
 
-def shadow_key(task: str) -> str:
-    """Return the key under which predictions of a shadow bundle are stored: no task can have this name."""
-    return f"{task} shadow"
+def shadow_key(task: str, output: str = "") -> str:
+    """Return the key under which a shadow bundle's predictions are stored: no task can have this name."""
+    return output_key(f"{task} shadow", output)
 
 
 # --- queries, also of a read-only store (`Store.query`) ---

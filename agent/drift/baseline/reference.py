@@ -148,6 +148,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return count_cells(self.task.further)
 
     @property
+    def error_references(self) -> dict[str, ErrorReference]:
+        """Held-out errors of each output that has them; the first output has the name ""."""
+        return {} if self.error is None else {"": self.error}
+
+    @property
     def error_bins(self) -> int:
         """E, the bins of the error to expect; 0 if nothing is known of it."""
         return 0 if self.error is None else expected_error.BINS

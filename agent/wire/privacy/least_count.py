@@ -184,6 +184,8 @@ def _limit_shadow(body: Body, k: int) -> Body:
         limited[side] = stats | ({"correct": 0} if few_labels else {})
     if body["agreeing"] is not None and _is_few(body["n"], k):
         limited |= {"n": 0, "agreeing": 0}
+    if "outputs" in body:
+        limited["outputs"] = {name: _limit_shadow(part, k) for name, part in body["outputs"].items()}
     return limited
 
 
