@@ -15,7 +15,7 @@ from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
 from agent.cli.output import emit
 from agent.errors import UsageError, explain
-from agent.wire import messages
+from agent.wire import verification
 from agent.wire.commitment import DisclosedJoin, Disclosure
 from agent.wire.messages import ResultsPayload
 
@@ -104,7 +104,7 @@ def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> l
     for _, log, seq, kind, _, payload, *_ in entries:
         if kind != "results":
             continue
-        body = messages.decode(payload)
+        body = verification.decode(payload)
         if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):
             written_in = body.reissued.first_log if body.reissued else str(log)
             if written_in == disclosure.log:
