@@ -292,10 +292,7 @@ class BundleStats(msgspec.Struct, frozen=True):
 
 
 class ComparedOutput(msgspec.Struct, frozen=True):
-    """Comparison of a further output, with the meaning of these members in `ShadowPayload`; times are not counted.
-
-    An output that only one bundle has, has windows of that bundle only.
-    """
+    """Comparison of a further output, as in `ShadowPayload` without times. One that a bundle lacks has none of its windows."""
 
     n: Natural
     agreeing: Natural | None = None
@@ -304,10 +301,6 @@ class ComparedOutput(msgspec.Struct, frozen=True):
     other_stats: BundleStats = BundleStats(0, 0.0)
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     error: Annotated[str, msgspec.Meta(max_length=500)] = ""
-
-    def __post_init__(self) -> None:
-        if self.agreeing is not None and self.agreeing > self.n:
-            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
 
 
 class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
@@ -337,8 +330,9 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} run backwards")
-        if self.agreeing is not None and self.agreeing > self.n:
-            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
+        for agreeing, n in [(self.agreeing, self.n), *((part.agreeing, part.n) for part in self.outputs.values())]:
+            if agreeing is not None and agreeing > n:
+                raise ValueError(f"{agreeing} windows agree, n says {n}")
 
 
 class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
