@@ -6,8 +6,7 @@ With fewer blocks or devices than the minimum there is no interval. Influential 
 sample contains too few of them, so the most influential block counts twice.
 
 Sources: linearized ratios, Cochran (1977), Sampling Techniques, chapter 6; Wilson (1927) with the effective sample
-size, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least width of a paired difference; Student's
-quantile by Abramowitz & Stegun (1964), 26.7.5.
+size, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least width of a paired difference.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 from agent.arrays import Float64s
 from agent.comparison.tally import ComparisonStats
-from agent.performance.intervals import Z, wilson
+from agent.performance.intervals import Z, student_t_quantile, wilson
 from agent.wire.messages import BundleStats, Moments
 
 # The fewest devices for intervals over devices; the fewest blocks for intervals over blocks.
@@ -189,15 +188,6 @@ def ar1_design_effect(values: Float64s) -> float:
     r = (r * n + 1 + _PRIOR_COUNT * _PRIOR_AUTOCORRELATION) / (n - 3 + _PRIOR_COUNT)
     r = min(max(r, 0.0), _MAX_AUTOCORRELATION)
     return (1 + r) / (1 - r)
-
-
-def student_t_quantile(degrees_of_freedom: float) -> float:
-    """Return the 97.5 % quantile of Student's t, for at least 3 degrees of freedom."""
-    z, d = Z, degrees_of_freedom
-    first = (z**3 + z) / (4 * d)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * d**3)
-    return z + first + second + third
 
 
 def _mean_ratio(

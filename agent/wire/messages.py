@@ -292,7 +292,7 @@ class BundleStats(msgspec.Struct, frozen=True):
 
 
 class ComparedOutput(msgspec.Struct, frozen=True):
-    """Comparison of a further output, as in `ShadowPayload` without times. One that a bundle lacks has none of its windows."""
+    """Comparison of a further output, as in `ShadowPayload`, without times; a bundle without it has no windows."""
 
     n: Natural
     agreeing: Natural | None = None
