@@ -235,10 +235,10 @@ def test_limits_hold_for_each_output_alike() -> None:
 
 def test_an_output_may_have_limits_of_its_own_or_none() -> None:
     bad = with_output(20)
-    wide = RuleLimits(0.9, outputs={"wear": OutputLimits(min_agreement=0.4)})
-    assert {r.state for r in verdict.evaluate_rules(wide, bad, True)} == {"passed"}
-    narrow = RuleLimits(0.1, outputs={"wear": OutputLimits(min_agreement=0.9)})
-    assert [r.state for r in verdict.evaluate_rules(narrow, bad, True)] == ["passed", "failed"]
+    loose = RuleLimits(0.9, outputs={"wear": OutputLimits(min_agreement=0.4)})
+    assert {r.state for r in verdict.evaluate_rules(loose, bad, True)} == {"passed"}
+    strict = RuleLimits(0.1, outputs={"wear": OutputLimits(min_agreement=0.9)})
+    assert [r.state for r in verdict.evaluate_rules(strict, bad, True)] == ["passed", "failed"]
     ignored = RuleLimits(0.9, 1.5, outputs={"wear": OutputLimits(min_agreement=0.9, ignore=True)})
     assert "wear/agreement" not in {r.name for r in verdict.evaluate_rules(ignored, bad, True)}
 

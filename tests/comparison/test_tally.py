@@ -198,9 +198,9 @@ def test_further_outputs_are_compared_over_the_same_windows() -> None:
     theirs = replace(theirs, outputs={"wear": wear, "more": theirs})
     stats = tally.compare_batch(kind, ours, kind, theirs)
     assert (stats.n, stats.agreeing, stats.batches, sorted(stats.outputs)) == (1, 1, 1, ["more", "wear"])
-    found = stats.outputs["wear"]
-    assert (found.n, found.agreeing, found.difference.mean, found.batches) == (1, None, 0.5, 0)
-    assert (found.model.expected_error.mean, found.other.expected_error.mean) == (0.3, 0.2)
+    compared = stats.outputs["wear"]
+    assert (compared.n, compared.agreeing, compared.difference.mean, compared.batches) == (1, None, 0.5, 0)
+    assert (compared.model.expected_error.mean, compared.other.expected_error.mean) == (0.3, 0.2)
     alone = stats.outputs["more"]
     assert (alone.agreeing, alone.model.windows, alone.other.windows) == (None, 0, 2)
     assert alone.error == "only one of the two bundles has this output"

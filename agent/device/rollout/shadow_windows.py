@@ -144,7 +144,7 @@ def build_predictions(
 
 
 class EstimateBasis(msgspec.Struct, frozen=True, eq=False):
-    """What estimates of one bundle without labels rest on: held-out scores by output, and a reference with errors.
+    """Basis of estimates of one bundle without labels: held-out scores by output, and a reference with errors.
 
     Without held-out scores a score is its own probability.
     """
@@ -167,7 +167,7 @@ class EstimateBasis(msgspec.Struct, frozen=True, eq=False):
 
 
 def select_estimate_bases(references: Sequence[Reference | None]) -> list[EstimateBasis]:
-    """Return what estimates rest on, of outputs for which all bundles have it: mixed estimates do not compare."""
+    """Return the bases of estimates, of outputs for which all bundles have it: mixed estimates do not compare."""
     known = [reference for reference in references if reference is not None]
     if len(known) < len(references):
         return [EstimateBasis()] * len(references)

@@ -110,7 +110,7 @@ def test_equal_bundles_agree_in_each_output(device: Device, packed: Bundle) -> N
     assert ComparisonStats.from_message(message) == runner.state.blocks[-1]
 
 
-def test_a_shadow_whose_second_output_is_worse_fails_although_the_first_agrees(
+def test_a_shadow_whose_second_output_is_worse_fails_while_the_first_agrees(
     device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = make_runner(device, packed)
@@ -119,10 +119,10 @@ def test_a_shadow_whose_second_output_is_worse_fails_although_the_first_agrees(
         submit(device, runner, seed, 120)
         label_results(device, "wear", 0.5)
         report(device, runner, 100.0 + 1000 * seed)
-    found = {result.name: result for result in rules.evaluate_rules(CanaryRules(), runner.blocks, True)}
-    assert found["wear/labels"].state == "failed"
-    assert found["wear/labels"].summary.startswith("Output wear: Mean absolute error by labels")
-    assert found["estimated_accuracy"].state == "passed"
+    results = {result.name: result for result in rules.evaluate_rules(CanaryRules(), runner.blocks, True)}
+    assert results["wear/labels"].state == "failed"
+    assert results["wear/labels"].summary.startswith("Output wear: Mean absolute error by labels")
+    assert results["estimated_accuracy"].state == "passed"
     limits = CanaryRules(min_agreement=0.9)
     states = {result.name: result.state for result in rules.evaluate_rules(limits, runner.blocks, True)}
     assert (states["agreement"], states["flags/agreement"]) == ("passed", "failed")
@@ -156,14 +156,14 @@ def test_an_output_that_the_other_bundle_dropped_is_undecided(
         return replace(scores.from_outputs(answers, packed.manifest, inputs), outputs={})
 
     monkeypatch.setattr(shadow, "scores", SimpleNamespace(from_outputs=drop))
-    kept = msgspec.structs.replace(packed.manifest, outputs=msgspec.UNSET)
-    runner.other.bundle = replace(runner.other.bundle, manifest=kept)
+    manifest = msgspec.structs.replace(packed.manifest, outputs=msgspec.UNSET)
+    runner.other.bundle = replace(runner.other.bundle, manifest=manifest)
     submit(device, runner)
     report(device, runner)
     limits = CanaryRules(min_agreement=0.9)
-    found = {result.name: result for result in rules.evaluate_rules(limits, runner.blocks, True)}
-    assert (found["wear/agreement"].state, found["flags/agreement"].state) == ("undecided", "undecided")
-    assert "only one of the two bundles has this output" in found["wear/agreement"].summary
+    results = {result.name: result for result in rules.evaluate_rules(limits, runner.blocks, True)}
+    assert (results["wear/agreement"].state, results["flags/agreement"].state) == ("undecided", "undecided")
+    assert "only one of the two bundles has this output" in results["wear/agreement"].summary
     swapped = {result.name for result in rules.evaluate_rules(limits, runner.blocks, False)}
     assert not any("/" in name for name in swapped), "nothing compares with an output that only the new bundle has"
 
@@ -191,7 +191,7 @@ def with_errors(loaded: LoadedBundle, size: float) -> LoadedBundle:
     return replace(loaded, reference=changed, bundle=replace(loaded.bundle, files=files, digest=digest))
 
 
-def test_expected_errors_of_both_bundles_stand_beside_the_measured_ones(tmp_path: Path) -> None:
+def test_expected_errors_of_both_bundles_accompany_the_measured_ones(tmp_path: Path) -> None:
     loaded = activated(REGRESS)
     device = Device(tmp_path / "store", REGRESS, with_errors(loaded, 1.0))
     other = LoadedTask(

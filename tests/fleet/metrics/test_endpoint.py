@@ -169,8 +169,8 @@ def measured(sender: MessageSender, output: str, *names: str, slice_name: str = 
 
 
 def quality_of(text: str) -> dict[tuple[str, str], float]:
-    found = {labels: number for (name, labels), number in parse(text).items() if name == "outstation_task_quality"}
-    return {(dict(labels).get("output", ""), dict(labels)["metric"]): number for labels, number in found.items()}
+    samples = {labels: number for (name, labels), number in parse(text).items() if name == "outstation_task_quality"}
+    return {(dict(labels).get("output", ""), dict(labels)["metric"]): number for labels, number in samples.items()}
 
 
 def test_quality_of_each_output_is_served_with_its_interval_and_age(
@@ -203,9 +203,9 @@ def test_a_device_that_claims_many_outputs_and_metrics_gets_a_bounded_number_of_
     sliced = measured(sender, "", "accuracy", slice_name="room=1")
     tasks = {sender.task: {"row": 1, "stream": "watch", "model": MODEL}}
     ingest(store, sender, health(sender, tasks=tasks), *claims, sliced)
-    found = quality_of(fetch(listener)[1])
-    assert {metric for _, metric in found} == {"accuracy"}
-    assert len(found) == 60
+    samples = quality_of(fetch(listener)[1])
+    assert {metric for _, metric in samples} == {"accuracy"}
+    assert len(samples) == 60
 
 
 def test_an_unavailable_database_is_reported_until_it_returns(store: FleetStore, listener: MetricsListener) -> None:

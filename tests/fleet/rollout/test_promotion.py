@@ -170,10 +170,10 @@ def test_a_dropped_output_is_named_with_its_reason(six: Fleet) -> None:
     assert blocker.startswith("wear/agreement unknown over 36 blocks of 6 devices (at least 0.9: undecided; only one")
 
 
-def test_expected_errors_stand_beside_the_measured_ones(six: Fleet) -> None:
+def test_expected_errors_accompany_the_measured_ones(six: Fleet) -> None:
     six.start(plan(rules=promotion(min_agreement=None, max_error_growth=0.1)))
-    one, two = ({"n": 100, "mean": mean, "m2": 1.0} for mean in (2.0, 3.0))
-    six.in_shadow(stats={**ANSWERED, "expected_error": one}, other_stats={**ANSWERED, "expected_error": two})
+    old, new = ({"n": 100, "mean": mean, "m2": 1.0} for mean in (2.0, 3.0))
+    six.in_shadow(stats={**ANSWERED, "expected_error": old}, other_stats={**ANSWERED, "expected_error": new})
     [finding] = six.look().verdict.rule_results
     assert finding.state == "undecided", "they decide nothing"
     assert finding.text.endswith("; expected without labels: 3, of the previous bundle 2, ratio 1.500 [1.500, 1.500]")
