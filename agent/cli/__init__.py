@@ -19,6 +19,7 @@ def main(args: list[str] | None = None) -> NoReturn:
 
     An error is one line on standard error, whatever it is.
     """
+    exempt = gc.get_freeze_count()
     # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
     gc.disable()
     if args is None:
@@ -37,8 +38,9 @@ def main(args: list[str] | None = None) -> NoReturn:
 
         code = commands.report_error(error, words)
     finally:
-        # Until something else runs in this process, such as the next test.
-        gc.unfreeze()
+        # Something else may run in this process next, such as another test. What that exempted before stays exempt.
+        if not exempt:
+            gc.unfreeze()
         gc.enable()
     global _exit_code
     _exit_code = code

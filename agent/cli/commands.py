@@ -65,7 +65,8 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         if not gc.isenabled():
             # Modules stay until the end: the first collection need not look through all that they hold.
-            gc.freeze()
+            if not gc.get_freeze_count():
+                gc.freeze()
             gc.enable()
         return command
 

@@ -36,6 +36,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull, UsageError
+from agent.text import pluralize
 
 log = logging.getLogger("outstation")
 _SPACE_INTERVAL_S = 10.0
@@ -301,7 +302,7 @@ class Daemon:
             self.uplink.wake()
             self._feed_watchdog()
             if result.alerts:
-                log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
+                log.warning("task %s: %s; see `outstation status`", task.name, pluralize(result.alerts, "alert"))
             if (self._store.cursor(name) or 0) >= last_row:
                 self._release_memory()
                 return

@@ -25,7 +25,7 @@ from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.runtime import FinishedRun
-from agent.model.inference.tuning import Tuning
+from agent.model.inference.tuning import Tuning, describe_machine, model_digest
 from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.probe import ProbeReport
@@ -34,7 +34,7 @@ from agent.wire.keys import PublicKey
 
 # The model is the user's own, and a process for each of a thousand devices would be too many.
 _IN_PROCESS = ModelPolicy("off")
-# Instead of the measured speed, on which the size of batches depends.
+# Instead of a measured speed, on which the size of batches depends.
 _ROWS_PER_S = 10_000.0
 # A process that neither computes nor answers is killed this long after its deadline.
 _STALL_S = 600.0
@@ -71,13 +71,13 @@ class SharedModels(ModelHost):
         return self.load(proven, loading, _IN_PROCESS, on_wait)
 
     def probe(self, bundle: Bundle, known_tunings: Sequence[Tuning], policy: ModelPolicy) -> ProbeReport:
-        """Probe a bundle once, with the same batches on any machine."""
+        """Probe a bundle once, with the same batches on any machine, however busy it is."""
         if bundle.digest not in self._reports:
-            report = probe.probe(bundle, known_tunings, policy)
-            if report.tuning is not None:
-                tuning = replace(report.tuning, batch=1, threads=1, rows_per_s=_ROWS_PER_S)
-                report = replace(report, tuning=tuning)
-            self._reports[bundle.digest] = report
+            report = probe.probe(bundle, None, policy, grace_s=_STALL_S)
+            tensors = bundle.manifest.tensors
+            names = (model_digest(bundle.model_bytes), report.runtime, describe_machine())
+            tuning = Tuning(*names, batch=1, threads=1, rows_per_s=_ROWS_PER_S, tensors=tensors)
+            self._reports[bundle.digest] = replace(report, tuning=tuning)
         return self._reports[bundle.digest]
 
     def load(

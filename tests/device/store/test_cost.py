@@ -22,8 +22,8 @@ from tests.kit.stations import T0
 
 
 @pytest.fixture
-def turned(tmp_path: Path) -> Iterator[Turned]:
-    made = Turned(tmp_path)
+def turned(disk_path: Path) -> Iterator[Turned]:
+    made = Turned(disk_path)
     yield made
     made.store.close()
 
