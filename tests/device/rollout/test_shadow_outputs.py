@@ -110,7 +110,7 @@ def test_equal_bundles_agree_in_each_output(device: Device, packed: Bundle) -> N
     assert ComparisonStats.from_message(message) == runner.state.blocks[-1]
 
 
-def test_a_shadow_whose_second_output_is_worse_fails_while_the_first_agrees(
+def test_a_worse_second_output_fails_a_rule(
     device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = make_runner(device, packed)
