@@ -52,7 +52,7 @@ class _Members(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fields: msgspec.Raw
     t: msgspec.Raw
     columns: msgspec.Raw
-    rows: msgspec.Raw | None = None
+    rows: msgspec.Raw = msgspec.Raw(b"")
 
 
 def encode(
@@ -95,7 +95,7 @@ def decode(data: bytes, rows: int, span: tuple[int, int] | None = None) -> Sampl
             np.array(_parse_list(column, _Column, rows), np.float64)
             for column in _split_columns(bytes(members.columns).strip(), len(fields))
         ]
-        numbers = None if members.rows is None else _parse_numbers(bytes(members.rows), rows, span)
+        numbers = _parse_numbers(raw, rows, span) if (raw := bytes(members.rows)) else None
         if (numbers is None) != (span is None):
             raise ValueError("row numbers are for joined rows, and these have them")
         return SampleContent(members.consent, fields, np.array(times, np.int64), columns, numbers)
