@@ -216,6 +216,17 @@ def test_two_commitments_to_the_same_joined_rows_fail_the_audit(store: FleetStor
     assert reasons(audit(store)) == [(2, "commits to rows 5-9 of air as others than the results before it")]
 
 
+def test_commitments_under_another_secret_contradict_none_before_it_was_replaced(store: FleetStore) -> None:
+    sender = MessageSender()
+    replaced = sender.append("audit", event="secret replaced", summary="It was lost.", evidence={"through": 1})
+    log = [sender.results(joined=joined(5, 9, proof)) for proof in ("a",)]
+    collected(store, sender, *log, replaced, *(sender.results(joined=joined(5, 9, proof)) for proof in ("b", "b", "c")))
+    report = audit(store)
+    assert reasons(report) == [(5, "commits to rows 5-9 of air as others than the results before it")]
+    [entry] = report.to_dict()["replaced_secrets"]
+    assert (entry["device"], entry["seq"]) == (sender.device, 2)
+
+
 def test_rows_that_could_not_be_read_again_contradict_no_commitment(store: FleetStore) -> None:
     sender = MessageSender()
     log = [sender.results(joined=joined(5, 9, proof)) for proof in ("", "a", "", "a", "", "b")]

@@ -130,7 +130,8 @@ def _to_parquet(columns: Mapping[str, NDArray[Any]]) -> bytes:
 def _to_csv(columns: Mapping[str, NDArray[Any]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
+    # Fields that a device names reach here unchecked, as labels of results do.
+    writer.writerow([*map(csv_text, columns)])
     shown = [_to_cells(name, column) for name, column in columns.items()]
     writer.writerows(zip(*shown, strict=True))
     return buffer.getvalue().encode()
@@ -140,6 +141,5 @@ def _to_cells(name: str, column: NDArray[Any]) -> list[str]:
     if name == TIME_COLUMN:
         return [f"{t:.6f}" for t in column.tolist()]
     if column.dtype.kind == "U":
-        # A label stays as it is: it is to be read again.
-        return column.tolist() if name == LABEL_COLUMN else [*map(csv_text, column.tolist())]
+        return [*map(csv_text, column.tolist())]
     return ["" if value != value else repr(value) for value in column.tolist()]
