@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 256 << 20
+# Of a device whose config names none.
+DATA_DIR = "/var/lib/outstation"
 _PIPE_WAIT_MS = 10_000
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -24,6 +26,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def find_config(explicit: str | None) -> Path:
+    """Return a device's config file: `explicit`, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
+    if explicit or os.environ.get("OUTSTATION_CONFIG"):
+        return Path(explicit or os.environ["OUTSTATION_CONFIG"])
+    here = Path("outstation.toml")
+    return here if here.exists() else Path("/etc/outstation/outstation.toml")
 
 
 def open_regular(path: Path) -> BufferedReader[Any]:

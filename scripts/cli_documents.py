@@ -17,7 +17,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from agent import __version__
-from agent.cli import cli
+from agent.cli.commands import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 PROGRAM = "outstation"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import signal
+import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,9 @@ from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
 
 pytest_plugins = ["agent.testing.fixtures"]
+
+# Modules and tests stay until the end: looking for garbage among them, over and over, is a tenth of the collection.
+gc.disable()
 
 # No deadline, since the time of an example depends on the machine. Examples are reproducible and few; `pytest
 # --hypothesis-profile chance` draws many new ones.
@@ -124,6 +129,7 @@ def pytest_collection_finish() -> None:
     """Exempt all that lives until the end from garbage collection, which each file's end asks for."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,6 +156,25 @@ def _model_processes() -> list[str]:
 def program() -> Callable[[str], str]:
     """Return the path of a program: `program("mosquitto")`. A missing program skips the test, and fails it on CI."""
     return find_program
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """Return a folder on a disk, which the kernel counts writes to. `tmp_path` may be in memory."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="outstation-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def shared_path(tmp_path: Path) -> Path:
+    """Return `tmp_path`, which other users may enter, if it is in a folder for files of all users such as /tmp."""
+    above = [tmp_path, *tmp_path.parents]
+    for common, folder in enumerate(above):
+        if folder.stat().st_mode & stat.S_ISVTX:
+            for own in above[:common]:
+                own.chmod(0o755)
+            break
+    return tmp_path
 
 
 @pytest.fixture(scope="module", params=DATABASES)

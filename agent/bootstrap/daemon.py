@@ -22,7 +22,7 @@ from agent.device.commands.executor import CommandExecutor, RemoteCommands
 from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.commands.wipe import Wipe
-from agent.device.daemon import Daemon, Notifier, ReadingSender, Signals
+from agent.device.daemon import Daemon, Notifier, ReadingSender
 from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
@@ -38,6 +38,7 @@ from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.rollout.fetch.request import METADATA_DIR
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.rules import rule_store
+from agent.device.signals import Signals
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from agent import config
+from agent import config, input_files
 from agent.bootstrap import credentials, sinks
 from agent.bootstrap.owner import become_owner
 from agent.config import Config
@@ -34,7 +34,7 @@ TLS_KEY_FILE = "device-tls.key"
 
 def load_config(config_file: str | None, task: str | None = None) -> tuple[Path, Config]:
     """Return the config file in use and its contents. Raises ConfigError, UsageError if it has no `task`."""
-    file = config.find(config_file)
+    file = input_files.find_config(config_file)
     conf = config.load(file, sinks.SINKS)
     if conf.broker.tls_key_file is not None:
         tls_key_file = str(credentials.find_secret(Path(conf.broker.tls_key_file)))

@@ -17,7 +17,8 @@ from agent import clock
 from agent.errors import MessageRefused
 from agent.names import is_name
 from agent.text import printable
-from agent.wire.messages import DriftPayload, ResultsPayload, decode
+from agent.wire.messages import DriftPayload, ResultsPayload
+from agent.wire.verification import decode
 
 MAX_TASKS, MAX_OUTPUTS = 64, 16
 # Home Assistant refuses a longer state.

@@ -22,7 +22,8 @@ from agent.errors import LinkDown, MessageRefused
 from agent.text import printable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from agent.wire.messages import ResultsPayload, decode
+from agent.wire.messages import ResultsPayload
+from agent.wire.verification import decode
 
 logger = logging.getLogger("outstation.bridge")
 

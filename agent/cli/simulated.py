@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,45 @@ dir_option = click.option(
 
 def exit_on_signals() -> None:
     """Exit on SIGTERM and SIGHUP as on Ctrl-C, so that started processes end."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in _list_handled(signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: _exit_on(number))
+
+
+@contextlib.contextmanager
+def deferred_exit() -> Iterator[Callable[[], None]]:
+    """Provide a function that exits if a signal has come; a second signal exits at once.
+
+    An exception inside a transaction would leave its end to the garbage collector, when the database is closed.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            _exit_on(number)
+        received.append(number)
+
+    def leave() -> None:
+        if received:
+            _exit_on(received[0])
+
+    handled = _list_handled(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in handled}
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _list_handled(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Return the signals that this process does not ignore, as under nohup."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _exit_on(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

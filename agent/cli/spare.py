@@ -1,33 +1,65 @@
-"""Spare model process: it imports the runtime while this process imports the modules of its command."""
+"""Spare model process: it imports the runtime while this process imports everything else.
+
+This module imports little: the process starts before the command line, the config and their libraries are loaded.
+"""
 
 from __future__ import annotations
 
-import click
+import contextlib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from agent import config
+from agent import input_files
 from agent.bootstrap.owner import become_owner
-from agent.cli.output import config_option
-from agent.errors import UsageError
 from agent.model.sandbox import launch
 
+_FLAGS = {"--json", "-v", "--verbose"}
 
-def prepare(ctx: click.Context, args: list[str]) -> None:
-    """Start the process of a command's first model, with the rights of the device's owner.
 
-    None is started if the device has no task, or runs models in the daemon. Raises UsageError, but not for an invalid
-    config: the command reports that.
+@contextlib.contextmanager
+def prepared(args: Sequence[str]) -> Iterator[None]:
+    """Start the process of a command's first model, with the rights of the device's owner; end it if none needed it.
+
+    `args` are those behind the command's name. None is started if the device has no task, or runs models in the daemon.
+    Raises UsageError, but not for a wrong option or config: the command reports that.
     """
+    path, document = _read_config(args)
+    device, models = document.get("device"), document.get("models", {})
+    if isinstance(device, dict) and isinstance(models, dict) and document.get("tasks"):
+        data_dir = device.get("data_dir", input_files.DATA_DIR)
+        if isinstance(data_dir, str) and models.get("confinement") != "off":
+            become_owner(path.resolve().parent / data_dir)
+            launch.prepare_spare()
     try:
-        conf = config.load(config.find(_read_options.make_context("", args, parent=ctx).params["config_file"]))
-    except (UsageError, click.UsageError):
-        return
-    become_owner(conf.data_dir)
-    if conf.tasks and conf.models.confinement != "off":
-        launch.prepare_spare()
-        ctx.call_on_close(launch.discard_spare)
+        yield
+    finally:
+        launch.discard_spare()
 
 
-@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@config_option
-def _read_options(config_file: str | None) -> None:
-    """Read the option that names the config; other options stay for the command."""
+def _read_config(args: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of the config that the options name; no content if it cannot be read."""
+    path = Path()
+    try:
+        path = input_files.find_config(_find_option(args))
+        return path, tomllib.loads(input_files.read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return path, {}
+
+
+def _find_option(args: Sequence[str]) -> str | None:
+    """Return what `--config` names, the last one as for the command itself. Raises ValueError for unknown options."""
+    named, rest = None, iter(args)
+    for word in rest:
+        if word == "--":
+            break
+        if word in ("-c", "--config"):
+            named = next(rest, "")
+        elif word.startswith("--config="):
+            named = word.partition("=")[2]
+        elif word.startswith("-c"):
+            named = word[2:]
+        elif word.startswith("-") and word not in _FLAGS:
+            raise ValueError(word)
+    return named

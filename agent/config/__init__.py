@@ -6,7 +6,6 @@ from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.config import Config as Config
 from agent.config.config import digest as digest
-from agent.config.config import find as find
 from agent.config.config import load as load
 from agent.config.device import BufferConfig as BufferConfig
 from agent.config.device import CollectorConfig as CollectorConfig

@@ -1,7 +1,6 @@
 """Config of a device: all sections of its `outstation.toml`, checked against each other."""
 
 import hashlib
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,6 @@ class Config(Section, frozen=True):
     @property
     def intake_token_file(self) -> Path:
         return self.data_dir / (self.intake.token_file or "intake.token")
-
-
-def find(explicit: str | None) -> Path:
-    """Return the config file: `explicit`, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
-    if explicit or os.environ.get("OUTSTATION_CONFIG"):
-        return Path(explicit or os.environ["OUTSTATION_CONFIG"])
-    here = Path("outstation.toml")
-    return here if here.exists() else Path("/etc/outstation/outstation.toml")
 
 
 def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:

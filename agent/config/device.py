@@ -6,6 +6,7 @@ import msgspec
 
 from agent.config.broker import parse_loopback
 from agent.errors import ConfigError
+from agent.input_files import DATA_DIR
 from agent.names import check_name
 from agent.quantities import Duration, Size
 from agent.toml_files import Section
@@ -29,7 +30,7 @@ class DeviceConfig(Section, frozen=True):
     """Device id: a-z 0-9 - _ . , 1 to 64 characters; it is a level of every topic."""
     fleet: str
     """Fleet name, same characters."""
-    data_dir: str = "/var/lib/outstation"
+    data_dir: str = DATA_DIR
     """Folder of the store, the intake socket and installed bundles; on a local disk. If it is moved away, the daemon
     stops with exit code 3 and leaves a note `<data_dir>.moved` beside it, or `<data_dir>.moved/note` if that is a
     folder, as under the shipped unit. It starts again when the folder is back or the note is deleted. If the note

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -31,14 +30,15 @@ from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, ScheduledTask
 from agent.device.rollout.updater import BundleUpdater
 from agent.device.samples.selection import SampledTask
+from agent.device.signals import Signals
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull, UsageError
+from agent.text import pluralize
 
 log = logging.getLogger("outstation")
-
 _SPACE_INTERVAL_S = 10.0
 _LABEL_INTERVAL_S = 5.0
 _MAX_WAIT_S = 5.0
@@ -48,66 +48,6 @@ _TIME_SLICE_S = 1.0
 _MANY_ROWS = 20_000
 _LABELS_SUFFIX = " (evaluating its labels)"
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 3600.0
-
-
-class Signals(msgspec.Struct):
-    """Flags that other threads and signal handlers set for the main loop."""
-
-    is_stopping: bool = False
-    # No daemon follows in this process, also if this one stops for a reload or a new log.
-    is_terminating: bool = False
-    failure: Exception | None = None
-    is_reload_requested: bool = False
-    # Reads the config again; None if it is invalid, and the daemon goes on with its own.
-    read_config: Callable[[], Config | None] = lambda: None
-    # Config of the daemon that follows this one in the same process.
-    next_config: Config | None = None
-    # While the first models load, nothing else feeds the watchdog of a daemon that reloads.
-    on_model_wait: Callable[[], None] = lambda: notify("WATCHDOG=1")
-    # Not a threading.Event: a signal handler that runs inside Event.wait can deadlock on the Event's lock.
-    _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
-
-    def wake(self) -> None:
-        if self._wake_queue.empty():
-            self._wake_queue.put(None)
-
-    @property
-    def is_quiet(self) -> bool:
-        """Return True if `wake` was not called since the last `wait`."""
-        return self._wake_queue.empty()
-
-    def wait(self, timeout_s: float) -> None:
-        """Return at the next `wake`, at once after one since the last `wait`, or after `timeout_s`."""
-        with contextlib.suppress(queue.Empty):
-            self._wake_queue.get(timeout=max(0.0, timeout_s))
-
-    def fail(self, error: Exception) -> None:
-        self.failure = self.failure or error
-        self.request_stop()
-
-    def request_stop(self) -> None:
-        self.is_stopping = True
-        self.wake()
-
-    def terminate(self) -> None:
-        self.is_terminating = True
-        self.next_config = None
-        self.request_stop()
-
-    def request_reload(self) -> None:
-        self.is_reload_requested = True
-        self.wake()
-
-    def begin_reload(self) -> None:
-        """Read the config again, and stop for a daemon with it; an invalid one changes nothing."""
-        self.is_reload_requested = False
-        self.next_config = self.read_config()
-        if self.is_terminating:
-            # Since the config was read: `terminate` runs between any two instructions.
-            self.next_config = None
-        elif self.next_config is not None:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=")
-            self.request_stop()
 
 
 class _StopRequested(Exception):
@@ -215,7 +155,10 @@ class Daemon:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
         while not self.signals.is_stopping:
-            self.signals.wait(self.tick(self._now()))
+            began = self._now()
+            wait = self.tick(began)
+            # Counted from the tick's own reading: what the work took must not come on top.
+            self.signals.wait(max(0.0, wait - (self._now().boot_s - began.boot_s)))
             if self.signals.is_reload_requested and not self.signals.is_stopping:
                 self.signals.begin_reload()
         # After an error of a config, the config before may follow.
@@ -359,7 +302,7 @@ class Daemon:
             self.uplink.wake()
             self._feed_watchdog()
             if result.alerts:
-                log.warning("task %s: %d alerts; see `outstation status`", task.name, result.alerts)
+                log.warning("task %s: %s; see `outstation status`", task.name, pluralize(result.alerts, "alert"))
             if (self._store.cursor(name) or 0) >= last_row:
                 self._release_memory()
                 return

@@ -182,9 +182,11 @@ def find_complete_windows(
     """
     fields = batch.features.shape[1]
     most = max(1, MAX_FIELDS_PER_PASS // fields, min(LARGE_PASS_WINDOWS, MAX_FIELDS_PER_LARGE_PASS // fields))
-    count = min((len(batch.starts) - first) // window, most)
-    if count == 0:
+    left = (len(batch.starts) - first) // window
+    if left == 0:
         return None
+    # As many passes as needed, of as few windows as these allow: memory is that of the largest.
+    count = -(-left // -(-left // most))
     rows = shipped.window_rows
     starts = batch.starts[first : first + count * window].reshape(count, window)
     ends = starts[:, -1] + rows
@@ -344,7 +346,7 @@ def _nearest_shares(sums: Float64s, limit: Float64s, gates: Mapping[str, GateRun
 
     `limit` (T,) is that of the sums. None if a gate waits.
     """
-    nearest = (sums / limit).max((1, 2))
+    nearest = (np.maximum(sums[:, 0], sums[:, 1]) / limit).max(1)
     for run in gates.values():
         shares = run.nearest_shares(len(sums))
         if shares is None:

@@ -26,6 +26,8 @@ from agent.drift.faults.open_faults import OpenFaults
 from agent.drift.numeric.escalation import DriftSizes, Escalation
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
+from agent.kernel import comparisons
+from agent.kernel import library as kernel
 
 
 class CarriedAlert(msgspec.Struct, frozen=True):
@@ -195,10 +197,7 @@ class Batch(msgspec.Struct, frozen=True):
         """Return a part with these model windows."""
         begin, end = int(self.starts[index][0]), int(self.starts[index][-1]) + shipped.window_rows
         values, starts = np.ascontiguousarray(self.features[begin:end], np.float32), self.starts[index] - begin
-        with np.errstate(over="ignore", invalid="ignore"):
-            # One pass without an array of its own; infinities and missing values both show.
-            is_finite = math.isfinite(values.sum())
-        if not is_finite and any_true(np.isinf(values)):
+        if _has_infinite(values):
             values = np.where(np.isinf(values), np.float32(np.nan), values)
         return BatchPart(
             values=values,
@@ -225,6 +224,15 @@ class BatchPart(msgspec.Struct, frozen=True):
     begin: int
     first_row: int
     t: Ints  # (n,) epoch µs
+
+
+def _has_infinite(values: Float32s) -> bool:
+    library = kernel.kernel()
+    if library is not None:
+        return comparisons.has_infinite(library, values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass without an array of its own; infinities and missing values both show.
+        return not math.isfinite(values.sum()) and any_true(np.isinf(values))
 
 
 def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes: Ints) -> DriftState:

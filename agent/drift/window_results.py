@@ -14,7 +14,7 @@ from agent.drift.reporting import drift_message
 from agent.drift.reporting.drift_message import MessageSums, SuiteStatus
 from agent.drift.state import DriftWindowResult
 from agent.drift.testing.test_suite import DriftTester
-from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
+from agent.wire.runs import MAX_QUIET_WINDOWS
 
 
 class ClosedWindow(msgspec.Struct, frozen=True, eq=False):

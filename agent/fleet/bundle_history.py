@@ -16,7 +16,8 @@ from agent.fleet.database.interface import Connection
 from agent.fleet.database.labelling import labels
 from agent.fleet.database.labelling.labels import TaskLog
 from agent.performance.labels import LabelSchema, parse_anomaly
-from agent.wire.messages import AuditPayload, ResultsPayload, decode
+from agent.wire.messages import AuditPayload, ResultsPayload
+from agent.wire.verification import decode
 
 
 class BundleRun(msgspec.Struct):

@@ -23,7 +23,8 @@ from agent.wire import jws, topics
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, encryption_key_of
-from agent.wire.messages import ReplyPayload, cloudevent_properties, encode, verify_message
+from agent.wire.messages import ReplyPayload, cloudevent_properties, encode
+from agent.wire.verification import verify_message
 
 VALID_S = 600
 PUBLISH_TIMEOUT_S = 10.0

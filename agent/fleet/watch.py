@@ -22,14 +22,8 @@ from agent.text import printable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import topics
-from agent.wire.messages import (
-    AlertPayload,
-    DriftPayload,
-    LoggedPayload,
-    StatePayload,
-    VerifiedMessage,
-    verify_message,
-)
+from agent.wire.messages import AlertPayload, DriftPayload, LoggedPayload, StatePayload
+from agent.wire.verification import VerifiedMessage, verify_message
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -120,7 +120,7 @@ def measure_windows(
     return WindowNumbers(out[:, :fields], out[:, fields:moments], out[:, moments:spread], out[:, spread:])
 
 
-def sum_steps(library: Library, values: Float64s, scale: float, groups: Ints, count: int) -> Float64s:
+def sum_steps(library: Library, values: Float64s, scale: float, groups: Ints, count: int) -> Ints:
     """Return counts and sums (G, 2X) of `values` (m, X) in steps of 1 / `scale`, by group (m,) of so many."""
     rows, width = values.shape
     if values.strides[1] != values.itemsize or values.dtype != np.float64 or values.strides[0] % values.itemsize:
@@ -130,8 +130,8 @@ def sum_steps(library: Library, values: Float64s, scale: float, groups: Ints, co
         raise ValueError("values and groups differ in shape")
     sums, scales = np.zeros((count, 2 * width)), np.array([scale])
     stride = values.strides[0] // values.itemsize
-    library.add_steps(rows, width, stride, address(values), address(scales), address(groups), address(sums))
-    return sums
+    library.add_steps(rows, width, stride, count, address(values), address(scales), address(groups), address(sums))
+    return sums.view(np.int64)
 
 
 def _floats(values: Float64s) -> Float64s:

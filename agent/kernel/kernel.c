@@ -42,6 +42,28 @@ enum { CUTS = 33, BINS = 34, SIZES = 64 };
 enum { DONE = 0 };
 static const double SPIKE_SDS = 10.0, NEIGHBOUR_SDS = 5.0;
 
+/* Whole numbers of 64 bits as double and back: a processor of 32 bits has no instruction for them. Back, what is too
+ * large becomes the least number, as by NumPy on most processors.
+ */
+static inline double to_double(int64_t whole) {
+#if __SIZEOF_POINTER__ == 8
+    return (double)whole;
+#else
+    return (double)(int32_t)(whole >> 32) * 4294967296.0 + (double)(uint32_t)whole;
+#endif
+}
+
+static inline int64_t to_whole(double value) {
+    if (!(__builtin_fabs(value) < 9223372036854775808.0)) return INT64_MIN;
+#if __SIZEOF_POINTER__ == 8
+    return (int64_t)value;
+#else
+    int32_t high = (int32_t)(value / 4294967296.0);
+    high -= (double)high * 4294967296.0 > value;
+    return (int64_t)((uint64_t)(uint32_t)high << 32 | (uint32_t)(value - (double)high * 4294967296.0));
+#endif
+}
+
 /* Order key of a value: whole numbers compare as the values do, and -0 as 0. A missing value is above all others. */
 static inline int32_t order_key(float value) {
     int32_t bits;
@@ -514,15 +536,15 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
 }
 
 /* Add values (n, width), `stride` apart and NaN left out, in whole steps of 1 / scale, to each row's group: counts, then
- * sums (groups, 2 * width).
+ * sums (groups, 2 * width), in whole numbers as int64 at the end.
  */
-int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, const double *values, const double *scale,
-                          const int64_t *groups, double *sums) {
+int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, int64_t groups, const double *values,
+                          const double *scale, const int64_t *group, double *sums) {
     const double by = *scale, magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
     const double reach = 1125899906842624.0;              /* 2**50, from where on values are whole */
     for (int64_t i = 0; i < n; i++) {
         const double *row = values + i * stride;
-        double *count = sums + groups[i] * 2 * width, *sum = count + width;
+        double *count = sums + group[i] * 2 * width, *sum = count + width;
         for (int64_t f = 0; f < width; f++) {
             const double value = row[f] * by, rounded = (value + magic) - magic;
             const double step = __builtin_fabs(value) < reach ? rounded : value;
@@ -530,6 +552,86 @@ int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, const double
             sum[f] += value == value ? step : 0.0;
         }
     }
+    for (int64_t i = 0; i < groups * 2 * width; i++) {
+        const int64_t whole = to_whole(sums[i]);
+        memcpy(sums + i, &whole, sizeof whole);
+    }
+    return DONE;
+}
+
+/* Return 1 if one of n values is infinite. */
+int64_t EXPORT(has_infinite)(int64_t n, const float *values) {
+    uint32_t infinite = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        infinite |= (bits & 0x7fffffffu) == 0x7f800000u;
+    }
+    return infinite != 0;
+}
+
+/* Compare moments `n`, `mean`, `m2` (windows, classes, width) with `usual` means, `step` apart from window to window, and
+ * `sd` (classes, width), over all classes. Out, by `kind`: VALUES (windows, 3, width): see `compute_test_values` in
+ * moments.py; SQUARES (windows, width): mean squares in sd; MISFIT (windows, width): these less 1.
+ */
+int64_t EXPORT(compare_moments)(int64_t windows, int64_t classes, int64_t width, int64_t step, int64_t kind,
+                                const int64_t *n, const double *mean, const double *m2, const double *usual,
+                                const double *sd, double *out) {
+    enum { VALUES, SQUARES, MISFIT };
+    const int64_t size = classes * width;
+    for (int64_t window = 0; window < windows; window++, n += size, mean += size, m2 += size, usual += step) {
+        for (int64_t i = 0; i < width; i++) {
+            int64_t count = 0;
+            double value = 0, effect = 0, square = 0;
+            for (int64_t class = 0; class < classes; class++) {
+                const int64_t place = class * width + i;
+                const double times = to_double(n[place]), off = mean[place] - usual[place], by = sd[place] * sd[place];
+                count += n[place];
+                if (kind == VALUES) {
+                    const double shift = times * off, share = shift / sd[place], part = (m2[place] + shift * off) / by;
+                    value += share;
+                    effect += shift;
+                    square += part;
+                } else {
+                    const double part = (m2[place] + times * (off * off)) / by - (kind == MISFIT ? times : 0.0);
+                    square += part;
+                }
+            }
+            const double rows = count > 1 ? to_double(count) : 1.0;
+            if (kind == VALUES) {
+                value /= rows;
+                const double variance = square / rows - value * value;
+                out[i] = value;
+                out[width + i] = effect / rows;
+                out[2 * width + i] = variance < 0 ? 0.0 : variance;
+            } else {
+                out[i] = square / rows;
+            }
+        }
+        out += kind == VALUES ? 3 * width : width;
+    }
+    return DONE;
+}
+
+/* Average deviations of class means from `expected` (classes, width): see `compute_deviations` in class_means.py. `sums`
+ * (windows, classes, 2 * width): counts, then sums in steps of 1 / scale. Out (windows, width); NaN without a count.
+ */
+int64_t EXPORT(average_deviations)(int64_t windows, int64_t classes, int64_t width, const int64_t *sums,
+                                   const double *scale, const double *expected, double *out) {
+    const double unknown = __builtin_nan(""), by = *scale;
+    for (int64_t window = 0; window < windows; window++, sums += 2 * classes * width, out += width)
+        for (int64_t i = 0; i < width; i++) {
+            int64_t total = 0;
+            double sum = 0;
+            for (int64_t class = 0; class < classes; class++) {
+                const int64_t n = sums[2 * class * width + i];
+                const double times = to_double(n), mean = to_double(sums[(2 * class + 1) * width + i]) / by / (n > 1 ? times : 1.0);
+                const double part = times * (mean - expected[class * width + i]);
+                total += n;
+                sum += part;
+            }
+            out[i] = total > 0 ? sum / to_double(total) : unknown;
+        }
     return DONE;
 }
 
@@ -773,6 +875,68 @@ int64_t EXPORT(mean_errors)(int64_t windows, int64_t n, int64_t columns, int64_t
             outputs += 4 * n;
         }
         errors[window] = sum_pairwise(scratch, n) / (double)(int32_t)n;
+    }
+    return DONE;
+}
+
+enum { SHARES = BINS - 2 };
+static const double LEAST_SHARE = 1e-4, TINY = 1e-300;
+
+static inline double larger(double a, double b) {
+    return a > b ? a : b;
+}
+
+/* Compare `counts` (n, 34) with shares of the `reference` (fields, 32), whose fields n runs through again and again: see
+ * `compute_all` in divergence.py. `bounds` (fields, 33), `sd` (fields). Out: `shares` (n, 32) of the counts; `ratios`
+ * (3, n, 32), of which `sum_divergences` needs the logarithms; and the last two of `sizes` (n, 4).
+ */
+int64_t EXPORT(compare_shares)(int64_t n, int64_t fields, const int64_t *counts, const double *reference,
+                               const double *bounds, const double *sd, double *shares, double *ratios, double *sizes) {
+    for (int64_t row = 0, field = 0; row < n; row++, field = field + 1 < fields ? field + 1 : 0, counts += BINS, shares += SHARES, ratios += SHARES, sizes += 4) {
+        const double *p = reference + field * SHARES, *bound = bounds + field * (SHARES + 1);
+        double before = 0, gap = 0, area[SHARES];
+        int64_t total = 0;
+        for (int bin = 0; bin < BINS; bin++) total += counts[bin];
+        for (int bin = 0; bin < SHARES; bin++) {
+            int64_t count = counts[1 + bin];
+            if (bin == 0) count += counts[0];
+            if (bin == SHARES - 1) count += counts[BINS - 1];
+            const double q = to_double(count) / (total > 1 ? to_double(total) : 1.0);
+            const double middle = larger((p[bin] + q) / 2, TINY);
+            shares[bin] = q;
+            ratios[bin] = larger(p[bin], LEAST_SHARE) / larger(q, LEAST_SHARE);
+            ratios[n * SHARES + bin] = larger(p[bin], TINY) / middle;
+            ratios[2 * n * SHARES + bin] = larger(q, TINY) / middle;
+            const double after = bin ? before + (q - p[bin]) : q - p[bin];
+            double height = __builtin_fabs(before + after) / 2;
+            if (before * after < 0)
+                height = (before * before + after * after) / (2 * __builtin_fabs(after - before));
+            area[bin] = height * (bound[bin + 1] - bound[bin]);
+            gap = larger(gap, __builtin_fabs(after));
+            before = after;
+        }
+        const double scale = sd[field];
+        sizes[2] = gap;
+        sizes[3] = sum_pairwise(area, SHARES) / (scale > 0 ? scale : __builtin_inf());
+    }
+    return DONE;
+}
+
+/* Sum the first two of `sizes` (n, 4), of `shares` and the logarithms of `ratios` that `compare_shares` gave. */
+int64_t EXPORT(sum_divergences)(int64_t n, int64_t fields, const double *reference, const double *shares,
+                                const double *logs, double *sizes) {
+    for (int64_t row = 0, field = 0; row < n; row++, field = field + 1 < fields ? field + 1 : 0) {
+        const double *p = reference + field * SHARES;
+        double parts[SHARES], surprise[SHARES];
+        for (int bin = 0; bin < SHARES; bin++) {
+            parts[bin] = (larger(p[bin], LEAST_SHARE) - larger(shares[bin], LEAST_SHARE)) * logs[bin];
+            surprise[bin] = p[bin] * logs[n * SHARES + bin] + shares[bin] * logs[2 * n * SHARES + bin];
+        }
+        sizes[0] = sum_pairwise(parts, SHARES);
+        sizes[1] = __builtin_sqrt(larger(sum_pairwise(surprise, SHARES) / 2, 0.0));
+        shares += SHARES;
+        logs += SHARES;
+        sizes += 4;
     }
     return DONE;
 }

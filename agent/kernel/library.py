@@ -57,7 +57,7 @@ class Library:
 
     @cached_property
     def add_steps(self) -> Function:
-        return self._function("add_steps", 3, 4)
+        return self._function("add_steps", 4, 4)
 
     @cached_property
     def run_cusums(self) -> Function:
@@ -94,6 +94,26 @@ class Library:
     @cached_property
     def mean_errors(self) -> Function:
         return self._function("mean_errors", 4, 8)
+
+    @cached_property
+    def has_infinite(self) -> Function:
+        return self._function("has_infinite", 1, 1)
+
+    @cached_property
+    def compare_moments(self) -> Function:
+        return self._function("compare_moments", 5, 6)
+
+    @cached_property
+    def average_deviations(self) -> Function:
+        return self._function("average_deviations", 3, 4)
+
+    @cached_property
+    def compare_shares(self) -> Function:
+        return self._function("compare_shares", 2, 7)
+
+    @cached_property
+    def sum_divergences(self) -> Function:
+        return self._function("sum_divergences", 2, 4)
 
     def _function(self, name: str, numbers: int, arrays: int) -> Function:
         """Return a function of whole numbers, then of addresses."""

@@ -81,7 +81,7 @@ def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     """Run a query on a collector's database and return its rows."""
     store = FleetStore(db, read_only=True)
     try:
-        return [tuple(row) for row in store._fetch_all(sql, *values)]
+        return [tuple(row) for row in store.fetch_all(sql, *values)]
     finally:
         store.close()
 

@@ -15,7 +15,8 @@ from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.log_chain import digest
-from agent.wire.messages import VerifiedMessage, encode, verify_message
+from agent.wire.messages import encode
+from agent.wire.verification import VerifiedMessage, verify_message
 
 FLEET = "acme"
 TIME = "2026-11-24T22:18:01.000000Z"

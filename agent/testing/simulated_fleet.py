@@ -13,6 +13,7 @@ import msgspec
 from agent.quantities import parse_duration
 from agent.testing.reasons import describe_fleet, match_alert
 from agent.testing.simulation import report, scenario, setup
+from agent.testing.simulation.log import MachineLog
 from agent.testing.simulation.lossy_link import LossyLink
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
@@ -49,7 +50,7 @@ class SimulatedFleet:
         self.scenario = _read_scenario(folder, scenario, self._setup, devices)
         self._simulation = Simulation(folder, self.scenario, self._setup)
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
-        self._handler = _TailHandler(self._log)
+        self._handler = MachineLog(self._simulation.room, self._log.append)
         logging.getLogger().addHandler(self._handler)
         self._outcome: Outcome | None = None
         try:
@@ -142,17 +143,6 @@ class SimulatedFleet:
     def close(self) -> None:
         logging.getLogger().removeHandler(self._handler)
         self._simulation.close()
-
-
-class _TailHandler(logging.Handler):
-    """Handler that keeps the last lines."""
-
-    def __init__(self, lines: deque[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
 
 
 def _read_scenario(

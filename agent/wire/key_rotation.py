@@ -14,7 +14,8 @@ from cryptography.exceptions import InvalidSignature
 
 from agent.errors import MessageRefused
 from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode, parse_public_key
-from agent.wire.messages import AuditPayload, VerifiedMessage
+from agent.wire.messages import AuditPayload
+from agent.wire.verification import VerifiedMessage
 
 ROTATION_EVENT = "key rotated"
 _DOMAIN = "outstation key rotation v1"

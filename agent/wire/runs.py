@@ -1,4 +1,4 @@
-"""Run-length encoding of result columns: arithmetic runs of integers, jittered times, repeated labels.
+"""Run-length encoding of columns: arithmetic runs of integers, jittered times, repeated labels, quiet drift windows.
 
 `docs/reference/wire-format.md` describes the forms. This module reads them; `agent.device.pipeline.columns` writes
 them. Every bound is checked before a run is expanded.
@@ -15,7 +15,6 @@ import msgspec
 MAX_RESULTS = 1 << 14
 # Repeated labels of one message, UTF-8. A device fills a message as if no label repeated, so none of its own has more.
 MAX_REPEATED_BYTES = 1 << 20
-
 _MAX_INT = 2**53 - 1
 RunLength = Annotated[int, msgspec.Meta(ge=1, le=MAX_RESULTS)]
 Step = Annotated[int, msgspec.Meta(ge=-_MAX_INT, le=_MAX_INT)]
@@ -128,3 +127,50 @@ def _find_runs(column: Sequence[int | str | Run]) -> list[Run]:
     if _PLAIN.issuperset(map(type, column)):
         return []
     return [item for item in column if type(item) not in _PLAIN]  # type: ignore[misc]
+
+
+# Of one message: the columns take less room than the sums of a few fields.
+MAX_QUIET_WINDOWS = 512
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class QuietWindows(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """Columns of one length: rows and times of each drift window of a run, which are numbered without a gap.
+
+    `nearest`: largest sum of a drift test after the window, as a share of its limit; None if it has too few rows.
+    """
+
+    first: list[Row | RowRun]
+    last: list[Row | RowRun]
+    from_: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    to: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    n: list[Row | RowRun]
+    nearest: Annotated[list[Share | None], msgspec.Meta(min_length=2, max_length=MAX_QUIET_WINDOWS)]
+
+    def __post_init__(self) -> None:
+        columns = {"first": self.first, "last": self.last, "from": self.from_, "to": self.to, "n": self.n}
+        for name, column in columns.items():
+            if (length := count_entries(column)) != len(self):
+                raise ValueError(f"column {name} has {length} entries, nearest has {len(self)}")
+        for rows in (self.first, self.last, self.n):
+            check_range(rows, 1, 2**53 - 1)
+        for times in (self.from_, self.to):
+            check_range(times, -(2**63), 2**63 - 1)
+        previous = 0
+        for (first, last), n in zip(self.expand_rows(), expand_integers(self.n), strict=True):
+            if not previous < first <= last:
+                raise ValueError(f"rows [{first},{last}] of a window do not come after row {previous}")
+            if n > last - first + 1:
+                raise ValueError(f"{n} rows in rows [{first},{last}]")
+            previous = last
+
+    def __len__(self) -> int:
+        return len(self.nearest)
+
+    def expand_rows(self) -> list[tuple[int, int]]:
+        """Return the first and last row of each window."""
+        return list(zip(expand_integers(self.first), expand_integers(self.last), strict=True))
+
+    def expand_times(self) -> list[tuple[int, int]]:
+        """Return the times of these rows, epoch µs."""
+        return list(zip(expand_integers(self.from_), expand_integers(self.to), strict=True))

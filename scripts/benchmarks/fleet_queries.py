@@ -19,6 +19,7 @@ from agent.fleet.dashboard.state.fleet_state import FleetState
 from agent.fleet.database import alerts, postgresql_rows, sqlite
 from agent.fleet.database.bridge import newest_messages
 from agent.fleet.database.dashboard import devices, history, messages, results
+from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.incidents import device_status
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import Connection
@@ -114,7 +115,7 @@ def run_queries(store: FleetStore) -> None:
     store.open_reference_alerts()
     store.learned_references()
     span = (clock.to_rfc3339(_NOW_US - LOOKBACK_US), NOW)
-    store.observed_periods(*span)
+    load_observed_periods(store, *span)
     store.drift_alerts(*span)
     store.acknowledgements([(device, _log(7))])
     state = FleetState()

@@ -14,8 +14,9 @@ from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.process import OutstationProcess
 from scripts.faults import fault
+from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, Setting, World
 
 _DISK = "48m"
@@ -71,9 +72,8 @@ def collector_restored_from_backup(world: World, rng: Random) -> None:
     before = _messages(world)
     wait_until("more messages than in the backup", lambda: _messages(world) > before + 5)
     time.sleep(rng.uniform(0.0, 1.5))
-    with _collector_down(world):
+    with _collector_down(world, rng):
         backup.replace(_database(world))
-    _go_on(world, rng)
 
 
 @fault(patience_s=100.0)
@@ -83,11 +83,10 @@ def collector_rebuilt(world: World, rng: Random) -> None:
     key = store.active_key(DEVICE)
     store.close()
     assert key is not None
-    with _collector_down(world):
+    with _collector_down(world, rng):
         store = world.fleet.open_store(write=True)
         store.enrol(DEVICE, key, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
         store.close()
-    _go_on(world, rng)
 
 
 @fault()
@@ -104,25 +103,25 @@ def two_collectors(world: World, rng: Random) -> None:
         second.log.unlink()
 
 
-def _go_on(world: World, rng: Random) -> None:
-    """Wait for recovery: a lower acknowledgement takes effect once it covers newer messages, usually soon."""
-    if rng.random() < 0.9:
-        connected = world.collector.log.read_text(encoding="utf-8").count(" connected;")
-        wait_until(
-            "the collector is back",
-            lambda: world.collector.log.read_text(encoding="utf-8").count(" connected;") > connected,
-        )
-        time.sleep(rng.uniform(0.5, 1.5))
-
-
 @contextlib.contextmanager
-def _collector_down(world: World) -> Iterator[None]:
-    """Stop the collector and delete its database during the block."""
+def _collector_down(world: World, rng: Random) -> Iterator[None]:
+    """Stop the collector, delete its database, and start it after the block; usually wait until it has recovered.
+
+    A lower acknowledgement takes effect once it covers newer messages.
+    """
     world.kill(world.collector)
     for file in _files(_database(world)):
         file.unlink()
     yield
+    before = _connections(world)
     world.keep(world.collector)
+    if rng.random() < 0.9:
+        wait_until("the collector is back", lambda: _connections(world) > before)
+        time.sleep(rng.uniform(0.5, 1.5))
+
+
+def _connections(world: World) -> int:
+    return world.collector.log.read_text(encoding="utf-8").count(" connected;")
 
 
 def _database(world: World) -> Path:

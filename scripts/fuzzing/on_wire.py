@@ -23,7 +23,8 @@ from agent.transport import sample_content, sealing
 from agent.transport.packets import IncomingMessage
 from agent.wire import enrolment_request, jws, keys, log_head, topics
 from agent.wire.keys import b64url_decode, b64url_encode
-from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
+from agent.wire.messages import AckPayload
+from agent.wire.verification import VerifiedMessage, verify_message
 from scripts.fuzzing import target, unique_keys
 from scripts.kit.memory_link import MemoryLink
 

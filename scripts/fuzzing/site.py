@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from agent.bootstrap import device, tasks
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.pipeline import batch, labelled_output

@@ -14,7 +14,13 @@ import numpy as np
 
 from agent.arrays import Float64s, Ints
 from agent.drift.baseline import summary
+from agent.drift.baseline.fault_limits import compute_own_misfit
 from agent.drift.baseline.reference import BINS, Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.class_means import ClassMeanDetector
+from agent.drift.detectors.moments import compute_mean_squares, compute_test_values
+from agent.drift.detectors.registry import SCORED
+from agent.drift.numeric import divergence
 from agent.drift.state import Batch
 from agent.kernel import library
 from agent.kernel.library import Library
@@ -137,7 +143,7 @@ def summarize(case: DriftWindows, compiled: Library | None) -> bytes:
         spans = np.zeros((case.windows, 0), np.int64)
         args = part.stats, part.predicted, part.top_scores, case.classes
         together, tail = summary.summarize_windows(reference, rows, spans, *args)
-        answers = [together.to_bytes(), msgspec.msgpack.encode(_raw(tail))]
+        answers = [together.to_bytes(), msgspec.msgpack.encode(_raw(tail)), *_compare(together, reference)]
         before, end = None, None
         for index in (slice(0, case.cut), slice(case.cut, each)):
             if index.start < index.stop:
@@ -152,3 +158,24 @@ def summarize(case: DriftWindows, compiled: Library | None) -> bytes:
 
 def _raw(tail: msgspec.Struct) -> list[bytes]:
     return [np.asarray(getattr(tail, name)).tobytes() for name in tail.__struct_fields__]
+
+
+def _compare(stack: Summary, reference: Reference) -> list[bytes]:
+    """Compare stacked windows with a reference's classes, and with the distributions of the first window."""
+    moments, mean, sd = stack.class_sums.moments(reference.origin), reference.class_mean, reference.class_sd
+    fields, task = len(reference.fields), reference.task
+    moving = mean + np.linspace(-1, 1, len(moments.n))[:, None, None]
+    usual = divergence.shares(divergence.fold_outer_bins(stack.counts[0]))
+    numbers = [
+        *compute_test_values(moments, mean, sd, windowed=reference.windowed),
+        compute_mean_squares(moments, mean, sd),
+        compute_own_misfit(moments, moving, sd, fields),
+        compute_own_misfit(moments, np.broadcast_to(mean, moments.n.shape), sd, fields),
+        divergence.compare_counts(stack.counts, usual, reference.bounds, reference.sd),
+    ]
+    for detector in SCORED:
+        if isinstance(detector, ClassMeanDetector) and detector.width(task):
+            expected = np.resize(mean, (len(mean), detector.width(task)))
+            numbers.append(detector.deviations(task, stack.detectors[detector.name], expected))
+    # Unknown numbers have no sign.
+    return [np.where(np.isnan(part), np.nan, part).tobytes() for part in numbers]

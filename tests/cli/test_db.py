@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from agent import clock
 from agent.bootstrap.device import load_config, open_store
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.cli.database import inspection
 from agent.config import FieldConfig
 from agent.device.store.rows import PackedChunk, Rows, unpack_chunk

@@ -36,10 +36,20 @@ def test_malformed_input_is_answered_in_one_line(made: Path, part: str) -> None:
     assert sum(outcome.code > 0 for _, outcome in results) >= 3, "these inputs are not wrong"
 
 
-def test_a_command_called_in_a_process_that_goes_on_exempts_nothing_from_garbage_collection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exempt", [False, True])
+def test_a_command_in_a_process_that_goes_on_leaves_what_is_exempt_from_garbage_collection(
+    tmp_path: Path, exempt: bool
+) -> None:
+    gc.unfreeze()
+    if exempt:
+        gc.freeze()
     before = gc.get_freeze_count()
-    assert call_outstation("status", "-c", str(tmp_path / "no.toml")).returncode == 2
-    assert gc.get_freeze_count() == before
+    try:
+        assert call_outstation("status", "-c", str(tmp_path / "no.toml")).returncode == 2
+        assert gc.get_freeze_count() == before
+    finally:
+        # As the end of the collection of tests left it.
+        gc.freeze()
 
 
 def test_a_command_that_needs_a_missing_package_names_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

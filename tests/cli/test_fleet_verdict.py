@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.config import BrokerConfig
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore

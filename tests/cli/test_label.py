@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.cli.device.labelling.label import read_labels
 from agent.datasets.recordings import load
 from agent.errors import UsageError

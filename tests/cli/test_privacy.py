@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from agent import config
 from agent.bootstrap import device
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.cli.owner.privacy import build_document
 from agent.device.pipeline.batch_messages import _leave_out_rare
 from agent.device.recovery.open import open_store

@@ -25,15 +25,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(shared_path: Path) -> Path:
     """Return the config of a device whose data folder belongs to nobody."""
-    for folder in [tmp_path, *tmp_path.parents]:
-        if Path("/tmp") in folder.parents:
-            folder.chmod(0o755)
-    file = tmp_path / "outstation.toml"
+    file = shared_path / "outstation.toml"
     file.write_text(TEMPLATE.format(device="pi-07", fleet="acme", data_dir="data", collector=""))
-    (tmp_path / "data").mkdir(mode=0o750)
-    os.chown(tmp_path / "data", NOBODY, NOBODY)
+    (shared_path / "data").mkdir(mode=0o750)
+    os.chown(shared_path / "data", NOBODY, NOBODY)
     return file
 
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.bootstrap.device import open_message_log
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.cli.device.reply import print_reply
 from agent.device.intake import labels
 from agent.device.pipeline import label_metrics, labelled_output

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
-from agent.wire import messages
+from agent.wire import verification
 from agent.wire.messages import Moments, ShadowPayload
 
 AB = OutputKind("classify", ("a", "b", "c"))
@@ -93,7 +93,7 @@ def test_statistics_survive_the_round_trip_through_a_message(stats: ComparisonSt
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
     model = {"name": "m", "version": "1", "digest": "sha256:" + "0" * 64}
     where = {"task": "t", "rollout": "r", "model": model, "other": model, "rows": [1, 9]}
-    body = messages.decode(json.dumps({**head, **where, **stats.to_body()}).encode())
+    body = verification.decode(json.dumps({**head, **where, **stats.to_body()}).encode())
     assert isinstance(body, ShadowPayload)
     assert ComparisonStats.from_message(body) == stats
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent import config
+from agent import config, input_files
 from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
 from agent.config import Config, UpdatesConfig, sources
@@ -400,12 +400,12 @@ def test_what_is_no_quantity_is_refused(text: str) -> None:
 def test_the_search_order_of_config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTSTATION_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert config.find(None) == Path("/etc/outstation/outstation.toml")
+    assert input_files.find_config(None) == Path("/etc/outstation/outstation.toml")
     (tmp_path / "outstation.toml").touch()
-    assert config.find(None) == Path("outstation.toml")
+    assert input_files.find_config(None) == Path("outstation.toml")
     monkeypatch.setenv("OUTSTATION_CONFIG", "/env.toml")
-    assert config.find(None) == Path("/env.toml")
-    assert config.find("/given.toml") == Path("/given.toml")
+    assert input_files.find_config(None) == Path("/env.toml")
+    assert input_files.find_config("/given.toml") == Path("/given.toml")
 
 
 def test_the_help_lists_all_config_locations(capsys: pytest.CaptureFixture[str]) -> None:

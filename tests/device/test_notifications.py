@@ -18,7 +18,7 @@ from agent import clock
 from agent.alerts.kinds import DEADLINE_MISSED, KEY_REVOKED, RATE_DRIFT
 from agent.bootstrap import daemon
 from agent.bootstrap.device import load_config
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.config.notify import DATABASE, NotifyConfig, WebhookTarget
 from agent.device.notifications import DeviceAlertSource, NotifyFile, open_notifications
 from agent.device.recovery.open import open_store

@@ -202,6 +202,8 @@ def test_a_bundle_with_other_further_outputs_inherits_nothing() -> None:
         {"edges": np.arange(31.0)[None, ::-1]},
         {"counts": np.zeros(3, np.int64)},
         {"counts": np.full(34, -1)},
+        {"counts": np.full(34, 2**62)},
+        {"held_out": np.full((2, 32), 2**62)},
         {"held_out": np.array([[1] * 32, [2] * 32])},
         {"held_out": np.ones((3, 32), np.int64)},
         {"output": FurtherOutput("pose", ("up", "down"), ("score", "more"))},

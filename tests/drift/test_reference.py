@@ -132,6 +132,16 @@ def test_what_is_no_reference_is_refused(data: bytes) -> None:
         ("mean", [[1.0], [1.0, 2.0], [3.0]]),
         ("mean", [1e999, 1, 3]),
         ("n", [2**70, 1, 1]),
+        ("n", [2**62, 1, 1]),
+        ("counts", [[2**62] * 34] * 3),
+        ("missing", [2**62] * 3),
+        ("longest", [2**62] * 3),
+        ("class_n", [[2**62] * 6] * 3),
+        ("class_n", [[-1] * 6] * 3),
+        ("output", [2**62, 1, 1]),
+        ("output", [-1, 1, 1]),
+        ("window", 2**70),
+        ("drift_windows", -1),
     ],
 )
 def test_a_reference_that_does_not_hold_together_is_refused(shipped: Reference, member: str, value: object) -> None:

@@ -16,11 +16,12 @@ from agent.bootstrap.device import load_config, open_store
 from agent.config import Config
 from agent.device import daemon as daemon_module
 from agent.device.capacity.space import SpaceManager
-from agent.device.daemon import Daemon, Signals
+from agent.device.daemon import Daemon
 from agent.device.machine import heap
 from agent.device.pipeline import batch, loaded_task
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.recovery import open as recovery
+from agent.device.signals import Signals
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
@@ -277,6 +278,26 @@ def test_rows_that_arrive_during_a_run_wait_for_the_next_one(turned: Turned, mon
     assert len(arrivals) == 4
     turned.turn(60)
     assert (turned.store.cursor("exercise"), len(arrivals)) == (2000, 3)
+
+
+def test_a_wait_does_not_begin_only_when_the_work_of_other_tasks_is_done(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tick(now: clock.ClockReading) -> float:
+        # Another task takes most of the tenth of a second that a run may wait for more rows.
+        turned.boot_s += 0.08
+        return 0.1
+
+    waits: list[float] = []
+
+    def wait(signals: Signals, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        signals.request_stop()
+
+    monkeypatch.setattr(Signals, "wait", wait)
+    monkeypatch.setattr(turned.daemon, "tick", tick)
+    turned.daemon.run()
+    assert waits == [pytest.approx(0.02)]
 
 
 def test_the_memory_of_a_backlog_that_takes_several_time_slices_is_given_back(

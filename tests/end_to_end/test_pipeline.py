@@ -37,8 +37,7 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.jws import Signer
-from agent.wire.quiet_windows import QuietWindows
-from agent.wire.runs import expand_integers
+from agent.wire.runs import QuietWindows, expand_integers
 from tests.kit.commands import audit_fleet, call_outstation
 from tests.kit.marks import root_only
 

@@ -21,7 +21,8 @@ from agent.bootstrap.daemon import build_daemon
 from agent.cli.device import run
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.daemon import Daemon, Signals
+from agent.device.daemon import Daemon
+from agent.device.signals import Signals
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageForked
 from tests.kit.commands import call_outstation

@@ -22,7 +22,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MessageSender, SignedMessage, new_key
-from agent.wire.messages import VerifiedMessage, verify_message
+from agent.wire.verification import VerifiedMessage, verify_message
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

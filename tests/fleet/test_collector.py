@@ -37,8 +37,9 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
-from agent.wire.messages import AckPayload, verify_message
+from agent.wire.messages import AckPayload
 from agent.wire.runs import MAX_RESULTS
+from agent.wire.verification import verify_message
 from tests.kit.fleet_databases import sqlite_of
 
 NOW = "2026-11-24T22:20:00.000000Z"

@@ -26,7 +26,8 @@ from agent.testing.messages import MessageSender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey
-from agent.wire.messages import CommandPayload, encode, verify_message
+from agent.wire.messages import CommandPayload, encode
+from agent.wire.verification import verify_message
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"

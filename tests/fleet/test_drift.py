@@ -21,6 +21,7 @@ from agent.cli.fleet.drift_report import build_document
 from agent.cli.fleet.group import fleet
 from agent.comparison.tally import merge_moments
 from agent.fleet.audit.audit import audit
+from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import survey
@@ -30,7 +31,8 @@ from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summariz
 from agent.fleet.evidence.gather.drift import build_drift
 from agent.fleet.workers import device_ranges as workers
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
-from agent.wire.messages import DriftPayload, Moments, decode
+from agent.wire.messages import DriftPayload, Moments
+from agent.wire.verification import decode
 from tests.kit.fleet_databases import allow_nulls
 
 NOW_US = 1_795_000_000_000_000
@@ -603,7 +605,7 @@ def test_a_log_of_runs_and_single_windows_gives_the_survey_of_single_windows(
         documents.append(build_drift(opened, NOW_US))
         assert audit(opened).passed
         assert {row["windows"] for row in opened.progress()} == {42}
-        assert {count for *_, count in opened.observed_periods("", "9")} == {42}
+        assert {count for *_, count in load_observed_periods(opened, "", "9")} == {42}
         line = build_timeline(opened, group, "pi-00", now_us=NOW_US)
         assert (line.windows, line.histograms["ax"]["ok"].windows, line.histograms["ax"]["drift"].windows) == (
             42,

@@ -35,7 +35,7 @@ from agent.testing.messages import MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
-from agent.wire.messages import verify_message
+from agent.wire.verification import verify_message
 from scripts.kit.certificates import make_expired
 from tests.kit.enrolments import join, let_in, site
 

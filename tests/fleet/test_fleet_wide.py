@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.clock import ClockReading
 from agent.errors import MessageRefused
+from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import fleet_wide
+from agent.fleet.drift import fleet_wide, fleet_wide_alerts
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
 from agent.fleet.drift.fleet_wide_alerts import POLL_INTERVAL_S, FleetWideAlerts
 from agent.testing.messages import MessageSender, SignedMessage
@@ -208,13 +209,13 @@ def test_alerts_are_polled_after_a_drift_alert_and_once_a_minute(
 ) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     looks: list[int] = []
-    real = store.observed_periods
+    real = load_observed_periods
 
-    def watched(since: str, until: str) -> list[tuple[str, str, str, str, int]]:
+    def watched(store: FleetStore, since: str, until: str) -> list[tuple[str, str, str, str, int]]:
         looks.append(1)
-        return real(since, until)
+        return real(store, since, until)
 
-    monkeypatch.setattr(store, "observed_periods", watched)
+    monkeypatch.setattr(fleet_wide_alerts, "load_observed_periods", watched)
     [sender] = watched_fleet(store, 1)
     lookout = FleetWideAlerts(store)
     report = ClockReading(NOW_US, 100.0, "synced")

@@ -31,7 +31,8 @@ from agent.fleet.enrolment import enrol
 from agent.fleet.metrics.collector_families import build_families
 from agent.fleet.metrics.exporter import DatabaseExporter
 from agent.testing.messages import FLEET, MODEL, MessageSender
-from agent.wire.messages import ResultsPayload, decode
+from agent.wire.messages import ResultsPayload
+from agent.wire.verification import decode
 from scripts.grafana_dashboards import build
 from tests.kit.commands import call_outstation
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown

@@ -138,7 +138,7 @@ def test_a_broker_that_records_everything_reads_nothing(
         for word in (PLANTED, "boot", world.key.public.kid, world.store.log_id, "online"):
             assert word.encode() not in message.payload
     # The device's disk and the collector have it in the clear.
-    [(payload,)] = world.fleet._fetch_all("SELECT payload FROM messages WHERE seq = 1")
+    [(payload,)] = world.fleet.fetch_all("SELECT payload FROM messages WHERE seq = 1")
     assert PLANTED.encode() in payload
 
 

@@ -14,7 +14,8 @@ from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MessageSender
-from agent.wire.messages import AuditPayload, ResultsPayload, VerifiedMessage
+from agent.wire.messages import AuditPayload, ResultsPayload
+from agent.wire.verification import VerifiedMessage
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
 
 S = 1_000_000

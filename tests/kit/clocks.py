@@ -26,7 +26,7 @@ from agent.fleet.database.store import FleetStore
 from agent.testing.messages import MODEL, new_key
 from agent.wire import jws
 from agent.wire.keys import SigningKey
-from agent.wire.messages import VerifiedMessage, verify_message
+from agent.wire.verification import VerifiedMessage, verify_message
 from tests.kit.stations import conf
 
 TRUE_START_US = 1_795_000_000_000_000
@@ -172,5 +172,5 @@ def collect(
 
 
 def dated(store: FleetStore) -> list[Dated]:
-    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, time_quality FROM results_dated ORDER BY row")
+    rows = store.fetch_all("SELECT row, t, boot, t_best, t_error_us, time_quality FROM results_dated ORDER BY row")
     return [Dated(*row) for row in rows]

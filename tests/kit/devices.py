@@ -29,7 +29,8 @@ from agent.model.inference import scores
 from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.log_chain import digest
-from agent.wire.messages import ResultColumns, ResultsPayload, VerifiedMessage, verify_message
+from agent.wire.messages import ResultColumns, ResultsPayload
+from agent.wire.verification import VerifiedMessage, verify_message
 from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)

@@ -24,7 +24,9 @@ def test_the_example_applications_tests_pass(tmp_path: Path) -> None:
     folder = tmp_path / "workshop"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # Options and plugins of this session are none of the application's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
         [*command, "--basetemp", str(tmp_path / "t"), str(folder)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=170, check=False,

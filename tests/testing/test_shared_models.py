@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from agent.errors import ModelProcessFailed
+from agent.model.sandbox import launch
 from agent.model.sandbox.confinement import ModelPolicy
-from agent.testing.simulation.shared_models import CandidateModel, PatientModel
+from agent.testing.simulation.shared_models import CandidateModel, PatientModel, SharedModels
 from scripts.kit.bundles import CLASSIFY, around, model, readings
 
 pytestmark = pytest.mark.process
@@ -42,3 +44,18 @@ def test_a_candidate_that_computes_beyond_its_timeout_is_ended_and_the_next_one_
                 CandidateModel(process).invoke(WILD)
             assert time.monotonic() - began_s < 60
             assert not process.is_running
+
+
+def test_a_machine_that_is_busy_for_minutes_rejects_no_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, busy_s = launch.run_module, 240.0
+
+    def run_late(module: str, request: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+        if timeout_s < busy_s:
+            raise subprocess.TimeoutExpired(module, timeout_s)
+        return run(module, request, timeout_s)
+
+    monkeypatch.setattr(launch, "run_module", run_late)
+    report = SharedModels().probe(around(model("classify_int8"), CLASSIFY), (), ModelPolicy("off"))
+    report.raise_for_failure()
+    assert report.tuning is not None
+    assert report.tuning.batch == 1

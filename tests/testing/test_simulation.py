@@ -14,6 +14,7 @@ from agent.errors import ConfigError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.testing.simulated_fleet import SimulatedFleet
 from agent.testing.simulation import report, scenario, setup
+from agent.testing.simulation.log import written_log
 from agent.testing.simulation.page import render
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
@@ -66,7 +67,7 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     assert (document["passed"], document["false_alarms"]["n"]) == (True, 0)
     with contextlib.closing(FleetStore(tmp_path / "a" / "fleet" / "fleet.db", read_only=True)) as store:
         boot = "CAST(json_extract(CAST(payload AS TEXT), '$.boot') AS INTEGER)"
-        boots = store._fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
+        boots = store.fetch_all(f"SELECT DISTINCT device, {boot} FROM messages ORDER BY 1, 2")
         unexplained = report.build(read(tmp_path, _ROUGH), msgspec.structs.replace(first, injected=[]), store)
         assert {device for device, _ in store.newest_logs()} == {*first.devices}
         assert len(store.newest_logs()) == len(first.devices)
@@ -74,6 +75,78 @@ def test_a_rough_day_loses_nothing_and_repeats_every_byte(tmp_path: Path) -> Non
     assert [tuple(row) for row in boots] == [("hall-01", 1), ("hall-01", 2), ("hall-02", 1), ("hall-03", 1)]
     assert (unexplained["passed"], unexplained["false_alarms"]["n"]) == (False, 3)
     assert "more false alarms than the budget" in render(unexplained)
+
+
+def write_slow_rows(folder: Path) -> Path:
+    """Write a row a second: few enough bytes that a device commits them to its journal."""
+    table = folder / "slow.csv"
+    names = _FIELDS["watch"]
+    rows = [",".join(str((row * (i + 3)) % 7) for i in range(len(names))) for row in range(300)]
+    table.write_text("\n".join([",".join(names), *rows, ""]), encoding="utf-8")
+    return table
+
+
+@pytest.mark.process
+def test_a_full_disk_behind_small_commits_is_survived_and_the_page_shows_each_setting(tmp_path: Path) -> None:
+    chosen = read(
+        tmp_path,
+        """
+        duration = "4 min"
+        [groups.hall]
+        devices = 2
+        [budget]
+        false_alarms = 10
+        [[events]]
+        kind = "full-disk"
+        devices = ["hall-01"]
+        at = "1 min"
+        lasts = "1 min"
+        [[events]]
+        kind = "clock"
+        devices = ["hall-02"]
+        at = "1 min"
+        behind = "2 h"
+        synced = false
+        [[events]]
+        kind = "gain"
+        fields = ["ax"]
+        at = "2 min"
+        over = "90 s"
+        amount = 3.0
+        """,
+    )
+    recordings = {"watch": (write_slow_rows(tmp_path), ())}
+    with (
+        contextlib.closing(Simulation(tmp_path, chosen, setup.load(None, tmp_path, {}, recordings, ()))) as simulation,
+        written_log(simulation.room, tmp_path / "simulation.log"),
+    ):
+        outcome = simulation.run()
+        document = report.build(chosen, outcome, simulation.store)
+    assert outcome.audit.passed, outcome.audit.to_dict()
+    # The recording goes on through the full disk: its rows are stored when there is space again.
+    assert outcome.rows >= 2 * 228
+    assert [event["settings"] for event in document["events"]] == [
+        {},
+        {"behind": 7200.0, "synced": False},
+        {"fields": ["ax"], "amount": 3.0, "over": 90.0},
+    ]
+    log = (tmp_path / "simulation.log").read_text(encoding="utf-8")
+    assert "1 min 00 s hall-02: warning: the clock was set by -7200.0 s" in log
+    page = render(msgspec.json.decode(msgspec.json.encode(document)))
+    assert "behind 2 h, synced false" in page
+    assert "fields ax, amount 3.0, over 1 min 30 s" in page
+
+
+@pytest.mark.parametrize(
+    ("bundle", "problem"),
+    [
+        ("nothing", r"--bundle exercise=nothing: nothing: "),
+        ("solar", r"tasks\.exercise.*bundle solar needs numeric field 'ghi', stream 'watch' has none"),
+    ],
+)
+def test_a_bundle_that_no_device_would_run_is_refused_before_the_run(tmp_path: Path, bundle: str, problem: str) -> None:
+    with pytest.raises((ConfigError, UsageError), match=problem):
+        setup.load(None, tmp_path, {"exercise": bundle}, {}, ())
 
 
 @pytest.mark.process
@@ -89,10 +162,10 @@ def test_a_device_stores_the_first_row_of_its_recording(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "problem"),
     [
-        ('events = [{ kind = "gain", at = "2 h", fields = ["ax"] }]', r"events\[1\]\.at: after the end"),
-        ('events = [{ kind = "gain", at = "2 s", fields = ["xa"] }]', r"events\[1\]\.fields: no field 'xa'"),
-        ('events = [{ kind = "outage", at = "2 s", group = "si" }]', r"events\[1\]\.group: no group 'si'"),
-        ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[1\]\.devices: no device"),
+        ('events = [{ kind = "gain", at = "2 h", fields = ["ax"] }]', r"events\[0\]\.at: after the end"),
+        ('events = [{ kind = "gain", at = "2 s", fields = ["xa"] }]', r"events\[0\]\.fields: no field 'xa'"),
+        ('events = [{ kind = "outage", at = "2 s", group = "si" }]', r"events\[0\]\.group: no group 'si'"),
+        ('events = [{ kind = "outage", at = "2 s", devices = ["x*"] }]', r"events\[0\]\.devices: no device"),
         ('events = [{ kind = "outrage", at = "2 s" }]', "outrage"),
         ('start = "2020-01-01T00:00:00Z"', "start: before"),
         ("labels.sense = {}", r"labels\.sense: no task 'sense'"),

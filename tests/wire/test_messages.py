@@ -18,20 +18,13 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.errors import MessageRefused
 from agent.testing.messages import QUIET_FIELD, MessageSender, SignedMessage, new_key
-from agent.wire import jws, log_chain, messages
+from agent.wire import jws, log_chain, messages, verification
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
-from agent.wire.messages import (
-    MAX_PAYLOAD,
-    AckPayload,
-    DriftPayload,
-    HealthPayload,
-    ResultsPayload,
-    VerifiedMessage,
-    verify_message,
-)
+from agent.wire.messages import MAX_PAYLOAD, AckPayload, DriftPayload, HealthPayload, ResultsPayload
 from agent.wire.times import Rfc3339
 from agent.wire.topics import KINDS, Topic
+from agent.wire.verification import VerifiedMessage, verify_message
 from tests.kit.damage import flips
 
 VECTORS = Path(__file__).parents[1] / "kit" / "vectors.json"
@@ -520,6 +513,6 @@ def test_a_number_beyond_64_bits_is_refused_in_members_of_any_type(number: int) 
     rest = {"prev": "", "boot": 1, "time": "2026-11-24T22:18:01Z", "clock": "synced", "event": "x"}
     for evidence in ({"n": number}, {"n": [[{"m": number}]]}):
         with pytest.raises(MessageRefused, match="64 bits"):
-            messages.decode(json.dumps({**body, **rest, "evidence": evidence}).encode())
+            verification.decode(json.dumps({**body, **rest, "evidence": evidence}).encode())
     largest = {"n": 2**63 - 1, "text": "9" * 40, "fraction": 0.12345678901234567}
-    messages.decode(json.dumps({**body, **rest, "evidence": largest}).encode())
+    verification.decode(json.dumps({**body, **rest, "evidence": largest}).encode())

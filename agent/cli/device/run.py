@@ -18,9 +18,9 @@ from agent.cli.log_format import configure_logging
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import erasure, wipe
-from agent.device.daemon import Signals
 from agent.device.machine.systemd import notify
 from agent.device.recovery.open import acquire_lock
+from agent.device.signals import Signals
 from agent.errors import ConfigError, StorageForked, UsageError
 from agent.model.sandbox import launch
 

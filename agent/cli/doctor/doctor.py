@@ -10,7 +10,7 @@ from typing import Any
 import click
 from msgspec.structs import asdict
 
-from agent import config
+from agent import config, input_files
 from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
@@ -45,7 +45,7 @@ def doctor(
     applied: list[fixes.Fix] = []
     if fix and os.geteuid() == 0:
         # Loading the config gives up root's rights, without which nobody changes root's files.
-        file = config.find(config_file)
+        file = input_files.find_config(config_file)
         conf = config.load(file, sinks.SINKS)
         if conf.data_dir.is_dir() and conf.data_dir.stat().st_uid != 0:
             roots = [

@@ -15,7 +15,7 @@ from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
 from agent.cli.output import emit
 from agent.errors import UsageError, explain
-from agent.wire import messages
+from agent.wire import verification
 from agent.wire.commitment import SECRET_REPLACED, DisclosedJoin, Disclosure
 from agent.wire.messages import AuditPayload, ResultsPayload
 
@@ -75,7 +75,7 @@ def _find_replacement(
     replaced = []
     last, latest = max(seq for seq, _ in seqs), max(body.time for _, body in seqs)
     for *_, payload, _jws in store.audit_messages(disclosure.device, f'"{SECRET_REPLACED}"'.encode()):
-        event = messages.decode(payload)
+        event = verification.decode(payload)
         if isinstance(event, AuditPayload) and event.event == SECRET_REPLACED:
             is_later = event.seq > last if event.log == seqs[-1][1].log else event.time > latest
             replaced += [event.time] if is_later else []
@@ -127,7 +127,7 @@ def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> l
     for _, log, seq, kind, _, payload, *_ in entries:
         if kind != "results":
             continue
-        body = messages.decode(payload)
+        body = verification.decode(payload)
         if isinstance(body, ResultsPayload) and (body.task, body.rows) == (disclosure.task, disclosure.rows):
             written_in = body.reissued.first_log if body.reissued else str(log)
             if written_in == disclosure.log:

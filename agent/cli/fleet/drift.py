@@ -52,15 +52,16 @@ def drift(
     as_json: bool,
 ) -> None:
     """Report drift per task and field over all devices: fleet-wide drift, first onset and outlier devices."""
+    from agent.fleet.database.drift_windows import count_drift_messages, list_drift_tasks
     from agent.fleet.drift.survey import summarize_drift
 
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
     begin = None if since is None else parse_since("--since", since, now_us)
     _, store = open_for_reading(folder, db, device)
-    with progress_bar("reading", store.count_drift_messages()) as advance:
+    with progress_bar("reading", count_drift_messages(store)) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
-    if task is not None and not survey.groups and (tasks := store.drift_tasks()) and task not in tasks:
+    if task is not None and not survey.groups and (tasks := list_drift_tasks(store)) and task not in tasks:
         raise UsageError(f"no device reported drift of a task {task!r}{did_you_mean(task, tasks)}")
     if device is not None:
         survey.groups = [group for group in survey.groups if device in group.devices]

@@ -11,7 +11,7 @@ import msgspec
 
 from agent import durable_files
 from agent.cli.output import echo, emit, print_table
-from agent.cli.simulated import print_audit
+from agent.cli.simulated import deferred_exit, print_audit
 from agent.errors import UsageError
 from agent.text import format_span, pluralize
 from agent.wire import keys
@@ -56,6 +56,7 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
     from agent.testing.simulation import report as reporting
     from agent.testing.simulation import scenario as scenarios
     from agent.testing.simulation import setup as setups
+    from agent.testing.simulation.log import written_log
     from agent.testing.simulation.runner import Simulation
 
     assert options.scenario_file is not None
@@ -74,8 +75,16 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
         scenario = msgspec.structs.replace(scenario, seed=options.seed)
     with (
         ProgressBar("messages") as bar,
-        contextlib.closing(Simulation(home, scenario, setup, bar, broker=options.broker, speed=speed)) as simulation,
+        deferred_exit() as leave,
+        contextlib.closing(Simulation(home, scenario, setup, broker=options.broker, speed=speed)) as simulation,
+        written_log(simulation.room, home / "simulation.log"),
     ):
+
+        def report_progress(done_s: int, total_s: int, messages: int) -> None:
+            leave()
+            bar(done_s, total_s, messages)
+
+        simulation.progress = report_progress
         outcome = simulation.run()
         document = reporting.build(scenario, outcome, simulation.store)
     if report_file is not None:
@@ -122,7 +131,7 @@ def _print_scenario(document: dict[str, Any]) -> None:
         echo(f"false alarm: {alarm['device']} after {format_span(alarm['at'])}: {alarm['summary']}")
     if alarms["n"] > _MAX_SENTENCES:
         echo(f"… and {alarms['n'] - _MAX_SENTENCES} more; all with --json")
-    missed = pluralize(document["missed"], "event")
+    missed = pluralize(document["missed"], "expected alert")
     echo(f"{pluralize(alarms['n'], 'false alarm')}, budget {alarms['budget']}; {missed} missed")
     if document["undelivered"]:
         echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")

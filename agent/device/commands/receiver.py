@@ -28,7 +28,8 @@ from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import topics
 from agent.wire.commands import MAX_COMMAND_BYTES
-from agent.wire.messages import CommandPayload, verify_message
+from agent.wire.messages import CommandPayload
+from agent.wire.verification import verify_message
 
 log = logging.getLogger("outstation.commands")
 

@@ -26,7 +26,7 @@ from agent.device.intake.file_reader import AS_STREAM, FileBlock, FileLayout
 from agent.errors import RowRejected, UsageError
 from agent.media import ImageFormat, SoundFormat
 from agent.model.sandbox import available_memory, child_process
-from agent.model.sandbox.confinement import child_environment
+from agent.model.sandbox.child_process import child_environment
 
 _WORKER = "agent.device.intake.decode_worker"
 # Half of the memory that is left, between these: the daemon and what else runs need theirs.

@@ -28,7 +28,8 @@ from agent.transport.packets import IncomingMessage
 from agent.wire import jws, topics
 from agent.wire.desired_state import DESIRED_STATE_ROLES, MAX_DESIRED_BYTES, DesiredBundle
 from agent.wire.jws import Signer
-from agent.wire.messages import DesiredPayload, verify_message
+from agent.wire.messages import DesiredPayload
+from agent.wire.verification import verify_message
 
 log = logging.getLogger("outstation.updates")
 

@@ -428,11 +428,14 @@ class Store:
         self.close()
 
     def simulate_disk(self, size: int, free: int) -> None:
-        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one.
-
-        A simulated power cut keeps what the kernel has, so nothing is flushed; a thousand caches would fill the memory.
-        """
+        """Let the store see a file system of `size` bytes with `free` ones, instead of the real one."""
         self._quota_enforcer.simulated_disk = (size, free)
+
+    def begin_simulation(self) -> None:
+        """Flush nothing, and use little memory; before any other use.
+
+        A simulated power cut keeps what the kernel has; a thousand caches would fill the memory.
+        """
         for pragma in ("synchronous=OFF", f"cache_size=-{_SIMULATED_CACHE_KIB}"):
             self._db.execute(f"PRAGMA {pragma}")
 

@@ -37,7 +37,8 @@ from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
 from agent.wire import topics
 from agent.wire.jws import Signer
-from agent.wire.messages import AckPayload, verify_message
+from agent.wire.messages import AckPayload
+from agent.wire.verification import verify_message
 
 log = logging.getLogger("outstation.uplink")
 

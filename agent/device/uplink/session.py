@@ -25,6 +25,7 @@ from agent.device.store.message_log import RECENT_URGENT, MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.learned_limit import LearnedLimit
 from agent.device.uplink.meter import TrafficMeter, estimate_bytes
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.sink import Receipt, Sink
@@ -67,7 +68,7 @@ class Session:
         *,
         oversize: OversizeAlert,
         sent_early: set[int],
-        learned_limit: int,
+        learned_limit: LearnedLimit,
         broker_delivery: bool,
         meter: TrafficMeter | None = None,
         live: Sequence[OutgoingMessage] = (),
@@ -76,7 +77,7 @@ class Session:
         """Send from the oldest waiting message on.
 
         `sent_early`: urgent messages that went before messages of lower seqs, also in earlier sessions.
-        `learned_limit`: bytes of the largest message, if an earlier connection ended because of a larger one.
+        `learned_limit`: of earlier connections that ended because of a large message.
         """
         self._sink, self._store, self._message_log = sink, store, message_log
         self._oversize, self._learned_limit = oversize, learned_limit
@@ -128,6 +129,9 @@ class Session:
     def tick(self, now: ClockReading, *, is_stopping: bool = False) -> None:
         """Fill the window, handle what comes in, delete what is acknowledged. Raises LinkDown, StorageError."""
         self._now = now
+        if self._learned_limit.lift(now.boot_s):
+            self._resend_queue.extend(sorted(self._held_back))
+            self._held_back.clear()
         self._plan_resends(now)
         self._fill_window()
         for event in self._sink.receive(RECEIVE_TIMEOUT_S):
@@ -250,7 +254,7 @@ class Session:
                 self._damaged.append(message.seq)
                 continue
             outgoing = self._message_log.to_outgoing(message)
-            size, limit = self._sink.measure(outgoing), min(self._sink.max_bytes, self._learned_limit)
+            size, limit = self._sink.measure(outgoing), min(self._sink.max_bytes, self._learned_limit.bytes)
             if size > limit:
                 self._oversize.add(message.seq, size, limit)
                 self._hold_back(message, f"its {size} bytes are above the broker's limit of {limit}")

@@ -18,13 +18,13 @@ from agent.device.machine.keys import keys_message
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.learned_limit import LearnedLimit
 from agent.device.uplink.meter import CONNECTION_BYTES, TrafficMeter
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
 from agent.device.uplink.session import Session, find_sent_early
 from agent.device.uplink.sink import OpenSink, Sink
 from agent.errors import LinkDown, MessageRefused, PacketTooLarge
-from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 
@@ -89,8 +89,7 @@ class Uplink:
         self._oversize = OversizeAlert(store, message_log)
         metered = conf.broker.metered
         self._meter = None if metered is None else TrafficMeter(metered, store, now())
-        # Of a broker that ends the connection at a larger message, and announces no limit.
-        self._learned_limit = MAX_PACKET
+        self._learned_limit = LearnedLimit()
         self._receivers = receivers
         self._stopping = threading.Event()
         self._reconnecting = threading.Event()
@@ -214,8 +213,8 @@ class Uplink:
             sink.drop()
             # The broker does not say which one. The largest is held back, then the next, until it takes the others.
             if largest := session.largest_in_flight():
-                self._learned_limit = min(self._learned_limit, largest) - 1
-            raise LinkDown(f"{refused}; larger messages than {self._learned_limit} bytes are held back") from None
+                self._learned_limit.lower(largest, self._now().boot_s)
+            raise LinkDown(f"{refused}; larger messages than {self._learned_limit.bytes} bytes are held back") from None
         except BaseException:
             sink.drop()
             raise

@@ -18,6 +18,8 @@ from msgspec.structs import replace
 from agent.arrays import Float64s
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
+from agent.kernel import comparisons
+from agent.kernel import library as kernel
 
 # Symptoms of a field in a drift window, in this order.
 MISSING, PILE_LOW, PILE_HIGH, OUTSIDE, SPIKES, SD = range(6)
@@ -117,3 +119,15 @@ def compute_misfit(
         square = (moments.m2[..., mine] + n * (mean - class_mean[..., its]) ** 2) / sd**2
         total += (square - n + 2 * n * np.log(sd / class_sd[:, mine])).sum(-2) / np.maximum(n.sum(-2), 1)
     return np.asarray(total / 2 / (moments.n.shape[-1] // count))
+
+
+def compute_own_misfit(moments: GroupMoments, class_mean: Float64s, class_sd: Float64s, fields: int) -> Float64s:
+    """Return the same (W, F) of fields in their own places, of stacked moments (W, C, D)."""
+    library, classes = kernel.kernel(), moments.n.shape[1]
+    if library is None or not comparisons.sums_in_order(classes, fields):
+        return compute_misfit(moments, class_mean, class_sd, np.arange(fields))
+    each = comparisons.compute_misfit(library, moments.n, moments.mean, moments.m2, class_mean, class_sd)
+    total = np.zeros((len(each), fields))
+    for first in range(0, each.shape[1], fields):
+        total += each[:, first : first + fields]
+    return np.asarray(total / 2 / (each.shape[1] // fields))

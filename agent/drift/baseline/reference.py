@@ -29,6 +29,7 @@ from agent.drift.detectors.detector import NO_WEIGHTS, Baseline, Task
 from agent.drift.detectors.registry import DETECTORS, MOMENTS, ScoreLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.drift.numeric.divergence import NO_CELLS, Distributions
+from agent.drift.numeric.sums import MAX_COUNT, are_counts, is_part
 from agent.drift.outputs import reference as further_outputs
 from agent.drift.outputs.counts import BINS as BINS  # quantile bins; `counts` has two more, for rows outside
 from agent.drift.outputs.counts import FurtherOutput, count_cells
@@ -408,6 +409,9 @@ def _robust_step_sd(column: Float64s) -> float:
     return max(1.4826 * float(np.median(step)), float(np.quantile(step, 0.99)) / 2.576) if len(step) else 0.0
 
 
+_COUNTS = ("counts", "missing", "n", "longest", "class_n", "output", "score_n")
+
+
 def _validate(r: Reference) -> None:
     """Check the rules that types cannot express. Raises BadBundle."""
     fields, classes = len(r.fields), r.class_count
@@ -427,7 +431,9 @@ def _validate(r: Reference) -> None:
         "version": r.version == VERSION,
         "made": r.made in ("shipped", "site"),
         "fields": fields > 0 and len(set(r.fields)) == fields,
-        "window": r.window > 0 and r.window_rows > 0,
+        **{name: are_counts(getattr(r, name)) for name in _COUNTS},
+        "window": r.window > 0 and r.window_rows > 0 and r.window * r.window_rows <= MAX_COUNT,
+        "drift_windows": 0 <= r.drift_windows <= MAX_COUNT,
         "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
         "further": len(r.further) <= MAX_OUTPUTS
@@ -438,19 +444,14 @@ def _validate(r: Reference) -> None:
         "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),
         "missing_values": r.missing_values is None or r.missing_values.is_valid(fields),
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
-        "score_n": bool(((r.score_n >= 0) & (r.score_n <= cbpe.MAX_BIN_ANSWERS)).all()),
-        "score_correct": r.score_correct is None
-        or (
-            r.score_correct.shape == r.score_n.shape
-            and bool(((r.score_correct >= 0) & (r.score_correct <= r.score_n)).all())
-        ),
+        "score_correct": r.score_correct is None or is_part(r.score_correct, r.score_n),
     }
     wrong += [name for name, holds in rules.items() if not holds]
     wrong += [] if r.site is None else r.site.find_invalid(r.task, r.test_count)
     if not wrong:
         wrong = [] if _is_ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
-        wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
+        wrong += [name for name in ("m2", "jump") if (getattr(r, name) < 0).any()]
     if wrong:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
 

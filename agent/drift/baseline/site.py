@@ -16,6 +16,7 @@ from agent.drift.detectors import daily_cycle
 from agent.drift.detectors.daily_cycle import Cycle
 from agent.drift.detectors.detector import Task
 from agent.drift.detectors.registry import DETECTORS, LearnedBaselines
+from agent.drift.numeric.sums import MAX_COUNT, are_counts
 
 MIN_INDEPENDENT_WINDOWS = 10  # fewer tell too little of what is usual
 
@@ -82,8 +83,8 @@ class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
             "independent_windows": self.independent_windows > 0,
             "sensitivity": self.sensitivity.is_valid(task.fields),
             "modes": self.modes is None or self.modes.is_valid(task.fields, tests),
-            "transitions": self.transitions >= 0,
-            "steps": self.steps.shape == (task.fields, SIZE_BINS),
+            "transitions": 0 <= self.transitions <= MAX_COUNT,
+            "steps": self.steps.shape == (task.fields, SIZE_BINS) and are_counts(self.steps),
             "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
             "spread": self.spread is None
             or (

@@ -26,7 +26,7 @@ from agent.drift.detectors.detector import (
 )
 from agent.drift.numeric.sums import Groups
 from agent.indices import repeat, sum_runs, take
-from agent.kernel import group_sums
+from agent.kernel import comparisons, group_sums
 from agent.kernel import library as kernel
 
 SCALE = 2.0**20
@@ -46,7 +46,7 @@ def sum_by_group(values: Float64s, groups: Groups) -> Ints:
         return np.zeros((count, 2 * width), np.int64)
     library = kernel.kernel()
     if library is not None:
-        return group_sums.sum_steps(library, values, SCALE, groups.group_ids, count).astype(np.int64)
+        return group_sums.sum_steps(library, values, SCALE, groups.group_ids, count)
     out = np.zeros((count, 2 * width), np.int64)
     known = ~np.isnan(values)
     steps = np.concatenate([known, np.rint(np.where(known, values, 0.0) * SCALE)], axis=1)
@@ -69,6 +69,14 @@ def compute_deviations(measured: WeightedMeans, expected: Float64s) -> Float64s:
     deviation = (measured.weight * (measured.mean - expected)).sum(-2)
     known = total > 0
     return np.asarray(np.where(known, deviation / np.where(known, total, 1.0), np.nan))
+
+
+def average_sums(sums: Ints, expected: Float64s) -> Float64s:
+    """Return the deviations (W, X) of counts and sums (W, C, 2X) from `expected` means (C, X); NaN without a count."""
+    library = kernel.kernel()
+    if library is not None and comparisons.sums_in_order(*expected.shape):
+        return comparisons.average_deviations(library, sums, SCALE, expected)
+    return compute_deviations(means_from_sums(sums), expected)
 
 
 def pooled_mean(measured: WeightedMeans, min_weight: float) -> Float64s:
@@ -149,7 +157,11 @@ class ClassMeanDetector(ScoreDetector):
         return WeightedMeans(windows.expand(entries.weight), windows.expand(entries.mean))
 
     def score(self, task: Task, windows: DriftWindows, baseline: Baseline) -> Scores:
-        return Scores(compute_deviations(self.means(task, windows.counts[self.name]), baseline.own.mean))
+        return Scores(self.deviations(task, windows.counts[self.name], baseline.own.mean))
+
+    def deviations(self, task: Task, counts: Ints, expected: Float64s) -> Float64s:
+        """Return the deviations (W, X) of counts (W, C, `count_width`) from the `expected` means (C, X)."""
+        return average_sums(counts, expected)
 
     def suspended(self, task: Task, moving: Bools, near_alarm: Bools) -> Bools | None:
         return repeat(near_alarm[:, None], self.width(task), axis=1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from agent.arrays import AnyArray, Bools, Float64s, Ints
-from agent.drift.detectors.class_means import ClassMeanDetector, WeightedMeans
+from agent.drift.detectors.class_means import ClassMeanDetector, WeightedMeans, compute_deviations
 from agent.drift.detectors.detector import (
     JOINT,
     MIN_CLASS_ROWS,
@@ -169,6 +169,11 @@ class CorrelationDetector(ClassMeanDetector):
         weight = np.where(moving & (n >= MIN_CLASS_ROWS), n - 3, 0.0)
         z = np.arctanh(np.minimum(np.maximum(correlation, -MAX_CORRELATION), MAX_CORRELATION))
         return WeightedMeans(weight, np.where(weight > 0, z, 0.0))
+
+    def deviations(self, task: Task, counts: Ints, expected: Float64s) -> Float64s:
+        if task.windowed:
+            return super().deviations(task, counts, expected)
+        return compute_deviations(self.means(task, counts), expected)
 
     def retain(self, task: Task, counts: Ints) -> dict[str, AnyArray]:
         """Return z as float16, NaN without weight, and one weight for all pairs: calibration needs no more."""

@@ -127,7 +127,8 @@ class CusumSequence(msgspec.Struct, frozen=True, eq=False):
             periods.extend_cusums(library, z, before.value, values, effects, t[:count])
             windows, effect, since = periods.windows, periods.effect, periods.since
         alarm = alarm | (values[-1] > self.limit)
-        return Cusum(values[-1], windows, effect, since, alarm, np.where(alarm, clear_count, 0))
+        # A copy: the state would keep the sums of all windows in memory.
+        return Cusum(values[-1].copy(), windows, effect, since, alarm, np.where(alarm, clear_count, 0))
 
 
 def _sided_scores(z: Float64s) -> Float64s:
@@ -164,4 +165,6 @@ def _extend_by_numpy(
 
 def standardize(value: Float64s, mean: Float64s, sd: Float64s, windows: int) -> Float64s:
     """Return the score of a window's `value`, given that mean and sd were estimated from so many windows."""
-    return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)
+    score = np.asarray(value - mean, dtype=np.float64)
+    score /= sd * np.sqrt(1 + 1 / windows)
+    return score

@@ -26,6 +26,7 @@ from agent.drift.detectors.detector import (
 from agent.drift.detectors.moments import (
     VARIANCE_PRIOR,
     MomentsDetector,
+    compute_mean_squares,
     compute_test_values,
     find_untested,
     leave_one_out_mean,
@@ -91,8 +92,7 @@ def _measure(task: Task, moments: GroupMoments, mean: Float64s, sd: Float64s) ->
     """Return the number (..., F) of drift windows with moments (..., C, D) against class means and sds."""
     fields = slice(0, task.fields)
     if task.windowed:
-        square = (moments.m2 + moments.n * (moments.mean - mean) ** 2) / sd**2
-        values = np.log((square.sum(-2) / np.maximum(moments.n.sum(-2), 1))[..., fields] + VARIANCE_PRIOR)
+        values = np.log(compute_mean_squares(moments, mean, sd)[..., fields] + VARIANCE_PRIOR)
     else:
         values = np.abs(compute_test_values(moments, mean, sd, windowed=False)[0][..., fields])
     return np.where(find_untested(moments, windowed=task.windowed)[..., fields], np.nan, values)

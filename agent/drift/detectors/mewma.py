@@ -106,7 +106,7 @@ class MewmaSequence(msgspec.Struct, frozen=True, eq=False):
             return _extend_by_numpy(before, z, means, effects, t)
         periods = Periods(before.windows, before.effect, before.since)
         periods.extend_means(library, z, before.mean, means, effects, t[:count])
-        return Mewma(means[-1], periods.windows, periods.effect, periods.since)
+        return Mewma(means[-1].copy(), periods.windows, periods.effect, periods.since)
 
 
 def _run_by_numpy(z: Float64s, mean: Float64s) -> Float64s:
@@ -134,7 +134,7 @@ def _extend_by_numpy(before: Mewma, z: Float64s, means: Float64s, effects: Float
         windows = np.where(goes_on, windows, 0) + counted
         total = np.where(goes_on, total, 0.0) + more
         was = now
-    return Mewma(means[-1], windows, total, since)
+    return Mewma(means[-1].copy(), windows, total, since)
 
 
 def _statistics(means: Float64s) -> Float64s:

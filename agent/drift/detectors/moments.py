@@ -39,6 +39,8 @@ from agent.drift.detectors.detector import (
 from agent.drift.detectors.season import MIN_RAMP_WINDOWS, RAMP_WINDOWS, SlowTrend, is_ramp
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.sums import GroupMoments
+from agent.kernel import comparisons
+from agent.kernel import library as kernel
 
 # Least sd of a class, as a share of the overall sd. It is more at a site, where one misnamed window in a tight class
 # would outweigh all others.
@@ -79,16 +81,37 @@ def compute_test_values(
     with a prior. An effect is
     the mean shift in physical units, and half the shift in log variance: exp() of it is the ratio of spreads.
     """
+    value, effect, variance = _compute_residuals(moments, mean, sd, windowed=windowed)
+    if windowed:
+        fields = value.shape[-1] // 2
+        return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
+    spread, ratio = np.log(variance + VARIANCE_PRIOR), np.log(np.maximum(variance, MIN_VARIANCE))
+    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, ratio / 2], axis=-1)
+
+
+def compute_mean_squares(moments: GroupMoments, mean: Float64s, sd: Float64s) -> Float64s:
+    """Return mean squares (..., D) of the deviations of all values from their class's mean, in class sd."""
+    library = kernel.kernel()
+    if library is not None and comparisons.supports(moments.n, mean):
+        return comparisons.compute_mean_squares(library, moments.n, moments.mean, moments.m2, mean, sd)
+    square = (moments.m2 + moments.n * (moments.mean - mean) ** 2) / sd**2
+    return np.asarray(square.sum(-2) / np.maximum(moments.n.sum(-2), 1))
+
+
+def _compute_residuals(
+    moments: GroupMoments, mean: Float64s, sd: Float64s, *, windowed: bool
+) -> tuple[Float64s, Float64s, Float64s]:
+    """Return mean residuals in class sd, mean shifts, and for single rows the variances of residuals (..., D)."""
+    library = kernel.kernel()
+    if library is not None and comparisons.supports(moments.n, mean):
+        return comparisons.compute_residuals(library, moments.n, moments.mean, moments.m2, mean, sd)
     count = np.maximum(moments.n.sum(-2), 1)
     shift = moments.n * (moments.mean - mean)
     value, effect = (shift / sd).sum(-2) / count, shift.sum(-2) / count
     if windowed:
-        fields = value.shape[-1] // 2
-        return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
+        return value, effect, value
     square = ((moments.m2 + shift * (moments.mean - mean)) / sd**2).sum(-2) / count
-    variance = np.maximum(square - value**2, 0.0)
-    spread, ratio = np.log(variance + VARIANCE_PRIOR), np.log(np.maximum(variance, MIN_VARIANCE))
-    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, ratio / 2], axis=-1)
+    return value, effect, np.maximum(square - value**2, 0.0)
 
 
 def leave_out_rare(moments: GroupMoments, rare: Bools) -> GroupMoments:

@@ -222,7 +222,11 @@ class PsiDetector(ChartDetector):
 def compute_psi(reference_shares: Float64s, counts: Ints) -> Float64s:
     """Return the PSI along the last axis, of counts against the usual shares."""
     q = smoothed_shares(counts)
-    return np.asarray(((reference_shares - q) * np.log(reference_shares / q)).sum(-1))
+    logs = reference_shares / q
+    np.log(logs, out=logs)
+    np.subtract(reference_shares, q, out=q)
+    q *= logs
+    return np.asarray(q.sum(-1))
 
 
 def leave_one_out_psi(counts: Ints) -> Float64s:

@@ -330,7 +330,7 @@ def detect_coarsening(summary: Summary, site: Reference) -> Ints:
     steps = now.sum(-1)
     expected, moved = usual.share * steps, steps - now[..., 0]
     # A sensor that rests for long has few steps, but fine ones.
-    left = (now * usual.sizes).sum(-1)
+    left = np.einsum("...fs,fs->...f", now, usual.sizes)
     lost = (expected >= MIN_FINE_STEPS) & (moved >= MIN_STEPS) & (left < MAX_FINE_SHARE * np.minimum(expected, moved))
     if not any_true(lost):
         return np.zeros(lost.shape, np.int64)

@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from agent.arrays import Bools, Float64s
-from agent.drift.baseline.fault_limits import FaultLimits
+from agent.drift.baseline.fault_limits import FaultLimits, compute_own_misfit
 from agent.drift.baseline.fault_limits import compute_misfit as compute_fit
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
@@ -30,7 +30,7 @@ def exceeds_misfit(misfit: Float64s, limits: FaultLimits) -> Bools:
 
 def compute_misfit(windows: Summary, site: Reference, usual: Float64s) -> Float64s:
     """Return how badly fields fit their own places (W, F); `usual` (W, C, D) are the class means to expect then."""
-    return _misfit(windows.class_sums.moments(site.origin), site, np.arange(len(site.fields)), usual)
+    return compute_own_misfit(windows.class_sums.moments(site.origin), usual, site.class_sd_by_hour, len(site.fields))
 
 
 def detect_swaps(

@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Float64s, Ints, any_true
+from agent.kernel import comparisons
+from agent.kernel import library as kernel
 
 MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
@@ -43,14 +45,17 @@ class Distributions(msgspec.Struct, frozen=True, eq=False, dict=True):
 
 def coarsen_bins(counts: Ints) -> Ints:
     """Return 16 bins of counts (..., 34): values outside count to the outermost of 32 bins, and these two by two."""
-    inner = fold_outer_bins(counts)
-    return np.asarray(inner[..., ::2] + inner[..., 1::2])
+    inner = counts[..., 1:-1:2] + counts[..., 2:-1:2]
+    inner[..., 0] += counts[..., 0]
+    inner[..., -1] += counts[..., -1]
+    return inner
 
 
 def smoothed_shares(counts: Ints) -> Float64s:
     """Return shares along the last axis, of counts with half a row added to each bin."""
-    filled = counts + BIN_PRIOR
-    return np.asarray(filled / filled.sum(-1, keepdims=True))
+    filled: Float64s = np.asarray(counts + BIN_PRIOR, np.float64)
+    filled /= filled.sum(-1, keepdims=True)
+    return filled
 
 
 def psi(reference: Ints, current: Ints) -> Float64s:
@@ -88,6 +93,14 @@ def compute_all(p: Float64s, q: Float64s, bounds: Float64s, sd: Float64s) -> Flo
     """Return PSI, JS, KS and W1 (4, ...) of shares."""
     difference = np.cumsum(q - p, axis=-1)
     return np.stack([_psi(p, q), _js(p, q), np.abs(difference).max(-1), _w1(difference, bounds, sd)])
+
+
+def compare_counts(counts: Ints, reference: Float64s, bounds: Float64s, sd: Float64s) -> Float64s:
+    """Return PSI, JS, KS and W1 (M, F, 4) of counts (M, F, 34) against shares of the `reference` (F, 32)."""
+    library = kernel.kernel()
+    if library is not None:
+        return comparisons.compare_shares(library, counts, reference, bounds, sd)
+    return np.moveaxis(compute_all(reference, shares(fold_outer_bins(counts)), bounds, sd), 0, -1)
 
 
 def _psi(p: Float64s, q: Float64s) -> Float64s:

@@ -15,6 +15,18 @@ from agent.kernel import library as kernel
 
 MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
+MAX_COUNT = 1 << 40  # of anything in a reference: sums of such counts fit 64 bits
+
+
+def are_counts(values: Ints) -> bool:
+    """Return True if all `values` can be counts."""
+    return bool(((values >= 0) & (values <= MAX_COUNT)).all())
+
+
+def is_part(counts: Ints, of_counts: Ints) -> bool:
+    """Return True if `counts` can be of some of the items that `of_counts` counts."""
+    return counts.shape == of_counts.shape and bool(((counts >= 0) & (counts <= of_counts)).all())
+
 
 class Groups(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Groups of m consecutive items."""
@@ -85,7 +97,7 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         """
         library = kernel.kernel()
         if library is not None:
-            origins = np.broadcast_to(origin, values.shape[1:])
+            origins = origin if isinstance(origin, np.ndarray) else np.full(values.shape[1], origin)
             sums = group_sums.add(library, values, origins, groups.group_ids, self.n, self.total, self.squares)
             return GroupSums(*sums)
         shifted: Float64s = np.subtract(values, origin, dtype=np.float64)

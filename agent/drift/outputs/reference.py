@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.drift.numeric import divergence
+from agent.drift.numeric.sums import are_counts, is_part
 from agent.drift.outputs.counts import BINS, DISTANCES, RANKS, FurtherOutput, split_outputs
 from agent.indices import bincount
 from agent.performance import cbpe
@@ -49,9 +50,11 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
             and self.edges.shape == (len(output.values), BINS - 1)
             and bool(np.isfinite(self.edges).all() and (np.diff(self.edges, axis=1) >= 0).all())
             and self.counts.shape == (output.cells,)
-            and bool((self.counts >= 0).all())
-            and (held_out is None or (held_out.shape == (2, BINS) and bool((held_out[1] >= 0).all())))
-            and (held_out is None or bool((held_out[1] <= held_out[0]).all()))
+            and are_counts(self.counts)
+            and (
+                held_out is None
+                or (held_out.shape == (2, BINS) and are_counts(held_out[0]) and is_part(held_out[1], held_out[0]))
+            )
         )
 
 

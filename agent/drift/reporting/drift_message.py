@@ -80,10 +80,8 @@ class MessageSums(msgspec.Struct, frozen=True, eq=False):
 def build_features(sums: MessageSums, shipped: Reference) -> list[dict[str, Any]]:
     """Return each field's numbers, per message of a stack."""
     moments = sums.row_sums.moments(shipped.origin[: len(shipped.fields)])
-    q = divergence.shares(divergence.fold_outer_bins(sums.counts))
-    sized = round_effect_size(
-        np.moveaxis(divergence.compute_all(shipped.bin_shares, q, shipped.bounds, shipped.sd), 0, -1)
-    ).tolist()
+    sizes = divergence.compare_counts(sums.counts, shipped.bin_shares, shipped.bounds, shipped.sd)
+    sized = round_effect_size(sizes).tolist()
     columns = (
         sums.counts.tolist(),
         sums.missing.tolist(),

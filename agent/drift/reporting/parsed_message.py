@@ -19,8 +19,7 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
 from agent.drift.outputs.reference import MAX_OUTPUTS
 from agent.wire import runs
-from agent.wire.quiet_windows import MAX_QUIET_WINDOWS
-from agent.wire.runs import EpochMicroseconds, JitteredTimes, TimeRun
+from agent.wire.runs import MAX_QUIET_WINDOWS, EpochMicroseconds, JitteredTimes, TimeRun
 
 MAX_FIELDS = 256
 UNTESTED = "untested"

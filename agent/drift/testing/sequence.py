@@ -13,6 +13,7 @@ from agent.drift.detectors import cusum
 from agent.drift.detectors.detector import EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE, ChartRun, ChartWindows
 from agent.drift.detectors.registry import CHARTS, ChartStates
 from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
+from agent.indices import take
 
 
 class SuiteRun(msgspec.Struct, frozen=True, eq=False):
@@ -108,8 +109,9 @@ def _find_suspended_tests(
 ) -> Bools | None:
     """Return which tests (W, T) wait, as fields that they depend on move; None for none. `limit` is theirs (T,)."""
     layout = tester.reference.layout
-    values = np.concatenate([sequence.before.value[None], sequence.values[:-1]])
-    begins = (values.max(1) / limit)[:, layout.field_tests].max(-1)
+    before = np.maximum(*sequence.before.value)[None]
+    highest = np.concatenate([before, np.maximum(sequence.values[:-1, 0], sequence.values[:-1, 1])])
+    begins = take(highest / limit, layout.field_tests, 1).max(-1)
     moving = open_now | (begins > EARLY_DRIFT_SHARE)
     if not any_true(moving):
         return None

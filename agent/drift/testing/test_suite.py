@@ -143,11 +143,12 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         site, task, layout = self.reference, self.reference.task, self.reference.layout
         baselines = site.baselines
         drift_windows = windows.drift_windows(site.origin)
+        charts = {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS}
         parts = [detector.score(task, drift_windows, baselines[detector.name]) for detector in layout.detectors]
         values = np.concatenate([scores.values for scores in parts], axis=1)
         values, usual, sd = self._expect(values, t)
-        shift = values - usual
-        effects = np.where(np.isnan(shift), 0.0, shift)
+        effects = values - usual
+        np.copyto(effects, 0.0, where=np.isnan(effects))
         for detector, scores in zip(layout.detectors, parts, strict=True):
             place = layout[detector.name]
             if scores.effects is not None:
@@ -157,7 +158,7 @@ class DriftTester(msgspec.Struct, frozen=True, eq=False, dict=True):
         return Evidence(
             cusum.standardize(values, usual, sd, site.drift_windows),
             effects,
-            {chart.name: chart.compute_evidence(task, drift_windows, baselines[chart.name]) for chart in CHARTS},
+            charts,
             drift_windows.distributions.promises,
         )
 

@@ -45,7 +45,7 @@ from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import DeviceRange, Devices, FleetStore
 from agent.fleet.workers.device_ranges import run_over_devices, split_devices
 from agent.wire.keys import PublicKey, SigningKey
-from agent.wire.messages import verify_message
+from agent.wire.verification import verify_message
 
 
 def audit(

@@ -21,15 +21,8 @@ from agent.fleet.database.interface import Row
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.projection import TableRows, project_message
 from agent.wire.log_chain import digest
-from agent.wire.messages import (
-    AuditPayload,
-    HealthPayload,
-    LoggedPayload,
-    Payload,
-    ResultsPayload,
-    VerifiedMessage,
-    verify_message,
-)
+from agent.wire.messages import AuditPayload, HealthPayload, LoggedPayload, Payload, ResultsPayload
+from agent.wire.verification import VerifiedMessage, verify_message
 
 
 class AuditParts(msgspec.Struct):

@@ -32,7 +32,8 @@ from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import jws, key_rotation, topics
 from agent.wire.keys import SigningKey
-from agent.wire.messages import AckPayload, LoggedPayload, VerifiedMessage, verify_message
+from agent.wire.messages import AckPayload, LoggedPayload
+from agent.wire.verification import VerifiedMessage, verify_message
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from agent.fleet.database.projection import (
 )
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
-from agent.wire.messages import AuditPayload, LoggedPayload, ResultsPayload, StatePayload, VerifiedMessage
+from agent.wire.messages import AuditPayload, LoggedPayload, ResultsPayload, StatePayload
+from agent.wire.verification import VerifiedMessage
 
 CONFLICTING_PAYLOAD, OVER_QUOTA = "conflicting payload", "over quota"
 # How many refused messages of one device and reason are stored as samples; all are counted.

@@ -14,7 +14,7 @@ from agent.fleet.database import log_succession
 from agent.fleet.database.interface import Connection
 from agent.wire.key_rotation import parse_rotation
 from agent.wire.keys import PublicKey
-from agent.wire.messages import VerifiedMessage
+from agent.wire.verification import VerifiedMessage
 
 # Where the private half was made: whoever made it could have copied it.
 KeyMaker = Literal["device", "operator"]

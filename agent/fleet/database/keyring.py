@@ -11,7 +11,8 @@ from agent.fleet.database.store import FleetStore
 from agent.wire.jws import Signer
 from agent.wire.key_rotation import parse_rotation
 from agent.wire.keys import PublicKey, parse_public_key
-from agent.wire.messages import LoggedPayload, VerifiedMessage
+from agent.wire.messages import LoggedPayload
+from agent.wire.verification import VerifiedMessage
 
 logger = logging.getLogger(__name__)
 

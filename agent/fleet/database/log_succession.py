@@ -1,4 +1,4 @@
-"""Log succession: which logs of a device live.
+"""Log succession: which logs of a device live, and which is the newest of a task.
 
 A device begins a new log when its old one cannot continue, and names the old one there: in its `new log` message with
 the last seq, and in each message that it repeats. A copy of the device's card has its key, too, and may begin a log of
@@ -30,6 +30,16 @@ _LOGS = "SELECT log, last_seq, latest, live FROM logs WHERE device = ? ORDER BY 
 _SUCCESSORS = "SELECT log, successor, last_seq, until FROM log_successors WHERE device = ?"
 _NEWEST_ALERT = """
     SELECT state, seq FROM incidents WHERE device = ? AND source = 'collector' AND id = ? ORDER BY seq DESC LIMIT 1"""
+# The last condition spares a task that waits for its first result a search of all messages.
+NEWEST_LOG = """
+    SELECT log, last_row FROM (
+        SELECT l.log, l.live, l.rowid AS arrival, (
+            SELECT m.rows_last FROM result_messages m
+            JOIN result_provenance p ON p.device = m.device AND p.provenance = m.provenance
+            WHERE m.device = l.device AND m.log = l.log AND p.task = ? ORDER BY m.seq DESC LIMIT 1) AS last_row
+        FROM logs l WHERE l.device = ? AND EXISTS (
+            SELECT 1 FROM result_provenance p WHERE p.device = l.device AND p.task = ?)) task_logs
+    WHERE last_row IS NOT NULL ORDER BY live DESC, CASE WHEN live THEN arrival ELSE -arrival END LIMIT 1"""
 
 
 def apply(db: Connection, changes: Mapping[LogId, LogChanges], now: str) -> None:
@@ -114,3 +124,8 @@ def _update_alert(db: Connection, device: str, log: str, newest: str | None, now
 
 def _add_grace(time: str) -> str:
     return clock.to_rfc3339(clock.parse_rfc3339(time) + GRACE_US)
+
+
+def find_newest_logs(db: Connection, tasks: Iterable[tuple[str, str]]) -> list[tuple[str, int] | None]:
+    """Return (log, last row) of the newest log with results messages of each (device, task); None without any."""
+    return db.execute_each(NEWEST_LOG, [(task, device, task) for device, task in tasks])

@@ -31,9 +31,9 @@ from agent.wire.messages import (
     ResultsPayload,
     SamplesPayload,
     ShadowPayload,
-    VerifiedMessage,
 )
 from agent.wire.runs import MAX_REPEATED_BYTES, Label, LabelRun
+from agent.wire.verification import VerifiedMessage
 
 # Event of the audit message in which a device reports a phase change of a rollout.
 ROLLOUT_EVENT = "rollout"

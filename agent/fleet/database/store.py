@@ -41,7 +41,8 @@ from agent.fleet.database.projection import RESULTS_TABLE, SHARED_TABLES
 from agent.fleet.database.sqlite import SqliteDatabase
 from agent.wire.keys import PublicKey, parse_public_key
 from agent.wire.log_chain import digest
-from agent.wire.messages import LoggedPayload, VerifiedMessage
+from agent.wire.messages import LoggedPayload
+from agent.wire.verification import VerifiedMessage
 
 MAX_MISSING_RANGES = 100
 # Conflicting transactions are rare, and one of them always succeeds.
@@ -50,37 +51,6 @@ _MAX_ATTEMPTS = 5
 _DEVICE_FILTER = "(CAST(? AS TEXT) IS NULL OR device = ?)"
 _LOG_RANGE = "device = ? AND log = ? AND seq BETWEEN ? AND ? ORDER BY seq"
 _NEWEST_LOG = "rowid = (SELECT min(rowid) FROM logs WHERE device = l.device AND live)"
-
-# When, until when and in how many windows each device was tested for drift.
-_OBSERVED_PERIODS = """
-    SELECT task, device, min("from"), max("to"), CAST(sum(window_count) AS BIGINT) FROM drift_windows
-    WHERE state IN ('ok', 'drift') AND "to" BETWEEN ? AND ? GROUP BY task, device
-"""
-
-# In order of time. Reports of the same window are adjacent, in whatever log they arrived and against whatever site
-# reference they were tested.
-_DRIFT_WINDOWS = """
-    SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint, estimate,
-           windows
-    FROM drift_windows WHERE {where} ORDER BY task, device, "from", first, last, "to", log, seq
-"""
-
-# One look into index drift_windows_by_time for each task: DISTINCT would read all of it.
-_DRIFT_TASKS = """
-    WITH RECURSIVE tasks (task) AS (
-        SELECT min(task) FROM drift_windows
-        UNION ALL SELECT (SELECT min(w.task) FROM drift_windows w WHERE w.task > tasks.task) FROM tasks
-        WHERE tasks.task IS NOT NULL)
-    SELECT task FROM tasks WHERE task IS NOT NULL ORDER BY task
-"""
-# By index drift_windows_by_time; the order is that of _DRIFT_WINDOWS.
-_RECENT_DRIFT_WINDOWS = """
-    SELECT * FROM (
-        SELECT device, task, window_count, first, last, "from", "to", state, reference, features, output, joint,
-               estimate, windows, log, seq
-        FROM drift_windows WHERE task = ? AND device = ? AND "to" >= ? ORDER BY "to" DESC LIMIT ?) newest
-    ORDER BY "from", first, last, "to", log, seq
-"""
 
 # MATERIALIZED: else SQLite counts in the order of the key, for which it reads all incidents.
 _DEVICES = f"""
@@ -116,25 +86,6 @@ _PROGRESS = """
 Trim = Callable[[LogId, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
 
 
-class DriftRow(msgspec.Struct, frozen=True, gc=False):
-    """A drift message: a window, or a run of quiet ones. `reference` and what follows it are JSON text."""
-
-    device: str
-    task: str
-    window_count: int
-    first: int
-    last: int
-    begin: str
-    end: str
-    state: str
-    reference: str
-    features: str | None
-    output: str | None
-    joint: str | None
-    estimate: str | None
-    windows: str | None
-
-
 class DeviceRange(msgspec.Struct, frozen=True):
     """Devices from `first` on, up to but not including `before`, in the database's order; None is no bound."""
 
@@ -145,7 +96,7 @@ class DeviceRange(msgspec.Struct, frozen=True):
 Devices = str | DeviceRange | None
 
 
-def _filter_devices(devices: Devices) -> tuple[str, tuple[Any, ...]]:
+def filter_devices(devices: Devices) -> tuple[str, tuple[Any, ...]]:
     """Return a condition and its values for one device, a range, or all (None)."""
     if devices is None or isinstance(devices, str):
         return ("device = ?", (devices,)) if devices else ("TRUE", ())
@@ -213,20 +164,20 @@ class FleetStore:
 
     def keys_version(self) -> int:
         """Return a number that grows with every change of the keys."""
-        rows = self._fetch_all("SELECT +value FROM meta WHERE name = 'keys_version'")
+        rows = self.fetch_all("SELECT +value FROM meta WHERE name = 'keys_version'")
         if not rows or type(rows[0][0]) is not int:
             raise StorageDamaged(f"{self.name}: table meta has no number keys_version; restore the database")
         return int(rows[0][0])
 
     def enrolled_keys(self) -> list[tuple[str, str, str, bool, str | None, int | None]]:
         """Return (kid, device, base64url key, revoked, log, last seq) of every key ever enrolled, as it is stored."""
-        rows = self._fetch_all("SELECT kid, device, key, revoked, log, +last_seq FROM keys")
+        rows = self.fetch_all("SELECT kid, device, key, revoked, log, +last_seq FROM keys")
         return [(kid, device, text, revoked is not None, *bound) for kid, device, text, revoked, *bound in rows]
 
     def active_key(self, device: str) -> PublicKey | None:
         """Return the key that may sign for `device`; None before it is enrolled."""
         sql = "SELECT key FROM keys WHERE device = ? AND revoked IS NULL AND last_seq IS NULL"
-        rows = self._fetch_all(sql, device)
+        rows = self.fetch_all(sql, device)
         return parse_public_key(rows[0][0]) if rows else None
 
     def enrol(
@@ -342,16 +293,16 @@ class FleetStore:
 
     def newest_logs(self) -> list[tuple[str, str]]:
         """Return (device, log) of the newest log of each device."""
-        return self._fetch_all(f"SELECT device, log FROM logs l WHERE {_NEWEST_LOG} ORDER BY device")
+        return self.fetch_all(f"SELECT device, log FROM logs l WHERE {_NEWEST_LOG} ORDER BY device")
 
     def enrolled_devices(self) -> list[str]:
         """Return every device ever enrolled, in order, without damaged names."""
-        rows = self._fetch_all("SELECT device FROM devices ORDER BY device")
+        rows = self.fetch_all("SELECT device FROM devices ORDER BY device")
         return [row[0] for row in rows if isinstance(row[0], str)]
 
     def active_devices(self) -> list[str]:
         """Return the devices with a key that may sign, in order: none that is revoked or retired."""
-        rows = self._fetch_all("SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL")
+        rows = self.fetch_all("SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND last_seq IS NULL")
         return sorted(row[0] for row in rows if isinstance(row[0], str))
 
     def devices(self, *, with_retired: bool = False) -> list[dict[str, Any]]:
@@ -377,12 +328,12 @@ class FleetStore:
     def labels(self, device: str) -> list[tuple[int, str]]:
         """Return (row, label) of every result of `device` with a label."""
         sql = "SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row"
-        return self._fetch_all(sql, device)
+        return self.fetch_all(sql, device)
 
     def values(self, device: str) -> list[tuple[int, float]]:
         """Return (row, value) of every result of `device` with a value."""
         sql = "SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row"
-        return self._fetch_all(sql, device)
+        return self.fetch_all(sql, device)
 
     def newest_metric(self, device: str, metric: str, output: str = "") -> float | None:
         """Return a metric of all results from the newest quality message of an output that has it; None without one."""
@@ -390,51 +341,24 @@ class FleetStore:
             SELECT value FROM metrics
             WHERE device = ? AND metric = ? AND slice = '' AND source = 'device' AND output = ?
             ORDER BY log, seq DESC LIMIT 1"""
-        rows = self._fetch_all(sql, device, metric, output)
+        rows = self.fetch_all(sql, device, metric, output)
         return rows[0][0] if rows else None
-
-    def drift_windows(
-        self, *, task: str | None = None, devices: Devices = None, since: str | None = None
-    ) -> Iterator[DriftRow]:
-        """Return drift messages that ended at `since` or later, by task, device and time."""
-        where, values = _filter_devices(devices)
-        # Only the conditions that are asked for, so that an index serves them.
-        for condition, value in (("task = ?", task), ('"to" >= ?', since)):
-            if value is not None:
-                where, values = f"{where} AND {condition}", (*values, value)
-        rows = self._database.stream(_DRIFT_WINDOWS.format(where=where), values)
-        return (DriftRow(*row) for row in rows)
-
-    def recent_drift_windows(self, task: str, device: str, since: str, limit: int) -> list[DriftRow]:
-        """Return the newest drift messages of a task that ended at `since` or later, as `drift_windows` orders them."""
-        rows = self._fetch_all(_RECENT_DRIFT_WINDOWS, task, device, since, limit)
-        return [DriftRow(*row[:-2]) for row in rows]
-
-    def count_drift_messages(self) -> int:
-        return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])
-
-    def drift_tasks(self) -> list[str]:
-        return [row[0] for row in self._fetch_all(_DRIFT_TASKS)]
-
-    def observed_periods(self, since: str, until: str) -> list[tuple[str, str, str, str, int]]:
-        """Return (task, device, from, to, drift windows) of each device tested between two times."""
-        return self._fetch_all(_OBSERVED_PERIODS, since, until)
 
     def drift_alerts(self, since: str, until: str) -> list[tuple[str, str, str, str, int, int]]:
         """Return (task, device, subject, time, open, count since `since`) of each last drift alert before `until`."""
-        return self._fetch_all(DRIFT_ALERTS, since, until)
+        return self.fetch_all(DRIFT_ALERTS, since, until)
 
     def open_fleet_wide_alerts(self) -> list[tuple[str, str, int]]:
         """Return (task, subject, seq) of each open alert of fleet-wide drift."""
-        return self._fetch_all(OPEN_FLEET_WIDE_ALERTS)
+        return self.fetch_all(OPEN_FLEET_WIDE_ALERTS)
 
     def learned_references(self) -> list[tuple[str, str, str, int]]:
         """Return (device, task, fields as JSON, accepted) of the newest reference that each device learned."""
-        return self._fetch_all(LEARNED_REFERENCES)
+        return self.fetch_all(LEARNED_REFERENCES)
 
     def open_reference_alerts(self) -> list[tuple[str, str, int]]:
         """Return (device, task, seq) of each open alert of a reference unlike the fleet's."""
-        return self._fetch_all(OPEN_REFERENCE_ALERTS)
+        return self.fetch_all(OPEN_REFERENCE_ALERTS)
 
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """Return device, log, from, to and declared of each missing range of sequence numbers."""
@@ -448,18 +372,18 @@ class FleetStore:
 
     def logs(self, devices: Devices = None) -> list[tuple[str, str, int]]:
         """Return (device, log, last seq) of every log, in order, as they are stored."""
-        where, values = _filter_devices(devices)
-        return self._fetch_all(f"SELECT device, log, +last_seq FROM logs WHERE {where} ORDER BY device, log", *values)
+        where, values = filter_devices(devices)
+        return self.fetch_all(f"SELECT device, log, +last_seq FROM logs WHERE {where} ORDER BY device, log", *values)
 
     def count_messages(self, device: str | None = None) -> int:
-        return int(self._fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
+        return int(self.fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
 
     def evidence(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, log, seq, kind, topic, payload, jws, received) of each message, by the first three.
 
         This and the other methods for the audit return each value as it is stored: the audit names a damaged one.
         """
-        where, values = _filter_devices(devices)
+        where, values = filter_devices(devices)
         columns = "device, log, +seq, kind, topic, payload, jws, received"
         return self.stream(f"SELECT {columns} FROM messages WHERE {where} ORDER BY device, log, seq", values)
 
@@ -474,26 +398,26 @@ class FleetStore:
 
     def retention_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, n, payload, jws, state) of each retention statement, by device and n."""
-        where, values = _filter_devices(devices)
+        where, values = filter_devices(devices)
         return self.stream(
             f"SELECT device, +n, payload, jws, state FROM retention WHERE {where} ORDER BY device, n", values
         )
 
     def key_rows(self, devices: Devices = None) -> Iterator[Row]:
         """Return (device, kid, key, log, last seq) of each key: what verification depends on, by device."""
-        where, values = _filter_devices(devices)
+        where, values = filter_devices(devices)
         return self.stream(f"SELECT device, kid, key, log, +last_seq FROM keys WHERE {where} ORDER BY 1, 2", values)
 
     def audit_messages(self, devices: Devices, substring: bytes) -> Iterator[Row]:
         """Return (device, topic, payload, jws) of each stored audit message whose payload contains `substring`."""
-        where, values = _filter_devices(devices)
+        where, values = filter_devices(devices)
         sql = "SELECT device, topic, payload, jws FROM messages WHERE kind = 'audit' AND instr(payload, ?) > 0"
         return self.stream(f"{sql} AND {where}", (substring, *values))
 
     def projected_rows(self, table: str, devices: Devices = None) -> tuple[list[str], Iterator[Row]]:
         """Return a table's columns, and each row that a message gave, in the order of `evidence`."""
         source = "source = 'device'" if table in SHARED_TABLES else "TRUE"
-        condition, values = _filter_devices(devices)
+        condition, values = filter_devices(devices)
         where = f"{source} AND {condition}"
         order = "device, log, seq, row, t" if table == RESULTS_TABLE else "device, log, seq"
         names = [column[0] for column in self._database.execute(f"SELECT * FROM {table} LIMIT 0").description]
@@ -502,7 +426,7 @@ class FleetStore:
 
     def derived_rows(self, table: str, columns: Sequence[str], order: str, devices: Devices) -> Iterator[Row]:
         """Return columns of a table that many messages gave, in an order."""
-        where, values = _filter_devices(devices)
+        where, values = filter_devices(devices)
         stored = self._as_stored(columns)
         return self.stream(f"SELECT {stored} FROM {table} WHERE {where} ORDER BY {order}", values)
 
@@ -514,9 +438,10 @@ class FleetStore:
         if not isinstance(body, LoggedPayload):
             return []
         sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        return self._fetch_all(sql, body.device, body.log, body.seq)
+        return self.fetch_all(sql, body.device, body.log, body.seq)
 
-    def _fetch_all(self, sql: str, *values: Any) -> list[Any]:
+    def fetch_all(self, sql: str, *values: Any) -> list[Any]:
+        """Return the rows of a query with a small result."""
         return self._database.execute(sql, values).fetchall()
 
     def _fetch_dicts(self, sql: str, *values: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from agent import clock
 from agent.clock import ClockReading
 from agent.fleet.database.alerts import fleet_wide_alert_row
+from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
@@ -65,7 +66,7 @@ class FleetWideAlerts:
         span = (clock.to_rfc3339(now.wall_us - LOOKBACK_US), clock.to_rfc3339(now.wall_us + MAX_AHEAD_US))
         observed: dict[str, dict[str, ObservationPeriod]] = {}
         # A device may report a time that no calendar has.
-        for task, device, first, last, windows in self._store.observed_periods(*span):
+        for task, device, first, last, windows in load_observed_periods(self._store, *span):
             with contextlib.suppress(ValueError):
                 period = ObservationPeriod(clock.parse_rfc3339(first), clock.parse_rfc3339(last), windows)
                 observed.setdefault(task, {})[device] = period

@@ -23,7 +23,8 @@ from agent import clock
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.parsed_message import FieldReport, WindowReport
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
-from agent.fleet.database.store import DeviceRange, DriftRow, FleetStore
+from agent.fleet.database.drift_windows import DriftRow, count_drift_messages, stream_drift_windows
+from agent.fleet.database.store import DeviceRange, FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import FleetWideDrift, ObservationPeriod, Onset
 from agent.fleet.drift.merge import DriftHistory, FieldTotals, MergedField, PerformanceEstimates
@@ -155,7 +156,7 @@ def summarize_drift(
     processes: int = 1,
 ) -> FleetDriftSummary:
     """Summarise every window that ended at `since` (RFC 3339) or later."""
-    if processes > 1 and store.count_drift_messages() < _MIN_PARALLEL_MESSAGES:
+    if processes > 1 and count_drift_messages(store) < _MIN_PARALLEL_MESSAGES:
         processes = 1
     jobs = [(devices, (task, since, now_us)) for devices in split_devices(store, processes, processes)]
     first, *others = run_over_devices(store, _summarize_devices, jobs, processes, progress)
@@ -187,7 +188,7 @@ def _summarize_devices(
     since: str | None,
     now_us: int,
 ) -> FleetDriftSummary:
-    return _summarize(store.drift_windows(task=task, devices=devices, since=since), progress, now_us)
+    return _summarize(stream_drift_windows(store, task=task, devices=devices, since=since), progress, now_us)
 
 
 def summarize_recent(rows: Iterable[DriftRow], now_us: int) -> list[DriftGroup]:
@@ -220,7 +221,7 @@ def build_timeline(
 ) -> Timeline:
     """Build the timeline of one device; windows with a wrong clock are left out, unless there are no others."""
     dated, undated = Timeline(), Timeline()
-    windows = store.drift_windows(task=group.task, devices=device, since=since)
+    windows = stream_drift_windows(store, task=group.task, devices=device, since=since)
     for row, shipped in _deduplicate(windows, FleetDriftSummary(), lambda _: None):
         window = _parse_window(row) if shipped == group.shipped_reference else None
         if window is not None and _field_layout(window) == group.layout:

@@ -18,7 +18,8 @@ from agent.fleet.export import manifest as manifests
 from agent.fleet.export.manifest import Chunk, ExportedFile, LogRange, Manifest
 from agent.fleet.export.tables import EXPORTED_MESSAGES, NO_DAY, TableBuilder
 from agent.wire.keys import PublicKey
-from agent.wire.messages import LoggedPayload, verify_message
+from agent.wire.messages import LoggedPayload
+from agent.wire.verification import verify_message
 
 if TYPE_CHECKING:
     import pyarrow

@@ -24,7 +24,8 @@ from agent.fleet.export import manifest as manifests
 from agent.fleet.export.manifest import FILE_MODE, Chunk, ExportedFile, LogRange, Manifest
 from agent.fleet.export.tables import EXPORTED_MESSAGES, NO_DAY, Filters, TableBuilder, arrow_schema
 from agent.wire.keys import PublicKey, SigningKey
-from agent.wire.messages import LoggedPayload, decode
+from agent.wire.messages import LoggedPayload
+from agent.wire.verification import decode
 
 if TYPE_CHECKING:
     import pyarrow

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from agent import clock
 from agent.alerts.kinds import OUTLIER_DEVICE
 from agent.clock import ClockReading
+from agent.fleet.database.drift_windows import list_drift_tasks, load_recent_drift_windows
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.outliers import MIN_DEVICES, DeviceOutlier
 from agent.fleet.drift.survey import DriftGroup, summarize_recent
@@ -82,12 +83,12 @@ class OutlierSurvey:
 
     def _read_devices(self, now_us: int) -> Iterator[None]:
         since = clock.to_rfc3339(now_us - LOOKBACK_US)
-        for task in self._store.drift_tasks():
+        for task in list_drift_tasks(self._store):
             devices = self._store.active_devices()
             if len(devices) < MIN_DEVICES:
                 return
             for device in devices:
-                rows = self._store.recent_drift_windows(task, device, since, MAX_WINDOWS)
+                rows = load_recent_drift_windows(self._store, task, device, since, MAX_WINDOWS)
                 for group in summarize_recent(rows, now_us):
                     key = (group.task, group.shipped_reference, group.layout)
                     self._groups.setdefault(key, DriftGroup(*key)).add_devices(group)

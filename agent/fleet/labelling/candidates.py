@@ -11,7 +11,7 @@ import numpy as np
 
 from agent import decoders
 from agent.arrays import Float64s, Ints
-from agent.fleet.database import task_logs
+from agent.fleet.database import log_succession
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import candidates as table
 from agent.fleet.database.labelling.labels import TaskLog
@@ -58,7 +58,7 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
     # Of many tasks, each gives a few, so that the list is full even if most have none.
     few = min(limit, max(len(label_candidates.REASONS), 4 * limit // max(1, len(pairs))))
     pairs = pairs[: _READ_ROWS // _MIN_ROWS]
-    logs = zip(pairs, task_logs.find_newest_logs(db, pairs), strict=True)
+    logs = zip(pairs, log_succession.find_newest_logs(db, pairs), strict=True)
     by_task = [_choose(db, (*pair, log[0]), log[1], share, few, seed) for pair, log in logs if log is not None]
     in_turn = (request for turn in itertools.zip_longest(*by_task) for request in turn if request is not None)
     return [*itertools.islice(in_turn, limit)]

@@ -11,7 +11,8 @@ from agent.wire import jws, topics
 from agent.wire.desired_state import MAX_DESIRED_BYTES, DesiredBundle
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey
-from agent.wire.messages import DesiredPayload, encode, verify_message
+from agent.wire.messages import DesiredPayload, encode
+from agent.wire.verification import verify_message
 
 
 class DesiredMessage(msgspec.Struct, frozen=True):

@@ -15,7 +15,8 @@ from agent.errors import MessageRefused
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
-from agent.wire.messages import BundleStats, Moments, ShadowPayload, decode
+from agent.wire.messages import BundleStats, Moments, ShadowPayload
+from agent.wire.verification import decode
 
 MAX_BLOCKS = 200
 _CHUNK_ROWS = 2000

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+# Variables that start Python; a password or token in the environment never reaches the child.
+_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
+# Threads of NumPy's BLAS spin for tens of milliseconds when they start, and our matrices are too small for them.
+ONE_BLAS_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+
+
+def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment of a process that is to be confined."""
+    return {name: environ[name] for name in _ENVIRONMENT if name in environ} | ONE_BLAS_THREAD
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -60,10 +60,6 @@ _ALLOWED = """
     clock_gettime clock_gettime64 clock_getres clock_nanosleep clock_nanosleep_time64 nanosleep gettimeofday
     poll ppoll ppoll_time64 getrandom getrusage exit exit_group
 """
-# Variables that start Python; a password or token in the environment never reaches the child.
-_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "PATH", "LC_ALL", "LANG")
-# Threads of NumPy's BLAS spin for tens of milliseconds when they start, and our matrices are too small for them.
-ONE_BLAS_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 class ConfinementError(Exception):
@@ -74,11 +70,6 @@ class _Comparison(ctypes.Structure):
     """struct scmp_arg_cmp: argument `arg` compared by `op` with `a`, or under mask `a` with `b`."""
 
     _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
-
-
-def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment of a process that is to be confined."""
-    return {name: environ[name] for name in _ENVIRONMENT if name in environ} | ONE_BLAS_THREAD
 
 
 def confine_by(policy: ModelPolicy) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from agent.model.sandbox import child_process
-from agent.model.sandbox.confinement import child_environment
+from agent.model.sandbox.child_process import child_environment
 
 WORKER_MODULE = "agent.model.sandbox.worker"
 _PAGE = mmap.PAGESIZE

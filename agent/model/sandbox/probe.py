@@ -79,11 +79,15 @@ class _ProbeRequest(msgspec.Struct):
 
 
 def probe(
-    bundle: Bundle, known_tunings: Sequence[Tuning] | None = None, policy: ModelPolicy | None = None
+    bundle: Bundle,
+    known_tunings: Sequence[Tuning] | None = None,
+    policy: ModelPolicy | None = None,
+    *,
+    grace_s: float = GRACE_S,
 ) -> ProbeReport:
     """Probe `bundle` within its limits and those of `policy`.
 
-    With `known_tunings` the report has a tuning, known or measured.
+    With `known_tunings` the report has a tuning, known or measured. `grace_s`: real time beyond its CPU seconds.
     """
     needed = ("manifest.json", "model.tflite", "golden.npz")
     files, policy = {name: bundle.files[name] for name in needed if name in bundle.files}, policy or ModelPolicy()
@@ -92,7 +96,7 @@ def probe(
     limits = policy.cap(bundle.manifest.limits)
     try:
         policy.check()
-        output, death = _run_child(request, limits)
+        output, death = _run_child(request, limits, grace_s)
         report, _, tuned = output.partition(b"\n")
         if death and (known_tunings is None or not report):
             raise BadBundle(death)
@@ -125,9 +129,9 @@ def inspect_model(content: bytes) -> ModelInspection:
     return inspection
 
 
-def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, str]:
+def _run_child(request: _ProbeRequest, limits: ResourceLimits, grace_s: float = GRACE_S) -> tuple[bytes, str]:
     """Return the child's output and the cause of its death, or "". Raises BadBundle if it does not finish."""
-    timeout_s = limits.cpu_seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
+    timeout_s = limits.cpu_seconds + grace_s + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
         child = launch.run_module("agent.model.sandbox.probe", msgspec.msgpack.encode(request), timeout_s)
     except subprocess.TimeoutExpired:

@@ -7,6 +7,12 @@ the outputs behind them as they are, and sends RESPONSE_HEADER: status, seconds,
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    # Imports leave no garbage, and looking for it is an eighth of their time.
+    gc.disable()
+
 import ctypes
 import mmap
 import os
@@ -99,6 +105,8 @@ def main() -> None:
         )
     )
     _write_all(response_fd, STARTED_HEADER.pack(STATUS_OK, len(info)) + info)
+    gc.freeze()
+    gc.enable()
     _serve(model, shared_fd, response_fd)
 
 

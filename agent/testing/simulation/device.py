@@ -69,7 +69,7 @@ class SimulatedDevice:
         models: ModelHost,
         find_labels: FindLabels,
     ) -> None:
-        self.name, self.machine = name, Machine()
+        self.name, self.machine = name, Machine(name)
         self.rows = self.rejected = self.labels = self.rejected_labels = 0
         self.silenced: set[str] = set()
         self.is_disk_full = False
@@ -109,6 +109,7 @@ class SimulatedDevice:
         with self._room.run_as(self.machine):
             file, self._conf = load_config(str(self.home / "outstation.toml"))
             self._store = open_store(self._conf)
+            self._store.begin_simulation()
             self._simulate_disk()
             self._daemon = build_daemon(
                 *(file, self._conf, self._store),

@@ -32,8 +32,9 @@ _BOOT_S = 20.0
 
 
 class Machine(msgspec.Struct):
-    """Clock of one machine: when it booted, and how far its wall clock is from the true time."""
+    """Name and clock of one machine: when it booted, and how far its wall clock is from the true time."""
 
+    name: str = "collector"
     boot_at_s: float = 0.0
     boot: int = 1
     offset_us: int = 0

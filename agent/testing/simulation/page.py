@@ -170,6 +170,8 @@ def _count_phases(devices: Mapping[str, list[str]]) -> str:
 def _format_setting(name: str, value: Any) -> str:
     if name in _DURATIONS:
         return _short_span(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return " ".join(value) if isinstance(value, list) else str(value)
 
 

@@ -13,6 +13,8 @@ from agent.testing.simulation.runner import Injected, Outcome
 from agent.testing.simulation.scenario import Scenario
 
 _MAX_ALERTS = 10_000
+# Members of an event that are not in its `settings`.
+_OWN_MEMBERS = ("at", "lasts", "devices", "group", "expect", "plan")
 
 
 def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, Any]:
@@ -56,14 +58,15 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
 def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[str, Any]:
     """Return an event with its answer at each device."""
     event = injected.event
+    defaults = {field.name: field.default for field in msgspec.structs.fields(event)}
     answers = []
     for _, answer in attributed.answers.get(number, []):
         entry = {**answer.alert.to_dict(), "at": round(answer.at_s, 1), "after": round(answer.at_s - event.at, 1)}
         answers.append(entry if answer.shared_with is None else {**entry, "shared_with": answer.shared_with})
     settings = {
-        key: value
-        for key, value in msgspec.to_builtins(event, enc_hook=str).items()
-        if key not in ("kind", "at", "lasts", "devices", "group", "expect", "plan") and value
+        key: float(value) if isinstance(value, float) else value
+        for key, value in msgspec.structs.asdict(event).items()
+        if key not in _OWN_MEMBERS and value != defaults.get(key)
     }
     return {
         "kind": event.kind,

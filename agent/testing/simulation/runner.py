@@ -106,7 +106,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Simulation:
-    """A fleet in `folder`. `run` it once; the caller closes it.
+    """A fleet in `folder`. `run` it once; the caller closes it. `progress` may raise to end the run between two turns.
 
     `broker`: URL of a real broker, which needs a `speed`; None: one in memory. `speed`: simulated seconds in a second;
     None: as fast as it goes.
@@ -117,18 +117,12 @@ class Simulation:
         folder: Path,
         scenario: Scenario,
         setup: Setup,
-        progress: Progress = lambda *_: None,
         *,
         broker: str | None = None,
         speed: float | None = None,
     ) -> None:
-        self.folder, self.home, self._scenario, self._setup, self._progress = (
-            folder,
-            folder / "fleet",
-            scenario,
-            setup,
-            progress,
-        )
+        self.folder, self.home, self._scenario, self._setup = folder, folder / "fleet", scenario, setup
+        self.progress: Progress = lambda *_: None
         self.room = MachineRoom(scenario.seed, scenario.start_us, is_repeatable=broker is None)
         # Apart from keys and ids, of which another version may draw more.
         self._starts = random.Random(f"starts/{scenario.seed}")
@@ -260,6 +254,7 @@ class Simulation:
                 *(name, home, self.room, self.air, feeds, self._models, partial(self._labels.find, name))
             )
             self._at(start_s, partial(self._start, name))
+            self._report_progress()
         self._operator = Operator(self.home, fleet, store, self.air, self._broker)
         for event in self._scenario.events:
             if isinstance(event, Rollout):
@@ -307,11 +302,14 @@ class Simulation:
             self.room.now_s = self.air.clock_s = due_s
             do()
             self._record_published()
-            if (now := time.monotonic()) >= self._report_s:
-                self._report_s = now + _PROGRESS_S
-                self._progress(round(due_s), round(max(self._scenario.duration, due_s)), self.messages)
+            self._report_progress()
         if not self._is_met:
             self.room.now_s = self.air.clock_s = until_s
+
+    def _report_progress(self) -> None:
+        if (now := time.monotonic()) >= self._report_s:
+            self._report_s, now_s = now + _PROGRESS_S, self.room.now_s
+            self.progress(round(now_s), round(max(self._scenario.duration, now_s)), self.messages)
 
     def _wait(self, due_s: float) -> bool:
         """Let real time pass, at most until `due_s`; return True if it is not over, or something came in."""

@@ -288,7 +288,7 @@ def load(
         read = msgspec.structs.replace(read, groups={name: msgspec.structs.replace(group, devices=devices)})
     events = [
         _resolve_rollout(read, file, f"events[{i}]", event, tasks, groups) if isinstance(event, Rollout) else event
-        for i, event in enumerate(read.events, 1)
+        for i, event in enumerate(read.events)
     ]
     read = msgspec.structs.replace(read, events=events)
     check(read, str(file), fields, tasks)
@@ -342,7 +342,7 @@ def check(scenario: Scenario, file: str, fields: dict[str, list[str]], tasks: Se
     names = scenario.device_names()
     if len(names) > MAX_DEVICES:
         raise ConfigError(file, "groups", f"{len(names)} devices; at most {MAX_DEVICES} run in one simulation")
-    for i, event in enumerate(scenario.events, 1):
+    for i, event in enumerate(scenario.events):
         _check_event(scenario, file, f"events[{i}]", event, names)
         event.check(file, f"events[{i}]", fields)
         if isinstance(event, WrongLabels) and event.task not in scenario.labels:

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from agent import config, input_files
-from agent.bootstrap import sinks
+from agent.bootstrap import sinks, tasks
 from agent.config import Config
-from agent.errors import ConfigError, UsageError
+from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model.bundle import builtin
-from agent.model.bundle.bundle import read as read_bundle
+from agent.model.bundle import bundle as bundle_files
+from agent.model.bundle.manifest import Manifest
 from agent.testing.simulation import feed
 from agent.testing.simulation.feed import RecordingFile
 from agent.toml_files import did_you_mean, encode_key, encode_value
@@ -46,11 +47,12 @@ commit_every = "10 s"
 
 
 class Setup(msgspec.Struct, frozen=True, eq=False):
-    """Config of all devices, as a document and parsed; recordings by stream."""
+    """Config of all devices, as a document and parsed; recordings by stream, manifests of the bundles by task."""
 
     document: dict[str, Any]
     config: Config
     recordings: dict[str, RecordingFile]
+    manifests: dict[str, Manifest]
 
     @property
     def fields(self) -> dict[str, list[str]]:
@@ -65,9 +67,8 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def class_tasks(self) -> list[str]:
-        """Tasks whose model names classes. Raises BadBundle."""
-        paths = {name: builtin.resolve_path(Path(task["bundle"])) for name, task in self.document["tasks"].items()}
-        return [name for name, path in paths.items() if read_bundle(path, None).manifest.output.labels]
+        """Tasks whose model names classes."""
+        return [name for name, manifest in self.manifests.items() if manifest.output.labels]
 
     def device_toml(self, enrolled: str, group: str) -> str:
         """Return the config of a device in a group: `enrolled`, which enrolment wrote, and this setup's sections."""
@@ -106,7 +107,7 @@ def load(
     """Read a device's config; `bundles` by task replace those of the config, "" being the only task.
 
     `recordings`: file and columns by stream. Without a `file`, the config is that of the built-in exercise task,
-    written to `folder`. Raises ConfigError, UsageError.
+    written to `folder`. Raises ConfigError, UsageError, BadBundle.
     """
     if file is None:
         file = folder / "simulated.toml"
@@ -118,27 +119,48 @@ def load(
     listed = [*parsed.publishers.keys, *(key.text for key in publishers)]
     if listed:
         document["publishers"] = {**document.get("publishers", {}), "keys": listed}
-    _replace_bundles(document, parsed, bundles)
+    manifests = _replace_bundles(file, document, parsed, bundles, publishers)
     for name, stream in parsed.streams.items():
         if stream.media_format is not None:
             problem = "images and sounds cannot be simulated; give the stream fields and a recording of their rows"
             raise ConfigError(str(file), f"streams.{name}.source", problem)
         document["streams"][name].pop("source", None)
-    return Setup(document, parsed, _load_recordings(file, parsed, recordings))
+    return Setup(document, parsed, _load_recordings(file, parsed, recordings), manifests)
 
 
-def _replace_bundles(document: dict[str, Any], parsed: Config, bundles: Mapping[str, str]) -> None:
-    chosen = {name: task.bundle for name, task in parsed.tasks.items()}
+def _replace_bundles(
+    file: Path, document: dict[str, Any], parsed: Config, bundles: Mapping[str, str], publishers: Sequence[PublicKey]
+) -> dict[str, Manifest]:
+    """Put the path of each task's bundle into the document; return the manifests. Raises UsageError, BadBundle.
+
+    A device that rejects its bundle runs without the task: what is then not found says nothing about the model.
+    """
+    chosen, manifests = dict[str, Path](), dict[str, Manifest]()
+    listed = tasks.parse_public_keys(file, "publishers.keys", parsed.publishers.keys)
+    trusted = [*listed, *publishers, *builtin.publisher_keys()]
     for task, bundle in bundles.items():
-        if not task and len(chosen) != 1:
-            raise UsageError(f"--bundle {bundle}: the config has {len(chosen)} tasks; write --bundle TASK={bundle}")
-        name = task or next(iter(chosen))
-        if name not in chosen:
-            raise UsageError(f"--bundle {task}={bundle}: no task {task!r} in the config{did_you_mean(task, chosen)}")
-        path = builtin.resolve_path(Path(bundle))
-        chosen[name] = bundle if path == Path(bundle) and not path.exists() else str(path.resolve())
-    for name, bundle in chosen.items():
-        document["tasks"][name]["bundle"] = bundle
+        if not task and len(parsed.tasks) != 1:
+            raise UsageError(
+                f"--bundle {bundle}: the config has {len(parsed.tasks)} tasks; write --bundle TASK={bundle}"
+            )
+        name = task or next(iter(parsed.tasks))
+        if name not in parsed.tasks:
+            hint = did_you_mean(task, parsed.tasks)
+            raise UsageError(f"--bundle {task}={bundle}: no task {task!r} in the config{hint}")
+        chosen[name] = builtin.resolve_path(Path(bundle))
+    for name, task_config in parsed.tasks.items():
+        try:
+            path = chosen.get(name) or builtin.locate_bundle(task_config.bundle, parsed.data_dir / "bundles")
+            verified = bundle_files.read(path, trusted)
+        except BadBundle as problem:
+            if name in chosen:
+                raise UsageError(f"--bundle {name}={chosen[name]}: {problem}") from None
+            raise ConfigError(str(file), f"tasks.{name}.bundle", f"{problem}; or name another with --bundle") from None
+        tasks.check_fields(file, parsed, name, verified)
+        is_builtin = path.parent == builtin.bundles_dir()
+        document["tasks"][name]["bundle"] = path.name if is_builtin else str(path.resolve())
+        manifests[name] = verified.manifest
+    return manifests
 
 
 def _load_recordings(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.quantization import Quantization
 from agent.model.inference.runtime import FinishedRun
-from agent.model.inference.tuning import Tuning
+from agent.model.inference.tuning import Tuning, describe_machine, model_digest
 from agent.model.sandbox import probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.probe import ProbeReport
@@ -34,7 +34,7 @@ from agent.wire.keys import PublicKey
 
 # The model is the user's own, and a process for each of a thousand devices would be too many.
 _IN_PROCESS = ModelPolicy("off")
-# Instead of the measured speed, on which the size of batches depends.
+# Instead of a measured speed, on which the size of batches depends.
 _ROWS_PER_S = 10_000.0
 # A process that neither computes nor answers is killed this long after its deadline.
 _STALL_S = 600.0
@@ -71,13 +71,13 @@ class SharedModels(ModelHost):
         return self.load(proven, loading, _IN_PROCESS, on_wait)
 
     def probe(self, bundle: Bundle, known_tunings: Sequence[Tuning], policy: ModelPolicy) -> ProbeReport:
-        """Probe a bundle once, with the same batches on any machine."""
+        """Probe a bundle once, with the same batches on any machine, however busy it is."""
         if bundle.digest not in self._reports:
-            report = probe.probe(bundle, known_tunings, policy)
-            if report.tuning is not None:
-                tuning = replace(report.tuning, batch=1, threads=1, rows_per_s=_ROWS_PER_S)
-                report = replace(report, tuning=tuning)
-            self._reports[bundle.digest] = report
+            report = probe.probe(bundle, None, policy, grace_s=_STALL_S)
+            tensors = bundle.manifest.tensors
+            names = (model_digest(bundle.model_bytes), report.runtime, describe_machine())
+            tuning = Tuning(*names, batch=1, threads=1, rows_per_s=_ROWS_PER_S, tensors=tensors)
+            self._reports[bundle.digest] = replace(report, tuning=tuning)
         return self._reports[bundle.digest]
 
     def load(
@@ -138,37 +138,16 @@ class CandidateModel:
 
     seconds = 0.0
     is_concurrent = False
+    outputs = property(attrgetter("_model.outputs"))
+    kernels = property(attrgetter("_model.kernels"))
+    input_shape = property(attrgetter("_model.input_shape"))
+    input = property(attrgetter("_model.input"))
+    output = property(attrgetter("_model.output"))
+    input_range = property(attrgetter("_model.input_range"))
+    output_range = property(attrgetter("_model.output_range"))
 
     def __init__(self, model: SubprocessModel) -> None:
         self._model = model
-
-    @property
-    def outputs(self) -> int:
-        return self._model.outputs
-
-    @property
-    def kernels(self) -> str:
-        return self._model.kernels
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self._model.input_shape
-
-    @property
-    def input(self) -> Quantization:
-        return self._model.input
-
-    @property
-    def output(self) -> Quantization:
-        return self._model.output
-
-    @property
-    def input_range(self) -> tuple[float, float]:
-        return self._model.input_range
-
-    @property
-    def output_range(self) -> tuple[float, float]:
-        return self._model.output_range
 
     def allocate(self, count: int) -> NDArray[Any]:
         return self._model.allocate(count)

@@ -29,7 +29,8 @@ from agent.device.store.store import INTAKE_SHARE, Store
 from agent.errors import StorageFull
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload, VerifiedMessage, verify_message
+from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload
+from agent.wire.verification import VerifiedMessage, verify_message
 from tests.kit.stations import WATCH
 
 KEY = new_key(1)

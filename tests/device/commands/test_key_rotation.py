@@ -34,7 +34,7 @@ from agent.transport.packets import IncomingMessage
 from agent.wire import jws, keys
 from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.messages import verify_message
+from agent.wire.verification import verify_message
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator, trusted_keys
 
 TIME = "2026-11-24T22:18:01.000000Z"

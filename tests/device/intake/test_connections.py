@@ -299,12 +299,9 @@ print(s.makefile().readline(), end="")
 
 
 @root_only
-def test_a_name_claimed_by_another_user_leaves_the_genuine_producer_alone(station: Station, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("shared_path")
+def test_a_name_claimed_by_another_user_leaves_the_genuine_producer_alone(station: Station) -> None:
     station.socket.chmod(0o666)
-    for folder in tmp_path.parents:
-        if folder != Path("/tmp") and Path("/tmp") in folder.parents:
-            folder.chmod(0o755)
-    tmp_path.chmod(0o755)
 
     def claim() -> str:
         command = [sys.executable, "-c", _AS_NOBODY, str(station.socket)]

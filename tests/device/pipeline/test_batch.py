@@ -30,9 +30,10 @@ from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire import commitment
-from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload, VerifiedMessage
+from agent.wire.messages import AlertPayload, AuditPayload, Body, DriftPayload, ResultsPayload
 from agent.wire.privacy.field_privacy import FieldPrivacy
 from agent.wire.runs import expand_integers
+from agent.wire.verification import VerifiedMessage
 from scripts.kit.bundles import ANOMALY, CLASSIFY, REGRESS, WINDOW, Recipe, activated
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 

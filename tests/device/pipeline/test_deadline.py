@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from agent.bootstrap.tasks import load_task
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.device.health import build_body
 from agent.device.pipeline import batch, deadline
 from agent.device.pipeline.deadline import Deadline

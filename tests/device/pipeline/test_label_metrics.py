@@ -37,8 +37,9 @@ from agent.performance import labels as truth
 from agent.performance.labels import LabelSchema
 from agent.testing.messages import new_key
 from agent.wire import jws
-from agent.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload, verify_message
+from agent.wire.messages import AlertPayload, DriftPayload, QualityPayload, ResultsPayload
 from agent.wire.privacy.field_privacy import FieldPrivacy
+from agent.wire.verification import verify_message
 from scripts.kit.bundles import CLASSIFY, EACH, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, activated
 
 DEVICE = new_key(1)

@@ -34,7 +34,7 @@ from agent.transport.packets import IncomingMessage
 from agent.wire import commitment
 from agent.wire.commitment import Disclosure
 from agent.wire.jws import Signer
-from agent.wire.messages import verify_message
+from agent.wire.verification import verify_message
 from scripts.kit.stores import KEY, STREAMS, TASKS, alarms, append, append_message, opened, outbox_payloads
 
 NOW = "2026-11-24T22:20:00.000000Z"

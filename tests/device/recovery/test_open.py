@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent import __version__
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.device.recovery import migrate, open
 from agent.device.recovery.open import find_file_system, open_store, require_local
 from agent.device.recovery.report_findings import inspect_condition

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent import clock
-from agent.cli import cli
+from agent.cli.commands import cli
 from agent.device.recovery.open import open_store
 from agent.device.store import cost
 from agent.device.store.cost import ProcessCost, ProcessMeter, TaskCost
@@ -22,8 +22,8 @@ from tests.kit.stations import T0
 
 
 @pytest.fixture
-def turned(tmp_path: Path) -> Iterator[Turned]:
-    made = Turned(tmp_path)
+def turned(disk_path: Path) -> Iterator[Turned]:
+    made = Turned(disk_path)
     yield made
     made.store.close()
 

@@ -17,7 +17,8 @@ from agent.device.store import retention
 from agent.device.store.retention import Growth, append_history, expired_through, uptime_json, uptime_s
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
-from agent.wire.messages import AuditPayload, verify_message
+from agent.wire.messages import AuditPayload
+from agent.wire.verification import verify_message
 from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, once, signed
 
 

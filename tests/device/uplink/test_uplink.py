@@ -23,6 +23,7 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
+from agent.device.uplink.learned_limit import LONGEST_S, LearnedLimit
 from agent.device.uplink.mqtt_sink import MqttSink, packet_size
 from agent.device.uplink.uplink import Uplink, backoff
 from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
@@ -31,12 +32,14 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import new_key
 from agent.testing.simulation.lossy_link import LinkConditions, LossyBroker, LossyLink
+from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_encode
-from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
+from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode
 from agent.wire.topics import topic_matches
+from agent.wire.verification import verify_message
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"
@@ -755,23 +758,28 @@ def test_a_raised_limit_lets_the_held_message_go_and_clears_the_alert(make: Call
     assert states == ["raised", "cleared"]
 
 
-def test_a_broker_that_hangs_up_at_a_large_message_gets_the_others(make: Callable[..., World]) -> None:
-    world = make()
-    refused: list[OutgoingMessage | None] = []
+class HangingUpBroker:
+    """Broker that ends the connection at a message of more than `limit` bytes, and announces no limit."""
 
-    def open_sink(topics: Sequence[str], will: OutgoingMessage) -> MqttSink:
-        link = world.air.connect(None, DEVICE, subscribe=topics, will=will)
-        send, receive = link.send, link.receive
+    def __init__(self, world: World, limit: int) -> None:
+        self.limit, self.refused = limit, 0
+        self._world = world
+        world.uplink._open_sink = self.open_sink
+
+    def open_sink(self, topics: Sequence[str], will: OutgoingMessage) -> MqttSink:
+        link = self._world.air.connect(None, DEVICE, subscribe=topics, will=will)
+        send, receive, is_over = link.send, link.receive, False
 
         def send_or_break(message: OutgoingMessage) -> int:
-            if packet_size(message) > 3000:
-                refused.append(message)
+            nonlocal is_over
+            if packet_size(message) > self.limit:
+                is_over = True
                 return -1
             return send(message)
 
         def receive_or_break(timeout_s: float) -> Any:
-            if refused and refused[-1] is not None:
-                refused.append(None)
+            if is_over:
+                self.refused += 1
                 link.drop()
                 raise PacketTooLarge("connection lost: Packet too large")
             return receive(timeout_s)
@@ -779,14 +787,58 @@ def test_a_broker_that_hangs_up_at_a_large_message_gets_the_others(make: Callabl
         link.send, link.receive = send_or_break, receive_or_break  # type: ignore[method-assign]
         return MqttSink(link)
 
+
+def test_a_broker_that_hangs_up_at_a_large_message_gets_the_others(make: Callable[..., World]) -> None:
+    world = make()
+    broker = HangingUpBroker(world, 3000)
     world.write(2)
     world.write(1, size=5000)
     world.write(1, size=9000)
     world.write(2)
-    world.uplink._open_sink = open_sink
     world.run(lambda: False, 900)
+    # Two at first, and in trials after 1, 3, 7 and 15 minutes.
     assert world.waiting() == {3, 4}
-    assert len([message for message in refused if message is not None]) <= 4
+    assert broker.refused <= 2 * 5
+
+
+def test_a_broker_that_hung_up_at_large_messages_for_a_while_gets_all(make: Callable[..., World]) -> None:
+    world = make()
+    broker = HangingUpBroker(world, 3000)
+    world.write(2)
+    world.write(1, size=5000)
+    world.write(1, size=9000)
+    held = set[int]()
+
+    def raise_limit() -> None:
+        if broker.limit < 10_000 and world.air.clock_s > 1050:
+            held.update(world.waiting())
+            broker.limit = 10_000
+
+    world.air.tick_callbacks.append(raise_limit)
+    world.run(lambda: False, 300)
+    assert (held, broker.refused) == ({3, 4}, 2)
+    assert world.waiting() == set()
+    assert {3, 4} <= world.collector.seqs()
+    states = [json.loads(message.payload)["state"] for message in world.air.published if "/alerts/" in message.topic]
+    assert states == ["raised", "cleared"]
+
+
+def test_trials_of_a_learned_limit_become_rare_and_begin_anew_after_a_success() -> None:
+    limit, now_s, waits = LearnedLimit(), 1000.0, list[float]()
+    for _ in range(15):
+        limit.lower(9000, now_s)
+        limit.lower(5000, now_s + 1)
+        assert limit.bytes == 4999
+        began_s = now_s
+        while not limit.lift(now_s):
+            now_s += 10
+        waits.append(now_s - began_s)
+        assert limit.bytes == MAX_PACKET
+    assert waits[:3] == [60, 120, 240]
+    assert waits[-1] == LONGEST_S
+    now_s += 2 * LONGEST_S
+    limit.lower(9000, now_s)
+    assert limit.lift(now_s + 60)
 
 
 @pytest.mark.parametrize("window", [1, 2, 7])

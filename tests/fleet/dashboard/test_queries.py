@@ -12,7 +12,7 @@ import pytest
 from agent import clock
 from agent.fleet.dashboard.pages.device import _load_quality
 from agent.fleet.dashboard.state import feed
-from agent.fleet.database import task_logs
+from agent.fleet.database import log_succession
 from agent.fleet.database.dashboard import accounts, devices, history, messages, results
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
@@ -25,7 +25,7 @@ LARGE = {"messages", "results", "drift_windows", "alerts", "metrics", "quality_m
 
 
 def statements() -> Iterator[tuple[str, str]]:
-    modules: list[ModuleType] = [accounts, devices, feed, history, messages, results, task_logs]
+    modules: list[ModuleType] = [accounts, devices, feed, history, messages, results, log_succession]
     for module in modules:
         for name, value in vars(module).items():
             if isinstance(value, str) and name.strip("_").isupper() and re.search(r"\bSELECT\b", value):

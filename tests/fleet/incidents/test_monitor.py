@@ -304,11 +304,11 @@ def test_an_outlier_is_reported_soon_after_a_full_disk(store: FleetStore, monkey
 def test_a_survey_that_cannot_be_read_begins_again_soon(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     survey, times = outliers.OutlierSurvey(store), list[float]()
 
-    def refuse() -> None:
+    def refuse(_: FleetStore) -> None:
         times.append(at_s)
         raise StorageFull("no space")
 
-    monkeypatch.setattr(store, "drift_tasks", refuse)
+    monkeypatch.setattr(outliers, "list_drift_tasks", refuse)
     for at_s in (0.0, 10.0, 31.0):
         with contextlib.suppress(StorageFull):
             survey.step(ClockReading(T0_US, at_s, "synced"))

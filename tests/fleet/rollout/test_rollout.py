@@ -20,7 +20,8 @@ from agent.testing.process import OutstationProcess, wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
-from agent.wire.messages import DesiredPayload, verify_message
+from agent.wire.messages import DesiredPayload
+from agent.wire.verification import verify_message
 from tests.kit.commands import audit_fleet, call_outstation
 
 ALL = "outstation/acme/_all/desired"

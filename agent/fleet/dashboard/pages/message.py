@@ -19,7 +19,7 @@ from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url_decode, parse_public_key
 from agent.wire.log_chain import digest
-from agent.wire.messages import verify_message
+from agent.wire.verification import verify_message
 
 _MAX_SHOWN = 100_000
 _NEIGHBOURS = 3

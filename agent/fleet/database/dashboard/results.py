@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling.labels import TaskLog
-from agent.fleet.database.task_logs import find_newest_logs
+from agent.fleet.database.log_succession import find_newest_logs
 
 _OF_LOG = "FROM results WHERE device = ? AND task = ? AND log = ?"
 _COLUMNS = "row, t, label, score, value, log, seq"

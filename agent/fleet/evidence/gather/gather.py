@@ -52,9 +52,8 @@ from agent.wire.messages import (
     LoggedPayload,
     QualityPayload,
     ShadowPayload,
-    VerifiedMessage,
-    verify_message,
 )
+from agent.wire.verification import VerifiedMessage, verify_message
 
 _MAX_AUDIT_ENTRIES = 100
 # A device quotes an acknowledgement in one of 60 health messages.

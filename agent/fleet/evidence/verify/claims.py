@@ -32,8 +32,8 @@ from agent.wire.messages import (
     LoggedPayload,
     QualityPayload,
     ShadowPayload,
-    VerifiedMessage,
 )
+from agent.wire.verification import VerifiedMessage
 
 
 class ClaimChecker:

@@ -38,7 +38,8 @@ from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
-from agent.wire.messages import LoggedPayload, verify_message
+from agent.wire.messages import LoggedPayload
+from agent.wire.verification import verify_message
 
 _METADATA_FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
 _CHAIN_FOLDER = "chains/"
