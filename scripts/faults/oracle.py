@@ -18,7 +18,7 @@ import numpy as np
 
 from agent.arrays import Float32s, Ints
 from agent.config import FieldConfig
-from agent.device.machine import commitment_secret
+from agent.device.machine import secret_file
 from agent.device.store.rows import Rows, commit
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
@@ -182,7 +182,7 @@ def _altered(world: World, body: dict[str, Any]) -> bool:
 def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -> str:
     """Compute the commitment of the device to rows of these values (n, fields)."""
     first, last = body["rows"]
-    secret = commitment_secret.FILE.load(world.device.data_dir)
+    secret = secret_file.COMMITMENT_SECRET.load(world.device.data_dir)
     # Of a reissued message, the log in which it was first written.
     origin = body.get("reissued") or {}
     log = origin.get("first") or origin.get("log") or body["log"]

@@ -295,4 +295,4 @@ def test_joined_rows_that_do_not_fit_their_message_are_counted(
         fleet, ["dataset", "export", "--task", "tiny", "--out", str(tmp_path / "set"), "--dir", str(home)]
     )
     assert done.exit_code == 1
-    assert "1 malformed content left out" in done.output
+    assert "1 malformed content left out" in str(done.exception)
