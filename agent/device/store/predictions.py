@@ -113,14 +113,14 @@ def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
 
 def load_prediction(db: sqlite3.Connection, task: str, row: int) -> PredictionRow | None:
     """Return the prediction at exactly this row, if it is stored and readable."""
-    found = _load_batch(db, task, row)
-    return None if found is None else select_row(*found)
+    batch = _load_batch(db, task, row)
+    return None if batch is None else select_row(*batch)
 
 
 def load_joined(db: sqlite3.Connection, task: str, row: int) -> Mapping[str, tuple[str, int]]:
     """Return stream and last joined row of each further input of the result at `row`; nothing if it is not stored."""
-    found = _load_batch(db, task, row)
-    return {} if found is None else found[0].joined
+    batch = _load_batch(db, task, row)
+    return {} if batch is None else batch[0].joined
 
 
 def _load_batch(db: sqlite3.Connection, task: str, row: int) -> tuple[StoredPredictions, int] | None:
