@@ -224,7 +224,7 @@ def export_csv(home: Path, out: Path) -> list[str]:
     return file.read_text().splitlines()[1:]
 
 
-def test_a_sample_whose_joined_rows_are_deleted_is_counted(device: SampledDevice, home: Path) -> None:
+def test_deleted_joined_rows_are_counted(device: SampledDevice, home: Path) -> None:
     feed_air(device, np.arange(10) * WEATHER_STEP_US, np.ones(10, np.float32))
     feed_air(device, np.arange(10, 30) * WEATHER_STEP_US, np.ones(20, np.float32))
     device.feed(waves(600))
@@ -249,7 +249,7 @@ def test_a_sample_above_the_limit_loses_the_joined_rows_of_the_windows_it_loses(
     assert sent.joined["weather"].n <= sent.n * 10_000 // WEATHER_STEP_US + 4
 
 
-def test_a_row_that_came_too_late_for_a_result_stands_in_no_file_with_it() -> None:
+def test_rows_too_late_for_a_result_contradict_its_sample() -> None:
     def rows(numbers: list[int], t: list[int], seen: tuple[int, int]) -> JoinedRows:
         values = np.array(numbers, np.float64)[:, None]
         return JoinedRows("weather", np.array(numbers), np.array(t), values, np.array([seen]))
