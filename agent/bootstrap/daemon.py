@@ -15,7 +15,7 @@ from agent.config import Config
 from agent.config.notify import DATABASE
 from agent.device import status
 from agent.device.bundles import history, overrides, quarantine, rollout_state
-from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.quarantine import CrashMarker
 from agent.device.capacity import space
 from agent.device.commands.actions import TaskActions
 from agent.device.commands.executor import CommandExecutor, RemoteCommands
@@ -27,7 +27,7 @@ from agent.device.health import BundleFailure
 from agent.device.intake.server import Intake
 from agent.device.intake.source import Source, SourceContext
 from agent.device.intake.sources.registry import source_module
-from agent.device.machine import certificate, label_key
+from agent.device.machine import certificate, secret_file
 from agent.device.machine.timekeeping import make_clock
 from agent.device.machine.trusted_keys import TrustedKeys
 from agent.device.pipeline import labelled_output
@@ -221,7 +221,7 @@ def build_daemon(
     intake = Intake(
         *(conf, store, build_sources(file, conf, store), now, on_rows_committed, signals.fail),
         lambda: labelled_output.build_label_targets([entry.task for entry in scheduled]),
-        label_key.FILE.load_or_create(conf.data_dir),
+        secret_file.LABEL_KEY.load_or_create(conf.data_dir),
     )
     uplink = Uplink(
         *(conf, store, message_log, trusted.find_collector, now, signals.fail),

@@ -14,7 +14,7 @@ from agent.bootstrap.owner import become_owner
 from agent.config import Config
 from agent.config.stream_privacy import StreamPrivacy
 from agent.device.commands import erasure
-from agent.device.machine import commitment_secret
+from agent.device.machine import secret_file
 from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.machine.timekeeping import make_clock
 from agent.device.recovery import open
@@ -100,7 +100,7 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     """Open the message log, and report in it what opening the store found."""
     key, live_key = open_keys(store, load_key_files(file, conf))
     broker, is_new = conf.broker, store.acknowledged().through == 0
-    secret = commitment_secret.load_or_create(conf.data_dir, is_new=is_new)
+    secret = secret_file.load_commitment_secret(conf.data_dir, is_new=is_new)
     message_log = MessageLog(
         *(conf.device.fleet, conf.device.id, key, store.log_id, store.boot),
         *(broker.max_message_bytes, live_key, broker.compress),

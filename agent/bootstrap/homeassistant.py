@@ -38,12 +38,12 @@ def publishing(conf: Config, store: Store) -> contextlib.AbstractContextManager[
 def _own_verdicts(conf: Config) -> VerdictSink:
     """Return a sink that labels results at the device's own intake, with the author that the config names."""
     from agent.client import Client
-    from agent.device.machine import label_key
+    from agent.device.machine import secret_file
 
     section = conf.homeassistant
     assert section is not None
     by = section.verdicts
-    token = label_key.make_token(label_key.FILE.load_or_create(conf.data_dir), by)
+    token = secret_file.make_token(secret_file.LABEL_KEY.load_or_create(conf.data_dir), by)
 
     def store(device: str, task: str, row: int, label: str) -> str:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.bootstrap import tasks
 from agent.bootstrap.model_host import ModelHost
 from agent.config import Config
-from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.quarantine import CrashMarker
 from agent.device.pipeline import tuning_cache
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.pipeline.tasks import Runtime, make_scheduled_task

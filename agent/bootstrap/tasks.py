@@ -11,7 +11,7 @@ from pathlib import Path
 from agent import config, media
 from agent.config import Config
 from agent.device.bundles import history, quarantine, rollout_state
-from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.quarantine import CrashMarker
 from agent.device.machine.timekeeping import make_clock
 from agent.device.pipeline import drift_state, tuning_cache
 from agent.device.pipeline.drift_state import RestoredDrift

@@ -23,7 +23,7 @@ from agent.bridge.device_state import (
     output_key,
     shown_alert,
 )
-from agent.bridge.identifiers import device_id, encode_name, parse_device_id
+from agent.names import is_name
 from agent.performance.labels import MAX_LABEL
 from agent.text import printable
 
@@ -37,7 +37,6 @@ RAISED, CLEARED = EVENT_TYPES = ("raised", "cleared")
 MAX_OPEN = 200
 # What the button of a task publishes.
 CONFIRM = b"confirm"
-
 _NONE_IF_MISSING = "{{{{ value_json.{} }}}}"
 
 
@@ -374,3 +373,33 @@ def _drift_members(drift: Drift) -> dict[str, Any]:
 
 def _encode(members: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode(members)
+
+
+_DOT, _AT = "DOT", "_AT_"
+_OWNER = "outstation_"
+
+
+def encode_name(name: str) -> str:
+    """Return the identifier of one name."""
+    return name.replace(".", _DOT)
+
+
+def decode_name(identifier: str) -> str:
+    """Return the name of an identifier. Raises ValueError if it stands for none."""
+    name = identifier.replace(_DOT, ".")
+    if "." in identifier or not is_name(name):
+        raise ValueError(f"{identifier[:80]!r} stands for no name")
+    return name
+
+
+def device_id(fleet: str, device: str) -> str:
+    """Return the identifier of a device among those of all fleets and all other makers."""
+    return f"{_OWNER}{encode_name(device)}{_AT}{encode_name(fleet)}"
+
+
+def parse_device_id(identifier: str) -> tuple[str, str]:
+    """Return (fleet, device). Raises ValueError for an identifier of somebody else."""
+    device, at, fleet = identifier.removeprefix(_OWNER).partition(_AT)
+    if not identifier.startswith(_OWNER) or not at:
+        raise ValueError(f"{identifier[:80]!r} is no device of ours")
+    return decode_name(fleet), decode_name(device)

@@ -13,7 +13,7 @@ from agent.costs.estimate import compare
 from agent.costs.prices import PriceList, shipped_text
 from agent.costs.usage import Usage
 from agent.render import theme
-from agent.render.cost_chart import render_cost_chart
+from agent.render.charts import render_cost_chart
 
 _MOST_DEVICES = 10_000
 

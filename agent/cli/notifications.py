@@ -20,7 +20,7 @@ from agent.toml_files import did_you_mean
 def test_targets(file: str, config: NotifyConfig, name: str | None, sender: str, fleet: str, *, as_json: bool) -> None:
     """Send a test message to one target or to all, now; exit 1 if any fails."""
     from agent.notify import sending
-    from agent.notify.failures import SendFailed
+    from agent.notify.delivery import SendFailed
     from agent.notify.message import compose_test
 
     _require_targets(file, config, name)

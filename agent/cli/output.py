@@ -16,9 +16,7 @@ from agent.errors import UsageError
 from agent.text import printable, printable_json, printable_lines
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
 _MAX_SHOWN = 20
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
@@ -43,7 +41,6 @@ by_option = click.option(
     "--by", metavar="NAME", default=_default_author, help="Name to record; default: your user name."
 )
 note_option = click.option("--note", metavar="TEXT", default="", help="Reason to record.")
-
 plot_option = click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot, .svg or .png."
 )
@@ -119,3 +116,11 @@ def require_plot_format(file: Path | None) -> None:
     """Check that the plot file ends in .svg or .png. Raises UsageError."""
     if file is not None and file.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {file}: name a file that ends in .svg or .png")
+
+
+NOT_CLEAN = "the labelled data are not known to be clean (--require-clean)"
+require_clean_option = click.option(
+    "--require-clean",
+    is_flag=True,
+    help="Exit code 1 if the check for poisoning has a finding, or too few labels to run.",
+)

@@ -2,6 +2,7 @@
 
 from agent.config.alert_rules import AlertRuleConfig as AlertRuleConfig
 from agent.config.broker import BrokerConfig as BrokerConfig
+from agent.config.broker import UplinkBrokerConfig as UplinkBrokerConfig
 from agent.config.broker import check_broker as check_broker
 from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.config import Config as Config
@@ -17,7 +18,6 @@ from agent.config.device import PrivacyConfig as PrivacyConfig
 from agent.config.device import PublishersConfig as PublishersConfig
 from agent.config.device import ThrottleConfig as ThrottleConfig
 from agent.config.homeassistant import HomeAssistantConfig as HomeAssistantConfig
-from agent.config.metered import UplinkBrokerConfig as UplinkBrokerConfig
 from agent.config.samples import SamplesConfig as SamplesConfig
 from agent.config.streams import MAX_FIELDS as MAX_FIELDS
 from agent.config.streams import FieldConfig as FieldConfig

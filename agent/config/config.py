@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from agent import toml_files
-from agent.config import homeassistant, metered, samples, updates
-from agent.config.broker import MQTT_SCHEMES, check_broker
+from agent.config import homeassistant, samples, updates
+from agent.config.broker import MQTT_SCHEMES, UplinkBrokerConfig, check_broker, check_metered
 from agent.config.device import (
     BufferConfig,
     CollectorConfig,
@@ -25,7 +25,6 @@ from agent.config.device import (
     check_intake,
 )
 from agent.config.homeassistant import HomeAssistantConfig
-from agent.config.metered import UplinkBrokerConfig
 from agent.config.notify import NotifyConfig, check_notify
 from agent.config.samples import SamplesConfig
 from agent.config.streams import StreamConfig, check_stream, with_media_fields
@@ -74,7 +73,7 @@ def load(path: Path, schemes: Collection[str] = MQTT_SCHEMES) -> Config:
     config, file = toml_files.read(path, Config, strangers=_STRANGERS), str(path)
     check_device(file, config.device)
     check_broker(file, config.broker, schemes=schemes)
-    metered.check(file, config.broker)
+    check_metered(file, config.broker)
     if config.updates is not None:
         updates.check(file, config.updates)
     if config.homeassistant is not None:

@@ -7,9 +7,8 @@ import logging
 from agent.config.notify import AppriseTarget
 from agent.errors import UsageError
 from agent.extras import install_command
-from agent.notify.failures import SendFailed
+from agent.notify.delivery import SendFailed, read_secret
 from agent.notify.message import Notification
-from agent.notify.secrets import read_secret
 
 _TYPES = {"critical": "failure", "warning": "warning", "info": "info"}
 

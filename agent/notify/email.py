@@ -10,10 +10,8 @@ from email.utils import format_datetime
 
 from agent import clock
 from agent.config.notify import EmailTarget
-from agent.notify.deadline import TIMEOUT_S, limit_total
-from agent.notify.failures import SendFailed
+from agent.notify.delivery import TIMEOUT_S, SendFailed, limit_total, read_secret
 from agent.notify.message import Notification, shorten
-from agent.notify.secrets import read_secret
 
 
 def build(target: EmailTarget, message: Notification) -> EmailMessage:

@@ -9,8 +9,7 @@ import msgspec
 
 from agent.config.notify import MqttTarget
 from agent.errors import LinkDown
-from agent.notify.deadline import TIMEOUT_S
-from agent.notify.failures import SendFailed
+from agent.notify.delivery import TIMEOUT_S, SendFailed
 from agent.notify.message import Notification
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt

@@ -25,10 +25,10 @@ from agent.notify import message as messages
 from agent.notify import planner
 from agent.notify import queue as store
 from agent.notify.alert_state import AlertSource, AlertState
-from agent.notify.failures import MAX_DELAY_S, backoff_s
+from agent.notify.delivery import MAX_DELAY_S, backoff_s
 from agent.notify.message import Change, Notification
+from agent.notify.planner import find_delivery, is_quiet, last_digest_s
 from agent.notify.queue import LedgerEntry, LedgerKey, QueueDatabase, TargetState
-from agent.notify.routing import find_delivery, is_quiet, last_digest_s
 from agent.notify.sending import Outcome, TargetWorker
 
 logger = logging.getLogger("outstation.notify")

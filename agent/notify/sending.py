@@ -15,10 +15,9 @@ import msgspec
 
 from agent.config.notify import AppriseTarget, EmailTarget, Target, WebhookTarget
 from agent.errors import OutstationError
-from agent.notify.failures import SendFailed
+from agent.notify.delivery import SendFailed, is_private, read_secret
 from agent.notify.message import Notification, decode
 from agent.notify.queue import QueuedMessage
-from agent.notify.secrets import is_private, read_secret
 
 logger = logging.getLogger("outstation.notify")
 

@@ -17,10 +17,8 @@ from urllib.parse import urlsplit
 
 from agent import __version__
 from agent.config.notify import WebhookTarget
-from agent.notify.deadline import TIMEOUT_S, limit_total
-from agent.notify.failures import SendFailed
+from agent.notify.delivery import TIMEOUT_S, SendFailed, limit_total, read_secret
 from agent.notify.message import Notification, encode, shorten
-from agent.notify.secrets import read_secret
 
 MAX_ANSWER = 500
 # The receiver refuses this very message; any other failure may pass.

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.render.escaping import html_text
-from agent.render.svg import FONT
+from agent.render.svg import FONT, html_text
 from agent.render.theme import adaptive_css
 
 # The page loads nothing, so the browser need not allow anything.

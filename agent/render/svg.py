@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
-from agent.render.escaping import html_text
-from agent.text import printable
+from agent.text import printable, printable_lines
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 Point = tuple[float, float]
@@ -106,3 +106,8 @@ class Drawing:
         kind = f' class="{css_class}"' if css_class else ""
         rest = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
         self._elements.append(f"<{tag}{kind} {geometry}{rest}/>")
+
+
+def html_text(text: str) -> str:
+    """Return text for an element or attribute, with its lines; control and bidi characters are escaped."""
+    return html.escape(printable_lines(text))

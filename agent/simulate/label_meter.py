@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.client import Client
-from agent.device.machine import label_key
+from agent.device.machine import secret_file
 from agent.simulate.scenario import DelayedLabels
 
 
@@ -44,7 +44,7 @@ class LabelMeter:
             self._client = self._connect()
             if self._data_dir is not None:
                 # The daemon, which is there now, made the key.
-                self._author = "meter", label_key.make_token(label_key.FILE.load(self._data_dir), "meter")
+                self._author = "meter", secret_file.make_token(secret_file.LABEL_KEY.load(self._data_dir), "meter")
         for row in rows.tolist():
             value = float(self._values[row - 1])
             self._client.label(self._task, value, row=row, source="system", author=self._author)

@@ -17,7 +17,6 @@ from agent import clock
 from agent.fleet.dashboard.state import feed
 from agent.fleet.dashboard.state.fleet_state import FleetState
 from agent.fleet.database import alerts, postgresql_rows, sqlite
-from agent.fleet.database.bridge import newest_messages
 from agent.fleet.database.dashboard import devices, history, messages, results
 from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.incidents import device_status
@@ -157,9 +156,9 @@ def _read_others(db: Connection, device: str, log: str, task: str) -> None:
     messages.load_refusals(db, 100)
     messages.load_message(db, device, log, 50)
     messages.load_neighbours(db, device, log, 40, 60)
-    newest_messages.load_progress(db)
-    newest_messages.load_newest_by_topic(db, device, log, 0, 500)
-    newest_messages.load_messages(db, device, log, 0, 500)
+    messages.load_progress(db)
+    messages.load_newest_by_topic(db, device, log, 0, 500)
+    messages.load_messages(db, device, log, 0, 500)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
         for _ in range(rounds):
             world.resume()
             fault.inject(world, rng)
-            verdict = settle(world, fault.patience_s)
+            verdict = settle(world, fault.patience_s, expects_loss=fault.control)
             if verdict.logs > 1 and not fault.damages:
                 verdict.problems.append(f"{verdict.logs} logs, though nobody damaged the store")
             outcome.verdicts.append(verdict)

@@ -275,15 +275,16 @@ def run_round(folder: Path, seed: int, *, steps: int = 60, share: float = 0.3) -
 def main(rounds: int, seed: int) -> None:
     """Cut the power of a store at its writes. Exit code 1 if a round lost an acknowledged row."""
     logging.disable()
-    problems: list[str] = []
+    violations = 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         for number in range(seed, seed + rounds):
-            problems += run_round(Path(folder) / str(number), number)
+            # At once: a long run may be interrupted.
+            for problem in run_round(Path(folder) / str(number), number):
+                violations += 1
+                click.echo(problem)
             shutil.rmtree(Path(folder) / str(number))
-    for problem in problems:
-        click.echo(problem)
-    click.echo(f"{rounds} rounds, {len(problems)} violations")
-    sys.exit(1 if problems else 0)
+    click.echo(f"{rounds} rounds, {violations} violations")
+    sys.exit(1 if violations else 0)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
-from agent.testing.process import OutstationProcess, wait_until
+from agent.testing.process import OutstationProcess
 from scripts.faults import fault
+from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, Setting, World
 
 _DISK = "48m"
-# A collector that starts on a busy machine; on an idle one it takes a second.
-_PATIENCE_S = 300.0
 
 
 @fault()
@@ -117,7 +116,7 @@ def _collector_down(world: World, rng: Random) -> Iterator[None]:
     before = _connections(world)
     world.keep(world.collector)
     if rng.random() < 0.9:
-        wait_until("the collector is back", lambda: _connections(world) > before, _PATIENCE_S)
+        wait_until("the collector is back", lambda: _connections(world) > before)
         time.sleep(rng.uniform(0.5, 1.5))
 
 

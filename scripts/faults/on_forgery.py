@@ -10,13 +10,13 @@ from random import Random
 from agent import clock
 from agent.testing.fleet import FLEET
 from agent.testing.messages import new_key
-from agent.testing.process import wait_until
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from scripts.faults import fault
+from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, World
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"

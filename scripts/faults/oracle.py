@@ -18,7 +18,7 @@ import numpy as np
 
 from agent.arrays import Float32s, Ints
 from agent.config import FieldConfig
-from agent.device.machine import commitment_secret
+from agent.device.machine import secret_file
 from agent.device.store.rows import Rows, commit
 from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
@@ -27,6 +27,7 @@ from agent.fleet.audit.report import AuditReport
 from agent.wire import commitment
 from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
+from scripts.faults.patience import Patience
 from scripts.faults.producer import FIELDS
 from scripts.faults.world import DEVICE, TASKS, World
 
@@ -52,10 +53,13 @@ class Verdict(msgspec.Struct):
     problems: list[str] = msgspec.field(default_factory=list)
 
 
-def settle(world: World, patience_s: float) -> Verdict:
-    """Wait until all is delivered, or nothing has changed within `patience_s`, then judge."""
+def settle(world: World, patience_s: float, *, expects_loss: bool = False) -> Verdict:
+    """Wait until all is delivered, or nothing has changed within `patience_s`, then judge.
+
+    Where a loss is expected, a busy machine gets no more time.
+    """
     began = time.monotonic()
-    deadline, latest = began + patience_s, began + (1 + _MAX_EXTENSIONS) * patience_s
+    patience, total = (Patience(times * patience_s, extends=not expects_loss) for times in (1, 1 + _MAX_EXTENSIONS))
     verdict = Verdict()
     answered = [sensor.pause(patience_s) for sensor in world.sensors()]
     if not all(answered):
@@ -63,9 +67,9 @@ def settle(world: World, patience_s: float) -> Verdict:
     if world.producer.failure is not None:
         verdict.problems.append(f"the sensor failed: {world.producer.failure}")
     before = ""
-    while (waiting := _waiting(world)) and time.monotonic() < deadline:
+    while (waiting := _waiting(world)) and not patience.is_over() and not total.is_over():
         if before and waiting != before:
-            deadline = min(latest, time.monotonic() + patience_s)
+            patience.renew()
         before = waiting
         time.sleep(_POLL_S)
     verdict.recovery_s = time.monotonic() - began
@@ -178,7 +182,7 @@ def _altered(world: World, body: dict[str, Any]) -> bool:
 def commit_rows(world: World, body: dict[str, Any], t: Ints, values: Float32s) -> str:
     """Compute the commitment of the device to rows of these values (n, fields)."""
     first, last = body["rows"]
-    secret = commitment_secret.FILE.load(world.device.data_dir)
+    secret = secret_file.COMMITMENT_SECRET.load(world.device.data_dir)
     # Of a reissued message, the log in which it was first written.
     origin = body.get("reissued") or {}
     log = origin.get("first") or origin.get("log") or body["log"]

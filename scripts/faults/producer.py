@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 
 from agent.client import Client
+from scripts.faults.patience import Patience
 
 FIELDS = ("a", "b", "c", "d")
 # A fixed time in the past: rows carry their own time, which also identifies them.
@@ -45,7 +46,10 @@ class SensorThread(ABC):
     def pause(self, patience_s: float) -> bool:
         """Stop sending, and return whether all sent rows were answered within `patience_s`."""
         self._go.clear()
-        return self._idle.wait(patience_s)
+        patience = Patience(patience_s)
+        while not self._idle.wait(0.1) and not patience.is_over():
+            pass
+        return self._idle.is_set()
 
     def close(self) -> None:
         self._ended = True

@@ -14,7 +14,7 @@ import pytest
 from agent import text
 from agent.cli import output
 from agent.cli.log_format import PrintableFormatter
-from agent.render.escaping import html_text
+from agent.render.svg import html_text
 
 ROOT = Path(__file__).parents[2]
 # Colours and titles of a terminal, C1 controls, deletions, bidi overrides, line separators, half a surrogate pair.

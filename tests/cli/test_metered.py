@@ -11,7 +11,7 @@ import pytest
 
 from agent.clock import ClockReading
 from agent.config import Size
-from agent.config.metered import MeteredConfig
+from agent.config.broker import MeteredConfig
 from agent.device.uplink.meter import TrafficMeter
 from tests.device.pipeline.test_relearn import Site, work
 from tests.kit.commands import call_outstation

@@ -14,7 +14,7 @@ from agent.costs.estimate import Comparison, MonthlyCost, compare
 from agent.costs.prices import EdgePrices, PriceList, load_prices, shipped_text
 from agent.costs.usage import MONTH_S, Usage, average_usage
 from agent.errors import ConfigError
-from agent.render.cost_chart import render_cost_chart
+from agent.render.charts import render_cost_chart
 from agent.render.theme import DARK_THEME
 
 MONTH = Usage(seconds=MONTH_S, cpu_s=100, flash_bytes=2e12, air_bytes=1e9, raw_bytes=10 * 5120e6, inferences=1e6,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.cli.device.learned import format_smallest_changes
+from agent.cli.device.reference import format_smallest_changes
 from agent.drift import DriftMonitor, DriftState, Reference, build_reference
 from agent.drift.baseline import sensitivity
 from agent.drift.detectors.moments import VARIANCE_PRIOR

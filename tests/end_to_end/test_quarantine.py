@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.quarantine import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
 from agent.testing.fleet import DeviceProcess, LocalFleet

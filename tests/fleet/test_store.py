@@ -360,3 +360,32 @@ def test_a_database_file_that_was_moved_or_replaced_takes_no_message(tmp_path: P
         add(file_store, sender, later)
     (tmp_path / "moved.db").replace(tmp_path / "fleet.db")
     assert add(file_store, sender, later) == ["new"]
+
+
+@pytest.mark.parametrize("count", [1, 39, 40, 41, 120, 121])
+def test_rows_inserted_together_are_those_inserted_one_by_one(count: int) -> None:
+    texts = [None, "", "wa\0lk", "läuft", "12", "1.5"]
+    rows = [("pi", "task", i, -i, texts[i % 6], [None, 0.5, 2.0, -0.0][i % 4], None, "log", i) for i in range(count)]
+    with contextlib.closing(sqlite.open_temporary()) as together, contextlib.closing(sqlite.open_temporary()) as single:
+        together.bulk_insert("results", rows)
+        for row in rows:
+            single.execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        stored = "SELECT rowid, *, typeof(label), typeof(score) FROM results ORDER BY rowid"
+        assert together.execute(stored).fetchall() == single.execute(stored).fetchall()
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [(None, sqlite3.IntegrityError), (2**63, OverflowError), ("\ud800", UnicodeEncodeError)]
+)
+def test_a_value_that_cannot_be_stored_ends_the_insertion_of_many_rows(value: Any, problem: type[Exception]) -> None:
+    rows: list[tuple[Any, ...]] = [("pi", "task", i, i, "walk", 0.5, None, "log", i) for i in range(50)]
+    rows[7] = ("pi", "task", value, 0, None, None, None, "log", 1)
+    with contextlib.closing(sqlite.open_temporary()) as db, pytest.raises(problem):
+        db.bulk_insert("results", rows)
+
+
+def test_a_statement_for_many_rows_of_any_table_has_at_most_999_values() -> None:
+    with contextlib.closing(sqlite.open_temporary()) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        widths = [len(db.execute(f"PRAGMA table_info({name})").fetchall()) for name in names]
+    assert max(widths) * sqlite.ROWS_PER_STATEMENT <= 999

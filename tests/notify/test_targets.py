@@ -18,9 +18,9 @@ import pytest
 
 from agent.config.broker import BrokerConfig
 from agent.config.notify import AppriseTarget, EmailTarget, MqttTarget, WebhookTarget
-from agent.notify import deadline
+from agent.notify import delivery
 from agent.notify.alert_state import AlertState
-from agent.notify.failures import SendFailed, backoff_s
+from agent.notify.delivery import SendFailed, backoff_s
 from agent.notify.message import MAX_SUBJECT, Change, Notification, compose, compose_open
 from agent.notify.sending import send
 from agent.testing.broker import MosquittoBroker
@@ -102,7 +102,7 @@ def test_a_webhook_that_never_ends_its_answer_is_given_up(
     hook: HookServer, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr("agent.notify.webhook.TIMEOUT_S", 1.0)
-    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: deadline.limit_total(find, 1.5))
+    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: delivery.limit_total(find, 1.5))
     hook.hang_s, hook.drip = (20.0 if fault == "hangs" else 0.0), fault == "drips"
     began = time.monotonic()
     with pytest.raises(SendFailed):
@@ -241,7 +241,7 @@ def test_the_backoff_grows_to_an_hour_and_obeys_the_target() -> None:
 
 
 def test_a_webhook_that_closes_after_its_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: deadline.limit_total(find, 1.0))
+    monkeypatch.setattr("agent.notify.webhook.limit_total", lambda find: delivery.limit_total(find, 1.0))
     with dripping_server(b"HTTP/1.1 500 Broken\r\nConnection: close\r\n\r\n") as url:
         began = time.monotonic()
         with pytest.raises(SendFailed):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.device.machine import commitment_secret
+from agent.device.machine import secret_file
 from agent.fleet.database.ingest import Arrival
 from agent.testing.messages import TIME, MessageSender, SignedMessage
 from agent.testing.process import wait_until
@@ -69,7 +69,7 @@ class MadeUp:
         self.ledger = Ledger()
         # The oracle reads only the ledger of a sensor.
         self.world.producer = cast(Producer, SimpleNamespace(ledger=self.ledger))
-        commitment_secret.load_or_create(self.world.device.data_dir, is_new=True)
+        secret_file.load_commitment_secret(self.world.device.data_dir, is_new=True)
         self.sender = MessageSender(DEVICE, load_private(self.world.device.home / "device.key"))
         chance = random.Random(1)
         for i in range(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import click
 
 from agent.bootstrap import device, tasks
-from agent.cli.device.learned import format_learning, format_smallest_changes
 from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_options, echo, emit
 from agent.config import Config, parse_duration
@@ -20,6 +20,53 @@ from agent.device.pipeline import relearn as requests
 from agent.device.store import task_keys
 from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
+from agent.text import format_span, printable
+
+
+def format_smallest_changes(changes: dict[str, Any], most: int | None = None) -> str:
+    """Return a line on the smallest change of each field that is found; of more than `most`, the least sensitive."""
+    fields = sorted(changes["fields"].items(), key=lambda item: -(item[1]["shift_sd"] or math.inf))[:most]
+    sizes = [
+        f"{printable(name)} {_format_change(numbers, pairs=len(changes['fields']) > 1)}" for name, numbers in fields
+    ]
+    left = len(changes["fields"]) - len(sizes)
+    more = f"; {left} more fields: outstation reference show" if left else ""
+    head = f"found within {changes['windows']} drift windows, {changes['probability']:.0%} of the time"
+    return f"{head}: {'; '.join(sizes)}{more}"
+
+
+def _format_change(numbers: dict[str, Any], *, pairs: bool) -> str:
+    shift, spread = numbers["shift"], numbers["spread"]
+    by_sd = f" ({numbers['shift_sd']:.2g} sd)" if numbers["shift_sd"] else ""
+    mean = f"±{shift:.3g}{by_sd}" if shift else "no shift"
+    together = numbers["correlation"]
+    at = ", ".join(f"{value:.4g}" for value in numbers["never_stuck_at"])
+    parts = [
+        mean,
+        f"spread × {spread:.2g}" if spread else "no spread",
+        *([f"correlation by {together:.2g}" if together else "no correlation"] if pairs else []),
+        f"stuck for {numbers['stuck_rows']} rows" + (f", but never at {at}" if at else ""),
+    ]
+    return ", ".join(parts)
+
+
+def format_learning(learning: dict[str, Any]) -> str:
+    """Return how many drift windows are learned of how many, and the time that is left at the rate so far."""
+    windows, seconds, times = learning["windows"], learning["seconds"], learning["times"]
+    least, least_s = learning["of"], learning["for_s"]
+    most = f", at most {math.ceil(times * least)}" if times > 1 else ""
+    text = f"{windows} of at least {least}{most} drift windows"
+    text += f" and {format_span(least_s)} of readings" if least_s else ""
+    is_extended = windows >= least and seconds >= least_s
+    if is_extended:
+        least, least_s = times * least, times * least_s
+    if windows and seconds > 0:
+        left_s = max(seconds / windows * (least - windows), least_s - seconds, 0.0)
+        minutes = max(1, math.ceil(left_s / 60))
+        left = f"{minutes} min" if minutes < 60 else format_span(60 * minutes)
+        text += f", {'at most' if is_extended else 'about'} {left} left"
+    return text + ("; goes on, as windows are too alike or show too few modes" if is_extended else "")
+
 
 _wait_option = click.option(
     "--wait", "wait_s", default=15.0, type=click.FloatRange(min=0), metavar="S", help="Seconds to wait for the daemon."

@@ -10,7 +10,7 @@ import click
 
 from agent import decoders
 from agent.bootstrap import device
-from agent.cli.device.learned import format_learning, format_smallest_changes
+from agent.cli.device.reference import format_learning, format_smallest_changes
 from agent.cli.follow import format_reading
 from agent.cli.output import config_options, echo, echo_styled, emit, print_table
 from agent.config import StreamConfig

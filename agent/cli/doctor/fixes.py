@@ -18,7 +18,7 @@ from agent.bootstrap.device import KEY_FILE, TLS_KEY_FILE
 from agent.bootstrap.owner import give_files
 from agent.config import Config
 from agent.config.sources import ExecSource
-from agent.device.machine import commitment_secret, label_key
+from agent.device.machine import secret_file
 from agent.wire import keys
 
 # Bytes a day that shorten the life of a card, and the interval of commits that does not.
@@ -46,7 +46,7 @@ def find_fixes(file: Path, conf: Config, written_per_day: int | None) -> Iterato
         make = partial(_make_key, key, conf.data_dir)
         yield Fix("key", key, f"{key} is missing", "make a key; a fleet has to enrol it", make)
     secrets = [folder / KEY_FILE, folder / TLS_KEY_FILE, conf.data_dir / KEY_FILE]
-    secrets += [conf.data_dir / secret.name for secret in (commitment_secret.FILE, label_key.FILE)]
+    secrets += [conf.data_dir / secret.name for secret in (secret_file.COMMITMENT_SECRET, secret_file.LABEL_KEY)]
     secrets += [conf.intake_token_file, *conf.notify.secret_files]
     secrets += [Path(name) for name in (conf.broker.tls_key_file,) if name is not None]
     for path in dict.fromkeys(secrets):

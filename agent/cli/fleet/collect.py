@@ -41,7 +41,7 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.collector.collector import Collector, end_session
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.enrolment import collectors
-    from agent.fleet.incidents.certificates import list_certificates
+    from agent.fleet.incidents.conditions import list_certificates
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
     home = fleet_config.find_folder(folder)

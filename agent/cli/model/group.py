@@ -17,8 +17,7 @@ from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
 from agent.cli.model.run import run
-from agent.cli.output import echo, echo_styled, emit, json_option
-from agent.cli.require_clean import NOT_CLEAN, require_clean_option
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit, json_option, require_clean_option
 from agent.errors import BadBundle, UsageError, explain
 from agent.text import printable
 from agent.wire import keys

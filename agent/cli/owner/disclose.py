@@ -12,7 +12,7 @@ import click
 from agent.bootstrap import device
 from agent.cli.output import config_option, emit
 from agent.config import Config
-from agent.device.machine import commitment_secret
+from agent.device.machine import secret_file
 from agent.device.store.rows import Rows, concatenate
 from agent.device.store.store import Store
 from agent.errors import UsageError
@@ -40,7 +40,7 @@ def disclose(task: str, span: str, log: str | None, joined_spans: tuple[str, ...
     for text in joined_spans:
         name, _, joined_span = text.partition("=")
         joined[name] = _parse_span(f"--joined {name}=", joined_span)
-    secret = commitment_secret.FILE.load(conf.data_dir)
+    secret = secret_file.COMMITMENT_SECRET.load(conf.data_dir)
     with device.open_store_read_only(conf) as store:
         disclosure = build_disclosure(conf, store, secret, task, log or store.log_id, rows, joined)
     emit(disclosure, True, lambda: None)

@@ -13,8 +13,12 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Collection
+import os
+import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,8 +29,8 @@ from agent.alerts.kinds import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history, overrides
-from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.device.bundles.overrides import QuarantinedBundle
+from agent.device.machine.marker import Marker
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -36,7 +40,6 @@ from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 
 log = logging.getLogger("outstation")
-
 MAX_CRASHES = 2
 
 
@@ -162,3 +165,31 @@ def _find_previous(conf: Config, store: Store, task: str, excluded: Collection[s
         with suppress(BadBundle):
             return bundle.read(history.copy_folder(conf.data_dir, ref.digest), None)
     return None
+
+
+FILE = "running"
+
+
+class CrashRecord(msgspec.Struct, frozen=True):
+    """Run of a bundle for a task; `id` is unique among all runs of a boot."""
+
+    task: str
+    digest: str
+    id: str
+
+
+class CrashMarker(Marker[CrashRecord]):
+    """Marker of the run in hand, in `folder`, for the one process that holds the store."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / FILE, CrashRecord, "a model that ends the daemon")
+        self._process, self._run_counter = f"{os.getpid()}/{time.monotonic_ns()}", itertools.count(1)
+
+    @contextlib.contextmanager
+    def guard_run(self, task: str, digest: str) -> Iterator[None]:
+        """Set the marker while the model of bundle `digest` is loaded or runs for `task`; an exception is no crash."""
+        self.write(CrashRecord(task, digest, f"{self._process}/{next(self._run_counter)}"))
+        try:
+            yield
+        finally:
+            self.clear()

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from agent import decoders
 from agent.clock import ClockReading
 from agent.device.intake.row_history import summarize_reasons
-from agent.device.machine import label_key
+from agent.device.machine import secret_file
 from agent.device.store.labels import PROTECTED, early_capacity, outcome_counter
 from agent.device.store.predictions import output_key
 from agent.device.store.transaction import Transaction
@@ -80,7 +80,7 @@ def authenticate(batch: LabelBatch, key: bytes | None) -> LabelBatch:
     """Return the batch with its verified author; without a claim it has none. Raises RowRejected."""
     if batch.claim is None:
         return batch
-    if key is None or not label_key.is_token(key, *batch.claim):
+    if key is None or not secret_file.is_token(key, *batch.claim):
         raise RowRejected(f"the token is not that of {batch.claim[0][:40]!r}; `outstation label-token` prints it")
     return replace(batch, by=batch.claim[0], claim=None)
 

@@ -49,18 +49,74 @@ class LatestTime(msgspec.Struct, frozen=True):
     late_run: int = 0
 
 
+class _Buffer:
+    """Room for rows, of which `used` are written; the one with this end may append in place."""
+
+    def __init__(self, capacity: int) -> None:
+        self.t, self.hashes, self.used = np.empty(capacity, np.int64), np.empty(capacity, np.uint64), 0
+
+
+class RecentRows(msgspec.Struct, frozen=True):
+    """Times, epoch µs, and hashes (n,) of a stream's recent rows; they never change."""
+
+    buffer: _Buffer
+    begin: int
+    end: int
+    is_ascending: bool
+
+    @classmethod
+    def from_rows(cls, parts: list[Rows], limit: int) -> RecentRows:
+        recent = cls(_Buffer(0), 0, 0, True)
+        for part in parts:
+            recent = recent.append(part.t, hash_rows(part), limit)
+        return recent
+
+    @property
+    def t(self) -> NDArray[np.int64]:
+        return self.buffer.t[self.begin : self.end]
+
+    @property
+    def hashes(self) -> Hashes:
+        return self.buffer.hashes[self.begin : self.end]
+
+    def append(self, t: NDArray[np.int64], hashes: Hashes, limit: int) -> RecentRows:
+        """Return these rows and newer ones, the last `limit` of them."""
+        if not len(t):
+            return self
+        buffer, begin, end = self.buffer, self.begin, self.end + len(t)
+        if buffer.used != self.end or end > len(buffer.t):
+            # A copy of all for each block of rows would take longer than everything else.
+            buffer, count = _Buffer(limit + limit // 2 + len(t)), self.end - begin
+            buffer.t[:count], buffer.hashes[:count] = self.t, self.hashes
+            begin, end = 0, count + len(t)
+        buffer.t[end - len(t) : end], buffer.hashes[end - len(t) : end] = t, hashes
+        buffer.used = end
+        follows = self.is_ascending and (begin == end - len(t) or buffer.t[end - len(t) - 1] <= t[0])
+        return RecentRows(buffer, max(begin, end - limit), end, bool(follows and (t[1:] >= t[:-1]).all()))
+
+    def find(self, hashes: Hashes, first_us: int, last_us: int) -> Mask:
+        """Return which of the rows with these hashes (m,) and times from `first_us` to `last_us` are among these."""
+        # Most rows are newer than nearly all of these.
+        if self.is_ascending:
+            begin = np.searchsorted(self.t, first_us, "left")
+            near = self.hashes[begin : np.searchsorted(self.t, last_us, "right")]
+        else:
+            near = self.hashes[(self.t >= first_us) & (self.t <= last_us)]
+        return np.isin(hashes, near[_share_first_bits(near, hashes)])
+
+
 class RowHistory(msgspec.Struct, frozen=True):
     """Newest rows of a stream, to compare the next ones with.
 
     `latest_us`: its latest time, epoch µs; None before the first row that came with a time. `committed_us`: the same
-    before this transaction, in which rows of several producers are ordered by producer. `hashes`: of its recent rows;
-    None until a row could be a duplicate. `last`: None until it is read from the store. `newest_us`: latest time among
+    before this transaction, in which rows of several producers are ordered by producer. `recent`: None until a
+    row could be a duplicate. `last`: None until it is read from the store. `newest_us`: latest time among
     the recent rows, also if it was in the future; `newest_age`: rows since. `late_run`: see LatestTime.
     """
 
     latest_us: int | None = None
     committed_us: int | None = None
-    hashes: Hashes | None = None
+    recent: RecentRows | None = None
     last: LastValues | None = None
     newest_us: int | None = None
     newest_age: int = 0
@@ -109,7 +165,8 @@ def screen(
     rejected: dict[int, tuple[str, str]] = {}
     out_of_order = np.zeros(len(rows), bool)
     given = np.full(len(rows), has_time) if isinstance(has_time, bool) else has_time
-    latest, committed, hashes = history.latest_us, history.committed_us, history.hashes
+    latest, committed, recent = history.latest_us, history.committed_us, history.recent
+    hashes: Hashes | None = None
     newest, newest_age = history.newest_us, history.newest_age + len(rows)
     if given.any():
         t = rows.t[given]
@@ -125,8 +182,12 @@ def screen(
         if stream.rejects_duplicates:
             if newest is None and latest is not None:
                 newest = max([latest, *(int(part.t.max()) for part in load_recent(_NEWEST_ROWS) if len(part))])
-            duplicates, hashes = _screen_duplicates(rows, given, unknown, newest, hashes, stream, load_recent)
-            rejected |= {index: (DUPLICATE, "") for index in duplicates if index not in rejected}
+            if _may_repeat(t, newest):
+                # Read from the store once.
+                recent = recent or RecentRows.from_rows(load_recent(recent_rows(stream)), recent_rows(stream))
+                hashes = hash_rows(rows)
+                duplicates = _find_duplicates(rows, hashes, given & ~np.asarray(unknown), recent)
+                rejected |= {index: (DUPLICATE, "") for index in duplicates if index not in rejected}
         latest = last_us if latest is None else max(last_us, _not_after(latest, now))
         if newest is None or last_us >= newest or newest_age > recent_rows(stream):
             newest, newest_age = latest, 0
@@ -135,10 +196,11 @@ def screen(
         last = _reject_steps(rows, stream, last or _read_last_values(load_recent(1), stream), rejected)
     accepted = np.ones(len(rows), bool)
     accepted[list(rejected)] = False
-    if hashes is not None:
-        hashes = np.concatenate([hashes, hash_rows(rows)[accepted]])[-recent_rows(stream) :]
+    if recent is not None:
+        hashes = hash_rows(rows) if hashes is None else hashes
+        recent = recent.append(rows.t[accepted], hashes[accepted], recent_rows(stream))
     late_run = measured.late_run if producer_latest is None else history.late_run
-    history = RowHistory(latest, committed, hashes, last, newest, newest_age, late_run)
+    history = RowHistory(latest, committed, recent, last, newest, newest_age, late_run)
     return ScreenedRows(rejected, int(np.count_nonzero(out_of_order & accepted)), history, measured)
 
 
@@ -190,7 +252,7 @@ def _follow_all_others(t: NDArray[np.int64], history: RowHistory, measured: Late
     Such rows are neither late, duplicates nor out of order. Rows with a `max_step` are left to the general case, and so
     are those whose hashes are needed.
     """
-    if history.newest_us is None or history.hashes is not None or not (t[1:] > t[:-1]).all():
+    if history.newest_us is None or history.recent is not None or not (t[1:] > t[:-1]).all():
         return False
     before = max(history.newest_us, history.committed_us or 0, measured.us or 0)
     return bool(t[0] > before) and all(field.max_step is None for field in stream.fields)
@@ -226,30 +288,21 @@ def _is_reset(before: LatestTime, after: LatestTime, now: ClockReading) -> bool:
     return now.quality == "unsynced" and before.us is not None and after.us is not None and after.us < before.us
 
 
-def _screen_duplicates(
-    rows: Rows,
-    given: Mask,
-    unknown: Mask | bool,
-    newest_us: int | None,
-    recent: Hashes | None,
-    stream: StreamConfig,
-    load_recent: Callable[[int], list[Rows]],
-) -> tuple[list[int], Hashes | None]:
-    """Return the indices of rows that are among the recent ones, or repeat in `rows`, and the recent rows' hashes.
+def _may_repeat(t: NDArray[np.int64], newest_us: int | None) -> bool:
+    """Return True if a row with one of these ascending times could be in the stream already, or among these twice."""
+    return bool((newest_us is not None and t[0] <= newest_us) or (t[1:] <= t[:-1]).any())
 
-    `recent`: those hashes; None until a row could be a duplicate, because they are read from the store.
-    """
-    t = rows.t[given]
-    if not ((newest_us is not None and t[0] <= newest_us) or (t[1:] <= t[:-1]).any()):
-        return [], recent
-    if recent is None:
-        recent = np.concatenate([np.zeros(0, np.uint64), *map(hash_rows, load_recent(recent_rows(stream)))])
-    candidates = np.flatnonzero(given & ~np.asarray(unknown))
-    values = hash_rows(rows)[candidates]
-    repeated = np.isin(values, recent[_share_first_bits(recent, values)])
+
+def _find_duplicates(rows: Rows, hashes: Hashes, comparable: Mask, recent: RecentRows) -> list[int]:
+    """Return the indices of comparable rows that are among the recent ones, or repeat in `rows`."""
+    candidates = np.flatnonzero(comparable)
+    if not len(candidates):
+        return []
+    values, t = hashes[candidates], rows.t[candidates]
     first = np.zeros(len(values), bool)
     first[np.unique(values, return_index=True)[1]] = True
-    return [int(index) for index in candidates[repeated | ~first]], recent
+    repeated = recent.find(values, int(t.min()), int(t.max())) | ~first
+    return [int(index) for index in candidates[repeated]]
 
 
 def _share_first_bits(hashes: Hashes, others: Hashes) -> Mask:

@@ -13,8 +13,8 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history as bundle_history
 from agent.device.bundles import overrides, quarantine, rollout_state
-from agent.device.bundles.crash_marker import CrashMarker
 from agent.device.bundles.history import BundleHistory, BundleRef
+from agent.device.bundles.quarantine import CrashMarker
 from agent.device.bundles.rollout_state import HoldOff, Reason, RolloutState
 from agent.device.pipeline.drift_state import RestoredDrift
 from agent.device.pipeline.loaded_task import LoadedTask

@@ -15,13 +15,14 @@ from msgspec.structs import replace
 from agent import clock
 from agent.alerts.alert import Alert
 from agent.alerts.kinds import RESULT
-from agent.arrays import Ints
+from agent.arrays import Bools, Ints
 from agent.config.alert_rules import AlertRuleConfig
-from agent.device.rules import evaluation, health, sentences
+from agent.device.rules import evaluation, sentences
 from agent.device.rules.batch_results import BatchResults, PendingResults, concatenate
 from agent.device.rules.compiler import CompiledRule, fingerprint
 from agent.device.rules.evaluation import Observations, RuleState, Transition
 from agent.device.rules.sentences import ResultTexts
+from agent.drift.detectors.registry import GATES
 from agent.drift.state import DriftState, DriftWindowResult
 
 # States of rules that were removed keep their numbers, so that an id is never used again.
@@ -82,7 +83,7 @@ def _judge(
     earlier = before.pending.unpack(context.bundle, results.scores.outputs)
     offset = 0 if earlier is None else len(earlier)
     together = concatenate(earlier, results)
-    faulty, judged = health.judge(context.drift, context.windows, offset, len(results))
+    faulty, judged = judge(context.drift, context.windows, offset, len(results))
     together = replace(together, is_healthy=together.is_healthy & ~faulty)
     return together.slice(0, judged), PendingResults.pack(together.slice(judged, len(together)), context.bundle), offset
 
@@ -172,3 +173,46 @@ def _describe_result(rule: CompiledRule, context: RuleContext, results: BatchRes
     label = rule.label(results, index)
     time = clock.to_rfc3339(int(results.t[index]))
     return ResultTexts(context.device, context.task, label, numbers[0], numbers[1], time)
+
+
+# Results that wait for their drift window, at most. Of a longer one, earlier results are judged by open alerts alone.
+MAX_PENDING = 512
+
+
+def judge(
+    drift: DriftState | None, windows: Sequence[DriftWindowResult], pending: int, count: int
+) -> tuple[Bools, int]:
+    """Return which of the pending and new results are faulty (pending + count,), and how many of them are judged.
+
+    `drift` is the state before `count` new results, `windows` are the drift windows that closed with them. A result is
+    faulty if its drift window shows a sensor fault, or if the alert of one was open before that. Without a drift
+    reference every result is judged, and none is faulty.
+    """
+    total = pending + count
+    faulty = np.zeros(total, np.bool_)
+    if drift is None:
+        return faulty, total
+    open_faults = int(np.count_nonzero(drift.faults.number)) + sum(
+        kind.alert == "fault" for gate in GATES for kind, _ in gate.list_open(drift.gates[gate.name])
+    )
+    begin, end = 0, pending + drift.window - drift.open_summary.model_windows
+    judged = 0
+    for window in windows:
+        # A run of quiet drift windows shows no fault.
+        judged = end + (window.windows - 1) * drift.window
+        faulty[begin:judged] |= open_faults > 0
+        faulty[max(begin, end - MAX_PENDING) : end] |= _shows_fault(window)
+        for alert in window.alerts:
+            if alert.alert == "fault" and alert.revision == 1:
+                open_faults += 1 if alert.state == "raised" else -1
+        begin, end = judged, judged + drift.window
+    overdue = total - MAX_PENDING
+    if overdue > judged:
+        faulty[judged:overdue] |= open_faults > 0
+        judged = overdue
+    return faulty, judged
+
+
+def _shows_fault(window: DriftWindowResult) -> bool:
+    fields = window.members["features"].values()
+    return any(numbers["fault"] for numbers in (*fields, *(window.members[gate.member] for gate in GATES)))

@@ -17,8 +17,8 @@ import logging
 from typing import Any
 
 from agent.clock import ClockReading
+from agent.config.broker import MeteredConfig
 from agent.config.day_window import DAY_S
-from agent.config.metered import MeteredConfig
 from agent.device.capacity.eviction import EXPIRED_COUNTER
 from agent.device.store.store import Store
 from agent.errors import StorageFull

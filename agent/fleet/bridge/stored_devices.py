@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from agent import clock
 from agent.bridge.device_state import DeviceReport, OpenAlert
-from agent.fleet.database.bridge import newest_messages
-from agent.fleet.database.bridge.newest_messages import DeviceProgress
+from agent.fleet.database.dashboard import messages
+from agent.fleet.database.dashboard.messages import DeviceProgress
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents.incidents import Incident, IncidentFilter, list_incidents, load_incident
 from agent.wire import topics
@@ -45,7 +45,7 @@ class StoredDevices:
 
     def poll(self) -> list[DeviceReport]:
         with self._store.snapshot() as db:
-            listed = {each.device: each for each in newest_messages.load_progress(db) if each.is_active}
+            listed = {each.device: each for each in messages.load_progress(db) if each.is_active}
         self.devices = frozenset(listed)
         changed = {device: each for device, each in listed.items() if self._progress.get(device) != each}
         changed = {device: each for device, each in changed.items() if each.connection or each.log}
@@ -81,7 +81,7 @@ class StoredDevices:
             return {}
         after = before.last_seq if before is not None and before.log == progress.log else 0
         with self._store.snapshot() as db:
-            return newest_messages.load_newest_by_topic(db, progress.device, progress.log, after, _MAX_MESSAGES)
+            return messages.load_newest_by_topic(db, progress.device, progress.log, after, _MAX_MESSAGES)
 
     def _load_next(self, progress: DeviceProgress, before: DeviceProgress) -> tuple[list[bytes], DeviceProgress]:
         """Return the next messages, and the progress up to them; the next poll continues there."""
@@ -89,9 +89,9 @@ class StoredDevices:
         # All of a new log is new.
         after = before.last_seq if before.log == progress.log else 0
         with self._store.snapshot() as db:
-            messages = newest_messages.load_messages(db, progress.device, progress.log, after, _MAX_MESSAGES)
-        reached = replace(progress, last_seq=max(messages)) if len(messages) == _MAX_MESSAGES else progress
-        return [*messages.values()], reached
+            loaded = messages.load_messages(db, progress.device, progress.log, after, _MAX_MESSAGES)
+        reached = replace(progress, last_seq=max(loaded)) if len(loaded) == _MAX_MESSAGES else progress
+        return [*loaded.values()], reached
 
     def _load_alerts(self) -> tuple[dict[str, list[OpenAlert]], dict[str, list[OpenAlert]]]:
         """Return the open alerts of each device that nobody muted, oldest first, and those cleared since."""

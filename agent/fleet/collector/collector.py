@@ -26,7 +26,7 @@ from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.interface import LogId
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import Acknowledgement, FleetStore
-from agent.fleet.incidents.certificates import Certificate
+from agent.fleet.incidents.conditions import Certificate
 from agent.transport.capabilities import BrokerUnsuitable
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt

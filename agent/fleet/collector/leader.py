@@ -20,7 +20,7 @@ from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
 from agent.fleet.drift.reference_alerts import ReferenceAlerts
-from agent.fleet.incidents.certificates import Certificate
+from agent.fleet.incidents.conditions import Certificate
 from agent.fleet.incidents.monitor import IncidentMonitor
 from agent.text import printable
 

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import sqlite_utils
 
 LOCK_WAIT_S = 5.0
+# A statement for many rows takes half the time of one for each. It has at most 999 values, as SQLite before 3.32 asks.
+ROWS_PER_STATEMENT = 40
 # Set each time the file is opened. A second value must be read back, where durability depends on it.
 _PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("journal_mode=WAL", "wal"),
@@ -81,11 +84,15 @@ class SqliteConnection(sqlite3.Connection):
         return [row and row[0] for row in self.execute_each(_PAYLOAD, keys)]
 
     def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
-        self.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
+        for at in range(0, whole, ROWS_PER_STATEMENT):
+            block = rows[at : at + ROWS_PER_STATEMENT]
+            self.execute(_insert(table, len(rows[0]), len(block)), [*chain.from_iterable(block)])
+        self.executemany(_insert(table, len(rows[0]), 1), rows[whole:])
 
     def insert_missing(self, table: str, rows: Sequence[Row]) -> None:
         if rows:
-            self.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            self.executemany(_insert(table, len(rows[0]), 1, "INSERT OR IGNORE"), rows)
 
     def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
         arrived = self.execute_each("SELECT last_seq FROM logs WHERE device = ? AND log = ?", logs)
@@ -306,6 +313,12 @@ def _apply(migration: Migration, database: sqlite_utils.Database) -> None:
     # One by one: executescript of sqlite3 commits first, and a crash would leave half of them.
     for statement in migration.statements:
         database.execute(_to_sqlite(statement))
+
+
+@lru_cache
+def _insert(table: str, columns: int, rows: int, verb: str = "INSERT") -> str:
+    row = f"({', '.join('?' * columns)})"
+    return f"{verb} INTO {table} VALUES {', '.join([row] * rows)}"
 
 
 @lru_cache

@@ -1,20 +1,22 @@
-"""Conditions of single devices that the collector raises an alert for: silent, backlog, clock, storage.
+"""Conditions that the collector raises an alert for: silent, backlog, clock, storage, and certificates that end.
 
-The functions are pure. Each decides from what is stored whether its condition holds, or still holds while its alert is
-open: an alert clears later than it is raised, so that a value at the limit does not raise it again and again.
+Only `list_certificates` reads anything. Each check of a device is pure: it decides from what is stored whether its
+condition holds, or still holds while its alert is open. An alert clears later than it is raised, so that a value at the
+limit does not raise it again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from agent import clock, decoders
+from agent import clock, decoders, input_files
 from agent.alerts.alert import AlertKind, Severity
-from agent.alerts.kinds import BACKLOG_GROWS, CLOCK_AT_COLLECTOR, DEVICE_SILENT, STORAGE_ENDS
+from agent.alerts.kinds import BACKLOG_GROWS, CERTIFICATE_ENDS, CLOCK_AT_COLLECTOR, DEVICE_SILENT, STORAGE_ENDS
 from agent.fleet.database.incidents.device_status import DeviceStatus
 from agent.text import format_duration
 
@@ -180,3 +182,53 @@ CHECKS: tuple[tuple[AlertKind, Check], ...] = (
     (CLOCK_AT_COLLECTOR, check_clock),
     (STORAGE_ENDS, check_storage),
 )
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """A certificate in use; `device` is empty for one of the fleet's own, `end_us` epoch µs."""
+
+    device: str
+    name: str
+    path: Path
+    end_us: int
+
+
+def list_certificates(home: Path, own: Iterable[Path], devices: Iterable[str]) -> Iterator[Certificate]:
+    """Yield the fleet's `own` certificates and the newest one of each device; skip files that hold none."""
+    for path in (*own, home / "broker" / "server.crt"):
+        if (end_us := _read_end(path)) is not None:
+            yield Certificate("", path.name, path, end_us)
+    for device in devices:
+        # What was issued later than this, the device has not confirmed.
+        path = home / "devices" / device / "device.crt"
+        if (end_us := _read_end(path)) is not None:
+            yield Certificate(device, "device", path, end_us)
+
+
+def find_ending(certificates: Iterable[Certificate], now_us: int) -> list[Condition]:
+    """Return a condition for each certificate that ends soon or has ended."""
+    findings = []
+    for certificate in certificates:
+        left_s = (certificate.end_us - now_us) / 1e6
+        if left_s >= CERTIFICATE_WARNING_S:
+            continue
+        end = clock.to_rfc3339(certificate.end_us)[:10]
+        verb = "ended" if left_s < 0 else "ends"
+        owner = certificate.device or "the fleet"
+        summary = f"The TLS certificate {certificate.path} of {owner} {verb} on {end}; the broker refuses it then."
+        severity = "critical" if left_s < CERTIFICATE_CRITICAL_S else "warning"
+        findings.append(
+            Condition(CERTIFICATE_ENDS, certificate.device, summary, severity, {"name": certificate.name})  # type: ignore[arg-type]
+        )
+    return findings
+
+
+def _read_end(path: Path) -> int | None:
+    # Of the collector's modules, only this check reads certificates.
+    from cryptography import x509
+
+    try:
+        end = x509.load_pem_x509_certificate(input_files.read_bytes(path)).not_valid_after_utc
+    except (OSError, ValueError):
+        return None
+    return round(end.timestamp() * 1e6)

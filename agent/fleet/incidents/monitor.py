@@ -22,8 +22,7 @@ from agent.fleet.database.ingest import OVER_QUOTA
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import conditions
-from agent.fleet.incidents.certificates import Certificate, find_ending
-from agent.fleet.incidents.conditions import Condition, DeviceView, HealthReport
+from agent.fleet.incidents.conditions import Certificate, Condition, DeviceView, HealthReport, find_ending
 from agent.fleet.incidents.incidents import SEVERITY_RANK
 from agent.fleet.incidents.outliers import OutlierSurvey
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent.render import html as page
-from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, section, table
+from agent.render.svg import html_text
 from agent.text import format_span
 
 _ROW, _LEFT, _RIGHT, _WIDTH, _BAR = 30, 230, 36, 940, 12

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from agent import clock
-from agent.device.bundles.crash_marker import FILE, CrashMarker
+from agent.device.bundles.quarantine import FILE, CrashMarker
 
 _DIES = """\
 import os, sys
 from pathlib import Path
-from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.quarantine import CrashMarker
 
 with CrashMarker(Path(sys.argv[1])).guard_run("sort", "sha256:bad"):
     os.kill(os.getpid(), int(sys.argv[2]))

@@ -16,7 +16,7 @@ import pytest
 from agent.bootstrap import tasks
 from agent.bootstrap.device import open_message_log, open_store
 from agent.device.bundles import history, overrides
-from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
+from agent.device.bundles.quarantine import CrashMarker, CrashRecord
 from agent.device.store import task_keys
 from agent.model.inference import runtime
 from agent.model.sandbox.subprocess_model import SubprocessModel

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.client import Client
 from agent.device.intake import labels
 from agent.device.intake.protocol import LineParser
-from agent.device.machine import label_key
+from agent.device.machine import secret_file
 from agent.device.store import labels as labelled
 from agent.device.store.labels import StoredLabel
 from agent.device.store.predictions import StoredPredictions
@@ -220,7 +220,7 @@ def keyed(tmp_path: Path) -> Iterator[Station]:
 
 
 def test_a_label_knows_its_author_by_a_token(keyed: Station) -> None:
-    token = label_key.make_token(KEY, "power-meter")
+    token = secret_file.make_token(KEY, "power-meter")
     with keyed.line() as line:
         line.send(
             {"labels": "judge", "row": 1, "label": "up", "by": "power-meter", "token": token},
@@ -236,8 +236,8 @@ def test_a_label_knows_its_author_by_a_token(keyed: Station) -> None:
     [
         ({"by": "eva"}, '"by" needs its "token"'),
         ({"token": "00"}, '"by" needs its "token"'),
-        ({"by": "eva", "token": label_key.make_token(KEY, "otto")}, "the token is not that of 'eva'"),
-        ({"by": "eva", "token": label_key.make_token(bytes(32), "eva")}, "the token is not that of 'eva'"),
+        ({"by": "eva", "token": secret_file.make_token(KEY, "otto")}, "the token is not that of 'eva'"),
+        ({"by": "eva", "token": secret_file.make_token(bytes(32), "eva")}, "the token is not that of 'eva'"),
         ({"by": "../eva", "token": "x"}, "the token is not that of '../eva'"),
         ({"by": ["eva"], "token": "x"}, '"by" needs its "token"'),
     ],

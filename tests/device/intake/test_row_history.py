@@ -16,7 +16,15 @@ from msgspec.structs import replace
 from agent.clock import ClockReading
 from agent.config import FieldConfig, StreamConfig
 from agent.device.intake import row_history
-from agent.device.intake.row_history import LatestTime, RowHistory, ScreenedRows, hash_rows, recent_rows, screen
+from agent.device.intake.row_history import (
+    LatestTime,
+    RecentRows,
+    RowHistory,
+    ScreenedRows,
+    hash_rows,
+    recent_rows,
+    screen,
+)
 from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns, Rows, validate_columns
 from agent.quantities import Duration
@@ -83,9 +91,9 @@ def test_the_short_way_of_rows_after_all_others_decides_as_the_long_way(
             at_length.out_of_order,
             at_length.latest,
         )
-        hashes = [None if r.history.hashes is None else r.history.hashes.tolist() for r in results]
-        assert hashes[0] == hashes[1]
-        without = [replace(result.history, hashes=None) for result in results]
+        recent = [r.history.recent and (r.history.recent.t.tolist(), r.history.recent.hashes.tolist()) for r in results]
+        assert recent[0] == recent[1]
+        without = [replace(result.history, recent=None) for result in results]
         assert without[0] == without[1]
         short, long = shortly.history, at_length.history
         latest = shortly.latest if is_named else None
@@ -128,8 +136,25 @@ def test_the_rows_that_are_compared_are_limited_in_count_and_bytes() -> None:
     for block in range(3):
         t = [block + i / 1e5 for i in range(40_000)]
         _, history = rejected(history, rows([*t, t[-1]], [1.0] * 40_001))
-    assert history.hashes is not None
-    assert len(history.hashes) == row_history.MAX_RECENT_ROWS
+    assert history.recent is not None
+    assert len(history.recent.hashes) == row_history.MAX_RECENT_ROWS
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=12), st.integers(1, 8), st.data())
+def test_recent_rows_never_change_when_rows_are_appended(
+    blocks: list[list[int]], limit: int, data: st.DataObject
+) -> None:
+    every: list[tuple[RecentRows, list[int]]] = [(RecentRows.from_rows([], limit), [])]
+    for times in blocks:
+        # A transaction that failed leaves rows behind an earlier state.
+        before, expected = data.draw(st.sampled_from(every))
+        t = np.array(times, np.int64)
+        every.append((before.append(t, t.view(np.uint64), limit), [*expected, *times][-limit:]))
+        first, last = sorted(data.draw(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+        for recent, stored in every:
+            assert (recent.t.tolist(), recent.hashes.tolist()) == (stored, stored)
+            sought = np.arange(first, last + 1, dtype=np.uint64)
+            assert recent.find(sought, first, last).tolist() == [int(value) in stored for value in sought]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=40), st.data())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.bundles.crash_marker import CrashRecord
+from agent.device.bundles.quarantine import CrashRecord
 from agent.device.machine import marker
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from agent import clock
 from agent.cli import main
 from agent.device.bundles import history
-from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
+from agent.device.bundles.quarantine import CrashMarker, CrashRecord
 from agent.device.bundles.rollout_state import find_canary_digest as on_probation_now
 from agent.device.rollout.shadow import ShadowState
 from agent.device.store import task_keys

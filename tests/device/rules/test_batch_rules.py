@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from agent.config import AlertRuleConfig, TaskConfig
-from agent.device.rules import batch_rules, health, rule_store
+from agent.device.rules import batch_rules, rule_store
 from agent.device.rules.batch_results import BatchResults
 from agent.device.rules.batch_rules import TaskRuleStates
 from agent.drift.state import DriftState
@@ -328,7 +328,7 @@ def test_a_summary_with_steering_characters_is_sent_as_it_is_and_with_braces(
 def test_results_with_too_much_missing_input_do_not_count_for_a_rule_about_healthy_ones(
     make_device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "MAX_PENDING", 0)
+    monkeypatch.setattr(batch_rules, "MAX_PENDING", 0)
     healthy = AlertRuleConfig(name="healthy", label="left", only_healthy=True)
     device = make_device(healthy, AlertRuleConfig(name="any", label="left"))
     rows = rows_of("l")
@@ -401,7 +401,7 @@ def test_a_result_counts_once_its_drift_window_is_judged_also_after_a_restart(
 def test_a_longer_drift_window_holds_back_no_more_results_than_the_limit(
     make_device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "MAX_PENDING", 4)
+    monkeypatch.setattr(batch_rules, "MAX_PENDING", 4)
     device = make_device(msgspec.structs.replace(FALL, only_healthy=True))
     device.feed(rows_of("lllr"))
     device.run_all()

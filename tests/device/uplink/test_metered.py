@@ -17,7 +17,7 @@ import pytest
 from agent import clock, config
 from agent.clock import ClockReading
 from agent.config import BrokerConfig, Duration, Size, UplinkBrokerConfig
-from agent.config.metered import MeteredConfig
+from agent.config.broker import MeteredConfig
 from agent.device.capacity.eviction import EXPIRED_COUNTER
 from agent.device.capacity.space import SpaceManager
 from agent.device.uplink import meter

@@ -21,7 +21,7 @@ from agent.fleet.database.ingest import Arrival, Refusal
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
 from agent.fleet.incidents import incidents, outliers
-from agent.fleet.incidents.certificates import Certificate
+from agent.fleet.incidents.conditions import Certificate
 from agent.fleet.incidents.incidents import IncidentFilter
 from agent.fleet.incidents.monitor import IncidentMonitor
 from agent.testing.messages import MessageSender, SignedMessage

@@ -19,7 +19,7 @@ from agent.datasets.tables import ColumnType, TableOptions
 from agent.device.bundles import history
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.labels import LabelBatch
-from agent.device.machine import label_key
+from agent.device.machine import secret_file
 from agent.device.machine.timekeeping import make_clock
 from agent.errors import OutstationError, RowRejected, StorageBusy, StorageError, UsageError, explain
 from agent.model.bundle import bundle
@@ -136,11 +136,11 @@ def submit(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) ->
 def _authenticate(conf: Config, by: str) -> tuple[str, str] | None:
     """Return the name with its token; None, with a note, if this user may not read the key."""
     try:
-        key = label_key.FILE.load_or_create(conf.data_dir)
+        key = secret_file.LABEL_KEY.load_or_create(conf.data_dir)
     except (UsageError, StorageError) as problem:
         echo(f"note: these labels are not authenticated, so no roll-out acts on them: {problem}", err=True)
         return None
-    return by, label_key.make_token(key, by)
+    return by, secret_file.make_token(key, by)
 
 
 def _write_to_store(conf: Config, task: str, labels: list[tuple[int, Label]], by: str) -> tuple[int, dict[int, str]]:

@@ -13,7 +13,7 @@ from agent.cli.output import by_option, config_options, echo, emit, print_table
 from agent.config import Config
 from agent.device import label_requests
 from agent.device.bundles import history
-from agent.device.machine import label_key
+from agent.device.machine import secret_file
 from agent.device.store import predictions
 from agent.errors import UsageError
 from agent.model.bundle import bundle
@@ -80,7 +80,7 @@ def label_token(name: str, config_file: str | None, as_json: bool) -> None:
     the data folder and restart to revoke all tokens.
     """
     _, conf = device.load_config(config_file)
-    token = label_key.make_token(label_key.FILE.load(conf.data_dir), name)
+    token = secret_file.make_token(secret_file.LABEL_KEY.load(conf.data_dir), name)
     emit({"by": name, "token": token}, as_json, lambda: echo(token))
 
 

@@ -11,8 +11,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
-from agent.cli.output import echo, emit, json_option
-from agent.cli.require_clean import NOT_CLEAN, require_clean_option
+from agent.cli.output import NOT_CLEAN, echo, emit, json_option, require_clean_option
 from agent.cli.time_option import parse_since
 from agent.fleet import config as fleet_config
 

@@ -1,8 +1,10 @@
-"""Statements on single messages, their keys, gaps and refusals."""
+"""Statements on single messages, the newest ones of a device, their keys, gaps and refusals."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import msgspec
 
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
@@ -82,3 +84,53 @@ def count_missing(db: Connection) -> dict[str, int]:
 def to_bytes(payload: Any) -> bytes:
     """Return a payload as bytes, also of a cell that was changed to another type."""
     return payload if isinstance(payload, bytes) else str(payload).encode(errors="replace")
+
+
+# The newest log of a device is its first live one.
+_DEVICES = """
+    SELECT d.device, d.state, l.log, l.last_seq, l.latest,
+           EXISTS (SELECT 1 FROM keys WHERE device = d.device AND revoked IS NULL AND last_seq IS NULL) AS active
+    FROM devices d
+    LEFT JOIN logs l ON l.device = d.device
+        AND l.rowid = (SELECT min(rowid) FROM logs n WHERE n.device = d.device AND n.live)
+"""
+_TOPICS = "SELECT seq, topic FROM messages WHERE device = ? AND log = ? AND seq > ? ORDER BY seq DESC LIMIT ?"
+_MESSAGES = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND seq > ? ORDER BY seq LIMIT ?"
+
+
+class DeviceProgress(msgspec.Struct, frozen=True):
+    """Progress of a device's newest log. `latest`: when its last message arrived; None, as `log`, before the first."""
+
+    device: str
+    connection: str | None
+    log: str | None
+    last_seq: int
+    latest: str | None
+    is_active: bool
+
+
+def load_progress(db: Connection) -> list[DeviceProgress]:
+    """Return the progress of every enrolled device."""
+    return [
+        DeviceProgress(device, state, log, last_seq or 0, latest, bool(active))
+        for device, state, log, last_seq, latest, active in db.execute(_DEVICES)
+        if isinstance(device, str)
+    ]
+
+
+def load_newest_by_topic(db: Connection, device: str, log: str, after: int, limit: int) -> dict[str, bytes]:
+    """Return topic → payload of the newest message of each topic, oldest first, among the `limit` newest messages.
+
+    Only messages with seq > `after` count. The topics alone are read first, since payloads are large.
+    """
+    newest: dict[str, int] = {}
+    for seq, topic in db.execute(_TOPICS, (device, log, after, limit)):
+        newest.setdefault(topic, seq)
+    ordered = sorted(newest.items(), key=lambda entry: entry[1])
+    payloads = db.payloads([(device, log, seq) for _, seq in ordered])
+    return {topic: bytes(data) for (topic, _), data in zip(ordered, payloads, strict=True) if data is not None}
+
+
+def load_messages(db: Connection, device: str, log: str, after: int, limit: int) -> dict[int, bytes]:
+    """Return seq → payload of the next messages with seq > `after`, in order."""
+    return {seq: bytes(payload) for seq, payload in db.execute(_MESSAGES, (device, log, after, limit))}

@@ -22,8 +22,8 @@ from agent.fleet.evidence.page.elements import (
     stacked_table,
 )
 from agent.render import html
-from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
+from agent.render.svg import html_text
 
 _MAX_ROWS = 40
 _ROLE_TEXTS = {

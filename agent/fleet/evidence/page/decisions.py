@@ -18,8 +18,8 @@ from agent.fleet.evidence.page.elements import (
     stacked_table,
     timeline,
 )
-from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
+from agent.render.svg import html_text
 
 _MAX_ROWS = 25
 # Per roll-out: operators' decisions, and departures of devices from the plan.

@@ -21,8 +21,8 @@ from agent.fleet.evidence.page.elements import (
 )
 from agent.performance.metrics import display_name
 from agent.render import html
-from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
+from agent.render.svg import html_text
 from agent.text import format_interval, format_value
 
 _MAX_ROWS = 25

@@ -8,8 +8,8 @@ from itertools import groupby
 from agent import clock
 from agent.fleet.evidence.format.contents import DecisionRecord
 from agent.render import html
-from agent.render.escaping import html_text
 from agent.render.html import Markup, element
+from agent.render.svg import html_text
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))

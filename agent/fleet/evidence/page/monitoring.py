@@ -25,9 +25,8 @@ from agent.fleet.evidence.page.elements import (
 from agent.performance.metrics import display_name
 from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
-from agent.render.escaping import html_text
 from agent.render.html import Content, Markup, element, table
-from agent.render.svg import Drawing, truncate_text
+from agent.render.svg import Drawing, html_text, truncate_text
 from agent.render.theme import PAGE_THEME, Theme
 from agent.text import format_interval, format_value
 from agent.wire.messages import Metric

@@ -1,1 +1,0 @@
-"""Statements for the bridge to other systems."""

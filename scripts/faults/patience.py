@@ -1,0 +1,54 @@
+"""Time limits of the faults and their oracle, which a busy machine extends.
+
+A wait is for an event, and its limit only ends a wait for one that never comes. While processes wait for a processor,
+the events are late, too: such time counts a tenth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.testing.process import TIMEOUT_S
+
+# Pressure stall information: µs since boot in which a process waited for a processor.
+_PRESSURE = Path("/proc/pressure/cpu")
+_STALLED_SHARE = 0.1
+_POLL_S = 0.05
+
+
+class Patience:
+    """Limit of `seconds` on a machine with a free processor."""
+
+    def __init__(self, seconds: float, *, extends: bool = True) -> None:
+        self._seconds, self._extends = seconds, extends
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin again."""
+        self._began_s, self._stalled_s = time.monotonic(), _stalled_s()
+
+    def is_over(self) -> bool:
+        waited_s = time.monotonic() - self._began_s
+        if self._extends:
+            waited_s -= (1 - _STALLED_SHARE) * min(waited_s, _stalled_s() - self._stalled_s)
+        return waited_s > self._seconds
+
+
+def wait_until(description: str, condition: Callable[[], object], seconds: float = TIMEOUT_S) -> None:
+    """Wait until a condition is true. Raises AssertionError with the description when the patience is over."""
+    patience, began_s = Patience(seconds), time.monotonic()
+    while not condition():
+        if patience.is_over():
+            raise AssertionError(f"not within {time.monotonic() - began_s:.0f} s: {description}")
+        time.sleep(_POLL_S)
+
+
+def _stalled_s() -> float:
+    """Return the seconds since boot in which a process waited for a processor; 0 where the kernel does not count."""
+    try:
+        line = _PRESSURE.read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return 0.0
+    return int(line.rpartition("total=")[2]) / 1e6
