@@ -29,7 +29,7 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.quota import Quota
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import fleet_wide_alerts
+from agent.fleet.drift import polled_alerts
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.testing.broker import MosquittoBroker
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
@@ -256,7 +256,7 @@ def test_drift_of_most_devices_raises_an_alert_of_the_collector(
     desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = clock.read().wall_us
-    monkeypatch.setattr(fleet_wide_alerts, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(polled_alerts, "POLL_INTERVAL_S", 0.0)
     senders = [enrolled(desk.store, f"pi-{i}") for i in range(6)]
     for sender in senders:
         for hour in range(100, 0, -1):

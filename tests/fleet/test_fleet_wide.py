@@ -22,7 +22,8 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide, fleet_wide_alerts
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
-from agent.fleet.drift.fleet_wide_alerts import POLL_INTERVAL_S, FleetWideAlerts
+from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
+from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S
 from agent.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
 

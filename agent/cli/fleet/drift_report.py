@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
     from agent.fleet.drift.fleet_wide import FleetWideDrift
     from agent.fleet.drift.merge import PerformanceEstimates
-    from agent.fleet.drift.onset import DriftEpisode
     from agent.fleet.drift.survey import DriftGroup, FleetDriftSummary
 
 _MAX_OUTLIERS = 10
@@ -66,8 +65,8 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
         "recent": _recent_documents(group, device, reference),
         **_expected_members(group.estimate_performance()),
         "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
-        "first_onset": _onset_document(first) if first else None,
-        "onsets": [_onset_document(episode) for episode in episodes],
+        "first_onset": first.to_document() if first else None,
+        "onsets": [episode.to_document() for episode in episodes],
         "outliers": [
             {
                 "device": outlier.device, "field": outlier.field, "statistic": outlier.statistic, "z": outlier.z,
@@ -156,17 +155,6 @@ def _fleet_wide_document(drift: FleetWideDrift) -> dict[str, Any]:
         "span_s": drift.span_us / 1e6,
         "p_value": float(f"{drift.p_value:.2g}"),
         "summary": drift.summary,
-    }
-
-
-def _onset_document(episode: DriftEpisode) -> dict[str, Any]:
-    return {
-        "device": episode.device,
-        "field": episode.subject,
-        "test": episode.test,
-        "started": clock.to_rfc3339(episode.began),
-        "alarmed": clock.to_rfc3339(episode.alarmed),
-        "ended": None if episode.ended is None else clock.to_rfc3339(episode.ended),
     }
 
 

@@ -195,75 +195,57 @@ def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> 
     return {**row, **members}
 
 
+def _incident_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the ID of an alert, who does it and why, and the database."""
+    for decorate in (click.pass_obj, database_options, note_option, by_option):
+        command = decorate(command)
+    return command
+
+
 @alerts.command("acknowledge", epilog="Example: outstation fleet alerts acknowledge 3f9a --by eva --note 'on my way'")
 @click.argument("ref", metavar="ID")
-@by_option
-@note_option
-@database_options
-@click.pass_obj
-def acknowledge(
-    outer: tuple[str | None, str | None],
-    ref: str,
-    by: str,
-    note: str,
-    db: str | None,
-    folder: str | None,
-    as_json: bool,
-) -> None:
+@_incident_options
+def acknowledge(outer: tuple[str | None, str | None], **options: Any) -> None:
     """Acknowledge an alert: no more reminders until it becomes worse or comes back."""
-    with open_store(*_opened(outer, db, folder)) as store:
-        incident = incidents.find_incident(store, ref, now=_now())
-        incidents.acknowledge(store, incident, by=by, note=note, now=_now())
-    _report("acknowledged", incident, {"by": by, "note": note}, as_json)
+    _change("acknowledged", incidents.acknowledge, outer, **options)
 
 
 @alerts.command("mute", epilog="Example: outstation fleet alerts mute 3f9a --for '8 h'")
 @click.argument("ref", metavar="ID")
 @click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
-@by_option
-@note_option
-@database_options
-@click.pass_obj
-def mute(
-    outer: tuple[str | None, str | None],
-    ref: str,
-    duration: str | None,
-    until: str | None,
-    by: str,
-    note: str,
-    db: str | None,
-    folder: str | None,
-    as_json: bool,
-) -> None:
+@_incident_options
+def mute(outer: tuple[str | None, str | None], duration: str | None, until: str | None, **options: Any) -> None:
     """Suppress notifications of an alert for a time; without one, until `unmute`."""
-    end = _parse_end(duration, until)
-    with open_store(*_opened(outer, db, folder)) as store:
-        incident = incidents.find_incident(store, ref, now=_now())
-        incidents.mute(store, incident, until=end, by=by, note=note, now=_now())
-    _report("muted", incident, {"by": by, "note": note, "until": end}, as_json)
+    _change("muted", incidents.mute, outer, until=_parse_end(duration, until), **options)
 
 
 @alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
 @click.argument("ref", metavar="ID")
-@by_option
-@note_option
-@database_options
-@click.pass_obj
-def unmute(
+@_incident_options
+def unmute(outer: tuple[str | None, str | None], **options: Any) -> None:
+    """End the mute of an alert."""
+    _change("unmuted", incidents.unmute, outer, **options)
+
+
+def _change(
+    action: str,
+    change: Callable[..., None],
     outer: tuple[str | None, str | None],
+    *,
     ref: str,
     by: str,
     note: str,
     db: str | None,
     folder: str | None,
     as_json: bool,
+    **members: str | None,
 ) -> None:
-    """End the mute of an alert."""
+    """Change an incident, and say so; `members` are arguments of the change that JSON repeats."""
     with open_store(*_opened(outer, db, folder)) as store:
         incident = incidents.find_incident(store, ref, now=_now())
-        incidents.unmute(store, incident, by=by, note=note, now=_now())
-    _report("unmuted", incident, {"by": by, "note": note}, as_json)
+        change(store, incident, by=by, note=note, now=_now(), **members)
+    _report(action, incident, {"by": by, "note": note, **members}, as_json)
 
 
 def _opened(

@@ -1,50 +1,32 @@
-"""Alerts of fleet-wide drift, which the collector raises and clears itself.
-
-They depend on stored data alone, so a restarted collector, or another one, comes to the same alerts.
-"""
+"""Alerts of fleet-wide drift, see `polled_alerts`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from agent import clock
 from agent.clock import ClockReading
 from agent.fleet.database.alerts import fleet_wide_alert_row
 from agent.fleet.database.drift_windows import load_observed_periods
-from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
-from agent.wire.messages import AlertPayload
+from agent.fleet.drift.polled_alerts import PolledAlerts
+from agent.wire.messages import AlertPayload, Body
 
-POLL_INTERVAL_S = 60.0
 # An older alarm says little about the fleet as it is now. A clock more than a day ahead of ours is wrong.
 LOOKBACK_US, MAX_AHEAD_US = 30 * 86_400_000_000, 86_400_000_000
 MAX_NAMED_DEVICES = 8
 
 
-class FleetWideAlerts:
-    """Polls at most once a minute, and only after a device raised or cleared a drift alert.
+class FleetWideAlerts(PolledAlerts):
+    """Drift alerts of devices may change them."""
 
-    With a shared database it polls each minute, because another collector may have stored that alert.
-    """
+    def may_change(self, body: Body) -> bool:
+        return isinstance(body, AlertPayload) and body.alert == "drift"
 
-    def __init__(self, store: FleetStore) -> None:
-        self._store = store
-        self._due, self._next_s = True, 0.0
-
-    def record_batch(self, arrivals: Iterable[Arrival]) -> None:
-        bodies = (arrival.message.body for arrival in arrivals)
-        self._due |= any(isinstance(body, AlertPayload) and body.alert == "drift" for body in bodies)
-
-    def poll(self, now: ClockReading) -> list[str]:
-        """Raise and clear alerts, and return the summaries of raised ones. Raises StorageError: then poll again."""
-        if not (self._due or self._store.shared) or now.boot_s < self._next_s:
-            return []
-        self._next_s = now.boot_s + POLL_INTERVAL_S
+    def update(self, now: ClockReading, time: str, second: int) -> list[str]:
         observed, onsets = self._load_observations(now)
-        time, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
         open_now = {(task, subject): seq for task, subject, seq in self._store.open_fleet_wide_alerts()}
         raised = []
         for task, subject, since, summary in _describe_detections(observed, onsets):
@@ -56,7 +38,6 @@ class FleetWideAlerts:
                 summary = f"{task}: {subject} drifts on few devices only."
                 cleared = max(second, since + 1)
                 self._store.raise_alert(fleet_wide_alert_row(task, subject, since, summary, time, cleared))
-        self._due = False
         return raised
 
     def _load_observations(

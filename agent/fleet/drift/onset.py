@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec.structs import replace
 
+from agent import clock
 from agent.drift.reporting.parsed_message import WindowReport
 
 
@@ -17,6 +20,17 @@ class DriftEpisode(msgspec.Struct, frozen=True):
     began: int
     alarmed: int
     ended: int | None = None
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the episode as reports show it, with times as RFC 3339."""
+        return {
+            "device": self.device,
+            "field": self.subject,
+            "test": self.test,
+            "started": clock.to_rfc3339(self.began),
+            "alarmed": clock.to_rfc3339(self.alarmed),
+            "ended": None if self.ended is None else clock.to_rfc3339(self.ended),
+        }
 
 
 class EpisodeTracker:

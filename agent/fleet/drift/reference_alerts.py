@@ -1,51 +1,31 @@
-"""Alerts of references unlike the fleet's, which the collector raises and clears itself.
-
-They depend on stored data alone, so a restarted collector, or another one, comes to the same alerts.
-"""
+"""Alerts of references unlike the fleet's, see `polled_alerts`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from itertools import groupby
 
 import msgspec
 
-from agent import clock, decoders
+from agent import decoders
 from agent.clock import ClockReading
 from agent.fleet.database.alerts import reference_alert_row
-from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.projection import ACCEPTED_EVENT, LEARNED_EVENT, FieldMoments
-from agent.fleet.database.store import FleetStore
+from agent.fleet.drift.polled_alerts import PolledAlerts
 from agent.fleet.drift.reference_outliers import describe_device, find_reference_outliers
-from agent.wire.messages import AuditPayload
+from agent.wire.messages import AuditPayload, Body
 
-POLL_INTERVAL_S = 60.0
 MAX_NAMED_FIELDS = 5
 _FIELDS = decoders.json_decoder(dict[str, FieldMoments])
 
 
-class ReferenceAlerts:
-    """Polls at most once a minute, and only after a device learned a reference or an operator accepted one.
+class ReferenceAlerts(PolledAlerts):
+    """A reference that a device learned, or that an operator accepted, may change them."""
 
-    With a shared database it polls each minute, because another collector may have stored that message.
-    """
+    def may_change(self, body: Body) -> bool:
+        return isinstance(body, AuditPayload) and body.event in (LEARNED_EVENT, ACCEPTED_EVENT)
 
-    def __init__(self, store: FleetStore) -> None:
-        self._store = store
-        self._due, self._next_s = True, 0.0
-
-    def record_batch(self, arrivals: Iterable[Arrival]) -> None:
-        bodies = (arrival.message.body for arrival in arrivals)
-        events = (body.event for body in bodies if isinstance(body, AuditPayload))
-        self._due |= any(event in (LEARNED_EVENT, ACCEPTED_EVENT) for event in events)
-
-    def poll(self, now: ClockReading) -> list[str]:
-        """Raise and clear alerts, and return the summaries of raised ones. Raises StorageError: then poll again."""
-        if not (self._due or self._store.shared) or now.boot_s < self._next_s:
-            return []
-        self._next_s = now.boot_s + POLL_INTERVAL_S
-        time, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
+    def update(self, now: ClockReading, time: str, second: int) -> list[str]:
         open_now = {(device, task): seq for device, task, seq in self._store.open_reference_alerts()}
         unlike = self._find_unlike()
         raised = []
@@ -58,7 +38,6 @@ class ReferenceAlerts:
                 summary = f"{task}: its reference was accepted, or is like those of the other devices."
                 cleared = max(second, since + 1)
                 self._store.raise_alert(reference_alert_row(device, task, since, summary, time, cleared))
-        self._due = False
         return raised
 
     def _find_unlike(self) -> dict[tuple[str, str], str]:

@@ -44,17 +44,7 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
             for change in group.detect_fleet_wide()
         ],
         "onsets_omitted": max(0, len(episodes) - WRITE_LIMITS.drift_onsets),
-        "onsets": [
-            {
-                "device": episode.device,
-                "field": episode.subject,
-                "test": episode.test,
-                "started": clock.to_rfc3339(episode.began),
-                "alarmed": clock.to_rfc3339(episode.alarmed),
-                "ended": None if episode.ended is None else clock.to_rfc3339(episode.ended),
-            }
-            for episode in episodes[: WRITE_LIMITS.drift_onsets]
-        ],
+        "onsets": [episode.to_document() for episode in episodes[: WRITE_LIMITS.drift_onsets]],
         "history": [
             {
                 "from": clock.to_rfc3339(begin),
