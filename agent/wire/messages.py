@@ -32,6 +32,8 @@ MAX_PAYLOAD = 1 << 20
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
+# Base64url of sealed content.
+Sealed = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 # Far beyond float32, in which models compute, and small enough that sums of squares stay finite.
 Magnitude = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
@@ -335,11 +337,28 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
                 raise ValueError(f"{agreeing} windows agree, n says {n}")
 
 
+class JoinedSample(msgspec.Struct, frozen=True):
+    """Readings that a further input of the model was joined from: `n` rows of `stream`, within `rows`."""
+
+    stream: ShortText
+    rows: tuple[Positive, Positive]
+    n: Positive
+    # Sealed `SampleContent` with row numbers, as in `SamplesPayload`.
+    sealed: Sealed
+
+    def __post_init__(self) -> None:
+        first, last = self.rows
+        if not self.n <= last - first + 1:
+            raise ValueError(f"joined rows [{first},{last}] are not {self.n}")
+        if len(self.sealed) % 4 == 1:
+            raise ValueError("sealed is not base64url")
+
+
 class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     """Readings around one result, with the consent of the device's owner, sealed to the collectors.
 
     `rows`: first and last row of the stream, `n` of them. `row`: the result. `subject`: id of the alert, else "".
-    `digits`: significant digits of the values.
+    `digits`: significant digits of the values. `joined`: readings of further inputs by name.
     """
 
     task: ShortText
@@ -352,7 +371,8 @@ class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     n: Positive
     digits: Annotated[int, msgspec.Meta(ge=1, le=9)]
     # Sealed `SampleContent`, base64url; empty where the least count withholds it.
-    sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
+    sealed: Sealed
+    joined: Annotated[dict[ShortText, JoinedSample], msgspec.Meta(max_length=8)] = {}
 
     def __post_init__(self) -> None:
         first, last = self.rows

@@ -190,7 +190,11 @@ def _limit_shadow(body: Body, k: int) -> Body:
 
 
 def _limit_samples(body: Body, k: int) -> Body:
-    return {**body, "sealed": ""} if _is_few(body["n"], k) else body
+    limited = {**body, "sealed": ""} if _is_few(body["n"], k) else body
+    if "joined" not in body:
+        return limited
+    is_few = any(_is_few(each["n"], k) for each in body["joined"].values())
+    return {**limited, "joined": {}} if is_few or not limited["sealed"] else limited
 
 
 def _limit_moments(moments: Body, k: int) -> Body:
