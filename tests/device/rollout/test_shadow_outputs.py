@@ -110,9 +110,7 @@ def test_equal_bundles_agree_in_each_output(device: Device, packed: Bundle) -> N
     assert ComparisonStats.from_message(message) == runner.state.blocks[-1]
 
 
-def test_a_worse_second_output_fails_a_rule(
-    device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worse_second_output_fails_a_rule(device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = make_runner(device, packed)
     break_wear(monkeypatch, 10.0)
     for seed in range(12):
