@@ -45,6 +45,14 @@ def csv_text(text: str) -> str:
     return printable(f"'{text}" if runs else text)
 
 
+def require_plain_name(kind: str, name: str) -> None:
+    """Raise ValueError if the name of a column or class would break a line, or a spreadsheet would run it."""
+    if not name.isprintable():
+        raise ValueError(f"{kind} {name!r} has a line break or another character that cannot be printed; rename it")
+    if len(name) > 1 and csv_text(name) != name:
+        raise ValueError(f"{kind} {name!r} begins with = + - or @, so a spreadsheet would run it; rename it")
+
+
 def mask_password(url: str) -> str:
     """Return the URL without user name and password, also where a stray `/` or `@` in them makes it invalid."""
     return re.sub(r"^([^/]*//)?.*@", r"\1***@", url, count=1, flags=re.DOTALL)

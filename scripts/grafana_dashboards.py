@@ -42,6 +42,8 @@ PROMETHEUS = (
     Panel("Drift and sensor faults", "state-timeline",
           f'max by (device, task) (outstation_task_drift_state{{{_DEVICES}, state=~"drift|fault"}})',
           legend="{{device}} {{task}}"),
+    Panel("Quality by labels", "timeseries", f"outstation_task_quality{{{_DEVICES}, metric=~\"accuracy|mae|auc\"}}",
+          legend="{{device}} {{task}} {{output}} {{metric}}"),
     Panel("Time until the store is full", "timeseries", f"outstation_device_storage_left_seconds{{{_DEVICES}}}", "s",
           "{{device}}"),
     Panel("Temperature", "timeseries", f"outstation_device_temperature_celsius{{{_DEVICES}}}", "celsius", "{{device}}"),

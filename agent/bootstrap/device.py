@@ -18,6 +18,7 @@ from agent.device.machine import secret_file
 from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.machine.timekeeping import make_clock
 from agent.device.recovery import open
+from agent.device.recovery.replaced_secret import report_replaced_secret
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import DATABASE, Store
@@ -100,6 +101,7 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     """Open the message log, and report in it what opening the store found."""
     key, live_key = open_keys(store, load_key_files(file, conf))
     broker, is_new = conf.broker, store.acknowledged().through == 0
+    is_lost = not is_new and not (conf.data_dir / secret_file.COMMITMENT_SECRET.name).exists()
     secret = secret_file.load_commitment_secret(conf.data_dir, is_new=is_new)
     message_log = MessageLog(
         *(conf.device.fleet, conf.device.id, key, store.log_id, store.boot),
@@ -115,7 +117,9 @@ def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
     for name, task in conf.tasks.items():
         tasks.setdefault(task.stream, []).append(name)
     # Before anything else is written to this log or sent from it.
-    report_findings(store, message_log, tasks, make_clock(store)())
+    now = make_clock(store)()
+    report_findings(store, message_log, tasks, now)
+    report_replaced_secret(store, message_log, now, is_lost=is_lost)
     return message_log
 
 

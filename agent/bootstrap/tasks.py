@@ -134,12 +134,13 @@ def build_task(
         restored = drift_state.restore(store, name, monitor, task_keys.SAVED_SUFFIX if has_other_canary else "")
     rules = compiler.compile_rules(str(file), name, task.alerts, active.bundle.manifest, active.model)
     digest, keep_results = config.digest(conf), conf.buffer.keep_results > 0
-    sampled = None
+    sampled, joined_streams = None, _select_joined_streams(conf, name, active.bundle.manifest)
     if conf.samples is not None and conf.samples.covers(name):
         from agent.device.samples.selection import SampledTask
 
         fields = conf.streams[task.stream].fields
-        sampled = SampledTask.from_bundle(conf.samples, (name, task.stream), fields, active.bundle)
+        joined = {key: (each.name, each.config.fields) for key, each in joined_streams.items()}
+        sampled = SampledTask.from_bundle(conf.samples, (name, task.stream), fields, active.bundle, joined)
     return LoadedTask(
         *(name, task, conf.streams[task.stream], active.bundle, active.model),
         None if restored is None else restored.monitor,
@@ -153,7 +154,7 @@ def build_task(
         crash_guard=nullcontext if isinstance(active.model, SubprocessModel) else partial(guard_run, active.bundle),
         rules=rules,
         samples=sampled,
-        joined_streams=_select_joined_streams(conf, name, active.bundle.manifest),
+        joined_streams=joined_streams,
         is_crash_suspect=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 

@@ -6,8 +6,7 @@ With fewer blocks or devices than the minimum there is no interval. Influential 
 sample contains too few of them, so the most influential block counts twice.
 
 Sources: linearized ratios, Cochran (1977), Sampling Techniques, chapter 6; Wilson (1927) with the effective sample
-size, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least width of a paired difference; Student's
-quantile by Abramowitz & Stegun (1964), 26.7.5.
+size, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least width of a paired difference.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 from agent.arrays import Float64s
 from agent.comparison.tally import ComparisonStats
-from agent.performance.intervals import Z, wilson
+from agent.performance.intervals import Z, student_t_quantile, wilson
 from agent.wire.messages import BundleStats, Moments
 
 # The fewest devices for intervals over devices; the fewest blocks for intervals over blocks.
@@ -90,14 +89,12 @@ def latency_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> C
 
 def error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Return the new bundle's mean absolute error, divided by the old one's."""
-    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
-    return _mean_ratio(
-        [
-            (block, _total(new.abs_error), new.abs_error.n, _total(old.abs_error), old.abs_error.n)
-            for block, new, old in pairs
-            if new.abs_error.n and old.abs_error.n
-        ]
-    )
+    return _moments_ratio(blocks, lambda stats: stats.abs_error, new_is_other)
+
+
+def expected_error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
+    """Return the error expected of the new bundle by its inputs (DLE), divided by the old one's."""
+    return _moments_ratio(blocks, lambda stats: stats.expected_error, new_is_other)
 
 
 def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
@@ -193,15 +190,6 @@ def ar1_design_effect(values: Float64s) -> float:
     return (1 + r) / (1 - r)
 
 
-def student_t_quantile(degrees_of_freedom: float) -> float:
-    """Return the 97.5 % quantile of Student's t, for at least 3 degrees of freedom."""
-    z, d = Z, degrees_of_freedom
-    first = (z**3 + z) / (4 * d)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * d**3)
-    return z + first + second + third
-
-
 def _mean_ratio(
     rows: Sequence[tuple[ComparisonBlock, float, int, float, int]], *, bursts: bool = True
 ) -> ComparisonEstimate | None:
@@ -219,6 +207,14 @@ def _mean_ratio(
         return None
     factor = math.exp(min(50.0, width.half_width))
     return width.estimate(ratio, ratio / factor, ratio * factor, new_n.sum())
+
+
+def _moments_ratio(
+    blocks: Sequence[ComparisonBlock], getter: Callable[[BundleStats], Moments], new_is_other: bool
+) -> ComparisonEstimate | None:
+    pairs = [(block, *_new_and_old(block.stats, new_is_other)) for block in blocks]
+    rows = [(block, getter(new), getter(old)) for block, new, old in pairs]
+    return _mean_ratio([(block, _total(new), new.n, _total(old), old.n) for block, new, old in rows if new.n and old.n])
 
 
 def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:

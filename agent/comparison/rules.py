@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.comparison import paired_intervals
 from agent.comparison.paired_intervals import MIN_BLOCKS, MIN_DEVICES, ComparisonBlock, ComparisonEstimate
-from agent.wire.desired_state import CanaryRules
+from agent.comparison.tally import ComparisonStats
+from agent.wire.desired_state import CanaryRules, LimitsByOutput, OutputLimits
 
 RuleState = Literal["passed", "failed", "undecided"]
 # Rule names are also the reasons for which a device rolls a bundle back.
@@ -24,22 +26,36 @@ _UPPER_RELATIONS = {"passed": "not above", "failed": "above", "undecided": "unde
 
 
 class RuleLimits(msgspec.Struct, frozen=True):
-    """Limits for the new bundle, with the meaning that `CanaryRules` gives them. None disables a rule."""
+    """Limits for the new bundle, with the meaning that `CanaryRules` gives them. None disables a rule.
+
+    They hold for each output of the models; `outputs` has other limits for some of the further ones.
+    """
 
     min_agreement: float | None = None
     max_latency_ratio: float | None = None
     max_error_rate: float | None = None
     max_accuracy_drop: float | None = None
     max_error_growth: float | None = None
+    outputs: LimitsByOutput = {}
 
 
 class RuleResult(msgspec.Struct, frozen=True):
-    """Outcome of one rule; `summary` is a sentence with its numbers."""
+    """Outcome of one rule; `summary` is a sentence with its numbers. `output`: a further output that it is about."""
 
     rule: str
     state: RuleState
     summary: str
     numbers: dict[str, Any] = msgspec.field(default_factory=dict)
+    output: str = ""
+
+    @property
+    def name(self) -> str:
+        return name_rule(self.rule, self.output)
+
+
+def name_rule(rule: str, output: str) -> str:
+    """Return the name of a rule among those of all outputs."""
+    return f"{output}/{rule}" if output else rule
 
 
 def evaluate_rules(
@@ -52,20 +68,75 @@ def evaluate_rules(
     """
     results: list[RuleResult] = []
     if limits.min_agreement is not None:
-        agreement, limit = paired_intervals.agreement(blocks), limits.min_agreement
-        mismatch = next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
-        if agreement is None and mismatch:
-            text = f"Agreement is unknown: {mismatch}."
-            results.append(RuleResult(AGREEMENT, "undecided", text, {"limit": limit}))
-        else:
-            text = "Agreement with the previous bundle"
-            results.append(_evaluate_lower_bound(AGREEMENT, text, agreement, limit))
+        results.append(_evaluate_agreement(limits.min_agreement, blocks))
     if limits.max_latency_ratio is not None:
         estimate = paired_intervals.latency_ratio(blocks, new_is_other=new_is_other)
         text = "Inference time of a window, relative to the previous bundle"
         results.append(_evaluate_upper_bound(LATENCY, text, estimate, limits.max_latency_ratio))
     if limits.max_error_rate is not None and new_is_other:
         results.append(_evaluate_error_rate(limits.max_error_rate, blocks))
+    results += _evaluate_quality(limits, blocks, new_is_other)
+    for name in list_outputs(blocks, new_is_other):
+        own, inherited = output_limits(limits, name)
+        part = select_output(blocks, name)
+        if own.min_agreement is not None and not (inherited and is_numeric(part)):
+            results.append(replace(_evaluate_agreement(own.min_agreement, part), output=name))
+        results += [replace(result, output=name) for result in _evaluate_quality(own, part, new_is_other)]
+    return [
+        replace(result, summary=f"Output {result.output}: {result.summary}") if result.output else result
+        for result in results
+    ]
+
+
+def list_outputs(blocks: Sequence[ComparisonBlock], new_is_other: bool) -> list[str]:
+    """Return the further outputs of the previous bundle: nothing compares with one that only the new bundle has."""
+    names: set[str] = set()
+    for block in blocks:
+        for name, stats in block.stats.outputs.items():
+            old = stats.model if new_is_other else stats.other
+            if old.windows or sum(stats.labelled) or old.abs_error.n:
+                names.add(name)
+    return sorted(names)
+
+
+def select_output(blocks: Sequence[ComparisonBlock], name: str) -> list[ComparisonBlock]:
+    """Return the blocks' statistics of one further output."""
+    return [ComparisonBlock(block.stats.outputs[name], block.device) for block in blocks if name in block.stats.outputs]
+
+
+def output_limits(limits: RuleLimits | CanaryRules, name: str) -> tuple[RuleLimits, bool]:
+    """Return the limits of a further output, and if its `min_agreement` is that of the first output."""
+    own = limits.outputs.get(name, OutputLimits())
+    if own.ignore:
+        return RuleLimits(), False
+    names = ("min_agreement", "max_accuracy_drop", "max_error_growth")
+    chosen = {n: getattr(limits if getattr(own, n) is None else own, n) for n in names}
+    return RuleLimits(**chosen), own.min_agreement is None
+
+
+def is_numeric(blocks: Sequence[ComparisonBlock]) -> bool:
+    """Return True for the statistics of numbers, which neither agree nor differ."""
+    known = [block.stats for block in blocks if block.stats.n]
+    return bool(known) and all(stats.agreeing is None and not stats.error for stats in known)
+
+
+def find_mismatch(blocks: Sequence[ComparisonBlock]) -> str:
+    """Return why the predictions of the two bundles cannot agree; "" if they can."""
+    return next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
+
+
+def _evaluate_agreement(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:
+    agreement, mismatch = paired_intervals.agreement(blocks), find_mismatch(blocks)
+    if agreement is None and mismatch:
+        return RuleResult(AGREEMENT, "undecided", f"Agreement is unknown: {mismatch}.", {"limit": limit})
+    return _evaluate_lower_bound(AGREEMENT, "Agreement with the previous bundle", agreement, limit)
+
+
+def _evaluate_quality(
+    limits: RuleLimits | CanaryRules, blocks: Sequence[ComparisonBlock], new_is_other: bool
+) -> list[RuleResult]:
+    """Return the results of rules about accuracy and errors, by labels and as expected without them."""
+    results: list[RuleResult] = []
     if limits.max_accuracy_drop is not None and any(sum(block.stats.labelled) for block in blocks):
         estimate = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_other)
         text = "Labelled accuracy, less that of the previous bundle"
@@ -79,8 +150,25 @@ def evaluate_rules(
     if limits.max_error_growth is not None and any(block.stats.model.abs_error.n for block in blocks):
         estimate = paired_intervals.error_ratio(blocks, new_is_other=new_is_other)
         text = "Mean absolute error by labels, relative to the previous bundle"
-        results.append(_evaluate_upper_bound(LABELS, text, estimate, 1 + limits.max_error_growth))
+        result = _evaluate_upper_bound(LABELS, text, estimate, 1 + limits.max_error_growth)
+        expected = describe_expected_errors(blocks, new_is_other)
+        results.append(replace(result, summary=f"{result.summary} {expected.capitalize()}.") if expected else result)
     return results
+
+
+def describe_expected_errors(blocks: Sequence[ComparisonBlock], new_is_other: bool) -> str:
+    """Return a phrase about the errors that the inputs let expect of both bundles; "" if they do not.
+
+    They decide nothing: two bundles may have been measured on held-out data that are not alike.
+    """
+    ratio = paired_intervals.expected_error_ratio(blocks, new_is_other=new_is_other)
+    if ratio is None:
+        return ""
+    stats = sum((block.stats for block in blocks), ComparisonStats())
+    pooled = [stats.model.expected_error.mean, stats.other.expected_error.mean]
+    old, new = pooled if new_is_other else pooled[::-1]
+    interval = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+    return f"expected without labels: {new:.4g}, of the previous bundle {old:.4g}, ratio {interval}"
 
 
 def _evaluate_error_rate(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:

@@ -5,14 +5,16 @@ Counts add and moments merge (Chan, Golub & LeVeque 1979), in any order and grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
-from agent.wire.messages import BundleStats, Moments, ShadowPayload
+from agent.performance.labels import LabelSchema
+from agent.wire.messages import BundleStats, ComparedOutput, Moments, ShadowPayload
 
 # The square of a larger value, or a sum of such squares, overflows.
 _MAX_MAGNITUDE = 1e100
@@ -21,14 +23,26 @@ EMPTY_MOMENTS, EMPTY_STATS = Moments(), BundleStats(0, 0.0)
 
 
 class OutputKind(msgspec.Struct, frozen=True):
-    """Type of a bundle's predictions. `problem_type` is that of its labels: classify, several, regress or anomaly."""
+    """Type of a bundle's predictions. `problem_type` is that of its labels: classify, several, regress or anomaly.
+
+    `outputs`: those of its further outputs.
+    """
 
     problem_type: str
     labels: tuple[str, ...] = ()
+    outputs: Mapping[str, OutputKind] = {}
+
+    @classmethod
+    def from_schemas(cls, schemas: Mapping[str, LabelSchema]) -> OutputKind:
+        """Return the kind of a bundle by the label schema of each output; the first one has the name ""."""
+        kinds = {name: cls(schema.kind, schema.labels) for name, schema in schemas.items()}
+        return replace(kinds.pop(""), outputs=kinds)
 
     def explain_mismatch(self, other: OutputKind) -> str:
         """Return why predictions of the two can never agree; "" if they can."""
         ours, theirs = self.problem_type, other.problem_type
+        if not ours or not theirs:
+            return "only one of the two bundles has this output"
         if ours != theirs:
             return f"one bundle answers as {ours}, the other as {theirs}: their answers cannot agree"
         if self.labels and other.labels and not set(self.labels) & set(other.labels):
@@ -41,7 +55,8 @@ class Predictions(msgspec.Struct, frozen=True):
     """Predictions of one bundle for w windows that end at `end_row` (w,), ascending; `seconds` of inference time.
 
     One of `label` (w,) class indices, `label_mask` (w, K) predicted labels and `is_anomaly` (w,) is set. `score` (w,),
-    `value` (w,), and `correct_probability` (w,) that a prediction is correct, by its score. NaN means unknown.
+    `value` (w,), `correct_probability` (w,) that a prediction is correct, by its score, and `expected_error` (w,) of a
+    value, by its inputs. NaN means unknown. `outputs`: those of further outputs, for the same windows.
     """
 
     end_row: Ints
@@ -52,6 +67,8 @@ class Predictions(msgspec.Struct, frozen=True):
     score: Float64s | None = None
     value: Float64s | None = None
     correct_probability: Float64s | None = None
+    expected_error: Float64s | None = None
+    outputs: Mapping[str, Predictions] = {}
 
     @property
     def numeric_output(self) -> Float64s | None:
@@ -59,8 +76,14 @@ class Predictions(msgspec.Struct, frozen=True):
         return self.value if self.score is None else self.score
 
 
+_NO_PREDICTIONS = Predictions(np.zeros(0, np.int64), 0.0)
+
+
 class ComparisonStats(msgspec.Struct, frozen=True):
-    """The sums in a `ShadowPayload`. Adding the empty value changes nothing."""
+    """The sums in a `ShadowPayload`. Adding the empty value changes nothing.
+
+    Those of further outputs, in `outputs`, count no batches.
+    """
 
     batches: int = 0
     n: int = 0
@@ -71,15 +94,20 @@ class ComparisonStats(msgspec.Struct, frozen=True):
     labelled: tuple[int, int, int, int] = (0, 0, 0, 0)
     errors: int = 0
     error: str = ""
+    outputs: dict[str, ComparisonStats] = {}
 
     @classmethod
-    def from_message(cls, message: ShadowPayload) -> ComparisonStats:
-        return cls(*(getattr(message, name) for name in cls.__struct_encode_fields__))
+    def from_message(cls, message: ShadowPayload | ComparedOutput) -> ComparisonStats:
+        names = zip(cls.__struct_fields__, cls.__struct_encode_fields__, strict=True)
+        members = {field: getattr(message, name) for field, name in names if hasattr(message, name)}
+        further = message.outputs if isinstance(message, ShadowPayload) else {}
+        return cls(**{**members, "outputs": {name: cls.from_message(part) for name, part in further.items()}})
 
     def to_body(self) -> dict[str, Any]:
         """Return the members of a `shadow` message that hold sums."""
-        body: dict[str, Any] = msgspec.to_builtins(self)
-        return body
+        body: dict[str, Any] = msgspec.to_builtins(replace(self, outputs={}))
+        outputs = {name: _select_output_members(part.to_body()) for name, part in self.outputs.items()}
+        return body | {"outputs": outputs} if outputs else {name: body[name] for name in body if name != "outputs"}
 
     def __add__(self, other: ComparisonStats) -> ComparisonStats:
         both, model_only, other_only, neither = (a + b for a, b in zip(self.labelled, other.labelled, strict=True))
@@ -93,6 +121,7 @@ class ComparisonStats(msgspec.Struct, frozen=True):
             (both, model_only, other_only, neither),
             self.errors + other.errors,
             other.error or self.error,
+            _merge_outputs(self.outputs, other.outputs),
         )
 
 
@@ -103,6 +132,31 @@ def compare_batch(
     _, ours, theirs = np.intersect1d(
         predictions.end_row, other_predictions.end_row, assume_unique=True, return_indices=True
     )
+    first = _compare_output(kind, predictions, ours, other_kind, other_predictions, theirs)
+    outputs = {
+        name: _compare_output(
+            *_select_output(kind, predictions, name), ours, *_select_output(other_kind, other_predictions, name), theirs
+        )
+        for name in dict.fromkeys([*predictions.outputs, *other_predictions.outputs])
+    }
+    return replace(first, batches=1, outputs=outputs)
+
+
+def _select_output(kind: OutputKind, predictions: Predictions, name: str) -> tuple[OutputKind, Predictions]:
+    if name not in predictions.outputs:
+        return OutputKind(""), _NO_PREDICTIONS
+    return kind.outputs[name], predictions.outputs[name]
+
+
+def _compare_output(
+    kind: OutputKind,
+    predictions: Predictions,
+    ours: Ints,
+    other_kind: OutputKind,
+    other_predictions: Predictions,
+    theirs: Ints,
+) -> ComparisonStats:
+    """Compare windows `ours` (n,) of one bundle with `theirs` (n,) of the other, for one output."""
     mismatch = kind.explain_mismatch(other_kind)
     agrees = None if mismatch else _agreement_mask(kind, predictions, ours, other_kind, other_predictions, theirs)
     numbers, others = predictions.numeric_output, other_predictions.numeric_output
@@ -110,7 +164,6 @@ def compare_batch(
     if not mismatch and numbers is not None and others is not None:
         difference = compute_moments(others[theirs] - numbers[ours])
     return ComparisonStats(
-        batches=1,
         n=len(ours),
         agreeing=None if agrees is None else int(agrees.sum()),
         difference=difference,
@@ -179,15 +232,26 @@ def _merge_stats(a: BundleStats, b: BundleStats) -> BundleStats:
         merge_moments(a.expected_accuracy, b.expected_accuracy),
         a.correct + b.correct,
         merge_moments(a.abs_error, b.abs_error),
+        merge_moments(a.expected_error, b.expected_error),
     )
 
 
 def _bundle_stats(predictions: Predictions, matched: Ints) -> BundleStats:
-    """Take the expected accuracy from matched windows only, so that the two bundles' are comparable."""
-    output, probability = predictions.numeric_output, predictions.correct_probability
+    """Take what is expected from matched windows only, so that the two bundles' are comparable."""
+    output, expected = predictions.numeric_output, (predictions.correct_probability, predictions.expected_error)
     scores = Moments() if output is None else compute_moments(output)
-    expected = Moments() if probability is None else compute_moments(probability[matched])
-    return BundleStats(len(predictions.end_row), max(0.0, predictions.seconds), scores, expected)
+    accuracy, error = (Moments() if values is None else compute_moments(values[matched]) for values in expected)
+    windows, seconds = len(predictions.end_row), max(0.0, predictions.seconds)
+    return BundleStats(windows, seconds, scores, accuracy, expected_error=error)
+
+
+def _merge_outputs(a: dict[str, ComparisonStats], b: dict[str, ComparisonStats]) -> dict[str, ComparisonStats]:
+    empty = ComparisonStats()
+    return {name: a.get(name, empty) + b.get(name, empty) for name in sorted(a.keys() | b.keys())}
+
+
+def _select_output_members(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: body[name] for name in ComparedOutput.__struct_fields__}
 
 
 def _agreement_mask(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.arrays import Ints
 from agent.comparison import rules, tally
@@ -13,6 +14,7 @@ from agent.comparison.paired_intervals import MIN_BLOCKS, ComparisonBlock
 from agent.comparison.rules import RuleLimits
 from agent.comparison.tally import OutputKind, Predictions
 from agent.datasets.blocks import TextColumn
+from agent.drift.baseline.reference import Reference
 from agent.errors import UsageError
 from agent.evaluation import examples, predictions
 from agent.evaluation.context import EvaluationRequest
@@ -20,6 +22,7 @@ from agent.evaluation.document import BundleComparison
 from agent.evaluation.examples import LabelledWindows
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import Inference
+from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions
 
 # Labels of one message of a device: neighbouring windows make one block.
@@ -34,26 +37,19 @@ class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
     bundle: Bundle
     inference: Inference
     windows: LabelledWindows
+    reference: Reference | None
 
     @property
     def kind(self) -> OutputKind:
-        manifest = self.bundle.manifest
-        return OutputKind(manifest.label_kind, tuple(manifest.output.labels))
+        return OutputKind.from_schemas(self.bundle.manifest.label_schemas)
 
     def predict(self, windows: LabelledWindows, end_row: Ints) -> tuple[Predictions, LabelledPredictions]:
         """Return the predictions of a block, alone and paired with its labels."""
         result = examples.predict(self.inference, windows.dataset, windows.starts)
-        scored = result.scores
-        is_multi_label = scored.predicted is not None
-        alone = Predictions(
-            end_row,
-            result.seconds,
-            None if is_multi_label else scored.label,
-            scored.predicted,
-            scored.anomaly,
-            scored.score,
-            scored.value,
-        )
+        alone = _to_predictions(result.scores, end_row, result.seconds)
+        if self.reference is not None and result.scores.value is not None:
+            place = (self.reference, self.inference, windows.dataset, windows.starts)
+            alone = replace(alone, expected_error=examples.expect_errors(*place, result.scores.value))
         return alone, predictions.pair_with_truth(self.bundle.manifest, result, windows.truth, windows.label_sets)
 
 
@@ -98,6 +94,20 @@ def compare(
     )
 
 
+def _to_predictions(scored: Scores, end_row: Ints, seconds: float) -> Predictions:
+    is_multi_label = scored.predicted is not None
+    return Predictions(
+        end_row,
+        seconds,
+        None if is_multi_label else scored.label,
+        scored.predicted,
+        scored.anomaly,
+        scored.score,
+        scored.value,
+        outputs={name: _to_predictions(own, end_row, 0.0) for name, own in scored.outputs.items()},
+    )
+
+
 def _seconds(run: tuple[Predictions, LabelledPredictions]) -> float:
     return run[0].seconds
 
@@ -105,7 +115,10 @@ def _seconds(run: tuple[Predictions, LabelledPredictions]) -> float:
 def _label_windows(bundle: Bundle, inference: Inference, request: EvaluationRequest) -> ComparedBundle:
     dataset = examples.read(request.data, inference, request.columns, request.joined)
     windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
-    return ComparedBundle(bundle, inference, windows)
+    stored = bundle.files.get("reference.json")
+    # Held-out errors in it are of the main output.
+    reference = Reference.from_json(stored) if stored is not None and not request.output else None
+    return ComparedBundle(bundle, inference, windows, reference)
 
 
 def _row_keys(windows: LabelledWindows) -> Ints:

@@ -12,6 +12,7 @@ import numpy as np
 
 from agent import __version__, clock
 from agent.arrays import Ints
+from agent.drift.baseline.reference import Reference
 from agent.errors import UsageError
 from agent.evaluation import (
     bootstrap,
@@ -38,13 +39,14 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.inference import tuning
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.performance import slices
-from agent.performance.estimates import MetricEstimate
+from agent.performance.estimates import EXPECTED_MAE, EXPECTED_SHARE, MetricEstimate
 from agent.performance.metrics import display_name, primary
-from agent.text import format_value
+from agent.text import format_interval, format_value
 
 _MAX_CONFUSION_CLASSES = 1000
 _LATENCY_ROWS = 20_000
 _MAX_NAMES = 8
+_MAX_EXPECTED_SHARE = 1.25  # of the true error, either way
 
 
 def evaluate(
@@ -106,7 +108,7 @@ def _measure_performance(context: EvaluationContext, signature: str) -> Evaluati
         intervals=context.units.description,
         metric=primary(kind).name,
         direction=primary(kind).direction,
-        metrics=[*measured.metrics, *_measure_coverage(context)],
+        metrics=[*measured.metrics, *_measure_coverage(context), *_measure_expected_error(context)],
         classes=measured.classes,
         confusion=measured.confusion if len(labels) <= _MAX_CONFUSION_CLASSES else [],
         reliability=measured.reliability,
@@ -195,6 +197,24 @@ def _measure_coverage(context: EvaluationContext) -> list[MetricEstimate]:
     return [MetricEstimate("coverage", interval.value, interval.low, interval.high, len(residuals))]
 
 
+def _measure_expected_error(context: EvaluationContext) -> list[MetricEstimate]:
+    """Return the error that devices expect without labels, and that as a share of the true one (paired)."""
+    stored, paired = context.bundle.files.get("reference.json"), context.predictions
+    if stored is None or paired.value is None or context.kind != "regress":
+        return []
+    windows, output = context.windows, context.request.output
+    reference = Reference.from_json(stored)
+    place = (reference, context.inference, context.dataset, windows.starts)
+    expected = examples.expect_errors(*place, paired.value, output)
+    if expected is None:
+        return []
+    sums, true = context.units.sums(expected)[:, 0], context.units.sums(np.abs(paired.errors))[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimates = {EXPECTED_MAE: sums / context.units.total, EXPECTED_SHARE: sums / true}
+    intervals = {name: bootstrap.percentile_interval(values) for name, values in estimates.items()}
+    return [MetricEstimate(name, e.value, e.low, e.high, len(expected)) for name, e in intervals.items()]
+
+
 def _compare_float(context: EvaluationContext, file: Path) -> document.FloatComparison:
     context.on_step("predicting with the float model")
     bundle = float_comparison.load_float_bundle(file, context.bundle)
@@ -231,12 +251,25 @@ def _warnings(evaluation: Evaluation) -> list[str]:
     checks = (*evaluation.leakage, *evaluation.label_checks)
     warnings = [check.summary for check in checks if check.state == "warning"]
     warnings += [
+        f"without labels devices expect {format_value(estimate.value)} times the true error "
+        f"({format_interval(estimate.low, estimate.high)}): these data are unlike the held-out ones."
+        for estimate in evaluation.metrics
+        if estimate.metric == EXPECTED_SHARE and _is_misleading(estimate)
+    ]
+    warnings += [
         f"{estimate.slice}: {display_name(estimate.metric)} {format_value(estimate.value)} of {estimate.n} windows is "
         "worse than the rest, beyond chance over all slices (Holm)."
         for estimate in evaluation.slices
         if estimate.state == slices.WORSE
     ]
     return warnings
+
+
+def _is_misleading(share: MetricEstimate) -> bool:
+    """Return True if the whole interval of the expected error, as a share of the true one, is beyond the limits."""
+    if share.low is None or share.high is None:
+        return False
+    return share.low > _MAX_EXPECTED_SHARE or share.high < 1 / _MAX_EXPECTED_SHARE
 
 
 def _notes(context: EvaluationContext, evaluation: Evaluation) -> list[str]:

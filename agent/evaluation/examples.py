@@ -13,10 +13,12 @@ from msgspec.structs import replace
 from agent.arrays import Bools, Float32s, Float64s, Ints
 from agent.datasets import joined_rows, readers
 from agent.datasets.blocks import FILE_COLUMN, TIME_COLUMN, TextColumn
+from agent.drift import expected_errors as errors
+from agent.drift.baseline.reference import Reference
 from agent.errors import UsageError
 from agent.evaluation.predictions import evaluation_kind
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import features, scores
+from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
@@ -212,3 +214,20 @@ def _parse_truth(
             where = f"{dataset.files[dataset.file_index[row]]}: row {dataset.row_numbers[row]}, column {label}"
             raise UsageError(f"{where}: {problem}; leave the cell empty if the label is unknown") from None
     return values[at], label_sets if manifest.output.multi_label else None
+
+
+def expect_errors(
+    reference: Reference, inference: Inference, dataset: Dataset, starts: Ints, values: Float64s, output: str = ""
+) -> Float64s | None:
+    """Return the absolute error (w,) that the inputs of windows at ascending `starts` let expect of `values` (w,).
+
+    None if the reference has no held-out errors of this output, "" the first one.
+    """
+    if output not in reference.error_references:
+        return None
+    expected = np.empty(len(starts))
+    for part in dataset.file_slices():
+        own = (starts >= part.start) & (starts < part.stop)
+        table = derived_features.compute(dataset.values[part], dataset.t[part], inference.manifest.input, 0)
+        expected[own] = errors.expect_errors(reference, table, starts[own] - part.start, {output: values[own]})[output]
+    return expected

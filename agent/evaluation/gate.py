@@ -196,7 +196,7 @@ def _rule_results(comparison: BundleComparison | None) -> list[RequirementResult
     return [
         RequirementResult(
             requirement=against,
-            subject=rule.rule,
+            subject=rule.name,
             state=rule.state,
             summary=rule.summary + (more if rule.state == "undecided" else ""),
         )

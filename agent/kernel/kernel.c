@@ -447,7 +447,7 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
  * square differences of values `lags` rows apart, as shares of the mean square; correlations of the first `pairs` pairs
  * of fields by distance, of values rounded to steps of the field's sd / `limits[0]`, of at most `limits[1]`. NaN where
  * half of the values are missing or, but for means and variances, a field does not move more than its `floor`.
- * `scratch`: (2 * n + 4) * `width`, which is fields + 3, rounded up to 4.
+ * `scratch`: (2 * n + 4) * `width` + 4; the width is fields + 3, rounded up to 4.
  */
 int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int64_t width, int64_t pairs,
                                 const float *values, const double *floor, const int64_t *lags, const double *limits,
@@ -456,7 +456,7 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
     const double unknown = __builtin_nan(""), steps = limits[0], most = limits[1], rows = (double)(int32_t)n;
     const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
     double *by_field = scratch, *padded = scratch + ROWS * width, *whole = padded + n * width;
-    memset(scratch, 0, sizeof(double) * (size_t)(width * (ROWS + 2 * n)));
+    memset(scratch, 0, sizeof(double) * (size_t)(width * (ROWS + 2 * n) + 4));
     memcpy(by_field + LEAST * width, floor, sizeof(double) * (size_t)fields);
     for (int64_t window = 0; window < windows; window++, values += n * fields, out += pairs + (lags[0] ? 4 : 2) * fields) {
         for (int64_t i = 0; i < n; i++)
@@ -509,27 +509,34 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
                 }
             }
         const double scale = rows * (steps * steps);
-        for (int64_t distance = 1, left = pairs; left > 0; distance++) {
-            const int64_t here = left < fields - distance ? left : fields - distance;
-            for (int64_t f = 0; f < here; f += 4) {
-                /* Whole numbers below 2**53 in sum: their order does not matter. */
-                Quad sum = {0, 0, 0, 0}, other = sum;
-                int64_t i = 0;
-                for (; i + 2 <= n; i += 2) {
-                    const double *row = whole + i * width + f;
-                    sum += *(const Quad *)row * *(const Quad *)(row + distance);
-                    other += *(const Quad *)(row + width) * *(const Quad *)(row + width + distance);
-                }
-                if (i < n) sum += *(const Quad *)(whole + i * width + f) * *(const Quad *)(whole + i * width + f + distance);
-                sum += other;
-                for (int lane = 0; lane < 4 && f + lane < here; lane++) {
-                    double share = sum[lane] / scale;
-                    share = share < -most ? -most : share;
-                    place[f + lane] = share > most ? most : share;
-                }
+        enum { AT_ONCE = 4 };
+        for (int64_t distance = 1, left = pairs; left > 0; distance += AT_ONCE) {
+            int64_t count[AT_ONCE];
+            for (int k = 0; k < AT_ONCE; k++) {
+                count[k] = left < fields - distance - k ? left : fields - distance - k;
+                count[k] = count[k] > 0 ? count[k] : 0;
+                left -= count[k];
             }
-            place += here;
-            left -= here;
+            for (int64_t f = 0; f < count[0]; f += 4) {
+                /* Whole numbers below 2**53 in sum: their order does not matter. */
+                Quad sums[AT_ONCE] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
+                for (int64_t i = 0; i < n; i++) {
+                    const double *row = whole + i * width + f, *other = row + distance;
+                    const Quad values = *(const Quad *)row;
+                    sums[0] += values * *(const Quad *)other;
+                    sums[1] += values * *(const Quad *)(other + 1);
+                    sums[2] += values * *(const Quad *)(other + 2);
+                    sums[3] += values * *(const Quad *)(other + 3);
+                }
+                double *to = place + f;
+                for (int k = 0; k < AT_ONCE; to += count[k], k++)
+                    for (int lane = 0; lane < 4 && f + lane < count[k]; lane++) {
+                        double share = sums[k][lane] / scale;
+                        share = share < -most ? -most : share;
+                        to[lane] = share > most ? most : share;
+                    }
+            }
+            for (int k = 0; k < AT_ONCE; k++) place += count[k];
         }
     }
     return DONE;

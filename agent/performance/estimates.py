@@ -22,6 +22,9 @@ from agent.indices import bincount
 from agent.performance import intervals, metrics
 from agent.performance.metrics import LabelledPredictions, WeightVector
 
+CHANCE_ECE = "ece_chance"
+EXPECTED_MAE, EXPECTED_SHARE = "expected_mae", "expected_mae_share"
+
 
 class MetricEstimate(msgspec.Struct, frozen=True):
     """Metric with its 95 % interval; slice "" is all results. `state` of a slice: ok, worse, or small."""
@@ -92,7 +95,7 @@ def _add_chance_ece(estimate: MetricEstimate, predictions: LabelledPredictions) 
     low, high = max(0.0, mean - intervals.Z * sd), largest + intervals.Z * largest_sd
     if estimate.low is not None and estimate.value <= high:
         estimate = replace(estimate, low=0.0)
-    return [estimate, _build_estimate("ece_chance", mean, (low, high), estimate.n)]
+    return [estimate, _build_estimate(CHANCE_ECE, mean, (low, high), estimate.n)]
 
 
 def _build_estimate(name: str, value: float, bounds: tuple[float, float], n: int, label: str = "") -> MetricEstimate:

@@ -1,7 +1,8 @@
 """95 % intervals for results whose neighbours are alike and whose number is small. Deterministic.
 
 Sources: Wilson (1927) for shares; Rubin (1981), The Bayesian bootstrap, over blocks of neighbours (Künsch 1989), for
-everything else; batch means (Schmeiser 1982) for how many results count as one. The weights come from a counter through
+everything else; batch means (Schmeiser 1982) for how many results count as one, with Student's quantile by Abramowitz &
+Stegun (1964), 26.7.5. The weights come from a counter through
 splitmix64 (Steele, Lea, Flood 2014), so that the same labels give the same interval to the last bit.
 """
 
@@ -26,7 +27,9 @@ _MAX_AUTOCORRELATION = 0.9
 _MIN_GROUPS = 4
 _MIN_BLOCKS = 20
 # Fewer batches say too little about how much they vary.
-_MIN_BATCHES = 5
+_MIN_BATCHES = 4
+# Standard errors above 1 from which the variance of batches counts in full, with Student's quantile.
+_CLEAR_ERRORS = 2.0
 # Variance of a block's weight: more of it lets a replicate rest on a few blocks.
 _MAX_SPREAD = 5.0
 
@@ -55,6 +58,15 @@ def wilson(share: float, n: float, z: float = Z) -> tuple[float, float]:
     return 0.0 if share <= 0 else max(0.0, centre - half), 1.0 if share >= 1 else min(1.0, centre + half)
 
 
+def student_t_quantile(degrees_of_freedom: float) -> float:
+    """Return the 97.5 % quantile of Student's t, for at least 3 degrees of freedom."""
+    z, d = Z, degrees_of_freedom
+    first = (z**3 + z) / (4 * d)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * d**3)
+    return z + first + second + third
+
+
 def estimate_design_effect(values: Float64s) -> float:
     """Return how many of (n,) values in order count as one, as of an AR(1) process, beyond chance."""
     n = len(values)
@@ -77,22 +89,30 @@ def estimate_group_effect(sums: Float64s, squares: Float64s, size: int) -> float
     `sums` and `squares` (groups,) are those of each group's values. It also sees what neighbours do not show: a person
     or a shift in which many, but not all, values differ. Source: batch means (Schmeiser 1982, Operations Research).
     """
-    groups = len(sums)
-    if groups < _MIN_GROUPS or not np.isfinite(squares).all():
+    return max(1.0, _variance_ratio(sums, squares, size) - _ratio_error(len(sums)))
+
+
+def _ratio_error(groups: int) -> float:
+    """Return the standard error of a variance ratio without any correlation."""
+    return math.sqrt(2 / max(1, groups - 1))
+
+
+def _variance_ratio(sums: Float64s, squares: Float64s, size: int) -> float:
+    """Return how much means of groups vary, as a multiple of what chance lets expect; 1 if that is unknown."""
+    if len(sums) < _MIN_GROUPS or not np.isfinite(squares).all():
         return 1.0
     variance = float(squares.mean()) / size - (float(sums.mean()) / size) ** 2
     if variance <= 0:
         return 1.0
-    ratio = float((sums / size).var(ddof=1)) * size / variance
-    # The standard error of a variance ratio without any correlation.
-    return max(1.0, ratio - math.sqrt(2 / (groups - 1)))
+    return float((sums / size).var(ddof=1)) * size / variance
 
 
 def estimate_dependence(values: Float64s) -> Dependence:
     """Return the dependence of (n,) values in order: the largest of an AR(1) process and of batch means of any length.
 
     A session, person or shift that is wrong more often than others shows in batches as long as it, though neighbours
-    hardly correlate. The fewer the batches, the more a variance over them must count: as Student's t does.
+    hardly correlate. The fewer the batches, the more a variance over them must count: where it is clear that batches
+    differ, by Student's quantile.
     """
     n, effect = len(values), estimate_design_effect(values)
     if n < 10 or not np.isfinite(values).all():
@@ -100,10 +120,10 @@ def estimate_dependence(values: Float64s) -> Dependence:
     scaled = values / (np.abs(values).max() or 1.0)
     size = 2
     while n // size >= _MIN_BATCHES:
-        groups = n // size
-        student = (1 + (Z**2 + 1) / (4 * (groups - 1))) ** 2
-        excess = estimate_group_effect(*_sum_groups(scaled, size), size) - 1
-        effect = max(effect, 1 + student * excess)
+        ratio, error = _variance_ratio(*_sum_groups(scaled, size), size), _ratio_error(n // size)
+        if ratio > 1 + _CLEAR_ERRORS * error:
+            effect = max(effect, 1 + (student_t_quantile(n // size - 1) / Z) ** 2 * (ratio - 1))
+        effect = max(effect, ratio - error)
         size = round(1.5 * size)
     block = max(1, min(round(2 * effect), n // _MIN_BLOCKS))
     block_effect = estimate_group_effect(*_sum_groups(scaled, block), block)

@@ -403,6 +403,11 @@ METRICS = (
     Metric("recall", "recall", _ANOMALY, "predicted", _recall, scope="evaluation"),
     Metric("f1", "F1", _ANOMALY, "predicted", _f1),
 )
+_OTHER_NAMES = {
+    "coverage": "truth within the bounds of the residuals",
+    "expected_mae": "error expected without labels (DLE)",
+    "expected_mae_share": "expected error, as a share of the true one",
+}
 _PRIMARY_METRICS = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
 
 
@@ -426,4 +431,4 @@ def compute_value(name: str, kind: str, predictions: LabelledPredictions) -> flo
 
 def display_name(metric: str) -> str:
     """Return the name of a metric for people; an unknown metric keeps its own name."""
-    return next((known.display_name for known in METRICS if known.name == metric), metric)
+    return _OTHER_NAMES.get(metric) or next((known.display_name for known in METRICS if known.name == metric), metric)

@@ -13,8 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from agent.arrays import Bools, Float64s
+from agent.indices import bincount
 from agent.performance import intervals
 from agent.performance.estimates import MetricEstimate, compute_metrics, round_or_none
 from agent.performance.metrics import LabelledPredictions
@@ -35,18 +37,22 @@ OTHER, MISSING = "other", "missing"
 def compute_slice_metrics(
     kind: str, predictions: LabelledPredictions, slices: Mapping[str, Sequence[str]], design_effect: float | None = None
 ) -> list[MetricEstimate]:
-    """Return accuracy or MAE in each slice, then F1 and Brier; `slices`: field → texts (n,)."""
+    """Return accuracy or MAE in each slice, then F1 and Brier; `slices`: field → texts (n,).
+
+    Of each field, `design_effect` results count as one; by default as its losses depend on each other within slices,
+    so that a slice that is worse throughout is no dependence.
+    """
     losses = predictions.losses(kind)
     if losses is None or not len(predictions):
         return []
-    design_effect = intervals.estimate_design_effect(losses) if design_effect is None else design_effect
     tested: list[tuple[MetricEstimate, float]] = []
     extra: list[MetricEstimate] = []
     for field in sorted(slices):
         values = np.array(merge_rare_values(slices[field]))
+        effect = _within_effect(losses, values) if design_effect is None else design_effect
         for value in sorted(set(values.tolist())):
             inside = values == value
-            tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, design_effect))
+            tested.append(_slice_metric(kind, f"{field}={value}", losses, inside, effect))
             if kind != "regress" and tested[-1][0].state != SMALL and inside.sum() >= MIN_RESULTS_FOR_EXTRA:
                 estimates = compute_metrics(kind, (), predictions[inside])
                 extra += [
@@ -61,6 +67,13 @@ def compute_slice_metrics(
     ]
     # Tested slices come first: a message may have no room for all.
     return [*marked, *extra]
+
+
+def _within_effect(losses: Float64s, values: NDArray[np.str_]) -> float:
+    """Return how many results count as one, by how losses (n,) vary around the mean of their slice."""
+    _, place = np.unique(values, return_inverse=True)
+    means = bincount(place, losses) / bincount(place)
+    return intervals.estimate_dependence(losses - means[place]).design_effect
 
 
 def holm_correction(p_values: Sequence[float]) -> list[bool]:

@@ -1,6 +1,7 @@
 """Content of a sample: readings with their times, as they are sealed inside a `samples` message.
 
-zlib of JSON. Times are differences, so that a steady rate is a run of one number; values are columns.
+zlib of JSON. Times are differences, so that a steady rate is a run of one number; values are columns. Rows of a joined
+stream have numbers, since those between that no window took are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _FIRST_TIME_US, _LAST_TIME_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 
 _Reading = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Step = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 _Column = list[_Reading | None]
 _COLUMN = re.compile(rb"(\[[^\[\]]*\])")
 
@@ -31,13 +33,15 @@ _COLUMN = re.compile(rb"(\[[^\[\]]*\])")
 class SampleContent(msgspec.Struct, frozen=True, eq=False):
     """Rows of a stream: times `t` (n,) epoch µs; one column (n,) for each of `fields`, NaN missing.
 
-    `consent` is the text of the owner's config, so that it goes where the readings go.
+    `consent` is the text of the owner's config, so that it goes where the readings go. `numbers` (n,) ascend: those of
+    the rows of a joined stream; None of consecutive rows.
     """
 
     consent: str
     fields: list[str]
     t: Ints
     columns: list[Float64s]
+    numbers: Ints | None = None
 
 
 class _Members(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,20 +52,32 @@ class _Members(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fields: msgspec.Raw
     t: msgspec.Raw
     columns: msgspec.Raw
+    rows: msgspec.Raw = msgspec.Raw(b"")
 
 
-def encode(consent: str, fields: Sequence[str], t: Ints, columns: Sequence[Sequence[float | None]]) -> bytes:
-    """Return the content of readings at times `t` (n,) epoch µs, one column (n,) for each field."""
+def encode(
+    consent: str,
+    fields: Sequence[str],
+    t: Ints,
+    columns: Sequence[Sequence[float | None]],
+    numbers: Ints | None = None,
+) -> bytes:
+    """Return the content of readings at times `t` (n,) epoch µs, one column (n,) for each field.
+
+    `numbers` (n,): those of rows that are not consecutive.
+    """
     times = np.diff(t, prepend=0).tolist()
-    return zlib.compress(
-        msgspec.json.encode({"v": 1, "consent": consent, "fields": fields, "t": times, "columns": columns}), 9
-    )
+    members = {"v": 1, "consent": consent, "fields": fields, "t": times, "columns": columns}
+    if numbers is not None:
+        members["rows"] = np.diff(numbers, prepend=0).tolist()
+    return zlib.compress(msgspec.json.encode(members), 9)
 
 
-def decode(data: bytes, rows: int) -> SampleContent:
+def decode(data: bytes, rows: int, span: tuple[int, int] | None = None) -> SampleContent:
     """Parse the content of a sample of so many rows. Raises ValueError, and no other exception.
 
-    No list is parsed before its length is counted, and one column at a time.
+    With `span`, rows have numbers, the first and the last of which it gives; without one they have none. No list is
+    parsed before its length is counted, and one column at a time.
     """
     if not 1 <= rows <= MAX_SAMPLE_ROWS:
         raise ValueError(f"{rows} rows, a sample has 1 to {MAX_SAMPLE_ROWS}")
@@ -79,7 +95,10 @@ def decode(data: bytes, rows: int) -> SampleContent:
             np.array(_parse_list(column, _Column, rows), np.float64)
             for column in _split_columns(bytes(members.columns).strip(), len(fields))
         ]
-        return SampleContent(members.consent, fields, np.array(times, np.int64), columns)
+        numbers = _parse_numbers(raw, rows, span) if (raw := bytes(members.rows)) else None
+        if (numbers is None) != (span is None):
+            raise ValueError("row numbers are for joined rows, and these have them")
+        return SampleContent(members.consent, fields, np.array(times, np.int64), columns, numbers)
     except (zlib.error, msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
@@ -92,6 +111,14 @@ def _parse_fields(raw: msgspec.Raw) -> list[str]:
     if not fields or len(set(fields)) != len(fields):
         raise ValueError(f"{len(fields)} fields, {len(set(fields))} distinct")
     return fields
+
+
+def _parse_numbers(text: bytes, rows: int, span: tuple[int, int] | None) -> Ints:
+    steps = _parse_list(text, list[_Step], rows)
+    numbers = list(itertools.accumulate(steps))
+    if (numbers[0], numbers[-1]) != span:
+        raise ValueError(f"row numbers reach from {numbers[0]} to {numbers[-1]}, the message says {span}")
+    return np.array(numbers, np.int64)
 
 
 def _split_columns(text: bytes, count: int) -> list[bytes]:

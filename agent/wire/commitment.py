@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Buffer  # Python 3.12
 
 SECRET_BYTES = 32
+# Event of the audit message behind which commitments are under another secret.
+SECRET_REPLACED = "secret replaced"
 _FORMATS = {"f32": "f", "f64": "d", "i64": "q", "category": "H"}
 _PREFIX = "hmac-sha256:"
 _PURPOSE, _JOINED_PURPOSE = "outstation rows v1", "outstation joined rows v1"

@@ -29,6 +29,21 @@ Strategy = Literal["shadow", "canary", "all", "rollback"]
 Phase = Literal["not_selected", "downloading", "rejected", "shadow", "canary", "active", "rolled_back", "cancelled"]
 
 
+class OutputLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Limits of one further output of the models. None means that of the first output.
+
+    `ignore`: nothing about this output decides.
+    """
+
+    min_agreement: Share | None = None
+    max_accuracy_drop: Share | None = None
+    max_error_growth: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    ignore: bool = False
+
+
+LimitsByOutput = Annotated[dict[Name, OutputLimits], msgspec.Meta(max_length=16)]
+
+
 class CanaryRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Limits at which a device rolls a bundle back on its own. None disables a limit.
 
@@ -54,6 +69,8 @@ class CanaryRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     output_drift: bool = True
     # A bundle that was rolled back is not tried again for this long.
     hold_off_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 24.0
+    # Limits of further outputs where they differ from those of the first output.
+    outputs: LimitsByOutput = {}
 
 
 class DesiredBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -32,6 +32,8 @@ MAX_PAYLOAD = 1 << 20
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
+# Base64url of sealed content.
+Sealed = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 # Far beyond float32, in which models compute, and small enough that sums of squares stay finite.
 Magnitude = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
@@ -279,6 +281,7 @@ class BundleStats(msgspec.Struct, frozen=True):
 
     `seconds`: inference time. `scores`: its scores, or its values. `expected`: accuracy estimated from its scores.
     `right`: labelled windows predicted correctly. `abs_error`: absolute error of its values on labelled windows.
+    `expected_error`: absolute error to expect of its values by its inputs (DLE).
     """
 
     windows: Natural
@@ -287,6 +290,19 @@ class BundleStats(msgspec.Struct, frozen=True):
     expected_accuracy: Moments = Moments()
     correct: Natural = 0
     abs_error: Moments = Moments()
+    expected_error: Moments = Moments()
+
+
+class ComparedOutput(msgspec.Struct, frozen=True):
+    """Comparison of a further output, as in `ShadowPayload`, without times; a bundle without it has no windows."""
+
+    n: Natural
+    agreeing: Natural | None = None
+    difference: Moments = Moments()
+    stats: BundleStats = BundleStats(0, 0.0)
+    other_stats: BundleStats = BundleStats(0, 0.0)
+    labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
+    error: Annotated[str, msgspec.Meta(max_length=500)] = ""
 
 
 class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
@@ -294,7 +310,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
 
     `agreeing`: windows of `n` with equal predictions. `difference`: other minus model, of values or scores. `labelled`:
     labelled windows that were right in [both, model only, other only, neither]. `errors`: batches in which `other`
-    failed; `error`: the last reason.
+    failed; `error`: the last reason. `outputs`: further outputs of the models by name.
     """
 
     task: ShortText
@@ -311,19 +327,38 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     errors: Natural = 0
     error: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    outputs: Annotated[dict[Name, ComparedOutput], msgspec.Meta(max_length=32)] = {}
 
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} run backwards")
-        if self.agreeing is not None and self.agreeing > self.n:
-            raise ValueError(f"{self.agreeing} windows agree, n says {self.n}")
+        for agreeing, n in [(self.agreeing, self.n), *((part.agreeing, part.n) for part in self.outputs.values())]:
+            if agreeing is not None and agreeing > n:
+                raise ValueError(f"{agreeing} windows agree, n says {n}")
+
+
+class JoinedSample(msgspec.Struct, frozen=True):
+    """Readings that a further input of the model was joined from: `n` rows of `stream`, within `rows`."""
+
+    stream: ShortText
+    rows: tuple[Positive, Positive]
+    n: Positive
+    # Sealed `SampleContent` with row numbers, as in `SamplesPayload`.
+    sealed: Sealed
+
+    def __post_init__(self) -> None:
+        first, last = self.rows
+        if not self.n <= last - first + 1:
+            raise ValueError(f"joined rows [{first},{last}] are not {self.n}")
+        if len(self.sealed) % 4 == 1:
+            raise ValueError("sealed is not base64url")
 
 
 class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     """Readings around one result, with the consent of the device's owner, sealed to the collectors.
 
     `rows`: first and last row of the stream, `n` of them. `row`: the result. `subject`: id of the alert, else "".
-    `digits`: significant digits of the values.
+    `digits`: significant digits of the values. `joined`: readings of further inputs by name.
     """
 
     task: ShortText
@@ -336,7 +371,8 @@ class SamplesPayload(LoggedPayload, frozen=True, kw_only=True, tag="samples"):
     n: Positive
     digits: Annotated[int, msgspec.Meta(ge=1, le=9)]
     # Sealed `SampleContent`, base64url; empty where the least count withholds it.
-    sealed: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
+    sealed: Sealed
+    joined: Annotated[dict[ShortText, JoinedSample], msgspec.Meta(max_length=8)] = {}
 
     def __post_init__(self) -> None:
         first, last = self.rows

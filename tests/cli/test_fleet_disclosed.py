@@ -23,7 +23,7 @@ KEY = commitment.encode_key(bytes(32))
 AIR = DisclosedJoin(stream="air", rows=(5, 6), key=KEY, fields=[("t", "f32")], t=[1, 2], columns=[[0.5, None]])
 
 
-def disclose(folder: Path, own: str, air: str, *, with_air: bool) -> tuple[Result, Result]:
+def disclose(folder: Path, own: str, air: str, *, with_air: bool, is_replaced: bool = False) -> tuple[Result, Result]:
     """Return the answers, as text and as JSON, on rows of a message with these commitments; "" is none."""
     config = init_fleet(folder / FLEET, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     store, sender = FleetStore(config.fleet.db), MessageSender()
@@ -31,6 +31,9 @@ def disclose(folder: Path, own: str, air: str, *, with_air: bool) -> tuple[Resul
     joined = {"weather": {"stream": "air", "rows": [5, 6], "input": air}}
     message = sender.verify(sender.results(1, rows_at=(1, 2), input=own, joined=joined))
     assert list(store.ingest([Arrival(message)], [], NOW)) == ["new"]
+    if is_replaced:
+        event = sender.append("audit", event="secret replaced", summary="It was lost.", evidence={})
+        store.ingest([Arrival(sender.verify(event))], [], NOW)
     store.close()
     shown = Disclosure(
         **{name: getattr(AIR, name) for name in ("key", "fields", "t", "columns")},
@@ -66,6 +69,14 @@ def test_rows_without_a_commitment_are_neither_proven_nor_refuted(
     assert all(part in line for part, line in zip(lines, printed, strict=True)), printed
     answer = json.loads(document.stdout)
     assert (answer["matches"], answer["joined"]["weather"]) == verdicts
+
+
+def test_rows_under_a_secret_that_was_replaced_are_not_called_others(tmp_path: Path) -> None:
+    text, document = disclose(tmp_path, "other", AIR.commit(), with_air=True, is_replaced=True)
+    assert (text.exit_code, document.exit_code) == (1, 1)
+    answer = json.loads(document.stdout)
+    assert (answer["matches"], answer["joined"]["weather"]) == (None, True)
+    assert f"cannot be verified: the device's secret was replaced at {answer['secret_replaced']}" in text.stdout
 
 
 @pytest.mark.parametrize("air", [AIR.commit(), ""])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from agent.comparison import paired_intervals
 from agent.comparison import rules as verdict
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
 from agent.comparison.rules import RuleLimits
 from agent.comparison.tally import ComparisonStats
-from agent.wire.desired_state import CanaryRules
+from agent.wire.desired_state import CanaryRules, OutputLimits
 from agent.wire.messages import BundleStats, Moments
 
 REPEATS = 200
@@ -211,3 +213,38 @@ def test_without_data_rules_are_undecided() -> None:
         ("latency", "undecided"),
         ("error_rate", "undecided"),
     ]
+
+
+def with_output(agreeing: int | None, **members: Any) -> list[ComparisonBlock]:
+    """Return blocks whose first output is fine, and whose output `wear` agrees so often in 40 windows."""
+    side = BundleStats(40, 0.0, expected_accuracy=Moments(40, 0.9, 0.1))
+    wear = ComparisonStats(0, 40, agreeing, Moments(), side, side)
+    first = ComparisonStats(1, 40, 39, Moments(), side, side)
+    return [ComparisonBlock(replace(first, outputs={"wear": replace(wear, **members)}))] * 40
+
+
+def test_limits_hold_for_each_output_alike() -> None:
+    limits = RuleLimits(min_agreement=0.9, max_accuracy_drop=0.05)
+    good = {r.name: r.state for r in verdict.evaluate_rules(limits, with_output(39), True)}
+    assert set(good) == {"agreement", "estimated_accuracy", "wear/agreement", "wear/estimated_accuracy"}
+    assert set(good.values()) == {"passed"}
+    bad = {r.name: r for r in verdict.evaluate_rules(limits, with_output(20), True)}
+    assert (bad["agreement"].state, bad["wear/agreement"].state) == ("passed", "failed")
+    assert bad["wear/agreement"].summary.startswith("Output wear: Agreement with the previous bundle: 0.500")
+
+
+def test_an_output_may_have_limits_of_its_own_or_none() -> None:
+    bad = with_output(20)
+    loose = RuleLimits(0.9, outputs={"wear": OutputLimits(min_agreement=0.4)})
+    assert {r.state for r in verdict.evaluate_rules(loose, bad, True)} == {"passed"}
+    strict = RuleLimits(0.1, outputs={"wear": OutputLimits(min_agreement=0.9)})
+    assert [r.state for r in verdict.evaluate_rules(strict, bad, True)] == ["passed", "failed"]
+    ignored = RuleLimits(0.9, 1.5, outputs={"wear": OutputLimits(min_agreement=0.9, ignore=True)})
+    assert "wear/agreement" not in {r.name for r in verdict.evaluate_rules(ignored, bad, True)}
+
+
+def test_an_output_of_another_kind_is_undecided() -> None:
+    blocks = with_output(None, error="one bundle answers as classify, the other as regress")
+    [_, wear] = verdict.evaluate_rules(RuleLimits(0.9), blocks, True)
+    assert (wear.name, wear.state) == ("wear/agreement", "undecided")
+    assert "the other as regress" in wear.summary

@@ -24,7 +24,8 @@ COUNTS = st.integers(0, 1000)
 
 
 def predictions(row: Any, **more: Any) -> Predictions:
-    return Predictions(np.asarray(row, np.int64), 0.5, **{name: np.asarray(value) for name, value in more.items()})
+    members: dict[str, Any] = {name: np.asarray(value) for name, value in more.items()}
+    return Predictions(np.asarray(row, np.int64), 0.5, **members)
 
 
 @st.composite
@@ -44,8 +45,12 @@ def tallies(draw: st.DrawFn) -> ComparisonStats:
     two = predictions(rows, label=np.array(others, np.int64), score=np.array([b for _, b in pairs]))
     right = draw(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=5))
     outcomes = tally.from_correctness([a for a, _ in right], [b for _, b in right])
+    if draw(st.booleans()):
+        first, two = replace(first, outputs={"wear": first}), replace(two, outputs={"wear": two, "more": two})
+        outcomes = replace(outcomes, outputs={"wear": tally.from_correctness([True], [False])})
+    kind = replace(AB, outputs={"wear": AB, "more": AB})
     return (
-        tally.compare_batch(AB, first, AB, two)
+        tally.compare_batch(kind, first, kind, two)
         + outcomes
         + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
     )
@@ -182,3 +187,24 @@ def test_labelled_windows_are_counted_by_outcome() -> None:
     stats = tally.from_correctness([True, True, False, False], [True, False, True, False])
     assert stats.labelled == (1, 1, 1, 1)
     assert (stats.model.correct, stats.other.correct) == (2, 2)
+
+
+def test_further_outputs_are_compared_over_the_same_windows() -> None:
+    kind = replace(AB, outputs={"wear": OutputKind("regress"), "more": AB})
+    ours = predictions([10, 20], label=[0, 1])
+    ours = replace(ours, outputs={"wear": predictions([10, 20], value=[1.0, 2.0], expected_error=[0.1, 0.3])})
+    theirs = predictions([20, 30], label=[1, 1])
+    wear = predictions([20, 30], value=[2.5, 0.0], expected_error=[0.2, 9.0])
+    theirs = replace(theirs, outputs={"wear": wear, "more": theirs})
+    stats = tally.compare_batch(kind, ours, kind, theirs)
+    assert (stats.n, stats.agreeing, stats.batches, sorted(stats.outputs)) == (1, 1, 1, ["more", "wear"])
+    compared = stats.outputs["wear"]
+    assert (compared.n, compared.agreeing, compared.difference.mean, compared.batches) == (1, None, 0.5, 0)
+    assert (compared.model.expected_error.mean, compared.other.expected_error.mean) == (0.3, 0.2)
+    alone = stats.outputs["more"]
+    assert (alone.agreeing, alone.model.windows, alone.other.windows) == (None, 0, 2)
+    assert alone.error == "only one of the two bundles has this output"
+
+
+def test_a_model_of_one_output_says_nothing_of_others() -> None:
+    assert "outputs" not in ComparisonStats(1, 5, 4).to_body()

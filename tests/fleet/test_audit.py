@@ -73,7 +73,10 @@ def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
 def test_an_empty_database_passes_with_nothing_in_it(store: FleetStore) -> None:
     assert audit(store).to_dict() == {
         **dict.fromkeys(("devices", "messages", "duplicates", "invalid_count", "decisions"), 0),
-        **{name: [] for name in ("gaps", "invalid", "coverage", "evicted", "pruned", "invalid_decisions")},
+        **{
+            name: []
+            for name in ("gaps", "invalid", "coverage", "evicted", "pruned", "replaced_secrets", "invalid_decisions")
+        },
         "passed": True,
     }
 
@@ -214,6 +217,19 @@ def test_two_commitments_to_the_same_joined_rows_fail_the_audit(store: FleetStor
     sender = MessageSender()
     collected(store, sender, sender.results(joined=joined(5, 9, "a")), sender.results(joined=joined(5, 9, "b")))
     assert reasons(audit(store)) == [(2, "commits to rows 5-9 of air as others than the results before it")]
+
+
+def test_commitments_under_another_secret_contradict_none_before_it_was_replaced(store: FleetStore) -> None:
+    sender = MessageSender()
+    first = sender.results(joined=joined(5, 9, "a"))
+    replaced = sender.append("audit", event="secret replaced", summary="It was lost.", evidence={"through": 1})
+    collected(
+        store, sender, first, replaced, *(sender.results(joined=joined(5, 9, proof)) for proof in ("b", "b", "c"))
+    )
+    report = audit(store)
+    assert reasons(report) == [(5, "commits to rows 5-9 of air as others than the results before it")]
+    [entry] = report.to_dict()["replaced_secrets"]
+    assert (entry["device"], entry["seq"]) == (sender.device, 2)
 
 
 def test_rows_that_could_not_be_read_again_contradict_no_commitment(store: FleetStore) -> None:

@@ -30,7 +30,8 @@ class SampledDevice(Device):
     def consent(self, config: SamplesConfig, key: EncryptionKey = PUBLIC) -> None:
         self.config = config
         bundle = self.active.bundle
-        self.task.samples = SampledTask.from_bundle(config, ("tiny", "watch"), self.stream.fields, bundle)
+        joined = {name: (each.name, each.config.fields) for name, each in self.joined_streams.items()}
+        self.task.samples = SampledTask.from_bundle(config, ("tiny", "watch"), self.stream.fields, bundle, joined)
         self.sampler = Sampler(self.store, self.author, lambda: key)
 
     def feed_text(self, text: str) -> None:

@@ -95,6 +95,9 @@ def test_a_spec_that_does_not_fit_its_feature_file_names_the_key(
     [
         ('field = "b"', 'field = "z"', "names 'z', which is not a field"),
         ('name = "b_step"', 'name = "a"', "a name is used twice"),
+        ('name = "b_step"', 'name = "b\\nstep"', "has a line break"),
+        ('name = "b_step"', 'name = "=HYPERLINK(1)"', "a spreadsheet would run it"),
+        ('"a", "b"]', '"a", "b", "@x"]', "field '@x' begins with = + - or @"),
         ("rows = 5", "rows = -5", "rows"),
         ("max_gap_s = 0.5", "max_gap_s = inf", "give a finite number"),
         ("rows = 5", "rows = 5, rate = inf", "rate and band must be finite"),

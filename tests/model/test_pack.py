@@ -14,6 +14,7 @@ from agent.authoring import calibration, pack
 from agent.cli.model.group import model as command
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
+from agent.evaluation import gate
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.bundle.manifest import FurtherOutput, ModelOutput
 from agent.model.inference.inference import Inference
@@ -415,6 +416,22 @@ def test_held_out_values_tell_the_error_to_expect_of_a_regression(tmp_path: Path
     assert pack.pack(spec, KEY).digest == packed.digest
     error = Reference.from_json(packed.files["reference.json"]).error
     assert error is not None
+    pack.write_bundle(packed, tmp_path / "bundle")
+    for name, seed, scale in (("fresh", 8, 1.0), ("other", 9, 3.0)):
+        more = readings(1500, seed)
+        fresh = more @ np.array([0.5, -1.0, 0.25, 2.0]) + scale * random.normal(0, 1, len(more)) * np.exp(more[:, 0])
+        write_csv(tmp_path / f"{name}.csv", (*REGRESS.fields, "label"), np.column_stack([more, fresh]))
+    evaluation = evaluated(tmp_path / "bundle", tmp_path / "fresh.csv")
+    measured = {m.metric: m for m in evaluation.metrics}
+    assert measured["expected_mae"].value == pytest.approx(measured["mae"].value, rel=0.15)
+    expected, true, share = (measured[name] for name in ("expected_mae", "mae", "expected_mae_share"))
+    assert share.value == pytest.approx((expected.value or 0.0) / (true.value or 1.0), rel=1e-4)
+    assert (share.low or 9.0) < (share.value or 0.0) < (share.high or 0.0)
+    assert not any("without labels" in warning for warning in evaluation.warnings)
+    result = gate.check(gate.read_gate(["expected_mae_share.low >= 0.7", "expected_mae <= 9"]), evaluation)
+    assert [entry.state for entry in result] == ["passed", "passed"]
+    misled = evaluated(tmp_path / "bundle", tmp_path / "other.csv")
+    assert any(w.startswith("without labels devices expect 0.3") for w in misled.warnings), misled.warnings
     assert error.mean == pytest.approx(float(np.abs(truth - rows @ np.array([0.5, -1.0, 0.25, 2.0])).mean()), rel=0.1)
 
 

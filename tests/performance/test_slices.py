@@ -108,3 +108,28 @@ def test_errors_that_are_all_the_same_have_no_interval_of_width_zero() -> None:
         "regress", LabelledPredictions(np.zeros(60), value=np.ones(60)), {"site": ["a"] * 30 + ["b"] * 30}
     )
     assert [(estimate.value, estimate.low, estimate.high) for estimate in estimates] == [(1.0, None, None)] * 2
+
+
+def test_sessions_that_differ_make_no_slice_worse() -> None:
+    """Each session falls into one of three slices by chance, and slices have nothing to do with errors."""
+    flagged = 0
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        rates, rooms = np.repeat(random.beta(0.9, 5.1, 10), 50), np.repeat(random.integers(0, 3, 10), 50)
+        truth = np.zeros(500)
+        predicted = (random.random(500) < rates).astype(np.int64)
+        estimates = slices.compute_slice_metrics(
+            "classify", LabelledPredictions(truth, predicted), {"room": rooms.astype(str).tolist()}
+        )
+        flagged += any(estimate.state == slices.WORSE for estimate in estimates)
+    assert flagged <= 8
+
+
+def test_a_slice_that_is_worse_throughout_is_no_dependence() -> None:
+    random = np.random.default_rng(1)
+    rooms = np.repeat(np.arange(5), 100)
+    predicted = (random.random(500) < np.where(rooms == 4, 0.4, 0.1)).astype(np.int64)
+    estimates = slices.compute_slice_metrics(
+        "classify", LabelledPredictions(np.zeros(500), predicted), {"room": rooms.astype(str).tolist()}
+    )
+    assert {e.slice for e in estimates if e.state == slices.WORSE} == {"room=4"}

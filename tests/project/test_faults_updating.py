@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -90,4 +91,8 @@ def test_a_process_dies_at_its_step_once(when: str, tmp_path: Path, monkeypatch:
         for do in commits:
             do()
     wait_until("it dies", lambda: deaths == [when])
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+    assert deaths == [when]
     assert mark.exists()

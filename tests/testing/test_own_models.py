@@ -108,11 +108,13 @@ def test_a_model_of_two_inputs_runs_on_simulated_devices_through_outages(
 
 
 def test_a_joined_stream_without_a_recording_is_named(tmp_path: Path, recordings: dict[str, Path]) -> None:
+    pack.write_bundle(pack.pack(write_joined_spec(tmp_path), KEY), tmp_path / "bundle")
     (tmp_path / "outstation.toml").write_text(CONFIG)
     with pytest.raises(UsageError, match="stream 'roof' has no recording; add --recording roof=FILE"):
         SimulatedFleet(
-            tmp_path / "fleet", config=tmp_path / "outstation.toml", recordings={"watch": recordings["watch"]}
-        )
+            tmp_path / "fleet", config=tmp_path / "outstation.toml", recordings={"watch": recordings["watch"]},
+            bundles={"state": str(tmp_path / "bundle")},
+        )  # fmt: skip
 
 
 TRAIN = """

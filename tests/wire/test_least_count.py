@@ -168,8 +168,9 @@ def test_a_comparison_of_two_bundles_shows_no_single_score_or_label() -> None:
         "abs_error": single,
     }
     body = {"n": 50, "agreeing": 49, "difference": single, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}
-    limited = least_count.apply("shadow", body, K)
+    limited = least_count.apply("shadow", {**body, "outputs": {"wear": body}}, K)
     assert "0.625" not in str(limited)
+    assert limited["outputs"]["wear"] == {name: limited[name] for name in body}
     assert limited["labelled"] == [0, 0, 0, 0]
     assert (limited["stats"]["correct"], limited["stats"]["scores"]) == (0, many)
 

@@ -6,7 +6,7 @@ import hmac
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -16,8 +16,11 @@ from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
 from agent.cli.output import emit
 from agent.errors import UsageError, explain
 from agent.wire import verification
-from agent.wire.commitment import DisclosedJoin, Disclosure
-from agent.wire.messages import ResultsPayload
+from agent.wire.commitment import SECRET_REPLACED, DisclosedJoin, Disclosure
+from agent.wire.messages import AuditPayload, ResultsPayload
+
+if TYPE_CHECKING:
+    from agent.fleet.database.store import FleetStore
 
 _MAX_BYTES = 256 << 20
 
@@ -29,7 +32,7 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
     """Compare the rows in FILE, made by `outstation disclose`, with the message that the device signed.
 
     `outstation fleet audit` verifies the signatures of stored messages. Exit 1 if the rows are others, or if no
-    commitment of the message proves them.
+    commitment of the message proves them. Where the device's secret was replaced since, nobody can tell.
     """
     disclosure = _read(file)
     _, store = open_for_reading(folder, device=disclosure.device)
@@ -44,6 +47,9 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         }
     except ValueError as problem:
         raise UsageError(f"{file}: {problem}; make it again with `outstation disclose`") from None
+    replaced = None if matches and False not in joined.values() else _find_replacement(store, disclosure, seqs)
+    if replaced is not None:
+        matches, joined = matches or None, {name: proven or None for name, proven in joined.items()}
     # The message names rows of inputs that the file does not show.
     named = {name: each for _, body in seqs for name, each in body.joined.items() if name not in joined}
     document = {
@@ -53,12 +59,27 @@ def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
         "task": disclosure.task,
         "rows": disclosure.rows,
         "matches": matches,
+        "secret_replaced": replaced,
         "joined": joined,
         "joined_not_disclosed": sorted(name for name, each in named.items() if each.input),
         "joined_without_commitment": sorted(name for name, each in named.items() if not each.input),
     }
     emit(document, as_json, lambda: print_lines(*_verdict_lines(disclosure, document)))
     sys.exit(0 if matches and all(joined.values()) else 1)
+
+
+def _find_replacement(
+    store: FleetStore, disclosure: Disclosure, seqs: Sequence[tuple[int, ResultsPayload]]
+) -> str | None:
+    """Return when the device's secret was first replaced after the messages; None if it never was."""
+    replaced = []
+    last, latest = max(seq for seq, _ in seqs), max(body.time for _, body in seqs)
+    for *_, payload, _jws in store.audit_messages(disclosure.device, f'"{SECRET_REPLACED}"'.encode()):
+        event = verification.decode(payload)
+        if isinstance(event, AuditPayload) and event.event == SECRET_REPLACED:
+            is_later = event.seq > last if event.log == seqs[-1][1].log else event.time > latest
+            replaced += [event.time] if is_later else []
+    return min(replaced, default=None)
 
 
 def compare_joined(name: str, rows: DisclosedJoin, bodies: Sequence[ResultsPayload]) -> bool | None:
@@ -83,6 +104,8 @@ def _verdict_lines(disclosure: Disclosure, document: Mapping[str, Any]) -> Itera
         verdict = f"{'are' if matches else 'are NOT'} those of its message {seq}"
         if matches is None:
             verdict = f"are not proven: its message {seq} has no commitment to them"
+            if document["secret_replaced"]:
+                verdict = f"cannot be verified: the device's secret was replaced at {document['secret_replaced']}"
         return f"{disclosure.device}, {disclosure.task}: {subject}rows {rows[0]} to {rows[1]} {verdict}"
 
     seq = document["seq"]

@@ -368,6 +368,11 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     if joined:
         proven = sum(each["messages"] - each["unproven"] for each in joined)
         yield f"joined rows: {proven} commitments, {sum(each['unproven'] for each in joined)} messages without one"
+    for entry in report["replaced_secrets"][:_MAX_LISTED]:
+        yield (
+            f"  {entry['device']} {entry['log']} seq {entry['seq']}: its commitment.secret was replaced at "
+            f"{entry['time']}, so commitments before cannot be verified"
+        )
     if report["decisions"] or report["invalid_decisions"]:
         yield f"{report['decisions']} decisions about rollouts: {len(report['invalid_decisions'])} invalid"
     for entry in report["invalid_decisions"][:_MAX_LISTED]:

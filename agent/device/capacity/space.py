@@ -123,7 +123,7 @@ class SpaceManager:
             for task in self._conf.tasks:
                 with self._store.transaction(vital=True) as tx:
                     keys = _output_keys(tx, task)
-                    for name in (*keys, shadow_key(task)):
+                    for name in (*keys, *_output_keys(tx, shadow_key(task))):
                         tx.labels.trim_predictions(name, at_s - self._conf.buffer.keep_results, _CHUNK_LIMIT)
                     tx.labels.trim_labels(keys, label_capacity(self._store.quota.database_bytes), _CHUNK_LIMIT)
             self._clear_alert(now)
@@ -228,7 +228,8 @@ class SpaceManager:
         with self._store.transaction(vital=True) as tx:
             return any(
                 tx.labels.trim_predictions(name, math.inf, _CHUNK_LIMIT) > 0
-                for name in (shadow_key(task), *reversed(_output_keys(tx, task)))
+                for key in (shadow_key(task), task)
+                for name in reversed(_output_keys(tx, key))
             )
 
     def _evict_unused_rows(self, stream: str, now: ClockReading) -> bool:

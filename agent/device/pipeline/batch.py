@@ -295,9 +295,11 @@ def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scor
         return {}
     ends = source.cut.starts + task.window_rows - 1
     rows, t = ends + source.batch.first, source.batch.t[ends]
+    joined = {} if source.joined is None or task.joined_reader is None else task.joined_reader.last_rows(source.joined)
     return {
         name: StoredPredictions(
-            task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices
+            *(task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices),
+            joined={} if name else joined,
         )
         for name, output in {"": model_scores, **model_scores.outputs}.items()
     }

@@ -124,6 +124,13 @@ class JoinedReader:
         wait = self._wait_after(first_row + ends, ready)
         return JoinedBatch(self._inference.join(cut, t, joined), rows, positions, wait)
 
+    def last_rows(self, batch: JoinedBatch) -> dict[str, tuple[str, int]]:
+        """Return by input its stream, and the last row of it that the batch's windows took; 0 for none."""
+        return {
+            name: (stream.name, batch.rows[name].rows[1] if name in batch.rows else 0)
+            for name, stream in self._streams.items()
+        }
+
     def commit(self, store: Store, message_log: MessageLog, batch: JoinedBatch) -> JoinedBatch:
         """Return the batch with the commitments to its joined rows. Raises StorageError."""
         configs = {stream.name: stream.config for stream in self._streams.values()}

@@ -12,6 +12,7 @@ from agent.arrays import Float64s, Ints
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store.labels import StoredLabel
 from agent.device.store.predictions import output_key
+from agent.drift.baseline.reference import Reference
 from agent.indices import bincount
 from agent.performance import cbpe
 from agent.performance.labels import NO_TRUTH, LabelSchema, LabelTarget
@@ -106,7 +107,8 @@ class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
 
 def list_outputs(task: LoadedTask) -> list[LabelledOutput]:
     """Return the outputs of a task: the first one, then the further ones by name."""
-    held_out = _load_held_out(task)
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    held_out = {} if shipped is None else list_held_out_scores(shipped)
     return [
         LabelledOutput(task.name, name, task.bundle_ref, schema, held_out.get(name))
         for name, schema in task.bundle.manifest.label_schemas.items()
@@ -118,16 +120,13 @@ def build_label_targets(tasks: Sequence[LoadedTask]) -> dict[str, LabelTarget]:
     return {task.name: LabelTarget(task.config.stream, task.bundle.manifest.label_schemas) for task in tasks}
 
 
-def _load_held_out(task: LoadedTask) -> dict[str, HeldOutScores]:
-    """Return the held-out scores of each output in the shipped reference that has them."""
-    shipped = task.drift_monitor.shipped if task.drift_monitor else None
-    if shipped is None:
-        return {}
+def list_held_out_scores(shipped: Reference) -> dict[str, HeldOutScores]:
+    """Return the held-out scores of each output in a shipped reference that has them."""
     known = {
         each.output.name: HeldOutScores(each.edges[0], *each.held_out)
         for each in shipped.further
         if each.held_out is not None
     }
-    if shipped.score_correct is not None:
+    if shipped.score_correct is not None and len(shipped.score_edges):
         known[""] = HeldOutScores(shipped.score_edges, shipped.score_n, shipped.score_correct)
     return known

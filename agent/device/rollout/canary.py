@@ -159,10 +159,12 @@ class CanaryRun:
         """
         if self._shadow is None:
             return True
-        estimate = paired_intervals.agreement(self._shadow.blocks)
-        if estimate is None:
-            return None if len(self._shadow.blocks) < paired_intervals.MIN_BLOCKS else True
-        return estimate.low < _MIN_AGREEMENT
+        blocks = self._shadow.blocks
+        outputs = [blocks, *(rules.select_output(blocks, n) for n in rules.list_outputs(blocks, not self.is_serving))]
+        estimates = [estimate for part in outputs if (estimate := paired_intervals.agreement(part)) is not None]
+        if not estimates:
+            return None if len(blocks) < paired_intervals.MIN_BLOCKS else True
+        return any(estimate.low < _MIN_AGREEMENT for estimate in estimates)
 
     def _start_shadow(self, store: Store) -> ShadowRunner | None:
         if self.incumbent is None:
@@ -184,7 +186,7 @@ class CanaryRun:
         return None
 
     def _collect_numbers(self) -> dict[str, object]:
-        values = {result.rule: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}
+        values = {result.name: result.numbers["value"] for result in self._rule_results if "value" in result.numbers}
         return {**values, "batches": self.progress.batches, "errors": self.progress.errors}
 
 

@@ -19,13 +19,13 @@ from agent.arrays import Float32s
 from agent.clock import ClockReading
 from agent.comparison import tally
 from agent.comparison.paired_intervals import ComparisonBlock
-from agent.comparison.tally import ComparisonStats, Predictions
+from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
 from agent.device.store import labels, task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.predictions import StoredPredictions, shadow_key
+from agent.device.store.predictions import StoredPredictions, output_key, shadow_key
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
@@ -55,8 +55,8 @@ class ShadowState(msgspec.Struct, frozen=True):
     rollout: str
     task_digest: str
     other_digest: str
+    last_labels: dict[str, int]  # of each output
     last_row: int = 0
-    last_label: int = 0
     message_count: int = 0
     blocks: list[ComparisonStats] = []
 
@@ -82,14 +82,14 @@ class ShadowRunner:
         self.task, self.other = task, other
         self.state = _restore_state(store, task, other, rollout)
         self._min_batches = min_batches
-        self._score_references = shadow_windows.select_score_references([_load_reference(task), _load_reference(other)])
+        self._bases = shadow_windows.select_estimate_bases([_load_reference(task), _load_reference(other)])
         self._pending: _PendingBatch | None = None
         self._retry_at_s = 0.0
         # Labels that did not fit into the last message.
         self._has_more_labels = False
         self._last_report_s: float | None = None
         self.stats, self._row_range = ComparisonStats(), (0, 0)
-        self._unsaved_predictions: list[StoredPredictions] = []
+        self._unsaved_predictions: list[dict[str, StoredPredictions]] = []
 
     @property
     def blocks(self) -> list[ComparisonBlock]:
@@ -140,8 +140,9 @@ class ShadowRunner:
             if self._pending is not None or not model.poll_ready(ANSWER_TIMEOUT_S):
                 return
         windows = shadow_windows.align_windows(self.other, store, batch, ends[: self._max_windows()])
+        errors = shadow_windows.expect_own_errors(self.task, store, batch, ends, answers.scores, self._bases[0])
         predictions = shadow_windows.build_predictions(
-            batch.first + ends, answers.scores, answers.seconds, self._score_references[0]
+            batch.first + ends, answers.scores, answers.seconds, self._bases[0], errors
         )
         pending = _PendingBatch(rows, predictions, windows)
         if isinstance(model, SubprocessModel):
@@ -172,17 +173,17 @@ class ShadowRunner:
     def _add_predictions(self, pending: _PendingBatch, outputs: Float32s, seconds: float) -> None:
         manifest = self.other.bundle.manifest
         other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
-        predictions = shadow_windows.build_predictions(
-            pending.windows.row, other_scores, seconds, self._score_references[1]
-        )
-        kind = shadow_windows.build_output_kind(self.task.bundle.manifest)
-        other_kind = shadow_windows.build_output_kind(manifest)
+        basis = self._bases[1]
+        errors = basis.expect_errors(pending.windows.table, pending.windows.starts, other_scores)
+        predictions = shadow_windows.build_predictions(pending.windows.row, other_scores, seconds, basis, errors)
+        kind = OutputKind.from_schemas(self.task.bundle.manifest.label_schemas)
+        other_kind = OutputKind.from_schemas(manifest.label_schemas)
         self._add_stats(tally.compare_batch(kind, pending.predictions, other_kind, predictions), pending.rows)
         if self.task.keep_results and len(other_scores):
             self._unsaved_predictions.append(
                 shadow_windows.build_stored_predictions(self.other.bundle.digest, pending.windows, other_scores)
             )
-            while sum(len(part.row) for part in self._unsaved_predictions) > _MAX_UNSAVED_PREDICTIONS:
+            while sum(len(part[""].row) for part in self._unsaved_predictions) > _MAX_UNSAVED_PREDICTIONS:
                 del self._unsaved_predictions[0]
 
     def _run_guarded(self, action: Callable[[], None]) -> None:
@@ -215,29 +216,31 @@ class ShadowRunner:
 
     def _report(self, store: Store, message_log: MessageLog, now: ClockReading, *, final: bool) -> bool:
         self._last_report_s = now.boot_s
-        limit = shadow_windows.MAX_LABELS
-        numbers = store.query(labels.next_numbers, self.task.name, self.state.last_label, limit + 1)
-        self._has_more_labels = len(numbers) > limit
-        if len(numbers) < message_log.least_count(self.task.name) and not final:
-            # So few labels wait for more.
-            numbers = []
-        if not self.stats.batches and not numbers:
+        name, old = self.task.name, self.state
+        waiting = shadow_windows.count_waiting_labels(store, self.task, old.last_labels)
+        self._has_more_labels = any(count > shadow_windows.MAX_LABELS for count in waiting.values())
+        # So few labels wait for more.
+        least = 1 if final else max(1, message_log.least_count(name))
+        ready = {output: old.last_labels.get(output, 0) for output, count in waiting.items() if count >= least}
+        if not self.stats.batches and not ready:
             return False
-        name = self.task.name
         with store.transaction() as tx:
             if self._unsaved_predictions:
-                predictions = shadow_windows.concatenate_stored(self._unsaved_predictions)
-                tx.labels.store_predictions(shadow_key(name), predictions, tx.uptime_s(now))
-            outcomes, last_label = ComparisonStats(), self.state.last_label
-            if numbers:
-                outcomes, last_label = shadow_windows.count_outcomes(tx, self.task, self.other, last_label)
+                for output in self._unsaved_predictions[0]:
+                    parts = [part[output] for part in self._unsaved_predictions]
+                    predictions = shadow_windows.concatenate_stored(parts)
+                    tx.labels.store_predictions(shadow_key(name, output), predictions, tx.uptime_s(now))
+            outcomes, last_labels = shadow_windows.count_outcomes(tx, self.task, self.other, ready)
             block = self.stats + outcomes
             has_message = block != ComparisonStats()
-            old = self.state
             blocks = merge_neighbours([*old.blocks, block]) if has_message else old.blocks
             row = max(old.last_row, self._row_range[1])
-            state = ShadowState(
-                old.rollout, old.task_digest, old.other_digest, row, last_label, old.message_count + has_message, blocks
+            state = replace(
+                old,
+                last_labels=old.last_labels | last_labels,
+                last_row=row,
+                message_count=old.message_count + has_message,
+                blocks=blocks,
             )
             if has_message:
                 row = state.last_row or 1
@@ -270,8 +273,11 @@ def merge_neighbours(blocks: list[ComparisonStats]) -> list[ComparisonStats]:
 
 
 def _restore_state(store: Store, task: LoadedTask, other: LoadedTask, rollout: str) -> ShadowState:
-    newest_label = store.query(labels.newest_number, task.name)
-    fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, last_label=newest_label)
+    newest_labels = {
+        output: store.query(labels.newest_number, output_key(task.name, output))
+        for output in task.bundle.manifest.label_schemas
+    }
+    fresh = ShadowState(rollout, task.bundle.digest, other.bundle.digest, newest_labels)
     saved = store.load_state(task.name, task_keys.SHADOW_STATE)
     with suppress(msgspec.MsgspecError, ValueError):
         state = fresh if saved is None else decoders.from_msgpack(saved, ShadowState)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Float32s, Ints
+from agent.arrays import Float32s, Float64s, Ints
 from agent.comparison import tally
-from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
+from agent.comparison.tally import ComparisonStats, Predictions
 from agent.device.pipeline import batch
-from agent.device.pipeline.labelled_output import list_outputs
+from agent.device.pipeline.labelled_output import HeldOutScores, LabelledOutput, list_held_out_scores, list_outputs
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.store import labels, predictions
 from agent.device.store.labels import StoredLabel
-from agent.device.store.predictions import PredictionRow, StoredPredictions
+from agent.device.store.predictions import PredictionRow, StoredPredictions, output_key
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.rows import concatenate
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
-from agent.model.bundle.manifest import Manifest
+from agent.drift.expected_errors import expect_errors
 from agent.model.inference import derived_features, features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import MAX_VALUES
@@ -39,17 +39,31 @@ MAX_LABELS = 50
 class AlignedWindows(msgspec.Struct, frozen=True):
     """Scaled `values` of w windows; `row` (w,) and `t` (w,) epoch µs of the rows they end at.
 
-    `model_input` also has the values of joined inputs.
+    `model_input` also has the values of joined inputs. `table` (n, C) holds features, `starts` (w,) offsets into it.
     """
 
     row: Ints
     t: Ints
     values: Float32s
     model_input: Float32s
+    table: Float32s
+    starts: Ints
 
 
-def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
-    """Return the windows of `task` that end at `ends` (w,), offsets into the rows of the batch.
+class _CutWindows(msgspec.Struct, frozen=True):
+    """Windows that begin at `starts` (w,) in the features `table` (n, C), and end at `ends` (w,) in a batch.
+
+    `t` (n,) epoch µs.
+    """
+
+    table: Float32s
+    starts: Ints
+    ends: Ints
+    t: Ints
+
+
+def _cut_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> _CutWindows:
+    """Return the windows of `task` that end at `ends` (w,), offsets into the rows of the batch, without joined inputs.
 
     Windows that begin before the oldest stored row, or span a gap, are left out, and so are windows beyond the memory
     limit. Raises StorageError.
@@ -67,34 +81,53 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     is_whole = np.isin(starts, every_start)
     further = sum(joined.size for joined in task.inference.manifest.joined.values())
     limit = max(1, MAX_VALUES // (length * table.shape[1] + further))
-    starts, ends = starts[is_whole][:limit], ends[is_whole][:limit]
-    joined = None
+    return _CutWindows(table, starts[is_whole][:limit], ends[is_whole][:limit], rows.t[before:])
+
+
+def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
+    """Return the windows of `task` that end at `ends` (w,), as `_cut_windows` does, with its joined inputs."""
+    cut, joined = _cut_windows(task, store, source_batch, ends), None
+    starts, ends = cut.starts, cut.ends
     if task.joined_reader is not None:
         # The batch has waited for its own inputs; windows of this bundle are joined with what is there.
-        before_batch = rows.t[before:]
-        batch_join = task.joined_reader.join(store, WindowCut(starts, len(before_batch)), before_batch, 1)
+        batch_join = task.joined_reader.join(store, WindowCut(starts, len(cut.t)), cut.t, 1)
         task.joined_reader.confirm(batch_join)
         starts, joined = batch_join.cut.starts, batch_join.cut.joined
         ends = ends[: len(starts)]
-    values = model_input = features.build_windows(table, starts, spec)
+    values = model_input = features.build_windows(cut.table, starts, task.inference.manifest.input)
     if joined is not None:
         model_input = np.concatenate([values.reshape(len(starts), math.prod(values.shape[1:])), joined.values], axis=1)
     t = source_batch.rows.t
-    return AlignedWindows(source_batch.first + ends, t[ends], values, model_input)
+    return AlignedWindows(source_batch.first + ends, t[ends], values, model_input, cut.table, starts)
 
 
-def build_output_kind(manifest: Manifest) -> OutputKind:
-    return OutputKind(manifest.label_kind, tuple(manifest.output.labels))
+def expect_own_errors(
+    task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints, model_scores: Scores, basis: EstimateBasis
+) -> dict[str, Float64s]:
+    """Return the errors (w,) to expect of what `task` answered itself for the windows that end at `ends` (w,)."""
+    if basis.reference is None:
+        return {}
+    cut = _cut_windows(task, store, source_batch, ends)
+    at = np.searchsorted(ends, cut.ends)
+    errors = dict[str, Float64s]()
+    for name, known in basis.expect_errors(cut.table, cut.starts, model_scores, at).items():
+        errors[name] = np.full(len(ends), np.nan)
+        errors[name][at] = known
+    return errors
 
 
-def build_predictions(row: Ints, model_scores: Scores, seconds: float, reference: Reference | None) -> Predictions:
-    """Build predictions. `reference` maps a score to its accuracy; without it a score is its own probability."""
-    probability = model_scores.score
-    if model_scores.score is not None and reference is not None:
-        assert reference.score_correct is not None
-        probability = cbpe.correctness_probabilities(
-            reference.score_n, reference.score_correct, reference.score_edges, model_scores.score
-        )
+def build_predictions(
+    row: Ints,
+    model_scores: Scores,
+    seconds: float,
+    basis: EstimateBasis,
+    errors: Mapping[str, Float64s],
+    name: str = "",
+) -> Predictions:
+    """Build the predictions of output `name`, by default of all. `errors` (w,) are those to expect of each output."""
+    probability, held_out = model_scores.score, basis.scores.get(name)
+    if model_scores.score is not None and held_out is not None:
+        probability = cbpe.correctness_probabilities(held_out.n, held_out.correct, held_out.edges, model_scores.score)
     is_multi_label = model_scores.predicted is not None
     return Predictions(
         row,
@@ -105,23 +138,56 @@ def build_predictions(row: Ints, model_scores: Scores, seconds: float, reference
         model_scores.score,
         model_scores.value,
         probability,
+        errors.get(name),
+        {each: build_predictions(row, own, 0.0, basis, errors, each) for each, own in model_scores.outputs.items()},
     )
 
 
-def select_score_references(references: Sequence[Reference | None]) -> list[Reference | None]:
-    """Return the references if all of them map scores to accuracies, else none: mixed estimates do not compare."""
-    known = [
-        reference is not None and reference.score_correct is not None and len(reference.score_edges) > 0
-        for reference in references
+class EstimateBasis(msgspec.Struct, frozen=True, eq=False):
+    """Basis of estimates of one bundle without labels: held-out scores by output, and a reference with errors.
+
+    Without held-out scores a score is its own probability.
+    """
+
+    scores: Mapping[str, HeldOutScores] = {}
+    reference: Reference | None = None
+
+    def expect_errors(
+        self, table: Float32s, starts: Ints, model_scores: Scores, at: Ints | slice = slice(None)
+    ) -> dict[str, Float64s]:
+        """Return the absolute error (w,) to expect of the values of each output that both bundles estimate it of.
+
+        `table` (n, C) holds features, `starts` (w,) offsets of windows into it, whose values are those `at` places.
+        """
+        if self.reference is None or not len(starts):
+            return {}
+        outputs = {"": model_scores, **model_scores.outputs}
+        answers = {name: own.value[at] for name, own in outputs.items() if own.value is not None}
+        return expect_errors(self.reference, table, starts, answers)
+
+
+def select_estimate_bases(references: Sequence[Reference | None]) -> list[EstimateBasis]:
+    """Return the bases of estimates, of outputs for which all bundles have it: mixed estimates do not compare."""
+    known = [reference for reference in references if reference is not None]
+    if len(known) < len(references):
+        return [EstimateBasis()] * len(references)
+    tables = [list_held_out_scores(reference) for reference in known]
+    shared = set.intersection(*(set(table) for table in tables))
+    has_errors = bool(set.intersection(*(set(reference.error_references) for reference in known)))
+    return [
+        EstimateBasis({name: table[name] for name in shared}, reference if has_errors else None)
+        for table, reference in zip(tables, known, strict=True)
     ]
-    return list(references) if all(known) else [None] * len(references)
 
 
-def build_stored_predictions(digest: str, windows: AlignedWindows, model_scores: Scores) -> StoredPredictions:
-    """Build the predictions to store for labels that arrive later."""
-    return StoredPredictions(
-        digest, windows.row, windows.t, scores.to_codes(model_scores), model_scores.score, model_scores.value, {}
-    )
+def build_stored_predictions(
+    digest: str, windows: AlignedWindows, model_scores: Scores
+) -> dict[str, StoredPredictions]:
+    """Build the predictions of each output to store for labels that arrive later."""
+    return {
+        name: StoredPredictions(digest, windows.row, windows.t, scores.to_codes(own), own.score, own.value, {})
+        for name, own in {"": model_scores, **model_scores.outputs}.items()
+    }
 
 
 def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
@@ -139,35 +205,54 @@ def concatenate_stored(parts: Sequence[StoredPredictions]) -> StoredPredictions:
     )
 
 
-def count_outcomes(tx: Transaction, task: LoadedTask, other: LoadedTask, after: int) -> tuple[ComparisonStats, int]:
-    """Compare both bundles' predictions with the labels after `after`.
+def count_waiting_labels(store: Store, task: LoadedTask, after: Mapping[str, int]) -> dict[str, int]:
+    """Count the labels of each output with higher numbers than in `after`, up to MAX_LABELS + 1."""
+    return {
+        name: len(store.query(labels.next_numbers, output_key(task.name, name), after.get(name, 0), MAX_LABELS + 1))
+        for name in task.bundle.manifest.label_schemas
+    }
+
+
+def count_outcomes(
+    tx: Transaction, task: LoadedTask, other: LoadedTask, after: Mapping[str, int]
+) -> tuple[ComparisonStats, dict[str, int]]:
+    """Compare both bundles' predictions with the labels of the outputs named in `after`, behind these numbers.
 
     Each label counts once; one that is corrected later counts as it arrived first. Labels whose author is not
     authenticated count nowhere here: whoever may write rows must not be able to roll a bundle back, or let one pass.
-    Return the statistics and the number of the last label read.
+    Return the statistics and the number of the last label read of each output.
     """
-    numbers = labels.next_numbers(tx.connection, task.name, after, MAX_LABELS)
-    if not numbers:
-        return ComparisonStats(), after
-    first = list_outputs(task)[0]
-    labelled = labels.load_labelled(tx.connection, task.name, task.bundle.digest, numbers[-1], MAX_LABELS)
+    others = {output.name: output for output in list_outputs(other)}
+    stats: dict[str, ComparisonStats] = {}
+    last = dict(after)
+    for output in list_outputs(task):
+        if output.name not in after:
+            continue
+        numbers = labels.next_numbers(tx.connection, output.key, after[output.name], MAX_LABELS)
+        last[output.name] = max(numbers, default=after[output.name])
+        if numbers and output.name in others:
+            outcomes = _count_output_outcomes(tx, output, others[output.name], (after[output.name], numbers[-1]))
+            stats |= {output.name: outcomes} if outcomes != ComparisonStats() else {}
+    return replace(stats.pop("", ComparisonStats()), outputs=stats), last
+
+
+def _count_output_outcomes(
+    tx: Transaction, output: LabelledOutput, other: LabelledOutput, numbers: tuple[int, int]
+) -> ComparisonStats:
+    """Compare predictions with the labels behind the first number, up to the last one."""
+    after, last = numbers
+    labelled = labels.load_labelled(tx.connection, output.key, output.digest, last, MAX_LABELS)
+    key = predictions.shadow_key(output.task, output.name)
     pairs = [
         (sample, prediction)
-        for sample in first.filter_evaluable(labelled)
+        for sample in output.filter_evaluable(labelled)
         if sample.by
         and sample.number > after
         and sample.first_number > after
-        and (prediction := _find_other_prediction(tx, task, other, sample)) is not None
+        and (prediction := tx.labels.find_by_row(key, sample.prediction.row)) is not None
+        and prediction.bundle == other.digest
     ]
-    stats = _build_outcome_stats(first.schema, list_outputs(other)[0].schema, pairs)
-    return stats, numbers[-1]
-
-
-def _find_other_prediction(
-    tx: Transaction, task: LoadedTask, other: LoadedTask, sample: StoredLabel
-) -> PredictionRow | None:
-    prediction = tx.labels.find_by_row(predictions.shadow_key(task.name), sample.prediction.row)
-    return prediction if prediction is not None and prediction.bundle == other.bundle.digest else None
+    return _build_outcome_stats(output.schema, other.schema, pairs)
 
 
 def _build_outcome_stats(

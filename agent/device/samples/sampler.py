@@ -7,15 +7,21 @@ twice. A request whose later rows have not arrived waits for them for a while.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from agent.arrays import Ints
 from agent.clock import ClockReading
-from agent.device.samples import budget, requests
+from agent.device.samples import budget, joined_readings, requests
+from agent.device.samples.joined_readings import JoinedReadings
 from agent.device.samples.requests import SampleRequest
 from agent.device.samples.rounding import protect_column
 from agent.device.samples.selection import SampledTask
+from agent.device.store import predictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows, concatenate
 from agent.device.store.store import Store
@@ -38,6 +44,15 @@ _HEAD_BYTES = 600
 _MAX_VALUES_PER_BYTE = 2
 
 
+class _Draft(msgspec.Struct, frozen=True):
+    """Message of `size` bytes with the readings of `rows`, or the `problem` why there is none."""
+
+    problem: str
+    rows: tuple[int, int] = (0, 0)
+    body: dict[str, object] = {}
+    size: int = 0
+
+
 class Sampler:
     """Used on the main loop only. `find_key` returns the collectors' key in force; without one, requests wait."""
 
@@ -56,11 +71,14 @@ class Sampler:
         sent, answered, waiting = 0, 0, {}
         for task in tasks:
             last_row = self._store.last_row(task.stream)
+            cursor = self._store.cursor(task.name) or 0
             waiting_requests = requests.load(self._store, task.name).waiting
             for request in sorted(waiting_requests, key=lambda request: request.reason == "uncertain"):
                 place = (task.name, request.row)
                 since = self._waiting_since.get(place, now.boot_s)
-                if request.last > last_row and now.boot_s - since < _MAX_WAIT_S:
+                # Rows of joined streams are known once the windows are done.
+                is_done = request.last <= last_row and (not task.joined or task.has_results(cursor, request))
+                if not is_done and now.boot_s - since < _MAX_WAIT_S:
                     waiting[place] = since
                     continue
                 if answered == _MAX_PER_TICK:
@@ -82,35 +100,56 @@ class Sampler:
                 requests.finish(tx, task.name, request, None)
             return False
         first, rows = self._read_rows(task, request)
-        least_count = self._message_log.least_count(task.name)
-        problem = "gone" if not len(rows) else "few" if len(rows) < least_count else ""
-        privacy = self._message_log.field_privacy(task.name)
-        if privacy.keeps("samples") or privacy.min_results > 1 or all(map(privacy.hides_numbers, task.fields)):
-            problem = "private"
-        limit, size = min(task.config.max_message, self._message_log.max_bytes), 0
-        body: dict[str, object] = {}
-        while not problem:
-            if len(rows) * len(task.fields) <= _MAX_VALUES_PER_BYTE * limit:
-                body = self._build_body(task, request, key, first, rows, now)
-                size = len(messages.encode(body)) + _HEAD_BYTES
-                if size <= limit:
-                    break
-            begin, end = _shrink(request, first, len(rows))
-            if end - begin == len(rows) or end - begin < least_count:
-                problem = "size"
-            first, rows = first + begin, rows.slice(begin, end)
+        problem = self._find_problem(task, rows)
+        draft = _Draft(problem) if problem else self._fit(task, request, key, first, rows, now)
+        problem = draft.problem
         with self._store.transaction() as tx:
             if not problem:
-                spent = budget.load(tx, now).spend(size, task.config.max_per_day, request.reason)
+                spent = budget.load(tx, now).spend(draft.size, task.config.max_per_day, request.reason)
                 if spent is None:
                     problem = "budget"
                 else:
                     budget.save(tx, spent)
-                    self._message_log.append(tx, "samples", task.name, body, now)
+                    self._message_log.append(tx, "samples", task.name, draft.body, now)
             if problem:
                 budget.count_drop(tx, problem)
-            requests.finish(tx, task.name, request, None if problem else (first, first + len(rows) - 1))
+            requests.finish(tx, task.name, request, None if problem else draft.rows)
         return not problem
+
+    def _find_problem(self, task: SampledTask, rows: Rows) -> str:
+        """Return why no sample of these rows may leave; "" if one may."""
+        privacy = self._message_log.field_privacy(task.name)
+        if privacy.keeps("samples") or privacy.min_results > 1 or all(map(privacy.hides_numbers, task.fields)):
+            return "private"
+        if not len(rows):
+            return "gone"
+        return "few" if len(rows) < self._message_log.least_count(task.name) else ""
+
+    def _fit(
+        self, task: SampledTask, request: SampleRequest, key: EncryptionKey, first: int, rows: Rows, now: ClockReading
+    ) -> _Draft:
+        """Build the largest message around the result that fits, with the rows that its windows were joined with."""
+        least_count = self._message_log.least_count(task.name)
+        limit = min(task.config.max_message, self._message_log.max_bytes)
+        read = self._read_joined(task, request, first, rows, least_count)
+        while True:
+            ends_us = rows.t[(request.row - first) % task.step :: task.step]
+            joined = {name: readings.select(ends_us, least_count) for name, readings in read.items()}
+            known = {name: readings for name, readings in joined.items() if readings is not None}
+            if any(0 < len(readings.t) < least_count for readings in known.values()):
+                return _Draft("few")
+            values = len(rows) * len(task.fields) + sum(len(each.t) * len(each.columns) for each in known.values())
+            if len(known) == len(read) and values <= _MAX_VALUES_PER_BYTE * limit:
+                body = self._build_body(task, request, key, first, rows, now)
+                if seals := self._seal_joined(task, key, known, now):
+                    body["joined"] = seals
+                size = len(messages.encode(body)) + _HEAD_BYTES
+                if size <= limit:
+                    return _Draft("", (first, first + len(rows) - 1), body, size)
+            begin, end = _shrink(request, first, len(rows))
+            if end - begin == len(rows) or end - begin < least_count:
+                return _Draft("size" if len(known) == len(read) else "gone")
+            first, rows = first + begin, rows.slice(begin, end)
 
     def _read_rows(self, task: SampledTask, request: SampleRequest) -> tuple[int, Rows]:
         """Return the stored rows that hold the whole window without a hole, and the number of the first one."""
@@ -134,18 +173,59 @@ class Sampler:
             return first, Rows(np.zeros(0, np.int64), ())
         return first, concatenate(pieces)
 
+    def _read_joined(
+        self, task: SampledTask, request: SampleRequest, first: int, rows: Rows, least_count: int
+    ) -> dict[str, JoinedReadings]:
+        """Read the rows of further inputs, as far as they may leave."""
+        privacy, result_us = self._message_log.field_privacy(task.name), int(rows.t[request.row - first])
+        ends_us = rows.t[(request.row - first) % task.step :: task.step]
+        batch = self._store.query(predictions.load_joined, task.name, request.row) if task.joined else {}
+        read = {}
+        for name, source in task.joined.items():
+            stream, last = batch.get(name, (source.stream, None))
+            if stream == source.stream and not all(map(privacy.hides_numbers, source.spec.fields)):
+                read[name] = joined_readings.read(self._store, source, ends_us, result_us, last, least_count)
+        return read
+
+    def _seal_joined(
+        self, task: SampledTask, key: EncryptionKey, joined: Mapping[str, JoinedReadings], now: ClockReading
+    ) -> dict[str, dict[str, object]]:
+        sealed = {}
+        for name, readings in joined.items():
+            if not len(readings.t):
+                continue
+            stored = dict(zip(readings.source.spec.fields, readings.columns, strict=True))
+            sealed[name] = {
+                "stream": readings.source.stream,
+                "rows": readings.numbers[[0, -1]].tolist(),
+                "n": len(readings.t),
+                "sealed": self._seal(task, key, stored, readings.t, now, readings.numbers),
+            }
+        return sealed
+
+    def _seal(
+        self,
+        task: SampledTask,
+        key: EncryptionKey,
+        stored: Mapping[str, NDArray[Any]],
+        t: Ints,
+        now: ClockReading,
+        numbers: Ints | None = None,
+    ) -> str:
+        """Round the columns `stored` by field, leave out private ones, and seal them."""
+        privacy, columns = self._message_log.field_privacy(task.name), {}
+        for name, column in stored.items():
+            if (values := protect_column(name, column, task.config.digits, privacy, now.wall_us)) is not None:
+                columns[name] = values
+        content = sample_content.encode(task.config.consent, [*columns], t, [*columns.values()], numbers)
+        topic = str(Topic(self._message_log.fleet, self._message_log.device, "samples", task.name))
+        return b64url_encode(sealing.seal_content(key, topic, content))
+
     def _build_body(
         self, task: SampledTask, request: SampleRequest, key: EncryptionKey, first: int, rows: Rows, now: ClockReading
     ) -> dict[str, object]:
-        names, privacy = [field.name for field in task.stream_fields], self._message_log.field_privacy(task.name)
-        columns = {}
-        for name in task.fields:
-            column = rows.columns[names.index(name)]
-            if (values := protect_column(name, column, task.config.digits, privacy, now.wall_us)) is not None:
-                columns[name] = values
-        content = sample_content.encode(task.config.consent, [*columns], rows.t, [*columns.values()])
-        topic = str(Topic(self._message_log.fleet, self._message_log.device, "samples", task.name))
-        sealed = sealing.seal_content(key, topic, content)
+        names = [field.name for field in task.stream_fields]
+        stored = {name: rows.columns[names.index(name)] for name in task.fields}
         return {
             "model": request.model,
             "stream": task.stream,
@@ -155,7 +235,7 @@ class Sampler:
             "rows": [first, first + len(rows) - 1],
             "n": len(rows),
             "digits": task.config.digits,
-            "sealed": b64url_encode(sealed),
+            "sealed": self._seal(task, key, stored, rows.t, now),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -10,18 +10,20 @@ import numpy as np
 from agent.arrays import Float64s, Ints
 from agent.config import FieldConfig, SamplesConfig
 from agent.device.samples.budget import Reason
+from agent.device.samples.joined_readings import JoinedSource
 from agent.device.samples.requests import SampleRequest
 from agent.model.bundle.bundle import Bundle
 from agent.wire.messages import ModelRef
 
 # Uncertain results of one batch; a model that is uncertain of all would fill the queue.
 _MAX_UNCERTAIN = 4
+NO_JOINED_STREAMS: Mapping[str, tuple[str, Sequence[FieldConfig]]] = {}
 
 
 class SampledTask(msgspec.Struct, frozen=True):
     """A task whose readings may be sent: its stream, the model's fields, and the shape of a model window.
 
-    `history`: rows before a window that its features look back at.
+    `history`: rows before a window that its features look back at; `joined`: the streams of further inputs.
     """
 
     config: SamplesConfig
@@ -33,17 +35,31 @@ class SampledTask(msgspec.Struct, frozen=True):
     step: int
     history: int
     model: ModelRef
+    joined: Mapping[str, JoinedSource] = {}
 
     @classmethod
     def from_bundle(
-        cls, config: SamplesConfig, names: tuple[str, str], fields: Sequence[FieldConfig], bundle: Bundle
+        cls,
+        config: SamplesConfig,
+        names: tuple[str, str],
+        fields: Sequence[FieldConfig],
+        bundle: Bundle,
+        joined: Mapping[str, tuple[str, Sequence[FieldConfig]]] = NO_JOINED_STREAMS,
     ) -> SampledTask:
-        """Return the task with these `names`, of task and stream, while it runs `bundle`."""
+        """Return the task with these `names`, of task and stream, while it runs `bundle`.
+
+        `joined`: stream and all its fields of each further input.
+        """
         manifest = bundle.manifest
         spec, window = manifest.input, manifest.input.window
         step = 1 if window is None else window.step
         model = ModelRef(manifest.name, manifest.version, bundle.digest)
-        return cls(config, *names, fields, spec.fields, spec.rows, step, spec.history_rows, model)
+        sources = {name: JoinedSource(*joined[name], spec) for name, spec in manifest.joined.items()}
+        return cls(config, *names, fields, spec.fields, spec.rows, step, spec.history_rows, model, sources)
+
+    def has_results(self, cursor: int, request: SampleRequest) -> bool:
+        """Return True if the task is done with all windows of a request once it consumed row `cursor`."""
+        return cursor >= request.last - max(0, self.window_rows - self.step)
 
     def request(self, reason: Reason, row: int, least_count: int, subject: str = "") -> SampleRequest:
         """Return the request for the rows around the result at `row`, at least the least count."""

@@ -23,6 +23,7 @@ class StoredPredictions(msgspec.Struct, frozen=True):
     """Predictions of one batch, at least one, in order of their rows.
 
     `row` (n,), `t` (n,) epoch µs, `predicted_class` (n,) class index, `score`, `value`; `slices`: name → (n,) texts.
+    `joined`: stream of each further input, and the last of its rows that the batch was joined with; 0 for none.
     """
 
     bundle: str
@@ -32,6 +33,7 @@ class StoredPredictions(msgspec.Struct, frozen=True):
     score: NDArray[np.float64] | None
     value: NDArray[np.float64] | None
     slices: Mapping[str, Sequence[str]]
+    joined: Mapping[str, tuple[str, int]] = {}
 
 
 class PredictionRow(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class _PackedPredictions(msgspec.Struct, array_like=True):
     score: bytes
     value: bytes
     slices: dict[str, tuple[list[str], bytes]]
+    joined: dict[str, tuple[str, int]] = {}
 
 
 class PredictionSpan(msgspec.Struct, frozen=True):
@@ -78,9 +81,9 @@ def output_key_range(key: str) -> tuple[str, str]:
     return task, output_key(task, "~")
 
 
-def shadow_key(task: str) -> str:
-    """Return the key under which predictions of a shadow bundle are stored: no task can have this name."""
-    return f"{task} shadow"
+def shadow_key(task: str, output: str = "") -> str:
+    """Return the key under which a shadow bundle's predictions are stored: no task can have this name."""
+    return output_key(f"{task} shadow", output)
 
 
 # --- queries, also of a read-only store (`Store.query`) ---
@@ -110,13 +113,25 @@ def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
 
 def load_prediction(db: sqlite3.Connection, task: str, row: int) -> PredictionRow | None:
     """Return the prediction at exactly this row, if it is stored and readable."""
+    batch = _load_batch(db, task, row)
+    return None if batch is None else select_row(*batch)
+
+
+def load_joined(db: sqlite3.Connection, task: str, row: int) -> Mapping[str, tuple[str, int]]:
+    """Return stream and last joined row of each further input of the result at `row`; nothing if it is not stored."""
+    batch = _load_batch(db, task, row)
+    return {} if batch is None else batch[0].joined
+
+
+def _load_batch(db: sqlite3.Connection, task: str, row: int) -> tuple[StoredPredictions, int] | None:
+    """Return the batch with the result at exactly this row, and its index there."""
     sql = """
         SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? AND first_row <= ?
         ORDER BY first_row DESC LIMIT 1"""
     stored = db.execute(sql, (task, row)).fetchone()
     batch = unpack_or_none(*stored) if stored else None
     index = -1 if batch is None else int(np.searchsorted(batch.row, row))
-    return select_row(batch, index) if batch is not None and row in batch.row[index : index + 1] else None
+    return (batch, index) if batch is not None and row in batch.row[index : index + 1] else None
 
 
 def load_newest_predictions(db: sqlite3.Connection, task: str, limit: int) -> list[StoredPredictions]:
@@ -152,6 +167,7 @@ def pack_predictions(predictions: StoredPredictions) -> bytes:
         _pack_planes(predictions.score, "<f4"),
         _pack_planes(predictions.value, "<f8"),
         slices,
+        dict(predictions.joined),
     )
     # Runs only: a search for longer matches takes three times as long, and finds few among scores.
     compressor = zlib.compressobj(1, zlib.DEFLATED, strategy=zlib.Z_RLE)
@@ -179,6 +195,7 @@ def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
         None if not packed.score else _unpack_planes(packed.score, "<f4").astype(np.float64),
         None if not packed.value else _unpack_planes(packed.value, "<f8"),
         slices,
+        packed.joined,
     )
 
 

@@ -149,6 +149,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return count_cells(self.task.further)
 
     @property
+    def error_references(self) -> dict[str, ErrorReference]:
+        """Held-out errors of each output that has them; the first output has the name ""."""
+        return {} if self.error is None else {"": self.error}
+
+    @property
     def error_bins(self) -> int:
         """E, the bins of the error to expect; 0 if nothing is known of it."""
         return 0 if self.error is None else expected_error.BINS
@@ -184,8 +189,9 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def class_means_at(self, t: Ints) -> Float64s:
         """Return the class means (n, C, D) to expect at times (n,) epoch µs."""
-        means = np.broadcast_to(self.class_mean, (len(t), *self.class_mean.shape))
-        return means if not self._has_daily_cycle else np.asarray(means + self._daily_cycle(t)[:, None] * self.class_sd)
+        if not self._has_daily_cycle:
+            return self.class_mean[None].repeat(len(t), 0)
+        return np.asarray(self.class_mean + self._daily_cycle(t)[:, None] * self.class_sd)
 
     @cached_property
     def class_sd_by_hour(self) -> Float64s:

@@ -32,7 +32,7 @@ class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
         """Add `spans_us` (..., m) of `steps_per_span` intervals each; the mean of a span counts."""
         size = spans_us.shape[-1]
         if size:
-            least, most = _octave(spans_us.min(-1), steps_per_span), _octave(spans_us.max(-1), steps_per_span)
+            least, most = _octave(np.stack([spans_us.min(-1), spans_us.max(-1)]), steps_per_span)
             if (least == most).all() and (least >= 0).all() and (most < OCTAVES).all():
                 # Where the clock is steady, all are in one octave.
                 here = np.arange(OCTAVES) == least[..., None]

@@ -212,7 +212,7 @@ class MewmaDetector(ChartDetector):
             held = np.append(windows.open_fields, [False] * others)[self._subjects(windows.task)]
             state, z = state.reset_except(~held), np.where(held, np.nan, z)
         caution = windows.caution[place]
-        limit = windows.baseline.own.limit * (float(caution.mean()) if caution.size else 1.0)
+        limit = windows.baseline.own.limit * (float(caution.sum()) / caution.size if caution.size else 1.0)
         return MewmaRun(state.run_windows(z, windows.effects[:, place], windows.t), limit, place)
 
     def reset_subjects(self, state: Mewma, task: Task, subjects: Bools) -> Mewma:

@@ -71,7 +71,7 @@ class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
         """
         last, one_more = self.exceeded_at
         if not (any_true(exceeded) or any_true(self.alarm)):
-            before = np.zeros_like(self.exceeded_at)
+            before = np.zeros(self.exceeded_at.shape, np.int64)
             before[1] = last
             if not tested.all():
                 before = np.where(tested, before, self.exceeded_at)

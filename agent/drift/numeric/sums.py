@@ -142,15 +142,20 @@ class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
         return GroupSums(self.n + other.n, self.total + other.total, self.squares + other.squares)
 
     def moments(self, origin: Float64s) -> GroupMoments:
-        return GroupMoments(self.n, np.where(self.n > 0, self._shift + origin, 0.0), self._m2)
+        if self._last is not None and self._last[0] is origin:
+            return self._last[1]
+        shift = self.total / np.maximum(self.n, 1)
+        m2 = np.maximum(self.squares - shift * self.total, 0.0)
+        mean = np.where(self.n > 0, shift + origin, 0.0)
+        moments = GroupMoments(self.n, mean, m2)
+        self.__dict__["_last"] = origin, moments
+        return moments
 
-    @cached_property
-    def _shift(self) -> Float64s:
-        return self.total / np.maximum(self.n, 1)
-
-    @cached_property
-    def _m2(self) -> Float64s:
-        return np.maximum(self.squares - self._shift * self.total, 0.0)
+    @property
+    def _last(self) -> tuple[Float64s, GroupMoments] | None:
+        """The origin that moments were computed from, and these: several detectors ask for the same."""
+        last: tuple[Float64s, GroupMoments] | None = self.__dict__.get("_last")
+        return last
 
 
 def sum_sequentially(values: Float64s) -> Float64s:

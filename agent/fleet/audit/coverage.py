@@ -10,13 +10,15 @@ from typing import Any
 import msgspec
 
 from agent.fleet.database.gap_ledger import EVICTED, parse_ranges
+from agent.wire.commitment import SECRET_REPLACED
 from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 
 class JoinedCoverage(msgspec.Struct):
     """Rows of the stream that a further input of a task was joined from so far.
 
-    `input` is the newest commitment, which is to `rows`. Its key is derived from `log`, where it was first written.
+    `input` is the newest commitment, which is to `rows`. Its key is derived from `log`, where it was first written, and
+    from the device's secret; "" once that was replaced.
     """
 
     stream: str
@@ -48,6 +50,7 @@ class CoverageState(msgspec.Struct):
     evicted: list[dict[str, Any]] = []
     duplicates: int = 0
     unreadable_seq: int = 0
+    secrets: list[dict[str, Any]] = []
 
 
 class RowCoverage:
@@ -59,12 +62,13 @@ class RowCoverage:
         self.duplicates = state.duplicates
         self._declared = {(task, stream): ranges for task, stream, ranges in state.declared}
         self._unreadable_seq = state.unreadable_seq
+        self.secrets = [*state.secrets]
 
     def to_state(self) -> CoverageState:
         return CoverageState(
             [(*name, track) for name, track in self.tracks.items()],
             [(*name, ranges) for name, ranges in self._declared.items()],
-            *(self.evicted, self.duplicates, self._unreadable_seq),
+            *(self.evicted, self.duplicates, self._unreadable_seq, self.secrets),
         )
 
     def mark_unreadable(self, seq: int) -> None:
@@ -99,6 +103,15 @@ class RowCoverage:
         self.evicted.append({"stream": stream, "rows": rows, "used": used, "tasks": waiting})
         for task in waiting:
             self._declared[task, stream] = _merge_ranges([*self._declared.get((task, stream), []), *rows])
+
+    def end_secret(self, body: AuditPayload) -> None:
+        """Compare no commitment of a message behind this one with those before, if it says that the secret changed."""
+        if body.event != SECRET_REPLACED:
+            return
+        self.secrets.append({"seq": body.seq, "time": body.time})
+        for track in self.tracks.values():
+            for joined in track.joined.values():
+                joined.input = ""
 
     def check_health(self, body: HealthPayload) -> list[str]:
         """Return differences between the cursors of the device's tasks and the results reported by then."""
@@ -152,7 +165,7 @@ def _check_joined(track: TaskCoverage, body: ResultsPayload) -> list[str]:
             # The device could not read the rows any more.
             known.unproven += 1
             continue
-        if (known.rows, known.log) == (joined.rows, log) and joined.input != known.input:
+        if known.input and (known.rows, known.log) == (joined.rows, log) and joined.input != known.input:
             problems.append(f"commits to rows {first}-{last} of {joined.stream} as others than the results before it")
         known.rows, known.input, known.log = joined.rows, joined.input, log
     return problems

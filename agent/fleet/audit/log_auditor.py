@@ -145,11 +145,13 @@ class LogAuditor:
             self.report.gaps.append(gap)
         self.report.duplicates += self._coverage.duplicates
         self.report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
+        place = {"device": self._device, "log": self._log}
+        self.report.replaced_secrets += [{**place, **secret} for secret in self._coverage.secrets]
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
-            place = {"device": self._device, "log": self._log, "task": task, "stream": stream}
+            names = {"task": task, "stream": stream}
             joined = {name: _describe_joined(each) for name, each in track.joined.items()}
-            self.report.coverage.append({**place, **rows, "joined": joined})
+            self.report.coverage.append({**place, **names, **rows, "joined": joined})
 
     def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, VerifiedMessage | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
@@ -175,6 +177,7 @@ class LogAuditor:
             yield from self._coverage.check_results(body)
         if isinstance(body, AuditPayload):
             self._coverage.add_evictions(body)
+            self._coverage.end_secret(body)
         if isinstance(body, HealthPayload):
             yield from self._coverage.check_health(body)
 

@@ -24,6 +24,7 @@ class AuditReport(msgspec.Struct):
     coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
     evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
     pruned: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    replaced_secrets: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
     invalid_decisions: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
@@ -36,7 +37,7 @@ class AuditReport(msgspec.Struct):
         """Return the document of `fleet audit --json`."""
         document = msgspec.structs.asdict(self)
         del document["invalid_devices"]
-        for member in ("gaps", "coverage", "evicted", "pruned"):
+        for member in ("gaps", "coverage", "evicted", "pruned", "replaced_secrets"):
             document[member] = [
                 {**entry, **{name: rollouts.to_json_value(entry[name]) for name in ("device", "log")}}
                 for entry in document[member]
@@ -54,6 +55,7 @@ class AuditReport(msgspec.Struct):
         self.coverage += other.coverage
         self.evicted += other.evicted
         self.pruned += other.pruned
+        self.replaced_secrets += other.replaced_secrets
         self.invalid = [*self.invalid, *other.invalid][:MAX_INVALID]
 
     def add_invalid(self, key: MessageKey, reason: str) -> None:

@@ -43,6 +43,7 @@ class DataCard(msgspec.Struct, frozen=True):
     warnings: list[str]
     poisoning: PoisoningReport
     features: dict[str, Any] | None = None
+    inputs: dict[str, dict[str, Any]] = {}
     format: str = "outstation-data-card-1"
 
     def to_markdown(self) -> str:
@@ -89,7 +90,20 @@ def build(
         _find_warnings(label_counts, gathered, licence),
         poisoning.check(gathered),
         None if derived_columns is None else _describe_features(derived_columns),
+        {name: _describe_input(name, fields, recordings) for name, fields in gathered.inputs.items()},
     )
+
+
+def _describe_input(name: str, fields: list[str], recordings: Iterable[Recording]) -> dict[str, Any]:
+    """Return fields, streams and rows of a further input, and the recordings that have none of it."""
+    every = [recording.joined.get(name) for recording in recordings]
+    known = [rows for rows in every if rows is not None]
+    return {
+        "fields": fields,
+        "streams": sorted({rows.stream for rows in known}),
+        "rows": sum(len(rows.t) for rows in known),
+        "recordings_without": len(every) - len(known),
+    }
 
 
 def _describe_features(derived_columns: DerivedColumns) -> dict[str, Any]:
@@ -211,6 +225,14 @@ def _lines(card: DataCard) -> Iterator[str]:
         yield "it is missing on the device, too, or where the recording does not hold the rows that it looks back at."
         rows = [(name, n, features["history_left_out"][name]) for name, n in features["missing"].items()]
         yield from _table("Empty features", ("feature", "empty", "without their history"), rows)
+    yield from _table(
+        "Further inputs",
+        ("input", "fields", "streams", "rows", "recordings without"),
+        [
+            (name, ", ".join(each["fields"]), ", ".join(each["streams"]), each["rows"], each["recordings_without"])
+            for name, each in card.inputs.items()
+        ],
+    )
     tables: list[tuple[str, str, Mapping[str, Any]]] = [
         ("Labels by class", "class", counts["by_class"]),
         ("Labels by source", "source", counts["by_source"]),

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from agent import decoders
 from agent.arrays import Float64s, Ints
 from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN
 from agent.errors import MessageRefused, UsageError
@@ -17,12 +18,16 @@ from agent.fleet.database.datasets import retraining
 from agent.fleet.database.datasets.retraining import Claim, StoredSample
 from agent.fleet.database.datasets.samples import Sample
 from agent.fleet.database.interface import Connection
-from agent.fleet.dataset import labels
+from agent.fleet.dataset import joined, labels
 from agent.fleet.dataset.context import LogContext
+from agent.fleet.dataset.joined import JoinedByInput, JoinedRows
 from agent.fleet.dataset.labels import RowLabel
+from agent.names import is_name
 from agent.transport import sample_content
 from agent.transport.sample_content import SampleContent
 from agent.transport.sealing import Opener
+from agent.wire.keys import b64url_decode
+from agent.wire.messages import JoinedSample
 from agent.wire.topics import Topic
 
 MAX_VALUES = 40_000_000
@@ -43,7 +48,10 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class Recording(msgspec.Struct):
-    """Consecutive rows of one device from number `first` on: `t` (n,) epoch µs, `values` (n, F), and their samples."""
+    """Consecutive rows of one device from number `first` on: `t` (n,) epoch µs, `values` (n, F), and their samples.
+
+    `joined`: rows that its windows were joined with, by input.
+    """
 
     device: str
     log: str
@@ -53,6 +61,7 @@ class Recording(msgspec.Struct):
     samples: list[dict[str, Any]]
     labels: list[RowLabel] = []
     predictions: dict[int, tuple[str | None, float | None, float | None]] = {}
+    joined: JoinedByInput = {}
 
     @property
     def last(self) -> int:
@@ -60,18 +69,30 @@ class Recording(msgspec.Struct):
 
 
 class Gathered(msgspec.Struct):
-    """Recordings with the columns `fields`. `left_out` counts samples by reason, `ignored` labels and verdicts."""
+    """Recordings with the columns `fields`, and those of `inputs`: the fields of further inputs.
+
+    `left_out` counts samples by reason, `ignored` labels and verdicts.
+    """
 
     fields: list[str]
     recordings: list[Recording] = []
     left_out: Counter[str] = msgspec.field(default_factory=Counter)
     ignored: Counter[str] = msgspec.field(default_factory=Counter)
     joined_rows: int = 0
+    inputs: dict[str, list[str]] = {}
 
 
 class _Opened(msgspec.Struct, frozen=True):
-    stored: StoredSample
+    """Readings of a sample; `joined`: stream and rows of each further input."""
+
+    sample: Sample
+    received: str
     content: SampleContent
+    joined: dict[str, tuple[str, SampleContent]]
+
+
+class _JoinedMember(msgspec.Struct, frozen=True):
+    joined: dict[str, JoinedSample] = {}
 
 
 def gather(db: Connection, selection: Selection, opener: Opener) -> Gathered:
@@ -81,24 +102,26 @@ def gather(db: Connection, selection: Selection, opener: Opener) -> Gathered:
     values = 0
     for stored in retraining.load_samples(db, selection.task, selection.at, selection.since, selection.until):
         digest = hashlib.sha256(stored.sealed).digest()
-        content = None if digest in seen else _open(selection.fleet, stored, opener, result.left_out)
+        readings = None if digest in seen else _open(selection.fleet, stored, opener, result.left_out)
         if digest in seen:
             # A new log repeats the messages of an old one.
             result.left_out["duplicate"] += 1
         elif selection.bundle is not None and not stored.sample.digest.startswith(selection.bundle):
             result.left_out["other bundle"] += 1
-        elif content is not None:
-            opened.append(_Opened(stored, content))
-            values += len(content.t) * len(content.fields)
+        elif readings is not None:
+            opened.append(readings)
+            contents = (readings.content, *(content for _, content in readings.joined.values()))
+            values += sum(len(content.t) * len(content.fields) for content in contents)
         seen.add(digest)
         if values > MAX_VALUES:
             raise UsageError(f"more than {MAX_VALUES:,} values; narrow the set with --since, --until or --bundle")
     result.fields = _choose_fields(opened)
+    result.inputs = joined.choose_fields((each.sample.device, each.joined) for each in opened)
     contexts: dict[tuple[str, str], LogContext] = {}
-    readings: set[bytes] = set()
+    known: set[bytes] = set()
     for each in opened:
-        sample = each.stored.sample
-        if problem := _find_problem(each.content, result.fields, readings):
+        sample = each.sample
+        if problem := _find_problem(each.content, result.fields, known):
             result.left_out[problem] += 1
             continue
         place = (sample.device, sample.log)
@@ -113,7 +136,7 @@ def gather(db: Connection, selection: Selection, opener: Opener) -> Gathered:
     return result
 
 
-def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[str]) -> SampleContent | None:
+def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[str]) -> _Opened | None:
     sample = stored.sample
     if not stored.sealed:
         left_out["withheld by the device"] += 1
@@ -121,11 +144,18 @@ def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[st
     topic = str(Topic(fleet, sample.device, "samples", sample.task))
     try:
         rows = sample.rows_last - sample.rows_first + 1
-        return sample_content.decode(opener.open_content(topic, stored.sealed), rows)
+        content = sample_content.decode(opener.open_content(topic, stored.sealed), rows)
+        inputs = {}
+        for name, part in decoders.from_json(stored.payload, _JoinedMember).joined.items():
+            if not is_name(name):
+                raise ValueError("not the name of an input")
+            data = opener.open_content(topic, b64url_decode(part.sealed))
+            inputs[name] = part.stream, sample_content.decode(data, part.n, part.rows)
+        return _Opened(sample, stored.received, content, inputs)
     except MessageRefused as refusal:
         left_out[refusal.reason] += 1
         return None
-    except ValueError:
+    except (ValueError, msgspec.MsgspecError):
         left_out["malformed content"] += 1
         return None
 
@@ -134,7 +164,7 @@ def _choose_fields(opened: Sequence[_Opened]) -> list[str]:
     """Return the fields that most devices send: one device alone cannot decide what the others' samples are for."""
     devices: dict[tuple[str, ...], list[str]] = {}
     for each in opened:
-        devices.setdefault(tuple(each.content.fields), []).append(each.stored.sample.device)
+        devices.setdefault(tuple(each.content.fields), []).append(each.sample.device)
     usable = (fields for fields in devices if RESERVED_COLUMNS.isdisjoint(fields))
     return [*max(usable, key=lambda fields: (len({*devices[fields]}), len(devices[fields]), fields), default=())]
 
@@ -154,23 +184,36 @@ def _find_problem(content: SampleContent, fields: Sequence[str], readings: set[b
 
 def _add(result: Gathered, opened: _Opened, context: dict[str, Any]) -> None:
     """Append a sample to the recordings, or the rows that are new to the last recording of its log."""
-    sample, content = opened.stored.sample, opened.content
+    sample, content = opened.sample, opened.content
     sent, unknown = dict(zip(content.fields, content.columns, strict=True)), np.full(len(content.t), np.nan)
     # A device may keep some of the fields.
     values, t = np.stack([sent.get(name, unknown) for name in result.fields], axis=1), content.t
     member = _describe(opened, context)
+    inputs = _align_joined(result, opened)
     last = result.recordings[-1] if result.recordings else None
-    if last is not None and _continues(last, sample, t):
+    if last is not None and _continues(last, sample, t) and not joined.contradict(last.joined, inputs):
         overlap = last.last - sample.rows_first + 1
         result.joined_rows += min(overlap, len(t))
         last.t = np.concatenate([last.t, t[overlap:]])
         last.values = np.concatenate([last.values, values[overlap:]])
         last.samples.append(member)
+        last.joined = joined.merge(last.joined, inputs)
         return
     if last is not None and (last.device, last.log) == (sample.device, sample.log) and sample.rows_first <= last.last:
         result.left_out["contradicts another sample"] += 1
         return
-    result.recordings.append(Recording(sample.device, sample.log, sample.rows_first, t, values, [member]))
+    recording = Recording(sample.device, sample.log, sample.rows_first, t, values, [member], joined=inputs)
+    result.recordings.append(recording)
+
+
+def _align_joined(result: Gathered, opened: _Opened) -> JoinedByInput:
+    """Return the sample's rows of further inputs, with the columns of the set."""
+    content, sample = opened.content, opened.sample
+    result_us = int(content.t[sample.row - sample.rows_first])
+    return {
+        name: JoinedRows.from_content(stream, rows, result.inputs[name], result_us)
+        for name, (stream, rows) in opened.joined.items()
+    }
 
 
 def _continues(last: Recording, sample: Sample, t: Ints) -> bool:
@@ -185,13 +228,14 @@ def _continues(last: Recording, sample: Sample, t: Ints) -> bool:
 
 def _describe(opened: _Opened, context: dict[str, Any]) -> dict[str, Any]:
     """Return the provenance of a sample."""
-    stored, sample = opened.stored, opened.stored.sample
+    sample = opened.sample
     return {
         "message": {"device": sample.device, "log": sample.log, "seq": sample.seq},
         "time": sample.time,
-        "received": stored.received,
+        "received": opened.received,
         "stream": sample.stream,
         "rows": [sample.rows_first, sample.rows_last],
+        "joined": {name: _describe_joined(*joined_rows) for name, joined_rows in opened.joined.items()},
         "row": sample.row,
         "reason": sample.reason,
         "subject": sample.subject,
@@ -201,6 +245,11 @@ def _describe(opened: _Opened, context: dict[str, Any]) -> dict[str, Any]:
         "consent": opened.content.consent,
         **context,
     }
+
+
+def _describe_joined(stream: str, rows: SampleContent) -> dict[str, Any]:
+    assert rows.numbers is not None
+    return {"stream": stream, "rows": [int(rows.numbers[0]), int(rows.numbers[-1])], "n": len(rows.t)}
 
 
 def _add_labels(db: Connection, recording: Recording, selection: Selection, result: Gathered) -> None:

@@ -1,7 +1,7 @@
 """Metric families of devices and of the fleet, from the state that the dashboard shows.
 
-Labels are bounded: names of enrolled devices, names of tasks and streams (a few per device), and fixed words. Numbers
-come from signed messages, and are left out where a device sent anything else.
+Labels are bounded: names of enrolled devices, names of tasks, outputs and streams (a few per device), and fixed
+words. Numbers come from signed messages, and are left out where a device sent anything else.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from agent import clock
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object
 from agent.names import is_name
+from agent.performance.estimates import CHANCE_ECE
+from agent.performance.metrics import METRICS
 from agent.text import printable
 
 STATES = ("online", "offline", "stopped", "silent", "enrolled", "revoked")
 DRIFT_STATES = ("ok", "drift", "fault", "insufficient")
 SEVERITIES = ("critical", "warning", "info")
 # Of one device: more than any config has, and few enough for a hostile one.
-MAX_TASKS, MAX_STREAMS = 32, 64
+MAX_TASKS, MAX_STREAMS, MAX_OUTPUTS = 32, 64, 64
 MAX_REASONS = 50
 _MAX_LABEL = 64
 _FLEET, _DEVICE = ("fleet",), ("fleet", "device")
 _TASK, _STREAM = (*_DEVICE, "task"), (*_DEVICE, "stream")
+_OUTPUT, _METRIC = (*_TASK, "output"), (*_TASK, "output", "metric")
+METRIC_NAMES = frozenset({CHANCE_ECE, *(metric.name for metric in METRICS)})
 
 
 class FleetTotals(msgspec.Struct, frozen=True):
@@ -49,6 +53,7 @@ def build_families(
     yield from _build_fleet_families(fleet, known, fleet_alerts, totals, read_us, now_us)
     yield from _build_device_families(fleet, known, now_us)
     yield from _build_task_families(fleet, known)
+    yield from _build_quality_families(fleet, known)
 
 
 def _build_fleet_families(
@@ -172,6 +177,34 @@ def _build_task_families(fleet: str, devices: Iterable[DeviceState]) -> Iterator
             if task.model:
                 bundle.add_metric(labels, {"name": to_label(task.model), "version": to_label(task.version)})
     yield from (backlog, consumed, windows, drift, tested, bundle)
+
+
+def _build_quality_families(fleet: str, devices: Iterable[DeviceState]) -> Iterator[Metric]:
+    """Yield metrics by labels of each output of the bundles that run; only names of known metrics become series."""
+
+    def gauge(name: str, help_text: str, labels: tuple[str, ...] = _METRIC) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"outstation_task_quality{name}", help_text, labels=labels)
+
+    bounds = {
+        "value": gauge("", "Metric of the newest labelled results."),
+        "low": gauge("_low", "Lower end of its 95 % interval."),
+        "high": gauge("_high", "Upper end of its 95 % interval."),
+    }
+    labels = gauge("_labels", "Labelled results that the metrics rest on.", _OUTPUT)
+    measured = gauge("_timestamp_seconds", "Time of the metrics.", _OUTPUT)
+    for device in devices:
+        running = {task.name: task.digest for task in device.tasks}
+        current = [q for q in device.quality if q.digest and q.digest == running.get(q.task)]
+        for quality in current[:MAX_OUTPUTS]:
+            place = (fleet, device.device, quality.task, quality.output)
+            _add(labels, place, quality.labels)
+            if time_us := _parse_time(quality.time):
+                measured.add_metric(place, time_us / 1e6)
+            known = {metric["metric"]: metric for metric in quality.metrics if metric.get("metric") in METRIC_NAMES}
+            for name, metric in known.items():
+                for member, family in bounds.items():
+                    _add(family, (*place, name), metric.get(member))
+    yield from (*bounds.values(), labels, measured)
 
 
 def bound_reasons(counts: Mapping[str, int]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from agent.wire.desired_state import (
     CanaryRules,
     DesiredBundle,
     Digest,
+    LimitsByOutput,
     Name,
     Share,
     StepStrategy,
@@ -48,7 +49,8 @@ class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `min_devices` must report `min_batches` each, and the step lasts at least `min_hours`. `min_agreement` bounds the
     lower end of its interval; `max_latency_ratio` (new time / old time), `max_accuracy_drop` and `max_error_growth`
-    (as a share of the old error) bound the upper ends. A larger share of failed devices aborts the roll-out.
+    (as a share of the old error) bound the upper ends. They hold for each output of the models; `outputs` has other
+    limits for some of the further ones. A larger share of failed devices aborts the roll-out.
     """
 
     min_devices: Count = 3
@@ -59,6 +61,7 @@ class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_accuracy_drop: Share | None = None
     max_error_growth: Growth | None = None
     max_failed_share: Share = 0.1
+    outputs: LimitsByOutput = {}
 
 
 class RolloutStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +133,7 @@ class _PromotionSection(Section, frozen=True):
     max_accuracy_drop: Share | None = None
     max_error_growth: Growth | None = None
     max_failed_share: Share | None = None
+    outputs: LimitsByOutput | None = None
 
 
 class _StepSection(_PromotionSection, frozen=True, kw_only=True):

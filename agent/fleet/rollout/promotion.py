@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from agent import clock
 from agent.comparison import rules
 from agent.comparison.paired_intervals import ComparisonBlock
-from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState
+from agent.comparison.rules import AGREEMENT, ESTIMATED_ACCURACY, LABELS, LATENCY, RuleLimits, RuleState, name_rule
 from agent.comparison.tally import ComparisonStats
 from agent.fleet.rollout.devices import NOT_REPORTED, RolloutDevice, StepDevices
 from agent.fleet.rollout.journal import Rollout
@@ -31,7 +31,7 @@ from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
 from agent.text import format_span, printable
-from agent.wire.messages import ShadowPayload
+from agent.wire.messages import ComparedOutput, ShadowPayload
 
 MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
 StepOutcome = Literal["wait", "promote", "finish", "abort"]
@@ -41,6 +41,7 @@ RECENTLY_SEEN_US = 3600 * 1_000_000
 MAX_WINDOW_RATIO = 2
 # Devices that one blocker names; it counts the others.
 MAX_NAMED = 5
+ERROR_RATIO = "error_ratio"
 # With fewer labelled windows the estimated accuracy is evaluated instead.
 MIN_LABELLED = 100
 
@@ -124,23 +125,34 @@ def evaluate_promotion(messages: MessagesByDevice, promote: Promotion, *, new_is
     """Evaluate every rule of `promote`. `new_is_shadow` is False where the new bundle's results are published."""
     blocks = balance_devices(messages)
     limits = RuleLimits(
-        promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth
+        promote.min_agreement,
+        promote.max_latency_ratio,
+        None,
+        promote.max_accuracy_drop,
+        promote.max_error_growth,
+        promote.outputs,
     )
-    by_rule = {result.rule: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
+    by_name = {result.name: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     block_count, device_count = len(blocks), len({block.device for block in blocks})
     sample = f"over {block_count} blocks of {device_count} devices"
     results = []
-    for name, rule, limit, bound in _promotion_rules(promote, blocks):
-        title, result = name.replace("_", " "), by_rule.get(rule)
+    for output, name, rule, limit, bound in _list_rules(limits, blocks, new_is_shadow):
+        title, result = name_rule(name.replace("_", " "), output), by_name.get(name_rule(rule, output))
+        part = rules.select_output(blocks, output) if output else blocks
+        mismatch, expected = rules.find_mismatch(part), ""
+        if name == ERROR_RATIO:
+            expected = rules.describe_expected_errors(part, new_is_shadow)
         # A rule without data blocks the promotion.
         state: RuleState = "undecided"
         value = low = high = None
-        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided)"
+        text = f"{title} unknown {sample} ({bound} {limit:g}: undecided{'; ' if mismatch else ''}{mismatch})"
         if result is not None and "value" in result.numbers:
             state = result.state
             value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
             text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
-        results.append(RuleOutcome(name, state, text, limit, value, low, high, block_count, device_count))
+        text = f"{text}; {expected}" if expected else text
+        key = name_rule(name, output)
+        results.append(RuleOutcome(key, state, text, limit, value, low, high, block_count, device_count))
     return results
 
 
@@ -168,25 +180,45 @@ def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
 
 def _count_windows(message: ShadowPayload) -> int:
     """Count the windows of a message; labels may arrive in a message without any."""
-    stats, other = message.stats, message.other_stats
-    return max(message.n, sum(message.labelled), stats.windows, other.windows, stats.abs_error.n)
+    parts: list[ShadowPayload | ComparedOutput] = [message, *message.outputs.values()]
+    return max(
+        max(part.n, sum(part.labelled), part.stats.windows, part.other_stats.windows, part.stats.abs_error.n)
+        for part in parts
+    )
 
 
-def _promotion_rules(
-    promote: Promotion, blocks: Sequence[ComparisonBlock]
+def _list_rules(
+    limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_shadow: bool
+) -> Iterator[tuple[str, str, str, float, Literal["at least", "at most"]]]:
+    """Yield (output, name, rule of `comparison.rules`, limit, bound) for each limit that is set, "" the first output.
+
+    Limits that a further output has from the first one count where they fit its kind.
+    """
+    yield from (("", *rule) for rule in _list_output_rules(limits, blocks))
+    for output in rules.list_outputs(blocks, new_is_shadow):
+        own, inherited = rules.output_limits(limits, output)
+        part = rules.select_output(blocks, output)
+        if rules.is_numeric(part):
+            own = replace(own, max_accuracy_drop=None, min_agreement=None if inherited else own.min_agreement)
+        elif not rules.find_mismatch(part):
+            own = replace(own, max_error_growth=None)
+        yield from ((output, *rule) for rule in _list_output_rules(own, part))
+
+
+def _list_output_rules(
+    limits: RuleLimits, blocks: Sequence[ComparisonBlock]
 ) -> Iterator[tuple[str, str, float, Literal["at least", "at most"]]]:
-    """Yield (name, rule of `comparison.rules`, limit, bound) for each limit that is set."""
-    if promote.min_agreement is not None:
-        yield "agreement", AGREEMENT, promote.min_agreement, "at least"
-    if promote.max_latency_ratio is not None:
-        yield "latency_ratio", LATENCY, promote.max_latency_ratio, "at most"
-    if promote.max_accuracy_drop is not None:
+    if limits.min_agreement is not None:
+        yield "agreement", AGREEMENT, limits.min_agreement, "at least"
+    if limits.max_latency_ratio is not None:
+        yield "latency_ratio", LATENCY, limits.max_latency_ratio, "at most"
+    if limits.max_accuracy_drop is not None:
         if sum(sum(block.stats.labelled) for block in blocks) >= MIN_LABELLED:
-            yield "accuracy_gain", LABELS, -promote.max_accuracy_drop, "at least"
+            yield "accuracy_gain", LABELS, -limits.max_accuracy_drop, "at least"
         else:
-            yield "estimated_accuracy_gain", ESTIMATED_ACCURACY, -promote.max_accuracy_drop, "at least"
-    if promote.max_error_growth is not None:
-        yield "error_ratio", LABELS, 1 + promote.max_error_growth, "at most"
+            yield "estimated_accuracy_gain", ESTIMATED_ACCURACY, -limits.max_accuracy_drop, "at least"
+    if limits.max_error_growth is not None:
+        yield ERROR_RATIO, LABELS, 1 + limits.max_error_growth, "at most"
 
 
 def _count_reporting(rollout: Rollout, devices: StepDevices, messages: MessagesByDevice) -> tuple[int, int, list[str]]:

@@ -15,7 +15,7 @@ from agent.errors import MessageRefused
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
-from agent.wire.messages import BundleStats, Moments, ShadowPayload
+from agent.wire.messages import BundleStats, ComparedOutput, Moments, ShadowPayload
 from agent.wire.verification import decode
 
 MAX_BLOCKS = 200
@@ -76,16 +76,24 @@ def find_contradiction(body: ShadowPayload) -> str:
     `n` excludes windows that only one bundle answered, and labels may arrive long after their windows.
     """
     rows = body.rows[1] - body.rows[0] + 1
-    if body.n > rows:
-        return f"{body.n} windows of {rows} rows"
     if body.errors > body.batches:
         return f"{body.errors} of {body.batches} batches failed"
-    if sum(body.labelled) > _MAX_LABELLED:
-        return f"{sum(body.labelled)} labelled windows in one message"
-    if body.difference.n > body.n or not _is_bounded(body.difference):
+    parts: dict[str, ShadowPayload | ComparedOutput] = {"": body, **body.outputs}
+    for output, part in parts.items():
+        if problem := _find_output_problem(part, rows, body.batches):
+            return f"output {output}: {problem}" if output else problem
+    return ""
+
+
+def _find_output_problem(part: ShadowPayload | ComparedOutput, rows: int, batches: int) -> str:
+    if part.n > rows:
+        return f"{part.n} windows of {rows} rows"
+    if sum(part.labelled) > _MAX_LABELLED:
+        return f"{sum(part.labelled)} labelled windows in one message"
+    if part.difference.n > part.n or not _is_bounded(part.difference):
         return "the differences of scores or values are out of range"
-    for name, stats in (("model", body.stats), ("other", body.other_stats)):
-        if problem := _find_stats_problem(stats, rows, body.batches):
+    for name, stats in (("model", part.stats), ("other", part.other_stats)):
+        if problem := _find_stats_problem(stats, rows, batches):
             return f"{name}: {problem}"
     return ""
 
@@ -93,7 +101,7 @@ def find_contradiction(body: ShadowPayload) -> str:
 def _find_stats_problem(stats: BundleStats, rows: int, batches: int) -> str:
     if stats.windows > rows:
         return f"answered {stats.windows} windows of {rows} rows"
-    if max(stats.scores.n, stats.expected_accuracy.n) > stats.windows:
+    if max(stats.scores.n, stats.expected_accuracy.n, stats.expected_error.n) > stats.windows:
         return f"has more scores than the {stats.windows} windows it answered"
     # A time of 0 means unknown.
     if stats.seconds and not stats.windows * _MIN_WINDOW_S <= stats.seconds <= batches * _MAX_BATCH_S:
@@ -101,8 +109,10 @@ def _find_stats_problem(stats: BundleStats, rows: int, batches: int) -> str:
     expected = stats.expected_accuracy
     if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MAX_VARIANCE * expected.n):
         return "expects an accuracy outside 0 to 1"
-    if not all(map(_is_bounded, (stats.scores, stats.abs_error))):
+    if not all(map(_is_bounded, (stats.scores, stats.abs_error, stats.expected_error))):
         return "has scores or errors that are out of range"
+    if min(stats.abs_error.mean, stats.expected_error.mean) < 0:
+        return "has absolute errors below 0"
     return ""
 
 

@@ -17,6 +17,7 @@ import msgspec
 from agent import toml_files
 from agent.errors import ConfigError
 from agent.names import is_name
+from agent.text import require_plain_name
 
 # Version of how derived features are computed.
 FEATURE_DEFINITION = 1
@@ -134,6 +135,9 @@ def name_columns(fields: Sequence[str], derived: Sequence[DerivedFeature]) -> li
     if len(set(fields)) != len(fields):
         raise ValueError("a field is named twice")
     names = [*fields, *(name for feature in derived for name in feature.columns)]
+    for kind, own in (("field", fields), ("derived feature", names[len(fields) :])):
+        for name in own:
+            require_plain_name(kind, name)
     if len(set(names)) != len(names):
         raise ValueError("derived: a name is used twice, or is a field's")
     for feature in derived:

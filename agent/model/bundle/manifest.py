@@ -22,6 +22,7 @@ from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 from agent.strict_json import check_strict_json
+from agent.text import require_plain_name
 
 FORMAT = 1
 MAX_TEXT_CHARS = 4096
@@ -199,6 +200,8 @@ class JoinedInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     def __post_init__(self) -> None:
         if len(set(self.fields)) != len(self.fields):
             raise ValueError("inputs: a field is named twice")
+        for field in self.fields:
+            require_plain_name("field", field)
         for name in ("units", "mean", "std"):
             if len(getattr(self, name)) not in (0, len(self.fields)):
                 raise ValueError(f"inputs: {name} has {len(getattr(self, name))} entries for {len(self.fields)} fields")
@@ -243,6 +246,9 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("names: low and high are the bounds of the first value; rename the others")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
+        for kind, texts in (("label", self.labels), ("value", self.names)):
+            for text in texts:
+                require_plain_name(kind, text)
         if len(set(self.names)) != len(self.names):
             raise ValueError("names: a value is named twice")
         if len(self.units) not in (0, max(1, len(self.names))):

@@ -84,6 +84,18 @@ def find_used_range(spec: JoinedInput, t: Ints, ends_us: Ints) -> tuple[int, int
     return int(index[is_known].min()), int(index[:, -1].max())
 
 
+def select_taken(spec: JoinedInput, t: Ints, ends_us: Ints, *, is_whole: bool) -> Ints | None:
+    """Return the indices of the rows with a value at `t` (m,) that windows that end at `ends_us` (w,) take.
+
+    A join over these rows alone gives the same values. None if `t` does not reach back far enough to know all of them;
+    `is_whole`: no rows came before these.
+    """
+    index = _index_rows(spec, t, ends_us)
+    # All rows before one that is too old for every window are too old themselves.
+    reaches_back = is_whole or (bool(len(t)) and int(t[0]) < int(ends_us.min()) - round(spec.max_age_s * 1e6))
+    return np.unique(index[index >= 0]) if reaches_back or (index >= 0).all() else None
+
+
 def first_needed(spec: JoinedInput, t: Ints, end_us: int) -> int:
     """Return how many of the rows with a value at `t` (m,) no window that ends at `end_us` or later needs."""
     is_recent = t >= end_us - round(spec.max_age_s * 1e6)

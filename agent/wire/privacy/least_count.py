@@ -184,11 +184,17 @@ def _limit_shadow(body: Body, k: int) -> Body:
         limited[side] = stats | ({"correct": 0} if few_labels else {})
     if body["agreeing"] is not None and _is_few(body["n"], k):
         limited |= {"n": 0, "agreeing": 0}
+    if "outputs" in body:
+        limited["outputs"] = {name: _limit_shadow(part, k) for name, part in body["outputs"].items()}
     return limited
 
 
 def _limit_samples(body: Body, k: int) -> Body:
-    return {**body, "sealed": ""} if _is_few(body["n"], k) else body
+    limited = {**body, "sealed": ""} if _is_few(body["n"], k) else body
+    if "joined" not in body:
+        return limited
+    is_few = any(_is_few(each["n"], k) for each in body["joined"].values())
+    return {**limited, "joined": {}} if is_few or not limited["sealed"] else limited
 
 
 def _limit_moments(moments: Body, k: int) -> Body:

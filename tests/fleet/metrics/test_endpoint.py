@@ -26,7 +26,7 @@ from agent.fleet.metrics import exporter as exporting
 from agent.fleet.metrics.collector_families import build_families
 from agent.fleet.metrics.endpoint import MetricsListener, dashboard_route
 from agent.fleet.metrics.exporter import DatabaseExporter
-from agent.testing.messages import FLEET
+from agent.testing.messages import FLEET, MODEL, NEW_MODEL, MessageSender, SignedMessage
 from tests.kit.dashboards import ServedDashboard, enrolled, health, served, wait_until_shown
 
 TOKEN = "t" * 40
@@ -159,6 +159,53 @@ def test_a_hostile_device_adds_no_label_and_no_wrong_number(store: FleetStore, l
     for name in ("outbox_messages", "storage_used_bytes", "storage_left_seconds", "rejected_rows_total"):
         assert value(text, f"outstation_device_{name}", device="pi-02") is None
     assert "evil" not in {name for name, _ in parse(text)}
+
+
+def measured(sender: MessageSender, output: str, *names: str, slice_name: str = "", **changes: Any) -> SignedMessage:
+    metrics = [{"metric": name, "value": 0.9, "low": 0.8, "high": None, "n": 50, "slice": slice_name} for name in names]
+    members = {"output": output} if output else {}
+    body = {"model": MODEL, "window": {"n": 50}, "metrics": metrics, **members, **changes}
+    return sender.append("quality", task=sender.task, **body)
+
+
+def quality_of(text: str) -> dict[tuple[str, str], float]:
+    samples = {labels: number for (name, labels), number in parse(text).items() if name == "outstation_task_quality"}
+    return {(dict(labels).get("output", ""), dict(labels)["metric"]): number for labels, number in samples.items()}
+
+
+def test_quality_of_each_output_is_served_with_its_interval_and_age(
+    store: FleetStore, listener: MetricsListener
+) -> None:
+    sender = enrolled(store, "pi-01")
+    running = health(sender, tasks={sender.task: {"row": 1, "stream": "watch", "model": MODEL}})
+    ingest(store, sender, running, measured(sender, "", "accuracy", "ece_chance"), measured(sender, "wear", "mae"))
+    text = fetch(listener)[1]
+    check_with_promtool(text)
+    assert quality_of(text) == {("", "accuracy"): 0.9, ("", "ece_chance"): 0.9, ("wear", "mae"): 0.9}
+    where = {"device": "pi-01", "task": sender.task, "output": "wear"}
+    assert value(text, "outstation_task_quality_low", metric="mae", **where) == 0.8
+    assert value(text, "outstation_task_quality_high", metric="mae", **where) is None
+    assert value(text, "outstation_task_quality_labels", **where) == 50
+    assert value(text, "outstation_task_quality_timestamp_seconds", **where) is not None
+    ingest(store, sender, measured(sender, "wear", "rmse"))
+    assert quality_of(fetch(listener)[1])["wear", "rmse"] == 0.9
+    ingest(store, sender, health(sender, tasks={sender.task: {"row": 1, "stream": "watch", "model": NEW_MODEL}}))
+    assert quality_of(fetch(listener)[1]) == {}, "metrics are of the bundle that runs"
+
+
+@pytest.mark.attack("devices")
+def test_a_device_that_claims_many_outputs_and_metrics_gets_a_bounded_number_of_series(
+    store: FleetStore, listener: MetricsListener
+) -> None:
+    sender = enrolled(store, "pi-04")
+    names = ["accuracy", *(f"metric-{i}" for i in range(40))]
+    claims = [measured(sender, f"o{i:03}", *names) for i in range(90)]
+    sliced = measured(sender, "", "accuracy", slice_name="room=1")
+    tasks = {sender.task: {"row": 1, "stream": "watch", "model": MODEL}}
+    ingest(store, sender, health(sender, tasks=tasks), *claims, sliced)
+    samples = quality_of(fetch(listener)[1])
+    assert {metric for _, metric in samples} == {"accuracy"}
+    assert len(samples) == 60
 
 
 def test_an_unavailable_database_is_reported_until_it_returns(store: FleetStore, listener: MetricsListener) -> None:

@@ -11,6 +11,7 @@ import pytest
 from agent import clock
 from agent.fleet.rollout.promotion import StepVerdict
 from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, new_key
+from agent.wire.desired_state import OutputLimits
 from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
@@ -106,6 +107,76 @@ def test_each_rule_uses_its_own_numbers(
     six.start(plan(rules=promotion(min_agreement=None, **limits)))
     six.in_shadow(**numbers)
     assert six.look().verdict.outcome == answer
+
+
+def wear(agreeing: int | None = None, off: float | None = None, **changes: Any) -> dict[str, Any]:
+    """Return the sums of an output `wear`, of which the new bundle's error is `off` times the old one's."""
+    side: dict[str, Any] = {"windows": 100, "seconds": 0.0}
+    other = side
+    if off is not None:
+        side, other = ({**side, "abs_error": {"n": 50, "mean": mean, "m2": 1.0}} for mean in (1.0, off))
+    return {"outputs": {"wear": {"n": 100, "agreeing": agreeing, "stats": side, "other_stats": other, **changes}}}
+
+
+AS_NEAR = {"stats": answered(off=1.0), "other_stats": answered(off=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers", "outcome", "states"),
+    [
+        ({}, wear(96), "promote", {"agreement": "passed", "wear/agreement": "passed"}),
+        ({}, wear(40), "abort", {"agreement": "passed", "wear/agreement": "failed"}),
+        ({}, wear(), "promote", {"agreement": "passed"}),
+        ({}, wear(error="only one of the two bundles has this output"), "wait", {"wear/agreement": "undecided"}),
+        ({"max_error_growth": 0.1}, {**AS_NEAR, **wear(off=2.0)}, "abort", {"wear/error_ratio": "failed"}),
+        ({"max_error_growth": 0.1}, {**AS_NEAR, **wear()}, "wait", {"wear/error_ratio": "undecided"}),
+        (
+            {"outputs": {"wear": OutputLimits(max_error_growth=0.1)}},
+            wear(off=2.0),
+            "abort",
+            {"wear/error_ratio": "failed"},
+        ),
+        (
+            {"outputs": {"wear": OutputLimits(max_error_growth=2.0)}},
+            wear(off=2.0),
+            "promote",
+            {"wear/error_ratio": "passed"},
+        ),
+        ({"outputs": {"wear": OutputLimits(ignore=True)}}, wear(40), "promote", {"agreement": "passed"}),
+    ],
+    ids=["alike", "other classes", "numbers", "dropped", "worse", "no labels", "own", "wide", "ignored"],
+)
+def test_a_second_output_is_judged_like_the_first(
+    six: Fleet, limits: dict[str, Any], numbers: dict[str, Any], outcome: str, states: dict[str, str]
+) -> None:
+    six.start(plan(rules=promotion(**limits)))
+    six.in_shadow(**numbers)
+    verdict = six.look().verdict
+    assert verdict.outcome == outcome
+    assert {name: state for name, state in rules(verdict).items() if name in states} == states
+    assert [name for name in rules(verdict) if name.startswith("wear/")] == [n for n in states if n.startswith("wear/")]
+
+
+def test_an_output_that_only_the_new_bundle_has_blocks_nothing(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(**wear(stats={"windows": 0, "seconds": 0.0}, error="only one of the two bundles has this output"))
+    assert six.look().verdict.outcome == "promote"
+
+
+def test_a_dropped_output_is_named_with_its_reason(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(**wear(error="only one of the two bundles has this output"))
+    blocker = six.look().verdict.blockers[-1]
+    assert blocker.startswith("wear/agreement unknown over 36 blocks of 6 devices (at least 0.9: undecided; only one")
+
+
+def test_expected_errors_accompany_the_measured_ones(six: Fleet) -> None:
+    six.start(plan(rules=promotion(min_agreement=None, max_error_growth=0.1)))
+    old, new = ({"n": 100, "mean": mean, "m2": 1.0} for mean in (2.0, 3.0))
+    six.in_shadow(stats={**ANSWERED, "expected_error": old}, other_stats={**ANSWERED, "expected_error": new})
+    [finding] = six.look().verdict.rule_results
+    assert finding.state == "undecided", "they decide nothing"
+    assert finding.text.endswith("; expected without labels: 3, of the previous bundle 2, ratio 1.500 [1.500, 1.500]")
 
 
 def test_in_a_canary_step_the_new_bundle_is_the_active_one(six: Fleet) -> None:
@@ -322,6 +393,9 @@ def test_a_device_counts_at_most_twice_the_median_windows(six: Fleet) -> None:
         {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 1e90, "m2": 0}}},
         {"other_stats": {**ANSWERED, "expected_accuracy": {"n": 100, "mean": 0.5, "m2": 1e9}}},
         {"difference": {"n": 101, "mean": 0, "m2": 0}},
+        {"other_stats": {**ANSWERED, "expected_error": {"n": 100, "mean": -1.0, "m2": 0}}},
+        {"outputs": {"wear": {"n": 101, "agreeing": 101}}},
+        {"outputs": {"wear": {"n": 1, "agreeing": 1, "stats": {"windows": 101, "seconds": 0.0}}}},
     ],
     ids=lambda lie: " ".join(lie),
 )

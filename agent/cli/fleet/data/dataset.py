@@ -17,7 +17,7 @@ from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
     from agent.fleet.dataset.card import DataCard
-    from agent.fleet.dataset.export import DataFormat
+    from agent.fleet.dataset.data_files import DataFormat
 
 _BEGIN, _END = "0001-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z"
 

@@ -30,7 +30,7 @@ RANGES = {"1h": 3600, "24h": 86_400, "7d": 7 * 86_400, "30d": 30 * 86_400, "all"
 _POINTS = 800
 _MAX_LABELS = 64
 _LISTED = 12
-_MAX_OUTPUTS = 60  # those with the newest metrics; a device may claim any
+_MAX_OUTPUTS = 60  # a device may claim any
 # Times that a chart can show; a producer may claim any.
 _MAX_US = 32_503_680_000_000_000
 

@@ -5,19 +5,22 @@ Pages filter and sort this state, so that no request scans the database, and sho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from agent import clock
 from agent.fleet.database.dashboard import devices as statements
+from agent.fleet.database.dashboard import history
 from agent.fleet.database.interface import Connection
 from agent.fleet.incidents.conditions import HealthReport, silence_limit_s
 from agent.names import is_name
 
 # Devices refreshed in one snapshot; the others follow in the next.
 _MAX_CHANGED = 500
+# Of one device, whatever it sends: tasks whose quality is read, and outputs of each.
+MAX_QUALITY_TASKS, MAX_OUTPUTS = 32, 60
 _DRIFT_ORDER = ("fault", "drift", "insufficient", "ok")
 
 
@@ -35,6 +38,17 @@ class TaskState(msgspec.Struct):
     drift_time: str = ""
     drift_log: str = ""
     drift_seq: int = 0
+
+
+class OutputQuality(msgspec.Struct, frozen=True):
+    """Metrics of all labelled results of one output, "" the first one, and the digest of the bundle they are about."""
+
+    task: str
+    output: str
+    digest: str
+    time: str
+    labels: int
+    metrics: list[dict[str, Any]]
 
 
 class DeviceState(msgspec.Struct):
@@ -56,6 +70,8 @@ class DeviceState(msgspec.Struct):
     clock_seq: int = 0
     tasks: list[TaskState] = []
     alerts: list[dict[str, Any]] = []
+    quality: list[OutputQuality] = []
+    quality_seq: int = 0
 
     def status(self, now_us: int) -> str:
         """Return the state for people: `revoked` and `silent` come before what the device said last."""
@@ -158,7 +174,16 @@ class FleetState:
                 *(alert for alert in self.collector_alerts if alert["device"] == name),
             ]
             self.devices[name] = device
+        self._load_quality(db, places)
         self._load_drift(db, [self.devices[name] for name in names])
+
+    def _load_quality(self, db: Connection, logs: Sequence[tuple[str, str]]) -> None:
+        newest = statements.load_newest_quality(db, logs)
+        for (name, log), row in zip(logs, newest, strict=True):
+            device, seq = self.devices[name], row[0] if row is not None else 0
+            # Labels are rare: most refreshes find nothing new.
+            if seq != device.quality_seq:
+                device.quality, device.quality_seq = _read_quality(db, name, log, device.tasks), seq
 
     def _load_drift(self, db: Connection, devices: Iterable[DeviceState]) -> None:
         tasks = [(device, task) for device in devices for task in device.tasks]
@@ -197,6 +222,19 @@ def _parse_tasks(health: dict[str, Any]) -> list[TaskState]:
         row, windows = (count if type(count := reported.get(key)) is int else 0 for key in ("row", "windows"))
         parsed.append(TaskState(name, texts[0], row, windows, texts[1], texts[2], texts[3]))
     return parsed
+
+
+def _read_quality(db: Connection, device: str, log: str, tasks: Iterable[TaskState]) -> list[OutputQuality]:
+    quality = []
+    for task in [*tasks][:MAX_QUALITY_TASKS]:
+        for row in history.load_quality(db, device, log, task.name, MAX_OUTPUTS):
+            body = decode_object(row["body"])
+            metrics = [m for m in body.get("metrics") or () if isinstance(m, dict) and not m.get("slice")]
+            n = as_object(body.get("window")).get("n")
+            labels = n if type(n) is int else 0
+            digest = _as_text(as_object(body.get("model")).get("digest"))
+            quality.append(OutputQuality(task.name, row["output"], digest, row["time"], labels, metrics))
+    return quality
 
 
 def as_object(value: object) -> dict[str, Any]:

@@ -18,6 +18,7 @@ NEWEST_HEALTH = """
     SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = 'health' ORDER BY seq DESC LIMIT 1"""
 NEWEST_WINDOW = """
     SELECT state, "to", log, seq FROM drift_windows WHERE task = ? AND device = ? ORDER BY "to" DESC LIMIT 1"""
+NEWEST_QUALITY = "SELECT seq FROM quality_messages WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT 1"
 NEWEST_CLOCK = "SELECT quality, seq FROM anchors WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT 1"
 DEVICE_ALERTS = f"""
     SELECT alert, subject, severity, summary, time, id, task, log, seq, source
@@ -53,6 +54,11 @@ def load_newest_health(db: Connection, logs: Iterable[tuple[str, str]]) -> list[
 def load_newest_windows(db: Connection, tasks: Iterable[tuple[str, str]]) -> list[Row | None]:
     """Return (state, end, log, seq) of the newest drift window of each (task, device)."""
     return db.execute_each(NEWEST_WINDOW, [*tasks])
+
+
+def load_newest_quality(db: Connection, logs: Iterable[tuple[str, str]]) -> list[Row | None]:
+    """Return (seq,) of the newest quality message of each (device, log)."""
+    return db.execute_each(NEWEST_QUALITY, [*logs])
 
 
 def load_clocks(db: Connection, logs: Iterable[tuple[str, str]]) -> list[Row | None]:

@@ -6,13 +6,18 @@ from typing import Any
 
 from agent.fleet.database.interface import Connection, Row, fetch_dicts
 
-QUALITY = """
-    SELECT n.output, q.time, q.body, q.log, q.seq
-    FROM (SELECT device, log, output, max(seq) AS seq FROM metrics
-          WHERE device = ? AND log = ? AND task = ? AND source = 'device' AND slice = ''
-          GROUP BY device, log, output ORDER BY max(seq) DESC LIMIT ?) n
-    JOIN quality_messages q ON q.device = n.device AND q.log = n.log AND q.seq = n.seq
-    ORDER BY n.output"""
+_OF_OUTPUTS = "device = ? AND log = ? AND task = ? AND source = 'device' AND slice = ''"
+# From one output to the next by the index: labels of years are not read.
+QUALITY = f"""
+    WITH RECURSIVE outputs (number, output) AS (
+        SELECT 1, min(output) FROM metrics WHERE {_OF_OUTPUTS}
+        UNION ALL
+        SELECT o.number + 1, (SELECT min(output) FROM metrics WHERE {_OF_OUTPUTS} AND output > o.output)
+        FROM outputs o WHERE o.output IS NOT NULL AND o.number < ?)
+    SELECT o.output, q.time, q.body, q.log, q.seq FROM outputs o
+    JOIN quality_messages q ON q.device = ? AND q.log = ? AND q.seq =
+        (SELECT max(seq) FROM metrics WHERE {_OF_OUTPUTS} AND output = o.output)
+    WHERE o.output IS NOT NULL ORDER BY o.output"""
 PHASES = """
     SELECT task, rollout, phase, reason, summary, time, log, seq FROM rollout_devices
     WHERE device = ? AND log = ? ORDER BY seq DESC LIMIT ?"""
@@ -31,8 +36,9 @@ COLLECTOR_METRICS = """
 
 
 def load_quality(db: Connection, device: str, log: str, task: str, limit: int) -> list[dict[str, Any]]:
-    """Return the newest message of each output of a task that has metrics of all results, by output."""
-    return fetch_dicts(db, QUALITY, device, log, task, limit)
+    """Return the newest message of each of the first outputs of a task that has metrics of all results, by output."""
+    place = (device, log, task)
+    return fetch_dicts(db, QUALITY, *place, *place, limit, *place[:2], *place)
 
 
 def load_phases(db: Connection, device: str, log: str, limit: int) -> list[dict[str, Any]]:

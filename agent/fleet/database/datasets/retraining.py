@@ -11,7 +11,7 @@ from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling.labels import TaskLog
 
 _SAMPLES = f"""
-    SELECT {COLUMNS}, m.received, s.sealed FROM samples s
+    SELECT {COLUMNS}, m.received, s.sealed, m.payload FROM samples s
     JOIN messages m ON m.device = s.device AND m.log = s.log AND m.seq = s.seq
     WHERE s.task = ? AND m.received <= ? AND s.time >= ? AND s.time <= ?
     ORDER BY s.device, s.log, s.rows_first, s.seq"""
@@ -36,11 +36,12 @@ _ALERT_VERDICTS = """
 
 
 class StoredSample(msgspec.Struct, frozen=True):
-    """A sample with its sealed readings, and the time of its arrival."""
+    """A sample with its sealed readings, the time of its arrival, and the payload of its message."""
 
     sample: Sample
     received: str
     sealed: bytes
+    payload: bytes
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -65,7 +66,7 @@ class DriftContext(msgspec.Struct, frozen=True):
 def load_samples(db: Connection, task: str, at: str, since: str, until: str) -> Iterator[StoredSample]:
     """Return the task's samples that had arrived `at` a time, by device, log and rows."""
     for row in db.execute(_SAMPLES, (task, at, since, until)):
-        yield StoredSample(Sample(*row[:-2]), row[-2], bytes(row[-1]))
+        yield StoredSample(Sample(*row[:-3]), row[-3], bytes(row[-2]), bytes(row[-1]))
 
 
 def load_claims(db: Connection, key: TaskLog, first: int, last: int) -> tuple[list[Claim], list[Claim]]:

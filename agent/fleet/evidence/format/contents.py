@@ -178,7 +178,8 @@ class ComparisonMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Statistic with its 95 % interval over `n` windows; null if there are too few messages.
 
     agreement: share of windows with the same prediction. latency_ratio: model time per window, new over old.
-    accuracy_gain, estimated_accuracy_gain: new minus old. error_ratio: mean absolute error, new over old.
+    accuracy_gain, estimated_accuracy_gain: new minus old. error_ratio, estimated_error_ratio: mean absolute error, new
+    over old. Those of a further output begin with its name: `wear/error_ratio`.
     """
 
     name: ShortText

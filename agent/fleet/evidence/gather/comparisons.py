@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
-from agent.comparison import paired_intervals
+from agent.comparison import paired_intervals, rules
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
 from agent.comparison.tally import ComparisonStats
 from agent.fleet.evidence.format.contents import (
@@ -82,15 +83,24 @@ def compare_messages(messages: Sequence[ShadowPayload], *, new_is_shadow: bool, 
         windows=total.n,
         agreeing=total.agreeing,
         labelled=sum(total.labelled),
-        metrics=list(_compute_metrics(blocks, new_is_shadow)),
+        metrics=list(_compute_all_metrics(blocks, new_is_shadow)),
         messages=[MessageRef(body.device, body.log, body.seq) for body in messages],
         omitted=omitted,
     )
 
 
+def _compute_all_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> Iterator[ComparisonMetric]:
+    agreement, *others = _compute_metrics(blocks, new_is_shadow)
+    yield agreement
+    yield _build_metric("latency_ratio", paired_intervals.latency_ratio(blocks, new_is_other=new_is_shadow))
+    yield from others
+    for name in rules.list_outputs(blocks, new_is_shadow):
+        for metric in _compute_metrics(rules.select_output(blocks, name), new_is_shadow):
+            yield replace(metric, name=rules.name_rule(metric.name, name))
+
+
 def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> Iterator[ComparisonMetric]:
     yield _build_metric("agreement", paired_intervals.agreement(blocks))
-    yield _build_metric("latency_ratio", paired_intervals.latency_ratio(blocks, new_is_other=new_is_shadow))
     stats = [block.stats for block in blocks]
     if any(sum(block.labelled) for block in stats):
         gain = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
@@ -100,6 +110,9 @@ def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> 
         yield _build_metric("estimated_accuracy_gain", gain)
     if any(block.model.abs_error.n and block.other.abs_error.n for block in stats):
         yield _build_metric("error_ratio", paired_intervals.error_ratio(blocks, new_is_other=new_is_shadow))
+    if any(block.model.expected_error.n and block.other.expected_error.n for block in stats):
+        ratio = paired_intervals.expected_error_ratio(blocks, new_is_other=new_is_shadow)
+        yield _build_metric("estimated_error_ratio", ratio)
 
 
 def _build_metric(name: str, estimate: ComparisonEstimate | None) -> ComparisonMetric:
