@@ -193,9 +193,7 @@ def test_quality_of_each_output_is_served_with_its_interval_and_age(
     assert quality_of(fetch(listener)[1]) == {}, "metrics are of the bundle that runs"
 
 
-def test_quality_that_came_before_the_health_of_its_task_is_served(
-    store: FleetStore, listener: MetricsListener
-) -> None:
+def test_quality_of_a_new_task_is_served(store: FleetStore, listener: MetricsListener) -> None:
     sender = enrolled(store, "pi-05")
     ingest(store, sender, health(sender, tasks={}), measured(sender, "", "accuracy"))
     assert quality_of(fetch(listener)[1]) == {}
