@@ -29,24 +29,24 @@ class CostMeter:
     """Counters of a task's batches. The times are those of one thread's processor clock, ns."""
 
     def __init__(self, task: str) -> None:
-        self._task, self._begun_ns, self._written_ns, self._uncounted_ns = task, 0, 0, 0
+        self._task, self._start_ns, self._written_ns, self._uncounted_ns = task, 0, 0, 0
 
     def begin_batch(self, cpu_ns: int) -> None:
-        self._begun_ns = cpu_ns
+        self._start_ns = cpu_ns
 
     def write_counters(self, tx: Transaction, windows: int, rows: int, cpu_ns: int) -> None:
         """Write the counters of the current batch; `confirm_written` follows once `tx` is committed."""
         self._written_ns = cpu_ns
-        cpu_us = (self._uncounted_ns + cpu_ns - self._begun_ns) // 1000
+        cpu_us = (self._uncounted_ns + cpu_ns - self._start_ns) // 1000
         for name, n in {"batches": 1, "windows": windows, "rows": rows, "cpu_us": cpu_us}.items():
             tx.increment_counter(f"{_TASK_PREFIX}{self._task}.{name}", n)
 
     def confirm_written(self) -> None:
-        self._begun_ns, self._uncounted_ns = self._written_ns, 0
+        self._start_ns, self._uncounted_ns = self._written_ns, 0
 
     def end_batch(self, cpu_ns: int) -> None:
         """Keep the time of the commit for the next batch."""
-        self._uncounted_ns += cpu_ns - self._begun_ns
+        self._uncounted_ns += cpu_ns - self._start_ns
 
 
 def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> None:
