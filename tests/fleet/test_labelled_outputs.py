@@ -121,7 +121,9 @@ def test_each_output_of_a_row_has_its_label_and_its_metrics(store: FleetStore, s
     given += [Label(row, None, str(row), output="heat") for row in range(1, 41)]
     outcome = add(store, sender, *given)
     assert (outcome.rejected, outcome.accepted, outcome.sources) == ({}, 82, {"human": 2})
-    values = {name: {each.metric: each.value for each in found.metrics} for name, found in outcome.further.items()}
+    values = {
+        name: {each.metric: each.value for each in evaluated.metrics} for name, evaluated in outcome.further.items()
+    }
     assert (values["wear"]["accuracy"], values["heat"]["mae"]) == (0.5, 1.0)
     assert ask(store, "SELECT output, n FROM metrics WHERE metric IN ('accuracy', 'mae') ORDER BY output") == [
         ("", 2),
