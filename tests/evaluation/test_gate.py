@@ -92,8 +92,11 @@ def test_a_quantity_without_a_value_or_interval_is_not_met(evaluation: Evaluatio
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("accuracy", "is no requirement; write a quantity, an operator and a number"),
-        ("accuracy => 0.9", "did you mean 'accuracy'"),
+        ("accuracy", "is no requirement; write a quantity, an operator (>=,"),
+        ("accuracy => 0.9", "is no requirement; write a quantity, an operator (>=, <=, >, <, ==) and a number"),
+        ("accuracy =< 0.9", "is no requirement"),
+        ("accuracy<>0.9", "is no requirement"),
+        ("accuracy != 0.9", "is no requirement"),
         (">= 0.9", "is no requirement"),
         ("accuracy >= 0.9.1", "is no requirement"),
         ("acuracy >= 0.9", "no quantity 'acuracy'; did you mean 'accuracy'"),

@@ -75,7 +75,8 @@ def split_by_device(gathered: Gathered) -> dict[str, _Part]:
             fitting.recordings.append(index)
             fitting.joined = joined.merge(fitting.joined, recording.joined)
     return {
-        device if len(own) == 1 else f"{device}-{number}": part
+        # No name of a device has a +.
+        device if len(own) == 1 else f"{device}+{number}": part
         for device, own in parts.items()
         for number, part in enumerate(own, 1)
     }

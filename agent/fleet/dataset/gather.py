@@ -175,7 +175,10 @@ def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[st
             if not is_name(name):
                 raise ValueError("not the name of an input")
             data = opener.open_content(topic, b64url_decode(part.sealed))
-            inputs[name] = part.stream, sample_content.decode(data, part.n, part.rows)
+            rows_content = sample_content.decode(data, part.n, part.rows)
+            if TIME_COLUMN in rows_content.fields:
+                raise ValueError("a field has the name of the times")
+            inputs[name] = part.stream, rows_content
         return _Opened(sample, stored.received, content, inputs)
     except MessageRefused as refusal:
         left_out[refusal.reason] += 1

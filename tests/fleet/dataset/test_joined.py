@@ -29,6 +29,8 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector import encryption_keys
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.dataset import data_files
+from agent.fleet.dataset.gather import Gathered, Recording
 from agent.fleet.dataset.joined import JoinedRows
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.labelling import labels
@@ -320,7 +322,18 @@ def test_rows_too_late_for_a_result_contradict_its_sample() -> None:
     assert first.contradicts(other)
 
 
-@pytest.mark.parametrize("damage", ["swapped", "short", "numbers"])
+def test_logs_of_a_device_take_no_file_of_a_device_of_a_similar_name() -> None:
+    def recording(device: str, log: str) -> Recording:
+        rows = JoinedRows("weather", np.array([1]), np.array([0]), np.ones((1, 1)), np.array([[0, 1]]))
+        return Recording(device, log, 1, np.zeros(1, np.int64), np.ones((1, 1)), [], joined={"weather": rows})
+
+    every = [recording("pi", "a"), recording("pi", "b"), recording("pi-1", "c"), recording("pi-2", "d")]
+    parts = data_files.split_by_device(Gathered(["x"], every, inputs={"weather": ["air"]}))
+    assert sorted(part.recordings for part in parts.values()) == [[0], [1], [2], [3]]
+    assert (parts["pi-1"].recordings, parts["pi-2"].recordings) == ([2], [3])
+
+
+@pytest.mark.parametrize("damage", ["swapped", "short", "numbers", "times"])
 def test_joined_rows_that_do_not_fit_their_message_are_counted(
     device: SampledDevice, home: Path, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +350,9 @@ def test_joined_rows_that_do_not_fit_their_message_are_counted(
             return encode(consent_text, fields, t, columns)
         if damage == "short":
             return encode(consent_text, fields, t[1:], [column[1:] for column in columns], numbers[1:])
+        if damage == "times":
+            # In a file of the set, it would stand in place of the times.
+            return encode(consent_text, ["t"], t, columns, numbers)
         return encode(consent_text, fields, t, columns, numbers + 1)
 
     monkeypatch.setattr(sample_content, "encode", damaged)

@@ -23,7 +23,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.metrics.collector_families import build_families
 from agent.fleet.metrics.endpoint import MetricsListener
 from agent.fleet.metrics.exporter import DatabaseExporter
-from agent.testing.messages import FLEET
+from agent.testing.messages import FLEET, MODEL
 from agent.testing.process import wait_until
 from scripts.grafana_dashboards import render
 from scripts.interops.prometheus import PrometheusServer
@@ -44,6 +44,10 @@ def fill(store: FleetStore) -> None:
     sender = enrolled(store, "pi-07", 7)
     messages = [sender.results(), sender.drift("drift"), health(sender, throttle={"temperature": 50.0})]
     messages.append(sender.alert("exercise/ax/drift/1"))
+    running = {sender.task: {"row": 1, "stream": "watch", "model": MODEL}}
+    metric = {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 50}
+    messages.append(sender.append("quality", task=sender.task, model=MODEL, window={"n": 50}, metrics=[metric]))
+    messages.append(health(sender, throttle={"temperature": 50.0}, tasks=running))
     now = clock.to_rfc3339(clock.read().wall_us)
     store.ingest([Arrival(sender.verify(m)) for m in messages], [Refusal("pi-07", "unsigned", "", "t", b"", "")], now)
 
