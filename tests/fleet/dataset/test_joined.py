@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,56 @@ def test_a_set_gives_the_bits_that_the_device_computed(
     assert len(same) > 2 * len(chosen)
     assert np.mean(same) > 0.8
     command = ["evaluate", str(packed), str(tmp_path / "set" / "by-device"), "--no-latency", "--json"]
+    done = CliRunner().invoke(model_command, [*command, "--join", f"weather={tmp_path / 'set' / 'joined-weather'}"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["data"]["windows"] == len(chosen)
+    checked = CliRunner().invoke(fleet, ["dataset", "check", str(tmp_path / "set")])
+    assert checked.exit_code == 0, checked.output
+
+
+def test_labels_of_further_outputs_have_a_column_that_the_evaluation_reads(
+    device: SampledDevice, home: Path, packed: Path, tmp_path: Path
+) -> None:
+    chosen = sorted(run_in_pieces(device, 3))[6:-6:9]
+    sample(device, home, chosen).close()
+    wear = tmp_path / "wear.csv"
+    wear.write_text(
+        "row,label,output\n" + "".join(f"{row},{row / 10},\n" for row in chosen) + f"{chosen[0]},hot|wet,flags\n"
+    )
+    done = CliRunner().invoke(
+        fleet, ["label", "pi-07", "tiny", str(wear), "--output", "wear", "--dir", str(home), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    known = json.loads(done.stdout)
+    assert (known["sources"], known["metrics"]) == ({}, [])
+    assert {name: each["sources"] for name, each in known["outputs"].items()} == {
+        "flags": {"human": 1},
+        "wear": {"human": len(chosen)},
+    }
+    assert "mae" in {metric["metric"] for metric in known["outputs"]["wear"]["metrics"]}
+    card = export(home, tmp_path / "set", "--format", "csv", "--only-labelled")
+    assert card["labels"]["labelled"] == 0
+    assert {name: each["labels"]["labelled"] for name, each in card["outputs"].items()} == {
+        "flags": 1,
+        "wear": len(chosen),
+    }
+    text = (tmp_path / "set" / "DATA_CARD.md").read_text()
+    assert "## Labels of output wear by person" in text
+    assert "Give labels" not in text
+    with (tmp_path / "set" / "data.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert {row["label"] for row in rows} == {""}
+    assert sorted(float(row["label_wear"]) for row in rows if row["label_wear"]) == [row / 10 for row in chosen]
+    assert [row["label_flags"] for row in rows if row["label_flags"]] == ["hot|wet"]
+    command = [
+        "evaluate",
+        str(packed),
+        str(tmp_path / "set" / "by-device"),
+        "--no-latency",
+        "--json",
+        "--output",
+        "wear",
+    ]
     done = CliRunner().invoke(model_command, [*command, "--join", f"weather={tmp_path / 'set' / 'joined-weather'}"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["data"]["windows"] == len(chosen)
