@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -10,6 +11,8 @@ _SIZES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 # Few enough digits that every unit gives a finite number.
 _QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
+# Between the parts of "2 h 05 min", as reports print it.
+_PART_GAP = re.compile(r"(?<=[A-Za-z])\s+(?=\d)")
 
 
 class Size(int):
@@ -26,7 +29,7 @@ def parse_size(text: str) -> Size:
 
 
 def parse_duration(text: str) -> Duration:
-    """Parse `"10 s"`, `"5 min"`, `"72 h"` to seconds. Raises ValueError."""
+    """Parse `"10 s"`, `"72 h"`, `"2 h 05 min"` to seconds; the larger unit comes first. Raises ValueError."""
     return Duration(_parse_quantity(text, _DURATIONS))
 
 
@@ -40,9 +43,10 @@ def decode_quantity(kind: type, value: Any) -> Any:
 
 
 def _parse_quantity(text: str, units: dict[str, Any]) -> float:
-    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
-    unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
-    if match is None or unit is None:
+    parts = _PART_GAP.split(text) if isinstance(text, str) else []
+    matches = [match for part in parts if (match := _QUANTITY.fullmatch(part))]
+    sizes = [size for match in matches for unit, size in units.items() if unit.lower() == match[2].lower()]
+    if not parts or len(sizes) < len(parts) or any(second >= first for first, second in pairwise(sizes)):
         example = "512 MiB" if units is _SIZES else "10 s"
         raise ValueError(f'{text!r} must be a number with a unit: {", ".join(units)}; such as "{example}"')
-    return float(match[1]) * float(units[unit])
+    return sum(float(match[1]) * float(size) for match, size in zip(matches, sizes, strict=True))

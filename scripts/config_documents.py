@@ -34,8 +34,9 @@ Made by `python -m scripts.config_documents`: do not edit.
 
 {text}
 
-Sizes and durations are texts with a unit: `"512 MiB"`, `"10 s"`, `"72 h"`. Unknown keys are errors. Paths are relative
-to the file. Column `default`: `required` means that the key must be given; `–` means that nothing is set without it.
+Sizes and durations are texts with a unit: `"512 MiB"`, `"10 s"`, `"72 h"`, `"2 h 05 min"`. Unknown keys are errors.
+Paths are relative to the file. Column `default`: `required` means that the key must be given; `–` means that nothing is
+set without it.
 """
 _DEVICE = """\
 `outstation.toml`. Device commands take `-c FILE`, else `$OUTSTATION_CONFIG`, else `./outstation.toml`, else

@@ -33,7 +33,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         if end.code is not None and not isinstance(end.code, int):
             raise
         code = end.code or 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        # Click itself turns an interrupt into an error, but not while modules are imported.
         from agent.cli import commands
 
         code = commands.report_error(error, words)
@@ -67,8 +68,10 @@ def _end() -> None:
     """
     if _exit_code is not None:
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                # There is none where the process was started without this descriptor.
+                if stream is not None:
+                    stream.flush()
         except (OSError, ValueError):
             # Python's own end reports it.
             return

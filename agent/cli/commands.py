@@ -111,7 +111,7 @@ def cli() -> None:
     """
 
 
-def report_error(error: Exception, args: Sequence[str]) -> int:
+def report_error(error: Exception | KeyboardInterrupt, args: Sequence[str]) -> int:
     """Print one line about an error that ended a command, and return the exit code; with the variable, raise it."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
@@ -121,7 +121,7 @@ def report_error(error: Exception, args: Sequence[str]) -> int:
         return 1
     if isinstance(error, click.ClickException):
         code, text = error.exit_code, _describe_misuse(error)
-    elif isinstance(error, click.Abort):
+    elif isinstance(error, click.Abort | KeyboardInterrupt):
         code, text = 1, "interrupted"
     elif os.environ.get(_TRACEBACK_VARIABLE):
         raise error

@@ -76,7 +76,7 @@ def describe_money(month: Usage, prices: PriceList, devices: int) -> None:
     rows.append(["collector or endpoint", _format_money(comparison.edge.fixed), _format_money(comparison.cloud.fixed)])
     rows.append(["sum", *(_format_money(side.total(devices)) for side in (comparison.edge, comparison.cloud))])
     echo("")
-    print_table([f"{unit} a month, {devices:,} devices", "on the devices", "in a cloud"], rows, "")
+    print_table([f"{unit} a month, {_format_devices(devices)}", "on the devices", "in a cloud"], rows, "")
     free = [
         words
         for words, price in (
@@ -94,9 +94,13 @@ def describe_money(month: Usage, prices: PriceList, devices: int) -> None:
     echo(_describe_break_even(comparison.break_even, comparison.cheaper_until))
 
 
+def _format_devices(count: int) -> str:
+    return f"{count:,} device{'s' if count > 1 else ''}"
+
+
 def _describe_break_even(count: int | None, most: int | None) -> str:
     if most is not None:
-        return f"By these prices models on the devices are cheaper up to {most:,} devices, the cloud beyond."
+        return f"By these prices models on the devices are cheaper up to {_format_devices(most)}, the cloud beyond."
     if count is None:
         return "By these prices the cloud is cheaper for a fleet of any size."
     if count == 1:

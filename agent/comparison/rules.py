@@ -21,6 +21,8 @@ RuleState = Literal["passed", "failed", "undecided"]
 # Rule names are also the reasons for which a device rolls a bundle back.
 AGREEMENT, LATENCY, ERROR_RATE, LABELS = "agreement", "latency", "error_rate", "labels"
 ESTIMATED_ACCURACY = "estimated_accuracy"
+# With more agreement than this, drift of the predictions is the site's and not the bundle's.
+_MIN_AGREEMENT = 0.9
 _LOWER_RELATIONS = {"passed": "not below", "failed": "below", "undecided": "undecided against"}
 _UPPER_RELATIONS = {"passed": "not above", "failed": "above", "undecided": "undecided against"}
 
@@ -107,7 +109,7 @@ def select_output(blocks: Sequence[ComparisonBlock], name: str) -> list[Comparis
 def output_limits(limits: RuleLimits | CanaryRules, name: str) -> tuple[RuleLimits, bool]:
     """Return the limits of a further output, and if its `min_agreement` is that of the first output."""
     own = limits.outputs.get(name, OutputLimits())
-    if own.ignore:
+    if is_ignored(limits, name):
         return RuleLimits(), False
     names = ("min_agreement", "max_accuracy_drop", "max_error_growth")
     chosen = {n: getattr(limits if getattr(own, n) is None else own, n) for n in names}
@@ -123,6 +125,27 @@ def is_numeric(blocks: Sequence[ComparisonBlock]) -> bool:
 def find_mismatch(blocks: Sequence[ComparisonBlock]) -> str:
     """Return why the predictions of the two bundles cannot agree; "" if they can."""
     return next((b.stats.error for b in reversed(blocks) if b.stats.n and b.stats.agreeing is None), "")
+
+
+def is_ignored(limits: RuleLimits | CanaryRules, name: str) -> bool:
+    return limits.outputs.get(name, OutputLimits()).ignore
+
+
+def is_disagreeing(
+    limits: CanaryRules, blocks: Sequence[ComparisonBlock], drifting: Sequence[str], new_is_other: bool
+) -> bool | None:
+    """Return True if the bundles differ in an output, or if `drifting` ones cannot be compared; None: too few blocks.
+
+    Further outputs that agree say nothing of a first one whose predictions are numbers.
+    """
+    names = [name for name in list_outputs(blocks, new_is_other) if not is_ignored(limits, name)]
+    parts = {"": blocks, **{name: select_output(blocks, name) for name in names}}
+    estimates = {name: estimate for name, part in parts.items() if (estimate := paired_intervals.agreement(part))}
+    if any(estimate.low < _MIN_AGREEMENT for estimate in estimates.values()):
+        return True
+    if estimates and ("" in estimates or "" not in drifting):
+        return False
+    return None if len(blocks) < MIN_BLOCKS else True
 
 
 def _evaluate_agreement(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:

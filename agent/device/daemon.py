@@ -40,7 +40,7 @@ from agent.text import pluralize
 
 log = logging.getLogger("outstation")
 _SPACE_INTERVAL_S = 10.0
-_LABEL_INTERVAL_S = 5.0
+_LABEL_INTERVAL_S, _LABEL_RETRY_S = 5.0, 60.0
 _MAX_WAIT_S = 5.0
 # A task processes its backlog for this long before commands, health, the clock and the other tasks get their turn.
 _TIME_SLICE_S = 1.0
@@ -153,7 +153,8 @@ class Daemon:
             self._notifier.start()
         if not self.signals.is_stopping:
             notify("READY=1")
-            log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
+            streams, tasks = len(self._conf.streams), len(self._scheduled_tasks)
+            log.info("running: %s, %s", pluralize(streams, "stream"), pluralize(tasks, "task"))
         while not self.signals.is_stopping:
             began = self._now()
             wait = self.tick(began)
@@ -382,7 +383,10 @@ class Daemon:
                 label_metrics.tick(scheduled.task, self._store, self._message_log, self._now(), keep_s)
                 self._clear_backoff(name, _LABELS_SUFFIX)
             except (StorageBusy, StorageFull) as problem:
-                log.error("task %s: %s; its labels are evaluated again soon", name, problem)
+                # What fails for one task fails for the next.
+                self._next_label_check = self._now().boot_s + _LABEL_RETRY_S
+                log.error("task %s: %s; labels are evaluated again in a minute", name, problem)
+                return
             except StorageError:
                 raise
             except Exception as error:

@@ -25,7 +25,10 @@ from agent.text import format_interval, format_value
 from agent.wire.desired_state import CanaryRules
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
-_PATTERN = re.compile(r"\s*(?P<quantity>\S.*?)\s*(?P<operator>>=|<=|==|>|<)\s*(?P<limit>[-+0-9._eE]+)\s*", re.DOTALL)
+# No quantity ends with a character of an operator: `=>` is not `>` of a quantity that ends with `=`.
+_PATTERN = re.compile(
+    r"\s*(?P<quantity>\S.*?)(?<![\s=<>!])\s*(?P<operator>>=|<=|==|>|<)\s*(?P<limit>[-+0-9._eE]+)\s*", re.DOTALL
+)
 _CLASS_METRICS = ("precision", "recall", "f1")
 _BOUNDS = {".low": "low", ".high": "high"}
 _DEFAULTS = CanaryRules()
@@ -109,7 +112,8 @@ def parse_requirement(text: str, where: str) -> Requirement:
         match = None
     if match is None:
         raise UsageError(
-            f'{where}: {text!r} is no requirement; write a quantity, an operator and a number: "accuracy.low >= 0.9"'
+            f"{where}: {text!r} is no requirement; write a quantity, an operator ({', '.join(_OPERATORS)}) and a "
+            'number: "accuracy.low >= 0.9"'
         )
     quantity, bound = match["quantity"], "value"
     for ending, name in _BOUNDS.items():

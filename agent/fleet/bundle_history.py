@@ -54,14 +54,24 @@ class _TargetBundle(msgspec.Struct):
     digest: str
 
 
-class _ActivationEvidence(msgspec.Struct):
-    """The members of the evidence of an `activated` audit message that describe labels."""
-
-    task: str
-    to: _TargetBundle
+class _OutputLabels(msgspec.Struct):
     kind: str
     labels: tuple[str, ...] = ()
     threshold: float | None = None
+
+    def to_schema(self) -> BundleLabelSchema | None:
+        """Return None where the device left the labels out, which were too long for the message."""
+        if self.kind in ("classify", "several") and not self.labels:
+            return None
+        return BundleLabelSchema(LabelSchema(self.kind, self.labels), True, self.threshold)
+
+
+class _ActivationEvidence(_OutputLabels, kw_only=True):
+    """The members of the evidence of an `activated` audit message that describe labels; `outputs`: further ones."""
+
+    task: str
+    to: _TargetBundle
+    outputs: dict[str, _OutputLabels] = {}
 
 
 def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
@@ -83,10 +93,13 @@ def load_bundle_runs(db: Connection, key: TaskLog) -> dict[int, BundleRun]:
     return runs
 
 
-def resolve_label_schema(db: Connection, key: TaskLog, digest: str, texts: Sequence[str]) -> BundleLabelSchema:
-    """Return the schema that the device declared when it activated the bundle, else infer it.
+def resolve_label_schema(
+    db: Connection, key: TaskLog, digest: str, texts: Sequence[str], output: str = ""
+) -> BundleLabelSchema | None:
+    """Return the schema of an output that the device declared when it activated the bundle, else infer it.
 
-    `texts`: labels of the task, from which the schema is inferred if no result has a label.
+    `texts`: labels of the output, from which the schema is inferred if no result has a label. None if neither the
+    bundle nor a result has the further output.
     """
     device, task, _ = key
     for payload in labels.load_audit_payloads(db, device, digest):
@@ -98,10 +111,39 @@ def resolve_label_schema(db: Connection, key: TaskLog, digest: str, texts: Seque
             # Another event, or a version that did not declare labels.
             continue
         if (activation.task, activation.to.digest) == (task, digest):
-            return BundleLabelSchema(LabelSchema(activation.kind, activation.labels), True, activation.threshold)
+            if output and activation.outputs and output not in activation.outputs:
+                return None
+            declared = activation.outputs.get(output) if output else activation
+            schema = None if declared is None else declared.to_schema()
+            if schema is not None:
+                return schema
+            break
+    return _infer_further_schema(db, key, texts, output) if output else _infer_schema(db, key, texts)
+
+
+def _infer_schema(db: Connection, key: TaskLog, texts: Sequence[str]) -> BundleLabelSchema:
     predicted = tuple(labels.load_result_labels(db, key))
     if predicted:
         return BundleLabelSchema(LabelSchema("classify", predicted), False)
+    return BundleLabelSchema(_guess_number_schema(texts), False)
+
+
+def _infer_further_schema(db: Connection, key: TaskLog, texts: Sequence[str], output: str) -> BundleLabelSchema | None:
+    predicted, has_values = set[str](), False
+    for result in labels.load_further_results(db, key, output):
+        has_values |= result.value is not None
+        if result.label is not None:
+            predicted.add(result.label)
+    if has_values:
+        schema = LabelSchema("anomaly") if predicted else _guess_number_schema(texts)
+    elif predicted:
+        schema = LabelSchema("classify", tuple(sorted(predicted)))
+    else:
+        return None
+    return BundleLabelSchema(schema, False)
+
+
+def _guess_number_schema(texts: Sequence[str]) -> LabelSchema:
     # 1 and 0 may be numbers; words are not.
     is_anomaly = any(parse_anomaly(text) is not None and not text.isdigit() for text in texts)
-    return BundleLabelSchema(LabelSchema("anomaly" if is_anomaly else "regress"), False)
+    return LabelSchema("anomaly" if is_anomaly else "regress")

@@ -7,6 +7,9 @@ import errno
 import gc
 import io
 import logging
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,8 @@ from agent.errors import StorageError
 from scripts.fuzzing import malformed, site
 from scripts.fuzzing.malformed import run_command
 from tests.kit.commands import call_outstation
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,27 @@ def test_a_command_in_a_process_that_goes_on_leaves_what_is_exempt_from_garbage_
     finally:
         # As the end of the collection of tests left it.
         gc.freeze()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_started_without_standard_output_or_error_ends_as_otherwise(tmp_path: Path, closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m agent status -c no.toml {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == int("2>" not in closed), done.stderr
+
+
+@pytest.mark.process
+def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
+    # The import of Click ends as by Ctrl-C.
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    program = "import sys\nfrom agent.cli import main\nsys.path.insert(0, sys.argv.pop(1))\n"
+    program += "def restore(*_):\n    sys.path.pop(0)\n    raise KeyboardInterrupt\n"
+    program += "import signal\nsignal.signal(signal.SIGINT, restore)\nmain()"
+    command = [sys.executable, "-c", program, str(tmp_path), "status"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (1, "outstation: interrupted\n")
 
 
 def test_a_command_that_needs_a_missing_package_names_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,3 +248,31 @@ def test_an_output_of_another_kind_is_undecided() -> None:
     [_, wear] = verdict.evaluate_rules(RuleLimits(0.9), blocks, True)
     assert (wear.name, wear.state) == ("wear/agreement", "undecided")
     assert "the other as regress" in wear.summary
+
+
+AGREES, DIFFERS = ({"n": 50, "agreeing": agreeing} for agreeing in (50, 20))
+NUMBERS = {"n": 50, "agreeing": None}
+
+
+@pytest.mark.parametrize(
+    ("first", "flags", "drifting", "limits", "answer"),
+    [
+        (AGREES, AGREES, "", {}, False),
+        (AGREES, DIFFERS, "", {}, True),
+        (AGREES, DIFFERS, "", {"flags": OutputLimits(ignore=True)}, False),
+        (NUMBERS, AGREES, "", {}, True),
+        (NUMBERS, AGREES, "flags", {}, False),
+        (AGREES, NUMBERS, "flags", {}, False),
+        (NUMBERS, NUMBERS, "flags", {}, True),
+    ],
+    ids=["site", "bundle", "ignored", "numbers drift", "flags drift", "other numbers", "only numbers"],
+)
+def test_a_drift_alert_is_the_sites_where_both_bundles_answer_alike(
+    first: dict[str, Any], flags: dict[str, Any], drifting: str, limits: dict[str, OutputLimits], answer: bool
+) -> None:
+    stats = BundleStats(50, 0.1)
+    further = ComparisonStats(**flags, model=stats, other=stats)
+    block = ComparisonBlock(ComparisonStats(1, **first, model=stats, other=stats, outputs={"flags": further}))
+    rules = CanaryRules(outputs=limits)
+    assert verdict.is_disagreeing(rules, [block] * 12, [drifting], True) is answer
+    assert verdict.is_disagreeing(rules, [block] * 3, [drifting], True) is None

@@ -385,13 +385,35 @@ def test_sizes_have_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("250 ms", 0.25), ("10 s", 10), ("1.5 min", 90), ("72 h", 259_200), ("2d", 172_800)]
+    ("text", "seconds"),
+    [
+        *(("250 ms", 0.25), ("10 s", 10), ("1.5 min", 90), ("72 h", 259_200), ("2d", 172_800)),
+        *(("2 h 40 min", 9600), ("2 h 05 min", 7500), ("1 d 2 h 3 min 4 s", 93_784)),
+    ],
 )
 def test_durations_have_units(text: str, seconds: float) -> None:
     assert config.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "10", "10 x", "1e3 s", "-1 s", "1 s 2", "nan s", "inf h", "1,5 s"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "s",
+        "10",
+        "10 x",
+        "1e3 s",
+        "-1 s",
+        "1 s 2",
+        "40 min 2 h",
+        "1 h 1 h",
+        "1 h min",
+        "1h30min",
+        "nan s",
+        "inf h",
+        "1,5 s",
+    ],
+)
 def test_what_is_no_quantity_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a number with a unit"):
         config.parse_duration(text)

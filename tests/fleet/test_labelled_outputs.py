@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from agent.fleet.database.dashboard import history
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.labelling import candidates
+from agent.fleet.database.labelling import verdicts as verdict_tables
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.gather.accuracy import AccuracyCollector, select_headline
-from agent.fleet.labelling import labels
+from agent.fleet.labelling import feedback_loops, labels
+from agent.fleet.labelling.labels import LabelOutcome
 from agent.performance.labels import Label
-from agent.testing.messages import MessageSender
+from agent.testing.messages import MODEL as MODEL_OF_RESULTS
+from agent.testing.messages import MessageSender, SignedMessage
 from agent.wire.messages import QualityPayload
 from tests.kit.dashboards import enrolled
 
@@ -27,8 +32,8 @@ def metric(name: str, value: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
     yield opened
     opened.close()
 
@@ -69,13 +74,127 @@ def test_the_evidence_lists_the_accuracy_of_each_output(store: FleetStore, sende
     }
 
 
-def test_labels_of_a_further_output_are_for_the_device_alone(store: FleetStore, sender: MessageSender) -> None:
-    send(store, sender)
-    given = [Label(1, None, "PEN"), Label(1, None, "0.5", output="wear")]
+LABEL_NAMES = ("PEN", "ABD", "FEL")
+FURTHER = {"kind": "classify", "labels": ["new", "worn", "broken"], "threshold": None}
+
+
+def results(sender: MessageSender, n: int = 40) -> SignedMessage:
+    """Return results of a model with the further outputs wear (classes), flags (anomalies) and heat (numbers)."""
+    columns = {
+        "row": [*range(1, n + 1)],
+        "t": [1_764_022_680_000_000 + row for row in range(n)],
+        "label": ["PEN"] * n,
+        "score": [0.9] * n,
+        "label_wear": ["worn" if row % 2 else "new" for row in range(n)],
+        "score_wear": [0.8] * n,
+        "label_flags": ["normal"] * n,
+        "value_flags": [0.25 if row % 2 else 0.75 for row in range(n)],
+        "value_heat": [float(row) for row in range(n)],
+    }
+    return sender.results(n, rows_at=(1, n), columns=columns)
+
+
+def activated(sender: MessageSender, **outputs: Any) -> SignedMessage:
+    to = {name: MODEL_OF_RESULTS[name] for name in ("name", "version", "digest")}
+    evidence = {"task": sender.task, "from": None, "to": to, "why": "configured", **FURTHER, "labels": LABEL_NAMES}
+    return sender.append("audit", event="activated", summary="", evidence={**evidence, "outputs": outputs})
+
+
+def ingest(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> None:
+    assert set(store.ingest([Arrival(sender.verify(item)) for item in sent], [], NOW)) == {"new"}
+
+
+def add(store: FleetStore, sender: MessageSender, *given: Label) -> LabelOutcome:
     with store.transaction() as db:
-        outcome = labels.add(db, "pi-07", sender.task, given, NOW, "ada")
-    assert outcome.accepted == 1
-    assert "send it there (--send)" in outcome.rejected[1]
+        return labels.add(db, "pi-07", sender.task, given, NOW, "ada")
+
+
+def ask(store: FleetStore, sql: str) -> list[Any]:
+    with store.snapshot() as db:
+        return db.execute(sql).fetchall()
+
+
+def test_each_output_of_a_row_has_its_label_and_its_metrics(store: FleetStore, sender: MessageSender) -> None:
+    ingest(store, sender, results(sender))
+    given = [Label(row, None, "PEN") for row in (1, 2)]
+    given += [Label(row, None, "worn", output="wear") for row in range(1, 41)]
+    given += [Label(row, None, str(row), output="heat") for row in range(1, 41)]
+    outcome = add(store, sender, *given)
+    assert (outcome.rejected, outcome.accepted, outcome.sources) == ({}, 82, {"human": 2})
+    values = {
+        name: {each.metric: each.value for each in evaluated.metrics} for name, evaluated in outcome.further.items()
+    }
+    assert (values["wear"]["accuracy"], values["heat"]["mae"]) == (0.5, 1.0)
+    assert ask(store, "SELECT output, n FROM metrics WHERE metric IN ('accuracy', 'mae') ORDER BY output") == [
+        ("", 2),
+        ("heat", 40),
+        ("wear", 40),
+    ]
+    again = add(store, sender, Label(1, None, "new", output="wear"), Label(1, None, "PEN", output=""))
+    assert again.replaced == 1
+    assert ask(store, "SELECT output, label FROM labels WHERE row = 1 ORDER BY output") == [
+        ("", "PEN"),
+        ("heat", "1"),
+        ("wear", "new"),
+    ]
+
+
+def test_labels_that_the_further_output_does_not_know_are_rejected(store: FleetStore, sender: MessageSender) -> None:
+    ingest(store, sender, results(sender))
+    outcome = add(
+        store,
+        sender,
+        Label(1, None, "broken", output="wear"),
+        Label(1, None, "hot", output="heat"),
+        Label(1, None, "worn", output="tear"),
+        Label(1, None, "PEN", output="wear"),
+        Label(1, None, "worn"),
+    )
+    assert outcome.accepted == 0
+    assert "it knows new, worn, as inferred from its results" in outcome.rejected[0]
+    assert "no finite number" in outcome.rejected[1]
+    assert "has no further output 'tear'" in outcome.rejected[2]
+    assert ask(store, "SELECT count(*) FROM labels") == ask(store, "SELECT count(*) FROM metrics") == [(0,)]
+
+
+def test_a_device_declares_the_labels_of_its_further_outputs(store: FleetStore, sender: MessageSender) -> None:
+    flags = {"kind": "anomaly", "labels": [], "threshold": 0.5}
+    ingest(store, sender, activated(sender, wear=FURTHER, flags=flags), results(sender))
+    given = [Label(row, None, "anomaly" if row % 2 else "normal", output="flags") for row in range(1, 41)]
+    outcome = add(store, sender, *given, Label(1, None, "broken", output="wear"), Label(1, None, "1", output="heat"))
+    # Not declared, although a column of the results has its name.
+    assert {*outcome.rejected} == {41}
+    metrics = {each.metric: each.value for each in outcome.further["flags"].metrics}
+    assert metrics["auc"] == 1.0
+    assert ask(store, "SELECT label FROM labels WHERE output = 'wear'") == [("broken",)]
+
+
+def test_what_people_see_of_first_outputs_ignores_labels_of_others(store: FleetStore, sender: MessageSender) -> None:
+    ingest(store, sender, results(sender))
+    add(store, sender, *(Label(row, None, "worn", output="wear") for row in range(1, 41)))
+    key = ("pi-07", sender.task, sender.log)
+    with store.snapshot() as db:
+        assert candidates.load_labelled_rows(db, key, 1) == set()
+        assert candidates.count_classes(db, key) == {}
+        assert verdict_tables.compare_with_scores(db) == []
+        assert {each["output"] for each in history.load_collector_metrics(db, "pi-07", sender.task)} == {"wear"}
+        queries = EvidenceQueries(store, db)
+        entries = AccuracyCollector({}).build_entries(queries.load_collector_metrics(), queries.count_labels())
+    assert {entry.output: entry.labels for entry in entries} == {"wear": {"human": 40}}
+
+
+def test_answers_of_the_model_as_labels_of_a_further_output_are_a_loop(
+    store: FleetStore, sender: MessageSender
+) -> None:
+    ingest(store, sender, results(sender))
+    add(store, sender, *(Label(row, None, "worn", "model", output="wear") for row in range(1, 41)))
+    with store.snapshot() as db:
+        [loop] = feedback_loops.find(db)
+    assert (loop["kind"], loop["output"], loop["n"]) == ("own_answers", "wear", 40)
+
+
+def test_a_command_for_the_device_names_the_outputs() -> None:
+    given = [Label(1, None, "PEN"), Label(1, None, "0.5", output="wear")]
     [(_, _, columns)] = labels.split_labels(given)
     assert json.loads(columns)["output"] == ["", "wear"]
     [(_, _, columns)] = labels.split_labels(given[:1])

@@ -116,15 +116,19 @@ def test_processes_that_start_at_once_make_the_tables_once(postgres_url: str) ->
 def test_a_database_of_an_older_version_is_migrated_and_not_read_before(postgres_url: str) -> None:
     store = FleetStore(postgres_url)
     with store.transaction() as db:
+        # The index of a migration goes with its column.
         db.execute("ALTER TABLE metrics DROP COLUMN output")
-        # The index of the last migration goes with its column.
-        db.execute("DELETE FROM migrations WHERE number >= ?", (len(MIGRATIONS) - 1,))
+        db.execute("ALTER TABLE labels DROP COLUMN output")
+        db.execute("ALTER TABLE labels ADD PRIMARY KEY (device, task, log, row)")
+        db.execute("INSERT INTO labels VALUES ('d', 'exercise', 'log', 7, 'PEN', 'human', '2026', 'eva')")
+        db.execute("DELETE FROM migrations WHERE number >= ?", (len(MIGRATIONS) - 2,))
     store.close()
     with pytest.raises(UsageError, match="created by an older version"):
         FleetStore(postgres_url, read_only=True)
     FleetStore(postgres_url).close()
     reading = FleetStore(postgres_url, read_only=True)
     assert ask(reading, "SELECT count(output) FROM metrics") == [(0,)]
+    assert ask(reading, "SELECT * FROM labels") == [("d", "exercise", "log", 7, "PEN", "human", "2026", "eva", "")]
     reading.close()
 
 

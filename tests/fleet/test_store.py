@@ -133,12 +133,15 @@ def test_gaps_of_an_ended_log_are_declared_in_any_order(
 def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path: Path) -> None:
     path = tmp_path / "fleet.db"
     FleetStore(path).close()
-    newest = [migration.name for migration in MIGRATIONS[-2:]]
-    assert newest == ["name_output_of_metrics", "index_metrics_by_output"]
+    newest = [migration.name for migration in MIGRATIONS[-3:]]
+    assert newest == ["name_output_of_metrics", "index_metrics_by_output", "name_output_of_labels"]
     with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP TABLE labels")
+        db.execute(next(text for text in MIGRATIONS[0].statements if text.startswith("CREATE TABLE labels")))
+        db.execute("INSERT INTO labels VALUES ('d', 'exercise', 'log', 7, 'PEN', 'human', '2026', 'eva')")
         db.execute("DROP INDEX metrics_by_output")
         db.execute("ALTER TABLE metrics DROP COLUMN output")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name IN (?, ?)", newest)
+        db.execute("DELETE FROM _sqlite_migrations WHERE name IN (?, ?, ?)", newest)
     with pytest.raises(UsageError, match="created by an older version"):
         FleetStore(path, read_only=True)
     FleetStore(path).close()
@@ -147,6 +150,9 @@ def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path
             "SELECT count(output) FROM metrics INDEXED BY metrics_by_output WHERE device = 'd' AND "
             "source = 'device' AND slice = ''"
         ).fetchone() == (0,)
+        assert db.execute("SELECT * FROM labels").fetchall() == [
+            ("d", "exercise", "log", 7, "PEN", "human", "2026", "eva", "")
+        ]
     FleetStore(path, read_only=True).close()
 
 

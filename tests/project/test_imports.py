@@ -418,6 +418,7 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
         (
             "agent.cli.device.status",
             {
+                "agent.bootstrap.tasks",
                 "agent.device.commands.wipe",
                 "agent.device.daemon",
                 "agent.device.machine.trusted_keys",
@@ -427,6 +428,7 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "cryptography.x509",
                 "psutil",
                 "shutil",
+                "subprocess",
                 "sqlite_utils",
                 "tuf",
             },

@@ -265,7 +265,7 @@ def test_equal_seeds_make_equal_choices_and_others_differ(folder: Path, monkeypa
             drawn.append(self.rng.random())
 
     monkeypatch.setattr(torture, "World", Nowhere)
-    monkeypatch.setattr(torture, "settle", lambda world, patience_s: Verdict())
+    monkeypatch.setattr(torture, "settle", lambda world, patience_s, **_: Verdict())
     choosing = Fault("choosing", lambda world, rng: drawn.append(rng.random()))
 
     def choices(seed: int) -> list[float]:

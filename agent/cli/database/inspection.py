@@ -32,6 +32,8 @@ _order_option = click.option("--order", metavar="SQL", help='Order: "seq desc".'
 # An open query keeps SQLite from restarting its log, and a full log keeps the daemon from writing.
 _MAX_QUERY_S, _OPCODES_PER_CHECK, _MAX_ROWS = 20.0, 100_000, 1_000_000
 _FORBIDDEN = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}
+# They change how the file is locked or written, which a read-only connection answers with misleading errors.
+_FORBIDDEN_PRAGMAS = {"journal_mode", "locking_mode", "query_only", "wal_checkpoint"}
 
 
 def open_database(connection: sqlite3.Connection) -> sqlite_utils.Database:
@@ -40,8 +42,9 @@ def open_database(connection: sqlite3.Connection) -> sqlite_utils.Database:
     The command closes it at its end.
     """
 
-    def authorize(action: int, *_: str | None) -> int:
-        return sqlite3.SQLITE_DENY if action in _FORBIDDEN else sqlite3.SQLITE_OK
+    def authorize(action: int, name: str | None, value: str | None, *_: str | None) -> int:
+        is_switch = action == sqlite3.SQLITE_PRAGMA and value is not None and str(name).lower() in _FORBIDDEN_PRAGMAS
+        return sqlite3.SQLITE_DENY if is_switch or action in _FORBIDDEN else sqlite3.SQLITE_OK
 
     deadline_s = time.monotonic() + _MAX_QUERY_S
     connection.execute("PRAGMA query_only = 1")
@@ -205,6 +208,6 @@ def _translate_errors() -> Iterator[None]:
     except (sqlite3.ProgrammingError, sqlite3.Warning) as error:
         raise UsageError(f"SQLite: {error}; `schema` shows tables and columns") from error
     except sqlite3.Error as error:
-        if "not authorized" in str(error) or "prohibited" in str(error):
+        if any(text in str(error) for text in ("not authorized", "prohibited", "authorization denied")):
             raise UsageError(f"SQLite: {error}: a query reads this database only") from error
         raise StorageError(f"the database cannot be read: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from agent.bootstrap import device, tasks
+from agent.bootstrap import device
 from agent.cli.groups import SentenceGroup
 from agent.cli.output import config_options, echo, emit
 from agent.config import Config, parse_duration
@@ -154,6 +154,9 @@ def _apply_or_wait(file: Path, conf: Config, task: str, request: requests.Relear
                     return False
                 time.sleep(0.1)
             return True
+    # Not for `status`, which has its words for learning from here.
+    from agent.bootstrap import tasks
+
     try:
         writer, now = device.open_message_log(file, conf, store), make_clock(store)
         Timekeeper(store, writer).tick(now())

@@ -25,6 +25,7 @@ from agent.device.store.transaction import Transaction
 from agent.errors import BadBundle, StorageFull, UnknownBundle
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.manifest import ModelOutput
 
 log = logging.getLogger("outstation")
 
@@ -152,13 +153,23 @@ def record_activation(
     if previous is not None and previous.digest == this.digest:
         previous = past.previous if past else None
     restore(tx, task, BundleHistory(this, previous))
-    output = loaded.manifest.output
-    labels = output.labels if len(msgspec.json.encode(output.labels)) <= _MAX_LABEL_BYTES else ()
+    manifest = loaded.manifest
+    further = {
+        name: _describe_labels(manifest.label_schemas[name].kind, spec) for name, spec in manifest.further.items()
+    }
     origin = asdict(previous) if previous else None
     evidence: dict[str, Any] = {"task": task, "from": origin, "to": asdict(this), "why": reason}
-    evidence |= {"kind": loaded.manifest.label_kind, "labels": list(labels), "threshold": output.threshold}
+    evidence |= _describe_labels(manifest.label_kind, manifest.output)
+    # Labels of all outputs share the limit: a collector infers those that are left out.
+    if further and len(msgspec.json.encode(further)) <= _MAX_LABEL_BYTES:
+        evidence["outputs"] = further
     summary = f"{task}: {this} was activated" + (f" after {previous}." if previous else ".")
     message_log.append(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
+
+
+def _describe_labels(kind: str, output: ModelOutput) -> dict[str, Any]:
+    labels = output.labels if len(msgspec.json.encode(output.labels)) <= _MAX_LABEL_BYTES else ()
+    return {"kind": kind, "labels": list(labels), "threshold": output.threshold}
 
 
 def restore(tx: Transaction, task: str, past: BundleHistory | None) -> None:

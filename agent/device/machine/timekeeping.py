@@ -22,7 +22,7 @@ import msgspec
 from agent import clock
 from agent.alerts.alert import Alert
 from agent.alerts.kinds import CLOCK
-from agent.clock import ClockReading
+from agent.clock import ClockQuality, ClockReading
 from agent.device.store.clock_segments import ANCHORED_LOG, QUALITIES, UNANNOUNCED, ClockSegment
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -88,9 +88,13 @@ class Timekeeper:
         self._not_synced_since: tuple[str, float] | None = None
         self._incident = ""
         self._was_synced = False
+        # Quality of the last reading in the present segment: an anchor of a lost synchronization comes later.
+        self._segment_quality: ClockQuality = "unsynced"
 
     def tick(self, now: ClockReading) -> None:
         """Write the anchor and the alert that are due at `now`. A full store delays them."""
+        if self._last_anchor is not None and self._last_anchor.segment.fits(now):
+            self._segment_quality = now.quality
         if now.boot_s < self._retry_at:
             return
         try:
@@ -150,8 +154,9 @@ class Timekeeper:
             tx.segments.prune()
         if step:
             log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
-            if self._last_anchor is not None and self._last_anchor.quality == "synced":
-                self._set_incident(f"The clock was set by {step / 1e6:+.1f} s although it was synchronized.", now)
+            if self._last_anchor is not None and self._segment_quality == "synced":
+                lost = "although it was synchronized" if now.quality == "synced" else "and lost its synchronization"
+                self._set_incident(f"The clock was set by {step / 1e6:+.1f} s {lost}.", now)
         if disagrees:
             self._set_incident(
                 f"The collector's time was {clock.to_rfc3339(floor_us)}, the time service's is "
@@ -159,6 +164,7 @@ class Timekeeper:
                 now,
             )
         self._last_anchor = _LastAnchor(segment, now.quality, now.boot_s)
+        self._segment_quality = now.quality
         self._was_synced = self._was_synced or now.quality == "synced"
 
     def _set_incident(self, incident: str, now: ClockReading) -> None:

@@ -125,7 +125,8 @@ def _build_alert_messages(task: str, output: str, alerts: Sequence[Alert]) -> li
 def _join_early_labels(key: str, store: Store, now: ClockReading, keep_s: float) -> None:
     """Store early labels whose result may be there, and those older than `keep_s`, or count them as unmatched."""
     span = store.query(predictions.load_span, key)
-    while True:
+    # Read first: without such labels nothing needs room.
+    while store.query(label_store.load_early, key, span, store.uptime_s(now) - keep_s, 1):
         with store.transaction() as tx:
             early = label_store.load_early(tx.connection, key, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
             for _, label, received_us in early:
@@ -133,8 +134,6 @@ def _join_early_labels(key: str, store: Store, now: ClockReading, keep_s: float)
                 outcome = "unmatched" if result is None else tx.labels.store_label(key, label, result, received_us)
                 tx.increment_counter(label_store.outcome_counter(key, outcome), 1)
             tx.labels.delete_early_labels(key, [number for number, _, _ in early])
-        if len(early) < _EARLY_BATCH:
-            return
 
 
 def _load_due_state(output: LabelledOutput, store: Store, now: ClockReading) -> DegradationState | None:

@@ -6,13 +6,14 @@ compares the predictions of the two bundles and reports them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
 
 from agent import decoders
 from agent.clock import ClockReading
-from agent.comparison import paired_intervals, rules
+from agent.comparison import rules
 from agent.comparison.rules import RuleResult
 from agent.device.bundles.rollout_state import Reason, RolloutState
 from agent.device.pipeline.loaded_task import LoadedTask
@@ -23,15 +24,11 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.row_batch import RowBatch
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.drift.state import DriftState
 from agent.errors import ModelProcessFailed
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import SubprocessModel
 from agent.performance.intervals import wilson
 from agent.wire.desired_state import CanaryRules
-
-# With more agreement than this, drift of the predictions is the site's and not the bundle's.
-_MIN_AGREEMENT = 0.9
 
 
 class CanaryProgress(msgspec.Struct, frozen=True):
@@ -127,7 +124,7 @@ class CanaryRun:
 
     def check_failure(self) -> BundleAssessment | None:
         """Return the evidence that is enough to end the run, if there is any."""
-        if self._failure is None and self._has_output_drift() and self._is_disagreeing():
+        if self._failure is None and (drifting := self._list_drifting_outputs()) and self._is_disagreeing(drifting):
             detail = "a drift alert on its predictions is open, and the previous bundle predicts otherwise"
             self._failure = BundleAssessment("output_drift", detail, self._collect_numbers())
         if self._failure is None and (failed := self._find_failed_rule()) is not None:
@@ -140,31 +137,30 @@ class CanaryRun:
         limits, batches = self.rules, self.progress.batches
         if not self.is_serving or batches < limits.min_batches or hours < limits.min_hours:
             return None
-        if self._has_output_drift() and self._is_disagreeing() is None:
+        if (drifting := self._list_drifting_outputs()) and self._is_disagreeing(drifting) is None:
             return None
         required = f"{limits.min_batches} in {limits.min_hours:g} h required"
         passed = " ".join(result.summary for result in self._rule_results if result.state == "passed")
         detail = f"{batches} batches in {hours:.2f} h ({required}) without a failure. {passed}"
         return BundleAssessment("", detail.strip(), {**self._collect_numbers(), "hours": round(hours, 3)})
 
-    def _has_output_drift(self) -> bool:
-        if not self.is_serving or not self.rules.output_drift:
-            return False
-        return _has_open_output_alert(self.candidate.drift_state)
+    def _list_drifting_outputs(self) -> list[str]:
+        """Return the outputs whose drift alerts count, "" the first one."""
+        state = self.candidate.drift_state
+        if not self.is_serving or not self.rules.output_drift or state is None:
+            return []
+        answers, score, *further = state.suite.open_subjects[state.suite.task.answers].tolist()
+        known = [("", answers or score), *zip((each.name for each in state.suite.task.further), further, strict=True)]
+        return [name for name, is_open in known if is_open and not rules.is_ignored(self.rules, name)]
 
-    def _is_disagreeing(self) -> bool | None:
+    def _is_disagreeing(self, drifting: Sequence[str]) -> bool | None:
         """Return True if the previous bundle predicts otherwise; else the site changed, and a rollback would not help.
 
         None while too few predictions were compared. If they cannot be compared, the alert alone counts.
         """
         if self._shadow is None:
             return True
-        blocks = self._shadow.blocks
-        outputs = [blocks, *(rules.select_output(blocks, n) for n in rules.list_outputs(blocks, not self.is_serving))]
-        estimates = [estimate for part in outputs if (estimate := paired_intervals.agreement(part)) is not None]
-        if not estimates:
-            return None if len(blocks) < paired_intervals.MIN_BLOCKS else True
-        return any(estimate.low < _MIN_AGREEMENT for estimate in estimates)
+        return rules.is_disagreeing(self.rules, self._shadow.blocks, drifting, not self.is_serving)
 
     def _start_shadow(self, store: Store) -> ShadowRunner | None:
         if self.incumbent is None:
@@ -198,7 +194,3 @@ def _load_progress(store: Store, task: str, state: RolloutState) -> CanaryProgre
         return fresh
     key = (fresh.rollout, fresh.digest, fresh.phase)
     return saved if saved is not None and (saved.rollout, saved.digest, saved.phase) == key else fresh
-
-
-def _has_open_output_alert(state: DriftState | None) -> bool:
-    return state is not None and bool(state.suite.open_subjects[state.suite.task.answers].any())

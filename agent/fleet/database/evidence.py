@@ -70,20 +70,21 @@ class EvidenceQueries:
         columns = "device, task, alert, subject, state, severity, summary, time, id"
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
 
-    def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
-        """Return (device, task) → source → number of labels and verdicts stored in the fleet database."""
-        counts: dict[tuple[str, str], dict[str, int]] = {}
+    def count_labels(self) -> dict[tuple[str, str, str], dict[str, int]]:
+        """Return (device, task, output) → source → number of labels and verdicts stored in the fleet database."""
+        counts: dict[tuple[str, str, str], dict[str, int]] = {}
         sql = """
-            SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source
-            UNION ALL SELECT device, task, 'verdict', count(*) FROM verdicts GROUP BY device, task ORDER BY 1, 2, 3"""
+            SELECT device, task, output, source, count(*) AS n FROM labels GROUP BY device, task, output, source
+            UNION ALL SELECT device, task, '', 'verdict', count(*) FROM verdicts GROUP BY device, task
+            ORDER BY 1, 2, 3, 4"""
         for row in self._query(sql):
-            counts.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
+            counts.setdefault((row["device"], row["task"], row["output"]), {})[row["source"]] = row["n"]
         return counts
 
     def load_collector_metrics(self) -> list[dict[str, Any]]:
-        columns = "device, task, time, metric, slice, value, low, high, n, state"
+        columns = "device, task, output, time, metric, slice, value, low, high, n, state"
         where = "WHERE source = 'collector'"
-        return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
+        return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, output, metric, slice")
 
     def load_rollouts(self) -> list[dict[str, Any]]:
         columns = "rollout, task, bundle, version, digest, topic, started, state"

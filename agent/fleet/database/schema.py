@@ -283,4 +283,18 @@ MIGRATIONS = (
             "WHERE source = 'device' AND slice = ''",
         ),
     ),
+    # SQLite adds no column to a key. output: the further output that a label is about, '' for the first one.
+    Migration(
+        "name_output_of_labels",
+        (
+            "ALTER TABLE labels RENAME TO labels_without_output",
+            """CREATE TABLE labels (
+                device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
+                source TEXT NOT NULL, received TEXT NOT NULL, given_by TEXT NOT NULL, output TEXT NOT NULL,
+                PRIMARY KEY (device, task, log, row, output)) WITHOUT ROWID""",
+            """INSERT INTO labels (device, task, log, row, label, source, received, given_by, output)
+                SELECT device, task, log, row, label, source, received, given_by, '' FROM labels_without_output""",
+            "DROP TABLE labels_without_output",
+        ),
+    ),
 )

@@ -14,6 +14,7 @@ from agent.fleet.dataset import labels, poisoning
 from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import Gathered, Recording, Selection
 from agent.poisoning.inspect import PoisoningReport
+from agent.poisoning.providers import Provider
 from agent.text import printable
 
 # One person gave more of the labels: whoever took over that account decides what the model learns.
@@ -21,8 +22,15 @@ _MAX_SHARE_OF_ONE = 0.9
 _CONFIRMED, _CONFIDENT = "confirmed", 0.9
 
 
+class OutputCard(msgspec.Struct, frozen=True):
+    """Labels of a further output, counted as in the card, and the check of the windows with such a label."""
+
+    labels: dict[str, Any]
+    poisoning: PoisoningReport
+
+
 class DataCard(msgspec.Struct, frozen=True):
-    """Counts are of rows, except where a name says samples or labels."""
+    """Counts are of rows, except where a name says samples or labels. Those of `outputs` are of further outputs."""
 
     selection: Selection
     created: str
@@ -44,7 +52,17 @@ class DataCard(msgspec.Struct, frozen=True):
     poisoning: PoisoningReport
     features: dict[str, Any] | None = None
     inputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, OutputCard] = {}
     format: str = "outstation-data-card-1"
+
+    @property
+    def is_clean(self) -> bool:
+        """True if labels of all outputs passed the check for poisoning."""
+        return all(report.state == "passed" for _, report in self.list_reports())
+
+    def list_reports(self) -> list[tuple[str, PoisoningReport]]:
+        """Return (output, check for poisoning), "" for the first output."""
+        return [("", self.poisoning), *((name, each.poisoning) for name, each in self.outputs.items())]
 
     def to_markdown(self) -> str:
         return "\n".join(_lines(self)) + "\n"
@@ -59,7 +77,10 @@ def build(
 ) -> DataCard:
     recordings = gathered.recordings
     members = [sample for recording in recordings for sample in recording.samples]
-    label_counts = _count_labels(recordings)
+    label_counts = _count_labels(recordings, "")
+    outputs = {
+        name: OutputCard(_count_labels(recordings, name), poisoning.check(gathered, name)) for name in gathered.outputs
+    }
     missing = sum((np.isnan(recording.values).sum(axis=0) for recording in recordings), np.zeros(len(gathered.fields)))
     days, hours = _count_times(recordings)
     ignored = {name: n for name, n in gathered.ignored.items() if n}
@@ -87,10 +108,11 @@ def build(
         dict(sorted(gathered.left_out.items())),
         ignored,
         gathered.joined_rows,
-        _find_warnings(label_counts, gathered, licence),
+        _find_warnings({"": label_counts, **{name: each.labels for name, each in outputs.items()}}, gathered, licence),
         poisoning.check(gathered),
         None if derived_columns is None else _describe_features(derived_columns),
         {name: _describe_input(name, fields, recordings) for name, fields in gathered.inputs.items()},
+        outputs,
     )
 
 
@@ -118,11 +140,12 @@ def _describe_features(derived_columns: DerivedColumns) -> dict[str, Any]:
     }
 
 
-def _count_labels(recordings: Iterable[Recording]) -> dict[str, Any]:
+def _count_labels(recordings: Iterable[Recording], output: str) -> dict[str, Any]:
     by_class, by_source, by_person = Counter[str](), Counter[str](), Counter[str]()
     problems, rows = Counter[str](), Counter[str]()
     for recording in recordings:
-        for label in recording.labels:
+        own = recording.get_output(output)
+        for label in own.labels:
             if label.label is None:
                 problems[label.problem] += 1
                 continue
@@ -130,10 +153,10 @@ def _count_labels(recordings: Iterable[Recording]) -> dict[str, Any]:
             by_source.update(label.sources)
             by_person.update(label.by)
             rows["given more than once"] += label.is_repeated
-            predicted, score, _ = recording.predictions.get(label.row, (None, None, None))
-            if predicted is not None:
-                rows["as predicted" if predicted == label.label else "not as predicted"] += 1
-                is_bold = predicted != label.label and score is not None and score >= _CONFIDENT
+            result = own.predictions.get(label.row)
+            if result is not None and result.label is not None:
+                rows["as predicted" if result.label == label.label else "not as predicted"] += 1
+                is_bold = result.label != label.label and result.score is not None and result.score >= _CONFIDENT
                 rows["against a confident prediction"] += is_bold
     return {
         "labelled": sum(by_class.values()),
@@ -150,7 +173,7 @@ def _count_by(recordings: Iterable[Recording], key: Any) -> dict[str, dict[str, 
     for recording in recordings:
         entry = counts.setdefault(key(recording), {"rows": 0, "labelled": 0})
         entry["rows"] += len(recording.t)
-        entry["labelled"] += sum(label.label is not None for label in recording.labels)
+        entry["labelled"] += sum(label.label is not None for label in recording.get_output("").labels)
     return dict(sorted(counts.items()))
 
 
@@ -167,17 +190,26 @@ def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) -> list[str]:
-    labelled, people = counts["labelled"], counts["by_person"]
+def _find_warnings(counts_by_output: Mapping[str, Mapping[str, Any]], gathered: Gathered, licence: str) -> list[str]:
     warnings = [
         "Rows were chosen by the model's own alerts and uncertainty, and by what people asked for. They are no random "
         "sample: make no drift reference from them, and do not report accuracy on them as that of all data."
     ]
     if not licence:
         warnings.append("No licence is stated (--licence): nobody may assume that others may use these readings.")
-    if not labelled:
+    if not any(counts["labelled"] for counts in counts_by_output.values()):
         warnings.append("No result has a label: give labels or verdicts first.")
-    elif len(counts["by_class"]) == 1:
+    for output, counts in counts_by_output.items():
+        head = f"Output {output}: " if output else ""
+        warnings += [head + warning for warning in _find_label_warnings(counts)]
+    if unreadable := sum(gathered.left_out[name] for name in ("sealed to another key", "broken seal")):
+        warnings.append(f"{unreadable} samples are sealed to a key that is not here (folder encryption/).")
+    return warnings
+
+
+def _find_label_warnings(counts: Mapping[str, Any]) -> list[str]:
+    labelled, people, warnings = counts["labelled"], counts["by_person"], list[str]()
+    if len(counts["by_class"]) == 1:
         warnings.append(f"All labels are {next(iter(counts['by_class']))!r}: a model learns nothing from one class.")
     if disagree := counts["left_out"].get(labels.DISAGREE, 0):
         warnings.append(
@@ -196,8 +228,6 @@ def _find_warnings(counts: Mapping[str, Any], gathered: Gathered, licence: str) 
         warnings.append(
             f"{confirmed} labels only confirm the model's answer. People who see an answer agree with it more readily."
         )
-    if unreadable := sum(gathered.left_out[name] for name in ("sealed to another key", "broken seal")):
-        warnings.append(f"{unreadable} samples are sealed to a key that is not here (folder encryption/).")
     return warnings
 
 
@@ -217,8 +247,9 @@ def _lines(card: DataCard) -> Iterator[str]:
     yield ""
     yield from (f"- {_text(warning)}" for warning in card.warnings)
     yield from ("", "## Check for poisoning", "")
-    yield from (f"- {_text(line)}" for line in card.poisoning.describe())
-    counts = card.labels
+    for output, report in card.list_reports():
+        head = f"Output {output}: " if output else ""
+        yield from (f"- {_text(head + line)}" for line in report.describe())
     if (features := card.features) is not None:
         yield from ("", "## Derived features", "")
         yield f"{_text(features['name'])} {_text(features['version'])}, {features['digest']}. A value is empty where"
@@ -234,14 +265,11 @@ def _lines(card: DataCard) -> Iterator[str]:
         ],
     )
     tables: list[tuple[str, str, Mapping[str, Any]]] = [
-        ("Labels by class", "class", counts["by_class"]),
-        ("Labels by source", "source", counts["by_source"]),
-        ("Labels by person", "given by", counts["by_person"]),
-        ("Labels left out", "why", counts["left_out"]),
-        (
-            "Labels compared",
-            "labels",
-            {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"},
+        *_label_tables("Labels", card.labels),
+        *(
+            table
+            for name, each in card.outputs.items()
+            for table in _label_tables(f"Labels of output {name}", each.labels)
         ),
         ("Labels and verdicts ignored", "why", card.ignored_labels),
         ("Missing values", "field", card.fields),
@@ -253,13 +281,28 @@ def _lines(card: DataCard) -> Iterator[str]:
         yield from _table(title, (title.partition(",")[0].lower()[:-1], "rows", "labels"),
                           [(name, entry["rows"], entry["labelled"]) for name, entry in entries.items()])  # fmt: skip
     yield from _table("Labels that contradict those of others", ("who", "windows", "share", "low", "high"), [
-        (f"{each.kind} {each.name}", each.n, *(f"{share:.1%}" for share in (each.share, each.low, each.high)))
-        for each in card.poisoning.providers
+        (_name_provider(output, each), each.n, *(f"{share:.1%}" for share in (each.share, each.low, each.high)))
+        for output, report in card.list_reports() for each in report.providers
     ])  # fmt: skip
     for title, name, values in tables:
         yield from _table(title, (name, "count"), values.items())
     yield ""
     yield f"{card.rows_sent_twice} rows came in two samples and are here once."
+
+
+def _label_tables(noun: str, counts: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    numbers = {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"}
+    return [
+        (f"{noun} by class", "class", counts["by_class"]),
+        (f"{noun} by source", "source", counts["by_source"]),
+        (f"{noun} by person", "given by", counts["by_person"]),
+        (f"{noun} left out", "why", counts["left_out"]),
+        (f"{noun} compared", "labels", numbers),
+    ]
+
+
+def _name_provider(output: str, provider: Provider) -> str:
+    return f"{provider.kind} {provider.name}" + (f", output {output}" if output else "")
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:

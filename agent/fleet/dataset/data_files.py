@@ -20,7 +20,7 @@ from agent.datasets.parquet_table import describe_missing_pyarrow
 from agent.errors import UsageError
 from agent.fleet.dataset import joined
 from agent.fleet.dataset.derived import DerivedColumns
-from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording
+from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, name_label_column
 from agent.fleet.dataset.joined import JoinedByInput, JoinedRows
 from agent.fleet.export.export import to_parquet
 from agent.text import csv_text
@@ -41,6 +41,12 @@ class _Part(msgspec.Struct):
 
 def build(gathered: Gathered, derived_columns: DerivedColumns | None, data_format: DataFormat) -> dict[str, bytes]:
     """Return the data files by their paths. Raises UsageError."""
+    for output in gathered.outputs:
+        if (column := name_label_column(output)) in gathered.fields:
+            raise UsageError(
+                f"the samples have a field {column!r}, so the labels of output {output!r} can have no column of that "
+                "name; rename the output in the SPEC of the bundle, or narrow the set with --since, --until or --bundle"
+            )
     every = range(len(gathered.recordings))
     files = {f"data.{data_format}": _encode(_to_columns(gathered, derived_columns, every), data_format)}
     if not gathered.inputs:
@@ -69,7 +75,8 @@ def split_by_device(gathered: Gathered) -> dict[str, _Part]:
             fitting.recordings.append(index)
             fitting.joined = joined.merge(fitting.joined, recording.joined)
     return {
-        device if len(own) == 1 else f"{device}-{number}": part
+        # No name of a device has a +.
+        device if len(own) == 1 else f"{device}+{number}": part
         for device, own in parts.items()
         for number, part in enumerate(own, 1)
     }
@@ -94,6 +101,9 @@ def _to_columns(gathered: Gathered, derived_columns: DerivedColumns | None, chos
         columns |= {name: computed[:, i] for i, name in enumerate(derived_columns.names)}
     texts = np.array([pair for each in recordings for pair in _label_rows(each)], np.str_)
     columns[LABEL_COLUMN] = texts[:, 0]
+    for output in gathered.outputs:
+        labels = [label for each in recordings for label, _ in _label_rows(each, output)]
+        columns[name_label_column(output)] = np.array(labels, np.str_)
     counts = [len(each.t) for each in recordings]
     devices, names, sources = TEXT_COLUMNS
     columns[devices] = np.repeat([each.device for each in recordings], counts)
@@ -101,9 +111,9 @@ def _to_columns(gathered: Gathered, derived_columns: DerivedColumns | None, chos
     return columns | {sources: texts[:, 1]}
 
 
-def _label_rows(recording: Recording) -> Iterator[tuple[str, str]]:
+def _label_rows(recording: Recording, output: str = "") -> Iterator[tuple[str, str]]:
     """Return (label, its sources) of each row, "" without one."""
-    by_row = {label.row: label for label in recording.labels if label.label is not None}
+    by_row = {label.row: label for label in recording.get_output(output).labels if label.label is not None}
     for row in range(recording.first, recording.last + 1):
         label = by_row.get(row)
         yield ("", "") if label is None else (label.label or "", "+".join(label.sources))

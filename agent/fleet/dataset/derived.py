@@ -14,7 +14,7 @@ import numpy as np
 
 from agent.arrays import Bools, Float32s, Ints
 from agent.errors import UsageError
-from agent.fleet.dataset.gather import RESERVED_COLUMNS, Gathered, Recording
+from agent.fleet.dataset.gather import RESERVED_COLUMNS, Gathered, Recording, name_label_column
 from agent.model.bundle import feature_set as feature_sets
 from agent.model.bundle.feature_set import FeatureSet
 from agent.model.bundle.manifest import ModelInput
@@ -42,7 +42,8 @@ def compute(file: Path, gathered: Gathered) -> DerivedColumns:
     if unknown := [name for name in feature_set.fields if name not in gathered.fields]:
         known = ", ".join(gathered.fields)
         raise UsageError(f"{file}: fields: the samples have no {unknown[0]!r}, they have {known}; correct the file")
-    if taken := sorted({*feature_set.columns} & {*gathered.fields, *RESERVED_COLUMNS}):
+    label_columns = map(name_label_column, gathered.outputs)
+    if taken := sorted({*feature_set.columns} & {*gathered.fields, *RESERVED_COLUMNS, *label_columns}):
         raise UsageError(f"{file}: derived: {taken[0]!r} is a column of the set already; rename the feature")
     left_out = dict.fromkeys(feature_set.columns, 0)
     values = [

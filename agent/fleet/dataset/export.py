@@ -1,8 +1,8 @@
 """Export of a retraining set: data, provenance and card as files of a folder, with a manifest of their hashes.
 
-`data` has the rows of all recordings, newest first, with a label where a result has one; `model pack --from --data` and
-`model evaluate` read it. `data_files` names the files of further inputs. `samples.jsonl` says where each row came from,
-and what its device knew of drift then.
+`data` has the rows of all recordings, newest first, with a label where a result has one, in `label_NAME` that of the
+further output NAME; `model pack --from --data` and `model evaluate` read it. `data_files` names the files of further
+inputs. `samples.jsonl` says where each row came from, and what its device knew of drift then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent.fleet.dataset import card as cards
 from agent.fleet.dataset import data_files, derived, gather
 from agent.fleet.dataset.card import DataCard
 from agent.fleet.dataset.data_files import DataFormat
-from agent.fleet.dataset.gather import Gathered, Selection
+from agent.fleet.dataset.gather import Gathered, LabelledOutput, Selection
 from agent.fleet.export.manifest import FILE_MODE, sha256
 from agent.model.bundle.feature_set import FeatureReference
 from agent.transport.sealing import Opener
@@ -68,7 +68,7 @@ def export(
     with store.snapshot() as db:
         gathered = gather.gather(db, selection, opener)
     if only_labelled:
-        labelled = [each for each in gathered.recordings if any(label.label is not None for label in each.labels)]
+        labelled = [each for each in gathered.recordings if each.is_labelled]
         before, after = (sum(len(each.samples) for each in group) for group in (gathered.recordings, labelled))
         gathered.left_out["without a label"] += before - after
         gathered.recordings = labelled
@@ -143,8 +143,11 @@ def _provenance_lines(gathered: Gathered) -> Iterator[dict[str, Any]]:
             "recording": data_files.name_recording(recording),
             "rows": [recording.first, recording.last],
             "samples": recording.samples,
-            "labels": [
-                {**msgspec.to_builtins(label), "predicted": recording.predictions.get(label.row)}
-                for label in recording.labels
-            ],
+            "labels": _describe_labels(recording.get_output("")),
+            "outputs": {name: _describe_labels(each) for name, each in recording.outputs.items() if name},
         }
+
+
+def _describe_labels(output: LabelledOutput) -> list[dict[str, Any]]:
+    predicted = {row: msgspec.structs.astuple(result) for row, result in output.predictions.items()}
+    return [{**msgspec.to_builtins(label), "predicted": predicted.get(label.row)} for label in output.labels]

@@ -18,6 +18,7 @@ from agent.fleet.database.datasets import retraining
 from agent.fleet.database.datasets.retraining import Claim, StoredSample
 from agent.fleet.database.datasets.samples import Sample
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.labelling.labels import OutputResult
 from agent.fleet.dataset import joined, labels
 from agent.fleet.dataset.context import LogContext
 from agent.fleet.dataset.joined import JoinedByInput, JoinedRows
@@ -36,6 +37,11 @@ TEXT_COLUMNS = ("device", "recording", "source")
 RESERVED_COLUMNS = frozenset({TIME_COLUMN, LABEL_COLUMN, *TEXT_COLUMNS})
 
 
+def name_label_column(output: str) -> str:
+    """Return the column of labels of an output, as `model evaluate --output` reads it."""
+    return f"{LABEL_COLUMN}_{output}" if output else LABEL_COLUMN
+
+
 class Selection(msgspec.Struct, frozen=True):
     """Choice of what goes into a set. `at`: nothing that arrived later counts; `since`, `until`: time of samples."""
 
@@ -47,10 +53,17 @@ class Selection(msgspec.Struct, frozen=True):
     bundle: str | None = None
 
 
+class LabelledOutput(msgspec.Struct, frozen=True):
+    """Labels of the results of one output, by ascending row, and those results by row."""
+
+    labels: list[RowLabel] = []
+    predictions: dict[int, OutputResult] = {}
+
+
 class Recording(msgspec.Struct):
     """Consecutive rows of one device from number `first` on: `t` (n,) epoch µs, `values` (n, F), and their samples.
 
-    `joined`: rows that its windows were joined with, by input.
+    `outputs`: labels by output, "" for the first one. `joined`: rows that its windows were joined with, by input.
     """
 
     device: str
@@ -59,9 +72,16 @@ class Recording(msgspec.Struct):
     t: Ints
     values: Float64s
     samples: list[dict[str, Any]]
-    labels: list[RowLabel] = []
-    predictions: dict[int, tuple[str | None, float | None, float | None]] = {}
+    outputs: dict[str, LabelledOutput] = {}
     joined: JoinedByInput = {}
+
+    def get_output(self, output: str) -> LabelledOutput:
+        return self.outputs.get(output) or LabelledOutput()
+
+    @property
+    def is_labelled(self) -> bool:
+        """True if a result has a label of any output."""
+        return any(label.label is not None for output in self.outputs.values() for label in output.labels)
 
     @property
     def last(self) -> int:
@@ -80,6 +100,11 @@ class Gathered(msgspec.Struct):
     ignored: Counter[str] = msgspec.field(default_factory=Counter)
     joined_rows: int = 0
     inputs: dict[str, list[str]] = {}
+
+    @property
+    def outputs(self) -> list[str]:
+        """The further outputs that labels are about, sorted."""
+        return sorted({name for recording in self.recordings for name in recording.outputs if name})
 
 
 class _Opened(msgspec.Struct, frozen=True):
@@ -150,7 +175,10 @@ def _open(fleet: str, stored: StoredSample, opener: Opener, left_out: Counter[st
             if not is_name(name):
                 raise ValueError("not the name of an input")
             data = opener.open_content(topic, b64url_decode(part.sealed))
-            inputs[name] = part.stream, sample_content.decode(data, part.n, part.rows)
+            rows_content = sample_content.decode(data, part.n, part.rows)
+            if TIME_COLUMN in rows_content.fields:
+                raise ValueError("a field has the name of the times")
+            inputs[name] = part.stream, rows_content
         return _Opened(sample, stored.received, content, inputs)
     except MessageRefused as refusal:
         left_out[refusal.reason] += 1
@@ -260,6 +288,7 @@ def _add_labels(db: Connection, recording: Recording, selection: Selection, resu
         known = [claim for claim in group if claim.at <= selection.at]
         result.ignored[f"{noun} given later"] += len(group) - len(known)
         claims += known
-    recording.labels = labels.decide(claims)
-    for row, label, score, value in retraining.load_predictions(db, key, recording.first, recording.last):
-        recording.predictions[int(row)] = (label, score, value)
+    for output in sorted({"", *(claim.output for claim in claims)}):
+        decided = labels.decide([claim for claim in claims if claim.output == output])
+        predictions = retraining.load_predictions(db, key, recording.first, recording.last, output)
+        recording.outputs[output] = LabelledOutput(decided, predictions)

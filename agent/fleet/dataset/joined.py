@@ -41,19 +41,22 @@ class JoinedRows(msgspec.Struct, frozen=True, eq=False):
         """Return True if rows of the same number differ, or one came too late for a result of the other."""
         if self.stream != other.stream:
             return True
-        _, own, others = np.intersect1d(self.numbers, other.numbers, assume_unique=True, return_indices=True)
-        if not np.array_equal(self.t[own], other.t[others]):
+        # Most samples hold only the newest of all rows so far.
+        begin = np.searchsorted(self.numbers, other.numbers[0])
+        _, own, others = np.intersect1d(self.numbers[begin:], other.numbers, assume_unique=True, return_indices=True)
+        if not np.array_equal(self.t[begin:][own], other.t[others]):
             return True
         return self._has_late_rows(other) or other._has_late_rows(self)
 
     def merge(self, other: JoinedRows) -> JoinedRows:
         """Return the rows of both, which do not contradict one another."""
-        numbers, at = np.unique(np.concatenate([self.numbers, other.numbers]), return_index=True)
+        begin = np.searchsorted(self.numbers, other.numbers[0])
+        numbers, at = np.unique(np.concatenate([self.numbers[begin:], other.numbers]), return_index=True)
         return JoinedRows(
             self.stream,
-            numbers,
-            np.concatenate([self.t, other.t])[at],
-            np.concatenate([self.values, other.values])[at],
+            np.concatenate([self.numbers[:begin], numbers]),
+            np.concatenate([self.t[:begin], np.concatenate([self.t[begin:], other.t])[at]]),
+            np.concatenate([self.values[:begin], np.concatenate([self.values[begin:], other.values])[at]]),
             np.concatenate([self.seen, other.seen]),
         )
 
@@ -62,7 +65,8 @@ class JoinedRows(msgspec.Struct, frozen=True, eq=False):
         seen = other.seen[np.argsort(other.seen[:, 0])]
         # The least newest row of all results from each one on.
         least = np.append(np.minimum.accumulate(seen[::-1, 1])[::-1], np.iinfo(np.int64).max)
-        return bool((self.numbers > least[np.searchsorted(seen[:, 0], self.t)]).any())
+        begin = np.searchsorted(self.numbers, least[0], "right")
+        return bool((self.numbers[begin:] > least[np.searchsorted(seen[:, 0], self.t[begin:])]).any())
 
 
 JoinedByInput = dict[str, JoinedRows]

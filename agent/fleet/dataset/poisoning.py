@@ -19,21 +19,21 @@ _MAX_WINDOW_ROWS = 256
 _STATES = ("warning", "passed", "not checked")
 
 
-def check(gathered: Gathered) -> PoisoningReport:
-    """Inspect the windows that end at labelled rows; a window's name is device/log/row.
+def check(gathered: Gathered, output: str = "") -> PoisoningReport:
+    """Inspect the windows that end at rows with a label of `output`; a window's name is device/log/row.
 
     If devices leave two lengths of windows open, both are inspected: else one of two devices could choose the length.
     """
-    reports = [_check(gathered, rows) for rows in _estimate_window_rows(gathered.recordings)]
+    reports = [_check(gathered, output, rows) for rows in _estimate_window_rows(gathered.recordings)]
     return min(reports, key=lambda report: _STATES.index(report.state))
 
 
-def _check(gathered: Gathered, window_rows: int) -> PoisoningReport:
+def _check(gathered: Gathered, output: str, window_rows: int) -> PoisoningReport:
     last: list[int] = []
     members: list[tuple[Recording, RowLabel]] = []
     offset = 0
     for recording in gathered.recordings:
-        for label in recording.labels:
+        for label in recording.get_output(output).labels:
             place = label.row - recording.first
             if label.label is not None and place + 1 >= window_rows:
                 last.append(offset + place)

@@ -1,4 +1,7 @@
-"""Label requests: results of the fleet without a label, chosen by doubt, drift, rarity and chance."""
+"""Label requests: results of the fleet without a label, chosen by doubt, drift, rarity and chance.
+
+Doubt and rarity are of a model's first output: a result with labels of further outputs only is still listed.
+"""
 
 from __future__ import annotations
 

@@ -29,12 +29,14 @@ def find(db: Connection, device: str | None = None, task: str | None = None) -> 
             )
             head = {"kind": "agrees", "device": name, "task": task_name, "by": by, "origin": origin}
             warnings.append({**head, "n": n, "wrong": wrong, "expected_wrong": round(expected, 2), "summary": summary})
-    for name, task_name, own, n in table.count_own_answers(db, device, task):
+    for name, task_name, output, own, n in table.count_own_answers(db, device, task):
         if n >= _MIN_LABELS and own > MAX_OWN_SHARE * n:
+            subject = f"{task_name}, output {output}," if output else task_name
             summary = (
-                f"{own} of {n} labels of {task_name} at {name} are the model's own answers (source model): they count "
+                f"{own} of {n} labels of {subject} at {name} are the model's own answers (source model): they count "
                 "in no metric; do not train on them."
             )
             head = {"kind": "own_answers", "device": name, "task": task_name, "by": "", "origin": "labels"}
-            warnings.append({**head, "n": n, "own": own, "summary": summary})
+            of_output = {"output": output} if output else {}
+            warnings.append({**head, **of_output, "n": n, "own": own, "summary": summary})
     return warnings

@@ -1,8 +1,9 @@
 """Labels at the collector: join them with collected results, or split them into commands for the device.
 
-Rows are numbered per log, so a label belongs to the device's newest log with results of the task. A row has one label;
-the last one wins. Metrics cover all labelled results of the newest bundle with labels in that log, and replace the
-metrics computed here before. Only the device computes slices, because their columns are not sent to the collector.
+Rows are numbered per log, so a label belongs to the device's newest log with results of the task. Each output of a row
+has one label; the last one wins. Metrics of an output cover all labelled results of the newest bundle with such labels
+in that log, and replace the metrics computed here before. Only the device computes slices, because their columns are
+not sent to the collector.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
 from agent.fleet.database.interface import Connection, Row
 from agent.fleet.database.labelling import labels as label_tables
-from agent.fleet.database.labelling.labels import TaskLog
+from agent.fleet.database.labelling.labels import Place, TaskLog
 from agent.performance.estimates import MetricEstimate, compute_metrics
 from agent.performance.labels import MODEL, VERDICT, Label, count_sources
 from agent.performance.metrics import LabelledPredictions
@@ -32,17 +33,13 @@ _MATCH_TOLERANCE_US = 500
 _MAX_LABELS_PER_COMMAND = 200
 
 
-class LabelOutcome(msgspec.Struct, frozen=True):
-    """Outcome of joining labels with results.
+class OutputEvaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """All stored labels of one output, and its metrics.
 
-    `rejected`: position → reason. `replaced`: rows whose label changed. `sources`: number of all stored labels by
-    source. `metrics` are of the results of `model`, None without labelled results; `other_bundle_labels` counts labels
-    of results of other bundles.
+    `sources`: number of labels by source. `metrics` are of the results of `model`, None without labelled results;
+    `other_bundle_labels` counts labels of results of other bundles.
     """
 
-    accepted: int
-    replaced: int
-    rejected: dict[int, str]
     sources: dict[str, int]
     metrics: list[MetricEstimate]
     model: BundleRun | None
@@ -60,6 +57,18 @@ class LabelOutcome(msgspec.Struct, frozen=True):
         )
 
 
+class LabelOutcome(OutputEvaluation, frozen=True, kw_only=True):
+    """Outcome of joining labels with results, and the evaluation of the first output.
+
+    `rejected`: position → reason. `replaced`: labels that changed. `further`: evaluations of further outputs.
+    """
+
+    accepted: int
+    replaced: int
+    rejected: dict[int, str]
+    further: dict[str, OutputEvaluation]
+
+
 def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: str, by: str) -> LabelOutcome:
     """Store labels by `by` and recompute the metrics, in the caller's transaction.
 
@@ -73,9 +82,9 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         raise ValueError(f"the collector has no results of task {task!r} of {device}{did_you_mean(task, known)}")
     key = (device, task, log)
     results = _ResultIndex(label_tables.load_results(db, key))
-    schemas = _BundleSchemas(db, key, [label.text for label in labels])
+    schemas = _BundleSchemas(db, key, labels)
     stored = label_tables.load_labels(db, key)
-    given: dict[int, tuple[str, str]] = {}
+    given: dict[Place, tuple[str, str]] = {}
     rejected: dict[int, str] = {}
     replaced = 0
     for index, label in enumerate(labels):
@@ -83,8 +92,6 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
         # PostgreSQL cannot store it in text.
         if "\0" in label.text:
             problem = "holds the character NUL"
-        elif label.output:
-            problem = "is about a further output, whose labels the device evaluates: send it there (--send)"
         elif label.source == VERDICT:
             problem = "a verdict is no ground truth; give it by `outstation fleet verdict result`"
         elif row is not None:
@@ -95,19 +102,40 @@ def add(db: Connection, device: str, task: str, labels: Sequence[Label], now: st
             )
             rejected[index] = problem or missing
             continue
-        former = given.get(row, stored.get(row))
-        given[row] = (label.text, label.source)
-        replaced += former is not None and former != given[row]
+        place = (row, label.output)
+        former = given.get(place, stored.get(place))
+        given[place] = (label.text, label.source)
+        replaced += former is not None and former != given[place]
     label_tables.save_labels(db, key, given, now, by)
-    accepted = len(labels) - len(rejected)
-    rows = label_tables.load_labelled_results(db, key)
+    outputs = ["", *label_tables.list_labelled_outputs(db, key)]
+    first, *others = evaluations = [_evaluate(db, key, schemas, output) for output in outputs]
+    rows = [
+        row
+        for output, each in zip(outputs, evaluations, strict=True)
+        for row in metric_rows(each.metrics, device, task, log, now, SOURCE, output)
+    ]
+    label_tables.replace_metrics(db, device, task, SOURCE, rows)
+    return LabelOutcome(
+        **msgspec.structs.asdict(first),
+        accepted=len(labels) - len(rejected),
+        replaced=replaced,
+        rejected=rejected,
+        further=dict(zip(outputs[1:], others, strict=True)),
+    )
+
+
+def _evaluate(db: Connection, key: TaskLog, schemas: _BundleSchemas, output: str) -> OutputEvaluation:
+    rows = label_tables.load_labelled_results(db, key, output)
     judged = [row for row in rows if row[1] != MODEL]
     model = schemas.runs.get(max((row[5] for row in judged), default=0))
     of_model = [row for row in judged if schemas.runs.get(row[5]) is model]
-    metrics = compute_label_metrics(schemas.get_schema(model), of_model) if model else []
-    label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
-    sources = count_sources([row[1] for row in rows])
-    return LabelOutcome(accepted, replaced, rejected, sources, metrics, model, len(judged) - len(of_model))
+    schema = None if model is None else schemas.find_schema(model, output)
+    return OutputEvaluation(
+        sources=count_sources([row[1] for row in rows]),
+        metrics=[] if schema is None else compute_label_metrics(schema, of_model),
+        model=model,
+        other_bundle_labels=len(judged) - len(of_model),
+    )
 
 
 def split_labels(labels: Sequence[Label]) -> Iterator[tuple[int, int, str]]:
@@ -156,21 +184,26 @@ class _ResultIndex:
 class _BundleSchemas:
     """The bundle of each message with results, and the label schema of each bundle."""
 
-    def __init__(self, db: Connection, key: TaskLog, texts: Sequence[str]) -> None:
-        self._db, self._key = db, key
+    def __init__(self, db: Connection, key: TaskLog, given: Sequence[Label]) -> None:
+        self._db, self._key, self._given = db, key, given
         self.runs = bundle_history.load_bundle_runs(db, key)
-        self._label_texts = [*texts, *label_tables.load_label_texts(db, key, except_source=MODEL)]
-        self._schemas: dict[str, BundleLabelSchema] = {}
+        self._schemas: dict[tuple[str, str], BundleLabelSchema | None] = {}
 
-    def get_schema(self, model: BundleRun) -> BundleLabelSchema:
-        if model.digest not in self._schemas:
-            schema = bundle_history.resolve_label_schema(self._db, self._key, model.digest, self._label_texts)
-            self._schemas[model.digest] = schema
-        return self._schemas[model.digest]
+    def find_schema(self, model: BundleRun, output: str) -> BundleLabelSchema | None:
+        """Return the schema of an output; None if the bundle has not this further output."""
+        place = (model.digest, output)
+        if place not in self._schemas:
+            texts = [label.text for label in self._given if label.output == output]
+            texts += label_tables.load_label_texts(self._db, self._key, output, except_source=MODEL)
+            self._schemas[place] = bundle_history.resolve_label_schema(self._db, self._key, model.digest, texts, output)
+        return self._schemas[place]
 
     def check_label(self, label: Label, seq: int) -> str | None:
         """Return why a label of a result in this message is rejected."""
-        schema = self.get_schema(self.runs[seq])
+        model = self.runs[seq]
+        schema = self.find_schema(model, label.output)
+        if schema is None:
+            return f"{model.name} {model.version}, which made this result, has no further output {label.output!r}"
         try:
             schema.label_schema.parse(label.text)
         except ValueError as problem:
@@ -180,10 +213,10 @@ class _BundleSchemas:
 
 
 def metric_rows(
-    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str
+    metrics: Sequence[MetricEstimate], device: str, task: str, log: str, now: str, source: str, output: str = ""
 ) -> list[Row]:
     """Return rows of table metrics."""
-    tail = (source, log, 0, "")
+    tail = (source, log, 0, output)
     return [(device, task, now, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in metrics]
 
 

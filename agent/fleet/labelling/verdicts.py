@@ -2,7 +2,7 @@
 
 A verdict is a label whose author saw the prediction first, and who chose which results to look at. So it never counts
 as ground truth: its metrics have a source of their own, and no roll-out, alert or device acts on it. People who
-disagree about a result leave its label open.
+disagree about a result leave its label open. A verdict is on the model's first output, which pages and alerts show.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def load_schema(db: Connection, key: TaskLog, seq: int) -> tuple[BundleRef, Bund
     if bundle is None:
         return None
     ref = BundleRef(*bundle)
-    return ref, resolve_label_schema(db, key, ref.digest, [])
+    schema = resolve_label_schema(db, key, ref.digest, [])
+    return None if schema is None else (ref, schema)
 
 
 def _check_label(db: Connection, key: TaskLog, seq: int, text: str) -> None:
@@ -161,7 +162,7 @@ def _replace_metrics(db: Connection, key: TaskLog, now: str) -> None:
     *_, digest = max(rows, key=itemgetter(5), default=(None,))
     if digest is not None:
         schema = resolve_label_schema(db, key, digest, [])
-        metrics = compute_label_metrics(schema, [row for row in rows if row[6] == digest])
+        metrics = [] if schema is None else compute_label_metrics(schema, [row for row in rows if row[6] == digest])
     label_tables.replace_metrics(db, device, task, SOURCE, metric_rows(metrics, device, task, log, now, SOURCE))
 
 

@@ -86,8 +86,8 @@ def evaluate_step(
     promote, is_shadow = rollout.current_step.promote, rollout.current_step.strategy == "shadow"
     taking_part = [device.device for device in devices.selected if not device.has_failed and not device.is_incompatible]
     messages = tallies.select_messages(taking_part, new_is_shadow=is_shadow)
-    results = evaluate_promotion(messages, promote, new_is_shadow=is_shadow)
     needed, reporting, lacking = _count_reporting(rollout, devices, messages)
+    results = evaluate_promotion(messages, promote, needed, new_is_shadow=is_shadow)
     # A clock that was set back only makes the step wait longer.
     hours = max(0.0, (now_us - clock.parse_rfc3339(step_start)) / 3.6e9)
     blockers = _find_blockers(promote, devices, needed, reporting, lacking, hours)
@@ -121,9 +121,14 @@ def evaluate_step(
     return StepVerdict(outcome, summary, blockers, results, reporting, needed, failed, responding, hours)
 
 
-def evaluate_promotion(messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool) -> list[RuleOutcome]:
-    """Evaluate every rule of `promote`. `new_is_shadow` is False where the new bundle's results are published."""
-    blocks = balance_devices(messages)
+def evaluate_promotion(
+    messages: MessagesByDevice, promote: Promotion, needed: int, *, new_is_shadow: bool
+) -> list[RuleOutcome]:
+    """Evaluate every rule of `promote`, of further outputs that `needed` devices report.
+
+    `new_is_shadow` is False where the new bundle's results are published.
+    """
+    blocks = _select_outputs(balance_devices(messages), needed, new_is_shadow)
     limits = RuleLimits(
         promote.min_agreement,
         promote.max_latency_ratio,
@@ -176,6 +181,33 @@ def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
             newest.append(ComparisonBlock(ComparisonStats.from_message(message), device))
         blocks += reversed(newest)
     return blocks
+
+
+def _select_outputs(blocks: Sequence[ComparisonBlock], needed: int, new_is_shadow: bool) -> list[ComparisonBlock]:
+    """Return the blocks with those further outputs that `needed` devices report, as most of these describe them.
+
+    All devices run the same new bundle: few that invent an output, or its kind, must neither block nor end a roll-out.
+    """
+    by_device: dict[str, list[ComparisonBlock]] = {}
+    for block in blocks:
+        by_device.setdefault(block.device, []).append(block)
+    devices: dict[str, dict[tuple[bool, bool], set[str]]] = {}
+    for device, own in by_device.items():
+        for name in rules.list_outputs(own, new_is_shadow):
+            part = rules.select_output(own, name)
+            kind = bool(rules.find_mismatch(part)), rules.is_numeric(part)
+            devices.setdefault(name, {}).setdefault(kind, set()).add(device)
+    chosen = {
+        name: max(kinds.items(), key=lambda entry: (len(entry[1]), entry[0]))[1]
+        for name, kinds in devices.items()
+        if sum(map(len, kinds.values())) >= needed
+    }
+    return [_keep_outputs(block, chosen) for block in blocks]
+
+
+def _keep_outputs(block: ComparisonBlock, chosen: Mapping[str, set[str]]) -> ComparisonBlock:
+    outputs = {name: part for name, part in block.stats.outputs.items() if block.device in chosen.get(name, ())}
+    return block if outputs == block.stats.outputs else replace(block, stats=replace(block.stats, outputs=outputs))
 
 
 def _count_windows(message: ShadowPayload) -> int:

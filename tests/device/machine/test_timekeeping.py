@@ -196,6 +196,26 @@ def test_a_step_of_a_synchronized_clock_raises_an_alert_for_a_while(station: Sta
     assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
 
 
+def test_a_step_says_if_the_clock_was_and_is_synchronized(station: Station, caplog: pytest.LogCaptureFixture) -> None:
+    turns(station, 20)
+    station.machine.set(HOUR, "restored")
+    turns(station, 5)
+    station.machine.sync(0)
+    turns(station, 20)
+    station.machine.quality = "restored"
+    turns(station, 10)
+    caplog.clear()
+    station.machine.set(HOUR, "synced")
+    turns(station, 5)
+    station.machine.set(HOUR, "synced")
+    turns(station, 5)
+    assert [text for text in caplog.messages if "synchroni" in text] == [
+        "The clock was set by +3600.0 s although it was synchronized."
+    ]
+    [(_, lost), *_] = alerts(station)
+    assert lost == "The clock was set by +3600.0 s and lost its synchronization."
+
+
 def test_a_clock_that_is_stepped_all_day_raises_an_alert_an_hour_at_most(station: Station) -> None:
     for _ in range(12 * 4):
         station.machine.set(HOUR, "synced")

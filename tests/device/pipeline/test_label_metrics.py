@@ -421,6 +421,21 @@ def test_a_message_that_finds_no_room_is_written_later_and_once(make: Make, monk
     assert len(device.sent(QualityPayload)) == 1
 
 
+def test_a_full_store_refuses_no_task_without_labels(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = make()
+    device.feed(100)
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("no room")
+
+    monkeypatch.setattr(device.store, "transaction", full)
+    device.turn()
+    monkeypatch.undo()
+    device.label(range(1, 51), right)
+    device.turn()
+    assert len(device.sent(QualityPayload)) == 1
+
+
 def test_state_that_cannot_be_read_starts_anew(make: Make) -> None:
     device = make()
     device.feed(100)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -18,14 +19,16 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from agent.cli.fleet.group import fleet
 from agent.cli.model.group import model
 from agent.config import BrokerConfig
+from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import encryption_keys
 from agent.fleet.database.datasets import samples
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.dataset import gather
-from agent.fleet.dataset.gather import Selection
+from agent.fleet.dataset import data_files, gather
+from agent.fleet.dataset.gather import Gathered, LabelledOutput, Recording, Selection
+from agent.fleet.dataset.labels import RowLabel
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.labelling import labels
 from agent.performance.labels import Label
@@ -346,10 +349,19 @@ def test_both_databases_give_the_same_set(fresh: Callable[[], FleetStore]) -> No
     assert (gathered.fields, dict(gathered.left_out)) == (["a"], {"duplicate": 1})
     assert recording.t.tolist() == [10, 15]
     assert recording.samples[0]["drift"] is None
-    assert [(each.row, each.label, each.by) for each in recording.labels] == [(1, "PEN", ("mira",))]
+    assert [(each.row, each.label, each.by) for each in recording.get_output("").labels] == [(1, "PEN", ("mira",))]
     assert samples.count(store, sender.device)[0].samples == 2
     assert len(samples.list_newest(store, sender.device, TASK, 5)) == 2
     store.close()
+
+
+def test_a_field_with_the_name_of_a_label_column_is_refused() -> None:
+    labelled = {"wear": LabelledOutput([RowLabel(1, "worn", "", ("human",), ("mira",), 1)])}
+    recording = Recording("pi-07", "log", 1, np.array([10]), np.array([[1.5]]), [], labelled)
+    with pytest.raises(UsageError, match="field 'label_wear', so the labels of output 'wear'"):
+        data_files.build(Gathered(["label_wear"], [recording]), None, "csv")
+    header = data_files.build(Gathered(["wear"], [recording]), None, "csv")["data.csv"].decode().splitlines()[0]
+    assert header == "t,wear,label,label_wear,device,recording,source"
 
 
 def again(sender: MessageSender, sent: SignedMessage) -> SignedMessage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector import encryption_keys
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.fleet.dataset import data_files
+from agent.fleet.dataset.gather import Gathered, Recording
 from agent.fleet.dataset.joined import JoinedRows
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.fleet.labelling import labels
@@ -188,6 +191,56 @@ def test_a_set_gives_the_bits_that_the_device_computed(
     assert checked.exit_code == 0, checked.output
 
 
+def test_labels_of_further_outputs_have_a_column_that_the_evaluation_reads(
+    device: SampledDevice, home: Path, packed: Path, tmp_path: Path
+) -> None:
+    chosen = sorted(run_in_pieces(device, 3))[6:-6:9]
+    sample(device, home, chosen).close()
+    wear = tmp_path / "wear.csv"
+    wear.write_text(
+        "row,label,output\n" + "".join(f"{row},{row / 10},\n" for row in chosen) + f"{chosen[0]},hot|wet,flags\n"
+    )
+    done = CliRunner().invoke(
+        fleet, ["label", "pi-07", "tiny", str(wear), "--output", "wear", "--dir", str(home), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    known = json.loads(done.stdout)
+    assert (known["sources"], known["metrics"]) == ({}, [])
+    assert {name: each["sources"] for name, each in known["outputs"].items()} == {
+        "flags": {"human": 1},
+        "wear": {"human": len(chosen)},
+    }
+    assert "mae" in {metric["metric"] for metric in known["outputs"]["wear"]["metrics"]}
+    card = export(home, tmp_path / "set", "--format", "csv", "--only-labelled")
+    assert card["labels"]["labelled"] == 0
+    assert {name: each["labels"]["labelled"] for name, each in card["outputs"].items()} == {
+        "flags": 1,
+        "wear": len(chosen),
+    }
+    text = (tmp_path / "set" / "DATA_CARD.md").read_text()
+    assert "## Labels of output wear by person" in text
+    assert "Give labels" not in text
+    with (tmp_path / "set" / "data.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert {row["label"] for row in rows} == {""}
+    assert sorted(float(row["label_wear"]) for row in rows if row["label_wear"]) == [row / 10 for row in chosen]
+    assert [row["label_flags"] for row in rows if row["label_flags"]] == ["hot|wet"]
+    command = [
+        "evaluate",
+        str(packed),
+        str(tmp_path / "set" / "by-device"),
+        "--no-latency",
+        "--json",
+        "--output",
+        "wear",
+    ]
+    done = CliRunner().invoke(model_command, [*command, "--join", f"weather={tmp_path / 'set' / 'joined-weather'}"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["data"]["windows"] == len(chosen)
+    checked = CliRunner().invoke(fleet, ["dataset", "check", str(tmp_path / "set")])
+    assert checked.exit_code == 0, checked.output
+
+
 def test_fewer_joined_rows_than_the_least_count_are_never_sent(device: SampledDevice, home: Path) -> None:
     feed_air(device, np.arange(30) * WEATHER_STEP_US, np.arange(30, dtype=np.float32))
     device.feed(waves(600))
@@ -269,7 +322,18 @@ def test_rows_too_late_for_a_result_contradict_its_sample() -> None:
     assert first.contradicts(other)
 
 
-@pytest.mark.parametrize("damage", ["swapped", "short", "numbers"])
+def test_logs_of_a_device_take_no_file_of_a_device_of_a_similar_name() -> None:
+    def recording(device: str, log: str) -> Recording:
+        rows = JoinedRows("weather", np.array([1]), np.array([0]), np.ones((1, 1)), np.array([[0, 1]]))
+        return Recording(device, log, 1, np.zeros(1, np.int64), np.ones((1, 1)), [], joined={"weather": rows})
+
+    every = [recording("pi", "a"), recording("pi", "b"), recording("pi-1", "c"), recording("pi-2", "d")]
+    parts = data_files.split_by_device(Gathered(["x"], every, inputs={"weather": ["air"]}))
+    assert sorted(part.recordings for part in parts.values()) == [[0], [1], [2], [3]]
+    assert (parts["pi-1"].recordings, parts["pi-2"].recordings) == ([2], [3])
+
+
+@pytest.mark.parametrize("damage", ["swapped", "short", "numbers", "times"])
 def test_joined_rows_that_do_not_fit_their_message_are_counted(
     device: SampledDevice, home: Path, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +350,9 @@ def test_joined_rows_that_do_not_fit_their_message_are_counted(
             return encode(consent_text, fields, t, columns)
         if damage == "short":
             return encode(consent_text, fields, t[1:], [column[1:] for column in columns], numbers[1:])
+        if damage == "times":
+            # In a file of the set, it would stand in place of the times.
+            return encode(consent_text, ["t"], t, columns, numbers)
         return encode(consent_text, fields, t, columns, numbers + 1)
 
     monkeypatch.setattr(sample_content, "encode", damaged)

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.fleet.dataset import poisoning
-from agent.fleet.dataset.gather import Gathered, Recording
+from agent.fleet.dataset.gather import Gathered, LabelledOutput, Recording
 from agent.fleet.dataset.labels import RowLabel
 
 PEOPLE = ("mira", "juri", "anna", "tariq", "lena")
@@ -28,7 +28,7 @@ def gathered(liar: str = "", share: float = 0.5, devices: int = 5) -> Gathered:
             labels.append(RowLabel(1000 + row, ("rest", "work")[code ^ is_lie], "", ("human",), (person,), 1))
         samples = [{"row": 1000 + row, "rows": [1000 + row, 1000 + row + 2]} for row in rows.tolist()]
         t = np.arange(120) + 1000 * i
-        recordings.append(Recording(f"pi-{i % devices}", "log", 1000, t, values, samples, labels))
+        recordings.append(Recording(f"pi-{i % devices}", "log", 1000, t, values, samples, {"": LabelledOutput(labels)}))
     return Gathered(["a", "b", "c"], recordings)
 
 
@@ -48,7 +48,7 @@ def test_a_person_who_flips_half_of_the_labels_is_named_with_rows() -> None:
 def test_a_set_without_labels_is_not_checked() -> None:
     recordings = gathered().recordings
     for recording in recordings:
-        recording.labels = []
+        recording.outputs = {}
     assert poisoning.check(Gathered(["a", "b", "c"], recordings)).reasons == ["no labelled windows"]
 
 
@@ -66,7 +66,8 @@ def test_one_of_two_devices_that_sends_shorter_or_longer_samples_does_not_hide_f
     given = gathered("anna", devices=2)
     for recording in given.recordings:
         # The label is at the end of its three rows, and only the rows before tell the class.
-        recording.labels = [replace(label, row=label.row + 2) for label in recording.labels]
+        moved = [replace(label, row=label.row + 2) for label in recording.get_output("").labels]
+        recording.outputs = {"": LabelledOutput(moved)}
         recording.values[2::3] = np.random.default_rng(1).normal(0, 1, (40, 3))
         for sample in recording.samples:
             sample["row"] += 2

@@ -528,7 +528,7 @@ def test_metrics_of_labels_at_the_collector_are_included(small: Story, tmp_path:
     with small.store.transaction() as db:
         row = ("pi-01", "exercise", at(2), "accuracy", "", 0.75, 0.6, 0.86, 40, None, "collector", "x", 0)
         db.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')", row)
-        db.execute("INSERT INTO labels VALUES ('pi-01', 'exercise', 'x', 1, 'PEN', 'human', ?, 'eva')", (at(2),))
+        db.execute("INSERT INTO labels VALUES ('pi-01', 'exercise', 'x', 1, 'PEN', 'human', ?, 'eva', '')", (at(2),))
     small.make(tmp_path / "out")
     [entry] = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert (entry["source"], entry["labels"], entry["metrics"][0]["value"]) == ("collector", {"human": 1}, 0.75)

@@ -95,7 +95,7 @@ def test_verdicts_and_ground_truth_have_metrics_of_their_own(store: FleetStore) 
     assert ask(store, "SELECT count(*) FROM labels") == [(30,)]
     with store.snapshot() as db:
         counts = EvidenceQueries(store, db).count_labels()
-    assert counts == {(SENDER.device, SENDER.task): {"human": 30, "verdict": 10}}
+    assert counts == {(SENDER.device, SENDER.task, ""): {"human": 30, "verdict": 10}}
 
 
 def test_people_who_disagree_leave_the_label_open(store: FleetStore) -> None:

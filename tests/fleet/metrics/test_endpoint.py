@@ -193,6 +193,14 @@ def test_quality_of_each_output_is_served_with_its_interval_and_age(
     assert quality_of(fetch(listener)[1]) == {}, "metrics are of the bundle that runs"
 
 
+def test_quality_of_a_new_task_is_served(store: FleetStore, listener: MetricsListener) -> None:
+    sender = enrolled(store, "pi-05")
+    ingest(store, sender, health(sender, tasks={}), measured(sender, "", "accuracy"))
+    assert quality_of(fetch(listener)[1]) == {}
+    ingest(store, sender, health(sender, tasks={sender.task: {"row": 1, "stream": "watch", "model": MODEL}}))
+    assert quality_of(fetch(listener)[1]) == {("", "accuracy"): 0.9}
+
+
 @pytest.mark.attack("devices")
 def test_a_device_that_claims_many_outputs_and_metrics_gets_a_bounded_number_of_series(
     store: FleetStore, listener: MetricsListener

@@ -157,6 +157,39 @@ def test_a_second_output_is_judged_like_the_first(
     assert [name for name in rules(verdict) if name.startswith("wear/")] == [n for n in states if n.startswith("wear/")]
 
 
+@pytest.mark.attack("devices")
+@pytest.mark.parametrize("blocks", [6, 12])
+@pytest.mark.parametrize(
+    ("honest", "lie"),
+    [
+        ({}, wear(0)),
+        (wear(), wear(0)),
+        (wear(96), wear()),
+        (wear(96), wear(error="made up")),
+        (wear(stats={"windows": 0, "seconds": 0.0}, error="only one has it"), wear(0)),
+    ],
+    ids=["made up", "numbers as classes", "classes as numbers", "no kind", "of the new bundle"],
+)
+def test_one_device_that_lies_about_an_output_neither_blocks_nor_ends_a_rollout(
+    six: Fleet, honest: dict[str, Any], lie: dict[str, Any], blocks: int
+) -> None:
+    six.start(plan(rules=promotion(max_error_growth=10.0)))
+    for devices, numbers in ((six.senders[:5], honest), (six.senders[5:], lie)):
+        errors = {**AS_NEAR, **numbers}
+        six.in_shadow(devices, blocks, **errors)
+    verdict = six.look().verdict
+    undecided = {name: state for name, state in rules(verdict).items() if state != "passed"}
+    assert undecided == ({"wear/error_ratio": "undecided"} if honest == wear() else {})
+    assert verdict.outcome == ("wait" if undecided else "promote")
+
+
+def test_an_output_of_fewer_devices_than_a_step_needs_decides_nothing(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[:4])
+    six.in_shadow(six.senders[4:], **wear(0))
+    assert (six.look().verdict.outcome, rules(six.look().verdict)) == ("promote", {"agreement": "passed"})
+
+
 def test_an_output_that_only_the_new_bundle_has_blocks_nothing(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(**wear(stats={"windows": 0, "seconds": 0.0}, error="only one of the two bundles has this output"))

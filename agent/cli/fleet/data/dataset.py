@@ -92,12 +92,14 @@ def export_dataset(
         features=features,
     )
     emit(card, as_json, lambda: print_lines(*_card_lines(out, card)))
-    if require_clean and card.poisoning.state != "passed":
+    if require_clean and not card.is_clean:
         echo(f"{out}: {NOT_CLEAN}", err=True)
         sys.exit(1)
 
 
 def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
+    from agent.fleet.dataset.gather import name_label_column
+
     labels = card.labels
     rows = f"{card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings"
     yield f"{out}: {rows}, {labels['labelled']} labels"
@@ -109,8 +111,13 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
             f"  {name}: {n} rows without their history" for name, n in card.features["history_left_out"].items()
         )
     yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())
-    warn = "warning: " if card.poisoning.findings else ""
-    yield from (f"{warn}{line}" for line in card.poisoning.describe())
+    for output, each in card.outputs.items():
+        yield f"output {output}: {each.labels['labelled']} labels, column {name_label_column(output)}"
+        yield from (f"  {name}: {n}" for name, n in each.labels["by_class"].items())
+        yield from (f"left out: {n} results, {reason}" for reason, n in each.labels["left_out"].items())
+    for output, report in card.list_reports():
+        head = ("warning: " if report.findings else "") + (f"output {output}: " if output else "")
+        yield from (f"{head}{line}" for line in report.describe())
     yield from (f"warning: {warning}" for warning in card.warnings)
     yield f"See {out / 'DATA_CARD.md'}."
 

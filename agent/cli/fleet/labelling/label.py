@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import replace
 
 from agent import clock
 from agent.cli.device.labelling.label import read_labels, report
@@ -16,12 +17,13 @@ from agent.cli.output import by_option, echo, emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.names import is_name
 from agent.performance.labels import Label
 from agent.text import printable
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.labelling.labels import LabelOutcome
+    from agent.fleet.labelling.labels import LabelOutcome, OutputEvaluation
 
 _MAX_LISTED = 20
 
@@ -31,23 +33,38 @@ _MAX_LISTED = 20
 @click.argument("task")
 @click.argument("file", default="-")
 @fleet_option
+@click.option("--output", metavar="NAME", help="Further output of the model, of labels for which FILE names none.")
 @click.option("--send", is_flag=True, help="Send them to the device as signed commands; it computes slices and alerts.")
 @wait_option
 @by_option
 @json_option
 def label(
-    device: str, task: str, file: str, folder: str | None, send: bool, wait_s: float, by: str, as_json: bool
+    device: str,
+    task: str,
+    file: str,
+    folder: str | None,
+    output: str | None,
+    send: bool,
+    wait_s: float,
+    by: str,
+    as_json: bool,
 ) -> None:
     """Join labels from FILE with collected results of TASK of DEVICE, and print the metrics.
 
-    Columns are those of `outstation label`: row,label or t,label, source and output. The device
-    alone evaluates labels of further outputs. With --send the labels go to the device
-    instead. Repeated labels do no harm. Exit 1 if a label was rejected.
+    Columns are those of `outstation label`: row,label or t,label, source and output. Each output of the model has
+    metrics of its own. With --send the labels go to the device instead. Repeated labels do no harm. Exit 1 if a label
+    was rejected.
     """
+    if output is not None and not is_name(output):
+        raise UsageError(f"--output {output[:40]!r} is no name of an output; they have 1-64 of a-z 0-9 . _ -")
     config, store = open_for_reading(folder, device=device)
     entries = list(read_labels(file))
     rejected = {line: entry for line, entry in entries if isinstance(entry, str)}
-    labels = [(line, entry) for line, entry in entries if isinstance(entry, Label)]
+    labels = [
+        (line, replace(entry, output=entry.output or output or ""))
+        for line, entry in entries
+        if isinstance(entry, Label)
+    ]
     if send:
         home = fleet_config.find_folder(folder)
         accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
@@ -61,20 +78,27 @@ def label(
     except ValueError as problem:
         raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}
-    model = outcome.model
     document = {
         "accepted": outcome.accepted,
         "replaced": outcome.replaced,
         "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
-        "sources": outcome.sources,
-        "model": model.to_dict() if model else None,
-        "results": {"listed": model.listed, "total": model.results} if model else None,
-        "other_models": outcome.other_bundle_labels,
-        "metrics": [metric.to_dict() for metric in outcome.metrics],
+        **_to_document(outcome),
+        "outputs": {name: _to_document(each) for name, each in outcome.further.items()},
     }
     emit(document, as_json, lambda: _print_outcome(outcome, rejected))
     if rejected:
         sys.exit(1)
+
+
+def _to_document(evaluation: OutputEvaluation) -> dict[str, Any]:
+    model = evaluation.model
+    return {
+        "sources": evaluation.sources,
+        "model": model.to_dict() if model else None,
+        "results": {"listed": model.listed, "total": model.results} if model else None,
+        "other_models": evaluation.other_bundle_labels,
+        "metrics": [metric.to_dict() for metric in evaluation.metrics],
+    }
 
 
 def _send_labels(
@@ -108,15 +132,24 @@ def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:
     echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_LISTED]:
         echo(printable(f"  line {line}: {reason}"))
-    if outcome.model is not None:
-        others = outcome.other_bundle_labels
+    evaluations = {"": outcome, **outcome.further}
+    for name, each in evaluations.items():
+        if each.model is None:
+            continue
+        others = each.other_bundle_labels
         also = f"; {others} labels are of results of other bundles" if others else ""
-        model = f"{outcome.model.name} {outcome.model.version}, {outcome.model.digest}"
-        echo(printable(f"results of {model}{also}"))
-    if outcome.sparse_warning is not None:
-        echo(f"warning: {outcome.sparse_warning}")
+        model = f"{each.model.name} {each.model.version}, {each.model.digest}"
+        head = f"output {name}: " if name else ""
+        echo(printable(f"{head}results of {model}{also}"))
+        if each.sparse_warning is not None:
+            echo(f"{head}warning: {each.sparse_warning}")
     rows = [
-        [m.metric, printable(m.slice), *("" if v is None else f"{v:.4g}" for v in (m.value, m.low, m.high))]
-        for m in outcome.metrics
+        [
+            f"{name}: {m.metric}" if name else m.metric,
+            printable(m.slice),
+            *("" if v is None else f"{v:.4g}" for v in (m.value, m.low, m.high)),
+        ]
+        for name, each in evaluations.items()
+        for m in each.metrics
     ]
     print_table(["metric", "slice", "value", "from", "to"], rows, "No labelled result yet.")

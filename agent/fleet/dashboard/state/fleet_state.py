@@ -71,7 +71,8 @@ class DeviceState(msgspec.Struct):
     tasks: list[TaskState] = []
     alerts: list[dict[str, Any]] = []
     quality: list[OutputQuality] = []
-    quality_seq: int = 0
+    # Log, newest message and tasks that `quality` is of.
+    quality_basis: tuple[str, int, tuple[str, ...]] = ("", 0, ())
 
     def status(self, now_us: int) -> str:
         """Return the state for people: `revoked` and `silent` come before what the device said last."""
@@ -180,10 +181,11 @@ class FleetState:
     def _load_quality(self, db: Connection, logs: Sequence[tuple[str, str]]) -> None:
         newest = statements.load_newest_quality(db, logs)
         for (name, log), row in zip(logs, newest, strict=True):
-            device, seq = self.devices[name], row[0] if row is not None else 0
+            device = self.devices[name]
+            basis = log, row[0] if row is not None else 0, tuple(task.name for task in device.tasks)
             # Labels are rare: most refreshes find nothing new.
-            if seq != device.quality_seq:
-                device.quality, device.quality_seq = _read_quality(db, name, log, device.tasks), seq
+            if basis != device.quality_basis:
+                device.quality, device.quality_basis = _read_quality(db, name, log, device.tasks), basis
 
     def _load_drift(self, db: Connection, devices: Iterable[DeviceState]) -> None:
         tasks = [(device, task) for device in devices for task in device.tasks]

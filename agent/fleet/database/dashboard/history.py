@@ -31,8 +31,8 @@ WINDOWS_BEFORE = f"""
 WINDOWS_AFTER = f"""
     SELECT {_WINDOW_COLUMNS} FROM drift_windows WHERE task = ? AND device = ? AND "to" > ? ORDER BY "to" LIMIT ?"""
 COLLECTOR_METRICS = """
-    SELECT metric, value, low, high, n, time, source FROM metrics
-    WHERE device = ? AND task = ? AND source <> 'device' AND slice = '' ORDER BY source, metric LIMIT 50"""
+    SELECT output, metric, value, low, high, n, time, source FROM metrics
+    WHERE device = ? AND task = ? AND source <> 'device' AND slice = '' ORDER BY source, output, metric LIMIT 50"""
 
 
 def load_quality(db: Connection, device: str, log: str, task: str, limit: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import msgspec
 
 from agent.fleet.database.datasets.samples import COLUMNS, Sample
 from agent.fleet.database.interface import Connection, Row
-from agent.fleet.database.labelling.labels import TaskLog
+from agent.fleet.database.labelling.labels import OutputResult, TaskLog
 
 _SAMPLES = f"""
     SELECT {COLUMNS}, m.received, s.sealed, m.payload FROM samples s
@@ -16,7 +16,7 @@ _SAMPLES = f"""
     WHERE s.task = ? AND m.received <= ? AND s.time >= ? AND s.time <= ?
     ORDER BY s.device, s.log, s.rows_first, s.seq"""
 _LABELS = """
-    SELECT row, label, source, given_by, received FROM labels
+    SELECT row, label, source, given_by, received, output FROM labels
     WHERE device = ? AND task = ? AND log = ? AND row BETWEEN ? AND ? ORDER BY row"""
 _VERDICTS = """
     SELECT row, label, verdict, given_by, given FROM verdicts
@@ -24,6 +24,10 @@ _VERDICTS = """
 _PREDICTIONS = """
     SELECT row, label, score, value FROM results
     WHERE device = ? AND task = ? AND log = ? AND row BETWEEN ? AND ? ORDER BY row"""
+_FURTHER_PREDICTIONS = """
+    SELECT r.row, d.outputs FROM results r
+    JOIN result_details d ON d.device = r.device AND d.log = r.log AND d.seq = r.seq AND d.row = r.row
+    WHERE r.device = ? AND r.task = ? AND r.log = ? AND r.row BETWEEN ? AND ? ORDER BY r.row"""
 _DRIFT = """
     SELECT seq, "window" + window_count - 1, state, "to" FROM drift_windows
     WHERE device = ? AND log = ? AND task = ? ORDER BY seq"""
@@ -45,13 +49,17 @@ class StoredSample(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Label or verdict. `source`: human, model or system of a label; confirmed or corrected of a verdict."""
+    """Label or verdict. `source`: human, model or system of a label; confirmed or corrected of a verdict.
+
+    `output`: the further output that a label is about, "" for the first one.
+    """
 
     row: int
     text: str
     source: str
     by: str
     at: str
+    output: str = ""
 
 
 class DriftContext(msgspec.Struct, frozen=True):
@@ -75,9 +83,12 @@ def load_claims(db: Connection, key: TaskLog, first: int, last: int) -> tuple[li
     return [Claim(*row) for row in labels], [Claim(*row) for row in verdicts]
 
 
-def load_predictions(db: Connection, key: TaskLog, first: int, last: int) -> list[Row]:
-    """Return (row, label, score, value) of the results at rows `first` to `last`."""
-    return db.execute(_PREDICTIONS, (*key, first, last)).fetchall()
+def load_predictions(db: Connection, key: TaskLog, first: int, last: int, output: str = "") -> dict[int, OutputResult]:
+    """Return row → result of an output at rows `first` to `last`."""
+    if not output:
+        return {row: OutputResult(*result) for row, *result in db.execute(_PREDICTIONS, (*key, first, last))}
+    rows = db.execute(_FURTHER_PREDICTIONS, (*key, first, last))
+    return {row: OutputResult.of_further(outputs, output) for row, outputs in rows}
 
 
 def load_drift(db: Connection, device: str, log: str, task: str) -> list[DriftContext]:

@@ -1,4 +1,4 @@
-"""Statements on results that have no label yet; each inside a snapshot."""
+"""Statements on results whose first output has no label yet; each inside a snapshot."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _DRIFTED = """
     SELECT first, last, features FROM drift_windows
     WHERE task = ? AND device = ? AND state = 'drift' AND log = ? AND last >= ? ORDER BY "to" DESC LIMIT ?"""
 _LABELLED_ROWS = """
-    SELECT row FROM labels WHERE device = :device AND task = :task AND log = :log AND row >= :row
+    SELECT row FROM labels
+    WHERE device = :device AND task = :task AND log = :log AND row >= :row AND output = ''
     UNION SELECT row FROM verdicts WHERE device = :device AND task = :task AND log = :log AND row >= :row"""
 _CLASSES = """
     SELECT label, count(*) FROM (
-        SELECT row, label FROM labels WHERE device = :device AND task = :task AND log = :log AND source <> 'model'
+        SELECT row, label FROM labels
+        WHERE device = :device AND task = :task AND log = :log AND source <> 'model' AND output = ''
         UNION SELECT row, label FROM agreed_verdicts WHERE device = :device AND task = :task AND log = :log) known
     GROUP BY label"""
 

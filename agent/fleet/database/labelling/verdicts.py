@@ -50,22 +50,23 @@ _DISPUTED = """
         WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
         GROUP BY device, task, log, row HAVING min(label) <> max(label)) disputed"""
 
-# Labels and verdicts of people and programs, by author: their number, how many differ from the answer, and how many
-# errors the scores predict.
+# Labels and verdicts of people and programs on first outputs, by author: their number, how many differ from the answer,
+# and how many errors the scores predict.
 _COMPARED = """
     SELECT g.device, g.task, g.given_by, g.origin, count(*), sum(CASE WHEN g.label <> r.label THEN 1 ELSE 0 END),
            sum(1.0 - r.score)
     FROM (SELECT device, task, log, row, given_by, label, 'verdicts' AS origin FROM verdicts
-          UNION ALL SELECT device, task, log, row, given_by, label, 'labels' FROM labels WHERE source <> 'model') g
+          UNION ALL SELECT device, task, log, row, given_by, label, 'labels' FROM labels
+          WHERE source <> 'model' AND output = '') g
     CROSS JOIN results r
     WHERE r.device = g.device AND r.task = g.task AND r.row = g.row AND r.log = g.log
       AND r.label IS NOT NULL AND r.score BETWEEN 0 AND 1
       AND (CAST(:device AS TEXT) IS NULL OR g.device = :device) AND (CAST(:task AS TEXT) IS NULL OR g.task = :task)
     GROUP BY g.device, g.task, g.given_by, g.origin ORDER BY 1, 2, 3, 4"""
 _OWN_ANSWERS = """
-    SELECT device, task, sum(CASE WHEN source = 'model' THEN 1 ELSE 0 END), count(*) FROM labels
+    SELECT device, task, output, sum(CASE WHEN source = 'model' THEN 1 ELSE 0 END), count(*) FROM labels
     WHERE (CAST(:device AS TEXT) IS NULL OR device = :device) AND (CAST(:task AS TEXT) IS NULL OR task = :task)
-    GROUP BY device, task ORDER BY 1, 2"""
+    GROUP BY device, task, output ORDER BY 1, 2, 3"""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -177,7 +178,7 @@ def compare_with_scores(
 
 def count_own_answers(
     db: Connection, device: str | None = None, task: str | None = None
-) -> list[tuple[str, str, int, int]]:
-    """Return (device, task, labels that are the model's own answers, labels)."""
+) -> list[tuple[str, str, str, int, int]]:
+    """Return (device, task, output, labels that are the model's own answers, labels)."""
     rows = db.execute(_OWN_ANSWERS, {"device": device, "task": task})
-    return [(row[0], row[1], int(row[2]), int(row[3])) for row in rows]
+    return [(*row[:3], int(row[3]), int(row[4])) for row in rows]

@@ -44,16 +44,16 @@ class AccuracyCollector(msgspec.Struct):
             )
 
     def build_entries(
-        self, rows: list[dict[str, Any]], labels: dict[tuple[str, str], dict[str, int]]
+        self, rows: list[dict[str, Any]], labels: dict[tuple[str, str, str], dict[str, int]]
     ) -> list[AccuracyEntry]:
         """Return all entries, worst headline metric first. `rows` and `labels` are the collector's own."""
-        rows_by_task: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        rows_by_output: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
-            rows_by_task.setdefault((row["device"], row["task"]), []).append(row)
+            rows_by_output.setdefault((row["device"], row["task"], row["output"]), []).append(row)
         names = ("metric", "value", "low", "high", "n", "slice", "state")
         entries = [*self._latest.values()]
-        for device, task in sorted({*rows_by_task, *labels}):
-            own = rows_by_task.get((device, task), [])
+        for device, task, output in sorted({*rows_by_output, *labels}):
+            own = rows_by_output.get((device, task, output), [])
             newest = max((row["time"] for row in own), default="")
             metrics = [Metric(**{name: row[name] for name in names}) for row in own]
             entry = AccuracyEntry(
@@ -62,8 +62,9 @@ class AccuracyCollector(msgspec.Struct):
                 time=newest,
                 source="collector",
                 model=None,
-                labels=labels.get((device, task), {}),
+                labels=labels.get((device, task, output), {}),
                 metrics=metrics,
+                output=output,
             )
             entries.append(entry)
         entries.sort(key=_worst_first_key)
