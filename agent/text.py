@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 # A spreadsheet runs a cell that begins with one of these.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
@@ -45,10 +46,17 @@ def csv_text(text: str) -> str:
     return printable(f"'{text}" if runs else text)
 
 
+def require_one_line(kind: str, text: str) -> None:
+    """Raise ValueError if the text has a line break or another control character."""
+    if _CONTROL.search(text):
+        raise ValueError(f"{kind} {text!r} has a line break or another control character; rename it")
+
+
 def require_plain_name(kind: str, name: str) -> None:
-    """Raise ValueError if the name of a column or class would break a line, or a spreadsheet would run it."""
+    """Raise ValueError if the header of a CSV table could not show the name of a column as it is."""
+    require_one_line(kind, name)
     if not name.isprintable():
-        raise ValueError(f"{kind} {name!r} has a line break or another character that cannot be printed; rename it")
+        raise ValueError(f"{kind} {name!r} has a character that cannot be printed; rename it")
     if len(name) > 1 and csv_text(name) != name:
         raise ValueError(f"{kind} {name!r} begins with = + - or @, so a spreadsheet would run it; rename it")
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from agent.names import is_name
+from agent.text import printable
 
 # A verdict is of a person who saw the prediction first.
 HUMAN, MODEL, SYSTEM, VERDICT = SOURCES = ("human", "model", "system", "verdict")
@@ -49,13 +50,13 @@ class LabelSchema(msgspec.Struct, frozen=True):
         if self.kind == "several":
             return self._parse_multilabel(text)
         if self.kind == "classify":
-            if text not in self.labels:
+            if (index := self._find_class(text)) is None:
                 known = ", ".join(self.labels[:12]) + (", …" if len(self.labels) > 12 else "")
                 raise ValueError(f"this is no label of this model; it knows {known}")
-            return float(self.labels.index(text))
+            return float(index)
         if self.kind == "anomaly":
-            if text in self.labels and len(self.labels) == 2:
-                return float(self.labels.index(text))
+            if len(self.labels) == 2 and (index := self._find_class(text)) is not None:
+                return float(index)
             is_anomaly = parse_anomaly(text)
             if is_anomaly is None:
                 raise ValueError("a label of this model must be anomaly or normal, 1 or 0")
@@ -94,10 +95,17 @@ class LabelSchema(msgspec.Struct, frozen=True):
         if len(self.labels) > MAX_MULTILABEL_CLASSES:
             raise ValueError(f"labels of a model that knows more than {MAX_MULTILABEL_CLASSES} at once are not taken")
         names = {name.strip() for name in text.split(SEPARATOR)} if text != NO_LABEL else set()
-        if not names <= set(self.labels):
+        indices = {self._find_class(name) for name in names}
+        if None in indices:
             known = SEPARATOR.join(self.labels)
             raise ValueError(f"this is no label of this model; it knows any of {known}")
-        return float(sum(1 << self.labels.index(name) for name in names))
+        return float(sum(1 << index for index in indices if index is not None))
+
+    def _find_class(self, text: str) -> int | None:
+        """Return the index of the label that `text` is, or that a CSV table shows quoted for spreadsheets."""
+        if text in self.labels:
+            return self.labels.index(text)
+        return next((i for i, label in enumerate(self.labels) if printable(label) == text.removeprefix("'")), None)
 
 
 class LabelTarget(msgspec.Struct, frozen=True):

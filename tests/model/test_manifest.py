@@ -37,6 +37,7 @@ from tests.model.test_bundle import refused
         ("output", {"labels": ["one"]}, "needs at least two output.labels"),
         ("output", {"labels": ["one", "one"]}, "a label is named twice"),
         ("output", {"labels": ["one", ""]}, "output.labels"),
+        ("output", {"labels": ["one", "two\u2028"]}, "has a line break"),
         ("output", {"labels": ["one", "x" * 257]}, "output.labels"),
         ("output", {"labels": ["one", "two"], "temperature": 0}, "temperature"),
         ("output", {"labels": ["one", "two"], "activation": "relu"}, "activation"),

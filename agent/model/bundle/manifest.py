@@ -22,7 +22,7 @@ from agent.model.bundle.tensor_selection import TensorSelection
 from agent.names import is_name
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
 from agent.strict_json import check_strict_json
-from agent.text import require_plain_name
+from agent.text import require_one_line, require_plain_name
 
 FORMAT = 1
 MAX_TEXT_CHARS = 4096
@@ -246,9 +246,10 @@ class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("names: low and high are the bounds of the first value; rename the others")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
-        for kind, texts in (("label", self.labels), ("value", self.names)):
-            for text in texts:
-                require_plain_name(kind, text)
+        for label in self.labels:
+            require_one_line("label", label)
+        for name in self.names:
+            require_plain_name("value", name)
         if len(set(self.names)) != len(self.names):
             raise ValueError("names: a value is named twice")
         if len(self.units) not in (0, max(1, len(self.names))):

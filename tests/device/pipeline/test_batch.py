@@ -215,9 +215,7 @@ def test_messages_tile_the_rows_and_each_is_within_the_brokers_limit(
     device.store.close()
 
 
-@pytest.mark.parametrize(
-    "label", ["x" * 256, "ü" * 256, "運" * 256, '"\\' * 128], ids=["ascii", "2", "3", "escaped"]
-)
+@pytest.mark.parametrize("label", ["x" * 256, "ü" * 256, "運" * 256, '"\\' * 128], ids=["ascii", "2", "3", "escaped"])
 def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, label: str) -> None:
     device = make(max_bytes=12_000)
     manifest = device.active.bundle.manifest
