@@ -173,6 +173,8 @@ class Client:
         for name, column in columns.items():
             if isinstance(column, Sequence):
                 plain[name] = list(column)
+            elif not hasattr(column, "dtype"):
+                raise TypeError(f"column {name!r} must be a sequence or a numpy array, not {type(column).__name__}")
             elif _frame_type(column):
                 packed[name] = column.dtype.str[1:], base64.b64encode(column.tobytes()).decode()
             else:

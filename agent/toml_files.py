@@ -91,6 +91,7 @@ _TYPE_WORDS = {
     "bool": "true or false",
     "null": "nothing",
 }
+_MOMENTS = {"date": "2026-12-01", "datetime": "2026-12-01T18:00:00Z"}
 
 
 def _describe_type(problem: str) -> str:
@@ -106,6 +107,8 @@ def _describe_type(problem: str) -> str:
         wanted = " or ".join(_TYPE_WORDS.get(word, word) for word in match[1].split(" | ") if word != "null")
         present = {"array": "a list", "object": "a table", "str": "a text"}.get(match[2], _TYPE_WORDS.get(match[2]))
         return f"must be {wanted}, not {present or match[2]}"
+    if match := re.fullmatch(r"Invalid RFC3339 encoded (date|datetime)", problem):
+        return f"must be a {'date' if match[1] == 'date' else 'time'}, such as {_MOMENTS[match[1]]}"
     return problem[:1].lower() + problem[1:]
 
 

@@ -81,7 +81,7 @@ def read(
     """Read all rows at `path`, a file or a folder, with further columns as text. Raises UsageError."""
     spec = inference.manifest.input
     files = readers.list_sources(path, spec)
-    blocks, file_index, rejected = [], [], 0
+    blocks, file_index, rejected, reason = [], [], 0, "no rows in it"
     has_time = True
     columns: dict[str, list[TextColumn]] = {name: [] for name in text_columns}
     fields = {name: i for i, name in enumerate(spec.fields) if name in columns}
@@ -92,13 +92,15 @@ def read(
         for block in reader.blocks():
             blocks.append(block)
             file_index.append(np.full(len(block.rows), i, np.int64))
+            if block.rejected and not rejected:
+                reason = f"none of its rows can be read; the first: {block.rejected[0].reason}"
             rejected += len(block.rejected)
             texts = {FILE_COLUMN: np.full(len(block.rows), file.name)} | block.text_columns
             texts |= {name: block.rows[:, at].astype(np.str_) for name, at in fields.items()}
             for name in columns:
                 columns[name].append(texts[name])
     if not sum(len(block.rows) for block in blocks):
-        raise UsageError(f"{path}: no rows in it, so nothing to evaluate with; give data with labels")
+        raise UsageError(f"{path}: {reason}; so nothing to evaluate with; give data with labels")
     return Dataset(
         files,
         np.concatenate([block.rows for block in blocks]),

@@ -38,12 +38,15 @@ def withhold(evaluation: Evaluation, min_count: int) -> Evaluation:
     ]
     is_small = any(0 < n < min_count for row in evaluation.confusion for n in row)
     bins = [each for each in evaluation.reliability if each.n >= min_count]
+    adversarial = _withhold_attacks(evaluation.adversarial, set(known), min_count)
     counts = {
         "classes": len(evaluation.classes) - len(classes),
         "slices": len(evaluation.slices) - len(slices),
         "bins of the reliability diagram": len(evaluation.reliability) - len(bins),
         "confusion matrix": int(is_small),
         "rows with a suspect label": len(evaluation.suspects),
+        "attack shares": _count_points(evaluation.adversarial) - _count_points(adversarial),
+        "smallest changes": _count_changes(evaluation.adversarial) - _count_changes(adversarial),
     }
     listed = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     note = f"Privacy: numbers of fewer than {min_count} windows are left out: {listed or 'none'}."
@@ -55,10 +58,18 @@ def withhold(evaluation: Evaluation, min_count: int) -> Evaluation:
         confusion=[] if is_small else evaluation.confusion,
         reliability=bins,
         slices=slices,
-        adversarial=_withhold_attacks(evaluation.adversarial, set(known), min_count),
+        adversarial=adversarial,
         suspects=[],
         notes=[*evaluation.notes, note],
     )
+
+
+def _count_points(result: AdversarialResult | None) -> int:
+    return 0 if result is None else sum(len(attack.points) for attack in result.attacks)
+
+
+def _count_changes(result: AdversarialResult | None) -> int:
+    return 0 if result is None else len(result.smallest_changes)
 
 
 def _withhold_attacks(result: AdversarialResult | None, labels: set[str], min_count: int) -> AdversarialResult | None:

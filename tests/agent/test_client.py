@@ -106,6 +106,13 @@ def test_what_flush_says_is_on_the_disk(station: Station) -> None:
         assert client.flush() == FlushResult(0, [])
 
 
+def test_a_column_that_is_no_sequence_is_named(station: Station) -> None:
+    with Client(station.socket) as client:
+        with pytest.raises(TypeError, match="column 'ax' must be a sequence or a numpy array, not float"):
+            client.send_columns("watch", {"t": [T0], "ax": 1.0, "ay": [2.0]})  # type: ignore[dict-item]
+        assert client.flush() == FlushResult(0, [])
+
+
 def test_the_context_flushes_unless_an_error_is_raised(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=0.3)) as station:
         with Client(station.socket) as client:

@@ -102,3 +102,10 @@ def test_the_chart_stays_on_its_paper_for_costs_of_any_size(most: int) -> None:
         ys = [float(y) for y in re.findall(r'y="([-\d.]+)"', svg)]
         assert all(0 <= y <= 400 for y in ys)
         assert "a cloud &amp; more" in svg
+
+
+def test_a_date_that_is_none_is_named_with_an_example(tmp_path: Path) -> None:
+    file = tmp_path / "prices.toml"
+    file.write_text(re.sub("as_of = .*", 'as_of = "soon"', shipped_text()))
+    with pytest.raises(ConfigError, match=r"cloud\.as_of: must be a date, such as 2026-12-01"):
+        load_prices(file)

@@ -195,7 +195,20 @@ def test_privacy_leaves_out_small_slices_and_single_rows(tabular: Path, tmp_path
     assert private.suspects == []
     assert private.data.files[0].file == "file 1"
     assert "Privacy: numbers of fewer than 10 windows are left out" in private.notes[-1]
+    attacked = small_cells.withhold(evaluation, 10**6)
+    assert attacked.adversarial is not None
+    assert (attacked.adversarial.attacks, attacked.adversarial.smallest_changes) == ([], [])
+    assert all(counted in attacked.notes[-1] for counted in ("attack shares", "smallest changes"))
     printed = run(tabular, write_rows(tmp_path / "rows.csv"), "--slice", "site", "--privacy", "--json")
     assert printed.exit_code == 0, printed.output
     assert "rows.csv" not in printed.output
     assert "site=s0" not in printed.output
+
+
+def test_a_report_of_no_requirement_and_data_of_another_kind_are_refused(tabular: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.csv")
+    refused = run(tabular, data, "--junit", tmp_path / "gate.xml")
+    assert isinstance(refused.exception, UsageError)
+    assert "give --require or --against" in str(refused.exception)
+    wrong = run("machine", data)
+    assert "none of its rows can be read; the first: " in str(wrong.exception)

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from agent.errors import ModelProcessFailed
+from agent.model import activation
 from agent.model.sandbox import launch
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.testing.simulation.shared_models import CandidateModel, PatientModel, SharedModels
@@ -59,3 +63,15 @@ def test_a_machine_that_is_busy_for_minutes_rejects_no_bundle(monkeypatch: pytes
     report.raise_for_failure()
     assert report.tuning is not None
     assert report.tuning.batch == 1
+
+
+def test_a_loaded_model_writes_no_lines_of_its_runtime_but_warnings(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        os.write(2, b"INFO: Created delegate\nWARNING: no memory\n")
+
+    monkeypatch.setattr(activation, "load_bundle", load)
+    proven: Any = SimpleNamespace(bundle=SimpleNamespace(digest="sha256:1"))
+    SharedModels().load(proven, nullcontext, ModelPolicy("off"), lambda: None)
+    assert capfd.readouterr().err == "WARNING: no memory\n"

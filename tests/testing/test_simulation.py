@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from agent.errors import ConfigError, UsageError
 from agent.fleet.database.store import FleetStore
 from agent.testing.simulated_fleet import SimulatedFleet
 from agent.testing.simulation import report, scenario, setup
-from agent.testing.simulation.log import written_log
+from agent.testing.simulation.log import MachineLog, written_log
+from agent.testing.simulation.machine import MachineRoom
 from agent.testing.simulation.page import render
 from agent.testing.simulation.runner import Outcome, Simulation
 from agent.testing.simulation.scenario import Scenario
@@ -224,3 +227,16 @@ def test_names_of_no_device_and_numbers_of_devices_out_of_range_are_refused(tmp_
 
 def _cut(fleet: SimulatedFleet, device: str) -> None:
     fleet.set_offline(device, is_offline=True)
+
+
+def test_a_full_disk_under_the_log_is_no_failure_of_a_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    machine_log = logging.getLogger("outstation.full")
+    machine_log.addHandler(handler := MachineLog(MachineRoom(1, 0), refuse))
+    try:
+        machine_log.warning("the broker is gone")
+    finally:
+        machine_log.removeHandler(handler)
+    assert "No space left on device" in capsys.readouterr().err

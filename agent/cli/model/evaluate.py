@@ -113,6 +113,8 @@ def evaluate(
         raise UsageError("--about is for the cards; name their folder with --card")
     texts = cards.read_texts(about) if about else cards.CardTexts()
     chosen_gate = gate.read_gate(required)
+    if junit is not None and not chosen_gate.requirements and against is None:
+        raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
     if privacy:

@@ -79,10 +79,10 @@ def _print_attacks(evaluation: Evaluation) -> None:
         return
     lead = f"share of answers that flip, of {result.windows} windows, in {result.invocations:,} invocations"
     _print_heading("Attacks on the input", lead)
-    print_table(["", "flipped"], tables.attack_rows(evaluation), "")
+    print_table(["", "flipped"], tables.attack_rows(evaluation), "Of too few windows to show.")
     _print_heading("Smallest change that flips an answer", f"{result.criterion}; searched without gradients")
     rows = tables.smallest_change_rows(evaluation, by_class=False)[:_MAX_CLASSES]
-    print_table(["", "class", "median", "smallest", "n"], rows, "")
+    print_table(["", "class", "median", "smallest", "n"], rows, "Of too few windows to show.")
 
 
 def _print_latency(evaluation: Evaluation) -> None:

@@ -89,7 +89,8 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
     while True:
         max_rows = task.max_batch_rows(store.quota.transaction_bytes)
         # The monotonic clock: while the machine sleeps, no batch is late.
-        began, began_s = time.thread_time_ns(), time.monotonic()
+        began_s = time.monotonic()
+        task.cost_meter.begin_batch(time.thread_time_ns())
         try:
             result = _run_once(task, store, message_log, now, max_rows)
         except StorageFull:
@@ -100,7 +101,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
         else:
             task.batch_divisor = max(1, task.batch_divisor // 2)
             if result is not None:
-                task.cost_meter.record_batch(result.windows, result.rows, (time.thread_time_ns() - began) // 1000)
+                task.cost_meter.end_batch(time.thread_time_ns())
                 task.deadline.record_batch(time.monotonic() - began_s, result.windows, store, message_log, now)
             return result
 
@@ -392,7 +393,7 @@ def _commit(
         tx.increment_counter(f"windows.{task.name}", len(source.cut.starts))
         if output.sample_requests:
             requests.add(tx, task.name, output.sample_requests)
-        task.cost_meter.write_counters(tx)
+        task.cost_meter.write_counters(tx, len(source.cut.starts), source.cut.consumed, time.thread_time_ns())
         if task.joined_reader is not None and source.joined is not None:
             task.joined_reader.save(tx, source.joined)
         if task.is_crash_suspect:

@@ -22,11 +22,15 @@ class MachineLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines_left -= 1
-        if self._lines_left > 0:
-            place = f"{format_span(self._room.now_s)} {self._room.current.name}"
-            self._write(printable(f"{place}: {record.levelname.lower()}: {record.getMessage()}"))
-        elif not self._lines_left:
-            self._write("more warnings are left out")
+        if self._lines_left < 0:
+            return
+        place = f"{format_span(self._room.now_s)} {self._room.current.name}"
+        text = printable(f"{place}: {record.levelname.lower()}: {record.getMessage()}")
+        try:
+            self._write(text if self._lines_left else "more warnings are left out")
+        except OSError:
+            # A full disk is not the failure of the simulated machine that warns.
+            self.handleError(record)
 
 
 @contextmanager

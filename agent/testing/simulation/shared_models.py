@@ -8,8 +8,10 @@ machine's. A candidate hangs once it has computed for as long as a device waits,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,8 @@ class SharedModels(ModelHost):
     ) -> LoadedBundle:
         digest = proven.bundle.digest
         if digest not in self._loaded:
-            self._loaded[digest] = activation.load_bundle(proven, policy=_IN_PROCESS)
+            with _hide_info_lines():
+                self._loaded[digest] = activation.load_bundle(proven, policy=_IN_PROCESS)
         return self._loaded[digest]
 
     def start_candidate(
@@ -101,6 +104,22 @@ class SharedModels(ModelHost):
     def start_job(self, job: Callable[[], None]) -> None:
         """Run a job at once: in simulated time it takes none."""
         job()
+
+
+@contextmanager
+def _hide_info_lines() -> Iterator[None]:
+    """Keep the runtime's lines `INFO: …` from standard error, to which it writes past Python."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            os.write(2, b"".join(line for line in file if not line.startswith(b"INFO: ")))
 
 
 class PatientModel(SubprocessModel):
