@@ -47,6 +47,6 @@ def _parse_quantity(text: str, units: dict[str, Any]) -> float:
     matches = [match for part in parts if (match := _QUANTITY.fullmatch(part))]
     sizes = [size for match in matches for unit, size in units.items() if unit.lower() == match[2].lower()]
     if not parts or len(sizes) < len(parts) or any(second >= first for first, second in pairwise(sizes)):
-        example = "512 MiB" if units is _SIZES else "10 s"
-        raise ValueError(f'{text!r} must be a number with a unit: {", ".join(units)}; such as "{example}"')
+        examples = '"512 MiB"' if units is _SIZES else '"10 s" or "2 h 30 min"'
+        raise ValueError(f"{text!r} must be a number with a unit: {', '.join(units)}; such as {examples}")
     return sum(float(match[1]) * float(size) for match, size in zip(matches, sizes, strict=True))

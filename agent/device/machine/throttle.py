@@ -80,7 +80,9 @@ class Throttle:
         slow = "" if reason else _compare_limits(temperature, battery, *slow_limits, is_beyond=was_slow)
         self.status = ThermalPowerStatus(temperature, battery, reason, slow)
         _log_change("pause", before.pause_reason, reason)
-        _log_change("slow down", before.slow_reason, slow)
+        # Tasks that pause do not run at full speed again.
+        if not reason:
+            _log_change("slow down", before.slow_reason, slow)
         return self.status
 
     def rest_s(self, busy_s: float) -> float:
@@ -134,11 +136,13 @@ def _compare_limits(
     limit, key = most
     end = limit - _TEMPERATURE_HYSTERESIS
     if temperature is not None and temperature > (end if is_beyond else limit):
-        return f"{temperature:.0f} °C; more than {limit:g} °C ([throttle] {key}), until {end:g} °C"
+        was = "" if temperature > limit else "was "
+        return f"{temperature:.0f} °C; {was}more than {limit:g} °C ([throttle] {key}), until {end:g} °C"
     limit, key = least
     end = limit + _BATTERY_HYSTERESIS
     if battery is not None and battery < (end if is_beyond else limit):
-        return f"battery at {battery:.0f} %; less than {limit:g} % ([throttle] {key}), until {end:g} %"
+        was = "" if battery < limit else "was "
+        return f"battery at {battery:.0f} %; {was}less than {limit:g} % ([throttle] {key}), until {end:g} %"
     return ""
 
 

@@ -53,7 +53,9 @@ def test_the_hottest_sensor_counts_with_hysteresis(tmp_path: Path) -> None:
     heat = "class/thermal/thermal_zone1/temp"
     assert machine.put(heat, "80000").resting() == ""
     assert machine.put(heat, "80500").resting() == "80 °C; more than 80 °C ([throttle] max_temperature), until 75 °C"
-    assert machine.put(heat, "76000").resting() == "76 °C; more than 80 °C ([throttle] max_temperature), until 75 °C"
+    assert (
+        machine.put(heat, "76000").resting() == "76 °C; was more than 80 °C ([throttle] max_temperature), until 75 °C"
+    )
     assert machine.put(heat, "75000").resting() == ""
     assert machine.put(heat, "79000").resting() == ""
 
@@ -63,13 +65,13 @@ def test_a_battery_counts_while_it_is_being_emptied(tmp_path: Path) -> None:
     assert machine.battery("19", "Charging").resting() == ""
     assert "battery at 19 %; less than 20 %" in machine.battery("19", "Discharging").resting()
     assert (
-        "battery at 24 %; less than 20 % ([throttle] min_battery), until 25 %"
+        "battery at 24 %; was less than 20 % ([throttle] min_battery), until 25 %"
         in machine.battery("24", "Discharging").resting()
     )
     assert machine.battery("24", "Charging").resting() == ""
 
 
-def test_tasks_slow_down_before_they_pause(tmp_path: Path) -> None:
+def test_tasks_slow_down_before_they_pause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     heat, machine = "class/thermal/thermal_zone0/temp", Machine(tmp_path)
     states = []
     for reading in ("75000", "76000", "71000", "81000", "76000", "74000", "70000"):
@@ -77,6 +79,10 @@ def test_tasks_slow_down_before_they_pause(tmp_path: Path) -> None:
         status = machine.status
         states.append("pause" if status.pause_reason else "slow" if status.slow_reason else "run")
     assert states == ["run", "slow", "slow", "pause", "pause", "slow", "run"]
+    changes = [text.partition(":")[0].partition(";")[0] for text in caplog.messages]
+    assert changes == [
+        f"tasks {text}" for text in ("slow down", "pause", "no longer pause", "slow down", "no longer slow down")
+    ]
     machine.put(heat, "40000").battery("29", "Discharging")
     assert machine.shown()["slowed"] == "battery at 29 %; less than 30 % ([throttle] slow_battery), until 35 %"
 

@@ -13,6 +13,7 @@ from agent.alerts import kinds
 from agent.clock import ClockReading
 from agent.config import BufferConfig, Config, DeviceConfig
 from agent.device import metrics, status
+from agent.device.bundles import history
 from agent.device.capacity.space import SpaceManager
 from agent.device.intake import labels as intake
 from agent.device.pipeline import label_metrics, labelled_output
@@ -22,7 +23,7 @@ from agent.device.store.predictions import output_key
 from agent.model.bundle.bundle import Bundle
 from agent.performance.labels import parse_label
 from agent.quantities import Duration
-from agent.wire.messages import AlertPayload, QualityPayload
+from agent.wire.messages import AlertPayload, AuditPayload, QualityPayload
 from scripts.kit.bundles import waves
 from tests.kit import outputs
 from tests.kit.devices import NOW, Device
@@ -272,3 +273,14 @@ def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device:
 def test_a_label_names_its_output() -> None:
     assert parse_label(3, None, "1.5", output="wear").output == "wear"
     assert parse_label(3, None, "1.5").output == ""
+
+
+def test_an_activation_describes_the_labels_of_each_output(device: Device) -> None:
+    with device.store.transaction() as tx:
+        history.record_activation(tx, device.author, "tiny", device.task.bundle, None, "configured", NOW)
+    body = device.messages()[-1].body
+    assert isinstance(body, AuditPayload)
+    assert body.evidence["outputs"] == {
+        "flags": {"kind": "several", "labels": ["hot", "wet"], "threshold": None},
+        "wear": {"kind": "regress", "labels": [], "threshold": None},
+    }
