@@ -317,10 +317,9 @@ def test_invalid_output_of_an_inspection_is_no_inspection(child: Any, script: st
         probe.inspect_model(model("classify_int8"))
 
 
-def test_a_child_that_stands_still_is_ended(child: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "GRACE_S", 0.5)
+def test_a_child_that_stands_still_is_ended(child: Any) -> None:
     child("kill -STOP $$")
-    report = probe.probe(around(model("classify_int8"), seconds=1))
+    report = probe.probe(around(model("classify_int8"), seconds=1), grace_s=0.5)
     assert report.checks == [("load", False, "did not finish within 1.5 s and was killed")]
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 # Added to the bundle's CPU seconds: starting Python takes time on a small board, and waiting takes no CPU.
-GRACE_S = 10.0
+_GRACE_S = 10.0
 # Rows that are run alone and as a batch.
 _COMPARED_ROWS = 5
 # Rows of noise that show how the outputs behave.
@@ -83,7 +83,7 @@ def probe(
     known_tunings: Sequence[Tuning] | None = None,
     policy: ModelPolicy | None = None,
     *,
-    grace_s: float = GRACE_S,
+    grace_s: float = _GRACE_S,
 ) -> ProbeReport:
     """Probe `bundle` within its limits and those of `policy`.
 
@@ -129,7 +129,7 @@ def inspect_model(content: bytes) -> ModelInspection:
     return inspection
 
 
-def _run_child(request: _ProbeRequest, limits: ResourceLimits, grace_s: float = GRACE_S) -> tuple[bytes, str]:
+def _run_child(request: _ProbeRequest, limits: ResourceLimits, grace_s: float = _GRACE_S) -> tuple[bytes, str]:
     """Return the child's output and the cause of its death, or "". Raises BadBundle if it does not finish."""
     timeout_s = limits.cpu_seconds + grace_s + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
