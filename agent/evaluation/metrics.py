@@ -130,7 +130,9 @@ def slice_metrics(
 ) -> list[MetricEstimate]:
     """Return the metric of each slice, by the rule that devices use, ordered by column and value."""
     binned = {name: bin_column(column) for name, column in columns.items()}
-    estimates = slices.compute_slice_metrics(kind, predictions, binned, units.design_effect)
+    # Neighbours without groups depend on each other within slices: one that is worse throughout is no dependence.
+    design_effect = units.design_effect if units.group_count else None
+    estimates = slices.compute_slice_metrics(kind, predictions, binned, design_effect)
     # Only what was tested has a state.
     return sorted((estimate for estimate in estimates if estimate.state is not None), key=_sort_key)
 

@@ -107,12 +107,12 @@ def _variance_ratio(sums: Float64s, squares: Float64s, size: int) -> float:
     return float((sums / size).var(ddof=1)) * size / variance
 
 
-def estimate_dependence(values: Float64s) -> Dependence:
+def estimate_dependence(values: Float64s, *, with_quantile: bool = True) -> Dependence:
     """Return the dependence of (n,) values in order: the largest of an AR(1) process and of batch means of any length.
 
     A session, person or shift that is wrong more often than others shows in batches as long as it, though neighbours
     hardly correlate. The fewer the batches, the more a variance over them must count: where it is clear that batches
-    differ, by Student's quantile.
+    differ, by Student's quantile. Without `with_quantile` it does not: for a test that allows for few results itself.
     """
     n, effect = len(values), estimate_design_effect(values)
     if n < 10 or not np.isfinite(values).all():
@@ -121,7 +121,7 @@ def estimate_dependence(values: Float64s) -> Dependence:
     size = 2
     while n // size >= _MIN_BATCHES:
         ratio, error = _variance_ratio(*_sum_groups(scaled, size), size), _ratio_error(n // size)
-        if ratio > 1 + _CLEAR_ERRORS * error:
+        if with_quantile and ratio > 1 + _CLEAR_ERRORS * error:
             effect = max(effect, 1 + (student_t_quantile(n // size - 1) / Z) ** 2 * (ratio - 1))
         effect = max(effect, ratio - error)
         size = round(1.5 * size)

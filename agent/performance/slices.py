@@ -73,7 +73,7 @@ def _within_effect(losses: Float64s, values: NDArray[np.str_]) -> float:
     """Return how many results count as one, by how losses (n,) vary around the mean of their slice."""
     _, place = np.unique(values, return_inverse=True)
     means = bincount(place, losses) / bincount(place)
-    return intervals.estimate_dependence(losses - means[place]).design_effect
+    return intervals.estimate_dependence(losses - means[place], with_quantile=False).design_effect
 
 
 def holm_correction(p_values: Sequence[float]) -> list[bool]:

@@ -111,9 +111,10 @@ def test_the_numbers_of_the_readme_are_measured_ones() -> None:
     section = page.read_text(encoding="utf-8").partition("| quiet data |")[2].partition("\n\n")[0]
     rates = [[float(rate) for rate in re.findall(r"\| ([\d.]+) of ", line)] for line in section.splitlines()[2:]]
     text = " ".join(README.split())
-    assert f"On {sum(max(row) <= 10 for row in rates)} of {len(rates)} kinds of quiet data at most 10 in" in text
+    quiet = sum(max(row) <= 10 for row in rates)
+    assert f"At most 10 of 1,000 quiet windows raise an alarm, on {quiet} of {len(rates)} kinds of data" in text
     largest = max(map(max, rates))
-    assert f"up to {largest:.0f} ([measured]" in text if largest > 10 else "windows alarm ([measured]" in text
+    assert f", {largest:.0f} do ([measured]" in text if largest > 10 else "kinds of data ([measured]" in text
     assert f"injects [{len(faults.read_table())} faults]" in text
 
 

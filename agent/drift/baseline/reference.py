@@ -190,7 +190,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     def class_means_at(self, t: Ints) -> Float64s:
         """Return the class means (n, C, D) to expect at times (n,) epoch µs."""
         if not self._has_daily_cycle:
-            return self.class_mean[None].repeat(len(t), 0)
+            return np.tile(self.class_mean, (len(t), 1, 1))
         return np.asarray(self.class_mean + self._daily_cycle(t)[:, None] * self.class_sd)
 
     @cached_property

@@ -23,6 +23,7 @@ from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, name_label_column
 from agent.fleet.dataset.joined import JoinedByInput, JoinedRows
 from agent.fleet.export.export import to_parquet
+from agent.indices import repeat
 from agent.text import csv_text
 
 DataFormat = Literal["parquet", "csv"]
@@ -106,8 +107,8 @@ def _to_columns(gathered: Gathered, derived_columns: DerivedColumns | None, chos
         columns[name_label_column(output)] = np.array(labels, np.str_)
     counts = [len(each.t) for each in recordings]
     devices, names, sources = TEXT_COLUMNS
-    columns[devices] = np.repeat([each.device for each in recordings], counts)
-    columns[names] = np.repeat([*map(name_recording, recordings)], counts)
+    columns[devices] = repeat([each.device for each in recordings], counts)
+    columns[names] = repeat([*map(name_recording, recordings)], counts)
     return columns | {sources: texts[:, 1]}
 
 
