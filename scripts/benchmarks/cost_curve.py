@@ -22,8 +22,8 @@ from scripts.benchmarks.device_task import Bed, Floats
 
 CHART = "docs/images/benchmark-cost.svg"
 SECTION = "Cost by backlog and by batch size"
-BACKLOGS = (1, 4, 16, 64, 256, 1024, 2048)
-DIVISORS = (512, 128, 32, 8, 2, 1)  # of the largest batch
+BACKLOGS = (1, 4, 16, 64, 256, 2048)
+DIVISORS = (512, 128, 32, 8, 1)  # of the largest batch
 _LARGE = 2048
 # Windows of a timed turn, so that a small backlog is timed long enough.
 _TURN_WINDOWS, _ROUNDS = 32, 2
