@@ -6,7 +6,7 @@ Counts add and moments merge (Chan, Golub & LeVeque 1979), in any order and grou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -51,6 +51,23 @@ class OutputKind(msgspec.Struct, frozen=True):
         return ""
 
 
+class ScoredWindows(Protocol):
+    """Results of inferences, as `Scores` of the models' package has them."""
+
+    @property
+    def label(self) -> Ints | None: ...
+    @property
+    def score(self) -> Float64s | None: ...
+    @property
+    def value(self) -> Float64s | None: ...
+    @property
+    def predicted(self) -> Bools | None: ...
+    @property
+    def anomaly(self) -> Bools | None: ...
+    @property
+    def outputs(self) -> Mapping[str, ScoredWindows]: ...
+
+
 class Predictions(msgspec.Struct, frozen=True):
     """Predictions of one bundle for w windows that end at `end_row` (w,), ascending; `seconds` of inference time.
 
@@ -69,6 +86,21 @@ class Predictions(msgspec.Struct, frozen=True):
     correct_probability: Float64s | None = None
     expected_error: Float64s | None = None
     outputs: Mapping[str, Predictions] = {}
+
+    @classmethod
+    def from_scores(cls, scores: ScoredWindows, end_row: Ints, seconds: float) -> Predictions:
+        """Return the predictions of all outputs, without what is to be expected of them."""
+        is_multi_label = scores.predicted is not None
+        return cls(
+            end_row,
+            seconds,
+            None if is_multi_label else scores.label,
+            scores.predicted,
+            scores.anomaly,
+            scores.score,
+            scores.value,
+            outputs={name: cls.from_scores(own, end_row, 0.0) for name, own in scores.outputs.items()},
+        )
 
     @property
     def numeric_output(self) -> Float64s | None:

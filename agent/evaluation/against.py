@@ -22,7 +22,6 @@ from agent.evaluation.document import BundleComparison
 from agent.evaluation.examples import LabelledWindows
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference.inference import Inference
-from agent.model.inference.scores import Scores
 from agent.performance.metrics import LabelledPredictions
 
 # Labels of one message of a device: neighbouring windows make one block.
@@ -46,7 +45,7 @@ class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
     def predict(self, windows: LabelledWindows, end_row: Ints) -> tuple[Predictions, LabelledPredictions]:
         """Return the predictions of a block, alone and paired with its labels."""
         result = examples.predict(self.inference, windows.dataset, windows.starts)
-        alone = _to_predictions(result.scores, end_row, result.seconds)
+        alone = Predictions.from_scores(result.scores, end_row, result.seconds)
         if self.reference is not None and result.scores.value is not None:
             place = (self.reference, self.inference, windows.dataset, windows.starts)
             alone = replace(alone, expected_error=examples.expect_errors(*place, result.scores.value))
@@ -91,20 +90,6 @@ def compare(
         windows=len(ends),
         blocks=len(blocks),
         rules=rules.evaluate_rules(limits, blocks, new_is_other=True),
-    )
-
-
-def _to_predictions(scored: Scores, end_row: Ints, seconds: float) -> Predictions:
-    is_multi_label = scored.predicted is not None
-    return Predictions(
-        end_row,
-        seconds,
-        None if is_multi_label else scored.label,
-        scored.predicted,
-        scored.anomaly,
-        scored.score,
-        scored.value,
-        outputs={name: _to_predictions(own, end_row, 0.0) for name, own in scored.outputs.items()},
     )
 
 

@@ -547,14 +547,13 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
  */
 int64_t EXPORT(add_steps)(int64_t n, int64_t width, int64_t stride, int64_t groups, const double *values,
                           const double *scale, const int64_t *group, double *sums) {
-    const double by = *scale, magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
-    const double reach = 1125899906842624.0;              /* 2**50, from where on values are whole */
+    const double by = *scale, reach = 4503599627370496.0; /* 2**52: adding it rounds; from there on values are whole */
     for (int64_t i = 0; i < n; i++) {
         const double *row = values + i * stride;
         double *count = sums + group[i] * 2 * width, *sum = count + width;
         for (int64_t f = 0; f < width; f++) {
-            const double value = row[f] * by, rounded = (value + magic) - magic;
-            const double step = __builtin_fabs(value) < reach ? rounded : value;
+            const double value = row[f] * by, shift = __builtin_copysign(reach, value);
+            const double step = __builtin_fabs(value) < reach ? (value + shift) - shift : value;
             count[f] += value == value ? 1.0 : 0.0;
             sum[f] += value == value ? step : 0.0;
         }

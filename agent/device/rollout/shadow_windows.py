@@ -128,18 +128,13 @@ def build_predictions(
     probability, held_out = model_scores.score, basis.scores.get(name)
     if model_scores.score is not None and held_out is not None:
         probability = cbpe.correctness_probabilities(held_out.n, held_out.correct, held_out.edges, model_scores.score)
-    is_multi_label = model_scores.predicted is not None
-    return Predictions(
-        row,
-        seconds,
-        None if is_multi_label else model_scores.label,
-        model_scores.predicted,
-        model_scores.anomaly,
-        model_scores.score,
-        model_scores.value,
-        probability,
-        errors.get(name),
-        {each: build_predictions(row, own, 0.0, basis, errors, each) for each, own in model_scores.outputs.items()},
+    return replace(
+        Predictions.from_scores(model_scores, row, seconds),
+        correct_probability=probability,
+        expected_error=errors.get(name),
+        outputs={
+            each: build_predictions(row, own, 0.0, basis, errors, each) for each, own in model_scores.outputs.items()
+        },
     )
 
 
