@@ -18,7 +18,9 @@ from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
+from agent.ranges import Ranges
 
 log = logging.getLogger("outstation")
 
@@ -43,11 +45,7 @@ def report_findings(
                 if finding.log == message_log.log_id:
                     declare_messages(tx, message_log, now, finding.seqs, DAMAGED)
                 for stream, rows in finding.rows.items():
-                    # A task meets lost rows that it has not used as a gap, and reports a run without results.
-                    used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
-                    declare_readings(
-                        tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True
-                    )
+                    _declare_lost_rows(store, tx, message_log, now, stream, rows, tasks.get(stream, ()))
                 newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
                 summary = f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY]
                 evidence = _evidence(finding) | {"newest": newest}
@@ -57,6 +55,24 @@ def report_findings(
             tx.set_meta(findings.FINDINGS, "")
     except StorageFull as full:
         log.error("%s; findings of the opening are reported when there is room", full)
+
+
+def _declare_lost_rows(
+    store: Store,
+    tx: Transaction,
+    message_log: MessageLog,
+    now: ClockReading,
+    stream: str,
+    rows: Ranges,
+    tasks: Sequence[str],
+) -> None:
+    """Declare lost rows of a stream that none of its tasks meets as a gap, which a run without results reports."""
+    used = min((tx.cursor(task) for task in tasks), default=rows[-1][1])
+    declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
+    # A task without a batch yet begins at the first stored row.
+    if new_tasks := [task for task in tasks if not tx.cursor(task)]:
+        skipped = ranges.intersect(rows, [(1, store.first_row(stream) - 1)])
+        declare_readings(tx, message_log, now, stream, skipped, DAMAGED, used=False, tasks=new_tasks)
 
 
 def _lost_text(finding: RecoveryFinding) -> str:

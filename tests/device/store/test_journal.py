@@ -27,7 +27,17 @@ from agent.device.store.tables import meta
 from agent.device.store.tables.sqlite_errors import connect_read_only
 from agent.errors import StorageError, StorageMoved
 from scripts.faults import cuts
-from scripts.kit.stores import NUMBERS, STREAMS, append, append_message, opened, pulled, served
+from scripts.kit.stores import (
+    NUMBERS,
+    STREAMS,
+    append,
+    append_message,
+    declared_numbers,
+    opened,
+    outbox_payloads,
+    pulled,
+    served,
+)
 
 # Of a record: id of the opening, number, length and CRC.
 HEADER = 24
@@ -298,6 +308,27 @@ def test_a_commit_that_fails_before_its_record_leaves_no_gap_in_the_numbers(
     with restarted:
         assert len(served(restarted)) == 20
         assert restarted.get_meta("last finding", "") == ""
+
+
+@pytest.mark.parametrize("consumed", [0, 5])
+def test_rows_lost_with_the_journal_before_the_first_batch_of_a_task_are_declared(
+    tmp_path: Path, consumed: int
+) -> None:
+    store, log = opened(tmp_path / "data")
+    if consumed:
+        append(store, "numbers", consumed)
+        append_message(store, log, "results", (1, consumed))
+    append(store, "numbers", 10, small=True)
+    append(store, "numbers", 15, small=True)
+    folder = pulled(tmp_path / "data", tmp_path / "copy")
+    store.close()
+    (folder / journal.FILE_NAME).unlink()
+    restarted, _ = opened(folder)
+    with restarted:
+        assert restarted.last_row("numbers") == consumed + 25
+        # A task with a cursor meets them as a gap, and reports a run without results.
+        expected = set() if consumed else set(range(1, 26))
+        assert declared_numbers(outbox_payloads(restarted), "rows", "numbers") == expected
 
 
 @pytest.mark.parametrize("name", [journal.FILE_NAME, f"{DATABASE}-wal", DATABASE])
