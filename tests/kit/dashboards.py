@@ -90,7 +90,7 @@ class ServedDashboard(msgspec.Struct):
         return answer.cookie
 
     def add(self, sender: MessageSender, *sent: SignedMessage) -> None:
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         assert set(self.store.ingest([Arrival(sender.verify(item)) for item in sent], [], now)) == {"new"}
 
     def actions(self) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ class ServedDashboard(msgspec.Struct):
 
 def enrolled(store: FleetStore, device: str, seed: int | None = None) -> MessageSender:
     sender = MessageSender(device=device, key=new_key(seed))
-    store.enrol(device, sender.key.public, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
+    store.enrol(device, sender.key.public, replace=False, now=clock.now_rfc3339())
     return sender
 
 
@@ -126,7 +126,7 @@ def served(
     config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     location = database or config.fleet.db
     store = FleetStore(location)
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     hashed = passwords.hash_password(PASSWORD)
     with store.transaction() as db:
         for name, role in ROLES.items():
