@@ -316,7 +316,9 @@ def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> No
     usual = expected_mae(erring)
     send(erring, *truth_of(erring, "wear", lambda value: 1.2 * value + 5 * usual))
     tick(erring)
-    assert quality(erring)["wear"].estimate["outside"] is True
+    estimate = quality(erring)["wear"].estimate
+    assert estimate is not None
+    assert estimate["outside"] is True
     outputs.feed(erring, 2, 1200)
     drift = [message.body for message in erring.messages() if isinstance(message.body, DriftPayload)]
     first, last = (body.output["further"]["wear"]["estimate"] for body in (drift[0], drift[-1]))
