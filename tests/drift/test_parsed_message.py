@@ -79,7 +79,8 @@ def test_estimates_of_further_outputs_are_read_and_those_that_labels_contradict_
     other = PerformanceEstimates()
     other.add(parsed_message.from_message(with_further(wear={**wear, "mae": 6.0}), T), 1)
     fleet.merge(other)
-    assert (fleet.further["wear"].error, fleet.further["flags"].accuracy) == (3.0, pytest.approx(0.7))
+    assert fleet.further["wear"].error == 3.0
+    assert fleet.further["flags"].accuracy == pytest.approx(0.7)
     assert fleet.further["wear"].accuracy is None
     first, second = Timeline(), Timeline()
     for timeline, later in ((first, wear), (second, {**wear, "mae": 6.0})):
