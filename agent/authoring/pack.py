@@ -341,16 +341,16 @@ def _train_error(
     warnings: list[str],
 ) -> ErrorReference | None:
     """Return the error to expect of `values` (w,) of output `name` from held-out data, or None with a warning."""
-    whose = f"{name}: " if name else ""
+    prefix = f"{name}: " if name else ""
     rows, spec = learning.infinities_to_nan(run.data.features), job.draft.input
     statistics = window_statistics.compute_statistics(rows, run.starts, spec.rows, reference.floor).values
     errors = run.data.window_labels(run.starts, spec.rows) - values
     try:
         trained = error_training.train(statistics, values.astype(np.float64), errors)
     except UsageError as problem:
-        warnings.append(f"{whose}devices cannot estimate the error without labels: {problem}")
+        warnings.append(f"{prefix}devices cannot estimate the error without labels: {problem}")
         return None
-    notes.append(f"{whose}devices estimate the mean absolute error without labels, from the inputs")
+    notes.append(f"{prefix}devices estimate the mean absolute error without labels, from the inputs")
     return trained
 
 
