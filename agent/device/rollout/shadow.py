@@ -174,7 +174,7 @@ class ShadowRunner:
         manifest = self.other.bundle.manifest
         other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
         basis = self._bases[1]
-        errors = basis.expect_errors(pending.windows.table, pending.windows.starts, other_scores)
+        errors = basis.expect_errors(pending.windows.rows, pending.windows.starts, other_scores)
         predictions = shadow_windows.build_predictions(pending.windows.row, other_scores, seconds, basis, errors)
         kind = OutputKind.from_schemas(self.task.bundle.manifest.label_schemas)
         other_kind = OutputKind.from_schemas(manifest.label_schemas)

@@ -16,14 +16,14 @@ from agent.device import metrics, status
 from agent.device.bundles import history
 from agent.device.capacity.space import SpaceManager
 from agent.device.intake import labels as intake
-from agent.device.pipeline import label_metrics, labelled_output
+from agent.device.pipeline import batch, label_metrics, labelled_output
 from agent.device.store import labels as label_store
 from agent.device.store import predictions
 from agent.device.store.predictions import output_key
 from agent.model.bundle.bundle import Bundle
 from agent.performance.labels import parse_label
 from agent.quantities import Duration
-from agent.wire.messages import AlertPayload, AuditPayload, QualityPayload
+from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
 from scripts.kit.bundles import waves
 from tests.kit import outputs
 from tests.kit.devices import NOW, Device
@@ -56,9 +56,9 @@ def answers(device: Device, output: str) -> dict[int, Any]:
     """Return row → predicted class, or value, of the stored predictions of an output."""
     key = output_key("tiny", output)
     known: dict[int, Any] = {}
-    for batch in device.store.query(predictions.load_newest_predictions, key, 100):
-        column: Any = batch.value if batch.value is not None else batch.predicted_class
-        known |= dict(zip(batch.row.tolist(), column.tolist(), strict=True))
+    for stored in device.store.query(predictions.load_newest_predictions, key, 100):
+        column: Any = stored.value if stored.value is not None else stored.predicted_class
+        known |= dict(zip(stored.row.tolist(), column.tolist(), strict=True))
     return known
 
 
@@ -284,3 +284,55 @@ def test_an_activation_describes_the_labels_of_each_output(device: Device) -> No
         "flags": {"kind": "several", "labels": ["hot", "wet"], "threshold": None},
         "wear": {"kind": "regress", "labels": [], "threshold": None},
     }
+
+
+@pytest.fixture
+def erring(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
+    made = outputs.make_device(tmp_path / "erring", outputs.with_held_out_errors(packed))
+    yield made
+    made.store.close()
+
+
+def expected_mae(device: Device) -> float:
+    assert device.task.drift_monitor is not None
+    return device.task.drift_monitor.shipped.error_references["wear"].mean
+
+
+def test_labels_of_a_number_give_the_error_to_expect_and_the_true_one_of_the_same_results(erring: Device) -> None:
+    outputs.feed(erring, 1, 1200)
+    usual = expected_mae(erring)
+    send(erring, *truth_of(erring, "wear", lambda value: value + usual), *truth_of(erring, ""))
+    tick(erring)
+    body = quality(erring)["wear"]
+    [mae] = [metric for metric in body.metrics if metric.metric == "mae" and not metric.slice]
+    assert body.estimate is not None
+    assert (body.estimate["method"], body.estimate["outside"], mae.n) == ("dle", False, body.window["n"])
+    assert body.estimate["mae_low"] < mae.value < body.estimate["mae_high"]
+    assert quality(erring)[""].estimate is None, "its scores have no held-out labels"
+
+
+def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> None:
+    outputs.feed(erring, 1, 1200)
+    usual = expected_mae(erring)
+    send(erring, *truth_of(erring, "wear", lambda value: 1.2 * value + 5 * usual))
+    tick(erring)
+    estimate = quality(erring)["wear"].estimate
+    assert estimate is not None
+    assert estimate["outside"] is True
+    outputs.feed(erring, 2, 1200)
+    drift = [message.body for message in erring.messages() if isinstance(message.body, DriftPayload)]
+    first, last = (body.output["further"]["wear"]["estimate"] for body in (drift[0], drift[-1]))
+    assert "outside" not in first
+    assert last["outside"] is True
+
+
+def test_no_error_is_expected_of_results_that_an_earlier_version_stored(
+    erring: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "find_error_bins", lambda *_: {})
+    outputs.feed(erring, 1, 600)
+    monkeypatch.undo()
+    outputs.feed(erring, 2, 600)
+    send(erring, *truth_of(erring, "wear", lambda value: value + 1))
+    tick(erring)
+    assert quality(erring)["wear"].estimate is None
