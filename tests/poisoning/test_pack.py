@@ -64,7 +64,7 @@ def test_a_clean_set_is_packed_with_require_clean_and_the_card_is_the_authors(tm
 
 
 @pytest.mark.parametrize("held_out", ["", 'held_out = "held-out.csv"'])
-def test_too_few_labels_do_not_count_as_clean_beside_clean_held_out_data(tmp_path: Path, held_out: str) -> None:
+def test_too_few_labels_do_not_count_as_clean_even_with_clean_held_out_data(tmp_path: Path, held_out: str) -> None:
     train = write_training(tmp_path / "train.csv")
     write_training(tmp_path / "held-out.csv")
     train.write_text("\n".join(train.read_text().splitlines()[:40]) + "\n")
