@@ -61,7 +61,11 @@ def compare(
     limits: RuleLimits,
 ) -> BundleComparison:
     """Compare a new bundle with an old one on the data of the request, limit by limit. Raises UsageError, BadBundle."""
-    new, old = _label_windows(*new_bundle, request), _label_windows(*old_bundle, request)
+    new = _label_windows(*new_bundle, request)
+    try:
+        old = _label_windows(*old_bundle, request)
+    except UsageError as problem:
+        raise UsageError(f"--against {old_bundle[0].manifest.name}: {problem}") from None
     ends, ours, theirs = np.intersect1d(_row_keys(new.windows), _row_keys(old.windows), return_indices=True)
     if not len(ends):
         raise UsageError("--against: the two bundles have no labelled window in common that ends at the same row")

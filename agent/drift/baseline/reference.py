@@ -398,7 +398,7 @@ def draft_reference(
 def _reject_empty(values: Float32s | Float64s, fields: Sequence[str]) -> None:
     empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
     if empty:
-        raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
+        raise BadBundle(f"no drift reference: (almost) no values of {', '.join(empty)} in the reference data")
 
 
 def _rest_values(column: Float64s) -> tuple[float, ...]:
