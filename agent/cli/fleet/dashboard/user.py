@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,13 +34,13 @@ def user() -> None:
 @_role_option
 @click.option("--no-password", is_flag=True, help="Only a proxy signs this account in.")
 @database_options
-def add(name: str, role: str, no_password: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+def add(name: str, role: str, no_password: bool, db: str | None, home: Path, as_json: bool) -> None:
     """Create an account, or give an existing one another role. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
     from agent.fleet.database.dashboard import accounts
 
     passwords.check_account(name, role)
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store:
         with store.snapshot() as reading:
             known = accounts.load_user(reading, name)
@@ -58,12 +59,12 @@ def add(name: str, role: str, no_password: bool, db: str | None, folder: str | N
 @user.command("password", epilog="Example: outstation fleet user password ada")
 @click.argument("name")
 @database_options
-def password(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
+def password(name: str, db: str | None, home: Path, as_json: bool) -> None:
     """Set another password and end all sessions. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
     from agent.fleet.database.dashboard import accounts
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store:
         with store.snapshot() as reading:
             known = accounts.load_user(reading, name)
@@ -80,11 +81,11 @@ def password(name: str, db: str | None, folder: str | None, as_json: bool) -> No
 @user.command("remove", epilog="Example: outstation fleet user remove ada")
 @click.argument("name")
 @database_options
-def remove(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
+def remove(name: str, db: str | None, home: Path, as_json: bool) -> None:
     """Remove an account and end its sessions."""
     from agent.fleet.database.dashboard import accounts
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store, store.transaction() as writing:
         names = [row["name"] for row in accounts.load_users(writing)]
         if not accounts.delete_user(writing, name, _now()):
@@ -94,11 +95,11 @@ def remove(name: str, db: str | None, folder: str | None, as_json: bool) -> None
 
 @user.command("list", epilog="Example: outstation fleet user list")
 @database_options
-def list_users(db: str | None, folder: str | None, as_json: bool) -> None:
+def list_users(db: str | None, home: Path, as_json: bool) -> None:
     """List the accounts with their roles and sessions."""
     from agent.fleet.database.dashboard import accounts
 
-    _, store = open_for_reading(folder, db)
+    _, store = open_for_reading(home, db)
     with store.snapshot() as reading:
         users, sessions = accounts.load_users(reading), accounts.count_sessions(reading, _now())
     rows: list[dict[str, Any]] = [{**row, "sessions": sessions.get(row["name"], 0)} for row in users]
