@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
+import pytest
 from starlette.routing import Route
 
 from agent import clock
@@ -56,6 +57,7 @@ class ServedDashboard(msgspec.Struct):
     store: FleetStore
     port: int
     dashboard: Dashboard
+    sessions: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -88,6 +90,12 @@ class ServedDashboard(msgspec.Struct):
         answer = self.post("/login", {"name": name, "password": PASSWORD})
         assert answer.status == 303, answer.text
         return answer.cookie
+
+    def session(self, name: str) -> str:
+        """Return the cookie of a session that tests share, since each sign-in costs a password hash."""
+        if name not in self.sessions or self.get("/", self.sessions[name]).location.startswith("/login"):
+            self.sessions[name] = self.sign_in(name)
+        return self.sessions[name]
 
     def add(self, sender: MessageSender, *sent: SignedMessage) -> None:
         now = clock.now_rfc3339()
@@ -127,7 +135,10 @@ def served(
     location = database or config.fleet.db
     store = FleetStore(location)
     now = clock.now_rfc3339()
-    hashed = passwords.hash_password(PASSWORD)
+    # The cost is stored with each hash: a full one takes 0.2 s of every sign-in.
+    with pytest.MonkeyPatch.context() as cheap:
+        cheap.setattr(passwords, "_N", 16)
+        hashed = passwords.hash_password(PASSWORD)
     with store.transaction() as db:
         for name, role in ROLES.items():
             accounts.save_user(db, name, role, hashed, now)
