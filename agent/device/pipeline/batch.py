@@ -44,7 +44,6 @@ from agent.model.inference.model_windows import ModelWindows
 from agent.model.inference.scores import Scores
 from agent.performance import slices
 
-
 # A batch takes so large a share of its rows more with it, if then none wait.
 _REST_DIVISOR = 16
 

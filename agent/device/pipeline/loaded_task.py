@@ -32,8 +32,8 @@ from agent.model.inference.tuning import Tuning
 if TYPE_CHECKING:
     from agent.device.samples.selection import SampledTask
 
-# Model windows of a batch, and at most so many before a model was tuned. Where windows are short there are more of them,
-# up to so many rows and values: what a batch costs by itself is a tenth of 16,384 rows.
+# Model windows of a batch, and at most so many before a model was tuned. Short windows are more, up to so many rows and
+# values: what a batch costs by itself is a tenth of 16,384 rows.
 _BATCH_WINDOWS, _UNTUNED_WINDOWS = 2048, 512
 _BATCH_ROWS, _BATCH_VALUES = 32_768, 1 << 20
 # Bytes that a transaction counts, until a batch shows how many they are: for a result, in its message and for labels;
