@@ -19,10 +19,9 @@ def main(args: list[str] | None = None) -> NoReturn:
 
     An error is one line on standard error, whatever it is.
     """
-    exempt = gc.get_freeze_count()
-    # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
-    gc.disable()
     if args is None:
+        # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
+        gc.disable()
         # First of all, so that what registers later runs before it.
         atexit.register(_end)
     words = sys.argv[1:] if args is None else args
@@ -38,11 +37,6 @@ def main(args: list[str] | None = None) -> NoReturn:
         from agent.cli import commands
 
         code = commands.report_error(error, words)
-    finally:
-        # Something else may run in this process next, such as another test. What that exempted before stays exempt.
-        if not exempt:
-            gc.unfreeze()
-        gc.enable()
     global _exit_code
     _exit_code = code
     sys.exit(code)

@@ -65,8 +65,7 @@ class _LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         if not gc.isenabled():
             # Modules stay until the end: the first collection need not look through all that they hold.
-            if not gc.get_freeze_count():
-                gc.freeze()
+            gc.freeze()
             gc.enable()
         return command
 

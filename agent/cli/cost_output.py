@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from agent.cli import plot_file
-from agent.cli.output import echo, print_table, require_plot_format
+from agent.cli.output import PATH, echo, print_table, require_plot_format
 from agent.costs.estimate import compare
 from agent.costs.prices import PriceList, shipped_text
 from agent.costs.usage import Usage
@@ -17,9 +17,7 @@ from agent.render.charts import render_cost_chart
 
 _MOST_DEVICES = 10_000
 
-prices_option = click.option(
-    "--prices", "prices_file", metavar="FILE", type=click.Path(path_type=Path), help="Your own price list."
-)
+prices_option = click.option("--prices", "prices_file", metavar="FILE", type=PATH, help="Your own price list.")
 devices_option = click.option(
     "--devices", metavar="N", type=click.IntRange(1, 10_000_000), default=1, help="Size of the fleet; default 1."
 )

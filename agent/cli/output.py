@@ -17,6 +17,7 @@ from agent.text import printable, printable_json, printable_lines
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _MAX_SHOWN = 20
+PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 config_option = click.option(
     "-c",
@@ -41,9 +42,7 @@ by_option = click.option(
     "--by", metavar="NAME", default=_default_author, help="Name to record; default: your user name."
 )
 note_option = click.option("--note", metavar="TEXT", default="", help="Reason to record.")
-plot_option = click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Write a plot, .svg or .png."
-)
+plot_option = click.option("--plot", metavar="FILE", type=PATH, help="Write a plot, .svg or .png.")
 dark_option = click.option("--dark", is_flag=True, help="With --plot: dark theme.")
 
 

@@ -12,12 +12,10 @@ from typing import Any
 
 import click
 
-from agent.cli.output import echo, echo_styled
+from agent.cli.output import PATH, echo, echo_styled
 from agent.errors import UsageError
 
-dir_option = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Keep everything here; default a temporary folder."
-)
+dir_option = click.option("--dir", "folder", type=PATH, help="Keep everything here; default a temporary folder.")
 
 
 def exit_on_signals() -> None:

@@ -64,13 +64,20 @@ def encode(
 ) -> bytes:
     """Return the content of readings at times `t` (n,) epoch µs, one column (n,) for each field.
 
-    `numbers` (n,): those of rows that are not consecutive.
+    `numbers` (n,): those of rows that are not consecutive. Raises ValueError if `decode` would refuse so much: a
+    constant field compresses so well that the size of a message is no limit.
     """
+    if not 1 <= len(t) <= MAX_SAMPLE_ROWS or len(fields) > MAX_SAMPLE_FIELDS:
+        raise ValueError(f"{len(t)} rows of {len(fields)} fields, more than a sample may have")
     times = np.diff(t, prepend=0).tolist()
     members = {"v": 1, "consent": consent, "fields": fields, "t": times, "columns": columns}
     if numbers is not None:
         members["rows"] = np.diff(numbers, prepend=0).tolist()
-    return zlib.compress(msgspec.json.encode(members), 9)
+    text = msgspec.json.encode(members)
+    # One byte less, so that `decode` reaches the end of the stream.
+    if len(text) >= MAX_CONTENT_BYTES:
+        raise ValueError(f"{len(text)} bytes, a sample has less than {MAX_CONTENT_BYTES}")
+    return zlib.compress(text, 9)
 
 
 def decode(data: bytes, rows: int, span: tuple[int, int] | None = None) -> SampleContent:

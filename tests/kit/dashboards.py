@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
+import pytest
 from starlette.routing import Route
 
 from agent import clock
@@ -56,6 +57,7 @@ class ServedDashboard(msgspec.Struct):
     store: FleetStore
     port: int
     dashboard: Dashboard
+    sessions: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -89,8 +91,14 @@ class ServedDashboard(msgspec.Struct):
         assert answer.status == 303, answer.text
         return answer.cookie
 
+    def session(self, name: str) -> str:
+        """Return the cookie of a session that tests share, since each sign-in costs a password hash."""
+        if name not in self.sessions or self.get("/", self.sessions[name]).location.startswith("/login"):
+            self.sessions[name] = self.sign_in(name)
+        return self.sessions[name]
+
     def add(self, sender: MessageSender, *sent: SignedMessage) -> None:
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         assert set(self.store.ingest([Arrival(sender.verify(item)) for item in sent], [], now)) == {"new"}
 
     def actions(self) -> list[dict[str, Any]]:
@@ -100,7 +108,7 @@ class ServedDashboard(msgspec.Struct):
 
 def enrolled(store: FleetStore, device: str, seed: int | None = None) -> MessageSender:
     sender = MessageSender(device=device, key=new_key(seed))
-    store.enrol(device, sender.key.public, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
+    store.enrol(device, sender.key.public, replace=False, now=clock.now_rfc3339())
     return sender
 
 
@@ -126,8 +134,11 @@ def served(
     config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     location = database or config.fleet.db
     store = FleetStore(location)
-    now = clock.to_rfc3339(clock.read().wall_us)
-    hashed = passwords.hash_password(PASSWORD)
+    now = clock.now_rfc3339()
+    # The cost is stored with each hash: a full one takes 0.2 s of every sign-in.
+    with pytest.MonkeyPatch.context() as cheap:
+        cheap.setattr(passwords, "_N", 16)
+        hashed = passwords.hash_password(PASSWORD)
     with store.transaction() as db:
         for name, role in ROLES.items():
             accounts.save_user(db, name, role, hashed, now)

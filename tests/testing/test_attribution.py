@@ -40,9 +40,9 @@ def run(
     streams = {"watch": ["ax", "ay", "az"], "mic": ["level"]}
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
-        task_streams={"motion": ["watch"], "sound": ["mic"]}, class_tasks=["motion"], commit_s=10.0,
+        task_streams={"motion": ["watch"], "sound": ["mic"]}, class_tasks=["motion"], commit_s=10.0, health_s=60.0,
         messages=0, digest="", rows=0, rejected=0, labels=0, rejected_labels=0, undelivered=[], audit=AuditReport(),
-        rollouts={}, refusals={}, simulated_s=0.0, real_s=0.0, peak_bytes=0,
+        rollouts={}, refusals={}, simulated_s=10_800.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts, rolled)
 
@@ -116,6 +116,31 @@ def test_trouble_of_links_clocks_and_disks_explains_no_drift(kind: str) -> None:
     assert drift in attributed.false_alarms
     assert (silent in attributed.false_alarms) == (kind == "clock")
     assert EFFECTS[kind]
+
+
+@pytest.mark.parametrize(
+    ("event", "missed"),
+    [
+        ({"kind": "outage", "lasts": "60 s"}, False),
+        ({"kind": "outage", "lasts": "200 s"}, False),
+        ({"kind": "outage", "lasts": "250 s"}, True),
+        ({"kind": "outage", "lasts": None, "at": "10700 s"}, False),
+        ({"kind": "outage", "lasts": "60 s", "expect": ["connection"]}, True),
+        ({"kind": "full-disk", "lasts": "60 s"}, False),
+        ({"kind": "full-disk", "lasts": "250 s"}, True),
+        ({"kind": "clock", "ahead": "100 ms"}, False),
+        ({"kind": "clock", "ahead": "1 h"}, True),
+    ],
+)
+def test_an_event_that_is_over_before_its_alert_is_due_is_not_missed(event: dict[str, Any], missed: bool) -> None:
+    assert run([event]).missed == ({1: ["a"]} if missed else {})
+
+
+def test_an_alert_that_comes_before_it_is_due_answers_all_the_same() -> None:
+    silent = alert("connection", "silent", 1195.0, source="collector")
+    attributed = run([{"kind": "outage", "lasts": "200 s"}], silent)
+    assert attributed.answers[1][0][1].alert == silent
+    assert attributed.false_alarms == []
 
 
 def test_overlapping_events_of_one_field_need_an_alert_each() -> None:

@@ -20,10 +20,10 @@ def database_group() -> None:
     """Look into the collector's database, read only, beside a running collector."""
 
 
-def _open(db: str | None, folder: str | None) -> sqlite_utils.Database:
+def _open(db: str | None, home: Path) -> sqlite_utils.Database:
     from agent.fleet.database.interface import display_name, is_postgresql
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     location = database_url(config, db)
     if is_postgresql(location):
         raise UsageError(f"{display_name(location)} is PostgreSQL: open it with psql; these commands read SQLite")

@@ -15,7 +15,7 @@ from agent.bootstrap import credentials
 from agent.bootstrap.device import KEY_FILE
 from agent.bootstrap.joining import CONFIG_FILE, DEVICE_FILES, check_config, set_data_dir
 from agent.bootstrap.owner import give_files
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.errors import ConfigError, UsageError, explain
 from agent.names import is_name
 from agent.quantities import parse_duration
@@ -103,7 +103,7 @@ DEFAULT_BROKER, _FLEET = "mqtt://127.0.0.1:1883", "home"
 
 
 @click.command(epilog="Example: outstation init /etc/outstation --standalone")
-@click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
+@click.argument("folder", default=".", metavar="[DIR]", type=PATH)
 @click.option("--standalone", is_flag=True, help="A short config for one device without a fleet.")
 @click.option("--broker", metavar="URL", help=f"With --standalone: the broker; default {DEFAULT_BROKER}.")
 @click.option("--from", "source", metavar="SOURCE", help="Propose a stream from this table, or from mqtt://HOST.")

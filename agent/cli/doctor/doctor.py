@@ -15,7 +15,7 @@ from agent.bootstrap import device, sinks
 from agent.bootstrap.owner import become_owner
 from agent.cli.device.check import STATE_COLORS, run_checks
 from agent.cli.doctor import archive, fixes, flash, journal, power
-from agent.cli.output import config_options, echo, echo_styled, emit
+from agent.cli.output import PATH, config_options, echo, echo_styled, emit
 from agent.config import Config
 from agent.device.store import cost
 from agent.device.store.store import Store
@@ -27,7 +27,7 @@ from agent.text import printable
 @click.command(epilog="Example: outstation doctor --fix")
 @click.option("--fix", is_flag=True, help="Apply the fixes; ask before each.")
 @click.option("--yes", is_flag=True, help="With --fix: do not ask.")
-@click.option("--archive", "archive_file", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--archive", "archive_file", metavar="FILE", type=PATH,
               help="Write a .tar.gz for support, without secrets and readings.")  # fmt: skip
 @click.option("--rating", metavar="SIZE", help='Bytes that the card endures by its data sheet, such as "20 TiB".')
 @config_options

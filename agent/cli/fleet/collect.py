@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 @click.option("--leave", is_flag=True, help="With --share: end the broker session of NAME, which will not run again.")
 @db_option
 @fleet_option
-def collect(share: str | None, leave: bool, db: str | None, folder: str | None) -> None:
+def collect(share: str | None, leave: bool, db: str | None, home: Path) -> None:
     """Collect messages of devices: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
 
     If the online keys of the repository are in the fleet's folder, the collector signs its timestamp each day.
@@ -44,7 +44,6 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.incidents.conditions import list_certificates
 
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
     if leave and share is None:
@@ -149,14 +148,13 @@ def _publishing(config: FleetConfig, store: FleetStore, is_leader: Callable[[], 
 
 @click.command("homeassistant", epilog="Example: outstation fleet homeassistant --dir acme")
 @fleet_options
-def homeassistant(folder: str | None, as_json: bool) -> None:
+def homeassistant(home: Path, as_json: bool) -> None:
     """Let the bridge and Home Assistant connect to the fleet's broker: issue their TLS certificates.
 
     It is not needed where [homeassistant.broker] in fleet.toml names Home Assistant's own broker.
     """
     from agent.fleet.enrolment import homeassistant as clients
 
-    home = fleet_config.find_folder(folder)
     done = clients.add(home, fleet_config.load(home))
     document = {"files": [str(file) for file in done.files], "steps": done.steps}
     emit(document, as_json, lambda: print_lines(*(f"Created: {file}" for file in done.files), *done.steps))
@@ -166,7 +164,7 @@ def homeassistant(folder: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its session, revoke its certificate.")
 @fleet_options
-def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> None:
+def collector(name: str, revoke: bool, home: Path, as_json: bool) -> None:
     """Let another collector connect to the broker as NAME: issue its TLS certificate, give it access.
 
     Run it with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key, the folder
@@ -174,7 +172,6 @@ def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> Non
     """
     from agent.fleet.enrolment import collectors
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     if revoke:
         with open_store(config) as store:
@@ -188,7 +185,7 @@ def collector(name: str, revoke: bool, folder: str | None, as_json: bool) -> Non
 @click.command("reissue", epilog="Example: outstation fleet reissue operator")
 @click.argument("role")
 @fleet_options
-def reissue(role: str, folder: str | None, as_json: bool) -> None:
+def reissue(role: str, home: Path, as_json: bool) -> None:
     """Revoke a stolen TLS certificate of ROLE, and issue another: collector, operator, commander or broker-admin.
 
     Copy the two new files to every machine that uses the role. A stolen signing key is another matter: see `outstation
@@ -196,7 +193,6 @@ def reissue(role: str, folder: str | None, as_json: bool) -> None:
     """
     from agent.fleet.enrolment import clients
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     with open_store(config) as store:
         emit_revocation("role", role, clients.reissue(home, config, store, role), as_json)

@@ -15,7 +15,6 @@ from agent import clock
 from agent.cli.fleet.common import fleet_options, open_for_reading, open_store, print_lines, wait_option
 from agent.cli.output import echo, emit
 from agent.errors import LinkDown, UsageError
-from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.wire import keys, topics
 
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
 @wait_option
 @click.option("--yes", is_flag=True, help="Wipe without asking.")
 @fleet_options
-def command(
-    device: str, name: str, args: tuple[str, ...], wait_s: float, yes: bool, folder: str | None, as_json: bool
-) -> None:
+def command(device: str, name: str, args: tuple[str, ...], wait_s: float, yes: bool, home: Path, as_json: bool) -> None:
     """Sign a command, send it to DEVICE and wait for its reply. Exit 1 if it is refused or no reply arrives.
 
     \b
@@ -55,9 +52,8 @@ def command(
     """
     from agent.fleet.commands import parse_arguments
 
-    home = fleet_config.find_folder(folder)
     values = parse_arguments(name, args)
-    config, store = open_for_reading(folder, device=device)
+    config, store = open_for_reading(home, device=device)
     if name == "wipe" and not values:
         if not yes and not confirm_wipe(device):
             raise UsageError("not wiped, as the name was not confirmed; --yes wipes without asking")
@@ -73,7 +69,7 @@ def command(
 @click.argument("device")
 @click.option("--kid", metavar="KID", help="Revoke only the key with this thumbprint.")
 @fleet_options
-def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
+def revoke(device: str, kid: str | None, home: Path, as_json: bool) -> None:
     """Shut a stolen DEVICE out: revoke its signing keys at the collector, its access and certificate at the broker.
 
     The broker ends its session at once, without a restart. Stored messages stay valid. The certificate is added to the
@@ -82,10 +78,9 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
     """
     from agent.fleet.enrolment.revocation import revoke_device
 
-    home = fleet_config.find_folder(folder)
-    config, _ = open_for_reading(folder, device=device)
+    config, _ = open_for_reading(home, device=device)
     with open_store(config) as store:
-        done = revoke_device(home, config, store, device, kid, clock.to_rfc3339(clock.read().wall_us))
+        done = revoke_device(home, config, store, device, kid, clock.now_rfc3339())
     document = {
         "device": device,
         "revoked": done.keys,
@@ -113,7 +108,7 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
 @click.argument("device")
 @click.option("--by", metavar="NAME", default=getpass.getuser, help="Who says so; default: your user name.")
 @fleet_options
-def remove(device: str, by: str, folder: str | None, as_json: bool) -> None:
+def remove(device: str, by: str, home: Path, as_json: bool) -> None:
     """Remove a retired DEVICE: revoke what `fleet revoke` revokes, and list it and its alerts no longer.
 
     What it sent stays stored, and the audit still verifies it. `fleet devices --all` lists it. Exit 1 if its
@@ -121,8 +116,8 @@ def remove(device: str, by: str, folder: str | None, as_json: bool) -> None:
     """
     from agent.fleet.enrolment.revocation import RevocationOutcome, revoke_device
 
-    home, now = fleet_config.find_folder(folder), clock.to_rfc3339(clock.read().wall_us)
-    config, reader = open_for_reading(folder, device=device)
+    now = clock.now_rfc3339()
+    config, reader = open_for_reading(home, device=device)
     [known] = [row for row in reader.devices(with_retired=True) if row["device"] == device]
     with open_store(config) as store:
         is_shut_out = known["state"] in ("revoked", "retired")

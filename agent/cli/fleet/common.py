@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,17 +27,25 @@ if TYPE_CHECKING:
 _MIN_PROGRESS_TOTAL = 5000
 
 
-def _become_owner(_ctx: click.Context, _parameter: click.Parameter, folder: str | None) -> str | None:
-    """Go on as the owner of the fleet's folder: files that root made there would stop the collector."""
-    become_owner(fleet_config.find_folder(folder))
-    return folder
+def _inherit(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    """Return the option's value, or that of the group: options may stand before a subcommand or after it."""
+    return value or (ctx.parent.params.get(parameter.name or "") if ctx.parent else None)
+
+
+def _find_home(ctx: click.Context, parameter: click.Parameter, folder: str | None) -> Path:
+    """Return the fleet's folder, and go on as its owner: files that root made there would stop the collector."""
+    home = _inherit(ctx, parameter, folder)
+    home = home if isinstance(home, Path) else fleet_config.find_folder(home)
+    become_owner(home)
+    return home
 
 
 fleet_option = click.option(
-    *("--dir", "folder"), metavar="DIR", callback=_become_owner,
+    *("--dir", "home"), metavar="DIR", callback=_find_home,
     help="The fleet's folder; default $OUTSTATION_FLEET, ., /var/lib/outstation-fleet.",
 )  # fmt: skip
-db_option = click.option("--db", metavar="URL", help="Another database than in fleet.toml: a path, or postgresql://…")
+db_option = click.option("--db", metavar="URL", callback=_inherit,
+                         help="Another database than in fleet.toml: a path, or postgresql://…")  # fmt: skip
 
 
 def fleet_options(command: Command) -> Command:
@@ -62,13 +70,11 @@ def database_url(config: FleetConfig, db: str | None) -> str:
     return fleet_config.resolve_database(db, Path.cwd()) if db else config.fleet.db
 
 
-def open_for_reading(
-    folder: str | None, db: str | None = None, device: str | None = None
-) -> tuple[FleetConfig, FleetStore]:
+def open_for_reading(home: Path, db: str | None = None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
     """Open the database for reading until the command ends. Raises UsageError if `device` is not enrolled."""
     from agent.fleet.database.store import FleetStore
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     store = FleetStore(database_url(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
     if device is not None and device not in (known := store.enrolled_devices()):

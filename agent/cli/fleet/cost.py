@@ -35,7 +35,7 @@ def cost(
     plot: Path | None,
     dark: bool,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
@@ -46,7 +46,7 @@ def cost(
     from agent.fleet.usage import load_usages
 
     prices = load_prices(prices_file)
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     usages = load_usages(store, device)
     if device is not None and not usages:
         [state] = (row["state"] for row in store.devices(with_retired=True) if row["device"] == device)

@@ -13,8 +13,8 @@ import msgspec
 
 from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
-from agent.cli.output import emit
-from agent.errors import UsageError, explain
+from agent.cli.output import PATH, emit
+from agent.errors import UsageError
 from agent.wire import verification
 from agent.wire.commitment import SECRET_REPLACED, DisclosedJoin, Disclosure
 from agent.wire.messages import AuditPayload, ResultsPayload
@@ -22,20 +22,18 @@ from agent.wire.messages import AuditPayload, ResultsPayload
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
 
-_MAX_BYTES = 256 << 20
-
 
 @click.command("disclosed", epilog="Example: outstation fleet disclosed rows.json")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @fleet_options
-def disclosed(file: Path, folder: str | None, as_json: bool) -> None:
+def disclosed(file: Path, home: Path, as_json: bool) -> None:
     """Compare the rows in FILE, made by `outstation disclose`, with the message that the device signed.
 
     `outstation fleet audit` verifies the signatures of stored messages. Exit 1 if the rows are others, or if no
     commitment of the message proves them. Where the device's secret was replaced since, nobody can tell.
     """
     disclosure = _read(file)
-    _, store = open_for_reading(folder, device=disclosure.device)
+    _, store = open_for_reading(home, device=disclosure.device)
     try:
         seqs = find_messages(disclosure, store.evidence(disclosure.device))
     except UsageError as problem:
@@ -150,10 +148,6 @@ def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> l
 
 def _read(file: Path) -> Disclosure:
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, which no message covers")
-        return decoders.from_json(input_files.read_bytes(file), Disclosure)
-    except OSError as error:
-        raise UsageError(f"{file}: {explain(error)}") from None
+        return decoders.from_json(input_files.read_input(file), Disclosure)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: no disclosure of rows ({error}); make it with `outstation disclose`") from None

@@ -16,7 +16,7 @@ from agent.cli.fleet.common import (
     processes_option,
     progress_bar,
 )
-from agent.cli.output import dark_option, echo_styled, emit, plot_option, require_plot_format
+from agent.cli.output import PATH, dark_option, echo_styled, emit, plot_option, require_plot_format
 from agent.cli.time_option import parse_since
 from agent.errors import BadBundle, UsageError
 from agent.text import printable
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 )
 @plot_option
 @dark_option
-@click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
+@click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=PATH,
               help="Compare with the reference of this bundle; built-in bundles are known.")  # fmt: skip
 @processes_option
 @database_options
@@ -48,7 +48,7 @@ def drift(
     bundles: tuple[Path, ...],
     processes: int,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Report drift per task and field over all devices: fleet-wide drift, first onset and outlier devices."""
@@ -58,7 +58,7 @@ def drift(
     require_plot_format(plot)
     now_us = time.time_ns() // 1000
     begin = None if since is None else parse_since("--since", since, now_us)
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     with progress_bar("reading", count_drift_messages(store)) as advance:
         survey = summarize_drift(store, task=task, since=begin, now_us=now_us, progress=advance, processes=processes)
     if task is not None and not survey.groups and (tasks := list_drift_tasks(store)) and task not in tasks:

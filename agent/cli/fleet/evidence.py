@@ -17,8 +17,8 @@ from agent.cli.fleet.common import (
     print_lines,
     progress_bar,
 )
-from agent.cli.output import emit, json_option
-from agent.errors import MessageRefused, UsageError, explain
+from agent.cli.output import PATH, emit, json_option
+from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
 from agent.quantities import parse_duration
 from agent.text import mask_password
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from agent.fleet.evidence.timestamps.token import TimestampTrust
     from agent.wire.keys import SigningKey
 
-_PATH = click.Path(path_type=Path)
 _MAX_KEY_BYTES = 65_536
 _timestamp_ca = click.option(
-    "--timestamp-ca", "ca", metavar="FILE", type=_PATH,
+    "--timestamp-ca", "ca", metavar="FILE", type=PATH,
     help="PEM file with the root certificate of the time-stamping authority, obtained independently.",
 )  # fmt: skip
 _timestamp_policy = click.option(
@@ -47,18 +46,18 @@ _timestamp_policy = click.option(
     invoke_without_command=True,
     epilog="Example: outstation fleet evidence --out acme-2026-11 --evaluation exercise.json",
 )
-@click.option("--out", metavar="DIR", type=_PATH, help="The folder to create; it must not exist.")
+@click.option("--out", metavar="DIR", type=PATH, help="The folder to create; it must not exist.")
 @click.option("--at", metavar="TIME", help="Count open incidents up to this time; default the newest message.")
-@click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
+@click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=PATH,
               help="Include its documents; published and running built-in bundles are always included.")  # fmt: skip
-@click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
+@click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=PATH,
               help="Output of `outstation model evaluate --json` for one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
               help="A key that signs bundles, or a file with it; that of built-in bundles is known.")  # fmt: skip
-@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
+@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=PATH,
               help="Include a head that a device signed (`outstation head --json`), or a time stamp (.tsr) "
                    "of `fleet evidence stamp`.")  # fmt: skip
-@click.option("--operator-key", metavar="FILE", type=_PATH,
+@click.option("--operator-key", metavar="FILE", type=PATH,
               help="Key that signs the folder, - for standard input; default that of fleet.toml.")  # fmt: skip
 @database_options
 @click.pass_context
@@ -72,7 +71,7 @@ def evidence(
     witnesses: tuple[Path, ...],
     operator_key: Path | None,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Write a signed folder with a report: what the fleet's models did, who decided it, and what is not known.
@@ -85,7 +84,7 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: a new folder; or: outstation fleet evidence verify DIR --operator PUB")
-    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, folder)
+    made = _make_folder(out, at, bundles, evaluations, publishers, witnesses, operator_key, db, home)
     facts = made.facts
     document = {
         "out": str(out),
@@ -115,7 +114,7 @@ def _make_folder(
     witnesses: tuple[Path, ...],
     operator_key: Path | None,
     db: str | None,
-    folder: str | None,
+    home: Path,
 ) -> EvidenceFolder:
     from agent.fleet import config as fleet_config
     from agent.fleet.evidence.gather.bundles import read_evaluation
@@ -134,11 +133,11 @@ def _make_folder(
     heads, stamps = _read_witnesses(witnesses)
     for stamp in stamps:
         _check_stamp(stamp)
-    config, store = open_for_reading(folder, db)
+    config, store = open_for_reading(home, db)
     operator, trusted = _load_operator(operator_key, config), fleet_config.load_trusted_keys(config)
     sources = EvidenceSources(
         fleet=config.fleet.name,
-        fleet_dir=fleet_config.find_folder(folder),
+        fleet_dir=home,
         operator=operator,
         # The first one signs the folder.
         operators=[operator.public, *(key for key in trusted if key.kid != operator.public.kid)],
@@ -166,15 +165,9 @@ def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], l
     from agent.fleet.evidence.timestamps import stamp
     from agent.wire import log_head
 
-    heads = []
-    for path in paths:
-        if path.suffix == stamp.RESPONSE:
-            continue
-        try:
-            with input_files.open_regular(path) as file:
-                heads.append((str(path), file.read(log_head.MAX_BYTES + 1)))
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
+    heads = [
+        (str(path), input_files.read_input(path, log_head.MAX_BYTES)) for path in paths if path.suffix != stamp.RESPONSE
+    ]
     return heads, [stamp.read(path) for path in paths if path.suffix == stamp.RESPONSE]
 
 
@@ -208,7 +201,7 @@ def _import_token() -> ModuleType:
 @evidence.command(
     "stamp", epilog="Example: outstation fleet evidence stamp --out acme-2026-11 --timestamp-url http://tsa.example.com"
 )
-@click.option("--out", metavar="NAME", type=_PATH, required=True,
+@click.option("--out", metavar="NAME", type=PATH, required=True,
               help="Write NAME.json (the heads), NAME.tsq (the request) and NAME.tsr (the time stamp).")  # fmt: skip
 @click.option("--timestamp-url", "url", metavar="URL", help="Send the request to this authority, and write NAME.tsr.")
 @_timestamp_ca
@@ -223,7 +216,7 @@ def stamp(
     policy: str,
     timeout_s: float,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Let a time-stamping authority (RFC 3161) date the newest message of every log, and so all messages before it.
@@ -237,7 +230,7 @@ def stamp(
 
     files.require_new(out)
     trust = _load_trust(ca, policy)
-    config, store = open_for_reading(folder, db)
+    config, store = open_for_reading(home, db)
     with store.snapshot() as snapshot:
         heads = log_heads.encode(config.fleet.name, EvidenceQueries(store, snapshot).stream_heads())
     request = _import_token().create_request(heads)
@@ -279,11 +272,11 @@ def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
 
 
 @evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --operator operator.key.pub")
-@click.argument("folder", metavar="DIR", type=_PATH)
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
     "--operator", "key_texts", multiple=True, metavar="PUB", help="The operator's public key, or a file with it."
 )
-@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=_PATH,
+@click.option("--witness", "witnesses", multiple=True, metavar="FILE", type=PATH,
               help="A head that you got from a device (`outstation head --json`), not from the operator; or a time "
                    "stamp (.tsr, with .json and .tsq beside it) that you got before the folder.")  # fmt: skip
 @_timestamp_ca

@@ -14,7 +14,7 @@ import msgspec
 
 from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import echo, echo_styled, emit, print_table
+from agent.cli.output import PATH, echo, echo_styled, emit, print_table
 from agent.errors import LinkDown
 from agent.fleet import config as fleet_config
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agent.fleet.repository.trust import TrustEdit
     from agent.fleet.repository.trust_change import TrustReport
 
-_sign_with = click.option("--sign-with", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+_sign_with = click.option("--sign-with", multiple=True, type=PATH, metavar="FILE",
                           help="A root key, as on a USB stick.")  # fmt: skip
 
 
@@ -56,11 +56,11 @@ def keys() -> None:
 
 @keys.command("show", epilog="Example: outstation fleet keys show")
 @fleet_options
-def show(folder: str | None, as_json: bool) -> None:
+def show(home: Path, as_json: bool) -> None:
     """List the trusted keys with their roles, and the draft that waits for signatures."""
     from agent.fleet.repository import trust_change
 
-    report = trust_change.read(fleet_config.find_folder(folder))
+    report = trust_change.read(home)
     emit(report, as_json, lambda: _print_report(report))
 
 
@@ -71,42 +71,42 @@ def show(folder: str | None, as_json: bool) -> None:
 @click.argument("public", metavar="PUB")
 @_sign_with
 @fleet_options
-def add(role: str, public: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def add(role: str, public: str, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Trust the public key PUB, as text or in a file, in ROLE. Exit 1 if more root keys must sign."""
     from agent.fleet.repository.trust import add_key
 
-    _change(folder, add_key(role, public), sign_with, as_json)
+    _change(home, add_key(role, public), sign_with, as_json)
 
 
 @keys.command("revoke", cls=_KeyCommand, epilog="Example: outstation fleet keys revoke KEY --sign-with root-1.key")
 @click.argument("key")
 @_sign_with
 @fleet_options
-def revoke(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def revoke(key: str, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Revoke KEY, a public key or its thumbprint, in all its roles. Exit 1 if more root keys must sign."""
     from agent.fleet.repository.trust import revoke_key
 
-    _change(folder, revoke_key(key), sign_with, as_json)
+    _change(home, revoke_key(key), sign_with, as_json)
 
 
 @keys.command("reset-counter", cls=_KeyCommand, epilog="Example: outstation fleet keys reset-counter KEY")
 @click.argument("key")
 @_sign_with
 @fleet_options
-def reset_counter(key: str, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def reset_counter(key: str, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Let devices that stored a counter of KEY far in the future accept its commands again.
 
     Exit 1 if more root keys must sign.
     """
     from agent.fleet.repository.trust import reset_counter as edit
 
-    _change(folder, edit(key, time.time_ns() // 1_000_000), sign_with, as_json)
+    _change(home, edit(key, time.time_ns() // 1_000_000), sign_with, as_json)
 
 
 @keys.command("rotate-encryption", epilog="Example: outstation fleet keys rotate-encryption --sign-with root-1.key")
 @_sign_with
 @fleet_options
-def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def rotate_encryption(sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Make a new key that devices with [privacy] encrypt seal their messages to, in the folder encryption.
 
     Collectors here use it within seconds; copy the file to collectors elsewhere before you publish. Messages sealed to
@@ -116,7 +116,6 @@ def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: 
     from agent.fleet.repository import trust_change
     from agent.fleet.repository.trust import replace_encryption_key
 
-    home = fleet_config.find_folder(folder)
     # Without a repository nothing could tell devices of the key.
     trust_change.read(home)
     path = encryption_keys.create(home)
@@ -124,12 +123,12 @@ def rotate_encryption(sign_with: tuple[Path, ...], folder: str | None, as_json: 
     assert made is not None
     if not as_json:
         echo(f"{path}: the new key, {made.text}")
-    _change(folder, replace_encryption_key(made.text), sign_with, as_json)
+    _change(home, replace_encryption_key(made.text), sign_with, as_json)
 
 
 @keys.command("publish", epilog="Example: outstation fleet keys publish")
 @fleet_options
-def publish(folder: str | None, as_json: bool) -> None:
+def publish(home: Path, as_json: bool) -> None:
     """Send the roots to all devices, as a retained message. Devices also find them in the repository."""
     from agent.fleet.commands import send_retained
     from agent.fleet.repository import trust_change
@@ -137,7 +136,6 @@ def publish(folder: str | None, as_json: bool) -> None:
     from agent.transport.packets import OutgoingMessage
     from agent.wire.trust import topic_for
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     payload, topic = trust_change.build_message(home), topic_for(config.fleet.name)
     try:
@@ -153,10 +151,10 @@ def publish(folder: str | None, as_json: bool) -> None:
     emit(document, as_json, lambda: echo(f"{topic}: {len(payload)} bytes; devices obey the newest root"))
 
 
-def _change(folder: str | None, edit: TrustEdit, sign_with: tuple[Path, ...], as_json: bool) -> None:
+def _change(home: Path, edit: TrustEdit, sign_with: tuple[Path, ...], as_json: bool) -> None:
     from agent.fleet.repository import trust_change
 
-    draft = trust_change.change(fleet_config.find_folder(folder), edit, sign_with=sign_with)
+    draft = trust_change.change(home, edit, sign_with=sign_with)
     is_complete = draft.signatures_missing == 0
     text = f"root {draft.version} is in force; send it to devices: outstation fleet keys publish"
     if not is_complete:

@@ -20,7 +20,7 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.follow import Column, LinePrinter, emit_or_follow, follow_option
-from agent.cli.output import by_option, emit, note_option, print_table
+from agent.cli.output import PATH, by_option, emit, note_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import IncidentKey
@@ -42,12 +42,12 @@ _FOLLOWED_COLUMNS = {"time": 27, "device": 8, "task": 8, "status": 12, "severity
 @click.command("devices", epilog="Example: outstation fleet devices --dir acme")
 @click.option("--all", "with_retired", is_flag=True, help="Devices that were removed, too.")
 @database_options
-def devices(with_retired: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+def devices(with_retired: bool, db: str | None, home: Path, as_json: bool) -> None:
     """List the enrolled devices with their state, their clock and their open alerts.
 
     The state is the one that the device sent last, or `revoked` if none of its keys may sign.
     """
-    config, store = open_for_reading(folder, db)
+    config, store = open_for_reading(home, db)
     rows = [
         {
             "device": known["device"],
@@ -78,13 +78,13 @@ def devices(with_retired: bool, db: str | None, folder: str | None, as_json: boo
 @click.argument("device")
 @click.argument("log", required=False)
 @database_options
-def accept_log(device: str, log: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json: bool) -> None:
     """Accept one message log of DEVICE as the genuine one, if two live at once. Without LOG, list its logs.
 
     Alerts of the other logs are then no longer open. If one of them goes on, the alert of two logs comes again.
     """
     if log is None:
-        _, reader = open_for_reading(folder, db, device)
+        _, reader = open_for_reading(home, db, device)
         logs = reader.device_logs(device)
         columns = ["log", "last_seq", "since", "latest", "live"]
         cells = [[row[name] for name in columns[:4]] + ["yes" if row["live"] else "no"] for row in logs]
@@ -95,9 +95,9 @@ def accept_log(device: str, log: str | None, db: str | None, folder: str | None,
             lambda: print_table(["log", "through", "first message", "last message", "lives"], cells, empty),
         )
         return
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store:
-        ended = store.accept_log(device, log, clock.to_rfc3339(clock.read().wall_us))
+        ended = store.accept_log(device, log, clock.now_rfc3339())
     document = {"device": device, "accepted": log, "ended": ended}
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
@@ -118,7 +118,7 @@ def alerts(
     follow: bool,
     device: str | None,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """List the open alerts, oldest first, with their state: raised, acknowledged or muted.
@@ -127,9 +127,8 @@ def alerts(
     alert that is raised, changed or cleared meanwhile is a line; with --json, too, a line of JSON.
     """
     if ctx.invoked_subcommand is not None:
-        ctx.obj = (db, folder)
         return
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     if follow:
         _follow_alerts(store, device, as_json)
         return
@@ -143,7 +142,7 @@ def alerts(
 
 def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
     wanted = IncidentFilter(open=None if include_cleared else True, device=device)
-    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
+    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=clock.now_rfc3339())}
     if include_cleared:
         return [_add_handling(row, handled) for row in store.alerts(device, closed=True)]
     return [_add_handling(_newest_message(incident), handled) for incident in handled.values()]
@@ -173,10 +172,6 @@ class FollowedAlerts:
         return [*cleared, *changed]
 
 
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)
-
-
 def _newest_message(incident: Incident) -> dict[str, Any]:
     """Return the message of table alerts that raised an open incident last, as `FleetStore.alerts` does."""
     names = ("device", "task", "alert", "subject", "severity", "summary", "id", "log", "seq", "revision", "source")
@@ -197,7 +192,7 @@ def _add_handling(row: dict[str, Any], handled: dict[IncidentKey, Incident]) -> 
 
 def _incident_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the ID of an alert, who does it and why, and the database."""
-    for decorate in (click.pass_obj, database_options, note_option, by_option):
+    for decorate in (database_options, note_option, by_option):
         command = decorate(command)
     return command
 
@@ -205,9 +200,9 @@ def _incident_options(command: Callable[..., None]) -> Callable[..., None]:
 @alerts.command("acknowledge", epilog="Example: outstation fleet alerts acknowledge 3f9a --by eva --note 'on my way'")
 @click.argument("ref", metavar="ID")
 @_incident_options
-def acknowledge(outer: tuple[str | None, str | None], **options: Any) -> None:
+def acknowledge(**options: Any) -> None:
     """Acknowledge an alert: no more reminders until it becomes worse or comes back."""
-    _change("acknowledged", incidents.acknowledge, outer, **options)
+    _change("acknowledged", incidents.acknowledge, **options)
 
 
 @alerts.command("mute", epilog="Example: outstation fleet alerts mute 3f9a --for '8 h'")
@@ -215,44 +210,36 @@ def acknowledge(outer: tuple[str | None, str | None], **options: Any) -> None:
 @click.option("--for", "duration", metavar="TIME", help="For this long, such as '8 h' or '3 d'.")
 @click.option("--until", metavar="TIME", help="Until a time, RFC 3339, such as 2026-12-24T08:00:00Z.")
 @_incident_options
-def mute(outer: tuple[str | None, str | None], duration: str | None, until: str | None, **options: Any) -> None:
+def mute(duration: str | None, until: str | None, **options: Any) -> None:
     """Suppress notifications of an alert for a time; without one, until `unmute`."""
-    _change("muted", incidents.mute, outer, until=_parse_end(duration, until), **options)
+    _change("muted", incidents.mute, until=_parse_end(duration, until), **options)
 
 
 @alerts.command("unmute", epilog="Example: outstation fleet alerts unmute 3f9a")
 @click.argument("ref", metavar="ID")
 @_incident_options
-def unmute(outer: tuple[str | None, str | None], **options: Any) -> None:
+def unmute(**options: Any) -> None:
     """End the mute of an alert."""
-    _change("unmuted", incidents.unmute, outer, **options)
+    _change("unmuted", incidents.unmute, **options)
 
 
 def _change(
     action: str,
     change: Callable[..., None],
-    outer: tuple[str | None, str | None],
     *,
     ref: str,
     by: str,
     note: str,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
     **members: str | None,
 ) -> None:
     """Change an incident, and say so; `members` are arguments of the change that JSON repeats."""
-    with open_store(*_opened(outer, db, folder)) as store:
-        incident = incidents.find_incident(store, ref, now=_now())
-        change(store, incident, by=by, note=note, now=_now(), **members)
+    with open_store(fleet_config.load(home), db) as store:
+        incident = incidents.find_incident(store, ref, now=clock.now_rfc3339())
+        change(store, incident, by=by, note=note, now=clock.now_rfc3339(), **members)
     _report(action, incident, {"by": by, "note": note, **members}, as_json)
-
-
-def _opened(
-    outer: tuple[str | None, str | None], db: str | None, folder: str | None
-) -> tuple[fleet_config.FleetConfig, str | None]:
-    """Return the config and the database; options may stand before the subcommand or after it."""
-    return fleet_config.load(fleet_config.find_folder(folder or outer[1])), db or outer[0]
 
 
 def _parse_end(duration: str | None, until: str | None) -> str | None:
@@ -277,9 +264,9 @@ def _report(action: str, incident: Incident, members: dict[str, Any], as_json: b
 @click.command("gaps", epilog="Example: outstation fleet gaps")
 @device_option
 @database_options
-def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+def gaps(device: str | None, db: str | None, home: Path, as_json: bool) -> None:
     """List missing messages, and messages that a device declared as evicted."""
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     rows = store.gaps(device)
     columns = ["device", "log", "from", "to", "declared"]
     cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
@@ -289,7 +276,7 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @click.command("audit", epilog="Example: outstation fleet audit --json")
 @device_option
 @click.option("--full", is_flag=True, help="Verify all signatures again, whatever the last checkpoint says.")
-@click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path),
+@click.option("--export", "export_folder", metavar="DIR", type=PATH,
               help="Verify this export, too: its files, and their rows by the signed messages.")  # fmt: skip
 @processes_option
 @database_options
@@ -299,7 +286,7 @@ def audit(
     export_folder: Path | None,
     processes: int,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Verify every stored message: signatures, chain, gaps, coverage. Exit 1 if anything is wrong.
@@ -309,9 +296,9 @@ def audit(
     """
     from agent.fleet.audit import audit as audits
 
-    config, store = open_for_reading(folder, db, device)
+    config, store = open_for_reading(home, db, device)
     trusted, collectors = fleet_config.load_trusted_keys(config), fleet_config.load_collector_keys(config)
-    checkpoint, signing = None, None if device or db else _open_checkpoint(folder, config, trusted)
+    checkpoint, signing = None, None if device or db else _open_checkpoint(home, config, trusted)
     with progress_bar("auditing", store.count_messages(device)) as advance:
         if signing is None:
             report = audits.audit(store, device, advance, trusted, processes, collectors)
@@ -331,13 +318,13 @@ def audit(
 
 
 def _open_checkpoint(
-    folder: str | None, config: FleetConfig, trusted: Sequence[PublicKey]
+    home: Path, config: FleetConfig, trusted: Sequence[PublicKey]
 ) -> tuple[CheckpointFolder, SigningKey] | None:
     """Return the folder of the checkpoint and the operator's key; None if this user may not sign or write one."""
     from agent.fleet.audit.checkpoint import CheckpointFolder
     from agent.wire import keys
 
-    path = fleet_config.find_folder(folder) / "audit"
+    path = home / "audit"
     try:
         key = keys.load_private(Path(config.operator.key_file))
         durable_files.make_folder(path)

@@ -10,7 +10,7 @@ import click
 
 from agent.cli.fleet.common import fleet_options
 from agent.cli.groups import SentenceGroup
-from agent.cli.output import echo, echo_styled, emit, json_option, print_table
+from agent.cli.output import PATH, echo, echo_styled, emit, json_option, print_table
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.text import printable
@@ -19,13 +19,12 @@ from agent.wire import keys
 if TYPE_CHECKING:
     from agent.fleet.repository.status import RepositoryStatus
 
-_path = click.Path(path_type=Path)
-_sign_with = click.option("--sign-with", multiple=True, type=_path, metavar="FILE",
+_sign_with = click.option("--sign-with", multiple=True, type=PATH, metavar="FILE",
                           help="A private key that is not in the fleet's folder, as on a USB stick.")  # fmt: skip
 
 
 @click.command("publish", epilog="Example: outstation fleet publish exercise --publisher publisher.key.pub")
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=PATH)
 @click.option(
     "--publisher", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file."
 )
@@ -38,7 +37,7 @@ def publish(
     public: tuple[str, ...],
     no_probe: bool,
     sign_with: tuple[Path, ...],
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Add BUNDLE, a path or the name of a built-in bundle, to the fleet's repository.
@@ -49,7 +48,6 @@ def publish(
     from agent.fleet.repository import publish as publishing
     from agent.model.bundle import builtin
 
-    home = fleet_config.find_folder(folder)
     # The operator's private key may be elsewhere.
     operator = keys.load_public_for(Path(fleet_config.load(home).operator.key_file))
     trusted = [operator, *builtin.publisher_keys(), *(keys.load_public(text) for text in public)]
@@ -79,7 +77,7 @@ def repository() -> None:
 
 
 @repository.command("init", epilog="Example: outstation fleet repository init --root-keys /media/stick")
-@click.option("--root-keys", type=_path, metavar="FOLDER",
+@click.option("--root-keys", type=PATH, metavar="FOLDER",
               help="Folder for the root keys, outside the fleet's folder: a removable medium.")  # fmt: skip
 @click.option("--demo", is_flag=True, help="Keep the root keys in the fleet's folder, for demonstrations only.")
 @click.option("--roots", type=int, metavar="N", help="Number of root keys; default 3, with --demo 1.")
@@ -95,7 +93,7 @@ def init(
     roots: int | None,
     threshold: int | None,
     url: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Create the fleet's repository, once: its keys, and metadata without bundles.
@@ -111,7 +109,6 @@ def init(
             "the root keys must not lie with the online keys; give --root-keys FOLDER, a mounted removable medium such "
             "as /media/stick, or --demo, which keeps them in the fleet's folder"
         )
-    home = fleet_config.find_folder(folder)
     fleet_config.load(home)
     if url is not None:
         create.write_url(home, url)
@@ -136,11 +133,11 @@ def init(
 
 @repository.command("status", epilog="Example: outstation fleet repository status --json")
 @fleet_options
-def status(folder: str | None, as_json: bool) -> None:
+def status(home: Path, as_json: bool) -> None:
     """Show published bundles, keys and expiry. Exit 1 if something needs the operator soon."""
     from agent.fleet.repository.status import read
 
-    report = read(fleet_config.find_folder(folder))
+    report = read(home)
     emit(report, as_json, lambda: _print_status(report))
     if not report.ok:
         sys.exit(1)
@@ -168,14 +165,14 @@ def _print_status(report: RepositoryStatus) -> None:
 @click.option("--trust-clock", is_flag=True, help="Sign although this machine's clock was ahead at the last signature.")
 @_sign_with
 @fleet_options
-def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def refresh(trust_clock: bool, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Sign the timestamp again, and other roles that expire soon and have their key here; run it from cron each day.
 
     A draft of the root with enough signatures comes into force.
     """
     from agent.fleet.repository import upkeep
 
-    done = upkeep.refresh(fleet_config.find_folder(folder), sign_with=sign_with, trust_clock=trust_clock)
+    done = upkeep.refresh(home, sign_with=sign_with, trust_clock=trust_clock)
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root_version or None}
     root = f"root {done.root_version} is in force\n" if done.root_version else ""
@@ -190,9 +187,7 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
 @click.option("--new", metavar="PUB", help="The new public key, as text or in a file; default a new key.")
 @_sign_with
 @fleet_options
-def rotate(
-    role: str, old: str | None, new: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool
-) -> None:
+def rotate(role: str, old: str | None, new: str | None, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Replace a key of ROLE: root, targets, snapshot, timestamp, or a bundle's name. The old key is invalid then.
 
     The root signs the keys of the first four. If too few root keys are here, root.json.draft waits for their
@@ -200,7 +195,7 @@ def rotate(
     """
     from agent.fleet.repository import key_rotation as rotating
 
-    done = rotating.rotate(fleet_config.find_folder(folder), role, old=old, new=new, sign_with=sign_with)
+    done = rotating.rotate(home, role, old=old, new=new, sign_with=sign_with)
     draft = done.draft
     document = {"role": role, "old": done.old, "new": done.new, "in_force": done.is_complete, "draft": draft}
     result = f"{role}: {done.new} is valid, {done.old} is not; delete its file"
@@ -219,14 +214,14 @@ def rotate(
 @click.argument("version", required=False)
 @_sign_with
 @fleet_options
-def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], home: Path, as_json: bool) -> None:
     """Remove VERSION of BUNDLE, or all versions, from the repository permanently. To revoke a key, `rotate` it.
 
     Devices no longer fetch it. Devices that run it continue, until `fleet rollout` gives them another bundle.
     """
     from agent.fleet.repository import revoke as revoking
 
-    done = revoking.revoke(fleet_config.find_folder(folder), bundle, version, sign_with=sign_with)
+    done = revoking.revoke(home, bundle, version, sign_with=sign_with)
     document = {"bundle": done.bundle, "versions": done.versions}
     emit(document, as_json, lambda: echo(f"{done.bundle}: revoked {', '.join(done.versions)}"))
 
@@ -234,9 +229,9 @@ def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder
 @repository.command(
     "sign-root", epilog="Example: outstation fleet repository sign-root --sign-with root-2.key root.json.draft"
 )
-@click.argument("file", type=_path)
+@click.argument("file", type=PATH)
 @click.option(
-    "--sign-with", "key", required=True, type=_path, metavar="FILE", help="The root key, on the machine that has it."
+    "--sign-with", "key", required=True, type=PATH, metavar="FILE", help="The root key, on the machine that has it."
 )
 @json_option
 def sign_root(file: Path, key: Path, as_json: bool) -> None:
@@ -254,13 +249,13 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
 
 
 @repository.command("copy", epilog="Example: outstation fleet repository copy /media/stick")
-@click.argument("destination", metavar="TO", type=_path)
+@click.argument("destination", metavar="TO", type=PATH)
 @fleet_options
-def copy(destination: Path, folder: str | None, as_json: bool) -> None:
+def copy(destination: Path, home: Path, as_json: bool) -> None:
     """Mirror the repository to TO/repository: a stick for sites without network, or the folder of a web server."""
     from agent.fleet.repository import mirror
 
-    done = mirror.copy(fleet_config.find_folder(folder), destination)
+    done = mirror.copy(home, destination)
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
     result = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices use this folder as url"
     emit(document, as_json, lambda: echo(result))

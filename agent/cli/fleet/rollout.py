@@ -16,7 +16,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import fleet_option, fleet_options, open_for_reading, open_store
-from agent.cli.output import echo, emit
+from agent.cli.output import PATH, echo, emit
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import Connection
@@ -40,14 +40,13 @@ def rollout() -> None:
 
 
 @rollout.command("start", epilog="Example: outstation fleet rollout start exercise-1.1.toml")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @_force_option
 @fleet_options
-def start(file: Path, force_reason: str | None, folder: str | None, as_json: bool) -> None:
+def start(file: Path, force_reason: str | None, home: Path, as_json: bool) -> None:
     """Start the rollout that FILE describes, with its first step."""
     from agent.fleet.rollout import actions, bundles, plan
 
-    home = fleet_config.find_folder(folder)
     with _open_publisher(home) as publisher:
         plan_file = plan.read(file)
         resolved = bundles.resolve(plan_file, bundles.read_bundle(plan_file), home)
@@ -58,9 +57,9 @@ def start(file: Path, force_reason: str | None, folder: str | None, as_json: boo
 @click.argument("name", required=False)
 @click.option("--watch", is_flag=True, help="Show a live table until Ctrl-C.")
 @fleet_options
-def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
+def status(name: str | None, watch: bool, home: Path, as_json: bool) -> None:
     """Show progress, rules and blockers of the rollout NAME, or of all open rollouts."""
-    _, store = open_for_reading(folder)
+    _, store = open_for_reading(home)
     if not as_json:
         from agent.cli.fleet import rollout_table
     if watch and not as_json and sys.stdout.isatty():
@@ -76,7 +75,7 @@ def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> 
 @click.option("--every", "every_s", metavar="S", default=5.0, type=click.FloatRange(min=0.1),
               help="Evaluate the rules this often; default 5.")  # fmt: skip
 @fleet_option
-def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
+def follow(names: tuple[str, ...], every_s: float, home: Path) -> None:
     """Evaluate rules repeatedly, and promote, finish or abort by them, until no rollout is open.
 
     A paused rollout is aborted if necessary, but not promoted. Exit 1 if one of the rollouts was aborted.
@@ -88,7 +87,7 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
     stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.put(number))
-    with _open_publisher(fleet_config.find_folder(folder), role="follow") as publisher:
+    with _open_publisher(home, role="follow") as publisher:
         with publisher.store.snapshot() as db:
             known = [journal.find(db, name).name for name in names]
             if not (known or journal.load_rollouts(db, only_open=True)):
@@ -113,33 +112,33 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
 @rollout.command("pause", epilog="Example: outstation fleet rollout pause exercise-1-1")
 @click.argument("name")
 @fleet_options
-def pause(name: str, folder: str | None, as_json: bool) -> None:
+def pause(name: str, home: Path, as_json: bool) -> None:
     """Stop promoting NAME until it is resumed. Devices stay as they are, and rules may still abort it."""
     from agent.fleet.rollout import actions
 
-    _decide(folder, name, as_json, lambda db, operator, _, current: actions.pause(db, operator, current))
+    _decide(home, name, as_json, lambda db, operator, _, current: actions.pause(db, operator, current))
 
 
 @rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
 @click.argument("name")
 @fleet_options
-def resume(name: str, folder: str | None, as_json: bool) -> None:
+def resume(name: str, home: Path, as_json: bool) -> None:
     """Resume NAME, which was paused."""
     from agent.fleet.rollout import actions
 
-    _decide(folder, name, as_json, lambda db, operator, _, current: actions.resume(db, operator, current))
+    _decide(home, name, as_json, lambda db, operator, _, current: actions.resume(db, operator, current))
 
 
 @rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
 @click.argument("name")
 @_force_option
 @fleet_options
-def promote(name: str, force_reason: str | None, folder: str | None, as_json: bool) -> None:
+def promote(name: str, force_reason: str | None, home: Path, as_json: bool) -> None:
     """Promote NAME to its next step, or finish it, if its rules allow. Else print the blockers and exit 1."""
     from agent.fleet.rollout import actions
     from agent.fleet.rollout.status import load_snapshot
 
-    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+    with _open_publisher(home) as publisher:
         current, now_us = _find_rollout(publisher, name), clock.read().wall_us
         with publisher.store.snapshot() as db:
             verdict = load_snapshot(db, current, now_us).verdict
@@ -161,11 +160,11 @@ def promote(name: str, force_reason: str | None, folder: str | None, as_json: bo
 @click.argument("name")
 @click.argument("reason")
 @fleet_options
-def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
+def abort(name: str, reason: str, home: Path, as_json: bool) -> None:
     """Abort NAME: every device returns to its previous bundle, and does not try the bundle again for a while."""
     from agent.fleet.rollout import actions
 
-    _decide(folder, name, as_json, partial(actions.abort, reason=reason))
+    _decide(home, name, as_json, partial(actions.abort, reason=reason))
 
 
 def build_documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
@@ -196,13 +195,13 @@ def _open_publisher(home: Path, role: str = "operator") -> Iterator[RolloutPubli
 
 
 def _decide(
-    folder: str | None,
+    home: Path,
     name: str,
     as_json: bool,
     action: Callable[[Connection, RolloutOperator, int, Rollout], Rollout],
 ) -> None:
     """Record and publish a decision about the rollout `name`, as it is now."""
-    with _open_publisher(fleet_config.find_folder(folder)) as publisher:
+    with _open_publisher(home) as publisher:
         current = _find_rollout(publisher, name)
         _decide_and_publish(publisher, lambda db, operator, counter: action(db, operator, counter, current), as_json)
 

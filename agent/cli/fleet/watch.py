@@ -30,21 +30,20 @@ from agent.wire import keys
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Stop after this time.")
 @db_option
 @fleet_option
-def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
+def watch(raw: bool, seconds: float | None, db: str | None, home: Path) -> None:
     """Show the devices as a live table: state, when seen, drift and alerts, from the database and each new message.
 
     Lines of verified messages with --raw, or if stdout is no terminal.
     """
-    from agent.fleet import config as fleet_config
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.database.keyring import Keyring
     from agent.fleet.watch import FleetWatcher, connect, receive_deliveries, show_lines
 
-    config, store = open_for_reading(folder, db)
+    config, store = open_for_reading(home, db)
     name, broker = config.fleet.name, config.broker_for(config.operator)
     keyring = Keyring(store, {"collector": keys.load_public_for(Path(config.collector.key_file))})
     client = f"outstation-{name}-watch-{os.getpid()}"
-    watcher = FleetWatcher(name, keyring, EncryptionKeys(fleet_config.find_folder(folder)))
+    watcher = FleetWatcher(name, keyring, EncryptionKeys(home))
     show = show_lines if raw or not sys.stdout.isatty() else _table_printer()
     if show is not show_lines:
         watcher.load(store)
@@ -71,7 +70,7 @@ def _table_printer() -> Callable[..., None]:
 @click.option("--password", "with_password", is_flag=True, help="Make a password, shown once.")
 @click.option("--revoke", is_flag=True, help="Shut NAME out: end its sessions, revoke its certificate and password.")
 @fleet_options
-def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_json: bool) -> None:
+def viewer(name: str, with_password: bool, revoke: bool, home: Path, as_json: bool) -> None:
     """Let a program read the fleet's messages at the broker as NAME: issue its TLS certificate, with read-only access.
 
     For MQTT Explorer, mosquitto_sub or Node-RED. A certificate has one connection at the fleet's broker. With
@@ -81,7 +80,6 @@ def viewer(name: str, with_password: bool, revoke: bool, folder: str | None, as_
     from agent.fleet import config as fleet_config
     from agent.fleet.enrolment import viewers
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     if revoke:
         with open_store(config) as store:

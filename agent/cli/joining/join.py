@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ _MAX_CODE_CHARS = 1 << 16
 
 
 @click.command(epilog="Example: outstation join pi-07.tar.gz --dir /etc/outstation")
-@click.argument("enrolment", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
+@click.argument("enrolment", metavar="[FILE]", required=False, type=PATH)
 @click.option("--code", help="Invitation of `fleet invite`, in place of FILE; - reads it from standard input.")
 @click.option("--broker", "url", metavar="URL", help="With --code: address of the broker; default the invitation's.")
 @click.option("--wait", "wait_s", metavar="SECONDS", default=600.0, show_default=True, type=click.FloatRange(1),
               help="With --code: how long to wait for the answer.")  # fmt: skip
-@click.option("--dir", "folder", default=".", type=click.Path(path_type=Path), help="Folder of the config and keys.")
+@click.option("--dir", "folder", default=".", type=PATH, help="Folder of the config and keys.")
 @click.option("--data-dir", help="Folder of the store, for a device without a config; default DIR/data.")
 @click.option("--replace", is_flag=True, help="Replace files that differ; each is kept as NAME.before-join.")
 @json_option

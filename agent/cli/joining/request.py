@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 from agent import durable_files
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 
 
 @click.command(epilog="Example: outstation request /etc/outstation --fleet acme --id pi-07 --token TOKEN")
-@click.argument("folder", default=".", metavar="[DIR]", type=click.Path(path_type=Path))
+@click.argument("folder", default=".", metavar="[DIR]", type=PATH)
 @click.option("--fleet", required=True, metavar="NAME", help="The fleet's name.")
 @click.option("--id", "device", required=True, metavar="DEVICE", help="The id under which the fleet will know it.")
 @click.option("--token", help="From `outstation fleet token`: proves that the request is this device's.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="The request; default DIR/DEVICE.request.")
+@click.option("--out", metavar="FILE", type=PATH, help="The request; default DIR/DEVICE.request.")
 @json_option
 def request(folder: Path, fleet: str, device: str, token: str | None, out: Path | None, as_json: bool) -> None:
     """Make the device's keys in DIR, which they never leave, and a request for the operator.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import config, media
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name
 from agent.toml_files import encode_key, encode_value
@@ -17,13 +17,11 @@ from agent.wire import keys
 if TYPE_CHECKING:
     from agent.model.bundle.manifest import ModelInput
 
-_path = click.Path(path_type=Path)
-
 
 @click.command(
     "config", epilog="Example: outstation model config mymodel --publisher publisher.key.pub >> outstation.toml"
 )
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=PATH)
 @click.option("--name", help="Name of stream and task; default the bundle's name.")
 @click.option(
     "--publisher",

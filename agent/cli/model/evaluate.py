@@ -12,7 +12,7 @@ import msgspec
 from click.core import ParameterSource
 
 from agent.cli.model.run import address_option, engine_option, join_option, load_bundle, open_cluster
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.errors import UsageError, explain
 from agent.text import printable
 
@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 
     LoadedModel = tuple[Bundle, Inference, str]
 
-_path = click.Path(path_type=Path)
-
 
 @click.command(
     epilog="Example: outstation model evaluate exercise held-out.csv --group subject --slice side --html report.html"
 )
-@click.argument("bundle", type=_path)
-@click.argument("data", type=_path)
+@click.argument("bundle", type=PATH)
+@click.argument("data", type=PATH)
 @click.option("--output", metavar="NAME", help="Evaluate this further output, not the main one.")
 @click.option("--label", metavar="COL", help="Column of labels; by default label, or label_NAME with --output.")
 @click.option("--group", metavar="COL", help="Column of people or machines: intervals resample whole groups.")
@@ -42,8 +40,8 @@ _path = click.Path(path_type=Path)
 @click.option(
     "--slice", "slices", multiple=True, metavar="COL", help="Measure each value, or quarter, of a column by itself."
 )
-@click.option("--train", type=_path, metavar="DATA", help="Training data, to look for leakage.")
-@click.option("--float", "float_model", type=_path, metavar="MODEL", help="Float .tflite to compare with.")
+@click.option("--train", type=PATH, metavar="DATA", help="Training data, to look for leakage.")
+@click.option("--float", "float_model", type=PATH, metavar="MODEL", help="Float .tflite to compare with.")
 @click.option("--ablate", is_flag=True, help="Measure the importance of each field.")
 @click.option("--robustness", is_flag=True, help="Inject noise, gain, missing, stuck, swapped and saturated fields.")
 @click.option("--adversarial", is_flag=True, help="Search changes within the sensors' limits that flip answers.")
@@ -60,8 +58,8 @@ _path = click.Path(path_type=Path)
 @engine_option
 @address_option
 @click.option("--publisher", "public", help="Publisher's public key, text or file: the bundle must be signed by it.")
-@click.option("--html", type=_path, metavar="FILE", help="Write the report, one HTML file.")
-@click.option("--card", "folder", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write the report, one HTML file.")
+@click.option("--card", "folder", type=PATH, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
 @click.option(
     "--require",
     "required",
@@ -69,10 +67,10 @@ _path = click.Path(path_type=Path)
     metavar="EXPR|FILE",
     help='Requirement, such as "accuracy.low >= 0.9", or a TOML file of them; exit code 1 if one is not met.',
 )
-@click.option("--against", type=_path, metavar="BUNDLE", help="Compare with another bundle by the rules of a roll-out.")
-@click.option("--junit", type=_path, metavar="FILE", help="Write the requirements' results as JUnit XML.")
+@click.option("--against", type=PATH, metavar="BUNDLE", help="Compare with another bundle by the rules of a roll-out.")
+@click.option("--junit", type=PATH, metavar="FILE", help="Write the requirements' results as JUnit XML.")
 @click.option("--privacy", is_flag=True, help="Leave out numbers of few windows, and names of files and rows.")
-@click.option("--about", type=_path, metavar="TOML", help="Author's texts for the cards, in [card] and [data].")
+@click.option("--about", type=PATH, metavar="TOML", help="Author's texts for the cards, in [card] and [data].")
 @json_option
 def evaluate(
     bundle: Path,
@@ -119,9 +117,11 @@ def evaluate(
     loaded = load_bundle(bundle, public, output)
     if privacy:
         request = _with_min_count(request, loaded[0])
+    # Before the evaluation, which may take minutes.
+    other = load_bundle(against, public, output) if against is not None else None
     result = _evaluate(loaded, request, cluster)
-    if against is not None:
-        result = _compare(result, loaded, load_bundle(against, public, output), request, chosen_gate, against)
+    if against is not None and other is not None:
+        result = _compare(result, loaded, other, request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     texts_by_file = _render_files(result, texts, html, folder)

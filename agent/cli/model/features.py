@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.toml_files import encode_value
 
 
 @click.command("features", epilog="Example: outstation model features motion.toml")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @json_option
 def features_command(file: Path, as_json: bool) -> None:
     """Check a feature FILE; print name, version, digest and columns, and the line for the SPECs of its bundles."""

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from agent.cli import trust
-from agent.cli.output import echo, emit, json_option
+from agent.cli.output import PATH, echo, emit, json_option
 from agent.cli.progress import ProgressBar
 from agent.errors import BadBundle, UsageError
 from agent.toml_files import did_you_mean
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from agent.model.bundle.bundle import Bundle
     from agent.model.inference.inference import Inference
 
-_path = click.Path(path_type=Path)
 _MAX_SHOWN = 10
 
 
@@ -51,9 +50,9 @@ address_option = click.option(
 
 
 @click.command("run", epilog="Example: outstation model run exercise readings.csv -o results.csv")
-@click.argument("bundle", type=_path)
-@click.argument("data", type=_path)
-@click.option("-o", "--out", required=True, type=_path, help="Output file, .csv or .parquet; a folder if DATA is one.")
+@click.argument("bundle", type=PATH)
+@click.argument("data", type=PATH)
+@click.option("-o", "--out", required=True, type=PATH, help="Output file, .csv or .parquet; a folder if DATA is one.")
 @click.option("--raw", is_flag=True, help="Add the model's outputs as columns raw_0, raw_1, …")
 @join_option
 @engine_option

@@ -23,6 +23,8 @@ _MAX_WAIT_S = 60.0
 _GATHER_S = 0.1
 _MAX_REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
+# A place that changes sides of the date line skips or repeats a day.
+_LONGEST_CHANGE = timedelta(hours=25)
 # crontab(5) counts from Sunday, APScheduler 3 from Monday: names are the same in both.
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _DAY_PATTERN = re.compile(
@@ -120,8 +122,9 @@ class CronSchedule:
     """Schedule of a cron expression, in local time or in `zone`, as in crontab(5). Raises ValueError.
 
     When the clocks go back, a time with a fixed hour comes once; also when a wall clock is set back by less than three
-    hours, as in Debian's cron(8). When they go forward, a time in the gap comes as if they had not. No time is before
-    `start` or at or after `end`; each run is `delay_us` after its time.
+    hours, as in Debian's cron(8). When they go forward, each time in the gap comes as if they had not, by the offset
+    that was in force before (`fold=0` of PEP 495). No time is before `start` or at or after `end`; each run is
+    `delay_us` after its time.
     """
 
     needs_last_run, counts_rows = True, False
@@ -147,9 +150,12 @@ class CronSchedule:
         if not day.startswith("*") and not weekday.startswith("*"):
             # crontab(5): if both are given, either is enough.
             days = [(day, "*"), ("*", _parse_weekdays(weekday))]
+        # APScheduler loses most times in a gap: the triggers compute local times without an offset, as UTC.
         self._triggers = [
-            CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone) for d, w in days
+            CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=UTC) for d, w in days
         ]
+        self._zone: tzinfo = CronTrigger().timezone if zone is None else zone
+        self._start: datetime | None = None
         self._has_fixed_hour = not hour.startswith("*")
         self._delay_us = delay_us
         self._end: datetime | None = None
@@ -160,9 +166,7 @@ class CronSchedule:
         if self._find_next(datetime(2024, 1, 1, tzinfo=UTC)) is None:
             raise ValueError("that time never comes")
         # After that check: a range that is over is no error, or a device could not start with it.
-        for trigger in self._triggers:
-            trigger.start_date = start
-        self._end = end
+        self._start, self._end = start, end
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
         is_over = self._end is not None and clock.to_datetime(now.wall_us) >= self._end
@@ -209,9 +213,11 @@ class CronSchedule:
         return msgspec.structs.replace(now, wall_us=now.wall_us - self._delay_us) if self._delay_us else now
 
     def _find_next(self, moment: datetime) -> datetime | None:
-        """Return the first time at or after `moment`."""
-        times = [_next_fire_time(trigger, moment, self._has_fixed_hour) for trigger in self._triggers]
-        # The trigger's own end_date would be returned as a time of its own where the search starts after it.
+        """Return the first time at or after `moment`, UTC."""
+        if self._start is not None:
+            moment = max(moment, self._start)
+        moment = moment.astimezone(UTC)
+        times = [_next_fire_time(trigger, self._zone, moment, self._has_fixed_hour) for trigger in self._triggers]
         return min(
             (time for time in times if time is not None and (self._end is None or time < self._end)), default=None
         )
@@ -265,12 +271,33 @@ class AnySchedule:
         return min(schedule.wait_s(now) for schedule in self._schedules)
 
 
-def _next_fire_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
-    while True:
-        time: datetime | None = trigger.get_next_fire_time(None, moment)
-        if time is None or not (time.fold and fixed_hour):
-            return time
-        moment = time.astimezone(UTC) + _TICK
+def _next_fire_time(trigger: Any, zone: tzinfo, moment: datetime, fixed_hour: bool) -> datetime | None:
+    """Return the first time of `trigger`, which computes local times as if they were UTC, at or after `moment`, UTC."""
+    offsets = [
+        _local_time(moment + days, zone) - moment - days for days in (-_LONGEST_CHANGE, timedelta(), _LONGEST_CHANGE)
+    ]
+    # Around a change of the clocks, local times are not in order: search as much earlier and later.
+    change = max(offsets) - min(offsets)
+    local, first = _local_time(moment, zone) - change, None
+    while (local := trigger.get_next_fire_time(None, local)) is not None:
+        if first is not None and local >= _local_time(first, zone) + change:
+            break
+        times = [time for time in _resolve(local, zone, fixed_hour) if time >= moment]
+        first = min([*times, *([] if first is None else [first])], default=None)
+        local += _TICK
+    return first
+
+
+def _resolve(local: datetime, zone: tzinfo, fixed_hour: bool) -> list[datetime]:
+    """Return the times, UTC, of a local time: two where it comes twice, unless its hour is fixed."""
+    times = [local.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1)]
+    comes_twice = times[0] < times[1]
+    return times if comes_twice and not fixed_hour else times[:1]
+
+
+def _local_time(time: datetime, zone: tzinfo) -> datetime:
+    """Return the local time in `zone` as if it were UTC."""
+    return time.astimezone(zone).replace(tzinfo=UTC, fold=0)
 
 
 def _parse_weekdays(text: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
@@ -35,6 +36,7 @@ from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
+from agent.drift.expected_errors import find_error_bins
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
@@ -312,13 +314,27 @@ def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scor
     ends = source.cut.starts + task.window_rows - 1
     rows, t = ends + source.batch.first, source.batch.t[ends]
     joined = {} if source.joined is None or task.joined_reader is None else task.joined_reader.last_rows(source.joined)
+    outputs = {"": model_scores, **model_scores.outputs}
+    bins = _find_error_bins(task, source, outputs)
     return {
         name: StoredPredictions(
             *(task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices),
             joined={} if name else joined,
+            expected_bin=bins.get(name),
         )
-        for name, output in {"": model_scores, **model_scores.outputs}.items()
+        for name, output in outputs.items()
     }
+
+
+def _find_error_bins(
+    task: LoadedTask, source: _BatchInput, outputs: Mapping[str, Scores]
+) -> dict[str, NDArray[np.uint8]]:
+    """Return the bin (w,) of the error to expect of each value: labels that come later have no inputs to tell it."""
+    if task.drift_monitor is None:
+        return {}
+    answers = {name: output.value for name, output in outputs.items() if output.value is not None}
+    bins = find_error_bins(task.drift_monitor.shipped, source.features, source.cut.starts, answers)
+    return {name: own.astype(np.uint8) for name, own in bins.items()}
 
 
 def _select_samples(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -140,12 +141,14 @@ class Sampler:
                 return _Draft("few")
             values = len(rows) * len(task.fields) + sum(len(each.t) * len(each.columns) for each in known.values())
             if len(known) == len(read) and values <= _MAX_VALUES_PER_BYTE * limit:
-                body = self._build_body(task, request, key, first, rows, now)
-                if seals := self._seal_joined(task, key, known, now):
-                    body["joined"] = seals
-                size = len(messages.encode(body)) + _HEAD_BYTES
-                if size <= limit:
-                    return _Draft("", (first, first + len(rows) - 1), body, size)
+                # The receiver bounds rows and bytes of a content, too.
+                with suppress(ValueError):
+                    body = self._build_body(task, request, key, first, rows, now)
+                    if seals := self._seal_joined(task, key, known, now):
+                        body["joined"] = seals
+                    size = len(messages.encode(body)) + _HEAD_BYTES
+                    if size <= limit:
+                        return _Draft("", (first, first + len(rows) - 1), body, size)
             begin, end = _shrink(request, first, len(rows))
             if end - begin == len(rows) or end - begin < least_count:
                 return _Draft("size" if len(known) == len(read) else "gone")

@@ -154,10 +154,18 @@ def attribute(
         for number in numbers:
             if number in assigned:
                 answers.setdefault(number, []).append((device, assigned[number]))
-            elif outcome.injected[number - 1].event.expected_alerts:
+            elif list_expected(outcome, number):
                 missed.setdefault(number, []).append(device)
     false_alarms = [alert for alert in alerts if not any(matcher.explaining(alert))]
     return Attribution(answers, missed, false_alarms)
+
+
+def list_expected(outcome: Outcome, number: int) -> list[str]:
+    """Return the kinds of alerts of which one must come; none by default where the event was over before it was due."""
+    event = outcome.injected[number - 1].event
+    lasted_s = min(event.end_s, outcome.simulated_s) - event.at
+    is_due = event.expect is not None or event.is_alert_due(lasted_s, outcome.health_s)
+    return list(event.expected_alerts) if is_due else []
 
 
 class _Matcher:

@@ -9,7 +9,7 @@ import msgspec
 from agent.fleet.database.store import FleetStore
 from agent.testing.simulation import attribution, rollouts
 from agent.testing.simulation.attribution import Attribution
-from agent.testing.simulation.runner import Injected, Outcome
+from agent.testing.simulation.runner import Outcome
 from agent.testing.simulation.scenario import Scenario
 
 _MAX_ALERTS = 10_000
@@ -22,7 +22,7 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     alerts = attribution.load_alerts(scenario, outcome, store)
     rolled = rollouts.build(scenario, outcome, store)
     attributed = attribution.attribute(scenario, outcome, alerts, rolled)
-    events = [_describe(number, injected, attributed) for number, injected in enumerate(outcome.injected, 1)]
+    events = [_describe(number, outcome, attributed) for number in range(1, len(outcome.injected) + 1)]
     false_alarms = [alert.to_dict() for alert in attributed.false_alarms]
     for rollout in rolled:
         event = events[rollout["event"] - 1]
@@ -55,9 +55,9 @@ def build(scenario: Scenario, outcome: Outcome, store: FleetStore) -> dict[str, 
     }
 
 
-def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[str, Any]:
+def _describe(number: int, outcome: Outcome, attributed: Attribution) -> dict[str, Any]:
     """Return an event with its answer at each device."""
-    event = injected.event
+    event, devices = outcome.injected[number - 1].event, outcome.injected[number - 1].devices
     defaults = {field.name: field.default for field in msgspec.structs.fields(event)}
     answers = []
     for _, answer in attributed.answers.get(number, []):
@@ -72,9 +72,9 @@ def _describe(number: int, injected: Injected, attributed: Attribution) -> dict[
         "kind": event.kind,
         "at": float(event.at),
         "lasts": None if event.lasts is None else float(event.lasts),
-        "devices": injected.devices,
+        "devices": devices,
         "settings": settings,
-        "expects": list(event.expected_alerts),
+        "expects": attribution.list_expected(outcome, number),
         "found": answers,
         "missed": attributed.missed.get(number, []),
     }

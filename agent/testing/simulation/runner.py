@@ -19,6 +19,7 @@ import msgspec
 
 from agent import durable_files
 from agent.config import BrokerConfig
+from agent.device import health
 from agent.device.intake.sources.recordings import Playlist
 from agent.errors import LinkDown
 from agent.fleet.audit.audit import audit
@@ -80,8 +81,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """Outcome of a run: injected events, messages with their digest, rows, audit, seconds and peak memory.
 
     `fields` by stream; `task_streams`: streams that each task reads; `class_tasks`: those whose model names classes;
-    `commit_s`: seconds between commits of rows; `rollouts`: names of the roll-outs, and `refusals`: why one did not
-    start, each by the plan file.
+    `commit_s`: seconds between commits of rows; `health_s`: seconds between health messages of a device; `rollouts`:
+    names of the roll-outs, and `refusals`: why one did not start, each by the plan file.
     """
 
     injected: list[Injected]
@@ -90,6 +91,7 @@ class Outcome(msgspec.Struct, frozen=True):
     task_streams: dict[str, list[str]]
     class_tasks: list[str]
     commit_s: float
+    health_s: float
     messages: int
     digest: str
     rows: int
@@ -215,6 +217,7 @@ class Simulation:
             task_streams=self._setup.task_streams,
             class_tasks=self._setup.class_tasks,
             commit_s=float(self._setup.config.buffer.commit_every),
+            health_s=health.interval_s(self._setup.config),
             messages=self.messages,
             digest=f"sha256:{self._digest.hexdigest()}",
             rows=sum(device.rows for device in self.devices.values()),

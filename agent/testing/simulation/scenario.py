@@ -12,7 +12,10 @@ import msgspec
 from agent import clock, config
 from agent.config import Duration
 from agent.config.sources import ReplayFault
+from agent.device.store.clock_segments import STEP_US
 from agent.errors import ConfigError
+from agent.fleet.incidents.conditions import silence_limit_s
+from agent.fleet.incidents.monitor import POLL_INTERVAL_S
 from agent.fleet.rollout import plan as plans
 from agent.names import is_name
 from agent.testing.simulation.lossy_link import LinkConditions, Share
@@ -23,11 +26,16 @@ MAX_DEVICES = 10_000
 _SENSOR_ALERTS = ("drift", "fault")
 
 
+def _is_silence_due(lasted_s: float, health_interval_s: float) -> bool:
+    """Return True if the collector must have noticed that nothing arrives from a device."""
+    return lasted_s > silence_limit_s(health_interval_s) + POLL_INTERVAL_S
+
+
 class Event(Section, frozen=True):
     """Something that happens to devices from `at` on, for `lasts`; None: to the end.
 
     `devices` are names or patterns, such as `hall-*`; without them all devices of `group`, or of the fleet. `expect`:
-    kinds of alerts of which one must be raised; an empty list: none may be.
+    kinds of alerts of which one must be raised; an empty list: none may be. None: `default_expect`, if they are due.
     """
 
     at: Duration
@@ -48,6 +56,13 @@ class Event(Section, frozen=True):
     @property
     def expected_alerts(self) -> Sequence[str]:
         return self.default_expect if self.expect is None else self.expect
+
+    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+        """Return True if the default alerts must come of an event that lasted so long.
+
+        `health_interval_s`: seconds between the health messages of a device.
+        """
+        return True
 
     def check(self, file: str, key: str, fields: dict[str, list[str]]) -> None:
         """Check what the types of the keys cannot; `fields` by stream. Raises ConfigError."""
@@ -140,6 +155,9 @@ class Outage(Event, frozen=True, tag_field="kind", tag="outage"):
 
     default_expect: ClassVar[tuple[str, ...]] = ("connection",)
 
+    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+        return _is_silence_due(lasted_s, health_interval_s)
+
 
 class BadNetwork(Event, frozen=True, tag_field="kind", tag="network"):
     """A network that loses, repeats and delays messages and breaks connections, each with a probability."""
@@ -170,6 +188,10 @@ class SkewedClock(Event, frozen=True, tag_field="kind", tag="clock"):
     def offset_us(self) -> int:
         return round((self.ahead - self.behind) * 1e6)
 
+    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+        # A smaller step is none, and a longer one is noticed by the next turn of the daemon.
+        return abs(self.offset_us) >= STEP_US and lasted_s > health_interval_s
+
 
 class PowerCut(Event, frozen=True, tag_field="kind", tag="power-cut"):
     """A device that loses its power: its daemon is killed, and starts again when the power is back."""
@@ -179,6 +201,9 @@ class FullDisk(Event, frozen=True, tag_field="kind", tag="full-disk"):
     """A disk without free bytes: the device cannot write a message about it, either, before it has evicted data."""
 
     default_expect: ClassVar[tuple[str, ...]] = ("storage", "connection")
+
+    def is_alert_due(self, lasted_s: float, health_interval_s: float) -> bool:
+        return _is_silence_due(lasted_s, health_interval_s)
 
 
 class WrongLabels(Event, frozen=True, kw_only=True, tag_field="kind", tag="wrong-labels"):

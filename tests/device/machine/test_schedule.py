@@ -23,8 +23,8 @@ START = datetime(2026, 3, 10, 12, 0, 0, 1, VIENNA)  # a Tuesday
 class Machine:
     """Both clocks of a machine; `run` queries the schedule as often as `wait_s` says, and returns when it ran."""
 
-    def __init__(self, wall: datetime = START) -> None:
-        self.wall = wall.astimezone(UTC)
+    def __init__(self, wall: datetime = START, zone: ZoneInfo = VIENNA) -> None:
+        self.wall, self.zone = wall.astimezone(UTC), zone
         self.boot_s = 1000.0
         self.query_count = 0
 
@@ -33,7 +33,7 @@ class Machine:
         return ClockReading(round(self.wall.timestamp() * 1e6), self.boot_s, "synced")
 
     def local(self) -> str:
-        return f"{self.wall.astimezone(VIENNA):%a %m-%d %H:%M%z}"
+        return f"{self.wall.astimezone(self.zone):%a %m-%d %H:%M%z}"
 
     def sleep(self, seconds: float) -> None:
         self.boot_s += seconds
@@ -178,6 +178,59 @@ def test_where_the_clocks_go_back_a_time_that_comes_twice_runs_once() -> None:
     machine = Machine(datetime(2026, 10, 24, 12, tzinfo=VIENNA))
     ran = machine.run(CronSchedule("30 2 * * *", zone=VIENNA), 2 * DAY)
     assert ran == ["Sun 10-25 02:30+0200", "Mon 10-26 02:30+0100"]
+
+
+# Place, the day before a change of its clocks, and the gap or the hour that comes twice.
+GAPS = [
+    ("Europe/Vienna", datetime(2026, 3, 28), "29 03:00 03:15 03:30 03:45"),
+    ("America/New_York", datetime(2026, 3, 7), "08 03:00 03:15 03:30 03:45"),
+    # Half an hour is skipped: the other half comes at the same times.
+    ("Australia/Lord_Howe", datetime(2026, 10, 3), "04 02:30 02:45"),
+    # A whole day is skipped.
+    ("Pacific/Apia", datetime(2011, 12, 29), "31 02:00 02:15 02:30 02:45"),
+]
+
+
+@pytest.mark.parametrize(("place", "day", "times"), GAPS)
+def test_each_time_of_an_hour_that_is_skipped_comes_after_the_gap(place: str, day: datetime, times: str) -> None:
+    zone = ZoneInfo(place)
+    machine = Machine((day + timedelta(hours=12)).replace(tzinfo=zone), zone)
+    ran = machine.run(CronSchedule("*/15 2 * * *", zone=zone), DAY)
+    expected_day, *expected = times.split()
+    assert [time[7:15] for time in ran] == [f"{expected_day} {time}" for time in expected]
+
+
+@pytest.mark.parametrize(("place", "day"), [("America/Santiago", (2026, 9, 5)), ("Africa/Cairo", (2026, 4, 23))])
+def test_midnight_that_is_skipped_comes_after_the_gap(place: str, day: tuple[int, int, int]) -> None:
+    zone = ZoneInfo(place)
+    for expression, count in (("*/15 0 * * *", 4), ("30 0 * * *", 1), ("0 */2 * * *", 13)):
+        machine = Machine(datetime(*day, 12, tzinfo=zone), zone)
+        ran = machine.run(CronSchedule(expression, zone=zone), DAY)
+        assert len(ran) == count
+        assert any(time[9:12] == " 01" for time in ran)
+
+
+@pytest.mark.parametrize(
+    ("place", "day", "hour"),
+    [
+        ("Europe/Vienna", (2026, 10, 24), 2),
+        ("America/New_York", (2026, 10, 31), 1),
+        ("America/Santiago", (2026, 4, 4), 23),
+        ("Africa/Cairo", (2026, 10, 29), 23),
+        ("Atlantic/Azores", (2026, 10, 24), 0),
+    ],
+)
+def test_an_hour_that_comes_twice_runs_a_fixed_hour_once_and_any_hour_twice(
+    place: str, day: tuple[int, int, int], hour: int
+) -> None:
+    zone = ZoneInfo(place)
+    counts = []
+    for expression in (f"*/15 {hour} * * *", "*/15 * * * *"):
+        machine = Machine(datetime(*day, 12, 1, tzinfo=zone), zone)
+        ran = machine.run(CronSchedule(expression, zone=zone), DAY)
+        counts.append(sum(int(time[10:12]) == hour for time in ran))
+        assert len({time[10:] for time in ran}) == len(ran)
+    assert counts == [4, 8]
 
 
 @pytest.mark.parametrize("day", [datetime(2026, 3, 28, 12, tzinfo=VIENNA), datetime(2026, 10, 24, 12, tzinfo=VIENNA)])

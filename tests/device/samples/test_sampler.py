@@ -146,6 +146,21 @@ def test_a_message_above_the_limit_loses_the_rows_far_from_the_result(
     assert 10 < sample.n < 1000
 
 
+@pytest.mark.parametrize("limit", ["MAX_SAMPLE_ROWS", "MAX_CONTENT_BYTES"])
+def test_readings_that_compress_well_stay_within_the_rows_and_bytes_that_a_collector_accepts(
+    make_device: Callable[..., SampledDevice], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    most = {"MAX_SAMPLE_ROWS": 300, "MAX_CONTENT_BYTES": 9000}[limit]
+    monkeypatch.setattr(sample_content, limit, most)
+    device = make_device(replace(CONSENT, windows=1000))
+    device.feed_text("r" * 500 + "l" + "r" * 500)
+    device.send()
+    [sample] = [each for each in device.send(LATER) if each.row == 501]
+    content = opened(sample)
+    assert 100 < len(content.t) == sample.n <= 300
+    assert sample.rows[0] <= 501 <= sample.rows[1]
+
+
 def test_fewer_rows_than_the_least_count_are_never_sent(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device()
     device.author.min_count = 10

@@ -129,7 +129,7 @@ def test_incidents_name_what_to_do_and_take_decisions(dashboard: ServedDashboard
     assert "What to do:" in page
     assert "Acknowledge" not in page
     ref = re.search(r"/incidents/([0-9a-f]{12})", page)[1]  # type: ignore[index]
-    otto = dashboard.sign_in("otto")
+    otto = dashboard.session("otto")
     answer = dashboard.post(f"/incidents/{ref}", {"action": "acknowledge", "note": "on my way"}, otto)
     assert answer.location == f"/incidents/{ref}"
     page = dashboard.get(f"/incidents/{ref}", otto).text
@@ -141,7 +141,7 @@ def test_incidents_name_what_to_do_and_take_decisions(dashboard: ServedDashboard
 
 
 def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> None:
-    otto = dashboard.sign_in("otto")
+    otto = dashboard.session("otto")
     form = {"task": "exercise", "row": "1", "action": "correct", "label": "FEL", "note": "seen on the camera"}
     assert dashboard.post("/devices/pi-07/verdict", form, otto).status == 303
     page = dashboard.get("/devices/pi-07", otto).text
@@ -158,23 +158,23 @@ def test_a_result_is_corrected_by_an_operator(dashboard: ServedDashboard) -> Non
 
 
 def test_the_page_labels_lists_what_to_label_next_and_asks_operators_only(dashboard: ServedDashboard) -> None:
-    page = dashboard.get("/labels?task=exercise&device=pi-07", dashboard.sign_in("otto")).text
+    page = dashboard.get("/labels?task=exercise&device=pi-07", dashboard.session("otto")).text
     assert "What to label next" in page
     assert 'action="/devices/pi-07/verdict"' in page
-    assert 'action="/devices/pi-07/verdict"' not in dashboard.get("/labels", dashboard.sign_in("vera")).text
-    assert "Nothing waits for a label." in dashboard.get("/labels?task=none", dashboard.sign_in("vera")).text
+    assert 'action="/devices/pi-07/verdict"' not in dashboard.get("/labels", dashboard.session("vera")).text
+    assert "Nothing waits for a label." in dashboard.get("/labels?task=none", dashboard.session("vera")).text
     assert dashboard.get("/labels?n=-1").status == 200
 
 
 def test_an_alert_gets_a_verdict_of_an_operator(dashboard: ServedDashboard) -> None:
-    otto = dashboard.sign_in("otto")
+    otto = dashboard.session("otto")
     link = re.search(r'href="(/incidents/[0-9a-f]{12})"', dashboard.get("/incidents?status=all", otto).text)
     assert link is not None
     assert dashboard.post(f"{link[1]}/verdict", {"action": "false_alarm", "note": "door open"}, otto).status == 303
     page = dashboard.get(link[1], otto).text
     assert re.search(r"false alarm</span> <span class=\"muted\">otto, .*: door open", page)
     assert dashboard.post(f"{link[1]}/verdict", {"action": "right", "label": "PEN"}, otto).status == 409
-    assert dashboard.post(f"{link[1]}/verdict", {"action": "right"}, dashboard.sign_in("vera")).status == 403
+    assert dashboard.post(f"{link[1]}/verdict", {"action": "right"}, dashboard.session("vera")).status == 403
 
 
 def test_an_unavailable_database_is_reported_and_comes_back(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_rollout_shows_rules_and_signed_decisions_and_is_paused_and_aborted(da
     assert "signed by the operator" in page
     assert "<svg viewBox" in page
     assert ">abort</button>" not in page
-    otto = dashboard.sign_in("otto")
+    otto = dashboard.session("otto")
     assert ">abort</button>" in dashboard.get(f"/rollouts/{NAME}", otto).text
     assert dashboard.post(f"/rollouts/{NAME}", {"action": "abort"}, otto).status == 409, "it needs a reason"
     assert dashboard.post(f"/rollouts/{NAME}", {"action": "pause"}, otto).status == 303
@@ -282,7 +282,7 @@ def test_the_audit_page_says_what_was_verified_and_sends_evidence(tmp_path: Path
         # Not the key of fleet.toml: the one that the dashboard was given signs.
         given = keys.create()
         dashboard.dashboard.desk = OperatorDesk(fleet_config.load(dashboard.folder), dashboard.folder, given)
-        answer = dashboard.post("/audit/evidence", {}, dashboard.sign_in("otto"))
+        answer = dashboard.post("/audit/evidence", {}, dashboard.session("otto"))
         assert answer.status == 200, answer.text
         assert answer.headers["content-type"] == "application/zip"
         with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
@@ -300,7 +300,7 @@ def test_a_killed_evidence_process_sends_nothing(tmp_path: Path, monkeypatch: py
     killed.write_text('#!/bin/sh\nmkdir -p "$6" && echo partial >"$6/audit.json" && kill -9 $$\n')
     killed.chmod(0o755)
     with served(tmp_path / "acme") as dashboard:
-        cookie = dashboard.sign_in("otto")
+        cookie = dashboard.session("otto")
         monkeypatch.setattr(sys, "executable", str(killed))
         answer = dashboard.post("/audit/evidence", {}, cookie)
         assert answer.status == 409
@@ -334,5 +334,5 @@ def test_every_page_reads_postgresql(tmp_path: Path, postgres_url: str) -> None:
             dashboard.post("/devices/pi-07/verdict", {"task": "exercise", "row": "1", "action": "confirm"}).status
             == 303
         )
-        cookie = dashboard.sign_in("vera")
+        cookie = dashboard.session("vera")
         assert dashboard.get("/fleet", cookie).status == 200

@@ -64,7 +64,7 @@ def dashboard(
     operator_key: Path | None,
     read_only: bool,
     db: str | None,
-    folder: str | None,
+    home: Path,
 ) -> None:
     """Serve the dashboard: fleet, incidents, devices, tasks, models, roll-outs and audit, in a browser.
 
@@ -81,7 +81,6 @@ def dashboard(
 
     _limit_heaps()
     configure_logging(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     listener = _make_listener(listen, tls_cert, tls_key)
     host, is_local = listener.host, is_loopback(listener.host) or listener.host == "localhost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,20 +34,20 @@ def user() -> None:
 @_role_option
 @click.option("--no-password", is_flag=True, help="Only a proxy signs this account in.")
 @database_options
-def add(name: str, role: str, no_password: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+def add(name: str, role: str, no_password: bool, db: str | None, home: Path, as_json: bool) -> None:
     """Create an account, or give an existing one another role. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
     from agent.fleet.database.dashboard import accounts
 
     passwords.check_account(name, role)
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store:
         with store.snapshot() as reading:
             known = accounts.load_user(reading, name)
         password = known[1] if known else None
         if known is None and not no_password:
             password = passwords.hash_password(_read_password())
-        now = _now()
+        now = clock.now_rfc3339()
         with store.transaction() as writing:
             accounts.save_user(writing, name, role, password, now)
             # What its sessions may do changes at once, but a person with another role signs in again.
@@ -58,19 +59,19 @@ def add(name: str, role: str, no_password: bool, db: str | None, folder: str | N
 @user.command("password", epilog="Example: outstation fleet user password ada")
 @click.argument("name")
 @database_options
-def password(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
+def password(name: str, db: str | None, home: Path, as_json: bool) -> None:
     """Set another password and end all sessions. The password is asked for, or read from stdin."""
     from agent.fleet.dashboard.security import passwords
     from agent.fleet.database.dashboard import accounts
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store:
         with store.snapshot() as reading:
             known = accounts.load_user(reading, name)
             names = [row["name"] for row in accounts.load_users(reading)]
         if known is None:
             raise _unknown(name, names)
-        hashed, now = passwords.hash_password(_read_password()), _now()
+        hashed, now = passwords.hash_password(_read_password()), clock.now_rfc3339()
         with store.transaction() as writing:
             accounts.save_user(writing, name, known[0], hashed, now)
             accounts.revoke_sessions(writing, name, now)
@@ -80,27 +81,27 @@ def password(name: str, db: str | None, folder: str | None, as_json: bool) -> No
 @user.command("remove", epilog="Example: outstation fleet user remove ada")
 @click.argument("name")
 @database_options
-def remove(name: str, db: str | None, folder: str | None, as_json: bool) -> None:
+def remove(name: str, db: str | None, home: Path, as_json: bool) -> None:
     """Remove an account and end its sessions."""
     from agent.fleet.database.dashboard import accounts
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     with open_store(config, db) as store, store.transaction() as writing:
         names = [row["name"] for row in accounts.load_users(writing)]
-        if not accounts.delete_user(writing, name, _now()):
+        if not accounts.delete_user(writing, name, clock.now_rfc3339()):
             raise _unknown(name, names)
     emit({"user": name, "removed": True}, as_json, lambda: echo(f"{name} was removed; its sessions ended"))
 
 
 @user.command("list", epilog="Example: outstation fleet user list")
 @database_options
-def list_users(db: str | None, folder: str | None, as_json: bool) -> None:
+def list_users(db: str | None, home: Path, as_json: bool) -> None:
     """List the accounts with their roles and sessions."""
     from agent.fleet.database.dashboard import accounts
 
-    _, store = open_for_reading(folder, db)
+    _, store = open_for_reading(home, db)
     with store.snapshot() as reading:
-        users, sessions = accounts.load_users(reading), accounts.count_sessions(reading, _now())
+        users, sessions = accounts.load_users(reading), accounts.count_sessions(reading, clock.now_rfc3339())
     rows: list[dict[str, Any]] = [{**row, "sessions": sessions.get(row["name"], 0)} for row in users]
     cells = [
         [r["name"], r["role"], "password" if r["has_password"] else "proxy only", r["sessions"], r["changed"]]
@@ -118,7 +119,3 @@ def _read_password() -> str:
 
 def _unknown(name: str, names: list[str]) -> UsageError:
     return UsageError(f"there is no account {name!r}{did_you_mean(name, names)}")
-
-
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)

@@ -11,9 +11,8 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
-from agent.cli.output import NOT_CLEAN, echo, emit, json_option, require_clean_option
+from agent.cli.output import NOT_CLEAN, PATH, echo, emit, json_option, require_clean_option
 from agent.cli.time_option import parse_since
-from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
     from agent.fleet.dataset.card import DataCard
@@ -31,12 +30,12 @@ def dataset() -> None:
     "export", epilog="Example: outstation fleet dataset export --task pump --out set-1 --licence CC-BY-4.0"
 )
 @click.option("--task", metavar="T", required=True, help="Task whose samples, labels and verdicts are joined.")
-@click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--out", metavar="DIR", required=True, type=PATH, help="New folder.")
 @click.option("--at", metavar="TIME", help="Use only what was known at this time; default now.")
 @click.option("--since", metavar="TIME", help='Only samples of this time or later: "24 h", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only samples of this time or earlier.")
 @click.option("--bundle", metavar="DIGEST", help="Only samples of this bundle; the first digits are enough.")
-@click.option("--features", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--features", metavar="FILE", type=PATH,
               help="Feature file: add its derived features, as devices compute them.")  # fmt: skip
 @click.option("--only-labelled", is_flag=True, help="Leave out recordings without a label.")
 @click.option("--format", "data_format", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
@@ -57,7 +56,7 @@ def export_dataset(
     licence: str,
     require_clean: bool,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Export the retraining set of a task: data, provenance, data card, and a manifest of hashes.
@@ -70,7 +69,7 @@ def export_dataset(
     from agent.fleet.dataset import export
     from agent.fleet.dataset.gather import Selection
 
-    config, store = open_for_reading(folder, db)
+    config, store = open_for_reading(home, db)
     now_us = clock.read().wall_us
     now = clock.to_rfc3339(now_us)
     begin, end, moment = (
@@ -79,7 +78,7 @@ def export_dataset(
     )
     digest = bundle and f"sha256:{bundle.removeprefix('sha256:')}"
     selection = Selection(config.fleet.name, task, moment, begin, end, digest)
-    opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
+    opener = EncryptionKeys(home).opener
     card = export.export(
         store,
         out,
@@ -123,7 +122,7 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
 
 
 @dataset.command("check", epilog="Example: outstation fleet dataset check set-1")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @json_option
 def check_dataset(folder: Path, as_json: bool) -> None:
     """Compare the files of a retraining set with its manifest. Exit code 1 if one differs."""

@@ -18,7 +18,7 @@ from agent.cli.fleet.common import (
     print_lines,
     progress_bar,
 )
-from agent.cli.output import emit
+from agent.cli.output import PATH, emit
 from agent.cli.row_output import csv_option, print_rows, require_one_format
 from agent.cli.time_option import parse_since
 from agent.errors import UsageError
@@ -32,7 +32,7 @@ _KINDS = ("results", "result_messages", "drift_windows", "alerts", "metrics", "s
 
 
 @click.command("export", epilog="Example: outstation fleet export --out export --kind results --since 2026-11-01")
-@click.option("--out", "out", metavar="DIR", required=True, type=click.Path(path_type=Path),
+@click.option("--out", "out", metavar="DIR", required=True, type=PATH,
               help="Folder of the export; a run adds what is new.")  # fmt: skip
 @click.option("--since", metavar="TIME", help='Only rows of this time or later: "24 h", "7 d", 2026-11-24 or a time.')
 @click.option("--until", metavar="TIME", help="Only rows before this time.")
@@ -48,7 +48,7 @@ def export(
     device: str | None,
     task: str | None,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Export the fleet's messages as Parquet, partitioned by kind and day.
@@ -61,7 +61,7 @@ def export(
     from agent.fleet.export.tables import Filters
     from agent.wire import keys
 
-    config, store = open_for_reading(folder, db, device)
+    config, store = open_for_reading(home, db, device)
     now_us = clock.read().wall_us
     begin, end = (
         None if text is None else parse_since(option, text, now_us)
@@ -83,11 +83,11 @@ def _summary_lines(out: Path, summary: ExportSummary) -> Iterator[str]:
 
 @click.command("sql", epilog='Example: outstation fleet sql --export export "SELECT device, count(*) FROM results"')
 @click.argument("query", required=False)
-@click.option("--export", "export_folder", metavar="DIR", type=click.Path(path_type=Path), default=Path("export"),
+@click.option("--export", "export_folder", metavar="DIR", type=PATH, default=Path("export"),
               help="Folder of `fleet export`; default ./export.")  # fmt: skip
 @csv_option
 @fleet_options
-def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None, as_json: bool) -> None:
+def sql(query: str | None, export_folder: Path, as_csv: bool, home: Path, as_json: bool) -> None:
     """Query an export with SQL (DuckDB): one view a kind, read-only, without network or other files.
 
     QUERY `-` reads the query from standard input; without one, the views are listed.
@@ -96,20 +96,20 @@ def sql(query: str | None, export_folder: Path, as_csv: bool, folder: str | None
 
     require_one_format(as_csv, as_json)
     if not (export_folder / "manifest.json").exists():
-        raise UsageError(f"{export_folder}: no export here; {_shell_hint(folder)}")
+        raise UsageError(f"{export_folder}: no export here; {_shell_hint(home)}")
     text = sys.stdin.read() if query == "-" else query or "SHOW TABLES"
     queries = ExportQueries(export_folder)
     click.get_current_context().call_on_close(queries.close)
     print_rows(*queries.query(text), as_csv=as_csv, as_json=as_json)
 
 
-def _shell_hint(folder: str | None) -> str:
+def _shell_hint(home: Path) -> str:
     """Say how to make an export, and how to open the shell of the fleet's database."""
     from agent.fleet.database.interface import display_name, is_postgresql
 
     make = "`outstation fleet export --out DIR` makes one"
     try:
-        location = fleet_config.load(fleet_config.find_folder(folder)).fleet.db
+        location = fleet_config.load(home).fleet.db
     except UsageError:
         return make
     program = "psql" if is_postgresql(location) else "sqlite3 -readonly"

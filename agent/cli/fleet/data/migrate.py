@@ -22,7 +22,7 @@ from agent.fleet.database.interface import is_postgresql
 @click.option("--to", "target_url", metavar="URL", required=True, help="Empty PostgreSQL database: postgresql://…")
 @processes_option
 @fleet_options
-def migrate(source_url: str | None, target_url: str, processes: int, folder: str | None, as_json: bool) -> None:
+def migrate(source_url: str | None, target_url: str, processes: int, home: Path, as_json: bool) -> None:
     """Copy a SQLite database to PostgreSQL, and audit the copy.
 
     Stop the collector before. An interrupted copy goes on when the command runs again. Then set `db` in fleet.toml to
@@ -32,7 +32,7 @@ def migrate(source_url: str | None, target_url: str, processes: int, folder: str
     from agent.fleet.database.maintenance import copying
     from agent.fleet.database.store import FleetStore
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     location = fleet_config.resolve_database(source_url, Path.cwd()) if source_url else config.fleet.db
     target_location = fleet_config.resolve_database(target_url, Path.cwd())
     if is_postgresql(location) or not is_postgresql(target_location):

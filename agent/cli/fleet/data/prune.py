@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command("prune", epilog="Example: outstation fleet prune --dry-run")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @database_options
-def prune(dry_run: bool, db: str | None, folder: str | None, as_json: bool) -> None:
+def prune(dry_run: bool, db: str | None, home: Path, as_json: bool) -> None:
     """Remove messages, results and drift windows that are older than [retention] in fleet.toml allows.
 
     A statement of what went, signed with the collector's key, stays for each device: `fleet audit` still verifies what
@@ -31,7 +31,7 @@ def prune(dry_run: bool, db: str | None, folder: str | None, as_json: bool) -> N
     from agent.fleet.retention.prune import prune as run_prune
     from agent.wire import keys
 
-    config = fleet_config.load(fleet_config.find_folder(folder))
+    config = fleet_config.load(home)
     if config.retention == Retention():
         raise UsageError(
             'fleet.toml has no [retention], so everything stays; add, for example: [retention] messages = "365 d"'

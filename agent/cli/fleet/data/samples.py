@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
 from agent.cli.output import emit, print_table
-from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
     from agent.fleet.database.datasets.samples import Sample
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--last", "limit", metavar="N", default=20, show_default=True, type=click.IntRange(1, 10_000),
               help="The newest N samples.")  # fmt: skip
 @database_options
-def samples(device: str, task: str | None, limit: int, db: str | None, folder: str | None, as_json: bool) -> None:
+def samples(device: str, task: str | None, limit: int, db: str | None, home: Path, as_json: bool) -> None:
     """List the samples of readings that DEVICE sent, without their content, and its owner's consent.
 
     Readings stay sealed in the database. `outstation fleet dataset export` opens them, with the fleet's encryption key.
@@ -29,8 +29,8 @@ def samples(device: str, task: str | None, limit: int, db: str | None, folder: s
     from agent.fleet.collector.encryption_keys import EncryptionKeys
     from agent.fleet.database.datasets import samples as tables
 
-    _, store = open_for_reading(folder, db, device)
-    opener = EncryptionKeys(fleet_config.find_folder(folder)).opener
+    _, store = open_for_reading(home, db, device)
+    opener = EncryptionKeys(home).opener
     listed = tables.list_newest(store, device, task, limit)
     counts = tables.count(store, device)
     declared = tables.load_declaration(store, device)

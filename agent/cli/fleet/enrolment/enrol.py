@@ -15,7 +15,7 @@ import click
 from agent import clock, durable_files
 from agent.bootstrap.owner import give_tree
 from agent.cli.fleet.common import fleet_options, open_store, print_lines
-from agent.cli.output import echo, emit, json_option, print_table
+from agent.cli.output import PATH, echo, emit, json_option, print_table
 from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 @click.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--name", help="The fleet's name, a level of its topics; default the folder's name.")
 @click.option("--broker", "url", metavar="URL", help="URL of the broker for devices; default mqtts://THIS-HOST:8883.")
 @click.option(
     "--root-keys",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Where the repository's three root keys are written, such as a mounted stick; default DIR.root-keys.",
 )
 @click.option(
@@ -154,12 +154,11 @@ def _choose_repository(host: str, name: str, folder: Path) -> str:
 )
 @click.option("--bare", is_flag=True, help="Print the token alone, for scripts.")
 @fleet_options
-def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool) -> None:
+def token(device: str, valid: str, bare: bool, home: Path, as_json: bool) -> None:
     """Make a token with which DEVICE joins once: `outstation request --token`."""
     from agent.fleet.enrolment import join_tokens
     from agent.fleet.enrolment.enrol import device_folder
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     try:
         valid_us = round(parse_duration(valid) * 1e6)
@@ -188,7 +187,7 @@ def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool
     "--request",
     "request_file",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="What `outstation request` wrote on the device: its public keys. No private key leaves the device.",
 )
 @click.option("--thumbprint", metavar="KID", help="With --request: its key's thumbprint, as the device printed it.")
@@ -210,7 +209,7 @@ def token(device: str, valid: str, bare: bool, folder: str | None, as_json: bool
 @click.option(
     "--bundle-out",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Pack its files as one .tar.gz, with the private keys that are made here and kept nowhere else.",
 )
 @fleet_options
@@ -223,7 +222,7 @@ def enrol(
     keep_backlog: int | None,
     keep_certificate: bool,
     bundle_out: Path | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
@@ -239,7 +238,6 @@ def enrol(
         raise UsageError("--thumbprint is that of the key in a request; add --request")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: exists already; name a new file")
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     request = _authenticate(home, config, device, request_file, thumbprint)
     with open_store(config) as store:
@@ -272,10 +270,10 @@ def _authenticate(
 
 
 @click.command("enrol-list", epilog="Example: outstation fleet enrol-list devices.csv --out enrolments")
-@click.argument("file", metavar="CSV", type=click.Path(path_type=Path))
-@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder for the files.")
+@click.argument("file", metavar="CSV", type=PATH)
+@click.option("--out", metavar="FOLDER", required=True, type=PATH, help="Folder for the files.")
 @fleet_options
-def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None:
+def enrol_list(file: Path, out: Path, home: Path, as_json: bool) -> None:
     """Let the devices of a list in, each with a file FOLDER/DEVICE.tar.gz for `outstation join`.
 
     CSV has a column device, and optionally request (the file that `outstation request` wrote, relative to CSV) and
@@ -286,7 +284,6 @@ def enrol_list(file: Path, out: Path, folder: str | None, as_json: bool) -> None
     from agent.fleet.enrolment import device_list
     from agent.fleet.enrolment import enrol as enrolment
 
-    home = fleet_config.find_folder(folder)
     config, listed = fleet_config.load(home), device_list.read(file)
     durable_files.make_folder(out)
     results: list[dict[str, str]] = []
@@ -330,7 +327,7 @@ def _print_list(results: list[dict[str, str]], out: Path) -> None:
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(0.1, 600), default=15.0, show_default=True,
               help="How long to wait for a device's answer.")  # fmt: skip
 @fleet_options
-def renew(devices: tuple[str, ...], before: str, wait: float, folder: str | None, as_json: bool) -> None:
+def renew(devices: tuple[str, ...], before: str, wait: float, home: Path, as_json: bool) -> None:
     """Renew the TLS certificates of connected devices over MQTT before they end; run it from cron each day.
 
     The device keeps its key, and uses the certificate at its next connection. A device that is away is tried again by
@@ -340,7 +337,6 @@ def renew(devices: tuple[str, ...], before: str, wait: float, folder: str | None
     from agent.cli.fleet.command import send_command
     from agent.fleet.enrolment import renewal
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     if config.ca is None:
         raise UsageError("the broker is used without TLS, so devices have no certificates to renew")

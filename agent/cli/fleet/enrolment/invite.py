@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -27,7 +28,7 @@ _MAX_VALID_S = 30 * 86_400.0
 @click.option("--valid", metavar="TIME", default="24 h", show_default=True, help="How long a code can be used.")
 @click.option("--no-wait", is_flag=True, help="Only make the codes; `outstation fleet invite` answers later.")
 @fleet_options
-def invite(devices: tuple[str, ...], valid: str, no_wait: bool, folder: str | None, as_json: bool) -> None:
+def invite(devices: tuple[str, ...], valid: str, no_wait: bool, home: Path, as_json: bool) -> None:
     """Make a one-time code for each DEVICE, then let in over MQTT the devices that use theirs, until all have joined.
 
     Bring the code to the device by another way than the broker, and keep it secret until then: it lets one key in.
@@ -35,7 +36,6 @@ def invite(devices: tuple[str, ...], valid: str, no_wait: bool, folder: str | No
     """
     from agent.fleet.enrolment import invitations, registrar
 
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     try:
         valid_s = parse_duration(valid)

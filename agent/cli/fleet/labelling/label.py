@@ -15,7 +15,6 @@ from agent.cli.fleet.command import send_command
 from agent.cli.fleet.common import fleet_option, open_for_reading, open_store, wait_option
 from agent.cli.output import by_option, echo, emit, json_option, print_table
 from agent.errors import UsageError
-from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.names import is_name
 from agent.performance.labels import Label
@@ -42,7 +41,7 @@ def label(
     device: str,
     task: str,
     file: str,
-    folder: str | None,
+    home: Path,
     output: str | None,
     send: bool,
     wait_s: float,
@@ -57,7 +56,7 @@ def label(
     """
     if output is not None and not is_name(output):
         raise UsageError(f"--output {output[:40]!r} is no name of an output; they have 1-64 of a-z 0-9 . _ -")
-    config, store = open_for_reading(folder, device=device)
+    config, store = open_for_reading(home, device=device)
     entries = list(read_labels(file))
     rejected = {line: entry for line, entry in entries if isinstance(entry, str)}
     labels = [
@@ -66,7 +65,6 @@ def label(
         if isinstance(entry, Label)
     ]
     if send:
-        home = fleet_config.find_folder(folder)
         accepted, refused = _send_labels(home, config, store, device, task, labels, wait_s, by)
         report(accepted, rejected | refused, as_json)
         return
@@ -74,7 +72,7 @@ def label(
 
     try:
         with open_store(config) as writable, writable.transaction() as db:
-            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us), by)
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.now_rfc3339(), by)
     except ValueError as problem:
         raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from agent import clock
@@ -18,7 +20,7 @@ _TOP = 500
 @click.option("--seed", metavar="N", default=0, help="Seed of the random choice; default 0.")
 @database_options
 def label_next(
-    device: str | None, task: str | None, limit: int, seed: int, db: str | None, folder: str | None, as_json: bool
+    device: str | None, task: str | None, limit: int, seed: int, db: str | None, home: Path, as_json: bool
 ) -> None:
     """Show which results to label next: the least certain, the most drifted, the rarest classes, and some at random.
 
@@ -26,7 +28,7 @@ def label_next(
     """
     from agent.fleet.labelling import candidates
 
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     with store.snapshot() as reading:
         requests = candidates.list_next(reading, device=device, task=task, limit=limit, seed=seed)
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,14 +45,14 @@ def result(
     by: str,
     note: str,
     db: str | None,
-    folder: str | None,
+    home: Path,
     as_json: bool,
 ) -> None:
     """Correct the result of TASK at ROW to LABEL; without LABEL, confirm it."""
     from agent.fleet.labelling import verdicts
 
-    config, _ = open_for_reading(folder, db, device)
-    judge = verdicts.Judge(by, "cli", clock.to_rfc3339(clock.read().wall_us), note)
+    config, _ = open_for_reading(home, db, device)
+    judge = verdicts.Judge(by, "cli", clock.now_rfc3339(), note)
     with open_store(config, db) as store, store.transaction() as tx:
         if withdraw:
             verdicts.withdraw(tx, device, task, row, judge)
@@ -76,14 +77,14 @@ def result(
 @note_option
 @database_options
 def alert(
-    ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, folder: str | None, as_json: bool
+    ref: str, opinion: str, label: str | None, by: str, note: str, db: str | None, home: Path, as_json: bool
 ) -> None:
     """Confirm an alert or mark it as false. A verdict on an alert about a result also labels that result."""
     from agent.fleet.incidents import incidents
     from agent.fleet.labelling import verdicts
 
-    now = clock.to_rfc3339(clock.read().wall_us)
-    with open_store(fleet_config.load(fleet_config.find_folder(folder)), db) as store:
+    now = clock.now_rfc3339()
+    with open_store(fleet_config.load(home), db) as store:
         incident = incidents.find_incident(store, ref, now=now)
         judge = verdicts.Judge(by, "cli", now, note)
         with store.transaction() as tx:
@@ -96,11 +97,11 @@ def alert(
 @device_option
 @click.option("--task", metavar="TASK", help="Only this task.")
 @database_options
-def list_verdicts(device: str | None, task: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+def list_verdicts(device: str | None, task: str | None, db: str | None, home: Path, as_json: bool) -> None:
     """Show verdicts by person, results that people disagree about, and signs of feedback loops."""
     from agent.fleet.labelling import feedback_loops, verdicts
 
-    _, store = open_for_reading(folder, db, device)
+    _, store = open_for_reading(home, db, device)
     with store.snapshot() as reading:
         document = verdicts.summarize(reading, device, task)
         document["warnings"] = feedback_loops.find(reading, device, task)

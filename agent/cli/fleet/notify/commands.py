@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from agent.cli import notifications
@@ -17,9 +19,8 @@ def notify() -> None:
 @notify.command("test", epilog="Example: outstation fleet notify test mail")
 @click.argument("target", required=False)
 @fleet_options
-def test(target: str | None, folder: str | None, as_json: bool) -> None:
+def test(target: str | None, home: Path, as_json: bool) -> None:
     """Send a test message to TARGET, or to all targets, now. Exit 1 if one does not accept it."""
-    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     name = config.fleet.name
     notifications.test_targets(str(home / fleet_config.FILE), config.notify, target, name, name, as_json=as_json)
@@ -27,9 +28,9 @@ def test(target: str | None, folder: str | None, as_json: bool) -> None:
 
 @notify.command("status", epilog="Example: outstation fleet notify status --json")
 @database_options
-def status(db: str | None, folder: str | None, as_json: bool) -> None:
+def status(db: str | None, home: Path, as_json: bool) -> None:
     """Show for each target what was sent, what waits, and the last failure."""
-    config, store = open_for_reading(folder, db)
-    file = str(fleet_config.find_folder(folder) / fleet_config.FILE)
+    config, store = open_for_reading(home, db)
+    file = str(home / fleet_config.FILE)
     with store.snapshot() as connection:
         notifications.show_states(file, config.notify, connection, as_json=as_json)
