@@ -38,11 +38,6 @@ RULES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
-
-
 @pytest.fixture
 def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
     made = outputs.make_device(tmp_path / "store", packed, RULES)
