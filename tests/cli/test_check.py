@@ -76,7 +76,7 @@ def test_a_valid_source_is_reported_and_its_replay_does_not_start(tmp_path: Path
     store.close()
 
 
-def test_a_schedule_whose_dates_are_over_is_a_warning(tmp_path: Path) -> None:
+def test_a_schedule_that_has_ended_is_a_warning(tmp_path: Path) -> None:
     task = '[tasks.exercise]\nstream = "watch"\nbundle = "exercise"\nschedule = "{}"\n'
     states = []
     for i, text in enumerate(
