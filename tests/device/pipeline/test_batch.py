@@ -612,17 +612,17 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does(make: Make) -> None
 def test_thousands_of_single_row_results_fit_a_transaction(make: Make, drift_window: int) -> None:
     device = make(replace(CLASSIFY, drift_window=drift_window))
     device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
-    rows = np.random.default_rng(1).normal(0, 1000, (4000, 4)).astype(np.float32)
-    for part in np.split(rows, 4):
+    rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
+    for part in np.split(rows, 6):
         device.feed(part)
     at_once = device.task.max_batch_rows(device.store.quota.transaction_bytes)
-    assert 400 < at_once < 4000
+    assert 400 < at_once < 6000
     assert at_once % drift_window == 0
     done = device.run_all()
     assert done[0].rows == at_once
     bodies = [message.body for message in device.messages()]
-    assert tiles([body for body in bodies if isinstance(body, ResultsPayload)]) == (1, 4000)
-    assert sum(isinstance(body, DriftPayload) for body in bodies) == 4000 // drift_window
+    assert tiles([body for body in bodies if isinstance(body, ResultsPayload)]) == (1, 6000)
+    assert sum(isinstance(body, DriftPayload) for body in bodies) == 6000 // drift_window
 
 
 def test_batches_are_planned_by_the_bytes_of_the_last_one_and_smaller_ones_follow_when_alerts_grow(
