@@ -43,9 +43,10 @@ _REMEDIES = {
 
 def explain(error: OSError) -> str:
     """Return what the system says and what to do about it; the caller names the file or address."""
-    if isinstance(error, TimeoutError):
-        return f"no answer in time; {_REMEDIES[errno.ETIMEDOUT]}"
     text = error.strerror or str(error)
+    if isinstance(error, TimeoutError):
+        # That of a file is about a pipe, whose reason says it all.
+        return text if error.filename else f"no answer in time; {_REMEDIES[errno.ETIMEDOUT]}"
     if type(error).__name__ == "gaierror":
         return f"{text}; check the name of the machine, and this machine's DNS"
     remedy = _REMEDIES.get(error.errno or 0)

@@ -101,7 +101,9 @@ def format_windows(windows: int, t: int, last: int) -> str:
 
 
 def format_duration(us: float) -> str:
-    """Format microseconds with three digits, in the largest unit that keeps the number above one."""
+    """Format microseconds with three digits, in the largest unit that keeps the number above one; days from 1000 h."""
+    if us >= 1000 * 3_600e6:
+        return f"{us / 86_400e6:,.0f} d"
     for size, unit in ((3_600e6, "h"), (60e6, "min"), (1e6, "s"), (1e3, "ms")):
         if us >= size:
             return f"{us / size:.3g} {unit}"

@@ -66,6 +66,8 @@ def _describe_syntax(problem: str, text: str) -> str:
     line = lines[int(place[1]) - 1].strip()[:80] if place and int(place[1]) <= len(lines) else ""
     if line.startswith(">"):
         fix = "remove the `>`, which is a prompt"
+    elif line.startswith("\ufeff"):
+        fix = "the file begins with a byte order mark; save it as UTF-8 without one"
     elif re.search("[\u201c\u201d\u201e\u2018\u2019]", line):
         fix = "replace the curly quotes with straight ones"
     elif "Expected '='" in problem:

@@ -33,6 +33,7 @@ from agent.model.inference import derived_features, features, joins, runtime, sc
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
+from agent.performance.expected_error import ErrorReference
 from agent.performance.label_order import describe_better_order
 from agent.wire.keys import SigningKey
 
@@ -263,11 +264,11 @@ def _add_reference(job: PackJob, files: dict[str, bytes], notes: list[str]) -> l
         reference, order_warnings = _with_held_out(job, reference, job.path(output.held_out))
         warnings += order_warnings
     elif output.held_out is not None:
-        try:
-            reference = _with_expected_error(job, reference, job.path(output.held_out))
-            notes.append("devices estimate the mean absolute error without labels, from the inputs")
-        except UsageError as problem:
-            warnings.append(f"devices cannot estimate the error without labels: {problem}")
+        parser = LabelParser.from_manifest(job.draft)
+        run = _run_model(job.path(output.held_out), job.model, job.draft, job.joined_files, parser)
+        assert run.score is not None
+        error = _train_error(job, reference, run, run.score, "", notes, warnings)
+        reference = replace(reference, error=error)
     elif job.draft.label_kind == "classify" and (
         output.calibration_data is not None or training_data.has_labels(path, job.draft.input)
     ):
@@ -278,7 +279,7 @@ def _add_reference(job: PackJob, files: dict[str, bytes], notes: list[str]) -> l
         if training_data.has_labels(path, job.draft.input):
             warnings += _check_label_order(job, path)
     if output.held_out is not None and reference.further:
-        reference = _with_further_held_out(job, reference, job.path(output.held_out))
+        reference = _with_further_held_out(job, reference, job.path(output.held_out), notes, warnings)
     files["reference.json"] = reference.to_json()
     return [*warnings, *_find_gaps(reference)]
 
@@ -330,23 +331,39 @@ def _with_held_out(job: PackJob, reference: Reference, path: Path) -> tuple[Refe
     return filled, [f"{path}: {better}"] if better else []
 
 
-def _with_expected_error(job: PackJob, reference: Reference, path: Path) -> Reference:
-    """Add the error to expect of inputs, from held-out data. Raises UsageError if they do not tell it."""
-    run = _run_model(path, job.model, job.draft, job.joined_files, LabelParser.from_manifest(job.draft))
-    assert run.score is not None
+def _train_error(
+    job: PackJob,
+    reference: Reference,
+    run: _ModelRun,
+    values: Float32s | Float64s,
+    name: str,
+    notes: list[str],
+    warnings: list[str],
+) -> ErrorReference | None:
+    """Return the error to expect of `values` (w,) of output `name` from held-out data, or None with a warning."""
+    prefix = f"{name}: " if name else ""
     rows, spec = learning.infinities_to_nan(run.data.features), job.draft.input
     statistics = window_statistics.compute_statistics(rows, run.starts, spec.rows, reference.floor).values
-    errors = run.data.window_labels(run.starts, spec.rows) - run.score
-    return replace(reference, error=error_training.train(statistics, run.score.astype(np.float64), errors))
+    errors = run.data.window_labels(run.starts, spec.rows) - values
+    try:
+        trained = error_training.train(statistics, values.astype(np.float64), errors)
+    except UsageError as problem:
+        warnings.append(f"{prefix}devices cannot estimate the error without labels: {problem}")
+        return None
+    notes.append(f"{prefix}devices estimate the mean absolute error without labels, from the inputs")
+    return trained
 
 
-def _with_further_held_out(job: PackJob, reference: Reference, path: Path) -> Reference:
-    """Add the accuracy of the scores of each further output that held-out data have a column `label_NAME` for."""
+def _with_further_held_out(
+    job: PackJob, reference: Reference, path: Path, notes: list[str], warnings: list[str]
+) -> Reference:
+    """Add how right each further output is that held-out data have a column `label_NAME` for."""
     filled = list(reference.further)
     for at, further in enumerate(reference.further):
         name = further.output.name
         view = scores.further_manifest(job.draft, name)
-        if view.label_kind != "classify" or not training_data.has_labels(path, view.input, f"label_{name}"):
+        is_known = view.label_kind == "classify" or view.kind == "regress"
+        if not is_known or not training_data.has_labels(path, view.input, f"label_{name}"):
             continue
         parser = replace(LabelParser.from_manifest(view), column=f"label_{name}")
         try:
@@ -355,7 +372,12 @@ def _with_further_held_out(job: PackJob, reference: Reference, path: Path) -> Re
             raise ConfigError(str(job.file), "output.held_out", str(problem)) from None
         assert run.data.label is not None
         assert run.answers is not None
-        truth, column = run.data.window_labels(run.starts, job.draft.input.rows), _first_column(reference, at)
+        column = _first_column(reference, at)
+        if view.kind == "regress":
+            error = _train_error(job, reference, run, run.answers[:, column], name, notes, warnings)
+            filled[at] = replace(further, error=error or msgspec.UNSET)
+            continue
+        truth = run.data.window_labels(run.starts, job.draft.input.rows)
         known, labels, score = truth >= 0, run.answers[:, column], run.answers[:, column + 1]
         if int(known.sum()) >= _MIN_HELD_OUT:
             filled[at] = further.with_held_out(score[known], labels[known] == truth[known])

@@ -26,6 +26,8 @@ _TOLERANCE = 0.02
 # A longer list of fields is written as a prefix and a count.
 _MAX_LISTED_FIELDS = 64
 _MIN_IMAGE_SIDE = 16
+# A window spans two lost rows.
+_GAP_INTERVALS = 3
 # Drift windows of models that answer each row: single rows tell little.
 _ROW_DRIFT_WINDOW = 250
 
@@ -56,8 +58,19 @@ def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffol
         summary = replace(summary, path=os.path.relpath(table.resolve(), folder))
     guess = guess_kind(model)
     text = render_spec(model, os.path.relpath(tflite.resolve(), folder), tflite.stem, summary)
-    scaling = propose_scaling(model.inputs[0], summary)
-    return Scaffold(text, guess.kind, guess.rationale, [scaling.warning] if scaling and scaling.warning else [])
+    return Scaffold(text, guess.kind, guess.rationale, _list_warnings(model.inputs[0], summary))
+
+
+def _list_warnings(tensor: Tensor, table: TableSummary | None) -> list[str]:
+    if table is None or _image_line(tensor) is not None:
+        return []
+    _, width, _ = infer_window_shape(tensor.shape)
+    if len(table.columns) != width:
+        return [
+            f"{table.path} has {len(table.columns)} numeric columns, the model's input takes {width}: complete fields"
+        ]
+    scaling = propose_scaling(tensor, table)
+    return [scaling.warning] if scaling and scaling.warning else []
 
 
 def write_spec(scaffold: Scaffold, out: Path) -> None:
@@ -126,7 +139,7 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
     windows = table.rows // infer_window_shape(tensor.shape)[0] if table else 0
     drift_window = _suggest_drift_window(tensor, windows)
     if table and windows < MIN_WINDOWS * drift_window:
-        comment = f"{windows} windows of readings; drift detection needs {MIN_WINDOWS * drift_window}"
+        comment = f"drift detection needs {MIN_WINDOWS * drift_window} windows of readings; these are {windows}"
         lines.append(f"# reference = {data}  # {comment}")
     else:
         comment = "readings of normal operation, for the drift reference and a threshold"
@@ -208,7 +221,9 @@ def _input_lines(tensor: Tensor, table: TableSummary | None) -> list[str]:
             f"# {table.path} has {len(table.columns)} numeric columns: {encode_value(list(table.columns)[:20])}"
         )
     if rows > 1:
-        lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = 1.0 }}  # {rationale}")
+        gap = _round(_GAP_INTERVALS * table.interval_s) if table and table.interval_s else 1.0
+        lines.append(f"window = {{ rows = {rows}, step = {rows}, max_gap_s = {gap} }}  # {rationale}")
+        lines.append("# No window spans a longer gap than max_gap_s, so it is longer than the time between two rows.")
     if tensor.limits:
         low, high = tensor.limits
         lines.append(f"# The input can hold {low:.4g} to {high:.4g}; other values are clipped.")
@@ -289,6 +304,9 @@ def _output_lines(inspection: ModelInspection, guess: _KindGuess) -> list[str]:
         lines.append('# calibration_data = "heldout.csv"  # the same, to calibrate the scores')
     if guess.kind == "regress":
         lines.append('# units = ["W"]')
+        lines.append(
+            '# held_out = "heldout.csv"  # with column label, for bounds of the values and their expected error'
+        )
     if guess.kind in ("anomaly", "embedding"):
         lines.append("quantile = 0.99  # of the reference's values; higher values are anomalies; or threshold = …")
     return lines

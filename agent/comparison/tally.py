@@ -5,7 +5,8 @@ Counts add and moments merge (Chan, Golub & LeVeque 1979), in any order and grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
@@ -14,11 +15,15 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Float64s, Ints
 from agent.performance.labels import LabelSchema
-from agent.wire.messages import BundleStats, ComparedOutput, Moments, ShadowPayload
+from agent.wire.messages import MAX_OUTPUTS, BundleStats, ComparedOutput, Moments, ShadowPayload
 
 # The square of a larger value, or a sum of such squares, overflows.
 _MAX_MAGNITUDE = 1e100
 _MAX_ERROR_LENGTH = 500
+# Members of a body that are no option, that hold statistics of one bundle, and values that say nothing.
+_SIDES = ("stats", "other_stats")
+_REQUIRED = frozenset({"batches", "n", "agreeing", "windows", "seconds", *_SIDES})
+_EMPTY_VALUES: tuple[Any, ...] = (0, None, "", {}, [0, 0, 0, 0], (0, 0, 0, 0), {"n": 0, "mean": 0.0, "m2": 0.0})
 EMPTY_MOMENTS, EMPTY_STATS = Moments(), BundleStats(0, 0.0)
 
 
@@ -136,10 +141,35 @@ class ComparisonStats(msgspec.Struct, frozen=True):
         return cls(**{**members, "outputs": {name: cls.from_message(part) for name, part in further.items()}})
 
     def to_body(self) -> dict[str, Any]:
-        """Return the members of a `shadow` message that hold sums."""
-        body: dict[str, Any] = msgspec.to_builtins(replace(self, outputs={}))
+        """Return the members of a `shadow` message that hold sums, without those that are empty."""
+        body = _omit_empty(msgspec.to_builtins(replace(self, outputs={})))
         outputs = {name: _select_output_members(part.to_body()) for name, part in self.outputs.items()}
-        return body | {"outputs": outputs} if outputs else {name: body[name] for name in body if name != "outputs"}
+        return body | ({"outputs": outputs} if outputs else {})
+
+    def to_bodies(self, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Return the members of as few messages as needed so that each fits; `join_part` puts them together again.
+
+        Further outputs go into messages of their own, which count no batches. Texts of errors are cut before one that
+        is too large all the same is returned.
+        """
+        parts = [replace(self, outputs={})]
+        for name, output in self.outputs.items():
+            longer = replace(parts[-1], outputs=parts[-1].outputs | {name: output})
+            if fits(longer.to_body()):
+                parts[-1] = longer
+            else:
+                parts.append(ComparisonStats(outputs={name: output}))
+        return [part._fit(fits) for part in parts]
+
+    def _fit(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        length = _MAX_ERROR_LENGTH
+        while not fits(body := self._cut_errors(length).to_body()) and length:
+            length //= 2
+        return body
+
+    def _cut_errors(self, length: int) -> ComparisonStats:
+        outputs = {name: part._cut_errors(length) for name, part in self.outputs.items()}
+        return replace(self, error=self.error[:length], outputs=outputs)
 
     def __add__(self, other: ComparisonStats) -> ComparisonStats:
         both, model_only, other_only, neither = (a + b for a, b in zip(self.labelled, other.labelled, strict=True))
@@ -283,7 +313,36 @@ def _merge_outputs(a: dict[str, ComparisonStats], b: dict[str, ComparisonStats])
 
 
 def _select_output_members(body: dict[str, Any]) -> dict[str, Any]:
-    return {name: body[name] for name in ComparedOutput.__struct_fields__}
+    return {name: body[name] for name in ComparedOutput.__struct_fields__ if name in body}
+
+
+def _omit_empty(body: dict[str, Any]) -> dict[str, Any]:
+    """Leave out optional members that say nothing, which are most of a message with many outputs."""
+    members = {name: _omit_empty(value) if name in _SIDES else value for name, value in body.items()}
+    return {name: value for name, value in members.items() if name in _REQUIRED or value not in _EMPTY_VALUES}
+
+
+def join_part(messages: MutableSequence[ShadowPayload], body: ShadowPayload) -> None:
+    """Append a message, or join it with an earlier one if a device has split a comparison into both.
+
+    One of the two then counts no batches, and holds further outputs that the other does not have.
+    """
+    for place, other in enumerate(islice(reversed(messages), MAX_OUTPUTS), 1):
+        head, part = (other, body) if _is_part(body) else (body, other)
+        outputs = head.outputs | part.outputs
+        is_disjoint = len(outputs) == len(head.outputs) + len(part.outputs) <= MAX_OUTPUTS
+        if _is_part(part) and is_disjoint and _comparison_key(head) == _comparison_key(part):
+            messages[-place] = replace(head, outputs=outputs)
+            return
+    messages.append(body)
+
+
+def _is_part(body: ShadowPayload) -> bool:
+    return not (body.batches or body.n or sum(body.labelled) or body.stats.abs_error.n) and bool(body.outputs)
+
+
+def _comparison_key(body: ShadowPayload) -> tuple[Any, ...]:
+    return body.log, body.time, body.rows, body.rollout, body.model.digest, body.other.digest
 
 
 def _agreement_mask(

@@ -28,7 +28,11 @@ def read(manifest: Manifest, source: Path, files: Mapping[str, Path]) -> dict[st
         path = files.get(name, source)
         path = path / source.name if path.is_dir() and not source.is_dir() else path
         # The first input's window decides how far apart recordings of one file are.
-        reader = readers.open_reader(path, ModelInput(fields=spec.fields, window=manifest.input.window))
+        try:
+            reader = readers.open_reader(path, ModelInput(fields=spec.fields, window=manifest.input.window))
+        except UsageError as problem:
+            own = f", or one of its own: --join {name}=FILE, in a SPEC `data` of [inputs.{name}]"
+            raise UsageError(f"input {name}: {problem}{own if path == source else ''}") from None
         if path != source and path.suffix != ".npz" and TIME_COLUMN not in reader.columns:
             raise UsageError(f"{path}: has no column {TIME_COLUMN}, so its rows cannot be joined by time")
         blocks = [(block.rows, block.t) for block in reader.blocks()]

@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Ints
 from agent.datasets import readers, recordings
-from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN, TextColumn
+from agent.datasets.blocks import LABEL_COLUMN, TIME_COLUMN, TextColumn, require_columns
 from agent.datasets.parquet_table import ParquetTable
 from agent.datasets.tables import ColumnType, TableOptions
 from agent.errors import UsageError
 from agent.model.bundle.manifest import Manifest, ModelInput
 from agent.model.inference import features
 from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema
+from agent.text import printable
 
 _MAX_LABELS = 4096
+# What decoding writes in place of bytes that are no UTF-8.
+_UNREADABLE = "\ufffd"
+_MAX_SHOWN_LABEL = 40
 # Columns that say who measured or labelled a row.
 PROVIDERS = ("device", "labeller")
 
@@ -68,6 +72,12 @@ class LabelParser(msgspec.Struct, frozen=True):
         return np.array(parsed, np.float64 if self.schema.kind == "regress" else np.int64)[codes]
 
     def _parse(self, text: str) -> Any:
+        try:
+            return self._parse_known(text)
+        except ValueError as problem:
+            raise ValueError(f"'{printable(text[:_MAX_SHOWN_LABEL])}': {problem}") from None
+
+    def _parse_known(self, text: str) -> Any:
         if not self.multi_label:
             return self.schema.parse(text) if text else (np.nan if self.schema.kind == "regress" else -1)
         if not text:
@@ -146,13 +156,17 @@ _NO_SCALE = ColumnScale(0.0, 0.0, (0.0, 0.0), 0.0, 0.0)
 
 
 class TableSummary(msgspec.Struct, frozen=True):
-    """Number columns of a table, without `t`, with their scales; its rows; the distinct texts in column `label`."""
+    """Number columns of a table, without `t`, with their scales; its rows; the distinct texts in column `label`.
+
+    `interval_s`: the median time between two rows, if the table has times.
+    """
 
     path: str
     columns: list[str]
     scales: list[ColumnScale]
     rows: int
     labels: list[str]
+    interval_s: float | None = None
 
 
 def summarize_table(path: Path) -> TableSummary:
@@ -167,13 +181,19 @@ def summarize_table(path: Path) -> TableSummary:
                 reason = first.rejected[0].reason if first is not None and first.rejected else "there is no row in it"
                 raise UsageError(f"{path}: not a table: {reason}")
             numbers = [name for name in names if _is_number(str(first.columns[name][0]))]
-    rows, labels = 0, set[str]()
+    rows, labels, steps = 0, set[str](), list[NDArray[np.float64]]()
     column = LABEL_COLUMN if LABEL_COLUMN in names else names[0]
     fields = [name for name in numbers if name not in (TIME_COLUMN, LABEL_COLUMN)]
+    require_columns(path, names, fields)
+    if unreadable := [name for name in fields if _UNREADABLE in name]:
+        raise UsageError(f"{path}: the name of column {unreadable[0]} is not UTF-8; save the table as UTF-8")
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in fields}
+    types = {column: ColumnType.TEXT} | ({TIME_COLUMN: ColumnType.TIME} if TIME_COLUMN in names else {})
     with readers.open_table(path) as table:
-        for block in table.read({column: ColumnType.TEXT}):
+        for block in table.read(types):
             rows += len(block.row_numbers)
+            if TIME_COLUMN in types:
+                steps.append(np.diff(block.columns[TIME_COLUMN]))
             if column == LABEL_COLUMN:
                 labels.update(np.unique(np.char.strip(block.columns[column])).tolist())
     with readers.open_table(path) as table:
@@ -181,7 +201,13 @@ def summarize_table(path: Path) -> TableSummary:
             for name in fields:
                 values[name].append(np.asarray(block.columns[name], np.float64))
     scales = [_measure_scale(np.concatenate(values[name])) if values[name] else _NO_SCALE for name in fields]
-    return TableSummary(str(path), fields, scales, rows, sorted(labels - {""})[:_MAX_LABELS])
+    interval_s = _median_interval(np.concatenate(steps)) if steps else None
+    return TableSummary(str(path), fields, scales, rows, sorted(labels - {""})[:_MAX_LABELS], interval_s)
+
+
+def _median_interval(steps: NDArray[np.float64]) -> float | None:
+    forward = steps[np.isfinite(steps) & (steps > 0)]
+    return float(np.median(forward)) if len(forward) else None
 
 
 def _measure_scale(values: NDArray[np.float64]) -> ColumnScale:

@@ -94,7 +94,7 @@ def _build_task_families(status: Mapping[str, Any]) -> Iterator[Family]:
 
     yield each("backlog_rows", "Rows that the task has not consumed.", "backlog")
     yield each("consumed_rows_total", "Rows that the task consumed.", "row", "counter")
-    yield each("drift_windows_total", "Drift windows that the task tested.", "windows", "counter")
+    yield each("windows_total", "Model windows that the task answered.", "windows", "counter")
     yield Family(
         "outstation_task_labels", "gauge", "Stored labels: ground truth, verdicts, or the model's own answers.",
         [({**names, "kind": kind}, output["labels"][kind]) for names, output in outputs

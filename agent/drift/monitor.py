@@ -85,7 +85,7 @@ class DriftMonitor:
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
-        if shipped.further and shipped.task.further != tuple(further):
+        if shipped.further and [reference.output for reference in shipped.further] != list(further):
             raise BadBundle("the drift reference has other further outputs than the model: build reference.json for it")
         if learn_windows < MIN_WINDOWS:
             raise ValueError(

@@ -37,6 +37,7 @@ class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
     inference: Inference
     windows: LabelledWindows
     reference: Reference | None
+    output: str  # that is evaluated, "" for the first one
 
     @property
     def kind(self) -> OutputKind:
@@ -47,8 +48,9 @@ class ComparedBundle(msgspec.Struct, frozen=True, eq=False):
         result = examples.predict(self.inference, windows.dataset, windows.starts)
         alone = Predictions.from_scores(result.scores, end_row, result.seconds)
         if self.reference is not None and result.scores.value is not None:
-            place = (self.reference, self.inference, windows.dataset, windows.starts)
-            alone = replace(alone, expected_error=examples.expect_errors(*place, result.scores.value))
+            place = (self.reference, windows.dataset, windows.starts)
+            expected = examples.expect_errors(*place, result.scores.value, self.output)
+            alone = replace(alone, expected_error=expected)
         return alone, predictions.pair_with_truth(self.bundle.manifest, result, windows.truth, windows.label_sets)
 
 
@@ -59,7 +61,11 @@ def compare(
     limits: RuleLimits,
 ) -> BundleComparison:
     """Compare a new bundle with an old one on the data of the request, limit by limit. Raises UsageError, BadBundle."""
-    new, old = _label_windows(*new_bundle, request), _label_windows(*old_bundle, request)
+    new = _label_windows(*new_bundle, request)
+    try:
+        old = _label_windows(*old_bundle, request)
+    except UsageError as problem:
+        raise UsageError(f"--against {old_bundle[0].manifest.name}: {problem}") from None
     ends, ours, theirs = np.intersect1d(_row_keys(new.windows), _row_keys(old.windows), return_indices=True)
     if not len(ends):
         raise UsageError("--against: the two bundles have no labelled window in common that ends at the same row")
@@ -101,9 +107,8 @@ def _label_windows(bundle: Bundle, inference: Inference, request: EvaluationRequ
     dataset = examples.read(request.data, inference, request.columns, request.joined)
     windows = examples.label_windows(dataset, inference, request.label, request.columns, request.split)
     stored = bundle.files.get("reference.json")
-    # Held-out errors in it are of the main output.
-    reference = Reference.from_json(stored) if stored is not None and not request.output else None
-    return ComparedBundle(bundle, inference, windows, reference)
+    reference = None if stored is None else Reference.from_json(stored)
+    return ComparedBundle(bundle, inference, windows, reference, request.output)
 
 
 def _row_keys(windows: LabelledWindows) -> Ints:

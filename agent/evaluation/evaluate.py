@@ -204,8 +204,7 @@ def _measure_expected_error(context: EvaluationContext) -> list[MetricEstimate]:
         return []
     windows, output = context.windows, context.request.output
     reference = Reference.from_json(stored)
-    place = (reference, context.inference, context.dataset, windows.starts)
-    expected = examples.expect_errors(*place, paired.value, output)
+    expected = examples.expect_errors(reference, context.dataset, windows.starts, paired.value, output)
     if expected is None:
         return []
     sums, true = context.units.sums(expected)[:, 0], context.units.sums(np.abs(paired.errors))[:, 0]

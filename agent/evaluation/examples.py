@@ -18,7 +18,7 @@ from agent.drift.baseline.reference import Reference
 from agent.errors import UsageError
 from agent.evaluation.predictions import evaluation_kind
 from agent.model.bundle.manifest import Manifest
-from agent.model.inference import derived_features, features, scores
+from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import Inference, InferenceResult
 from agent.model.inference.joins import JoinedRows
@@ -219,7 +219,7 @@ def _parse_truth(
 
 
 def expect_errors(
-    reference: Reference, inference: Inference, dataset: Dataset, starts: Ints, values: Float64s, output: str = ""
+    reference: Reference, dataset: Dataset, starts: Ints, values: Float64s, output: str = ""
 ) -> Float64s | None:
     """Return the absolute error (w,) that the inputs of windows at ascending `starts` let expect of `values` (w,).
 
@@ -230,6 +230,6 @@ def expect_errors(
     expected = np.empty(len(starts))
     for part in dataset.file_slices():
         own = (starts >= part.start) & (starts < part.stop)
-        table = derived_features.compute(dataset.values[part], dataset.t[part], inference.manifest.input, 0)
-        expected[own] = errors.expect_errors(reference, table, starts[own] - part.start, {output: values[own]})[output]
+        rows, begins = dataset.values[part], starts[own] - part.start
+        expected[own] = errors.expect_errors(reference, rows, begins, {output: values[own]})[output]
     return expected

@@ -6,7 +6,7 @@ message the schema is inferred from the results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.labelling import labels
 from agent.fleet.database.labelling.labels import TaskLog
-from agent.performance.labels import LabelSchema, parse_anomaly
+from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema, parse_anomaly
 from agent.wire.messages import AuditPayload, ResultsPayload
 from agent.wire.verification import decode
 
@@ -124,7 +124,7 @@ def resolve_label_schema(
 def _infer_schema(db: Connection, key: TaskLog, texts: Sequence[str]) -> BundleLabelSchema:
     predicted = tuple(labels.load_result_labels(db, key))
     if predicted:
-        return BundleLabelSchema(LabelSchema("classify", predicted), False)
+        return BundleLabelSchema(_guess_class_schema(predicted), False)
     return BundleLabelSchema(_guess_number_schema(texts), False)
 
 
@@ -137,10 +137,17 @@ def _infer_further_schema(db: Connection, key: TaskLog, texts: Sequence[str], ou
     if has_values:
         schema = LabelSchema("anomaly") if predicted else _guess_number_schema(texts)
     elif predicted:
-        schema = LabelSchema("classify", tuple(sorted(predicted)))
+        schema = _guess_class_schema(predicted)
     else:
         return None
     return BundleLabelSchema(schema, False)
+
+
+def _guess_class_schema(predicted: Collection[str]) -> LabelSchema:
+    if any(SEPARATOR in label for label in predicted):
+        names = {name for label in predicted for name in label.split(SEPARATOR)} - {NO_LABEL}
+        return LabelSchema("several", tuple(sorted(names)))
+    return LabelSchema("classify", tuple(sorted(predicted)))
 
 
 def _guess_number_schema(texts: Sequence[str]) -> LabelSchema:

@@ -62,14 +62,11 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         drift_window = repeat(np.arange(windows, dtype=np.int64), len(answers) // max(1, windows))
         if not known.all():
             statistics, answers, drift_window = statistics[known], answers[known], drift_window[known]
-        bins = self._find_bins(statistics, answers)
+        bins = self.find_bins(statistics, answers)
         return bincount(bins + BINS * drift_window, minlength=windows * BINS).reshape(windows, BINS)
 
-    def expect(self, statistics: Float32s | Float64s, answers: Float64s) -> Float64s:
-        """Return the absolute error (w,) to expect of `answers` (w,) to model windows (w, D); NaN of no number."""
-        return np.where(np.isfinite(answers), self.bin_error[self._find_bins(statistics, answers)], np.nan)
-
-    def _find_bins(self, statistics: Float32s | Float64s, answers: Float64s) -> Ints:
+    def find_bins(self, statistics: Float32s | Float64s, answers: Float64s) -> Ints:
+        """Return the bin (w,) of the error to expect of `answers` (w,), which are numbers, to model windows (w, D)."""
         return np.searchsorted(self.edges, self.model.predict(statistics, answers), side="right")
 
     def estimate(self, counts: Ints) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def find_copies(windows: LabelledWindows) -> Iterator[Finding]:
     many = repeated & (repeats >= _MIN_COPIES)
     others = int((~many & ~is_constant).sum())
     if many.any() and many.sum() <= others and (repeated & ~many).sum() <= _MAX_USUAL * others:
-        yield _make_finding(windows, many, "again and again", group)
+        yield _make_finding(windows, many, "repeated", group)
 
 
 def _make_finding(windows: LabelledWindows, mask: Bools, relation: str, group: Ints) -> Finding:
@@ -50,7 +50,8 @@ def _make_finding(windows: LabelledWindows, mask: Bools, relation: str, group: I
     members = members[np.argsort(group[members], kind="stable")]
     share = len(members) / len(windows)
     distinct = len(np.unique(group[members]))
-    summary = f"{len(members)} windows ({share:.1%}), {relation}, have the values of {distinct} windows exactly"
+    count = "one window" if distinct == 1 else f"{distinct} windows"
+    summary = f"{len(members)} windows ({share:.1%}), {relation}, are exact copies of {count}"
     return Finding("copies", relation, summary, len(members), share, share, share, name_rows(windows.names, members))
 
 

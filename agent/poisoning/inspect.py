@@ -43,7 +43,7 @@ class PoisoningReport(msgspec.Struct, frozen=True):
         for finding in self.findings:
             shown = ", ".join(map(str, finding.rows[:max_rows]))
             more = f" and {finding.n - max_rows} more" if finding.n > max_rows else ""
-            rows = f"; look at {shown}{more}" if max_rows else ""
+            rows = f"; look at rows {shown}{more}" if max_rows else ""
             yield f"{finding.check}: {finding.subject}: {finding.summary}{rows}"
         if self.state != "not checked":
             yield from (f"not compared: {reason}" for reason in self.reasons)

@@ -29,6 +29,8 @@ from agent.wire.runs import (
 from agent.wire.times import Rfc3339
 
 MAX_PAYLOAD = 1 << 20
+# Further outputs in a `shadow` message.
+MAX_OUTPUTS = 32
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
@@ -310,7 +312,8 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
 
     `agreeing`: windows of `n` with equal predictions. `difference`: other minus model, of values or scores. `labelled`:
     labelled windows that were right in [both, model only, other only, neither]. `errors`: batches in which `other`
-    failed; `error`: the last reason. `outputs`: further outputs of the models by name.
+    failed; `error`: the last reason. `outputs`: further outputs of the models by name; those that do not fit follow in
+    messages without batches, of the same rows and time.
     """
 
     task: ShortText
@@ -327,7 +330,7 @@ class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     errors: Natural = 0
     error: Annotated[str, msgspec.Meta(max_length=500)] = ""
-    outputs: Annotated[dict[Name, ComparedOutput], msgspec.Meta(max_length=32)] = {}
+    outputs: Annotated[dict[Name, ComparedOutput], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
 
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import input_files
+from agent.errors import explain
 
 
 def fifo(path: Path) -> Path:
@@ -70,5 +71,6 @@ def test_a_stream_from_a_pipe_is_read_to_its_end_and_one_without_writer_is_given
         assert len(file.read()) == 200_000
     writer.join()
     monkeypatch.setattr(input_files, "_PIPE_WAIT_MS", 10)
-    with pytest.raises(OSError, match="is a pipe that nobody writes to"):
+    with pytest.raises(OSError, match="is a pipe that nobody writes to") as problem:
         input_files.open_stream(path)
+    assert explain(problem.value) == "is a pipe that nobody writes to"

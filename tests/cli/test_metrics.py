@@ -32,6 +32,7 @@ def test_the_text_passes_promtool_and_has_the_numbers_of_status(site: Site) -> N
     assert samples["outstation_task_consumed_rows_total"].labels["task"] == "exercise"
     assert samples["outstation_task_consumed_rows_total"].value > 0
     assert samples["outstation_stream_accepted_rows_total"].value > 0
+    assert 0 < samples["outstation_task_windows_total"].value < samples["outstation_task_consumed_rows_total"].value
     assert samples["outstation_device_storage_used_bytes"].labels["device"] == site.conf.device.id
 
 

@@ -91,16 +91,20 @@ def test_merged_moments_equal_those_of_all_values(parts: list[list[float]]) -> N
         assert np.isclose(stats.m2, np.square(every - every.mean()).sum(), rtol=1e-6, atol=1e-3)
 
 
-@given(tallies())
-def test_statistics_survive_the_round_trip_through_a_message(stats: ComparisonStats) -> None:
-    stats = replace(stats, errors=stats.errors + 1, error="did not answer")
+def decode_message(body: dict[str, Any], rows: tuple[int, int] = (1, 9)) -> ShadowPayload:
     head = {"v": 1, "kind": "shadow", "device": "pi-07", "log": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "seq": 1}
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
     model = {"name": "m", "version": "1", "digest": "sha256:" + "0" * 64}
-    where = {"task": "t", "rollout": "r", "model": model, "other": model, "rows": [1, 9]}
-    body = verification.decode(json.dumps({**head, **where, **stats.to_body()}).encode())
-    assert isinstance(body, ShadowPayload)
-    assert ComparisonStats.from_message(body) == stats
+    where = {"task": "t", "rollout": "r", "model": model, "other": model, "rows": rows}
+    message = verification.decode(json.dumps({**head, **where, **body}).encode())
+    assert isinstance(message, ShadowPayload)
+    return message
+
+
+@given(tallies())
+def test_statistics_survive_the_round_trip_through_a_message(stats: ComparisonStats) -> None:
+    stats = replace(stats, errors=stats.errors + 1, error="did not answer")
+    assert ComparisonStats.from_message(decode_message(stats.to_body())) == stats
 
 
 def test_labels_are_compared_by_name_in_any_order() -> None:
@@ -204,6 +208,23 @@ def test_further_outputs_are_compared_over_the_same_windows() -> None:
     alone = stats.outputs["more"]
     assert (alone.agreeing, alone.model.windows, alone.other.windows) == (None, 0, 2)
     assert alone.error == "only one of the two bundles has this output"
+
+
+def test_a_text_that_does_not_fit_is_cut_and_the_counts_stay() -> None:
+    stats = ComparisonStats(1, errors=1, error="e" * 500, outputs={"wear": ComparisonStats(n=3, error="w" * 500)})
+    first, second = stats.to_bodies(lambda body: len(str(body)) < 500)
+    assert (first["errors"], second["outputs"]["wear"]["n"]) == (1, 3)
+    assert 0 < len(first["error"]) < 500 > len(second["outputs"]["wear"]["error"]) > 0
+    assert stats.to_bodies(lambda _: False)[0].get("error") is None
+
+
+def test_comparisons_of_other_rows_are_no_parts() -> None:
+    wear = ComparisonStats(outputs={"wear": ComparisonStats(n=3)})
+    parts = [decode_message(ComparisonStats(1, 5, 4).to_body()), decode_message(wear.to_body(), (10, 19))]
+    joined: list[ShadowPayload] = []
+    for body in parts:
+        tally.join_part(joined, body)
+    assert joined == parts
 
 
 def test_a_model_of_one_output_says_nothing_of_others() -> None:

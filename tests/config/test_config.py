@@ -355,6 +355,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     assert "`password`" in secret.problem
     assert "hunter2" not in secret.problem
     assert "not valid TOML" in str(mistake(tmp_path, "[device\n"))
+    assert "byte order mark" in str(mistake(tmp_path, "\ufeff[device]\n"))
     (tmp_path / "outstation.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):
         config.load(tmp_path / "outstation.toml")

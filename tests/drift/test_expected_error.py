@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.authoring import error_training
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
+from agent.drift.outputs.counts import FurtherOutput
 from agent.drift.reporting import parsed_message
-from agent.drift.succession import inherit, merge_references
+from agent.drift.succession import inherit, is_heir, merge_references
 from agent.errors import BadBundle
 
 Floats = NDArray[np.float64]
@@ -44,8 +46,14 @@ def shipped_reference() -> Reference:
 
 
 def feed(
-    monitor: DriftMonitor, state: DriftState, data: tuple[Floats, Floats, Floats], batch: int = 700
+    monitor: DriftMonitor,
+    state: DriftState,
+    data: tuple[Floats, Floats, Floats],
+    batch: int = 700,
+    *,
+    is_further: bool = False,
 ) -> tuple[DriftState, list[DriftWindowResult]]:
+    """Feed rows and answers, which are those of a further output if `is_further`: the first one's are 0."""
     rows, answers, _ = data
     results: list[DriftWindowResult] = []
     first = max(0, state.last_counted_row) + 1
@@ -54,8 +62,10 @@ def feed(
         span = (first + at, first + at + len(part) - 1)
         t = np.arange(span[0], span[1] + 1, dtype=np.int64) * 1_000_000
         nothing, starts = np.zeros(len(part), np.int64), np.arange(len(part))
+        own = answers[at : at + batch, None].astype(np.float32)
+        first_output, further = (np.zeros_like(own), own.astype(np.float64)) if is_further else (own, None)
         state, more = monitor.process_batch(
-            state, part, starts, 1, nothing, answers[at : at + batch, None].astype(np.float32), rows=span, t=t
+            state, part, starts, 1, nothing, first_output, rows=span, t=t, answers=further
         )
         results += more
     return state, results
@@ -164,3 +174,83 @@ def test_a_malformed_error_in_a_reference_is_refused() -> None:
     bad = replace(shipped, error=replace(shipped.error, edges=shipped.error.edges[:3]))
     with pytest.raises(BadBundle, match="error"):
         Reference.from_json(bad.to_json())
+
+
+# --- a further output ---
+
+
+WEAR = FurtherOutput("wear", (), ("wear",))
+
+
+def several_outputs() -> Reference:
+    """Return a reference of a model whose further output is the number that errs, and the first one a constant."""
+    rows, answers, _ = readings(1, 60)
+    n = len(rows)
+    made = build_reference(
+        rows.astype(np.float32), np.arange(n), 1, np.zeros(n, np.int64), np.zeros((n, 1), np.float32), WINDOW,
+        fields=FIELDS, further=[WEAR], answers=answers[:, None],
+    )  # fmt: skip
+    return replace(made, further=(replace(made.further[0], error=error_training.train(*readings(2, 60))),))
+
+
+@pytest.fixture(scope="module")
+def further() -> DriftMonitor:
+    return DriftMonitor(several_outputs(), labels=(), window=WINDOW, learn_windows=LEARN, further=[WEAR])
+
+
+@pytest.fixture(scope="module")
+def further_learned(further: DriftMonitor) -> DriftState:
+    state, _ = feed(further, further.start(), readings(3, LEARN + 2), is_further=True)
+    assert state.site_reference is not None
+    return state
+
+
+def test_the_error_to_expect_of_a_further_output_is_reported_and_tested(
+    further: DriftMonitor, further_learned: DriftState
+) -> None:
+    _, quiet = feed(further, further_learned, readings(6, 60), is_further=True)
+    assert [subject for subject, _ in raised(quiet) if subject == "output.wear"] == []
+    _, results = feed(further, further_learned, data := readings(4, 20, together=0.6), is_further=True)
+    assert raised(results) == [("output.wear", "error")]
+    alert = next(a for r in results for a in r.alerts if a.state == "raised")
+    assert alert.summary.startswith("output.wear: the error to expect rose by")
+    estimates = [r.members["output"]["further"]["wear"]["estimate"]["mae"] for r in results]
+    mean = np.average(estimates, weights=[r.windows for r in results])
+    assert mean == pytest.approx(float(np.abs(data[2]).mean()), rel=0.12)
+    assert all(r.members["estimate"] is None for r in results), "the first output has no held-out errors"
+
+
+def test_what_is_counted_of_a_further_output_survives_storing_and_batches_of_any_size(further: DriftMonitor) -> None:
+    data = readings(8, 12, together=0.6)
+    several, single = (feed(further, further.start(), data, batch=batch, is_further=True)[0] for batch in (37, 1200))
+    assert (several.learning.further == single.learning.further).all()
+    assert several.learning.further[:, -32:].sum() == 12 * WINDOW
+    restored = further.restore(further.to_bytes(several), several.learning.to_bytes())
+    assert (restored.learning.further == several.learning.further).all()
+
+
+def test_the_file_of_a_further_output_without_held_out_errors_is_as_before() -> None:
+    made = several_outputs()
+    plain = replace(made, further=(replace(made.further[0], error=UNSET),))
+    assert b"error" not in plain.to_json()
+    assert b"has_error" not in made.to_json()
+    assert Reference.from_json(made.to_json()).digest == made.digest
+    assert Reference.from_json(plain.to_json()).task.further == (WEAR,)
+
+
+def test_a_bundle_with_and_one_without_held_out_errors_of_a_further_output_inherit_nothing() -> None:
+    made = several_outputs()
+    assert not is_heir(made, replace(made, further=(replace(made.further[0], error=UNSET),)))
+
+
+def test_impossible_errors_of_a_further_output_are_refused() -> None:
+    made = several_outputs()
+    [wear] = made.further
+    assert wear.error
+    for change in (
+        {"error": replace(wear.error, n=-wear.error.n)},
+        {"error": replace(wear.error, edges=wear.error.edges[1:])},
+        {"output": replace(WEAR, has_error=True), "error": UNSET},
+    ):
+        with pytest.raises(BadBundle, match="further"):
+            Reference.from_json(replace(made, further=(replace(wear, **change),)).to_json())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.parsed_message import ExpectedPerformance
 from agent.drift.reporting.timeline import MAX_POINTS, Timeline
+from agent.fleet.drift.merge import PerformanceEstimates
 
 T = (1_795_000_000_000_000, 1_795_000_060_000_000)
 FIELD = {
@@ -60,9 +61,40 @@ def test_an_expected_error_is_read_in_units_of_the_label() -> None:
     assert parsed.expected == ExpectedPerformance(12.5, 11.0, 14.0, is_error=True)
 
 
-def test_a_negative_expected_error_is_refused() -> None:
+def with_further(**estimates: Any) -> dict[str, Any]:
+    further = {name: {"state": "ok", "cusum": [1.0, 0], "limit": 5.0, "estimate": e} for name, e in estimates.items()}
+    return body(output={"state": "ok", "further": further})
+
+
+def test_estimates_of_further_outputs_are_read_and_those_that_labels_contradict_marked() -> None:
+    wear = {"mae": 2.0, "mae_low": 1.0, "mae_high": 3.0, "outside": True}
+    flags = {"accuracy": 0.7, "low": 0.6, "high": 0.8}
+    parsed = parsed_message.from_message(with_further(wear=wear, flags=flags, pose=None), T)
+    assert parsed.further_expected == {
+        "wear": ExpectedPerformance(2.0, 1.0, 3.0, is_error=True, is_contradicted=True),
+        "flags": ExpectedPerformance(0.7, 0.6, 0.8),
+    }
+    fleet = PerformanceEstimates()
+    fleet.add(parsed, 3)
+    other = PerformanceEstimates()
+    other.add(parsed_message.from_message(with_further(wear={**wear, "mae": 6.0}), T), 1)
+    fleet.merge(other)
+    assert fleet.further["wear"].error == 3.0
+    assert fleet.further["flags"].accuracy == pytest.approx(0.7)
+    assert fleet.further["wear"].accuracy is None
+    first, second = Timeline(), Timeline()
+    for timeline, later in ((first, wear), (second, {**wear, "mae": 6.0})):
+        timeline.add(parsed_message.from_message(with_further(wear=later, flags=flags), T))
+    merged = first.points[0].merge(second.points[0]).further_expected
+    assert (merged["wear"].value, merged["flags"].value) == (6.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    "changed", [body(estimate={"mae": -1.0}), with_further(wear={"mae": -1.0}), with_further(wear={"mae_low": 1e101})]
+)
+def test_a_negative_or_endless_expected_error_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="mae"):
-        parsed_message.from_message(body(estimate={"mae": -1.0}), T)
+        parsed_message.from_message(changed, T)
 
 
 def test_merged_points_show_the_largest_expected_error() -> None:

@@ -233,7 +233,14 @@ def test_old_windows_are_stored_as_evenly_as_new_ones(monitor: DriftMonitor) -> 
 
 @pytest.mark.parametrize(
     ("us", "text"),
-    [(12.3, "12.3 µs"), (20_000, "20 ms"), (1.5e6, "1.5 s"), (600e6, "10 min"), (7200e6, "2 h")],
+    [
+        (12.3, "12.3 µs"),
+        (20_000, "20 ms"),
+        (1.5e6, "1.5 s"),
+        (600e6, "10 min"),
+        (7200e6, "2 h"),
+        (12_192 * 3600e6, "508 d"),
+    ],
 )
 def test_an_amount_of_time_reads_well(us: float, text: str) -> None:
     assert format_duration(us) == text

@@ -212,3 +212,5 @@ def test_a_report_of_no_requirement_and_data_of_another_kind_are_refused(tabular
     assert "give --require or --against" in str(refused.exception)
     wrong = run("machine", data)
     assert "none of its rows can be read; the first: " in str(wrong.exception)
+    other = run(tabular, data, "--against", "exercise")
+    assert str(other.exception).startswith(f"--against exercise: {data}: no column ax")

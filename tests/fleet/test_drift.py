@@ -528,6 +528,19 @@ def test_the_plot_shows_fault_drift_and_alert(folder: Path, tmp_path: Path, opti
     assert ("pi-01" in text) is not bool(options)
 
 
+def test_what_is_expected_of_a_further_output_is_the_mean_over_the_fleet(folder: Path) -> None:
+    store = FleetStore(folder / "fleet.db")
+    for at, sender in enumerate(devices(2)):
+        estimate = {"mae": 2.0 + 2 * at, "mae_low": 1.0, "mae_high": 9.0}
+        output = {"state": "ok", "further": {"wear": {"state": "ok", "estimate": estimate}}}
+        add(store, sender, window(sender, 0, {"ax": field([0.0, 1.0])}, output=output))
+    [task] = build_drift(store, NOW_US)["tasks"]
+    store.close()
+    assert task["expected_outputs"] == {"wear": {"expected_accuracy": None, "expected_error": 3.0}}
+    text = run("drift", "--dir", folder).output
+    assert "; expected accuracy 0.90; wear expected error 3" in text
+
+
 # --- runs of quiet windows ---
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,9 @@ from agent.fleet.database.dashboard import results as result_statements
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.survey import summarize_drift
+from agent.fleet.labelling import labels
+from agent.performance.labels import Label
+from agent.wire.messages import QualityPayload
 from tests.kit import outputs
 from tests.kit.devices import DEVICE, NOW, Device
 
@@ -58,18 +60,23 @@ def restless_air(count: int, seed: int) -> NDArray[np.float32]:
     return np.resize(np.array([-4, 0, 4], "<f4"), count)
 
 
-def label_newest(device: Device, output: str) -> None:
-    """Label 100 results of an output: classes as predicted but for every fourth, numbers 0.5 too high."""
+def newest_labels(device: Device, output: str) -> list[tuple[int, str]]:
+    """Return row and label of 100 results: classes as predicted but for every fourth, numbers 0.5 too high."""
     schema = device.task.bundle.manifest.label_schemas[output]
     [batch, *_] = device.store.query(predictions.load_newest_predictions, output_key("tiny", output), 1)
     codes = 4 if schema.kind == "several" else len(schema.labels)
-    texts: list[Any] = []
+    texts: list[str] = []
     for i in range(100):
         if batch.value is not None:
-            texts.append(float(batch.value[i]) + 0.5)
+            texts.append(str(float(batch.value[i]) + 0.5))
         elif batch.predicted_class is not None:
             texts.append(schema.format_class((int(batch.predicted_class[i]) + (i % 4 == 0)) % codes))
-    columns = {"row": batch.row[:100].tolist(), "label": texts, "output": [output] * 100}
+    return list(zip(batch.row[:100].tolist(), texts, strict=True))
+
+
+def label_newest(device: Device, output: str) -> None:
+    rows, texts = zip(*newest_labels(device, output), strict=True)
+    columns = {"row": [*rows], "label": [*texts], "output": [output] * len(rows)}
     with device.store.transaction() as tx:
         target = labelled_output.build_label_targets([device.task])["tiny"]
         assert intake.store_labels(tx, target, intake.parse_columns("tiny", columns), NOW) == {}
@@ -97,6 +104,29 @@ def test_the_collector_has_the_quality_of_each_output(collected: FleetStore) -> 
         [(log,)] = db.execute("SELECT DISTINCT log FROM quality_messages").fetchall()
         shown = page._load_quality(db, "pi-07", log, "tiny")
     assert [entry["output"] for entry in shown] == [STATE, FLAGS, WEAR]
+
+
+@pytest.mark.parametrize("output", [STATE, FLAGS])
+def test_labels_at_the_collector_give_the_metrics_of_the_device(
+    device: Device, collected: FleetStore, output: str
+) -> None:
+    message = next(
+        message.body
+        for message in device.messages()
+        if isinstance(message.body, QualityPayload) and message.body.output == output
+    )
+    given = [Label(row, None, text, output=output) for row, text in newest_labels(device, output)]
+    with collected.transaction() as db:
+        outcome = labels.add(db, "pi-07", "tiny", given, "2026-11-28T13:00:00Z", "eva")
+    metrics = (outcome.further[output] if output else outcome).metrics
+    assert outcome.rejected == {}
+    assert len(metrics) >= 3
+    for computed, sent in zip(metrics, message.metrics, strict=True):
+        assert (computed.metric, computed.slice, computed.n) == (sent.metric, sent.slice, sent.n)
+        # Scores and values are rounded in messages.
+        expected = [sent.value, sent.low, sent.high]
+        assert [computed.value, computed.low, computed.high] == pytest.approx(expected, abs=0.01)
+    assert collected.newest_metric("pi-07", metrics[0].metric, output) is not None
 
 
 def test_fleet_drift_names_the_output_that_drifts_and_those_that_do_not(collected: FleetStore) -> None:

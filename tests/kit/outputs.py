@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import config
-from agent.authoring import pack
+from agent.authoring import error_training, pack
 from agent.config import AlertRuleConfig
 from agent.device.pipeline.joined_streams import JoinedStream
 from agent.device.store.rows import Rows
+from agent.drift.baseline import window_statistics
 from agent.model import activation
 from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle
@@ -30,6 +32,21 @@ def pack_bundle(folder: Path) -> Bundle:
     write_csv(folder / "weather.csv", ("air",), still_air(60, 2)[:, None], step_s=0.31)
     pack.write_bundle(pack.pack(folder / "bundle.toml", KEY), folder / "bundle")
     return bundle.read(folder / "bundle", [KEY.public])
+
+
+def with_held_out_errors(packed: Bundle) -> Bundle:
+    """Return the bundle with held-out errors of wear, three times as large where the first field's mean is above 0."""
+    reference, random = activation.read_reference(packed), np.random.default_rng(1)
+    assert reference is not None
+    rows, length = waves(4000, seed=9), reference.window_rows
+    starts = np.arange(0, len(rows) - length, 4)
+    statistics = window_statistics.compute_statistics(rows, starts, length, reference.floor).values
+    answers = random.normal(size=len(starts))
+    errors = random.normal(size=len(starts)) * np.where(statistics[:, 0] > 0, 3.0, 1.0)
+    error = error_training.train(statistics, answers, errors)
+    further = tuple(replace(r, error=error) if r.output.name == "wear" else r for r in reference.further)
+    files = {**packed.files, "reference.json": replace(reference, further=further).to_json()}
+    return replace(packed, files=files)
 
 
 def make_device(folder: Path, packed: Bundle, rules: Sequence[AlertRuleConfig] = ()) -> Device:

@@ -135,7 +135,7 @@ def test_files_are_joined_alike_in_blocks_and_whole_and_evaluated(tmp_path: Path
     (tmp_path / "labelled.csv").write_text("\n".join(labelled) + "\n")
     measured = evaluated(tmp_path / "bundle", tmp_path / "labelled.csv", joined=files, robustness=True)
     assert {m.metric: m.value for m in measured.metrics}["accuracy"] == 1.0
-    with pytest.raises(UsageError, match="air"):
+    with pytest.raises(UsageError, match=r"input weather: .*no column air.* --join weather=FILE"):
         evaluated(tmp_path / "bundle", tmp_path / "labelled.csv")
     with pytest.raises(UsageError, match="no such further input, it has weather"):
         evaluated(tmp_path / "bundle", tmp_path / "labelled.csv", joined={"wether": data})

@@ -17,6 +17,7 @@ from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.evaluation import gate
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.bundle.manifest import FurtherOutput, ModelOutput
+from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime_name import runtime_name
 from scripts.kit.bundles import (
@@ -336,7 +337,7 @@ def test_data_without_one_whole_window_are_refused(tmp_path: Path, key: str) -> 
 def test_a_field_without_any_value_makes_no_reference(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     (tmp_path / "reference.csv").write_text("a,b,c,d\n" + "1,2,,4\n" * 900)
-    assert f"{spec}: reference: no drift reference: c has " in mistake(spec)
+    assert f"{spec}: reference: no drift reference: (almost) no values of c in" in mistake(spec)
 
 
 # --- writing ---
@@ -433,6 +434,31 @@ def test_held_out_values_tell_the_error_to_expect_of_a_regression(tmp_path: Path
     misled = evaluated(tmp_path / "bundle", tmp_path / "other.csv")
     assert any(w.startswith("without labels devices expect 0.3") for w in misled.warnings), misled.warnings
     assert error.mean == pytest.approx(float(np.abs(truth - rows @ np.array([0.5, -1.0, 0.25, 2.0])).mean()), rel=0.1)
+
+
+def test_the_error_to_expect_is_of_the_fields_that_derived_features_are_computed_from(tmp_path: Path) -> None:
+    derived = '[[input.derived]]\nname = "change"\nfunction = "difference"\nfield = "a"\nrows = 1\n'
+    recipe = Recipe("regress", "regress_int8", fields=("a", "b", "c"), output='held_out = "heldout.csv"')
+    spec = write_spec(tmp_path, recipe)
+    spec.write_text(spec.read_text().replace("[output]", f"{derived}\n[output]"))
+    random = np.random.default_rng(4)
+    for name, seed in (("heldout", 7), ("fresh", 8)):
+        rows = readings(1500, seed)[:, :3]
+        truth = random.normal(0, 5, len(rows)) * np.exp(rows[:, 0])
+        write_csv(tmp_path / f"{name}.csv", (*recipe.fields, "label"), np.column_stack([rows, truth]))
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bundle")
+    measured = {m.metric: m.value for m in evaluated(tmp_path / "bundle", tmp_path / "fresh.csv").metrics}
+    ready = bundle.read(tmp_path / "bundle", [KEY.public])
+    error = Reference.from_json(ready.files["reference.json"]).error
+    assert error is not None
+    model = Inference(ready.manifest, runtime.load_model(ready.manifest, ready.model_bytes))
+    answers = model.run(rows, np.arange(len(rows)) * 10_000).scores.value
+    assert answers is not None
+    assert measured["expected_mae"] == pytest.approx(
+        float(error.bin_error[error.find_bins(rows, answers)].mean()), rel=1e-3
+    )
+    mistaken = error.bin_error[error.find_bins(rows, np.diff(rows[:, 0], prepend=rows[:1, 0]))].mean()
+    assert measured["expected_mae"] != pytest.approx(float(mistaken), rel=1e-3), "the answer is no derived feature"
 
 
 def test_held_out_values_bound_the_residuals_of_a_regression_and_evaluate_measures_them(tmp_path: Path) -> None:

@@ -248,9 +248,29 @@ def test_the_proposed_scaling_maps_the_data_into_the_input(limits: tuple[float, 
 
 def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Path) -> None:
     write_csv(tmp_path / "data.csv", ("a", "b", "c"), readings(5)[:, :3])
-    text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
-    assert 'has 3 numeric columns: ["a", "b", "c"]' in text
-    assert tomllib.loads(text)["input"]["fields"] == ["x0", "x1", "x2", "x3"]
+    result = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv")
+    assert 'has 3 numeric columns: ["a", "b", "c"]' in result.stdout
+    assert tomllib.loads(result.stdout)["input"]["fields"] == ["x0", "x1", "x2", "x3"]
+    assert "data.csv has 3 numeric columns, the model's input takes 4: complete fields" in result.stderr
+
+
+def test_windows_of_slow_readings_may_span_the_time_between_two_rows(tmp_path: Path) -> None:
+    write_csv(tmp_path / "data.csv", [f"x{i}" for i in range(10)], np.zeros((60, 10), np.float32), step_s=60.0)
+    out = tmp_path / "spec.toml"
+    run("pack", "--from", others("foreign_keywords"), "--data", tmp_path / "data.csv", "-o", out)
+    assert tomllib.loads(out.read_text())["input"]["window"]["max_gap_s"] == 180.0
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (b"t,a,a,c,d", "column a is there twice"),
+        ("t,a,é,c,d".encode("latin-1"), "is not UTF-8; save the table as UTF-8"),
+    ],
+)
+def test_columns_that_no_field_can_name_are_refused(tmp_path: Path, header: bytes, why: str) -> None:
+    (tmp_path / "data.csv").write_bytes(header + b"\n1,1,2,3,4\n")
+    assert why in refused("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv")
 
 
 @pytest.mark.parametrize(

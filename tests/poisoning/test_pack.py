@@ -29,8 +29,10 @@ def write_training(path: Path, flipped: float = 0.0) -> Path:
     return path
 
 
-def pack(folder: Path, train: Path, *options: str) -> tuple[int, str]:
-    arguments = ["pack", str(write_spec(folder)), "-o", str(folder / "out"), "--train", str(train), *options]
+def pack(folder: Path, train: Path, *options: str, held_out: str = "") -> tuple[int, str]:
+    spec = write_spec(folder)
+    spec.write_text(spec.read_text().replace("[output]", f"[output]\n{held_out}"))
+    arguments = ["pack", str(spec), "-o", str(folder / "out"), "--train", str(train), *options]
     result = CliRunner().invoke(command, arguments)
     return result.exit_code, result.stdout
 
@@ -61,10 +63,12 @@ def test_a_clean_set_is_packed_with_require_clean_and_the_card_is_the_authors(tm
     assert (tmp_path / "out" / "DATA_CARD.md").read_bytes() == (tmp_path / "DATA.md").read_bytes()
 
 
-def test_too_few_labels_do_not_count_as_clean(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_out", ["", 'held_out = "held-out.csv"'])
+def test_too_few_labels_do_not_count_as_clean_even_with_clean_held_out_data(tmp_path: Path, held_out: str) -> None:
     train = write_training(tmp_path / "train.csv")
+    write_training(tmp_path / "held-out.csv")
     train.write_text("\n".join(train.read_text().splitlines()[:40]) + "\n")
-    code, text = pack(tmp_path, train, "--require-clean")
+    code, text = pack(tmp_path, train, "--require-clean", held_out=held_out)
     assert code == 1
     assert "not checked for poisoning: 39 labelled windows, the checks take 100" in text
 

@@ -84,5 +84,5 @@ add_commands(
     [config_option],
     _open,
     table="alerts",
-    sql="SELECT task, count(*) FROM predictions GROUP BY task",
+    sql="SELECT task, sum(n) FROM predictions GROUP BY task",
 )

@@ -89,11 +89,13 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
             "flash_bytes": round(process.written_bytes * factor),
             "air_bytes": round(sent_bytes * factor),
         }
+    # Batches count themselves; what the whole process takes, only the daemon counts.
+    is_counted = process.seconds > 0
     return {
         "device": conf.device.id,
         "seconds": round(process.seconds, 1),
-        "cpu_s": round(process.cpu_s, 2),
-        "flash_bytes": process.written_bytes,
+        "cpu_s": round(process.cpu_s, 2) if is_counted else None,
+        "flash_bytes": process.written_bytes if is_counted else None,
         "air_bytes": sent_bytes,
         "energy_j": None if process.own_energy_j is None else round(process.own_energy_j, 1),
         "per_day": per_day,
@@ -102,7 +104,7 @@ def build_document(conf: Config, store: Store, tasks: list[str]) -> dict[str, An
 
 
 def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, flash_share: float) -> dict[str, Any]:
-    flash = process.written_bytes * flash_share
+    flash = process.written_bytes * flash_share if process.seconds > 0 else None
     energy = process.own_energy_j
     cpu_share = task.cpu_us / 1e6 / process.cpu_s if process.cpu_s else 0.0
     joules = None if energy is None else energy * min(1.0, cpu_share)
@@ -114,14 +116,14 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
         "inferences": task.windows,
         "rows": task.rows,
         "cpu_s": round(task.cpu_us / 1e6, 3),
-        "flash_bytes": round(flash),
+        "flash_bytes": None if flash is None else round(flash),
         "air_bytes": task.sent_bytes,
         "energy_j": None if joules is None else round(joules, 2),
         "per_1000": None
         if per_1000 is None
         else {
             "cpu_s": round(task.cpu_us / 1e6 * per_1000, 4),
-            "flash_bytes": round(flash * per_1000),
+            "flash_bytes": None if flash is None else round(flash * per_1000),
             "air_bytes": round(task.sent_bytes * per_1000),
             "energy_j": None if joules is None else round(joules * per_1000, 3),
         },
@@ -131,14 +133,20 @@ def _task_cost(conf: Config, name: str, task: TaskCost, process: ProcessCost, fl
 
 def _print(document: dict[str, Any]) -> None:
     day = document["per_day"]
-    if day["cpu_s"] is None:
-        echo("Nothing is counted yet: the daemon counts once a minute.")
-        return
-    echo(
-        f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {day['cpu_s']:,.0f} s of "
-        f"processor, {format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
-    )
     columns, tasks = ["task", "inferences", "cpu s", "flash", "air", "J"], document["tasks"]
+    if day["cpu_s"] is None:
+        if not any(task["batches"] for task in tasks):
+            echo("Nothing is counted yet: batches count themselves, and the daemon counts the rest once a minute.")
+            return
+        echo(
+            f"{document['device']}, batches only; the daemon counts the whole process once a minute, and with it "
+            "flash, energy and a month\n"
+        )
+    else:
+        echo(
+            f"{document['device']}, counted for {document['seconds'] / 3600:.1f} h; a day is {day['cpu_s']:,.0f} s of "
+            f"processor, {format_bytes(day['flash_bytes'])} on flash, {format_bytes(day['air_bytes'])} on the air\n"
+        )
     print_table(columns, [_row(task["task"], task["inferences"], task) for task in tasks], "No tasks.")
     rows = [_row(task["task"], 1000, task["per_1000"]) for task in tasks if task["per_1000"]]
     if rows:
@@ -152,4 +160,5 @@ def _print(document: dict[str, Any]) -> None:
 
 def _row(name: str, count: int, costs: dict[str, Any]) -> list[Any]:
     joules = "-" if costs["energy_j"] is None else f"{costs['energy_j']:g}"
-    return [name, count, costs["cpu_s"], format_bytes(costs["flash_bytes"]), format_bytes(costs["air_bytes"]), joules]
+    flash = "-" if costs["flash_bytes"] is None else format_bytes(costs["flash_bytes"])
+    return [name, count, costs["cpu_s"], flash, format_bytes(costs["air_bytes"]), joules]

@@ -29,7 +29,8 @@ from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.drift.detectors.detector import JOINT, SCORE
 from agent.drift.reporting import parsed_message
-from agent.drift.reporting.timeline import EARLIEST_US, Point, Timeline
+from agent.drift.reporting.parsed_message import ExpectedPerformance
+from agent.drift.reporting.timeline import EARLIEST_US, Timeline
 from agent.drift.testing.test_suite import CusumLimits
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
@@ -113,7 +114,11 @@ class _TaskDrift:
             "subjects": [
                 self._subject_to_dict(name, report) for name, report in (last.subjects.items() if last else ())
             ],
-            "estimate": _estimate_to_dict(last) if last else None,
+            "estimate": _estimate_to_dict(last.expected) if last and last.expected else None,
+            "outputs": {
+                name: {"estimate": _estimate_to_dict(known)}
+                for name, known in (last.further_expected.items() if last else ())
+            },
             "alerts": [
                 {"id": a["id"], "alert": a["alert"], "summary": a["summary"], "time": a["time"]}
                 for a in self.open_alerts
@@ -160,12 +165,9 @@ class _TaskDrift:
         )
 
 
-def _estimate_to_dict(last: Point) -> dict[str, Any] | None:
+def _estimate_to_dict(expected: ExpectedPerformance) -> dict[str, Any]:
     """Return the accuracy or the mean absolute error to expect, with its interval."""
-    expected = last.expected
-    if expected is None:
-        return None
-    outside = {"outside": True} if last.is_contradicted else {}
+    outside = {"outside": True} if expected.is_contradicted else {}
     return {expected.name: expected.value, "low": expected.low, "high": expected.high} | outside
 
 
@@ -193,16 +195,20 @@ def _print(document: dict[str, Any]) -> None:
         cells.append([subject["subject"], subject["state"], *sums, *divergences])
     print_table(["", "state", "mean CUSUM", "spread CUSUM", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
-        estimate = document["estimate"]
-        if "mae" in estimate:
-            name, form = "mae", ".4g"
-            noun = "mean absolute error"
-        else:
-            name, noun, form = "accuracy", "accuracy", ".2f"
-        value, low, high = (format(estimate[part], form) for part in (name, "low", "high"))
-        contradicted = "; labels contradict it" if "outside" in estimate else ""
-        echo(f"expected {noun} without labels: {value} ({low} to {high}){contradicted}")
+        echo(_format_estimate(document["estimate"]))
+    for name, output in document["outputs"].items():
+        echo(f"{name}: {_format_estimate(output['estimate'])}")
     for alert in document["alerts"]:
         echo(alert["summary"])
     if "plot" in document:
         echo(f"drawn: {document['plot']}")
+
+
+def _format_estimate(estimate: dict[str, Any]) -> str:
+    if "mae" in estimate:
+        name, noun, form = "mae", "mean absolute error", ".4g"
+    else:
+        name, noun, form = "accuracy", "accuracy", ".2f"
+    value, low, high = (format(estimate[part], form) for part in (name, "low", "high"))
+    contradicted = "; labels contradict it" if "outside" in estimate else ""
+    return f"expected {noun} without labels: {value} ({low} to {high}){contradicted}"

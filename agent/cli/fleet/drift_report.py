@@ -63,7 +63,8 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
         "features": build_feature_documents(group, device),
         "outputs": _output_documents(group, device),
         "recent": _recent_documents(group, device, reference),
-        **_expected_members(group.estimate_performance()),
+        **_expected_members(expected := group.estimate_performance()),
+        "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
         "fleet_wide": [_fleet_wide_document(drift) for drift in group.detect_fleet_wide()],
         "first_onset": first.to_document() if first else None,
         "onsets": [episode.to_document() for episode in episodes],
@@ -83,6 +84,12 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
             for begin, end, span in group.history
         ],
     }  # fmt: skip
+
+
+def _format_expected(estimates: dict[str, Any]) -> str:
+    accuracy, error = estimates["accuracy"], estimates["mae"]
+    text = f"; expected accuracy {accuracy:.2f}" if accuracy is not None else ""
+    return f"{text}; expected error {error:.4g}" if error is not None else text
 
 
 def _expected_members(expected: PerformanceEstimates) -> dict[str, float | None]:
@@ -180,8 +187,8 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     faults = group["sensor_fault_windows"]
     faulty = f", {faults} of them left out for a sensor fault" if faults else ""
     yield click.style(f"{group['task']} under {group['reference'][:19]}{difference}", bold=True)
-    expected = f"; expected accuracy {group['accuracy']:.2f}" if group["accuracy"] is not None else ""
-    expected += f"; expected error {group['mae']:.4g}" if group["mae"] is not None else ""
+    expected = _format_expected(group)
+    expected += "".join(f"; {name}{_format_expected(each)[1:]}" for name, each in group["expected_outputs"].items())
     yield f"  {pluralize(len(group['devices']), 'device')}, {pluralize(group['windows'], 'window')}{faulty}{expected}"
     for name, field in group["features"].items():
         states = [f"{state} on {abbreviate_names(field[state])}" for state in ("drift", "fault") if field[state]]

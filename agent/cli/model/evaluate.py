@@ -117,9 +117,11 @@ def evaluate(
     loaded = load_bundle(bundle, public, output)
     if privacy:
         request = _with_min_count(request, loaded[0])
+    # Before the evaluation, which may take minutes.
+    other = load_bundle(against, public, output) if against is not None else None
     result = _evaluate(loaded, request, cluster)
-    if against is not None:
-        result = _compare(result, loaded, load_bundle(against, public, output), request, chosen_gate, against)
+    if against is not None and other is not None:
+        result = _compare(result, loaded, other, request, chosen_gate, against)
     _show_step("")
     result = msgspec.structs.replace(result, requirements=gate.check(chosen_gate, result))
     texts_by_file = _render_files(result, texts, html, folder)

@@ -77,7 +77,9 @@ def _print_attacks(evaluation: Evaluation) -> None:
     result = evaluation.adversarial
     if result is None:
         return
-    lead = f"share of answers that flip, of {result.windows} windows, in {result.invocations:,} invocations"
+    counts = [point.n for attack in result.attacks for point in attack.points] or [result.windows]
+    windows = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    lead = f"share of answers that flip, of {windows} windows, in {result.invocations:,} invocations"
     _print_heading("Attacks on the input", lead)
     print_table(["", "flipped"], tables.attack_rows(evaluation), "Of too few windows to show.")
     _print_heading("Smallest change that flips an answer", f"{result.criterion}; searched without gradients")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
@@ -35,6 +36,7 @@ from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
+from agent.drift.expected_errors import find_error_bins
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
@@ -43,6 +45,9 @@ from agent.model.inference.inference import InferenceResult
 from agent.model.inference.model_windows import ModelWindows
 from agent.model.inference.scores import Scores
 from agent.performance import slices
+
+# A batch takes so large a share of its rows more with it, if then none wait.
+_REST_DIVISOR = 16
 
 
 class BatchResult(msgspec.Struct, frozen=True):
@@ -113,7 +118,7 @@ def _run_once(
     after = store.first_row(task.config.stream) - 1 if cursor is None else cursor
     started = _take_started(task, store, after, max_rows)
     if started is None:
-        batch = store.read_rows(task.config.stream, task.stream.fields, after, max_rows)
+        batch = _read_backlog(task, store, after, max_rows)
         if batch is None:
             return None
         if batch.loss_reason:
@@ -183,17 +188,29 @@ def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_row
         return None
     limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
     after = current.batch.first + current.cut.consumed - 1
-    batch = store.read_rows(task.config.stream, task.stream.fields, after, limit)
+    batch = _read_backlog(task, store, after, limit)
     if batch is None or batch.loss_reason:
         return None
     cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
     return _prepare(task, store, batch, cut) if cut.consumed else None
 
 
+def _read_backlog(task: LoadedTask, store: Store, after: int, max_rows: int) -> RowBatch | None:
+    """Read the `max_rows` rows after row `after`, and the others that wait if these are few."""
+    waiting = store.last_row(task.config.stream) - after
+    limit = waiting if max_rows < waiting <= _with_rest(max_rows) else max_rows
+    return store.read_rows(task.config.stream, task.stream.fields, after, limit)
+
+
+def _with_rest(max_rows: int) -> int:
+    """Return the rows of a batch that leaves no few rows behind: a small batch costs several times as much a row."""
+    return max_rows + max_rows // _REST_DIVISOR
+
+
 def _take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
     """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
     started, task.started = task.started, None
-    if started is None or started.batch.first != after + 1 or len(started.batch.t) > max_rows:
+    if started is None or started.batch.first != after + 1 or len(started.batch.t) > _with_rest(max_rows):
         return None
     # Evicted rows are declared as lost, and whoever ended the model's process did not mean the batch.
     is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None
@@ -297,13 +314,27 @@ def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scor
     ends = source.cut.starts + task.window_rows - 1
     rows, t = ends + source.batch.first, source.batch.t[ends]
     joined = {} if source.joined is None or task.joined_reader is None else task.joined_reader.last_rows(source.joined)
+    outputs = {"": model_scores, **model_scores.outputs}
+    bins = _find_error_bins(task, source, outputs)
     return {
         name: StoredPredictions(
             *(task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices),
             joined={} if name else joined,
+            expected_bin=bins.get(name),
         )
-        for name, output in {"": model_scores, **model_scores.outputs}.items()
+        for name, output in outputs.items()
     }
+
+
+def _find_error_bins(
+    task: LoadedTask, source: _BatchInput, outputs: Mapping[str, Scores]
+) -> dict[str, NDArray[np.uint8]]:
+    """Return the bin (w,) of the error to expect of each value: labels that come later have no inputs to tell it."""
+    if task.drift_monitor is None:
+        return {}
+    answers = {name: output.value for name, output in outputs.items() if output.value is not None}
+    bins = find_error_bins(task.drift_monitor.shipped, source.features, source.cut.starts, answers)
+    return {name: own.astype(np.uint8) for name, own in bins.items()}
 
 
 def _select_samples(

@@ -139,7 +139,7 @@ def build_drift_messages(
 
 
 def _mark_estimates(body: dict[str, Any], contradicted: Collection[str]) -> None:
-    """Note which expected accuracies of a drift message are known to be wrong."""
+    """Note which expected accuracies and errors of a drift message are known to be wrong."""
     if "" in contradicted and body["estimate"]:
         body["estimate"] = {**body["estimate"], "outside": True}
     if further := body["output"].get("further"):
@@ -153,12 +153,12 @@ def _mark_estimates(body: dict[str, Any], contradicted: Collection[str]) -> None
 
 
 def _mark_contradicted(alert: Alert) -> Alert:
-    """Note that the accuracy which the alert expects is known to be wrong."""
-    expected = alert.evidence.get("accuracy")
-    if expected is None:
+    """Note that the accuracy or error which the alert expects is known to be wrong."""
+    name = next((name for name in ("accuracy", "error") if name in alert.evidence), None)
+    if name is None:
         return alert
-    evidence = {**alert.evidence, "accuracy": {**expected, "outside": True}}
-    return replace(alert, summary=f"{alert.summary} Labels contradict this expected accuracy.", evidence=evidence)
+    evidence = {**alert.evidence, name: {**alert.evidence[name], "outside": True}}
+    return replace(alert, summary=f"{alert.summary} Labels contradict this expected {name}.", evidence=evidence)
 
 
 def _drift_body(task: LoadedTask, window: DriftWindowResult) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockRead
 
 
 def list_contradicted(task: LoadedTask, store: Store) -> frozenset[str]:
-    """Return the outputs whose accuracy, as their scores promise it, is contradicted by labels at present."""
+    """Return the outputs whose expected accuracy or error is contradicted by labels at present."""
     states = {
         name: store.load_state(output_key(task.name, name), task_keys.LABEL_METRICS)
         for name in task.bundle.manifest.label_schemas
@@ -232,16 +232,17 @@ def _clear_old_alerts(
 
 
 def _contradicts_estimate(output: LabelledOutput, samples: Sequence[StoredLabel]) -> bool:
-    """Return True if the interval of the accuracy excludes that of its estimate."""
-    estimate = output.estimate_accuracy(samples)
+    """Return True if the interval of the accuracy or error excludes that of its estimate."""
+    estimate = output.estimate_performance(samples)
     if estimate is None:
         return False
     schema, predictions = output.schema, output.to_labelled_predictions(samples)
     metrics = [metric.to_dict() for metric in compute_metrics(schema.kind, schema.labels, predictions)]
-    measured = next((m for m in metrics if m["metric"] == "accuracy" and "slice" not in m), None)
+    name, low, high = ("accuracy", "low", "high") if output.error is None else ("mae", "mae_low", "mae_high")
+    measured = next((m for m in metrics if m["metric"] == name and "slice" not in m), None)
     if measured is None or measured["low"] is None:
         return False
-    return bool(measured["high"] < estimate["low"] or measured["low"] > estimate["high"])
+    return bool(measured["high"] < estimate[low] or measured["low"] > estimate[high])
 
 
 # --- degradation ---
@@ -374,7 +375,7 @@ def _build_body(
             "no_result": sum(sample.source not in NO_TRUTH for sample in ordered) - len(evaluable),
         },
         "labels": _describe_labels(output, store, ordered, cells),
-        "estimate": output.estimate_accuracy(evaluable),
+        "estimate": output.estimate_performance(evaluable),
     }
     computed = _compute_metrics(output, evaluable)
     shown = {f"{partition}={name}" for partition, selected in cells.items() for name in selected}

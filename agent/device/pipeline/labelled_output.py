@@ -15,6 +15,7 @@ from agent.device.store.predictions import output_key
 from agent.drift.baseline.reference import Reference
 from agent.indices import bincount
 from agent.performance import cbpe
+from agent.performance.expected_error import BINS, ErrorReference
 from agent.performance.labels import NO_TRUTH, LabelSchema, LabelTarget
 from agent.performance.metrics import LabelledPredictions
 
@@ -35,6 +36,7 @@ class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
     model: Mapping[str, Any]
     schema: LabelSchema
     held_out: HeldOutScores | None = None
+    error: ErrorReference | None = None  # held-out errors, of an output that is a number
 
     @property
     def key(self) -> str:
@@ -90,8 +92,25 @@ class LabelledOutput(msgspec.Struct, frozen=True, eq=False):
         chances = cbpe.correctness_probabilities(held_out.n, held_out.correct, held_out.edges, known)
         return [None if score is None else 1 - float(chance) for score, chance in zip(scores, chances, strict=True)]
 
-    def estimate_accuracy(self, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:
-        """Return the accuracy expected without labels (CBPE), and whether that by labels is outside its interval."""
+    def estimate_performance(self, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:
+        """Return the accuracy (CBPE) or error (DLE) expected without labels of samples from `filter_evaluable`.
+
+        `outside` says that the measured one of the same samples is outside its interval. None unless all have one.
+        """
+        return self._estimate_accuracy(samples) if self.error is None else self._estimate_error(samples, self.error)
+
+    def _estimate_error(self, samples: Sequence[StoredLabel], error: ErrorReference) -> Mapping[str, Any] | None:
+        # Predictions of earlier versions have no bin.
+        bins = [at for sample in samples if (at := sample.prediction.expected_bin) is not None and at < BINS]
+        if not samples or len(bins) < len(samples):
+            return None
+        estimate = error.estimate(bincount(np.array(bins, np.int64), minlength=BINS))
+        if estimate is None:
+            return None
+        mae = float(np.abs(self.to_labelled_predictions(samples).errors).mean())
+        return {**estimate, "outside": not estimate["mae_low"] <= mae <= estimate["mae_high"]}
+
+    def _estimate_accuracy(self, samples: Sequence[StoredLabel]) -> Mapping[str, Any] | None:
         held_out = self.held_out
         scores = [sample.prediction.score for sample in samples]
         if held_out is None or not samples or any(score is None for score in scores):
@@ -109,8 +128,9 @@ def list_outputs(task: LoadedTask) -> list[LabelledOutput]:
     """Return the outputs of a task: the first one, then the further ones by name."""
     shipped = task.drift_monitor.shipped if task.drift_monitor else None
     held_out = {} if shipped is None else list_held_out_scores(shipped)
+    errors = {} if shipped is None else shipped.error_references
     return [
-        LabelledOutput(task.name, name, task.bundle_ref, schema, held_out.get(name))
+        LabelledOutput(task.name, name, task.bundle_ref, schema, held_out.get(name), errors.get(name))
         for name, schema in task.bundle.manifest.label_schemas.items()
     ]
 

@@ -34,6 +34,7 @@ from agent.model import activation
 from agent.model.inference import scores
 from agent.model.inference.inference import InferenceResult
 from agent.model.sandbox.subprocess_model import ModelRequest, SubprocessModel
+from agent.wire.messages import encode
 
 log = logging.getLogger("outstation")
 
@@ -45,6 +46,8 @@ _FULL_RETRY_S = 60.0
 # The first messages are small, so that a roll-out is soon judged by a few blocks; later ones are larger.
 _EARLY_MESSAGES, _LATER_BATCHES, _MIN_MESSAGES = 24, 20, 12
 _MAX_BLOCKS = 64
+# Members that the log adds, topic and signature.
+_HEAD_BYTES = 1_000
 # Predictions that wait to be stored while the store is full.
 _MAX_UNSAVED_PREDICTIONS = 20_000
 
@@ -174,7 +177,7 @@ class ShadowRunner:
         manifest = self.other.bundle.manifest
         other_scores = scores.from_outputs(outputs, manifest, pending.windows.values)
         basis = self._bases[1]
-        errors = basis.expect_errors(pending.windows.table, pending.windows.starts, other_scores)
+        errors = basis.expect_errors(pending.windows.rows, pending.windows.starts, other_scores)
         predictions = shadow_windows.build_predictions(pending.windows.row, other_scores, seconds, basis, errors)
         kind = OutputKind.from_schemas(self.task.bundle.manifest.label_schemas)
         other_kind = OutputKind.from_schemas(manifest.label_schemas)
@@ -244,14 +247,15 @@ class ShadowRunner:
             )
             if has_message:
                 row = state.last_row or 1
-                body = {
+                head = {
                     "rollout": state.rollout,
                     "model": self.task.bundle_ref,
                     "other": self.other.bundle_ref,
                     "rows": list(self._row_range) if self._row_range[1] else [row, row],
-                    **block.to_body(),
                 }
-                message_log.append(tx, "shadow", name, body, now)
+                limit = message_log.max_bytes - len(encode(head)) - _HEAD_BYTES
+                for part in block.to_bodies(lambda part: len(encode(part)) <= limit):
+                    message_log.append(tx, "shadow", name, head | part, now)
             if not final:
                 tx.save_state(name, task_keys.SHADOW_STATE, msgspec.msgpack.encode(state))
         self.state, self.stats, self._row_range = state, ComparisonStats(), (0, 0)

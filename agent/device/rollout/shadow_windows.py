@@ -39,24 +39,26 @@ MAX_LABELS = 50
 class AlignedWindows(msgspec.Struct, frozen=True):
     """Scaled `values` of w windows; `row` (w,) and `t` (w,) epoch µs of the rows they end at.
 
-    `model_input` also has the values of joined inputs. `table` (n, C) holds features, `starts` (w,) offsets into it.
+    `model_input` also has the values of joined inputs. `rows` (n, F) are in physical units, `starts` (w,) offsets into
+    them.
     """
 
     row: Ints
     t: Ints
     values: Float32s
     model_input: Float32s
-    table: Float32s
+    rows: Float32s
     starts: Ints
 
 
 class _CutWindows(msgspec.Struct, frozen=True):
     """Windows that begin at `starts` (w,) in the features `table` (n, C), and end at `ends` (w,) in a batch.
 
-    `t` (n,) epoch µs.
+    `rows` (n, F) in physical units at `t` (n,) epoch µs.
     """
 
     table: Float32s
+    rows: Float32s
     starts: Ints
     ends: Ints
     t: Ints
@@ -81,7 +83,7 @@ def _cut_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: I
     is_whole = np.isin(starts, every_start)
     further = sum(joined.size for joined in task.inference.manifest.joined.values())
     limit = max(1, MAX_VALUES // (length * table.shape[1] + further))
-    return _CutWindows(table, starts[is_whole][:limit], ends[is_whole][:limit], rows.t[before:])
+    return _CutWindows(table, matrix[before:], starts[is_whole][:limit], ends[is_whole][:limit], rows.t[before:])
 
 
 def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: Ints) -> AlignedWindows:
@@ -98,7 +100,7 @@ def align_windows(task: LoadedTask, store: Store, source_batch: RowBatch, ends: 
     if joined is not None:
         model_input = np.concatenate([values.reshape(len(starts), math.prod(values.shape[1:])), joined.values], axis=1)
     t = source_batch.rows.t
-    return AlignedWindows(source_batch.first + ends, t[ends], values, model_input, cut.table, starts)
+    return AlignedWindows(source_batch.first + ends, t[ends], values, model_input, cut.rows, starts)
 
 
 def expect_own_errors(
@@ -110,7 +112,7 @@ def expect_own_errors(
     cut = _cut_windows(task, store, source_batch, ends)
     at = np.searchsorted(ends, cut.ends)
     errors = dict[str, Float64s]()
-    for name, known in basis.expect_errors(cut.table, cut.starts, model_scores, at).items():
+    for name, known in basis.expect_errors(cut.rows, cut.starts, model_scores, at).items():
         errors[name] = np.full(len(ends), np.nan)
         errors[name][at] = known
     return errors
@@ -141,24 +143,27 @@ def build_predictions(
 class EstimateBasis(msgspec.Struct, frozen=True, eq=False):
     """Basis of estimates of one bundle without labels: held-out scores by output, and a reference with errors.
 
-    Without held-out scores a score is its own probability.
+    Without held-out scores a score is its own probability. `errors` names the outputs whose error is estimated.
     """
 
     scores: Mapping[str, HeldOutScores] = {}
     reference: Reference | None = None
+    errors: frozenset[str] = frozenset()
 
     def expect_errors(
-        self, table: Float32s, starts: Ints, model_scores: Scores, at: Ints | slice = slice(None)
+        self, rows: Float32s, starts: Ints, model_scores: Scores, at: Ints | slice = slice(None)
     ) -> dict[str, Float64s]:
         """Return the absolute error (w,) to expect of the values of each output that both bundles estimate it of.
 
-        `table` (n, C) holds features, `starts` (w,) offsets of windows into it, whose values are those `at` places.
+        `rows` (n, F) in physical units, `starts` (w,) offsets of windows into them, whose values are those `at` places.
         """
         if self.reference is None or not len(starts):
             return {}
         outputs = {"": model_scores, **model_scores.outputs}
-        answers = {name: own.value[at] for name, own in outputs.items() if own.value is not None}
-        return expect_errors(self.reference, table, starts, answers)
+        answers = {
+            name: own.value[at] for name, own in outputs.items() if own.value is not None and name in self.errors
+        }
+        return expect_errors(self.reference, rows, starts, answers)
 
 
 def select_estimate_bases(references: Sequence[Reference | None]) -> list[EstimateBasis]:
@@ -168,9 +173,9 @@ def select_estimate_bases(references: Sequence[Reference | None]) -> list[Estima
         return [EstimateBasis()] * len(references)
     tables = [list_held_out_scores(reference) for reference in known]
     shared = set.intersection(*(set(table) for table in tables))
-    has_errors = bool(set.intersection(*(set(reference.error_references) for reference in known)))
+    errors = frozenset.intersection(*(frozenset(reference.error_references) for reference in known))
     return [
-        EstimateBasis({name: table[name] for name in shared}, reference if has_errors else None)
+        EstimateBasis({name: table[name] for name in shared}, reference if errors else None, errors)
         for table, reference in zip(tables, known, strict=True)
     ]
 

@@ -34,6 +34,7 @@ class StoredPredictions(msgspec.Struct, frozen=True):
     value: NDArray[np.float64] | None
     slices: Mapping[str, Sequence[str]]
     joined: Mapping[str, tuple[str, int]] = {}
+    expected_bin: NDArray[np.uint8] | None = None  # (n,) bin of the error to expect of each value
 
 
 class PredictionRow(msgspec.Struct, frozen=True):
@@ -44,6 +45,7 @@ class PredictionRow(msgspec.Struct, frozen=True):
     score: float | None
     value: float | None
     slices: dict[str, str]
+    expected_bin: int | None = None  # of the error to expect of its value
 
 
 class _PackedPredictions(msgspec.Struct, array_like=True):
@@ -59,6 +61,7 @@ class _PackedPredictions(msgspec.Struct, array_like=True):
     value: bytes
     slices: dict[str, tuple[list[str], bytes]]
     joined: dict[str, tuple[str, int]] = {}
+    expected_bin: bytes = b""  # earlier versions stored none
 
 
 class PredictionSpan(msgspec.Struct, frozen=True):
@@ -168,6 +171,7 @@ def pack_predictions(predictions: StoredPredictions) -> bytes:
         _pack_planes(predictions.value, "<f8"),
         slices,
         dict(predictions.joined),
+        _pack_planes(predictions.expected_bin, "u1"),
     )
     # Runs only: a search for longer matches takes three times as long, and finds few among scores.
     compressor = zlib.compressobj(1, zlib.DEFLATED, strategy=zlib.Z_RLE)
@@ -196,6 +200,7 @@ def unpack_predictions(first: int, data: bytes) -> StoredPredictions:
         None if not packed.value else _unpack_planes(packed.value, "<f8"),
         slices,
         packed.joined,
+        _unpack_planes(packed.expected_bin, "u1") if packed.expected_bin else None,
     )
 
 
@@ -234,6 +239,7 @@ def select_row(predictions: StoredPredictions, index: int) -> PredictionRow:
         None if predictions.score is None else _finite_or_none(predictions.score[index]),
         None if predictions.value is None else _finite_or_none(predictions.value[index]),
         {name: texts[index] for name, texts in predictions.slices.items()},
+        None if predictions.expected_bin is None else int(predictions.expected_bin[index]),
     )
 
 

@@ -44,6 +44,7 @@ from agent.drift.outputs.counts import FurtherOutput
 from agent.errors import BadBundle
 from agent.indices import bincount
 from agent.performance import cbpe
+from agent.text import pluralize
 
 UNTESTED_SD = 1e9  # of a test without learned values
 
@@ -57,9 +58,8 @@ def calibrate_reference(
     """
     windows = learning.windows
     if windows < MIN_WINDOWS:
-        raise BadBundle(
-            f"no drift reference: {windows} drift windows, and fewer than {MIN_WINDOWS} tell nothing; add data"
-        )
+        few = pluralize(windows, "drift window")
+        raise BadBundle(f"no drift reference: {few}, and fewer than {MIN_WINDOWS} tell nothing; add data")
     class_moments = learning.moments(shipped)
     usual = moments.fit_class_statistics(
         class_moments.pooled(0), moments.MIN_SD_SHARE if source == "shipped" else moments.MIN_SITE_SD_SHARE

@@ -140,7 +140,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def task(self) -> Task:
-        further = tuple(reference.output for reference in self.further)
+        further = tuple(reference.monitored for reference in self.further)
         return Task(len(self.fields), len(self.labels), self.class_count, self.window_rows, self.window, further)
 
     @cached_property
@@ -151,7 +151,8 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     @property
     def error_references(self) -> dict[str, ErrorReference]:
         """Held-out errors of each output that has them; the first output has the name ""."""
-        return {} if self.error is None else {"": self.error}
+        further = {reference.output.name: reference.error for reference in self.further if reference.error}
+        return further if self.error is None else {"": self.error, **further}
 
     @property
     def error_bins(self) -> int:
@@ -165,7 +166,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def distributions(self) -> Distributions:
-        further = np.concatenate([NO_CELLS, *(reference.counts for reference in self.further)])
+        further = np.concatenate([NO_CELLS, *(reference.cells for reference in self.further)])
         return Distributions(divergence.coarsen_bins(self.counts), self.output, self.score_n, further)
 
     @cached_property
@@ -397,7 +398,7 @@ def draft_reference(
 def _reject_empty(values: Float32s | Float64s, fields: Sequence[str]) -> None:
     empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
     if empty:
-        raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
+        raise BadBundle(f"no drift reference: (almost) no values of {', '.join(empty)} in the reference data")
 
 
 def _rest_values(column: Float64s) -> tuple[float, ...]:
@@ -444,7 +445,7 @@ def _validate(r: Reference) -> None:
         "rest": len(r.rest) == fields,
         "further": len(r.further) <= MAX_OUTPUTS
         and len({reference.output.name for reference in r.further}) == len(r.further)
-        and all(reference.is_valid for reference in r.further),
+        and all(reference.is_valid(statistic) for reference in r.further),
         "error": r.error is None or (not r.labels and r.error.is_valid(statistic)),
         "fault_limits": r.fault_limits is None or r.fault_limits.is_valid(fields),
         "reach": r.reach is None or (r.reach.shape == (fields,) and bool((r.reach >= 0).all())),

@@ -23,7 +23,7 @@ from agent.drift.detectors.detector import DriftWindows
 from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.divergence import NO_CELLS, Distributions, coarsen_bins
 from agent.drift.numeric.sums import GroupSums
-from agent.drift.outputs.counts import count_answers
+from agent.drift.outputs.counts import FurtherOutput, count_answers
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -186,7 +186,7 @@ def summarize_windows(
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
-        further=_count_further(reference, answers, windows),
+        further=_count_further(reference, stats, answers, windows),
         errors=counted.errors,
     )
     if before is not None:
@@ -223,11 +223,15 @@ _COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores"
 _ADDED = (*_COUNTS, "row_sums", "class_sums", "sampling")
 
 
-def _count_further(reference: Reference, answers: Float64s | None, windows: int) -> Ints:
+def _count_further(reference: Reference, stats: WindowStatistics, answers: Float64s | None, windows: int) -> Ints:
     if answers is None or not reference.further:
         return np.zeros((windows, reference.further_cells), np.int64)
-    edges = [further.edges for further in reference.further]
-    return count_answers(reference.task.further, edges, answers, windows)
+    edges, errors = [further.edges for further in reference.further], reference.error_references
+
+    def count_errors(output: FurtherOutput, values: Float64s) -> Ints:
+        return errors[output.name].count(stats.values, values, windows)
+
+    return count_answers(reference.task.further, edges, answers, windows, count_errors)
 
 
 def summarize(

@@ -1,8 +1,9 @@
 """Further output detector: the answers of each further output of a model with several.
 
 Of labels it tests their shares, and the accuracy to expect from their scores, or the scores themselves where no
-held-out labels are known. Of a number it tests where its values lie among the quantiles of the shipped reference, and
-how far they spread. All outputs of a model share one false-alarm budget.
+held-out labels are known. Of a number it tests where its values lie among the quantiles of the shipped reference, how
+far they spread, and the error to expect, where held-out labels tell it. All outputs of a model share one false-alarm
+budget.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from agent.drift.outputs.counts import FurtherOutput, median_value, split_output
 
 
 class _Test(msgspec.Struct, frozen=True):
-    """Test of one output: of the share of a label, or of a weighted mean of the bins of a value."""
+    """Test of one output: of the share of a label, or of a weighted mean of the bins of a value or of the error."""
 
     output: FurtherOutput
     label: str | None = None
     value: int = 0
     is_spread: bool = False
+
+    @property
+    def is_error(self) -> bool:
+        return self.value == len(self.output.values)
 
 
 class FurtherOutputDetector(ClassShareDetector):
@@ -91,12 +96,14 @@ def _output(alarm: Alarm) -> FurtherOutput:
 def _list_tests(outputs: Sequence[FurtherOutput]) -> list[_Test]:
     """Return the tests in the order of their values: first the shares of all outputs."""
     tests = [_Test(output, label) for output in outputs if output.shares for label in output.labels]
-    return tests + [
-        _Test(output, value=value, is_spread=is_spread)
-        for output in outputs
-        for value in range(len(output.values))
-        for is_spread in ((False,) if output.labels else (False, True))
-    ]
+    return tests + [test for output in outputs for test in _list_means(output)]
+
+
+def _list_means(output: FurtherOutput) -> list[_Test]:
+    """Return the tests of weighted means of one output: of each value, then of the error to expect."""
+    sides = (False,) if output.labels else (False, True)
+    means = [_Test(output, value=value, is_spread=side) for value in range(len(output.values)) for side in sides]
+    return [*means, _Test(output, value=len(output.values))] if output.has_error else means
 
 
 def _describe_change(alarm: Alarm, test: _Test, usual: float, shift: float) -> tuple[str, dict[str, object]]:
@@ -107,6 +114,9 @@ def _describe_change(alarm: Alarm, test: _Test, usual: float, shift: float) -> t
     if test.output.labels:
         noun = "certainty, or the accuracy to expect from it,"
         return f"its {noun} {'fell' if shift < 0 else 'rose'} by {abs(shift):.2g}", {"test": "accuracy"} | shifted
+    if test.is_error:
+        moved, test_name = "fell" if shift < 0 else "rose", {"test": "error"}
+        return f"the error to expect {moved} by {abs(shift):.0%} of that of held-out data", test_name | shifted
     name = test.output.values[test.value]
     if test.is_spread:
         return f"values of {name} spread {'less' if shift < 0 else 'more'} than usual", {"test": "spread"} | shifted
@@ -133,7 +143,6 @@ def _measure(task: Task, counts: Ints, weights: Float64s) -> Float64s:
         labels, bins = output.split_cells(own)
         if output.shares:
             shares.append(compute_shares(labels))
-        for value in range(len(output.values)):
-            for _ in range(1 if output.labels else 2):
-                means.append(weighted_means(bins[:, value], weights[len(means)])[:, None])
+        for test in _list_means(output):
+            means.append(weighted_means(bins[:, test.value], weights[len(means)])[:, None])
     return np.concatenate([*shares, *means], axis=1) if means else np.empty((len(counts), 0))

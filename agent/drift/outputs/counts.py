@@ -1,12 +1,12 @@
 """Output counts: the answers of a model's further outputs as whole numbers, which add in any order.
 
-An output has a cell for each of its labels, then BINS cells for each of its values, or for its score. Cells of all
-outputs stand one after another.
+An output has a cell for each of its labels, then BINS cells for each of its values, or for its score, then BINS for the
+error to expect of its first value, if held-out data tell it. Cells of all outputs stand one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ class FurtherOutput(msgspec.Struct, frozen=True):
     name: str
     labels: tuple[str, ...] = ()
     values: tuple[str, ...] = ("score",)
+    has_error: bool | msgspec.UnsetType = msgspec.UNSET  # never set in a reference's file
 
     @property
     def columns(self) -> int:
@@ -35,7 +36,12 @@ class FurtherOutput(msgspec.Struct, frozen=True):
 
     @property
     def cells(self) -> int:
-        return len(self.labels) + BINS * len(self.values)
+        return len(self.labels) + BINS * self.histograms
+
+    @property
+    def histograms(self) -> int:
+        """Histograms of its answers: of its values, and of the error to expect."""
+        return len(self.values) + bool(self.has_error)
 
     @property
     def shares(self) -> int:
@@ -44,17 +50,19 @@ class FurtherOutput(msgspec.Struct, frozen=True):
 
     @property
     def weights(self) -> int:
-        """Weighted means of bins that are tested: of a score one, of each number its position and its spread."""
-        return len(self.values) * (1 if self.labels else 2)
+        """Weighted means of bins that are tested: of a score or the error to expect one, of each number its position
+        and its spread.
+        """
+        return len(self.values) * (1 if self.labels else 2) + bool(self.has_error)
 
     @property
     def tests(self) -> int:
         return self.shares + self.weights
 
     def split_cells(self, counts: Ints) -> tuple[Ints, Ints]:
-        """Return the counts of labels (..., L) and of values (..., V, BINS) of its own cells."""
+        """Return the counts of labels (..., L), and of values and the error to expect (..., V + 1, BINS)."""
         labels, values = counts[..., : len(self.labels)], counts[..., len(self.labels) :]
-        return labels, values.reshape(*counts.shape[:-1], len(self.values), BINS)
+        return labels, values.reshape(*counts.shape[:-1], self.histograms, BINS)
 
 
 def split_outputs(outputs: Sequence[FurtherOutput], counts: Ints) -> Iterator[tuple[FurtherOutput, Ints]]:
@@ -69,14 +77,22 @@ def count_cells(outputs: Sequence[FurtherOutput]) -> int:
     return sum(output.cells for output in outputs)
 
 
-def count_answers(outputs: Sequence[FurtherOutput], edges: Sequence[Float64s], answers: Float64s, windows: int) -> Ints:
+def count_answers(
+    outputs: Sequence[FurtherOutput],
+    edges: Sequence[Float64s],
+    answers: Float64s,
+    windows: int,
+    count_errors: Callable[[FurtherOutput, Float64s], Ints],
+) -> Ints:
     """Count answers (w, P), one drift window's after another's; unknown ones, NaN, are left out.
 
-    `edges` holds the inner quantiles (V, BINS - 1) of each output's values. Returns (W, X).
+    `edges` holds the inner quantiles (V, BINS - 1) of each output's values; `count_errors` counts an output's first
+    values (w,) by the error to expect (W, BINS). Returns (W, X).
     """
     cells = count_cells(outputs)
     first = repeat(np.arange(windows, dtype=np.int64) * cells, len(answers) // max(1, windows))
     places: list[Ints] = []
+    errors: list[tuple[int, Ints]] = []
     column, at = 0, 0
     for output, own_edges in zip(outputs, edges, strict=True):
         if output.labels:
@@ -87,7 +103,13 @@ def count_answers(outputs: Sequence[FurtherOutput], edges: Sequence[Float64s], a
             known = ~np.isnan(values)
             places.append(at + np.searchsorted(quantiles, values[known], side="right") + first[known])
             column, at = column + 1, at + BINS
-    return bincount(np.concatenate(places), minlength=windows * cells).reshape(windows, cells)
+        if output.has_error:
+            errors.append((at, count_errors(output, answers[:, column - len(own_edges)])))
+            at += BINS
+    counts = bincount(np.concatenate(places), minlength=windows * cells).reshape(windows, cells)
+    for at, counted in errors:
+        counts[:, at : at + BINS] = counted
+    return counts
 
 
 def weighted_means(counts: Ints, weights: Float64s) -> Float64s:

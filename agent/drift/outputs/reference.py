@@ -1,4 +1,4 @@
-"""Further outputs in a drift reference: bins, counts, and how often held-out scores were right."""
+"""Further outputs in a drift reference: bins, counts, and how right held-out answers were."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from agent.drift.numeric.sums import are_counts, is_part
 from agent.drift.outputs.counts import BINS, DISTANCES, RANKS, FurtherOutput, split_outputs
 from agent.indices import bincount
 from agent.performance import cbpe
+from agent.performance.expected_error import ErrorReference
 
 MAX_OUTPUTS = 16
 
@@ -24,14 +25,27 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
 
     output: FurtherOutput
     edges: Float64s  # (V, 31) inner quantiles of its values, or of its score
-    counts: Ints  # (cells,)
+    counts: Ints  # (cells,) without those of the error to expect
     held_out: Ints | None = None  # (2, 32) scores of held-out data, and how many of these answers were right
+    # Of its first value, if held-out data tell it. Not encoded otherwise, so that digests of earlier references hold.
+    error: ErrorReference | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def monitored(self) -> FurtherOutput:
+        """The output with its error to expect."""
+        return replace(self.output, has_error=True) if self.error else self.output
+
+    @property
+    def cells(self) -> Ints:
+        """(cells,) counts of the monitored output, with the held-out answers by the error to expect."""
+        return np.concatenate([self.counts, self.error.n]) if self.error else self.counts
 
     @property
     def weights(self) -> Float64s:
         """(R, 32) weights of the bins in its tests."""
         if not self.output.labels:
-            return np.tile([RANKS, DISTANCES], (len(self.output.values), 1))
+            values = np.tile([RANKS, DISTANCES], (len(self.output.values), 1))
+            return np.concatenate([values, self.error.bin_ratio[None]]) if self.error else values
         if self.held_out is None or not self.held_out[0].any():
             return RANKS[None]
         return cbpe.estimate_bin_accuracy(self.held_out[0], self.held_out[1])[None]
@@ -41,9 +55,9 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
         places = np.searchsorted(self.edges[0], scores, side="right")
         return replace(self, held_out=np.stack([bincount(part, minlength=BINS) for part in (places, places[right])]))
 
-    @property
-    def is_valid(self) -> bool:
-        output, held_out = self.output, self.held_out
+    def is_valid(self, statistics: int) -> bool:
+        """Return True if it holds together for model windows of so many statistics."""
+        output, held_out, error = self.output, self.held_out, self.error
         return (
             len(output.values) > 0
             and (not output.labels or len(output.values) == 1)
@@ -51,6 +65,8 @@ class FurtherOutputReference(msgspec.Struct, frozen=True, eq=False):
             and bool(np.isfinite(self.edges).all() and (np.diff(self.edges, axis=1) >= 0).all())
             and self.counts.shape == (output.cells,)
             and are_counts(self.counts)
+            and output.has_error is msgspec.UNSET
+            and (not error or (not output.labels and error.is_valid(statistics)))
             and (
                 held_out is None
                 or (held_out.shape == (2, BINS) and are_counts(held_out[0]) and is_part(held_out[1], held_out[0]))
@@ -74,19 +90,23 @@ def draft(outputs: Sequence[FurtherOutput], answers: Float64s) -> tuple[FurtherO
 
 def with_counts(references: Sequence[FurtherOutputReference], counts: Ints) -> tuple[FurtherOutputReference, ...]:
     """Return the references with these counts (X,)."""
-    parts = split_outputs([reference.output for reference in references], counts)
-    return tuple(replace(reference, counts=own) for reference, (_, own) in zip(references, parts, strict=True))
+    parts = split_outputs([reference.monitored for reference in references], counts)
+    return tuple(
+        replace(reference, counts=own[: reference.output.cells])
+        for reference, (_, own) in zip(references, parts, strict=True)
+    )
 
 
 def build_members(references: Sequence[FurtherOutputReference], counts: Ints) -> dict[str, dict[str, Any]]:
-    """Return the members of a message by output: counts of labels, bins of values, divergences, expected accuracy."""
+    """Return the members of a message by output: counts of labels, bins of values, divergences, and the estimate."""
     members: dict[str, dict[str, Any]] = {}
-    for reference, (output, own) in zip(references, split_outputs([r.output for r in references], counts), strict=True):
-        (labels, bins), (usual_labels, usual_bins) = output.split_cells(own), output.split_cells(reference.counts)
+    monitored = [reference.monitored for reference in references]
+    for reference, (output, own) in zip(references, split_outputs(monitored, counts), strict=True):
+        (labels, bins), (usual_labels, usual_bins) = output.split_cells(own), output.split_cells(reference.cells)
         psi = divergence.psi(usual_bins, bins).round(4).tolist()
         values = {
             name: {"counts": part.tolist(), "psi": far}
-            for name, part, far in zip(output.values, bins, psi, strict=True)
+            for name, part, far in zip(output.values, bins, psi, strict=False)
         }
         member: dict[str, Any] = {"values": values}
         if output.labels:
@@ -94,5 +114,7 @@ def build_members(references: Sequence[FurtherOutputReference], counts: Ints) ->
             member |= {"counts": named, "psi": round(float(divergence.psi(usual_labels, labels)), 4)}
         if reference.held_out is not None:
             member["estimate"] = cbpe.estimate_accuracy(reference.held_out[0], reference.held_out[1], bins[0])
+        elif reference.error:
+            member["estimate"] = reference.error.estimate(bins[-1])
         members[output.name] = member
     return members

@@ -5,7 +5,7 @@ A message comes from a device that may have another version, or be an impostor: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -70,12 +70,6 @@ class _Score(msgspec.Struct, frozen=True):
     limit: CusumValue | None = None
 
 
-class _Output(msgspec.Struct, frozen=True):
-    state: str = "insufficient"
-    score: _Score | None = None
-    further: Annotated[dict[OutputName, _Score], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
-
-
 class _Joint(msgspec.Struct, frozen=True):
     state: str = "insufficient"
     cusum: CusumValue | None = None
@@ -95,19 +89,33 @@ class _Estimate(msgspec.Struct, frozen=True):
 
     def to_performance(self) -> ExpectedPerformance | None:
         if self.accuracy is not None:
-            return ExpectedPerformance(self.accuracy, self.low, self.high)
+            return ExpectedPerformance(self.accuracy, self.low, self.high, is_contradicted=self.outside)
         if self.mae is not None:
-            return ExpectedPerformance(self.mae, self.mae_low, self.mae_high, is_error=True)
+            return ExpectedPerformance(self.mae, self.mae_low, self.mae_high, True, self.outside)
         return None
 
 
+class _FurtherOutput(_Score, frozen=True):
+    estimate: _Estimate | None = None
+
+
+class _Output(msgspec.Struct, frozen=True):
+    state: str = "insufficient"
+    score: _Score | None = None
+    further: Annotated[dict[OutputName, _FurtherOutput], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
+
+
 class ExpectedPerformance(msgspec.Struct, frozen=True):
-    """Accuracy, or mean absolute error, that is expected without labels, and its interval."""
+    """Accuracy, or mean absolute error, that is expected without labels, and its interval.
+
+    `is_contradicted`: labels show that it is wrong.
+    """
 
     value: float
     low: float
     high: float
     is_error: bool = False
+    is_contradicted: bool = False
 
     @property
     def name(self) -> str:
@@ -137,7 +145,7 @@ class WindowReport(msgspec.Struct, frozen=True):
 
     Fields cover the whole run, subjects tell the state after it. `ends` and `nearest` have an entry for each window:
     when it ended, and the largest sum of a test then as a share of its limit, None while there are no limits.
-    `is_contradicted`: labels show that the model's scores promise too much.
+    `further_expected` is of the further outputs that have it.
     """
 
     t: tuple[int, int]
@@ -147,7 +155,7 @@ class WindowReport(msgspec.Struct, frozen=True):
     expected: ExpectedPerformance | None
     ends: Sequence[int]
     nearest: Sequence[float | None]
-    is_contradicted: bool = False
+    further_expected: Mapping[str, ExpectedPerformance] = {}
 
     @property
     def windows(self) -> int:
@@ -192,16 +200,19 @@ def parse_members(
     if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
     predictions, all_fields, estimated = decoded
-    expected, contradicted = (None, False) if estimated is None else (estimated.to_performance(), estimated.outside)
+    expected = None if estimated is None else estimated.to_performance()
+    further = {
+        name: known
+        for name, output in predictions.further.items()
+        if output.estimate is not None and (known := output.estimate.to_performance()) is not None
+    }
     subjects = dict(_subject_reports(fields, predictions, all_fields))
     if state == "fault":
         subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
     if run is not None:
-        return WindowReport(
-            t, state, fields, subjects, expected, runs.expand_integers(run.to), run.nearest, contradicted
-        )
+        return WindowReport(t, state, fields, subjects, expected, runs.expand_integers(run.to), run.nearest, further)
     shares = [max(s.mean, s.spread) / s.limit for s in subjects.values() if s.limit]
-    return WindowReport(t, state, fields, subjects, expected, [t[1]], [max(shares, default=None)], contradicted)
+    return WindowReport(t, state, fields, subjects, expected, [t[1]], [max(shares, default=None)], further)
 
 
 def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:

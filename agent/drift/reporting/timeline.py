@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -24,13 +24,15 @@ class Point(msgspec.Struct, frozen=True):
     t: tuple[int, int]
     subjects: dict[str, SubjectReport]
     expected: ExpectedPerformance | None
-    is_contradicted: bool = False
+    further_expected: Mapping[str, ExpectedPerformance] = {}  # of further outputs
 
     def merge(self, later: Point) -> Point:
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
         both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
         worse = later.expected if self.expected is None else self.expected.find_worse(later.expected)
-        return Point((self.t[0], max(self.t[1], later.t[1])), both, worse, later.is_contradicted)
+        further = {**later.further_expected, **self.further_expected}
+        further |= {name: known.find_worse(later.further_expected.get(name)) for name, known in further.items()}
+        return Point((self.t[0], max(self.t[1], later.t[1])), both, worse, further)
 
 
 class StateHistogram(msgspec.Struct):
@@ -58,7 +60,7 @@ class Timeline(msgspec.Struct):
     _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: WindowReport) -> None:
-        point = Point(window.t, window.subjects, window.expected, window.is_contradicted)
+        point = Point(window.t, window.subjects, window.expected, window.further_expected)
         if window.state != "fault":
             self._add_histograms(window)
         if self.points and self.reports % self.reports_per_point:

@@ -10,7 +10,7 @@ import numpy as np
 
 from agent.arrays import Ints
 from agent.comparison.tally import merge_moments
-from agent.drift.reporting.parsed_message import FieldReport, WindowReport
+from agent.drift.reporting.parsed_message import ExpectedPerformance, FieldReport, WindowReport
 from agent.wire.messages import Moments
 
 MAX_SPANS = 96
@@ -92,16 +92,21 @@ class PerformanceEstimates(msgspec.Struct):
     accuracy_count: int = 0
     error_total: float = 0.0
     error_count: int = 0
+    further: dict[str, PerformanceEstimates] = {}  # by further output
 
     def add(self, window: WindowReport, windows: int) -> None:
-        """Add the estimate of so many windows of a run, where it is the same for all."""
-        if window.expected is None:
-            return
-        if window.expected.is_error:
-            self.error_total += window.expected.value * windows
+        """Add the estimates of so many windows of a run, where they are the same for all."""
+        if window.expected is not None:
+            self._add(window.expected, windows)
+        for name, expected in window.further_expected.items():
+            self.further.setdefault(name, PerformanceEstimates())._add(expected, windows)
+
+    def _add(self, expected: ExpectedPerformance, windows: int) -> None:
+        if expected.is_error:
+            self.error_total += expected.value * windows
             self.error_count += windows
         else:
-            self.accuracy_total += window.expected.value * windows
+            self.accuracy_total += expected.value * windows
             self.accuracy_count += windows
 
     def merge(self, other: PerformanceEstimates) -> None:
@@ -109,6 +114,8 @@ class PerformanceEstimates(msgspec.Struct):
         self.accuracy_count += other.accuracy_count
         self.error_total += other.error_total
         self.error_count += other.error_count
+        for name, further in other.further.items():
+            self.further.setdefault(name, PerformanceEstimates()).merge(further)
 
     @property
     def accuracy(self) -> float | None:

@@ -222,18 +222,21 @@ def metric_rows(
 
 def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[MetricEstimate]:
     """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
-    labels, parsed = schema.label_schema, []
-    for row in rows:
+    labels, usable = schema.label_schema, []
+    is_classifier = labels.kind in ("classify", "several")
+    for label, _, predicted_label, score, value, *_ in rows:
         with contextlib.suppress(ValueError):
-            parsed.append((labels.parse(row[0]), row[2], row[3], row[4]))
-    is_classifier = labels.kind == "classify"
-    usable = [row for row in parsed if (row[1] in labels.labels if is_classifier else row[3] is not None)]
-    truth = np.array([row[0] for row in usable], np.float64)
+            truth, predicted = labels.parse(label), 0.0
+            if is_classifier:
+                predicted = labels.parse(predicted_label or "")
+            if is_classifier or value is not None:
+                usable.append((truth, predicted, np.nan if score is None else score, value))
+    truths = np.array([row[0] for row in usable], np.float64)
     if is_classifier:
-        predicted = np.array([labels.labels.index(row[1]) for row in usable], np.int64)
-        score = np.array([np.nan if row[2] is None else row[2] for row in usable], np.float64)
-        return compute_metrics("classify", labels.labels, LabelledPredictions(truth, predicted, score))
-    value, above = np.array([row[3] for row in usable], np.float64), None
+        classes = np.array([row[1] for row in usable], np.int64)
+        scores = np.array([row[2] for row in usable], np.float64)
+        return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truths, classes, scores))
+    values, above = np.array([row[3] for row in usable], np.float64), None
     if labels.kind == "anomaly" and schema.threshold is not None:
-        above = (value > schema.threshold).astype(np.int64)
-    return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truth, above, value=value))
+        above = (values > schema.threshold).astype(np.int64)
+    return compute_metrics(labels.kind, labels.labels, LabelledPredictions(truths, above, value=values))

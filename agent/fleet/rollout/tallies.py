@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from agent.comparison.tally import join_part
 from agent.errors import MessageRefused
 from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
@@ -57,7 +58,7 @@ class RolloutTallies:
                     tallies.implausible_count += 1
                     tallies.implausible_reason = problem
                 elif isinstance(body, ShadowPayload):
-                    (tallies.as_active if new_is_active else tallies.as_shadow).append(body)
+                    join_part(tallies.as_active if new_is_active else tallies.as_shadow, body)
             self._last_rowid = rows[-1][0]
 
     def select_messages(self, devices: Iterable[str], *, new_is_shadow: bool) -> dict[str, list[ShadowPayload]]:

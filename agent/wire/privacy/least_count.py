@@ -172,8 +172,8 @@ def _limit_quality(body: Body, k: int) -> Body:
 
 def _limit_shadow(body: Body, k: int) -> Body:
     """Leave out moments of few windows, and outcomes of few labels."""
-    limited = {**body, "difference": _limit_moments(body["difference"], k)}
-    few_labels = _is_few(sum(body["labelled"]), k)
+    limited = {**body, "difference": _limit_moments(body.get("difference", _EMPTY_MOMENTS), k)}
+    few_labels = _is_few(sum(body.get("labelled", [])), k)
     if few_labels:
         limited["labelled"] = [0, 0, 0, 0]
     for side in ("stats", "other_stats"):
@@ -182,7 +182,7 @@ def _limit_shadow(body: Body, k: int) -> Body:
             for name, value in body[side].items()
         }
         limited[side] = stats | ({"correct": 0} if few_labels else {})
-    if body["agreeing"] is not None and _is_few(body["n"], k):
+    if body.get("agreeing") is not None and _is_few(body["n"], k):
         limited |= {"n": 0, "agreeing": 0}
     if "outputs" in body:
         limited["outputs"] = {name: _limit_shadow(part, k) for name, part in body["outputs"].items()}

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from agent.authoring import pack
 from agent.cli.model.group import model
 from agent.config import AlertRuleConfig
 from agent.device.rules import compiler, sentences
@@ -24,7 +25,7 @@ from agent.model.inference import runtime, scores
 from agent.model.inference.inference import Inference
 from agent.model.inference.joins import JoinedRows
 from agent.wire.messages import AlertPayload, DriftPayload
-from scripts.kit.bundles import WINDOWED, waves, write_csv
+from scripts.kit.bundles import KEY, WINDOWED, waves, write_csv, write_joined_spec
 from tests.kit import outputs
 from tests.kit.devices import Device
 from tests.kit.outputs import AIR_STEP_US, feed, still_air
@@ -35,11 +36,6 @@ RULES = [
     AlertRuleConfig(name="wet", output="flags", label="wet", score="> 0.0001", only_healthy=True),
     AlertRuleConfig(name="same", output="flags", unchanged="3 windows"),
 ]
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
 
 
 @pytest.fixture
@@ -167,3 +163,42 @@ def test_evaluate_judges_a_further_output_by_the_labels_of_its_name(tmp_path: Pa
     assert {metric["metric"]: metric["value"] for metric in document["metrics"]}["mae"] == pytest.approx(0.5, abs=0.01)
     unknown = CliRunner().invoke(model, [*command, "--output", "wera"])
     assert "did you mean 'wear'" in str(unknown.exception)
+
+
+def write_held_out(folder: Path, name: str, packed: Bundle, seed: int, errors: float) -> list[str]:
+    """Write rows with labels of state and wear; errors of wear are three times as large where u is above 0."""
+    weather, rows = still_air(60, 2)[:, None], waves(1800, seed=seed)
+    inference = Inference(packed.manifest, runtime.load_model(packed.manifest, packed.model_bytes))
+    joined = {"weather": JoinedRows(weather, np.arange(60) * AIR_STEP_US)}
+    result = inference.run(rows, np.arange(len(rows)) * 10_000, joined=joined)
+    last = result.cut.starts + 7
+    scale = errors * np.where(rows[last, 0] > 0, 3.0, 1.0)
+    wear = result.scores.extra_columns["value_wear"] + np.random.default_rng(seed).normal(size=len(last)) * scale
+    labels = dict(zip(last.tolist(), wear.tolist(), strict=True))
+    lines = write_csv(folder / name, WINDOWED, rows).read_text().splitlines()
+    state = packed.manifest.output.labels[0]
+    labelled = [f"{lines[0]},label,label_wear"]
+    labelled += [f"{line},{state if i in labels else ''},{labels.get(i, '')}" for i, line in enumerate(lines[1:])]
+    (folder / name).write_text("\n".join(labelled) + "\n")
+    return [str(folder / name), "--join", f"weather={write_csv(folder / 'air.csv', ('air',), weather, step_s=0.31)}"]
+
+
+def test_held_out_labels_of_a_further_number_tell_its_error_to_pack_evaluate_and_against(
+    tmp_path: Path, packed: Bundle
+) -> None:
+    spec = write_joined_spec(tmp_path)
+    write_csv(tmp_path / "weather.csv", ("air",), still_air(60, 2)[:, None], step_s=0.31)
+    write_held_out(tmp_path, "held_out.csv", packed, 6, 1.0)
+    spec.write_text(spec.read_text().replace("[output]", '[output]\nheld_out = "held_out.csv"'))
+    made = pack.pack(spec, KEY)
+    assert "wear: devices estimate the mean absolute error without labels, from the inputs" in made.notes
+    pack.write_bundle(made, tmp_path / "bundle")
+    fresh = write_held_out(tmp_path, "fresh.csv", packed, 7, 1.0)
+    command = ["evaluate", str(tmp_path / "bundle"), *fresh, "--no-latency", "--json", "--output", "wear"]
+    done = CliRunner().invoke(model, [*command, "--against", str(tmp_path / "bundle")])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    measured = {metric["metric"]: metric["value"] for metric in document["metrics"]}
+    assert measured["expected_mae"] == pytest.approx(measured["mae"], rel=0.2)
+    [labels] = [rule for rule in document["against"]["rules"] if rule["rule"] == "labels"]
+    assert f"Expected without labels: {measured['expected_mae']:.4g}" in labels["summary"]

@@ -16,31 +16,19 @@ from agent.device import metrics, status
 from agent.device.bundles import history
 from agent.device.capacity.space import SpaceManager
 from agent.device.intake import labels as intake
-from agent.device.pipeline import label_metrics, labelled_output
+from agent.device.pipeline import batch, label_metrics, labelled_output
 from agent.device.store import labels as label_store
 from agent.device.store import predictions
 from agent.device.store.predictions import output_key
 from agent.model.bundle.bundle import Bundle
 from agent.performance.labels import parse_label
 from agent.quantities import Duration
-from agent.wire.messages import AlertPayload, AuditPayload, QualityPayload
+from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, QualityPayload
 from scripts.kit.bundles import waves
 from tests.kit import outputs
 from tests.kit.devices import NOW, Device
 
 KEEP_S = 7 * 86_400.0
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
-
-
-@pytest.fixture
-def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    made = outputs.make_device(tmp_path / "store", packed)
-    yield made
-    made.store.close()
 
 
 def send(device: Device, *columns: Any, by: str = "") -> dict[int, str]:
@@ -56,9 +44,9 @@ def answers(device: Device, output: str) -> dict[int, Any]:
     """Return row → predicted class, or value, of the stored predictions of an output."""
     key = output_key("tiny", output)
     known: dict[int, Any] = {}
-    for batch in device.store.query(predictions.load_newest_predictions, key, 100):
-        column: Any = batch.value if batch.value is not None else batch.predicted_class
-        known |= dict(zip(batch.row.tolist(), column.tolist(), strict=True))
+    for stored in device.store.query(predictions.load_newest_predictions, key, 100):
+        column: Any = stored.value if stored.value is not None else stored.predicted_class
+        known |= dict(zip(stored.row.tolist(), column.tolist(), strict=True))
     return known
 
 
@@ -82,12 +70,16 @@ def quality(device: Device) -> dict[str, QualityPayload]:
     return {body.output: body for body in bodies if isinstance(body, QualityPayload)}
 
 
-def test_labels_of_three_outputs_give_the_metrics_of_each(device: Device) -> None:
-    outputs.feed(device, 1, 1200)
-    labels = [*truth_of(device, ""), *truth_of(device, "wear", lambda value: value + 0.5), *truth_of(device, "flags")]
-    assert send(device, *labels) == {}
-    tick(device)
-    by_output = quality(device)
+def test_labels_of_three_outputs_give_the_metrics_of_each(outputs_device: Device) -> None:
+    outputs.feed(outputs_device, 1, 1200)
+    labels = [
+        *truth_of(outputs_device, ""),
+        *truth_of(outputs_device, "wear", lambda value: value + 0.5),
+        *truth_of(outputs_device, "flags"),
+    ]
+    assert send(outputs_device, *labels) == {}
+    tick(outputs_device)
+    by_output = quality(outputs_device)
     assert by_output.keys() == {"", "wear", "flags"}
     numbers = {
         name: {metric.metric: metric for metric in body.metrics if not metric.slice} for name, body in by_output.items()
@@ -99,21 +91,23 @@ def test_labels_of_three_outputs_give_the_metrics_of_each(device: Device) -> Non
     assert by_output["flags"].labels["classes"].keys() <= {"hot", "wet", "other"}
 
 
-def test_status_and_prometheus_show_the_quality_of_each_output(device: Device, packed: Bundle, tmp_path: Path) -> None:
+def test_status_and_prometheus_show_the_quality_of_each_output(
+    outputs_device: Device, packed: Bundle, tmp_path: Path
+) -> None:
     folder = tmp_path / "bundle"
     folder.mkdir()
     for name, content in packed.files.items():
         (folder / name).write_bytes(content)
-    outputs.feed(device, 1, 1200)
-    send(device, *truth_of(device, "wear", lambda value: value - 2), *truth_of(device, "")[:7])
-    tick(device)
-    tasks = {"tiny": replace(device.task.config, bundle=str(folder))}
-    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": device.stream}, tasks=tasks)
-    task = status.build_task_document(conf, device.store, "tiny")
+    outputs.feed(outputs_device, 1, 1200)
+    send(outputs_device, *truth_of(outputs_device, "wear", lambda value: value - 2), *truth_of(outputs_device, "")[:7])
+    tick(outputs_device)
+    tasks = {"tiny": replace(outputs_device.task.config, bundle=str(folder))}
+    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": outputs_device.stream}, tasks=tasks)
+    task = status.build_task_document(conf, outputs_device.store, "tiny")
     assert task["labels"]["truth"] == 7
     assert task["outputs"].keys() == {"flags", "wear"}
     assert task["outputs"]["flags"] == {"labels": dict.fromkeys(task["labels"], 0), "quality": None}
-    assert task["outputs"]["wear"]["labels"]["truth"] == len(answers(device, "wear"))
+    assert task["outputs"]["wear"]["labels"]["truth"] == len(answers(outputs_device, "wear"))
     [mae] = [each for each in task["outputs"]["wear"]["quality"]["metrics"] if each["metric"] == "mae"]
     assert mae["value"] == pytest.approx(2, abs=1e-4)
     families = {family.name: family.samples for family in metrics._build_task_families({"tasks": [task]})}
@@ -121,15 +115,17 @@ def test_status_and_prometheus_show_the_quality_of_each_output(device: Device, p
     assert ({"task": "tiny", "kind": "truth"}, 7) in families["outstation_task_labels"]
 
 
-def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_names_it(device: Device) -> None:
+def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_names_it(
+    outputs_device: Device,
+) -> None:
     for seed in range(3):
-        outputs.feed(device, seed, 1200)
-    labels = truth_of(device, "wear", lambda value: value + 0.1)
+        outputs.feed(outputs_device, seed, 1200)
+    labels = truth_of(outputs_device, "wear", lambda value: value + 0.1)
     early, late = labels[: len(labels) // 2], labels[len(labels) // 2 :]
-    send(device, *early, *((row, value + 5, output) for row, value, output in late))
-    send(device, *truth_of(device, ""))
-    assert tick(device) >= 1
-    [alert] = [message.body for message in device.messages() if isinstance(message.body, AlertPayload)]
+    send(outputs_device, *early, *((row, value + 5, output) for row, value, output in late))
+    send(outputs_device, *truth_of(outputs_device, ""))
+    assert tick(outputs_device) >= 1
+    [alert] = [message.body for message in outputs_device.messages() if isinstance(message.body, AlertPayload)]
     assert (alert.alert, alert.subject, alert.id) == ("quality", "wear/decay", "tiny/quality/wear/decay/1")
     assert alert.summary.startswith("output wear: the error grew")
     assert alert.evidence["output"] == "wear"
@@ -147,36 +143,38 @@ def test_labels_of_an_output_that_are_wrong_ever_more_often_raise_an_alert_that_
         ("hot", "../flags", "is no name of an output"),
     ],
 )
-def test_a_label_that_its_output_cannot_have_is_refused(device: Device, label: str, output: Any, why: str) -> None:
-    outputs.feed(device, 1, 200)
-    row = min(answers(device, ""))
-    [reason] = send(device, (row, label, output)).values()
+def test_a_label_that_its_output_cannot_have_is_refused(
+    outputs_device: Device, label: str, output: Any, why: str
+) -> None:
+    outputs.feed(outputs_device, 1, 200)
+    row = min(answers(outputs_device, ""))
+    [reason] = send(outputs_device, (row, label, output)).values()
     assert why in reason
-    assert device.store.query(label_store.count_labels, "tiny") == label_store.LabelCounts()
+    assert outputs_device.store.query(label_store.count_labels, "tiny") == label_store.LabelCounts()
 
 
-def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(device: Device) -> None:
-    device.feed(waves(200))
-    assert send(device, (96, "3.25", "wear"), (96, "hot|wet", "flags")) == {}
-    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
-    with device.store.transaction() as tx:
+def test_a_label_that_arrives_before_its_result_joins_that_of_its_output(outputs_device: Device) -> None:
+    outputs_device.feed(waves(200))
+    assert send(outputs_device, (96, "3.25", "wear"), (96, "hot|wet", "flags")) == {}
+    assert outputs_device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
+    with outputs_device.store.transaction() as tx:
         air = outputs.still_air(20, 1)
         tx.append("weather", outputs.air_rows(air), "synced")
-    device.run_all()
-    tick(device)
+    outputs_device.run_all()
+    tick(outputs_device)
     for output, text in (("wear", "3.25"), ("flags", "hot|wet")):
-        stored = device.store.query(label_store.load_label_texts, output_key("tiny", output), 1)
+        stored = outputs_device.store.query(label_store.load_label_texts, output_key("tiny", output), 1)
         assert stored == {96: (text, "human")}
 
 
 def test_a_flood_of_early_labels_of_one_output_counts_against_the_limit_of_the_task(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
-    device.feed(waves(200))
-    refused = send(device, *((row, "1", "wear") for row in range(100, 103)), (104, "hot", "flags"))
+    outputs_device.feed(waves(200))
+    refused = send(outputs_device, *((row, "1", "wear") for row in range(100, 103)), (104, "hot", "flags"))
     assert list(refused) == [3]
-    assert send(device, (104, "hot", "flags"), by="ada") == {}
+    assert send(outputs_device, (104, "hot", "flags"), by="ada") == {}
 
 
 def drop_wear(device: Device) -> None:
@@ -187,87 +185,91 @@ def drop_wear(device: Device) -> None:
 
 
 def test_early_labels_of_an_output_that_the_bundle_dropped_give_up_their_places(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent.device.store.labels.MAX_OPEN_EARLY_LABELS", 3)
-    device.feed(waves(200))
-    assert send(device, *((row, "1", "wear") for row in (100, 104, 108))) == {}
-    assert send(device, (96, "hot", "flags")) == {0: "3 labels already wait for their results; run the task first"}
-    drop_wear(device)
-    tick(device)
+    outputs_device.feed(waves(200))
+    assert send(outputs_device, *((row, "1", "wear") for row in (100, 104, 108))) == {}
+    assert send(outputs_device, (96, "hot", "flags")) == {
+        0: "3 labels already wait for their results; run the task first"
+    }
+    drop_wear(outputs_device)
+    tick(outputs_device)
     wear = output_key("tiny", "wear")
-    assert device.store.query(label_store.count_labels, wear) == label_store.LabelCounts()
-    assert device.store.counters()[f"labels unmatched.{wear}"] == 3
-    assert send(device, (96, "hot", "flags")) == {}
+    assert outputs_device.store.query(label_store.count_labels, wear) == label_store.LabelCounts()
+    assert outputs_device.store.counters()[f"labels unmatched.{wear}"] == 3
+    assert send(outputs_device, (96, "hot", "flags")) == {}
 
 
-def test_an_early_label_of_a_dropped_output_joins_the_result_that_is_there(device: Device) -> None:
-    device.feed(waves(200))
-    assert send(device, (96, "3.25", "wear")) == {}
-    with device.store.transaction() as tx:
+def test_an_early_label_of_a_dropped_output_joins_the_result_that_is_there(outputs_device: Device) -> None:
+    outputs_device.feed(waves(200))
+    assert send(outputs_device, (96, "3.25", "wear")) == {}
+    with outputs_device.store.transaction() as tx:
         tx.append("weather", outputs.air_rows(outputs.still_air(20, 1)), "synced")
-    device.run_all()
-    drop_wear(device)
-    tick(device)
-    stored = device.store.query(label_store.load_label_texts, output_key("tiny", "wear"), 1)
+    outputs_device.run_all()
+    drop_wear(outputs_device)
+    tick(outputs_device)
+    stored = outputs_device.store.query(label_store.load_label_texts, output_key("tiny", "wear"), 1)
     assert stored == {96: ("3.25", "human")}
 
 
-def test_early_labels_expire_where_no_result_is_stored(device: Device) -> None:
-    device.feed(waves(200))
-    assert send(device, (96, "3.25", "wear")) == {}
-    tick(device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S - 1, "synced"))
-    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
-    tick(device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S + 2, "synced"))
-    assert device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 0
+def test_early_labels_expire_where_no_result_is_stored(outputs_device: Device) -> None:
+    outputs_device.feed(waves(200))
+    assert send(outputs_device, (96, "3.25", "wear")) == {}
+    tick(outputs_device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S - 1, "synced"))
+    assert outputs_device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 1
+    tick(outputs_device, ClockReading(NOW.wall_us, NOW.boot_s + KEEP_S + 2, "synced"))
+    assert outputs_device.store.query(label_store.count_labels, output_key("tiny", "wear")).waiting == 0
 
 
 def test_labels_of_the_first_output_may_take_the_whole_capacity(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    outputs_device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs.feed(device, 1, 1200)
-    assert send(device, *truth_of(device, "")) == {}
-    count = device.store.query(label_store.count_labels, "tiny").truth
+    outputs.feed(outputs_device, 1, 1200)
+    assert send(outputs_device, *truth_of(outputs_device, "")) == {}
+    count = outputs_device.store.query(label_store.count_labels, "tiny").truth
     monkeypatch.setattr("agent.device.store.labels.MAX_LABELS", count)
     monkeypatch.setattr("agent.device.store.labels._MIN_OUTPUT_LABELS", 1)
-    tasks = {"tiny": device.task.config}
-    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": device.stream}, tasks=tasks)
-    SpaceManager(conf, device.store, device.author, lambda _: None, set).tick(NOW)
-    assert device.store.query(label_store.count_labels, "tiny").truth == count > 200
+    tasks = {"tiny": outputs_device.task.config}
+    conf = Config(DeviceConfig("pi-07", "acme"), streams={"watch": outputs_device.stream}, tasks=tasks)
+    SpaceManager(conf, outputs_device.store, outputs_device.author, lambda _: None, set).tick(NOW)
+    assert outputs_device.store.query(label_store.count_labels, "tiny").truth == count > 200
 
 
-def test_old_predictions_and_labels_of_every_output_are_deleted(device: Device) -> None:
-    outputs.feed(device, 1, 400)
-    send(device, *truth_of(device, "wear"))
+def test_old_predictions_and_labels_of_every_output_are_deleted(outputs_device: Device) -> None:
+    outputs.feed(outputs_device, 1, 400)
+    send(outputs_device, *truth_of(outputs_device, "wear"))
     conf = Config(
         DeviceConfig("pi-07", "acme"),
         buffer=BufferConfig(keep_results=Duration(60)),
-        streams={"watch": device.stream},
-        tasks={"tiny": device.task.config},
+        streams={"watch": outputs_device.stream},
+        tasks={"tiny": outputs_device.task.config},
     )
-    space = SpaceManager(conf, device.store, device.author, lambda _: None, set)
+    space = SpaceManager(conf, outputs_device.store, outputs_device.author, lambda _: None, set)
     later = ClockReading(NOW.wall_us + 10**9, NOW.boot_s + 1000, "synced")
     space.tick(later)
-    assert [answers(device, name) for name in ("", "wear", "flags")] == [{}, {}, {}]
-    assert device.store.query(predictions.list_stored_outputs, "tiny") == ["", "wear"], "labels stay"
+    assert [answers(outputs_device, name) for name in ("", "wear", "flags")] == [{}, {}, {}]
+    assert outputs_device.store.query(predictions.list_stored_outputs, "tiny") == ["", "wear"], "labels stay"
 
 
 @pytest.mark.parametrize("min_count", [1, 100_000])
-def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(device: Device, min_count: int) -> None:
+def test_alerts_about_an_output_clear_once_the_bundle_has_no_such_output(
+    outputs_device: Device, min_count: int
+) -> None:
     # With the higher count all metrics are withheld.
-    device.author = replace(device.author, min_count=min_count)
+    outputs_device.author = replace(outputs_device.author, min_count=min_count)
     for seed in range(3):
-        outputs.feed(device, seed, 1200)
-    labels = truth_of(device, "wear")
+        outputs.feed(outputs_device, seed, 1200)
+    labels = truth_of(outputs_device, "wear")
     half = len(labels) // 2
-    send(device, *labels[:half], *((row, value + 5, output) for row, value, output in labels[half:]))
-    tick(device)
-    assert [alert["subject"] for alert in device.store.open_alerts("tiny")] == ["wear/decay"]
-    assert ("wear" in quality(device)) == (min_count == 1)
-    drop_wear(device)
-    assert tick(device) == 1
-    assert device.store.open_alerts("tiny") == []
-    assert tick(device) == 0
+    send(outputs_device, *labels[:half], *((row, value + 5, output) for row, value, output in labels[half:]))
+    tick(outputs_device)
+    assert [alert["subject"] for alert in outputs_device.store.open_alerts("tiny")] == ["wear/decay"]
+    assert ("wear" in quality(outputs_device)) == (min_count == 1)
+    drop_wear(outputs_device)
+    assert tick(outputs_device) == 1
+    assert outputs_device.store.open_alerts("tiny") == []
+    assert tick(outputs_device) == 0
 
 
 def test_a_label_names_its_output() -> None:
@@ -275,12 +277,66 @@ def test_a_label_names_its_output() -> None:
     assert parse_label(3, None, "1.5").output == ""
 
 
-def test_an_activation_describes_the_labels_of_each_output(device: Device) -> None:
-    with device.store.transaction() as tx:
-        history.record_activation(tx, device.author, "tiny", device.task.bundle, None, "configured", NOW)
-    body = device.messages()[-1].body
+def test_an_activation_describes_the_labels_of_each_output(outputs_device: Device) -> None:
+    with outputs_device.store.transaction() as tx:
+        history.record_activation(
+            tx, outputs_device.author, "tiny", outputs_device.task.bundle, None, "configured", NOW
+        )
+    body = outputs_device.messages()[-1].body
     assert isinstance(body, AuditPayload)
     assert body.evidence["outputs"] == {
         "flags": {"kind": "several", "labels": ["hot", "wet"], "threshold": None},
         "wear": {"kind": "regress", "labels": [], "threshold": None},
     }
+
+
+@pytest.fixture
+def erring(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
+    made = outputs.make_device(tmp_path / "erring", outputs.with_held_out_errors(packed))
+    yield made
+    made.store.close()
+
+
+def expected_mae(device: Device) -> float:
+    assert device.task.drift_monitor is not None
+    return device.task.drift_monitor.shipped.error_references["wear"].mean
+
+
+def test_labels_of_a_number_give_the_error_to_expect_and_the_true_one_of_the_same_results(erring: Device) -> None:
+    outputs.feed(erring, 1, 1200)
+    usual = expected_mae(erring)
+    send(erring, *truth_of(erring, "wear", lambda value: value + usual), *truth_of(erring, ""))
+    tick(erring)
+    body = quality(erring)["wear"]
+    [mae] = [metric for metric in body.metrics if metric.metric == "mae" and not metric.slice]
+    assert body.estimate is not None
+    assert (body.estimate["method"], body.estimate["outside"], mae.n) == ("dle", False, body.window["n"])
+    assert body.estimate["mae_low"] < mae.value < body.estimate["mae_high"]
+    assert quality(erring)[""].estimate is None, "its scores have no held-out labels"
+
+
+def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> None:
+    outputs.feed(erring, 1, 1200)
+    usual = expected_mae(erring)
+    send(erring, *truth_of(erring, "wear", lambda value: 1.2 * value + 5 * usual))
+    tick(erring)
+    estimate = quality(erring)["wear"].estimate
+    assert estimate is not None
+    assert estimate["outside"] is True
+    outputs.feed(erring, 2, 1200)
+    drift = [message.body for message in erring.messages() if isinstance(message.body, DriftPayload)]
+    first, last = (body.output["further"]["wear"]["estimate"] for body in (drift[0], drift[-1]))
+    assert "outside" not in first
+    assert last["outside"] is True
+
+
+def test_no_error_is_expected_of_results_that_an_earlier_version_stored(
+    erring: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "find_error_bins", lambda *_: {})
+    outputs.feed(erring, 1, 600)
+    monkeypatch.undo()
+    outputs.feed(erring, 2, 600)
+    send(erring, *truth_of(erring, "wear", lambda value: value + 1))
+    tick(erring)
+    assert quality(erring)["wear"].estimate is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from agent.authoring import error_training
 from agent.clock import ClockReading
 from agent.comparison import rules
-from agent.comparison.tally import ComparisonStats
+from agent.comparison.tally import ComparisonStats, join_part
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow
 from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
@@ -32,18 +32,6 @@ from scripts.kit.bundles import REGRESS, activated
 from tests.kit import outputs
 from tests.kit.devices import NOW, Device
 from tests.kit.pairs import Recorder
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
-
-
-@pytest.fixture
-def device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
-    made = outputs.make_device(tmp_path / "store", packed)
-    yield made
-    made.store.close()
 
 
 def make_runner(device: Device, other: Bundle) -> ShadowRunner:
@@ -97,26 +85,47 @@ def label_results(device: Device, output: str, error: float) -> None:
                 tx.labels.store_label(key, Label(row, None, text, "human", "eva"), answer, NOW.wall_us)
 
 
-def test_equal_bundles_agree_in_each_output(device: Device, packed: Bundle) -> None:
-    runner = make_runner(device, packed)
-    submit(device, runner)
+def test_equal_bundles_agree_in_each_output(outputs_device: Device, packed: Bundle) -> None:
+    runner = make_runner(outputs_device, packed)
+    submit(outputs_device, runner)
     stats = runner.stats
     assert set(stats.outputs) == {"flags", "wear"}
     flags, wear = stats.outputs["flags"], stats.outputs["wear"]
     assert (flags.n, flags.agreeing, flags.error) == (stats.n, stats.n, "")
     assert (wear.n, wear.agreeing, wear.difference.n, wear.difference.m2) == (stats.n, None, stats.n, 0.0)
     assert (flags.batches, wear.batches) == (0, 0)
-    (message,) = report(device, runner)
+    (message,) = report(outputs_device, runner)
     assert ComparisonStats.from_message(message) == runner.state.blocks[-1]
 
 
-def test_a_worse_second_output_fails_a_rule(device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = make_runner(device, packed)
+def test_outputs_beyond_the_largest_message_follow_in_messages_of_their_own(
+    outputs_device: Device, packed: Bundle
+) -> None:
+    outputs_device.author.max_bytes = 2_000
+    runner = make_runner(outputs_device, packed)
+    submit(outputs_device, runner)
+    sent = report(outputs_device, runner)
+    assert [sorted(message.outputs) for message in sent] == [[], ["flags"], ["wear"]]
+    assert all(len(each.payload) <= 2_000 for each in outputs_device.store.unacknowledged_messages(0, 1000))
+    (block,) = runner.state.blocks
+    assert sum(map(ComparisonStats.from_message, sent), ComparisonStats()) == block
+    # A collector judges one block, in whichever order the messages arrive.
+    for order in permutations(sent):
+        joined: list[ShadowPayload] = []
+        for message in order:
+            join_part(joined, message)
+        assert [ComparisonStats.from_message(message) for message in joined] == [block]
+
+
+def test_a_worse_second_output_fails_a_rule(
+    outputs_device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(outputs_device, packed)
     break_wear(monkeypatch, 10.0)
     for seed in range(12):
-        submit(device, runner, seed, 120)
-        label_results(device, "wear", 0.5)
-        report(device, runner, 100.0 + 1000 * seed)
+        submit(outputs_device, runner, seed, 120)
+        label_results(outputs_device, "wear", 0.5)
+        report(outputs_device, runner, 100.0 + 1000 * seed)
     results = {result.name: result for result in rules.evaluate_rules(CanaryRules(), runner.blocks, True)}
     assert results["wear/labels"].state == "failed"
     assert results["wear/labels"].summary.startswith("Output wear: Mean absolute error by labels")
@@ -129,26 +138,26 @@ def test_a_worse_second_output_fails_a_rule(device: Device, packed: Bundle, monk
     assert "wear/labels" not in {r.name for r in rules.evaluate_rules(limits, runner.blocks, True)}
 
 
-def test_labels_of_a_further_output_count_once(device: Device, packed: Bundle) -> None:
-    runner = make_runner(device, packed)
-    submit(device, runner)
-    label_results(device, "wear", 0.5)
-    messages = report(device, runner, 100.0 + REPORT_INTERVAL_S)
+def test_labels_of_a_further_output_count_once(outputs_device: Device, packed: Bundle) -> None:
+    runner = make_runner(outputs_device, packed)
+    submit(outputs_device, runner)
+    label_results(outputs_device, "wear", 0.5)
+    messages = report(outputs_device, runner, 100.0 + REPORT_INTERVAL_S)
     n = sum(message.outputs["wear"].stats.abs_error.n for message in messages if "wear" in message.outputs)
-    span = device.store.query(predictions.load_span, shadow_key("tiny", "wear"))
+    span = outputs_device.store.query(predictions.load_span, shadow_key("tiny", "wear"))
     assert span is not None
-    assert n == device.store.query(predictions.count_predictions, output_key("tiny", "wear"), 1, span.last)
+    assert n == outputs_device.store.query(predictions.count_predictions, output_key("tiny", "wear"), 1, span.last)
     errors = [m.outputs["wear"].other_stats.abs_error for m in messages if "wear" in m.outputs]
     assert [round(error.mean, 3) for error in errors if error.n] == [0.5] * sum(error.n > 0 for error in errors)
-    restarted = make_runner(device, packed)
+    restarted = make_runner(outputs_device, packed)
     assert restarted.state.last_labels == runner.state.last_labels
-    assert len(report(device, restarted, 9_000.0)) == len(messages), "no label counts again after a restart"
+    assert len(report(outputs_device, restarted, 9_000.0)) == len(messages), "no label counts again after a restart"
 
 
 def test_an_output_that_the_other_bundle_dropped_is_undecided(
-    device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
+    outputs_device: Device, packed: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = make_runner(device, packed)
+    runner = make_runner(outputs_device, packed)
 
     def drop(answers: Any, _: Any, inputs: Any) -> Any:
         return replace(scores.from_outputs(answers, packed.manifest, inputs), outputs={})
@@ -156,8 +165,8 @@ def test_an_output_that_the_other_bundle_dropped_is_undecided(
     monkeypatch.setattr(shadow, "scores", SimpleNamespace(from_outputs=drop))
     manifest = msgspec.structs.replace(packed.manifest, outputs=msgspec.UNSET)
     runner.other.bundle = replace(runner.other.bundle, manifest=manifest)
-    submit(device, runner)
-    report(device, runner)
+    submit(outputs_device, runner)
+    report(outputs_device, runner)
     limits = CanaryRules(min_agreement=0.9)
     results = {result.name: result for result in rules.evaluate_rules(limits, runner.blocks, True)}
     assert (results["wear/agreement"].state, results["flags/agreement"].state) == ("undecided", "undecided")
@@ -166,12 +175,12 @@ def test_an_output_that_the_other_bundle_dropped_is_undecided(
     assert not any("/" in name for name in swapped), "nothing compares with an output that only the new bundle has"
 
 
-def test_predictions_of_a_dropped_shadow_output_expire(device: Device, packed: Bundle) -> None:
-    submit(device, runner := make_runner(device, packed))
-    report(device, runner)
-    listed = device.store.query(predictions.list_stored_outputs, shadow_key("tiny"))
+def test_predictions_of_a_dropped_shadow_output_expire(outputs_device: Device, packed: Bundle) -> None:
+    submit(outputs_device, runner := make_runner(outputs_device, packed))
+    report(outputs_device, runner)
+    listed = outputs_device.store.query(predictions.list_stored_outputs, shadow_key("tiny"))
     assert listed == ["", "flags", "wear"]
-    assert device.store.query(predictions.list_stored_outputs, "tiny") == ["", "flags", "wear"]
+    assert outputs_device.store.query(predictions.list_stored_outputs, "tiny") == ["", "flags", "wear"]
 
 
 def with_errors(loaded: LoadedBundle, size: float) -> LoadedBundle:

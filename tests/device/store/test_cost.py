@@ -111,11 +111,30 @@ def test_the_command_shows_costs_by_task(turned: Turned) -> None:
     assert "MB written a day" in CliRunner().invoke(cli, ["status", "-c", str(turned.file)]).output
 
 
+def test_batches_without_the_daemon_are_counted_and_what_only_the_daemon_counts_is_missing(turned: Turned) -> None:
+    turned.feed(3000)
+    turned.store.close()
+    command = ["-c", str(turned.file)]
+    assert CliRunner().invoke(cli, ["batch", *command]).exit_code == 0
+    reported = json.loads(CliRunner().invoke(cli, ["cost", "--json", *command]).output)
+    item = next(task for task in reported["tasks"] if task["task"] == "exercise")
+    assert (item["batches"], item["inferences"]) == (1, 30)
+    assert item["per_1000"]["cpu_s"] > 0 < item["air_bytes"] <= reported["air_bytes"]
+    assert [reported[name] for name in ("cpu_s", "flash_bytes", "month")] == [None, None, None]
+    assert item["flash_bytes"] is item["per_1000"]["flash_bytes"] is None
+    shown = CliRunner().invoke(cli, ["cost", *command]).output
+    assert "batches only; the daemon counts the whole process" in shown
+    assert next(line.split()[:2] for line in shown.splitlines() if line.startswith("exercise ")) == ["exercise", "30"]
+
+
 def test_the_cost_command_without_counters_or_with_an_unknown_task(tmp_path: Path) -> None:
     made = Turned(tmp_path)
     made.store.close()
     shown = CliRunner().invoke(cli, ["cost", "-c", str(made.file)])
-    assert (shown.exit_code, shown.output) == (0, "Nothing is counted yet: the daemon counts once a minute.\n")
+    assert (shown.exit_code, shown.output) == (
+        0,
+        "Nothing is counted yet: batches count themselves, and the daemon counts the rest once a minute.\n",
+    )
     wrong = CliRunner().invoke(cli, ["cost", "exercse", "-c", str(made.file)])
     assert isinstance(wrong.exception, UsageError)
     assert "did you mean 'exercise'" in str(wrong.exception)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,12 +56,45 @@ def test_what_is_packed_comes_back(n: int, first: int, times: list[int]) -> None
     before = StoredPredictions(
         *("sha256:a", row, np.array(times[:n], np.int64), row % 7, np.full(n, 0.25), np.linspace(0, 1, n)),
         {"mode": [str(i % 3) for i in range(n)]},
+        expected_bin=(row % 32).astype(np.uint8),
     )
     data = pack_predictions(before)
     after = unpack_predictions(first, data)
-    for name in ("row", "t", "predicted_class", "score", "value"):
+    for name in ("row", "t", "predicted_class", "score", "value", "expected_bin"):
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
     assert after.slices == before.slices
+
+
+def test_predictions_that_an_earlier_version_stored_have_no_bin_of_the_error_to_expect(store: Store) -> None:
+    row = np.arange(1, 5, dtype=np.int64)
+    packed = pack_predictions(StoredPredictions("sha256:a", row, T0 + row, None, None, row / 2, {}))
+    members = msgspec.msgpack.decode(zlib.decompress(packed[4:]))
+    old = zlib.compress(msgspec.msgpack.encode(members[:-1]))
+    assert members[-1] == b""
+    keep(store, StoredPredictions("sha256:a", row, T0 + row, None, None, row / 2, {}))
+    with store.transaction() as tx:
+        sealed = zlib.crc32(old, 1).to_bytes(4, "little") + old
+        tx.connection.execute("UPDATE predictions SET data = ?", (sealed,))
+        known = tx.labels.find_by_row("judge", 3)
+    assert known is not None
+    assert (known.value, known.expected_bin) == (1.5, None)
+
+
+def test_a_label_copies_the_bin_of_its_prediction_and_an_earlier_label_has_none(store: Store) -> None:
+    row = np.arange(1, 5, dtype=np.int64)
+    bins = np.array([3, 31, 0, 7], np.uint8)
+    keep(store, StoredPredictions("sha256:a", row, T0 + row, None, None, row / 2, {}, expected_bin=bins))
+    with store.transaction() as tx:
+        for at in (2, 3):
+            known = tx.labels.find_by_row("judge", at)
+            assert known is not None
+            tx.labels.store_label("judge", Label(at, None, "1.0"), known, T0)
+        [(number, data)] = tx.connection.execute("SELECT number, data FROM labels WHERE row = 3").fetchall()
+        record = msgspec.msgpack.decode(data)
+        del record[3]["expected_bin"]
+        tx.connection.execute("UPDATE labels SET data = ? WHERE number = ?", (msgspec.msgpack.encode(record), number))
+    stored = store.query(labels.load_labelled, "judge", "sha256:a", 9, 9)
+    assert [label.prediction.expected_bin for label in stored] == [31, None]
 
 
 @given(st.binary(max_size=60))

@@ -33,7 +33,8 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
         "windows": group.windows,
         "sensor_fault_windows": group.faulty,
         "unsynced_windows": group.undated,
-        **_expected_members(group.estimate_performance()),
+        **_expected_members(expected := group.estimate_performance()),
+        "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
         "fleet_wide": [
             {
                 "field": change.subject,

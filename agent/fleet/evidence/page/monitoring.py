@@ -130,10 +130,12 @@ def _drift_card(task: dict[str, Any]) -> Markup:
         f"{task['sensor_fault_windows']:,} with a sensor fault.",
         f"In drift by the latest summary: {format_names(drifting)}." if drifting else "No device is in drift now.",
     ]
-    if task["expected_accuracy"] is not None:
-        notes.append(f"Expected accuracy without labels: {task['expected_accuracy']:.3f}.")
-    if task.get("expected_error") is not None:
-        notes.append(f"Expected mean absolute error without labels: {task['expected_error']:.4g}.")
+    for name, known in {"": task, **task.get("expected_outputs", {})}.items():
+        subject = f" of output {name}" if name else ""
+        if known["expected_accuracy"] is not None:
+            notes.append(f"Expected accuracy{subject} without labels: {known['expected_accuracy']:.3f}.")
+        if known.get("expected_error") is not None:
+            notes.append(f"Expected mean absolute error{subject} without labels: {known['expected_error']:.4g}.")
     notes += [change["summary"] for change in task["fleet_wide"][:3]]
     rows: list[Sequence[Content]] = [
         [

@@ -1,0 +1,24 @@
+"""Device with a model of three outputs and a joined stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.model.bundle.bundle import Bundle
+from tests.kit import outputs
+from tests.kit.devices import Device
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return outputs.pack_bundle(tmp_path_factory.mktemp("joined"))
+
+
+@pytest.fixture
+def outputs_device(tmp_path: Path, packed: Bundle) -> Iterator[Device]:
+    made = outputs.make_device(tmp_path / "store", packed)
+    yield made
+    made.store.close()
