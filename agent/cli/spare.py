@@ -1,4 +1,4 @@
-"""Spare model process: it imports the runtime while this process imports everything else.
+"""Spare model process: a fork of this process, which imports the runtime while this process imports everything else.
 
 This module imports little: the process starts before the command line, the config and their libraries are loaded.
 """
@@ -6,6 +6,7 @@ This module imports little: the process starts before the command line, the conf
 from __future__ import annotations
 
 import contextlib
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,24 +26,40 @@ def prepared(args: Sequence[str]) -> Iterator[None]:
     `args` are those behind the command's name. None is started if the device has no task, or runs models in the daemon.
     Raises UsageError, but not for a wrong option or config: the command reports that.
     """
-    path, document = _read_config(args)
-    device, models = document.get("device"), document.get("models", {})
-    if isinstance(device, dict) and isinstance(models, dict) and document.get("tasks"):
-        data_dir = device.get("data_dir", input_files.DATA_DIR)
-        if isinstance(data_dir, str) and models.get("confinement") != "off":
-            become_owner(path.resolve().parent / data_dir)
-            launch.prepare_spare()
     try:
+        option = _find_option(args)
+    except ValueError:
+        yield
+        return
+    try:
+        # Before the config is read, which may hold a password: the fork has a copy of all memory.
+        launch.fork_spare()
+        _prepare(option)
         yield
     finally:
         launch.discard_spare()
 
 
-def _read_config(args: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """Return path and content of the config that the options name; no content if it cannot be read."""
+def _prepare(option: str | None) -> None:
+    """Have one spare process, with the rights of the device's owner, if the config needs one. Raises UsageError."""
+    path, document = _read_config(option)
+    device, models = document.get("device"), document.get("models", {})
+    if isinstance(device, dict) and isinstance(models, dict) and document.get("tasks"):
+        data_dir, user = device.get("data_dir", input_files.DATA_DIR), os.geteuid()
+        if isinstance(data_dir, str) and models.get("confinement") != "off":
+            become_owner(path.resolve().parent / data_dir)
+            if os.geteuid() != user:
+                launch.discard_spare()
+            launch.prepare_spare()
+            return
+    launch.discard_spare()
+
+
+def _read_config(option: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of the config that `option` names; no content if it cannot be read."""
     path = Path()
     try:
-        path = input_files.find_config(_find_option(args))
+        path = input_files.find_config(option)
         return path, tomllib.loads(input_files.read_text(path))
     except (OSError, ValueError, RecursionError):
         return path, {}

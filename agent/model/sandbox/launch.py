@@ -1,7 +1,7 @@
 """Launch of model processes: the child with its pipes and shared memory, and a spare one that is started early.
 
-The child imports NumPy and the runtime first, and then waits for its job. The commands `run` and `batch` prepare a
-spare child before their own imports, so that both processes import at the same time. This module imports nothing heavy.
+The child imports the runtime first, and then waits for its job. The commands `run` and `batch` prepare a spare child
+before their own imports, so that both processes import at the same time. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from agent.model.sandbox import child_process
-from agent.model.sandbox.child_process import child_environment
+from agent.model.sandbox.child_process import ONE_BLAS_THREAD, child_environment
+from agent.model.sandbox.forked_child import ForkedChild, can_fork
 
 WORKER_MODULE = "agent.model.sandbox.worker"
 _PAGE = mmap.PAGESIZE
@@ -63,25 +66,29 @@ class SharedBuffer:
 class Worker:
     """A child that waits for its job in a memory file; a line on its stdin says that the job is complete."""
 
-    def __init__(self) -> None:
-        """Start the child. Raises OSError."""
+    def __init__(self, fork_into: Callable[[int, int, int], None] | None = None) -> None:
+        """Start the child; as a fork of this process it runs `fork_into`. Raises OSError."""
+        self.child: ForkedChild | subprocess.Popen[bytes]
         self.shared = SharedBuffer()
         try:
             self._job_fd = os.memfd_create("outstation-job", os.MFD_CLOEXEC)
         except OSError:
             self.shared.close()
             raise
+        files = self._job_fd, self.shared.fd
         try:
             with child_process.blocked_signals():
+                if fork_into is not None:
+                    self.child = ForkedChild(partial(fork_into, *files, os.getpid()), files)
+                    return
                 self.child = subprocess.Popen(
                     # -P: never import an `agent` package from the current folder.
-                    [sys.executable, "-P", "-m", WORKER_MODULE]
-                    + [str(number) for number in (self._job_fd, self.shared.fd, os.getpid())],
+                    [sys.executable, "-P", "-m", WORKER_MODULE, *map(str, (*files, os.getpid()))],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     env=child_environment(),
-                    pass_fds=(self._job_fd, self.shared.fd),
+                    pass_fds=files,
                 )
         except OSError:
             self._close_memory()
@@ -99,7 +106,10 @@ class Worker:
     def discard(self) -> None:
         """End a child that got no job."""
         self.child.kill()
-        self.child.communicate()
+        self.child.wait()
+        for pipe in (self.child.stdin, self.child.stdout, self.child.stderr):
+            if pipe is not None:
+                pipe.close()
         self._close_memory()
 
     def _close_memory(self) -> None:
@@ -111,10 +121,26 @@ _spare: Worker | None = None
 
 
 def prepare_spare() -> None:
-    """Start a child for the first model; without one, models start a little later."""
+    """Start a child for the first model, if there is none; without one, models start a little later."""
     global _spare
+    if _spare is None:
+        with contextlib.suppress(OSError):
+            _spare = Worker()
+
+
+def fork_spare() -> None:
+    """Import NumPy and fork a child for the first model, so that NumPy is imported once for both.
+
+    Call it before anything secret is read. A process with several threads has no such child.
+    """
+    global _spare
+    for name, value in ONE_BLAS_THREAD.items():
+        os.environ.setdefault(name, value)
+    from agent.model.sandbox import worker
+
     with contextlib.suppress(OSError):
-        _spare = Worker()
+        if can_fork():
+            _spare = Worker(worker.main)
 
 
 def take_worker() -> Worker:

@@ -69,12 +69,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kernels: Annotated[str, msgspec.Meta(max_length=40)]
 
 
-def main() -> None:
-    job_fd, shared_fd, parent_pid = (int(argument) for argument in sys.argv[1:4])
+def main(job_fd: int, shared_fd: int, parent_pid: int) -> None:
     # The kernel kills this process when the parent ends, even while the runtime hangs.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
-        sys.exit(0)
+        return
     # Output that the runtime prints goes to stderr.
     response_fd = os.dup(1)
     os.dup2(2, 1)
@@ -153,4 +152,4 @@ def _write_all(out: int, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*(int(argument) for argument in sys.argv[1:4]))
