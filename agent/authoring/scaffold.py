@@ -132,7 +132,11 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
     ]
     if guess.label_count:
         known = table is not None and len(table.labels) == guess.label_count
-        labels = sorted(table.labels, key=_natural_key) if table and known else [f"class {i}" for i in range(guess.label_count)]
+        labels = (
+            sorted(table.labels, key=_natural_key)
+            if table and known
+            else [f"class {i}" for i in range(guess.label_count)]
+        )
         lines.append("# In the order of the outputs, as in training; the model file does not say.")
         lines.append(f"labels = {encode_value(labels)}")
     data, prefix = (encode_value(table.path), "") if table else ('"readings.csv"', "# ")
