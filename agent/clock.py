@@ -144,6 +144,11 @@ def to_rfc3339(wall_us: int) -> str:
     return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}.{micro:06d}Z"
 
 
+def now_rfc3339() -> str:
+    """Return the wall clock's time as RFC 3339."""
+    return to_rfc3339(read().wall_us)
+
+
 def to_datetime(wall_us: int) -> datetime:
     """Return the time in UTC, clamped as in `to_rfc3339`."""
     return datetime.fromisoformat(to_rfc3339(wall_us))

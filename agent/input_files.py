@@ -15,6 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from agent.errors import UsageError, explain
+
 MAX_BYTES = 256 << 20
 # Of a device whose config names none.
 DATA_DIR = "/var/lib/outstation"
@@ -88,6 +90,14 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"is larger than {max_bytes:,} bytes", str(path))
     return data
+
+
+def read_input(path: Path, max_bytes: int = MAX_BYTES, *, hint: str = "") -> bytes:
+    """Return the content of a file that a person named. Raises UsageError, with `hint` at its end."""
+    try:
+        return read_bytes(path, max_bytes)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {explain(error)}{hint and f'; {hint}'}") from None
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -23,7 +23,7 @@ from agent.fleet.audit import audit as audits
 from agent.fleet.audit.checkpoint import CheckpointFolder
 from agent.fleet.dashboard.pages.desk import OperatorDesk
 from agent.fleet.dashboard.security import passwords
-from agent.fleet.dashboard.security.access import AccessPolicy, now_text
+from agent.fleet.dashboard.security.access import AccessPolicy
 from agent.fleet.database.dashboard import accounts
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
@@ -106,12 +106,12 @@ def _start_rollout(store: FleetStore, fleet: str, operator: keys.SigningKey) -> 
             sent.append(sender.rollout("shadow", "sorting-1-1"))
             sent += [sender.shadow("sorting-1-1", agreeing=93 + (n + i) % 6) for i in range(6)]
         arrivals: list[Any] = [Arrival(sender.verify(message)) for message in sent]
-        store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
+        store.ingest(arrivals, [], clock.now_rfc3339())
 
 
 def _work(dashboard: ServedDashboard) -> None:
     """Create accounts, and let one of them acknowledge an incident and give verdicts on it and on results."""
-    now, password = now_text(), passwords.hash_password(PASSWORD)
+    now, password = clock.now_rfc3339(), passwords.hash_password(PASSWORD)
     with dashboard.store.transaction() as db:
         for name, role in ROLES.items():
             accounts.save_user(db, name, role, password, now)

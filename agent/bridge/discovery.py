@@ -16,7 +16,6 @@ from agent.bridge.device_state import (
     MAX_TEXT,
     DeviceReport,
     DeviceState,
-    Drift,
     OpenAlert,
     Result,
     TaskState,
@@ -131,7 +130,13 @@ def latest_documents(place: Place, state: DeviceState) -> list[Document]:
             members = _result_members(state.device, name, task.result)
             documents.append(Document(topic, _encode(members), task.result.time_us))
         if task.drift is not None:
-            documents.append(Document(f"{topic}/drift", _encode(_drift_members(task.drift)), task.drift.time_us))
+            documents.append(
+                Document(
+                    f"{topic}/drift",
+                    _encode({"time": clock.to_rfc3339(task.drift.time_us), "state": task.drift.state}),
+                    task.drift.time_us,
+                )
+            )
     return documents
 
 
@@ -365,10 +370,6 @@ def _result_members(device: str, task: str, result: Result) -> dict[str, Any]:
         "version": result.version,
         "faults": result.faults,
     }
-
-
-def _drift_members(drift: Drift) -> dict[str, Any]:
-    return {"time": clock.to_rfc3339(drift.time_us), "state": drift.state}
 
 
 def _encode(members: Mapping[str, Any]) -> bytes:

@@ -190,11 +190,6 @@ def check(file: str, task: str, rules: Sequence[AlertRuleConfig]) -> None:
         names.add(rule.name)
 
 
-def rule_key(task: str, index: int, member: str) -> str:
-    """Return the config key of a member of a task's rule, as errors name it."""
-    return f"tasks.{task}.alerts[{index}].{member}"
-
-
 class _RuleChecker:
     def __init__(self, file: str, key: str, rule: AlertRuleConfig) -> None:
         self._file, self._key, self._rule = file, key, rule

@@ -32,7 +32,7 @@ class OwnMessages:
         payloads = self._store.newest_by_topic(after)
         self._last_seq = head
         alerts = self._load_alerts()
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         ended = [alert for key, alert in self._open.items() if key not in {each.key for each in alerts}]
         self._open = {alert.key: alert for alert in alerts}
         cleared = [msgspec.structs.replace(alert, changed=now) for alert in ended]

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import input_files
-from agent.errors import BadBundle, UsageError, explain
+from agent.errors import BadBundle
 from agent.evaluation import metrics, predictions
 from agent.evaluation.bootstrap import BootstrapUnits, percentile_interval, proportion_interval
 from agent.evaluation.document import FloatComparison, IntervalEstimate
@@ -25,10 +25,7 @@ from agent.performance.metrics import LabelledPredictions
 
 def load_float_bundle(file: Path, bundle: Bundle) -> Bundle:
     """Return the bundle with the model in `file`. Raises UsageError, BadBundle."""
-    try:
-        content = input_files.read_bytes(file)
-    except OSError as error:
-        raise UsageError(f"--float {file}: cannot be read: {explain(error)}") from None
+    content = input_files.read_input(file)
     try:
         changed = _manifest_for_float(bundle, content)
     except BadBundle as problem:

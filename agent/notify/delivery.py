@@ -57,11 +57,6 @@ def read_secret(path: str, purpose: str) -> str:
     return text
 
 
-def is_private(path: str) -> bool:
-    """Return True if only the owner and the group can read a file."""
-    return not Path(path).stat().st_mode & 0o007
-
-
 MIN_DELAY_S, MAX_DELAY_S = 5.0, 3600.0
 
 

@@ -320,7 +320,9 @@ class NotifierThread(Generic[D]):
                     self._notify(database, source)
             except Exception as error:
                 if not self._is_failing:
-                    logger.error("notifications pause: %s; trying again", error, exc_info=not _is_expected(error))
+                    logger.error(
+                        "notifications pause: %s; trying again", error, exc_info=not isinstance(error, StorageError)
+                    )
                 self._is_failing = True
                 self._pause(_RETRY_S)
 
@@ -344,7 +346,3 @@ class NotifierThread(Generic[D]):
         self._wake.wait(seconds)
         self._wake.clear()
         return self._is_stopping
-
-
-def _is_expected(error: Exception) -> bool:
-    return isinstance(error, StorageError)

@@ -9,13 +9,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
 from agent.config.notify import AppriseTarget, EmailTarget, Target, WebhookTarget
 from agent.errors import OutstationError
-from agent.notify.delivery import SendFailed, is_private, read_secret
+from agent.notify.delivery import SendFailed, read_secret
 from agent.notify.message import Notification, decode
 from agent.notify.queue import QueuedMessage
 
@@ -81,7 +82,7 @@ def find_exposed_secret(target: Target) -> str | None:
     """Return the file of a target's secret that every user can read; None without one."""
     for name in ("secret_file", "password_file", "url_file"):
         path = getattr(target, name, None)
-        if path is not None and not is_private(path):
+        if path is not None and Path(path).stat().st_mode & 0o007:
             return str(path)
     return None
 

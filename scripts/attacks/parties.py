@@ -193,7 +193,7 @@ class Parties:
         """Write a database of exactly these devices and messages; return the evidence folder made of it."""
         path = self.folder / f"{name}.db"
         with contextlib.closing(FleetStore(path)) as store:
-            now = clock.to_rfc3339(clock.read().wall_us)
+            now = clock.now_rfc3339()
             for device, key in enrolled:
                 store.enrol(device, key, replace=False, now=now)
             collector = Collector(FLEET, self.fleet.config.broker, store, self.collector_key)

@@ -85,7 +85,7 @@ def collector_rebuilt(world: World, rng: Random) -> None:
     assert key is not None
     with _collector_down(world, rng):
         store = world.fleet.open_store(write=True)
-        store.enrol(DEVICE, key, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
+        store.enrol(DEVICE, key, replace=False, now=clock.now_rfc3339())
         store.close()
 
 

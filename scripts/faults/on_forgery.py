@@ -25,7 +25,7 @@ _FLOOD = 5000
 
 
 def _ack(key: SigningKey, log: str, through: int) -> OutgoingMessage:
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     members = {"v": 1, "kind": "ack", "device": DEVICE, "log": log, "through": through, "missing": [], "time": now}
     payload = encode(members)
     return OutgoingMessage(_ACK, payload, (("jws", jws.sign(key, _ACK, payload)),))

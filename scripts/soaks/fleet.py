@@ -60,7 +60,7 @@ def fleet(
         store = FleetStore(url)
         senders = [MessageSender(f"pi-{n:04}", new_key(n + 1)) for n in range(devices)]
         for sender in senders:
-            store.enrol(sender.device, sender.key.public, replace=False, now=_now())
+            store.enrol(sender.device, sender.key.public, replace=False, now=clock.now_rfc3339())
         for name in ("a", "b"):
             # What is sent before a collector's first start waits in its session.
             filters = topic_filters(FLEET, group=config.fleet.share_group)
@@ -139,12 +139,12 @@ class _Devices(threading.Thread):
         draw = self._rng.random()
         if draw < 0.03:
             number, state = self._rng.randrange(3), self._rng.choice(("raised", "cleared"))
-            return sender.alert(f"{sender.task}/ax/{number}", state, time=_now())
+            return sender.alert(f"{sender.task}/ax/{number}", state, time=clock.now_rfc3339())
         if draw < 0.13:
-            return sender.drift(self._rng.choice(("ok", "ok", "drift")), time=_now())
+            return sender.drift(self._rng.choice(("ok", "ok", "drift")), time=clock.now_rfc3339())
         if draw < 0.23:
             return _health(sender, self._rng.randrange(5))
-        return sender.results(1, rows=600, time=_now())
+        return sender.results(1, rows=600, time=clock.now_rfc3339())
 
     def _send_all(self, link: Link, messages: Iterator[SignedMessage | None]) -> None:
         """Send messages and wait until the broker has all of them."""
@@ -167,7 +167,7 @@ def _health(sender: MessageSender, waiting: int) -> SignedMessage:
     """Return a health message with one task, as a device sends it."""
     tasks = {sender.task: {"stream": "watch", "row": sender.row, "windows": 12, "model": MODEL}}
     streams = {"watch": {"rows": sender.row, "rejected": 0}}
-    return sender.append("health", streams=streams, tasks=tasks, outbox=waiting, time=_now())
+    return sender.append("health", streams=streams, tasks=tasks, outbox=waiting, time=clock.now_rfc3339())
 
 
 class _Run:
@@ -196,7 +196,7 @@ class _Run:
             wait_until("the dashboard answers", lambda: "http://" in _read(self._dashboard.log))
             wait_until("the fleet is stored", lambda: self._store.count_messages() >= len(self._devices._others))
             probe = self._devices.probe
-            self._devices.send(probe.alert("probe", severity="critical", summary="Probe.", time=_now()))
+            self._devices.send(probe.alert("probe", severity="critical", summary="Probe.", time=clock.now_rfc3339()))
             self._devices.send(_health(probe, 0))
             tab = browser.new_context(viewport=_VIEWPORT).new_page()
             wait_until("the page shows the fleet", lambda: self._shows_probe(tab))
@@ -321,7 +321,3 @@ def _open_browser() -> Iterator[Any]:
 
 def _read(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-
-
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)

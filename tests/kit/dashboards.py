@@ -98,7 +98,7 @@ class ServedDashboard(msgspec.Struct):
         return self.sessions[name]
 
     def add(self, sender: MessageSender, *sent: SignedMessage) -> None:
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         assert set(self.store.ingest([Arrival(sender.verify(item)) for item in sent], [], now)) == {"new"}
 
     def actions(self) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ class ServedDashboard(msgspec.Struct):
 
 def enrolled(store: FleetStore, device: str, seed: int | None = None) -> MessageSender:
     sender = MessageSender(device=device, key=new_key(seed))
-    store.enrol(device, sender.key.public, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
+    store.enrol(device, sender.key.public, replace=False, now=clock.now_rfc3339())
     return sender
 
 
@@ -134,7 +134,7 @@ def served(
     config = init_fleet(folder, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
     location = database or config.fleet.db
     store = FleetStore(location)
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     # The cost is stored with each hash: a full one takes 0.2 s of every sign-in.
     with pytest.MonkeyPatch.context() as cheap:
         cheap.setattr(passwords, "_N", 16)

@@ -232,7 +232,7 @@ def test_a_muted_alert_is_sent_when_its_mute_ends(
     store: FleetStore, hook: HookServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(store, hook)
-    monkeypatch.setattr("agent.fleet.incidents.notify_source._now", desk.time)
+    monkeypatch.setattr("agent.clock.now_rfc3339", desk.time)
     for identity in (AX, AY):
         desk.alert(identity, summary=identity)
     until = clock.to_rfc3339(round((desk.now_s + 3600) * 1e6))

@@ -23,7 +23,7 @@ AGENT = ROOT / "agent"
 
 # A room is a package or module directly under agent/. It imports itself and lower floors.
 FLOORS = {
-    "errors": 0,
+    "errors": -1,
     "extras": 0,
     "quantities": 0,
     "alerts": 1,

@@ -101,7 +101,7 @@ def _describe_machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "model": model,
         "libraries": libraries,
-        "time": clock.to_rfc3339(clock.read().wall_us),
+        "time": clock.now_rfc3339(),
     }
 
 

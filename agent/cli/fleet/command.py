@@ -80,7 +80,7 @@ def revoke(device: str, kid: str | None, home: Path, as_json: bool) -> None:
 
     config, _ = open_for_reading(home, device=device)
     with open_store(config) as store:
-        done = revoke_device(home, config, store, device, kid, clock.to_rfc3339(clock.read().wall_us))
+        done = revoke_device(home, config, store, device, kid, clock.now_rfc3339())
     document = {
         "device": device,
         "revoked": done.keys,
@@ -116,7 +116,7 @@ def remove(device: str, by: str, home: Path, as_json: bool) -> None:
     """
     from agent.fleet.enrolment.revocation import RevocationOutcome, revoke_device
 
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     config, reader = open_for_reading(home, device=device)
     [known] = [row for row in reader.devices(with_retired=True) if row["device"] == device]
     with open_store(config) as store:

@@ -14,15 +14,13 @@ import msgspec
 from agent import decoders, input_files
 from agent.cli.fleet.common import fleet_options, open_for_reading, print_lines
 from agent.cli.output import PATH, emit
-from agent.errors import UsageError, explain
+from agent.errors import UsageError
 from agent.wire import verification
 from agent.wire.commitment import SECRET_REPLACED, DisclosedJoin, Disclosure
 from agent.wire.messages import AuditPayload, ResultsPayload
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
-
-_MAX_BYTES = 256 << 20
 
 
 @click.command("disclosed", epilog="Example: outstation fleet disclosed rows.json")
@@ -150,10 +148,6 @@ def find_messages(disclosure: Disclosure, entries: Iterable[Sequence[Any]]) -> l
 
 def _read(file: Path) -> Disclosure:
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{file}: larger than {_MAX_BYTES >> 20} MiB, which no message covers")
-        return decoders.from_json(input_files.read_bytes(file), Disclosure)
-    except OSError as error:
-        raise UsageError(f"{file}: {explain(error)}") from None
+        return decoders.from_json(input_files.read_input(file), Disclosure)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: no disclosure of rows ({error}); make it with `outstation disclose`") from None

@@ -18,7 +18,7 @@ from agent.cli.fleet.common import (
     progress_bar,
 )
 from agent.cli.output import PATH, emit, json_option
-from agent.errors import MessageRefused, UsageError, explain
+from agent.errors import MessageRefused, UsageError
 from agent.extras import install_command
 from agent.quantities import parse_duration
 from agent.text import mask_password
@@ -165,15 +165,9 @@ def _read_witnesses(paths: tuple[Path, ...]) -> tuple[list[tuple[str, bytes]], l
     from agent.fleet.evidence.timestamps import stamp
     from agent.wire import log_head
 
-    heads = []
-    for path in paths:
-        if path.suffix == stamp.RESPONSE:
-            continue
-        try:
-            with input_files.open_regular(path) as file:
-                heads.append((str(path), file.read(log_head.MAX_BYTES + 1)))
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
+    heads = [
+        (str(path), input_files.read_input(path, log_head.MAX_BYTES)) for path in paths if path.suffix != stamp.RESPONSE
+    ]
     return heads, [stamp.read(path) for path in paths if path.suffix == stamp.RESPONSE]
 
 

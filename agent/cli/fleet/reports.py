@@ -97,7 +97,7 @@ def accept_log(device: str, log: str | None, db: str | None, home: Path, as_json
         return
     config = fleet_config.load(home)
     with open_store(config, db) as store:
-        ended = store.accept_log(device, log, clock.to_rfc3339(clock.read().wall_us))
+        ended = store.accept_log(device, log, clock.now_rfc3339())
     document = {"device": device, "accepted": log, "ended": ended}
     emit(document, as_json, lambda: print_lines(f"{device}: log {log} is accepted; {len(ended)} other logs ended"))
 
@@ -142,7 +142,7 @@ def alerts(
 
 def _list_alerts(store: FleetStore, device: str | None, include_cleared: bool) -> list[dict[str, Any]]:
     wanted = IncidentFilter(open=None if include_cleared else True, device=device)
-    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=_now())}
+    handled = {i.key: i for i in incidents.list_incidents(store, wanted, now=clock.now_rfc3339())}
     if include_cleared:
         return [_add_handling(row, handled) for row in store.alerts(device, closed=True)]
     return [_add_handling(_newest_message(incident), handled) for incident in handled.values()]
@@ -170,10 +170,6 @@ class FollowedAlerts:
         changed = [row for key, row in rows.items() if self._open.get(key) != row]
         self._open = rows
         return [*cleared, *changed]
-
-
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)
 
 
 def _newest_message(incident: Incident) -> dict[str, Any]:
@@ -241,8 +237,8 @@ def _change(
 ) -> None:
     """Change an incident, and say so; `members` are arguments of the change that JSON repeats."""
     with open_store(fleet_config.load(home), db) as store:
-        incident = incidents.find_incident(store, ref, now=_now())
-        change(store, incident, by=by, note=note, now=_now(), **members)
+        incident = incidents.find_incident(store, ref, now=clock.now_rfc3339())
+        change(store, incident, by=by, note=note, now=clock.now_rfc3339(), **members)
     _report(action, incident, {"by": by, "note": note, **members}, as_json)
 
 

@@ -162,10 +162,7 @@ def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Ma
     settings = specs.read(spec)
     file = spec.parent / settings.model
     draft = specs.to_manifest(spec, settings)
-    try:
-        return runtime.load_model(draft, input_files.read_bytes(file)), draft
-    except OSError as error:
-        raise UsageError(f"{file}: {explain(error)}") from None
+    return runtime.load_model(draft, input_files.read_input(file)), draft
 
 
 @model.command(epilog="Example: outstation model sign exercise --sign-with publisher.key")

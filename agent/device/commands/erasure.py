@@ -61,7 +61,7 @@ def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> 
 
     May be called again after a crash. Files that cannot be deleted are listed in the marker.
     """
-    time = clock.to_rfc3339(clock.read().wall_us)
+    time = clock.now_rfc3339()
     _write_marker(data_dir, {"state": "wiping", "time": time})
     excluded = {path.resolve() for path in preserved}
     doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]

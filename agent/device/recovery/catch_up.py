@@ -110,7 +110,7 @@ def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: Wa
     log.critical("%s", summary)
     finding = RecoveryFinding(
         summary=summary,
-        time=clock.to_rfc3339(clock.read().wall_us),
+        time=clock.now_rfc3339(),
         log=saved.log,
         seqs=findings.missing_ranges(stored, current.seq + 1, saved.seq),
         rows=skipped.rows,

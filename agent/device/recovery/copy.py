@@ -89,7 +89,7 @@ class StoreCopy:
         self._count_backlog(acknowledged)
         finding = RecoveryFinding(
             summary=self._describe_damage(cause, quarantine, is_journal_complete),
-            time=clock.to_rfc3339(clock.read().wall_us),
+            time=clock.now_rfc3339(),
             log=self._get_meta("log"),
             quarantine=quarantine,
             **lost,

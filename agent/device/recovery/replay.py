@@ -54,7 +54,7 @@ def report(db: sqlite3.Connection, done: Replay) -> None:
     if done.is_complete:
         return
     repair_categories(db)
-    time = clock.to_rfc3339(clock.read().wall_us)
+    time = clock.now_rfc3339()
     findings.add(db, RecoveryFinding(summary=_SUMMARY, time=time, log=meta.get(db, "log", ""), rows=done.lost))
 
 

@@ -150,7 +150,7 @@ def compile_rule(
     try:
         return _bind(rule, manifest, model)
     except _Unusable as problem:
-        raise ConfigError(file, alert_rules.rule_key(task, index, problem.member), problem.text) from None
+        raise ConfigError(file, f"tasks.{task}.alerts[{index}].{problem.member}", problem.text) from None
 
 
 def fingerprint(rule: AlertRuleConfig) -> str:

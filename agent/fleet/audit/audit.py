@@ -93,7 +93,7 @@ def audit_from_checkpoint(
     jobs = [(devices, (collectors, file, target)) for (devices, file), target in zip(parts, targets, strict=True)]
     report = _merge_parts(store, run_over_devices(store, _audit_devices, jobs, processes, progress), operators)
     made = [(devices, target) for (devices, _), target in zip(parts, targets, strict=True)]
-    folder.save(key, clock.to_rfc3339(clock.read().wall_us), report.messages, made)
+    folder.save(key, clock.now_rfc3339(), report.messages, made)
     return report, checkpoint
 
 

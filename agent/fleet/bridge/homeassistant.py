@@ -44,7 +44,7 @@ def _stored_verdicts(location: Path | str, by: str) -> VerdictSink:
     """Return a sink that stores verdicts in the fleet's database, opened only as long as this takes."""
 
     def store(device: str, task: str, row: int, label: str) -> str:
-        judge = verdicts.Judge(by, "homeassistant", clock.to_rfc3339(clock.read().wall_us))
+        judge = verdicts.Judge(by, "homeassistant", clock.now_rfc3339())
         with contextlib.closing(FleetStore(location)) as opened, opened.transaction() as db:
             given = verdicts.judge_result(db, device, task, row, label, judge)
         return f"row {row} is {given.label}: {given.verdict}"

@@ -96,7 +96,7 @@ class StoredDevices:
     def _load_alerts(self) -> tuple[dict[str, list[OpenAlert]], dict[str, list[OpenAlert]]]:
         """Return the open alerts of each device that nobody muted, oldest first, and those cleared since."""
         self._next_alerts_s = time.monotonic() + _ALERTS_INTERVAL_S
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         with self._store.snapshot():
             listed = list_incidents(self._store, IncidentFilter(open=True), now=now, limit=_MAX_ALERTS)
             incidents = {_key(incident): incident for incident in listed if incident.status != "muted"}

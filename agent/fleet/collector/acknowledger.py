@@ -86,7 +86,7 @@ class Acknowledger:
         self._in_flight.clear()
 
     def _sign(self, acknowledgement: Acknowledgement) -> OutgoingMessage:
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         topic = topics.Topic(self._fleet, acknowledgement.device, "ack")
         members = msgspec.structs.asdict(acknowledgement)
         proof = {"digest": digest} if (digest := members.pop("digest")) else {}

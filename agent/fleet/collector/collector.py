@@ -258,7 +258,7 @@ class Collector:
         """Verify and commit a batch; return the stored messages and those that do not verify. Raises StorageError."""
         arrivals, unverified = self.verify(admitted)
         refusals = [*refused, *unverified]
-        now = clock.to_rfc3339(clock.read().wall_us)
+        now = clock.now_rfc3339()
         try:
             outcomes = self.store.ingest(arrivals, refusals, now)
         except MessageRefused:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +21,7 @@ from agent.errors import UsageError
 from agent.fleet.dataset import joined
 from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import TEXT_COLUMNS, Gathered, Recording, name_label_column
-from agent.fleet.dataset.joined import JoinedByInput, JoinedRows
+from agent.fleet.dataset.joined import JoinedByInput
 from agent.fleet.export.export import to_parquet
 from agent.indices import repeat
 from agent.text import csv_text
@@ -56,7 +56,10 @@ def build(gathered: Gathered, derived_columns: DerivedColumns | None, data_forma
         columns = _to_columns(gathered, derived_columns, part.recordings)
         files[f"{BY_DEVICE}/{name}.{data_format}"] = _encode(columns, data_format)
         for key, rows in part.joined.items():
-            columns = {TIME_COLUMN: rows.t / 1e6, **_name_columns(gathered.inputs[key], rows)}
+            columns = {
+                TIME_COLUMN: rows.t / 1e6,
+                **{name: rows.values[:, index] for index, name in enumerate(gathered.inputs[key])},
+            }
             files[f"{JOINED.format(key)}/{name}.{data_format}"] = _encode(columns, data_format)
     return files
 
@@ -85,10 +88,6 @@ def split_by_device(gathered: Gathered) -> dict[str, _Part]:
 
 def name_recording(recording: Recording) -> str:
     return f"{recording.device}/{recording.log}/{recording.first}"
-
-
-def _name_columns(fields: Sequence[str], rows: JoinedRows) -> _Columns:
-    return {name: rows.values[:, index] for index, name in enumerate(fields)}
 
 
 def _to_columns(gathered: Gathered, derived_columns: DerivedColumns | None, chosen: Iterable[int]) -> _Columns:

@@ -89,7 +89,3 @@ def find_plugin() -> Path:
 
 def crl_setting(folder: Path) -> str:
     return f"crlfile {folder}/crl.pem"
-
-
-def has_crl_setting(conf: str) -> bool:
-    return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())

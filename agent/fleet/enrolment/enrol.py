@@ -14,7 +14,7 @@ import msgspec
 
 from agent import clock, durable_files, input_files
 from agent.config import BrokerConfig, check_broker, check_name
-from agent.errors import MessageRefused, UsageError, explain
+from agent.errors import MessageRefused, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.collector import encryption_keys
 from agent.fleet.collector.subscriptions import make_share_group
@@ -157,7 +157,7 @@ def _commit(register: Callable[..., bool], files: DeviceFiles, bundle: Path | No
         revoke()
 
     try:
-        return register(now=clock.to_rfc3339(clock.read().wall_us), before_commit=issue_files)
+        return register(now=clock.now_rfc3339(), before_commit=issue_files)
     except BaseException:
         files.withdraw()
         raise
@@ -192,10 +192,7 @@ def enrol_on_this_machine(folder: Path, config: FleetConfig, store: FleetStore, 
 def read_request(path: Path) -> EnrolmentRequest:
     """Read and verify a request file. Raises UsageError."""
     try:
-        with input_files.open_regular(path) as file:
-            return enrolment_request.parse(file.read(enrolment_request.MAX_BYTES + 1))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
+        return enrolment_request.parse(input_files.read_input(path, enrolment_request.MAX_BYTES))
     except MessageRefused as refused:
         hint = "make it again with `outstation request` on the device"
         raise UsageError(f"{path}: not a valid enrolment request ({refused}); {hint}") from None

@@ -103,7 +103,7 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
     try:
         text = input_files.read_text(conf)
         _write_crl(copy, input_files.read_bytes(listed))
-        if not broker_config.has_crl_setting(text):
+        if not any(line.split()[:1] == ["crlfile"] for line in text.splitlines()):
             line = broker_config.crl_setting(copy.parent.resolve())
             steps.append(f"{conf}: names no CRL, so the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:

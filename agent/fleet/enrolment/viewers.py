@@ -8,6 +8,7 @@ or a password may have any number of connections.
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,12 @@ import msgspec
 from agent.errors import StorageError, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
-from agent.fleet.enrolment import clients, viewers_broker
+from agent.fleet.enrolment import clients
 from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.enrolment.viewers_broker import ViewersBroker
 from agent.names import is_name
+
+_PASSWORD_BYTES = 18
 
 _WITHOUT_TLS = "The broker is used without TLS: every program on this machine can read it already."
 
@@ -65,7 +68,7 @@ def add_password(folder: Path, config: FleetConfig, name: str) -> AddedViewer:
     user = _check_name(name)
     if config.ca is None:
         return AddedViewer(user, steps=[_WITHOUT_TLS])
-    broker, password = ViewersBroker(folder, config), viewers_broker.make_password()
+    broker, password = ViewersBroker(folder, config), secrets.token_urlsafe(_PASSWORD_BYTES)
     steps = broker.create()
     steps += broker.admit(user, password)
     watch = (

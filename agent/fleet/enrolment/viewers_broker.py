@@ -31,7 +31,6 @@ from agent.transport.mqtt import Link
 # Its own client at the fleet's broker.
 BRIDGE = "viewers"
 # 144 bits: no iterations of its hash are needed.
-_PASSWORD_BYTES = 18
 _HASH_ITERATIONS = 101
 _SECRETS = ("password", "salt", "iterations")
 _TIMEOUT_S = 5.0
@@ -213,10 +212,6 @@ class ViewersBroker:
         assert self._config.broker_admin is not None
         broker = self._config.broker_for(self._config.broker_admin)
         return msgspec.structs.replace(broker, url=f"mqtts://{broker.host}:{self.ports[0]}")
-
-
-def make_password() -> str:
-    return secrets.token_urlsafe(_PASSWORD_BYTES)
 
 
 def hash_password(password: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class FleetAlertSource:
         return cursor, [*self.load({_to_text(key) for _, key in new}).values()]
 
     def load(self, keys: Iterable[str]) -> dict[str, AlertState]:
-        now = _now()
+        now = clock.now_rfc3339()
         loaded = (incidents.load_incident(self._store, _from_text(key), now=now) for key in keys)
         states = [self._to_state(incident) for incident in loaded if incident is not None]
         return {state.key: state for state in states}
@@ -63,7 +63,7 @@ class FleetAlertSource:
     def open_alerts(self) -> list[AlertState]:
         if self._needs_groups:
             self._groups = self._load_groups()
-        return [self._to_state(incident) for incident in incidents.list_incidents(self._store, now=_now())]
+        return [self._to_state(incident) for incident in incidents.list_incidents(self._store, now=clock.now_rfc3339())]
 
     def report_target(self, target: str, problem: str | None) -> None:
         build = TARGET_FAILS.cleared if problem is None else TARGET_FAILS.raised
@@ -123,10 +123,6 @@ def open_source(location: Path | str, fleet: str, *, needs_groups: bool) -> Iter
         yield store, FleetAlertSource(store, fleet, needs_groups=needs_groups)
     finally:
         store.close()
-
-
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)
 
 
 def _to_text(key: IncidentKey) -> str:

@@ -18,7 +18,7 @@ from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.revoke import get_revocation_day
+from agent.fleet.repository.revoke import get_revoked_versions
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle import golden_vectors
 from agent.model.bundle.bundle import Bundle
@@ -151,7 +151,7 @@ def _find_published(current: Edition, metadata: TargetMetadata) -> TargetFile | 
         if other.digest != metadata.digest:
             raise BadBundle(f"{label} is published with digest {other.digest}, this one has {metadata.digest}; {fix}")
         return file
-    if day := get_revocation_day(role.signed, metadata.version):
+    if day := get_revoked_versions(role.signed).get(metadata.version, ""):
         raise BadBundle(f"{label} was revoked on {day}; {fix}")
     return None
 

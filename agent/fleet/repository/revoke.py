@@ -60,11 +60,6 @@ def revoke(
     return RevocationResult(bundle, revoked_versions)
 
 
-def get_revocation_day(role: Targets, version: str) -> str:
-    """Return the day on which a version was revoked, "" if it was not."""
-    return get_revoked_versions(role).get(version, "")
-
-
 def get_revoked_versions(role: Targets) -> dict[str, str]:
     """Return version → day of revocation."""
     return cast("dict[str, str]", role.unrecognized_fields.get(_REVOKED_FIELD, {}))

@@ -16,7 +16,7 @@ from tuf.api.metadata import Metadata, Root
 from tuf.api.serialization import DeserializationError
 
 from agent import durable_files, input_files
-from agent.errors import StorageError, UsageError, explain
+from agent.errors import StorageError, UsageError
 from agent.fleet.repository import edition, expiry, trust
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL_ROLES
@@ -147,11 +147,7 @@ def _load_signed_draft(layout: Layout) -> Metadata[Root] | None:
 
 def _read_draft(file: Path) -> Metadata[Root]:
     try:
-        with input_files.open_regular(file) as opened:
-            data = opened.read(_MAX_ROOT_BYTES + 1)
-        draft = Metadata[Root].from_bytes(data[:_MAX_ROOT_BYTES])
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {explain(error)}") from None
+        draft = Metadata[Root].from_bytes(input_files.read_input(file, _MAX_ROOT_BYTES))
     except DeserializationError as error:
         raise UsageError(f"{file}: is not a root draft: {error}") from None
     if not isinstance(draft.signed, Root):

@@ -158,7 +158,7 @@ def _record_decision(
     if desired is not None and counter is not None:
         current, topic, task = journal.load_desired(db, rollout.topic), topics.parse(rollout.topic), rollout.plan.task
         message = desired_state.merge(current, topic, task, desired, counter, operator.timestamp, operator.key)
-        journal.save_desired(db, message)
+        rollouts.save_desired(db, (message.topic, message.counter, message.payload, message.jws))
         context |= {"counter": counter, "desired": digest(message.payload)}
     context |= evidence
     body = decisions.DecisionBody(1, rollout.name, n + 1, prev, operator.timestamp, event, summary, context)

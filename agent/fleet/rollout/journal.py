@@ -91,10 +91,6 @@ def load_all_desired(db: Connection) -> Sequence[DesiredMessage]:
     return [DesiredMessage(*row) for row in rollouts.load_desired(db)]
 
 
-def save_desired(db: Connection, row: DesiredMessage) -> None:
-    rollouts.save_desired(db, (row.topic, row.counter, row.payload, row.jws))
-
-
 def _rollout_from_row(row: Sequence[Any]) -> Rollout:
     name, _task, _bundle, _version, _digest, topic, started, state, step, text = row
     try:

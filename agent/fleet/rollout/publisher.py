@@ -78,6 +78,6 @@ class RolloutPublisher:
 def _build_message(row: DesiredMessage) -> OutgoingMessage:
     topic = topics.parse(row.topic)
     target = f"{topic.device}/{topic.task}" if topic.task else topic.device
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     event = cloudevent_properties(topic, f"{target}/desired/{row.counter}", now)
     return OutgoingMessage(row.topic, row.payload, (("jws", row.jws), *event), retain=True)

@@ -102,7 +102,7 @@ class Site:
 
     def ingest(self, name: str, *messages: SignedMessage) -> None:
         arrivals = [Arrival(self.senders[name].verify(message)) for message in messages]
-        self.store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
+        self.store.ingest(arrivals, [], clock.now_rfc3339())
 
     def bridge(self, store_verdict: VerdictSink | None = None) -> BridgeThread:
         return publisher.build_publisher(

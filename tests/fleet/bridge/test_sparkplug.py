@@ -72,7 +72,7 @@ class Site:
 
     def ingest(self, *messages: SignedMessage) -> None:
         arrivals = [Arrival(self.sender.verify(message)) for message in messages]
-        self.store.ingest(arrivals, [], clock.to_rfc3339(clock.read().wall_us))
+        self.store.ingest(arrivals, [], clock.now_rfc3339())
 
     def results(self, *ages_s: float) -> SignedMessage:
         now_us, n = clock.read().wall_us, len(ages_s)

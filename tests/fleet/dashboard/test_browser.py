@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.fleet.dashboard.security.access import now_text
+from agent import clock
 from agent.fleet.database.ingest import Arrival
 from agent.testing.messages import MessageSender, new_key
 from tests.kit import browsers
@@ -219,7 +219,7 @@ def test_a_thousand_devices_are_there_at_once(browser: Any, tmp_path: Path) -> N
         messages = [(sender, health(sender, waiting=n % 7)) for n, sender in enumerate(senders)]
         for i in range(0, DEVICES, 100):
             dashboard.store.ingest(
-                [Arrival(sender.verify(message)) for sender, message in messages[i : i + 100]], [], now_text()
+                [Arrival(sender.verify(message)) for sender, message in messages[i : i + 100]], [], clock.now_rfc3339()
             )
         wait_until_shown(dashboard, "/fleet", "1\u202f001 devices", timeout_s=30)
         wait_until_shown(dashboard, "/fleet?q=site-0999", "exercise 1.0.0", timeout_s=30)

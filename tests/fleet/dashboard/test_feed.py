@@ -28,7 +28,7 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 def test_a_task_with_a_name_that_no_task_has_does_not_stop_the_feed(store: FleetStore, name: str) -> None:
     sender = enrolled(store, "pi-01", 1)
     message = health(sender, tasks={name: {"stream": "watch"}, "exercise": {"stream": "watch"}})
-    store.ingest([Arrival(sender.verify(message))], [], clock.to_rfc3339(clock.read().wall_us))
+    store.ingest([Arrival(sender.verify(message))], [], clock.now_rfc3339())
     state = FleetState()
     with store.snapshot() as db:
         state.refresh(db)

@@ -115,7 +115,7 @@ def listener(store: FleetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def ingest(store: FleetStore, sender: Any, *sent: Any) -> None:
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     store.ingest([Arrival(sender.verify(item)) for item in sent], [Refusal(HOSTILE, "unsigned", "", "t", b"", "")], now)
 
 

@@ -48,7 +48,7 @@ def fill(store: FleetStore) -> None:
     metric = {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 50}
     messages.append(sender.append("quality", task=sender.task, model=MODEL, window={"n": 50}, metrics=[metric]))
     messages.append(health(sender, throttle={"temperature": 50.0}, tasks=running))
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     store.ingest([Arrival(sender.verify(m)) for m in messages], [Refusal("pi-07", "unsigned", "", "t", b"", "")], now)
 
 

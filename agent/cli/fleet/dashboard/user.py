@@ -47,7 +47,7 @@ def add(name: str, role: str, no_password: bool, db: str | None, home: Path, as_
         password = known[1] if known else None
         if known is None and not no_password:
             password = passwords.hash_password(_read_password())
-        now = _now()
+        now = clock.now_rfc3339()
         with store.transaction() as writing:
             accounts.save_user(writing, name, role, password, now)
             # What its sessions may do changes at once, but a person with another role signs in again.
@@ -71,7 +71,7 @@ def password(name: str, db: str | None, home: Path, as_json: bool) -> None:
             names = [row["name"] for row in accounts.load_users(reading)]
         if known is None:
             raise _unknown(name, names)
-        hashed, now = passwords.hash_password(_read_password()), _now()
+        hashed, now = passwords.hash_password(_read_password()), clock.now_rfc3339()
         with store.transaction() as writing:
             accounts.save_user(writing, name, known[0], hashed, now)
             accounts.revoke_sessions(writing, name, now)
@@ -88,7 +88,7 @@ def remove(name: str, db: str | None, home: Path, as_json: bool) -> None:
     config = fleet_config.load(home)
     with open_store(config, db) as store, store.transaction() as writing:
         names = [row["name"] for row in accounts.load_users(writing)]
-        if not accounts.delete_user(writing, name, _now()):
+        if not accounts.delete_user(writing, name, clock.now_rfc3339()):
             raise _unknown(name, names)
     emit({"user": name, "removed": True}, as_json, lambda: echo(f"{name} was removed; its sessions ended"))
 
@@ -101,7 +101,7 @@ def list_users(db: str | None, home: Path, as_json: bool) -> None:
 
     _, store = open_for_reading(home, db)
     with store.snapshot() as reading:
-        users, sessions = accounts.load_users(reading), accounts.count_sessions(reading, _now())
+        users, sessions = accounts.load_users(reading), accounts.count_sessions(reading, clock.now_rfc3339())
     rows: list[dict[str, Any]] = [{**row, "sessions": sessions.get(row["name"], 0)} for row in users]
     cells = [
         [r["name"], r["role"], "password" if r["has_password"] else "proxy only", r["sessions"], r["changed"]]
@@ -119,7 +119,3 @@ def _read_password() -> str:
 
 def _unknown(name: str, names: list[str]) -> UsageError:
     return UsageError(f"there is no account {name!r}{did_you_mean(name, names)}")
-
-
-def _now() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)

@@ -72,7 +72,7 @@ def label(
 
     try:
         with open_store(config) as writable, writable.transaction() as db:
-            outcome = add(db, device, task, [entry for _, entry in labels], clock.to_rfc3339(clock.read().wall_us), by)
+            outcome = add(db, device, task, [entry for _, entry in labels], clock.now_rfc3339(), by)
     except ValueError as problem:
         raise UsageError(str(problem)) from None
     rejected |= {labels[index][0]: reason for index, reason in outcome.rejected.items()}

@@ -52,7 +52,7 @@ def result(
     from agent.fleet.labelling import verdicts
 
     config, _ = open_for_reading(home, db, device)
-    judge = verdicts.Judge(by, "cli", clock.to_rfc3339(clock.read().wall_us), note)
+    judge = verdicts.Judge(by, "cli", clock.now_rfc3339(), note)
     with open_store(config, db) as store, store.transaction() as tx:
         if withdraw:
             verdicts.withdraw(tx, device, task, row, judge)
@@ -83,7 +83,7 @@ def alert(
     from agent.fleet.incidents import incidents
     from agent.fleet.labelling import verdicts
 
-    now = clock.to_rfc3339(clock.read().wall_us)
+    now = clock.now_rfc3339()
     with open_store(fleet_config.load(home), db) as store:
         incident = incidents.find_incident(store, ref, now=now)
         judge = verdicts.Judge(by, "cli", now, note)

@@ -6,9 +6,9 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
+from agent import clock
 from agent.fleet.dashboard.pages.visit import Visit
 from agent.fleet.dashboard.security import passwords
-from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.database.dashboard import accounts
 from agent.fleet.database.interface import Connection
 
@@ -30,7 +30,7 @@ async def logout(visit: Visit) -> Response:
 
 async def show(visit: Visit) -> Response:
     visit.require("admin")
-    now = now_text()
+    now = clock.now_rfc3339()
 
     def load(db: Connection) -> dict[str, Any]:
         return {
@@ -49,7 +49,7 @@ async def change(visit: Visit) -> Response:
     visit.require("admin")
     form = await visit.form()
     name, action, role = form.get("name", ""), form.get("action", ""), form.get("role", "")
-    now = now_text()
+    now = clock.now_rfc3339()
 
     def run(db: Connection) -> str:
         known = accounts.load_user(db, name)

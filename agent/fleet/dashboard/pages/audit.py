@@ -70,7 +70,7 @@ async def evidence(visit: Visit) -> Response:
     async with _MAKING:
         archive = await _make_archive(visit, visit.dashboard.desk.key)
     await visit.record("evidence", visit.dashboard.fleet, "downloaded")
-    day = clock.to_rfc3339(clock.read().wall_us)[:10]
+    day = clock.now_rfc3339()[:10]
     name = f"evidence-{visit.dashboard.fleet}-{day}.zip"
     return FileResponse(archive, media_type="application/zip", filename=name, background=BackgroundTask(archive.unlink))
 

@@ -14,7 +14,6 @@ from agent import clock
 from agent.errors import UsageError
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
-from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.dashboard.state.fleet_state import DeviceState, TaskState, as_object, decode_object
 from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.dashboard import results as result_statements
@@ -174,7 +173,7 @@ async def judge(visit: Visit) -> Response:
         raise HTTPException(400, "a verdict needs the row of a result and an action: confirm, correct or withdraw")
     log = form.get("log", "")[:64] or None
     text = form.get("label", "").strip() if action == "correct" else None
-    author = Judge(visit.visitor.name, "dashboard", now_text(), form.get("note", "").strip()[:500])
+    author = Judge(visit.visitor.name, "dashboard", clock.now_rfc3339(), form.get("note", "").strip()[:500])
 
     def write(db: Connection) -> str:
         if action == "withdraw":

@@ -14,7 +14,6 @@ from agent import clock
 from agent.errors import UsageError
 from agent.fleet.dashboard.pages import views
 from agent.fleet.dashboard.pages.visit import Visit
-from agent.fleet.dashboard.security.access import now_text
 from agent.fleet.dashboard.state.fleet_state import as_object, decode_object
 from agent.fleet.database.dashboard import history, messages
 from agent.fleet.database.interface import Connection
@@ -62,7 +61,7 @@ class InboxQuery(msgspec.Struct, frozen=True):
 
 
 async def show(visit: Visit) -> Response:
-    query, now = InboxQuery.parse(visit.request.query_params), now_text()
+    query, now = InboxQuery.parse(visit.request.query_params), clock.now_rfc3339()
     wanted = query.to_filter()
 
     def load(store: FleetStore) -> tuple[list[Incident], Mapping[incidents.Status, int]]:
@@ -90,7 +89,7 @@ async def show(visit: Visit) -> Response:
 
 
 async def show_one(visit: Visit) -> Response:
-    ref, now = visit.request.path_params["ref"], now_text()
+    ref, now = visit.request.path_params["ref"], clock.now_rfc3339()
 
     def load(store: FleetStore) -> dict[str, Any]:
         with store.snapshot() as db:
@@ -112,7 +111,7 @@ async def show_one(visit: Visit) -> Response:
 async def decide(visit: Visit) -> Response:
     """Acknowledge, mute, or take one of both back."""
     visit.require("operator")
-    ref, form, now = visit.request.path_params["ref"], await visit.form(), now_text()
+    ref, form, now = visit.request.path_params["ref"], await visit.form(), clock.now_rfc3339()
     action, note, by = form.get("action", ""), form.get("note", "").strip()[:500], visit.visitor.name
     if action not in ("acknowledge", "withdraw", "mute", "unmute"):
         raise HTTPException(400, "there is no such action")
@@ -143,7 +142,7 @@ async def decide(visit: Visit) -> Response:
 async def judge(visit: Visit) -> Response:
     """Store whether an alert was right, and what was true of the result that it is about."""
     visit.require("operator")
-    ref, form, now = visit.request.path_params["ref"], await visit.form(), now_text()
+    ref, form, now = visit.request.path_params["ref"], await visit.form(), clock.now_rfc3339()
     action, text = form.get("action", ""), form.get("label", "").strip()
     if action not in ("right", "false_alarm"):
         raise HTTPException(400, "a verdict on an alert is right or false_alarm")

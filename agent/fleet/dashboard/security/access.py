@@ -70,7 +70,7 @@ class Access:
             return await self._identify_by_proxy(request, address)
         session = self._read_cookie(request)
         if session:
-            now = now_text()
+            now = clock.now_rfc3339()
             row = await self._reader.read(lambda db: accounts.load_session(db, session, now))
             if row is not None and row[1] in ROLES:
                 return Visitor(row[0], row[1], "session", address, session)
@@ -88,7 +88,7 @@ class Access:
         return self._signer.sign(secret).decode()
 
     async def sign_out(self, visitor: Visitor) -> None:
-        now = now_text()
+        now = clock.now_rfc3339()
         await self._reader.write(lambda db: accounts.revoke_session(db, visitor.session, now))
 
     def set_cookie(self, response: Response, value: str) -> None:
@@ -135,10 +135,6 @@ def record(db: Connection, visitor: Visitor | None, action: str, concerned: str,
         accounts.add_sign_in(db, row, since, oldest)
     else:
         accounts.add_action(db, row)
-
-
-def now_text() -> str:
-    return clock.to_rfc3339(clock.read().wall_us)
 
 
 def _hash(secret: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from agent import input_files
-from agent.errors import UsageError, explain
 from agent.fleet.evidence.format.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
@@ -56,7 +55,9 @@ def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, 
     home = fleet_dir / "repository" / "metadata"
     paths = sorted(home.iterdir()) if home.is_dir() else []
     files = {
-        path.name: _read_metadata_file(path) for path in paths if _METADATA_NAME.match(path.name) and path.is_file()
+        path.name: input_files.read_input(path, _MAX_METADATA_BYTES, hint="restore the repository")
+        for path in paths
+        if _METADATA_NAME.match(path.name) and path.is_file()
     }
     problems: dict[str, str] = {}
 
@@ -67,15 +68,3 @@ def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, 
     relevant = {*(signature.file for signature in chain.signatures), *problems} & files.keys()
     sentences = [f"{file} {problem}" for file, problem in problems.items()]
     return {f"repository/{file}": files[file] for file in sorted(relevant)}, chain, sentences
-
-
-def _read_metadata_file(path: Path) -> bytes:
-    try:
-        with input_files.open_regular(path) as file:
-            data = file.read(_MAX_METADATA_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
-    if len(data) > _MAX_METADATA_BYTES:
-        limit = _MAX_METADATA_BYTES >> 20
-        raise UsageError(f"{path}: larger than {limit} MiB, the limit for repository metadata; restore the repository")
-    return data

@@ -42,23 +42,15 @@ def write(out: Path, *contents: bytes) -> None:
 def read(path: Path) -> Stamp:
     """Read the stamp whose response is at `path`. Raises UsageError."""
     stem = path.with_suffix("")
-    heads = _read(with_suffix(stem, HEADS), log_heads.MAX_BYTES)
-    request = _read(with_suffix(stem, REQUEST), MAX_TOKEN_BYTES)
-    return Stamp(str(path), heads, request, _read(path, MAX_TOKEN_BYTES))
+    files = {
+        with_suffix(stem, HEADS): log_heads.MAX_BYTES,
+        with_suffix(stem, REQUEST): MAX_TOKEN_BYTES,
+        path: MAX_TOKEN_BYTES,
+    }
+    hint = "a stamp has three files of one name: .json, .tsq and .tsr"
+    return Stamp(str(path), *(input_files.read_input(file, limit, hint=hint) for file, limit in files.items()))
 
 
 def with_suffix(stem: Path, suffix: str) -> Path:
     """Return the file of a stamp. A stem may have dots of its own, as dates do."""
     return stem.with_name(stem.name + suffix)
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with input_files.open_regular(path) as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        problem = "a stamp has three files of one name: .json, .tsq and .tsr"
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; {problem}") from None
-    if len(data) > max_bytes:
-        raise UsageError(f"{path}: larger than {max_bytes} bytes, the limit of this file of a stamp")
-    return data

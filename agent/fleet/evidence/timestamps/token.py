@@ -21,7 +21,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from rfc3161_client import HashAlgorithm, PKIStatus, TimeStampResponse, VerificationError
 
 from agent import clock, input_files
-from agent.errors import MessageRefused, UsageError, explain
+from agent.errors import MessageRefused, UsageError
 from agent.fleet.evidence.timestamps.stamp import MAX_TOKEN_BYTES, Stamp
 
 # DER tags (X.690) of an integer and of the member [0] of a structure.
@@ -51,9 +51,7 @@ class Timestamp(msgspec.Struct, frozen=True):
 def load_trust(path: Path, policy: str = "") -> TimestampTrust:
     """Load a PEM file with an authority's root, and intermediates if tokens do not have them. Raises UsageError."""
     try:
-        certificates = x509.load_pem_x509_certificates(input_files.read_bytes(path))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {explain(error)}") from None
+        certificates = x509.load_pem_x509_certificates(input_files.read_input(path))
     except ValueError:
         raise UsageError(f"{path}: has no certificate in PEM; get the root certificate of the authority") from None
     try:
