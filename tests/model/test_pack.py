@@ -205,6 +205,20 @@ def test_a_complete_bundle_has_no_warnings_but_that_it_is_unsigned(tmp_path: Pat
     ]
 
 
+def test_a_threshold_of_three_labels_and_a_second_softmax_are_warnings(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    spec.write_text(spec.read_text().replace("[output]", "[output]\nthreshold = 0.5"))
+    assert pack.pack(spec, KEY).warnings == [
+        "output.threshold has no effect on 3 labels, of which the likeliest is named; remove it"
+    ]
+    draft = activated().bundle.manifest
+    logits, shares = np.array([[2, -1, 5]], np.float32), np.array([[0.2, 0.3, 0.5], [1, 0, 0]], np.float32)
+    softmax = replace(draft, output=replace(draft.output, activation="softmax"))
+    none = replace(draft, output=replace(draft.output, activation="none"))
+    warnings = [pack._find_second_softmax(*each) for each in ((softmax, shares), (softmax, logits), (none, shares))]
+    assert [len(each) for each in warnings] == [1, 0, 0]
+
+
 def test_few_reference_data_are_a_warning_and_very_few_a_mistake(tmp_path: Path) -> None:
     few = pack.pack(write_spec(folder(tmp_path, "few"), reference_rows=600), KEY)
     assert few.warnings == ["only 30 drift windows: alarms are less reliable than with 40"]
