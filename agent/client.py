@@ -5,9 +5,10 @@
         client.send_columns("watch", {"t": times, "ax": xs, "ay": ys})
         answer = client.flush()
 
-`flush` returns once everything sent is on the daemon's disk. A client with a `name` reconnects after a lost connection,
-asks which lines were committed, and sends the rest: each line is processed exactly once. While the daemon is away,
-`send` keeps up to 20,000 lines or 16 MiB in memory, then waits. A frame of arrays counts as a line.
+`flush` returns once everything sent is on the daemon's disk. Its `rejected` has the refused lines with reasons; the end
+of `with` flushes, too, but reports none. A client with a `name` reconnects after a lost connection, asks which lines
+were committed, and sends the rest: each line is processed exactly once. While the daemon is away, `send` keeps up to
+20,000 lines or 16 MiB in memory, then waits. A frame of arrays counts as a line.
 
 This file needs the standard library of Python 3.9 only. `outstation client > outstation_client.py` copies it.
 """

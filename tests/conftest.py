@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from agent.fleet.database.store import FleetStore
 from agent.testing.process import find_program
 from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
+from tests.kit import fork_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
 
 pytest_plugins = ["agent.testing.fixtures"]
@@ -32,6 +33,8 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("chance", patient, derandomize=False, max_examples=300)
 settings.register_profile("busy", patient, derandomize=True, max_examples=50)
 settings.load_profile("busy")
+
+fork_server.install()
 
 # A shell without job control starts background commands with SIGINT ignored, which children inherit; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -125,6 +128,16 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatc
         monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forks_are_used(request: pytest.FixtureRequest) -> None:
+    """Fork the model processes of a device instead of starting each, except for files marked `exec`."""
+    fork_server.server.is_used = request.node.get_closest_marker("exec") is None
+
+
+def pytest_unconfigure() -> None:
+    fork_server.server.close()
+
+
 def pytest_collection_finish() -> None:
     """Exempt all that lives until the end from garbage collection, which each file's end asks for."""
     gc.collect()
@@ -148,8 +161,8 @@ def nothing_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
 def _model_processes() -> list[str]:
     """Return the commands of this process's children that run a model."""
     pids = [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
-    commands = [Path("/proc", pid, "cmdline").read_text() for pid in pids]
-    return [command for command in commands if "agent.model.sandbox.worker" in command]
+    commands = [Path("/proc", pid, "cmdline").read_text() for pid in pids if int(pid) != fork_server.server.pid]
+    return [text for text in commands if "agent.model.sandbox.worker" in text or "fork_server" in text]
 
 
 @pytest.fixture(scope="session")

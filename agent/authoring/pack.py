@@ -30,6 +30,7 @@ from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, joins, runtime, scores
+from agent.model.inference.info_lines import hide_info_lines
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
@@ -38,6 +39,8 @@ from agent.performance.label_order import describe_better_order
 from agent.wire.keys import SigningKey
 
 _GOLDEN_COUNT = 32
+# Of a sum of probabilities, quantized ones too.
+_ROUNDING = 0.02
 _MIN_HELD_OUT = 100
 # More empty values in a field of the reference are warned of.
 _MAX_EMPTY_SHARE = 0.2
@@ -70,7 +73,8 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
         probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
-    job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
+    with hide_info_lines():
+        job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
     dataset_features.check(job)
     calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))
@@ -80,6 +84,7 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
         *_add_reference(job, files, calibrated.notes),
         *_add_cards(spec_file, spec, files),
         *_find_placeholders(draft),
+        *_find_idle_threshold(draft),
     ]
     training = training_check.check(job, train)
     if "DATA_CARD.md" in files:
@@ -101,6 +106,33 @@ def _find_placeholders(draft: Manifest) -> list[str]:
         return []
     return [
         f'labels are placeholders ("{labels[0]}" …): results name them; give the names in the order of the training'
+    ]
+
+
+def _find_idle_threshold(draft: Manifest) -> list[str]:
+    """Return a warning for a threshold of a classifier that names the likeliest of several labels."""
+    output = draft.output
+    if draft.kind != "classify" or output.multi_label or output.threshold is None or len(output.labels) <= 2:
+        return []
+    return [
+        f"output.threshold has no effect on {len(output.labels)} labels, of which the likeliest is named; remove it"
+    ]
+
+
+def _find_second_softmax(draft: Manifest, outputs: Float32s) -> list[str]:
+    """Return a warning if raw `outputs` (n, K) are probabilities already, which a second softmax would flatten."""
+    first = outputs[:, : len(draft.output.labels)]
+    if (
+        draft.output.activation != "softmax"
+        or first.min(initial=0) < -_ROUNDING
+        or first.max(initial=0) > 1 + _ROUNDING
+    ):
+        return []
+    if np.abs(first.sum(axis=1) - 1).max(initial=0) > _ROUNDING:
+        return []
+    return [
+        'output.activation is "softmax", but the outputs of the model sum to 1 already: a second one makes all scores '
+        'alike; write activation = "none"'
     ]
 
 
@@ -168,13 +200,14 @@ def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
         return ["no golden data: a device cannot check that its CPU computes the same outputs as yours"]
     try:
         windows = _select_golden_windows(job, job.path(job.spec.golden))
+        outputs = job.model.invoke(windows)
         vectors = golden_vectors.from_outputs(
-            windows, job.model.invoke(windows), job.model.output_steps, job.model.output_sizes, runtime_name()
+            windows, outputs, job.model.output_steps, job.model.output_sizes, runtime_name()
         )
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(job.file), "golden", str(problem)) from None
     files["golden.npz"] = golden_vectors.encode(vectors)
-    return []
+    return _find_second_softmax(job.draft, outputs)
 
 
 def _select_golden_windows(job: PackJob, path: Path) -> Float32s:

@@ -65,7 +65,8 @@ def _require_targets(file: str, config: NotifyConfig, name: str | None) -> None:
 
 
 def _print_results(results: Sequence[dict[str, object]]) -> None:
+    width = max((len(str(result["target"])) for result in results), default=0)
     for result in results:
         word = click.style("ok", fg="green") if result["ok"] else click.style("failed", fg="red")
         detail = "" if result["ok"] else f": {printable(str(result['error']))}"
-        echo_styled(f"{result['target']}  {word} after {result['seconds']} s{detail}")
+        echo_styled(f"{result['target']:{width}}  {word} after {result['seconds']} s{detail}")

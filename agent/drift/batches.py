@@ -29,7 +29,7 @@ from agent.kernel import library as kernel
 
 # Fields of drift windows that are looked at together: fewer cost more calls of Python, more need more memory. Wide rows
 # are looked at in so many windows, if these have no more fields than the second number.
-MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 640, 2048, 16
+MAX_FIELDS_PER_PASS, MAX_FIELDS_PER_LARGE_PASS, LARGE_PASS_WINDOWS = 640, 4096, 32
 # About; NumPy makes sorted copies of rows as float64.
 MAX_VALUES_PER_COMPILED_PASS, MAX_VALUES_PER_NUMPY_PASS = 1 << 19, 1 << 17
 

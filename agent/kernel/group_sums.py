@@ -109,9 +109,9 @@ def measure_windows(
     windows, floor = np.ascontiguousarray(windows, np.float32), _floats(floor)
     if floor.shape != (fields,) or not 0 <= pairs <= fields * (fields - 1) // 2 or min(lags or (1,)) < 1 or not rows:
         raise ValueError("fields, pairs and lags of model windows do not agree")
-    width = (fields + 6) // 4 * 4
+    width = (fields + 10) // 8 * 8
     moments, spread = 2 * fields, 4 * fields if lags else 2 * fields
-    out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 4) * width + 4)
+    out, scratch = np.empty((count, spread + pairs)), np.empty((2 * rows + 2) * width + 4)
     distances, bounds = np.array(lags or (0, 0), np.int64), np.array(limits, np.float64)
     library.measure_windows(
         *(count, rows, fields, width, pairs, address(windows), address(floor), address(distances), address(bounds)),

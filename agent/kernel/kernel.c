@@ -38,7 +38,10 @@ __attribute__((visibility("default"))) int64_t outstation_kernel_has_avx2(void) 
 }
 #endif
 
-enum { CUTS = 33, BINS = 34, SIZES = 64 };
+enum { CUTS = 33, BINS = 34, SIZES = 64, EIGHT = 8 };
+/* Of eight bytes the lowest and the highest bits. */
+#define ONES 0x0101010101010101u
+#define TOPS 0x8080808080808080u
 enum { DONE = 0 };
 static const double SPIKE_SDS = 10.0, NEIGHBOUR_SDS = 5.0;
 
@@ -139,30 +142,88 @@ static void find_extremes(const int32_t *keys, int64_t n, int64_t known, double 
     rows[3] = next_highs;
 }
 
-/* Count steps between n values by the power of two of their size; the first count is that of steps of 0. */
-static void count_sizes(const float *column, int64_t n, uint8_t *size, int64_t *counts) {
-    uint32_t table[4][SIZES + 1];
-    memset(table, 0, sizeof table);
-    for (int64_t i = 0; i + 1 < n; i++) {
-        double step = (double)column[i + 1] - column[i];
-        uint64_t bits;
-        memcpy(&bits, &step, sizeof bits);
-        int32_t exponent = (int32_t)((uint32_t)(bits >> 32) >> 20 & 0x7ff) - (1022 - 40);
-        exponent = exponent < 1 ? 1 : exponent;
-        exponent = exponent > SIZES - 1 ? SIZES - 1 : exponent;
-        exponent = step == 0 ? 0 : exponent;
-        size[i] = (uint8_t)(step == step ? exponent : SIZES);
-    }
+typedef uint8_t Bytes __attribute__((vector_size(32), aligned(1), may_alias));
+
+static inline int64_t sum_bytes(Bytes bytes) {
+    const uint64_t even = 0x00ff00ff00ff00ffu, each = 0x0001000100010001u;
+    uint64_t words[4], sum = 0;
+    memcpy(words, &bytes, sizeof words);
+    for (int i = 0; i < 4; i++) sum += ((words[i] & even) + (words[i] >> 8 & even)) * each >> 48;
+    return (int64_t)sum;
+}
+
+/* Count the bytes that are `first`, and those that are one, two and three less. */
+static void count_bytes(const uint8_t *bytes, int64_t n, int64_t first, int64_t counts[4]) {
+    enum { LANES = sizeof(Bytes), MOST = 255 };
     int64_t i = 0;
-    for (; i + 4 < n; i += 4) {
-        table[0][size[i]]++;
-        table[1][size[i + 1]]++;
-        table[2][size[i + 2]]++;
-        table[3][size[i + 3]]++;
+    for (int k = 0; k < 4; k++) counts[k] = 0;
+    while (i + LANES <= n) {
+        Bytes a = {0}, b = a, c = a, d = a;
+        /* As long as no count leaves its byte. */
+        const int64_t end = i + MOST * LANES < n ? i + MOST * LANES : n;
+        for (; i + LANES <= end; i += LANES) {
+            const Bytes below = (uint8_t)first - *(const Bytes *)(bytes + i);
+            a -= (Bytes)(below == 0);
+            b -= (Bytes)(below == 1);
+            c -= (Bytes)(below == 2);
+            d -= (Bytes)(below == 3);
+        }
+        counts[0] += sum_bytes(a);
+        counts[1] += sum_bytes(b);
+        counts[2] += sum_bytes(c);
+        counts[3] += sum_bytes(d);
     }
-    for (; i + 1 < n; i++) table[0][size[i]]++;
-    for (int j = 0; j < SIZES; j++)
-        counts[j] = (int64_t)table[0][j] + table[1][j] + table[2][j] + table[3][j];
+    for (; i < n; i++)
+        for (int k = 0; k < 4; k++) counts[k] += bytes[i] == first - k;
+}
+
+/* Count steps between n values by the power of two of their size; the first count is that of steps of 0. `size` is of each
+ * step its place among the counts, SIZES if it is missing. Return the highest place with a step.
+ */
+static int64_t count_sizes(const float *column, int64_t n, uint8_t *size, int64_t *counts) {
+    enum { LEAST = -40, ROUNDED = 128 };
+    for (int64_t i = 0; i + 1 < n; i++) {
+        const float step = column[i + 1] - column[i];
+        int32_t bits;
+        memcpy(&bits, &step, sizeof bits);
+        const int32_t magnitude = bits & 0x7fffffff, is_step = magnitude > 0;
+        int32_t place = (magnitude >> 23) - (126 + LEAST);
+        place = place < is_step ? is_step : place;
+        place = place > SIZES - 1 ? SIZES - 1 : place;
+        place += magnitude > 0x7f800000;
+        /* A power of two may be what a smaller step was rounded to. */
+        place |= (magnitude & 0x7fffff) < is_step ? ROUNDED : 0;
+        size[i] = (uint8_t)place;
+    }
+    for (int64_t i = 0; i + 1 < n;) {
+        uint64_t word = TOPS;
+        const int64_t end = i + EIGHT < n ? i + EIGHT : n - 1;
+        if (end == i + EIGHT) memcpy(&word, size + i, sizeof word);
+        for (i = word & TOPS ? i : end; i < end; i++) {
+            if (!(size[i] & ROUNDED)) continue;
+            const double step = (double)column[i + 1] - column[i];
+            uint64_t bits;
+            memcpy(&bits, &step, sizeof bits);
+            const int64_t place = (int64_t)(bits >> 52 & 0x7ff) - (1022 + LEAST);
+            size[i] = (uint8_t)(place < 1 ? 1 : place > SIZES - 1 ? SIZES - 1 : place);
+        }
+    }
+    uint8_t most = 0;
+    for (int64_t i = 0; i + 1 < n; i++) most = size[i] > most ? size[i] : most;
+    int64_t several[4], highest = 0;
+    for (int place = 0; place < SIZES; place++) counts[place] = 0;
+    count_bytes(size, n - 1, 0, several);
+    counts[0] = several[0];
+    for (int64_t place = most, left = n - 1 - several[0]; left > 0; place -= 4) {
+        count_bytes(size, n - 1, place, several);
+        for (int64_t k = 0; k < 4 && k < place; k++) {
+            left -= several[k];
+            if (place - k == SIZES) continue;
+            counts[place - k] = several[k];
+            if (!highest && several[k]) highest = place - k;
+        }
+    }
+    return highest;
 }
 
 static int is_among(double value, const double *values, int64_t n) {
@@ -191,8 +252,37 @@ static void find_runs(const float *column, int64_t n, double last, int64_t run, 
     *open = now;
 }
 
-static int64_t count_spikes(const float *column, int64_t n, double jump) {
+/* As `find_runs`, where no value is missing and `size` has the steps into the rows from the second on. */
+static void find_known_runs(const float *column, int64_t n, double last, int64_t run, const double *rest, int64_t rests,
+                            const uint8_t *size, int64_t *longest, int64_t *open) {
+    find_runs(column, 1, last, run, rest, rests, longest, open);
+    int64_t most = *longest, now = *open;
+    for (int64_t i = 1; i < n;) {
+        uint64_t word = 0;
+        const int64_t end = i + EIGHT < n ? i + EIGHT : n;
+        if (end == i + EIGHT) memcpy(&word, size + i - 1, sizeof word);
+        if ((word - ONES) & ~word & TOPS) {
+            for (; i < end; i++) {
+                now = size[i - 1] == 0 && !is_among(column[i], rest, rests) ? now + 1 : 1;
+                most = now > most ? now : most;
+            }
+        } else {
+            /* No step is 0. */
+            now = 1;
+            i = end;
+        }
+    }
+    *longest = most;
+    *open = now;
+}
+
+/* Count jumps out and back; `highest` is the highest place of a step among the sizes. */
+static int64_t count_spikes(const float *column, int64_t n, double jump, int64_t highest) {
     const double far = SPIKE_SDS * jump, near = NEIGHBOUR_SDS * jump;
+    const uint64_t bits = (uint64_t)(highest + 1023 - 40) << 52;
+    double beyond; /* each step's size, but of those at the last place */
+    memcpy(&beyond, &bits, sizeof beyond);
+    if (highest < SIZES - 1 && beyond <= far) return 0;
     int64_t spikes = 0;
     for (int64_t i = 1; i + 1 < n; i++) {
         const double left = column[i - 1], value = column[i], right = column[i + 1];
@@ -240,22 +330,24 @@ static inline __attribute__((always_inline)) Quad load(const float *values) {
 static void add_rows(const float *rows, int64_t n, int64_t fields, const double *origin, double *total,
                      double *squares) {
     int64_t f = 0;
-    for (; f + 8 <= fields; f += 8) {
-        const Quad from = *(const Quad *)(origin + f), next_from = *(const Quad *)(origin + f + 4);
-        Quad sum = *(const Quad *)(total + f), next_sum = *(const Quad *)(total + f + 4);
-        Quad square = *(const Quad *)(squares + f), next_square = *(const Quad *)(squares + f + 4);
+    for (; f + 4 < fields; f += 8) {
+        /* Of five to seven fields left, some are in both quads, which store the same sums of them. */
+        const int64_t g = f + 8 <= fields ? f + 4 : fields - 4;
+        const Quad from = *(const Quad *)(origin + f), next_from = *(const Quad *)(origin + g);
+        Quad sum = *(const Quad *)(total + f), next_sum = *(const Quad *)(total + g);
+        Quad square = *(const Quad *)(squares + f), next_square = *(const Quad *)(squares + g);
         for (int64_t i = 0; i < n; i++) {
-            const float *row = rows + i * fields + f;
-            const Quad value = known_or_zero(load(row) - from), next = known_or_zero(load(row + 4) - next_from);
+            const float *row = rows + i * fields;
+            const Quad value = known_or_zero(load(row + f) - from), next = known_or_zero(load(row + g) - next_from);
             sum += value;
             square += value * value;
             next_sum += next;
             next_square += next * next;
         }
         *(Quad *)(total + f) = sum;
-        *(Quad *)(total + f + 4) = next_sum;
+        *(Quad *)(total + g) = next_sum;
         *(Quad *)(squares + f) = square;
-        *(Quad *)(squares + f + 4) = next_square;
+        *(Quad *)(squares + g) = next_square;
     }
     for (; f + 4 <= fields; f += 4) {
         const Quad from = *(const Quad *)(origin + f);
@@ -324,15 +416,19 @@ int64_t EXPORT(count_rows)(int64_t windows, int64_t n, int64_t fields, int64_t e
                 for (int64_t i = 0; i < n; i++)
                     out[OUTSIDE] += column[earlier + i] < low || column[earlier + i] > high;
             int64_t begin = earlier ? earlier - 1 : 0;
-            count_sizes(column + begin, n + earlier - begin, size, out + SIZE);
+            const int64_t highest = count_sizes(column + begin, n + earlier - begin, size, out + SIZE);
             int has_gaps = missing > 0 || (earlier && column[0] != column[0]) || column[begin] != column[begin];
             out[LONGEST] = out[OPEN] = 1;
-            if (out[SIZE] || has_gaps || n + earlier < 2)
-                find_runs(column + earlier, n, last[field], run[field], rest + rest_begin[field],
-                          rest_begin[field + 1] - rest_begin[field], out + LONGEST, out + OPEN);
+            const double *resting = rest + rest_begin[field];
+            const int64_t rests = rest_begin[field + 1] - rest_begin[field];
+            if (has_gaps)
+                find_runs(column + earlier, n, last[field], run[field], resting, rests, out + LONGEST, out + OPEN);
+            else if (out[SIZE] || n + earlier < 2)
+                find_known_runs(column + earlier, n, last[field], run[field], resting, rests, size + (earlier ? 1 : 0),
+                                out + LONGEST, out + OPEN);
             out[SPIKE] = 0;
             if (jump > 0 && (earlier || !(ends[2] + ends[0] <= SPIKE_SDS * jump)))
-                out[SPIKE] = count_spikes(column, n + earlier, jump);
+                out[SPIKE] = count_spikes(column, n + earlier, jump, highest);
             if (!field) held = out[SIZE];
         }
         repeated[window] = held ? count_repeated(first, earlier ? before + (earlier - 1) * fields : NULL, n, fields, rest,
@@ -447,12 +543,12 @@ int64_t EXPORT(sum_residuals)(int64_t total, int64_t fields, int64_t width, cons
  * square differences of values `lags` rows apart, as shares of the mean square; correlations of the first `pairs` pairs
  * of fields by distance, of values rounded to steps of the field's sd / `limits[0]`, of at most `limits[1]`. NaN where
  * half of the values are missing or, but for means and variances, a field does not move more than its `floor`.
- * `scratch`: (2 * n + 4) * `width` + 4; the width is fields + 3, rounded up to 4.
+ * `scratch`: (2 * n + 2) * `width` + 4; the width is fields + 3, rounded up to 8.
  */
 int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int64_t width, int64_t pairs,
                                 const float *values, const double *floor, const int64_t *lags, const double *limits,
                                 double *out, double *scratch) {
-    enum { COUNT, SQUARE, SCALE, LEAST, ROWS };
+    enum { SQUARE, LEAST, ROWS };
     const double unknown = __builtin_nan(""), steps = limits[0], most = limits[1], rows = (double)(int32_t)n;
     const double magic = 6755399441055744.0; /* 1.5 * 2**52: adding it rounds */
     double *by_field = scratch, *padded = scratch + ROWS * width, *whole = padded + n * width;
@@ -461,50 +557,60 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
     for (int64_t window = 0; window < windows; window++, values += n * fields, out += pairs + (lags[0] ? 4 : 2) * fields) {
         for (int64_t i = 0; i < n; i++)
             for (int64_t f = 0; f < fields; f++) padded[i * width + f] = values[i * fields + f];
-        for (int64_t f = 0; f < fields; f += 4) {
-            Quad mean = {0, 0, 0, 0}, square = mean, scale;
-            QuadMask count = {0, 0, 0, 0};
-            for (int64_t i = 0; i < n; i++) {
-                const Quad value = *(const Quad *)(padded + i * width + f);
-                mean += known_or_zero(value);
-                count -= value == value;
+        for (int64_t f = 0; f < fields; f += EIGHT) {
+            Quad mean[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, scale[2];
+            QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+            for (int64_t i = 0; i < n; i++)
+                for (int k = 0; k < 2; k++) {
+                    const Quad value = *(const Quad *)(padded + i * width + f + 4 * k);
+                    mean[k] += known_or_zero(value);
+                    count[k] -= value == value;
+                }
+            for (int lane = 0; lane < EIGHT; lane++) {
+                const int64_t known = count[lane / 4][lane % 4];
+                mean[lane / 4][lane % 4] /= known ? (double)(int32_t)known : 1.0;
             }
-            for (int lane = 0; lane < 4; lane++) mean[lane] /= count[lane] ? (double)(int32_t)count[lane] : 1.0;
-            for (int64_t i = 0; i < n; i++) {
-                const Quad value = known_or_zero(*(const Quad *)(padded + i * width + f) - mean);
-                *(Quad *)(whole + i * width + f) = value;
-                square += value * value;
-            }
-            for (int lane = 0; lane < 4; lane++) {
-                const double least = by_field[LEAST * width + f + lane], mean_square = square[lane] / rows;
-                const int is_known = 2 * count[lane] > n, moves = is_known && mean_square > least;
-                scale[lane] = moves ? steps / __builtin_sqrt(mean_square) : unknown;
+            for (int64_t i = 0; i < n; i++)
+                for (int k = 0; k < 2; k++) {
+                    const Quad value = known_or_zero(*(const Quad *)(padded + i * width + f + 4 * k) - mean[k]);
+                    *(Quad *)(whole + i * width + f + 4 * k) = value;
+                    square[k] += value * value;
+                }
+            for (int lane = 0; lane < EIGHT; lane++) {
+                const int64_t known = count[lane / 4][lane % 4];
+                const double sum = square[lane / 4][lane % 4], mean_square = sum / rows;
+                const double least = by_field[LEAST * width + f + lane];
+                const int is_known = 2 * known > n, moves = is_known && mean_square > least;
+                scale[lane / 4][lane % 4] = moves ? steps / __builtin_sqrt(mean_square) : unknown;
                 by_field[SQUARE * width + f + lane] = moves ? mean_square : unknown;
-                if (f + lane >= fields) break;
-                double variance = square[lane] / (count[lane] ? (double)(int32_t)count[lane] : 1.0);
+                if (f + lane >= fields) continue;
+                double variance = sum / (known ? (double)(int32_t)known : 1.0);
                 variance = variance > least ? variance : least;
-                out[f + lane] = is_known ? mean[lane] : unknown;
+                out[f + lane] = is_known ? mean[lane / 4][lane % 4] : unknown;
                 out[fields + f + lane] = is_known ? variance : unknown;
             }
-            for (int64_t i = 0; i < n; i++) {
-                Quad *place = (Quad *)(whole + i * width + f);
-                *place = (*place * scale + magic) - magic;
-            }
+            for (int64_t i = 0; i < n; i++)
+                for (int k = 0; k < 2; k++) {
+                    Quad *place = (Quad *)(whole + i * width + f + 4 * k);
+                    *place = (*place * scale[k] + magic) - magic;
+                }
         }
         double *place = out + 2 * fields;
         for (int which = 0; which < 2 && lags[0]; which++, place += fields)
-            for (int64_t f = 0; f < fields; f += 4) {
-                Quad square = {0, 0, 0, 0};
-                QuadMask count = {0, 0, 0, 0};
-                for (int64_t i = lags[which]; i < n; i++) {
-                    const double *later = padded + i * width + f;
-                    const Quad step = *(const Quad *)later - *(const Quad *)(later - lags[which] * width);
-                    const Quad known = known_or_zero(step);
-                    square += known * known;
-                    count -= step == step;
-                }
-                for (int lane = 0; lane < 4 && f + lane < fields; lane++) {
-                    const double moved = square[lane] / (count[lane] ? (double)(int32_t)count[lane] : 1.0);
+            for (int64_t f = 0; f < fields; f += EIGHT) {
+                Quad square[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+                QuadMask count[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+                for (int64_t i = lags[which]; i < n; i++)
+                    for (int k = 0; k < 2; k++) {
+                        const double *later = padded + i * width + f + 4 * k;
+                        const Quad step = *(const Quad *)later - *(const Quad *)(later - lags[which] * width);
+                        const Quad known = known_or_zero(step);
+                        square[k] += known * known;
+                        count[k] -= step == step;
+                    }
+                for (int lane = 0; lane < EIGHT && f + lane < fields; lane++) {
+                    const int64_t known = count[lane / 4][lane % 4];
+                    const double moved = square[lane / 4][lane % 4] / (known ? (double)(int32_t)known : 1.0);
                     place[f + lane] = moved > 0 ? moved / by_field[SQUARE * width + f + lane] : unknown;
                 }
             }
@@ -520,7 +626,15 @@ int64_t EXPORT(measure_windows)(int64_t windows, int64_t n, int64_t fields, int6
             for (int64_t f = 0; f < count[0]; f += 4) {
                 /* Whole numbers below 2**53 in sum: their order does not matter. */
                 Quad sums[AT_ONCE] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
-                for (int64_t i = 0; i < n; i++) {
+                int64_t i = 0;
+                /* A single distance: four rows at once, as one sum would wait for itself. */
+                for (; i + AT_ONCE <= n && count[1] <= f; i += AT_ONCE)
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const double *row = whole + (i + k) * width + f;
+                        sums[k] += *(const Quad *)row * *(const Quad *)(row + distance);
+                    }
+                if (i) sums[0] += (sums[1] + sums[2]) + sums[3];
+                for (; i < n; i++) {
                     const double *row = whole + i * width + f, *other = row + distance;
                     const Quad values = *(const Quad *)row;
                     sums[0] += values * *(const Quad *)other;

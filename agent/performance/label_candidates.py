@@ -41,8 +41,14 @@ class Candidate(msgspec.Struct, frozen=True):
     strength: float
 
 
-def choose(results: UnlabelledResults, labels_by_class: Mapping[str, int], limit: int, seed: int) -> list[Candidate]:
-    """Return up to `limit` results, of each reason in turn the next best; the same `seed` chooses the same ones."""
+def choose(
+    results: UnlabelledResults, labels_by_class: Mapping[str, int], limit: int, seed: int, turn: int = 0
+) -> list[Candidate]:
+    """Return up to `limit` results, of each reason in turn the next best; the same `seed` chooses the same ones.
+
+    `turn` counts the tasks of one list: each begins with another reason, so that a list of one result of each task has
+    all reasons.
+    """
     queues: dict[Reason, Iterator[tuple[int, float]]] = {
         "uncertain": _by_strength(results.doubt),
         "drifted": _by_strength(results.drift),
@@ -51,8 +57,10 @@ def choose(results: UnlabelledResults, labels_by_class: Mapping[str, int], limit
     }
     chosen: dict[int, Candidate] = {}
     batches: set[tuple[Reason, int]] = set()
+    begin = turn % len(REASONS)
+    in_turn = [*REASONS[begin:], *REASONS[:begin]]
     while queues and len(chosen) < limit:
-        for reason in [*queues]:
+        for reason in [each for each in in_turn if each in queues]:
             for index, strength in queues[reason]:
                 batch = (reason, int(results.batch[index]))
                 if index not in chosen and batch not in batches:

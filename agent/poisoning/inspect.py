@@ -83,6 +83,8 @@ def inspect(given: LabelledWindows) -> PoisoningReport:
     ]
     measured: list[Provider] = []
     reasons = [*triggers.describe_omissions(windows)]
+    if len(windows) < len(given):
+        reasons.insert(0, f"windows: {len(windows):,} of {len(given):,} were inspected, spread evenly")
     for kind in windows.providers:
         judged, departures = providers.measure(kind, windows, features, candidates)
         measured += judged

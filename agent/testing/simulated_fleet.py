@@ -177,7 +177,7 @@ def _read_scenario(
     else:
         file.write_text(setup.render_toml({"duration": _DEFAULT_DURATION, **(given or {})}), encoding="utf-8")
     tasks, groups = [*chosen.config.tasks], chosen.config.device.groups
-    return scenario.load(file, chosen.fields, tasks, devices, groups)
+    return scenario.load(file, chosen.fields, tasks, devices, groups, chosen.optional_fields)
 
 
 def _shorten(document: dict[str, Any]) -> str:

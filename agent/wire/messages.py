@@ -14,18 +14,8 @@ from agent.wire import runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.keys import b64url_encode, parse_encryption_key
-from agent.wire.runs import (
-    MAX_REPEATED_BYTES,
-    MAX_RESULTS,
-    EpochMicroseconds,
-    JitteredTimes,
-    Label,
-    LabelRun,
-    QuietWindows,
-    Row,
-    RowRun,
-    TimeRun,
-)
+from agent.wire.runs import Magnitude, QuietWindows
+from agent.wire.runs import ResultColumns as ResultColumns
 from agent.wire.times import Rfc3339
 
 MAX_PAYLOAD = 1 << 20
@@ -37,8 +27,6 @@ ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 # Base64url of sealed content.
 Sealed = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]*\Z", max_length=MAX_PAYLOAD)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
-# Far beyond float32, in which models compute, and small enough that sums of squares stay finite.
-Magnitude = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 SquareSum = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e100)]
 Severity = Literal["info", "warning", "critical"]
@@ -97,55 +85,6 @@ class JoinedRange(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"joined rows [{self.rows[0]},{self.rows[1]}] run backwards")
-
-
-class ResultColumns(msgspec.Struct, frozen=True):
-    """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
-
-    row: list[Row | RowRun]
-    t: list[EpochMicroseconds | TimeRun] | JitteredTimes
-    # A multi-label model joins its labels with "|".
-    label: list[Label | LabelRun] | None = None
-    score: list[Magnitude | None] | None = None
-    value: list[Magnitude | None] | None = None
-    # Share of a result's input that was missing, where it exceeds the bundle's limit; 0 elsewhere.
-    missing: list[Magnitude] | None = None
-
-    def __post_init__(self) -> None:
-        count = len(self)
-        if count > MAX_RESULTS:
-            raise ValueError(f"{count} results in one message, the limit is {MAX_RESULTS}")
-        lengths = {
-            "t": runs.count_entries(self.t),
-            "label": count if self.label is None else runs.count_entries(self.label),
-            "score": count if self.score is None else len(self.score),
-            "value": count if self.value is None else len(self.value),
-            "missing": count if self.missing is None else len(self.missing),
-        }
-        for name, length in lengths.items():
-            if length != count:
-                raise ValueError(f"column {name} has {length} entries, row has {count}")
-        repeated = 0 if self.label is None else runs.repeated_bytes(self.label)
-        if repeated > MAX_REPEATED_BYTES:
-            raise ValueError(f"labels in runs have {repeated} bytes, the limit is {MAX_REPEATED_BYTES}")
-        # Plain entries are in range by their type.
-        if count != len(self.row):
-            runs.check_range(self.row, 1, 2**53 - 1)
-        if isinstance(self.t, JitteredTimes) or count != len(self.t):
-            runs.check_range(self.t, -(2**63), 2**63 - 1)
-
-    def __len__(self) -> int:
-        return runs.count_entries(self.row)
-
-    def expand_rows(self) -> list[int]:
-        return runs.expand_integers(self.row)
-
-    def expand_times(self) -> list[int]:
-        """Return the times (n,), epoch µs."""
-        return runs.expand_integers(self.t)
-
-    def expand_labels(self) -> list[str] | None:
-        return None if self.label is None else runs.expand_labels(self.label)
 
 
 class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):

@@ -1,4 +1,4 @@
-"""Run-length encoding of columns: arithmetic runs of integers, jittered times, repeated labels, quiet drift windows.
+"""Run-length encoded columns: runs of integers, jittered times, repeated labels; of results and of quiet windows.
 
 `docs/reference/wire-format.md` describes the forms. This module reads them; `agent.device.pipeline.columns` writes
 them. Every bound is checked before a run is expanded.
@@ -21,6 +21,8 @@ Step = Annotated[int, msgspec.Meta(ge=-_MAX_INT, le=_MAX_INT)]
 Row = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT)]
 EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Label = Annotated[str, msgspec.Meta(max_length=4096)]
+# Far beyond float32, in which models compute, and small enough that sums of squares stay finite.
+Magnitude = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 
 
 # Runs are arrays in JSON. They are structs and no tuples, because msgspec 0.22 reads past the end of its own type
@@ -127,6 +129,55 @@ def _find_runs(column: Sequence[int | str | Run]) -> list[Run]:
     if _PLAIN.issuperset(map(type, column)):
         return []
     return [item for item in column if type(item) not in _PLAIN]  # type: ignore[misc]
+
+
+class ResultColumns(msgspec.Struct, frozen=True):
+    """Columns of one length. Entries of `row`, `t` and `label` may be runs."""
+
+    row: list[Row | RowRun]
+    t: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    # A multi-label model joins its labels with "|".
+    label: list[Label | LabelRun] | None = None
+    score: list[Magnitude | None] | None = None
+    value: list[Magnitude | None] | None = None
+    # Share of a result's input that was missing, where it exceeds the bundle's limit; 0 elsewhere.
+    missing: list[Magnitude] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self)
+        if count > MAX_RESULTS:
+            raise ValueError(f"{count} results in one message, the limit is {MAX_RESULTS}")
+        lengths = {
+            "t": count_entries(self.t),
+            "label": count if self.label is None else count_entries(self.label),
+            "score": count if self.score is None else len(self.score),
+            "value": count if self.value is None else len(self.value),
+            "missing": count if self.missing is None else len(self.missing),
+        }
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"column {name} has {length} entries, row has {count}")
+        repeated = 0 if self.label is None else repeated_bytes(self.label)
+        if repeated > MAX_REPEATED_BYTES:
+            raise ValueError(f"labels in runs have {repeated} bytes, the limit is {MAX_REPEATED_BYTES}")
+        # Plain entries are in range by their type.
+        if count != len(self.row):
+            check_range(self.row, 1, 2**53 - 1)
+        if isinstance(self.t, JitteredTimes) or count != len(self.t):
+            check_range(self.t, -(2**63), 2**63 - 1)
+
+    def __len__(self) -> int:
+        return count_entries(self.row)
+
+    def expand_rows(self) -> list[int]:
+        return expand_integers(self.row)
+
+    def expand_times(self) -> list[int]:
+        """Return the times (n,), epoch µs."""
+        return expand_integers(self.t)
+
+    def expand_labels(self) -> list[str] | None:
+        return None if self.label is None else expand_labels(self.label)
 
 
 # Of one message: the columns take less room than the sums of a few fields.

@@ -124,6 +124,9 @@ def draw_values(rng: np.random.Generator, n: int, fields: int) -> Float64s:
         values = np.cumsum(values, axis=0)
     elif kind == 7:
         values[:, rng.random(fields) < 0.5] = rng.choice([0.0, 0.5, 7.0, np.nan])
+    elif kind == 8:
+        # As float32, some steps round up to a power of two.
+        values = rng.choice(np.array([1.0, 4.0, 0.0, 2**-27, -(2**-27)]), values.shape)
     if rng.random() < 0.4:
         values[rng.random(values.shape) < rng.choice([0.02, 0.5, 0.97])] = np.nan
     if rng.random() < 0.15:

@@ -76,6 +76,18 @@ def test_a_valid_source_is_reported_and_its_replay_does_not_start(tmp_path: Path
     store.close()
 
 
+def test_a_schedule_that_has_ended_is_a_warning(tmp_path: Path) -> None:
+    task = '[tasks.exercise]\nstream = "watch"\nbundle = "exercise"\nschedule = "{}"\n'
+    states = []
+    for i, text in enumerate(
+        ("every 60 s until 2020-01-01 or 0 6 * * * until 2021-01-01", "0 6 * * * until 2020-01-01 or every 60 s")
+    ):
+        file = device(tmp_path / str(i), HOST.format(field="memory") + task.format(text))
+        checks = json.loads(call_outstation("check", "-c", str(file), "--json").stdout)
+        states += [check["state"] for check in checks if check["name"] == "schedule exercise"]
+    assert states == ["warning", "ok"]
+
+
 @pytest.mark.parametrize(
     ("key", "state", "words"),
     [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,23 @@ def sqlite_of(store: FleetStore) -> SqliteDatabase:
 def fresh_in(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
     """Yield a function that creates an empty database of the kind `request.param`."""
     if request.param == "sqlite":
-        return lambda: FleetStore(factory.mktemp("db") / "fleet.db")
+        return lambda: _create(factory.mktemp("db") / "fleet.db")
     url = request.getfixturevalue("postgres_server").create_database()
     FleetStore(url).close()
     return lambda: emptied(url)
+
+
+def _create(file: Path) -> FleetStore:
+    """Create a database. To create its tables takes longer than most tests."""
+    file.write_bytes(_make_empty())
+    return FleetStore(file)
+
+
+@cache
+def _make_empty() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        FleetStore(Path(folder) / "fleet.db").close()
+        return (Path(folder) / "fleet.db").read_bytes()
 
 
 def emptied(url: str) -> FleetStore:

@@ -24,6 +24,7 @@ from agent.model.sandbox import confinement, probe
 from agent.model.sandbox.confinement import ModelPolicy
 from agent.model.sandbox.subprocess_model import SubprocessModel
 
+pytestmark = pytest.mark.exec
 # What native code of a model would try; each line is run in a confined process, where it must raise OSError.
 ATTACKS = {
     "read a file": "os.open('/etc/passwd', os.O_RDONLY)",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +205,34 @@ def test_a_complete_bundle_has_no_warnings_but_that_it_is_unsigned(tmp_path: Pat
     assert pack.pack(spec, None).warnings == [
         "not signed (--sign-with): devices refuse it until `outstation model sign`"
     ]
+
+
+def test_a_threshold_of_three_labels_and_a_second_softmax_are_warnings(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    spec.write_text(spec.read_text().replace("[output]", "[output]\nthreshold = 0.5"))
+    assert pack.pack(spec, KEY).warnings == [
+        "output.threshold has no effect on 3 labels, of which the likeliest is named; remove it"
+    ]
+    draft = activated().bundle.manifest
+    logits, shares = np.array([[2, -1, 5]], np.float32), np.array([[0.2, 0.3, 0.5], [1, 0, 0]], np.float32)
+    softmax = replace(draft, output=replace(draft.output, activation="softmax"))
+    none = replace(draft, output=replace(draft.output, activation="none"))
+    warnings = [pack._find_second_softmax(*each) for each in ((softmax, shares), (softmax, logits), (none, shares))]
+    assert [len(each) for each in warnings] == [1, 0, 0]
+
+
+def test_lines_of_the_runtime_are_hidden_but_its_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load = runtime.load_model
+
+    def write_lines(*args: Any) -> runtime.TfliteModel:
+        os.write(2, b"INFO: Created delegate\nWARNING: no memory\n")
+        return load(*args)
+
+    monkeypatch.setattr(runtime, "load_model", write_lines)
+    pack.pack(write_spec(tmp_path), KEY)
+    assert capfd.readouterr().err == "WARNING: no memory\n"
 
 
 def test_few_reference_data_are_a_warning_and_very_few_a_mistake(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from scripts.kit.bundles import CLASSIFY, around, model, readings
 from tests.kit.marks import crashing
 from tests.kit.stations import wait_for
 
+pytestmark = pytest.mark.exec
+
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
 CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)

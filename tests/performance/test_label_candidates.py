@@ -25,6 +25,12 @@ def test_reasons_take_turns_and_each_gives_its_strongest() -> None:
     assert [each.index for each in chosen[:3]] == [99, 50, 3]
 
 
+def test_a_list_of_one_result_of_each_task_has_all_reasons() -> None:
+    unlabelled = results(100, drift=np.full(100, 0.5))
+    chosen = [choose(unlabelled, {"rare": 0, "usual": 40}, 1, seed=1, turn=turn)[0] for turn in range(4)]
+    assert [each.reason for each in chosen] == ["uncertain", "drifted", "rare", "random"]
+
+
 def test_neighbours_of_one_batch_are_chosen_once_for_a_reason() -> None:
     chosen = choose(results(40, batch=np.arange(40) // 20, predicted=[None] * 40), {}, 40, seed=1)
     assert sum(each.reason == "uncertain" for each in chosen) == 2

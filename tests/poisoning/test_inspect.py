@@ -150,6 +150,12 @@ def test_more_windows_than_the_bound_are_thinned_evenly() -> None:
     assert (thinned.names[0], thinned.names[-1]) == (1, n)
 
 
+def test_a_set_that_was_thinned_says_so_in_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelled_windows, "MAX_WINDOWS", 200)
+    report = inspect(sets.make_table(np.random.default_rng(0).normal(size=(500, 2)).astype("<f4"), np.arange(500) % 2))
+    assert (report.windows, report.reasons[0]) == (200, "windows: 200 of 500 were inspected, spread evenly")
+
+
 def test_no_finding_rests_on_fewer_windows_than_the_least_count(exercise: LabelledWindows) -> None:
     poisoned, _ = attacks.trigger(0.004).poison(exercise, np.random.default_rng(0))
     assert all(finding.n >= 10 for finding in inspect(poisoned).findings)

@@ -15,7 +15,7 @@ from scripts.fuzzing.explore import attempt
 
 ALL = fuzzing.load()
 # After the sound bytes of each target.
-RUNS, COSTLY_RUNS = 200, 4
+RUNS, COSTLY_RUNS = 100, 4
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -184,6 +184,14 @@ def test_an_error_of_a_scenario_is_one_line_with_file_and_key(tmp_path: Path, re
     assert "\n" not in str(caught.value)
 
 
+def test_no_field_is_missing_that_every_row_must_have(tmp_path: Path) -> None:
+    file = tmp_path / "scenario.toml"
+    file.write_text('duration = "1 h"\nevents = [{ kind = "missing", at = "2 s", fields = ["ax", "ay"] }]')
+    with pytest.raises(ConfigError, match=r"events\[0\]\.fields: ay is not optional, so rows without it are rejected"):
+        scenario.load(file, _FIELDS, ["exercise"], optional=["ax"])
+    assert scenario.load(file, _FIELDS, ["exercise"], optional=["ax", "ay"]).events
+
+
 def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("t,a,b\n" + "".join(f"{i},{i % 7},{i % 5}\n" for i in range(100)), encoding="utf-8")

@@ -27,7 +27,7 @@ from agent.device.bundles import history
 from agent.device.intake import feedback_loops
 from agent.device.intake.source import SourceContext
 from agent.device.intake.sources.registry import source_module
-from agent.device.machine import schedule_text
+from agent.device.machine import schedule, schedule_text
 from agent.device.machine.certificate import choose_certificate, read_end
 from agent.device.machine.timekeeping import build_report, make_clock, trusted_time_us
 from agent.device.pipeline import tuning_cache
@@ -250,8 +250,10 @@ def _check_confinement(conf: Config) -> CheckResult:
     return CheckResult("confinement", level, f"{obstacle}; models run in unconfined processes of their own, {limit}")
 
 
-def _check_schedule(file: Path, name: str, text: str) -> str:
-    schedule_text.parse(str(file), name, text)
+def _check_schedule(file: Path, name: str, text: str) -> str | CheckResult:
+    parsed = schedule_text.parse(str(file), name, text)
+    if schedule.has_ended(parsed, clock.read()):
+        return CheckResult(f"schedule {name}", "warning", f"{text}: its dates are over, so the task never runs again")
     return text
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from agent import decoders
 from agent.config import Config
-from agent.device.machine import schedule_text
-from agent.device.machine.schedule import Schedule
 from agent.device.store import task_keys
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agent.device.machine.schedule import Schedule
 
 
 class BundleOverride(msgspec.Struct, frozen=True):
@@ -44,6 +47,9 @@ def load_schedule(store: Store, task: str) -> str | None:
 
 def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> Schedule:
     """Return the schedule that an operator set, or the configured one. Raises ConfigError if that is malformed."""
+    # Command `batch` has no schedule.
+    from agent.device.machine import schedule_text
+
     text = load_schedule(store, task)
     if text is not None:
         try:

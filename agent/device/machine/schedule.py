@@ -169,7 +169,7 @@ class CronSchedule:
         self._start, self._end = start, end
 
     def is_due(self, now: ClockReading, backlog: int, enough: int = 0) -> bool:
-        is_over = self._end is not None and clock.to_datetime(now.wall_us) >= self._end
+        is_over = self.has_ended(now)
         now = self._shift(now)
         if is_over:
             # A time that nobody looked at before the end would else be waited for without a pause.
@@ -207,6 +207,9 @@ class CronSchedule:
             return _MAX_WAIT_S if self._last_now is not None else 0.0
         now = self._shift(now)
         return min(_MAX_WAIT_S, max(0.0, (self._next - clock.to_datetime(now.wall_us)).total_seconds()))
+
+    def has_ended(self, now: ClockReading) -> bool:
+        return self._end is not None and clock.to_datetime(now.wall_us) >= self._end
 
     def _shift(self, now: ClockReading) -> ClockReading:
         """Return the reading as it was before the delay, so that each time comes later by it."""
@@ -248,6 +251,9 @@ class DateRangeSchedule:
         moment = clock.to_datetime(now.wall_us)
         return (self._start is None or moment >= self._start) and (self._end is None or moment < self._end)
 
+    def has_ended(self, now: ClockReading) -> bool:
+        return self._end is not None and clock.to_datetime(now.wall_us) >= self._end
+
 
 class AnySchedule:
     """Schedule that is due when any of `schedules` is; a run counts for all of them."""
@@ -269,6 +275,14 @@ class AnySchedule:
 
     def wait_s(self, now: ClockReading) -> float:
         return min(schedule.wait_s(now) for schedule in self._schedules)
+
+    def has_ended(self, now: ClockReading) -> bool:
+        return all(has_ended(schedule, now) for schedule in self._schedules)
+
+
+def has_ended(schedule: Schedule, now: ClockReading) -> bool:
+    """Return True if no run is left."""
+    return isinstance(schedule, CronSchedule | DateRangeSchedule | AnySchedule) and schedule.has_ended(now)
 
 
 def _next_fire_time(trigger: Any, zone: tzinfo, moment: datetime, fixed_hour: bool) -> datetime | None:

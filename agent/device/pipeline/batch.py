@@ -46,6 +46,9 @@ from agent.model.inference.model_windows import ModelWindows
 from agent.model.inference.scores import Scores
 from agent.performance import slices
 
+# A batch takes so large a share of its rows more with it, if then none wait.
+_REST_DIVISOR = 16
+
 
 class BatchResult(msgspec.Struct, frozen=True):
     """Number of rows consumed, model windows, and alerts of a committed batch."""
@@ -115,7 +118,7 @@ def _run_once(
     after = store.first_row(task.config.stream) - 1 if cursor is None else cursor
     started = _take_started(task, store, after, max_rows)
     if started is None:
-        batch = store.read_rows(task.config.stream, task.stream.fields, after, max_rows)
+        batch = _read_backlog(task, store, after, max_rows)
         if batch is None:
             return None
         if batch.loss_reason:
@@ -185,17 +188,29 @@ def _prepare_next(task: LoadedTask, store: Store, current: StartedBatch, max_row
         return None
     limit = task.max_batch_rows(store.quota.transaction_bytes, windows_ahead=len(current.cut.starts))
     after = current.batch.first + current.cut.consumed - 1
-    batch = store.read_rows(task.config.stream, task.stream.fields, after, limit)
+    batch = _read_backlog(task, store, after, limit)
     if batch is None or batch.loss_reason:
         return None
     cut = features.cut_windows(batch.t, task.inference.manifest.input.window)
     return _prepare(task, store, batch, cut) if cut.consumed else None
 
 
+def _read_backlog(task: LoadedTask, store: Store, after: int, max_rows: int) -> RowBatch | None:
+    """Read the `max_rows` rows after row `after`, and the others that wait if these are few."""
+    waiting = store.last_row(task.config.stream) - after
+    limit = waiting if max_rows < waiting <= _with_rest(max_rows) else max_rows
+    return store.read_rows(task.config.stream, task.stream.fields, after, limit)
+
+
+def _with_rest(max_rows: int) -> int:
+    """Return the rows of a batch that leaves no few rows behind: a small batch costs several times as much a row."""
+    return max_rows + max_rows // _REST_DIVISOR
+
+
 def _take_started(task: LoadedTask, store: Store, after: int, max_rows: int) -> StartedBatch | None:
     """Return the batch that was started if it follows row `after`, has at most `max_rows`, and its rows are there."""
     started, task.started = task.started, None
-    if started is None or started.batch.first != after + 1 or len(started.batch.t) > max_rows:
+    if started is None or started.batch.first != after + 1 or len(started.batch.t) > _with_rest(max_rows):
         return None
     # Evicted rows are declared as lost, and whoever ended the model's process did not mean the batch.
     is_lost = store.first_row(task.config.stream) > after + 1 or started.run.run.failure is not None

@@ -32,9 +32,10 @@ from agent.model.inference.tuning import Tuning
 if TYPE_CHECKING:
     from agent.device.samples.selection import SampledTask
 
-# Model windows of a batch, more of them where they are short, and at most so many before a model was tuned. Larger
-# batches save less than a hundredth.
-_BATCH_WINDOWS, _BATCH_ROWS, _UNTUNED_WINDOWS = 2048, 16_384, 512
+# Model windows of a batch, and at most so many before a model was tuned. Short windows are more, up to so many rows and
+# values: what a batch costs by itself is a tenth of 16,384 rows.
+_BATCH_WINDOWS, _UNTUNED_WINDOWS = 2048, 512
+_BATCH_ROWS, _BATCH_VALUES = 32_768, 1 << 20
 # Bytes that a transaction counts, until a batch shows how many they are: for a result, in its message and for labels;
 # for each further column there; for a drift window; and for each field of one.
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
@@ -153,13 +154,14 @@ class LoadedTask:
         """
         spec = self.bundle.manifest
         further = sum(joined.size for joined in spec.joined.values())
-        in_memory = MAX_VALUES // (self.window_rows * len(spec.input.columns) + further)
+        values = self.window_rows * len(spec.input.columns) + further
         max_s = min(_MAX_INFERENCE_S, self.deadline.seconds or _MAX_INFERENCE_S)
         in_time = _UNTUNED_WINDOWS if self.tuning is None else int(max_s * self.tuning.rows_per_s)
-        default = max(_BATCH_WINDOWS, _BATCH_ROWS // self.step)
+        default = max(_BATCH_WINDOWS, min(_BATCH_ROWS // self.step, _BATCH_VALUES // values))
         # The other half is for alerts, and for the states of drift and labels.
         in_transaction = transaction_bytes // 2 // self.window_bytes
-        windows = min(default, in_transaction, in_memory, in_time, self.deadline.max_windows) // self.batch_divisor
+        windows = min(default, in_transaction, MAX_VALUES // values, in_time, self.deadline.max_windows)
+        windows //= self.batch_divisor
         return self.window_rows + max(0, self._align_to_drift_window(windows, windows_ahead) - 1) * self.step
 
     @property

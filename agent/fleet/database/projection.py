@@ -24,7 +24,6 @@ from agent.wire.messages import (
     AlertPayload,
     AuditPayload,
     DriftPayload,
-    Magnitude,
     Payload,
     QualityPayload,
     ResultMaker,
@@ -32,7 +31,7 @@ from agent.wire.messages import (
     SamplesPayload,
     ShadowPayload,
 )
-from agent.wire.runs import MAX_REPEATED_BYTES, Label, LabelRun
+from agent.wire.runs import MAX_REPEATED_BYTES, Label, LabelRun, Magnitude
 from agent.wire.verification import VerifiedMessage
 
 # Event of the audit message in which a device reports a phase change of a rollout.

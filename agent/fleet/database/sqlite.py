@@ -295,9 +295,20 @@ def open_temporary() -> SqliteConnection:
     connection = sqlite3.connect("", isolation_level=None, factory=SqliteConnection)
     for pragma in ("journal_mode=OFF", "cache_size=-16000"):
         connection.execute(f"PRAGMA {pragma}")
-    for statement in (statement for migration in MIGRATIONS for statement in migration.statements):
-        connection.execute(_to_sqlite(statement))
+    with contextlib.closing(sqlite3.connect(":memory:")) as schema:
+        schema.deserialize(_serialize_schema())
+        schema.backup(connection)
     return connection
+
+
+@lru_cache
+def _serialize_schema() -> bytes:
+    """Return an empty database. A statement that changes the schema parses all of it again: together 10 ms."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as schema:
+        for statement in (statement for migration in MIGRATIONS for statement in migration.statements):
+            schema.execute(_to_sqlite(statement))
+        schema.commit()
+        return schema.serialize()
 
 
 def _migrations() -> sqlite_utils.Migrations:

@@ -77,9 +77,9 @@ def build(
 ) -> DataCard:
     recordings = gathered.recordings
     members = [sample for recording in recordings for sample in recording.samples]
-    label_counts = _count_labels(recordings, "")
+    label_counts = count_labels(recordings, "")
     outputs = {
-        name: OutputCard(_count_labels(recordings, name), poisoning.check(gathered, name)) for name in gathered.outputs
+        name: OutputCard(count_labels(recordings, name), poisoning.check(gathered, name)) for name in gathered.outputs
     }
     missing = sum((np.isnan(recording.values).sum(axis=0) for recording in recordings), np.zeros(len(gathered.fields)))
     days, hours = _count_times(recordings)
@@ -140,7 +140,8 @@ def _describe_features(derived_columns: DerivedColumns) -> dict[str, Any]:
     }
 
 
-def _count_labels(recordings: Iterable[Recording], output: str) -> dict[str, Any]:
+def count_labels(recordings: Iterable[Recording], output: str) -> dict[str, Any]:
+    """Return how many labels of `output` there are by class, source and person; of numbers, their range."""
     by_class, by_source, by_person = Counter[str](), Counter[str](), Counter[str]()
     problems, rows = Counter[str](), Counter[str]()
     for recording in recordings:
@@ -158,9 +159,11 @@ def _count_labels(recordings: Iterable[Recording], output: str) -> dict[str, Any
                 rows["as predicted" if result.label == label.label else "not as predicted"] += 1
                 is_bold = result.label != label.label and result.score is not None and result.score >= _CONFIDENT
                 rows["against a confident prediction"] += is_bold
+    numbers = labels.parse_numbers(by_class)
     return {
         "labelled": sum(by_class.values()),
-        "by_class": dict(sorted(by_class.items())),
+        "by_class": {} if numbers else dict(sorted(by_class.items())),
+        "numbers": {"distinct": len(numbers), "lowest": min(numbers), "highest": max(numbers)} if numbers else {},
         "by_source": dict(sorted(by_source.items())),
         "by_person": dict(sorted(by_person.items())),
         "left_out": dict(sorted(problems.items())),
@@ -294,6 +297,7 @@ def _label_tables(noun: str, counts: Mapping[str, Any]) -> list[tuple[str, str, 
     numbers = {name: n for name, n in counts.items() if isinstance(n, int) and name != "labelled"}
     return [
         (f"{noun} by class", "class", counts["by_class"]),
+        (f"{noun} are numbers", "of them", counts["numbers"]),
         (f"{noun} by source", "source", counts["by_source"]),
         (f"{noun} by person", "given by", counts["by_person"]),
         (f"{noun} left out", "why", counts["left_out"]),

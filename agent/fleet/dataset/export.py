@@ -7,6 +7,8 @@ inputs. `samples.jsonl` says where each row came from, and what its device knew 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from agent import decoders, durable_files
-from agent.errors import StorageError, UsageError
+from agent import decoders, durable_files, input_files
+from agent.errors import StorageError, UsageError, explain
 from agent.fleet.database.store import FleetStore
 from agent.fleet.dataset import card as cards
 from agent.fleet.dataset import data_files, derived, gather
@@ -98,9 +100,10 @@ def export(
 def check(folder: Path) -> list[str]:
     """Return what of a set differs from its manifest. Raises UsageError."""
     try:
-        manifest = decoders.from_json((folder / MANIFEST).read_bytes(), DatasetManifest)
+        manifest = decoders.from_json(input_files.read_bytes(folder / MANIFEST), DatasetManifest)
     except (OSError, msgspec.MsgspecError) as error:
-        raise UsageError(f"{folder / MANIFEST}: cannot be read as the manifest of a dataset: {error}") from None
+        reason = explain(error) if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{folder / MANIFEST}: cannot be read as the manifest of a dataset: {reason}") from None
     if manifest.format != FORMAT:
         raise UsageError(f"{folder / MANIFEST}: has format {manifest.format!r}, this version reads {FORMAT!r}")
     problems = []
@@ -110,11 +113,12 @@ def check(folder: Path) -> list[str]:
             problems.append(f"{file.path}: leads out of the folder")
             continue
         try:
-            content = place.read_bytes()
+            with input_files.open_regular(place) as opened:
+                size, digest = os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             problems.append(f"{file.path}: {error.strerror}")
             continue
-        if (len(content), sha256(content)) != (file.bytes, file.sha256):
+        if (size, digest) != (file.bytes, file.sha256):
             problems.append(f"{file.path}: is not the file that {MANIFEST} names")
     known = {MANIFEST, *(file.path for file in manifest.files)}
     present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())

@@ -5,14 +5,28 @@ Labels that a model gave never count: a model that learns from them learns its o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from agent.fleet.database.datasets.retraining import Claim
 from agent.performance.labels import MODEL
+from agent.poisoning.labelled_windows import MAX_CLASSES
 
 DISAGREE, ONLY_MODEL = "sources disagree", "only a model labelled it"
+
+
+def parse_numbers(texts: Iterable[str]) -> list[float] | None:
+    """Return labels as numbers if they are no classes: more distinct ones than classes may be, all finite numbers."""
+    distinct = [*texts]
+    if len(distinct) <= MAX_CLASSES:
+        return None
+    try:
+        values = [float(text) for text in distinct]
+    except ValueError:
+        return None
+    return values if all(map(math.isfinite, values)) else None
 
 
 class RowLabel(msgspec.Struct, frozen=True):

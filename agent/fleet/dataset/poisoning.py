@@ -8,7 +8,7 @@ from statistics import median_high, median_low
 import numpy as np
 
 from agent.fleet.dataset.gather import Gathered, Recording
-from agent.fleet.dataset.labels import RowLabel
+from agent.fleet.dataset.labels import RowLabel, parse_numbers
 from agent.poisoning.inspect import PoisoningReport, inspect, not_checked
 from agent.poisoning.labelled_windows import LabelledWindows
 
@@ -42,6 +42,8 @@ def _check(gathered: Gathered, output: str, window_rows: int) -> PoisoningReport
     if not members:
         return not_checked(0, 0, "no labelled windows")
     labels, code = np.unique([label.label or "" for _, label in members], return_inverse=True)
+    if parse_numbers(labels.tolist()) is not None:
+        return not_checked(len(members), 0, "the labels are numbers, and the checks take classes")
     return inspect(
         LabelledWindows(
             rows=np.concatenate([recording.values.astype(np.float32) for recording in gathered.recordings]),

@@ -62,12 +62,18 @@ def list_next(db: Connection, *, device: str | None, task: str | None, limit: in
     few = min(limit, max(len(label_candidates.REASONS), 4 * limit // max(1, len(pairs))))
     pairs = pairs[: _READ_ROWS // _MIN_ROWS]
     logs = zip(pairs, log_succession.find_newest_logs(db, pairs), strict=True)
-    by_task = [_choose(db, (*pair, log[0]), log[1], share, few, seed) for pair, log in logs if log is not None]
+    by_task = [
+        _choose(db, (*pair, log[0]), log[1], share, few, seed, turn)
+        for turn, (pair, log) in enumerate(logs)
+        if log is not None
+    ]
     in_turn = (request for turn in itertools.zip_longest(*by_task) for request in turn if request is not None)
     return [*itertools.islice(in_turn, limit)]
 
 
-def _choose(db: Connection, key: TaskLog, last_row: int, rows: int, limit: int, seed: int) -> list[LabelRequest]:
+def _choose(
+    db: Connection, key: TaskLog, last_row: int, rows: int, limit: int, seed: int, turn: int
+) -> list[LabelRequest]:
     listed = table.load_newest(db, key, last_row, rows)[::-1]
     labelled = table.load_labelled_rows(db, key, int(listed[0][0])) if listed else set()
     listed = [row for row in listed if row[0] not in labelled]
@@ -82,7 +88,7 @@ def _choose(db: Connection, key: TaskLog, last_row: int, rows: int, limit: int, 
     )
     device, task, _ = key
     own_seed = zlib.crc32(f"{seed} {device} {task}".encode())
-    chosen = label_candidates.choose(results, table.count_classes(db, key), limit, own_seed)
+    chosen = label_candidates.choose(results, table.count_classes(db, key), limit, own_seed, turn)
     return [_to_request(key, listed[each.index], each.reason, each.strength) for each in chosen]
 
 

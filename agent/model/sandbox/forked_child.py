@@ -5,6 +5,7 @@ The process forks before it reads a config or a key. A fork of a process with th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -94,10 +95,12 @@ def _move_pipes(pipes: tuple[int, int, int]) -> None:
 
 
 def _close_all_but(files: tuple[int, ...]) -> None:
-    low = _FIRST_FREE
-    for fd in (*sorted(files), os.sysconf("SC_OPEN_MAX")):
-        os.closerange(low, fd)
-        low = fd + 1
+    # By name: where the limit of open files is high, to close all numbers up to it would take long.
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd >= _FIRST_FREE and fd not in files:
+            # The list itself had a file.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def _erase_environment() -> None:

@@ -138,8 +138,8 @@ def fork_spare() -> None:
         os.environ.setdefault(name, value)
     from agent.model.sandbox import worker
 
-    if can_fork():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if can_fork():
             _spare = Worker(worker.main)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -299,10 +299,11 @@ def load(
     tasks: Sequence[str],
     devices: int | None = None,
     groups: Sequence[str] = (),
+    optional: Collection[str] | None = None,
 ) -> Scenario:
     """Read a scenario; `fields` by stream, names of `tasks` and `groups` of the config. Raises ConfigError.
 
-    `devices` replaces the number of devices of the only group.
+    `devices` replaces the number of devices of the only group. `optional`: fields that may be missing, if known.
     """
     read = config.read(file, Scenario)
     if devices is not None:
@@ -319,6 +320,10 @@ def load(
     ]
     read = msgspec.structs.replace(read, events=events)
     check(read, str(file), fields, tasks)
+    for i, event in enumerate(read.events):
+        if isinstance(event, Missing) and optional is not None and (held := {*event.fields}.difference(optional)):
+            problem = f"{min(held)} is not optional, so rows without it are rejected; give the stream `optional = true`"
+            raise ConfigError(str(file), f"events[{i}].fields", problem)
     return read
 
 

@@ -60,6 +60,10 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         return {name: [field.name for field in stream.fields] for name, stream in self.config.streams.items()}
 
     @property
+    def optional_fields(self) -> set[str]:
+        return {field.name for stream in self.config.streams.values() for field in stream.fields if field.optional}
+
+    @property
     def task_streams(self) -> dict[str, list[str]]:
         """Streams that each task reads."""
         tasks = self.config.tasks.items()

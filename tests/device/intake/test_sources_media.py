@@ -335,7 +335,7 @@ def test_media_files_are_ingested_once_over_repeated_kills(tmp_path: Path, kind:
             content = write_wav(tmp_path / "x.wav", samples).read_bytes()
             put(tmp_path, f"{index}.wav", content, 1_764_000_000 + index * 60)
     command = [sys.executable, "-c", _WATCHER, str(tmp_path), kind]
-    interrupted = kill_with_a_file_in_hand(command, tmp_path / "in", count, 5, rng)
+    interrupted = kill_with_a_file_in_hand(command, tmp_path / "in", count, 3, rng)
     store, stream = open_store(tmp_path / "d"), stream_of(tmp_path, made)
     store.declare_streams({"camera": stream})
     rows = np.stack(rows_of(store, "camera", stream).columns, axis=1)

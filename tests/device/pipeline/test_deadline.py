@@ -52,11 +52,11 @@ def took(device: Device) -> Callable[..., None]:
 
 def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: Device) -> None:
     device.task.deadline = Deadline("tiny", ALWAYS_LATE)
-    device.feed(CLASSIFY.rows(520))
+    device.feed(CLASSIFY.rows(600))
     done = device.run_all()
     assert [entry.windows for entry in done][:2] == [500, 1]
-    assert sum(entry.windows for entry in done) == 520
-    assert tiles(device.results()) == (1, 520)
+    assert sum(entry.windows for entry in done) == 600
+    assert tiles(device.results()) == (1, 600)
     shown = deadline.to_status(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
     assert (shown["late"], shown["last"]["windows"]) == (len(done), 1)
     assert ALWAYS_LATE < shown["last"]["seconds"] < NEVER_LATE

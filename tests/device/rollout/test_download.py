@@ -27,6 +27,8 @@ from tests.kit.update_repositories import Signed
 from tests.kit.update_servers import Handler, Trick, Web
 from tests.kit.updating import PATIENCE_S, RUNS, Updating
 
+pytestmark = pytest.mark.exec
+
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
 # More than two of what is synced at once.

@@ -238,9 +238,9 @@ def world(make: Callable[..., World]) -> World:
     return make()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_messages_leave_the_outbox_only_when_the_collector_has_them(make: Callable[..., World], seed: int) -> None:
-    world = make(STORM, seed=seed, window=[1, 2, 20, 100][seed % 4])
+    world = make(STORM, seed=seed, window=[1, 2, 20, 100][seed])
     written = 0
 
     def write_and_look() -> None:
@@ -677,7 +677,7 @@ def test_an_alert_goes_before_a_backlog_and_costs_no_message_twice(
         if not is_early:
             monkeypatch.setattr(session.Session, "_take_urgent", lambda self, limit: [])
         world = make(LinkConditions(delay_s=0.5), delivery=delivery)
-        world.write(1500)
+        world.write(800)
         began_s, alert = world.air.clock_s, world.raise_alert()
         world.run(partial(lambda world, alert: alert in world.collector.seqs(), world, alert), 600, drain_s=0.0)
         after_s.append(world.air.clock_s - began_s)
@@ -685,22 +685,22 @@ def test_an_alert_goes_before_a_backlog_and_costs_no_message_twice(
         world.uplink = world.new_uplink()
         world.run(partial(is_empty, world), 6000)
         assert world.waiting() == set()
-        assert world.collector.seqs() >= set(range(1, 1502))
+        assert world.collector.seqs() >= set(range(1, 802))
         doubled.append(sum(n - 1 for n in world.collector.arrivals.values()))
     assert after_s[0] < 3
     assert after_s[1] > 15
     assert doubled[0] <= doubled[1] + 50
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_alerts_before_a_backlog_survive_a_storm(make: Callable[..., World], seed: int) -> None:
     world = make(STORM, seed=seed)
     for _ in range(10):
-        world.write(100)
+        world.write(40)
         world.raise_alert()
     world.run(partial(is_empty, world), 20_000)
     assert world.waiting() == set()
-    assert world.collector.seqs() == set(range(1, 1011))
+    assert world.collector.seqs() == set(range(1, 411))
 
 
 def test_alerts_before_a_backlog_pass_the_audit(make: Callable[..., World]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tracemalloc
 import zlib
@@ -253,6 +254,9 @@ def test_a_changed_file_of_a_set_fails_the_check(home: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     assert "data.parquet: is not the file" in result.output
     assert "extra.csv: is not in manifest.json" in result.output
+    (folder / "data.parquet").unlink()
+    os.mkfifo(folder / "data.parquet")
+    assert "data.parquet: is a pipe, where a file is needed" in run_check(folder).output
 
 
 def run_check(folder: Path) -> Result:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.fleet.dataset import poisoning
+from agent.fleet.dataset import card, poisoning
 from agent.fleet.dataset.gather import Gathered, LabelledOutput, Recording
 from agent.fleet.dataset.labels import RowLabel
 
@@ -43,6 +43,18 @@ def test_a_person_who_flips_half_of_the_labels_is_named_with_rows() -> None:
     [finding] = [finding for finding in report.findings if finding.check in ("device", "labeller")]
     assert (finding.check, finding.subject) == ("labeller", "anna")
     assert all((int(name.rpartition("/")[2]) - 1000) % 5 == PEOPLE.index("anna") for name in finding.rows)
+
+
+def test_labels_that_are_numbers_are_no_classes() -> None:
+    given = gathered()
+    for i, recording in enumerate(given.recordings):
+        labels = recording.outputs[""].labels
+        labels[:] = [replace(label, label=f"{label.row}.{i:02}") for label in labels]
+    report = poisoning.check(given)
+    assert report.reasons == ["the labels are numbers, and the checks take classes"]
+    counts = card.count_labels(given.recordings, "")
+    assert (counts["by_class"], counts["labelled"]) == ({}, 1200)
+    assert counts["numbers"] == {"distinct": 1200, "lowest": 1000.0, "highest": 1117.29}
 
 
 def test_a_set_without_labels_is_not_checked() -> None:

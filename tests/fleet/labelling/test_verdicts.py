@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -49,8 +49,13 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
 
 
 def judge(store: FleetStore, row: int, text: str | None, by: str = "eva") -> Judgement:
+    return judge_all(store, {row: text}, by)[0]
+
+
+def judge_all(store: FleetStore, texts: Mapping[int, str | None], by: str = "eva") -> list[Judgement]:
+    judged = Judge(by, "cli", NOW)
     with store.transaction() as db:
-        return verdicts.judge_result(db, SENDER.device, SENDER.task, row, text, Judge(by, "cli", NOW))
+        return [verdicts.judge_result(db, SENDER.device, SENDER.task, row, text, judged) for row, text in texts.items()]
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -190,22 +195,19 @@ def test_what_to_label_next_is_uncertain_drifted_rare_or_random_and_has_no_label
 
 
 def test_somebody_who_confirms_everything_is_named_as_a_feedback_loop(store: FleetStore) -> None:
-    for row in range(1, 61):
-        judge(store, row, None)
+    judge_all(store, dict.fromkeys(range(1, 61)))
     with store.snapshot() as db:
         few = feedback_loops.find(db)
     # 60 are too few to say.
     assert few == []
     more = SENDER.results(150, rows_at=(101, 250))
     store.ingest([Arrival(SENDER.verify(more))], [], NOW)
-    for row in range(101, 251):
-        judge(store, row, None)
+    judge_all(store, dict.fromkeys(range(101, 251)))
     with store.snapshot() as db:
         [warning] = feedback_loops.find(db)
     assert (warning["by"], warning["kind"], warning["n"], warning["wrong"]) == ("eva", "agrees", 210, 0)
     answers_by_row = answers(store)
-    for row in range(101, 141):
-        judge(store, row, other(answers_by_row[row]))
+    judge_all(store, {row: other(answers_by_row[row]) for row in range(101, 141)})
     with store.snapshot() as db:
         assert feedback_loops.find(db) == []
 

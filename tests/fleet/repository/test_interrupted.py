@@ -62,12 +62,14 @@ def test_after_a_cut_at_any_write_devices_are_served(tmp_path: Path, made: Path,
     version(tmp_path, made, "1.0.0", "other")
     prefix = {"publish": "tiny/1.1.0/", "publish a first version": "other/", "revoke": ""}.get(name, first.target)
     act, files = ACTIONS[name]
+    with served(template.layout.home) as url:
+        assert Client(tmp_path / "old", url, template.layout.root_path(1).read_bytes()).fetch_target(first.target)
     step, cut = 0, True
     while cut:
         depot = template.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url:
-            client = Client(tmp_path / f"old-{step}", url, depot.layout.root_path(1).read_bytes())
-            assert client.fetch_target(first.target)
+            home = shutil.copytree(tmp_path / "old", tmp_path / f"old-{step}")
+            client = Client(home, url, depot.layout.root_path(1).read_bytes())
             with pytest.MonkeyPatch.context() as patch:
                 written = cut_at(patch, step)
                 try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -102,7 +102,7 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     labels = card.labels
     rows = f"{card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings"
     yield f"{out}: {rows}, {labels['labelled']} labels"
-    yield from (f"  {name}: {n}" for name, n in labels["by_class"].items())
+    yield from _label_lines(labels)
     yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
     if card.features is not None:
         yield f"features {card.features['name']} {card.features['version']} {card.features['digest']}"
@@ -112,13 +112,19 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     yield from (f"left out: {n} results, {reason}" for reason, n in labels["left_out"].items())
     for output, each in card.outputs.items():
         yield f"output {output}: {each.labels['labelled']} labels, column {name_label_column(output)}"
-        yield from (f"  {name}: {n}" for name, n in each.labels["by_class"].items())
+        yield from _label_lines(each.labels)
         yield from (f"left out: {n} results, {reason}" for reason, n in each.labels["left_out"].items())
     for output, report in card.list_reports():
         head = ("warning: " if report.findings else "") + (f"output {output}: " if output else "")
         yield from (f"{head}{line}" for line in report.describe())
     yield from (f"warning: {warning}" for warning in card.warnings)
     yield f"See {out / 'DATA_CARD.md'}."
+
+
+def _label_lines(counts: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"  {name}: {n}" for name, n in counts["by_class"].items())
+    if numbers := counts["numbers"]:
+        yield f"  {numbers['distinct']} numbers from {numbers['lowest']:g} to {numbers['highest']:g}"
 
 
 @dataset.command("check", epilog="Example: outstation fleet dataset check set-1")
