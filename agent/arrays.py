@@ -21,7 +21,6 @@ MAX_BYTES = 64 << 20
 
 T = TypeVar("T")
 Ints = NDArray[np.int64]
-Float16s = NDArray[np.float16]
 Float32s = NDArray[np.float32]
 Float64s = NDArray[np.float64]
 Int32s = NDArray[np.int32]

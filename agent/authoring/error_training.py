@@ -20,11 +20,15 @@ from agent.performance.expected_error import ErrorReference
 
 MIN_ANSWERS, MAX_ANSWERS = 200, 20_000
 FOLDS = 5
-_TREES, _DEPTH, _RATE = 48, 3, 0.3
-_SHRINKAGE = 10.0  # answers of no error beyond the mean that each leaf is thought to hold
+_TREES, _DEPTH, _RATE = 64, 4, 0.3
+_MAX_LOSS = 1.003  # of the least loss of any number of trees: more trees tell large errors better
+# Answers of no error beyond the mean that each leaf is thought to hold; of few answers more, as chance is larger.
+_SHRINKAGE, _FEW_ANSWERS = 3.0, 1000
 _MAX_INPUTS = 32  # those that by themselves tell most of the error
-_CUTS, _TAIL_CUTS, _MIN_TAIL = 39, 6, 25  # of an input: evenly, and in each tail down to so many answers
-_MAX_QUANTILE = 0.995  # larger errors count as this one while trees are fitted
+_CUTS, _TAIL_CUTS = 39, 6  # of an input: evenly, and in each tail
+_MIN_TAIL, _FEW_TAIL, _TAIL_SHARE = 25, 12, 400  # answers beyond the last cut: one of 400, within these limits
+_MAX_QUANTILE = 0.995  # larger errors count as this one where predictions are judged
+_MIN_BIN = 25  # answers in the bin of the largest predictions
 # What the error model must explain of the squared deviations of unseen errors, and by how many standard errors.
 MIN_EXPLAINED, MIN_STANDARD_ERRORS = 0.01, 3.0
 
@@ -38,9 +42,11 @@ class _SplitSearch:
     """Search for the split of inputs (n, D) that explains a target best; values stand in bins between cuts."""
 
     def __init__(self, inputs: Float64s) -> None:
-        tail = np.geomspace(min(_MIN_TAIL / len(inputs), 0.1), 0.1, _TAIL_CUTS)
+        beyond = min(max(len(inputs) // _TAIL_SHARE, _FEW_TAIL), _MIN_TAIL)
+        tail = np.geomspace(min(beyond / len(inputs), 0.1), 0.1, _TAIL_CUTS)
         quantiles = np.concatenate([tail, np.linspace(0.1, 0.9, _CUTS + 2)[1:-1], 1 - tail[::-1]])
         self.width = len(quantiles) + 1
+        self.shrinkage = _SHRINKAGE * max(1.0, _FEW_ANSWERS / len(inputs))
         self.columns = [i for i, column in enumerate(inputs.T) if np.isfinite(column).any()]
         known = [column[np.isfinite(column)] for column in inputs.T[self.columns]]
         # Where a column ends, nothing is above the cut.
@@ -65,7 +71,7 @@ class _SplitSearch:
         n = bincount(place, minlength=inputs * cells).reshape(shape).cumsum(-1)
         total = bincount(place, np.tile(target, inputs), inputs * cells).reshape(shape).cumsum(-1)
         above_n, above = n[..., -1:] - n, total[..., -1:] - total
-        gain = (total**2 / (n + _SHRINKAGE) + above**2 / (above_n + _SHRINKAGE)).sum(1)
+        gain = (total**2 / (n + self.shrinkage) + above**2 / (above_n + self.shrinkage)).sum(1)
         for row, cuts in enumerate(self.cuts):
             gain[row, len(cuts) :] = -np.inf
         return np.asarray(gain)
@@ -92,8 +98,11 @@ def train(statistics: Float32s | Float64s, answers: Float64s, errors: Float64s) 
     inputs, ratio = join_inputs(statistics[known], answers[known]), absolute / mean
     unseen = _cross_fit(inputs, ratio)
     loss = ((unseen - ratio) ** 2).mean(1)
-    trees = max(1, int(loss.argmin()))
-    _require_skill((unseen[0] - ratio) ** 2, (unseen[trees] - ratio) ** 2)
+    best, trees = max(1, int(loss.argmin())), max(1, int(np.flatnonzero(loss <= loss.min() * _MAX_LOSS)[-1]))
+    # A few large errors, or predictions, decide nothing.
+    large = np.quantile(ratio, _MAX_QUANTILE)
+    constant, predicted = ((np.minimum(unseen[count], large) - np.minimum(ratio, large)) ** 2 for count in (0, best))
+    _require_skill(constant, predicted)
     return _bin_errors(_boost(inputs, ratio, trees), np.rint(unseen[trees] * STEPS).astype(np.int64), absolute)
 
 
@@ -111,7 +120,7 @@ def _require_skill(constant: Float64s, predicted: Float64s) -> None:
 def _bin_errors(model: ErrorModel, unseen: Ints, absolute: Float64s) -> ErrorReference:
     """Return the reference with the errors (n,) by bin of their predictions (n,), finer where these are large."""
     bins = expected_error.BINS
-    tail = 1 - np.geomspace(0.1, min(_MIN_TAIL / len(unseen), 0.1), 9)
+    tail = 1 - np.geomspace(0.1, min(_MIN_BIN / len(unseen), 0.1), 9)
     edges = np.quantile(unseen, np.concatenate([np.linspace(0, 0.9, bins - 8)[1:-1], tail]))
     edges = np.rint(edges).astype(np.int64)
     place = np.searchsorted(edges, unseen, side="right")
@@ -134,9 +143,8 @@ def _cross_fit(inputs: Float64s, ratio: Float64s) -> Float64s:
 
 def _boost(inputs: Float64s, ratio: Float64s, trees: int) -> ErrorModel:
     """Fit trees to errors (n,), as shares of their mean, one after another."""
-    target = np.minimum(ratio, np.quantile(ratio, _MAX_QUANTILE))
-    base = float(target.mean())
-    search, residual = _SplitSearch(inputs), target - base
+    base = float(ratio.mean())
+    search, residual = _SplitSearch(inputs), ratio - base
     search.keep_best(residual)
     columns = np.zeros((trees, _DEPTH), np.int64)
     splits, leaves = np.zeros((trees, _DEPTH)), np.zeros((trees, 1 << _DEPTH), np.int64)
@@ -152,6 +160,6 @@ def _boost(inputs: Float64s, ratio: Float64s, trees: int) -> ErrorModel:
                 # No input varies: every answer is in one leaf.
                 splits[tree, level] = np.finfo(np.float64).max
         n, total = bincount(leaf, minlength=1 << _DEPTH), bincount(leaf, residual, 1 << _DEPTH)
-        leaves[tree] = np.rint(_RATE * total / (n + _SHRINKAGE) * STEPS)
+        leaves[tree] = np.rint(_RATE * total / (n + search.shrinkage) * STEPS)
         residual = residual - leaves[tree][leaf] / STEPS
     return ErrorModel(round(base * STEPS), columns, splits, leaves)

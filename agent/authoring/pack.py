@@ -30,6 +30,7 @@ from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, joins, runtime, scores
+from agent.model.inference.info_lines import hide_info_lines
 from agent.model.inference.runtime import TfliteModel
 from agent.model.inference.runtime_name import runtime_name
 from agent.model.sandbox import probe
@@ -72,7 +73,8 @@ def pack(spec_file: Path, key: SigningKey | None, train: Path | None = None) -> 
         probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"{spec_file.parent / spec.model}: {problem}") from None
-    job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
+    with hide_info_lines():
+        job = PackJob(spec_file, spec, draft, runtime.load_model(draft, files["model.tflite"]))
     dataset_features.check(job)
     calibrated = calibration.calibrate_output(job)
     job = replace(job, draft=replace(draft, output=calibrated.output))

@@ -132,7 +132,11 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
     ]
     if guess.label_count:
         known = table is not None and len(table.labels) == guess.label_count
-        labels = sorted(table.labels) if table and known else [f"class {i}" for i in range(guess.label_count)]
+        labels = (
+            sorted(table.labels, key=_natural_key)
+            if table and known
+            else [f"class {i}" for i in range(guess.label_count)]
+        )
         lines.append("# In the order of the outputs, as in training; the model file does not say.")
         lines.append(f"labels = {encode_value(labels)}")
     data, prefix = (encode_value(table.path), "") if table else ('"readings.csv"', "# ")
@@ -158,6 +162,11 @@ def render_spec(inspection: ModelInspection, model: str, name: str, table: Table
         f"window = {drift_window}  # model windows (rows, of a model that answers each row) that are tested together",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _natural_key(label: str) -> list[str | int]:
+    """Return a key that sorts "2" before "10"."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", label))]
 
 
 class ScalingProposal(msgspec.Struct, frozen=True):

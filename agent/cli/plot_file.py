@@ -6,20 +6,32 @@ from pathlib import Path
 
 from agent import durable_files
 from agent.errors import StorageError, UsageError
+from agent.extras import install_command
+
+SCALE = 2
+_FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 
 def write(file: Path, svg: str) -> None:
     """Write a plot as .svg or .png. Raises UsageError if the file cannot be written."""
-    if file.suffix == ".svg":
-        data = svg.encode()
-    else:
-        # Imported here: it needs a library that SVG does without.
-        from agent.render import png
-
-        data = png.from_svg(svg)
+    data = svg.encode() if file.suffix == ".svg" else to_png(svg)
     if not file.parent.is_dir():
         raise UsageError(f"--plot {file}: cannot be written: there is no folder {file.parent}")
     try:
         durable_files.write(file, data)
     except StorageError as error:
         raise UsageError(f"--plot {error}") from None
+
+
+def to_png(svg: str) -> bytes:
+    """Return PNG bytes. Raises UsageError without the library or any font."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise UsageError(
+            f"PNG needs a library: {install_command('plot')}; or name a file that ends in .svg, which needs none"
+        ) from None
+    if not any(True for folder in _FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]")):
+        # The library would silently omit all text.
+        raise UsageError("PNG needs a font: apt-get install fonts-dejavu-core; or name a file that ends in .svg")
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=SCALE))

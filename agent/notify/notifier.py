@@ -57,10 +57,8 @@ class Notifier:
         *,
         now_s: Callable[[], float] = time.time,
         wake: Callable[[], None] = lambda: None,
-        dead_after_s: float = DEAD_AFTER_S,
     ) -> None:
         self._config, self._database, self._source, self._now_s = config, database, source, now_s
-        self._dead_after_s = dead_after_s
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._workers = {
             name: TargetWorker(name, target, self._outcomes, wake) for name, target in config.targets.items()
@@ -260,7 +258,7 @@ class Notifier:
             state.failures += 1
             state.failing_since = now_s if state.failing_since is None else min(state.failing_since, now_s)
             state.error, state.next_at = str(failure), now_s + backoff_s(state.failures, failure.retry_after_s)
-            state.is_reported = was_reported or now_s - state.failing_since >= self._dead_after_s
+            state.is_reported = was_reported or now_s - state.failing_since >= DEAD_AFTER_S
             if failure.is_rejected and message.attempts + 1 >= MAX_REJECTIONS:
                 # It would keep all later ones from being sent.
                 state.rejected += 1

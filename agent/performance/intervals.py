@@ -17,7 +17,6 @@ import numpy as np
 from agent.arrays import Float64s
 from agent.indices import repeat
 
-Uint64s = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
 REPLICATES = 200
 # With fewer results, or fewer of a class, only a share (`wilson`) has an interval.

@@ -24,7 +24,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.projection import ALERTS_TABLE, TABLES
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.fleet_wide_alerts import LOOKBACK_US
+from agent.fleet.drift.polled_alerts import LOOKBACK_US
 from agent.fleet.drift.survey import summarize_drift
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import IncidentFilter

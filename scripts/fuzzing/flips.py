@@ -43,7 +43,6 @@ from scripts.kit.stores import (
 
 ROWS, MESSAGES, ACKNOWLEDGED, CURSOR = 400, 30, 8, 150
 _PAGE = 4096
-_CONTENTLESS = ("lock", "reserve")
 _STORE_COMMANDS = ("status", "cost", "head")
 _FLEET_COMMANDS = ("devices", "alerts --all", "audit --json", "gaps", "drift")
 

@@ -101,7 +101,9 @@ def test_easier_inputs_let_expect_a_smaller_error(monitor: DriftMonitor, learned
     near = np.flatnonzero((np.abs(rows) < 1).any(1))[: 20 * WINDOW]
     _, results = feed(monitor, learned, (rows[near], answers[near], errors[near]))
     assert monitor.shipped.error is not None
-    assert all(r.members["estimate"]["mae"] < monitor.shipped.error.mean for r in results)
+    mean = np.average([r.members["estimate"]["mae"] for r in results], weights=[r.windows for r in results])
+    # A third of the large errors are left out.
+    assert mean < 0.9 * monitor.shipped.error.mean
 
 
 def test_quiet_windows_raise_nothing(monitor: DriftMonitor, learned: DriftState) -> None:

@@ -20,10 +20,9 @@ from agent.errors import MessageRefused
 from agent.fleet.database.drift_windows import load_observed_periods
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift import fleet_wide, fleet_wide_alerts
+from agent.fleet.drift import fleet_wide, polled_alerts
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
-from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
-from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S
+from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S, FleetWideAlerts
 from agent.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
 
@@ -216,7 +215,7 @@ def test_alerts_are_polled_after_a_drift_alert_and_once_a_minute(
         looks.append(1)
         return real(store, since, until)
 
-    monkeypatch.setattr(fleet_wide_alerts, "load_observed_periods", watched)
+    monkeypatch.setattr(polled_alerts, "load_observed_periods", watched)
     [sender] = watched_fleet(store, 1)
     lookout = FleetWideAlerts(store)
     report = ClockReading(NOW_US, 100.0, "synced")

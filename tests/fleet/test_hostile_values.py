@@ -22,7 +22,7 @@ from agent.clock import ClockReading
 from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
+from agent.fleet.drift.polled_alerts import FleetWideAlerts
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.testing.messages import MessageSender, new_key
 from agent.wire.messages import HealthPayload, digest, encode

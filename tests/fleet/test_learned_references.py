@@ -14,8 +14,7 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.projection import FieldMoments
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S
-from agent.fleet.drift.reference_alerts import ReferenceAlerts
+from agent.fleet.drift.polled_alerts import POLL_INTERVAL_S, ReferenceAlerts
 from agent.fleet.drift.reference_outliers import find_reference_outliers, student_t_quantile
 from agent.testing.messages import MessageSender, SignedMessage
 from tests.fleet.test_drift import NOW_US, add, devices

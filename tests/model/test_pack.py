@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +219,20 @@ def test_a_threshold_of_three_labels_and_a_second_softmax_are_warnings(tmp_path:
     none = replace(draft, output=replace(draft.output, activation="none"))
     warnings = [pack._find_second_softmax(*each) for each in ((softmax, shares), (softmax, logits), (none, shares))]
     assert [len(each) for each in warnings] == [1, 0, 0]
+
+
+def test_lines_of_the_runtime_are_hidden_but_its_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load = runtime.load_model
+
+    def write_lines(*args: Any) -> runtime.TfliteModel:
+        os.write(2, b"INFO: Created delegate\nWARNING: no memory\n")
+        return load(*args)
+
+    monkeypatch.setattr(runtime, "load_model", write_lines)
+    pack.pack(write_spec(tmp_path), KEY)
+    assert capfd.readouterr().err == "WARNING: no memory\n"
 
 
 def test_few_reference_data_are_a_warning_and_very_few_a_mistake(tmp_path: Path) -> None:

@@ -215,6 +215,13 @@ def test_a_table_names_the_fields_and_labels(tmp_path: Path) -> None:
     assert run("pack", out, "-o", tmp_path / "bundle").exit_code == 0
 
 
+def test_numbered_labels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    lines = [",".join([*("0" for _ in range(490)), f"class {i % 12}"]) for i in range(24)]
+    (tmp_path / "data.csv").write_text("\n".join([",".join([*(f"x{i}" for i in range(490)), "label"]), *lines]) + "\n")
+    text = run("pack", "--from", others("foreign_keywords"), "--data", tmp_path / "data.csv").stdout
+    assert tomllib.loads(text)["labels"] == [f"class {i}" for i in range(12)]
+
+
 def test_data_that_the_input_cannot_hold_get_a_scaling_that_it_can(tmp_path: Path) -> None:
     scaled = readings(600) * [1, 1, 1000, 0] + [0, 0, 5e6, 7]
     write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), scaled.astype(np.float32))

@@ -75,7 +75,7 @@ ONLY = {
     "paho": {"agent.transport.mqtt"},
     "ai_edge_litert": {"agent.model.inference.runtime"},
     "tflite_runtime": {"agent.model.inference.runtime"},
-    "resvg_py": {"agent.render.png"},
+    "resvg_py": {"agent.cli.plot_file"},
     "PIL": {"agent.model.inference.images"},
     "ray": {"agent.evaluation.predict.ray_cluster"},
     "cyclonedx": {"agent.fleet.evidence.gather.sbom"},

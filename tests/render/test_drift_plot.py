@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from agent.cli import plot_file
 from agent.errors import UsageError
-from agent.render import axes, drift_panels, png
+from agent.render import axes, drift_panels
 from agent.render.drift_model import DriftPlot, EvidenceCurve, PerformanceEstimate, PlotRow, StateInterval
 from agent.render.drift_plot import render_drift
 from agent.render.theme import DARK_THEME, LIGHT_THEME
@@ -135,7 +136,7 @@ def test_equal_content_gives_equal_bytes() -> None:
 def test_a_png_has_twice_the_size() -> None:
     pytest.importorskip("resvg_py")
     svg = render_drift(plot(row()))
-    data = png.from_svg(svg)
+    data = plot_file.to_png(svg)
     root = ET.fromstring(svg)
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == tuple(round(2 * float(root.attrib[n])) for n in ("width", "height"))
@@ -143,9 +144,9 @@ def test_a_png_has_twice_the_size() -> None:
 
 def test_without_a_font_a_png_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
-    monkeypatch.setattr(png, "_FONT_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(plot_file, "_FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UsageError, match=r"needs a font: .*; or name a file that ends in \.svg"):
-        png.from_svg(render_drift(plot(row())))
+        plot_file.to_png(render_drift(plot(row())))
 
 
 # --- histograms and axes ---

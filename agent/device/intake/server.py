@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -36,8 +35,6 @@ from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.errors import StorageError, StorageFull
 from agent.performance.labels import LabelTarget
-
-log = logging.getLogger("outstation.intake")
 
 # Small enough that a producer of noise, two bytes a line, delays the others by a tenth of a second at most.
 _READ_BYTES = 1 << 16

@@ -327,13 +327,13 @@ def _folder_error(folder: Path, error: OSError) -> StorageError:
     return StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there")
 
 
-def require_local(folder: Path, mountinfo: str | None = None) -> None:
+def require_local(folder: Path) -> None:
     """Raise UsageError if `folder`, which need not exist yet, is on a network file system.
 
     SQLite's locks and shared memory are safe on local file systems only.
     Source: sqlite.org/wal.html, "WAL does not work over a network filesystem".
     """
-    kind, mount = find_file_system(folder.resolve(), _read_mountinfo() if mountinfo is None else mountinfo)
+    kind, mount = find_file_system(folder.resolve(), _read_mountinfo())
     if kind in _NETWORK_FILE_SYSTEMS:
         raise UsageError(
             f"device.data_dir: {folder} is on {mount}, a network file system ({kind}) where two machines can write one "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -41,7 +40,6 @@ _LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
 # Of one output, however many the others have: as many as one message covers. Less for outputs of more than 20 names.
 _MIN_OUTPUT_LABELS = 500
 _MAX_CACHED_BATCHES = 8
-_CRC = struct.Struct("<I")
 
 
 class StoredLabel(msgspec.Struct, frozen=True):

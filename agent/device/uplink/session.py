@@ -25,11 +25,11 @@ from agent.device.store.message_log import RECENT_URGENT, MessageLog
 from agent.device.store.outbox import OutboxMessage
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
-from agent.device.uplink.learned_limit import LearnedLimit
 from agent.device.uplink.meter import TrafficMeter, estimate_bytes
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.sink import Receipt, Sink
 from agent.errors import LinkDown
+from agent.transport.capabilities import MAX_PACKET
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire.messages import AckPayload
 
@@ -50,6 +50,8 @@ _PAGE = 100
 _METERED_RESEND_OLDEST, _METERED_RESEND_BACKOFF_S = 1, 3600.0
 # Urgent messages that are before the others at a time; later ones wait their turn.
 MAX_EARLY = 1000
+# Until larger messages are tried again. Each trial that fails costs a connection, and doubles the wait.
+SHORTEST_S, LONGEST_S = 60.0, 86_400.0
 
 
 class Session:
@@ -357,3 +359,31 @@ def find_sent_early(store: Store) -> set[int]:
     first_waiting = acknowledged.missing[0][0]
     recent: list[int] = json.loads(store.get_meta(RECENT_URGENT, "[]"))
     return {seq for seq in recent if seq > first_waiting and seq in acknowledged}
+
+
+class LearnedLimit:
+    """Limit in `bytes` of a broker that announces none, learned from lost connections.
+
+    It is lifted for a trial, as the broker's may have been raised.
+
+    Used by the uplink's thread only.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = MAX_PACKET
+        self._wait_s, self._trial_s = SHORTEST_S, float("-inf")
+
+    def lower(self, largest: int, now_s: float) -> None:
+        """Note that the broker ended a connection with a message of `largest` bytes under way."""
+        if self.bytes == MAX_PACKET:
+            is_new = now_s - self._trial_s > self._wait_s
+            self._wait_s = SHORTEST_S if is_new else min(2 * self._wait_s, LONGEST_S)
+            self._trial_s = now_s + self._wait_s
+        self.bytes = min(self.bytes, largest) - 1
+
+    def lift(self, now_s: float) -> bool:
+        """Lift the limit if a trial is due; return True if it was lifted."""
+        if self.bytes == MAX_PACKET or now_s < self._trial_s:
+            return False
+        self.bytes = MAX_PACKET
+        return True

@@ -18,11 +18,10 @@ from agent.device.machine.keys import keys_message
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
-from agent.device.uplink.learned_limit import LearnedLimit
 from agent.device.uplink.meter import CONNECTION_BYTES, TrafficMeter
 from agent.device.uplink.oversize import OversizeAlert
 from agent.device.uplink.refusals import Refusals
-from agent.device.uplink.session import Session, find_sent_early
+from agent.device.uplink.session import LearnedLimit, Session, find_sent_early
 from agent.device.uplink.sink import OpenSink, Sink
 from agent.errors import LinkDown, MessageRefused, PacketTooLarge
 from agent.transport.packets import IncomingMessage

@@ -18,8 +18,7 @@ from agent.fleet.database.alerts import refusals_alert_row
 from agent.fleet.database.ingest import OVER_QUOTA, Arrival, Refusal
 from agent.fleet.database.keyring import Keyring
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.fleet_wide_alerts import FleetWideAlerts
-from agent.fleet.drift.reference_alerts import ReferenceAlerts
+from agent.fleet.drift.polled_alerts import FleetWideAlerts, ReferenceAlerts
 from agent.fleet.incidents.conditions import Certificate
 from agent.fleet.incidents.monitor import IncidentMonitor
 from agent.text import printable

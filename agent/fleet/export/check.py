@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,6 @@ def check_export(
     folder: Path,
     fleet: str,
     collectors: Sequence[PublicKey],
-    progress: Callable[[int], None] = lambda _: None,
 ) -> ExportReport:
     """Verify an export from the signed messages. Raises StorageError, and UsageError without a readable manifest.
 
@@ -85,7 +84,6 @@ def check_export(
                 chunks.append(msgspec.structs.replace(chunk, files=[]))
                 named |= {file.path for file in chunk.files}
                 checker.check(chunk)
-                progress(chunk.messages)
         except UsageError as error:
             report.add_problem(str(error))
         _count_pending(store, manifest, chunks, report)

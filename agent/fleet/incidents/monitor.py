@@ -7,7 +7,6 @@ step of its clock.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from msgspec.structs import replace
@@ -25,8 +24,6 @@ from agent.fleet.incidents import conditions
 from agent.fleet.incidents.conditions import Certificate, Condition, DeviceView, HealthReport, find_ending
 from agent.fleet.incidents.incidents import SEVERITY_RANK
 from agent.fleet.incidents.outliers import OutlierSurvey
-
-logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 30.0
 # A longer pause between two turns: the collector was suspended, or had no broker or database.

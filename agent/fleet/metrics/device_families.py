@@ -7,6 +7,7 @@ words. Numbers come from signed messages, and are left out where a device sent a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -64,39 +65,25 @@ def _build_fleet_families(
     read_us: int,
     now_us: int,
 ) -> Iterator[Metric]:
-    up = GaugeMetricFamily("outstation_database_up", "1 if the fleet database could be read.", labels=_FLEET)
-    up.add_metric((fleet,), float(totals is not None))
-    yield up
-    read = GaugeMetricFamily("outstation_database_read_timestamp_seconds", "Time of these numbers.", labels=_FLEET)
-    read.add_metric((fleet,), read_us / 1e6)
-    yield read
-    by_state = GaugeMetricFamily("outstation_fleet_devices", "Enrolled devices by state.", labels=("fleet", "state"))
-    counts = dict.fromkeys(STATES, 0)
-    for device in devices:
-        status = device.status(now_us)
-        counts[status] = counts.get(status, 0) + 1
-    for state in STATES:
-        by_state.add_metric((fleet, state), counts[state])
-    yield by_state
-    alerts = GaugeMetricFamily(
-        "outstation_fleet_alerts_open", "Open alerts about the fleet as a whole.", labels=("fleet", "severity")
-    )
-    severities = [alert["severity"] for alert in fleet_alerts if not alert["device"]]
-    for severity in SEVERITIES:
-        alerts.add_metric((fleet, severity), severities.count(severity))
-    yield alerts
+    def gauge(name: str, help_text: str, samples: Mapping[str, float], label: str = "") -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, help_text, labels=(*_FLEET, label) if label else _FLEET)
+        for value, number in samples.items():
+            family.add_metric((fleet, value) if label else (fleet,), number)
+        return family
+
+    counts = Counter(device.status(now_us) for device in devices)
+    severities = Counter(alert["severity"] for alert in fleet_alerts if not alert["device"])
+    yield gauge("outstation_database_up", "1 if the fleet database could be read.", {"": float(totals is not None)})
+    yield gauge("outstation_database_read_timestamp_seconds", "Time of these numbers.", {"": read_us / 1e6})
+    by_state = {state: counts[state] for state in STATES}
+    yield gauge("outstation_fleet_devices", "Enrolled devices by state.", by_state, "state")
+    by_severity = {severity: severities[severity] for severity in SEVERITIES}
+    yield gauge("outstation_fleet_alerts_open", "Open alerts about the fleet as a whole.", by_severity, "severity")
     if totals is None:
         return
-    missing = GaugeMetricFamily(
-        "outstation_fleet_missing_messages", "Messages that did not arrive, and no device explains.", labels=_FLEET
-    )
-    missing.add_metric((fleet,), totals.missing["missing"])
-    yield missing
-    evicted = GaugeMetricFamily(
-        "outstation_fleet_evicted_messages", "Messages that devices declared as evicted.", labels=_FLEET
-    )
-    evicted.add_metric((fleet,), totals.missing["evicted"])
-    yield evicted
+    missing, evicted = {"": totals.missing["missing"]}, {"": totals.missing["evicted"]}
+    yield gauge("outstation_fleet_missing_messages", "Messages that did not arrive, and no device explains.", missing)
+    yield gauge("outstation_fleet_evicted_messages", "Messages that devices declared as evicted.", evicted)
     refused = CounterMetricFamily(
         "outstation_fleet_refused_messages", "Messages that collectors refused.", labels=("fleet", "reason")
     )

@@ -41,9 +41,6 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Hours = Annotated[float, msgspec.Meta(ge=0, le=8760)]
 
 
-_MISSING = "a plan of a roll-out is a TOML file, see docs/guides/rollouts-operator.md"
-
-
 class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Conditions for the end of a step. None disables a limit.
 

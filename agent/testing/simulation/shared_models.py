@@ -8,10 +8,8 @@ machine's. A candidate hangs once it has computed for as long as a device waits,
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
+from agent.model.inference.info_lines import hide_info_lines
 from agent.model.inference.runtime import FinishedRun
 from agent.model.inference.tuning import Tuning, describe_machine, model_digest
 from agent.model.sandbox import probe
@@ -87,7 +86,7 @@ class SharedModels(ModelHost):
     ) -> LoadedBundle:
         digest = proven.bundle.digest
         if digest not in self._loaded:
-            with _hide_info_lines():
+            with hide_info_lines():
                 self._loaded[digest] = activation.load_bundle(proven, policy=_IN_PROCESS)
         return self._loaded[digest]
 
@@ -104,22 +103,6 @@ class SharedModels(ModelHost):
     def start_job(self, job: Callable[[], None]) -> None:
         """Run a job at once: in simulated time it takes none."""
         job()
-
-
-@contextmanager
-def _hide_info_lines() -> Iterator[None]:
-    """Keep the runtime's lines `INFO: …` from standard error, to which it writes past Python."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            os.write(2, b"".join(line for line in file if not line.startswith(b"INFO: ")))
 
 
 class PatientModel(SubprocessModel):

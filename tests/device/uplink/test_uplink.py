@@ -23,8 +23,8 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
-from agent.device.uplink.learned_limit import LONGEST_S, LearnedLimit
 from agent.device.uplink.mqtt_sink import MqttSink, packet_size
+from agent.device.uplink.session import LONGEST_S, LearnedLimit
 from agent.device.uplink.uplink import Uplink, backoff
 from agent.errors import LinkDown, PacketTooLarge, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit

@@ -56,7 +56,7 @@ def static_url(name: str) -> str:
 _DIGESTS: dict[str, str] = {}
 
 
-def format_time(text: object, *, ahead: str = "in ") -> Markup:
+def format_time(text: object) -> Markup:
     """Return a `<time>` element for an RFC 3339 time: the distance from now, with the exact time as its title."""
     if not isinstance(text, str) or not text:
         return Markup("<span class='muted'>never</span>")
@@ -67,7 +67,7 @@ def format_time(text: object, *, ahead: str = "in ") -> Markup:
     distance = (clock.read().wall_us - t_us) // 1_000_000
     exact = f"{clock.to_rfc3339(t_us)[:19].replace('T', ' ')} UTC"
     words = _format_distance(abs(distance))
-    relative = f"{words} ago" if distance >= 0 else f"{ahead}{words}"
+    relative = f"{words} ago" if distance >= 0 else f"in {words}"
     return Markup('<time datetime="{}" title="{}">{}</time>').format(text, exact, relative)
 
 

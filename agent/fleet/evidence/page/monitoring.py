@@ -27,7 +27,7 @@ from agent.render import axes, html
 from agent.render.charts import ForestRow, render_forest
 from agent.render.html import Content, Markup, element, table
 from agent.render.svg import Drawing, html_text, truncate_text
-from agent.render.theme import PAGE_THEME, Theme
+from agent.render.theme import PAGE_THEME
 from agent.text import format_interval, format_value
 from agent.wire.messages import Metric
 
@@ -211,7 +211,7 @@ def _format_coverage(label_coverage: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: int, theme: Theme = PAGE_THEME) -> str:
+def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: int) -> str:
     """Return an inline SVG with a bar per incident from start to end, "" if no start time is known."""
     known = [
         (us, incident)
@@ -229,24 +229,24 @@ def draw_incident_lanes(incidents: Sequence[Incident], begin_us: int, end_us: in
         return left + (right - left) * min(max((us - begin) / (end_us - begin), 0.0), 1.0)
 
     bottom = _TOP_MARGIN + _LANE_HEIGHT * len(known)
-    _draw_time_axis(draw, theme, left, right, bottom, begin, end_us)
+    _draw_time_axis(draw, left, right, bottom, begin, end_us)
     for number, (start, incident) in enumerate(known):
         y = _TOP_MARGIN + _LANE_HEIGHT * number
-        color = {"critical": theme.fault, "warning": theme.drift}.get(incident.severity, theme.unknown)
+        color = {"critical": PAGE_THEME.fault, "warning": PAGE_THEME.drift}.get(incident.severity, PAGE_THEME.unknown)
         topic = incident.subject if incident.alert in ("drift", "fault") else incident.alert
         name = truncate_text(f"{incident.device or 'fleet'} {topic}", 12, _NAME_WIDTH - 10)
-        draw.text(0, y + 14, name, theme.ink, size=12)
+        draw.text(0, y + 14, name, PAGE_THEME.ink, size=12)
         x = to_x(start)
         width = min(max(4.0, to_x(parse_epoch_us(incident.ended) or end_us) - x), right - x)
         draw.rect(x, y + 4, width, _LANE_HEIGHT - 9, color, r=3, css_class=f"bar-{incident.state}")
         duration = format_duration(incident.seconds) + (" so far" if incident.state == "open" else "")
         if incident.state == "unknown":
             duration = "end unknown"
-        draw.text(_LANES_WIDTH, y + 14, duration, theme.muted, size=11, anchor="end")
+        draw.text(_LANES_WIDTH, y + 14, duration, PAGE_THEME.muted, size=11, anchor="end")
     return draw.to_inline_svg(bottom + 24)
 
 
-def draw_drift_strip(history: Sequence[dict[str, Any]], device_count: int, theme: Theme = PAGE_THEME) -> str:
+def draw_drift_strip(history: Sequence[dict[str, Any]], device_count: int) -> str:
     """Return an inline SVG of the number of devices in drift or with a sensor fault over time."""
     spans = [
         (begin, end, span)
@@ -267,16 +267,16 @@ def draw_drift_strip(history: Sequence[dict[str, Any]], device_count: int, theme
         return bottom - _STRIP_HEIGHT * n / top
 
     for tick in sorted({0, top, top // 2 if top > 3 else top}):
-        draw.line(left, to_y(tick), right, to_y(tick), theme.grid)
-        draw.text(left - 6, to_y(tick) + 4, f"{tick}", theme.muted, size=11, anchor="end")
+        draw.line(left, to_y(tick), right, to_y(tick), PAGE_THEME.grid)
+        draw.text(left - 6, to_y(tick) + 4, f"{tick}", PAGE_THEME.muted, size=11, anchor="end")
     for begin, end, span in spans:
         x, width = to_x(begin), max(1.0, to_x(end) - to_x(begin) - 0.5)
         drift, fault = min(span["devices_in_drift"], top), min(span["devices_with_sensor_fault"], top)
-        draw.rect(x, bottom - 2, width, 2, theme.reference_edge)
-        draw.rect(x, to_y(drift), width, bottom - to_y(drift), theme.drift, css_class="drift")
+        draw.rect(x, bottom - 2, width, 2, PAGE_THEME.reference_edge)
+        draw.rect(x, to_y(drift), width, bottom - to_y(drift), PAGE_THEME.drift, css_class="drift")
         both = min(drift + fault, top)
-        draw.rect(x, to_y(both), width, to_y(drift) - to_y(both), theme.fault, css_class="fault")
-    _draw_time_axis(draw, theme, left, right, bottom, first, last, grid=False)
+        draw.rect(x, to_y(both), width, to_y(drift) - to_y(both), PAGE_THEME.fault, css_class="fault")
+    _draw_time_axis(draw, left, right, bottom, first, last, grid=False)
     return draw.to_inline_svg(bottom + 24)
 
 
@@ -291,10 +291,10 @@ def draw_accuracy_forest(measured: _Measured, title: str) -> str:
 
 
 def _draw_time_axis(
-    draw: Drawing, theme: Theme, left: float, right: float, bottom: float, begin: int, end: int, *, grid: bool = True
+    draw: Drawing, left: float, right: float, bottom: float, begin: int, end: int, *, grid: bool = True
 ) -> None:
     for us, label in axes.time_ticks(begin, end, 4):
         x = left + (right - left) * (us - begin) / max(1, end - begin)
         if grid:
-            draw.line(x, _TOP_MARGIN - 4, x, bottom, theme.grid)
-        draw.text(x, bottom + 16, label, theme.muted, size=11, anchor="middle")
+            draw.line(x, _TOP_MARGIN - 4, x, bottom, PAGE_THEME.grid)
+        draw.text(x, bottom + 16, label, PAGE_THEME.muted, size=11, anchor="middle")
