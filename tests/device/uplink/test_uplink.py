@@ -677,7 +677,7 @@ def test_an_alert_goes_before_a_backlog_and_costs_no_message_twice(
         if not is_early:
             monkeypatch.setattr(session.Session, "_take_urgent", lambda self, limit: [])
         world = make(LinkConditions(delay_s=0.5), delivery=delivery)
-        world.write(800)
+        world.write(1500)
         began_s, alert = world.air.clock_s, world.raise_alert()
         world.run(partial(lambda world, alert: alert in world.collector.seqs(), world, alert), 600, drain_s=0.0)
         after_s.append(world.air.clock_s - began_s)
@@ -685,7 +685,7 @@ def test_an_alert_goes_before_a_backlog_and_costs_no_message_twice(
         world.uplink = world.new_uplink()
         world.run(partial(is_empty, world), 6000)
         assert world.waiting() == set()
-        assert world.collector.seqs() >= set(range(1, 802))
+        assert world.collector.seqs() >= set(range(1, 1502))
         doubled.append(sum(n - 1 for n in world.collector.arrivals.values()))
     assert after_s[0] < 3
     assert after_s[1] > 10
