@@ -2,6 +2,7 @@
 
 import pytest
 
+from agent.performance import labels
 from agent.performance.labels import SEPARATOR, LabelSchema
 from agent.text import csv_text
 
@@ -25,3 +26,21 @@ def test_several_classes_of_one_quoted_cell_are_read_back(first: int) -> None:
 def test_a_quote_alone_makes_no_text_a_label() -> None:
     with pytest.raises(ValueError, match="no label of this model"):
         LabelSchema("classify", LABELS).parse("'-11 to 0")
+
+
+@pytest.mark.attack("devices")
+def test_made_up_predictions_do_not_search_all_labels_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(labels, "printable", lambda text: made.append(text) or text)
+    schema = LabelSchema("classify", tuple(f"c{i}" for i in range(1000)))
+    for i in range(100):
+        with pytest.raises(ValueError, match="no label of this model"):
+            schema.parse(f"made-up-{i}")
+    assert len(made) == 1000
+
+
+def test_a_text_of_more_names_than_a_model_may_have_is_refused() -> None:
+    schema = LabelSchema("several", tuple("abcdefghijklmnop"))
+    assert schema.parse("|".join(schema.labels)) == 2**16 - 1
+    with pytest.raises(ValueError, match="this names more than the 16 labels that a model may have"):
+        schema.parse("|".join([*schema.labels, "a"]))

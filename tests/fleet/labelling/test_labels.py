@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from agent.fleet.bundle_history import BundleLabelSchema
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.labelling import labels
 from agent.fleet.labelling.labels import LabelOutcome
-from agent.performance.labels import Label
+from agent.performance.labels import Label, LabelSchema
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -136,6 +137,18 @@ def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: Fle
     assert (outcome.accepted, set(outcome.rejected)) == (1, {0, 1})
     assert outcome.rejected[0].startswith("this is no label of this model; it knows ABD, FEL, PEN, as inferred ")
     assert ask(store, "SELECT label FROM labels") == [("PEN",)]
+
+
+@pytest.mark.attack("devices")
+def test_each_distinct_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    parse = LabelSchema.parse
+    monkeypatch.setattr(LabelSchema, "parse", lambda schema, text: parsed.append(text) or parse(schema, text))
+    schema = BundleLabelSchema(LabelSchema("classify", ("PEN", "ABD")), True)
+    rows = [("PEN", "human", text, 0.9, None) for text in ("PEN", "ABD", "made up", None)] * 50
+    accuracy = next(each for each in labels.compute_label_metrics(schema, rows) if each.metric == "accuracy")
+    assert (accuracy.n, accuracy.value) == (100, 0.5)
+    assert sorted(parsed) == ["", "ABD", "PEN", "made up"]
 
 
 def activated(sender: MessageSender, kind: str, **more: Any) -> SignedMessage:
