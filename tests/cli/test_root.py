@@ -76,7 +76,7 @@ def test_what_root_writes_to_a_devices_store_belongs_to_the_devices_user(config:
 
 @readable
 @pytest.mark.parametrize("closed", ["", "<&-", "2>&-"])
-def test_root_runs_a_batch_as_the_devices_user_whatever_stream_is_closed(shared_path: Path, closed: str) -> None:
+def test_root_runs_a_batch_as_the_devices_user_also_with_a_closed_stream(shared_path: Path, closed: str) -> None:
     shell = f'exec "$0" -m agent "$@" {closed}'
 
     def outstation(*arguments: str) -> subprocess.CompletedProcess[str]:

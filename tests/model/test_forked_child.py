@@ -172,7 +172,7 @@ def test_a_fork_without_descriptors_for_its_pipes_leaves_none_open(monkeypatch: 
             os.fstat(fd)
 
 
-def test_where_the_kernel_hides_the_environment_no_fork_runs_a_model(
+def test_a_kernel_that_hides_the_environment_prevents_a_fork(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stat").write_text("1 (python) S " + " 0" * 49)
@@ -183,7 +183,7 @@ def test_where_the_kernel_hides_the_environment_no_fork_runs_a_model(
 
 
 @pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", "2>/dev/null"])
-def test_lines_of_the_runtime_are_hidden_whatever_standard_error_is(stream: str) -> None:
+def test_the_command_goes_on_when_standard_error_is_closed_or_full(stream: str) -> None:
     script = "import os\nfrom agent.model.inference.info_lines import hide_info_lines\n"
     script += "with hide_info_lines():\n    os.path.exists('/dev/fd/2') and os.write(2, b'a line')\nprint('done')"
     command = ["sh", "-c", f'exec "$0" -c "$1" {stream}', sys.executable, script]
