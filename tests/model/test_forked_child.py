@@ -172,9 +172,7 @@ def test_a_fork_without_descriptors_for_its_pipes_leaves_none_open(monkeypatch: 
             os.fstat(fd)
 
 
-def test_a_kernel_that_hides_the_environment_prevents_a_fork(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_hides_the_environment_prevents_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stat").write_text("1 (python) S " + " 0" * 49)
     monkeypatch.setattr(forked_child, "_STATUS", str(tmp_path / "stat"))
     with pytest.raises(OSError, match="place of the environment"):
