@@ -46,7 +46,7 @@ class PoisoningReport(msgspec.Struct, frozen=True):
             rows = f"; look at rows {shown}{more}" if max_rows else ""
             yield f"{finding.check}: {finding.subject}: {finding.summary}{rows}"
         if self.state != "not checked":
-            yield from (f"not compared: {reason}" for reason in self.reasons)
+            yield from self.reasons
 
     def without_small(self, min_count: int) -> PoisoningReport:
         """Return the report without findings and providers of fewer windows."""
@@ -84,7 +84,7 @@ def inspect(given: LabelledWindows) -> PoisoningReport:
     measured: list[Provider] = []
     reasons = [*triggers.describe_omissions(windows)]
     if len(windows) < len(given):
-        reasons.insert(0, f"windows: {len(windows):,} of {len(given):,} were inspected, spread evenly")
+        reasons.insert(0, f"{len(windows):,} of {len(given):,} windows were inspected, spread evenly")
     for kind in windows.providers:
         judged, departures = providers.measure(kind, windows, features, candidates)
         measured += judged

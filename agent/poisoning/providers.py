@@ -60,9 +60,9 @@ def measure(
 def explain_omission(kind: str, windows: LabelledWindows, measured: list[Provider]) -> str:
     """Return why the providers were not compared, "" if they were."""
     if (count := len(np.unique(windows.providers[kind]))) > _MAX_PROVIDERS:
-        return f"{kind}s: there are {count}, a comparison takes at most {_MAX_PROVIDERS}"
+        return f"{kind}s are not compared: there are {count}, a comparison takes at most {_MAX_PROVIDERS}"
     if len(measured) < MIN_PROVIDERS:
-        return f"{kind}s: a comparison takes {MIN_PROVIDERS} with {MIN_WINDOWS} labels each"
+        return f"{kind}s are not compared: a comparison takes {MIN_PROVIDERS} with {MIN_WINDOWS} labels each"
     return ""
 
 

@@ -187,9 +187,21 @@ def test_an_error_of_a_scenario_is_one_line_with_file_and_key(tmp_path: Path, re
 def test_no_field_is_missing_that_every_row_must_have(tmp_path: Path) -> None:
     file = tmp_path / "scenario.toml"
     file.write_text('duration = "1 h"\nevents = [{ kind = "missing", at = "2 s", fields = ["ax", "ay"] }]')
-    with pytest.raises(ConfigError, match=r"events\[0\]\.fields: ay is not optional, so rows without it are rejected"):
-        scenario.load(file, _FIELDS, ["exercise"], optional=["ax"])
-    assert scenario.load(file, _FIELDS, ["exercise"], optional=["ax", "ay"]).events
+    with pytest.raises(ConfigError, match=r"events\[0\]\.fields: watch\.ay is not optional, so rows") as caught:
+        scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax"]})
+    assert str(caught.value).endswith('set [streams.watch] fields = [{ name = "ay", optional = true }, …]')
+    assert scenario.load(file, _FIELDS, ["exercise"], optional={"watch": ["ax", "ay"]}).events
+
+
+@pytest.mark.parametrize(("stream", "is_accepted"), [("a", True), ("b", False), ("", False)])
+def test_a_field_that_only_another_stream_may_lack_is_never_missing(
+    tmp_path: Path, stream: str, is_accepted: bool
+) -> None:
+    file = tmp_path / "scenario.toml"
+    event = f'{{ kind = "missing", at = "2 s", stream = "{stream}", fields = ["x"] }}'
+    file.write_text(f'duration = "1 h"\nevents = [{event}]')
+    with contextlib.nullcontext() if is_accepted else pytest.raises(ConfigError, match=r"b\.x is not optional"):
+        scenario.load(file, {"a": ["x"], "b": ["x"]}, ["exercise"], optional={"a": ["x"], "b": []})
 
 
 def test_a_recording_without_the_fields_of_the_stream_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
-from agent.text import format_span, printable
+from agent.text import format_span, pluralize, printable
 from agent.wire.messages import ComparedOutput, ShadowPayload
 
 MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
@@ -139,7 +139,7 @@ def evaluate_promotion(
     )
     by_name = {result.name: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     block_count, device_count = len(blocks), len({block.device for block in blocks})
-    sample = f"over {block_count} blocks of {device_count} devices"
+    sample = f"over {pluralize(block_count, 'block')} of {pluralize(device_count, 'device')}"
     results = []
     for output, name, rule, limit, bound in _list_rules(limits, blocks, new_is_shadow):
         title, result = name_rule(name.replace("_", " "), output), by_name.get(name_rule(rule, output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -118,6 +118,17 @@ class Stuck(SensorFault, frozen=True, tag_field="kind", tag="stuck"):
 
 class Missing(SensorFault, frozen=True, tag_field="kind", tag="missing"):
     """Readings without a value; the fields must be optional."""
+
+    def check_optional(
+        self, file: str, key: str, fields: Mapping[str, Collection[str]], optional: Mapping[str, Collection[str]]
+    ) -> None:
+        """Raise ConfigError for a field that a stream of this event has and requires; both mappings are by stream."""
+        for stream in [self.stream] if self.stream else fields:
+            for name in self.fields:
+                if name in fields[stream] and name not in optional.get(stream, ()):
+                    remedy = f'[streams.{stream}] fields = [{{ name = "{name}", optional = true }}, …]'
+                    problem = f"{stream}.{name} is not optional, so rows without it are rejected; set {remedy}"
+                    raise ConfigError(file, key, problem)
 
 
 class Spikes(SensorFault, frozen=True, tag_field="kind", tag="spikes"):
@@ -299,11 +310,11 @@ def load(
     tasks: Sequence[str],
     devices: int | None = None,
     groups: Sequence[str] = (),
-    optional: Collection[str] | None = None,
+    optional: Mapping[str, Collection[str]] | None = None,
 ) -> Scenario:
     """Read a scenario; `fields` by stream, names of `tasks` and `groups` of the config. Raises ConfigError.
 
-    `devices` replaces the number of devices of the only group. `optional`: fields that may be missing, if known.
+    `devices` replaces the number of devices of the only group. `optional`: by stream, if known.
     """
     read = config.read(file, Scenario)
     if devices is not None:
@@ -321,9 +332,8 @@ def load(
     read = msgspec.structs.replace(read, events=events)
     check(read, str(file), fields, tasks)
     for i, event in enumerate(read.events):
-        if isinstance(event, Missing) and optional is not None and (held := {*event.fields}.difference(optional)):
-            problem = f"{min(held)} is not optional, so rows without it are rejected; give the stream `optional = true`"
-            raise ConfigError(str(file), f"events[{i}].fields", problem)
+        if isinstance(event, Missing) and optional is not None:
+            event.check_optional(str(file), f"events[{i}].fields", fields, optional)
     return read
 
 

@@ -60,8 +60,10 @@ class Setup(msgspec.Struct, frozen=True, eq=False):
         return {name: [field.name for field in stream.fields] for name, stream in self.config.streams.items()}
 
     @property
-    def optional_fields(self) -> set[str]:
-        return {field.name for stream in self.config.streams.values() for field in stream.fields if field.optional}
+    def optional_fields(self) -> dict[str, list[str]]:
+        """Fields of each stream that a row may lack."""
+        streams = self.config.streams.items()
+        return {name: [field.name for field in stream.fields if field.optional] for name, stream in streams}
 
     @property
     def task_streams(self) -> dict[str, list[str]]:

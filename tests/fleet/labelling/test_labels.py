@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -141,14 +142,14 @@ def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: Fle
 
 @pytest.mark.attack("devices")
 def test_each_distinct_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: list[str] = []
-    parse = LabelSchema.parse
-    monkeypatch.setattr(LabelSchema, "parse", lambda schema, text: parsed.append(text) or parse(schema, text))
-    schema = BundleLabelSchema(LabelSchema("classify", ("PEN", "ABD")), True)
+    classes = LabelSchema("classify", ("PEN", "ABD"))
+    parse = Mock(side_effect=classes.parse)
+    monkeypatch.setattr(LabelSchema, "parse", parse)
+    schema = BundleLabelSchema(classes, True)
     rows = [("PEN", "human", text, 0.9, None) for text in ("PEN", "ABD", "made up", None)] * 50
     accuracy = next(each for each in labels.compute_label_metrics(schema, rows) if each.metric == "accuracy")
     assert (accuracy.n, accuracy.value) == (100, 0.5)
-    assert sorted(parsed) == ["", "ABD", "PEN", "made up"]
+    assert sorted(call.args[0] for call in parse.call_args_list) == ["", "ABD", "PEN", "made up"]
 
 
 def activated(sender: MessageSender, kind: str, **more: Any) -> SignedMessage:
