@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.wire import verification
-from agent.wire.messages import Moments, ShadowPayload
+from agent.wire.messages import ModelRef, Moments, ShadowPayload
 
 AB = OutputKind("classify", ("a", "b", "c"))
 NUMBERS = st.floats(-1e6, 1e6)
@@ -218,13 +218,40 @@ def test_a_text_that_does_not_fit_is_cut_and_the_counts_stay() -> None:
     assert stats.to_bodies(lambda _: False)[0].get("error") is None
 
 
-def test_comparisons_of_other_rows_are_no_parts() -> None:
-    wear = ComparisonStats(outputs={"wear": ComparisonStats(n=3)})
-    parts = [decode_message(ComparisonStats(1, 5, 4).to_body()), decode_message(wear.to_body(), (10, 19))]
-    joined: list[ShadowPayload] = []
-    for body in parts:
-        tally.join_part(joined, body)
-    assert joined == parts
+OTHER_MODEL = ModelRef("m", "2", "sha256:" + "1" * 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log": "1" * 8 + "-0000" * 3 + "-" + "0" * 12},
+        {"time": "2026-11-24T00:00:01Z"},
+        {"rows": (10, 19)},
+        {"rollout": "s"},
+        {"model": OTHER_MODEL},
+        {"other": OTHER_MODEL},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_only_parts_of_the_same_comparison_are_joined(changes: dict[str, Any]) -> None:
+    head = decode_message(ComparisonStats(1, 5, 4).to_body())
+    part = decode_message(ComparisonStats(outputs={"wear": ComparisonStats(n=3)}).to_body())
+    for messages, count in (([head, part], 1), ([head, replace(part, **changes)], 2)):
+        joined: list[ShadowPayload] = []
+        for body in messages:
+            tally.join_part(joined, body)
+        assert len(joined) == count
+
+
+@pytest.mark.attack("devices")
+@pytest.mark.parametrize("names", [["wear"], [f"more-{i}" for i in range(tally.MAX_OUTPUTS)]], ids=["again", "many"])
+def test_a_part_that_repeats_an_output_or_has_too_many_is_not_joined(names: list[str]) -> None:
+    wear = ComparisonStats(n=3)
+    head = decode_message(ComparisonStats(1, 5, 4, outputs={"wear": wear}).to_body())
+    part = decode_message(ComparisonStats(outputs=dict.fromkeys(names, wear)).to_body())
+    joined: list[ShadowPayload] = [head]
+    tally.join_part(joined, part)
+    assert joined == [head, part]
 
 
 def test_a_model_of_one_output_says_nothing_of_others() -> None:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from tuf.api.metadata import Metadata
 
+from agent.comparison.tally import EMPTY_STATS
+from agent.fleet.evidence.gather.comparisons import compare_messages
 from agent.fleet.evidence.verify.verify import verify
 from agent.fleet.repository import key_rotation, signature_chain
+from agent.testing.messages import MessageSender, SignedMessage
+from agent.wire.messages import ShadowPayload
+from agent.wire.verification import decode
 from tests.kit.damage import flips
 from tests.kit.received_evidence import OPERATOR, only, problems, resign
 from tests.kit.repositories import Depot, version
@@ -44,6 +50,29 @@ def test_comparisons_have_intervals_and_are_recomputed(folder: Path) -> None:
     assert metrics["latency_ratio"]["value"] == pytest.approx(0.8)
     assert metrics["accuracy_gain"]["value"] == pytest.approx(0.1)
     assert metrics["estimated_accuracy_gain"]["value"] == pytest.approx(0.02)
+
+
+def test_a_comparison_in_several_messages_has_the_numbers_of_one_in_a_single_message() -> None:
+    sender, split = MessageSender(), list[ShadowPayload]()
+    sent = [decode(compare_outputs(sender, i).payload) for i in range(12)]
+    whole = [body for body in sent if isinstance(body, ShadowPayload)]
+    empty = {"batches": 0, "n": 0, "agreeing": 0, "stats": EMPTY_STATS, "other_stats": EMPTY_STATS}
+    for body in whole:
+        parts = [replace(body, outputs={name: part}, **empty) for name, part in body.outputs.items()]
+        split += [replace(body, outputs={}), *parts]
+    expected, actual = (compare_messages(messages, new_is_shadow=True) for messages in (whole, split))
+    assert replace(actual, messages=[]) == replace(expected, messages=[])
+    assert [metric.name for metric in actual.metrics if metric.low is None] == ["wear/agreement"]
+    assert {"wear/error_ratio", "flags/agreement"} < {metric.name for metric in actual.metrics}
+
+
+def compare_outputs(sender: MessageSender, i: int) -> SignedMessage:
+    """Return a comparison of the first output and two further ones, in one message."""
+    old, new = ({"windows": 100, "seconds": 0.0, "abs_error": {"n": 9, "mean": m + i, "m2": 1.0}} for m in (1.0, 1.1))
+    side = {"windows": 100, "seconds": 0.0}
+    wear = {"n": 100, "agreeing": None, "stats": old, "other_stats": new}
+    flags = {"n": 100, "agreeing": 90 + i % 5, "stats": side, "other_stats": side}
+    return sender.shadow(agreeing=95 + i % 3, outputs={"wear": wear, "flags": flags})
 
 
 @pytest.mark.parametrize("name", ["windows", "agreeing", "batches", "errors", "labelled"])

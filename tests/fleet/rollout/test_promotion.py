@@ -190,6 +190,19 @@ def test_an_output_of_fewer_devices_than_a_step_needs_decides_nothing(six: Fleet
     assert (six.look().verdict.outcome, rules(six.look().verdict)) == ("promote", {"agreement": "passed"})
 
 
+def test_a_comparison_in_two_messages_counts_as_one_block(six: Fleet) -> None:
+    six.start(plan())
+    nothing = {"windows": 0, "seconds": 0.0}
+    part = {"n": 0, "agreeing": 0, "batches": 0, "stats": nothing, "other_stats": nothing, **wear(96)}
+    six.in_shadow(blocks=0)
+    for sender in six.senders * 6:
+        head = sender.shadow()
+        six.collect(head, sender.shadow(rows=[sender.row - 99, sender.row], **part))
+    verdict = six.look().verdict
+    assert rules(verdict) == {"agreement": "passed", "wear/agreement": "passed"}
+    assert [(each.blocks, each.devices) for each in verdict.rule_results] == [(36, 6)] * 2
+
+
 @pytest.mark.attack("devices")
 @pytest.mark.parametrize("agreeing", [96, 40], ids=["alike", "other classes"])
 def test_a_device_that_withholds_an_output_leaves_its_rule_undecided(six: Fleet, agreeing: int) -> None:

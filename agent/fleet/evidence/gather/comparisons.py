@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.comparison import paired_intervals, rules
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
-from agent.comparison.tally import ComparisonStats, join_part
+from agent.comparison.tally import ComparisonStats
 from agent.fleet.evidence.format.contents import (
     WRITE_LIMITS,
     BundleComparison,
@@ -68,10 +68,9 @@ def comparison_key(body: ShadowPayload) -> _ComparisonKey:
 
 def compare_messages(messages: Sequence[ShadowPayload], *, new_is_shadow: bool, omitted: int = 0) -> BundleComparison:
     """Return the comparison of at least one message. All messages share one comparison key."""
-    last, joined = messages[-1], list[ShadowPayload]()
-    for body in messages:
-        join_part(joined, body)
-    blocks = [ComparisonBlock(ComparisonStats.from_message(body)) for body in joined]
+    last = messages[-1]
+    # Estimates skip blocks without data of their output, so the parts of a split comparison need no joining.
+    blocks = [ComparisonBlock(ComparisonStats.from_message(body)) for body in messages]
     total = sum((block.stats for block in blocks), ComparisonStats())
     return BundleComparison(
         rollout=last.rollout,
