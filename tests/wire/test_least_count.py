@@ -175,6 +175,14 @@ def test_a_comparison_of_two_bundles_shows_no_single_score_or_label() -> None:
     assert (limited["stats"]["correct"], limited["stats"]["scores"]) == (0, many)
 
 
+@pytest.mark.parametrize("agreeing", [0, 1, 3])
+def test_a_comparison_of_few_windows_hides_also_that_none_agrees(agreeing: int) -> None:
+    side = {"windows": 3, "seconds": 0.1}
+    body = {"n": 3, "agreeing": agreeing, "stats": side, "other_stats": side}
+    limited = least_count.apply("shadow", body, K)
+    assert (limited["n"], limited["agreeing"]) == (0, 0)
+
+
 @pytest.mark.parametrize("kind", ["alerts", "audit", "health", "reply"])
 def test_a_sample_of_few_is_left_out_of_any_other_message(kind: str) -> None:
     body = {"evidence": {"site": [{"n": 2, "mean": 36.6}, {"n": 20, "mean": 37.5}]}}
