@@ -15,6 +15,8 @@ from msgspec.structs import replace
 
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
+from agent.fleet.evidence.format.contents import WRITE_LIMITS
+from agent.fleet.evidence.gather import comparisons
 from agent.wire import verification
 from agent.wire.messages import Moments, ShadowPayload
 
@@ -225,6 +227,29 @@ def test_comparisons_of_other_rows_are_no_parts() -> None:
     for body in parts:
         tally.join_part(joined, body)
     assert joined == parts
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_part_that_names_an_error_keeps_its_text_and_count(place: int) -> None:
+    wear = ComparisonStats(outputs={"wear": ComparisonStats(n=3)}, errors=1, error="ran out of memory")
+    bodies = [decode_message(ComparisonStats(1, 5, 4).to_body())]
+    bodies.insert(place, decode_message(wear.to_body()))
+    joined: list[ShadowPayload] = []
+    for body in bodies:
+        tally.join_part(joined, body)
+    [whole] = joined
+    assert (whole.batches, whole.errors, whole.error, [*whole.outputs]) == (1, 1, "ran out of memory", ["wear"])
+
+
+def test_evidence_that_drops_an_old_comparison_drops_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparisons, "WRITE_LIMITS", replace(WRITE_LIMITS, messages_per_comparison=3))
+    collector = comparisons.ComparisonCollector()
+    part = ComparisonStats(outputs={"wear": ComparisonStats(n=5)}).to_body()
+    for rows in [(1, 9), (10, 19)]:
+        collector.add(decode_message(ComparisonStats(1, 5, 4).to_body(), rows))
+        collector.add(decode_message(part, rows))
+    [compared] = collector.build_comparisons({})
+    assert (compared.batches, compared.windows, len(compared.messages), compared.omitted) == (1, 5, 2, 2)
 
 
 def test_a_model_of_one_output_says_nothing_of_others() -> None:
