@@ -12,13 +12,19 @@ from pathlib import Path
 from agent.errors import UsageError
 
 
+def is_of_another_user(data_dir: Path) -> bool:
+    """Return True if this is root and `data_dir` belongs to a user of its own."""
+    return os.geteuid() == 0 and data_dir.is_dir() and data_dir.stat().st_uid != 0
+
+
 def become_owner(data_dir: Path) -> None:
     """Go on as the owner of `data_dir` if this is root, so that no bundle or file of it is handled with root's rights.
 
     Raises UsageError. A folder that is missing or root's own changes nothing.
     """
-    if os.geteuid() != 0 or not data_dir.is_dir() or (owner := data_dir.stat()).st_uid == 0:
+    if not is_of_another_user(data_dir):
         return
+    owner = data_dir.stat()
     try:
         try:
             os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)

@@ -20,6 +20,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     An error is one line on standard error, whatever it is.
     """
     if args is None:
+        _open_missing_streams()
         # Until the command is imported: that leaves no garbage, and looking for it is a tenth of a command's start.
         gc.disable()
         # First of all, so that what registers later runs before it.
@@ -55,6 +56,17 @@ def _run(words: list[str]) -> int:
         return code if isinstance(code, int) else 0
 
 
+def _open_missing_streams() -> None:
+    """Open standard streams that this process was started without: else files of it get their numbers."""
+    # Each has the lowest number that is free.
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def _end() -> None:
     """End the process at once, with all output written.
 
@@ -63,9 +75,7 @@ def _end() -> None:
     if _exit_code is not None:
         try:
             for stream in (sys.stdout, sys.stderr):
-                # There is none where the process was started without this descriptor.
-                if stream is not None:
-                    stream.flush()
+                stream.flush()
         except (OSError, ValueError):
             # Python's own end reports it.
             return

@@ -14,6 +14,7 @@ import click
 
 from agent.cli.output import PATH, echo, echo_styled
 from agent.errors import UsageError
+from agent.text import pluralize
 
 dir_option = click.option("--dir", "folder", type=PATH, help="Keep everything here; default a temporary folder.")
 
@@ -76,7 +77,8 @@ def open_folder(requested: Path | None) -> Iterator[Path]:
 
 def print_audit(audit: dict[str, Any], seconds: float) -> None:
     verdict = click.style("passed", fg="green") if audit["passed"] else click.style("FAILED", fg="red")
-    echo_styled(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
+    messages, devices = pluralize(audit["messages"], "signed message"), pluralize(audit["devices"], "device")
+    echo_styled(f"audit {verdict}: {messages} of {devices}; {seconds:g} s")
     for problem in audit["invalid"][:10]:
         echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
     for problem in audit.get("invalid_decisions", [])[:10]:

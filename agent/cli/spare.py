@@ -6,14 +6,13 @@ This module imports little: the process starts before the command line, the conf
 from __future__ import annotations
 
 import contextlib
-import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent import input_files
-from agent.bootstrap.owner import become_owner
+from agent.bootstrap.owner import become_owner, is_of_another_user
 from agent.model.sandbox import launch
 
 _FLAGS = {"--json", "-v", "--verbose"}
@@ -45,11 +44,13 @@ def _prepare(option: str | None) -> None:
     path, document = _read_config(option)
     device, models = document.get("device"), document.get("models", {})
     if isinstance(device, dict) and isinstance(models, dict) and document.get("tasks"):
-        data_dir, user = device.get("data_dir", input_files.DATA_DIR), os.geteuid()
+        data_dir = device.get("data_dir", input_files.DATA_DIR)
         if isinstance(data_dir, str) and models.get("confinement") != "off":
-            become_owner(path.resolve().parent / data_dir)
-            if os.geteuid() != user:
+            folder = path.resolve().parent / data_dir
+            if is_of_another_user(folder):
+                # The fork is root's, whom the owner could not end.
                 launch.discard_spare()
+            become_owner(folder)
             launch.prepare_spare()
             return
     launch.discard_spare()

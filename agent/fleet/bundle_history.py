@@ -15,7 +15,7 @@ from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.labelling import labels
 from agent.fleet.database.labelling.labels import TaskLog
-from agent.performance.labels import NO_LABEL, SEPARATOR, LabelSchema, parse_anomaly
+from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR, LabelSchema, parse_anomaly
 from agent.wire.messages import AuditPayload, ResultsPayload
 from agent.wire.verification import decode
 
@@ -144,8 +144,8 @@ def _infer_further_schema(db: Connection, key: TaskLog, texts: Sequence[str], ou
 
 
 def _guess_class_schema(predicted: Collection[str]) -> LabelSchema:
-    if any(SEPARATOR in label for label in predicted):
-        names = {name for label in predicted for name in label.split(SEPARATOR)} - {NO_LABEL}
+    names = {name for label in predicted for name in label.split(SEPARATOR)} - {NO_LABEL}
+    if names != set(predicted) and len(names) <= MAX_MULTILABEL_CLASSES:
         return LabelSchema("several", tuple(sorted(names)))
     return LabelSchema("classify", tuple(sorted(predicted)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -48,7 +49,7 @@ def parse_decimal(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class LabelSchema(msgspec.Struct, frozen=True):
+class LabelSchema(msgspec.Struct, frozen=True, dict=True):
     """Labels that a task accepts; `kind` is classify, several (multi-label), regress or anomaly."""
 
     kind: str
@@ -99,6 +100,8 @@ class LabelSchema(msgspec.Struct, frozen=True):
     def _parse_multilabel(self, text: str) -> float:
         if len(self.labels) > MAX_MULTILABEL_CLASSES:
             raise ValueError(f"labels of a model that knows more than {MAX_MULTILABEL_CLASSES} at once are not taken")
+        if text.count(SEPARATOR) >= MAX_MULTILABEL_CLASSES:
+            raise ValueError(f"this names more than the {MAX_MULTILABEL_CLASSES} labels that a model may have")
         names = {name.strip() for name in text.split(SEPARATOR)} if text != NO_LABEL else set()
         indices = {self._find_class(name) for name in names}
         if None in indices:
@@ -108,9 +111,13 @@ class LabelSchema(msgspec.Struct, frozen=True):
 
     def _find_class(self, text: str) -> int | None:
         """Return the index of the label that `text` is, or that a CSV table shows quoted for spreadsheets."""
-        if text in self.labels:
-            return self.labels.index(text)
-        return next((i for i, label in enumerate(self.labels) if printable(label) == text.removeprefix("'")), None)
+        return self._indices.get(text, self._indices.get(text.removeprefix("'")))
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        """Index of each label by its text and by its printable form; the first of equal ones counts."""
+        by_text = [(label, i) for i, label in enumerate(self.labels)][::-1]
+        return dict([(printable(label), i) for label, i in by_text] + by_text)
 
 
 class LabelTarget(msgspec.Struct, frozen=True):

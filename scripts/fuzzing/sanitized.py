@@ -20,7 +20,7 @@ from scripts.packaging import kernel
 from scripts.packaging.kernel import CompilerError
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-_CHECK_S = 60  # beyond the seconds of a run, for its start and its last input
+_CHECK_S = 300  # beyond the seconds of a run, for its start and its last input
 
 
 def run(target: Target, seed: int, seconds: int, folder: Path, runs: int = sys.maxsize) -> tuple[str, list[Crash]]:

@@ -18,6 +18,7 @@ from tests.kit.marks import root_only
 from tests.kit.stations import ROOT
 
 NOBODY = 65534
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 pytestmark = [
     pytest.mark.attack("install"),
     root_only,
@@ -38,7 +39,7 @@ def run(program: str, *arguments: str, folder: Path = ROOT) -> str:
     """Run a program with the `agent` of `folder`."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}
+        command, capture_output=True, text=True, cwd=folder, env={**ENVIRONMENT, "PYTHONPATH": str(folder)}
     )
     return done.stdout + done.stderr
 
@@ -71,6 +72,30 @@ def test_what_root_writes_to_a_devices_store_belongs_to_the_devices_user(config:
     made = list((config.parent / "data").iterdir())
     assert made
     assert {path.lstat().st_uid for path in made} == {NOBODY}
+
+
+@readable
+@pytest.mark.parametrize("closed", ["", "<&-", "2>&-"])
+def test_root_runs_a_batch_as_the_devices_user_also_with_a_closed_stream(shared_path: Path, closed: str) -> None:
+    shell = f'exec "$0" -m agent "$@" {closed}'
+
+    def outstation(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", shell, sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=shared_path, env=ENVIRONMENT, check=False)
+
+    assert outstation("init", "pi", "--standalone", "--id", "pi-07").returncode == 0
+    fields = ", ".join(f'{{ name = "{name}" }}' for name in ("ax", "ay", "az", "wx", "wy", "wz"))
+    config = shared_path / "pi" / "outstation.toml"
+    with config.open("a") as file:
+        file.write(f'[streams.watch]\nfields = [{fields}]\n[tasks.exercise]\nstream = "watch"\nbundle = "exercise"\n')
+    rows = [f"{1_764_022_680 + n / 50},1,2,3,4,5,{n % 7}" for n in range(300)]
+    (shared_path / "rows.csv").write_text("\n".join(["t,ax,ay,az,wx,wy,wz", *rows]))
+    for path in [shared_path / "pi", *(shared_path / "pi").rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    assert outstation("ingest", "watch", "rows.csv", "-c", str(config)).returncode == 0
+    done = outstation("batch", "--json", "-c", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exercise" in done.stdout
 
 
 def test_root_stays_root_where_the_data_folder_is_its_own(config: Path) -> None:

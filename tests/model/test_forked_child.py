@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent.cli.device.init import TEMPLATE
+from agent.model.sandbox import forked_child
+from agent.model.sandbox.forked_child import ForkedChild
 from tests.kit.stations import ROOT
 
 pytestmark = pytest.mark.process
@@ -149,3 +152,38 @@ def test_the_end_of_a_forked_child_is_seen_and_threads_prevent_a_fork() -> None:
         "variables": "None None None None",
         "with threads": False,
     }
+
+
+def test_a_fork_without_descriptors_for_its_pipes_leaves_none_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, made = os.pipe, list[int]()
+
+    def fail_at_third() -> tuple[int, int]:
+        if len(made) == 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.extend(ends := pipe())
+        return ends
+
+    monkeypatch.setattr(os, "pipe", fail_at_third)
+    with pytest.raises(OSError, match="Too many open files"):
+        ForkedChild(lambda: None, ())
+    assert len(made) == 4
+    for fd in made:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_a_kernel_that_hides_the_environment_prevents_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stat").write_text("1 (python) S " + " 0" * 49)
+    monkeypatch.setattr(forked_child, "_STATUS", str(tmp_path / "stat"))
+    with pytest.raises(OSError, match="place of the environment"):
+        forked_child._erase_environment()
+    assert os.environ
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", "2>/dev/null"])
+def test_the_command_goes_on_when_standard_error_is_closed_or_full(stream: str) -> None:
+    script = "import os\nfrom agent.model.inference.info_lines import hide_info_lines\n"
+    script += "with hide_info_lines():\n    os.path.exists('/dev/fd/2') and os.write(2, b'a line')\nprint('done')"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {stream}', sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n")

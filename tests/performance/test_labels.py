@@ -1,8 +1,11 @@
 """Labels as texts: classes whose names a spreadsheet would run keep their meaning in exported tables."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from agent.fleet.dataset.labels import parse_numbers
+from agent.performance import labels
 from agent.performance.labels import SEPARATOR, LabelSchema
 from agent.text import csv_text
 
@@ -42,3 +45,21 @@ def test_a_decimal_number_is_the_same_label_on_the_device_and_in_a_data_set(text
     numbers = parse_numbers([*map(str, range(100)), text])
     assert numbers is not None
     assert LabelSchema("regress").parse(text) == numbers[-1] == value
+
+
+@pytest.mark.attack("devices")
+def test_made_up_predictions_do_not_search_all_labels_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock(side_effect=str)
+    monkeypatch.setattr(labels, "printable", made)
+    schema = LabelSchema("classify", tuple(f"c{i}" for i in range(1000)))
+    for i in range(100):
+        with pytest.raises(ValueError, match="no label of this model"):
+            schema.parse(f"made-up-{i}")
+    assert made.call_count == 1000
+
+
+def test_a_text_of_more_names_than_a_model_may_have_is_refused() -> None:
+    schema = LabelSchema("several", tuple("abcdefghijklmnop"))
+    assert schema.parse("|".join(schema.labels)) == 2**16 - 1
+    with pytest.raises(ValueError, match="this names more than the 16 labels that a model may have"):
+        schema.parse("|".join([*schema.labels, "a"]))

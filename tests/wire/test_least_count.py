@@ -183,6 +183,13 @@ def test_a_comparison_of_few_windows_hides_also_that_none_agrees(agreeing: int) 
     assert (limited["n"], limited["agreeing"]) == (0, 0)
 
 
+def test_a_comparison_gets_no_member_that_makes_its_message_longer() -> None:
+    side = {"windows": 50}
+    body = {"n": 50, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}
+    limited = least_count.apply("shadow", {**body, "outputs": {"wear": body}}, K)
+    assert limited == {**body, "labelled": [0, 0, 0, 0], "outputs": {"wear": {**body, "labelled": [0, 0, 0, 0]}}}
+
+
 @pytest.mark.parametrize("kind", ["alerts", "audit", "health", "reply"])
 def test_a_sample_of_few_is_left_out_of_any_other_message(kind: str) -> None:
     body = {"evidence": {"site": [{"n": 2, "mean": 36.6}, {"n": 20, "mean": 37.5}]}}

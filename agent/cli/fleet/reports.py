@@ -27,6 +27,7 @@ from agent.fleet.database.interface import IncidentKey
 from agent.fleet.incidents import incidents
 from agent.fleet.incidents.incidents import Incident, IncidentFilter
 from agent.quantities import parse_duration
+from agent.text import pluralize
 
 if TYPE_CHECKING:
     from agent.fleet.audit.checkpoint import CheckpointFolder
@@ -335,8 +336,9 @@ def _open_checkpoint(
 
 def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     missing = [gap for gap in report["gaps"] if not gap["declared"]]
+    messages, devices = pluralize(report["messages"], "message"), pluralize(report["devices"], "device")
     yield (
-        f"{report['messages']} messages of {report['devices']} devices: {report['invalid_count']} invalid, "
+        f"{messages} of {devices}: {report['invalid_count']} invalid, "
         f"{len(missing)} gaps, {len(report['gaps']) - len(missing)} declared evictions, "
         f"{report['duplicates']} duplicates"
     )

@@ -138,7 +138,7 @@ def _print_scenario(document: dict[str, Any]) -> None:
     if document["undelivered"]:
         echo(f"messages of {', '.join(document['undelivered'][:_MAX_SENTENCES])} were not delivered")
     echo(
-        f"{document['devices']} devices, {format_span(document['simulated_seconds'])} simulated, "
+        f"{pluralize(document['devices'], 'device')}, {format_span(document['simulated_seconds'])} simulated, "
         f"{document['messages']} messages, {document['messages_per_second']:.0f} a second, "
         f"{document['peak_bytes'] / 2**20:.0f} MiB"
     )

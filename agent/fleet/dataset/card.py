@@ -15,7 +15,7 @@ from agent.fleet.dataset.derived import DerivedColumns
 from agent.fleet.dataset.gather import Gathered, Recording, Selection
 from agent.poisoning.inspect import PoisoningReport
 from agent.poisoning.providers import Provider
-from agent.text import printable
+from agent.text import pluralize, printable
 
 # One person gave more of the labels: whoever took over that account decides what the model learns.
 _MAX_SHARE_OF_ONE = 0.9
@@ -240,7 +240,7 @@ def _lines(card: DataCard) -> Iterator[str]:
     yield ""
     yield (
         f"{card.rows} rows in {card.recordings} recordings, from {card.samples} samples of "
-        f"{len(card.by_device)} devices; "
+        f"{pluralize(len(card.by_device), 'device')}; "
         f"{card.labels['labelled']} results have a label."
     )
     yield f"Nothing that arrived after {chosen.at} is in it. Made {card.created} by outstation {card.agent}."

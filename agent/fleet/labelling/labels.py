@@ -224,13 +224,15 @@ def compute_label_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> lis
     """Compute metrics of (label, source, predicted label, score, value, …) rows; omit labels outside the schema."""
     labels, usable = schema.label_schema, []
     is_classifier = labels.kind in ("classify", "several")
-    for label, _, predicted_label, score, value, *_ in rows:
+    texts = {row[0] for row in rows} | ({row[2] or "" for row in rows} if is_classifier else set())
+    parsed = {}
+    for text in texts:
         with contextlib.suppress(ValueError):
-            truth, predicted = labels.parse(label), 0.0
-            if is_classifier:
-                predicted = labels.parse(predicted_label or "")
-            if is_classifier or value is not None:
-                usable.append((truth, predicted, np.nan if score is None else score, value))
+            parsed[text] = labels.parse(text)
+    for label, _, predicted_label, score, value, *_ in rows:
+        truth, predicted = parsed.get(label), parsed.get(predicted_label or "") if is_classifier else 0.0
+        if truth is not None and predicted is not None and (is_classifier or value is not None):
+            usable.append((truth, predicted, np.nan if score is None else score, value))
     truths = np.array([row[0] for row in usable], np.float64)
     if is_classifier:
         classes = np.array([row[1] for row in usable], np.int64)

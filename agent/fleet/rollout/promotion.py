@@ -30,7 +30,7 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import Promotion
 from agent.fleet.rollout.tallies import RolloutTallies
 from agent.performance.intervals import wilson
-from agent.text import format_span, printable
+from agent.text import format_span, pluralize, printable
 from agent.wire.messages import ComparedOutput, ShadowPayload
 
 MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
@@ -124,11 +124,11 @@ def evaluate_step(
 def evaluate_promotion(
     messages: MessagesByDevice, promote: Promotion, needed: int, *, new_is_shadow: bool
 ) -> list[RuleOutcome]:
-    """Evaluate every rule of `promote`, of further outputs that `needed` devices report.
+    """Evaluate every rule of `promote`. Rules of a further output are undecided until `needed` devices report it.
 
     `new_is_shadow` is False where the new bundle's results are published.
     """
-    blocks = _select_outputs(balance_devices(messages), needed, new_is_shadow)
+    blocks, shortages = _select_outputs(balance_devices(messages), needed, new_is_shadow)
     limits = RuleLimits(
         promote.min_agreement,
         promote.max_latency_ratio,
@@ -139,23 +139,23 @@ def evaluate_promotion(
     )
     by_name = {result.name: result for result in rules.evaluate_rules(limits, blocks, new_is_shadow)}
     block_count, device_count = len(blocks), len({block.device for block in blocks})
-    sample = f"over {block_count} blocks of {device_count} devices"
+    sample = f"over {pluralize(block_count, 'block')} of {pluralize(device_count, 'device')}"
     results = []
     for output, name, rule, limit, bound in _list_rules(limits, blocks, new_is_shadow):
         title, result = name_rule(name.replace("_", " "), output), by_name.get(name_rule(rule, output))
         part = rules.select_output(blocks, output) if output else blocks
-        mismatch, expected = rules.find_mismatch(part), ""
+        mismatch, notes = rules.find_mismatch(part), [shortages.get(output, "")]
         if name == ERROR_RATIO:
-            expected = rules.describe_expected_errors(part, new_is_shadow)
+            notes.append(rules.describe_expected_errors(part, new_is_shadow))
         # A rule without data blocks the promotion.
         state: RuleState = "undecided"
         value = low = high = None
         text = f"{title} unknown {sample} ({bound} {limit:g}: undecided{'; ' if mismatch else ''}{mismatch})"
         if result is not None and "value" in result.numbers:
-            state = result.state
+            state = "undecided" if output in shortages else result.state
             value, low, high = (float(result.numbers[key]) for key in ("value", "low", "high"))
             text = f"{title} {value:.3f} [{low:.3f}, {high:.3f}] {sample} ({bound} {limit:g}: {state})"
-        text = f"{text}; {expected}" if expected else text
+        text = "; ".join([text, *filter(None, notes)])
         key = name_rule(name, output)
         results.append(RuleOutcome(key, state, text, limit, value, low, high, block_count, device_count))
     return results
@@ -183,10 +183,13 @@ def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
     return blocks
 
 
-def _select_outputs(blocks: Sequence[ComparisonBlock], needed: int, new_is_shadow: bool) -> list[ComparisonBlock]:
-    """Return the blocks with those further outputs that `needed` devices report, as most of these describe them.
+def _select_outputs(
+    blocks: Sequence[ComparisonBlock], needed: int, new_is_shadow: bool
+) -> tuple[list[ComparisonBlock], dict[str, str]]:
+    """Return the blocks with the further outputs that `needed` devices or most report, as most of these describe them.
 
-    All devices run the same new bundle: few that invent an output, or its kind, must neither block nor end a roll-out.
+    Also return which of the outputs fewer than `needed` report, with a phrase. All devices run the same new bundle: few
+    that invent an output, or its kind, must not block a roll-out, and few that withhold one must not decide for it.
     """
     by_device: dict[str, list[ComparisonBlock]] = {}
     for block in blocks:
@@ -197,12 +200,17 @@ def _select_outputs(blocks: Sequence[ComparisonBlock], needed: int, new_is_shado
             part = rules.select_output(own, name)
             kind = bool(rules.find_mismatch(part)), rules.is_numeric(part)
             devices.setdefault(name, {}).setdefault(kind, set()).add(device)
-    chosen = {
-        name: max(kinds.items(), key=lambda entry: (len(entry[1]), entry[0]))[1]
-        for name, kinds in devices.items()
-        if sum(map(len, kinds.values())) >= needed
-    }
-    return [_keep_outputs(block, chosen) for block in blocks]
+    majority = max(2, len(by_device) // 2 + 1)
+    chosen, shortages = dict[str, set[str]](), dict[str, str]()
+    for name, kinds in devices.items():
+        reporting = set[str]().union(*kinds.values())
+        if len(reporting) >= min(needed, majority):
+            chosen[name] = max(kinds.items(), key=lambda entry: (len(entry[1]), entry[0]))[1]
+            if len(reporting) < needed:
+                missing = _list_devices(sorted(by_device.keys() - reporting))
+                missing = f"; missing {missing}" if missing else ""
+                shortages[name] = f"{len(reporting)} of {needed} required devices report this output{missing}"
+    return [_keep_outputs(block, chosen) for block in blocks], shortages
 
 
 def _keep_outputs(block: ComparisonBlock, chosen: Mapping[str, set[str]]) -> ComparisonBlock:

@@ -6,12 +6,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
 def hide_info_lines() -> Iterator[None]:
     """Keep the runtime's lines `INFO: …` from standard error, to which it writes past Python."""
+    if sys.stderr is None:
+        yield
+        return
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -22,4 +25,6 @@ def hide_info_lines() -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             file.seek(0)
-            os.write(2, b"".join(line for line in file if not line.startswith(b"INFO: ")))
+            # Nobody reads it, or its disk is full.
+            with suppress(OSError):
+                os.write(2, b"".join(line for line in file if not line.startswith(b"INFO: ")))

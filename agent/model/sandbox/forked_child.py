@@ -16,7 +16,7 @@ from typing import IO, NoReturn
 
 _FIRST_FREE = 3
 # Fields of proc_pid_stat(5), counted from the one behind the name: where the environment is.
-_ENVIRONMENT_BEGIN, _ENVIRONMENT_END = 47, 48
+_STATUS, _ENVIRONMENT_BEGIN, _ENVIRONMENT_END = "/proc/self/stat", 47, 48
 
 
 def can_fork() -> bool:
@@ -29,8 +29,10 @@ class ForkedChild:
 
     def __init__(self, run: Callable[[], object], files: tuple[int, ...]) -> None:
         """Start a child that has `files` and its pipes only, calls `run` and ends. Raises OSError."""
-        ends = [fd for _ in range(3) for fd in os.pipe()]
+        ends: list[int] = []
         try:
+            for _ in range(3):
+                ends += os.pipe()
             self.pid = os.fork()
         except OSError:
             for fd in ends:
@@ -105,9 +107,12 @@ def _close_all_but(files: tuple[int, ...]) -> None:
 
 def _erase_environment() -> None:
     """Overwrite the environment in this process's memory: a variable may hold a password."""
-    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+    with open(_STATUS, encoding="utf-8", errors="replace") as file:
         fields = file.read().rpartition(")")[2].split()
     begin, end = int(fields[_ENVIRONMENT_BEGIN]), int(fields[_ENVIRONMENT_END])
+    if begin >= end:
+        # A kernel that does not tell where: the first model's process is then started by exec.
+        raise OSError(f"{_STATUS} does not have the place of the environment")
     ctypes.memset(begin, 0, end - begin)
     for copy in [text for item in os.environ._data.items() for text in item]:  # type: ignore[attr-defined]
         # Python shares objects of one byte.

@@ -135,8 +135,6 @@ class SubprocessModel:
             self._process = ModelProcess(self._job)
             # A task that is replaced drops its model: the process then ends, too.
             self._finalizer = weakref.finalize(self, self._process.kill)
-            # When this process ends, the kernel ends the other one, and nobody need wait for that.
-            self._finalizer.atexit = False
         except OSError as error:
             raise ModelProcessFailed("error", f"no process can be started for the model: {error.strerror}") from error
 

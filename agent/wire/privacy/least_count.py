@@ -172,7 +172,7 @@ def _limit_quality(body: Body, k: int) -> Body:
 
 def _limit_shadow(body: Body, k: int) -> Body:
     """Leave out moments of few windows, and outcomes of few labels."""
-    limited = {**body, "difference": _limit_moments(body.get("difference", _EMPTY_MOMENTS), k)}
+    limited = {**body, "difference": _limit_moments(body["difference"], k)} if "difference" in body else {**body}
     few_labels = _is_few(sum(body.get("labelled", [])), k)
     if few_labels:
         limited["labelled"] = [0, 0, 0, 0]
@@ -181,7 +181,7 @@ def _limit_shadow(body: Body, k: int) -> Body:
             name: _limit_moments(value, k) if isinstance(value, Mapping) else value
             for name, value in body[side].items()
         }
-        limited[side] = stats | ({"correct": 0} if few_labels else {})
+        limited[side] = stats | ({"correct": 0} if few_labels and "correct" in stats else {})
     if body.get("agreeing") is not None and _is_few(body["n"], k):
         limited |= {"n": 0, "agreeing": 0}
     if "outputs" in body:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from agent.fleet.bundle_history import BundleLabelSchema
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.labelling import labels
 from agent.fleet.labelling.labels import LabelOutcome
-from agent.performance.labels import Label
+from agent.performance.labels import Label, LabelSchema
 from agent.testing.messages import MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -136,6 +139,47 @@ def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: Fle
     assert (outcome.accepted, set(outcome.rejected)) == (1, {0, 1})
     assert outcome.rejected[0].startswith("this is no label of this model; it knows ABD, FEL, PEN, as inferred ")
     assert ask(store, "SELECT label FROM labels") == [("PEN",)]
+
+
+@pytest.mark.attack("devices")
+def test_each_distinct_text_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = LabelSchema("classify", ("PEN", "ABD"))
+    parse = Mock(side_effect=classes.parse)
+    monkeypatch.setattr(LabelSchema, "parse", parse)
+    schema = BundleLabelSchema(classes, True)
+    rows = [("PEN", "human", text, 0.9, None) for text in ("PEN", "ABD", "made up", None)] * 50
+    accuracy = next(each for each in labels.compute_label_metrics(schema, rows) if each.metric == "accuracy")
+    assert (accuracy.n, accuracy.value) == (100, 0.5)
+    assert sorted(call.args[0] for call in parse.call_args_list) == ["", "ABD", "PEN", "made up"]
+
+
+MANY = ["-", *(f"c{i:02}" for i in range(17))]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "given", "classes"),
+    [
+        (["-", "hot", "wet"], ["hot|wet", "-", "wet"], ["hot", "wet"]),
+        (["-", "hot|wet", "wet"], ["hot|wet", "-", "wet"], ["hot", "wet"]),
+        (["-"], ["-"], []),
+        (MANY, MANY, MANY),
+    ],
+    ids=["one each", "several", "no label", "too many for several"],
+)
+def test_results_without_a_label_are_of_a_model_that_may_give_several(
+    fresh: Callable[[], FleetStore], predicted: list[str], given: list[str], classes: list[str]
+) -> None:
+    sender, rows = MessageSender(), list(range(1, len(predicted) + 1))
+    columns = {"row": rows, "t": rows, "label": predicted, "score": [0.9] * len(rows)}
+    results = sender.results(len(rows), rows_at=(1, len(rows)), columns=columns)
+    with contextlib.closing(fresh()) as store:
+        store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+        store.ingest([Arrival(sender.verify(results))], [], NOW)
+        with store.transaction() as db:
+            texts = [Label(row, None, text) for row, text in zip(rows, given, strict=True)]
+            outcome = labels.add(db, sender.device, sender.task, texts, NOW, "eva")
+    assert (outcome.accepted, outcome.rejected) == (len(rows), {})
+    assert [each.slice for each in outcome.metrics if each.metric == "f1"] == [f"class={name}" for name in classes]
 
 
 def activated(sender: MessageSender, kind: str, **more: Any) -> SignedMessage:

@@ -190,6 +190,28 @@ def test_an_output_of_fewer_devices_than_a_step_needs_decides_nothing(six: Fleet
     assert (six.look().verdict.outcome, rules(six.look().verdict)) == ("promote", {"agreement": "passed"})
 
 
+@pytest.mark.attack("devices")
+@pytest.mark.parametrize("agreeing", [96, 40], ids=["alike", "other classes"])
+def test_a_device_that_withholds_an_output_leaves_its_rule_undecided(six: Fleet, agreeing: int) -> None:
+    six.start(plan(("shadow", 100.0), ("all", 100.0), rules=promotion(min_devices=6)))
+    six.in_shadow(six.senders[:5], **wear(agreeing))
+    six.in_shadow(six.senders[5:])
+    verdict = six.look().verdict
+    assert (verdict.outcome, rules(verdict)) == ("wait", {"agreement": "passed", "wear/agreement": "undecided"})
+    [blocker] = verdict.blockers
+    assert blocker.startswith(f"wear/agreement {agreeing / 100:.3f} [")
+    assert blocker.endswith(": undecided); 5 of 6 required devices report this output; missing pi-05")
+
+
+@pytest.mark.attack("devices")
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_half_of_the_devices_or_one_alone_decide_nothing_by_an_output_they_made_up(six: Fleet, others: int) -> None:
+    six.start(plan(("shadow", 100.0), ("all", 100.0), rules=promotion(min_devices=6)))
+    six.in_shadow(six.senders[: max(1, others)], **wear(0))
+    six.in_shadow(six.senders[3 : 3 + others])
+    assert rules(six.look().verdict).keys() == {"agreement"}
+
+
 def test_an_output_that_only_the_new_bundle_has_blocks_nothing(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(**wear(stats={"windows": 0, "seconds": 0.0}, error="only one of the two bundles has this output"))

@@ -13,6 +13,7 @@ from agent import clock
 from agent.cli.fleet.common import database_options, open_for_reading, print_lines
 from agent.cli.output import NOT_CLEAN, PATH, echo, emit, json_option, require_clean_option
 from agent.cli.time_option import parse_since
+from agent.text import pluralize
 
 if TYPE_CHECKING:
     from agent.fleet.dataset.card import DataCard
@@ -100,8 +101,9 @@ def _card_lines(out: Path, card: DataCard) -> Iterator[str]:
     from agent.fleet.dataset.gather import name_label_column
 
     labels = card.labels
-    rows = f"{card.rows} rows of {len(card.by_device)} devices in {card.recordings} recordings"
-    yield f"{out}: {rows}, {labels['labelled']} labels"
+    rows, devices = pluralize(card.rows, "row"), pluralize(len(card.by_device), "device")
+    recordings = pluralize(card.recordings, "recording")
+    yield f"{out}: {rows} of {devices} in {recordings}, {labels['labelled']} labels"
     yield from _label_lines(labels)
     yield from (f"left out: {n} samples, {reason}" for reason, n in card.left_out_samples.items())
     if card.features is not None:

@@ -15,6 +15,7 @@ from agent.cli.output import emit
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.database.interface import is_postgresql
+from agent.text import pluralize
 
 
 @click.command("migrate", epilog="Example: outstation fleet migrate --to postgresql://outstation@db.example.org/acme")
@@ -63,7 +64,7 @@ def _report_lines(document: dict[str, Any], target: str) -> Iterator[str]:
     audit = document["audit"]
     yield f"{sum(document['rows'].values())} rows of {len(document['rows'])} tables copied to {target}"
     if document["passed"]:
-        yield f"its audit passed: {audit['messages']} messages of {audit['devices']} devices"
+        yield f"its audit passed: {pluralize(audit['messages'], 'message')} of {pluralize(audit['devices'], 'device')}"
         yield "set db in [fleet] of fleet.toml to the new database, and start the collector; keep the old file"
     else:
         yield f"its audit FAILED: {audit['invalid_count']} invalid; audit the SQLite database, which says the same"

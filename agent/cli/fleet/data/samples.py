@@ -42,7 +42,11 @@ def samples(device: str, task: str | None, limit: int, db: str | None, home: Pat
         for each in counts:
             print_lines(f"{each.task}, {each.reason}: {each.samples} samples, {each.bytes} bytes, since {each.first}")
         names = ("time", "task", "reason", "row", "rows", "bytes", "readable", "bundle")
-        print_table(names, [[row[name] for name in names] for row in rows], "No sample.")
+        print_table(
+            names,
+            [[*(row[name] for name in names[:6]), "yes" if row["readable"] else "no", row["bundle"]] for row in rows],
+            "No sample.",
+        )
 
     emit(document, as_json, show)
 

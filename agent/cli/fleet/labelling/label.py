@@ -18,7 +18,7 @@ from agent.errors import UsageError
 from agent.fleet.config import FleetConfig
 from agent.names import is_name
 from agent.performance.labels import Label
-from agent.text import printable
+from agent.text import pluralize, printable
 
 if TYPE_CHECKING:
     from agent.fleet.database.store import FleetStore
@@ -127,7 +127,8 @@ def _send_labels(
 
 
 def _print_outcome(outcome: LabelOutcome, rejected: dict[int, str]) -> None:
-    echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
+    accepted = pluralize(outcome.accepted, "label")
+    echo(f"{accepted} accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_LISTED]:
         echo(printable(f"  line {line}: {reason}"))
     evaluations = {"": outcome, **outcome.further}
