@@ -331,8 +331,9 @@ def join_part(messages: MutableSequence[ShadowPayload], body: ShadowPayload) -> 
         head, part = (other, body) if _is_part(body) else (body, other)
         outputs = head.outputs | part.outputs
         is_disjoint = len(outputs) == len(head.outputs) + len(part.outputs) <= MAX_OUTPUTS
-        if _is_part(part) and is_disjoint and _comparison_key(head) == _comparison_key(part):
-            messages[-place] = replace(head, outputs=outputs)
+        if _is_part(part) and is_disjoint and block_key(head) == block_key(part):
+            errors, error = head.errors + part.errors, head.error or part.error
+            messages[-place] = replace(head, outputs=outputs, errors=errors, error=error)
             return
     messages.append(body)
 
@@ -341,7 +342,8 @@ def _is_part(body: ShadowPayload) -> bool:
     return not (body.batches or body.n or sum(body.labelled) or body.stats.abs_error.n) and bool(body.outputs)
 
 
-def _comparison_key(body: ShadowPayload) -> tuple[Any, ...]:
+def block_key(body: ShadowPayload) -> tuple[Any, ...]:
+    """Return the key that messages share which a device has split one comparison of rows into."""
     return body.log, body.time, body.rows, body.rollout, body.model.digest, body.other.digest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ _ANOMALY_TEXTS = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "
 _MAX_TIME_S = 4_102_444_800.0  # 2100-01-01
 # Its square, and the sum of many squares, must be finite.
 _MAX_NUMBER = 1e100
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 ANOMALY = ("normal", "anomaly")
 
 
@@ -38,6 +40,13 @@ class Label(msgspec.Struct, frozen=True):
     source: str = HUMAN
     by: str = ""
     output: str = ""
+
+
+def parse_decimal(text: str) -> float | None:
+    """Return a finite number in ASCII digits, such as -1.5e3; None for any other text that `float` takes, too."""
+    text = text.strip()
+    value = float(text) if _DECIMAL.fullmatch(text) else math.inf
+    return value if math.isfinite(value) else None
 
 
 class LabelSchema(msgspec.Struct, frozen=True, dict=True):
@@ -62,11 +71,7 @@ class LabelSchema(msgspec.Struct, frozen=True, dict=True):
             if is_anomaly is None:
                 raise ValueError("a label of this model must be anomaly or normal, 1 or 0")
             return is_anomaly
-        try:
-            value = math.nan if "_" in text else float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
+        if (value := parse_decimal(text)) is None:
             raise ValueError("the label is no finite number")
         if abs(value) > _MAX_NUMBER:
             raise ValueError(f"the label cannot be meant: numbers go to {_MAX_NUMBER:g} on either side of 0")

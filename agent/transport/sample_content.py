@@ -55,6 +55,10 @@ class _Members(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rows: msgspec.Raw = msgspec.Raw(b"")
 
 
+class SampleTooLarge(ValueError):
+    """More rows, fields or bytes than `decode` accepts."""
+
+
 def encode(
     consent: str,
     fields: Sequence[str],
@@ -64,11 +68,11 @@ def encode(
 ) -> bytes:
     """Return the content of readings at times `t` (n,) epoch µs, one column (n,) for each field.
 
-    `numbers` (n,): those of rows that are not consecutive. Raises ValueError if `decode` would refuse so much: a
-    constant field compresses so well that the size of a message is no limit.
+    `numbers` (n,): those of rows that are not consecutive. Raises SampleTooLarge if `decode` would refuse so much:
+    a constant field compresses so well that the size of a message is no limit.
     """
     if not 1 <= len(t) <= MAX_SAMPLE_ROWS or len(fields) > MAX_SAMPLE_FIELDS:
-        raise ValueError(f"{len(t)} rows of {len(fields)} fields, more than a sample may have")
+        raise SampleTooLarge(f"{len(t)} rows of {len(fields)} fields, more than a sample may have")
     times = np.diff(t, prepend=0).tolist()
     members = {"v": 1, "consent": consent, "fields": fields, "t": times, "columns": columns}
     if numbers is not None:
@@ -76,7 +80,7 @@ def encode(
     text = msgspec.json.encode(members)
     # One byte less, so that `decode` reaches the end of the stream.
     if len(text) >= MAX_CONTENT_BYTES:
-        raise ValueError(f"{len(text)} bytes, a sample has less than {MAX_CONTENT_BYTES}")
+        raise SampleTooLarge(f"{len(text)} bytes, a sample has less than {MAX_CONTENT_BYTES}")
     return zlib.compress(text, 9)
 
 

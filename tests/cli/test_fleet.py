@@ -91,6 +91,18 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
     assert document("audit", "--dir", folder)["passed"]
 
 
+@pytest.mark.parametrize("is_after", [False, True])
+def test_options_of_a_group_stand_before_its_subcommand_or_after_it(folder: Path, is_after: bool) -> None:
+    sender = MessageSender()
+    collected(folder, sender, sender.alert())
+    [alert] = document("alerts", "--dir", folder)
+    (folder / "fleet.db").rename(folder / "other.db")
+    options = ["--dir", folder, "--db", folder / "other.db"]
+    arguments = ["acknowledge", alert["incident"]]
+    done = run("alerts", *(arguments + options if is_after else options + arguments))
+    assert done.exit_code == 0, done.exception
+
+
 def test_what_was_collected_is_reported_for_programs_and_people(folder: Path) -> None:
     sender = MessageSender()
     log = [sender.results(), sender.quality(), sender.alert(summary="ax: \x1b[31mgain\u202e loss."), sender.state()]

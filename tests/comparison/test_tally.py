@@ -15,8 +15,10 @@ from msgspec.structs import replace
 
 from agent.comparison import tally
 from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
+from agent.fleet.evidence.format.contents import WRITE_LIMITS
+from agent.fleet.evidence.gather import comparisons
 from agent.wire import verification
-from agent.wire.messages import ModelRef, Moments, ShadowPayload
+from agent.wire.messages import MAX_OUTPUTS, ModelRef, Moments, ShadowPayload
 
 AB = OutputKind("classify", ("a", "b", "c"))
 NUMBERS = st.floats(-1e6, 1e6)
@@ -244,7 +246,7 @@ def test_only_parts_of_the_same_comparison_are_joined(changes: dict[str, Any]) -
 
 
 @pytest.mark.attack("devices")
-@pytest.mark.parametrize("names", [["wear"], [f"more-{i}" for i in range(tally.MAX_OUTPUTS)]], ids=["again", "many"])
+@pytest.mark.parametrize("names", [["wear"], [f"more-{i}" for i in range(MAX_OUTPUTS)]], ids=["again", "many"])
 def test_a_part_that_repeats_an_output_or_has_too_many_is_not_joined(names: list[str]) -> None:
     wear = ComparisonStats(n=3)
     head = decode_message(ComparisonStats(1, 5, 4, outputs={"wear": wear}).to_body())
@@ -252,6 +254,29 @@ def test_a_part_that_repeats_an_output_or_has_too_many_is_not_joined(names: list
     joined: list[ShadowPayload] = [head]
     tally.join_part(joined, part)
     assert joined == [head, part]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_part_that_names_an_error_keeps_its_text_and_count(place: int) -> None:
+    wear = ComparisonStats(outputs={"wear": ComparisonStats(n=3)}, errors=1, error="ran out of memory")
+    bodies = [decode_message(ComparisonStats(1, 5, 4).to_body())]
+    bodies.insert(place, decode_message(wear.to_body()))
+    joined: list[ShadowPayload] = []
+    for body in bodies:
+        tally.join_part(joined, body)
+    [whole] = joined
+    assert (whole.batches, whole.errors, whole.error, [*whole.outputs]) == (1, 1, "ran out of memory", ["wear"])
+
+
+def test_evidence_that_drops_an_old_comparison_drops_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparisons, "WRITE_LIMITS", replace(WRITE_LIMITS, messages_per_comparison=3))
+    collector = comparisons.ComparisonCollector()
+    part = ComparisonStats(outputs={"wear": ComparisonStats(n=5)}).to_body()
+    for rows in [(1, 9), (10, 19)]:
+        collector.add(decode_message(ComparisonStats(1, 5, 4).to_body(), rows))
+        collector.add(decode_message(part, rows))
+    [compared] = collector.build_comparisons({})
+    assert (compared.batches, compared.windows, len(compared.messages), compared.omitted) == (1, 5, 2, 2)
 
 
 def test_a_model_of_one_output_says_nothing_of_others() -> None:

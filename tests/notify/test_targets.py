@@ -22,7 +22,7 @@ from agent.notify import delivery
 from agent.notify.alert_state import AlertState
 from agent.notify.delivery import SendFailed, backoff_s
 from agent.notify.message import MAX_SUBJECT, Change, Notification, compose, compose_open
-from agent.notify.sending import send
+from agent.notify.sending import find_exposed_secret, send
 from agent.testing.broker import MosquittoBroker
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
@@ -86,6 +86,17 @@ def test_a_webhook_that_refuses_says_so_without_its_token(hook: HookServer, stat
     assert (failed.value.is_rejected, failed.value.retry_after_s) == (is_rejected, 120.0)
     assert "t0k3n" not in str(failed.value)
     assert "\x1b" not in str(failed.value)
+
+
+@pytest.mark.parametrize("right", [0o001, 0o002, 0o004])
+def test_a_secret_that_any_user_may_read_or_replace_is_exposed(tmp_path: Path, right: int) -> None:
+    file = tmp_path / "secret"
+    file.write_text("s3cret\n")
+    target = WebhookTarget(url="https://example.org", secret_file=str(file))
+    file.chmod(0o640 | right)
+    assert find_exposed_secret(target) == str(file)
+    file.chmod(0o640)
+    assert find_exposed_secret(target) is None
 
 
 def test_a_redirect_is_not_followed(hook: HookServer, tmp_path: Path) -> None:

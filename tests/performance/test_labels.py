@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from agent.fleet.dataset.labels import parse_numbers
 from agent.performance import labels
 from agent.performance.labels import SEPARATOR, LabelSchema
 from agent.text import csv_text
@@ -28,6 +29,22 @@ def test_several_classes_of_one_quoted_cell_are_read_back(first: int) -> None:
 def test_a_quote_alone_makes_no_text_a_label() -> None:
     with pytest.raises(ValueError, match="no label of this model"):
         LabelSchema("classify", LABELS).parse("'-11 to 0")
+
+
+@pytest.mark.parametrize(
+    "text", ["1_0", "\u0661", "nan", "inf", "-Infinity", "1e999", "0x10", "1 0", "1,5", ".", "e5", "+", ""]
+)
+def test_a_text_that_is_no_decimal_number_is_none_of_a_label_either(text: str) -> None:
+    with pytest.raises(ValueError, match="no finite number"):
+        LabelSchema("regress").parse(text)
+    assert parse_numbers([*map(str, range(100)), text]) is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("7", 7.0), (" -1.5 ", -1.5), ("+.5", 0.5), ("2.", 2.0), ("1E-3", 0.001)])
+def test_a_decimal_number_is_the_same_label_on_the_device_and_in_a_data_set(text: str, value: float) -> None:
+    numbers = parse_numbers([*map(str, range(100)), text])
+    assert numbers is not None
+    assert LabelSchema("regress").parse(text) == numbers[-1] == value
 
 
 @pytest.mark.attack("devices")

@@ -175,6 +175,14 @@ def test_a_comparison_of_two_bundles_shows_no_single_score_or_label() -> None:
     assert (limited["stats"]["correct"], limited["stats"]["scores"]) == (0, many)
 
 
+@pytest.mark.parametrize("agreeing", [0, 1, 3])
+def test_a_comparison_of_few_windows_hides_also_that_none_agrees(agreeing: int) -> None:
+    side = {"windows": 3, "seconds": 0.1}
+    body = {"n": 3, "agreeing": agreeing, "stats": side, "other_stats": side}
+    limited = least_count.apply("shadow", body, K)
+    assert (limited["n"], limited["agreeing"]) == (0, 0)
+
+
 def test_a_comparison_gets_no_member_that_makes_its_message_longer() -> None:
     side = {"windows": 50}
     body = {"n": 50, "stats": side, "other_stats": side, "labelled": [1, 0, 0, 0]}

@@ -189,7 +189,7 @@ class CronSchedule:
         is_first, before = self._last is None or self._was_set_back, self._next
         self._was_set_back = False
         self._last = now.wall_us
-        self._next = self._find_next(clock.to_datetime(now.wall_us) + _TICK)
+        self._next = self._find_next(clock.to_datetime(now.wall_us + 1))
         return is_first or self._next != before
 
     def _search_start(self, now: ClockReading, *, catch_up: bool) -> datetime:
@@ -198,7 +198,7 @@ class CronSchedule:
             ahead = self._last - now.wall_us
             # A last run far in the future was before a long step back: ignore it.
             if (ahead <= 0 and catch_up) or (self._has_fixed_hour and 0 < ahead < _MAX_REPEATED_US):
-                return clock.to_datetime(self._last) + _TICK
+                return clock.to_datetime(self._last + 1)
         return clock.to_datetime(now.wall_us)
 
     def wait_s(self, now: ClockReading) -> float:
@@ -216,11 +216,15 @@ class CronSchedule:
         return msgspec.structs.replace(now, wall_us=now.wall_us - self._delay_us) if self._delay_us else now
 
     def _find_next(self, moment: datetime) -> datetime | None:
-        """Return the first time at or after `moment`, UTC."""
+        """Return the first time at or after `moment`, UTC; None also within a day of where the calendar ends."""
         if self._start is not None:
             moment = max(moment, self._start)
         moment = moment.astimezone(UTC)
-        times = [_next_fire_time(trigger, self._zone, moment, self._has_fixed_hour) for trigger in self._triggers]
+        try:
+            times = [_next_fire_time(trigger, self._zone, moment, self._has_fixed_hour) for trigger in self._triggers]
+        except OverflowError:
+            # A broken hardware clock reads such years.
+            return None
         return min(
             (time for time in times if time is not None and (self._end is None or time < self._end)), default=None
         )

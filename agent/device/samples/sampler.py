@@ -142,7 +142,7 @@ class Sampler:
             values = len(rows) * len(task.fields) + sum(len(each.t) * len(each.columns) for each in known.values())
             if len(known) == len(read) and values <= _MAX_VALUES_PER_BYTE * limit:
                 # The receiver bounds rows and bytes of a content, too.
-                with suppress(ValueError):
+                with suppress(sample_content.SampleTooLarge):
                     body = self._build_body(task, request, key, first, rows, now)
                     if seals := self._seal_joined(task, key, known, now):
                         body["joined"] = seals

@@ -5,13 +5,12 @@ Labels that a model gave never count: a model that learns from them learns its o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from agent.fleet.database.datasets.retraining import Claim
-from agent.performance.labels import MODEL
+from agent.performance.labels import MODEL, parse_decimal
 from agent.poisoning.labelled_windows import MAX_CLASSES
 
 DISAGREE, ONLY_MODEL = "sources disagree", "only a model labelled it"
@@ -22,11 +21,8 @@ def parse_numbers(texts: Iterable[str]) -> list[float] | None:
     distinct = [*texts]
     if len(distinct) <= MAX_CLASSES:
         return None
-    try:
-        values = [float(text) for text in distinct]
-    except ValueError:
-        return None
-    return values if all(map(math.isfinite, values)) else None
+    values = [value for text in distinct if (value := parse_decimal(text)) is not None]
+    return values if len(values) == len(distinct) else None
 
 
 class RowLabel(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.clock import ClockReading
+from agent.clock import ClockReading, parse_rfc3339
 from agent.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule
 from agent.device.machine.schedule_text import parse
 from agent.errors import ConfigError
@@ -140,6 +140,25 @@ def test_a_cron_expression_does_not_run_before_its_first_time() -> None:
         "Tue 03-10 12:30+0100",
         "Wed 03-11 12:30+0100",
     ]
+
+
+@pytest.mark.parametrize("wall", [datetime.min, datetime(1, 1, 2), datetime(9999, 12, 31), datetime.max])
+@pytest.mark.parametrize("fields", ["30 12 * * *", "*/5 * * * *", "0 3 29 2 *"])
+def test_a_broken_clock_at_either_end_of_the_calendar_starts_no_run_and_no_error(fields: str, wall: datetime) -> None:
+    broken = ClockReading(parse_rfc3339(f"{wall.isoformat()}+00:00"), 1.0, "unsynced")
+    task = CronSchedule(fields, zone=VIENNA)
+    assert not task.is_due(broken, 0)
+    task.record_run(broken)
+    assert not task.is_due(broken, 0)
+    assert task.wait_s(broken) > 0
+    restarted = CronSchedule(fields, broken.wall_us, VIENNA)
+    assert not restarted.is_due(broken, 0)
+
+
+def test_a_clock_that_returns_from_the_end_of_the_calendar_misses_no_later_run() -> None:
+    task, machine = CronSchedule("30 12 * * *", zone=VIENNA), Machine()
+    assert not task.is_due(ClockReading(parse_rfc3339("9999-12-31T23:59:59.999999Z"), 1.0, "unsynced"), 0)
+    assert machine.run(task, 2 * DAY) == ["Tue 03-10 12:30+0100", "Wed 03-11 12:30+0100"]
 
 
 @pytest.mark.parametrize(

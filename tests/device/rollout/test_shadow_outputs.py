@@ -19,6 +19,7 @@ from agent.comparison.tally import ComparisonStats, join_part
 from agent.device.pipeline.loaded_task import LoadedTask
 from agent.device.rollout import shadow
 from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
+from agent.device.rollout.shadow_windows import EstimateBasis, select_estimate_bases
 from agent.device.store import predictions
 from agent.device.store.predictions import output_key, shadow_key
 from agent.drift.baseline import window_statistics
@@ -196,6 +197,18 @@ def with_errors(loaded: LoadedBundle, size: float) -> LoadedBundle:
     files = {**loaded.bundle.files, "reference.json": changed.to_json()}
     digest = f"sha256:{str(size).replace('.', '') * 64}"[:71]
     return replace(loaded, reference=changed, bundle=replace(loaded.bundle, files=files, digest=digest))
+
+
+def test_an_output_with_held_out_errors_of_one_bundle_alone_has_no_expected_error() -> None:
+    loaded = activated(REGRESS)
+    ours, theirs = with_errors(loaded, 1.0).reference, with_errors(loaded, 1.5).reference
+    rows, starts = REGRESS.rows(50), np.arange(20, dtype=np.int64)
+    answers = scores.Scores(None, None, np.zeros(20))
+    shared, _ = select_estimate_bases([ours, theirs])
+    assert [*shared.expect_errors(rows, starts, answers)] == [""]
+    # Another output has errors in both bundles; this one in the first alone.
+    alone = EstimateBasis({}, ours, frozenset({"wear"}))
+    assert alone.expect_errors(rows, starts, answers) == {}
 
 
 def test_expected_errors_of_both_bundles_accompany_the_measured_ones(tmp_path: Path) -> None:

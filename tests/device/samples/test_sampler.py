@@ -161,6 +161,19 @@ def test_readings_that_compress_well_stay_within_the_rows_and_bytes_that_a_colle
     assert sample.rows[0] <= 501 <= sample.rows[1]
 
 
+def test_a_defect_of_the_encoding_is_not_counted_as_a_sample_that_is_too_large(
+    make_device: Callable[..., SampledDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise ValueError("defect")
+
+    device = make_device()
+    device.feed_text("r" * 500 + "l" + "r" * 500)
+    monkeypatch.setattr(sample_content, "encode", fail)
+    with pytest.raises(ValueError, match="defect"):
+        device.send(LATER)
+
+
 def test_fewer_rows_than_the_least_count_are_never_sent(make_device: Callable[..., SampledDevice]) -> None:
     device = make_device()
     device.author.min_count = 10

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.comparison import paired_intervals, rules
 from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
-from agent.comparison.tally import ComparisonStats
+from agent.comparison.tally import ComparisonStats, block_key
 from agent.fleet.evidence.format.contents import (
     WRITE_LIMITS,
     BundleComparison,
@@ -46,9 +46,11 @@ class ComparisonCollector(msgspec.Struct):
         messages = self._messages.setdefault(key, [])
         messages.append(body)
         if len(messages) > WRITE_LIMITS.messages_per_comparison:
-            # The newest stay: the intervals need consecutive messages.
-            del messages[0]
-            self._dropped[key] += 1
+            # The newest stay: the intervals need consecutive messages. The parts of a dropped one go with it.
+            oldest = block_key(messages[0])
+            while len(messages) > 1 and block_key(messages[0]) == oldest:
+                del messages[0]
+                self._dropped[key] += 1
 
     def build_comparisons(self, digests: Mapping[str, str]) -> list[BundleComparison]:
         """Return all comparisons. `digests`: roll-out → digest of its new bundle.
