@@ -541,6 +541,40 @@ def test_what_is_expected_of_a_further_output_is_the_mean_over_the_fleet(folder:
     assert "; expected accuracy 0.90; wear expected error 3" in text
 
 
+def further_outputs(*names: str) -> dict[str, Any]:
+    estimated = {"state": "drift", "cusum": [9.0], "limit": 5.0, "estimate": {"mae": 2.0}}
+    return {"state": "ok", "further": dict.fromkeys(names, estimated)}
+
+
+@pytest.mark.attack("devices")
+def test_outputs_that_a_device_makes_up_are_counted_and_hide_no_others(folder: Path) -> None:
+    store = FleetStore(folder / "fleet.db")
+    liar, *honest = devices(3)
+    for at in range(4):
+        output = further_outputs(*(f"a{at}-{i}" for i in range(16)))
+        add(store, liar, window(liar, at, {"ax": field([0.0, 1.0])}, output=output))
+    for sender in honest:
+        add(store, sender, window(sender, 0, {"ax": field([0.0, 1.0])}, output=further_outputs("wear")))
+    [group] = seen(store).groups
+    [task] = build_drift(store, NOW_US)["tasks"]
+    store.close()
+    drift = group.devices[liar.device]
+    assert (len(drift.outputs), drift.omitted_outputs, len(drift.episodes.last)) == (16, 48, 16)
+    assert all(not span.expected.further for _, _, span in group.history)
+    assert (len(task["expected_outputs"]), task["outputs_omitted"]) == (16, 49)
+    assert "wear" in task["expected_outputs"]
+    text = run("drift", "--dir", folder).output
+    assert "49 reports of more outputs than a model may have, left out" in text
+    assert text.count("  output ") == 1
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mwear", "Wear", "", "a b"])
+def test_a_window_with_a_name_that_no_output_may_have_is_unreadable(store: FleetStore, name: str) -> None:
+    sender = devices(1)[0]
+    add(store, sender, window(sender, 0, {"ax": field([0.0, 1.0])}, output=further_outputs(name)))
+    assert (seen(store).groups, seen(store).unreadable) == ([], 1)
+
+
 # --- runs of quiet windows ---
 
 

@@ -62,6 +62,7 @@ def _group_document(group: DriftGroup, device: str | None, reference: Reference 
         ],
         "features": build_feature_documents(group, device),
         "outputs": _output_documents(group, device),
+        "outputs_omitted": group.list_outputs()[1],
         "recent": _recent_documents(group, device, reference),
         **_expected_members(expected := group.estimate_performance()),
         "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
@@ -120,12 +121,14 @@ def build_feature_documents(group: DriftGroup, device: str | None) -> dict[str, 
 def _output_documents(group: DriftGroup, device: str | None) -> dict[str, dict[str, list[str]]]:
     """Return the devices whose newest window has each state of a further output: name → state → devices."""
     documents: dict[str, dict[str, list[str]]] = {}
+    outputs = group.list_outputs()[0] if device is None else list(group.devices[device].outputs)
     for name, drift in group.devices.items():
         if drift.last_window is None or device not in (None, name):
             continue
         for subject, report in drift.last_window.subjects.items():
-            if subject.startswith(OUTPUT_PREFIX):
-                states = documents.setdefault(subject.removeprefix(OUTPUT_PREFIX), {})
+            output = subject.removeprefix(OUTPUT_PREFIX)
+            if output != subject and output in outputs:
+                states = documents.setdefault(output, {})
                 states.setdefault(report.state, []).append(name)
     return documents
 
@@ -201,6 +204,8 @@ def _format_group(group: dict[str, Any]) -> Iterable[str]:
     for name, states in group["outputs"].items():
         listed = [f"{state} on {abbreviate_names(devices)}" for state, devices in states.items() if state != "ok"]
         yield f"  output {name}: {'; '.join(listed) or 'ok'}"
+    if group["outputs_omitted"]:
+        yield f"  {pluralize(group['outputs_omitted'], 'report')} of more outputs than a model may have, left out"
     for drift in group["fleet_wide"]:
         yield click.style(f"  {drift['summary']}", bold=True)
     if group["first_onset"] is not None:

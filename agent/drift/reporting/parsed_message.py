@@ -19,6 +19,7 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
 from agent.drift.outputs.reference import MAX_OUTPUTS
 from agent.wire import runs
+from agent.wire.desired_state import Name
 from agent.wire.runs import MAX_QUIET_WINDOWS, EpochMicroseconds, JitteredTimes, TimeRun
 
 MAX_FIELDS = 256
@@ -32,7 +33,6 @@ Squares = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
 CusumValue = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 ErrorValue = Annotated[float, msgspec.Meta(ge=0, le=1e100)]
-OutputName = Annotated[str, msgspec.Meta(max_length=64)]
 CusumSides = Annotated[list[CusumValue], msgspec.Meta(max_length=2)]
 
 
@@ -102,7 +102,7 @@ class _FurtherOutput(_Score, frozen=True):
 class _Output(msgspec.Struct, frozen=True):
     state: str = "insufficient"
     score: _Score | None = None
-    further: Annotated[dict[OutputName, _FurtherOutput], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
+    further: Annotated[dict[Name, _FurtherOutput], msgspec.Meta(max_length=MAX_OUTPUTS)] = {}
 
 
 class ExpectedPerformance(msgspec.Struct, frozen=True):

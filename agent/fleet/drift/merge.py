@@ -96,12 +96,14 @@ class PerformanceEstimates(msgspec.Struct):
 
     def add(self, window: WindowReport, windows: int) -> None:
         """Add the estimates of so many windows of a run, where they are the same for all."""
-        if window.expected is not None:
-            self._add(window.expected, windows)
+        self.add_output(window.expected, windows)
         for name, expected in window.further_expected.items():
-            self.further.setdefault(name, PerformanceEstimates())._add(expected, windows)
+            self.further.setdefault(name, PerformanceEstimates()).add_output(expected, windows)
 
-    def _add(self, expected: ExpectedPerformance, windows: int) -> None:
+    def add_output(self, expected: ExpectedPerformance | None, windows: int) -> None:
+        """Add the estimates of one output."""
+        if expected is None:
+            return
         if expected.is_error:
             self.error_total += expected.value * windows
             self.error_count += windows
@@ -129,7 +131,7 @@ class PerformanceEstimates(msgspec.Struct):
 
 
 class HistorySpan(msgspec.Struct):
-    """The drift windows of all devices within a span of time."""
+    """The drift windows of all devices within a span of time; `expected` is of the first output only."""
 
     windows: int = 0
     drifting_devices: set[str] = msgspec.field(default_factory=set)
@@ -161,7 +163,7 @@ class DriftHistory:
             span.windows += 1
             if window.state in ("drift", "fault"):
                 (span.drifting_devices if window.state == "drift" else span.faulty_devices).add(device)
-            span.expected.add(window, 1)
+            span.expected.add_output(window.expected, 1)
 
     def merge(self, other: DriftHistory) -> None:
         """Add the windows of another history."""

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from agent import clock
+from agent.alerts.alert import OUTPUT_PREFIX
+from agent.drift.outputs.reference import MAX_OUTPUTS
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.parsed_message import FieldReport, WindowReport
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
@@ -45,7 +49,10 @@ GroupKey = tuple[str, str, FieldLayout]  # (task, shipped reference, layout)
 
 
 class DeviceDrift(msgspec.Struct):
-    """The windows of a device under one reference."""
+    """The windows of a device under one reference.
+
+    `outputs`: reports of each further output, of the first MAX_OUTPUTS ones; `omitted_outputs`: reports of others.
+    """
 
     episodes: EpisodeTracker
     windows: int = 0
@@ -55,11 +62,32 @@ class DeviceDrift(msgspec.Struct):
     last_window: WindowReport | None = None
     observed: ObservationPeriod | None = None
     recent: deque[tuple[int, dict[str, FieldReport]]] = msgspec.field(default_factory=deque)
+    outputs: Counter[str] = msgspec.field(default_factory=Counter)
+    omitted_outputs: int = 0
 
     @property
     def fields(self) -> dict[str, MergedField]:
         """Each field over all windows without a fault."""
         return self.totals.merge()
+
+    def select_outputs(self, window: WindowReport) -> WindowReport:
+        """Count the further outputs of a window, and return it without those beyond the first MAX_OUTPUTS."""
+        # Those of the fields come first.
+        further = islice(window.subjects, len(window.fields), None)
+        names = [name.removeprefix(OUTPUT_PREFIX) for name in further if name.startswith(OUTPUT_PREFIX)]
+        omitted = set[str]()
+        for name in names:
+            if name in self.outputs or len(self.outputs) < MAX_OUTPUTS:
+                self.outputs[name] += 1
+            else:
+                omitted.add(name)
+        if not omitted:
+            return window
+        self.omitted_outputs += len(omitted)
+        hidden = {OUTPUT_PREFIX + name for name in omitted}
+        subjects = {name: each for name, each in window.subjects.items() if name not in hidden}
+        expected = {name: each for name, each in window.further_expected.items() if name not in omitted}
+        return replace(window, subjects=subjects, further_expected=expected)
 
     def add_recent(self, windows: int, fields: dict[str, FieldReport]) -> None:
         """Add a report; earlier ones stay while all together are no more than the recent windows."""
@@ -135,7 +163,19 @@ class DriftGroup(msgspec.Struct):
         total = PerformanceEstimates()
         for device in self.devices.values():
             total.merge(device.expected)
+        names, _ = self.list_outputs()
+        total.further = {name: total.further[name] for name in names if name in total.further}
         return total
+
+    def list_outputs(self) -> tuple[list[str], int]:
+        """Return the further outputs that most devices report, at most MAX_OUTPUTS, and how often others are."""
+        devices, reports = Counter[str](), Counter[str]()
+        for device in self.devices.values():
+            devices.update(device.outputs.keys())
+            reports.update(device.outputs)
+        names = sorted(devices, key=lambda name: (-devices[name], name))[:MAX_OUTPUTS]
+        omitted = reports.total() - sum(reports[name] for name in names)
+        return sorted(names), omitted + sum(device.omitted_outputs for device in self.devices.values())
 
 
 class FleetDriftSummary(msgspec.Struct):
@@ -307,6 +347,7 @@ def _parse_window(row: DriftRow) -> WindowReport | None:
 def _add_window(group: DriftGroup, name: str, window: WindowReport, now_us: int) -> None:
     device = group.devices.setdefault(name, DeviceDrift(EpisodeTracker(name)))
     device.windows += window.windows
+    window = device.select_outputs(window)
     device.last_window = window
     device.episodes.add(window)
     if _has_plausible_time(window, now_us):

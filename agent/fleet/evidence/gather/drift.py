@@ -35,6 +35,7 @@ def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
         "unsynced_windows": group.undated,
         **_expected_members(expected := group.estimate_performance()),
         "expected_outputs": {name: _expected_members(each) for name, each in sorted(expected.further.items())},
+        "outputs_omitted": group.list_outputs()[1],
         "fleet_wide": [
             {
                 "field": change.subject,

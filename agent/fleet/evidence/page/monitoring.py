@@ -136,6 +136,8 @@ def _drift_card(task: dict[str, Any]) -> Markup:
             notes.append(f"Expected accuracy{subject} without labels: {known['expected_accuracy']:.3f}.")
         if known.get("expected_error") is not None:
             notes.append(f"Expected mean absolute error{subject} without labels: {known['expected_error']:.4g}.")
+    if omitted := task.get("outputs_omitted"):
+        notes.append(f"{format_count(omitted, 'report')} of more outputs than a model may have, only counted.")
     notes += [change["summary"] for change in task["fleet_wide"][:3]]
     rows: list[Sequence[Content]] = [
         [
