@@ -135,7 +135,8 @@ def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated
     assert "304,375" in text
     assert "energy is not measured here" in text
     refusal = run("cost", "--device", "pi-08", "--dir", folder).exception
-    assert "each states it with its second health message" in str(refusal)
+    assert "a real device states it with its second health message" in str(refusal)
+    assert "but a simulated one never does. Try again in an hour, or run `outstation cost` on a real" in str(refusal)
 
 
 def test_a_revoked_or_retired_device_counts_in_no_month(folder: Path) -> None:

@@ -40,8 +40,8 @@ def cost(
 ) -> None:
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
-    Devices state their usage once an hour. Those that have stated none yet count as the mean of the others. Revoked
-    and retired devices do not count.
+    Devices state their usage once an hour, simulated ones never. Those that have stated none yet count as the mean of
+    the others. Revoked and retired devices do not count.
     """
     from agent.fleet.usage import load_usages
 
@@ -55,7 +55,10 @@ def cost(
     try:
         mean = average_usage([month for month in months.values() if month is not None])
     except ValueError as error:
-        raise UsageError(f"{error}: each states it with its second health message, and then once an hour") from None
+        raise UsageError(
+            f"{error}: a real device states it with its second health message, and then once an hour, but a simulated "
+            "one never does. Try again in an hour, or run `outstation cost` on a real device"
+        ) from None
     document: dict[str, Any] = {
         "devices": [{"device": name, "month": month} for name, month in months.items()],
         "fleet": to_money(mean, prices, len(usages)),
