@@ -16,6 +16,9 @@ from scripts.faults.disk import Card, no_card
 from tests.kit.marks import crashing
 from tests.kit.rollouts import Site, bundles_in, tiles
 
+# Processes are counted by their commands.
+pytestmark = pytest.mark.exec
+
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
