@@ -343,7 +343,7 @@ def _is_part(body: ShadowPayload) -> bool:
 
 
 def block_key(body: ShadowPayload) -> tuple[Any, ...]:
-    """Return the key that messages share which a device has split one comparison of rows into."""
+    """Return the key of a comparison, which all messages share that a device has split it into."""
     return body.log, body.time, body.rows, body.rollout, body.model.digest, body.other.digest
 
 
