@@ -43,7 +43,7 @@ from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.model_windows import ModelWindows
-from agent.model.inference.scores import Scores
+from agent.model.inference.scores import Labels, Scores
 from agent.performance import slices
 
 # A batch takes so large a share of its rows more with it, if then none wait.
@@ -278,7 +278,7 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 
 def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, message_log: MessageLog) -> _BatchOutput:
     drift, windows = _update_drift(task, source, results)
-    labels = scores.to_texts(results.scores, task.bundle.manifest)
+    labels = scores.to_labels(results.scores, task.bundle.manifest)
     rule_states, result_alerts = _evaluate_rules(task, source, results, labels, windows, message_log)
     messages = list(task.closing_messages or ())
     messages += [PendingMessage.from_alert(change.alert, task.name) for change in result_alerts if change.index < 0]
@@ -301,7 +301,7 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         rule_states,
         _build_predictions(task, source, results.scores),
         messages + drift_messages,
-        labels[-1] if labels else task.last_label,
+        task.last_label if labels is None or not len(labels.codes) else labels.texts[labels.codes[-1]],
         sum(len(window.alerts) for window in windows) + len(result_alerts),
         _select_samples(task, source, results, windows, result_alerts, message_log),
     )
@@ -361,7 +361,7 @@ def _evaluate_rules(
     task: LoadedTask,
     source: _BatchInput,
     results: InferenceResult,
-    labels: list[str] | None,
+    labels: Labels | None,
     windows: list[DriftWindowResult],
     message_log: MessageLog,
 ) -> tuple[TaskRuleStates, list[ResultAlert]]:
@@ -370,7 +370,8 @@ def _evaluate_rules(
     ends = source.cut.starts + task.window_rows - 1
     is_complete = results.missing_share <= task.bundle.manifest.input.max_missing
     t = source.batch.t[ends]
-    batch = BatchResults(results.scores, labels, ends + source.batch.first, t, is_complete)
+    texts = None if labels is None else labels.to_list()
+    batch = BatchResults(results.scores, texts, ends + source.batch.first, t, is_complete)
     context = RuleContext(message_log.device, task.name, task.bundle.digest, task.drift_state, windows)
     return batch_rules.evaluate(task.rules, source.rule_states, context, batch)
 
