@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -133,10 +134,19 @@ def test_the_fleets_month_counts_silent_devices_as_the_mean_of_those_that_stated
     assert report["fleet"]["inferences"] == round(1e4 * 30.4375)
     text = run("cost", "--dir", folder).stdout
     assert "304,375" in text
-    assert "energy is not measured here" in text
+    assert "Not measured: energy." in text
     refusal = run("cost", "--device", "pi-08", "--dir", folder).exception
-    assert "a real device states it with its second health message" in str(refusal)
-    assert "but a simulated one never does. Try again in an hour, or run `outstation cost` on a real" in str(refusal)
+    assert "a device states it with its second health message, and then once an hour. Try again" in str(refusal)
+
+
+def test_the_month_of_simulated_devices_says_that_processor_time_is_not_measured(folder: Path) -> None:
+    usage = {"seconds": 86_400, "flash_bytes": 1e9, "air_bytes": 1e6, "raw_bytes": 1e8, "inferences": 1e4}
+    sender = MessageSender()
+    collected(folder, sender, sender.append("health", outbox=0, usage=usage))
+    assert document("cost", "--dir", folder)["fleet"]["cpu_s"] is None
+    text = run("cost", "--dir", folder).stdout
+    assert re.search(r"pi-07 +304,375 +- +30\.4 GB +30\.4 MB +-\n", text)
+    assert "304,375 inferences, 30.4 GB on flash, 30.4 MB on the air\nNot measured: processor time and energy." in text
 
 
 def test_a_revoked_or_retired_device_counts_in_no_month(folder: Path) -> None:
