@@ -92,14 +92,29 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
     assert document("audit", "--dir", folder)["passed"]
 
 
-@pytest.mark.parametrize("is_after", [False, True])
-def test_options_of_a_group_stand_before_its_subcommand_or_after_it(folder: Path, is_after: bool) -> None:
+def test_a_table_is_wrapped_in_its_last_column_where_the_terminal_is_narrow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = MessageSender()
+    collected(folder, sender, sender.alert(summary="ax: spread fell " + "to 0.6 of this site's reference " * 5))
+    whole = run("alerts", "--dir", folder).stdout
+    assert len(whole.splitlines()) == 2
+    for columns in (60, 80, 130):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = run("alerts", "--dir", folder).stdout.splitlines()
+        assert max(map(len, lines)) <= max(columns, 77)
+        assert " ".join(" ".join(lines).split()) == " ".join(whole.split())
+    assert lines[2].startswith(" " * 60)
+
+
+@pytest.mark.parametrize(("is_after", "name"), [(False, "incident"), (True, "id")])
+def test_options_of_a_group_stand_before_its_subcommand_or_after_it(folder: Path, is_after: bool, name: str) -> None:
     sender = MessageSender()
     collected(folder, sender, sender.alert())
     [alert] = document("alerts", "--dir", folder)
     (folder / "fleet.db").rename(folder / "other.db")
     options = ["--dir", folder, "--db", folder / "other.db"]
-    arguments = ["acknowledge", alert["incident"]]
+    arguments = ["acknowledge", alert[name]]
     done = run("alerts", *(arguments + options if is_after else options + arguments))
     assert done.exit_code == 0, done.exception
 

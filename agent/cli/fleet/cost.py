@@ -41,7 +41,8 @@ def cost(
     """Show a month of each device, and of the fleet in money, beside the same readings in a cloud.
 
     Devices state their usage once an hour; simulated ones without processor time and energy, as they share this
-    machine's. Those that have stated none yet count as the mean of the others. Revoked and retired devices do not count.
+    machine's. Those that have stated none yet count as the mean of the others. Revoked and retired devices count in
+    no month.
     """
     from agent.fleet.usage import load_usages
 
