@@ -186,10 +186,10 @@ def _to_config_error(
 def _similar_entry(document: dict[str, Any], key: str) -> str:
     """Return a question if the table at `key` has nearly the name of another one beside it."""
     *outer, name = key.split(".")
-    beside: Any = document
+    table: Any = document
     for part in outer:
-        beside = beside.get(part) if isinstance(beside, dict) else None
-    hint = did_you_mean(name, [other for other in beside or {} if other != name])
+        table = table.get(part) if isinstance(table, dict) else None
+    hint = did_you_mean(name, [other for other in table or {} if other != name])
     return hint if "did you mean" in hint else ""
 
 

@@ -6,7 +6,6 @@ import getpass
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +67,9 @@ def echo_wrapped(text: str, indent: int = 0) -> None:
 
 
 def _terminal_width() -> int:
+    # Imported here: commands without tables do not need it.
+    import shutil
+
     return max(_MIN_WIDTH, shutil.get_terminal_size().columns)
 
 

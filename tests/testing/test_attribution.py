@@ -30,13 +30,14 @@ def run(
     *alerts: RaisedAlert,
     devices: Sequence[str] = ("a",),
     rolled: Sequence[dict[str, Any]] = (),
+    unheard: Sequence[str] = (),
 ) -> Attribution:
     labels = {"motion": {"delay": "5 min"}}
     scenario = msgspec.convert({"duration": "3 h", "labels": labels}, Scenario, dec_hook=decode_quantity)
     injected = []
     for each in events:
         event: Any = msgspec.convert({"at": "1000 s", "lasts": "600 s", **each}, AnyEvent, dec_hook=decode_quantity)
-        injected.append(Injected(event, [] if isinstance(event, CollectorOutage) else [*devices]))
+        injected.append(Injected(event, [] if isinstance(event, CollectorOutage) else [*devices], [*unheard]))
     streams = {"watch": ["ax", "ay", "az"], "mic": ["level"]}
     outcome = Outcome(
         injected=injected, devices=["a", "b"], fields=streams,
@@ -45,6 +46,16 @@ def run(
         rollouts={}, refusals={}, simulated_s=10_800.0, real_s=0.0, peak_bytes=0,
     )  # fmt: skip
     return attribute(scenario, outcome, alerts, rolled)
+
+
+def test_a_device_that_was_never_heard_is_expected_to_be_silent_after_a_day_only() -> None:
+    outage = {"kind": "outage", "at": "0 s", "lasts": "1 h"}
+    assert run([outage], devices=["a", "b"], unheard=["a"]).missed == {1: ["b"]}
+    silent = alert("connection", "silent", 90_000.0, source="collector")
+    long = {**outage, "lasts": "30 h"}
+    assert run([long], devices=["a"], unheard=["a"]).missed == {}
+    answered = run([long], silent, devices=["a"], unheard=["a"])
+    assert [device for device, _ in answered.answers[1]] == ["a"]
 
 
 OFFSET = {"kind": "offset", "fields": ["ax"], "amount": 1.0}

@@ -58,48 +58,50 @@ def _add_values(document: dict[str, Any], store: Store, stream: StreamConfig) ->
 
 def print_document(document: dict[str, Any]) -> None:
     """Print a status document, also one that a device sent."""
-    _say(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
+    _print_text(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     clock = document["clock"]
     error = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
     synced = f"last synchronized {clock['synced']}" if clock["synced"] else "never synchronized by a time service"
     floor = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
-    _say(f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}")
+    _print_text(
+        f"clock {clock['time']}, {clock['quality']}{error}; {synced}; set {clock['steps']} times this boot{floor}"
+    )
     storage, outbox = document["store"], document["outbox"]
     left = f", full in about {storage['hours']:g} h at this rate" if storage["hours"] is not None else ""
     written = storage["written_per_day"]
     wear = f"; {written / 1e6:,.1f} MB written a day" if written is not None else ""
-    _say(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
+    _print_text(f"store {storage['bytes'] / 2**20:.1f} of {storage['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
     files += f", {n} files that came twice" if (n := document["duplicate_files"]) else ""
     others = f", {n} category values as (other)" if (n := document["other_categories"]) else ""
     refused = f", {n} connections refused" if (n := document["refused_connections"]) else ""
     refused += f", {n} lines refused while the store was full" if (n := document.get("full_lines")) else ""
     rejected = f"{document['rejected']} lines rejected{files}{others}{refused}"
-    _say(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
+    _print_text(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {rejected}")
     if (kernel := document.get("kernel")) is not None:
-        _say(f"statistics by {kernel}")
+        _print_text(f"statistics by {kernel}")
     if (metered := document.get("metered")) is not None:
-        _say(f"metered connection: {format_metered(metered)}")
+        _print_text(f"metered connection: {format_metered(metered)}")
     echo("")
     _print_streams(document["streams"])
     for stream in document["streams"]:
         if parts := [f"{stream[key]} {words}" for key, words in _STREAM_COUNTS.items() if stream.get(key)]:
-            _say(f"stream {stream['stream']}: {', '.join(parts)}\n")
+            _print_text(f"stream {stream['stream']}: {', '.join(parts)}\n")
     condition = document["condition"]
     last, quarantine = condition["last_finding"], condition["quarantine"]
     parts = ["last stop unclean"] if condition["last_stop"] == "unclean" else []
     parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     if parts:
-        _say(f"{'; '.join(parts)}\n")
+        _print_text(f"{'; '.join(parts)}\n")
     if (samples := document.get("samples")) is not None:
         dropped = ", ".join(f"{n} dropped ({reason})" for reason, n in sorted(samples["dropped"].items()))
         spent = f"{samples['bytes_today']} of {samples['max_per_day']} bytes today"
-        _say(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
+        _print_text(f"samples: {samples['sent']} sent, {spent}{dropped and f', {dropped}'}; {samples['consent']}\n")
     if pause_reason := document["throttle"].get("resting"):
-        _say(f"tasks are paused: {pause_reason}\n")
+        _print_text(f"tasks are paused: {pause_reason}\n")
     if slow_reason := document["throttle"].get("slowed"):
-        _say(f"tasks are slowed down: {slow_reason}\n")
+        _print_text(f"tasks are slowed down: {slow_reason}\n")
     _print_tasks(document["tasks"])
     shown = [_identify(alert) for task in document["tasks"] for alert in task["open"]]
     earlier = [alert for alert in document["alerts"] if alert["state"] != "raised" or _identify(alert) not in shown]
@@ -109,7 +111,7 @@ def print_document(document: dict[str, Any]) -> None:
         _print_alert(alert, alert["state"], 0)
 
 
-def _say(text: str) -> None:
+def _print_text(text: str) -> None:
     echo_wrapped(printable_lines(text), 2)
 
 

@@ -154,17 +154,22 @@ def attribute(
         for number in numbers:
             if number in assigned:
                 answers.setdefault(number, []).append((device, assigned[number]))
-            elif list_expected(outcome, number):
+            elif list_expected(outcome, number, device):
                 missed.setdefault(number, []).append(device)
     false_alarms = [alert for alert in alerts if not any(matcher.explaining(alert))]
     return Attribution(answers, missed, false_alarms)
 
 
-def list_expected(outcome: Outcome, number: int) -> list[str]:
-    """Return the kinds of alerts of which one must come; none by default where the event was over before it was due."""
-    event = outcome.injected[number - 1].event
+def list_expected(outcome: Outcome, number: int, device: str | None = None) -> list[str]:
+    """Return the kinds of alerts of which one must come, of a device or of any.
+
+    None by default where the event was over before one was due.
+    """
+    injected = outcome.injected[number - 1]
+    event, devices = injected.event, injected.devices if device is None else [device]
+    is_heard = not devices or any(name not in injected.unheard for name in devices)
     lasted_s = min(event.end_s, outcome.simulated_s) - event.at
-    is_due = event.expect is not None or event.is_alert_due(lasted_s, outcome.health_s)
+    is_due = event.expect is not None or event.is_alert_due(lasted_s, outcome.health_s, is_heard=is_heard)
     return list(event.expected_alerts) if is_due else []
 
 
