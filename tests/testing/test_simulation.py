@@ -229,7 +229,7 @@ def test_the_limit_of_open_files_stays_raised_between_the_steps(tmp_path: Path) 
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
         with contextlib.closing(Simulation(tmp_path, chosen, setup.load(None, tmp_path, {}, {}, ()))) as simulation:
-            with simulation._running():
+            with simulation.room.installed():
                 pass
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
     finally:

@@ -23,7 +23,7 @@ from agent.text import format_duration
 # A device is silent after this many of its health intervals, and a little for the way of the last one.
 SILENT_INTERVALS, SILENT_GRACE_S = 3, 30.0
 # A device that never sent anything is one after this time: it is installed after its enrolment.
-NEVER_HEARD_S = 86_400.0
+UNSEEN_LIMIT_S = 86_400.0
 # Health messages that a backlog is judged by; so few waiting messages are no backlog.
 BACKLOG_MESSAGES, MIN_BACKLOG = 10, 100
 # Of their intervals, in which health messages must have arrived to show a backlog that grows.
@@ -111,7 +111,7 @@ def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     if status.state == "stopped":
         return None
     if status.last_seen is None:
-        return _check_never_heard(view)
+        return _check_unseen(view)
     interval_s = min(view.newest.interval_s, _MAX_INTERVAL_S) if view.newest else HealthReport("").interval_s
     limit_s = silence_limit_s(interval_s)
     # While no collector watched nothing could arrive; but what was silent before has not spoken.
@@ -126,8 +126,8 @@ def check_silent(view: DeviceView, *, is_open: bool) -> Condition | None:
     return Condition(DEVICE_SILENT, view.device, summary, "critical")
 
 
-def _check_never_heard(view: DeviceView) -> Condition | None:
-    if view.silence_s <= NEVER_HEARD_S or view.watched_s <= silence_limit_s(HealthReport("").interval_s):
+def _check_unseen(view: DeviceView) -> Condition | None:
+    if view.silence_s <= UNSEEN_LIMIT_S or view.watched_s <= silence_limit_s(HealthReport("").interval_s):
         return None
     enrolled = view.status.enrolled
     summary = (

@@ -70,11 +70,11 @@ Progress = Callable[[int, int, int], None]
 
 
 class Injected(msgspec.Struct, frozen=True):
-    """An event of the scenario, and the devices at which it happened; `unheard`: those that had sent nothing before."""
+    """An event of the scenario, and the devices at which it happened; `unseen`: those that had sent nothing before."""
 
     event: AnyEvent
     devices: list[str]
-    unheard: list[str] = []
+    unseen: list[str] = []
 
 
 class Outcome(msgspec.Struct, frozen=True):

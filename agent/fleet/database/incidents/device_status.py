@@ -63,8 +63,12 @@ def load_status(db: Connection) -> list[DeviceStatus]:
     """Return the status of every enrolled device."""
     rows = db.execute(_STATUS).fetchall()
     return [
-        DeviceStatus(device, *known, bool(active), log, None if payload is None else bytes(payload), received)
-        for device, *known, active, log, payload, received in rows
+        DeviceStatus(
+            *(device, enrolled, state, seen, bool(active), log),
+            None if payload is None else bytes(payload),
+            received,
+        )
+        for device, enrolled, state, seen, active, log, payload, received in rows
         if isinstance(device, str)
     ]
 
