@@ -115,7 +115,7 @@ def test_drift_of_another_field_follows_from_an_event_that_changed_the_models_cl
     assert run([OFFSET], alert("fault", "ay", 1200.0), changed).false_alarms != []
 
 
-def test_drift_of_single_classes_follows_from_the_field_whose_drift_was_open_before() -> None:
+def test_drift_of_single_classes_follows_from_an_open_drift() -> None:
     own, other = alert("drift", "ax", 1150.0), alert("drift", "ay", 1200.0)
     assert run([OFFSET], own, other).false_alarms == [other]
     assert run([OFFSET], own, replace(other, follows=("ax",))).false_alarms == []
