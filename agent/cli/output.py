@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from agent.errors import UsageError
-from agent.text import printable, printable_json, printable_lines
+from agent.text import pluralize, printable, printable_json, printable_lines
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _MAX_SHOWN = 20
@@ -59,11 +59,16 @@ def echo_styled(text: str) -> None:
     click.echo(text)
 
 
-def echo_wrapped(text: str, indent: int = 0) -> None:
+def echo_wrapped(text: str, indent: int = 0, *, in_terminal_only: bool = False) -> None:
     """Print styled text in lines of the terminal's width, 80 columns without one; further lines are indented."""
+    width = len(text) if in_terminal_only and not _has_width() else _terminal_width()
     for paragraph in text.split("\n"):
-        for line in _wrap(paragraph, _terminal_width(), indent):
+        for line in _wrap(paragraph, width, indent):
             echo_styled(line)
+
+
+def _has_width() -> bool:
+    return sys.stdout.isatty() or "COLUMNS" in os.environ
 
 
 def _terminal_width() -> int:
@@ -112,8 +117,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: st
     head, cells = list(map(printable, columns)), [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(columns))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
-    is_limited = sys.stdout.isatty() or "COLUMNS" in os.environ
-    width = _terminal_width() if is_limited else sum(widths) + 2 * len(widths)
+    width = _terminal_width() if _has_width() else sum(widths) + 2 * len(widths)
     place = sum(widths[:-1]) + 2 * len(widths[:-1])
     has_own_lines = place + min(widths[-1], _MIN_SENTENCE) > width
     for number, line in enumerate([head, *cells]):
@@ -141,8 +145,11 @@ _REMEDIES = {
 
 
 def print_rejected(accepted: int, rejected: Mapping[int, str], noun: str) -> None:
-    """Print how many lines of a file were accepted, why the first others were not, and what to do."""
-    echo(f"{accepted} {noun} accepted, {len(rejected)} rejected")
+    """Print how many lines of a file were accepted, why the first others were not, and what to do.
+
+    `noun` is one of them.
+    """
+    echo(f"{pluralize(accepted, noun)} accepted, {len(rejected)} rejected")
     for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
         echo(f"  line {line}: {reason}")
     if len(rejected) > _MAX_SHOWN:
