@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import stat
 import subprocess
@@ -35,6 +36,9 @@ settings.register_profile("busy", patient, derandomize=True, max_examples=50)
 settings.load_profile("busy")
 
 fork_server.install()
+
+# Workers of pytest-xdist have it: without a terminal, tables are not wrapped.
+os.environ.pop("COLUMNS", None)
 
 # A shell without job control starts background commands with SIGINT ignored, which children inherit; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -75,7 +75,7 @@ def run(home: Path, options: SimulateOptions, speed: float | None) -> bool:
     if options.seed is not None:
         scenario = msgspec.structs.replace(scenario, seed=options.seed)
     with (
-        ProgressBar("messages") as bar,
+        ProgressBar("messages", has_lines=True) as bar,
         deferred_exit() as leave,
         contextlib.closing(Simulation(home, scenario, setup, broker=options.broker, speed=speed)) as simulation,
         written_log(simulation.room, home / "simulation.log"),

@@ -115,6 +115,7 @@ def evaluate(
         raise UsageError("--junit writes results of requirements, and there is none; give --require or --against")
     cluster = open_cluster(engine, address)
     loaded = load_bundle(bundle, public, output)
+    gate.check_names(chosen_gate, loaded[0].manifest, request)
     if privacy:
         request = _with_min_count(request, loaded[0])
     # Before the evaluation, which may take minutes.
