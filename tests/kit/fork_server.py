@@ -68,14 +68,14 @@ class ForkServer:
         words = list(command)
         if not all(isinstance(word, str) for word in words) or words[0] != _PYTHON:
             return False
-        known = words[1:3] == ["-m", "agent"] or (words[1:3] == ["-P", "-m"] and words[3] in MODULES)
-        known = known or (words[1] == "-c" and _IMPORTS_AGENT.search(words[2]) is not None)
         given = os.environ if env is None else env
-        return known and all(
-            given.get(name) == self._environment.get(name)
-            for name in {*given, *self._environment}
-            if name.startswith(_READ_AT_START)
-        )
+        if words[1:3] == ["-P", "-m"]:
+            # Their environment is that of the sandbox.
+            path = self._environment.get("PYTHONPATH")
+            return words[3] in MODULES and given.get("PYTHONPATH", path) == path
+        known = words[1:3] == ["-m", "agent"] or (words[1] == "-c" and _IMPORTS_AGENT.search(words[2]) is not None)
+        read = {name for name in {*given, *self._environment} if name.startswith(_READ_AT_START)}
+        return known and all(given.get(name) == self._environment.get(name) for name in read)
 
     def fork(
         self, command: Sequence[str], env: Mapping[str, str] | None, cwd: str | None, descriptors: Mapping[int, int],
