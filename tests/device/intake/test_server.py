@@ -173,7 +173,7 @@ def test_lines_are_read_during_a_write_and_answered_in_order(tmp_path: Path, mon
         assert len(station.rows("watch")) == 20_001
 
 
-def test_rows_of_frames_that_arrive_together_are_rejected_by_the_frame_they_came_in(station: Station) -> None:
+def test_rows_of_frames_that_arrive_together_are_rejected_by_frame(station: Station) -> None:
     values, times = np.array([1, 2], "<f4"), ([0, 1], [2, 3], [4, 5])
     frames = [_encode_frame("watch", {"t": T0 + np.array(t), "ax": values, "ay": values}) or b"" for t in times]
     for sent, count in ((frames[1], 1), (b"".join(frames), 3)):
