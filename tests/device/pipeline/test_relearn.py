@@ -22,13 +22,13 @@ from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
 from agent.testing.process import wait_until
 from tests.kit.commands import call_outstation
+from tests.kit.learning_device import LearningDevice
 from tests.kit.marks import root_only
-from tests.kit.sites import LearningSite
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 
 
-class Site(LearningSite):
+class Site(LearningDevice):
     def ask(self, *arguments: str) -> tuple[int, Any]:
         return self.call("reference", *arguments)
 
