@@ -121,8 +121,8 @@ def _build_timeline(events: list[tuple[int, Mapping[str, Any]]], whole_s: float)
         devices = event["devices"]
         where = f"{len(devices)} devices" if len(devices) > 1 else _name_devices(devices)
         row = {"name": f"{number} {event['kind']} {where}", "missed": event["missed"], "y": _ROW * place + _ROW / 2}
-        found = [(x(each["at"]), each["by"], each["summary"]) for each in event["found"]]
-        rows.append(row | {"x": begin, "width": max(3.0, round(end - begin, 1)), "found": found})
+        answers = [(x(each["at"]), each["by"], each["summary"]) for each in event["found"]]
+        rows.append(row | {"x": begin, "width": max(3.0, round(end - begin, 1)), "found": answers})
     step_s = next((step for step in _TICK_STEPS if whole_s / step <= _MAX_TICKS), _TICK_STEPS[-1])
     ticks = [(x(at), _short_span(at)) for at in range(0, int(whole_s) + 1, step_s)]
     height = _ROW * (len(events) + 1)
