@@ -37,11 +37,8 @@ def device(tmp_path: Path) -> Iterator[Device]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = Site(tmp_path_factory.mktemp("results"))
-    store = made.open()
-    try:
+    with made.open() as store:
         work(made, store, 1)
-    finally:
-        store.close()
     return made
 
 
@@ -66,6 +63,17 @@ def test_only_results_after_those_already_shown_are_new(device: Device) -> None:
     new = newest.read_new_results(device.store, "tiny", shown.last_seq)
     assert [row["row"] for row in new.rows] == [1, 2, 3, 4, 5, 6]
     assert newest.read_new_results(device.store, "tiny", new.last_seq) == newest.ResultRows([], new.last_seq)
+
+
+def test_other_messages_of_a_device_named_results_are_no_results(device: Device) -> None:
+    with device.store.transaction() as tx:
+        for seq, topic in enumerate(
+            ("results/health", "results/drift/tiny", "results/results/tiny"), tx.log_head()[0] + 1
+        ):
+            tx.enqueue(OutboxMessage(seq, f"outstation/acme/{topic}", b"{}", "jws", "now"), f"digest {seq}")
+    for task in (None, "tiny"):
+        (message,) = device.store.recent_messages("results", task, 5)
+        assert message.topic == "outstation/acme/results/results/tiny"
 
 
 def test_a_damaged_results_message_is_left_out(device: Device) -> None:

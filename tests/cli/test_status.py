@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 from typing import Any
 
@@ -43,8 +44,7 @@ def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """One that is learning, with labels, an open drift and fault, and many other alerts since."""
     made = Site(tmp_path_factory.mktemp("status"))
-    store = made.open()
-    try:
+    with made.open() as store:
         task = work(made, store, 3)
         alert(store, made, "drift", "ax", "raised", "ax: spread fell to 0.6 of the reference.")
         alert(store, made, "fault", "wz", "raised", "wz: repeats one value.")
@@ -57,8 +57,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
                 target = labelled_output.build_label_targets([task])["exercise"]
                 assert labels.store_label(tx, "exercise", target, Label(row, None, "PEN"), NOW) is None
         label_metrics.tick(task, store, open_message_log(made.file, made.conf, store), NOW, 86_400.0)
-    finally:
-        store.close()
     return made
 
 
@@ -97,15 +95,23 @@ def test_people_read_the_same(site: Site) -> None:
     assert " to " in text.split("accuracy ")[1].split(",")[0]
 
 
-def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
-    store = site.open()
-    try:
-        work(site, store, 19)
-    finally:
-        store.close()
+@pytest.mark.parametrize("columns", [66, 80])
+def test_sentences_are_wrapped_to_the_terminal_and_shown_once(
+    site: Site, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     text = call_outstation("status", "-c", str(site.config)).stdout
-    assert "reference: warning: only 20 drift windows" in text
+    assert max(map(len, text.splitlines())) <= columns, max(text.splitlines(), key=len)
+    assert " ".join(text.split()).count("ax: spread fell to 0.6 of the reference.") == 1
+
+
+def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
+    with site.open() as store:
+        work(site, store, 19)
+    text = call_outstation("status", "-c", str(site.config)).stdout
+    assert "reference: warning: only 20 drift windows" in " ".join(text.split())
     assert "learning its reference" not in text
+    assert re.search(r"  found within 20 drift windows, 90% of the time:\n    \w\w ±", text)
 
 
 @pytest.fixture(scope="module")
