@@ -1,13 +1,11 @@
-"""Command `outstation batch`: run tasks once."""
+"""Command `outstation batch`: run tasks once. It needs no click."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from agent.bootstrap import device, tasks
-from agent.cli.output import config_options, emit, print_table
+from agent.cli.output import emit, print_table
 from agent.device.bundles import rollout_state
 from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import batch as batches
@@ -16,11 +14,8 @@ from agent.device.rollout import saved_drift
 from agent.device.rules import rule_store
 
 
-@click.command(epilog="Example: outstation batch exercise")
-@click.argument("task", required=False)
-@config_options
 def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
-    """Process the backlog of TASK (or of all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
+    """Process the backlog of `task`, or of all tasks, and print what was done. Raises UsageError, StorageError."""
     file, conf = device.load_config(config_file, task)
     store = device.open_store(conf)
     totals: list[dict[str, Any]] = []

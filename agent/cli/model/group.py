@@ -17,7 +17,8 @@ from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.features import features_command
 from agent.cli.model.run import run
-from agent.cli.output import NOT_CLEAN, PATH, echo, echo_styled, emit, json_option, require_clean_option
+from agent.cli.options import PATH, json_option, require_clean_option
+from agent.cli.output import NOT_CLEAN, echo, echo_styled, emit
 from agent.errors import BadBundle, UsageError, explain
 from agent.text import printable
 from agent.wire import keys
