@@ -13,9 +13,9 @@ from agent import clock
 from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
 from agent.wire.log_chain import digest
-from agent.wire.messages import encode
 from agent.wire.verification import VerifiedMessage, verify_message
 
 FLEET = "acme"

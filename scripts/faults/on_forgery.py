@@ -13,8 +13,8 @@ from agent.testing.messages import new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
+from agent.wire.jws import encode
 from agent.wire.keys import SigningKey
-from agent.wire.messages import encode
 from scripts.faults import fault
 from scripts.faults.patience import wait_until
 from scripts.faults.world import DEVICE, World

@@ -12,7 +12,6 @@ from agent import config
 from agent.arrays import Float32s
 from agent.config import StreamConfig
 from agent.device.pipeline.deadline import Deadline
-from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
 from agent.device.rules.compiler import CompiledRule
 from agent.device.store.cost import CostMeter
 from agent.device.store.message_log import MessageLog, PendingMessage
@@ -29,6 +28,7 @@ from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResu
 from agent.model.inference.tuning import Tuning
 
 if TYPE_CHECKING:
+    from agent.device.pipeline.joined_streams import JoinedBatch, JoinedReader, JoinedStream
     from agent.device.samples.selection import SampledTask
 
 # Model windows of a batch, and at most so many before a model was tuned. Short windows are more, up to so many rows and
@@ -120,6 +120,8 @@ class LoadedTask(msgspec.Struct, eq=False, dict=True):
         self.window_bytes = self._max_window_bytes
         self.joined_reader: JoinedReader | None = None
         if manifest.joined:
+            from agent.device.pipeline.joined_streams import JoinedReader
+
             self.joined_reader = JoinedReader(self.name, self.bundle.digest, self.inference, self.joined_streams)
 
     @property

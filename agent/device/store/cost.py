@@ -106,7 +106,7 @@ class ProcessMeter:
         packages = []
         for package in sorted(self._root.glob("class/powercap/intel-rapl:?")):
             try:
-                packages.append(int((package / "energy_uj").read_text(encoding="ascii")))
+                packages.append(int((package / "energy_uj").read_text(encoding="utf-8")))
             except (OSError, ValueError):
                 return None
         return sum(packages) if packages else None
@@ -115,7 +115,7 @@ class ProcessMeter:
 def _read_written_bytes() -> int:
     """Return the bytes that the kernel wrote to a medium for this process."""
     try:
-        lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)
