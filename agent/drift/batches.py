@@ -91,6 +91,7 @@ class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
             part.top_scores,
             assign_classes(part.stats, named),
             answers=part.answers,
+            error_bins=part.error_bins,
         )
         return stack
 

@@ -44,6 +44,7 @@ from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window,
 from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.drift.window_results import ClosedWindow, build_results, merge_quiet
 from agent.errors import BadBundle
+from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -217,13 +218,15 @@ class DriftMonitor:
         t: Ints,
         modes: Modes | None = None,
         answers: Float64s | None = None,
+        error_bins: ErrorBins = NO_ERROR_BINS,
     ) -> tuple[DriftState, list[DriftWindowResult]]:
         """Process one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
         `starts` (w,) ascending offsets of model windows of `window_rows` rows; `predicted` (w,) and `scores` (w, K) of
         the model; `modes` of model windows, if a field names classes; `answers` (w, P) of the reference's further
-        outputs. Raises ValueError if the batch does not follow the last one.
+        outputs. The bin of the error to expect of each answer is written to `error_bins` (w,) of its output.
+        Raises ValueError if the batch does not follow the last one.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
@@ -237,7 +240,7 @@ class DriftMonitor:
             known, predicted = assign_classes(state.known_modes, modes)
             state = replace(state, known_modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        batch, at = Batch(features, starts, predicted, top, rows[0], t, answers), 0
+        batch, at = Batch(features, starts, predicted, top, rows[0], t, answers, error_bins), 0
         closed: list[ClosedWindow] = []
         while at < len(starts):
             state, more, at = self._fill_windows(state, batch, at)

@@ -28,6 +28,7 @@ from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 from agent.kernel import comparisons
 from agent.kernel import library as kernel
+from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
 
 
 class CarriedAlert(msgspec.Struct, frozen=True):
@@ -192,6 +193,7 @@ class Batch(msgspec.Struct, frozen=True):
     first_row: int
     t: Ints  # (n,) epoch µs
     answers: Float64s | None = None  # (w, P) of further outputs
+    error_bins: ErrorBins = NO_ERROR_BINS  # written as windows are summarized
 
     def slice_windows(self, index: slice, shipped: Reference) -> BatchPart:
         """Return a part with these model windows."""
@@ -206,6 +208,7 @@ class Batch(msgspec.Struct, frozen=True):
             predicted=self.predicted[index],
             top_scores=None if self.top_scores is None else self.top_scores[index],
             answers=None if self.answers is None else self.answers[index],
+            error_bins={name: bins[index] for name, bins in self.error_bins.items()},
             begin=begin,
             first_row=self.first_row + begin,
             t=self.t[begin:end],
@@ -221,6 +224,7 @@ class BatchPart(msgspec.Struct, frozen=True):
     predicted: Ints  # (w,)
     top_scores: Float64s | None  # (w,)
     answers: Float64s | None  # (w, P)
+    error_bins: ErrorBins
     begin: int
     first_row: int
     t: Ints  # (n,) epoch µs
@@ -250,6 +254,7 @@ def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes:
         part.top_scores,
         classes,
         answers=part.answers,
+        error_bins=part.error_bins,
         before=None if is_fresh else summary.stack_one(state.open_summary),
         tail=state.tail,
     )

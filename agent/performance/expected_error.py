@@ -7,11 +7,13 @@ inputs at which the model errs more; it does not see a relation between inputs a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Float64s, Ints
 from agent.indices import bincount, repeat
@@ -22,6 +24,9 @@ ASSUMES = "inputs and truth are related as in the held-out data; no concept drif
 BINS = 32
 MIN_SUM, MAX_SUM = 1e-100, 1e100  # of held-out errors, and of their squares
 _ROUNDING = 1e-9  # of a sum
+# Bin (w,) of each answer's error to expect, by output; the first output has the name "".
+ErrorBins = Mapping[str, NDArray[np.uint8]]
+NO_ERROR_BINS: ErrorBins = {}
 
 
 class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -53,21 +58,26 @@ class ErrorReference(msgspec.Struct, frozen=True, eq=False, dict=True):
         """(32,) mean absolute error as a share of that of all held-out answers."""
         return self.bin_error / self.mean
 
-    def count(self, statistics: Float32s | Float64s, answers: Float64s, windows: int) -> Ints:
+    def count(
+        self, statistics: Float32s | Float64s, answers: Float64s, windows: int, bins: NDArray[np.uint8] | None = None
+    ) -> Ints:
         """Count `answers` (w,) to model windows of statistics (w, D), one drift window's after another's, by bin.
 
-        Returns (W, 32); answers that are no finite number are left out.
+        Returns (W, 32); answers that are no finite number are left out. Each answer's bin is written to `bins` (w,).
         """
-        known = np.isfinite(answers)
-        drift_window = repeat(np.arange(windows, dtype=np.int64), len(answers) // max(1, windows))
-        if not known.all():
-            statistics, answers, drift_window = statistics[known], answers[known], drift_window[known]
-        bins = self.find_bins(statistics, answers)
-        return bincount(bins + BINS * drift_window, minlength=windows * BINS).reshape(windows, BINS)
+        places = self.find_bins(statistics, answers)
+        if bins is not None:
+            bins[:] = places
+        places += BINS * repeat(np.arange(windows, dtype=np.int64), len(answers) // max(1, windows))
+        return bincount(places[np.isfinite(answers)], minlength=windows * BINS).reshape(windows, BINS)
 
     def find_bins(self, statistics: Float32s | Float64s, answers: Float64s) -> Ints:
-        """Return the bin (w,) of the error to expect of `answers` (w,), which are numbers, to model windows (w, D)."""
-        return np.searchsorted(self.edges, self.model.predict(statistics, answers), side="right")
+        """Return the bin (w,) of the error to expect of `answers` (w,) to model windows (w, D).
+
+        That of an answer that is no number means nothing.
+        """
+        bins = np.searchsorted(self.edges, self.model.predict(statistics, answers), side="right")
+        return bins.astype(np.int64, copy=False)
 
     def estimate(self, counts: Ints) -> dict[str, Any] | None:
         """Return the expected error of answers counted by bin (32,), with its 95 % interval; None without answers.

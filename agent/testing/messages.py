@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent import clock
 from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
+from agent.model.inference.scores import Labels
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.jws import encode
@@ -82,7 +83,7 @@ class MessageSender(msgspec.Struct):
         columns = {
             "row": encode_runs(np.array([first + i * (last - first + 1) // max(n, 1) for i in range(n)], np.int64)),
             "t": encode_times(1_764_022_680_000_000 + first + np.arange(n)),
-            "label": encode_labels([("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)], np.arange(n)),
+            "label": encode_labels(Labels(("PEN", "ABD", "FEL"), (first + np.arange(n)) % 3)),
             "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
         }
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}

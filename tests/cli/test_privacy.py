@@ -17,6 +17,7 @@ from agent.cli.owner.privacy import build_document
 from agent.device.pipeline.batch_messages import _leave_out_rare
 from agent.device.recovery.open import open_store
 from agent.errors import ConfigError
+from agent.model.inference.scores import Labels
 from tests.kit.commands import call_outstation
 
 CONFIG = """\
@@ -136,7 +137,7 @@ def test_rows_of_a_stream_with_protected_fields_are_not_disclosed(tmp_path: Path
 
 def test_results_of_a_class_below_the_least_count_are_not_listed() -> None:
     published = np.arange(8)
-    labels = ["rest", "rest", "fall", "rest", "walk", "walk", "rest", "walk"]
+    labels = Labels.from_list(["rest", "rest", "fall", "rest", "walk", "walk", "rest", "walk"])
     assert _leave_out_rare(published, labels, 3).tolist() == [0, 1, 3, 4, 5, 6, 7]
     assert _leave_out_rare(published, labels, 1).tolist() == published.tolist()
     assert _leave_out_rare(published, None, 9).tolist() == []

@@ -99,7 +99,11 @@ ONLY = {
         "agent.fleet.metrics.endpoint",
     },
     "uvicorn": {"agent.fleet.dashboard.server"},
-    "jinja2": {"agent.fleet.dashboard.pages.views", "agent.fleet.dashboard.pages.visit"},
+    "jinja2": {
+        "agent.fleet.dashboard.pages.views",
+        "agent.fleet.dashboard.pages.visit",
+        "agent.fleet.evidence.page.page",
+    },
     "prometheus_client": {
         f"agent.fleet.metrics.{name}" for name in ("collector_families", "device_families", "exporter")
     },
@@ -491,7 +495,10 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     assert "  status       Show backlog" in done.stdout
     loaded = set(done.stdout.splitlines())
     assert "agent.cli" in loaded
-    commands = {module for module in loaded if module.startswith("agent.cli.")} - {"agent.cli.commands", "agent.cli.direct"}
+    commands = {module for module in loaded if module.startswith("agent.cli.")} - {
+        "agent.cli.commands",
+        "agent.cli.direct",
+    }
     assert commands | (loaded & {"numpy", "msgspec"}) == set()
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from agent.alerts.kinds import DAMAGED_ROWS
 from agent.arrays import Float32s
@@ -34,14 +33,14 @@ from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import Store
 from agent.drift.baseline import modes
 from agent.drift.baseline.modes import Modes
-from agent.drift.expected_errors import find_error_bins
 from agent.drift.state import DriftState, DriftWindowResult
 from agent.errors import StorageFull
 from agent.model.inference import features, scores
 from agent.model.inference.features import WindowCut
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.model_windows import ModelWindows
-from agent.model.inference.scores import Scores
+from agent.model.inference.scores import Labels, Scores
+from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
 
 if TYPE_CHECKING:
     from agent.device.pipeline.joined_streams import JoinedBatch
@@ -282,8 +281,9 @@ def _read_slices(task: LoadedTask, store: Store, batch: RowBatch, cut: WindowCut
 
 
 def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, message_log: MessageLog) -> _BatchOutput:
-    drift, windows = _update_drift(task, source, results)
-    labels = scores.to_texts(results.scores, task.bundle.manifest)
+    error_bins = _allocate_error_bins(task, len(source.cut.starts))
+    drift, windows = _update_drift(task, source, results, error_bins)
+    labels = scores.to_labels(results.scores, task.bundle.manifest)
     rule_states, result_alerts = _evaluate_rules(task, source, results, labels, windows, message_log)
     messages = list(task.closing_messages or ())
     messages += [PendingMessage.from_alert(change.alert, task.name) for change in result_alerts if change.index < 0]
@@ -304,15 +304,17 @@ def _compute(task: LoadedTask, source: _BatchInput, results: InferenceResult, me
         drift,
         refusals,
         rule_states,
-        _build_predictions(task, source, results.scores),
+        _build_predictions(task, source, results.scores, error_bins),
         messages + drift_messages,
-        labels[-1] if labels else task.last_label,
+        task.last_label if labels is None or not len(labels.codes) else labels.texts[labels.codes[-1]],
         sum(len(window.alerts) for window in windows) + len(result_alerts),
         _select_samples(task, source, results, windows, result_alerts, message_log),
     )
 
 
-def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scores) -> dict[str, StoredPredictions]:
+def _build_predictions(
+    task: LoadedTask, source: _BatchInput, model_scores: Scores, error_bins: ErrorBins
+) -> dict[str, StoredPredictions]:
     """Return the predictions to store for labels, by output; the first output has the name ""."""
     if not len(model_scores) or not task.keep_results:
         return {}
@@ -320,26 +322,21 @@ def _build_predictions(task: LoadedTask, source: _BatchInput, model_scores: Scor
     rows, t = ends + source.batch.first, source.batch.t[ends]
     joined = {} if source.joined is None or task.joined_reader is None else task.joined_reader.last_rows(source.joined)
     outputs = {"": model_scores, **model_scores.outputs}
-    bins = _find_error_bins(task, source, outputs)
     return {
         name: StoredPredictions(
             *(task.bundle.digest, rows, t, scores.to_codes(output), output.score, output.value, source.slices),
             joined={} if name else joined,
-            expected_bin=bins.get(name),
+            expected_bin=error_bins.get(name),
         )
         for name, output in outputs.items()
     }
 
 
-def _find_error_bins(
-    task: LoadedTask, source: _BatchInput, outputs: Mapping[str, Scores]
-) -> dict[str, NDArray[np.uint8]]:
-    """Return the bin (w,) of the error to expect of each value: labels that come later have no inputs to tell it."""
-    if task.drift_monitor is None:
-        return {}
-    answers = {name: output.value for name, output in outputs.items() if output.value is not None}
-    bins = find_error_bins(task.drift_monitor.shipped, source.features, source.cut.starts, answers)
-    return {name: own.astype(np.uint8) for name, own in bins.items()}
+def _allocate_error_bins(task: LoadedTask, windows: int) -> ErrorBins:
+    """Return room for the bins of answers: labels that come later have no inputs to tell the error to expect."""
+    if task.drift_monitor is None or task.drift_state is None:
+        return NO_ERROR_BINS
+    return {name: np.zeros(windows, np.uint8) for name in task.drift_monitor.shipped.error_references}
 
 
 def _select_samples(
@@ -366,7 +363,7 @@ def _evaluate_rules(
     task: LoadedTask,
     source: _BatchInput,
     results: InferenceResult,
-    labels: list[str] | None,
+    labels: Labels | None,
     windows: list[DriftWindowResult],
     message_log: MessageLog,
 ) -> tuple[TaskRuleStates, list[ResultAlert]]:
@@ -375,13 +372,14 @@ def _evaluate_rules(
     ends = source.cut.starts + task.window_rows - 1
     is_complete = results.missing_share <= task.bundle.manifest.input.max_missing
     t = source.batch.t[ends]
-    batch = BatchResults(results.scores, labels, ends + source.batch.first, t, is_complete)
+    texts = None if labels is None else labels.to_list()
+    batch = BatchResults(results.scores, texts, ends + source.batch.first, t, is_complete)
     context = RuleContext(message_log.device, task.name, task.bundle.digest, task.drift_state, windows)
     return batch_rules.evaluate(task.rules, source.rule_states, context, batch)
 
 
 def _update_drift(
-    task: LoadedTask, source: _BatchInput, results: InferenceResult
+    task: LoadedTask, source: _BatchInput, results: InferenceResult, error_bins: ErrorBins
 ) -> tuple[DriftState | None, list[DriftWindowResult]]:
     if task.drift_monitor is None or task.drift_state is None:
         return None, []
@@ -399,6 +397,7 @@ def _update_drift(
         t=batch.t,
         modes=source.modes,
         answers=model_scores.further_answers if task.drift_monitor.shipped.further else None,
+        error_bins=error_bins,
     )
 
 

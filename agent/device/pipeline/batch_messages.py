@@ -27,7 +27,7 @@ from agent.drift.state import DriftState, DriftWindowResult, QuietRun
 from agent.kernel import library
 from agent.model.inference.inference import InferenceResult
 from agent.model.inference.runtime_name import runtime_name
-from agent.model.inference.scores import Scores
+from agent.model.inference.scores import Labels, Scores
 from agent.wire import commitment
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def build_result_messages(
     task: LoadedTask,
     batch: RowBatch,
     results: InferenceResult,
-    labels: list[str] | None,
+    labels: Labels | None,
     texts: Mapping[str, Sequence[str]],
     message_log: MessageLog,
     current_segment: tuple[int, int] | None,
@@ -230,17 +230,17 @@ def _clock_members(stamps: Sequence[ClockStamp], current_segment: tuple[int, int
     return {"clocks": [[stamp.first, stamp.boot, stamp.segment, stamp.quality] for stamp in stamps]}
 
 
-def _leave_out_rare(published: Ints, labels: list[str] | None, min_results: int) -> Ints:
+def _leave_out_rare(published: Ints, labels: Labels | None, min_results: int) -> Ints:
     """Return the published results without those of a class that has fewer than `min_results` of them."""
     if min_results <= 1 or not len(published):
         return published
     if labels is None:
         return published if len(published) >= min_results else published[:0]
-    _, classes, counts = np.unique([labels[i] for i in published], return_inverse=True, return_counts=True)
+    _, classes, counts = np.unique(labels.codes[published], return_inverse=True, return_counts=True)
     return np.asarray(published[counts[classes] >= min_results])
 
 
-def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] | None) -> NDArray[np.bool_]:
+def _select_published(task: LoadedTask, model_scores: Scores, labels: Labels | None) -> NDArray[np.bool_]:
     """Return which results the messages list; all results are counted."""
     count, publish = len(model_scores), task.config.publish
     if publish == "summary":
@@ -248,5 +248,6 @@ def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] 
     if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
         return np.asarray(model_scores.score < publish.below_score)
     if publish == "changes" and labels is not None:
-        return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
+        last = labels.texts.index(task.last_label) if task.last_label in labels.texts else -1
+        return np.asarray(np.diff(labels.codes, prepend=last) != 0)
     return np.ones(count, bool)

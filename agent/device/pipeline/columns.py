@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.inference.scores import Scores
+from agent.model.inference.scores import Labels, Scores
 from agent.wire.runs import MAX_RESULTS, JitteredTimes, LabelRun, TimeRun
 
 # Beyond 53 bits a step is no exact number for every reader of JSON.
@@ -21,7 +20,7 @@ _LONG_NUMBER_BYTES = 20
 
 def build(
     model_scores: Scores,
-    labels: list[str] | None,
+    labels: Labels | None,
     missing: NDArray[np.float32],
     indices: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -33,7 +32,7 @@ def build(
     """
     columns: dict[str, Any] = {"row": encode_runs(rows), "t": encode_times(times)}
     if labels is not None:
-        columns["label"] = encode_labels(labels, indices)
+        columns["label"] = encode_labels(Labels(labels.texts, labels.codes[indices]))
     if model_scores.score is not None:
         columns["score"] = _round(model_scores.score[indices], 4)
     if model_scores.value is not None:
@@ -41,7 +40,7 @@ def build(
     for name, values in model_scores.extra_columns.items():
         columns[name] = _round_to_digits(values[indices])
     for name, texts in model_scores.label_columns.items():
-        columns[name] = encode_labels(texts.tolist(), indices)
+        columns[name] = encode_labels(Labels.from_list(texts[indices].tolist()))
     if missing[indices].any():
         columns["missing"] = _round(missing[indices], 3)
     return columns
@@ -50,7 +49,7 @@ def build(
 def max_results(
     max_bytes: int,
     model_scores: Scores,
-    labels: list[str] | None,
+    labels: Labels | None,
     missing: NDArray[np.float32],
     rows: NDArray[np.int64] | None,
     times: NDArray[np.int64] | None,
@@ -63,7 +62,7 @@ def max_results(
     """
     size = sum(0 if listed is not None and _is_regular(listed) else 17 for listed in (rows, times))
     if labels is not None:
-        size += 2 + max(map(_json_size, set(labels)), default=0)
+        size += 2 + max(map(_json_size, labels.list_used()), default=0)
     if model_scores.score is not None:
         outside = (model_scores.score < 0) | (model_scores.score > 1)
         size += _LONG_NUMBER_BYTES if outside.any() else 7
@@ -110,19 +109,18 @@ def encode_times(times: NDArray[np.int64]) -> list[int | TimeRun] | JitteredTime
     return jittered if len(msgspec.json.encode(jittered)) < len(msgspec.json.encode(items)) else items
 
 
-def encode_labels(labels: Sequence[str], indices: NDArray[np.int64]) -> list[str | LabelRun]:
-    """Return the labels at `indices` (n,), with each label that repeats as a run."""
-    listed = np.array(labels, object)[indices]
-    starts = np.concatenate([[0], np.flatnonzero(listed[1:] != listed[:-1]) + 1])[: len(listed)]
-    counts = np.diff(starts, append=len(listed))
-    items: list[str | LabelRun] = listed[starts].tolist()
+def encode_labels(labels: Labels) -> list[str | LabelRun]:
+    """Return the labels (n,), with each label that repeats as a run."""
+    starts = np.flatnonzero(np.diff(labels.codes, prepend=-1))
+    counts, count = np.diff(starts, append=len(labels.codes)), len(labels.texts)
+    runs = (counts * count + labels.codes[starts]).tolist()
     # Whoever has many labels has few texts: runs of one label and length are one object.
-    made: dict[tuple[str, int], LabelRun] = {}
-    repeated = np.flatnonzero(counts > 1)
-    for index, count in zip(repeated.tolist(), counts[repeated].tolist(), strict=True):
-        run = str(items[index]), count
-        items[index] = made.get(run) or made.setdefault(run, LabelRun(*run))
-    return items
+    made = {run: _encode_run(labels.texts[run % count], run // count) for run in set(runs)}
+    return [made[run] for run in runs]
+
+
+def _encode_run(label: str, count: int) -> str | LabelRun:
+    return label if count == 1 else LabelRun(label, count)
 
 
 def _is_regular(values: NDArray[np.int64]) -> bool:

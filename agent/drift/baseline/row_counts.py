@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.arrays import Float32s, Float64s, Ints
 from agent.drift.baseline import resolution as steps
@@ -113,8 +114,12 @@ def count_predictions(
     top_scores: Float64s | None,
     classes: Ints,
     groups: Groups,
+    error_bins: NDArray[np.uint8] | None = None,
 ) -> PredictionCounts:
-    """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`."""
+    """Count model windows, one drift window's after another's; `groups` are those of `group_by_class`.
+
+    The bin of the error to expect of each prediction is written to `error_bins` (w,).
+    """
     task, shape = reference.task, (windows, reference.class_count)
     scores, scaled = np.zeros((windows, BINS), np.int64), None
     errors = np.zeros((windows, reference.error_bins), np.int64)
@@ -124,7 +129,7 @@ def count_predictions(
             # An unknown score is neither certain nor in doubt.
             scores = _count_scores(top_scores.reshape(windows, -1), reference.score_edges)
         if reference.error is not None:
-            errors = reference.error.count(stats.values, top_scores, windows)
+            errors = reference.error.count(stats.values, top_scores, windows, error_bins)
         scaled = reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0))
     classified = ClassifiedWindows(
         stats.values, stats.measures, scaled, classes, groups, reference.class_mean, reference.class_sd

@@ -24,6 +24,7 @@ from agent.drift.detectors.registry import COUNTERS
 from agent.drift.numeric.divergence import NO_CELLS, Distributions, coarsen_bins
 from agent.drift.numeric.sums import GroupSums
 from agent.drift.outputs.counts import FurtherOutput, count_answers
+from agent.performance.expected_error import NO_ERROR_BINS, ErrorBins
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -150,6 +151,7 @@ def summarize_windows(
     classes: Ints,
     *,
     answers: Float64s | None = None,
+    error_bins: ErrorBins = NO_ERROR_BINS,
     before: Summary | None = None,
     tail: Tail | None = None,
 ) -> tuple[Summary, Tail]:
@@ -157,15 +159,17 @@ def summarize_windows(
 
     `rows` (W, n, F), n > 0, in physical units, NaN missing; intervals between them `spans` (W, …); W · w model windows
     with their statistics, the class that the model named, its score, and the class they are compared with; `answers`
-    (W · w, P) of further outputs. A single window may go on: from `before`, a stack of one, and from the `tail` of its
-    rows.
+    (W · w, P) of further outputs. The bin of the error to expect of each answer is written to the (W · w,) `error_bins`
+    of its output. A single window may go on: from `before`, a stack of one, and from the `tail` of its rows.
     """
     windows, count, width = len(rows), reference.class_count, stats.values.shape[1]
     of_rows, tail = row_counts.count_rows(
         reference, rows, Tail.empty(rows.shape[2]) if tail is None else tail, before.row_sums if before else None
     )
     groups = row_counts.group_by_class(reference, windows, classes)
-    counted = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
+    counted = row_counts.count_predictions(
+        reference, windows, stats, predicted, top_scores, classes, groups, error_bins.get("")
+    )
     summed = before.class_sums if before else GroupSums.zeros(windows, count, width)
     # Sums begin with those so far: the bits are the same however the rows were cut.
     summed = summed.reshape(windows * count, width).add(groups, stats.values, reference.origin)
@@ -186,7 +190,7 @@ def summarize_windows(
         sampling=SamplingIntervals()
         .add_spans(spans, max(1, reference.window_rows - 1))
         .add_repeated(of_rows.repeated[:, None]),
-        further=_count_further(reference, stats, answers, windows),
+        further=_count_further(reference, stats, answers, windows, error_bins),
         errors=counted.errors,
     )
     if before is not None:
@@ -223,13 +227,19 @@ _COUNTS = ("counts", "missing", "outside", "spikes", "steps", "output", "scores"
 _ADDED = (*_COUNTS, "row_sums", "class_sums", "sampling")
 
 
-def _count_further(reference: Reference, stats: WindowStatistics, answers: Float64s | None, windows: int) -> Ints:
+def _count_further(
+    reference: Reference,
+    stats: WindowStatistics,
+    answers: Float64s | None,
+    windows: int,
+    error_bins: ErrorBins,
+) -> Ints:
     if answers is None or not reference.further:
         return np.zeros((windows, reference.further_cells), np.int64)
     edges, errors = [further.edges for further in reference.further], reference.error_references
 
     def count_errors(output: FurtherOutput, values: Float64s) -> Ints:
-        return errors[output.name].count(stats.values, values, windows)
+        return errors[output.name].count(stats.values, values, windows, error_bins.get(output.name))
 
     return count_answers(reference.task.further, edges, answers, windows, count_errors)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.device.pipeline import columns
 from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
-from agent.model.inference.scores import Scores
+from agent.model.inference.scores import Labels, Scores
 from agent.wire.messages import ResultColumns
 from agent.wire.runs import JitteredTimes, LabelRun
 
@@ -57,7 +57,7 @@ def test_times_that_jitter_are_offsets_from_a_grid() -> None:
 
 
 def test_labels_that_repeat_are_counted() -> None:
-    assert encode_labels(["up", "up", "up", "down", "up"], np.arange(5)) == [LabelRun("up", 3), "down", "up"]
+    assert encode_labels(Labels.from_list(["up", "up", "up", "down", "up"])) == [LabelRun("up", 3), "down", "up"]
 
 
 def runs_one_by_one(values: list[int]) -> list[Any]:
@@ -90,7 +90,7 @@ def test_any_rows_times_and_labels_read_back_as_they_were(rows: list[int], data:
     near = st.integers(NOW, NOW + 50)
     times = data.draw(st.lists(near | st.integers(-(2**63), 2**63 - 1), min_size=n, max_size=n))
     labels = data.draw(st.lists(st.sampled_from(["", "up", "down", 'q"|\\', "é"]), min_size=n, max_size=n))
-    columns = read(encode_runs(array(rows)), encode_times(array(times)), encode_labels(labels, np.arange(len(labels))))
+    columns = read(encode_runs(array(rows)), encode_times(array(times)), encode_labels(Labels.from_list(labels)))
     assert (columns.expand_rows(), columns.expand_times(), columns.expand_labels()) == (rows, times, labels)
 
 
@@ -110,7 +110,7 @@ def test_results_that_fit_in_any_case_never_exceed_the_message(seed: int, n: int
     noise = rng.integers(0, 2**50, n)
     rows = np.arange(n, dtype=np.int64) if is_regular else np.cumsum(noise % 7 + 1)
     times = NOW + (np.arange(n, dtype=np.int64) * 1000 if is_regular else noise)
-    labels = rng.choice(["up", 'q"|', "é"], n).tolist()
+    labels = Labels.from_list(rng.choice(["up", 'q"|', "é"], n).tolist())
     drawn = np.array([0.0, float("nan"), -1234570000000000.0, -1.23457e-319, 1.5e300, float(rng.normal())])
     value = drawn[rng.integers(0, len(drawn), n)]
     missing = np.where(noise % 2 == 0, 0.123, 0).astype(np.float32) * has_gaps

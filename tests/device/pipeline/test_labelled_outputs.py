@@ -333,7 +333,7 @@ def test_an_error_to_expect_that_labels_contradict_says_so(erring: Device) -> No
 def test_no_error_is_expected_of_results_that_an_earlier_version_stored(
     erring: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "find_error_bins", lambda *_: {})
+    monkeypatch.setattr(batch, "_allocate_error_bins", lambda *_: {})
     outputs.feed(erring, 1, 600)
     monkeypatch.undo()
     outputs.feed(erring, 2, 600)

@@ -26,7 +26,7 @@ from agent.fleet.evidence.format import frameworks
 from agent.fleet.evidence.format.contents import WriteLimits
 from agent.fleet.evidence.gather import sbom
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.evidence.page.elements import format_duration
+from agent.fleet.evidence.page.formats import format_duration
 from agent.fleet.evidence.verify.verify import verify
 from agent.performance.estimates import MetricEstimate
 from agent.testing.messages import MessageSender, new_key
